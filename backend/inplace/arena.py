@@ -1,0 +1,55 @@
+"""The arena: the memory of all slots of all states of one model instance, allocated once."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from inplace.errors import LoadError
+from inplace.manifest import StateSpec
+
+
+class Arena:
+    """All slots of all states, at addresses that never change.
+
+    Args:
+        states: what to hold.
+        slots: sequences to have room for.
+        device: where.
+
+    Raises:
+        LoadError: the device has not enough free memory.
+
+    Attributes:
+        tensors: state name → tensor ``[slots, *shape]``, filled with the state's ``fill``.
+    """
+
+    def __init__(self, states: tuple[StateSpec, ...], slots: int, device: torch.device) -> None:
+        self.specs = states
+        self.slots = slots
+        tensors: dict[str, Tensor] = {}
+        try:
+            for spec in states:
+                tensor = torch.empty((slots, *spec.shape), dtype=spec.dtype.as_torch, device=device)
+                tensors[spec.name] = tensor.fill_(spec.fill)  # also commits the pages: memory does not grow while serving
+        except (RuntimeError, MemoryError) as error:  # torch reports exhausted host memory as a RuntimeError
+            raise LoadError(
+                f"the arena of {slots} slots needs {slots * sum(s.slot_bytes for s in states):,} bytes of {device.type} memory, which "
+                f"could not be allocated ({str(error).splitlines()[0]}): build with fewer slots or a smaller capacity"
+            ) from error
+        self.tensors: Mapping[str, Tensor] = tensors
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots of all states."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def addresses(self) -> dict[str, int]:
+        """Device address of each state; constant for the arena's life."""
+        return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+
+    def reset(self, slot: int) -> None:
+        """Make a slot fresh for a new sequence: refill the states that need it (``StateSpec.reset``)."""
+        for spec in self.specs:
+            if spec.reset:
+                self.tensors[spec.name][slot].fill_(spec.fill)

@@ -1,0 +1,86 @@
+"""The batcher: from admitted requests to the tensors of one step."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from inplace.manifest import Program, Role
+from inplace.requests import Request
+from inplace.sequences import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """An admitted request on its way through one or more steps.
+
+    Attributes:
+        request: what was asked.
+        sequence: whose slot it works on.
+        inputs: the checked tensors, without a batch axis.
+        tokens: how many tokens they bring.
+        before: the sequence's length when it was admitted.
+        done: tokens that steps have consumed.
+        outputs: what the last of its steps returned, by output name, ``[1, ...]``; empty until then.
+    """
+
+    request: Request
+    sequence: Sequence
+    inputs: dict[str, Tensor]
+    tokens: int
+    before: int
+    done: int = 0
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Every token was consumed."""
+        return self.done == self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: some rows, each with its next tokens.
+
+    Attributes:
+        rows: the work of each row.
+        counts: how many tokens each row brings.
+        inputs: the program's inputs by name, in the program's order, on the host.
+    """
+
+    rows: list[Work]
+    counts: list[int]
+    inputs: dict[str, Tensor]
+
+
+def form(program: Program, rows: list[Work]) -> Batch:
+    """The next step of these rows: at most ``program.chunk`` tokens of each, packed behind one another."""
+    counts = [min(work.tokens - work.done, program.chunk) for work in rows]
+    offsets = [0]
+    for count in counts:
+        offsets.append(offsets[-1] + count)
+    lengths = [work.sequence.length for work in rows]
+    inputs: dict[str, Tensor] = {}
+    for spec in program.inputs:
+        dtype = spec.dtype.as_torch
+        match spec.role:
+            case Role.TOKENS:
+                parts = [work.inputs[spec.name][work.done : work.done + count] for work, count in zip(rows, counts, strict=True)]
+                tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            case Role.ROW:
+                tensor = torch.stack([work.inputs[spec.name] for work in rows])
+            case Role.POSITIONS:
+                tensor = torch.tensor(
+                    [position for length, count in zip(lengths, counts, strict=True) for position in range(length, length + count)],
+                    dtype=dtype,
+                )
+            case Role.ROW_OFFSETS:
+                tensor = torch.tensor(offsets, dtype=dtype)
+            case Role.LAST_TOKENS:
+                tensor = torch.tensor([offset - 1 for offset in offsets[1:]], dtype=dtype)
+            case Role.SLOTS:
+                tensor = torch.tensor([work.sequence.slot for work in rows], dtype=dtype)
+            case Role.WRITE_INDICES:
+                tensor = torch.tensor(lengths, dtype=dtype)
+        inputs[spec.name] = tensor
+    return Batch(rows, counts, inputs)

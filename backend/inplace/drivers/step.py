@@ -1,0 +1,103 @@
+"""The step driver: the requests of one call are validated, run and answered inside that call."""
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from inplace.batcher import Work
+from inplace.errors import Code, RequestError
+from inplace.instance import ModelInstance
+from inplace.requests import Request
+
+Answer = dict[str, Tensor] | RequestError
+"""What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
+
+log = logging.getLogger("inplace")
+
+
+class StepDriver:
+    """Runs a model instance for a server that calls with batches of requests.
+
+    A thread of its own reclaims idle slots: Triton tells a backend nothing about sequences that went silent.
+
+    Args:
+        instance: the model instance; the driver is its only user.
+    """
+
+    def __init__(self, instance: ModelInstance) -> None:
+        self.instance = instance
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._reclaimer = threading.Thread(target=self._reclaim, name="inplace-reclaim", daemon=True)
+        self._reclaimer.start()
+
+    def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer every request, in order; requests of one sequence take effect in the order given."""
+        answers: list[Answer | None] = [None] * len(requests)
+        waiting = list(enumerate(requests))
+        with self._lock:
+            while waiting:
+                waiting = self._wave(waiting, answers)
+        return [answer for answer in answers if answer is not None]
+
+    def close(self) -> None:
+        """Stop the reclaiming thread."""
+        self._closing.set()
+        self._reclaimer.join()
+
+    def _wave(self, waiting: list[tuple[int, Request]], answers: list[Answer | None]) -> list[tuple[int, Request]]:
+        """Run the first request of every sequence; returns those that must wait for the next wave.
+
+        A server may hand over the END of one sequence and the START of the next in one call, so a START that finds no free slot
+        waits where an END of this wave is about to free one.
+        """
+        admitted: list[tuple[int, Work]] = []
+        later: list[tuple[int, Request]] = []
+        seen = set()
+        for index, request in waiting:
+            if request.sequence in seen:
+                later.append((index, request))
+                continue
+            seen.add(request.sequence)
+            try:
+                admitted.append((index, self.instance.admit(request)))
+            except RequestError as error:
+                if error.code is Code.NO_FREE_SLOT and any(work.request.end for _, work in admitted):
+                    later.append((index, request))
+                else:
+                    answers[index] = error
+        self._steps(admitted, answers)
+        return later
+
+    def _steps(self, admitted: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
+        """Step until every admitted request is answered; a prompt longer than the chunk takes several steps."""
+        most = self.instance.program.max_rows
+        while admitted:
+            rows = admitted[:most]
+            try:
+                self.instance.step([work for _, work in rows])
+            except RequestError as error:
+                log.error("%s", error, exc_info=error.__cause__)
+                for index, work in rows:
+                    answers[index] = error
+                    self.instance.finish(work)
+                admitted = admitted[most:]
+                continue
+            for index, work in rows:
+                if work.finished:
+                    answers[index] = {name: work.outputs[name] for name in self.instance.wanted(work)}
+                    self.instance.finish(work)
+            admitted = [(index, work) for index, work in admitted if not work.finished]
+
+    def _reclaim(self) -> None:
+        while not self._closing.wait(self._pause()):
+            with self._lock:
+                idle = self.instance.table.reclaim()
+            for sequence in idle:
+                log.info("sequence=%s reclaimed slot=%d length=%d: idle", sequence.id, sequence.slot, sequence.length)
+
+    def _pause(self) -> float:
+        with self._lock:
+            return max(0.05, self.instance.table.next_expiry())

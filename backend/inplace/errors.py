@@ -1,0 +1,51 @@
+"""The errors of the runtime: one base, one class a moment (load, request), one code a cause."""
+
+from enum import StrEnum
+
+
+class InplaceError(Exception):
+    """Base of every error this project raises on purpose; its text is meant for the person who meets it."""
+
+
+class LoadError(InplaceError):
+    """An engine directory cannot be served: it is missing, damaged, of another version, or does not fit this machine."""
+
+
+class Code(StrEnum):
+    """What was wrong with one request. The name is part of the protocol: clients may match on it."""
+
+    BAD_DTYPE = "BAD_DTYPE"
+    BAD_PARAMETER = "BAD_PARAMETER"
+    BAD_SHAPE = "BAD_SHAPE"
+    CAPACITY = "CAPACITY"
+    EMPTY_INPUT = "EMPTY_INPUT"
+    ENGINE_FAILED = "ENGINE_FAILED"
+    MISSING_INPUT = "MISSING_INPUT"
+    NO_FREE_SLOT = "NO_FREE_SLOT"
+    NO_SEQUENCE_ID = "NO_SEQUENCE_ID"
+    POSITION = "POSITION"
+    UNKNOWN_SEQUENCE = "UNKNOWN_SEQUENCE"
+    VALUE_RANGE = "VALUE_RANGE"
+
+
+class RequestError(InplaceError):
+    """One request is refused; its sequence and its batch mates are as they were before it.
+
+    Args:
+        code: what was wrong.
+        message: what was found, what was expected, what to do.
+        retryable: the same request, sent again later, may succeed.
+    """
+
+    def __init__(self, code: Code, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+    def wire(self, sequence: int | str, request: str) -> str:
+        """The text a client receives: ``INPLACE-<code> retryable=<0|1> sequence=<id> request=<id>: <message>``.
+
+        An id that the client did not give is written ``-``.
+        """
+        named = sequence if sequence not in (0, "") else "-"
+        return f"INPLACE-{self.code} retryable={int(self.retryable)} sequence={named} request={request or '-'}: {self}"

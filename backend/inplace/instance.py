@@ -1,0 +1,128 @@
+"""A model instance: one engine, its arena and its sequences. The step that every driver uses is here."""
+
+from collections.abc import Callable
+from time import monotonic
+
+from inplace.arena import Arena
+from inplace.batcher import Work, form
+from inplace.engines import Engine
+from inplace.errors import Code, RequestError
+from inplace.manifest import Manifest, Program, Update
+from inplace.requests import Request, checked_inputs
+from inplace.sequences import Sequence, SlotTable
+
+
+class ModelInstance:
+    """Admits requests, runs steps and keeps the sequences. Not thread-safe: its driver holds a lock.
+
+    Args:
+        manifest: what the engine is.
+        arena: the memory its states live in; the engine is bound to it.
+        engine: what runs a step.
+        idle_timeout: seconds after its last response at which a sequence loses its slot.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, manifest: Manifest, arena: Arena, engine: Engine, idle_timeout: float, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self.manifest = manifest
+        self.program: Program = manifest.program("step")
+        self.arena = arena
+        self.engine = engine
+        self.table = SlotTable(arena.slots, idle_timeout, clock)
+        self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
+
+    def admit(self, request: Request) -> Work:
+        """Check a request and give it its sequence. After this nothing of the client's can make the step fail.
+
+        A START resets: a live sequence of that id ends first. A refused START leaves no slot, a refused END still frees, any other
+        refused request changes nothing.
+
+        Raises:
+            RequestError: with the reason.
+        """
+        live = self.table.get(request.sequence)
+        if request.start and live is not None:
+            self.table.end(live)
+        try:
+            if request.sequence in (0, ""):
+                raise RequestError(Code.NO_SEQUENCE_ID, "the request names no sequence; send a correlation id that is not 0 or empty")
+            inputs, tokens = checked_inputs(self.program, request.inputs)
+            for output in self.program.outputs:
+                if output.on_request:
+                    request.flag(output.name)
+            length = 0 if request.start else self.table.find(request.sequence).length
+            self._check_room(request, length, tokens)
+            sequence = self._start(request) if request.start else self.table.find(request.sequence)
+        except RequestError:
+            if request.end and (live := self.table.get(request.sequence)) is not None:
+                self.table.end(live)
+            raise
+        sequence.busy = True
+        return Work(request, sequence, inputs, tokens, before=length)
+
+    def step(self, rows: list[Work]) -> None:
+        """Run one step over at most ``program.max_rows`` rows, each of its own sequence, and advance them.
+
+        Raises:
+            RequestError: ENGINE_FAILED. Where states only append, the sequences are as they were before their requests (what lies
+                beyond the cached length is never read); where they are rewritten, the sequences have ended.
+        """
+        batch = form(self.program, rows)
+        try:
+            outputs = self.engine.step(batch.inputs)
+        except Exception as error:  # whatever the engine throws must reach the clients, not the server
+            raise self._failed(rows, error) from error
+        for row, (work, count) in enumerate(zip(rows, batch.counts, strict=True)):
+            work.done += count
+            work.sequence.length += count
+            if work.finished:
+                work.outputs = {name: tensor[row : row + 1] for name, tensor in outputs.items()}
+
+    def finish(self, work: Work) -> None:
+        """The request is being answered: an END frees the slot, otherwise the idle clock starts again."""
+        sequence = work.sequence
+        sequence.busy = False
+        if self.table.get(sequence.id) is not sequence:
+            return  # it ended when the engine failed
+        if work.request.end:
+            self.table.end(sequence)
+        else:
+            self.table.answered(sequence)
+
+    def wanted(self, work: Work) -> list[str]:
+        """The outputs to send: all, but those ``on_request`` only when their parameter is true."""
+        return [spec.name for spec in self.program.outputs if not spec.on_request or work.request.flag(spec.name)]
+
+    def _start(self, request: Request) -> Sequence:
+        sequence = self.table.start(request.sequence)
+        self.arena.reset(sequence.slot)
+        return sequence
+
+    def _check_room(self, request: Request, length: int, tokens: int) -> None:
+        position = request.position()
+        if position is not None and position != length:
+            raise RequestError(
+                Code.POSITION,
+                f"the request was meant for position {position}, the sequence holds {length}; an earlier request or its answer was "
+                f"lost: send what is missing, or START again",
+            )
+        capacity = self.manifest.capacity
+        if capacity is not None and length + tokens > capacity:
+            raise RequestError(
+                Code.CAPACITY,
+                f"{tokens} tokens do not fit: the sequence holds {length} of {capacity} positions, {capacity - length} are left; "
+                f"send fewer, or build with a larger capacity",
+            )
+
+    def _failed(self, rows: list[Work], error: Exception) -> RequestError:
+        for work in rows:
+            if self._appends_only:
+                work.sequence.length = work.before
+            else:
+                self.table.end(work.sequence)
+        after = "nothing was changed, send it again" if self._appends_only else "the sequence has ended, START it again"
+        return RequestError(
+            Code.ENGINE_FAILED, f"the engine failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); {after}", retryable=self._appends_only
+        )

@@ -1,0 +1,324 @@
+"""The manifest (``engine.json``): everything the runtime needs to know of an engine, and nothing it could guess.
+
+It is the contract between builder and runtime. Tensor shapes leave out the batch: a state's ``shape`` is that of one slot,
+an input's that of one request.
+"""
+
+from enum import StrEnum
+from math import prod
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from inplace.errors import LoadError
+
+MANIFEST_VERSION = 1
+FILE_NAME = "engine.json"
+
+
+class Dtype(StrEnum):
+    """Element types a tensor of an engine may have; the values are PyTorch's names."""
+
+    BOOL = "bool"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    INT32 = "int32"
+    INT64 = "int64"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+    @property
+    def as_torch(self) -> torch.dtype:
+        """The same type as PyTorch has it."""
+        found = getattr(torch, self.value)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Self:
+        """The member for a PyTorch dtype; ValueError for a type no engine may use."""
+        return cls(str(dtype).removeprefix("torch."))
+
+
+class Update(StrEnum):
+    """How a step changes a state."""
+
+    APPEND = "append"
+    """Rows are written along one axis at the sequence's write index; what was written stays."""
+    RING = "ring"
+    """The same, modulo the length of that axis: the newest rows replace the oldest."""
+    REPLACE = "replace"
+    """The whole slot is rewritten in each step."""
+
+
+class Role(StrEnum):
+    """What an input of a program carries, and therefore who fills it."""
+
+    TOKENS = "tokens"
+    """From the client: a variable number of entries a request, packed along axis 0 over all rows of a step."""
+    ROW = "row"
+    """From the client: one entry of a fixed shape a request."""
+    POSITIONS = "positions"
+    """From the runtime, ``[tokens]``: each token's position in its sequence."""
+    ROW_OFFSETS = "row_offsets"
+    """From the runtime, ``[rows + 1]``: row r owns tokens ``row_offsets[r]:row_offsets[r + 1]``."""
+    LAST_TOKENS = "last_tokens"
+    """From the runtime, ``[rows]``: the index of each row's last token in the packed axis."""
+    SLOTS = "slots"
+    """From the runtime, ``[rows]``: the slot of each row; -1 is a null row."""
+    WRITE_INDICES = "write_indices"
+    """From the runtime, ``[rows]``: the cached length of each row before the step, where its append starts."""
+
+
+CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
+
+
+class Frozen(BaseModel):
+    """Base of all records: immutable, and a field nobody knows is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StateSpec(Frozen):
+    """One state tensor of a model.
+
+    Attributes:
+        name: the state's name, also that of the graph's input it is bound to.
+        shape: extent of one slot, without the slot axis.
+        dtype: element type.
+        update: how a step changes it.
+        axis: for ``append`` and ``ring``, the axis of ``shape`` that grows; None for ``replace``.
+        fill: the value a fresh slot holds.
+        reset: whether a slot must be refilled when a sequence starts. False only where the program provably never reads
+            what the sequence has not written itself.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+    update: Update
+    axis: int | None = None
+    fill: float = 0.0
+    reset: bool = True
+
+    @model_validator(mode="after")
+    def _axis_fits(self) -> Self:
+        if (self.axis is None) != (self.update is Update.REPLACE):
+            raise ValueError(f"state {self.name}: an axis belongs to append and ring, not to replace")
+        if self.axis is not None and not 0 <= self.axis < len(self.shape):
+            raise ValueError(f"state {self.name}: axis {self.axis} is outside its shape {self.shape}")
+        if any(extent < 1 for extent in self.shape):
+            raise ValueError(f"state {self.name}: every extent of {self.shape} must be at least 1")
+        return self
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes one slot of this state takes."""
+        return prod(self.shape) * self.dtype.as_torch.itemsize
+
+
+class TensorSpec(Frozen):
+    """One input or output of a program.
+
+    Attributes:
+        name: name of the graph's placeholder (inputs) and of the server's tensor (where a client sees it).
+        role: what it carries.
+        dtype: element type.
+        shape: extent for one request; -1 (only first, only for ``tokens``) is the number of tokens.
+        minimum, maximum: inclusive limits of the values a client may send; None is no limit.
+        on_request: an output that is only sent when the request has a parameter of its name with the value true.
+        argmax_of: an integer output that is the index of the largest value of this other output.
+    """
+
+    name: str
+    role: Role
+    dtype: Dtype
+    shape: tuple[int, ...] = ()
+    minimum: int | None = None
+    maximum: int | None = None
+    on_request: bool = False
+    argmax_of: str | None = None
+
+
+class Alias(Frozen):
+    """The record that an output is an input's own memory.
+
+    Attributes:
+        output: the output's name.
+        input: the state it is bound to.
+        kind: the mechanism: ``operator`` (an ``inplace::`` operator of a PyTorch graph mutates the bound tensor).
+    """
+
+    output: str
+    input: str
+    kind: Literal["operator"]
+
+    def __str__(self) -> str:
+        return f"{self.output}@{self.input}@{self.kind}"
+
+
+class Lowering(Frozen):
+    """How one state's update was lowered, and why: the chosen mechanism's reason."""
+
+    state: str
+    kind: str
+    because: str
+
+
+class Program(Frozen):
+    """One callable of an engine.
+
+    Attributes:
+        name: for example ``step``.
+        row_layout: ``packed``, rows of different token counts lie behind one another on one axis; ``rectangular``, every
+            row has one entry of each input.
+        inputs: in the order of the graph's placeholders, states excluded.
+        outputs: in the order the graph returns them.
+        aliases: one a state that the program writes.
+        max_rows: most rows of one step.
+        chunk: most tokens of one row in one step (1 for ``rectangular``).
+    """
+
+    name: str
+    row_layout: Literal["packed", "rectangular"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: tuple[Alias, ...]
+    max_rows: int = Field(ge=1)
+    chunk: int = Field(ge=1)
+
+    @property
+    def client_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs a request carries; the runtime fills the others."""
+        return tuple(spec for spec in self.inputs if spec.role in CLIENT_ROLES)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [spec.name for spec in (*self.inputs, *self.outputs)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"program {self.name}: tensor names must differ, got {names}")
+        roles = [spec.role for spec in self.inputs]
+        for role in set(Role) - CLIENT_ROLES:
+            if roles.count(role) > 1:
+                raise ValueError(f"program {self.name}: more than one input has the role {role}")
+        if self.row_layout == "rectangular" and (Role.TOKENS in roles or self.chunk != 1):
+            raise ValueError(f"program {self.name}: a rectangular program takes one entry a row and a chunk of 1")
+        if self.row_layout == "packed" and Role.TOKENS not in roles:
+            raise ValueError(f"program {self.name}: a packed program needs an input with the role tokens")
+        return self
+
+
+class EngineFile(Frozen):
+    """The file with the compiled graph, and what it needs.
+
+    Attributes:
+        kind: which engine class loads it.
+        file: its name beside the manifest.
+        bytes: its size.
+        sha256: its checksum, hexadecimal.
+        device: where it runs.
+        dtype: the element type of its weights.
+    """
+
+    kind: Literal["torch"]
+    file: str
+    bytes: int
+    sha256: str
+    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+
+
+class Manifest(Frozen):
+    """The whole of ``engine.json``.
+
+    Attributes:
+        manifest_version: version of this format; another one is refused.
+        name: the model's name.
+        slots: sequences the arena has room for.
+        capacity: positions a sequence may hold; None where nothing grows.
+        states: every state, in arena order.
+        programs: what the engine can do.
+        lowering: how each state's update was lowered.
+        engine: the compiled graph.
+        verified: ``executed``: the engine was run against the captured model before it was written.
+        built_with: versions and options of the build.
+    """
+
+    manifest_version: Literal[1] = MANIFEST_VERSION
+    name: str
+    slots: int = Field(ge=1)
+    capacity: int | None = Field(default=None, ge=1)
+    states: tuple[StateSpec, ...]
+    programs: tuple[Program, ...]
+    lowering: tuple[Lowering, ...]
+    engine: EngineFile
+    verified: Literal["executed"]
+    built_with: dict[str, str]
+
+    @model_validator(mode="after")
+    def _aliases_name_states(self) -> Self:
+        known = {state.name for state in self.states}
+        for program in self.programs:
+            for alias in program.aliases:
+                if alias.input not in known:
+                    raise ValueError(f"alias {alias} of program {program.name} names no state of this engine")
+        return self
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of state one sequence holds."""
+        return sum(state.slot_bytes for state in self.states)
+
+    def program(self, name: str) -> Program:
+        """The program of that name; LoadError if there is none."""
+        for program in self.programs:
+            if program.name == name:
+                return program
+        raise LoadError(f"the engine has no program {name!r}, only {[p.name for p in self.programs]}")
+
+    def save(self, folder: Path) -> None:
+        """Write ``engine.json`` into ``folder``."""
+        (folder / FILE_NAME).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``engine.json`` from an engine directory.
+
+        Raises:
+            LoadError: it is missing, not a manifest, or of another version.
+        """
+        path = folder / FILE_NAME
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            raise LoadError(f"{path} does not exist: {folder} is no engine directory; build one with `inplace build`") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise LoadError(f"{path} cannot be read: {error}") from error
+        try:
+            version = _Version.model_validate_json(text).manifest_version
+        except ValidationError as error:
+            raise LoadError(f"{path} is no manifest ({_first(error)}); build the engine again") from error
+        if version != MANIFEST_VERSION:
+            raise LoadError(
+                f"{path} has manifest version {version}, this runtime reads version {MANIFEST_VERSION}: "
+                f"build the engine again with this version of inplace, or serve it with the one that built it"
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise LoadError(f"{path} is damaged ({_first(error)}); build the engine again") from error
+
+
+class _Version(BaseModel):
+    manifest_version: int
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint of a validation, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

@@ -1,0 +1,5 @@
+"""The file Triton loads as the backend ``inplace``: ``<backend-directory>/inplace/model.py``."""
+
+from inplace.triton import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

@@ -1,0 +1,190 @@
+"""``inplace::attention``: append this step's keys and values to their slots and attend over what each row has cached."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inplace.operators.library import LIBRARY, define
+from inplace.operators.update import write
+
+define(
+    "attention",
+    "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, Tensor row_offsets, "
+    "Tensor write_indices, *, float scale, bool append=True, bool causal=True, int window=0, bool ring=False, "
+    "float softcap=0.0) -> Tensor",
+)
+
+
+@torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
+def _attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    scale: float,
+    append: bool = True,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    out = query.new_empty((*query.shape[:2], value_state.shape[3]))
+    bounds = row_offsets.tolist()
+    for row, (slot, start) in enumerate(zip(slots.tolist(), write_indices.tolist(), strict=True)):
+        first, end = bounds[row], bounds[row + 1]
+        if slot < 0:
+            out[first:end] = 0
+            continue
+        keys, values = key_state[slot], value_state[slot]
+        cached = start
+        if append:
+            assert key is not None and value is not None
+            write(keys, key[first:end].transpose(0, 1), start, 1, ring=ring)
+            write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
+            cached += end - first
+        keys, values, offset, mask = _visible(keys, values, start, end - first, cached, causal=causal, window=window, ring=ring)
+        out[first:end] = _attend(query[first:end], keys, values, mask, scale, softcap, square=causal and offset == start == 0)
+    return out
+
+
+def _visible(
+    keys: Tensor, values: Tensor, start: int, tokens: int, cached: int, *, causal: bool, window: int, ring: bool
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """The part of a slot that some token of the row may see, the position it starts at, and a mask where not all may.
+
+    The views alias the slot: cached keys are never gathered. Returns keys and values ``[kv_heads, length, dim]``, and the mask
+    ``[tokens, length]``, True where attended.
+    """
+    capacity = keys.shape[1]
+    if ring and cached > capacity:  # wrapped: entry c holds the newest position that is c modulo the capacity
+        entries = torch.arange(capacity, device=keys.device)
+        positions = cached - 1 - (cached - 1 - entries) % capacity
+        offset = 0
+    else:
+        offset = max(0, start - window + 1) if window else 0
+        keys, values = keys[:, offset:cached], values[:, offset:cached]
+        if tokens == 1 and causal:
+            return keys, values, offset, None
+        positions = torch.arange(offset, cached, device=keys.device)
+    if not causal and not window:
+        return keys, values, offset, None
+    rows = torch.arange(start, start + tokens, device=keys.device).unsqueeze(1)
+    mask = positions <= rows if causal else torch.ones((tokens, len(positions)), dtype=torch.bool, device=keys.device)
+    if window:
+        mask &= positions > rows - window
+    return keys, values, offset, mask
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float, *, square: bool) -> Tensor:
+    """Softmax attention of one row; query ``[tokens, heads, dim]``, keys and values ``[kv_heads, length, dim]``."""
+    tokens, heads, dim = query.shape
+    kv_heads, group = keys.shape[0], heads // keys.shape[0]
+    grouped = query.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
+    if mask is not None:
+        mask = mask.repeat(group, 1)
+    if tokens == 1 or softcap:
+        scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
+    elif square and group == 1 and mask is not None and bool(mask.shape[0] == mask.shape[1]):
+        out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], is_causal=True, scale=scale)[0]
+    else:
+        out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scale)[0]
+    return out.view(kv_heads, group, tokens, values.shape[2]).permute(2, 0, 1, 3).reshape(tokens, heads, values.shape[2])
+
+
+@torch.library.register_fake("inplace::attention", lib=LIBRARY)
+def _attention_fake(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    scale: float,
+    append: bool = True,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    torch._check(query.dim() == 3 and key_state.dim() == 4, lambda: "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]")
+    torch._check(append == (key is not None and value is not None), lambda: "append needs key and value; without append there are none")
+    torch._check(query.shape[1] % key_state.shape[1] == 0, lambda: f"{query.shape[1]} query heads do not divide over {key_state.shape[1]} kv heads")
+    if key is not None and value is not None:
+        torch._check(key.dtype == key_state.dtype and value.dtype == value_state.dtype, lambda: "keys and values must have their state's dtype")
+    return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    scale: float,
+    append: bool = True,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Append keys and values, then scaled dot-product attention over each row's own cached length.
+
+    Row r owns the packed tokens ``row_offsets[r]:row_offsets[r + 1]``; one step may decode one row and prefill another. The cost
+    of a row follows its cached length, not the capacity. Grouped-query attention: head h reads kv head
+    ``h // (heads / kv_heads)``.
+
+    Args:
+        query: ``[tokens, heads, dim]``.
+        key, value: ``[tokens, kv_heads, dim]``; None exactly when ``append`` is False (cross-attention).
+        key_state, value_state: ``[slots, kv_heads, capacity, dim]``, mutated when ``append``.
+        slots: ``[rows]``, int32 or int64; -1 is a null row: it writes nothing and its tokens' output is 0.
+        row_offsets: ``[rows + 1]``.
+        write_indices: ``[rows]``: each row's cached length before the step, where its append starts.
+        scale: factor of ``query @ key``, before softmax.
+        append: write ``key`` and ``value`` first.
+        causal: token i of a row sees positions up to its own.
+        window: if not 0, a token at position p sees positions ``p - window + 1`` to ``p``.
+        ring: the states hold position p at ``p % capacity``; needs ``capacity >= window + tokens of a row - 1``.
+        softcap: if not 0, scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118, section 2).
+
+    Returns:
+        ``[tokens, heads, dim]``, the query's dtype.
+
+    Raises:
+        IndexError: the rows do not fit their slot.
+    """
+    out = torch.ops.inplace.attention(
+        query,
+        key,
+        value,
+        key_state,
+        value_state,
+        slots,
+        row_offsets,
+        write_indices,
+        scale=scale,
+        append=append,
+        causal=causal,
+        window=window,
+        ring=ring,
+        softcap=softcap,
+    )
+    assert isinstance(out, Tensor)
+    return out

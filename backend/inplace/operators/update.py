@@ -1,0 +1,110 @@
+"""``inplace::update``: write the rows of some slots of a state, in place."""
+
+import torch
+from torch import Tensor
+
+from inplace.operators.library import LIBRARY, define
+
+define(
+    "update",
+    "(Tensor(a!) state, Tensor slots, Tensor value, Tensor? row_offsets=None, Tensor? write_indices=None, int axis=0, "
+    "bool ring=False) -> ()",
+)
+
+
+@torch.library.impl(LIBRARY, "update", "CompositeExplicitAutograd")
+def _update(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    owners = slots.tolist()
+    if write_indices is None:
+        for row, slot in enumerate(owners):
+            if slot >= 0:
+                state[slot].copy_(value[row])
+        return
+    starts = write_indices.tolist()
+    bounds = range(len(owners) + 1) if row_offsets is None else row_offsets.tolist()
+    for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
+        if slot < 0:
+            continue
+        if row_offsets is None:
+            new = value[row]
+        else:  # packed: the tokens are value's first axis; the slot has them on `axis`
+            new = value[bounds[row] : bounds[row + 1]].movedim(0, axis - 1)
+        write(state[slot], new, start, axis - 1, ring=ring)
+
+
+def write(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
+    """Copy ``new`` into ``slot`` from ``start`` along ``axis``; a ring goes on at 0 when it reaches the end.
+
+    Raises:
+        IndexError: the rows do not fit. The runtime checks this before a step; an operator never writes beside its slot.
+    """
+    capacity, count = slot.shape[axis], new.shape[axis]
+    if ring:
+        if count > capacity:
+            raise IndexError(f"{count} rows do not fit a ring of {capacity}")
+        start %= capacity
+        head = min(count, capacity - start)
+        slot.narrow(axis, start, head).copy_(new.narrow(axis, 0, head))
+        if head < count:
+            slot.narrow(axis, 0, count - head).copy_(new.narrow(axis, head, count - head))
+        return
+    if start < 0 or start + count > capacity:
+        raise IndexError(f"rows {start}:{start + count} are outside a slot that holds {capacity}")
+    slot.narrow(axis, start, count).copy_(new)
+
+
+@torch.library.register_fake("inplace::update", lib=LIBRARY)
+def _update_fake(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    torch._check(value.dtype == state.dtype, lambda: f"value is {value.dtype}, the state is {state.dtype}")
+    if write_indices is not None:
+        torch._check(1 <= axis < state.dim(), lambda: f"axis {axis} is no axis of a slot of {tuple(state.shape)}")
+    else:
+        torch._check(
+            tuple(value.shape[1:]) == tuple(state.shape[1:]),
+            lambda: f"value {tuple(value.shape)} must be [rows, ...] with the extents of the state {tuple(state.shape)}",
+        )
+
+
+def update(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    *,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    """Write the rows of these slots, in place.
+
+    Args:
+        state: ``[slots, ...]``, mutated.
+        slots: ``[rows]``, int32 or int64; a row with slot -1 writes nothing.
+        value: without ``write_indices``: ``[rows, ...]``, the whole of each slot. With ``write_indices``: what to append,
+            ``[rows, ...]`` with the new entries on ``axis``; with ``row_offsets`` too, packed ``[tokens, ...]``, where the
+            token axis comes first and stands for ``axis``.
+        row_offsets: ``[rows + 1]``: row r owns ``value[row_offsets[r]:row_offsets[r + 1]]``.
+        write_indices: ``[rows]``: where each row's append starts.
+        axis: the state's axis (counted with the slot axis) that an append grows along.
+        ring: write modulo the extent of ``axis``.
+
+    Raises:
+        IndexError: an append that does not fit its slot.
+    """
+    torch.ops.inplace.update(state, slots, value, row_offsets, write_indices, axis, ring)

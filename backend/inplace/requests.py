@@ -1,0 +1,100 @@
+"""What a client asked for, free of Triton's types, and the checks that need nothing but the program's description."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from inplace.errors import Code, RequestError
+from inplace.manifest import Dtype, Program, Role, TensorSpec
+from inplace.sequences import SequenceId
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of one sequence.
+
+    Attributes:
+        sequence: the correlation id.
+        start, end: the sequence flags.
+        inputs: host tensors by input name, still with the batch axis of 1.
+        id: the client's request id, for error texts and logs.
+        parameters: the request's custom parameters.
+    """
+
+    sequence: SequenceId
+    start: bool
+    end: bool
+    inputs: Mapping[str, Tensor]
+    id: str = ""
+    parameters: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+    def flag(self, name: str) -> bool:
+        """A boolean parameter; False where the client sent none.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it is neither true nor false.
+        """
+        value = self.parameters.get(name, False)
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "1", "false", "0"):
+            return str(value).lower() in ("true", "1")
+        raise RequestError(Code.BAD_PARAMETER, f"parameter {name!r} is {value!r}; expected true or false")
+
+    def position(self) -> int | None:
+        """The parameter ``position``: the cached length the client believes in; None where it sent none.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it is no whole number of at least 0.
+        """
+        value = self.parameters.get("position")
+        if value is None:
+            return None
+        try:
+            number = int(str(value))
+        except ValueError:
+            number = -1
+        if number < 0 or isinstance(value, bool):
+            raise RequestError(Code.BAD_PARAMETER, f"parameter 'position' is {value!r}; expected a whole number of at least 0")
+        return number
+
+
+def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The client's tensors without their batch axis, and how many tokens they bring (1 for a rectangular program).
+
+    Raises:
+        RequestError: MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT or VALUE_RANGE.
+    """
+    checked: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for spec in program.client_inputs:
+        tensor = inputs.get(spec.name)
+        if tensor is None:
+            raise RequestError(Code.MISSING_INPUT, f"input {spec.name!r} is missing; this model takes {[s.name for s in program.client_inputs]}")
+        checked[spec.name] = _checked(spec, tensor)
+        if spec.role is Role.TOKENS:
+            counts[spec.name] = len(checked[spec.name])
+    if len(set(counts.values())) > 1:
+        raise RequestError(Code.BAD_SHAPE, f"inputs of one request must bring the same number of tokens, got {counts}")
+    return checked, next(iter(counts.values()), 1)
+
+
+def _checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
+    if tensor.dtype != spec.dtype.as_torch:
+        raise RequestError(Code.BAD_DTYPE, f"input {spec.name!r} is {Dtype.of(tensor.dtype)}; expected {spec.dtype}")
+    shape = tuple(tensor.shape)
+    rest = spec.shape[1:] if spec.role is Role.TOKENS else spec.shape
+    fits = shape[:1] == (1,) and (shape[2:] == rest and len(shape) >= 2 if spec.role is Role.TOKENS else shape[1:] == rest)
+    if not fits:
+        wanted = [1, *("tokens" if extent == -1 else extent for extent in spec.shape)]
+        raise RequestError(Code.BAD_SHAPE, f"input {spec.name!r} has the shape {list(shape)}; expected {wanted}")
+    tensor = tensor[0]
+    if spec.role is Role.TOKENS and len(tensor) == 0:
+        raise RequestError(Code.EMPTY_INPUT, f"input {spec.name!r} is empty; send at least 1 token")
+    if spec.minimum is not None or spec.maximum is not None:
+        low, high = (bound.item() for bound in tensor.aminmax())
+        if (spec.minimum is not None and low < spec.minimum) or (spec.maximum is not None and high > spec.maximum):
+            wrong = low if spec.minimum is not None and low < spec.minimum else high
+            raise RequestError(Code.VALUE_RANGE, f"input {spec.name!r} holds {wrong}; expected values from {spec.minimum} to {spec.maximum}")
+    return tensor

@@ -1,0 +1,127 @@
+"""Sequences and the slots they own."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from inplace.errors import Code, RequestError
+
+SequenceId = int | str
+REMEMBERED = 4096
+"""How many reclaimed ids are remembered, only to tell a late client what happened to it."""
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One stream of requests and the slot it owns from START to END.
+
+    Attributes:
+        id: the correlation id.
+        slot: its row of the arena.
+        length: positions its slot holds (the cached length).
+        last_response: when it was last answered, by the table's clock, in seconds.
+        busy: a step of it is under way; it is not reclaimed then.
+    """
+
+    id: SequenceId
+    slot: int
+    length: int = 0
+    last_response: float = 0.0
+    busy: bool = False
+
+
+class SlotTable:
+    """Which sequence owns which slot. A slot is owned by at most one live sequence.
+
+    Args:
+        slots: how many there are.
+        idle_timeout: seconds after its last response at which a sequence loses its slot.
+        clock: monotonic seconds; a test may drive it.
+    """
+
+    def __init__(self, slots: int, idle_timeout: float, clock: Callable[[], float] = monotonic) -> None:
+        self.slots = slots
+        self.idle_timeout = idle_timeout
+        self._clock = clock
+        self._free = list(range(slots - 1, -1, -1))
+        self._live: OrderedDict[SequenceId, Sequence] = OrderedDict()  # by last response, the longest idle first
+        self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @property
+    def free(self) -> int:
+        """Slots nobody owns."""
+        return len(self._free)
+
+    def get(self, id: SequenceId) -> Sequence | None:
+        """The live sequence of that id."""
+        return self._live.get(id)
+
+    def find(self, id: SequenceId) -> Sequence:
+        """The live sequence of that id.
+
+        Raises:
+            RequestError: UNKNOWN_SEQUENCE, and whether it was reclaimed.
+        """
+        sequence = self._live.get(id)
+        if sequence is not None:
+            return sequence
+        if (idle := self._reclaimed.get(id)) is not None:
+            why = f"it was idle for {idle:.0f} s and its slot was reclaimed (idle timeout {self.idle_timeout:g} s)"
+        else:
+            why = "it has not started, has ended, or its START was refused"
+        raise RequestError(Code.UNKNOWN_SEQUENCE, f"no sequence {id!r} is live: {why}; send a request with the START flag")
+
+    def start(self, id: SequenceId) -> Sequence:
+        """Give a new sequence a slot.
+
+        Raises:
+            RequestError: NO_FREE_SLOT, retryable.
+        """
+        assert id not in self._live
+        if not self._free:
+            self.reclaim()
+        if not self._free:
+            raise RequestError(
+                Code.NO_FREE_SLOT,
+                f"all {self.slots} slots are owned by live sequences; retry when one has ended, or build with more slots",
+                retryable=True,
+            )
+        self._reclaimed.pop(id, None)
+        sequence = self._live[id] = Sequence(id, self._free.pop(), last_response=self._clock())
+        return sequence
+
+    def end(self, sequence: Sequence) -> None:
+        """Take the slot back."""
+        del self._live[sequence.id]
+        self._free.append(sequence.slot)
+
+    def answered(self, sequence: Sequence) -> None:
+        """Restart the sequence's idle clock: it was sent a response just now."""
+        sequence.last_response = self._clock()
+        self._live.move_to_end(sequence.id)
+
+    def reclaim(self) -> list[Sequence]:
+        """End every sequence that has been idle for too long, and return them."""
+        now = self._clock()
+        idle = []
+        for sequence in self._live.values():
+            if now - sequence.last_response < self.idle_timeout:
+                break
+            if not sequence.busy:
+                idle.append(sequence)
+        for sequence in idle:
+            self.end(sequence)
+            self._reclaimed[sequence.id] = now - sequence.last_response
+            if len(self._reclaimed) > REMEMBERED:
+                self._reclaimed.popitem(last=False)
+        return idle
+
+    def next_expiry(self) -> float:
+        """Seconds until some live sequence may have been idle for too long; the whole timeout if there is none."""
+        for sequence in self._live.values():
+            return max(0.0, sequence.last_response + self.idle_timeout - self._clock())
+        return self.idle_timeout

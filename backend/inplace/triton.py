@@ -1,0 +1,114 @@
+"""The border to Triton: the only module that knows the Python backend's types."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton_python_backend_utils as pb_utils
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from inplace.arena import Arena
+from inplace.drivers import Answer, StepDriver
+from inplace.engines import load_engine
+from inplace.errors import Code, LoadError, RequestError
+from inplace.instance import ModelInstance
+from inplace.manifest import Manifest
+from inplace.requests import Request
+from inplace.settings import Settings
+
+FLAG_START, FLAG_END = 1, 2
+
+STATUS = {Code.NO_FREE_SLOT: pb_utils.TritonError.UNAVAILABLE, Code.UNKNOWN_SEQUENCE: pb_utils.TritonError.NOT_FOUND, Code.ENGINE_FAILED: pb_utils.TritonError.INTERNAL}
+"""Triton's status for an error; INVALID_ARG for the others."""
+
+log = logging.getLogger("inplace")
+
+
+class TritonPythonModel:
+    """What Triton's Python backend looks for in model.py: one object a model instance."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine beside the model's config.pbtxt; a model that cannot be served fails to load with the reason."""
+        _log_to_triton(args["model_instance_name"])
+        folder = Path(args["model_repository"]) / args["model_version"]
+        try:
+            manifest = Manifest.load(folder)
+            settings = Settings.parse(args["model_config"], manifest)
+            arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
+            engine = load_engine(folder, manifest, arena)
+        except LoadError as error:
+            raise pb_utils.TritonModelException(f"INPLACE-LOAD: {error}") from error
+        for note in settings.notes:
+            log.warning("%s", note)
+        self._driver = StepDriver(ModelInstance(manifest, arena, engine, settings.idle_timeout))
+        log.info("ready: %d slots of %d bytes, arena %d bytes on %s", manifest.slots, manifest.slot_bytes, arena.bytes, manifest.engine.device)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a batch of requests; each with its own result or its own error."""
+        parsed: list[Request | RequestError] = [_parse(request) for request in requests]
+        valid = [request for request in parsed if isinstance(request, Request)]
+        answers = iter(self._driver.run(valid))
+        return [
+            _response(request, next(answers) if isinstance(found, Request) else found) for request, found in zip(requests, parsed, strict=True)
+        ]
+
+    def finalize(self) -> None:
+        """The model is unloaded."""
+        self._driver.close()
+
+
+def _parse(request: Any) -> Request | RequestError:
+    flags = request.flags()
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+        inputs = {tensor.name(): _tensor(tensor) for tensor in request.inputs()}
+    except (ValueError, RuntimeError) as error:
+        return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
+    return Request(
+        sequence=request.correlation_id(),
+        start=bool(flags & FLAG_START),
+        end=bool(flags & FLAG_END),
+        inputs=inputs,
+        id=request.request_id(),
+        parameters=parameters,
+    )
+
+
+def _tensor(tensor: Any) -> Tensor:
+    """The request's own memory as a tensor, not copied."""
+    found: Tensor = from_dlpack(tensor.to_dlpack())
+    return found
+
+
+def _response(request: Any, answer: Answer) -> Any:
+    if isinstance(answer, RequestError):
+        text = answer.wire(request.correlation_id(), request.request_id())
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, STATUS.get(answer.code, pb_utils.TritonError.INVALID_ARG)))
+    asked = set(request.requested_output_names())
+    return pb_utils.InferenceResponse(
+        output_tensors=[pb_utils.Tensor.from_dlpack(name, to_dlpack(tensor)) for name, tensor in answer.items() if name in asked]
+    )
+
+
+class _TritonHandler(logging.Handler):
+    """Log records into the server's own log, at the level they have."""
+
+    def __init__(self, instance: str) -> None:
+        super().__init__()
+        self.instance = instance
+        logger = pb_utils.Logger
+        self.levels: dict[int, Callable[[str], None]] = {logging.ERROR: logger.log_error, logging.WARNING: logger.log_warn, logging.INFO: logger.log_info}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write = next((write for level, write in self.levels.items() if record.levelno >= level), pb_utils.Logger.log_verbose)
+        write(f"inplace {self.instance}: {self.format(record)}")
+
+
+def _log_to_triton(instance: str) -> None:
+    log.handlers = [_TritonHandler(instance)]
+    log.setLevel(logging.INFO)
+    log.propagate = False

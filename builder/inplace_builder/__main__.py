@@ -1,0 +1,161 @@
+"""The console command ``inplace``: build, inspect, serve, chat."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from inplace.errors import InplaceError
+from inplace.manifest import Dtype
+
+app = typer.Typer(help="Models that keep state between requests, updated in place, on Triton Inference Server.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder (safetensors or one GGUF file), or a GGUF file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, in a model repository: model_repository/<name>.")],
+    dtype: Annotated[Dtype, typer.Option(help="Element type of weights and states.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    slots: Annotated[int, typer.Option(help="Sequences that can live at the same time.")] = 8,
+    max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step; default: the slots, at most 8.")] = None,
+    capacity: Annotated[int, typer.Option(help="Positions a sequence may hold.")] = 1024,
+    chunk: Annotated[int, typer.Option(help="Most tokens of one sequence in one step; longer prompts take several.")] = 128,
+    name: Annotated[str | None, typer.Option(help="The model's name; default: the last part of --output.")] = None,
+    idle_timeout: Annotated[float, typer.Option(help="Seconds after its last response at which a sequence loses its slot.")] = 600.0,
+    queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full.")] = 500,
+) -> None:
+    """Build a decoder into a model repository, verified against transformers before it is written."""
+    from inplace_builder.build import BuildOptions, build_decoder
+    from inplace_builder.report import summary
+
+    with _errors():
+        options = BuildOptions(
+            dtype=dtype,
+            device=device,
+            slots=slots,
+            max_rows=max_batch if max_batch is not None else min(slots, 8),
+            capacity=capacity,
+            chunk=chunk,
+            idle_timeout=idle_timeout,
+            queue_delay_microseconds=queue_delay_us,
+        )
+        target = output if name is None or output.name == name else output / name
+        columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            last: list[int] = []
+
+            def stage(what: str) -> None:
+                for task in last:
+                    progress.update(progress.tasks[task].id, total=1, completed=1)
+                last[:] = [progress.add_task(what, total=None)]
+
+            manifest = build_decoder(model, target, options, stage)
+            stage("done")
+            progress.update(progress.tasks[last[0]].id, total=1, completed=1)
+        console.print(summary(manifest, target))
+
+
+@app.command()
+def inspect(model: Annotated[Path, typer.Argument(help="An engine directory, or a model of a repository.")]) -> None:
+    """Say what an engine directory is: programs, states, aliases, memory, limits, and what built it."""
+    from inplace.manifest import FILE_NAME, Manifest
+    from inplace_builder.report import details
+
+    with _errors():
+        folder = model if (model / FILE_NAME).is_file() else model / "1"
+        for part in details(Manifest.load(folder)):
+            console.print(part)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model_repository: Annotated[Path, typer.Option(help="The model repository.")] = Path("model_repository"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    grpc_port: int = 8001,
+    http_port: int = 8000,
+    metrics_port: int = 8002,
+    log_file: Annotated[Path | None, typer.Option(help="Where the server's own output goes; default: here.")] = None,
+) -> None:
+    """Serve a model repository with tritonserver until interrupted. Further arguments go to tritonserver as they are."""
+    from inplace_builder.server import Ports, TritonServer
+
+    with _errors():
+        server = TritonServer(
+            model_repository, Ports(grpc=grpc_port, http=http_port, metrics=metrics_port), host, log=log_file, arguments=context.args
+        )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        with contextlib.suppress(KeyboardInterrupt), server:
+            console.print(f"serving {model_repository}: gRPC {server.grpc_url}, HTTP {host}:{server.ports.http}, metrics {host}:{server.ports.metrics}")
+            assert server.process is not None
+            raise SystemExit(server.process.wait())
+
+
+@app.command()
+def install_backend(directory: Annotated[Path, typer.Argument(help="The folder to make, for tritonserver --backend-directory.")]) -> None:
+    """Write a backend directory for your own tritonserver command line."""
+    from inplace_builder.server import environment, install_backend
+
+    with _errors():
+        install_backend(directory)
+        console.print(f"tritonserver --backend-directory={directory} --model-repository=…\nwith LD_LIBRARY_PATH={environment()['LD_LIBRARY_PATH']}", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="The model in its repository: its name, and its tokenizer, are taken from there.")],
+    url: Annotated[str, typer.Option(help="host:port of the server's gRPC endpoint.")] = "127.0.0.1:8001",
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 256,
+    say: Annotated[list[str] | None, typer.Option(help="Say this instead of asking at the prompt; may be repeated, a turn each.")] = None,
+) -> None:
+    """Talk to a served decoder. The whole conversation is one sequence: no turn sends what was said before."""
+    from tritonclient.grpc import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
+    from inplace.client import Sequence
+    from inplace_builder.build import TOKENIZER, VERSION
+    from inplace_builder.chat import Conversation, load_tokenizer
+
+    with _errors(InferenceServerException), InferenceServerClient(url) as client, Sequence(client, model.resolve().name) as sequence:
+        conversation = Conversation(sequence, load_tokenizer(model / VERSION / TOKENIZER), system)
+        for turn in say if say else _typed():
+            if say:
+                console.print(f"[bold]>[/] {turn}")
+            for piece in conversation.say(turn, max_tokens):
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print()
+
+
+def _typed() -> Iterator[str]:
+    """What the user types, until an empty line or the end of input."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while text := console.input("[bold]>[/] ").strip():
+            yield text
+
+
+@contextlib.contextmanager
+def _errors(*others: type[Exception]) -> Iterator[None]:
+    """Our own errors are messages, not tracebacks."""
+    try:
+        yield
+    except (InplaceError, *others) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The build: load, capture, write, verify, publish. What fails leaves nothing behind and what stood there before untouched."""
+
+import contextlib
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.export.passes import move_to_device_pass
+
+from inplace import __version__
+from inplace.engines.loading import sha256
+from inplace.manifest import FILE_NAME, Dtype, EngineFile, Manifest
+from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
+from inplace_builder.errors import BuildError
+from inplace_builder.model_config import model_config
+from inplace_builder.verify import verify
+
+ENGINE_FILE = "engine.pt2"
+VERSION = "1"
+"""Triton's model version, the folder the engine lies in."""
+TOKENIZER = "tokenizer"
+
+DTYPES = {"cpu": (Dtype.FLOAT32, Dtype.BFLOAT16), "cuda": (Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32)}
+
+Stage = Callable[[str], None]
+"""Called with what begins now; a progress display."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build for.
+
+    Attributes:
+        dtype: element type of weights and states.
+        device: ``cpu`` or ``cuda``.
+        slots: sequences that can live at the same time.
+        max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
+        capacity: positions a sequence may hold.
+        chunk: most tokens of one sequence in one step; longer prompts are fed in several.
+        idle_timeout: seconds after its last response at which a sequence loses its slot.
+        queue_delay_microseconds: how long the server may hold back a batch that is not full.
+    """
+
+    dtype: Dtype = Dtype.FLOAT32
+    device: str = "cpu"
+    slots: int = 8
+    max_rows: int = 8
+    capacity: int = 1024
+    chunk: int = 128
+    idle_timeout: float = 600.0
+    queue_delay_microseconds: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_rows", "capacity", "chunk"):
+            if getattr(self, name) < 1:
+                raise BuildError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_rows > self.slots:
+            raise BuildError(f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: raise slots or lower the batch")
+        if self.dtype not in DTYPES.get(self.device, ()):
+            raise BuildError(f"{self.dtype} on {self.device!r} is not supported; choose {[str(d) for d in DTYPES.get(self.device, ())]} or another device")
+        if not 0 < self.idle_timeout < float("inf"):
+            raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0")
+        if self.queue_delay_microseconds < 0:
+            raise BuildError(f"queue_delay_microseconds is {self.queue_delay_microseconds}; it must be at least 0")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BuildError("an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu")
+
+
+def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stage = lambda _: None) -> Manifest:
+    """Build a Hugging Face decoder into ``output``, a model of a Triton repository.
+
+    Args:
+        source: a local model folder (safetensors, or one GGUF file), or a GGUF file.
+        output: the folder to write; its name is the model's. An engine directory there is replaced, anything else refused.
+        options: what to build for.
+        stage: told what begins.
+
+    Raises:
+        BuildError: with nothing written.
+    """
+    check_output(output)
+    stage("load the model")
+    model, tokenizer = load_decoder(source, options.dtype)
+    stage("capture the graph")
+    capture = capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, min(options.chunk, options.capacity)))
+
+    def extras(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / TOKENIZER)
+
+    return write_engine(capture, output, options, stage, {"source": source.name, "architecture": type(model).__name__}, extras)
+
+
+def write_engine(
+    capture: Capture,
+    output: Path,
+    options: BuildOptions,
+    stage: Stage = lambda _: None,
+    notes: dict[str, str] | None = None,
+    extras: Callable[[Path], None] = lambda _: None,
+) -> Manifest:
+    """Write a captured model as an engine directory, verify it as it was written, and only then put it in its place.
+
+    Args:
+        capture: what a frontend captured.
+        output, options, stage: as in `build_decoder`.
+        notes: what else to record in ``built_with``.
+        extras: writes further files into the version folder.
+
+    Raises:
+        BuildError: it cannot be written, or it does not do what the captured model does.
+    """
+    check_output(output)
+    with _published(output) as draft:
+        folder = draft / VERSION
+        stage("write the engine")
+        with _disk_errors(output):
+            folder.mkdir()
+            exported = capture.exported
+            if options.device != "cpu":
+                exported = move_to_device_pass(exported, options.device)
+            torch.export.save(exported, folder / ENGINE_FILE)
+            extras(folder)
+        manifest = Manifest(
+            name=output.name,
+            slots=options.slots,
+            capacity=capture.capacity,
+            states=capture.states,
+            programs=(capture.program,),
+            lowering=capture.lowering,
+            engine=EngineFile(
+                kind="torch",
+                file=ENGINE_FILE,
+                bytes=(folder / ENGINE_FILE).stat().st_size,
+                sha256=sha256(folder / ENGINE_FILE),
+                device="cpu" if options.device == "cpu" else "cuda",
+                dtype=capture.dtype,
+            ),
+            verified="executed",
+            built_with=built_with() | (notes or {}),
+        )
+        stage("verify it against the model")
+        error = verify(folder, manifest, capture)
+        manifest = manifest.model_copy(update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}})
+        config = model_config(manifest, idle_timeout=options.idle_timeout, queue_delay_microseconds=options.queue_delay_microseconds)
+        with _disk_errors(output):
+            manifest.save(folder)
+            (draft / "config.pbtxt").write_text(config.text())
+    return manifest
+
+
+def built_with() -> dict[str, str]:
+    """The versions that made an engine."""
+    return {
+        "inplace": __version__,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def check_output(output: Path) -> None:
+    """BuildError if ``output`` holds something that is not an engine directory."""
+    if output.is_dir() and any(output.iterdir()) and not (output / VERSION / FILE_NAME).is_file():
+        raise BuildError(f"{output} is a folder with other files in it; choose a new or empty one, or an engine directory to replace")
+    if output.exists() and not output.is_dir():
+        raise BuildError(f"{output} is a file; choose the folder to write the model into")
+
+
+@contextlib.contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """A draft beside ``output`` that takes its place when the block succeeds and vanishes when it fails."""
+    with _disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        draft.chmod(0o755)
+    try:
+        yield draft
+        with _disk_errors(output):
+            if output.exists():
+                old = draft.with_suffix(".old")
+                output.rename(old)
+                draft.rename(output)
+                shutil.rmtree(old)
+            else:
+                draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """A failed write as a BuildError. PyTorch's archive writer reports one as a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or "write" in str(error):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise BuildError(f"{output} cannot be written: {lines[0]}; free space there or choose another place (nothing was left behind)") from error
+        raise

@@ -1,0 +1,75 @@
+"""What a frontend hands to the rest of the builder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inplace.manifest import Alias, Dtype, Lowering, Program, Role, StateSpec, TensorSpec
+from inplace.operators import written_states
+from inplace_builder.errors import BuildError
+from inplace_builder.passes.cleanup import remove_no_ops
+from inplace_builder.passes.state_uses import check_state_uses
+
+Reference = Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]]
+"""The original model on one sequence: the client inputs of all its requests so far, in order (no batch axis), to the outputs of
+the last request, by name and without a batch axis."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    Attributes:
+        exported: the graph; its placeholders are the program's inputs, then the states.
+        program: its description, aliases included.
+        states: the states, in placeholder order.
+        capacity: positions a sequence may hold; None where nothing grows.
+        dtype: the element type of the weights.
+        lowering: how each state is updated.
+        reference: the original model, to verify against.
+    """
+
+    exported: torch.export.ExportedProgram
+    program: Program
+    states: tuple[StateSpec, ...]
+    capacity: int | None
+    dtype: Dtype
+    lowering: tuple[Lowering, ...]
+    reference: Reference
+
+
+def described(
+    exported: torch.export.ExportedProgram, program: Program, states: tuple[StateSpec, ...]
+) -> tuple[Program, tuple[Lowering, ...]]:
+    """Clean the graph, check it against its description, and complete the program with the aliases read off the graph.
+
+    Raises:
+        BuildError: the graph takes other inputs, touches a state outside the operators, or leaves a state unwritten.
+    """
+    remove_no_ops(exported)
+    exported._example_inputs = None  # would be saved with the program: example states are as large as slots
+    graph = exported.graph
+    found = list(exported.graph_signature.user_inputs)
+    wanted = [spec.name for spec in program.inputs] + [state.name for state in states]
+    if found != wanted:
+        raise BuildError(f"the captured graph takes {found}, its description says {wanted}")
+    names = [state.name for state in states]
+    check_state_uses(graph, names)
+    written = written_states(graph)
+    if unwritten := sorted(set(names) - set(written)):
+        raise BuildError(f"the model never writes {unwritten}: what it only reads is a constant, not a state; make it a buffer")
+    aliases = tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names)
+    because = "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
+    lowering = tuple(Lowering(state=name, kind="operator", because=because) for name in names)
+    return program.model_copy(update={"aliases": aliases}), lowering
+
+
+CONTROL_DTYPE = Dtype.INT32
+"""Element type of everything the runtime fills in: what TensorRT's own cache layer takes, and enough for any position."""
+
+
+def control(name: str, role: Role) -> TensorSpec:
+    """The description of an input that the runtime fills."""
+    return TensorSpec(name=name, role=role, dtype=CONTROL_DTYPE)

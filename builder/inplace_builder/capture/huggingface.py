@@ -1,0 +1,357 @@
+"""Frontend for Hugging Face decoders, through transformers' own extension points: a cache class and an attention function.
+
+The model's code runs unchanged. Its keys and values pass through `SlotCache.update`, its attention through `slot_attention`, which
+calls ``inplace::attention`` on the layer's states. Everything else in a decoder works token by token, so the tokens of all rows
+are packed behind one another on one axis.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.export import Dim
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec, Update
+from inplace.operators import attention
+from inplace_builder.capture.capture import Capture, control, described
+from inplace_builder.errors import BuildError
+
+IMPLEMENTATION = "inplace"
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """What a decoder is built for.
+
+    Attributes:
+        capacity: positions a sequence may hold.
+        max_rows: most sequences in one step.
+        chunk: most tokens of one sequence in one step.
+    """
+
+    capacity: int
+    max_rows: int
+    chunk: int
+
+
+class SlotCache(Cache):
+    """A cache that keeps nothing: the keys and values it is given go on to the attention function, which appends them.
+
+    Args:
+        key_states, value_states: one state a layer, ``[slots, kv_heads, capacity, dim]``.
+        slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
+        rings: for each layer whether its states are rings.
+    """
+
+    def __init__(
+        self,
+        key_states: Sequence[Tensor],
+        value_states: Sequence[Tensor],
+        slots: Tensor,
+        row_offsets: Tensor,
+        write_indices: Tensor,
+        rings: Sequence[bool],
+    ) -> None:
+        super().__init__(layers=[])
+        self.key_states, self.value_states, self.rings = key_states, value_states, rings
+        self.slots, self.row_offsets, self.write_indices = slots, row_offsets, write_indices
+        self.updated: int | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Note which layer's keys and values come next; ``[1, kv_heads, tokens, dim]`` each, returned as they are."""
+        self.updated = layer_idx
+        return key_states, value_states
+
+
+_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer; query ``[1, heads, tokens, dim]``.
+
+    Raises:
+        BuildError: the layer attends in a way that ``inplace::attention`` does not have.
+    """
+    cache = _cache.get()
+    layer, cache.updated = cache.updated, None
+    kind = type(module).__name__
+    if layer is None or layer != getattr(module, "layer_idx", layer):
+        raise BuildError(f"{kind} attends without caching its own keys and values (shared or cross-attention layers are not supported)")
+    if attention_mask is not None:
+        raise BuildError(f"{kind} brings an attention mask of its own; only causal and sliding-window attention is supported")
+    if unknown := sorted(name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None):
+        raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
+    if not getattr(module, "is_causal", True):
+        raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
+    out = attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cache.key_states[layer],
+        cache.value_states[layer],
+        cache.slots,
+        cache.row_offsets,
+        cache.write_indices,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=sliding_window or 0,
+        ring=cache.rings[layer],
+        softcap=softcap or 0.0,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, slot_attention)
+
+
+class DecoderStep(torch.nn.Module):
+    """One step of a decoder over packed rows. The names of its arguments become those of the graph's inputs."""
+
+    def __init__(self, model: PreTrainedModel, rings: Sequence[bool]) -> None:
+        super().__init__()
+        self.model = model
+        self.rings = rings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        row_offsets: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        write_indices: Tensor,
+        key_states: list[Tensor],
+        value_states: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids ``[tokens]`` to each row's next token ``[rows, 1]`` (greedy) and float32 logits ``[rows, vocabulary]``."""
+        cache = SlotCache(key_states, value_states, slots, row_offsets, write_indices, self.rings)
+        token = _cache.set(cache)
+        try:
+            out = self.model(
+                input_ids=input_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last_tokens,
+            )
+        finally:
+            _cache.reset(token)
+        logits = out.logits[0].float()
+        return logits.argmax(-1, keepdim=True), logits
+
+
+def load_decoder(source: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a decoder from a local folder (safetensors or one GGUF file) or from a GGUF file. Nothing is downloaded.
+
+    Raises:
+        BuildError: there is no model, it is no decoder, or transformers cannot read it.
+    """
+    if not source.exists():
+        raise BuildError(f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file")
+    folder = source if source.is_dir() else source.parent
+    files = sorted(folder.glob("*.gguf")) if source.is_dir() else [source]
+    where: dict[str, Any] = {"local_files_only": True}
+    if not (folder / "config.json").is_file() or source.is_file():
+        if len(files) != 1 or files[0].suffix != ".gguf":
+            held = f"{len(files)} GGUF files; name one" if len(files) > 1 else "neither config.json nor a GGUF file"
+            raise BuildError(f"{source} is no model: it holds {held}")
+        where["gguf_file"] = files[0].name
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **where)
+    except Exception as error:  # transformers raises many types for a folder it cannot make sense of
+        raise BuildError(f"{source} has no configuration that transformers can read: {_brief(error)}") from error
+    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BuildError(f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has no causal language model for it)")
+    try:
+        with _quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.as_torch, **where)
+    except Exception as error:
+        raise BuildError(f"the weights in {source} cannot be loaded: {_brief(error)}") from error
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+    except Exception:  # a model without a tokenizer is served all the same: its clients send ids
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
+    """Export one step of a decoder over packed rows.
+
+    Raises:
+        BuildError: the model does something that the operators do not have.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _check_positions(config, options)
+    states, rings = _states(config, model.dtype, options)
+    original = model.config._attn_implementation
+    keys, values = states[: len(states) // 2], states[len(states) // 2 :]
+    tensors = _Examples(options, [_empty(spec) for spec in keys], [_empty(spec) for spec in values])
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        with _quiet(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+            exported = torch.export.export(DecoderStep(model, rings), tensors.arguments(), dynamic_shapes=tensors.dynamic_shapes())
+    except BuildError:
+        raise
+    except Exception as error:
+        raise BuildError(f"torch.export cannot capture {type(model).__name__}: {_brief(error)}") from error
+    finally:
+        model.set_attn_implementation(original)
+    _check_layers(exported.graph, len(keys), type(model).__name__)
+    description = Program(
+        name="step",
+        row_layout="packed",
+        inputs=(
+            TensorSpec(name="input_ids", role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=config.vocab_size - 1),
+            control("positions", Role.POSITIONS),
+            control("row_offsets", Role.ROW_OFFSETS),
+            control("last_tokens", Role.LAST_TOKENS),
+            control("slots", Role.SLOTS),
+            control("write_indices", Role.WRITE_INDICES),
+        ),
+        outputs=(
+            TensorSpec(name="next_token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), argmax_of="logits"),
+            TensorSpec(name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(config.vocab_size,), on_request=True),
+        ),
+        aliases=(),
+        max_rows=options.max_rows,
+        chunk=options.chunk,
+    )
+    program, lowering = described(exported, description, states)
+
+    def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.cat([request["input_ids"] for request in requests])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
+
+    return Capture(exported, program, states, options.capacity, Dtype.of(model.dtype), lowering, reference)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Example arguments of a `DecoderStep`: two rows, or one where the program has only one, and which extents vary."""
+
+    options: DecoderOptions
+    key_states: list[Tensor]
+    value_states: list[Tensor]
+
+    def arguments(self) -> tuple[Any, ...]:
+        rows = min(2, self.options.max_rows)
+        offsets = torch.arange(rows + 1, dtype=torch.int32) * 2
+        return (
+            torch.zeros(2 * rows, dtype=torch.int64),
+            torch.arange(2, dtype=torch.int32).repeat(rows),
+            offsets,
+            offsets[1:] - 1,
+            torch.arange(rows, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int32),
+            self.key_states,
+            self.value_states,
+        )
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        most = self.options.max_rows
+        tokens = Dim("tokens", min=1, max=max(2 * most, most * self.options.chunk))
+        rows: Any = Dim("rows", min=1, max=most) if most > 1 else None
+        bounds: Any = {0: rows + 1} if rows is not None else None
+        each: Any = {0: rows} if rows is not None else None
+        arena = [{0: Dim("slots", min=1)}] * len(self.key_states)
+        return ({0: tokens}, {0: tokens}, bounds, each, each, each, arena, arena)
+
+
+def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:
+    """The key and value states of each layer, and which are rings.
+
+    A layer with a sliding window shorter than the capacity needs only the window and the rest of a chunk: a token must still see
+    its whole window when the last token of its chunk has been appended.
+    """
+    layers: int = config.num_hidden_layers
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * layers
+    if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise BuildError(f"the model has layers of the kind {odd}; only full_attention and sliding_attention are supported")
+    rings, lengths = [], []
+    for kind in types:
+        ring_length = (window or 0) + options.chunk - 1
+        ring = kind == "sliding_attention" and bool(window) and ring_length < options.capacity
+        rings.append(ring)
+        lengths.append(ring_length if ring else options.capacity)
+    states = tuple(
+        StateSpec(
+            name=f"{part}_states_{layer}",
+            shape=(heads, lengths[layer], dim),
+            dtype=Dtype.of(dtype),
+            update=Update.RING if rings[layer] else Update.APPEND,
+            axis=1,
+            reset=False,  # attention reads only what lies within the cached length
+        )
+        for part in ("key", "value")
+        for layer in range(layers)
+    )
+    return states, rings
+
+
+def _empty(spec: StateSpec) -> Tensor:
+    """An example state; never touched, so it costs address space only."""
+    return torch.empty((2, *spec.shape), dtype=spec.dtype.as_torch)
+
+
+def _check_positions(config: transformers.PretrainedConfig, options: DecoderOptions) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and options.capacity > longest:
+        raise BuildError(f"a capacity of {options.capacity} is more than the {longest} positions this model was made for; choose at most {longest}")
+
+
+def _check_layers(graph: torch.fx.Graph, layers: int, kind: str) -> None:
+    count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)
+    if count != layers:
+        raise BuildError(f"{kind} has {layers} layers, but {count} of them attend through transformers' attention interface")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' and torch's progress bars and advice: what matters is said by our own errors."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):  # transformers' GGUF reader draws its bar whatever it is told
+                yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _brief(error: BaseException) -> str:
+    """An error of somebody else's in one line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:500]

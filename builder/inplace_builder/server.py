@@ -1,0 +1,216 @@
+"""A real tritonserver on this machine: the one on PATH, or the one that the package nvidia-pytriton carries."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import inplace
+from inplace.errors import InplaceError
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+
+class ServerError(InplaceError):
+    """The server cannot be found or started, or ended by itself."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens; 0 chooses a free port."""
+
+    grpc: int = 8001
+    http: int = 8000
+    metrics: int = 8002
+
+    def chosen(self) -> "Ports":
+        """The same with every 0 replaced by a port that is free now."""
+        with contextlib.ExitStack() as held:
+            found = []
+            for port in (self.grpc, self.http, self.metrics):
+                listener = held.enter_context(socket.socket())
+                if port == 0:
+                    listener.bind(("127.0.0.1", 0))
+                    port = listener.getsockname()[1]
+                found.append(port)
+        return Ports(*found)
+
+
+def install_backend(directory: Path) -> None:
+    """Make a folder that ``tritonserver --backend-directory`` takes: this backend, and the Python backend it runs in.
+
+    Raises:
+        ServerError: the Python backend or its stub for this Python version is nowhere on this machine.
+    """
+    (directory / "inplace").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(inplace.__file__).parent / "model.py", directory / "inplace" / "model.py")
+    package = _pytriton()
+    if package is None:
+        raise ServerError("the Python backend is not here: `pip install nvidia-pytriton`, or copy inplace/model.py into your server's own backends")
+    python = directory / "python"
+    shutil.copytree(package / "backends" / "python", python, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = package / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise ServerError(f"nvidia-pytriton has no Python backend stub for Python {version}; it has them for 3.8 to 3.13")
+    shutil.copy(stub, python / stub.name)
+
+
+@dataclass
+class TritonServer:
+    """A tritonserver process. Use as a context manager: it is ready inside the block and gone after it.
+
+    Args:
+        repository: the model repository.
+        ports: where it listens.
+        host: the address it listens on.
+        log: a file for what the server prints; None leaves it on this process's own output.
+        arguments: further arguments for tritonserver.
+        backends: an installed backend directory (`install_backend`); a temporary one if None.
+        start_timeout: seconds until every model must be ready.
+    """
+
+    repository: Path
+    ports: Ports = field(default_factory=Ports)
+    host: str = "127.0.0.1"
+    log: Path | None = None
+    arguments: Sequence[str] = ()
+    backends: Path | None = None
+    start_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        self.ports = self.ports.chosen()
+        self._cleanup = contextlib.ExitStack()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port`` of the gRPC endpoint."""
+        return f"{self.host}:{self.ports.grpc}"
+
+    def command(self) -> list[str]:
+        """The command line, as an operator would type it."""
+        return [
+            str(_binary()),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={self.backends}",
+            f"--grpc-address={self.host}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--http-address={self.host}",
+            f"--http-port={self.ports.http}",
+            f"--metrics-address={self.host}",
+            f"--metrics-port={self.ports.metrics}",
+            *self.arguments,
+        ]
+
+    def start(self) -> None:
+        """Start the process. `wait_ready` says when it serves.
+
+        Raises:
+            ServerError: there is no repository or no tritonserver.
+        """
+        if not self.repository.is_dir():
+            raise ServerError(f"{self.repository} is no model repository; build a model into it first: `inplace build … --output {self.repository}/<name>`")
+        if self.backends is None:
+            self.backends = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="inplace-backends-")))
+            install_backend(self.backends)
+        sink: IO[bytes] | None = None
+        if self.log is not None:
+            sink = self._cleanup.enter_context(self.log.open("wb"))
+        self.process = subprocess.Popen(self.command(), env=environment(), stdout=sink, stderr=subprocess.STDOUT if sink else None)
+
+    def wait_ready(self) -> None:
+        """Return when the server and all its models are ready.
+
+        Raises:
+            ServerError: it ended, or was not ready in time; with the last error lines of its log.
+        """
+        assert self.process is not None
+        deadline = time.monotonic() + self.start_timeout
+        with InferenceServerClient(self.grpc_url) as client:
+            while True:
+                if self.process.poll() is not None:
+                    raise ServerError(f"tritonserver ended with status {self.process.returncode}{self._errors()}")
+                with contextlib.suppress(InferenceServerException):
+                    if client.is_server_ready(client_timeout=2.0):
+                        return
+                if time.monotonic() > deadline:
+                    raise ServerError(f"tritonserver was not ready after {self.start_timeout:.0f} s{self._errors()}")
+                time.sleep(0.1)
+
+    def stop(self, timeout: float = 45.0) -> int:
+        """Ask the server to end, wait for it, and return its exit status; kill it after ``timeout`` seconds."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self._cleanup.close()
+        return status
+
+    def _errors(self) -> str:
+        """The error lines of the log, for an error text."""
+        if self.log is None or not self.log.exists():
+            return ""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "INPLACE-" in line or line.startswith(("E1", "E0", "error"))]
+        return "".join(f"\n  {line}" for line in lines[-4:])
+
+    def __enter__(self) -> Self:
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop(timeout=5)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def environment() -> dict[str, str]:
+    """The environment tritonserver needs: its libraries, this interpreter's library, and this environment first on PATH.
+
+    The Python backend finds its packages through the first ``python3`` on PATH.
+    """
+    libraries = [os.environ.get("LD_LIBRARY_PATH", "")]
+    package = _pytriton()
+    if package is not None:
+        libraries.insert(0, str(package.parent.parent / "nvidia_pytriton.libs"))
+    libraries.append(str(sysconfig.get_config_var("LIBDIR")))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)), "PATH": path}
+
+
+def _binary() -> Path:
+    found = shutil.which("tritonserver")
+    if found is not None:
+        return Path(found)
+    package = _pytriton()
+    if package is None:
+        raise ServerError("no tritonserver on PATH and no nvidia-pytriton in this environment: `pip install nvidia-pytriton`")
+    return package / "bin" / "tritonserver"
+
+
+def _pytriton() -> Path | None:
+    """The folder with the server that nvidia-pytriton carries; None where it is not installed."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "tritonserver"

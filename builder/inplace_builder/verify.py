@@ -1,0 +1,147 @@
+"""Verification: a built engine is run, as the server will run it, against the model it was captured from.
+
+Three sequences of different lengths go through ragged steps, prompts cross a chunk, and every byte that no request may touch is
+NaN before the first step, including what a fresh slot holds where the engine claims not to need it reset.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from inplace.arena import Arena
+from inplace.batcher import Work
+from inplace.engines import load_engine
+from inplace.instance import ModelInstance
+from inplace.manifest import Dtype, Manifest, Role, StateSpec, TensorSpec, Update
+from inplace.requests import Request
+from inplace_builder.capture import Capture
+from inplace_builder.errors import BuildError
+
+TOLERANCE = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.FLOAT16: 1e-2, Dtype.BFLOAT16: 5e-2}
+"""Largest relative error ``‖out − ref‖ / ‖ref‖`` of an output, by the dtype of the weights."""
+
+SEQUENCES = 3
+FOREIGN = 2
+"""Slots beside those of the three sequences, which nothing may touch."""
+
+
+def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
+    """Run the engine in ``folder`` against the captured model.
+
+    Returns:
+        The largest relative error of an output.
+
+    Raises:
+        BuildError: an output differs by more than the tolerance, a byte outside the written rows changed, or a state moved.
+    """
+    arena = Arena(manifest.states, SEQUENCES + FOREIGN, torch.device(manifest.engine.device))
+    instance = ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=float("inf"))
+    for tensor in arena.tensors.values():
+        poison(tensor)
+    addresses = arena.addresses()
+    history: dict[int, list[dict[str, Tensor]]] = {}
+    worst = 0.0
+    for requests in _rounds(manifest):
+        works = [instance.admit(request) for request in requests]
+        while pending := [work for work in works if not work.finished]:
+            for first in range(0, len(pending), instance.program.max_rows):
+                _step_and_compare_memory(instance, pending[first : first + instance.program.max_rows])
+        for work in works:
+            assert isinstance(work.request.sequence, int)
+            history.setdefault(work.request.sequence, []).append(work.inputs)
+            expected = capture.reference(history[work.request.sequence])
+            for spec in instance.program.outputs:
+                worst = max(worst, _compare(spec, work, expected[spec.name], TOLERANCE.get(manifest.engine.dtype, 0.0)))
+            instance.finish(work)
+    if arena.addresses() != addresses:
+        raise BuildError("the engine moved a state: its address changed while stepping")
+    return worst
+
+
+def poison(tensor: Tensor) -> None:
+    """Fill with what must never reach a result: NaN, or the largest value of an integer type."""
+    tensor.fill_(float("nan") if tensor.is_floating_point() else tensor.dtype != torch.bool and torch.iinfo(tensor.dtype).max)
+
+
+def _rounds(manifest: Manifest) -> Iterator[list[Request]]:
+    """Requests that arrive together: the third sequence joins late, lengths and positions differ in every step."""
+    program = manifest.program("step")
+    room = manifest.capacity if manifest.capacity is not None else 1 << 30
+    long = min(program.chunk + 3, max(1, room - 3))
+    plans = [[1, 1, long, 1], [5, 1, 2, 1], [0, long, 1, 2]] if program.chunk > 1 else [[1] * 4, [1] * 4, [0, 1, 1, 1]]
+    generator = torch.Generator().manual_seed(0)
+    held = [0] * SEQUENCES
+    for round_index in range(4):
+        requests = []
+        for sequence, plan in enumerate(plans):
+            tokens = min(plan[round_index], room - held[sequence])
+            if tokens < 1:
+                continue
+            inputs = {spec.name: random_input(spec, tokens, generator) for spec in program.client_inputs}
+            requests.append(Request(sequence + 1, start=held[sequence] == 0, end=False, inputs=inputs))
+            held[sequence] += tokens
+        yield requests
+
+
+def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> Tensor:
+    """A valid input of one request, with its batch axis."""
+    shape = (1, *((tokens, *spec.shape[1:]) if spec.role is Role.TOKENS else spec.shape))
+    dtype = spec.dtype.as_torch
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    low = spec.minimum if spec.minimum is not None else 0
+    high = spec.maximum if spec.maximum is not None else low + 1
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+
+
+def _step_and_compare_memory(instance: ModelInstance, rows: list[Work]) -> None:
+    """One step, after which only what these rows wrote may differ, bit for bit."""
+    tensors = instance.arena.tensors
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    starts = [(work, work.sequence.length) for work in rows]
+    instance.step(rows)
+    for spec in instance.manifest.states:
+        allowed = before[spec.name]
+        for work, start in starts:
+            for part, now in written_parts(spec, allowed[work.sequence.slot], tensors[spec.name][work.sequence.slot], start, work.sequence.length):
+                part.copy_(now)
+        if not same_bits(allowed, tensors[spec.name]):
+            raise BuildError(f"the engine changed bytes of state {spec.name} outside the rows of its step; it is not written")
+
+
+def written_parts(spec: StateSpec, old: Tensor, new: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of what a step from cached length ``start`` to ``end`` may write in one slot, in the old and the new slot."""
+    if spec.update is Update.REPLACE:
+        yield old, new
+        return
+    assert spec.axis is not None
+    extent = spec.shape[spec.axis]
+    for position in range(start, end):
+        index = position % extent if spec.update is Update.RING else position
+        yield old.narrow(spec.axis, index, 1), new.narrow(spec.axis, index, 1)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal bit for bit, NaN payloads included."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _compare(spec: TensorSpec, work: Work, expected: Tensor, tolerance: float) -> float:
+    """The relative error of one output; BuildError if it is too large."""
+    found = work.outputs[spec.name][0]
+    where = f"output {spec.name} of sequence {work.request.sequence} after {work.sequence.length} tokens"
+    if found.shape != expected.shape:
+        raise BuildError(f"{where} has the shape {tuple(found.shape)}, the model's is {tuple(expected.shape)}; it is not written")
+    if spec.argmax_of is not None:
+        expected = work.outputs[spec.argmax_of][0].argmax(-1, keepdim=True)  # its own scores were compared with the model's
+    if not found.dtype.is_floating_point:
+        if not torch.equal(found, expected):
+            raise BuildError(f"{where} is {found.tolist()}, expected {expected.tolist()}; the engine is not written")
+        return 0.0
+    expected = expected.float()
+    error = float((found.float() - expected).norm() / expected.norm().clamp(min=1e-12))
+    if not error <= tolerance:
+        raise BuildError(f"{where} differs from the model by {error:.1e}, more than {tolerance:.0e}; the engine is not written")
+    return error

@@ -22,8 +22,8 @@ from inplace.settings import Settings
 
 FLAG_START, FLAG_END = 1, 2
 
-STATUS = {Code.NO_FREE_SLOT: pb_utils.TritonError.UNAVAILABLE, Code.UNKNOWN_SEQUENCE: pb_utils.TritonError.NOT_FOUND, Code.ENGINE_FAILED: pb_utils.TritonError.INTERNAL}
-"""Triton's status for an error; INVALID_ARG for the others."""
+STATUS = {Code.NO_FREE_SLOT: "UNAVAILABLE", Code.UNKNOWN_SEQUENCE: "NOT_FOUND", Code.ENGINE_FAILED: "INTERNAL"}
+"""Triton's status for an error, INVALID_ARG for the others; by name, for the stub adds its types only after this import."""
 
 log = logging.getLogger("inplace")
 
@@ -87,7 +87,7 @@ def _tensor(tensor: Any) -> Tensor:
 def _response(request: Any, answer: Answer) -> Any:
     if isinstance(answer, RequestError):
         text = answer.wire(request.correlation_id(), request.request_id())
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, STATUS.get(answer.code, pb_utils.TritonError.INVALID_ARG)))
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, STATUS.get(answer.code, "INVALID_ARG"))))
     asked = set(request.requested_output_names())
     return pb_utils.InferenceResponse(
         output_tensors=[pb_utils.Tensor.from_dlpack(name, to_dlpack(tensor)) for name, tensor in answer.items() if name in asked]

@@ -28,7 +28,8 @@ def prepack_linears(module: torch.fx.GraphModule) -> int:
         if weight.device.type != "cpu" or weight.dtype not in PACKABLE:
             continue
         name = f"packed_{replaced}"
-        setattr(module, name, torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None))
+        packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        module.register_buffer(name, packed_weight, persistent=False)
         bias = node.args[2] if len(node.args) > 2 else None
         with module.graph.inserting_before(node):
             packed = module.graph.get_attr(name)

@@ -1,5 +1,6 @@
 """The PyTorch engine: the captured graph itself, its states bound in place."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class TorchEngine:
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise LoadError(f"{path} was built for a GPU and this machine has none that PyTorch can use; build with --device cpu")
         try:
-            exported = torch.export.load(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reader warns that its read-only buffers become tensors; nothing writes weights
+                exported = torch.export.load(path)
         except Exception as error:  # torch.export raises whatever the archive reader raises
             raise LoadError(f"{path} cannot be read as a torch.export program ({error}); build the model again") from error
         module = exported.module(check_guards=False)
@@ -67,7 +70,7 @@ def _bound(module: torch.fx.GraphModule, arena: Arena, device: torch.device) -> 
     graph.set_codegen(torch.fx.CodeGen())  # exported modules flatten and unflatten nested arguments at every call
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in arena.tensors:
-            setattr(module, f"state_{node.name}", arena.tensors[node.name])
+            module.register_buffer(f"state_{node.name}", arena.tensors[node.name], persistent=False)
             with graph.inserting_before(node):
                 state = graph.get_attr(f"state_{node.name}")
             node.replace_all_uses_with(state)

@@ -1,0 +1,78 @@
+"""Small real models the tests build and serve."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from inplace.manifest import Dtype, Role, StateSpec, TensorSpec, Update
+from inplace.operators import read, update
+from inplace_builder.capture import Capture, capture_module
+from inplace_builder.capture.capture import control
+
+VOCABULARY = 512
+
+
+def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
+    """A random Llama of two layers with grouped heads, saved as safetensors; its greedy tokens do not settle on one."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.3,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
+    """transformers' own greedy continuation with a static cache; it never stops early."""
+    ids = torch.tensor([prompt])
+    out = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        cache_implementation="static",
+        eos_token_id=None,
+        pad_token_id=0,
+        disable_compile=True,
+    )
+    found: list[int] = out[0, len(prompt) :].tolist()
+    return found
+
+
+class Accumulator(torch.nn.Module):
+    """Not a language model: a sum that lives in a ``replace`` state, and a count beside it."""
+
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the new sums ``[rows, 4]`` and how many values they hold ``[rows, 1]``."""
+        sums = read(total, slots) + value
+        counts = read(count, slots) + 1
+        update(total, slots, sums)
+        update(count, slots, counts)
+        return sums * 1.0, counts * 1
+
+
+def accumulator(max_rows: int = 4) -> Capture:
+    """The captured `Accumulator`."""
+    return capture_module(
+        Accumulator(),
+        inputs=[TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)), control("slots", Role.SLOTS)],
+        outputs=[
+            TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
+            TensorSpec(name="values", role=Role.ROW, dtype=Dtype.INT32, shape=(1,)),
+        ],
+        states=[
+            StateSpec(name="total", shape=(4,), dtype=Dtype.FLOAT32, update=Update.REPLACE),
+            StateSpec(name="count", shape=(1,), dtype=Dtype.INT32, update=Update.REPLACE),
+        ],
+        max_rows=max_rows,
+    )

@@ -1,0 +1,206 @@
+"""The step protocol on a real tritonserver, with a tiny random Llama against transformers itself."""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import CAPACITY, SLOTS, Repository
+from models import VOCABULARY, greedy
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from inplace.client import Sequence
+from inplace_builder.server import TritonServer
+
+pytestmark = pytest.mark.server
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return random.Random(seed).choices(range(VOCABULARY), k=tokens)
+
+
+def generate(sequence: Sequence, ids: list[int], tokens: int) -> list[int]:
+    """Greedy decoding by steps: the prompt, then each token said."""
+    said = [sequence.tokens(ids)]
+    while len(said) < tokens:
+        said.append(sequence.tokens(said[-1:]))
+    return said
+
+
+def split(ids: list[int], rng: random.Random) -> list[list[int]]:
+    """The same tokens in parts of random length."""
+    parts = []
+    while ids:
+        cut = rng.randint(1, len(ids))
+        parts.append(ids[:cut])
+        ids = ids[cut:]
+    return parts
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 40])
+def test_greedy_tokens_equal_transformers(client: InferenceServerClient, repository: Repository, length: int) -> None:
+    with Sequence(client, "llama") as sequence:
+        assert generate(sequence, prompt(length, length), 16) == greedy(repository.llama, prompt(length, length), 16)
+
+
+def test_a_prompt_in_random_parts_is_the_same_prompt(client: InferenceServerClient, repository: Repository) -> None:
+    ids = prompt(1, 40)
+    expected = greedy(repository.llama, ids, 8)
+    for seed in range(5):
+        with Sequence(client, "llama") as sequence:
+            parts = split(ids, random.Random(seed))
+            for part in parts[:-1]:
+                sequence.tokens(part)
+            assert generate(sequence, parts[-1], 8) == expected
+
+
+def test_eight_interleaved_sequences_share_batches(client: InferenceServerClient, repository: Repository) -> None:
+    before = batch_counts(client, "llama").get(SLOTS, 0)
+    gate = threading.Barrier(SLOTS)
+
+    def stream(seed: int) -> list[int]:
+        gate.wait()
+        with Sequence(client, "llama", id=f"stream-{seed}") as sequence:
+            return generate(sequence, prompt(seed, 1 + seed * 4), 24)
+
+    with ThreadPoolExecutor(SLOTS) as pool:
+        results = list(pool.map(stream, range(SLOTS)))
+    assert results == [greedy(repository.llama, prompt(seed, 1 + seed * 4), 24) for seed in range(SLOTS)]
+    assert batch_counts(client, "llama").get(SLOTS, 0) > before
+
+
+def batch_counts(client: InferenceServerClient, model: str) -> dict[int, int]:
+    """How many batches of each size the server has executed."""
+    statistics = client.get_inference_statistics(model).model_stats[0]
+    return {entry.batch_size: entry.compute_infer.count for entry in statistics.batch_stats}
+
+
+def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Repository) -> None:
+    """Different secrets, random interleaving, drops and restarts, more sequences than slots."""
+    expected = {seed: greedy(repository.llama, prompt(seed, 5 + seed % 7), 12) for seed in range(32)}
+
+    def stream(seed: int) -> None:
+        rng = random.Random(1000 + seed)
+        with InferenceServerClient(server.grpc_url) as own:
+            for _ in range(3):
+                sequence = Sequence(own, "llama", id=7000 + seed)  # the same id again: a restart where it was dropped
+                cut = rng.choice([12, 12, rng.randint(1, 11)])
+                said = retried(sequence, prompt(seed, 5 + seed % 7))
+                got = [said]
+                while len(got) < cut:
+                    time.sleep(rng.random() * 0.01)
+                    got.append(sequence.tokens(got[-1:]))
+                assert got == expected[seed][:cut]
+                if cut == 12 or rng.random() < 0.5:
+                    sequence.close()
+
+        with InferenceServerClient(server.grpc_url) as own:  # what was dropped keeps its slot until it is ended
+            last = Sequence(own, "llama", id=7000 + seed)
+            last._live = True
+            last.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(stream, range(32)))
+
+
+def retried(sequence: Sequence, ids: list[int]) -> int:
+    """The first step, repeated while every slot is taken."""
+    for _ in range(400):
+        try:
+            return sequence.tokens(ids)
+        except InferenceServerException as error:
+            assert "INPLACE-NO_FREE_SLOT retryable=1" in error.message()
+            time.sleep(0.01)
+    raise AssertionError("no slot came free")
+
+
+def test_start_resets_a_live_sequence(client: InferenceServerClient, repository: Repository) -> None:
+    with Sequence(client, "llama", id=77) as first:
+        generate(first, prompt(1, 20), 4)
+        again = Sequence(client, "llama", id=77)
+        assert generate(again, prompt(2, 9), 8) == greedy(repository.llama, prompt(2, 9), 8)
+
+
+def test_logits_come_only_on_request(client: InferenceServerClient, repository: Repository) -> None:
+    ids = {"input_ids": np.array(prompt(3, 6))}
+    with Sequence(client, "llama") as sequence:
+        assert set(sequence.step(ids)) == {"next_token"}
+        answer = sequence.step({"input_ids": np.array([5])}, parameters={"logits": True})
+        assert set(answer) == {"next_token", "logits"}
+        assert answer["logits"].shape == (VOCABULARY,)
+        assert answer["logits"].argmax() == answer["next_token"][0]
+
+
+def test_integer_and_text_ids_are_different_sequences(client: InferenceServerClient, repository: Repository) -> None:
+    expected = {seed: greedy(repository.llama, prompt(seed, 5), 6) for seed in (1, 2)}
+    with Sequence(client, "llama", id=99) as number, Sequence(client, "llama", id="99") as text:
+        said = {1: [number.tokens(prompt(1, 5))], 2: [text.tokens(prompt(2, 5))]}
+        for _ in range(5):
+            said[1].append(number.tokens(said[1][-1:]))
+            said[2].append(text.tokens(said[2][-1:]))
+    assert said == expected
+
+
+def test_exactly_the_capacity_fits(client: InferenceServerClient, repository: Repository) -> None:
+    ids = prompt(4, CAPACITY)
+    with Sequence(client, "llama") as sequence:
+        assert sequence.tokens(ids) == greedy(repository.llama, ids, 1)[0]
+        with pytest.raises(InferenceServerException, match=rf"INPLACE-CAPACITY .*holds {CAPACITY} of {CAPACITY} positions, 0 are left"):
+            sequence.tokens([1])
+
+
+def test_the_slot_is_free_after_end(client: InferenceServerClient) -> None:
+    for _ in range(3 * SLOTS):
+        with Sequence(client, "llama") as sequence:
+            sequence.tokens([1])
+    for _ in range(3 * SLOTS):
+        Sequence(client, "llama").tokens([1], end=True)
+
+
+def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServerClient) -> None:
+    held = [Sequence(client, "brief", id=1 + n) for n in range(2)]
+    for sequence in held:
+        sequence.tokens([1, 2, 3])
+    late = Sequence(client, "brief", id=3)
+    begin = time.monotonic()
+    with pytest.raises(InferenceServerException, match="INPLACE-NO_FREE_SLOT retryable=1 sequence=3 ") as refused:
+        late.tokens([1])
+    assert time.monotonic() - begin < 0.1
+    assert refused.value.status() == "StatusCode.UNAVAILABLE"
+    held[0].close()
+    late.tokens([1])
+    late.close()
+    held[1].close()
+
+
+def test_an_idle_slot_is_reclaimed(client: InferenceServerClient, server: TritonServer) -> None:
+    held = [Sequence(client, "brief", id=11 + n) for n in range(2)]
+    for sequence in held:
+        sequence.tokens([1, 2, 3])
+    time.sleep(1.2)
+    held[0].tokens([4])  # its clock starts again
+    time.sleep(1.2)
+    with Sequence(client, "brief", id=13) as late:
+        late.tokens([1])
+        held[0].tokens([5])
+    with pytest.raises(InferenceServerException):  # Triton and the backend have both forgotten it
+        held[1].tokens([4])
+    held[0].close()
+    assert server.log is not None
+    assert "sequence=12 reclaimed slot=" in server.log.read_text()
+
+
+def test_a_model_that_is_not_a_language_model(client: InferenceServerClient) -> None:
+    rng = np.random.default_rng(0)
+    with Sequence(client, "accumulator") as one, Sequence(client, "accumulator", id="two") as two:
+        sums = {one.id: np.zeros(4, np.float32), two.id: np.zeros(4, np.float32)}
+        for count in range(1, 6):
+            for sequence in (one, two):
+                value = rng.standard_normal(4).astype(np.float32)
+                sums[sequence.id] += value
+                answer = sequence.step({"value": value})
+                np.testing.assert_allclose(answer["sum"], sums[sequence.id], rtol=1e-6)
+                assert answer["values"] == [count]

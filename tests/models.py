@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from inplace.manifest import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 512
 

@@ -124,5 +124,7 @@ class ModelInstance:
                 self.table.end(work.sequence)
         after = "nothing was changed, send it again" if self._appends_only else "the sequence has ended, START it again"
         return RequestError(
-            Code.ENGINE_FAILED, f"the engine failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); {after}", retryable=self._appends_only
+            Code.ENGINE_FAILED,
+            f"the engine failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); {after}",
+            retryable=self._appends_only,
         )

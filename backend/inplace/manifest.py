@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from inplace.errors import LoadError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION: Literal[1] = 1
 FILE_NAME = "engine.json"
 
 
@@ -248,7 +248,7 @@ class Manifest(Frozen):
         built_with: versions and options of the build.
     """
 
-    manifest_version: Literal[1] = MANIFEST_VERSION
+    manifest_version: Literal[1] = 1
     name: str
     slots: int = Field(ge=1)
     capacity: int | None = Field(default=None, ge=1)

@@ -71,7 +71,9 @@ def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict
     for spec in program.client_inputs:
         tensor = inputs.get(spec.name)
         if tensor is None:
-            raise RequestError(Code.MISSING_INPUT, f"input {spec.name!r} is missing; this model takes {[s.name for s in program.client_inputs]}")
+            raise RequestError(
+                Code.MISSING_INPUT, f"input {spec.name!r} is missing; this model takes {[s.name for s in program.client_inputs]}"
+            )
         checked[spec.name] = _checked(spec, tensor)
         if spec.role is Role.TOKENS:
             counts[spec.name] = len(checked[spec.name])
@@ -96,5 +98,7 @@ def _checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
         low, high = (bound.item() for bound in tensor.aminmax())
         if (spec.minimum is not None and low < spec.minimum) or (spec.maximum is not None and high > spec.maximum):
             wrong = low if spec.minimum is not None and low < spec.minimum else high
-            raise RequestError(Code.VALUE_RANGE, f"input {spec.name!r} holds {wrong}; expected values from {spec.minimum} to {spec.maximum}")
+            raise RequestError(
+                Code.VALUE_RANGE, f"input {spec.name!r} holds {wrong}; expected values from {spec.minimum} to {spec.maximum}"
+            )
     return tensor

@@ -38,7 +38,9 @@ class Settings:
             raise LoadError("config.pbtxt says decoupled: this engine was built for the step protocol; build the model again to restore it")
         most = manifest.program("step").max_rows
         if config["max_batch_size"] > most:
-            raise LoadError(f"config.pbtxt has max_batch_size {config['max_batch_size']}, the engine was built for at most {most} rows a step")
+            raise LoadError(
+                f"config.pbtxt has max_batch_size {config['max_batch_size']}, the engine was built for at most {most} rows a step"
+            )
         triton_idle = int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0)) or TRITON_IDLE_MICROSECONDS
         text = config.get("parameters", {}).get(IDLE_TIMEOUT, {}).get("string_value", "600")
         try:
@@ -48,6 +50,8 @@ class Settings:
         if not 0 < idle < float("inf"):
             raise LoadError(f"config.pbtxt: parameter {IDLE_TIMEOUT} is {text!r}; expected a number of seconds above 0")
         if idle < triton_idle / 1e6:
-            note = f"{IDLE_TIMEOUT} {idle:g} is below Triton's own max_sequence_idle_microseconds {triton_idle}; using {triton_idle / 1e6:g} s"
+            note = (
+                f"{IDLE_TIMEOUT} {idle:g} is below Triton's own max_sequence_idle_microseconds {triton_idle}; using {triton_idle / 1e6:g} s"
+            )
             return cls(triton_idle / 1e6, (note,))
         return cls(idle)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from inplace.arena import Arena
 from inplace.drivers import Answer, StepDriver
@@ -45,7 +45,9 @@ class TritonPythonModel:
         for note in settings.notes:
             log.warning("%s", note)
         self._driver = StepDriver(ModelInstance(manifest, arena, engine, settings.idle_timeout))
-        log.info("ready: %d slots of %d bytes, arena %d bytes on %s", manifest.slots, manifest.slot_bytes, arena.bytes, manifest.engine.device)
+        log.info(
+            "ready: %d slots of %d bytes, arena %d bytes on %s", manifest.slots, manifest.slot_bytes, arena.bytes, manifest.engine.device
+        )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests; each with its own result or its own error."""
@@ -53,7 +55,8 @@ class TritonPythonModel:
         valid = [request for request in parsed if isinstance(request, Request)]
         answers = iter(self._driver.run(valid))
         return [
-            _response(request, next(answers) if isinstance(found, Request) else found) for request, found in zip(requests, parsed, strict=True)
+            _response(request, next(answers) if isinstance(found, Request) else found)
+            for request, found in zip(requests, parsed, strict=True)
         ]
 
     def finalize(self) -> None:
@@ -87,10 +90,12 @@ def _tensor(tensor: Any) -> Tensor:
 def _response(request: Any, answer: Answer) -> Any:
     if isinstance(answer, RequestError):
         text = answer.wire(request.correlation_id(), request.request_id())
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, STATUS.get(answer.code, "INVALID_ARG"))))
+        return pb_utils.InferenceResponse(
+            error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, STATUS.get(answer.code, "INVALID_ARG")))
+        )
     asked = set(request.requested_output_names())
     return pb_utils.InferenceResponse(
-        output_tensors=[pb_utils.Tensor.from_dlpack(name, to_dlpack(tensor)) for name, tensor in answer.items() if name in asked]
+        output_tensors=[pb_utils.Tensor.from_dlpack(name, tensor) for name, tensor in answer.items() if name in asked]
     )
 
 
@@ -101,7 +106,11 @@ class _TritonHandler(logging.Handler):
         super().__init__()
         self.instance = instance
         logger = pb_utils.Logger
-        self.levels: dict[int, Callable[[str], None]] = {logging.ERROR: logger.log_error, logging.WARNING: logger.log_warn, logging.INFO: logger.log_info}
+        self.levels: dict[int, Callable[[str], None]] = {
+            logging.ERROR: logger.log_error,
+            logging.WARNING: logger.log_warn,
+            logging.INFO: logger.log_info,
+        }
 
     def emit(self, record: logging.LogRecord) -> None:
         write = next((write for level, write in self.levels.items() if record.levelno >= level), pb_utils.Logger.log_verbose)

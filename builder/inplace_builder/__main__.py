@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from inplace.errors import InplaceError
+from inplace.manifest import Dtype
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from inplace.errors import InplaceError
-from inplace.manifest import Dtype
-
-app = typer.Typer(help="Models that keep state between requests, updated in place, on Triton Inference Server.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Models that keep state between requests, updated in place, on Triton Inference Server.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 console = Console()
 
 
@@ -67,6 +70,7 @@ def build(
 def inspect(model: Annotated[Path, typer.Argument(help="An engine directory, or a model of a repository.")]) -> None:
     """Say what an engine directory is: programs, states, aliases, memory, limits, and what built it."""
     from inplace.manifest import FILE_NAME, Manifest
+
     from inplace_builder.report import details
 
     with _errors():
@@ -94,7 +98,10 @@ def serve(
         )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with contextlib.suppress(KeyboardInterrupt), server:
-            console.print(f"serving {model_repository}: gRPC {server.grpc_url}, HTTP {host}:{server.ports.http}, metrics {host}:{server.ports.metrics}")
+            web, metrics = server.ports.http, server.ports.metrics
+            console.print(
+                f"serving {model_repository}: gRPC {server.grpc_url}, HTTP {host}:{web}, metrics {host}:{metrics}", soft_wrap=True
+            )
             assert server.process is not None
             raise SystemExit(server.process.wait())
 
@@ -106,7 +113,10 @@ def install_backend(directory: Annotated[Path, typer.Argument(help="The folder t
 
     with _errors():
         install_backend(directory)
-        console.print(f"tritonserver --backend-directory={directory} --model-repository=…\nwith LD_LIBRARY_PATH={environment()['LD_LIBRARY_PATH']}", soft_wrap=True)
+        console.print(
+            f"tritonserver --backend-directory={directory} --model-repository=…\nwith LD_LIBRARY_PATH={environment()['LD_LIBRARY_PATH']}",
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -118,10 +128,10 @@ def chat(
     say: Annotated[list[str] | None, typer.Option(help="Say this instead of asking at the prompt; may be repeated, a turn each.")] = None,
 ) -> None:
     """Talk to a served decoder. The whole conversation is one sequence: no turn sends what was said before."""
+    from inplace.client import Sequence
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 
-    from inplace.client import Sequence
     from inplace_builder.build import TOKENIZER, VERSION
     from inplace_builder.chat import Conversation, load_tokenizer
 
@@ -145,9 +155,10 @@ def _typed() -> Iterator[str]:
 @contextlib.contextmanager
 def _errors(*others: type[Exception]) -> Iterator[None]:
     """Our own errors are messages, not tracebacks."""
+    expected: tuple[type[Exception], ...] = (InplaceError, *others)
     try:
         yield
-    except (InplaceError, *others) as error:
+    except expected as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
 

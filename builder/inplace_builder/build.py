@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.export.passes import move_to_device_pass
-
 from inplace import __version__
 from inplace.engines.loading import sha256
 from inplace.manifest import FILE_NAME, Dtype, EngineFile, Manifest
+from torch.export.passes import move_to_device_pass
+
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
 from inplace_builder.errors import BuildError
 from inplace_builder.model_config import model_config
@@ -62,7 +62,9 @@ class BuildOptions:
         if self.max_rows > self.slots:
             raise BuildError(f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: raise slots or lower the batch")
         if self.dtype not in DTYPES.get(self.device, ()):
-            raise BuildError(f"{self.dtype} on {self.device!r} is not supported; choose {[str(d) for d in DTYPES.get(self.device, ())]} or another device")
+            raise BuildError(
+                f"{self.dtype} on {self.device!r} is not supported; choose {[str(d) for d in DTYPES.get(self.device, ())]} or another one"
+            )
         if not 0 < self.idle_timeout < float("inf"):
             raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0")
         if self.queue_delay_microseconds < 0:
@@ -202,5 +204,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) or "write" in str(error):
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise BuildError(f"{output} cannot be written: {lines[0]}; free space there or choose another place (nothing was left behind)") from error
+            raise BuildError(
+                f"{output} cannot be written: {lines[0]}; free space there or choose another place (nothing was left behind)"
+            ) from error
         raise

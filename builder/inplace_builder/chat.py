@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from inplace.client import Sequence
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inplace.client import Sequence
 from inplace_builder.errors import BuildError
 
 MARK = "\u241e"

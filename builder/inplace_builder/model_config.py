@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2 as pb
-
 from inplace.manifest import Dtype, Manifest, Role, TensorSpec
 from inplace.settings import IDLE_TIMEOUT
+from tritonclient.grpc import model_config_pb2 as pb
 
 BACKEND = "inplace"
 CANDIDATES_PER_SLOT = 4

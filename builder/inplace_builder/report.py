@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from inplace.manifest import Manifest, StateSpec
 from rich.filesize import decimal
 from rich.table import Table
-
-from inplace.manifest import Manifest, StateSpec
 
 
 def summary(manifest: Manifest, output: Path) -> Table:

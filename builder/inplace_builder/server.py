@@ -58,7 +58,9 @@ def install_backend(directory: Path) -> None:
     shutil.copyfile(Path(inplace.__file__).parent / "model.py", directory / "inplace" / "model.py")
     package = _pytriton()
     if package is None:
-        raise ServerError("the Python backend is not here: `pip install nvidia-pytriton`, or copy inplace/model.py into your server's own backends")
+        raise ServerError(
+            "the Python backend is not here: `pip install nvidia-pytriton`, or copy inplace/model.py into your server's own backends"
+        )
     python = directory / "python"
     shutil.copytree(package / "backends" / "python", python, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -122,7 +124,9 @@ class TritonServer:
             ServerError: there is no repository or no tritonserver.
         """
         if not self.repository.is_dir():
-            raise ServerError(f"{self.repository} is no model repository; build a model into it first: `inplace build … --output {self.repository}/<name>`")
+            raise ServerError(
+                f"{self.repository} is no model repository; build a model into it: `inplace build … --output {self.repository}/<name>`"
+            )
         if self.backends is None:
             self.backends = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="inplace-backends-")))
             install_backend(self.backends)
@@ -168,7 +172,11 @@ class TritonServer:
         """The error lines of the log, for an error text."""
         if self.log is None or not self.log.exists():
             return ""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "INPLACE-" in line or line.startswith(("E1", "E0", "error"))]
+        lines = [
+            line
+            for line in self.log.read_text(errors="replace").splitlines()
+            if "INPLACE-" in line or line.startswith(("E1", "E0", "error"))
+        ]
         return "".join(f"\n  {line}" for line in lines[-4:])
 
     def __enter__(self) -> Self:

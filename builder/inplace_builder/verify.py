@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from inplace.arena import Arena
 from inplace.batcher import Work
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.manifest import Dtype, Manifest, Role, StateSpec, TensorSpec, Update
 from inplace.requests import Request
+from torch import Tensor
+
 from inplace_builder.capture import Capture
 from inplace_builder.errors import BuildError
 
@@ -105,7 +105,9 @@ def _step_and_compare_memory(instance: ModelInstance, rows: list[Work]) -> None:
     for spec in instance.manifest.states:
         allowed = before[spec.name]
         for work, start in starts:
-            for part, now in written_parts(spec, allowed[work.sequence.slot], tensors[spec.name][work.sequence.slot], start, work.sequence.length):
+            for part, now in written_parts(
+                spec, allowed[work.sequence.slot], tensors[spec.name][work.sequence.slot], start, work.sequence.length
+            ):
                 part.copy_(now)
         if not same_bits(allowed, tensors[spec.name]):
             raise BuildError(f"the engine changed bytes of state {spec.name} outside the rows of its step; it is not written")

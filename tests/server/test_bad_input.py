@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import CAPACITY, Repository
+from inplace.client import Sequence
 from models import VOCABULARY, greedy
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
-
-from inplace.client import Sequence
 
 pytestmark = pytest.mark.server
 
@@ -37,13 +36,11 @@ def send(
     sequence: int | str = "victim",
     start: bool = False,
     end: bool = False,
-    **parameters: str | int | bool,
+    parameters: dict[str, str | int] | None = None,
 ) -> None:
     tensor = InferInput("input_ids", list(ids.shape), np_to_triton_dtype(ids.dtype))
     tensor.set_data_from_numpy(ids)
-    client.infer(
-        "llama", [tensor], sequence_id=sequence, sequence_start=start, sequence_end=end, request_id="r1", parameters=parameters or None
-    )
+    client.infer("llama", [tensor], sequence_id=sequence, sequence_start=start, sequence_end=end, request_id="r1", parameters=parameters)
 
 
 def tokens(*ids: int) -> NDArray[np.generic]:
@@ -65,7 +62,7 @@ def test_ours_names_the_request_and_changes_nothing(
     client: InferenceServerClient, live: Sequence, ids: NDArray[np.generic], parameters: dict[str, str | int], code: str, says: str
 ) -> None:
     with pytest.raises(InferenceServerException) as refused:
-        send(client, ids, **parameters)
+        send(client, ids, parameters=parameters or None)
     assert re.search(rf"INPLACE-{code} retryable=0 sequence=victim request=r1: .*{says}", refused.value.message())
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 

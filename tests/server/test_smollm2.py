@@ -9,17 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from models import greedy
-from test_step_protocol import batch_counts, generate, split
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from tritonclient.grpc import InferenceServerClient
-
 from inplace.client import Sequence
 from inplace.manifest import Dtype
 from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decoder
 from inplace_builder.capture import load_decoder
 from inplace_builder.chat import Conversation, load_tokenizer
 from inplace_builder.server import Ports, TritonServer
+from models import greedy
+from streams import batch_counts, generate, split
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from tritonclient.grpc import InferenceServerClient
 
 pytestmark = [pytest.mark.server, pytest.mark.real_model]
 
@@ -27,7 +26,7 @@ TOKENS = 64
 PROMPTS = (
     "Gravity is",
     "The capital of France is Paris, and the capital of Italy is",
-    "Once upon a time, in a village by the sea, there lived an old fisherman who",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who owned nothing but a boat and",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "A key-value cache stores the keys and values of every token that a decoder has seen, so that a step computes only what is new. "
     "Without one, each step would have to run the whole model over the whole text again, which costs time that grows with its length. "

@@ -8,36 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import CAPACITY, SLOTS, Repository
+from inplace.client import Sequence
+from inplace_builder.server import TritonServer
 from models import VOCABULARY, greedy
+from streams import batch_counts, generate, prompt, retried, split
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from inplace.client import Sequence
-from inplace_builder.server import TritonServer
-
 pytestmark = pytest.mark.server
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    return random.Random(seed).choices(range(VOCABULARY), k=tokens)
-
-
-def generate(sequence: Sequence, ids: list[int], tokens: int) -> list[int]:
-    """Greedy decoding by steps: the prompt, then each token said."""
-    said = [sequence.tokens(ids)]
-    while len(said) < tokens:
-        said.append(sequence.tokens(said[-1:]))
-    return said
-
-
-def split(ids: list[int], rng: random.Random) -> list[list[int]]:
-    """The same tokens in parts of random length."""
-    parts = []
-    while ids:
-        cut = rng.randint(1, len(ids))
-        parts.append(ids[:cut])
-        ids = ids[cut:]
-    return parts
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 40])
@@ -72,12 +50,6 @@ def test_eight_interleaved_sequences_share_batches(client: InferenceServerClient
     assert batch_counts(client, "llama").get(SLOTS, 0) > before
 
 
-def batch_counts(client: InferenceServerClient, model: str) -> dict[int, int]:
-    """How many batches of each size the server has executed."""
-    statistics = client.get_inference_statistics(model).model_stats[0]
-    return {entry.batch_size: entry.compute_infer.count for entry in statistics.batch_stats}
-
-
 def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Repository) -> None:
     """Different secrets, random interleaving, drops and restarts, more sequences than slots."""
     expected = {seed: greedy(repository.llama, prompt(seed, 5 + seed % 7), 12) for seed in range(32)}
@@ -104,17 +76,6 @@ def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Reposi
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(stream, range(32)))
-
-
-def retried(sequence: Sequence, ids: list[int]) -> int:
-    """The first step, repeated while every slot is taken."""
-    for _ in range(400):
-        try:
-            return sequence.tokens(ids)
-        except InferenceServerException as error:
-            assert "INPLACE-NO_FREE_SLOT retryable=1" in error.message()
-            time.sleep(0.01)
-    raise AssertionError("no slot came free")
 
 
 def test_start_resets_a_live_sequence(client: InferenceServerClient, repository: Repository) -> None:
@@ -202,5 +163,5 @@ def test_a_model_that_is_not_a_language_model(client: InferenceServerClient) -> 
                 value = rng.standard_normal(4).astype(np.float32)
                 sums[sequence.id] += value
                 answer = sequence.step({"value": value})
-                np.testing.assert_allclose(answer["sum"], sums[sequence.id], rtol=1e-6)
+                assert answer["sum"].tolist() == sums[sequence.id].tolist()
                 assert answer["values"] == [count]

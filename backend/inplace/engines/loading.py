@@ -27,9 +27,13 @@ def check_file(path: Path, manifest: Manifest) -> None:
         raise LoadError(f"{path} is missing; the manifest beside it names it as the engine: build the model again")
     size = path.stat().st_size
     if size != manifest.engine.bytes:
-        raise LoadError(f"{path} has {size:,} bytes, the manifest says {manifest.engine.bytes:,}: it is truncated or replaced; build the model again")
+        raise LoadError(
+            f"{path} has {size:,} bytes, the manifest says {manifest.engine.bytes:,}: it is truncated or replaced; build the model again"
+        )
     if (found := sha256(path)) != manifest.engine.sha256:
-        raise LoadError(f"{path} has the checksum {found[:12]}…, the manifest says {manifest.engine.sha256[:12]}…: it was changed; build the model again")
+        raise LoadError(
+            f"{path} has the checksum {found[:12]}…, the manifest says {manifest.engine.sha256[:12]}…: changed; build the model again"
+        )
 
 
 def sha256(path: Path) -> str:

@@ -33,9 +33,7 @@ def prepack_linears(module: torch.fx.GraphModule) -> int:
         bias = node.args[2] if len(node.args) > 2 else None
         with module.graph.inserting_before(node):
             packed = module.graph.get_attr(name)
-            product = module.graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.default, (node.args[0], packed, bias, "none", [], "")
-            )
+            product = module.graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (node.args[0], packed, bias, "none", [], ""))
         node.replace_all_uses_with(product)
         module.graph.erase_node(node)
         replaced += 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.fx.graph import CodeGen
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.arena import Arena
@@ -67,7 +68,7 @@ class TorchEngine:
 def _bound(module: torch.fx.GraphModule, arena: Arena, device: torch.device) -> torch.fx.GraphModule:
     """The module with each state placeholder replaced by the arena's own tensor, taking and returning plain tuples."""
     graph = module.graph
-    graph.set_codegen(torch.fx.CodeGen())  # exported modules flatten and unflatten nested arguments at every call
+    graph.set_codegen(CodeGen())  # exported modules flatten and unflatten nested arguments at every call
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in arena.tensors:
             module.register_buffer(f"state_{node.name}", arena.tensors[node.name], persistent=False)

@@ -119,11 +119,17 @@ def _attention_fake(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    torch._check(query.dim() == 3 and key_state.dim() == 4, lambda: "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]")
+    torch._check(
+        query.dim() == 3 and key_state.dim() == 4, lambda: "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]"
+    )
     torch._check(append == (key is not None and value is not None), lambda: "append needs key and value; without append there are none")
-    torch._check(query.shape[1] % key_state.shape[1] == 0, lambda: f"{query.shape[1]} query heads do not divide over {key_state.shape[1]} kv heads")
+    torch._check(
+        query.shape[1] % key_state.shape[1] == 0, lambda: f"{query.shape[1]} query heads do not divide over {key_state.shape[1]} kv heads"
+    )
     if key is not None and value is not None:
-        torch._check(key.dtype == key_state.dtype and value.dtype == value_state.dtype, lambda: "keys and values must have their state's dtype")
+        torch._check(
+            key.dtype == key_state.dtype and value.dtype == value_state.dtype, lambda: "keys and values must have their state's dtype"
+        )
     return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
 
 

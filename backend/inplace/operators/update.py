@@ -33,10 +33,8 @@ def _update(
     for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
         if slot < 0:
             continue
-        if row_offsets is None:
-            new = value[row]
-        else:  # packed: the tokens are value's first axis; the slot has them on `axis`
-            new = value[bounds[row] : bounds[row + 1]].movedim(0, axis - 1)
+        # packed: the tokens are value's first axis; the slot has them on `axis`
+        new = value[row] if row_offsets is None else value[bounds[row] : bounds[row + 1]].movedim(0, axis - 1)
         write(state[slot], new, start, axis - 1, ring=ring)
 
 

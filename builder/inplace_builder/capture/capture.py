@@ -1,13 +1,14 @@
 """What a frontend hands to the rest of the builder."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from inplace.manifest import Alias, Dtype, Lowering, Program, Role, StateSpec, TensorSpec
 from inplace.operators import written_states
+from torch import Tensor
+
 from inplace_builder.errors import BuildError
 from inplace_builder.passes.cleanup import remove_no_ops
 from inplace_builder.passes.state_uses import check_state_uses
@@ -64,6 +65,12 @@ def described(
     because = "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
     lowering = tuple(Lowering(state=name, kind="operator", because=because) for name in names)
     return program.model_copy(update={"aliases": aliases}), lowering
+
+
+def any_size() -> contextlib.AbstractContextManager[None]:
+    """Export without treating an extent of 0 or 1 as special: one graph for one row and for many."""
+    patched: contextlib.AbstractContextManager[None] = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return patched
 
 
 CONTROL_DTYPE = Dtype.INT32

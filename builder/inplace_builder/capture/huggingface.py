@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import transformers
+from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec, Update
+from inplace.operators import attention
 from torch import Tensor
 from torch.export import Dim
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec, Update
-from inplace.operators import attention
-from inplace_builder.capture.capture import Capture, control, described
+from inplace_builder.capture.capture import Capture, any_size, control, described
 from inplace_builder.errors import BuildError
 
 IMPLEMENTATION = "inplace"
@@ -181,7 +181,9 @@ def load_decoder(source: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTraine
     except Exception as error:  # transformers raises many types for a folder it cannot make sense of
         raise BuildError(f"{source} has no configuration that transformers can read: {_brief(error)}") from error
     if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BuildError(f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has no causal language model for it)")
+        raise BuildError(
+            f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has no causal language model for it)"
+        )
     try:
         with _quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.as_torch, **where)
@@ -209,7 +211,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     tensors = _Examples(options, [_empty(spec) for spec in keys], [_empty(spec) for spec in values])
     model.set_attn_implementation(IMPLEMENTATION)
     try:
-        with _quiet(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with _quiet(), torch.no_grad(), any_size():
             exported = torch.export.export(DecoderStep(model, rings), tensors.arguments(), dynamic_shapes=tensors.dynamic_shapes())
     except BuildError:
         raise
@@ -324,7 +326,9 @@ def _empty(spec: StateSpec) -> Tensor:
 def _check_positions(config: transformers.PretrainedConfig, options: DecoderOptions) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and options.capacity > longest:
-        raise BuildError(f"a capacity of {options.capacity} is more than the {longest} positions this model was made for; choose at most {longest}")
+        raise BuildError(
+            f"a capacity of {options.capacity} is more than the {longest} positions this model was made for; choose at most {longest}"
+        )
 
 
 def _check_layers(graph: torch.fx.Graph, layers: int, kind: str) -> None:

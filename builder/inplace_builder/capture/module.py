@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec
 from torch import Tensor
 from torch.export import Dim
 
-from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec
-from inplace_builder.capture.capture import Capture, described
+from inplace_builder.capture.capture import Capture, any_size, described
 from inplace_builder.errors import BuildError
 
 
@@ -40,7 +40,7 @@ def capture_module(
     slots = Dim("slots", min=1)
     shapes: tuple[Any, ...] = (*({0: rows} for _ in inputs), *({0: slots} for _ in states))
     try:
-        with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with torch.no_grad(), any_size():
             exported = torch.export.export(module, (*arguments, *tensors), dynamic_shapes=shapes)
     except Exception as error:
         raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error

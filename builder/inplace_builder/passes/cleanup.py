@@ -25,6 +25,8 @@ def remove_no_ops(exported: torch.export.ExportedProgram) -> int:
 def _changes_nothing(node: torch.fx.Node) -> bool:
     if any(user.op == "output" for user in node.users):
         return False  # the program's signature names its outputs
-    before, after = node.args[0].meta["val"], node.meta["val"]
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    before, after = source.meta["val"], node.meta["val"]
     copies = len(node.args) > 3 and node.args[3]
     return bool(before.dtype == after.dtype and before.device == after.device and not copies)

@@ -3,8 +3,8 @@
 from collections.abc import Collection
 
 import torch
-
 from inplace.operators import NAMESPACE
+
 from inplace_builder.errors import BuildError
 
 

@@ -1,0 +1,35 @@
+"""The PyTorch engine on a GPU; building there verifies it against the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from inplace.arena import Arena
+from inplace.engines import load_engine
+from inplace.instance import ModelInstance
+from inplace.manifest import Dtype, Manifest
+from inplace.requests import Request
+from inplace_builder.build import BuildOptions, build_decoder
+from models import greedy, tiny_llama
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
+def test_a_decoder_builds_and_verifies_on_the_gpu(tmp_path: Path, dtype: Dtype) -> None:
+    model = tiny_llama(tmp_path / "llama")
+    manifest = build_decoder(tmp_path / "llama", tmp_path / "out", BuildOptions(dtype=dtype, device="cuda", capacity=64, chunk=8))
+    arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
+    folder = tmp_path / "out" / "1"
+    instance = ModelInstance(manifest, arena, load_engine(folder, Manifest.load(folder), arena), idle_timeout=600.0)
+    addresses = arena.addresses()
+    ids, said = torch.tensor([[5, 6, 7]]), []
+    for step in range(16):
+        work = instance.admit(Request(1, step == 0, False, {"input_ids": ids}))
+        instance.step([work])
+        instance.finish(work)
+        ids = work.outputs["next_token"]
+        said.append(int(ids))
+    assert arena.addresses() == addresses
+    if dtype is Dtype.FLOAT32:
+        assert said == greedy(model, [5, 6, 7], 16)

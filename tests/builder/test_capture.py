@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest, Role, Update
-from inplace.operators import NAMESPACE
+from inplace.operators import NAMESPACE, written_states
 from inplace.requests import Request
 from inplace_builder.build import ENGINE_FILE, VERSION, BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
@@ -199,13 +199,21 @@ def test_every_layer_is_one_attention_operator(built: Built) -> None:
     assert [node.kwargs.get("ring", False) for node in found] == list(built.family.rings)
 
 
-def test_functionalized_the_graph_mutates_the_states_and_nothing_else(built: Built) -> None:
+def test_the_graph_writes_every_state_and_the_manifest_says_so(built: Built) -> None:
+    graph = built.graph()
+    assert not graph.graph_signature.buffers_to_mutate
+    assert list(written_states(graph.graph)) == states_of(built.manifest)
+    assert [alias.input for alias in built.manifest.program("step").aliases] == states_of(built.manifest)
+    assert [entry.state for entry in built.manifest.lowering] == states_of(built.manifest)
+
+
+def test_functionalized_by_torch_the_graph_mutates_the_states_and_nothing_else(tmp_path: Path) -> None:
+    capture = capture_decoder(save(FAMILIES["mistral"], tmp_path), DecoderOptions(CAPACITY, 3, CHUNK))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch copies its own deprecated tree specs
-        signature = built.graph().run_decompositions({}).graph_signature
-    assert sorted(signature.user_inputs_to_mutate.values()) == sorted(states_of(built.manifest))
+        signature = capture.exported.run_decompositions({}).graph_signature
+    assert sorted(signature.user_inputs_to_mutate.values()) == sorted(state.name for state in capture.states)
     assert not signature.buffers_to_mutate
-    assert [alias.input for alias in built.manifest.program("step").aliases] == states_of(built.manifest)
 
 
 def test_no_metadata_assertion_is_left_in_the_graph(built: Built) -> None:

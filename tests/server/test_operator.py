@@ -1,0 +1,109 @@
+"""What an operator meets: their own tritonserver command line, damaged models, a shutdown with live sequences."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Repository
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from inplace.client import Sequence
+from inplace_builder.server import Ports, ServerError, TritonServer, environment, install_backend
+
+pytestmark = pytest.mark.server
+
+
+def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) -> None:
+    """`inplace install-backend`, then tritonserver as an operator types it."""
+    subprocess.run([sys.executable, "-m", "inplace_builder", "install-backend", str(tmp_path / "backends")], check=True, capture_output=True)
+    template = TritonServer(repository.path, Ports(0, 0, 0), backends=tmp_path / "backends")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(template.command(), env=environment(), stdout=log, stderr=log)
+    try:
+        template.process = process
+        template.wait_ready()
+        with InferenceServerClient(template.grpc_url) as client, Sequence(client, "llama") as sequence:
+            assert 0 <= sequence.tokens([1, 2, 3]) < 512
+    finally:
+        template.stop()
+
+
+def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
+    ports = Ports(0, 0, 0).chosen()
+    options = [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}", f"--metrics-port={ports.metrics}", "--log-file", str(tmp_path / "log")]
+    command = [sys.executable, "-m", "inplace_builder", "serve", "--model-repository", str(repository.path), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert f"gRPC 127.0.0.1:{ports.grpc}" in process.stdout.readline()
+            with InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
+                Sequence(client, "llama").tokens([1, 2, 3])  # left alive
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
+def _damaged(repository: Repository, tmp_path: Path) -> Path:
+    """A copy of the built llama to damage, alone in a repository."""
+    return Path(shutil.copytree(repository.path / "llama", tmp_path / "models" / "llama")) / "1"
+
+
+def _refusal(tmp_path: Path) -> str:
+    """What the server says when it cannot load the model."""
+    server = TritonServer(tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", start_timeout=60)
+    with pytest.raises(ServerError, match="tritonserver ended with status 1") as refused, server:
+        pass
+    return str(refused.value)
+
+
+def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_path: Path) -> None:
+    folder = _damaged(repository, tmp_path)
+    manifest = json.loads((folder / "engine.json").read_text())
+    (folder / "engine.json").write_text(json.dumps(manifest | {"manifest_version": 99}))
+    assert "has manifest version 99, this runtime reads version 1" in _refusal(tmp_path)
+
+
+def test_a_missing_engine_file_is_refused(repository: Repository, tmp_path: Path) -> None:
+    (_damaged(repository, tmp_path) / "engine.pt2").unlink()
+    assert "engine.pt2 is missing" in _refusal(tmp_path)
+
+
+def test_a_truncated_engine_file_is_refused_and_other_models_are_served(repository: Repository, tmp_path: Path) -> None:
+    engine = _damaged(repository, tmp_path) / "engine.pt2"
+    engine.write_bytes(engine.read_bytes()[:1000])
+    shutil.copytree(repository.path / "accumulator", tmp_path / "models" / "accumulator")
+    server = TritonServer(tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", arguments=["--exit-on-error=false"])
+    server.start()
+    try:
+        with InferenceServerClient(server.grpc_url) as client:
+            deadline = 60
+            while not _ready(client, "accumulator") and deadline:
+                deadline -= 1
+                assert server.process is not None
+                assert server.process.poll() is None
+            assert not client.is_model_ready("llama")
+            assert server.log is not None
+            assert "engine.pt2 has 1,000 bytes, the manifest says" in server.log.read_text()
+    finally:
+        server.stop()
+
+
+def _ready(client: InferenceServerClient, model: str) -> bool:
+    """Whether the model is served; waits a second if the server does not listen yet."""
+    try:
+        if client.is_model_ready(model, client_timeout=2.0):
+            return True
+    except InferenceServerException:
+        pass
+    time.sleep(1)
+    return False
+
+
+def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> None:
+    install_backend(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "inplace").iterdir()) == ["model.py"]

@@ -31,7 +31,7 @@ def build(
     max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step; default: the slots, at most 8.")] = None,
     capacity: Annotated[int, typer.Option(help="Positions a sequence may hold.")] = 1024,
     chunk: Annotated[int, typer.Option(help="Most tokens of one sequence in one step; longer prompts take several.")] = 128,
-    name: Annotated[str | None, typer.Option(help="The model's name; default: the last part of --output.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name, in the repository --output; default: its last part.")] = None,
     idle_timeout: Annotated[float, typer.Option(help="Seconds after its last response at which a sequence loses its slot.")] = 600.0,
     queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full.")] = 500,
 ) -> None:
@@ -64,6 +64,7 @@ def build(
             stage("done")
             progress.update(progress.tasks[last[0]].id, total=1, completed=1)
         console.print(summary(manifest, target))
+        console.print(f"written to {target}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -75,7 +76,7 @@ def inspect(model: Annotated[Path, typer.Argument(help="An engine directory, or 
 
     with _errors():
         folder = model if (model / FILE_NAME).is_file() else model / "1"
-        for part in details(Manifest.load(folder)):
+        for part in details(Manifest.load(folder), folder):
             console.print(part)
 
 

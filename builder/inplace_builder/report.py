@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def summary(manifest: Manifest, output: Path) -> Table:
-    """States, bytes a slot, the arena and where the model was written."""
+    """States, bytes a slot, the arena and where the model is."""
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{manifest.name} ({manifest.engine.kind}, {manifest.engine.dtype}, {manifest.engine.device})")
     for line in _groups(manifest.states):
@@ -19,13 +19,13 @@ def summary(manifest: Manifest, output: Path) -> Table:
     table.add_row("arena", f"{manifest.slots} slots, {decimal(manifest.slots * manifest.slot_bytes)}")
     table.add_row("engine", decimal(manifest.engine.bytes))
     table.add_row("verified", f"{manifest.verified}, largest relative error {manifest.built_with.get('verified_error', '?')}")
-    table.add_row("written to", str(output))
+    table.add_row("in", str(output))
     return table
 
 
-def details(manifest: Manifest) -> Iterator[Table]:
+def details(manifest: Manifest, folder: Path) -> Iterator[Table]:
     """Everything the manifest says, a table a subject."""
-    yield summary(manifest, Path(manifest.engine.file))
+    yield summary(manifest, folder)
     for program in manifest.programs:
         table = Table(title=f"program {program.name}: {program.row_layout}, at most {program.max_rows} rows, {program.chunk} tokens a row")
         for heading in ("tensor", "", "role", "dtype", "shape of a request", "limits"):

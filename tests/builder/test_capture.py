@@ -1,7 +1,7 @@
 """Decoder families, captured from tiny random models and compared with transformers' own greedy decoding."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +9,14 @@ import pytest
 import torch
 import transformers
 from conftest import open_instance
-from models import greedy
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest, Role, Update
 from inplace.operators import NAMESPACE, written_states
 from inplace.requests import Request
 from inplace_builder.build import ENGINE_FILE, VERSION, BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
+from models import greedy
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY, CAPACITY, CHUNK, WINDOW = 128, 96, 8, 12
 RING = WINDOW + CHUNK - 1
@@ -37,9 +36,15 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-GEMMA = SHAPE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "num_hidden_layers": 4}
-ALTERNATING = ["sliding_attention", "full_attention"] * 2
-UNEVEN = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = SHAPE | {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": WINDOW,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,  # a random tied model repeats its last token
+}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+UNEVEN = ["sliding_attention", "sliding_attention", "full_attention"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Family:
     """A configuration, and which of its layers must become rings."""
 
     config: str
-    changes: dict[str, object]
+    changes: Mapping[str, object]
     rings: tuple[bool, ...] = (False, False)
 
 
@@ -55,8 +60,8 @@ FAMILIES = {
     "llama": Family("LlamaConfig", SHAPE),
     "llama_tied": Family("LlamaConfig", SHAPE | {"tie_word_embeddings": True}),
     "mistral": Family("MistralConfig", SHAPE | {"sliding_window": WINDOW}, (True, True)),
-    "gemma2": Family("Gemma2Config", GEMMA | {"layer_types": ALTERNATING, "attn_logit_softcapping": 2.0}, (True, False, True, False)),
-    "gemma3": Family("Gemma3TextConfig", GEMMA | {"layer_types": UNEVEN}, (True, True, False, True)),
+    "gemma2": Family("Gemma2Config", GEMMA | {"layer_types": ALTERNATING, "attn_logit_softcapping": 2.0}, (True, False, True)),
+    "gemma3": Family("Gemma3TextConfig", GEMMA | {"layer_types": UNEVEN}, (True, True, False)),
     "qwen2": Family("Qwen2Config", SHAPE),
     "qwen3": Family("Qwen3Config", SHAPE | {"head_dim": 8}),
     "gpt2": Family(
@@ -68,6 +73,7 @@ FAMILIES = {
             "n_head": 4,
             "n_positions": 256,
             "initializer_range": 0.3,
+            "tie_word_embeddings": False,
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
@@ -106,14 +112,21 @@ def eager_build(model: PreTrainedModel, output: Path, options: BuildOptions) -> 
     return write_engine(capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, options.chunk)), output, options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small for more: threads that wait for each other take three times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     family, folder, path = FAMILIES[request.param], tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository") / "model"
     model = save(family, folder)
-    if request.param == "gemma2":  # the default attention drops its soft-cap, see the expected failure below
-        manifest = eager_build(model, path, OPTIONS)
-    else:
-        manifest = build_decoder(folder, path, OPTIONS)
+    # the default attention drops Gemma 2's soft-cap, see the expected failure below
+    manifest = eager_build(model, path, OPTIONS) if request.param == "gemma2" else build_decoder(folder, path, OPTIONS)
     return Built(family, model, folder, path, manifest)
 
 
@@ -147,17 +160,11 @@ def states_of(manifest: Manifest) -> list[str]:
     return [state.name for state in manifest.states]
 
 
-def test_40_greedy_tokens_of_ragged_rows_equal_transformers_beyond_chunk_and_window(built: Built) -> None:
-    prompts = [prompt(1, 5), prompt(2, 4 * CHUNK - 1), prompt(3, CHUNK + 1)]
+def test_40_greedy_tokens_of_ragged_rows_equal_transformers_beyond_chunk_and_window_up_to_capacity(built: Built) -> None:
+    prompts = [prompt(1, 5), prompt(2, CAPACITY - TOKENS + 1), prompt(3, CHUNK + 1)]
     expected = [greedy(built.model, ids, TOKENS) for ids in prompts]
     assert all(len(set(tokens)) > 5 for tokens in expected), "the model has settled on a few tokens: it proves nothing"
     assert generate_together(open_instance(built.path), prompts, TOKENS) == expected
-
-
-def test_a_sequence_can_be_filled_to_its_capacity_and_still_equals_transformers(built: Built) -> None:
-    ids = prompt(4, CAPACITY - 6)
-    [said] = generate_together(open_instance(built.path), [ids], 7)  # the seventh is never fed
-    assert said == greedy(built.model, ids, 7)
 
 
 def test_the_tokens_depend_on_the_window(tmp_path: Path) -> None:
@@ -185,9 +192,13 @@ def test_a_window_is_a_ring_only_where_that_takes_less_than_the_capacity(tmp_pat
 
 
 @pytest.mark.parametrize(("capacity", "rows", "chunk"), [(1, 1, 1), (2, 2, 2), (3, 1, 8), (20, 2, 1)])
-def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers(tmp_path: Path, capacity: int, rows: int, chunk: int) -> None:
+def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers(
+    tmp_path: Path, capacity: int, rows: int, chunk: int
+) -> None:
     model = save(FAMILIES["llama"], tmp_path / "source")
-    manifest = build_decoder(tmp_path / "source", tmp_path / "model", BuildOptions(slots=rows, max_rows=rows, capacity=capacity, chunk=chunk))
+    manifest = build_decoder(
+        tmp_path / "source", tmp_path / "model", BuildOptions(slots=rows, max_rows=rows, capacity=capacity, chunk=chunk)
+    )
     assert (manifest.program("step").max_rows, manifest.program("step").chunk) == (rows, min(chunk, capacity))
     prompts = [prompt(6 + row, 1) for row in range(rows)]
     assert generate_together(open_instance(tmp_path / "model"), prompts, capacity) == [greedy(model, ids, capacity) for ids in prompts]
@@ -266,7 +277,9 @@ def test_capture_leaves_the_model_attending_as_before(tmp_path: Path) -> None:
     assert greedy(model, prompt(7, 9), 8) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the reference attends with SDPA, which drops the soft-cap: load_decoder must ask for eager attention")
+@pytest.mark.xfail(
+    strict=True, reason="the reference attends with SDPA, which drops the soft-cap: load_decoder must ask for eager attention"
+)
 def test_gemma2_builds_from_its_folder(tmp_path: Path) -> None:
     save(FAMILIES["gemma2"], tmp_path / "source")
     build_decoder(tmp_path / "source", tmp_path / "model", OPTIONS)

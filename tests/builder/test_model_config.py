@@ -3,10 +3,9 @@
 import pytest
 from conftest import SLOTS, Repository
 from google.protobuf import text_format
+from inplace.settings import IDLE_TIMEOUT
 from models import VOCABULARY
 from tritonclient.grpc import model_config_pb2 as pb
-
-from inplace.settings import IDLE_TIMEOUT
 
 
 def parsed(repository: Repository, name: str) -> pb.ModelConfig:

@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import open_instance
-from models import accumulator
-from torch import Tensor
-
 from inplace.instance import ModelInstance
 from inplace.manifest import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
@@ -17,6 +14,8 @@ from inplace_builder.build import BuildOptions, write_engine
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control
 from inplace_builder.errors import BuildError
+from models import accumulator
+from torch import Tensor
 
 OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
 
@@ -97,7 +96,10 @@ def add(instance: ModelInstance, rows: dict[int, float], *, start: bool = False)
 def test_the_accumulator_builds_and_each_sequence_has_its_own_sum(tmp_path: Path) -> None:
     manifest = write_engine(accumulator(), tmp_path / "accumulator", OPTIONS)
     assert manifest.capacity is None
-    assert [(alias.output, alias.input) for alias in manifest.program("step").aliases] == [("total_updated", "total"), ("count_updated", "count")]
+    assert [(alias.output, alias.input) for alias in manifest.program("step").aliases] == [
+        ("total_updated", "total"),
+        ("count_updated", "count"),
+    ]
     instance = open_instance(tmp_path / "accumulator")
     add(instance, {1: 1.0, 2: 10.0, 3: 100.0}, start=True)
     assert add(instance, {3: 1.0, 1: 5.0}) == {3: ([101.0] * 4, 2), 1: ([6.0] * 4, 2)}
@@ -119,7 +121,9 @@ def test_a_module_that_returns_a_state_is_refused() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
-def test_a_state_used_outside_the_operators_is_refused_with_the_module_s_own_line(module: torch.nn.Module, operator: str, line: str) -> None:
+def test_a_state_used_outside_the_operators_is_refused_with_the_module_s_own_line(
+    module: torch.nn.Module, operator: str, line: str
+) -> None:
     number = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.strip() == line)
     where = f'state total is used by {operator} at "{__file__}", line {number}, in forward ({line})'
     with pytest.raises(BuildError, match=re.escape(where)):

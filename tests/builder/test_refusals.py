@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import tiny_llama
-from safetensors.torch import load_file, save_file
-
 from inplace.manifest import Dtype
 from inplace_builder.build import BuildOptions, build_decoder
 from inplace_builder.errors import BuildError
+from models import tiny_llama
+from safetensors.torch import load_file, save_file
 
 OPTIONS = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
 SMALL = {
@@ -50,7 +49,9 @@ def bert(folder: Path, _: Path) -> Path:
 
 def gpt_oss(folder: Path, _: Path) -> Path:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    config = transformers.GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_parameters=rope)
+    config = transformers.GptOssConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_parameters=rope
+    )
     transformers.GptOssForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -67,7 +68,9 @@ def bloom(folder: Path, _: Path) -> Path:
 
 
 def mamba(folder: Path, _: Path) -> Path:
-    transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)).save_pretrained(folder)
+    transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -177,7 +180,9 @@ def not_yet(source: Source, text: str, reason: str) -> object:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' own, when it makes these models
-def test_a_model_that_is_no_buildable_decoder_is_refused_and_nothing_is_written(tmp_path: Path, llama: Path, source: Source, text: str) -> None:
+def test_a_model_that_is_no_buildable_decoder_is_refused_and_nothing_is_written(
+    tmp_path: Path, llama: Path, source: Source, text: str
+) -> None:
     repository = tmp_path / "repository"
     repository.mkdir()
     with pytest.raises(BuildError, match=text):
@@ -192,7 +197,7 @@ def test_a_refused_model_does_not_even_make_the_repository(tmp_path: Path) -> No
 
 
 def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_possible(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(BuildError, match="capacity of 4097 is more than the 4096 positions .* choose at most 4096"):
+    with pytest.raises(BuildError, match=r"capacity of 4097 is more than the 4096 positions .* choose at most 4096"):
         build_decoder(llama, tmp_path / "model", BuildOptions(capacity=4097))
     assert list(tmp_path.iterdir()) == []
 
@@ -215,7 +220,9 @@ def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_pos
         pytest.param(
             {"idle_timeout": 1e300},
             "idle_timeout",
-            marks=pytest.mark.xfail(strict=True, reason="Triton's uint64 of microseconds overflows: a ValueError of protobuf, after the whole build"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="Triton's uint64 of microseconds overflows: a ValueError of protobuf, after the whole build"
+            ),
         ),
         pytest.param(
             {"queue_delay_microseconds": 1 << 64},

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 from conftest import Repository
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
-
 from inplace.client import Sequence
 from inplace_builder.server import Ports, ServerError, TritonServer, environment, install_backend
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
 
 
 def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) -> None:
     """`inplace install-backend`, then tritonserver as an operator types it."""
-    subprocess.run([sys.executable, "-m", "inplace_builder", "install-backend", str(tmp_path / "backends")], check=True, capture_output=True)
+    command = [sys.executable, "-m", "inplace_builder", "install-backend", str(tmp_path / "backends")]
+    subprocess.run(command, check=True, capture_output=True)
     template = TritonServer(repository.path, Ports(0, 0, 0), backends=tmp_path / "backends")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(template.command(), env=environment(), stdout=log, stderr=log)
@@ -35,8 +35,9 @@ def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) ->
 
 def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
     ports = Ports(0, 0, 0).chosen()
-    options = [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}", f"--metrics-port={ports.metrics}", "--log-file", str(tmp_path / "log")]
-    command = [sys.executable, "-m", "inplace_builder", "serve", "--model-repository", str(repository.path), *options]
+    where = [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}", f"--metrics-port={ports.metrics}"]
+    options = [*where, "--model-repository", str(repository.path), "--log-file", str(tmp_path / "log")]
+    command = [sys.executable, "-m", "inplace_builder", "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -1,6 +1,7 @@
 """The arena: the memory of all slots of all states of one model instance, allocated once."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,14 +29,17 @@ class Arena:
         self.specs = states
         self.slots = slots
         tensors: dict[str, Tensor] = {}
+        needed = slots * sum(spec.slot_bytes for spec in states)
         try:
+            if device.type == "cpu" and needed > (available := _available()):
+                raise MemoryError(f"{available:,} are available")  # the kernel would grant it and kill the process when it is used
             for spec in states:
                 tensor = torch.empty((slots, *spec.shape), dtype=spec.dtype.as_torch, device=device)
                 tensors[spec.name] = tensor.fill_(spec.fill)  # also commits the pages: memory does not grow while serving
         except (RuntimeError, MemoryError) as error:  # torch reports exhausted host memory as a RuntimeError
             raise LoadError(
-                f"the arena of {slots} slots needs {slots * sum(s.slot_bytes for s in states):,} bytes of {device.type} memory, which "
-                f"could not be allocated ({str(error).splitlines()[0]}): build with fewer slots or a smaller capacity"
+                f"the arena of {slots} slots needs {needed:,} bytes of {device.type} memory, which "
+                f"could not be allocated ({str(error).partition(chr(10))[0]}): build with fewer slots or a smaller capacity"
             ) from error
         self.tensors: Mapping[str, Tensor] = tensors
 
@@ -53,3 +57,11 @@ class Arena:
         for spec in self.specs:
             if spec.reset:
                 self.tensors[spec.name][slot].fill_(spec.fill)
+
+
+def _available() -> int:
+    """Bytes of host memory that could be used now, as the kernel estimates them (``MemAvailable``, proc(5))."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from inplace.errors import RequestError
 from inplace.manifest import Program, Role
 from inplace.requests import Request
 from inplace.sequences import Sequence
@@ -22,6 +23,7 @@ class Work:
         before: the sequence's length when it was admitted.
         done: tokens that steps have consumed.
         outputs: what the last of its steps returned, by output name, ``[1, ...]``; empty until then.
+        error: why the engine could not finish it.
     """
 
     request: Request
@@ -31,11 +33,12 @@ class Work:
     before: int
     done: int = 0
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    error: RequestError | None = None
 
     @property
     def finished(self) -> bool:
-        """Every token was consumed."""
-        return self.done == self.tokens
+        """It can be answered: every token was consumed, or the engine failed."""
+        return self.done == self.tokens or self.error is not None
 
 
 @dataclass(frozen=True, slots=True)

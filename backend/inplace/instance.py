@@ -1,5 +1,6 @@
 """A model instance: one engine, its arena and its sequences. The step that every driver uses is here."""
 
+import logging
 from collections.abc import Callable
 from time import monotonic
 
@@ -10,6 +11,8 @@ from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest, Program, Update
 from inplace.requests import Request, checked_inputs
 from inplace.sequences import Sequence, SlotTable
+
+log = logging.getLogger("inplace")
 
 
 class ModelInstance:
@@ -65,15 +68,18 @@ class ModelInstance:
     def step(self, rows: list[Work]) -> None:
         """Run one step over at most ``program.max_rows`` rows, each of its own sequence, and advance them.
 
-        Raises:
-            RequestError: ENGINE_FAILED. Where states only append, the sequences are as they were before their requests (what lies
-                beyond the cached length is never read); where they are rewritten, the sequences have ended.
+        Where the engine raises, every row has its ``error`` afterwards. A START leaves no slot then, an END has ended; other sequences are
+        as they were before their requests where states only append (what lies beyond the cached length is never read), and have
+        ended where states are rewritten.
         """
         batch = form(self.program, rows)
         try:
             outputs = self.engine.step(batch.inputs)
         except Exception as error:  # whatever the engine throws must reach the clients, not the server
-            raise self._failed(rows, error) from error
+            log.exception("the engine failed in a step of %d rows", len(rows))
+            for work in rows:
+                work.error = self._failed(work, error)
+            return
         for row, (work, count) in enumerate(zip(rows, batch.counts, strict=True)):
             work.done += count
             work.sequence.length += count
@@ -116,15 +122,16 @@ class ModelInstance:
                 f"send fewer, or build with a larger capacity",
             )
 
-    def _failed(self, rows: list[Work], error: Exception) -> RequestError:
-        for work in rows:
-            if self._appends_only:
-                work.sequence.length = work.before
-            else:
-                self.table.end(work.sequence)
-        after = "nothing was changed, send it again" if self._appends_only else "the sequence has ended, START it again"
+    def _failed(self, work: Work, error: Exception) -> RequestError:
+        """Undo what can be undone of a request whose step failed."""
+        kept = self._appends_only and not work.request.start and not work.request.end
+        if kept:
+            work.sequence.length = work.before
+            after = "nothing was changed, send it again"
+        else:
+            self.table.end(work.sequence)
+            after = "no slot is held, START again" if work.request.start else "the sequence has ended, START it again"
+        text = str(error).partition("\n")[0]
         return RequestError(
-            Code.ENGINE_FAILED,
-            f"the engine failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); {after}",
-            retryable=self._appends_only,
+            Code.ENGINE_FAILED, f"the engine failed ({type(error).__name__}: {text}); {after}", retryable=kept or work.request.start
         )

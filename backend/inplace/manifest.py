@@ -80,7 +80,7 @@ CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
 class Frozen(BaseModel):
     """Base of all records: immutable, and a field nobody knows is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class StateSpec(Frozen):
@@ -201,6 +201,11 @@ class Program(Frozen):
         names = [spec.name for spec in (*self.inputs, *self.outputs)]
         if len(set(names)) != len(names):
             raise ValueError(f"program {self.name}: tensor names must differ, got {names}")
+        for spec in (*self.inputs, *self.outputs):
+            if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != (spec.role is Role.TOKENS):
+                raise ValueError(f"program {self.name}: -1 stands first in the shape of a tokens input and nowhere else, got {spec}")
+            if spec.argmax_of is not None and spec.argmax_of not in {output.name for output in self.outputs}:
+                raise ValueError(f"program {self.name}: output {spec.name} is the argmax of {spec.argmax_of!r}, which is no output")
         roles = [spec.role for spec in self.inputs]
         for role in set(Role) - CLIENT_ROLES:
             if roles.count(role) > 1:
@@ -262,10 +267,16 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _aliases_name_states(self) -> Self:
         known = {state.name for state in self.states}
+        if len(known) != len(self.states):
+            raise ValueError(f"state names must differ, got {[state.name for state in self.states]}")
+        if self.capacity is None and any(state.update is Update.APPEND for state in self.states):
+            raise ValueError("states that append have an end: the manifest must say the capacity")
         for program in self.programs:
             for alias in program.aliases:
                 if alias.input not in known:
                     raise ValueError(f"alias {alias} of program {program.name} names no state of this engine")
+            if shared := known & {spec.name for spec in program.inputs}:
+                raise ValueError(f"program {program.name}: {sorted(shared)} name both a state and an input")
         return self
 
     @property

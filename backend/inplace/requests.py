@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from inplace.errors import Code, RequestError
-from inplace.manifest import Dtype, Program, Role, TensorSpec
+from inplace.manifest import Program, Role, TensorSpec
 from inplace.sequences import SequenceId
 
 
@@ -51,13 +51,9 @@ class Request:
         value = self.parameters.get("position")
         if value is None:
             return None
-        try:
-            number = int(str(value))
-        except ValueError:
-            number = -1
-        if number < 0 or isinstance(value, bool):
+        if isinstance(value, bool) or not (str(value).isascii() and str(value).isdigit()):
             raise RequestError(Code.BAD_PARAMETER, f"parameter 'position' is {value!r}; expected a whole number of at least 0")
-        return number
+        return int(value)
 
 
 def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -84,7 +80,7 @@ def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict
 
 def _checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
     if tensor.dtype != spec.dtype.as_torch:
-        raise RequestError(Code.BAD_DTYPE, f"input {spec.name!r} is {Dtype.of(tensor.dtype)}; expected {spec.dtype}")
+        raise RequestError(Code.BAD_DTYPE, f"input {spec.name!r} is {str(tensor.dtype).removeprefix('torch.')}; expected {spec.dtype}")
     shape = tuple(tensor.shape)
     rest = spec.shape[1:] if spec.role is Role.TOKENS else spec.shape
     fits = shape[:1] == (1,) and (shape[2:] == rest and len(shape) >= 2 if spec.role is Role.TOKENS else shape[1:] == rest)
@@ -96,8 +92,10 @@ def _checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
         raise RequestError(Code.EMPTY_INPUT, f"input {spec.name!r} is empty; send at least 1 token")
     if spec.minimum is not None or spec.maximum is not None:
         low, high = (bound.item() for bound in tensor.aminmax())
-        if (spec.minimum is not None and low < spec.minimum) or (spec.maximum is not None and high > spec.maximum):
-            wrong = low if spec.minimum is not None and low < spec.minimum else high
+        above = spec.minimum is None or low >= spec.minimum  # in these words NaN is outside
+        below = spec.maximum is None or high <= spec.maximum
+        if not (above and below):
+            wrong = high if above else low
             raise RequestError(
                 Code.VALUE_RANGE, f"input {spec.name!r} holds {wrong}; expected values from {spec.minimum} to {spec.maximum}"
             )

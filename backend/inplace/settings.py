@@ -37,10 +37,8 @@ class Settings:
         if config.get("model_transaction_policy", {}).get("decoupled", False):
             raise LoadError("config.pbtxt says decoupled: this engine was built for the step protocol; build the model again to restore it")
         most = manifest.program("step").max_rows
-        if config["max_batch_size"] > most:
-            raise LoadError(
-                f"config.pbtxt has max_batch_size {config['max_batch_size']}, the engine was built for at most {most} rows a step"
-            )
+        if not 1 <= config["max_batch_size"] <= most:
+            raise LoadError(f"config.pbtxt has max_batch_size {config['max_batch_size']}, the engine was built for 1 to {most} rows a step")
         triton_idle = int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0)) or TRITON_IDLE_MICROSECONDS
         text = config.get("parameters", {}).get(IDLE_TIMEOUT, {}).get("string_value", "600")
         try:

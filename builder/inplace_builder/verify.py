@@ -102,6 +102,9 @@ def _step_and_compare_memory(instance: ModelInstance, rows: list[Work]) -> None:
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     starts = [(work, work.sequence.length) for work in rows]
     instance.step(rows)
+    for work in rows:
+        if work.error is not None:
+            raise BuildError(f"{work.error}; the engine is not written")
     for spec in instance.manifest.states:
         allowed = before[spec.name]
         for work, start in starts:

@@ -91,10 +91,10 @@ def test_a_model_without_sequence_batching_is_refused() -> None:
             parse(**json.loads(changes))
 
 
-@pytest.mark.parametrize(("size", "fits"), [(1, True), (4, True), (5, False), (64, False)])
+@pytest.mark.parametrize(("size", "fits"), [(1, True), (4, True), (0, False), (5, False), (64, False)])
 def test_a_batch_the_engine_was_not_built_for_is_refused(size: int, fits: bool) -> None:
     if fits:
         assert parse(max_batch_size=size) == Settings(600.0)
         return
-    with pytest.raises(LoadError, match=rf"config.pbtxt has max_batch_size {size}, the engine was built for at most 4 rows a step"):
+    with pytest.raises(LoadError, match=rf"config.pbtxt has max_batch_size {size}, the engine was built for 1 to 4 rows a step"):
         parse(max_batch_size=size)

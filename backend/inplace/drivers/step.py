@@ -14,6 +14,9 @@ from inplace.requests import Request
 Answer = dict[str, Tensor] | RequestError
 """What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
 
+LONGEST_PAUSE = 3600.0
+"""Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
+
 log = logging.getLogger("inplace")
 
 
@@ -51,7 +54,7 @@ class StepDriver:
         """Run the first request of every sequence; returns those that must wait for the next wave.
 
         A server may hand over the END of one sequence and the START of the next in one call, so a START that finds no free slot
-        waits where an END of this wave is about to free one.
+        waits where an END of the same call is about to free one.
         """
         admitted: list[tuple[int, Work]] = []
         later: list[tuple[int, Request]] = []
@@ -64,30 +67,26 @@ class StepDriver:
             try:
                 admitted.append((index, self.instance.admit(request)))
             except RequestError as error:
-                if error.code is Code.NO_FREE_SLOT and any(work.request.end for _, work in admitted):
+                if error.code is Code.NO_FREE_SLOT and self._will_free(waiting):
                     later.append((index, request))
                 else:
                     answers[index] = error
         self._steps(admitted, answers)
         return later
 
+    def _will_free(self, waiting: list[tuple[int, Request]]) -> bool:
+        """Whether some request of this call is the END of a live sequence."""
+        return any(request.end and self.instance.table.get(request.sequence) is not None for _, request in waiting)
+
     def _steps(self, admitted: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
         """Step until every admitted request is answered; a prompt longer than the chunk takes several steps."""
         most = self.instance.program.max_rows
         while admitted:
             rows = admitted[:most]
-            try:
-                self.instance.step([work for _, work in rows])
-            except RequestError as error:
-                log.error("%s", error, exc_info=error.__cause__)
-                for index, work in rows:
-                    answers[index] = error
-                    self.instance.finish(work)
-                admitted = admitted[most:]
-                continue
+            self.instance.step([work for _, work in rows])
             for index, work in rows:
                 if work.finished:
-                    answers[index] = {name: work.outputs[name] for name in self.instance.wanted(work)}
+                    answers[index] = work.error or {name: work.outputs[name] for name in self.instance.wanted(work)}
                     self.instance.finish(work)
             admitted = [(index, work) for index, work in admitted if not work.finished]
 
@@ -100,4 +99,4 @@ class StepDriver:
 
     def _pause(self) -> float:
         with self._lock:
-            return max(0.05, self.instance.table.next_expiry())
+            return min(max(0.05, self.instance.table.next_expiry()), LONGEST_PAUSE)

@@ -41,15 +41,27 @@ class TorchEngine:
             raise LoadError(f"{path} cannot be read as a torch.export program ({error}); build the model again") from error
         module = exported.module(check_guards=False)
         assert isinstance(module, torch.fx.GraphModule)
-        self._check(path, module.graph, manifest)
+        self._check(path, exported, manifest)
         self._module = _bound(module, arena, self._device)
 
-    def _check(self, path: Path, graph: torch.fx.Graph, manifest: Manifest) -> None:
+    def _check(self, path: Path, exported: torch.export.ExportedProgram, manifest: Manifest) -> None:
         """The graph is the truth: its inputs, and the states it writes, must be the manifest's."""
-        found = [node.name for node in graph.nodes if node.op == "placeholder"]
+        graph, signature = exported.graph, exported.graph_signature
+        found = list(signature.user_inputs)
         wanted = [spec.name for spec in self._program.inputs] + [state.name for state in manifest.states]
         if found != wanted:
             raise LoadError(f"{path} takes {found}, the manifest says {wanted}; build the model again")
+        if len(signature.user_outputs) != len(self._program.outputs):
+            names = [spec.name for spec in self._program.outputs]
+            raise LoadError(f"{path} returns {len(signature.user_outputs)} outputs, the manifest names {names}; build the model again")
+        values = {node.name: node.meta["val"] for node in graph.nodes if node.op == "placeholder"}
+        for state in manifest.states:
+            value = values[state.name]
+            if (tuple(value.shape[1:]), value.dtype) != (state.shape, state.dtype.as_torch):
+                raise LoadError(
+                    f"{path} has state {state.name} as {list(value.shape[1:])} {value.dtype}, the manifest as {list(state.shape)} "
+                    f"{state.dtype}; build the model again"
+                )
         written, declared = set(written_states(graph)), {alias.input for alias in self._program.aliases}
         if written != declared:
             raise LoadError(

@@ -48,7 +48,9 @@ def _attention(
             write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
             cached += end - first
         keys, values, offset, mask = _visible(keys, values, start, end - first, cached, causal=causal, window=window, ring=ring)
-        out[first:end] = _attend(query[first:end], keys, values, mask, scale, softcap, square=causal and offset == start == 0)
+        out[first:end] = _attend(
+            query[first:end], keys, values, mask, scale, softcap, square=causal and not window and offset == start == 0
+        )
     return out
 
 

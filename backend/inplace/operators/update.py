@@ -45,6 +45,8 @@ def write(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> No
         IndexError: the rows do not fit. The runtime checks this before a step; an operator never writes beside its slot.
     """
     capacity, count = slot.shape[axis], new.shape[axis]
+    if (*new.shape[:axis], *new.shape[axis + 1 :]) != (*slot.shape[:axis], *slot.shape[axis + 1 :]):
+        raise IndexError(f"rows of {tuple(new.shape)} have other extents than their slot {tuple(slot.shape)} beside axis {axis}")
     if ring:
         if count > capacity:
             raise IndexError(f"{count} rows do not fit a ring of {capacity}")

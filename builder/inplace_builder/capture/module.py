@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec
+from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 
@@ -58,8 +58,9 @@ def capture_module(
                 results = found if isinstance(found, tuple) else (found,)
         return {spec.name: result[0] for spec, result in zip(outputs, results, strict=True)}
 
+    ends = [spec.shape[spec.axis] for spec in states if spec.update is Update.APPEND and spec.axis is not None]
     weights = next((Dtype.of(p.dtype) for p in module.parameters()), states[0].dtype)
-    return Capture(exported, program, tuple(states), None, weights, lowering, reference)
+    return Capture(exported, program, tuple(states), min(ends, default=None), weights, lowering, reference)
 
 
 def _alone(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tensor:

@@ -12,6 +12,7 @@ from inplace.errors import InplaceError
 from inplace.manifest import Dtype
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 app = typer.Typer(
     help="Models that keep state between requests, updated in place, on Triton Inference Server.",
@@ -160,7 +161,7 @@ def _errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
 
 

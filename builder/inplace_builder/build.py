@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import io
 import platform
 import shutil
 import tempfile
@@ -26,6 +27,9 @@ VERSION = "1"
 TOKENIZER = "tokenizer"
 
 DTYPES = {"cpu": (Dtype.FLOAT32, Dtype.BFLOAT16), "cuda": (Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32)}
+
+LONGEST = 1e12
+"""Seconds; Triton keeps its times as 64-bit microseconds."""
 
 Stage = Callable[[str], None]
 """Called with what begins now; a progress display."""
@@ -65,9 +69,9 @@ class BuildOptions:
             raise BuildError(
                 f"{self.dtype} on {self.device!r} is not supported; choose {[str(d) for d in DTYPES.get(self.device, ())]} or another one"
             )
-        if not 0 < self.idle_timeout < float("inf"):
-            raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0")
-        if self.queue_delay_microseconds < 0:
+        if not 0 < self.idle_timeout < LONGEST:
+            raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0 and below {LONGEST:.0e}")
+        if not 0 <= self.queue_delay_microseconds < LONGEST * 1e6:
             raise BuildError(f"queue_delay_microseconds is {self.queue_delay_microseconds}; it must be at least 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BuildError("an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu")
@@ -126,7 +130,10 @@ def write_engine(
             exported = capture.exported
             if options.device != "cpu":
                 exported = move_to_device_pass(exported, options.device)
-            torch.export.save(exported, folder / ENGINE_FILE)
+            archive = io.BytesIO()  # PyTorch's archive writer aborts the process when it cannot write a file
+            torch.export.save(exported, archive)
+            (folder / ENGINE_FILE).write_bytes(archive.getbuffer())
+            del archive
             extras(folder)
         manifest = Manifest(
             name=output.name,
@@ -186,7 +193,7 @@ def _published(output: Path) -> Iterator[Path]:
         yield draft
         with _disk_errors(output):
             if output.exists():
-                old = draft.with_suffix(".old")
+                old = draft.with_name(f"{draft.name}.old")
                 output.rename(old)
                 draft.rename(output)
                 shutil.rmtree(old)

@@ -69,7 +69,8 @@ def _rounds(manifest: Manifest) -> Iterator[list[Request]]:
     """Requests that arrive together: the third sequence joins late, lengths and positions differ in every step."""
     program = manifest.program("step")
     room = manifest.capacity if manifest.capacity is not None else 1 << 30
-    long = min(program.chunk + 3, max(1, room - 3))
+    rings = [state.shape[state.axis] for state in manifest.states if state.update is Update.RING and state.axis is not None]
+    long = min(max(program.chunk, *rings, 0) + 3, max(1, room - 3))  # across a chunk, and once round every ring
     plans = [[1, 1, long, 1], [5, 1, 2, 1], [0, long, 1, 2]] if program.chunk > 1 else [[1] * 4, [1] * 4, [0, 1, 1, 1]]
     generator = torch.Generator().manual_seed(0)
     held = [0] * SEQUENCES

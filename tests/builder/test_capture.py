@@ -83,19 +83,14 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Built:
-    """A built family: transformers' model with eager attention, the folder it was saved in, and the engine directory."""
+    """A built family: transformers' model with eager attention, the folder it was saved in, the engine directory and the program in it."""
 
     family: Family
     model: PreTrainedModel
     source: Path
     path: Path
     manifest: Manifest
-
-    def graph(self) -> torch.export.ExportedProgram:
-        """The written engine's program."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # read-only buffers become tensors
-            return torch.export.load(self.path / VERSION / ENGINE_FILE)
+    exported: torch.export.ExportedProgram
 
 
 def save(family: Family, folder: Path) -> PreTrainedModel:
@@ -127,7 +122,10 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = save(family, folder)
     # the default attention drops Gemma 2's soft-cap, see the expected failure below
     manifest = eager_build(model, path, OPTIONS) if request.param == "gemma2" else build_decoder(folder, path, OPTIONS)
-    return Built(family, model, folder, path, manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # read-only buffers become tensors
+        exported = torch.export.load(path / VERSION / ENGINE_FILE)
+    return Built(family, model, folder, path, manifest, exported)
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -191,7 +189,7 @@ def test_a_window_is_a_ring_only_where_that_takes_less_than_the_capacity(tmp_pat
     assert generate_together(open_instance(tmp_path / "model"), [ids], 24) == [greedy(model, ids, 24)]
 
 
-@pytest.mark.parametrize(("capacity", "rows", "chunk"), [(1, 1, 1), (2, 2, 2), (3, 1, 8), (20, 2, 1)])
+@pytest.mark.parametrize(("capacity", "rows", "chunk"), [(1, 1, 1), (3, 1, 8), (12, 2, 1)])
 def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers(
     tmp_path: Path, capacity: int, rows: int, chunk: int
 ) -> None:
@@ -205,15 +203,14 @@ def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers
 
 
 def test_every_layer_is_one_attention_operator(built: Built) -> None:
-    found = [node for node in built.graph().graph.nodes if node.target is torch.ops.inplace.attention.default]
+    found = [node for node in built.exported.graph.nodes if node.target is torch.ops.inplace.attention.default]
     assert len(found) == built.model.config.num_hidden_layers == len(built.family.rings)
     assert [node.kwargs.get("ring", False) for node in found] == list(built.family.rings)
 
 
 def test_the_graph_writes_every_state_and_the_manifest_says_so(built: Built) -> None:
-    graph = built.graph()
-    assert not graph.graph_signature.buffers_to_mutate
-    assert list(written_states(graph.graph)) == states_of(built.manifest)
+    assert not built.exported.graph_signature.buffers_to_mutate
+    assert list(written_states(built.exported.graph)) == states_of(built.manifest)
     assert [alias.input for alias in built.manifest.program("step").aliases] == states_of(built.manifest)
     assert [entry.state for entry in built.manifest.lowering] == states_of(built.manifest)
 
@@ -228,13 +225,13 @@ def test_functionalized_by_torch_the_graph_mutates_the_states_and_nothing_else(t
 
 
 def test_no_metadata_assertion_is_left_in_the_graph(built: Built) -> None:
-    targets = [node.target for node in built.graph().graph.nodes]
+    targets = [node.target for node in built.exported.graph.nodes]
     assert torch.ops.aten.linear.default in targets or torch.ops.aten.addmm.default in targets
     assert torch.ops.aten._assert_tensor_metadata.default not in targets
 
 
 def test_only_inplace_operators_use_a_state(built: Built) -> None:
-    states = [node for node in built.graph().graph.nodes if node.op == "placeholder" and node.name in states_of(built.manifest)]
+    states = [node for node in built.exported.graph.nodes if node.op == "placeholder" and node.name in states_of(built.manifest)]
     assert [node.name for node in states] == states_of(built.manifest)
     for node in states:
         assert node.users
@@ -260,12 +257,12 @@ def test_the_manifest_says_who_fills_each_input_and_which_ids_are_valid(built: B
 
 
 def test_a_tied_embedding_is_written_once(tmp_path: Path) -> None:
-    wide = SHAPE | {"vocab_size": 4096}
+    wide = SHAPE | {"vocab_size": 1024}
     sizes = []
     for tied in (False, True):
         save(Family("LlamaConfig", wide | {"tie_word_embeddings": tied}), tmp_path / f"source{tied}")
         sizes.append(build_decoder(tmp_path / f"source{tied}", tmp_path / f"model{tied}", OPTIONS).engine.bytes)
-    embedding = 4096 * 32 * 4
+    embedding = 1024 * 32 * 4
     assert sizes[0] - sizes[1] == pytest.approx(embedding, rel=0.05)
 
 
@@ -277,9 +274,6 @@ def test_capture_leaves_the_model_attending_as_before(tmp_path: Path) -> None:
     assert greedy(model, prompt(7, 9), 8) == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the reference attends with SDPA, which drops the soft-cap: load_decoder must ask for eager attention"
-)
 def test_gemma2_builds_from_its_folder(tmp_path: Path) -> None:
     save(FAMILIES["gemma2"], tmp_path / "source")
     build_decoder(tmp_path / "source", tmp_path / "model", OPTIONS)

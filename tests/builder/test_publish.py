@@ -114,9 +114,6 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
         write_engine(accumulator(), tmp_path / "file" / "model", OPTIONS)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the older engine is parked under one fixed name; a build killed while deleting it blocks every later one"
-)
 def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
     left = older.with_name(".model.old") / VERSION
     left.mkdir(parents=True)
@@ -124,9 +121,6 @@ def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
     write_engine(accumulator(), older, OPTIONS)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="PyTorch's archive writer raises from a destructor when it cannot write: the process aborts (SIGABRT)"
-)
 @pytest.mark.parametrize("limit", [20_000, 400_000])
 def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
     """A limit on the size of a file stands for the disk: the write fails in the same place, in PyTorch's archive writer."""

@@ -157,12 +157,10 @@ def test_the_same_module_builds_where_the_state_is_reset(tmp_path: Path, dtype: 
     assert (tmp_path / "model" / "config.pbtxt").is_file()
 
 
-@pytest.mark.xfail(strict=True, reason="verify lets the runtime's RequestError out: '… the sequence has ended, START it again'")
 def test_an_engine_that_fails_in_its_step_is_refused(tmp_path: Path) -> None:
     refused(captured(WritesOutsideTheArena()), tmp_path, "index 100 is out of bounds")
 
 
-@pytest.mark.xfail(strict=True, reason="no verified sequence is longer than chunk + 6 tokens: a ring never wraps")
 def test_an_engine_that_is_wrong_only_once_a_ring_has_wrapped_is_refused(tmp_path: Path) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 

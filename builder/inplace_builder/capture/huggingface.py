@@ -184,11 +184,20 @@ def load_decoder(source: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTraine
         raise BuildError(
             f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has no causal language model for it)"
         )
+    # SDPA has no soft-cap: as the reference of such a model it would be wrong
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    reference = {"attn_implementation": "eager"} if capped else {}
     try:
         with _quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.as_torch, **where)
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype.as_torch, output_loading_info=True, **where, **reference
+            )
     except Exception as error:
         raise BuildError(f"the weights in {source} cannot be loaded: {_brief(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise BuildError(
+            f"the weights in {source} lack {missing[:3]} ({len(missing)} in all); transformers would fill them with random numbers"
+        )
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
@@ -288,6 +297,8 @@ def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: 
     A layer with a sliding window shorter than the capacity needs only the window and the rest of a chunk: a token must still see
     its whole window when the last token of its chunk has been appended.
     """
+    if getattr(config, "num_attention_heads", None) is None or getattr(config, "num_hidden_layers", None) is None:
+        raise BuildError(f"a {config.model_type!r} model has no attention heads; only decoders with a key-value cache are supported")
     layers: int = config.num_hidden_layers
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -28,7 +28,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 RESULT = Path(__file__).parent / "results" / "cpu_decode.json"
-PROMPT, TOKENS, ROUNDS = 16, 64, 3
+PROMPT, TOKENS, ROUNDS = 16, 64, 2
 CAPACITIES, LENGTH, STEPS = (512, 4096), 200, 40
 console = Console(stderr=True)
 

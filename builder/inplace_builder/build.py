@@ -122,6 +122,10 @@ def write_engine(
         BuildError: it cannot be written, or it does not do what the captured model does.
     """
     check_output(output)
+    if capture.program.max_rows > options.slots:
+        raise BuildError(
+            f"a batch of {capture.program.max_rows} rows needs as many slots; there are {options.slots}: raise slots or lower the batch"
+        )
     with _published(output) as draft:
         folder = draft / VERSION
         stage("write the engine")

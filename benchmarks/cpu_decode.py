@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from inplace.arena import Arena
+from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Dtype, Manifest
+from inplace.manifest import Manifest
 from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder, load_decoder

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from inplace.manifest import Dtype, Role, StateSpec, TensorSpec, Update
+from inplace.dtypes import Dtype
+from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control

@@ -9,39 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Literal, Self
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from inplace.dtypes import Dtype
 from inplace.errors import LoadError
+from inplace.records import Frozen, read
 
 MANIFEST_VERSION: Literal[1] = 1
 FILE_NAME = "engine.json"
-
-
-class Dtype(StrEnum):
-    """Element types a tensor of an engine may have; the values are PyTorch's names."""
-
-    BOOL = "bool"
-    INT8 = "int8"
-    UINT8 = "uint8"
-    INT32 = "int32"
-    INT64 = "int64"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-    FLOAT64 = "float64"
-
-    @property
-    def as_torch(self) -> torch.dtype:
-        """The same type as PyTorch has it."""
-        found = getattr(torch, self.value)
-        assert isinstance(found, torch.dtype)
-        return found
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> Self:
-        """The member for a PyTorch dtype; ValueError for a type no engine may use."""
-        return cls(str(dtype).removeprefix("torch."))
 
 
 class Update(StrEnum):
@@ -75,12 +50,6 @@ class Role(StrEnum):
 
 
 CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
-
-
-class Frozen(BaseModel):
-    """Base of all records: immutable, and a field nobody knows is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class StateSpec(Frozen):
@@ -302,34 +271,4 @@ class Manifest(Frozen):
         Raises:
             LoadError: it is missing, not a manifest, or of another version.
         """
-        path = folder / FILE_NAME
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            raise LoadError(f"{path} does not exist: {folder} is no engine directory; build one with `inplace build`") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoadError(f"{path} cannot be read: {error}") from error
-        try:
-            version = _Version.model_validate_json(text).manifest_version
-        except ValidationError as error:
-            raise LoadError(f"{path} is no manifest ({_first(error)}); build the engine again") from error
-        if version != MANIFEST_VERSION:
-            raise LoadError(
-                f"{path} has manifest version {version}, this runtime reads version {MANIFEST_VERSION}: "
-                f"build the engine again with this version of inplace, or serve it with the one that built it"
-            )
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise LoadError(f"{path} is damaged ({_first(error)}); build the engine again") from error
-
-
-class _Version(BaseModel):
-    manifest_version: int
-
-
-def _first(error: ValidationError) -> str:
-    """The first complaint of a validation, in one line."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+        return read(cls, folder / FILE_NAME, MANIFEST_VERSION)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 from inplace import __version__
+from inplace.dtypes import Dtype
 from inplace.engines.loading import sha256
-from inplace.manifest import FILE_NAME, Dtype, EngineFile, Manifest
+from inplace.manifest import FILE_NAME, EngineFile, Manifest
 from torch.export.passes import move_to_device_pass
 
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from google.protobuf import text_format
-from inplace.manifest import Dtype, Manifest, Role, TensorSpec
+from inplace.dtypes import Dtype
+from inplace.manifest import Manifest, Role, TensorSpec
 from inplace.settings import IDLE_TIMEOUT
 from tritonclient.grpc import model_config_pb2 as pb
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from inplace.arena import Arena
 from inplace.batcher import Work
+from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Dtype, Manifest, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import Manifest, Role, StateSpec, TensorSpec, Update
 from inplace.requests import Request
 from torch import Tensor
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import SLOTS, Repository, open_instance
 from inplace.arena import Arena
+from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.errors import LoadError
-from inplace.manifest import FILE_NAME, Dtype, Manifest, StateSpec, Update
+from inplace.manifest import FILE_NAME, Manifest, StateSpec, Update
 
 ENGINE = "engine.pt2"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from inplace.dtypes import Dtype
 from inplace.errors import LoadError
 from inplace.manifest import (
     FILE_NAME,
     Alias,
-    Dtype,
     EngineFile,
     Lowering,
     Manifest,

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from inplace.dtypes import Dtype
 from inplace.errors import Code, InplaceError, RequestError
-from inplace.manifest import Dtype, Program, Role, TensorSpec
+from inplace.manifest import Program, Role, TensorSpec
 from inplace.requests import Request, checked_inputs
 from torch import Tensor
 

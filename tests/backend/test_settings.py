@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
+from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import Dtype, EngineFile, Manifest, Program, Role, TensorSpec
+from inplace.manifest import EngineFile, Manifest, Program, Role, TensorSpec
 from inplace.settings import Settings
 
 MANIFEST = Manifest(

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import open_instance
+from inplace.dtypes import Dtype
 from inplace.instance import ModelInstance
-from inplace.manifest import Dtype, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace.requests import Request
 from inplace_builder.build import BuildOptions, write_engine

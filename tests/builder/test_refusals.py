@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from inplace.manifest import Dtype
+from inplace.dtypes import Dtype
 from inplace_builder.build import BuildOptions, build_decoder
 from inplace_builder.errors import BuildError
 from models import tiny_llama

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.manifest import Dtype, Role, StateSpec, TensorSpec, Update
+from inplace.dtypes import Dtype
+from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, capture_module

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.arena import Arena
+from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Dtype, Manifest
+from inplace.manifest import Manifest
 from inplace.requests import Request
 from inplace_builder.build import BuildOptions, build_decoder
 from models import greedy, tiny_llama

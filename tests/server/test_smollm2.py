@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from inplace.client import Sequence
-from inplace.manifest import Dtype
+from inplace.dtypes import Dtype
 from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decoder
 from inplace_builder.capture import load_decoder
 from inplace_builder.chat import Conversation, load_tokenizer

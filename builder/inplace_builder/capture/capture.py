@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from inplace.manifest import Alias, Dtype, Lowering, Program, Role, StateSpec, TensorSpec
+from inplace.dtypes import Dtype
+from inplace.manifest import Alias, Lowering, Program, Role, StateSpec, TensorSpec
 from inplace.operators import written_states
 from torch import Tensor
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec, Update
+from inplace.dtypes import Dtype
+from inplace.manifest import Program, Role, StateSpec, TensorSpec, Update
 from inplace.operators import attention
 from torch import Tensor
 from torch.export import Dim

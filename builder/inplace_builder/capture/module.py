@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from inplace.manifest import Dtype, Program, Role, StateSpec, TensorSpec, Update
+from inplace.dtypes import Dtype
+from inplace.manifest import Program, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 

@@ -1,0 +1,55 @@
+"""What the manifest's records have in common: they never change, and a damaged file is refused in one line."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from inplace.errors import LoadError
+
+
+class Frozen(BaseModel):
+    """Base of all records: immutable, and a field nobody knows is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+Record = TypeVar("Record", bound=Frozen)
+
+
+class _Version(BaseModel):
+    manifest_version: int
+
+
+def read(record: type[Record], path: Path, version: int) -> Record:
+    """Read a record from a JSON file of the given ``manifest_version``.
+
+    Raises:
+        LoadError: the file is missing, no such record, or of another version.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    try:
+        found = _Version.model_validate_json(text).manifest_version
+    except ValidationError as error:
+        raise LoadError(f"{path} is no manifest ({_first(error)}); build the engine again") from error
+    if found != version:
+        raise LoadError(
+            f"{path} has manifest version {found}, this runtime reads version {version}: "
+            f"build the engine again with this version of inplace, or serve it with the one that built it"
+        )
+    try:
+        return record.model_validate_json(text)
+    except ValidationError as error:
+        raise LoadError(f"{path} is damaged ({_first(error)}); build the engine again") from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint of a validation, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

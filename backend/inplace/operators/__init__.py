@@ -1,15 +1,17 @@
-"""The three operators through which a captured graph touches state, and nothing else does.
+"""The operators of a graph.
 
-Every one takes the whole arena tensor ``[slots, ...]`` and the slots of the step's rows, so the same graph serves any rows in
-any slots, and mutates in place, so no state is ever an output that must be copied back. Importing this package registers
-``torch.ops.inplace.{read,update,attention}``.
+Three of them, `read`, `update` and `attention`, are the only way a captured graph touches state. Each takes the whole arena tensor
+``[slots, ...]`` and the slots of the step's rows, so the same graph serves any rows in any slots, and mutates in place, so no state
+is ever an output that must be copied back. Lowering fuses neighbours into `linear`, `argmax` and `qkv_attention`.
 
-The implementations here are plain PyTorch and run on every device. They read the row bounds on the host.
+Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
 
 from inplace.operators.attention import attention
 from inplace.operators.library import NAMESPACE, written_states
+from inplace.operators.linear import ACTIVATIONS, argmax, linear, rms_norm
+from inplace.operators.qkv_attention import qkv_attention
 from inplace.operators.read import read
 from inplace.operators.update import update
 
-__all__ = ["NAMESPACE", "attention", "read", "update", "written_states"]
+__all__ = ["ACTIVATIONS", "NAMESPACE", "argmax", "attention", "linear", "qkv_attention", "read", "rms_norm", "update", "written_states"]

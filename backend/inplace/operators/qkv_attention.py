@@ -1,0 +1,141 @@
+"""``inplace::qkv_attention``: rotary embedding and ``inplace::attention`` on one merged projection. Made by lowering, not by frontends."""
+
+import torch
+from torch import Tensor
+
+from inplace.operators.attention import attention
+from inplace.operators.library import LIBRARY, define
+
+define(
+    "qkv_attention",
+    "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, Tensor row_offsets, "
+    "Tensor write_indices, *, int heads, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding with paired halves (arXiv:2104.09864, as transformers' ``apply_rotary_pos_emb``).
+
+    Args:
+        x: ``[tokens, heads, dim]``.
+        cos, sin: ``[tokens, dim]``.
+    """
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+
+
+@torch.library.impl(LIBRARY, "qkv_attention", "CompositeExplicitAutograd")
+def _qkv_attention(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    kv_heads, dim, value_dim = key_state.shape[1], key_state.shape[3], value_state.shape[3]
+    parts = qkv.flatten(0, -2).split([heads * dim, kv_heads * dim, kv_heads * value_dim], -1)
+    query, key = parts[0].unflatten(1, (heads, dim)), parts[1].unflatten(1, (kv_heads, dim))
+    value = parts[2].unflatten(1, (kv_heads, value_dim))
+    if cos is not None and sin is not None:
+        query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
+    out = attention(
+        query,
+        key,
+        value,
+        key_state,
+        value_state,
+        slots,
+        row_offsets,
+        write_indices,
+        scale=scale,
+        causal=causal,
+        window=window,
+        ring=ring,
+        softcap=softcap,
+    )
+    return out.reshape(*qkv.shape[:-1], heads * value_dim)
+
+
+@torch.library.register_fake("inplace::qkv_attention", lib=LIBRARY)
+def _qkv_attention_fake(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    kv_heads, dim, value_dim = key_state.shape[1], key_state.shape[3], value_state.shape[3]
+    width = heads * dim + kv_heads * (dim + value_dim)
+    torch._check(qkv.shape[-1] == width, lambda: f"qkv must be [..., {width}], got {tuple(qkv.shape)}")
+    torch._check((cos is None) == (sin is None), lambda: "cos and sin belong together")
+    if cos is not None:
+        torch._check(cos.shape[-1] == dim, lambda: f"cos must be [..., {dim}], got {tuple(cos.shape)}")
+    return qkv.new_empty((*qkv.shape[:-1], heads * value_dim))
+
+
+def qkv_attention(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    """`attention` on the output of one merged projection, with the rotary embedding of queries and keys inside.
+
+    Args:
+        qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
+        cos, sin: ``[..., dim]``, or None for no rotation.
+        key_state, value_state, slots, row_offsets, write_indices, scale, causal, window, ring, softcap: as `attention` takes them.
+        heads: query heads.
+
+    Returns:
+        ``[..., heads * value_dim]``.
+    """
+    out = torch.ops.inplace.qkv_attention(
+        qkv,
+        cos,
+        sin,
+        key_state,
+        value_state,
+        slots,
+        row_offsets,
+        write_indices,
+        heads=heads,
+        scale=scale,
+        causal=causal,
+        window=window,
+        ring=ring,
+        softcap=softcap,
+    )
+    assert isinstance(out, Tensor)
+    return out

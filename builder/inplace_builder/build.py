@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import io
 import platform
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from inplace.engines.loading import sha256
 from inplace.manifest import FILE_NAME, EngineFile, Manifest
 from torch.export.passes import move_to_device_pass
 
+from inplace_builder import archive
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
 from inplace_builder.errors import BuildError
 from inplace_builder.model_config import model_config
@@ -135,10 +135,7 @@ def write_engine(
             exported = capture.exported
             if options.device != "cpu":
                 exported = move_to_device_pass(exported, options.device)
-            archive = io.BytesIO()  # PyTorch's archive writer aborts the process when it cannot write a file
-            torch.export.save(exported, archive)
-            (folder / ENGINE_FILE).write_bytes(archive.getbuffer())
-            del archive
+            archive.save(exported, folder / ENGINE_FILE)
             extras(folder)
         manifest = Manifest(
             name=output.name,
@@ -198,25 +195,40 @@ def _published(output: Path) -> Iterator[Path]:
         yield draft
         with _disk_errors(output):
             if output.exists():
-                old = draft.with_name(f"{draft.name}.old")
-                output.rename(old)
-                draft.rename(output)
-                shutil.rmtree(old)
+                _replace(output, draft)
             else:
                 draft.rename(output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _replace(output: Path, draft: Path) -> None:
+    """Put the draft in the place of the older engine, which is put back where that fails.
+
+    Raises:
+        OSError: the older engine stands where it was.
+        BuildError: it could be moved away but not back.
+    """
+    old = draft.with_name(f"{draft.name}.old")
+    try:
+        output.rename(old)
+        draft.rename(output)
+    except BaseException as error:  # an interrupt between the two as well
+        if old.exists() and not output.exists():
+            try:
+                old.rename(output)
+            except OSError as second:
+                raise BuildError(f"{output} could not be replaced ({error}), nor put back ({second}): move {old} there") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # the new engine stands: what cannot be deleted of the older one costs only space
+
+
 @contextlib.contextmanager
 def _disk_errors(output: Path) -> Iterator[None]:
-    """A failed write as a BuildError. PyTorch's archive writer reports one as a RuntimeError."""
+    """A failed write as a BuildError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) or "write" in str(error):
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise BuildError(
-                f"{output} cannot be written: {lines[0]}; free space there or choose another place (nothing was left behind)"
-            ) from error
-        raise
+    except OSError as error:
+        raise BuildError(
+            f"{output} cannot be written: {error}; free space there or choose another place (nothing was left behind)"
+        ) from error

@@ -1,6 +1,7 @@
 """The output folder: replaced whole or left alone, and nothing left beside it."""
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -79,6 +80,42 @@ def test_a_successful_build_replaces_the_older_engine_whole(older: Path) -> None
     assert Manifest.load(older / VERSION).slots == 6
     assert set(contents(older)) == {"config.pbtxt", f"{VERSION}/{FILE_NAME}", f"{VERSION}/{ENGINE_FILE}"}
     assert list(older.parent.iterdir()) == [older]
+
+
+def break_renames(monkeypatch: pytest.MonkeyPatch, error: BaseException, failing: set[int]) -> None:
+    """From now on the renames with these numbers, counted from 1, raise the error."""
+    rename, calls = Path.rename, itertools.count(1)
+
+    def sometimes(path: Path, target: Path) -> Path:
+        if next(calls) in failing:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", sometimes)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(OSError(13, os.strerror(13)), BuildError), (KeyboardInterrupt(), KeyboardInterrupt)], ids=["disk", "interrupt"]
+)
+def test_an_older_engine_is_put_back_when_the_new_one_cannot_take_its_place(
+    older: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type[BaseException]
+) -> None:
+    before = contents(older.parent)
+    break_renames(monkeypatch, error, {2})
+    with pytest.raises(raised):
+        write_engine(accumulator(), older, BuildOptions(slots=6, max_rows=4, capacity=1))
+    assert contents(older.parent) == before
+    assert list(older.parent.iterdir()) == [older]
+
+
+def test_an_older_engine_that_cannot_be_put_back_is_kept_and_named(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(older)
+    break_renames(monkeypatch, OSError(13, os.strerror(13)), {2, 3})
+    with pytest.raises(BuildError, match=r"could not be replaced .* nor put back .* there$") as failed:
+        write_engine(accumulator(), older, OPTIONS)
+    [kept] = older.parent.iterdir()
+    assert f"move {kept} there" in str(failed.value)
+    assert contents(kept) == before
 
 
 def test_the_written_folder_can_be_read_by_a_server_of_another_user(older: Path) -> None:

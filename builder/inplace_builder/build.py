@@ -97,8 +97,12 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
     capture = capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, min(options.chunk, options.capacity)))
 
     def extras(folder: Path) -> None:
-        if tokenizer is not None:
+        if tokenizer is None:
+            return
+        try:
             tokenizer.save_pretrained(folder / TOKENIZER)
+        except Exception as error:  # the tokenizers library has no type of its own for a failed write
+            raise error if isinstance(error, OSError) else OSError(f"{TOKENIZER}: {error}") from error
 
     return write_engine(capture, output, options, stage, {"source": source.name, "architecture": type(model).__name__}, extras)
 

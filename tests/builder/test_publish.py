@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 from inplace.manifest import FILE_NAME, Manifest
 from inplace_builder.build import ENGINE_FILE, VERSION, BuildOptions, write_engine
 from inplace_builder.errors import BuildError
 from models import accumulator, tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
 
@@ -158,10 +161,13 @@ def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
     write_engine(accumulator(), older, OPTIONS)
 
 
-@pytest.mark.parametrize("limit", [20_000, 400_000])
+@pytest.mark.parametrize("limit", [20_000, 400_000, 2_000_000], ids=["archive", "end of the archive", "tokenizer"])
 def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
-    """A limit on the size of a file stands for the disk: the write fails in the same place, in PyTorch's archive writer."""
+    """A limit on the size of a file stands for the disk: the write fails in the same place."""
     tiny_llama(tmp_path / "llama")
+    words = {f"word{index}": index for index in range(100_000)}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0")))
+    tokenizer.save_pretrained(tmp_path / "llama")
     output = tmp_path / "repository" / "model"
     output.parent.mkdir()
     limited = (
@@ -174,6 +180,7 @@ def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(tmp_path:
     assert run.returncode == 1, run.stderr
     [line] = run.stderr.splitlines()
     assert line.startswith(f"error: {output} cannot be written: ")
+    assert ("tokenizer: " in line) == (limit == 2_000_000)
     assert line.endswith("(nothing was left behind)")
     assert "Traceback" not in run.stdout
     assert list(output.parent.iterdir()) == []

@@ -84,6 +84,19 @@ class OtherDtype(torch.nn.Module):
         return value
 
 
+class ReturnsTwo(torch.nn.Module):
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        sums = read(total, slots) + value
+        update(total, slots, sums)
+        return sums, value * 2
+
+
+class ReturnsNothing(torch.nn.Module):
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> tuple[()]:
+        update(total, slots, read(total, slots) + value)
+        return ()
+
+
 def add(instance: ModelInstance, rows: dict[int, float], *, start: bool = False) -> dict[int, tuple[list[float], int]]:
     """One step of the accumulator: a value for each sequence, to its sum and count."""
     requests = [Request(sequence, start, end=False, inputs={"value": torch.full((1, 4), value)}) for sequence, value in rows.items()]
@@ -144,4 +157,10 @@ def test_a_state_that_is_never_written_is_refused_by_name(module: torch.nn.Modul
 )
 def test_a_module_that_torch_cannot_export_is_refused_with_the_cause(module: torch.nn.Module, text: str) -> None:
     with pytest.raises(BuildError, match=f"(?s)torch.export cannot capture {type(module).__name__}: .*{text}"):
+        captured(module)
+
+
+@pytest.mark.parametrize(("module", "count"), [(ReturnsTwo(), 2), (ReturnsNothing(), 0)], ids=lambda value: type(value).__name__)
+def test_a_module_that_returns_more_or_less_than_its_description_names_is_refused(module: torch.nn.Module, count: int) -> None:
+    with pytest.raises(BuildError, match=rf"returns {count} outputs, its description names \['sum'\]"):
         captured(module)

@@ -48,7 +48,8 @@ def described(
     """Clean the graph, check it against its description, and complete the program with the aliases read off the graph.
 
     Raises:
-        BuildError: the graph takes other inputs, touches a state outside the operators, or leaves a state unwritten.
+        BuildError: the graph takes other inputs, returns more or fewer outputs, touches a state outside the operators, or leaves a state
+            unwritten.
     """
     remove_no_ops(exported)
     exported._example_inputs = None  # would be saved with the program: example states are as large as slots
@@ -57,6 +58,9 @@ def described(
     wanted = [spec.name for spec in program.inputs] + [state.name for state in states]
     if found != wanted:
         raise BuildError(f"the captured graph takes {found}, its description says {wanted}")
+    if len(exported.graph_signature.user_outputs) != len(program.outputs):
+        names = [spec.name for spec in program.outputs]
+        raise BuildError(f"the captured graph returns {len(exported.graph_signature.user_outputs)} outputs, its description names {names}")
     names = [state.name for state in states]
     check_state_uses(graph, names)
     written = written_states(graph)

@@ -5,29 +5,22 @@ calls ``inplace::attention`` on the layer's states. Everything else in a decoder
 are packed behind one another on one axis.
 """
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from inplace.dtypes import Dtype
 from inplace.manifest import Program, Role, StateSpec, TensorSpec, Update
-from inplace.operators import attention
 from torch import Tensor
 from torch.export import Dim
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
 
 from inplace_builder.capture.capture import Capture, any_size, control, described
-from inplace_builder.errors import BuildError
-
-IMPLEMENTATION = "inplace"
+from inplace_builder.capture.loading import quiet
+from inplace_builder.capture.slot_attention import IMPLEMENTATION, SlotCache, current_cache
+from inplace_builder.errors import BuildError, brief
 
 
 @dataclass(frozen=True)
@@ -43,86 +36,6 @@ class DecoderOptions:
     capacity: int
     max_rows: int
     chunk: int
-
-
-class SlotCache(Cache):
-    """A cache that keeps nothing: the keys and values it is given go on to the attention function, which appends them.
-
-    Args:
-        key_states, value_states: one state a layer, ``[slots, kv_heads, capacity, dim]``.
-        slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
-        rings: for each layer whether its states are rings.
-    """
-
-    def __init__(
-        self,
-        key_states: Sequence[Tensor],
-        value_states: Sequence[Tensor],
-        slots: Tensor,
-        row_offsets: Tensor,
-        write_indices: Tensor,
-        rings: Sequence[bool],
-    ) -> None:
-        super().__init__(layers=[])
-        self.key_states, self.value_states, self.rings = key_states, value_states, rings
-        self.slots, self.row_offsets, self.write_indices = slots, row_offsets, write_indices
-        self.updated: int | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Note which layer's keys and values come next; ``[1, kv_heads, tokens, dim]`` each, returned as they are."""
-        self.updated = layer_idx
-        return key_states, value_states
-
-
-_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
-
-
-def slot_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: object,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer; query ``[1, heads, tokens, dim]``.
-
-    Raises:
-        BuildError: the layer attends in a way that ``inplace::attention`` does not have.
-    """
-    cache = _cache.get()
-    layer, cache.updated = cache.updated, None
-    kind = type(module).__name__
-    if layer is None or layer != getattr(module, "layer_idx", layer):
-        raise BuildError(f"{kind} attends without caching its own keys and values (shared or cross-attention layers are not supported)")
-    if attention_mask is not None:
-        raise BuildError(f"{kind} brings an attention mask of its own; only causal and sliding-window attention is supported")
-    if unknown := sorted(name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None):
-        raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
-    if not getattr(module, "is_causal", True):
-        raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
-    out = attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cache.key_states[layer],
-        cache.value_states[layer],
-        cache.slots,
-        cache.row_offsets,
-        cache.write_indices,
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        window=sliding_window or 0,
-        ring=cache.rings[layer],
-        softcap=softcap or 0.0,
-    )
-    return out.unsqueeze(0), None
-
-
-AttentionInterface.register(IMPLEMENTATION, slot_attention)
 
 
 class DecoderStep(torch.nn.Module):
@@ -146,7 +59,7 @@ class DecoderStep(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Token ids ``[tokens]`` to each row's next token ``[rows, 1]`` (greedy) and float32 logits ``[rows, vocabulary]``."""
         cache = SlotCache(key_states, value_states, slots, row_offsets, write_indices, self.rings)
-        token = _cache.set(cache)
+        token = current_cache.set(cache)
         try:
             out = self.model(
                 input_ids=input_ids.unsqueeze(0),
@@ -156,55 +69,9 @@ class DecoderStep(torch.nn.Module):
                 logits_to_keep=last_tokens,
             )
         finally:
-            _cache.reset(token)
+            current_cache.reset(token)
         logits = out.logits[0].float()
         return logits.argmax(-1, keepdim=True), logits
-
-
-def load_decoder(source: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a decoder from a local folder (safetensors or one GGUF file) or from a GGUF file. Nothing is downloaded.
-
-    Raises:
-        BuildError: there is no model, it is no decoder, or transformers cannot read it.
-    """
-    if not source.exists():
-        raise BuildError(f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file")
-    folder = source if source.is_dir() else source.parent
-    files = sorted(folder.glob("*.gguf")) if source.is_dir() else [source]
-    where: dict[str, Any] = {"local_files_only": True}
-    if not (folder / "config.json").is_file() or source.is_file():
-        if len(files) != 1 or files[0].suffix != ".gguf":
-            held = f"{len(files)} GGUF files; name one" if len(files) > 1 else "neither config.json nor a GGUF file"
-            raise BuildError(f"{source} is no model: it holds {held}")
-        where["gguf_file"] = files[0].name
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **where)
-    except Exception as error:  # transformers raises many types for a folder it cannot make sense of
-        raise BuildError(f"{source} has no configuration that transformers can read: {_brief(error)}") from error
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BuildError(
-            f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has no causal language model for it)"
-        )
-    # SDPA has no soft-cap: as the reference of such a model it would be wrong
-    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    reference = {"attn_implementation": "eager"} if capped else {}
-    try:
-        with _quiet():
-            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype.as_torch, output_loading_info=True, **where, **reference
-            )
-    except Exception as error:
-        raise BuildError(f"the weights in {source} cannot be loaded: {_brief(error)}") from error
-    if missing := sorted(loaded["missing_keys"]):
-        raise BuildError(
-            f"the weights in {source} lack {missing[:3]} ({len(missing)} in all); transformers would fill them with random numbers"
-        )
-    try:
-        with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-    except Exception:  # a model without a tokenizer is served all the same: its clients send ids
-        tokenizer = None
-    return model.eval(), tokenizer
 
 
 def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
@@ -219,16 +86,19 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     original = model.config._attn_implementation
     keys, values = states[: len(states) // 2], states[len(states) // 2 :]
     tensors = _Examples(options, [_empty(spec) for spec in keys], [_empty(spec) for spec in values])
-    model.set_attn_implementation(IMPLEMENTATION)
+    with quiet():
+        model.set_attn_implementation(IMPLEMENTATION)
     try:
-        with _quiet(), torch.no_grad(), any_size():
+        _check_interface(model)
+        with quiet(), torch.no_grad(), any_size():
             exported = torch.export.export(DecoderStep(model, rings), tensors.arguments(), dynamic_shapes=tensors.dynamic_shapes())
     except BuildError:
         raise
     except Exception as error:
-        raise BuildError(f"torch.export cannot capture {type(model).__name__}: {_brief(error)}") from error
+        raise BuildError(f"torch.export cannot capture {type(model).__name__}: {brief(error)}") from error
     finally:
-        model.set_attn_implementation(original)
+        with quiet():
+            model.set_attn_implementation(original)
     _check_layers(exported.graph, len(keys), type(model).__name__)
     description = Program(
         name="step",
@@ -343,31 +213,16 @@ def _check_positions(config: transformers.PretrainedConfig, options: DecoderOpti
         )
 
 
+def _check_interface(model: PreTrainedModel) -> None:
+    """Transformers leaves a model whose attention is code of its own as it was, and says so in a log message only."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+        raise BuildError(
+            f"{type(model).__name__} does not attend through transformers' attention interface, so its keys and values cannot be found; "
+            f"choose one that does, such as Llama, Mistral, Qwen, Gemma or GPT-2"
+        )
+
+
 def _check_layers(graph: torch.fx.Graph, layers: int, kind: str) -> None:
     count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)
     if count != layers:
         raise BuildError(f"{kind} has {layers} layers, but {count} of them attend through transformers' attention interface")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' and torch's progress bars and advice: what matters is said by our own errors."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):  # transformers' GGUF reader draws its bar whatever it is told
-                yield
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _brief(error: BaseException) -> str:
-    """An error of somebody else's in one line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:500]

@@ -1,0 +1,112 @@
+"""TensorRT, whichever flavour is installed: the one module that imports it.
+
+Both flavours, TensorRT and TensorRT for RTX, offer the same network API with small differences; `TensorRT` holds the imported module
+together with what differs. Their modules are untyped, so their objects have the type ``Any`` here.
+"""
+
+import importlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from inplace.errors import LoadError
+
+Flavor = Literal["tensorrt", "tensorrt_rtx"]
+FLAVORS: tuple[Flavor, ...] = ("tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT.
+
+    Attributes:
+        flavor: the name of its package.
+        api: the module itself.
+    """
+
+    flavor: Flavor
+    api: Any
+
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        """For example ``(10, 6, 0)``. TensorRT for RTX counts on its own: 1.7 has the API of TensorRT 11."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.api.__version__))
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether this is TensorRT for RTX: compiles on a CPU for GPUs it is told, has no plugins."""
+        return self.flavor == "tensorrt_rtx"
+
+    def __str__(self) -> str:
+        return f"{'TensorRT for RTX' if self.is_rtx else 'TensorRT'} {self.api.__version__}"
+
+    def logger(self) -> Any:
+        """A logger that prints nothing and keeps errors and warnings: ``errors`` and ``warnings`` are lists of texts."""
+        api = self.api
+
+        class Recorder(api.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                api.ILogger.__init__(self)
+                self.errors: list[str] = []
+                self.warnings: list[str] = []
+
+            def log(self, severity: Any, text: str) -> None:
+                if severity in (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR):
+                    self.errors.append(text)
+                elif severity == api.ILogger.Severity.WARNING:
+                    self.warnings.append(text)
+
+        return Recorder()
+
+    def strongly_typed(self) -> int:
+        """Creation flags of a network in which every type is as written (the only networks that TensorRT 11 and RTX have)."""
+        return 1 << int(self.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+    @cached_property
+    def _dtypes(self) -> dict[torch.dtype, Any]:
+        kinds = self.api.DataType
+        return {
+            torch.float32: kinds.FLOAT,
+            torch.float16: kinds.HALF,
+            torch.bfloat16: kinds.BF16,
+            torch.int32: kinds.INT32,
+            torch.int64: kinds.INT64,
+            torch.int8: kinds.INT8,
+            torch.uint8: kinds.UINT8,
+            torch.bool: kinds.BOOL,
+        }
+
+    def dtype(self, dtype: torch.dtype) -> Any:
+        """TensorRT's element type for PyTorch's; KeyError for a type that TensorRT does not have (float64, complex, …)."""
+        return self._dtypes[dtype]
+
+    def torch_dtype(self, dtype: Any) -> torch.dtype:
+        """PyTorch's element type for TensorRT's; KeyError for fp8 and smaller."""
+        return {theirs: ours for ours, theirs in self._dtypes.items()}[dtype]
+
+    def has_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether tensors of a network may have this element type."""
+        return dtype in self._dtypes
+
+
+def load_tensorrt(flavor: Flavor | None = None) -> TensorRT:
+    """Import TensorRT.
+
+    Args:
+        flavor: which one; None takes TensorRT where it can be imported, else TensorRT for RTX.
+
+    Raises:
+        LoadError: it is not installed, or its libraries cannot be loaded.
+    """
+    reasons = []
+    for name in (flavor,) if flavor else FLAVORS:
+        try:
+            return TensorRT(name, importlib.import_module(name))
+        except (ImportError, OSError) as error:
+            reasons.append(f"import {name}: {error}")
+    raise LoadError(
+        f"TensorRT cannot be imported ({'; '.join(reasons)}); install tensorrt, or tensorrt-rtx-cu13, which compiles for RTX GPUs"
+    )

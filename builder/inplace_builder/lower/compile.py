@@ -1,0 +1,73 @@
+"""From a network to a plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inplace_builder.errors import BuildError
+from inplace_builder.lower.network import Lowered
+
+Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, usual and largest shape of an input in one profile."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How TensorRT compiles.
+
+    Attributes:
+        compute_capabilities: GPUs to compile for, for example ``("SM89", "SM120")``; TensorRT for RTX only, where empty means the GPU
+            of this machine.
+        tf32: let float32 products use TF32, 10 bits of mantissa.
+        workspace_bytes: most scratch memory of one layer; None is TensorRT's own limit.
+        plugins: whether the network has plugins whose outputs alias inputs.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    tf32: bool = False
+    workspace_bytes: int | None = None
+    plugins: bool = False
+
+
+def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], options: CompileOptions | None = None) -> Any:
+    """Build the plan (``IHostMemory``, which has the buffer interface).
+
+    Args:
+        lowered: the network.
+        profiles: for each profile the shapes of every input that has an unknown extent; none where all are known.
+        options: how.
+
+    Raises:
+        BuildError: TensorRT cannot build it; has TensorRT's own words.
+    """
+    options = options or CompileOptions()
+    tensorrt, builder, logger = lowered.context.tensorrt, lowered.builder, lowered.context.logger
+    api = tensorrt.api
+    config = builder.create_builder_config()
+    (config.set_flag if options.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.plugins:
+        config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, name in enumerate(options.compute_capabilities):
+            config.set_compute_capability(getattr(api.ComputeCapability, name), index)
+    unknown = {name for name, tensor in _inputs(lowered).items() if -1 in tuple(tensor.shape)}
+    for ranges in profiles:
+        if missing := sorted(unknown - set(ranges)):
+            raise BuildError(f"a profile says nothing of {missing}, whose shapes vary")
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in ranges.items():
+            profile.set_shape(name, smallest, usual, largest)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {' / '.join(logger.errors[-3:])}")
+    plan = builder.build_serialized_network(lowered.network, config)
+    if plan is None:
+        raise BuildError(f"{tensorrt} cannot build the network: {' / '.join(logger.errors[-3:]) or 'it gave no reason'}")
+    return plan
+
+
+def _inputs(lowered: Lowered) -> dict[str, Any]:
+    network = lowered.network
+    return {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}

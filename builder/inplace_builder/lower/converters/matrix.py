@@ -1,0 +1,125 @@
+"""Matrix products, convolution and attention without state."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from inplace_builder.lower.layers import ITensor, Number
+from inplace_builder.lower.network import Network
+from inplace_builder.lower.registry import converter
+
+aten = torch.ops.aten
+LOWEST = torch.finfo(torch.float32).min
+"""Stands for -inf in masked scores: a row that sees nothing then has a finite softmax."""
+
+
+@converter(aten.linear.default)
+def linear(ctx: Network, x: ITensor, weight: ITensor, bias: ITensor | None = None) -> ITensor:
+    """``x @ weight.T + bias``."""
+    flat = len(x.shape) == 1
+    found = ctx.matmul(ctx.ranked(x, 2), weight, transpose_b=True)
+    if flat:
+        found = ctx.reshape(found, ctx.result().shape)
+    return found if bias is None else ctx.add(found, bias)
+
+
+@converter(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def matmul(ctx: Network, a: ITensor, b: ITensor) -> ITensor:
+    """Matrix product; a vector is a row on the left and a column on the right."""
+    left, right = len(a.shape), len(b.shape)
+    if right == 1:
+        b = ctx.unsqueezed(b, [1])
+    found = ctx.matmul(ctx.ranked(a, 2), b)
+    return ctx.reshape(found, ctx.result().shape) if min(left, right) == 1 else found
+
+
+@converter(aten.addmm.default, aten.baddbmm.default)
+def addmm(ctx: Network, bias: ITensor, a: ITensor, b: ITensor, *, beta: Number = 1, alpha: Number = 1) -> ITensor:
+    """``beta * bias + alpha * a @ b``."""
+    dtype = ctx.result().dtype
+    product = ctx.matmul(a, b)
+    if alpha != 1:
+        product = ctx.multiply(product, ctx.scalar(alpha, dtype))
+    if beta == 0:
+        return product
+    return ctx.add(product, bias if beta == 1 else ctx.multiply(bias, ctx.scalar(beta, dtype)))
+
+
+def _constant_kernel(node: Node, ctx: Network) -> str | None:
+    return None if ctx.parameter(node.args[1]) is not None else "its kernel is computed; only a parameter is lowered"
+
+
+@converter(aten.conv1d.default, supports=_constant_kernel)
+def conv1d(
+    ctx: Network,
+    x: ITensor,
+    weight: ITensor,
+    bias: ITensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> ITensor:
+    """A convolution along the last axis, as one in two dimensions: TensorRT has none in one."""
+    kernel = ctx.parameter(ctx.node.args[1])
+    assert kernel is not None
+    empty = ctx.api.Weights(ctx.tensorrt.dtype(kernel.dtype))
+    batched = len(x.shape) == 3
+    x = ctx.unsqueezed(ctx.ranked(x, 3), [3])
+    layer = ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty)
+    layer = ctx.added(layer)
+    layer.set_input(1, ctx.reshape(weight, (*kernel.shape, 1)))
+    layer.stride_nd, layer.padding_nd, layer.dilation_nd = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
+    layer.num_groups = groups
+    found = layer.get_output(0)
+    if bias is not None:
+        found = ctx.add(found, ctx.reshape(bias, (1, kernel.shape[0], 1, 1)))
+    sizes = list(ctx.extents.of(found))[:3]
+    return ctx.reshape(found, sizes if batched else sizes[1:])
+
+
+def _no_dropout(node: Node, ctx: Network) -> str | None:
+    dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    return f"it drops attention at random ({dropout}); call .eval() on the model" if dropout else None
+
+
+@converter(aten.scaled_dot_product_attention.default, supports=_no_dropout)
+def scaled_dot_product_attention(
+    ctx: Network,
+    query: ITensor,
+    key: ITensor,
+    value: ITensor,
+    attn_mask: ITensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ITensor:
+    """Softmax attention, scores and softmax in float32; query ``[…, heads, tokens, dim]``."""
+    shapes = [ctx.meta(argument).shape for argument in ctx.node.args[:3]]
+    if enable_gqa and shapes[0][-3] != shapes[1][-3]:
+        key, value = (_repeated_heads(ctx, x, shape, shapes[0][-3]) for x, shape in ((key, shapes[1]), (value, shapes[2])))
+    factor = ctx.scalar(scale if scale is not None else shapes[0][-1] ** -0.5, torch.float32)
+    scores = ctx.multiply(ctx.cast(ctx.matmul(query, key, transpose_b=True), torch.float32), factor)
+    if is_causal:
+        rows, columns = (ctx.iota(shape[-2]) for shape in shapes[:2])
+        beyond = ctx.elementwise("GREATER", ctx.unsqueezed(columns, [0]), ctx.unsqueezed(rows, [1]))
+        scores = ctx.select(beyond, ctx.scalar(LOWEST, torch.float32), scores)
+    if attn_mask is not None and ctx.dtype_of(attn_mask) == torch.bool:
+        scores = ctx.select(attn_mask, scores, ctx.scalar(LOWEST, torch.float32))
+    elif attn_mask is not None:
+        scores = ctx.add(scores, ctx.cast(attn_mask, torch.float32))
+    weights = ctx.softmax(scores, len(scores.shape) - 1)
+    return ctx.matmul(ctx.cast(weights, ctx.dtype_of(value)), value)
+
+
+def _repeated_heads(ctx: Network, x: ITensor, shape: Sequence[int | torch.SymInt], heads: int) -> ITensor:
+    """``[…, kv_heads, length, dim]`` with each head repeated for the query heads that share it."""
+    groups = heads // int(shape[-3])
+    apart = ctx.unsqueezed(x, [len(shape) - 2])
+    sizes = (*shape[:-2], groups, *shape[-2:])
+    stride = [1] * len(sizes)
+    stride[-3] = 0
+    return ctx.reshape(ctx.slice(apart, [0] * len(sizes), sizes, stride), (*shape[:-3], heads, *shape[-2:]))

@@ -1,0 +1,224 @@
+"""Shapes: views, slices, joins, and tensors made from nothing but a shape."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from inplace_builder.lower.extents import Extent, expression
+from inplace_builder.lower.layers import ITensor, Number
+from inplace_builder.lower.network import Network
+from inplace_builder.lower.registry import converter
+
+aten = torch.ops.aten
+END = 2**62
+"""An end beyond this means the end of the axis, as torch.export writes it."""
+
+
+@converter(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+    aten.reshape_as.default,
+)
+def reshape(ctx: Network, x: ITensor, *_: object) -> ITensor:
+    """Everything that keeps the order of the elements: the captured graph knows the resulting shape, so the arguments are not read."""
+    return reshaped(ctx, x, ctx.meta(ctx.node.args[0]).shape, ctx.result().shape)
+
+
+def reshaped(ctx: Network, x: ITensor, before: Sequence[Extent], after: Sequence[Extent]) -> ITensor:
+    """Reshape between known shapes, with as few unknowns as possible: an extent that stays at its place needs no shape tensor."""
+    if len(before) == len(after) and all(expression(a) == expression(b) for a, b in zip(before, after, strict=True)):
+        return x
+    sizes: list[Extent] = list(after)
+    unknown = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
+    for axis in unknown[:-1]:
+        if axis < len(before) and expression(before[axis]) == expression(sizes[axis]):
+            sizes[axis] = 0
+    return ctx.reshape(x, sizes)
+
+
+@converter(aten.permute.default)
+def permute(ctx: Network, x: ITensor, order: Sequence[int]) -> ITensor:
+    """Reorder axes."""
+    return ctx.permute(x, [axis % len(order) for axis in order])
+
+
+@converter(aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.numpy_T.default, aten.mT.default)
+def transpose(ctx: Network, x: ITensor, a: int = -2, b: int = -1) -> ITensor:
+    """Exchange two axes."""
+    rank = len(x.shape)
+    order = list(range(rank))
+    if rank > 1:
+        order[a], order[b] = order[b], order[a]
+    return ctx.permute(x, order)
+
+
+@converter(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def expand(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
+    """Repeat axes of extent 1."""
+    before, after = ctx.meta(ctx.node.args[0]).shape, ctx.result().shape
+    x = ctx.ranked(x, len(after))
+    before = (*(1,) * (len(after) - len(before)), *before)
+    stride = [int(expression(a) == expression(b)) for a, b in zip(before, after, strict=True)]
+    return x if all(stride) else ctx.slice(x, [0] * len(after), after, stride)
+
+
+@converter(aten.repeat.default)
+def repeat(ctx: Network, x: ITensor, repeats: Sequence[Extent]) -> ITensor:
+    """Lay copies behind one another: expand an axis in front of each repeated one, then merge both."""
+    sizes = (*(1,) * (len(repeats) - len(x.shape)), *ctx.meta(ctx.node.args[0]).shape)
+    x = ctx.ranked(x, len(repeats))
+    repeated = [axis for axis, times in enumerate(repeats) if expression(times) != 1]
+    if not repeated:
+        return x
+    apart: list[Extent] = []
+    target: list[Extent] = []
+    for axis, (size, times) in enumerate(zip(sizes, repeats, strict=True)):
+        apart += [1, size] if axis in repeated else [size]
+        target += [times, size] if axis in repeated else [size]
+    stride = [int(expression(a) == expression(b)) for a, b in zip(apart, target, strict=True)]
+    return ctx.reshape(ctx.slice(ctx.reshape(x, apart), [0] * len(target), target, stride), ctx.result().shape)
+
+
+def cut(ctx: Network, x: ITensor, shape: Sequence[Extent], axis: int, start: Extent, size: Extent, step: int = 1) -> ITensor:
+    """``size`` elements of one axis from ``start``; ``shape`` is that of ``x``."""
+    starts: list[Extent] = [0] * len(shape)
+    sizes, steps = list(shape), [1] * len(shape)
+    starts[axis], sizes[axis], steps[axis] = start, size, step
+    if all(expression(a) == expression(b) for a, b in zip(sizes, shape, strict=True)):
+        return x
+    return ctx.slice(x, starts, sizes, steps)
+
+
+@converter(aten.slice.Tensor)
+def slice_(ctx: Network, x: ITensor, dim: int = 0, start: Extent | None = None, end: Extent | None = None, step: int = 1) -> ITensor:
+    """``x[start:end:step]`` along an axis. The captured graph knows how many elements that is."""
+    shape = ctx.meta(ctx.node.args[0]).shape
+    return cut(ctx, x, shape, dim % len(shape), offset(shape[dim], start or 0), ctx.result().shape[dim], step)
+
+
+def offset(extent: Extent, start: Extent) -> Extent:
+    """An index that may count from the end of an axis, as one from its start, not beyond either end."""
+    if isinstance(start, int) and start >= 0:
+        return min(start, extent) if isinstance(extent, int) else start
+    if isinstance(start, int):
+        return max(extent + start, 0) if isinstance(extent, int) else torch.sym_max(extent + start, 0)
+    return start
+
+
+@converter(aten.narrow.default)
+def narrow(ctx: Network, x: ITensor, dim: int, start: Extent, length: Extent) -> ITensor:
+    """``length`` elements of an axis."""
+    shape = ctx.meta(ctx.node.args[0]).shape
+    return cut(ctx, x, shape, dim % len(shape), offset(shape[dim], start), length)
+
+
+@converter(aten.select.int)
+def select(ctx: Network, x: ITensor, dim: int, index: Extent) -> ITensor:
+    """One entry of an axis, which goes away."""
+    shape = ctx.meta(ctx.node.args[0]).shape
+    dim %= len(shape)
+    one = cut(ctx, x, shape, dim, offset(shape[dim], index), 1)
+    return reshaped(ctx, one, (*shape[:dim], 1, *shape[dim + 1 :]), ctx.result().shape)
+
+
+@converter(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, aten.split.sizes)
+def split(ctx: Network, x: ITensor, *_: object, **__: object) -> list[ITensor]:
+    """Pieces of an axis; the captured graph knows how long each is."""
+    shape = ctx.meta(ctx.node.args[0]).shape
+    dim = ctx.node.kwargs.get("dim", ctx.node.args[2] if len(ctx.node.args) > 2 else 0)
+    assert isinstance(dim, int)
+    pieces, start = [], 0
+    for piece in ctx.node.meta["val"]:
+        size = piece.shape[dim]
+        pieces.append(cut(ctx, x, shape, dim % len(shape), start, size))
+        start = start + size
+    return pieces
+
+
+@converter(aten.unbind.int)
+def unbind(ctx: Network, x: ITensor, dim: int = 0) -> list[ITensor]:
+    """Every entry of an axis."""
+    shape = ctx.meta(ctx.node.args[0]).shape
+    dim %= len(shape)
+    pieces = ctx.node.meta["val"]
+    whole = (*shape[:dim], 1, *shape[dim + 1 :])
+    return [reshaped(ctx, cut(ctx, x, shape, dim, index, 1), whole, piece.shape) for index, piece in enumerate(pieces)]
+
+
+@converter(aten.cat.default, aten.concat.default)
+def cat(ctx: Network, parts: Sequence[ITensor], dim: int = 0) -> ITensor:
+    """Join along an axis, in the promoted type."""
+    dtype = ctx.result().dtype
+    tensors = [ctx.cast(part, dtype) for part in parts if tuple(part.shape) != (0,)]
+    return ctx.concatenate(tensors, dim % len(ctx.result().shape))
+
+
+@converter(aten.stack.default)
+def stack(ctx: Network, parts: Sequence[ITensor], dim: int = 0) -> ITensor:
+    """Join along a new axis."""
+    dim %= len(ctx.result().shape)
+    return ctx.concatenate([ctx.unsqueezed(ctx.cast(part, ctx.result().dtype), [dim]) for part in parts], dim)
+
+
+def _filled(ctx: Network, value: Number) -> ITensor:
+    """A tensor of the result's shape and type that holds one value."""
+    shape, dtype = ctx.result().shape, ctx.result().dtype
+    return ctx.expand(ctx.scalar(value, dtype, len(shape)), shape)
+
+
+@converter(aten.full.default)
+def full(ctx: Network, size: Any, value: Number, **_: object) -> ITensor:
+    """One value everywhere."""
+    return _filled(ctx, value)
+
+
+@converter(aten.full_like.default, aten.new_full.default)
+def full_like(ctx: Network, x: ITensor, *arguments: Any, **_: object) -> ITensor:
+    """One value everywhere; it is the last of the arguments."""
+    return _filled(ctx, arguments[-1])
+
+
+@converter(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def zeros(ctx: Network, *_: object, **__: object) -> ITensor:
+    """Zeros."""
+    return _filled(ctx, 0)
+
+
+@converter(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def ones(ctx: Network, *_: object, **__: object) -> ITensor:
+    """Ones."""
+    return _filled(ctx, 1)
+
+
+@converter(aten.scalar_tensor.default)
+def scalar_tensor(ctx: Network, value: Number | Extent, **_: object) -> ITensor:
+    """One number, without axes."""
+    return ctx.tensor(value, ctx.result().dtype)
+
+
+def _integers(node: Node, ctx: Network) -> str | None:
+    dtype = node.meta["val"].dtype
+    return None if dtype in (torch.int32, torch.int64, torch.float32) else f"it counts in {dtype}; use int64, int32 or float32"
+
+
+@converter(aten.arange.default, aten.arange.start, aten.arange.start_step, supports=_integers)
+def arange(ctx: Network, *bounds: Number | Extent, **_: object) -> ITensor:
+    """Numbers from ``start`` (0) to before ``end``, by ``step`` (1)."""
+    dtype = ctx.result().dtype
+    start, step = (bounds[0] if len(bounds) > 1 else 0), (bounds[2] if len(bounds) > 2 else 1)
+    found = ctx.iota(ctx.result().shape[0], dtype)
+    if step != 1:
+        found = ctx.multiply(found, ctx.tensor(step, dtype, 1))
+    if isinstance(start, torch.SymInt) or start != 0:
+        found = ctx.add(found, ctx.tensor(start, dtype, 1))
+    return found

@@ -1,0 +1,257 @@
+"""The layers that converters are made of: each call adds one step of a network, checked, named, and with PyTorch's meaning.
+
+Networks are strongly typed: a layer never casts, so every cast is one of ours. Extents are Python integers where they are known;
+``torch.SymInt`` where they are an expression over the extents of the network's inputs; layers for the latter are added once, when a
+shape that cannot be written with a single unknown needs them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from inplace.trt import TensorRT
+
+from inplace_builder.errors import BuildError
+from inplace_builder.lower.extents import Extent, Extents, Measured
+
+ITensor: TypeAlias = Any
+"""A tensor of a network (``tensorrt.ITensor``; TensorRT's module has no types)."""
+Number: TypeAlias = int | float | bool
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+class Layers:
+    """A network under construction.
+
+    Attributes:
+        tensorrt: the TensorRT it is made with.
+        network: TensorRT's own object, for layers that have no method here.
+        label: name of what is being lowered; the names of its layers start with it.
+        origin: where the model's source has it; becomes the layers' metadata.
+    """
+
+    def __init__(self, tensorrt: TensorRT) -> None:
+        self.tensorrt, self.api = tensorrt, tensorrt.api
+        self.logger = tensorrt.logger()
+        self.builder = self.api.Builder(self.logger)
+        self.network = self.builder.create_network(tensorrt.strongly_typed())
+        self.label, self.origin = "network", ""
+        self.extents = Extents(self)
+        self._memory: list[torch.Tensor] = []  # TensorRT reads constants when it builds, not when they are added
+        self._scalars: dict[tuple[type, Number, torch.dtype, int], ITensor] = {}
+        self._names: dict[str, int] = {}
+
+    def added(self, layer: Any) -> Any:
+        """Check and name a layer that was just added.
+
+        Raises:
+            BuildError: TensorRT did not add it.
+        """
+        if layer is None:
+            said = self.logger.errors[-1] if self.logger.errors else "it gave no reason"
+            raise BuildError(f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {said}")
+        count = self._names[self.label] = self._names.get(self.label, 0) + 1
+        layer.name = self.label if count == 1 else f"{self.label}.{count}"
+        layer.metadata = self.origin.strip()
+        return layer
+
+    def output(self, layer: Any) -> ITensor:
+        """The only output of a layer that was just added."""
+        return self.added(layer).get_output(0)
+
+    def dtype_of(self, x: ITensor) -> torch.dtype:
+        """Element type of a tensor, as PyTorch has it."""
+        return self.tensorrt.torch_dtype(x.dtype)
+
+    # Constants
+
+    def constant(self, value: torch.Tensor) -> ITensor:
+        """A constant; its memory is kept until the network goes.
+
+        Raises:
+            BuildError: TensorRT has no such element type.
+        """
+        value = value.detach()
+        if value.dtype == torch.float64:
+            value = value.float()
+        if not self.tensorrt.has_dtype(value.dtype):
+            raise BuildError(f"{self.label}{self.origin}: a constant is {value.dtype}, which TensorRT does not have; convert the model")
+        value = value.cpu().contiguous()
+        self._memory.append(value)
+        weights = self.api.Weights(self.tensorrt.dtype(value.dtype), value.data_ptr(), value.numel())
+        return self.output(self.network.add_constant(tuple(value.shape), weights))
+
+    def scalar(self, value: Number, dtype: torch.dtype, rank: int = 0) -> ITensor:
+        """One value, of shape ``[1] * rank``."""
+        key = (type(value), value, dtype, rank)
+        if key not in self._scalars:
+            self._scalars[key] = self.constant(torch.full((1,) * rank, value, dtype=dtype))
+        return self._scalars[key]
+
+    def tensor(self, value: ITensor | Extent | float, dtype: torch.dtype, rank: int = 0) -> ITensor:
+        """A tensor, number or extent as a tensor of this element type and at least this rank (ones in front)."""
+        if isinstance(value, torch.SymInt | Measured):
+            value = self.reshape(self.extents.tensor(value), [])
+        elif isinstance(value, int | float):
+            return self.scalar(value, dtype, rank)
+        return self.ranked(self.cast(value, dtype), rank)
+
+    # Types
+
+    def cast(self, x: ITensor, dtype: torch.dtype) -> ITensor:
+        """PyTorch's ``x.to(dtype)``; ``x`` itself where it has that type."""
+        own = self.dtype_of(x)
+        if own == dtype:
+            return x
+        if dtype == torch.bool:
+            return self.invert(self.equal(x, self.scalar(0, own, len(x.shape))))
+        return self.output(self.network.add_cast(x, self.tensorrt.dtype(dtype)))
+
+    def as_float32(self, compute: Callable[[ITensor], ITensor], x: ITensor, dtype: torch.dtype | None = None) -> ITensor:
+        """``compute`` in float32, rounded once to ``dtype`` (default: that of ``x``), as PyTorch's kernels compute for half types."""
+        return self.cast(compute(self.cast(x, torch.float32)), dtype or self.dtype_of(x))
+
+    # Shapes
+
+    def reshape(self, x: ITensor, sizes: Sequence[Extent]) -> ITensor:
+        """Reshape; -1 at most once and only where the others are integers, 0 keeps the extent that ``x`` has at that place."""
+        layer = self.network.add_shuffle(x)
+        if sum(not isinstance(size, int) or size == -1 for size in sizes) <= 1:
+            layer.reshape_dims = tuple(_known(size) for size in sizes)
+        else:
+            layer.set_input(1, self.extents.shape(sizes))
+        return self.output(layer)
+
+    def ranked(self, x: ITensor, rank: int) -> ITensor:
+        """With extents of 1 in front, up to this rank."""
+        missing = rank - len(x.shape)
+        return x if missing <= 0 else self.unsqueezed(x, range(missing))
+
+    def unsqueezed(self, x: ITensor, axes: Sequence[int]) -> ITensor:
+        """With extents of 1 at these axes of the result."""
+        sizes = list(self.extents.of(x))
+        for axis in sorted(axes):
+            sizes.insert(axis, 1)
+        return self.reshape(x, sizes)
+
+    def permute(self, x: ITensor, order: Sequence[int]) -> ITensor:
+        """Axis i of the result is axis ``order[i]`` of ``x``."""
+        if list(order) == list(range(len(order))):
+            return x
+        layer = self.network.add_shuffle(x)
+        layer.first_transpose = tuple(order)
+        return self.output(layer)
+
+    def slice(self, x: ITensor, start: Sequence[Extent], size: Sequence[Extent], stride: Sequence[int] | None = None) -> ITensor:
+        """``size`` elements a axis from ``start``; a stride of 0 repeats one."""
+        stride = tuple(stride or (1,) * len(size))
+        zeros = (0,) * len(size)  # stands for what an input of the layer gives
+        static_start, static_size = (all(isinstance(extent, int) for extent in extents) for extents in (start, size))
+        layer = self.network.add_slice(x, tuple(start) if static_start else zeros, tuple(size) if static_size else zeros, stride)
+        if not static_start:
+            layer.set_input(1, self.extents.shape(start))
+        if not static_size:
+            layer.set_input(2, self.extents.shape(size))
+        return self.output(layer)
+
+    def expand(self, x: ITensor, sizes: Sequence[Extent]) -> ITensor:
+        """Repeat axes of extent 1 so that ``x`` has these sizes."""
+        x = self.ranked(x, len(sizes))
+        stride = [0 if own == 1 and size != 1 else 1 for own, size in zip(x.shape, map(_known, sizes), strict=True)]
+        return x if all(stride) else self.slice(x, [0] * len(sizes), sizes, stride)
+
+    def concatenate(self, parts: Sequence[ITensor], axis: int) -> ITensor:
+        """Join along an axis."""
+        if len(parts) == 1:
+            return parts[0]
+        layer = self.network.add_concatenation(list(parts))
+        layer.axis = axis
+        return self.output(layer)
+
+    def gather(self, x: ITensor, indices: ITensor, axis: int) -> ITensor:
+        """``x`` at these indices of an axis; the axes of ``indices`` stand in its place. Indices must lie within it."""
+        return self.output(self.network.add_gather(x, indices, axis))
+
+    def iota(self, count: Extent, dtype: torch.dtype = torch.int32) -> ITensor:
+        """``[0, 1, …, count - 1]``."""
+        if isinstance(count, int):
+            return self.constant(torch.arange(count, dtype=dtype))
+        layer = self.network.add_fill((1,), self.api.FillOperation.LINSPACE, self.tensorrt.dtype(dtype))
+        layer.set_input(0, self.extents.tensor(count))
+        layer.set_input(1, self.scalar(0, dtype))
+        layer.set_input(2, self.scalar(1, dtype, 1))
+        return self.output(layer)
+
+    # Arithmetic: operands of one element type; ranks are matched, extents of 1 broadcast
+
+    def elementwise(self, operation: str, a: ITensor, b: ITensor) -> ITensor:
+        """A member of TensorRT's ElementWiseOperation."""
+        rank = max(len(a.shape), len(b.shape))
+        return self.output(
+            self.network.add_elementwise(self.ranked(a, rank), self.ranked(b, rank), getattr(self.api.ElementWiseOperation, operation))
+        )
+
+    def add(self, a: ITensor, b: ITensor) -> ITensor:
+        """Sum."""
+        return self.elementwise("SUM", a, b)
+
+    def subtract(self, a: ITensor, b: ITensor) -> ITensor:
+        """Difference."""
+        return self.elementwise("SUB", a, b)
+
+    def multiply(self, a: ITensor, b: ITensor) -> ITensor:
+        """Product."""
+        return self.elementwise("PROD", a, b)
+
+    def equal(self, a: ITensor, b: ITensor) -> ITensor:
+        """Whether equal."""
+        return self.elementwise("EQUAL", a, b)
+
+    def less(self, a: ITensor, b: ITensor) -> ITensor:
+        """Whether smaller."""
+        return self.elementwise("LESS", a, b)
+
+    def both(self, a: ITensor, b: ITensor) -> ITensor:
+        """Logical and."""
+        return self.elementwise("AND", a, b)
+
+    def invert(self, x: ITensor) -> ITensor:
+        """Logical not."""
+        return self.unary("NOT", x)
+
+    def unary(self, operation: str, x: ITensor) -> ITensor:
+        """A member of TensorRT's UnaryOperation."""
+        return self.output(self.network.add_unary(x, getattr(self.api.UnaryOperation, operation)))
+
+    def activation(self, kind: str, x: ITensor) -> ITensor:
+        """A member of TensorRT's ActivationType."""
+        return self.output(self.network.add_activation(x, getattr(self.api.ActivationType, kind)))
+
+    def select(self, condition: ITensor, yes: ITensor, no: ITensor) -> ITensor:
+        """``yes`` where the condition holds, else ``no``."""
+        rank = max(len(x.shape) for x in (condition, yes, no))
+        return self.output(self.network.add_select(*(self.ranked(x, rank) for x in (condition, yes, no))))
+
+    def reduce(self, operation: str, x: ITensor, axes: Sequence[int], *, keep: bool) -> ITensor:
+        """A member of TensorRT's ReduceOperation, over these axes."""
+        mask = sum(1 << axis for axis in axes)
+        return self.output(self.network.add_reduce(x, getattr(self.api.ReduceOperation, operation), mask, keep))
+
+    def softmax(self, x: ITensor, axis: int) -> ITensor:
+        """Softmax along an axis."""
+        layer = self.network.add_softmax(x)
+        layer.axes = 1 << axis
+        return self.output(layer)
+
+    def matmul(self, a: ITensor, b: ITensor, *, transpose_b: bool = False) -> ITensor:
+        """Matrix product of the last two axes; the others broadcast."""
+        rank = max(len(a.shape), len(b.shape))
+        kind = self.api.MatrixOperation
+        flip = kind.TRANSPOSE if transpose_b else kind.NONE
+        return self.output(self.network.add_matrix_multiply(self.ranked(a, rank), kind.NONE, self.ranked(b, rank), flip))
+
+
+def _known(extent: Extent) -> int:
+    """The extent, or -1 where it is not known yet."""
+    return extent if isinstance(extent, int) else -1

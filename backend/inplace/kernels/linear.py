@@ -208,6 +208,14 @@ def _epilogue(
     tl.store(out + token * width + n, y.to(out.dtype.element_ty), mask=inside)
 
 
+def rms_norm(*, x: Memory, weight: Memory, out: Memory, tokens: int, width: int, eps: float, pdl: bool = False) -> None:
+    """``inplace::rms_norm`` of ``[tokens, width]``, on the current stream."""
+    block = triton.next_power_of_2(width)
+    warps = 8 if block >= 2048 else 4 if block >= 256 else 1
+    launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    _rms_norm[(tokens,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **launch)
+
+
 def linear_workspace(spec: LinearSpec, tokens: int, itemsize: int) -> int:
     """Bytes of scratch memory that `linear` needs for up to this many tokens, of weights with this many bytes an element."""
     if _streams(spec, tokens):
@@ -316,7 +324,7 @@ def _library(
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     if norm is not None:
         normed = Pointer(workspace, x.dtype)
-        _rms_norm[(tokens,)](x, norm, normed, spec.inputs, spec.eps, BLOCK=triton.next_power_of_2(spec.inputs), num_warps=8, **launch)
+        rms_norm(x=x, weight=norm, out=normed, tokens=tokens, width=spec.inputs, eps=spec.eps, pdl=pdl)
         workspace += _aligned(tokens * spec.inputs * x.dtype.itemsize)
         x = normed
     source = as_tensor(x, (tokens, spec.inputs))

@@ -1,0 +1,8 @@
+"""TensorRT plugins: the operators of a graph as TensorRT runs them, their states aliased outputs."""
+
+from inplace.plugins.adapter import OPERATIONS, Plugins, plugins
+from inplace.plugins.linear import Argmax, Linear, RmsNorm
+from inplace.plugins.operation import Launch, Operation
+from inplace.plugins.state import Attention, Update
+
+__all__ = ["OPERATIONS", "Argmax", "Attention", "Launch", "Linear", "Operation", "Plugins", "RmsNorm", "Update", "plugins"]

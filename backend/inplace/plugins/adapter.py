@@ -1,0 +1,191 @@
+"""From an `Operation` to a TensorRT plugin (``IPluginV3``, TensorRT 10.3 and later).
+
+Python must keep every plugin object alive that TensorRT was given or that `clone` returned: TensorRT holds no reference, and a
+collected one corrupts the heap. `Plugins` keeps them for the life of the process, as the registry keeps the creators.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from inplace.kernels.memory import Pointer
+from inplace.plugins.linear import STATELESS
+from inplace.plugins.operation import Launch, Operation, Shape
+from inplace.plugins.state import Attention, Update
+from inplace.trt import TensorRT
+
+OPERATIONS: dict[str, type[Operation]] = {**STATELESS, Attention.name: Attention, Update.name: Update}
+NAMESPACE, PLUGIN_VERSION = "", "1"
+
+log = logging.getLogger("inplace")
+
+
+class Plugins:
+    """The plugins of one TensorRT module, registered with it.
+
+    Attributes:
+        errors: what launches raised, oldest first; TensorRT itself only says that a plugin failed.
+        seen: while `observed`, the address of each aliased input that a launch was handed.
+    """
+
+    def __init__(self, tensorrt: TensorRT) -> None:
+        self.tensorrt = tensorrt
+        self.errors: list[str] = []
+        self.seen: set[int] | None = None
+        self._alive: list[Any] = []
+        self._plugin = _plugin_class(self)
+        self._creators = [_creator(self, kind) for kind in OPERATIONS.values()]
+        registry = tensorrt.api.get_plugin_registry()
+        for creator in self._creators:
+            registry.register_creator(creator, NAMESPACE)
+
+    def make(self, operation: Operation) -> Any:
+        """A plugin object for ``add_plugin_v3``, kept alive."""
+        plugin = self._plugin(operation)
+        self._alive.append(plugin)
+        return plugin
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[set[int]]:
+        """Collect the addresses of aliased inputs that launches see inside the block; a moved output raises in the launch."""
+        self.seen = set()
+        try:
+            yield self.seen
+        finally:
+            self.seen = None
+
+    def launch(self, operation: Operation, call: Launch) -> None:
+        """Check the aliases TensorRT made, and launch."""
+        for output, source in operation.aliases.items():
+            if call.outputs[output].address != call.inputs[source].address:
+                raise RuntimeError(
+                    f"{operation.name}: TensorRT bound output {output} to another address than input {source}, whose memory it must be"
+                )
+            if self.seen is not None:
+                self.seen.add(call.inputs[source].address)
+        operation.launch(call)
+
+
+@cache
+def plugins(tensorrt: TensorRT) -> Plugins:
+    """The plugins of this TensorRT, registered once a process."""
+    return Plugins(tensorrt)
+
+
+def _plugin_class(owner: Plugins) -> Any:
+    api, tensorrt = owner.tensorrt.api, owner.tensorrt
+
+    class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuildV2, api.IPluginV3OneRuntime):  # type: ignore[misc, name-defined]
+        """One operation as TensorRT sees it."""
+
+        def __init__(self, operation: Operation) -> None:
+            for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuildV2, api.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.operation = operation
+            self.plugin_name, self.plugin_version, self.plugin_namespace = operation.name, PLUGIN_VERSION, NAMESPACE
+            self.num_outputs = len(operation.output_dtypes([torch.float32] * operation.input_count))
+            self._arrays = [np.array([value], dtype=np.int32) for value in operation.to_fields().values()]  # TensorRT keeps their addresses
+            self._locks: torch.Tensor | None = None
+            self._pdl: bool | None = None
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def get_output_data_types(self, inputs: Sequence[Any]) -> list[Any]:
+            return [tensorrt.dtype(dtype) for dtype in self.operation.output_dtypes([tensorrt.torch_dtype(dtype) for dtype in inputs])]
+
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+            extents = [[shape[axis] for axis in range(len(shape))] for shape in inputs]
+            found = []
+            for shape in self.operation.output_shapes(extents):
+                expression = api.DimsExprs(len(shape))
+                for axis, extent in enumerate(shape):
+                    expression[axis] = builder.constant(extent) if isinstance(extent, int) else extent
+                found.append(expression)
+            return found
+
+        def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
+            if tensors[position].desc.format != api.TensorFormat.LINEAR:
+                return False
+            try:
+                dtypes = [tensorrt.torch_dtype(tensors[index].desc.type) for index in range(position + 1)]
+            except KeyError:
+                return False
+            return self.operation.accepts(position, dtypes)
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def get_aliased_input(self, output: int) -> int:
+            return self.operation.aliases.get(output, -1)
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            shapes = [tuple(tensor.max) for tensor in inputs]
+            return self.operation.workspace(shapes, [tensorrt.torch_dtype(tensor.desc.type) for tensor in inputs])
+
+        def get_fields_to_serialize(self) -> Any:
+            names = self.operation.to_fields()
+            kind = api.PluginFieldType.INT32
+            return api.PluginFieldCollection([api.PluginField(name, array, kind) for name, array in zip(names, self._arrays, strict=True)])
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def clone(self) -> Any:
+            return owner.make(self.operation)
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def enqueue(
+            self, inputs: Sequence[Any], outputs: Sequence[Any], sources: Sequence[int], targets: Sequence[int], workspace: int, stream: int
+        ) -> int:
+            try:
+                shapes: list[Shape] = [tuple(tensor.dims) for tensor in inputs]
+                with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+                    if self._locks is None:  # the first enqueue warms up and is never captured
+                        self._locks = torch.zeros(max(1, self.operation.locks()), dtype=torch.int32, device="cuda")
+                        self._pdl = torch.cuda.get_device_capability() >= (9, 0)
+                    call = Launch(
+                        shapes=shapes,
+                        inputs=[Pointer(a, tensorrt.torch_dtype(t.type)) for a, t in zip(sources, inputs, strict=True)],
+                        outputs=[Pointer(a, tensorrt.torch_dtype(t.type)) for a, t in zip(targets, outputs, strict=True)],
+                        workspace=workspace,
+                        locks=Pointer(self._locks.data_ptr(), torch.int32),
+                        pdl=bool(self._pdl),
+                    )
+                    owner.launch(self.operation, call)
+            except Exception as error:  # an exception must not cross into TensorRT
+                owner.errors.append(f"{self.operation.name}: {type(error).__name__}: {error}")
+                log.exception("%s failed", self.operation.name)
+                return 1
+            return 0
+
+    return Plugin
+
+
+def _creator(owner: Plugins, kind: type[Operation]) -> Any:
+    api = owner.tensorrt.api
+
+    class Creator(api.IPluginCreatorV3One):  # type: ignore[misc, name-defined]
+        """Makes the plugin again when a plan is loaded."""
+
+        def __init__(self) -> None:
+            api.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = kind.name, PLUGIN_VERSION, NAMESPACE
+            self._empty = np.array([], dtype=np.int32)
+            names = kind.__dataclass_fields__
+            self.field_names = api.PluginFieldCollection([api.PluginField(name, self._empty, api.PluginFieldType.INT32) for name in names])
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            return owner.make(kind.from_fields({field.name: int(np.asarray(field.data).reshape(-1)[0]) for field in fields}))
+
+    return Creator()

@@ -1,0 +1,190 @@
+"""Converters of the ``plugin`` mechanism: operators become plugins of ours, states their aliased outputs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Update, plugins
+
+from inplace_builder.errors import BuildError
+from inplace_builder.lower.layers import ITensor
+from inplace_builder.lower.network import Network, State
+from inplace_builder.lower.registry import converter, state_converter
+
+inplace = torch.ops.inplace
+FIRST_VERSION = (10, 3)
+MOST_ROWS = 257
+"""Rows that the counters of a plugin are made for: one null row more than the largest batch."""
+LAST_SUPPORTED_DIM = 256
+
+
+def refusal(tensorrt: Any) -> str | None:
+    """Why this TensorRT cannot have plugins with aliased outputs; None if it can."""
+    if tensorrt.is_rtx:
+        return "TensorRT for RTX networks take no plugins"
+    if tensorrt.version[:2] < FIRST_VERSION:
+        return f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt.api.__version__}"
+    return None
+
+
+def _add(ctx: Network, operation: Operation, inputs: Sequence[ITensor]) -> list[ITensor]:
+    owner = plugins(ctx.tensorrt)
+    if len(inputs) != operation.input_count:
+        raise BuildError(f"{operation.name} takes {operation.input_count} inputs, got {len(inputs)}{ctx.origin}")
+    layer = ctx.added(ctx.network.add_plugin_v3(list(inputs), [], owner.make(operation)))
+    return [layer.get_output(index) for index in range(layer.num_outputs)]
+
+
+@converter(inplace.linear.default)
+def _linear(
+    ctx: Network,
+    x: ITensor,
+    weight: ITensor,
+    bias: ITensor | None = None,
+    norm: ITensor | None = None,
+    residual: ITensor | None = None,
+    *,
+    eps: float = 0.0,
+    activation: str = "none",
+    gated: bool = False,
+    float_out: bool = False,
+) -> ITensor:
+    outputs, inputs = ctx.meta(ctx.node.args[1]).shape
+    operation = Linear(
+        inputs=inputs,
+        outputs=outputs,
+        bias=bias is not None,
+        norm=norm is not None,
+        residual=residual is not None,
+        eps=eps,
+        activation=activation,
+        gated=gated,
+        float_out=float_out,
+    )
+    return _add(ctx, operation, [x, weight, *(part for part in (bias, norm, residual) if part is not None)])[0]
+
+
+@converter(inplace.rms_norm.default)
+def _rms_norm(ctx: Network, x: ITensor, weight: ITensor, eps: float) -> ITensor:
+    return _add(ctx, RmsNorm(width=ctx.meta(ctx.node.args[1]).shape[0], eps=eps), [x, weight])[0]
+
+
+@converter(inplace.argmax.default)
+def _argmax(ctx: Network, scores: ITensor) -> ITensor:
+    return _add(ctx, Argmax(max_rows=MOST_ROWS), [scores])[0]
+
+
+@state_converter(inplace.attention.default, "plugin")
+def _attention(
+    ctx: Network,
+    query: ITensor,
+    key: ITensor | None,
+    value: ITensor | None,
+    key_state: State,
+    value_state: State,
+    slots: ITensor,
+    row_offsets: ITensor,
+    write_indices: ITensor,
+    *,
+    scale: float,
+    append: bool = True,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> ITensor:
+    operation = Attention(
+        heads=ctx.meta(ctx.node.args[0]).shape[1],
+        kv_heads=key_state.spec.shape[0],
+        dim=key_state.spec.shape[2],
+        value_dim=value_state.spec.shape[2],
+        scale=scale,
+        max_rows=MOST_ROWS,
+        append=append,
+        causal=causal,
+        window=window,
+        ring=ring,
+        softcap=softcap,
+    )
+    return _attend(ctx, operation, [part for part in (query, key, value) if part is not None], key_state, value_state, slots, row_offsets, write_indices)
+
+
+@state_converter(inplace.qkv_attention.default, "plugin")
+def _qkv_attention(
+    ctx: Network,
+    qkv: ITensor,
+    cos: ITensor | None,
+    sin: ITensor | None,
+    key_state: State,
+    value_state: State,
+    slots: ITensor,
+    row_offsets: ITensor,
+    write_indices: ITensor,
+    *,
+    heads: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> ITensor:
+    operation = Attention(
+        heads=heads,
+        kv_heads=key_state.spec.shape[0],
+        dim=key_state.spec.shape[2],
+        value_dim=value_state.spec.shape[2],
+        scale=scale,
+        max_rows=MOST_ROWS,
+        causal=causal,
+        window=window,
+        ring=ring,
+        softcap=softcap,
+        rotary=key_state.spec.shape[2] if cos is not None else 0,
+        merged=True,
+    )
+    inputs = [part for part in (qkv, cos, sin) if part is not None]
+    return _attend(ctx, operation, inputs, key_state, value_state, slots, row_offsets, write_indices)
+
+
+def _attend(
+    ctx: Network, operation: Attention, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor
+) -> ITensor:
+    if max(operation.dim, operation.value_dim) > LAST_SUPPORTED_DIM:
+        raise BuildError(f"heads of {operation.dim} are wider than the {LAST_SUPPORTED_DIM} that the attention kernels take{ctx.origin}")
+    out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *(ctx.cast(row, torch.int32) for row in rows)])
+    for state, current in zip((key_state, value_state), states, strict=False):
+        ctx.written(state, current)
+    return out
+
+
+@state_converter(inplace.update.default, "plugin")
+def _update(
+    ctx: Network,
+    state: State,
+    slots: ITensor,
+    value: ITensor,
+    row_offsets: ITensor | None = None,
+    write_indices: ITensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    readers = ctx.readers.pop(state.spec.name, [])
+    operation = Update(
+        axis=axis, append=write_indices is not None, packed=row_offsets is not None, ring=ring, readers=len(readers)
+    )
+    rows = [ctx.cast(part, torch.int32) for part in (row_offsets, write_indices) if part is not None]
+    inputs = [state.current, ctx.cast(slots, torch.int32), value, *rows, *readers]
+    ctx.written(state, _add(ctx, operation, inputs)[0])
+
+
+@state_converter(inplace.read.default, "plugin")
+def _read(ctx: Network, state: State, slots: ITensor) -> ITensor:
+    """A gather of the rows; null rows read as zeros."""
+    place = ctx.elementwise("MAX", slots, ctx.scalar(0, ctx.dtype_of(slots), 1))
+    found = ctx.gather(state.current, place, 0)
+    dtype = ctx.dtype_of(found)
+    live = ctx.invert(ctx.less(slots, ctx.scalar(0, ctx.dtype_of(slots), 1)))
+    rank = len(found.shape)
+    out = ctx.select(ctx.reshape(live, [-1, *(1 for _ in range(rank - 1))]), found, ctx.scalar(0, dtype, rank))
+    ctx.readers.setdefault(state.spec.name, []).append(out)
+    return out

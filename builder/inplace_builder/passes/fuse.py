@@ -1,0 +1,395 @@
+"""Fuse neighbours for the ``plugin`` mechanism: fewer kernels a step, each nearer to the weights' bandwidth.
+
+A decode step of a small model is bound by the number of its kernels, not by what they compute. A transformer layer in PyTorch is some
+thirty of them; after this pass it is five: norm + merged QKV projection, RoPE + append + attention, output projection + residual,
+norm + gate and up projection + activation, down projection + residual.
+
+Every rewrite is local and keeps what is computed; only roundings between the fused operators go.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.fx import Node
+
+from inplace_builder.passes.match import call, is_view, one_user, operands, skip
+from inplace_builder.passes.rotary import unrotated
+
+aten, inplace = torch.ops.aten, torch.ops.inplace
+
+GATES = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+
+
+def fuse(exported: ExportedProgram) -> "Fused":
+    """A copy of the program with neighbours fused into ``inplace::linear``, ``rms_norm``, ``qkv_attention`` and ``argmax``.
+
+    Weights made here (merged or transposed) are ``get_attr`` nodes of the graph.
+    """
+    graph = copy.deepcopy(exported.graph)
+    module = torch.fx.GraphModule(exported.graph_module, graph)
+    _Fusion(exported, module).run()
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())
+    graph.lint()
+    module.recompile()
+    return Fused(graph, module, _signature(exported, graph), exported.state_dict, exported.constants)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What lowering needs of a program. No ``ExportedProgram``: those may not hold ``get_attr`` nodes.
+
+    Attributes:
+        graph: its placeholders are those of the program it was made from.
+        graph_module: owns the weights made here.
+        graph_signature: which placeholder is what, with the names that the outputs have now.
+        state_dict, constants: the program's weights.
+    """
+
+    graph: torch.fx.Graph
+    graph_module: torch.fx.GraphModule
+    graph_signature: ExportGraphSignature
+    state_dict: Mapping[str, torch.Tensor]
+    constants: Mapping[str, Any]
+
+
+    def bindable(self) -> frozenset[str]:
+        """Names of the weights that the runtime should bind rather than the plan hold: matrices of linear layers and embeddings."""
+        found = set()
+        for node in self.graph.nodes:
+            weight = node.args[1] if call(node, inplace.linear.default) else node.args[0] if call(node, aten.embedding.default) else None
+            if isinstance(weight, Node):
+                found.add(weight.name)
+        return frozenset(found)
+
+
+def _signature(exported: ExportedProgram, graph: torch.fx.Graph) -> ExportGraphSignature:
+    signature = copy.deepcopy(exported.graph_signature)
+    (output,) = graph.find_nodes(op="output")
+    for spec, node in zip(signature.output_specs, output.args[0], strict=True):
+        spec.arg = TensorArgument(name=node.name)
+    return signature
+
+
+class _Fusion:
+    def __init__(self, exported: ExportedProgram, module: torch.fx.GraphModule) -> None:
+        self.module, self.graph = module, module.graph
+        self.made: dict[tuple[object, ...], str] = {}
+        named = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        self.weights: dict[Node, torch.Tensor] = {}
+        for spec in exported.graph_signature.input_specs:
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                assert spec.target is not None
+                found = exported.state_dict.get(spec.target)
+                self.weights[named[spec.arg.name]] = exported.constants[spec.target] if found is None else found
+
+    def run(self) -> None:
+        for rewrite in (self._norm, self._linear, self._transposed_linear, self._gate, self._qkv, self._normed, self._after, self._head, self._argmax):
+            for node in list(self.graph.nodes):
+                if node.op == "call_function" and (node.users or rewrite == self._qkv):
+                    rewrite(node)
+            self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())
+
+    # Making nodes
+
+    def _weight(self, key: tuple[object, ...], before: Node, make: Callable[[], torch.Tensor]) -> Node:
+        """A weight of our own; the same key gives the same tensor."""
+        if key not in self.made:
+            name = f"fused_{len(self.made)}"
+            self.module.register_buffer(name, make().detach().contiguous(), persistent=False)
+            self.made[key] = name
+        with self.graph.inserting_before(before):
+            node = self.graph.get_attr(self.made[key])
+        tensor = getattr(self.module, self.made[key])
+        node.meta["val"] = tensor
+        self.weights[node] = tensor
+        return node
+
+    def _insert(self, at: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], width: int | None = None, dtype: torch.dtype | None = None) -> Node:
+        """A call before ``at`` whose result has the extents of its first argument but for the last."""
+        with self.graph.inserting_before(at):
+            node = self.graph.call_function(target, args, kwargs)
+        source = args[0].meta["val"]
+        with source.fake_mode:
+            shape = (*source.shape[:-1], width) if width is not None else source.shape
+            node.meta.update(at.meta)
+            node.meta["val"] = source.new_empty(shape, dtype=dtype or source.dtype)
+        return node
+
+    def _replace(self, old: Node, new: Node) -> None:
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    # Rewrites
+
+    def _norm(self, node: Node) -> None:
+        """``weight * (x * rsqrt(mean(x²) + eps))`` with or without casts, also with ``1 + weight``."""
+        if node.target is aten.rms_norm.default and len(node.args) > 2 and node.args[2] in self.weights:
+            x, _, weight = node.args[:3]
+            eps = node.args[3] if len(node.args) > 3 and node.args[3] is not None else torch.finfo(x.meta["val"].dtype).eps
+            self._replace(node, self._insert(node, inplace.rms_norm.default, (x, weight, eps), {}))
+            return
+        for scale, product in operands(node, aten.mul.Tensor):
+            weight, offset = self._norm_weight(scale)
+            found = _normalized(skip(product))
+            if weight is None or found is None:
+                continue
+            x, eps = found
+            if len(self.weights[weight].shape) != 1 or self.weights[weight].shape[0] != x.meta["val"].shape[-1]:
+                continue
+            last = node
+            if last.meta["val"].dtype != x.meta["val"].dtype:
+                after = one_user(last)
+                if after is None or after.target is not aten.to.dtype or after.meta["val"].dtype != x.meta["val"].dtype:
+                    continue
+                last = after
+            if offset:
+                tensor = self.weights[weight]
+                weight = self._weight(("offset", weight, offset), last, lambda t=tensor: t.float() + offset)
+            self._replace(last, self._insert(last, inplace.rms_norm.default, (x, weight, eps), {}))
+            return
+
+    def _norm_weight(self, node: object) -> tuple[Node | None, float]:
+        """The parameter behind a scale, and what is added to it (Gemma's norms scale with 1 + weight)."""
+        found = skip(node)
+        if found in self.weights:
+            return found, 0.0
+        if isinstance(found, Node) and found.target is aten.add.Tensor:
+            for one, other in (found.args[:2], found.args[1::-1]):
+                inner = skip(one)
+                if inner in self.weights and isinstance(other, int | float):
+                    return inner, float(other)
+        return None, 0.0
+
+    def _linear(self, node: Node) -> None:
+        if not call(node, aten.linear.default) or node.args[1] not in self.weights:
+            return
+        x, weight, *rest = node.args
+        bias = rest[0] if rest else None
+        if bias is not None and bias not in self.weights:
+            return
+        new = self._insert(node, inplace.linear.default, (x, weight, bias), {}, node.meta["val"].shape[-1])
+        self._replace(node, new)
+
+    def _transposed_linear(self, node: Node) -> None:
+        """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed."""
+        if not call(node, aten.addmm.default) or len(node.args) != 3 or node.kwargs:
+            return
+        bias, x, weight = node.args
+        if bias not in self.weights or weight not in self.weights or self.weights[bias].dim() != 1:
+            return
+        tensor = self.weights[weight]
+        turned = self._weight(("transposed", weight), node, lambda: tensor.t())
+        self._replace(node, self._insert(node, inplace.linear.default, (x, turned, bias), {}, tensor.shape[1]))
+
+    def _gate(self, node: Node) -> None:
+        """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""
+        for activated, up in operands(node, aten.mul.Tensor):
+            kind = _activation(activated)
+            if kind is None or one_user(activated) is not node:
+                continue
+            gate = activated.args[0]
+            if not (self._plain(gate) and self._plain(up) and gate.args[0] is up.args[0]):
+                continue
+            if one_user(gate) is not activated or one_user(up) is not node or (gate.args[2] is None) != (up.args[2] is None):
+                continue
+            weight, bias = self._merged([gate, up], node)
+            width = node.meta["val"].shape[-1]
+            new = self._insert(node, inplace.linear.default, (gate.args[0], weight, bias), {"activation": kind, "gated": True}, width)
+            self._replace(node, new)
+            return
+
+    def _qkv(self, node: Node) -> None:
+        """Attention whose queries, keys and values are projections of the same tokens, rotated or not."""
+        if not call(node, inplace.attention.default):
+            return
+        query, key, value, key_state, value_state, *rows = node.args
+        if key is None or node.kwargs.get("append") is False:
+            return
+        (query, cos, sin), (key, key_cos, key_sin) = unrotated(query), unrotated(key)
+        if cos is not key_cos or sin is not key_sin:
+            return
+        dim = key_state.meta["val"].shape[3]
+        if cos is not None and cos.meta["val"].shape[-1] != dim:
+            return
+        sources = [_projection(part) for part in (query, key, value)]
+        if any(source is None or not self._plain(source) for source in sources):
+            return
+        first = sources[0]
+        if any(source.args[0] is not first.args[0] or (source.args[2] is None) != (first.args[2] is None) for source in sources):
+            return
+        heads = node.args[0].meta["val"].shape[1]
+        weight, bias = self._merged(sources, node)
+        width = sum(source.meta["val"].shape[-1] for source in sources)
+        qkv = self._insert(node, inplace.linear.default, (first.args[0], weight, bias), {}, width)
+        options = {name: option for name, option in node.kwargs.items() if name != "append"}
+        out_width = heads * value_state.meta["val"].shape[3]
+        new = self._insert(
+            node, inplace.qkv_attention.default, (qkv, cos, sin, key_state, value_state, *rows), {"heads": heads, **options}, out_width
+        )
+        for user in list(node.users):
+            end = _flattened(user, out_width)
+            if end is not None and end.meta["val"].dim() == new.meta["val"].dim():
+                self._replace(end, new)
+        if node.users:
+            with self.graph.inserting_before(node):
+                shaped = self.graph.call_function(aten.view.default, (new, [-1, heads, out_width // heads]))
+            shaped.meta["val"] = node.meta["val"]
+            self._replace(node, shaped)
+        self.graph.erase_node(node)
+
+    def _normed(self, node: Node) -> None:
+        """A norm in front of linear layers only goes into them."""
+        if not call(node, inplace.rms_norm.default):
+            return
+        users = list(node.users)
+        through = [user for user in users if call(user, inplace.linear.default) and user.args[0] is node]
+        if len(through) != len(users) or len(users) > 1 or any(len(user.args) > 3 and user.args[3] is not None for user in users):
+            picked = self._picked(node)
+            if picked is None:
+                return
+            users = [picked]
+        x, weight, eps = node.args
+        for user in users:
+            source = x if user.args[0] is node else self._repicked(user, x)
+            user.args = (source, *user.args[1:3], weight)
+            user.kwargs = {**user.kwargs, "eps": eps}
+
+    def _picked(self, node: Node) -> Node | None:
+        """The head of a language model: norm, pick of each row's last token, linear. The pick can come first."""
+        index = one_user(node)
+        if index is None or not call(index, aten.index.Tensor):
+            return None
+        indices = index.args[1]
+        if any(i is None for i in indices[-1:]) or len(indices) >= node.meta["val"].dim():
+            return None
+        head = one_user(index)
+        return head if head is not None and call(head, inplace.linear.default) and head.args[0] is index else None
+
+    def _repicked(self, head: Node, x: Node) -> Node:
+        index = head.args[0]
+        with self.graph.inserting_before(index):
+            moved = self.graph.call_function(aten.index.Tensor, (x, index.args[1]))
+        moved.meta.update(index.meta)
+        return moved
+
+    def _after(self, node: Node) -> None:
+        """A residual added to a linear layer, or an activation after it, goes into it."""
+        kind = _activation(node)
+        source = node.args[0] if kind is not None else None
+        if source is not None and self._open(source) and one_user(source) is node and not source.kwargs.get("gated"):
+            new = self._insert(node, inplace.linear.default, source.args, {**source.kwargs, "activation": kind}, node.meta["val"].shape[-1])
+            self._replace(node, new)
+            return
+        for residual, product in operands(node, aten.add.Tensor):
+            if not self._open(product) or one_user(product) is not node or not isinstance(residual, Node):
+                continue
+            meta, other = product.meta["val"], residual.meta["val"]
+            if not isinstance(other, torch.Tensor) or meta.dtype != other.dtype or not _same_shape(meta, other) or node.kwargs:
+                continue
+            x, weight, bias, norm = (*product.args, None, None)[:4]
+            new = self._insert(node, inplace.linear.default, (x, weight, bias, norm, residual), dict(product.kwargs), meta.shape[-1])
+            self._replace(node, new)
+            return
+
+    def _head(self, node: Node) -> None:
+        """Scores that are turned to float32 are float32 from the start; the extents of 1 around them go."""
+        if not call(node, aten.to.dtype) or node.meta["val"].dtype != torch.float32:
+            return
+        source = node.args[0]
+        squeezed = source.args[0] if call(source, aten.select.int) and source.args[1:] == (0, 0) and one_user(source) is node else source
+        if not self._open(squeezed) or len(squeezed.users) != 1 or squeezed.kwargs.get("gated") or len(squeezed.args) > 4:
+            return
+        kwargs = {**squeezed.kwargs, "float_out": True}
+        new = self._insert(squeezed, inplace.linear.default, squeezed.args, kwargs, squeezed.meta["val"].shape[-1], torch.float32)
+        if squeezed is source:
+            self._replace(node, new)
+            return
+        with self.graph.inserting_before(node):
+            flat = self.graph.call_function(aten.select.int, (new, 0, 0))
+        flat.meta.update(node.meta)
+        self._replace(node, flat)
+
+    def _argmax(self, node: Node) -> None:
+        if call(node, aten.argmax.default) and node.args[1:] == (-1, True) and node.args[0].meta["val"].dim() == 2:
+            scores = node.args[0]
+            if scores.meta["val"].dtype in (torch.float32, torch.float16, torch.bfloat16):
+                self._replace(node, self._insert(node, inplace.argmax.default, (scores,), {}, 1, torch.int64))
+
+    # Questions
+
+    def _plain(self, node: object) -> bool:
+        """A linear layer that nothing was fused into yet, with weights of ours."""
+        return isinstance(node, Node) and call(node, inplace.linear.default) and len(node.args) == 3 and not node.kwargs and node.args[1] in self.weights
+
+    def _open(self, node: object) -> bool:
+        """A linear layer that could still take an activation or a residual."""
+        return (
+            isinstance(node, Node)
+            and call(node, inplace.linear.default)
+            and len(node.args) < 5
+            and (node.kwargs.get("activation", "none") == "none" or bool(node.kwargs.get("gated")))
+        )
+
+    def _merged(self, layers: Sequence[Node], before: Node) -> tuple[Node, Node | None]:
+        """The weights of several layers behind one another, and their biases."""
+        found: list[Node | None] = []
+        for place in (1, 2):
+            parts = [layer.args[place] for layer in layers]
+            if parts[0] is None:
+                found.append(None)
+                continue
+            tensors = [self.weights[part] for part in parts]
+            found.append(self._weight(("merged", *parts), before, lambda t=tensors: torch.cat(list(t))))
+        assert found[0] is not None
+        return found[0], found[1]
+
+
+def _normalized(node: object) -> tuple[Node, float] | None:
+    """``x`` and eps if the node is ``x * rsqrt(mean(x²) + eps)``, in float32 or x's own type."""
+    for wide, inverse in operands(node, aten.mul.Tensor):
+        if not call(inverse, aten.rsqrt.default):
+            continue
+        shifted = inverse.args[0]
+        if not call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], int | float):
+            continue
+        mean = shifted.args[0]
+        if not call(mean, aten.mean.dim) or list(mean.args[1]) not in ([-1], [mean.meta["val"].dim() - 1]) or mean.args[2:] != (True,):
+            continue
+        square = mean.args[0]
+        squared = call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2 and square.args[0] is wide
+        if squared or (call(square, aten.mul.Tensor) and square.args[0] is wide and square.args[1] is wide):
+            return skip(wide), float(shifted.args[1])
+    return None
+
+
+def _activation(node: object) -> str | None:
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return GATES.get(node.target)  # type: ignore[arg-type]
+
+
+def _projection(node: object) -> Node | None:
+    """The linear layer that a query, key or value is the reshaped output of: through views whose last extent stays last."""
+    while isinstance(node, Node) and is_view(node):
+        node = node.args[0]
+    return node if isinstance(node, Node) and call(node, inplace.linear.default) else None
+
+
+def _flattened(node: Node, width: int) -> Node | None:
+    """The node at which the attention's output ``[tokens, heads, dim]`` has become ``[..., heads * dim]``, following single views."""
+    current: Node | None = node
+    while current is not None and call(current, aten.unsqueeze.default, aten.reshape.default, aten.view.default, aten.contiguous.default):
+        if current.meta["val"].shape[-1] == width:
+            return current
+        current = one_user(current)
+    return None
+
+
+def _same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dim() == other.dim() and all(str(a) == str(b) for a, b in zip(one.shape, other.shape, strict=True))

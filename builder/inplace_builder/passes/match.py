@@ -1,0 +1,52 @@
+"""Small questions that pattern matching asks of graph nodes."""
+
+from collections.abc import Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+CASTS = (aten.to.dtype, aten._to_copy.default)
+VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+    aten.clone.default,
+)
+
+
+def call(node: object, *targets: object) -> TypeGuard[Node]:
+    """Whether it is a call of one of these operators."""
+    return isinstance(node, Node) and node.op == "call_function" and any(node.target is target for target in targets)
+
+
+def operands(node: object, target: object) -> Iterator[tuple[Any, Any]]:
+    """The two operands of a commutative operator, in both orders; none for another node."""
+    if call(node, target) and len(node.args) == 2 and not node.kwargs:
+        yield node.args[0], node.args[1]
+        yield node.args[1], node.args[0]
+
+
+def skip(node: Any) -> Any:
+    """What stands before casts."""
+    while call(node, *CASTS):
+        node = node.args[0]
+    return node
+
+
+def one_user(node: Node) -> Node | None:
+    """The only user, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_view(node: Node) -> bool:
+    """Whether it only looks at its first argument in another shape or order."""
+    return call(node, *VIEWS)

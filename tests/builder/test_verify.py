@@ -1,5 +1,6 @@
 """Verification: an engine that does not do what its model does is not written."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from inplace.dtypes import Dtype
 from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
+from inplace.operators.update import write
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, capture_module
 from inplace_builder.capture.capture import control
@@ -16,6 +18,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.verify import poison, same_bits, written_parts
 from models import accumulator, tiny_llama
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
 SPARE = 4
@@ -162,25 +165,74 @@ def test_an_engine_that_fails_in_its_step_is_refused(tmp_path: Path) -> None:
     refused(captured(WritesOutsideTheArena()), tmp_path, "index 100 is out of bounds")
 
 
-def test_an_engine_that_is_wrong_only_once_a_ring_has_wrapped_is_refused(tmp_path: Path) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+RING = 12
 
+
+def sliding_decoder(chunk: int) -> Capture:
+    """A decoder with one layer whose window is a ring of at least `RING` positions."""
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = MistralForCausalLM(MistralConfig(**shape, sliding_window=12, max_position_embeddings=64)).eval()
-    capture = capture_decoder(model, DecoderOptions(capacity=64, max_rows=2, chunk=8))
-    for node in capture.exported.graph.nodes:
-        if node.target is torch.ops.inplace.attention.default:
-            node.kwargs = node.kwargs | {"ring": False}  # fails at the first position beyond the ring
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=RING,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return capture_decoder(MistralForCausalLM(config).eval(), DecoderOptions(capacity=64, max_rows=2, chunk=chunk))
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_a_ring_operator_that_is_wrong_only_once_it_wraps_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    capture = sliding_decoder(chunk)
+    assert {state.shape[1] for state in capture.states} == {RING + chunk - 1}
+    options = BuildOptions(capacity=64, chunk=chunk)
+    write_engine(capture, tmp_path / "right" / "model", options)
+
+    def forgets(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
+        if start < slot.shape[axis]:
+            write(slot, new, start, axis, ring=ring)
+
+    monkeypatch.setattr(sys.modules["inplace.operators.attention"], "write", forgets)
+    refused(capture, tmp_path / "wrong", r"output logits of sequence \d after .* differs from the model", options)
+
+
+class Latest(torch.nn.Module):
+    """The mean of the last `RING` values."""
+
+    def forward(self, value: Tensor, slots: Tensor, write_indices: Tensor, values: Tensor) -> Tensor:
+        update(values, slots, value.unsqueeze(1), None, write_indices, axis=1, ring=True)
+        return read(values, slots).mean(1)
+
+
+def test_the_ring_of_a_module_is_followed_once_round(tmp_path: Path) -> None:
+    """The engine forgets to write what has wrapped; the model does not."""
+    capture = capture_module(
+        Latest(),
+        inputs=[
+            TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
+            control("slots", Role.SLOTS),
+            control("write_indices", Role.WRITE_INDICES),
+        ],
+        outputs=[TensorSpec(name="mean", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,))],
+        states=[StateSpec(name="values", shape=(RING, 4), dtype=Dtype.FLOAT32, update=Update.RING, axis=0)],
+        max_rows=4,
+    )
+    write_engine(capture, tmp_path / "right" / "model", OPTIONS)
+    graph = capture.exported.graph
+    [written] = graph.find_nodes(op="call_function", target=torch.ops.inplace.update.default)
+    with graph.inserting_before(written):
+        beyond = graph.call_function(torch.ops.aten.ge.Scalar, (written.args[4], RING))
+        slots = graph.call_function(torch.ops.aten.masked_fill.Scalar, (written.args[1], beyond, -1))
+    for node in (beyond, slots):
+        node.meta["val"] = written.args[1].meta["val"]
+    beyond.meta["val"] = beyond.meta["val"].bool()
+    written.update_arg(1, slots)
     capture.exported.graph_module.recompile()
-    refused(capture, tmp_path, "ring|outside|differs|failed", BuildOptions(capacity=64, chunk=8))
+    refused(capture, tmp_path / "wrong", f"output mean of sequence 1 after {RING + 1} tokens differs from the model")
 
 
 def test_the_memory_check_allows_exactly_the_appended_positions() -> None:

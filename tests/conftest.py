@@ -2,31 +2,19 @@
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
+from driving import Open, Watched
+from inplace.drivers.step import StepDriver
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.server import Ports, TritonServer
-from models import accumulator, tiny_llama
-from transformers import LlamaForCausalLM
+from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instance, tiny_llama
 from tritonclient.grpc import InferenceServerClient
 
-CAPACITY, CHUNK, SLOTS = 64, 8, 8
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A model repository with ``llama`` (8 slots), ``brief`` (2 slots, idle timeout 2 s) and ``accumulator``."""
-
-    path: Path
-    llama: LlamaForCausalLM
-    llama_folder: Path
+torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +43,43 @@ def client(server: TritonServer) -> Iterator[InferenceServerClient]:
         yield connected
 
 
-def open_instance(model: Path, slots: int | None = None) -> ModelInstance:
-    """A built model as the backend opens it, without a server."""
-    manifest = Manifest.load(model / "1")
-    arena = Arena(manifest.states, slots or manifest.slots, torch.device("cpu"))
-    return ModelInstance(manifest, arena, load_engine(model / "1", manifest, arena), idle_timeout=600.0)
+Opened = dict[tuple[Path, int | None, int], ModelInstance]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Opened:
+    """Engines and arenas that earlier tests have opened; a test takes them with the memory poisoned and the table empty."""
+    return {}
+
+
+@pytest.fixture
+def drive(loaded: Opened) -> Iterator[Open]:
+    """Opens a model, its arena poisoned (a START must reset what needs it) and its engine `Watched`; closes every driver."""
+    drivers: list[StepDriver] = []
+
+    def opened(model: Path, slots: int | None = None, idle_timeout: float = 600.0) -> StepDriver:
+        key = (model, slots, len(drivers))  # never one memory for two drivers of a test
+        if key not in loaded:
+            loaded[key] = open_instance(model, slots)
+        plain = loaded[key]
+        for tensor in plain.arena.tensors.values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+        drivers.append(StepDriver(ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)))
+        return drivers[-1]
+
+    yield opened
+    for driver in drivers:
+        driver.close()
+
+
+@pytest.fixture
+def llama(repository: Repository, drive: Open) -> StepDriver:
+    return drive(repository.path / "llama")
+
+
+@pytest.fixture
+def sums(repository: Repository, drive: Open) -> StepDriver:
+    return drive(repository.path / "accumulator")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """Small real models the tests build and serve."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from inplace.arena import Arena
 from inplace.dtypes import Dtype
-from inplace.manifest import Role, StateSpec, TensorSpec, Update
+from inplace.engines import load_engine
+from inplace.instance import ModelInstance
+from inplace.manifest import Manifest, Program, Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control
@@ -12,6 +16,29 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 512
+CAPACITY, CHUNK, SLOTS = 64, 8, 8
+"""What the repository is built with."""
+
+
+RECTANGULAR = Program(
+    name="step",
+    row_layout="rectangular",
+    inputs=(TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),),
+    outputs=(),
+    aliases=(),
+    max_rows=4,
+    chunk=1,
+)
+"""The description of a program that takes four numbers and returns nothing."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository with ``llama`` (8 slots), ``brief`` (2 slots, idle timeout 2 s) and ``accumulator``."""
+
+    path: Path
+    llama: LlamaForCausalLM
+    llama_folder: Path
 
 
 def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
@@ -75,4 +102,22 @@ def accumulator(max_rows: int = 4) -> Capture:
             StateSpec(name="count", shape=(1,), dtype=Dtype.INT32, update=Update.REPLACE),
         ],
         max_rows=max_rows,
+    )
+
+
+def open_instance(model: Path, slots: int | None = None) -> ModelInstance:
+    """A built model as the backend opens it, without a server."""
+    manifest = Manifest.load(model / "1")
+    arena = Arena(manifest.states, slots or manifest.slots, torch.device("cpu"))
+    return ModelInstance(manifest, arena, load_engine(model / "1", manifest, arena), idle_timeout=600.0)
+
+
+def captured(module: torch.nn.Module, *, reset: bool = True, dtype: Dtype = Dtype.FLOAT32) -> Capture:
+    """A captured module that takes a value of four numbers, keeps a ``total`` of the same shape and returns a ``sum``."""
+    return capture_module(
+        module,
+        inputs=[TensorSpec(name="value", role=Role.ROW, dtype=dtype, shape=(4,)), control("slots", Role.SLOTS)],
+        outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=dtype, shape=(4,))],
+        states=[StateSpec(name="total", shape=(4,), dtype=dtype, update=Update.REPLACE, reset=reset)],
+        max_rows=4,
     )

@@ -1,32 +1,21 @@
 """A long decode changes nothing but the rows it appends, moves nothing, and takes no memory."""
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import Repository, open_instance
 from inplace.drivers.step import StepDriver
 from inplace.instance import ModelInstance
 from inplace.requests import Request
 from inplace_builder.build import BuildOptions, build_decoder
-from models import VOCABULARY
+from models import VOCABULARY, Repository, open_instance
 from torch import Tensor
 
 CAPACITY, SLOTS, STEPS = 1024, 4, 1000
 WARM = 200
 """Steps after which resident memory must stay where it is."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it whenever the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SLOTS, Repository, open_instance
 from inplace.arena import Arena
 from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.errors import LoadError
 from inplace.manifest import FILE_NAME, Manifest, StateSpec, Update
+from models import SLOTS, Repository, open_instance
 
 ENGINE = "engine.pt2"
 

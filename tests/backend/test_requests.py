@@ -9,6 +9,7 @@ from inplace.dtypes import Dtype
 from inplace.errors import Code, InplaceError, RequestError
 from inplace.manifest import Program, Role, TensorSpec
 from inplace.requests import Request, checked_inputs
+from models import RECTANGULAR
 from torch import Tensor
 
 PACKED = Program(
@@ -24,15 +25,6 @@ PACKED = Program(
     aliases=(),
     max_rows=4,
     chunk=8,
-)
-RECTANGULAR = Program(
-    name="step",
-    row_layout="rectangular",
-    inputs=(TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),),
-    outputs=(),
-    aliases=(),
-    max_rows=4,
-    chunk=1,
 )
 GOOD = {"ids": torch.tensor([[0, 99, 5]]), "frames": torch.zeros(1, 3, 3), "bias": torch.tensor([[-1.0, 1e9]])}
 

@@ -6,24 +6,15 @@ from typing import Any
 import pytest
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import EngineFile, Manifest, Program, Role, TensorSpec
+from inplace.manifest import EngineFile, Manifest
 from inplace.settings import Settings
+from models import RECTANGULAR
 
 MANIFEST = Manifest(
     name="model",
     slots=8,
     states=(),
-    programs=(
-        Program(
-            name="step",
-            row_layout="rectangular",
-            inputs=(TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),),
-            outputs=(),
-            aliases=(),
-            max_rows=4,
-            chunk=1,
-        ),
-    ),
+    programs=(RECTANGULAR,),
     lowering=(),
     engine=EngineFile(kind="torch", file="engine.pt2", bytes=0, sha256="", device="cpu", dtype=Dtype.FLOAT32),
     verified="executed",

@@ -1,21 +1,20 @@
 """Decoder families, captured from tiny random models and compared with transformers' own greedy decoding."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import open_instance
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest, Role, Update
 from inplace.operators import NAMESPACE, written_states
 from inplace.requests import Request
 from inplace_builder.build import ENGINE_FILE, VERSION, BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
-from models import greedy
+from models import greedy, open_instance
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY, CAPACITY, CHUNK, WINDOW = 128, 96, 8, 12
@@ -105,15 +104,6 @@ def save(family: Family, folder: Path) -> PreTrainedModel:
 def eager_build(model: PreTrainedModel, output: Path, options: BuildOptions) -> Manifest:
     """A build whose reference attends eagerly."""
     return write_engine(capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, options.chunk)), output, options)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for more: threads that wait for each other take three times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import Repository
 from inplace import __version__
 from inplace.manifest import Manifest
 from inplace_builder.__main__ import app
-from models import tiny_llama
+from models import Repository, tiny_llama
 from typer.testing import CliRunner
 
 KEYS = [f"{part}_states_{layer}" for part in ("key", "value") for layer in range(2)]

@@ -1,10 +1,9 @@
 """config.pbtxt, read back as Triton reads it."""
 
 import pytest
-from conftest import SLOTS, Repository
 from google.protobuf import text_format
 from inplace.settings import IDLE_TIMEOUT
-from models import VOCABULARY
+from models import SLOTS, VOCABULARY, Repository
 from tritonclient.grpc import model_config_pb2 as pb
 
 

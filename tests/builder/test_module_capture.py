@@ -5,31 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import open_instance
-from inplace.dtypes import Dtype
 from inplace.instance import ModelInstance
-from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace.requests import Request
 from inplace_builder.build import BuildOptions, write_engine
-from inplace_builder.capture import Capture, capture_module
-from inplace_builder.capture.capture import control
 from inplace_builder.errors import BuildError
-from models import accumulator
+from models import accumulator, captured, open_instance
 from torch import Tensor
 
 OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
-
-
-def captured(module: torch.nn.Module) -> Capture:
-    """A module that takes a value of four numbers and keeps a ``total`` of the same shape."""
-    return capture_module(
-        module,
-        inputs=[TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)), control("slots", Role.SLOTS)],
-        outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,))],
-        states=[StateSpec(name="total", shape=(4,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],
-        max_rows=4,
-    )
 
 
 class Returns(torch.nn.Module):

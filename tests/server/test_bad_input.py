@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import CAPACITY, Repository
 from inplace.client import Sequence
-from models import VOCABULARY, greedy
+from models import CAPACITY, VOCABULARY, Repository, greedy
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype

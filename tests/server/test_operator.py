@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Repository
 from inplace.client import Sequence
 from inplace_builder.server import Ports, ServerError, TritonServer, environment, install_backend
+from models import Repository
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import CAPACITY, SLOTS, Repository
 from inplace.client import Sequence
 from inplace_builder.server import TritonServer
-from models import VOCABULARY, greedy
+from models import CAPACITY, SLOTS, VOCABULARY, Repository, greedy
 from streams import batch_counts, generate, prompt, retried, split
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException

@@ -1,0 +1,154 @@
+"""Steps of `inplace::attention` and their reference, written out in plain PyTorch."""
+
+from dataclasses import dataclass, field
+
+import torch
+from inplace.operators import attention
+from torch import Tensor
+
+NAN = float("nan")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Largest relative error of a row's output: a few roundings of the dtype."""
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy to compare bit for bit: NaN equals NaN only with the same payload."""
+    return tensor.detach().clone().contiguous().view(torch.uint8)
+
+
+def indices(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a step: its slot, its cached length, and how many tokens it brings."""
+
+    slot: int
+    start: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Options:
+    append: bool = True
+    causal: bool = True
+    window: int = 0
+    ring: bool = False
+    softcap: float = 0.0
+
+
+@dataclass
+class Case:
+    """A step of `attention`: random histories, states that are NaN wherever no history lies, and new tokens."""
+
+    rows: list[Row]
+    options: Options = field(default_factory=Options)
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 8
+    value_dim: int = 6
+    capacity: int = 16
+    slots: int = 6
+    dtype: torch.dtype = torch.float32
+    index_dtype: torch.dtype = torch.int32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.dtype)
+
+        tokens = sum(row.tokens for row in self.rows)
+        self.scale = self.dim**-0.5
+        self.query = draw(tokens, self.heads, self.dim)
+        self.key = draw(tokens, self.kv_heads, self.dim) if self.options.append else None
+        self.value = draw(tokens, self.kv_heads, self.value_dim) if self.options.append else None
+        self.key_state = torch.full((self.slots, self.kv_heads, self.capacity, self.dim), NAN, dtype=self.dtype)
+        self.value_state = torch.full((self.slots, self.kv_heads, self.capacity, self.value_dim), NAN, dtype=self.dtype)
+        self.history = [(draw(row.start, self.kv_heads, self.dim), draw(row.start, self.kv_heads, self.value_dim)) for row in self.rows]
+        for row, (keys, values) in zip(self.rows, self.history, strict=True):
+            if row.slot >= 0:
+                place(self.key_state, row.slot, keys, 0)
+                place(self.value_state, row.slot, values, 0)
+        self.offsets = [0]
+        for row in self.rows:
+            self.offsets.append(self.offsets[-1] + row.tokens)
+
+    def run(self) -> Tensor:
+        return attention(
+            self.query,
+            self.key,
+            self.value,
+            self.key_state,
+            self.value_state,
+            indices(*[row.slot for row in self.rows], dtype=self.index_dtype),
+            indices(*self.offsets, dtype=self.index_dtype),
+            indices(*[row.start for row in self.rows], dtype=self.index_dtype),
+            scale=self.scale,
+            append=self.options.append,
+            causal=self.options.causal,
+            window=self.options.window,
+            ring=self.options.ring,
+            softcap=self.options.softcap,
+        )
+
+    def reference(self) -> Tensor:
+        """Every token and head by itself, over keys gathered from the row's whole history, in float64."""
+        out = torch.zeros(len(self.query), self.heads, self.value_dim, dtype=torch.float64)
+        for row, (keys, values), first in zip(self.rows, self.history, self.offsets[:-1], strict=True):
+            if row.slot < 0:
+                continue
+            if self.key is not None and self.value is not None:
+                keys = torch.cat([keys, self.key[first : first + row.tokens]])
+                values = torch.cat([values, self.value[first : first + row.tokens]])
+            for token in range(row.tokens):
+                own = row.start + token
+                seen = [
+                    position
+                    for position in range(len(keys))
+                    if (not self.options.causal or position <= own) and (not self.options.window or position > own - self.options.window)
+                ]
+                for head in range(self.heads):
+                    shared = head // (self.heads // self.kv_heads)
+                    query = self.query[first + token, head].double()
+                    scores = torch.stack([(query * keys[position, shared].double()).sum() for position in seen]) * self.scale
+                    if self.options.softcap:
+                        scores = self.options.softcap * torch.tanh(scores / self.options.softcap)
+                    weights = torch.exp(scores - scores.max())
+                    weights = weights / weights.sum()
+                    out[first + token, head] = sum(
+                        weight * values[position, shared].double() for weight, position in zip(weights, seen, strict=True)
+                    )
+        return out
+
+    def check(self) -> Tensor:
+        """The outputs are the reference's, only the appended rows changed, and nothing moved; returns the outputs."""
+        addresses = (self.key_state.data_ptr(), self.value_state.data_ptr())
+        allowed = (self.key_state.clone(), self.value_state.clone())
+        if self.key is not None and self.value is not None:
+            for row, first in zip(self.rows, self.offsets[:-1], strict=True):
+                if row.slot >= 0:
+                    place(allowed[0], row.slot, self.key[first : first + row.tokens], row.start)
+                    place(allowed[1], row.slot, self.value[first : first + row.tokens], row.start)
+        out, expected = self.run(), self.reference()
+        assert (self.key_state.data_ptr(), self.value_state.data_ptr()) == addresses
+        assert torch.equal(bits(self.key_state), bits(allowed[0]))
+        assert torch.equal(bits(self.value_state), bits(allowed[1]))
+        assert out.dtype == self.dtype
+        assert torch.isfinite(out).all()
+        for first, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            error = (out[first:end].double() - expected[first:end]).norm()
+            assert error <= TOLERANCE[self.dtype] * expected[first:end].norm().clamp(min=1e-9)
+        return out
+
+
+def place(state: Tensor, slot: int, entries: Tensor, start: int) -> None:
+    """Entries ``[count, kv_heads, dim]`` at positions ``start…`` of a slot, one by one, modulo the capacity."""
+    for index, entry in enumerate(entries):
+        state[slot, :, (start + index) % state.shape[2]] = entry
+
+
+RAGGED = [Row(4, 7, 1), Row(0, 0, 5), Row(2, 9, 3), Row(5, 0, 1)]
+"""Decode one sequence, prefill a second, continue a third with a chunk, begin a fourth, in one step."""

@@ -3,38 +3,57 @@
 `lower` walks the graph; every operator has a converter (`registry`, `converters`), an operator on states one for each mechanism.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from inplace.manifest import StateSpec
 from inplace.trt import TensorRT
 
-from inplace_builder.lower import converters as converters
+from inplace_builder.lower import converters, copying, native
 from inplace_builder.lower.compile import CompileOptions, compile_network
-from inplace_builder.lower.network import Lowered, Network, State
+from inplace_builder.lower.mechanisms import Use, Verdict, choose, mechanism
+from inplace_builder.lower.network import Lowered, Network, Program, State
 from inplace_builder.lower.registry import converter, state_converter
 
-__all__ = ["CompileOptions", "Lowered", "Network", "State", "compile_network", "converter", "lower", "state_converter"]
+__all__ = [
+    "CompileOptions",
+    "Lowered",
+    "Network",
+    "State",
+    "Use",
+    "Verdict",
+    "choose",
+    "compile_network",
+    "converter",
+    "lower",
+    "mechanism",
+    "state_converter",
+]
+
+_REGISTERED = (converters, copying, native)  # importing them registers what they have
 
 
 def lower(
-    exported: torch.export.ExportedProgram,
+    exported: Program,
     *,
     outputs: Sequence[str],
     states: Sequence[StateSpec] = (),
     kinds: Mapping[str, str] | None = None,
     tensorrt: TensorRT,
+    fused_attention: bool = False,
+    bind: Collection[str] = (),
 ) -> Lowered:
     """Make the network of a captured graph.
 
     Args:
-        exported: the graph, in torch.export's training IR.
+        exported: the graph, in torch.export's training IR, or fused.
         outputs: names for what it returns, in order.
         states: which of its inputs are states.
         kinds: for each state the mechanism that updates it.
         tensorrt: what to make it with.
+        fused_attention: lower attention of the kind ``kv_cache_update`` to TensorRT's attention layer, not to plain layers.
+        bind: names of weights that become inputs of the network instead of constants of the plan.
 
     Raises:
         BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names it and the model's own line.
     """
-    return Network(tensorrt).lower(exported, outputs, states, kinds or {})
+    return Network(tensorrt, fused_attention=fused_attention).lower(exported, outputs, states, kinds or {}, bind)

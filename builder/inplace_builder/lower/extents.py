@@ -29,6 +29,8 @@ class Measured:
         return hash((id(self.tensor), self.axis))
 
 
+Size: TypeAlias = int | torch.SymInt
+"""An extent as the captured graph has it."""
 Extent: TypeAlias = int | torch.SymInt | Measured
 """How many elements an axis has."""
 
@@ -106,6 +108,6 @@ class Extents:
         return found
 
 
-def expression(extent: int | torch.SymInt) -> Any:
+def expression(extent: Size) -> Any:
     """An extent as sympy has it. Comparing these, unlike comparing SymInts, adds no guard to the graph."""
     return sympy.Integer(extent) if isinstance(extent, int) else extent.node.expr

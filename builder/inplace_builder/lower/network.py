@@ -1,9 +1,9 @@
 """The lowering context: walks a captured graph once and turns each node into layers."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from inplace.manifest import StateSpec
@@ -15,9 +15,12 @@ from torch.fx import Node
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.layers import ITensor, Layers
 from inplace_builder.lower.registry import find_converter
+from inplace_builder.passes.fuse import Fused
 from inplace_builder.passes.state_uses import source_line
 
+Program: TypeAlias = torch.export.ExportedProgram | Fused
 aten = torch.ops.aten
+Made = TypeVar("Made")
 CHECKS = frozenset(
     {
         aten._assert_tensor_metadata.default,
@@ -81,19 +84,25 @@ class Network(Layers):
     Attributes:
         node: the node that is being lowered.
         states: the states by name.
+        fused_attention: lower attention of the kind ``kv_cache_update`` to TensorRT's attention layer.
         bound_weights: weights that became network inputs, see `bound`.
         keep: objects that must live until the network has been built and run, for converters to append to.
+        readers: for each state what was read of it since it was last written, for a writer to come after.
     """
 
     node: Node
 
-    def __init__(self, tensorrt: TensorRT) -> None:
+    def __init__(self, tensorrt: TensorRT, *, fused_attention: bool = False) -> None:
         super().__init__(tensorrt)
+        self.fused_attention = fused_attention
         self.states: dict[str, State] = {}
         self.bound_weights: dict[str, torch.Tensor] = {}
         self.keep: list[object] = []
+        self.readers: dict[str, list[ITensor]] = {}
         self._values: dict[Node, Any] = {}
         self._parameters: dict[Node, torch.Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
+        self._bind: Collection[str] = ()
 
     # What converters ask
 
@@ -105,7 +114,8 @@ class Network(Layers):
         """What a node was lowered to; a parameter becomes a constant of the network when it is first asked for."""
         if node not in self._values and node in self._parameters:
             label, self.label = self.label, node.name
-            self._values[node] = self.constant(self._parameters[node])
+            tensor = self._parameters[node]
+            self._values[node] = self._bound_once(node.name, tensor) if node.name in self._bind else self.constant(tensor)
             self.label = label
         return self._values[node]
 
@@ -125,6 +135,20 @@ class Network(Layers):
             self.keep.append(self._input(name, tensor.dtype, tensor.shape))
         return next(x for x in self.keep if getattr(x, "name", None) == name)
 
+    def _bound_once(self, name: str, tensor: torch.Tensor) -> ITensor:
+        """Tied weights are one tensor under several names: bound once."""
+        for known, other in self.bound_weights.items():
+            if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape and other.stride() == tensor.stride():
+                return self.bound(known, other)
+        return self.bound(name, tensor)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` makes, made once for all nodes that ask with this key: masks are the same in every layer of a model."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: Made = self._made[key]
+        return found
+
     def written(self, state: State, current: ITensor) -> None:
         """Record what a state holds from here on."""
         state.current = current
@@ -142,9 +166,10 @@ class Network(Layers):
     # The walk
 
     def lower(
-        self, exported: torch.export.ExportedProgram, outputs: Sequence[str], states: Sequence[StateSpec], kinds: Mapping[str, str]
+        self, exported: Program, outputs: Sequence[str], states: Sequence[StateSpec], kinds: Mapping[str, str], bind: Collection[str] = ()
     ) -> Lowered:
         """Lower a whole graph; see `inplace_builder.lower.lower`."""
+        self._bind = bind
         specs = {state.name: state for state in states}
         self._find_parameters(exported)
         inputs, result = [], None
@@ -158,7 +183,7 @@ class Network(Layers):
                 self._values[node] = self._call(node)
             elif node.op == "output":
                 result = node
-            elif node.op != "placeholder":
+            elif node.op not in ("placeholder", "get_attr"):
                 raise BuildError(f"{node.op} {node.target}{self.origin} cannot be lowered; capture a graph of operators only")
         assert result is not None
         self._mark_outputs(exported, result, outputs)
@@ -173,7 +198,9 @@ class Network(Layers):
             context=self,
         )
 
-    def _find_parameters(self, exported: torch.export.ExportedProgram) -> None:
+    def _find_parameters(self, exported: Program) -> None:
+        for node in exported.graph.find_nodes(op="get_attr"):
+            self._parameters[node] = getattr(exported.graph_module, node.target)
         placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
         for spec in exported.graph_signature.input_specs:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
@@ -232,13 +259,13 @@ class Network(Layers):
         target = node.target
         if not (isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE):
             raise BuildError(f"{target}{self.origin} uses the state {taken[0].spec.name}; only inplace:: operators may")
-        kinds = {state.kind for state in taken}
+        kinds: set[str] = {state.kind for state in taken}
         if len(kinds) > 1:
             named = ", ".join(f"{state.spec.name}: {state.kind}" for state in taken)
             raise BuildError(f"{target}{self.origin} takes states of different kinds ({named}); give them one")
         return kinds.pop()
 
-    def _mark_outputs(self, exported: torch.export.ExportedProgram, result: Node, names: Sequence[str]) -> None:
+    def _mark_outputs(self, exported: Program, result: Node, names: Sequence[str]) -> None:
         by_name = {node.name: node for node in exported.graph.nodes}
         found = [by_name.get(str(name)) for name in exported.graph_signature.user_outputs]
         if len(found) != len(names):

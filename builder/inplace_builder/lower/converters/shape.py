@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inplace_builder.lower.extents import Extent, expression
+from inplace_builder.lower.extents import Size, expression
 from inplace_builder.lower.layers import ITensor, Number
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -34,11 +34,11 @@ def reshape(ctx: Network, x: ITensor, *_: object) -> ITensor:
     return reshaped(ctx, x, ctx.meta(ctx.node.args[0]).shape, ctx.result().shape)
 
 
-def reshaped(ctx: Network, x: ITensor, before: Sequence[Extent], after: Sequence[Extent]) -> ITensor:
+def reshaped(ctx: Network, x: ITensor, before: Sequence[Size], after: Sequence[Size]) -> ITensor:
     """Reshape between known shapes, with as few unknowns as possible: an extent that stays at its place needs no shape tensor."""
     if len(before) == len(after) and all(expression(a) == expression(b) for a, b in zip(before, after, strict=True)):
         return x
-    sizes: list[Extent] = list(after)
+    sizes = list(after)
     unknown = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
     for axis in unknown[:-1]:
         if axis < len(before) and expression(before[axis]) == expression(sizes[axis]):
@@ -73,15 +73,15 @@ def expand(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
 
 
 @converter(aten.repeat.default)
-def repeat(ctx: Network, x: ITensor, repeats: Sequence[Extent]) -> ITensor:
+def repeat(ctx: Network, x: ITensor, repeats: Sequence[Size]) -> ITensor:
     """Lay copies behind one another: expand an axis in front of each repeated one, then merge both."""
     sizes = (*(1,) * (len(repeats) - len(x.shape)), *ctx.meta(ctx.node.args[0]).shape)
     x = ctx.ranked(x, len(repeats))
     repeated = [axis for axis, times in enumerate(repeats) if expression(times) != 1]
     if not repeated:
         return x
-    apart: list[Extent] = []
-    target: list[Extent] = []
+    apart: list[Size] = []
+    target: list[Size] = []
     for axis, (size, times) in enumerate(zip(sizes, repeats, strict=True)):
         apart += [1, size] if axis in repeated else [size]
         target += [times, size] if axis in repeated else [size]
@@ -89,9 +89,9 @@ def repeat(ctx: Network, x: ITensor, repeats: Sequence[Extent]) -> ITensor:
     return ctx.reshape(ctx.slice(ctx.reshape(x, apart), [0] * len(target), target, stride), ctx.result().shape)
 
 
-def cut(ctx: Network, x: ITensor, shape: Sequence[Extent], axis: int, start: Extent, size: Extent, step: int = 1) -> ITensor:
+def cut(ctx: Network, x: ITensor, shape: Sequence[Size], axis: int, start: Size, size: Size, step: int = 1) -> ITensor:
     """``size`` elements of one axis from ``start``; ``shape`` is that of ``x``."""
-    starts: list[Extent] = [0] * len(shape)
+    starts: list[Size] = [0] * len(shape)
     sizes, steps = list(shape), [1] * len(shape)
     starts[axis], sizes[axis], steps[axis] = start, size, step
     if all(expression(a) == expression(b) for a, b in zip(sizes, shape, strict=True)):
@@ -100,13 +100,13 @@ def cut(ctx: Network, x: ITensor, shape: Sequence[Extent], axis: int, start: Ext
 
 
 @converter(aten.slice.Tensor)
-def slice_(ctx: Network, x: ITensor, dim: int = 0, start: Extent | None = None, end: Extent | None = None, step: int = 1) -> ITensor:
+def slice_(ctx: Network, x: ITensor, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1) -> ITensor:
     """``x[start:end:step]`` along an axis. The captured graph knows how many elements that is."""
     shape = ctx.meta(ctx.node.args[0]).shape
     return cut(ctx, x, shape, dim % len(shape), offset(shape[dim], start or 0), ctx.result().shape[dim], step)
 
 
-def offset(extent: Extent, start: Extent) -> Extent:
+def offset(extent: Size, start: Size) -> Size:
     """An index that may count from the end of an axis, as one from its start, not beyond either end."""
     if isinstance(start, int) and start >= 0:
         return min(start, extent) if isinstance(extent, int) else start
@@ -116,14 +116,14 @@ def offset(extent: Extent, start: Extent) -> Extent:
 
 
 @converter(aten.narrow.default)
-def narrow(ctx: Network, x: ITensor, dim: int, start: Extent, length: Extent) -> ITensor:
+def narrow(ctx: Network, x: ITensor, dim: int, start: Size, length: Size) -> ITensor:
     """``length`` elements of an axis."""
     shape = ctx.meta(ctx.node.args[0]).shape
     return cut(ctx, x, shape, dim % len(shape), offset(shape[dim], start), length)
 
 
 @converter(aten.select.int)
-def select(ctx: Network, x: ITensor, dim: int, index: Extent) -> ITensor:
+def select(ctx: Network, x: ITensor, dim: int, index: Size) -> ITensor:
     """One entry of an axis, which goes away."""
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
@@ -201,7 +201,7 @@ def ones(ctx: Network, *_: object, **__: object) -> ITensor:
 
 
 @converter(aten.scalar_tensor.default)
-def scalar_tensor(ctx: Network, value: Number | Extent, **_: object) -> ITensor:
+def scalar_tensor(ctx: Network, value: Number | Size, **_: object) -> ITensor:
     """One number, without axes."""
     return ctx.tensor(value, ctx.result().dtype)
 
@@ -212,7 +212,7 @@ def _integers(node: Node, ctx: Network) -> str | None:
 
 
 @converter(aten.arange.default, aten.arange.start, aten.arange.start_step, supports=_integers)
-def arange(ctx: Network, *bounds: Number | Extent, **_: object) -> ITensor:
+def arange(ctx: Network, *bounds: Number | Size, **_: object) -> ITensor:
     """Numbers from ``start`` (0) to before ``end``, by ``step`` (1)."""
     dtype = ctx.result().dtype
     start, step = (bounds[0] if len(bounds) > 1 else 0), (bounds[2] if len(bounds) > 2 else 1)

@@ -1,0 +1,94 @@
+"""The mechanism ``kv_cache_update``: TensorRT's own cache layer, which writes the bound cache and knows that its output is its input.
+
+TensorRT 10.15 and later, TensorRT for RTX. An update that would start at the capacity is dropped: this is how a null row writes nothing.
+"""
+
+import torch
+
+from inplace_builder.lower.attention import Visibility, attend, grouped, visibility
+from inplace_builder.lower.layers import ITensor
+from inplace_builder.lower.network import Network, State
+from inplace_builder.lower.registry import state_converter
+from inplace_builder.lower.rows import INT, Rows, rows_of
+
+KIND = "kv_cache_update"
+inplace = torch.ops.inplace
+
+
+@state_converter(inplace.update.default, KIND)
+def update(
+    ctx: Network,
+    state: State,
+    slots: ITensor,
+    value: ITensor,
+    row_offsets: ITensor | None = None,
+    write_indices: ITensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    """Append to each row's cache."""
+    rows = rows_of(ctx, (state,), slots, write_indices)
+    append(ctx, state, rows, value if row_offsets is None else _by_row(ctx, value, rows))
+
+
+@state_converter(inplace.attention.default, KIND)
+def attention(
+    ctx: Network,
+    query: ITensor,
+    key: ITensor | None,
+    value: ITensor | None,
+    key_state: State,
+    value_state: State,
+    slots: ITensor,
+    row_offsets: ITensor,
+    write_indices: ITensor,
+    *,
+    scale: float,
+    append: bool = True,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> ITensor:
+    """Append, then attend to the updated caches."""
+    rows = rows_of(ctx, (key_state, value_state), slots, write_indices)
+    if append:
+        for state, new in ((key_state, key), (value_state, value)):
+            _append(ctx, state, rows, _by_row(ctx, new, rows))
+    queries = grouped(ctx, query, rows, key_state.spec.shape[0])
+    visible = visibility(ctx, rows, queries, key_state.spec.shape[1], append=append, causal=causal, window=window, ring=ring)
+    keys, values = key_state.current, value_state.current
+    if ctx.fused_attention and not softcap:
+        return fused(ctx, queries, keys, values, visible, scale=scale)
+    return attend(ctx, queries, keys, values, visible, scale=scale, softcap=softcap)
+
+
+def append(ctx: Network, state: State, rows: Rows, new: ITensor) -> None:
+    """Append ``new``, ``[rows, heads, tokens, dim]``."""
+    capacity = ctx.scalar(state.spec.shape[1], INT, 1)
+    layer = ctx.network.add_kv_cache_update(state.current, new, ctx.select(rows.null, capacity, rows.starts), ctx.api.KVCacheMode.LINEAR)
+    ctx.written(state, ctx.output(layer))
+
+
+_append = append  # where an argument named by the operator hides the function
+
+
+def fused(ctx: Network, query: ITensor, keys: ITensor, values: ITensor, visible: Visibility, *, scale: float) -> ITensor:
+    """TensorRT's attention layer, on `grouped` queries.
+
+    It multiplies masked values by zero, so caches must hold no NaN anywhere: the memory is cleared once, when it is allocated.
+    """
+    heads, dim = query.shape[1] * query.shape[2], query.shape[4]
+    flat = ctx.reshape(query, (0, heads, -1, dim))
+    scaled = ctx.as_float32(lambda value: ctx.multiply(value, ctx.scalar(scale, torch.float32, 4)), flat)
+    layer = ctx.network.add_attention(scaled, keys, values, ctx.api.AttentionNormalizationOp.SOFTMAX, False)
+    if layer is not None:
+        layer.mask, layer.decomposable, layer.name = visible.seen, True, ctx.label
+    out = ctx.permute(ctx.output(layer), (0, 2, 1, 3))
+    return ctx.reshape(out, (-1, heads, values.shape[3]))
+
+
+def _by_row(ctx: Network, new: ITensor, rows: Rows) -> ITensor:
+    """Packed ``[tokens, heads, dim]`` as ``[rows, heads, tokens of a row, dim]``."""
+    heads, dim = new.shape[1], new.shape[2]
+    return ctx.permute(ctx.reshape(new, (rows.count, -1, heads, dim)), (0, 2, 1, 3))

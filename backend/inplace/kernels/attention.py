@@ -1,0 +1,277 @@
+"""Attention over slots on a GPU: which kernels a step takes, with which blocks, and what memory they need.
+
+Nothing here reads device memory: every decision follows from the spec and from token and row counts, so a launch can be captured
+into a CUDA graph and stays right for any lengths.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+from inplace.kernels.decode import decode_kernel
+from inplace.kernels.memory import Memory
+from inplace.kernels.prefill import append_kernel, prefill_kernel
+
+MAX_DIM = 512
+"""Widest head the kernels take."""
+MAX_SPLITS = 64
+"""Most programs that share one row and kv head."""
+MIN_SPLITS = 4
+"""Fewest that a long slot is split over, however many rows a step has: one of them may be long."""
+PROGRAMS = 512
+"""Programs that fill a data-centre GPU (an H100 has 132 multiprocessors): splitting further gains nothing."""
+SHARED_BYTES = 80 * 1024
+"""Shared memory for the blocks of keys and values in flight; every GPU since Ampere has 99 KB a program, an A100 163, an H100 227."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The static facts of one attention call.
+
+    Attributes:
+        heads, kv_heads: query head h reads kv head ``h // (heads / kv_heads)``.
+        dim, value_dim: of a key and of a value, up to `MAX_DIM`.
+        scale: factor of ``query @ key``.
+        append, causal, window, ring, softcap: as in `inplace.operators.attention`.
+        rotary: if not 0, the kernels rotate the first ``rotary`` components of queries and new keys; component i is paired with
+            ``i + rotary / 2`` (arXiv:2104.09864, as transformers' Llama).
+
+    Raises:
+        ValueError: a combination that the kernels do not take.
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    scale: float
+    append: bool = True
+    causal: bool = True
+    window: int = 0
+    ring: bool = False
+    softcap: float = 0.0
+    rotary: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads do not divide over {self.kv_heads} kv heads")
+        if not (1 <= self.dim <= MAX_DIM and 1 <= self.value_dim <= MAX_DIM):
+            raise ValueError(f"head dimensions {self.dim} and {self.value_dim} must be from 1 to {MAX_DIM}")
+        if self.rotary % 2 or not 0 <= self.rotary <= self.dim:
+            raise ValueError(f"rotary is {self.rotary}; it must be even and at most the head dimension {self.dim}")
+        if self.window < 0 or self.softcap < 0:
+            raise ValueError(f"window {self.window} and softcap {self.softcap} must not be negative")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class DecodeBlocks:
+    """How a decode step is cut: fewest positions of a split, positions of a block, and how the block is run."""
+
+    split: int = 256
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class PrefillBlocks:
+    """How a mixed step is cut: queries (tokens times packed heads) and positions of a block, and how it is run."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def _padded(extent: int) -> int:
+    """The extent of a block for `tl.dot`: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(extent))
+
+
+def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
+    """Blocks for a decode step of states with ``itemsize`` bytes an element, within `SHARED_BYTES`."""
+    width = (_padded(spec.dim) + _padded(spec.value_dim)) * itemsize
+    keys, stages = 64, 3
+    while keys * width * stages > SHARED_BYTES and (stages > 1 or keys > 16):
+        keys, stages = (keys, stages - 1) if stages > 2 or keys == 16 else (keys // 2, stages)
+    return DecodeBlocks(keys=keys, stages=stages, warps=8 if width >= 1024 else 4)
+
+
+def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBlocks:
+    """Blocks for a mixed step."""
+    widest = max(_padded(spec.dim), _padded(spec.value_dim))
+    if itemsize > 2:
+        return PrefillBlocks(queries=32, keys=32 if widest <= 128 else 16, warps=4 if widest <= 128 else 8, stages=1)
+    if widest <= 64:
+        queries = 128 if tokens * spec.group >= 512 else 64
+        return PrefillBlocks(queries=queries, keys=64, warps=4, stages=3)
+    if widest <= 128:
+        return PrefillBlocks(queries=64, keys=64, warps=4, stages=2)
+    if widest <= 256:
+        return PrefillBlocks(queries=64, keys=32, warps=8, stages=2)
+    return PrefillBlocks(queries=32, keys=16, warps=8, stages=1)
+
+
+def _group_block(spec: AttentionSpec) -> int:
+    """Query heads of one decode program."""
+    return min(32, _padded(spec.group))
+
+
+def _pairs(spec: AttentionSpec) -> int:
+    """Programs of a decode row and split: its kv heads times the blocks of their query heads."""
+    return spec.kv_heads * triton.cdiv(spec.group, _group_block(spec))
+
+
+def _splits(spec: AttentionSpec, rows: int, capacity: int, split: int) -> int:
+    """Programs that share one row and kv head of a decode step."""
+    reach = min(capacity, spec.window) if spec.window else capacity
+    return max(1, min(MAX_SPLITS, triton.cdiv(reach, split), max(MIN_SPLITS, triton.cdiv(PROGRAMS, rows * _pairs(spec)))))
+
+
+def attention_workspace(spec: AttentionSpec, tokens: int, rows: int, capacity: int, split: int = DecodeBlocks.split) -> int:
+    """Bytes of scratch memory (any contents, 16-byte aligned) for every step of at most so many tokens and rows; may be 0."""
+    parts = max((r * _splits(spec, r, capacity, split) for r in range(1, min(rows, tokens) + 1)), default=0)
+    alone = all(_splits(spec, r, capacity, split) == 1 for r in range(1, min(rows, tokens) + 1))
+    return 0 if alone else parts * spec.heads * (spec.value_dim + 2) * 4
+
+
+def attention_locks(spec: AttentionSpec, rows: int) -> int:
+    """How many int32 counters a step of at most so many rows needs: 0 before the first launch, left 0 by every launch."""
+    return rows * _pairs(spec)
+
+
+def attention(
+    spec: AttentionSpec,
+    *,
+    query: Memory,
+    key: Memory | None,
+    value: Memory | None,
+    query_stride: int,
+    key_stride: int,
+    value_stride: int,
+    cos: Memory | None,
+    sin: Memory | None,
+    key_state: Memory,
+    value_state: Memory,
+    capacity: int,
+    slots: Memory,
+    row_offsets: Memory,
+    write_indices: Memory,
+    out: Memory,
+    workspace: Memory | None,
+    locks: Memory,
+    tokens: int,
+    rows: int,
+    pdl: bool = False,
+) -> None:
+    """Launch one step of ``inplace::attention`` on the current stream.
+
+    ``tokens == rows`` promises that every row has exactly one token; otherwise rows have any number of tokens. The runtime has checked
+    that rows fit their slots: here, what would be written beyond a slot is dropped in silence.
+
+    Args:
+        spec: the static facts.
+        query: component d of head h of token t at element ``t * query_stride + h * dim + d``; fp32, fp16 or bf16.
+        key, value: the same way over kv heads; None exactly when ``spec.append`` is False.
+        query_stride, key_stride, value_stride: elements from token to token: the three may be slices of one merged projection.
+        cos, sin: ``[tokens, rotary]``, any floating dtype; None exactly when ``spec.rotary`` is 0.
+        key_state, value_state: ``[slots, kv_heads, capacity, dim]`` and ``[…, value_dim]``, contiguous; the query's dtype.
+        capacity: positions of a slot.
+        slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of -1 is a null row.
+        out: ``[tokens, heads, value_dim]``, contiguous.
+        workspace: `attention_workspace` bytes, as float32; None where that is 0.
+        locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same time.
+        tokens, rows: extents of the step.
+        pdl: launch with programmatic dependent launch (compute capability 9.0 or later): nothing is read or written before the
+            kernel ahead on the stream has finished.
+
+    Raises:
+        ValueError: arguments that contradict the spec.
+    """
+    if spec.append != (key is not None and value is not None):
+        raise ValueError("append needs key and value; without append there are none")
+    if (spec.rotary > 0) != (cos is not None and sin is not None):
+        raise ValueError(f"cos and sin must be given exactly when rotary is not 0; rotary is {spec.rotary}")
+    if tokens == 0 or rows == 0:
+        return
+    key, value = key if key is not None else query, value if value is not None else query  # never read where absent
+    cos, sin = cos if cos is not None else query, sin if sin is not None else query
+    if tokens == rows:
+        launch_decode(
+            spec, decode_blocks(spec, key_state.dtype.itemsize), query, key, value, query_stride, key_stride, value_stride, cos, sin,
+            key_state, value_state, capacity, slots, write_indices, out, workspace, locks, rows, pdl,
+        )  # fmt: skip
+        return
+    if spec.append:
+        launch_append(
+            spec, key, value, key_stride, value_stride, cos, sin, key_state, value_state, capacity, slots, row_offsets, write_indices,
+            tokens, rows, pdl,
+        )  # fmt: skip
+    launch_prefill(
+        spec, prefill_blocks(spec, key_state.dtype.itemsize, tokens), query, query_stride, cos, sin, key_state, value_state, capacity,
+        slots, row_offsets, write_indices, out, tokens, rows, pdl,
+    )  # fmt: skip
+
+
+def launch_decode(
+    spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
+    query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory, key_state: Memory, value_state: Memory,
+    capacity: int, slots: Memory, write_indices: Memory, out: Memory, workspace: Memory | None, locks: Memory, rows: int, pdl: bool,
+) -> None:  # fmt: skip
+    """One token a row, arguments as `attention`; its own function for tuning.
+
+    Raises:
+        ValueError: the step needs a workspace and has none.
+    """
+    splits = _splits(spec, rows, capacity, blocks.split)
+    if splits > 1 and workspace is None:
+        size = attention_workspace(spec, rows, rows, capacity, blocks.split)
+        raise ValueError(f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes")
+    block_h, block_v = min(_group_block(spec), triton.next_power_of_2(spec.group)), _padded(spec.value_dim)
+    block_s = triton.next_power_of_2(splits)
+    decode_kernel[(rows, _pairs(spec), splits)](
+        query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, out if workspace is None else workspace, locks,
+        query_stride, key_stride, value_stride, capacity, spec.scale,
+        KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
+        WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap,
+        SPLITS=splits, SPLIT=blocks.split, BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
+        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v, BLOCK_S=block_s, BLOCK_C=min(block_s, max(1, 8192 // (block_h * block_v))),
+        STAGES=blocks.stages, PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_append(
+    spec: AttentionSpec, key: Memory, value: Memory, key_stride: int, value_stride: int, cos: Memory, sin: Memory,
+    key_state: Memory, value_state: Memory, capacity: int, slots: Memory, row_offsets: Memory, write_indices: Memory,
+    tokens: int, rows: int, pdl: bool,
+) -> None:  # fmt: skip
+    """Append the keys and values of a mixed step, arguments as `attention`."""
+    block_t = 16
+    append_kernel[(triton.cdiv(tokens, block_t), spec.kv_heads)](
+        key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices, key_stride, value_stride, capacity, rows, tokens,
+        KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, RING=spec.ring,
+        BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_prefill(
+    spec: AttentionSpec, blocks: PrefillBlocks, query: Memory, query_stride: int, cos: Memory, sin: Memory,
+    key_state: Memory, value_state: Memory, capacity: int, slots: Memory, row_offsets: Memory, write_indices: Memory,
+    out: Memory, tokens: int, rows: int, pdl: bool,
+) -> None:  # fmt: skip
+    """Attend in a mixed step whose keys are in their slots, arguments as `attention`; its own function for tuning."""
+    pack = triton.cdiv(spec.group, triton.cdiv(spec.group, 16))  # at most 16 heads, packs of about the same size
+    grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * triton.cdiv(spec.group, pack))
+    prefill_kernel[grid](
+        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out, query_stride, capacity, spec.scale, rows,
+        KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
+        CAUSAL=spec.causal, WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap, PACK=pack, BLOCK_R=triton.next_power_of_2(rows),
+        BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
+        STAGES=blocks.stages, PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Decode: every row has one token. One kernel appends it and attends, a row's cached positions split over several programs.
+
+The grid is fixed (CUDA graphs), the lengths are known on the device only: a program beyond its row's length ends at once. The
+program that arrives last at a row and head combines the parts (flash decoding with a counter in place of a second kernel).
+"""
+
+import triton
+import triton.language as tl
+
+from inplace.kernels.softmax import absorb, rotated, scaled
+
+
+@triton.jit
+def decode_kernel(
+    query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, workspace, locks,
+    query_stride, key_stride, value_stride, capacity, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    APPEND: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (row, kv head and block of its query heads, split).
+
+    ``SPLIT``: fewest positions of a split; ``BLOCK_G``: query heads of a program, padded for `tl.dot`; ``BLOCK_H``: the same, not
+    padded; ``BLOCK_S``: ``SPLITS`` rounded up to a power of two; ``BLOCK_C``: splits combined at a time.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    heads: tl.constexpr = KV_HEADS * GROUP
+    kv, block = pair // blocks, pair % blocks
+    slot = tl.load(slots + row).to(tl.int64)
+    start = tl.load(write_indices + row)
+    g = block * BLOCK_G + tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    first_head = row.to(tl.int64) * heads + kv * GROUP  # of [rows, heads]
+    out_at = out + first_head * VALUE_DIM + g[:, None] * VALUE_DIM + e[None, :]
+    out_mask = (g < GROUP)[:, None] & (e < VALUE_DIM)[None, :]
+    if slot < 0:
+        tl.store(out_at, tl.zeros((BLOCK_G, BLOCK_V), out.dtype.element_ty), mask=out_mask & (split == 0))
+        return
+
+    lower = start * 0
+    if WINDOW > 0:
+        lower = tl.maximum(start - WINDOW + 1, 0)
+    if RING:
+        lower = tl.maximum(lower, start + (1 if APPEND else 0) - capacity)
+    length = SPLIT
+    if SPLITS > 1:
+        length = tl.maximum(SPLIT, tl.cdiv(tl.cdiv(start - lower, SPLITS), BLOCK_N) * BLOCK_N)
+    active = 1
+    if SPLITS > 1:
+        active = tl.maximum(1, tl.cdiv(start - lower, length))
+    if split >= active:
+        return
+
+    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM
+    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_DIM
+    turn = row.to(tl.int64) * ROTARY
+    one = tl.full((1, 1), 1, tl.int1)
+    zero = tl.zeros((1, 1), tl.int32)
+    q_at = query + row.to(tl.int64) * query_stride + kv * GROUP * DIM + g[:, None] * DIM
+    q = rotated(q_at, d[None, :], (g < GROUP)[:, None], cos + turn + zero, sin + turn + zero, one, DIM, ROTARY)
+    most = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    if APPEND:  # the last split takes the new token, from registers: what another program appends cannot be seen here
+        mine = split == active - 1
+        k_at = key + row.to(tl.int64) * key_stride + kv * DIM + zero
+        k = rotated(k_at, d[None, :], one & mine, cos + turn + zero, sin + turn + zero, one & mine, DIM, ROTARY)
+        k = k.to(key_state.dtype.element_ty)
+        v_at = value + row.to(tl.int64) * value_stride + kv * VALUE_DIM + e[None, :]
+        v = tl.load(v_at, mask=mine & (e < VALUE_DIM)[None, :], other=0.0)
+        entry = start % capacity if RING else start
+        write = mine & (block == 0) & (entry < capacity)
+        tl.store(keys + entry * DIM + d[None, :], k, mask=write & (d < DIM)[None, :])
+        tl.store(values + entry * VALUE_DIM + e[None, :], v.to(value_state.dtype.element_ty), mask=write & (e < VALUE_DIM)[None, :])
+        score = scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, SOFTCAP)
+        most = tl.where(mine, score, most)
+        total = tl.where(mine, 1.0, total)
+        acc += v.to(tl.float32)
+
+    upper = start if RING else tl.minimum(start, capacity)
+    begin = lower
+    if SPLITS > 1:
+        begin = lower + split * length
+        upper = tl.minimum(upper, begin + length)
+    ring_first = lower % capacity if RING else lower
+    for j in tl.range(begin, upper, BLOCK_N, num_stages=STAGES):
+        most, total, acc = absorb(
+            q, most, keys, values, j, lower, upper, ring_first, capacity, scale, most, total, acc,
+            True, False, 0, RING, SOFTCAP, DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+
+    if active == 1:
+        total = tl.where(total == 0, 1.0, total)  # nothing cached and nothing appended: 0
+        tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=out_mask)
+    elif SPLITS > 1:
+        combine(
+            most, total, acc, g, e, first_head, split, active, out, workspace, locks + row * tl.num_programs(1) + pair,
+            tl.num_programs(0) * heads, block * BLOCK_G,
+            GROUP, VALUE_DIM, SPLITS, BLOCK_H, BLOCK_V, BLOCK_S, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine(
+    most, total, acc, g, e, first_head, split, active, out, workspace, lock, all_heads, first_g,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Leave this split's part in the workspace; the last of ``active`` programs to arrive adds them up and leaves the lock at 0.
+
+    The workspace: float32 ``acc[rows, heads, splits, value_dim]``, then ``most`` and ``total``, each ``[rows, heads, splits]``.
+    """
+    parts = all_heads.to(tl.int64) * SPLITS
+    mosts = workspace + parts * VALUE_DIM
+    totals = mosts + parts
+    part = (first_head + g) * SPLITS + split
+    tl.store(workspace + part[:, None] * VALUE_DIM + e[None, :], acc, mask=(g < GROUP)[:, None] & (e < VALUE_DIM)[None, :])
+    tl.store(mosts + part, most, mask=g < GROUP)
+    tl.store(totals + part, total, mask=g < GROUP)
+    tl.debug_barrier()  # the stores of every thread come before the one thread's release
+    if tl.atomic_add(lock, 1, sem="acq_rel") == active - 1:
+        tl.store(lock, 0)
+        h = first_g + tl.arange(0, BLOCK_H)
+        ours = (h < GROUP) & (h < first_g + BLOCK_H)
+        s = tl.arange(0, BLOCK_S)
+        at = (first_head + h)[:, None] * SPLITS + s[None, :]
+        mask = ours[:, None] & (s < active)[None, :]
+        # ".cg": past the first-level cache, which knows nothing of the other programs' stores
+        peaks = tl.load(mosts + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(totals + at, mask=mask, other=0.0, cache_modifier=".cg")
+        peak = tl.where(ours, tl.max(peaks, 1), 0.0)
+        divisor = tl.where(ours, tl.sum(sums * tl.exp2(peaks - peak[:, None]), 1), 1.0)
+        result = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
+        for begin in range(0, active, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C)
+            place = (first_head + h)[None, :] * SPLITS + c[:, None]
+            have = ours[None, :] & (c < active)[:, None]
+            weights = tl.exp2(tl.load(mosts + place, mask=have, other=float("-inf"), cache_modifier=".cg") - peak[None, :])
+            some = tl.load(
+                workspace + place[:, :, None] * VALUE_DIM + e[None, None, :],
+                mask=have[:, :, None] & (e < VALUE_DIM)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            result += tl.sum(some * weights[:, :, None], 0)
+        to = out + (first_head + h)[:, None] * VALUE_DIM + e[None, :]
+        tl.store(to, (result / divisor[:, None]).to(out.dtype.element_ty), mask=ours[:, None] & (e < VALUE_DIM)[None, :])

@@ -1,0 +1,89 @@
+"""What the attention kernels share on the device: rotary embedding at load, and one block of a running softmax."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def rotated(vectors, d, present, cos, sin, known, DIM: tl.constexpr, ROTARY: tl.constexpr):
+    """Load vectors and rotate their first ``ROTARY`` components, halves paired (arXiv:2104.09864), in fp32, rounded once.
+
+    ``vectors``: pointers ``[n, 1]``; ``d``: ``[1, BLOCK_D]``; ``cos`` and ``sin``: pointers ``[n, 1]`` or ``[1, 1]``. ``present`` and
+    ``known`` mask them. Returns ``[n, BLOCK_D]``, zero where absent.
+    """
+    inside = present & (d < DIM)
+    x = tl.load(vectors + d, mask=inside, other=0.0)
+    if ROTARY > 0:
+        half: tl.constexpr = ROTARY // 2
+        partner = tl.where(d < half, d + half, d - half)
+        y = tl.load(vectors + partner, mask=inside & (d < ROTARY), other=0.0).to(tl.float32)
+        c = tl.load(cos + d, mask=known & (d < ROTARY), other=1.0).to(tl.float32)
+        s = tl.load(sin + d, mask=known & (d < ROTARY), other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * c + y * tl.where(d < half, -s, s)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def scaled(products, scale, SOFTCAP: tl.constexpr):
+    """Scores for a softmax of base 2: scaled, soft-capped if asked, times log2(e)."""
+    if SOFTCAP > 0:
+        ratio = products * (scale / SOFTCAP)
+        small = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2E))  # tanh |z| = (1 - exp(-2 |z|)) / (1 + exp(-2 |z|)), which never overflows
+        bounded = (1.0 - small) / (1.0 + small)
+        products = tl.where(ratio < 0, -bounded, bounded) * (SOFTCAP * LOG2E)
+    else:
+        products = products * (scale * LOG2E)
+    return products
+
+
+@triton.jit
+def absorb(
+    q, positions, keys, values, begin, lower, upper, ring_first, capacity, scale, most, total, acc,
+    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Attend over positions ``begin … begin + BLOCK_N - 1`` (below ``upper`` if ``BOUNDED``); returns ``most, total, acc``.
+
+    Running softmax (arXiv:2205.14135): ``most`` the largest score so far, ``total`` the sum of ``exp2(score - most)``, ``acc`` the
+    values weighted by it. What lies at or beyond ``upper`` is never loaded: it may be NaN, and 0 x NaN is NaN.
+    """
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    j = begin + tl.arange(0, BLOCK_N)
+    entry = j
+    if RING:  # the visible positions go round at most once
+        entry = ring_first + (j - lower)
+        entry = tl.where(entry >= capacity, entry - capacity, entry)
+    k_at = keys + entry[:, None] * DIM + d[None, :]
+    v_at = values + entry[:, None] * VALUE_DIM + e[None, :]
+    if BOUNDED:
+        k = tl.load(k_at, mask=(j < upper)[:, None] & (d < DIM)[None, :], other=0.0)
+    elif DIM == BLOCK_D:
+        k = tl.load(k_at)
+    else:
+        k = tl.load(k_at, mask=(d < DIM)[None, :], other=0.0)
+    scores = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+    if BOUNDED:
+        seen = (j < upper)[None, :]
+        if CAUSAL:
+            seen = seen & (j[None, :] <= positions[:, None])
+        if WINDOW > 0:
+            seen = seen & (j[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    above = tl.maximum(most, tl.max(scores, 1))
+    shift = above
+    if BOUNDED and (CAUSAL or WINDOW > 0):  # a token may see nothing of this block, and nothing yet: inf - inf is NaN
+        shift = tl.where(above == float("-inf"), 0.0, above)
+    decay = tl.exp2(most - shift)
+    weights = tl.exp2(scores - shift[:, None])
+    if BOUNDED:
+        v = tl.load(v_at, mask=(j < upper)[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
+    elif VALUE_DIM == BLOCK_V:
+        v = tl.load(v_at)
+    else:
+        v = tl.load(v_at, mask=(e < VALUE_DIM)[None, :], other=0.0)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return above, total, acc

@@ -1,0 +1,31 @@
+"""Every operator is lowered and compiled, with TensorRT for RTX; it cannot run here. The GPU tests run the same table with TensorRT."""
+
+import pytest
+import torch
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.lower import CompileOptions, compile_network, lower
+from inplace_builder.lower.registry import registered
+from operator_cases import CASES, Case
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_operator_compiles(rtx: TensorRT, case: Case) -> None:
+    exported = case.export()
+    names = [f"out_{index}" for index in range(len(exported.graph_signature.user_outputs))]
+    lowered = lower(exported, outputs=names, tensorrt=rtx)
+    plan = compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120")))
+    assert plan.nbytes > 1000
+    assert lowered.outputs == tuple(names)
+
+
+def test_the_table_has_every_converter() -> None:
+    used = {node.target for case in CASES for node in case.export().graph.nodes if node.op == "call_function"}
+    aten_operators = {overload for overload in registered() if overload.namespace == "aten"}
+    assert sorted(map(str, aten_operators - used)) == []

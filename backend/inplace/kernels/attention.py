@@ -6,8 +6,6 @@ into a CUDA graph and stays right for any lengths.
 
 from dataclasses import dataclass
 
-import triton
-
 from inplace.kernels.decode import decode_kernel
 from inplace.kernels.memory import Memory
 from inplace.kernels.prefill import append_kernel, prefill_kernel
@@ -88,9 +86,17 @@ class PrefillBlocks:
     stages: int
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
 def _padded(extent: int) -> int:
     """The extent of a block for `tl.dot`: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(extent))
+    return max(16, _power_of_2(extent))
 
 
 def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
@@ -124,13 +130,13 @@ def _group_block(spec: AttentionSpec) -> int:
 
 def _pairs(spec: AttentionSpec) -> int:
     """Programs of a decode row and split: its kv heads times the blocks of their query heads."""
-    return spec.kv_heads * triton.cdiv(spec.group, _group_block(spec))
+    return spec.kv_heads * _cdiv(spec.group, _group_block(spec))
 
 
 def _splits(spec: AttentionSpec, rows: int, capacity: int, split: int) -> int:
     """Programs that share one row and kv head of a decode step."""
     reach = min(capacity, spec.window) if spec.window else capacity
-    return max(1, min(MAX_SPLITS, triton.cdiv(reach, split), max(MIN_SPLITS, triton.cdiv(PROGRAMS, rows * _pairs(spec)))))
+    return max(1, min(MAX_SPLITS, _cdiv(reach, split), max(MIN_SPLITS, _cdiv(PROGRAMS, rows * _pairs(spec)))))
 
 
 def attention_workspace(spec: AttentionSpec, tokens: int, rows: int, capacity: int, split: int = DecodeBlocks.split) -> int:
@@ -164,7 +170,7 @@ def attention(
     write_indices: Memory,
     out: Memory,
     workspace: Memory | None,
-    locks: Memory,
+    locks: Memory | None,
     tokens: int,
     rows: int,
     pdl: bool = False,
@@ -185,7 +191,7 @@ def attention(
         slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of -1 is a null row.
         out: ``[tokens, heads, value_dim]``, contiguous.
         workspace: `attention_workspace` bytes, as float32; None where that is 0.
-        locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same time.
+        locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same time; None where the workspace is 0.
         tokens, rows: extents of the step.
         pdl: launch with programmatic dependent launch (compute capability 9.0 or later): nothing is read or written before the
             kernel ahead on the stream has finished.
@@ -221,7 +227,7 @@ def attention(
 def launch_decode(
     spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
     query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory, key_state: Memory, value_state: Memory,
-    capacity: int, slots: Memory, write_indices: Memory, out: Memory, workspace: Memory | None, locks: Memory, rows: int, pdl: bool,
+    capacity: int, slots: Memory, write_indices: Memory, out: Memory, workspace: Memory | None, locks: Memory | None, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """One token a row, arguments as `attention`; its own function for tuning.
 
@@ -229,13 +235,14 @@ def launch_decode(
         ValueError: the step needs a workspace and has none.
     """
     splits = _splits(spec, rows, capacity, blocks.split)
-    if splits > 1 and workspace is None:
+    if splits > 1 and (workspace is None or locks is None):
         size = attention_workspace(spec, rows, rows, capacity, blocks.split)
-        raise ValueError(f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes")
-    block_h, block_v = min(_group_block(spec), triton.next_power_of_2(spec.group)), _padded(spec.value_dim)
-    block_s = triton.next_power_of_2(splits)
+        raise ValueError(f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes, and locks")
+    block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
+    block_s = _power_of_2(splits)
     decode_kernel[(rows, _pairs(spec), splits)](
-        query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, out if workspace is None else workspace, locks,
+        query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, out if workspace is None else workspace,
+        slots if locks is None else locks,
         query_stride, key_stride, value_stride, capacity, spec.scale,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
         WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap,
@@ -252,10 +259,10 @@ def launch_append(
 ) -> None:  # fmt: skip
     """Append the keys and values of a mixed step, arguments as `attention`."""
     block_t = 16
-    append_kernel[(triton.cdiv(tokens, block_t), spec.kv_heads)](
+    append_kernel[(_cdiv(tokens, block_t), spec.kv_heads)](
         key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices, key_stride, value_stride, capacity, rows, tokens,
         KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, RING=spec.ring,
-        BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
+        BLOCK_R=_power_of_2(rows), BLOCK_T=block_t, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
         PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
@@ -266,12 +273,12 @@ def launch_prefill(
     out: Memory, tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Attend in a mixed step whose keys are in their slots, arguments as `attention`; its own function for tuning."""
-    pack = triton.cdiv(spec.group, triton.cdiv(spec.group, 16))  # at most 16 heads, packs of about the same size
-    grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * triton.cdiv(spec.group, pack))
+    pack = _cdiv(spec.group, _cdiv(spec.group, 16))  # at most 16 heads, packs of about the same size
+    grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * _cdiv(spec.group, pack))
     prefill_kernel[grid](
         query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out, query_stride, capacity, spec.scale, rows,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
-        CAUSAL=spec.causal, WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap, PACK=pack, BLOCK_R=triton.next_power_of_2(rows),
+        CAUSAL=spec.causal, WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap, PACK=pack, BLOCK_R=_power_of_2(rows),
         BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
         STAGES=blocks.stages, PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -42,7 +42,8 @@ def _product(extents: tuple[int, ...]) -> int:
 @triton.jit(do_not_specialize=["rows", "count", "blocks"])
 def update_kernel(
     state, slots, value, row_offsets, write_indices, rows, count, blocks,
-    OUTER: tl.constexpr, EXTENT: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr, APPEND: tl.constexpr, RING: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    OUTER: tl.constexpr, EXTENT: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr, APPEND: tl.constexpr, RING: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (unit, block of its elements); a unit is a token of packed values, otherwise the ``count`` entries of a row."""
     if PDL:
@@ -97,7 +98,7 @@ def _raw(memory: Memory) -> Memory:
 
 
 def _block(size: int) -> int:
-    return min(1024, max(32, triton.next_power_of_2(size)))
+    return min(1024, max(32, 1 << (size - 1).bit_length()))
 
 
 def update(

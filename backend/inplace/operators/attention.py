@@ -54,6 +54,71 @@ def _attention(
     return out
 
 
+@torch.library.impl(LIBRARY, "attention", "CUDA")
+def _attention_on_gpu(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    scale: float,
+    append: bool = True,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The same in Triton-language kernels: nothing is read on the host, so entries that do not fit a slot are dropped, not refused."""
+    from inplace.kernels import attention as kernels  # Triton exists on a GPU only
+
+    tokens, heads, dim = query.shape
+    _, kv_heads, capacity, value_dim = value_state.shape
+    spec = kernels.AttentionSpec(heads, kv_heads, dim, value_dim, scale, append, causal, window, ring, softcap)
+    for name, tensor in (("query", query), ("value_state", value_state)):
+        if tensor.dtype != key_state.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, key_state is {key_state.dtype}; they must be the same")
+    for name, state in (("key_state", key_state), ("value_state", value_state)):
+        if not state.is_contiguous():
+            raise ValueError(f"{name} has strides {state.stride()}; a state must be contiguous")
+    query = _token_strided(query)
+    new_key, new_value = (x if x is None else _token_strided(x) for x in (key, value))
+    rows = slots.shape[0]
+    out = query.new_empty((tokens, heads, value_dim))
+    scratch = kernels.attention_workspace(spec, rows, rows, capacity) // 4 if tokens == rows else 0
+    kernels.attention(
+        spec,
+        query=query,
+        key=new_key,
+        value=new_value,
+        query_stride=query.stride(0),
+        key_stride=0 if new_key is None else new_key.stride(0),
+        value_stride=0 if new_value is None else new_value.stride(0),
+        cos=None,
+        sin=None,
+        key_state=key_state,
+        value_state=value_state,
+        capacity=capacity,
+        slots=slots.int(),
+        row_offsets=row_offsets.int(),
+        write_indices=write_indices.int(),
+        out=out,
+        workspace=query.new_empty(scratch, dtype=torch.float32) if scratch else None,
+        locks=query.new_zeros(kernels.attention_locks(spec, rows), dtype=torch.int32) if scratch else None,
+        tokens=tokens,
+        rows=rows,
+    )
+    return out
+
+
+def _token_strided(x: Tensor) -> Tensor:
+    """``[tokens, heads, dim]`` with any stride between tokens and the rest contiguous."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
 def _visible(
     keys: Tensor, values: Tensor, start: int, tokens: int, cached: int, *, causal: bool, window: int, ring: bool
 ) -> tuple[Tensor, Tensor, int, Tensor | None]:
@@ -176,7 +241,7 @@ def attention(
         ``[tokens, heads, dim]``, the query's dtype.
 
     Raises:
-        IndexError: the rows do not fit their slot.
+        IndexError: the rows do not fit their slot (CPU; on a GPU, where nothing is read on the host, what does not fit is dropped).
     """
     out = torch.ops.inplace.attention(
         query,

@@ -38,6 +38,36 @@ def _update(
         write(state[slot], new, start, axis - 1, ring=ring)
 
 
+@torch.library.impl(LIBRARY, "update", "CUDA")
+def _update_on_gpu(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    """The same in a Triton-language kernel: nothing is read on the host, so entries that do not fit a slot are dropped, not refused."""
+    from inplace.kernels import update as kernels  # Triton exists on a GPU only
+
+    if not state.is_contiguous():
+        raise ValueError(f"the state has strides {state.stride()}; it must be contiguous")
+    spec = kernels.UpdateSpec.of(tuple(state.shape), axis, append=write_indices is not None, ring=ring)
+    rows = slots.shape[0]
+    packed = row_offsets is not None and write_indices is not None
+    kernels.update(
+        spec,
+        state=state,
+        slots=slots.int(),
+        value=value.contiguous(),
+        row_offsets=row_offsets.int() if packed and row_offsets is not None else None,
+        write_indices=None if write_indices is None else write_indices.int(),
+        rows=rows,
+        units=value.shape[0] if packed else rows if write_indices is None else rows * value.shape[axis],
+    )
+
+
 def write(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
     """Copy ``new`` into ``slot`` from ``start`` along ``axis``; a ring goes on at 0 when it reaches the end.
 
@@ -105,6 +135,6 @@ def update(
         ring: write modulo the extent of ``axis``.
 
     Raises:
-        IndexError: an append that does not fit its slot.
+        IndexError: an append that does not fit its slot (CPU; on a GPU, where nothing is read on the host, what does not fit is dropped).
     """
     torch.ops.inplace.update(state, slots, value, row_offsets, write_indices, axis, ring)

@@ -1,0 +1,216 @@
+"""Steps to run the attention and update kernels on, and the operators' CPU implementation as their reference.
+
+States are NaN where no history lies: what a kernel must not read would show. Used by the interpreter's tests and by the GPU's.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from inplace.kernels.attention import AttentionSpec, attention, attention_locks, attention_workspace
+from inplace.kernels.update import UpdateSpec, read, update
+from inplace.operators import attention as reference_attention
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Largest relative error of a token's output against the reference in float32."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a step: its slot, its cached length, how many tokens it brings."""
+
+    slot: int
+    start: int
+    tokens: int
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """To compare bit for bit: NaN equals NaN."""
+    return tensor.detach().clone().contiguous().view(torch.uint8)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Transformers' ``apply_rotary_pos_emb`` on ``[tokens, heads, dim]``, for the first components if cos has fewer than dim."""
+    width = cos.shape[1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    return torch.cat([turned, rest], -1)
+
+
+@dataclass
+class AttentionCase:
+    """A step of attention: random histories, NaN elsewhere, and query, key and value as slices of one merged projection."""
+
+    spec: AttentionSpec
+    rows: list[Row]
+    capacity: int = 48
+    slots: int = 9
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+    pdl: bool = False
+    offsets: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec, generator = self.spec, torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.offsets = [0]
+        for row in self.rows:
+            self.offsets.append(self.offsets[-1] + row.tokens)
+        tokens = self.offsets[-1]
+        sizes = [spec.heads * spec.dim, spec.kv_heads * spec.dim, spec.kv_heads * spec.value_dim]
+        self.merged = draw(tokens, sum(sizes)).to(self.dtype)
+        angles = draw(tokens, spec.rotary // 2) * 3
+        self.cos, self.sin = torch.cat([angles, angles], 1).cos(), torch.cat([angles, angles], 1).sin()
+        self.key_state = torch.full((self.slots, spec.kv_heads, self.capacity, spec.dim), float("nan"), dtype=self.dtype)
+        self.value_state = torch.full((self.slots, spec.kv_heads, self.capacity, spec.value_dim), float("nan"), dtype=self.dtype)
+        for row in self.rows:
+            if row.slot >= 0:
+                held = torch.arange(max(0, row.start - self.capacity), row.start) % self.capacity
+                self.key_state[row.slot, :, held] = draw(spec.kv_heads, len(held), spec.dim).to(self.dtype)
+                self.value_state[row.slot, :, held] = draw(spec.kv_heads, len(held), spec.value_dim).to(self.dtype)
+        for name in ("merged", "cos", "sin", "key_state", "value_state"):
+            setattr(self, name, getattr(self, name).to(self.device))
+        query, key, value = self.merged.split(sizes, 1)
+        self.query = query.unflatten(1, (spec.heads, spec.dim))
+        self.key = key.unflatten(1, (spec.kv_heads, spec.dim))
+        self.value = value.unflatten(1, (spec.kv_heads, spec.value_dim))
+        self.control = [
+            self.indices([row.slot for row in self.rows]),
+            self.indices(self.offsets),
+            self.indices([row.start for row in self.rows]),
+        ]
+        count = attention_workspace(spec, tokens, len(self.rows), self.capacity) // 4
+        self.workspace = torch.full((count,), float("nan"), device=self.device) if count else None
+        self.locks = torch.zeros(attention_locks(spec, len(self.rows)), dtype=torch.int32, device=self.device)
+        self.out = torch.full((tokens, spec.heads, spec.value_dim), float("nan"), dtype=self.dtype, device=self.device)
+
+    def indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def launch(self) -> Tensor:
+        spec = self.spec
+        attention(
+            spec,
+            query=self.query,
+            key=self.key if spec.append else None,
+            value=self.value if spec.append else None,
+            query_stride=self.merged.stride(0),
+            key_stride=self.merged.stride(0),
+            value_stride=self.merged.stride(0),
+            cos=self.cos if spec.rotary else None,
+            sin=self.sin if spec.rotary else None,
+            key_state=self.key_state,
+            value_state=self.value_state,
+            capacity=self.capacity,
+            slots=self.control[0],
+            row_offsets=self.control[1],
+            write_indices=self.control[2],
+            out=self.out,
+            workspace=self.workspace,
+            locks=self.locks if self.workspace is not None else None,
+            tokens=self.offsets[-1],
+            rows=len(self.rows),
+            pdl=self.pdl,
+        )
+        return self.out
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The reference's output in float32, and the states after it (float32, on the CPU), from the states as they are now."""
+        spec = self.spec
+        query, key, value = (x.float().cpu() for x in (self.query, self.key, self.value))
+        if spec.rotary:
+            cos, sin = self.cos.cpu(), self.sin.cpu()
+            query, key = (rotate(x, cos, sin).to(self.dtype).float() for x in (query, key))
+        keys, values = self.key_state.float().cpu(), self.value_state.float().cpu()
+        slots, offsets, starts = (x.cpu() for x in self.control)
+        out = reference_attention(
+            query,
+            key if spec.append else None,
+            value if spec.append else None,
+            keys,
+            values,
+            slots,
+            offsets,
+            starts,
+            scale=spec.scale,
+            append=spec.append,
+            causal=spec.causal,
+            window=spec.window,
+            ring=spec.ring,
+            softcap=spec.softcap,
+        )
+        return out, keys, values
+
+    def compare(self, out: Tensor, expected: tuple[Tensor, Tensor, Tensor], before: tuple[Tensor, Tensor]) -> None:
+        """Outputs and appended entries are the reference's; every other byte of the states is what it was."""
+        tolerance = TOLERANCE[self.dtype]
+        result = out.float().cpu()
+        assert torch.isfinite(result).all(), f"{int((~torch.isfinite(result)).sum())} outputs are not finite"
+        error = (result - expected[0]).flatten(1).norm(dim=1) / expected[0].flatten(1).norm(dim=1).clamp(min=1e-6)
+        assert error.max() <= tolerance, f"relative error {error.tolist()} of tokens"
+        for state, old, new in zip((self.key_state, self.value_state), before, expected[1:], strict=True):
+            written = torch.zeros(state.shape[0], state.shape[2], dtype=torch.bool)
+            for row in self.rows if self.spec.append else []:
+                if row.slot >= 0:
+                    written[row.slot, torch.arange(row.start, row.start + row.tokens) % self.capacity] = True
+            found = state.cpu()
+            entries = written[:, None, :].expand(found.shape[:3])
+            assert torch.equal(bits(found[~entries]), bits(old.cpu()[~entries]))
+            torch.testing.assert_close(found[entries].float(), new[entries], rtol=tolerance, atol=tolerance)
+        assert not self.locks.any()
+
+    def check(self) -> Tensor:
+        """One launch against the reference."""
+        expected, before = self.expected(), (self.key_state.clone(), self.value_state.clone())
+        out = self.launch()
+        self.compare(out, expected, before)
+        return out
+
+
+def check_update(
+    shape: tuple[int, ...], axis: int, rows: list[Row], dtype: torch.dtype, *, packed: bool, ring: bool = False, device: str = "cpu"
+) -> None:
+    """An append along ``axis`` (0: replace) of a state ``[6, *shape]`` against the operator, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*extents: int) -> Tensor:
+        return torch.randint(-100, 100, extents, generator=generator).to(dtype)
+
+    state = draw(6, *shape)
+    slots, starts = (torch.tensor(x, dtype=torch.int32) for x in ([r.slot for r in rows], [r.start for r in rows]))
+    counts = [row.tokens for row in rows]
+    offsets = torch.tensor([sum(counts[:index]) for index in range(len(rows) + 1)], dtype=torch.int32)
+    if axis == 0:
+        value = draw(len(rows), *shape)
+    elif packed:
+        value = draw(sum(counts), *shape[: axis - 1], *shape[axis:])
+    else:
+        value = draw(len(rows), *shape[: axis - 1], counts[0], *shape[axis:])
+    expected = state.clone()
+    torch.ops.inplace.update(expected, slots, value, offsets if packed else None, starts if axis else None, axis, ring)
+    state = state.to(device)
+    update(
+        UpdateSpec.of(tuple(state.shape), axis, append=axis > 0, ring=ring),
+        state=state,
+        slots=slots.to(device),
+        value=value.to(device),
+        row_offsets=offsets.to(device) if packed else None,
+        write_indices=starts.to(device) if axis else None,
+        rows=len(rows),
+        units=sum(counts) if axis else len(rows),
+    )
+    assert torch.equal(bits(state.cpu()), bits(expected))
+
+
+def check_read(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    """`read` against the operator; the slots nobody asks for, and slot 0 behind the null row, differ from zero."""
+    state = torch.randint(1, 2 if dtype is torch.bool else 100, (5, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    slots = torch.tensor([4, -1, 0, 4], dtype=torch.int32)
+    out = torch.ones(4, *shape, dtype=dtype, device=device)
+    read(state=state.to(device), slots=slots.to(device), out=out, rows=4, size=state[0].numel())
+    assert torch.equal(out.cpu(), torch.ops.inplace.read(state, slots))

@@ -1,6 +1,6 @@
 """Requests to a step driver, and what may be said of its answers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from inplace.drivers.step import Answer, StepDriver
@@ -28,11 +28,11 @@ class Watched:
         self.counts: list[list[int]] = []
         self.fail_at = 0  # the step, counted from now, that fails; 0 is none
 
-    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
         self.slots.append(inputs["slots"].tolist())
         if "row_offsets" in inputs:
             self.counts.append(inputs["row_offsets"].diff().tolist())
-        outputs = self._engine.step(inputs)
+        outputs = self._engine.step(inputs, wanted)
         self.fail_at -= 1
         if self.fail_at == 0:
             raise RuntimeError("out of luck\nsecond line")

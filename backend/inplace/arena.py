@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class Arena:
                 f"the arena of {slots} slots needs {needed:,} bytes of {device.type} memory, which "
                 f"could not be allocated ({str(error).partition(chr(10))[0]}): build with fewer slots or a smaller capacity"
             ) from error
-        self.tensors: Mapping[str, Tensor] = tensors
+        self._tensors = tensors
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(tensors)
 
     @property
     def bytes(self) -> int:
@@ -51,6 +53,10 @@ class Arena:
     def addresses(self) -> dict[str, int]:
         """Device address of each state; constant for the arena's life."""
         return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+
+    def rebind(self, name: str, tensor: Tensor) -> None:
+        """Say that a state now lies in another tensor of its shape: only for engines that copy it (kind ``copy``)."""
+        self._tensors[name] = tensor
 
     def reset(self, slot: int) -> None:
         """Make a slot fresh for a new sequence: refill the states that need it (``StateSpec.reset``)."""

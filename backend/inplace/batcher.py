@@ -57,8 +57,8 @@ class Batch:
 
 
 def form(program: Program, rows: list[Work]) -> Batch:
-    """The next step of these rows: at most ``program.chunk`` tokens of each, packed behind one another."""
-    counts = [min(work.tokens - work.done, program.chunk) for work in rows]
+    """The next step of these rows: at most ``program.chunk`` tokens of each and ``program.token_budget`` of all, packed behind one another."""
+    counts = _counts([work.tokens - work.done for work in rows], program.chunk, program.token_budget)
     offsets = [0]
     for count in counts:
         offsets.append(offsets[-1] + count)
@@ -87,3 +87,13 @@ def form(program: Program, rows: list[Work]) -> Batch:
                 tensor = torch.tensor(lengths, dtype=dtype)
         inputs[spec.name] = tensor
     return Batch(rows, counts, inputs)
+
+
+def _counts(waiting: list[int], chunk: int, budget: int) -> list[int]:
+    """How many of its waiting tokens each row brings: at least one each, then as many as the budget allows, in order."""
+    counts, left = [], budget - len(waiting)
+    for tokens in waiting:
+        more = min(tokens, chunk, 1 + left) - 1
+        left -= more
+        counts.append(1 + more)
+    return counts

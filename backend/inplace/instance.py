@@ -73,8 +73,10 @@ class ModelInstance:
         ended where states are rewritten.
         """
         batch = form(self.program, rows)
+        ending = [work for work, count in zip(rows, batch.counts, strict=True) if work.done + count == work.tokens]
+        wanted = {name for work in ending for name in self.wanted(work)}
         try:
-            outputs = self.engine.step(batch.inputs)
+            outputs = self.engine.step(batch.inputs, wanted)
         except Exception as error:  # whatever the engine throws must reach the clients, not the server
             log.exception("the engine failed in a step of %d rows", len(rows))
             for work in rows:
@@ -84,7 +86,7 @@ class ModelInstance:
             work.done += count
             work.sequence.length += count
             if work.finished:
-                work.outputs = {name: tensor[row : row + 1] for name, tensor in outputs.items()}
+                work.outputs = {name: outputs[name][row : row + 1] for name in self.wanted(work)}
 
     def finish(self, work: Work) -> None:
         """The request is being answered: an END frees the slot, otherwise the idle clock starts again."""

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from inplace.artifacts import EngineFile
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
 from inplace.records import Frozen, read
@@ -113,29 +114,46 @@ class TensorSpec(Frozen):
     argmax_of: str | None = None
 
 
+Kind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
+"""How a state is updated in place: an ``inplace::`` operator of a PyTorch graph mutates the bound tensor (``operator``); a TensorRT
+plugin's aliased output (``plugin``); TensorRT's own cache layer (``kv_cache_update``); an operator or plugin of the user's own (``user``).
+``copy`` is not in place: the engine writes a second buffer and the runtime swaps the two."""
+
+IDENTITY = frozenset({"kv_cache_update", "copy"})
+"""Kinds for which row r of a step must be slot r."""
+
+
 class Alias(Frozen):
     """The record that an output is an input's own memory.
 
     Attributes:
         output: the output's name.
         input: the state it is bound to.
-        kind: the mechanism: ``operator`` (an ``inplace::`` operator of a PyTorch graph mutates the bound tensor).
+        kind: the mechanism.
     """
 
     output: str
     input: str
-    kind: Literal["operator"]
+    kind: Kind
 
     def __str__(self) -> str:
         return f"{self.output}@{self.input}@{self.kind}"
 
 
 class Lowering(Frozen):
-    """How one state's update was lowered, and why: the chosen mechanism's reason."""
+    """How one state's update was lowered, and why.
+
+    Attributes:
+        state: the state's name.
+        kind: the chosen mechanism.
+        because: why it was chosen.
+        refused: what was tried before it, each as ``kind: because``.
+    """
 
     state: str
-    kind: str
+    kind: Kind
     because: str
+    refused: tuple[str, ...] = ()
 
 
 class Program(Frozen):
@@ -150,6 +168,7 @@ class Program(Frozen):
         aliases: one a state that the program writes.
         max_rows: most rows of one step.
         chunk: most tokens of one row in one step (1 for ``rectangular``).
+        max_tokens: most tokens of all rows of a step together; None is ``max_rows * chunk``.
     """
 
     name: str
@@ -159,6 +178,17 @@ class Program(Frozen):
     aliases: tuple[Alias, ...]
     max_rows: int = Field(ge=1)
     chunk: int = Field(ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of one step."""
+        return self.max_tokens if self.max_tokens is not None else self.max_rows * self.chunk
+
+    @property
+    def identity(self) -> bool:
+        """Whether row r of a step must be slot r."""
+        return any(alias.kind in IDENTITY for alias in self.aliases)
 
     @property
     def client_inputs(self) -> tuple[TensorSpec, ...]:
@@ -181,29 +211,11 @@ class Program(Frozen):
                 raise ValueError(f"program {self.name}: more than one input has the role {role}")
         if self.row_layout == "rectangular" and (Role.TOKENS in roles or self.chunk != 1):
             raise ValueError(f"program {self.name}: a rectangular program takes one entry a row and a chunk of 1")
+        if self.max_tokens is not None and self.max_tokens < self.max_rows:
+            raise ValueError(f"program {self.name}: {self.max_tokens} tokens a step are too few for {self.max_rows} rows")
         if self.row_layout == "packed" and Role.TOKENS not in roles:
             raise ValueError(f"program {self.name}: a packed program needs an input with the role tokens")
         return self
-
-
-class EngineFile(Frozen):
-    """The file with the compiled graph, and what it needs.
-
-    Attributes:
-        kind: which engine class loads it.
-        file: its name beside the manifest.
-        bytes: its size.
-        sha256: its checksum, hexadecimal.
-        device: where it runs.
-        dtype: the element type of its weights.
-    """
-
-    kind: Literal["torch"]
-    file: str
-    bytes: int
-    sha256: str
-    device: Literal["cpu", "cuda"]
-    dtype: Dtype
 
 
 class Manifest(Frozen):
@@ -218,7 +230,8 @@ class Manifest(Frozen):
         programs: what the engine can do.
         lowering: how each state's update was lowered.
         engine: the compiled graph.
-        verified: ``executed``: the engine was run against the captured model before it was written.
+        verified: ``executed``: the engine was run against the captured model before it was written; ``compiled_only``: it was
+            compiled where it could not be run.
         built_with: versions and options of the build.
     """
 
@@ -230,7 +243,7 @@ class Manifest(Frozen):
     programs: tuple[Program, ...]
     lowering: tuple[Lowering, ...]
     engine: EngineFile
-    verified: Literal["executed"]
+    verified: Literal["executed", "compiled_only"]
     built_with: dict[str, str]
 
     @model_validator(mode="after")

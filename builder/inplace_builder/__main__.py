@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +23,48 @@ app = typer.Typer(
 console = Console()
 
 
+class Device(StrEnum):
+    """Where an engine runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class EngineKind(StrEnum):
+    """What runs a program."""
+
+    TORCH = "torch"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+
+
+class Mechanism(StrEnum):
+    """How TensorRT updates a state."""
+
+    PLUGIN = "plugin"
+    KV_CACHE_UPDATE = "kv_cache_update"
+    COPY = "copy"
+
+
 @app.command()
 def build(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder (safetensors or one GGUF file), or a GGUF file.")],
     output: Annotated[Path, typer.Option(help="Folder to write, in a model repository: model_repository/<name>.")],
     dtype: Annotated[Dtype, typer.Option(help="Element type of weights and states.")] = Dtype.FLOAT32,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Device | None, typer.Option(help="Where it runs; default: cpu for torch, cuda for TensorRT.")] = None,
+    engine: Annotated[EngineKind, typer.Option(help="What runs it.")] = EngineKind.TORCH,
+    alias: Annotated[
+        Mechanism | None, typer.Option(help="Insist on how states are updated (TensorRT); default: the first that can.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to copy states (TensorRT).")] = False,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="Compile for this GPU, for example 8.9, without having it (tensorrt_rtx).")
+    ] = None,
     slots: Annotated[int, typer.Option(help="Sequences that can live at the same time.")] = 8,
     max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step; default: the slots, at most 8.")] = None,
     capacity: Annotated[int, typer.Option(help="Positions a sequence may hold.")] = 1024,
     chunk: Annotated[int, typer.Option(help="Most tokens of one sequence in one step; longer prompts take several.")] = 128,
+    step_tokens: Annotated[int | None, typer.Option(help="Most tokens of all sequences in one step; default: four chunks.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name, in the repository --output; default: its last part.")] = None,
     idle_timeout: Annotated[float, typer.Option(help="Seconds after its last response at which a sequence loses its slot.")] = 600.0,
     queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full.")] = 500,
@@ -43,7 +76,12 @@ def build(
     with _errors():
         options = BuildOptions(
             dtype=dtype,
-            device=device,
+            device=device.value if device is not None else "cpu" if engine is EngineKind.TORCH else "cuda",
+            engine=engine.value,
+            alias=alias.value if alias is not None else None,
+            strict=strict,
+            compute_capability=compute_capability,
+            step_tokens=step_tokens,
             slots=slots,
             max_rows=max_batch if max_batch is not None else min(slots, 8),
             capacity=capacity,

@@ -8,21 +8,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from inplace import __version__
 from inplace.dtypes import Dtype
-from inplace.engines.loading import sha256
-from inplace.manifest import FILE_NAME, EngineFile, Manifest
-from torch.export.passes import move_to_device_pass
+from inplace.manifest import FILE_NAME, Kind, Manifest
 
-from inplace_builder import archive
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
+from inplace_builder.engine_files import ENGINES, Written, write_tensorrt, write_torch
 from inplace_builder.errors import BuildError
 from inplace_builder.model_config import model_config
 from inplace_builder.verify import verify
 
-ENGINE_FILE = "engine.pt2"
 VERSION = "1"
 """Triton's model version, the folder the engine lies in."""
 TOKENIZER = "tokenizer"
@@ -48,17 +46,28 @@ class BuildOptions:
         capacity: positions a sequence may hold.
         chunk: most tokens of one sequence in one step; longer prompts are fed in several.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
+        step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
         queue_delay_microseconds: how long the server may hold back a batch that is not full.
+        engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
+        alias: the mechanism that must update every state (TensorRT); None is the first that can.
+        strict: never copy a state (TensorRT).
+        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT for RTX); such an engine is not
+            verified.
     """
 
     dtype: Dtype = Dtype.FLOAT32
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     slots: int = 8
     max_rows: int = 8
     capacity: int = 1024
     chunk: int = 128
     idle_timeout: float = 600.0
     queue_delay_microseconds: int = 500
+    step_tokens: int | None = None
+    engine: Literal["torch", "tensorrt", "tensorrt_rtx"] = "torch"
+    alias: Kind | None = None
+    strict: bool = False
+    compute_capability: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_rows", "capacity", "chunk"):
@@ -74,8 +83,29 @@ class BuildOptions:
             raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0 and below {LONGEST:.0e}")
         if not 0 <= self.queue_delay_microseconds < LONGEST * 1e6:
             raise BuildError(f"queue_delay_microseconds is {self.queue_delay_microseconds}; it must be at least 0")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        self._check_engine()
+        if self.device == "cuda" and self.compute_capability is None and not torch.cuda.is_available():
             raise BuildError("an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise BuildError(f"engine is {self.engine!r}; choose one of {list(ENGINES)}")
+        if self.engine == "torch" and (self.alias or self.strict or self.compute_capability):
+            raise BuildError(
+                "alias, strict and compute_capability belong to TensorRT engines; the PyTorch engine has no choice of mechanism"
+            )
+        if self.engine != "torch" and self.device != "cuda":
+            raise BuildError(f"a {self.engine} engine runs on a GPU; choose device cuda")
+        if self.compute_capability is not None and self.engine != "tensorrt_rtx":
+            raise BuildError("only TensorRT for RTX compiles for a GPU that is not there; choose engine tensorrt_rtx, or build on that GPU")
+        if self.step_tokens is not None and self.step_tokens < self.max_rows:
+            raise BuildError(f"step_tokens is {self.step_tokens}; a step of {self.max_rows} rows has at least as many tokens")
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step."""
+        chosen = self.step_tokens if self.step_tokens is not None else max(self.max_rows, 4 * self.chunk)
+        return min(chosen, self.max_rows * self.chunk)
 
 
 def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stage = lambda _: None) -> Manifest:
@@ -94,7 +124,7 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
     stage("load the model")
     model, tokenizer = load_decoder(source, options.dtype)
     stage("capture the graph")
-    capture = capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, min(options.chunk, options.capacity)))
+    capture = capture_decoder(model, _decoder_options(options))
 
     def extras(folder: Path) -> None:
         if tokenizer is None:
@@ -105,6 +135,11 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
             raise error if isinstance(error, OSError) else OSError(f"{TOKENIZER}: {error}") from error
 
     return write_engine(capture, output, options, stage, {"source": source.name, "architecture": type(model).__name__}, extras)
+
+
+def _decoder_options(options: BuildOptions) -> DecoderOptions:
+    chunk = min(options.chunk, options.capacity)
+    return DecoderOptions(options.capacity, options.max_rows, chunk, min(options.most_tokens, options.max_rows * chunk))
 
 
 def write_engine(
@@ -136,37 +171,42 @@ def write_engine(
         stage("write the engine")
         with _disk_errors(output):
             folder.mkdir()
-            exported = capture.exported
-            if options.device != "cpu":
-                exported = move_to_device_pass(exported, options.device)
-            archive.save(exported, folder / ENGINE_FILE)
+            written = _write(capture, folder, options)
             extras(folder)
         manifest = Manifest(
             name=output.name,
             slots=options.slots,
             capacity=capture.capacity,
             states=capture.states,
-            programs=(capture.program,),
-            lowering=capture.lowering,
-            engine=EngineFile(
-                kind="torch",
-                file=ENGINE_FILE,
-                bytes=(folder / ENGINE_FILE).stat().st_size,
-                sha256=sha256(folder / ENGINE_FILE),
-                device="cpu" if options.device == "cpu" else "cuda",
-                dtype=capture.dtype,
-            ),
-            verified="executed",
-            built_with=built_with() | (notes or {}),
+            programs=(written.program,),
+            lowering=written.lowering,
+            engine=written.engine,
+            verified="executed" if written.verifiable else "compiled_only",
+            built_with=built_with() | written.notes | (notes or {}),
         )
-        stage("verify it against the model")
-        error = verify(folder, manifest, capture)
-        manifest = manifest.model_copy(update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}})
+        if written.verifiable:
+            stage("verify it against the model")
+            error = verify(folder, manifest, capture)
+            manifest = manifest.model_copy(update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}})
         config = model_config(manifest, idle_timeout=options.idle_timeout, queue_delay_microseconds=options.queue_delay_microseconds)
         with _disk_errors(output):
             manifest.save(folder)
             (draft / "config.pbtxt").write_text(config.text())
     return manifest
+
+
+def _write(capture: Capture, folder: Path, options: BuildOptions) -> Written:
+    if options.engine == "torch":
+        return write_torch(capture, folder, options.device)
+    return write_tensorrt(
+        capture,
+        folder,
+        options.engine,
+        slots=options.slots,
+        alias=options.alias,
+        strict=options.strict,
+        compute_capability=options.compute_capability,
+    )
 
 
 def built_with() -> dict[str, str]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
+from inplace.artifacts import EngineFile
 from inplace.manifest import (
     FILE_NAME,
     Alias,
-    EngineFile,
     Lowering,
     Manifest,
     Program,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import EngineFile, Manifest
+from inplace.artifacts import EngineFile
+from inplace.manifest import Manifest
 from inplace.settings import Settings
 from models import RECTANGULAR
 

@@ -12,8 +12,9 @@ from inplace.instance import ModelInstance
 from inplace.manifest import Manifest, Role, Update
 from inplace.operators import NAMESPACE, written_states
 from inplace.requests import Request
-from inplace_builder.build import ENGINE_FILE, VERSION, BuildOptions, build_decoder, write_engine
+from inplace_builder.build import VERSION, BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder.engine_files import TORCH_FILE
 from models import greedy, open_instance
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -114,7 +115,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     manifest = eager_build(model, path, OPTIONS) if request.param == "gemma2" else build_decoder(folder, path, OPTIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # read-only buffers become tensors
-        exported = torch.export.load(path / VERSION / ENGINE_FILE)
+        exported = torch.export.load(path / VERSION / TORCH_FILE)
     return Built(family, model, folder, path, manifest, exported)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import transformers
 from inplace.manifest import FILE_NAME, Manifest
-from inplace_builder.build import ENGINE_FILE, VERSION, BuildOptions, write_engine
+from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.errors import BuildError
+from inplace_builder.engine_files import TORCH_FILE
 from models import accumulator, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -81,7 +82,7 @@ def test_a_successful_build_replaces_the_older_engine_whole(older: Path) -> None
     assert Manifest.load(older / VERSION).slots == 4
     write_engine(accumulator(), older, BuildOptions(slots=6, max_rows=4, capacity=1))
     assert Manifest.load(older / VERSION).slots == 6
-    assert set(contents(older)) == {"config.pbtxt", f"{VERSION}/{FILE_NAME}", f"{VERSION}/{ENGINE_FILE}"}
+    assert set(contents(older)) == {"config.pbtxt", f"{VERSION}/{FILE_NAME}", f"{VERSION}/{TORCH_FILE}"}
     assert list(older.parent.iterdir()) == [older]
 
 

@@ -1,7 +1,7 @@
 """The PyTorch engine: the captured graph itself, its states bound in place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -69,12 +69,12 @@ class TorchEngine:
                 f"{sorted(written ^ declared)}; build the model again"
             )
 
-    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
         """See `Engine.step`."""
         with torch.inference_mode():
             arguments = [inputs[spec.name].to(self._device, non_blocking=True) for spec in self._program.inputs]
             outputs = self._module(*arguments)
-            return {spec.name: output.cpu() for spec, output in zip(self._program.outputs, outputs, strict=True)}
+            return {spec.name: output.cpu() for spec, output in zip(self._program.outputs, outputs, strict=True) if spec.name in wanted}
 
 
 def _bound(module: torch.fx.GraphModule, arena: Arena, device: torch.device) -> torch.fx.GraphModule:

@@ -150,9 +150,7 @@ class Argmax(Operation):
         """See `inplace.kernels.argmax.argmax`."""
         rows, count = call.shapes[0]
         workspace = Pointer(call.workspace, torch.float32)
-        argmax(
-            scores=call.inputs[0], out=call.outputs[0], workspace=workspace, locks=call.locks, rows=rows, count=count, pdl=call.pdl
-        )
+        argmax(scores=call.inputs[0], out=call.outputs[0], workspace=workspace, locks=call.locks, rows=rows, count=count, pdl=call.pdl)
 
 
 STATELESS: Mapping[str, type[Operation]] = {kind.name: kind for kind in (Linear, RmsNorm, Argmax)}

@@ -8,7 +8,7 @@ import torch
 
 from inplace.kernels.attention import AttentionSpec, attention, attention_locks, attention_workspace
 from inplace.kernels.memory import Pointer
-from inplace.kernels.update import update
+from inplace.kernels.update import UpdateSpec, update
 from inplace.plugins.linear import FLOATS
 from inplace.plugins.operation import Launch, Operation, Shape, tokens
 
@@ -54,7 +54,7 @@ class Attention(Operation):
 
     @property
     def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
-        """Outputs 1 and 2 are the states, also where only read: then the alias costs nothing and orders the readers."""
+        """Outputs 1 and 2 are the states that it appends to."""
         return {1: self.first_state, 2: self.first_state + 1} if self.append else {}
 
     @property
@@ -180,16 +180,15 @@ class Update(Operation):
         """See `inplace.kernels.update.update`."""
         state, slots, value, *rest = call.inputs
         bounds = iter(rest)
+        shape, entries = tuple(call.shapes[0]), tuple(call.shapes[2])
         update(
+            UpdateSpec.of(shape, self.axis, append=self.append, ring=self.ring),
             state=state,
-            state_shape=tuple(call.shapes[0]),
             slots=slots,
             value=value,
-            value_shape=tuple(call.shapes[2]),
             row_offsets=next(bounds) if self.packed else None,
             write_indices=next(bounds) if self.append else None,
             rows=call.shapes[1][0],
-            axis=self.axis,
-            ring=self.ring,
+            units=entries[0] if self.packed else entries[0] * entries[self.axis] if self.append else entries[0],
             pdl=call.pdl,
         )

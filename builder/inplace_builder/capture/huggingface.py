@@ -31,11 +31,14 @@ class DecoderOptions:
         capacity: positions a sequence may hold.
         max_rows: most sequences in one step.
         chunk: most tokens of one sequence in one step.
+        max_tokens: most tokens of one step; None is as many as rows and chunk allow.
     """
 
     capacity: int
     max_rows: int
     chunk: int
+    max_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 class DecoderStep(torch.nn.Module):
@@ -118,6 +121,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         aliases=(),
         max_rows=options.max_rows,
         chunk=options.chunk,
+        max_tokens=options.max_tokens,
     )
     program, lowering = described(exported, description, states)
 

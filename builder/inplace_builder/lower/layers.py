@@ -42,6 +42,11 @@ class Layers:
         self._scalars: dict[tuple[type, Number, torch.dtype, int], ITensor] = {}
         self._names: dict[str, int] = {}
 
+    @property
+    def constants(self) -> Sequence[torch.Tensor]:
+        """The constants of the network so far."""
+        return self._memory
+
     def added(self, layer: Any) -> Any:
         """Check and name a layer that was just added.
 

@@ -1,13 +1,14 @@
 """Converters of the ``plugin`` mechanism: operators become plugins of ours, states their aliased outputs."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Update, plugins
+from inplace.trt import TensorRT
 
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.layers import ITensor
+from inplace_builder.lower.mechanisms import Use, Verdict, mechanism
 from inplace_builder.lower.network import Network, State
 from inplace_builder.lower.registry import converter, state_converter
 
@@ -15,16 +16,25 @@ inplace = torch.ops.inplace
 FIRST_VERSION = (10, 3)
 MOST_ROWS = 257
 """Rows that the counters of a plugin are made for: one null row more than the largest batch."""
-LAST_SUPPORTED_DIM = 256
+WIDEST_HEAD = 256
+"""Components of a query, key or value that the attention kernels take."""
 
 
-def refusal(tensorrt: Any) -> str | None:
-    """Why this TensorRT cannot have plugins with aliased outputs; None if it can."""
+@mechanism("plugin")
+def judge_plugin(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
+    """Any state, where TensorRT has plugins with aliased outputs."""
     if tensorrt.is_rtx:
-        return "TensorRT for RTX networks take no plugins"
+        return Verdict(False, "networks of TensorRT for RTX take no plugins")
     if tensorrt.version[:2] < FIRST_VERSION:
-        return f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt.api.__version__}"
-    return None
+        return Verdict(False, f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt}")
+    for use in uses:
+        if use.operator.endswith("attention") and max(use.state.shape[2:]) > WIDEST_HEAD:
+            return Verdict(
+                False, f"heads of {use.state.name} are {use.state.shape[2]} wide; the attention kernels take up to {WIDEST_HEAD}"
+            )
+        if use.state.dtype.as_torch.itemsize > 8:
+            return Verdict(False, f"{use.state.name} is {use.state.dtype}; the kernels take elements of up to 8 bytes")
+    return Verdict(True, "a plugin's output is the state's own memory, any slots in any rows, at a cost that follows the cached length")
 
 
 def _add(ctx: Network, operation: Operation, inputs: Sequence[ITensor]) -> list[ITensor]:
@@ -106,7 +116,16 @@ def _attention(
         ring=ring,
         softcap=softcap,
     )
-    return _attend(ctx, operation, [part for part in (query, key, value) if part is not None], key_state, value_state, slots, row_offsets, write_indices)
+    return _attend(
+        ctx,
+        operation,
+        [part for part in (query, key, value) if part is not None],
+        key_state,
+        value_state,
+        slots,
+        row_offsets,
+        write_indices,
+    )
 
 
 @state_converter(inplace.qkv_attention.default, "plugin")
@@ -146,11 +165,7 @@ def _qkv_attention(
     return _attend(ctx, operation, inputs, key_state, value_state, slots, row_offsets, write_indices)
 
 
-def _attend(
-    ctx: Network, operation: Attention, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor
-) -> ITensor:
-    if max(operation.dim, operation.value_dim) > LAST_SUPPORTED_DIM:
-        raise BuildError(f"heads of {operation.dim} are wider than the {LAST_SUPPORTED_DIM} that the attention kernels take{ctx.origin}")
+def _attend(ctx: Network, operation: Attention, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor) -> ITensor:
     out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *(ctx.cast(row, torch.int32) for row in rows)])
     for state, current in zip((key_state, value_state), states, strict=False):
         ctx.written(state, current)
@@ -169,9 +184,7 @@ def _update(
     ring: bool = False,
 ) -> None:
     readers = ctx.readers.pop(state.spec.name, [])
-    operation = Update(
-        axis=axis, append=write_indices is not None, packed=row_offsets is not None, ring=ring, readers=len(readers)
-    )
+    operation = Update(axis=axis, append=write_indices is not None, packed=row_offsets is not None, ring=ring, readers=len(readers))
     rows = [ctx.cast(part, torch.int32) for part in (row_offsets, write_indices) if part is not None]
     inputs = [state.current, ctx.cast(slots, torch.int32), value, *rows, *readers]
     ctx.written(state, _add(ctx, operation, inputs)[0])

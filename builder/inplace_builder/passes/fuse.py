@@ -10,6 +10,7 @@ Every rewrite is local and keeps what is computed; only roundings between the fu
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx import Node
 
-from inplace_builder.passes.match import call, is_view, one_user, operands, skip
+from inplace_builder.passes.match import AnyNode, call, is_view, one_user, operands, skip
 from inplace_builder.passes.rotary import unrotated
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
-GATES = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+GATES: dict[object, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
 
 def fuse(exported: ExportedProgram) -> "Fused":
@@ -56,7 +57,6 @@ class Fused:
     state_dict: Mapping[str, torch.Tensor]
     constants: Mapping[str, Any]
 
-
     def bindable(self) -> frozenset[str]:
         """Names of the weights that the runtime should bind rather than the plan hold: matrices of linear layers and embeddings."""
         found = set()
@@ -68,7 +68,7 @@ class Fused:
 
 
 def _signature(exported: ExportedProgram, graph: torch.fx.Graph) -> ExportGraphSignature:
-    signature = copy.deepcopy(exported.graph_signature)
+    signature: ExportGraphSignature = copy.deepcopy(exported.graph_signature)
     (output,) = graph.find_nodes(op="output")
     for spec, node in zip(signature.output_specs, output.args[0], strict=True):
         spec.arg = TensorArgument(name=node.name)
@@ -80,7 +80,7 @@ class _Fusion:
         self.module, self.graph = module, module.graph
         self.made: dict[tuple[object, ...], str] = {}
         named = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
-        self.weights: dict[Node, torch.Tensor] = {}
+        self.weights: dict[AnyNode, torch.Tensor] = {}
         for spec in exported.graph_signature.input_specs:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 assert spec.target is not None
@@ -88,7 +88,17 @@ class _Fusion:
                 self.weights[named[spec.arg.name]] = exported.constants[spec.target] if found is None else found
 
     def run(self) -> None:
-        for rewrite in (self._norm, self._linear, self._transposed_linear, self._gate, self._qkv, self._normed, self._after, self._head, self._argmax):
+        for rewrite in (
+            self._norm,
+            self._linear,
+            self._transposed_linear,
+            self._gate,
+            self._qkv,
+            self._normed,
+            self._after,
+            self._head,
+            self._argmax,
+        ):
             for node in list(self.graph.nodes):
                 if node.op == "call_function" and (node.users or rewrite == self._qkv):
                     rewrite(node)
@@ -96,7 +106,7 @@ class _Fusion:
 
     # Making nodes
 
-    def _weight(self, key: tuple[object, ...], before: Node, make: Callable[[], torch.Tensor]) -> Node:
+    def _weight(self, key: tuple[object, ...], before: AnyNode, make: Callable[[], torch.Tensor]) -> AnyNode:
         """A weight of our own; the same key gives the same tensor."""
         if key not in self.made:
             name = f"fused_{len(self.made)}"
@@ -109,7 +119,15 @@ class _Fusion:
         self.weights[node] = tensor
         return node
 
-    def _insert(self, at: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], width: int | None = None, dtype: torch.dtype | None = None) -> Node:
+    def _insert(
+        self,
+        at: AnyNode,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        width: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AnyNode:
         """A call before ``at`` whose result has the extents of its first argument but for the last."""
         with self.graph.inserting_before(at):
             node = self.graph.call_function(target, args, kwargs)
@@ -120,12 +138,12 @@ class _Fusion:
             node.meta["val"] = source.new_empty(shape, dtype=dtype or source.dtype)
         return node
 
-    def _replace(self, old: Node, new: Node) -> None:
+    def _replace(self, old: AnyNode, new: AnyNode) -> None:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     # Rewrites
 
-    def _norm(self, node: Node) -> None:
+    def _norm(self, node: AnyNode) -> None:
         """``weight * (x * rsqrt(mean(x²) + eps))`` with or without casts, also with ``1 + weight``."""
         if node.target is aten.rms_norm.default and len(node.args) > 2 and node.args[2] in self.weights:
             x, _, weight = node.args[:3]
@@ -148,11 +166,11 @@ class _Fusion:
                 last = after
             if offset:
                 tensor = self.weights[weight]
-                weight = self._weight(("offset", weight, offset), last, lambda t=tensor: t.float() + offset)
+                weight = self._weight(("offset", weight, offset), last, partial(torch.add, tensor.float(), offset))
             self._replace(last, self._insert(last, inplace.rms_norm.default, (x, weight, eps), {}))
             return
 
-    def _norm_weight(self, node: object) -> tuple[Node | None, float]:
+    def _norm_weight(self, node: AnyNode) -> tuple[AnyNode, float]:
         """The parameter behind a scale, and what is added to it (Gemma's norms scale with 1 + weight)."""
         found = skip(node)
         if found in self.weights:
@@ -164,7 +182,7 @@ class _Fusion:
                     return inner, float(other)
         return None, 0.0
 
-    def _linear(self, node: Node) -> None:
+    def _linear(self, node: AnyNode) -> None:
         if not call(node, aten.linear.default) or node.args[1] not in self.weights:
             return
         x, weight, *rest = node.args
@@ -174,7 +192,7 @@ class _Fusion:
         new = self._insert(node, inplace.linear.default, (x, weight, bias), {}, node.meta["val"].shape[-1])
         self._replace(node, new)
 
-    def _transposed_linear(self, node: Node) -> None:
+    def _transposed_linear(self, node: AnyNode) -> None:
         """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed."""
         if not call(node, aten.addmm.default) or len(node.args) != 3 or node.kwargs:
             return
@@ -182,10 +200,10 @@ class _Fusion:
         if bias not in self.weights or weight not in self.weights or self.weights[bias].dim() != 1:
             return
         tensor = self.weights[weight]
-        turned = self._weight(("transposed", weight), node, lambda: tensor.t())
+        turned = self._weight(("transposed", weight), node, tensor.t)
         self._replace(node, self._insert(node, inplace.linear.default, (x, turned, bias), {}, tensor.shape[1]))
 
-    def _gate(self, node: Node) -> None:
+    def _gate(self, node: AnyNode) -> None:
         """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""
         for activated, up in operands(node, aten.mul.Tensor):
             kind = _activation(activated)
@@ -202,7 +220,7 @@ class _Fusion:
             self._replace(node, new)
             return
 
-    def _qkv(self, node: Node) -> None:
+    def _qkv(self, node: AnyNode) -> None:
         """Attention whose queries, keys and values are projections of the same tokens, rotated or not."""
         if not call(node, inplace.attention.default):
             return
@@ -241,7 +259,7 @@ class _Fusion:
             self._replace(node, shaped)
         self.graph.erase_node(node)
 
-    def _normed(self, node: Node) -> None:
+    def _normed(self, node: AnyNode) -> None:
         """A norm in front of linear layers only goes into them."""
         if not call(node, inplace.rms_norm.default):
             return
@@ -258,7 +276,7 @@ class _Fusion:
             user.args = (source, *user.args[1:3], weight)
             user.kwargs = {**user.kwargs, "eps": eps}
 
-    def _picked(self, node: Node) -> Node | None:
+    def _picked(self, node: AnyNode) -> AnyNode:
         """The head of a language model: norm, pick of each row's last token, linear. The pick can come first."""
         index = one_user(node)
         if index is None or not call(index, aten.index.Tensor):
@@ -269,14 +287,14 @@ class _Fusion:
         head = one_user(index)
         return head if head is not None and call(head, inplace.linear.default) and head.args[0] is index else None
 
-    def _repicked(self, head: Node, x: Node) -> Node:
+    def _repicked(self, head: AnyNode, x: AnyNode) -> AnyNode:
         index = head.args[0]
         with self.graph.inserting_before(index):
             moved = self.graph.call_function(aten.index.Tensor, (x, index.args[1]))
         moved.meta.update(index.meta)
         return moved
 
-    def _after(self, node: Node) -> None:
+    def _after(self, node: AnyNode) -> None:
         """A residual added to a linear layer, or an activation after it, goes into it."""
         kind = _activation(node)
         source = node.args[0] if kind is not None else None
@@ -295,7 +313,7 @@ class _Fusion:
             self._replace(node, new)
             return
 
-    def _head(self, node: Node) -> None:
+    def _head(self, node: AnyNode) -> None:
         """Scores that are turned to float32 are float32 from the start; the extents of 1 around them go."""
         if not call(node, aten.to.dtype) or node.meta["val"].dtype != torch.float32:
             return
@@ -313,7 +331,7 @@ class _Fusion:
         flat.meta.update(node.meta)
         self._replace(node, flat)
 
-    def _argmax(self, node: Node) -> None:
+    def _argmax(self, node: AnyNode) -> None:
         if call(node, aten.argmax.default) and node.args[1:] == (-1, True) and node.args[0].meta["val"].dim() == 2:
             scores = node.args[0]
             if scores.meta["val"].dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -321,11 +339,17 @@ class _Fusion:
 
     # Questions
 
-    def _plain(self, node: object) -> bool:
+    def _plain(self, node: AnyNode) -> bool:
         """A linear layer that nothing was fused into yet, with weights of ours."""
-        return isinstance(node, Node) and call(node, inplace.linear.default) and len(node.args) == 3 and not node.kwargs and node.args[1] in self.weights
+        return (
+            isinstance(node, Node)
+            and call(node, inplace.linear.default)
+            and len(node.args) == 3
+            and not node.kwargs
+            and node.args[1] in self.weights
+        )
 
-    def _open(self, node: object) -> bool:
+    def _open(self, node: AnyNode) -> bool:
         """A linear layer that could still take an activation or a residual."""
         return (
             isinstance(node, Node)
@@ -334,21 +358,21 @@ class _Fusion:
             and (node.kwargs.get("activation", "none") == "none" or bool(node.kwargs.get("gated")))
         )
 
-    def _merged(self, layers: Sequence[Node], before: Node) -> tuple[Node, Node | None]:
+    def _merged(self, layers: Sequence[AnyNode], before: AnyNode) -> tuple[AnyNode, AnyNode]:
         """The weights of several layers behind one another, and their biases."""
-        found: list[Node | None] = []
+        found: list[AnyNode] = []
         for place in (1, 2):
             parts = [layer.args[place] for layer in layers]
             if parts[0] is None:
                 found.append(None)
                 continue
             tensors = [self.weights[part] for part in parts]
-            found.append(self._weight(("merged", *parts), before, lambda t=tensors: torch.cat(list(t))))
+            found.append(self._weight(("merged", *parts), before, partial(torch.cat, tensors)))
         assert found[0] is not None
         return found[0], found[1]
 
 
-def _normalized(node: object) -> tuple[Node, float] | None:
+def _normalized(node: AnyNode) -> tuple[AnyNode, float] | None:
     """``x`` and eps if the node is ``x * rsqrt(mean(x²) + eps)``, in float32 or x's own type."""
     for wide, inverse in operands(node, aten.mul.Tensor):
         if not call(inverse, aten.rsqrt.default):
@@ -366,24 +390,24 @@ def _normalized(node: object) -> tuple[Node, float] | None:
     return None
 
 
-def _activation(node: object) -> str | None:
+def _activation(node: AnyNode) -> str | None:
     if not isinstance(node, Node) or node.op != "call_function":
         return None
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return GATES.get(node.target)  # type: ignore[arg-type]
+    return GATES.get(node.target)
 
 
-def _projection(node: object) -> Node | None:
+def _projection(node: AnyNode) -> AnyNode:
     """The linear layer that a query, key or value is the reshaped output of: through views whose last extent stays last."""
     while isinstance(node, Node) and is_view(node):
         node = node.args[0]
     return node if isinstance(node, Node) and call(node, inplace.linear.default) else None
 
 
-def _flattened(node: Node, width: int) -> Node | None:
+def _flattened(node: AnyNode, width: int) -> AnyNode:
     """The node at which the attention's output ``[tokens, heads, dim]`` has become ``[..., heads * dim]``, following single views."""
-    current: Node | None = node
+    current: AnyNode = node
     while current is not None and call(current, aten.unsqueeze.default, aten.reshape.default, aten.view.default, aten.contiguous.default):
         if current.meta["val"].shape[-1] == width:
             return current

@@ -1,12 +1,16 @@
 """Small questions that pattern matching asks of graph nodes."""
 
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
+
+AnyNode: TypeAlias = Any
+"""A ``torch.fx.Node``, or whatever else an argument may be: patterns ask for one operator's arguments at a time, and torch.fx types
+arguments as the union of everything."""
 
 CASTS = (aten.to.dtype, aten._to_copy.default)
 VIEWS = (
@@ -23,30 +27,30 @@ VIEWS = (
 )
 
 
-def call(node: object, *targets: object) -> TypeGuard[Node]:
+def call(node: AnyNode, *targets: object) -> bool:
     """Whether it is a call of one of these operators."""
     return isinstance(node, Node) and node.op == "call_function" and any(node.target is target for target in targets)
 
 
-def operands(node: object, target: object) -> Iterator[tuple[Any, Any]]:
+def operands(node: AnyNode, target: object) -> Iterator[tuple[AnyNode, AnyNode]]:
     """The two operands of a commutative operator, in both orders; none for another node."""
     if call(node, target) and len(node.args) == 2 and not node.kwargs:
         yield node.args[0], node.args[1]
         yield node.args[1], node.args[0]
 
 
-def skip(node: Any) -> Any:
+def skip(node: AnyNode) -> AnyNode:
     """What stands before casts."""
     while call(node, *CASTS):
         node = node.args[0]
     return node
 
 
-def one_user(node: Node) -> Node | None:
+def one_user(node: AnyNode) -> AnyNode:
     """The only user, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def is_view(node: Node) -> bool:
+def is_view(node: AnyNode) -> bool:
     """Whether it only looks at its first argument in another shape or order."""
     return call(node, *VIEWS)

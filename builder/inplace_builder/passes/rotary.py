@@ -1,17 +1,15 @@
 """Recognise rotary position embeddings (arXiv:2104.09864) with paired halves, as transformers writes them."""
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
-from inplace_builder.passes.match import call, is_view, one_user, operands
+from inplace_builder.passes.match import AnyNode, call, is_view, one_user, operands
 
 aten = torch.ops.aten
 
 
-def unrotated(node: Any) -> tuple[Any, Node | None, Node | None]:
-    """What stands before a rotation of the whole head, and its cos and sin ``[..., tokens, dim]``; the node itself and None where there is none.
+def unrotated(node: AnyNode) -> tuple[AnyNode, AnyNode, AnyNode]:
+    """What stands before a rotation of the whole head, and its cos and sin ``[..., tokens, dim]``; the node and None where there is none.
 
     The pattern: ``x * cos + cat(-x[..., half:], x[..., :half]) * sin``, views around it.
     """
@@ -22,13 +20,13 @@ def unrotated(node: Any) -> tuple[Any, Node | None, Node | None]:
         for x, cos in operands(first, aten.mul.Tensor):
             for turned, sin in operands(second, aten.mul.Tensor):
                 if _is_turned(turned, x) and one_user(first) is rotated:
-                    tables = _table(cos, x), _table(sin, x)
-                    if all(table is not None for table in tables):
-                        return x, *tables
+                    cosines, sines = _table(cos, x), _table(sin, x)
+                    if cosines is not None and sines is not None:
+                        return x, cosines, sines
     return node, None, None
 
 
-def _is_turned(node: Any, x: Node) -> bool:
+def _is_turned(node: AnyNode, x: AnyNode) -> bool:
     """``cat([-x[..., half:], x[..., :half]], -1)``."""
     if not call(node, aten.cat.default):
         return False
@@ -39,16 +37,17 @@ def _is_turned(node: Any, x: Node) -> bool:
     return call(negated, aten.neg.default) and _is_half(negated.args[0], x, extent // 2, extent) and _is_half(first, x, 0, extent // 2)
 
 
-def _is_half(node: Any, x: Node, start: int, end: int) -> bool:
+def _is_half(node: AnyNode, x: AnyNode, start: int, end: int) -> bool:
     if not call(node, aten.slice.Tensor) or node.args[0] is not x:
         return False
-    dim, found_start, found_end, *step = (*node.args[1:], *(None, None, None)[len(node.args) - 1 :])
+    dim, found_start, found_end = (*node.args[1:4], None, None)[:3]
+    step = node.args[4:]
     rank, extent = x.meta["val"].dim(), x.meta["val"].shape[-1]
     bounds = (found_start or 0, extent if found_end is None else min(found_end, extent))
-    return dim in (-1, rank - 1) and bounds == (start, end) and step in ([], [None], [1])
+    return (dim or 0) in (-1, rank - 1) and bounds == (start, end) and step in ((), (1,))
 
 
-def _table(node: Any, x: Node) -> Node | None:
+def _table(node: AnyNode, x: AnyNode) -> AnyNode:
     """The table ``[1, tokens, dim]`` behind its broadcast over heads; None if it does not broadcast so."""
     if not call(node, aten.unsqueeze.default) or node.args[1] not in (1, -3 + x.meta["val"].dim()):
         return None

@@ -1,0 +1,92 @@
+"""Execution contexts: one for each profile of a plan, over one scratch memory."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inplace.artifacts import Plan
+from inplace.errors import LoadError
+from inplace.trt import TensorRT
+
+
+class Contexts:
+    """Runs a deserialized engine; tensors are bound by name, weights once.
+
+    Args:
+        tensorrt: its TensorRT.
+        engine: ``ICudaEngine``.
+        plan: its profiles.
+        weights: bound for good.
+        logger: what TensorRT says goes here.
+        plugins: those of this TensorRT, or None.
+
+    Attributes:
+        stream: everything runs on it.
+        memory: bytes of device memory: ``scratch``, ``plan``.
+    """
+
+    def __init__(self, tensorrt: TensorRT, engine: Any, plan: Plan, weights: Mapping[str, Tensor], logger: Any, plugins: Any) -> None:
+        self._engine, self._plan, self._weights, self._logger, self._plugins = engine, plan, weights, logger, plugins
+        self.stream = torch.cuda.Stream()
+        size = int(engine.device_memory_size_v2)
+        self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
+        self._contexts = []
+        for index in range(len(plan.profiles)):
+            context = engine.create_execution_context(tensorrt.api.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                raise LoadError(f"{tensorrt} cannot make an execution context: {' / '.join(logger.errors[-2:])}")
+            context.set_device_memory(self._scratch.data_ptr(), size)
+            if index and not context.set_optimization_profile_async(index, self.stream.cuda_stream):
+                raise LoadError(f"{tensorrt} refused profile {index}: {' / '.join(logger.errors[-2:])}")
+            for name, tensor in weights.items():
+                context.set_tensor_address(name, tensor.data_ptr())
+            self._contexts.append(context)
+        self.stream.synchronize()
+        self.memory = {"scratch": self._scratch.nbytes}
+
+    def run(self, rows: int, tokens: int, tensors: Mapping[str, Tensor], addresses: Mapping[str, int]) -> None:
+        """Enqueue one step on `stream`.
+
+        Args:
+            rows, tokens: the step's size, which chooses the profile.
+            tensors: inputs and outputs by name; inputs have their step's shape.
+            addresses: further outputs, bound where they say.
+
+        Raises:
+            RuntimeError: no profile holds the size, or TensorRT or a plugin failed.
+        """
+        index = next((i for i, profile in enumerate(self._plan.profiles) if profile.holds(rows, tokens)), None)
+        if index is None:
+            raise RuntimeError(f"no profile of the plan holds {rows} rows and {tokens} tokens")
+        context = self._contexts[index]
+        for name, tensor in tensors.items():
+            if "INPUT" in str(self._engine.get_tensor_mode(name)) and not context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(f"input {name} of shape {tuple(tensor.shape)} was refused: {self._said()}")
+            context.set_tensor_address(name, tensor.data_ptr())
+        for name, address in addresses.items():
+            context.set_tensor_address(name, address)
+        if not context.execute_async_v3(self.stream.cuda_stream):
+            raise RuntimeError(f"the step failed: {self._said()}")
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[set[int]]:
+        """The addresses of aliased inputs that plugins are handed inside the block."""
+        if self._plugins is None:
+            yield set()
+            return
+        with self._plugins.observed() as seen:
+            yield seen
+
+    def capture(self, work: Any) -> torch.cuda.CUDAGraph:
+        """A CUDA graph of what ``work()`` enqueues on `stream`; it must have run once before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+        return graph
+
+    def _said(self) -> str:
+        texts = (self._plugins.errors[-1:] if self._plugins is not None else []) + self._logger.errors[-2:]
+        return " / ".join(texts) or "TensorRT gave no reason"

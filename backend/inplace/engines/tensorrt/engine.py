@@ -1,0 +1,151 @@
+"""Load a plan, prove that it aliases what the manifest says, bind everything once, and step."""
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inplace.arena import Arena
+from inplace.artifacts import Plan
+from inplace.engines.tensorrt.contexts import Contexts
+from inplace.engines.tensorrt.identity import IdentitySteps
+from inplace.engines.tensorrt.indirect import IndirectSteps
+from inplace.errors import LoadError
+from inplace.manifest import Manifest
+from inplace.trt import TensorRT, load_tensorrt
+
+log = logging.getLogger("inplace")
+
+
+class TensorRtEngine:
+    """Runs a TensorRT plan over state that is bound in place.
+
+    Args:
+        folder: the engine directory.
+        manifest: what the engine is said to be.
+        arena: the memory to bind the states to; on a GPU.
+        graphs: replay steps as CUDA graphs; False launches every kernel of every step.
+
+    Raises:
+        LoadError: the plan was built for another GPU or TensorRT, cannot be read, does not take or return what the manifest says, or does
+            not update a state in the memory it is bound to; or its weights and scratch memory do not fit the GPU.
+
+    Attributes:
+        memory: bytes of device memory by what they are for: ``weights``, ``scratch``, ``steps`` (inputs and outputs of captured sizes).
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, arena: Arena, *, graphs: bool = True) -> None:
+        program, plan = manifest.program("step"), manifest.engine.plan
+        if plan is None:
+            raise LoadError(f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again")
+        path = manifest.engine.checked(folder)
+        if not torch.cuda.is_available():
+            raise LoadError(
+                f"{path} was built for a GPU ({plan.gpu or plan.compute_capability}) and this machine has none that PyTorch can use"
+            )
+        tensorrt = load_tensorrt(plan.flavor)
+        _check_machine(path, plan, tensorrt)
+        self._arena, self._addresses = arena, _addresses(arena)
+        self._tensorrt = tensorrt
+        plugins = None
+        if not tensorrt.is_rtx:
+            from inplace.plugins import plugins as registered
+
+            plugins = registered(tensorrt)
+        self._logger = tensorrt.logger()
+        self._runtime = tensorrt.api.Runtime(self._logger)
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise LoadError(f"{path} cannot be read by {tensorrt}: {' / '.join(self._logger.errors[-2:])}; build the model again")
+        _check_names(path, engine, manifest)
+        _check_native_aliases(path, engine, manifest)
+        try:
+            weights = _weights(folder, plan)
+            contexts = Contexts(tensorrt, engine, plan, {**weights}, self._logger, plugins)
+            kind = IdentitySteps if program.identity else IndirectSteps
+            self._steps: IdentitySteps | IndirectSteps = kind(program, arena, contexts, graphs=graphs)
+            self._steps.warm()
+        except torch.cuda.OutOfMemoryError as error:
+            raise LoadError(
+                f"{path}: the GPU has too little memory beside the arena of {arena.bytes:,} bytes ({str(error).partition('.')[0]}): "
+                f"build with fewer slots, a smaller capacity or fewer tokens a step"
+            ) from error
+        self.memory = {"weights": sum(weight.nbytes for weight in weights.values()), **contexts.memory, **self._steps.memory}
+        log.info("%s: plan bound on %s, device memory %s", path.name, plan.gpu, self.memory)
+
+    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """See `Engine.step`.
+
+        Raises:
+            RuntimeError: TensorRT or a plugin failed, or a state is no longer where it was bound: captured graphs hold addresses, and a stale
+                one is never replayed.
+        """
+        if not self._steps.moves_states and _addresses(self._arena) != self._addresses:
+            moved = [name for name, old in self._addresses.items() if self._arena.tensors[name].data_ptr() != old]
+            raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
+        return self._steps.step(inputs, wanted)
+
+
+def _addresses(arena: Arena) -> dict[str, int]:
+    return arena.addresses()
+
+
+def _check_machine(path: Path, plan: Plan, tensorrt: TensorRT) -> None:
+    found = tensorrt.api.__version__
+    if found != plan.version:
+        raise LoadError(
+            f"{path} was built with {plan.flavor} {plan.version}, this machine has {found}: a plan runs with the version that built it; "
+            f"install that one, or build the model again here"
+        )
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    name = torch.cuda.get_device_name()
+    if capability != plan.compute_capability or (plan.gpu and name != plan.gpu):
+        raise LoadError(
+            f"{path} was built for {plan.gpu or 'a GPU'} (compute capability {plan.compute_capability}), this machine has {name} "
+            f"({capability}): build the model again on this GPU"
+        )
+
+
+def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
+    """The plan is the truth: its inputs and outputs must be the manifest's."""
+    program = manifest.program("step")
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    modes = {name: "input" if "INPUT" in str(engine.get_tensor_mode(name)) else "output" for name in names}
+    states = {spec.name for spec in manifest.states}
+    wanted_in = {spec.name for spec in program.inputs} | states
+    wanted_out = {spec.name for spec in program.outputs} | {alias.output for alias in program.aliases}
+    found_out = {name for name, mode in modes.items() if mode == "output"}
+    missing = sorted((wanted_in - {name for name, mode in modes.items() if mode == "input"}) | (wanted_out - found_out))
+    if missing:
+        raise LoadError(f"{path} has no {missing}, which the manifest names (an alias needs its output); build the model again")
+    if extra := sorted(found_out - wanted_out):
+        raise LoadError(f"{path} returns {extra}, which the manifest does not name; build the model again")
+    for state in manifest.states:
+        shape = tuple(engine.get_tensor_shape(state.name))[1:]
+        if shape != state.shape:
+            raise LoadError(f"{path} has state {state.name} as {list(shape)}, the manifest as {list(state.shape)}; build the model again")
+
+
+def _check_native_aliases(path: Path, engine: Any, manifest: Manifest) -> None:
+    """Compare declared aliases with those the plan reports (TensorRT 10.15 and later, TensorRT for RTX).
+
+    Aliases of plugins are compared with the addresses that the plugins see in the first run, see `Contexts.observed`.
+    """
+    native = [alias for alias in manifest.program("step").aliases if alias.kind == "kv_cache_update"]
+    for alias in native:
+        found = engine.get_aliased_input_tensor(alias.output)
+        if found != alias.input:
+            raise LoadError(
+                f"{path}: output {alias.output} is the memory of {found or 'no input'}, the manifest says {alias}; build the model again"
+            )
+
+
+def _weights(folder: Path, plan: Plan) -> dict[str, Tensor]:
+    if plan.weights is None:
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(plan.weights.checked(folder), device="cuda")

@@ -1,0 +1,157 @@
+"""Steps of programs in which row r must be slot r: TensorRT's own cache layer, and copied states.
+
+A decode step always has a row for every slot; the rows of slots that take no part are null rows. A row with several tokens runs alone,
+with its slot's part of every state bound as a state of one slot. A state of the kind ``copy`` has two buffers: a decode step reads one
+and writes the other, then they change places, so there is a captured graph for each order.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from inplace.arena import Arena
+from inplace.engines.tensorrt.block import Block
+from inplace.engines.tensorrt.contexts import Contexts
+from inplace.engines.tensorrt.sizes import Size
+from inplace.errors import LoadError
+from inplace.manifest import Program, Role
+
+PACKED = (Role.TOKENS, Role.POSITIONS)
+
+
+class IdentitySteps:
+    """Runs a step as one decode step over all slots, and one step for each row with more tokens.
+
+    Args:
+        program: what runs.
+        arena: its states.
+        contexts: the plan's.
+        graphs: capture decode steps; False launches every step anew.
+
+    Attributes:
+        memory: bytes of device memory: ``steps``, and ``copies``, the second buffers.
+        moves_states: whether states change places with their second buffer.
+    """
+
+    def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
+        self._program, self._arena, self._contexts, self._capture = program, arena, contexts, graphs
+        self._size = Size(arena.slots, arena.slots)
+        self._copied = {alias.input for alias in program.aliases if alias.kind == "copy"}
+        first = dict(arena.tensors)
+        second = {name: tensor.clone() if name in self._copied else tensor for name, tensor in first.items()}
+        self._buffers = (first, second)
+        self._turn = 0
+        self.moves_states = bool(self._copied)
+        self._outputs = {
+            spec.name: torch.empty((arena.slots, *spec.shape), dtype=spec.dtype.as_torch, device="cuda") for spec in program.outputs
+        }
+        self._block = Block(program, self._size, contexts.stream.device)
+        self._graphs: list[torch.cuda.CUDAGraph | None] = []
+        copies = sum(second[name].nbytes for name in self._copied)
+        steps = sum(tensor.nbytes for tensor in (*self._outputs.values(), *self._block.tensors.values()))
+        self.memory = {"copies": copies, "steps": steps}
+
+    def warm(self) -> None:
+        """Run a decode step of null rows in each order of the buffers, and capture it.
+
+        Raises:
+            LoadError: the engine fails.
+        """
+        try:
+            for turn in range(2 if self._copied else 1):
+                self._block.fill({})
+                with torch.cuda.stream(self._contexts.stream):
+                    self._decode(turn)
+                self._contexts.stream.synchronize()
+                self._graphs.append(self._contexts.capture(lambda t=turn: self._decode(t)) if self._capture else None)
+        except RuntimeError as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise LoadError(f"the engine fails in its first step: {error}; build the model again") from error
+
+    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """See `TensorRtEngine.step`."""
+        slots = self._of(inputs, Role.SLOTS)
+        bounds = self._of(inputs, Role.ROW_OFFSETS) if self._has(Role.ROW_OFFSETS) else list(range(len(slots) + 1))
+        single = [row for row in range(len(slots)) if bounds[row + 1] - bounds[row] == 1]
+        found: dict[str, Tensor] = {
+            spec.name: torch.empty((len(slots), *spec.shape), dtype=spec.dtype.as_torch)
+            for spec in self._program.outputs
+            if spec.name in wanted
+        }
+        with torch.cuda.stream(self._contexts.stream):
+            for row in sorted(set(range(len(slots))) - set(single)):
+                outputs = self._alone(inputs, row, slots[row], bounds[row], bounds[row + 1])
+                for name, target in found.items():
+                    target[row] = outputs[name][0].cpu()
+            if single:
+                self._together(inputs, single, slots, bounds)
+                places = [slots[row] for row in single]
+                for name, target in found.items():
+                    target[single] = self._outputs[name].cpu()[places]
+        self._contexts.stream.synchronize()
+        return found
+
+    def _together(self, inputs: Mapping[str, Tensor], rows: list[int], slots: list[int], bounds: list[int]) -> None:
+        """One decode step; row r of the step becomes row ``slots[r]``."""
+        places = torch.tensor([slots[row] for row in rows])
+        tokens = torch.tensor([bounds[row] for row in rows])
+        spread: dict[str, Tensor] = {}
+        for spec in self._program.inputs:
+            source = inputs[spec.name]
+            if spec.role in (Role.ROW_OFFSETS, Role.LAST_TOKENS):
+                spread[spec.name] = torch.arange(self._size.rows + (spec.role is Role.ROW_OFFSETS), dtype=source.dtype)
+                continue
+            target = torch.full((self._size.rows, *source.shape[1:]), -1 if spec.role is Role.SLOTS else 0, dtype=source.dtype)
+            target[places] = source[tokens] if spec.role in PACKED else source[rows]
+            spread[spec.name] = target
+        self._block.fill(spread)
+        graph = self._graphs[self._turn]
+        if graph is None:
+            self._decode(self._turn)
+        else:
+            graph.replay()
+        if self._copied:
+            self._turn = 1 - self._turn
+            for name in self._copied:
+                self._arena.rebind(name, self._buffers[self._turn][name])
+
+    def _decode(self, turn: int) -> None:
+        self._block.upload()
+        now, then = self._buffers[turn], self._buffers[1 - turn if self._copied else turn]
+        aliases = {alias.output: then[alias.input].data_ptr() for alias in self._program.aliases}
+        self._contexts.run(self._size.rows, self._size.tokens, {**self._block.tensors, **now, **self._outputs}, aliases)
+
+    def _alone(self, inputs: Mapping[str, Tensor], row: int, slot: int, start: int, end: int) -> dict[str, Tensor]:
+        """A row of several tokens, its slot bound as a state of one slot."""
+        now, then = self._buffers[self._turn], self._buffers[1 - self._turn if self._copied else self._turn]
+        tensors: dict[str, Tensor] = {}
+        for spec in self._program.inputs:
+            source = inputs[spec.name]
+            match spec.role:
+                case Role.TOKENS | Role.POSITIONS:
+                    value = source[start:end]
+                case Role.ROW_OFFSETS:
+                    value = torch.tensor([0, end - start], dtype=source.dtype)
+                case Role.LAST_TOKENS:
+                    value = torch.tensor([end - start - 1], dtype=source.dtype)
+                case Role.SLOTS:
+                    value = torch.zeros(1, dtype=source.dtype)
+                case _:
+                    value = source[row : row + 1]
+            tensors[spec.name] = value.to("cuda")
+        outputs = {name: tensor[:1] for name, tensor in self._outputs.items()}
+        states = {name: tensor[slot : slot + 1] for name, tensor in now.items()}
+        aliases = {alias.output: then[alias.input][slot].data_ptr() for alias in self._program.aliases}
+        self._contexts.run(1, end - start, {**tensors, **states, **outputs}, aliases)
+        for name in self._copied:
+            now[name][slot].copy_(then[name][slot])
+        return outputs
+
+    def _has(self, role: Role) -> bool:
+        return any(spec.role is role for spec in self._program.inputs)
+
+    def _of(self, inputs: Mapping[str, Tensor], role: Role) -> list[int]:
+        found: list[int] = next(inputs[spec.name] for spec in self._program.inputs if spec.role is role).tolist()
+        return found

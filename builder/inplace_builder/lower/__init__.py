@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from inplace.manifest import StateSpec
 from inplace.trt import TensorRT
 
-from inplace_builder.lower import converters, copying, native
+from inplace_builder.lower import converters, copying, native, plugins
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.mechanisms import Use, Verdict, choose, mechanism
 from inplace_builder.lower.network import Lowered, Network, Program, State
@@ -29,7 +29,7 @@ __all__ = [
     "state_converter",
 ]
 
-_REGISTERED = (converters, copying, native)  # importing them registers what they have
+_REGISTERED = (converters, copying, native, plugins)  # importing them registers what they have
 
 
 def lower(

@@ -13,7 +13,7 @@ from inplace.kernels.prefill import append_kernel, prefill_kernel
 MAX_DIM = 512
 """Widest head the kernels take."""
 MAX_SPLITS = 64
-"""Most programs that share one row and kv head."""
+"""Most programs that share one row and kv head; a power of two."""
 MIN_SPLITS = 4
 """Fewest that a long slot is split over, however many rows a step has: one of them may be long."""
 PROGRAMS = 512
@@ -239,15 +239,14 @@ def launch_decode(
         size = attention_workspace(spec, rows, rows, capacity, blocks.split)
         raise ValueError(f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes, and locks")
     block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
-    block_s = _power_of_2(splits)
     decode_kernel[(rows, _pairs(spec), splits)](
         query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, out if workspace is None else workspace,
         slots if locks is None else locks,
-        query_stride, key_stride, value_stride, capacity, spec.scale,
+        query_stride, key_stride, value_stride, capacity, splits, spec.scale,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
         WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap,
-        SPLITS=splits, SPLIT=blocks.split, BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
-        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v, BLOCK_S=block_s, BLOCK_C=min(block_s, max(1, 8192 // (block_h * block_v))),
+        SHARED=splits > 1, SPLIT=blocks.split, BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
+        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v, BLOCK_S=MAX_SPLITS, BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
         STAGES=blocks.stages, PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip
 

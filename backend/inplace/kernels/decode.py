@@ -10,19 +10,19 @@ import triton.language as tl
 from inplace.kernels.softmax import absorb, rotated, scaled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
     query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, workspace, locks,
-    query_stride, key_stride, value_stride, capacity, scale,
+    query_stride, key_stride, value_stride, capacity, splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr,
     APPEND: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, kv head and block of its query heads, split).
 
-    ``SPLIT``: fewest positions of a split; ``BLOCK_G``: query heads of a program, padded for `tl.dot`; ``BLOCK_H``: the same, not
-    padded; ``BLOCK_S``: ``SPLITS`` rounded up to a power of two; ``BLOCK_C``: splits combined at a time.
+    ``SHARED``: whether there are several splits; ``SPLIT``: fewest positions of one; ``BLOCK_G``: query heads of a program, padded for
+    `tl.dot`; ``BLOCK_H``: the same, not padded; ``BLOCK_S``: the most splits there can be; ``BLOCK_C``: splits combined at a time.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -49,10 +49,10 @@ def decode_kernel(
     if RING:
         lower = tl.maximum(lower, start + (1 if APPEND else 0) - capacity)
     length = SPLIT
-    if SPLITS > 1:
-        length = tl.maximum(SPLIT, tl.cdiv(tl.cdiv(start - lower, SPLITS), BLOCK_N) * BLOCK_N)
+    if SHARED:
+        length = tl.maximum(SPLIT, tl.cdiv(tl.cdiv(start - lower, splits), BLOCK_N) * BLOCK_N)
     active = 1
-    if SPLITS > 1:
+    if SHARED:
         active = tl.maximum(1, tl.cdiv(start - lower, length))
     if split >= active:
         return
@@ -85,7 +85,7 @@ def decode_kernel(
 
     upper = start if RING else tl.minimum(start, capacity)
     begin = lower
-    if SPLITS > 1:
+    if SHARED:
         begin = lower + split * length
         upper = tl.minimum(upper, begin + length)
     ring_first = lower % capacity if RING else lower
@@ -98,28 +98,28 @@ def decode_kernel(
     if active == 1:
         total = tl.where(total == 0, 1.0, total)  # nothing cached and nothing appended: 0
         tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=out_mask)
-    elif SPLITS > 1:
+    elif SHARED:
         combine(
-            most, total, acc, g, e, first_head, split, active, out, workspace, locks + row * tl.num_programs(1) + pair,
+            most, total, acc, g, e, first_head, split, splits, active, out, workspace, locks + row * tl.num_programs(1) + pair,
             tl.num_programs(0) * heads, block * BLOCK_G,
-            GROUP, VALUE_DIM, SPLITS, BLOCK_H, BLOCK_V, BLOCK_S, BLOCK_C,
+            GROUP, VALUE_DIM, BLOCK_H, BLOCK_V, BLOCK_S, BLOCK_C,
         )  # fmt: skip
 
 
 @triton.jit
 def combine(
-    most, total, acc, g, e, first_head, split, active, out, workspace, lock, all_heads, first_g,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr,
+    most, total, acc, g, e, first_head, split, splits, active, out, workspace, lock, all_heads, first_g,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Leave this split's part in the workspace; the last of ``active`` programs to arrive adds them up and leaves the lock at 0.
 
     The workspace: float32 ``acc[rows, heads, splits, value_dim]``, then ``most`` and ``total``, each ``[rows, heads, splits]``.
     """
-    parts = all_heads.to(tl.int64) * SPLITS
+    parts = all_heads.to(tl.int64) * splits
     mosts = workspace + parts * VALUE_DIM
     totals = mosts + parts
-    part = (first_head + g) * SPLITS + split
+    part = (first_head + g) * splits + split
     tl.store(workspace + part[:, None] * VALUE_DIM + e[None, :], acc, mask=(g < GROUP)[:, None] & (e < VALUE_DIM)[None, :])
     tl.store(mosts + part, most, mask=g < GROUP)
     tl.store(totals + part, total, mask=g < GROUP)
@@ -129,7 +129,7 @@ def combine(
         h = first_g + tl.arange(0, BLOCK_H)
         ours = (h < GROUP) & (h < first_g + BLOCK_H)
         s = tl.arange(0, BLOCK_S)
-        at = (first_head + h)[:, None] * SPLITS + s[None, :]
+        at = (first_head + h)[:, None] * splits + s[None, :]
         mask = ours[:, None] & (s < active)[None, :]
         # ".cg": past the first-level cache, which knows nothing of the other programs' stores
         peaks = tl.load(mosts + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
@@ -139,7 +139,7 @@ def combine(
         result = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
         for begin in range(0, active, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            place = (first_head + h)[None, :] * SPLITS + c[:, None]
+            place = (first_head + h)[None, :] * splits + c[:, None]
             have = ours[None, :] & (c < active)[:, None]
             weights = tl.exp2(tl.load(mosts + place, mask=have, other=float("-inf"), cache_modifier=".cg") - peak[None, :])
             some = tl.load(

@@ -139,7 +139,7 @@ def judge_copy(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
         if dtype in (torch.int8, torch.uint8) or not tensorrt.has_dtype(dtype):
             return Verdict(False, f"TensorRT does not select between elements of {use.state.name}, which is {use.state.dtype}")
         if use.operator not in ("read", "update", "attention"):
-            return Verdict(False, f"inplace::{use.operator}{source_line(use.node)} exists as a plugin only")
+            return Verdict(False, f"it has no converter for {use.node.target}{source_line(use.node)}")
     return Verdict(True, "the state is copied into a second buffer in each step, and the runtime swaps the two")
 
 
@@ -183,5 +183,5 @@ def _no_cache_operator(use: Use) -> str | None:
     if use.operator == "update" and use.arguments["axis"] != 2:
         return f"{use.state.name} is appended to along axis {use.arguments['axis']}; the layer appends along axis 2"
     if use.operator not in ("update", "attention"):
-        return f"inplace::{use.operator} exists as a plugin only"
+        return f"it has no converter for {use.node.target}"
     return None

@@ -1,0 +1,34 @@
+"""Every use of a state compiles with the mechanisms that accept it, and the others say why not."""
+
+import pytest
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.errors import BuildError
+from inplace_builder.lower import CompileOptions, choose, compile_network, lower
+from state_cases import STATE_CASES, StateCase
+
+REFUSED = {
+    "ring": "keys is a ring",
+    "packed-first-axis": "memory has rank 3 with its slots",
+    "packed-ring": "memory grows along axis 3",
+    "replace": "memory has rank 3",
+    "replace-int32": "memory has rank 2",
+}
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+@pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
+def test_a_use_of_a_state_compiles_or_is_refused(rtx: TensorRT, case: StateCase, kind: str) -> None:
+    if kind == "kv_cache_update" and case.name in REFUSED:
+        with pytest.raises(BuildError, match=REFUSED[case.name]):
+            choose(case.exported.graph, case.states, rtx, order=("kv_cache_update",))
+        return
+    (choice,) = {record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))}  # type: ignore[arg-type]
+    assert choice == kind
+    lowered = lower(case.exported, outputs=["out"], states=case.states, kinds={s.name: kind for s in case.states}, tensorrt=rtx)
+    assert set(lowered.state_outputs) == (set() if case.name == "cross" else {state.name for state in case.states})
+    assert compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120"))).nbytes > 1000

@@ -1,0 +1,182 @@
+"""A tiny random Whisper as two programs: an encoder that writes the cross-attention states, a decoder step that reads them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from inplace.dtypes import Dtype
+from inplace.manifest import StateSpec, Update
+from inplace.operators import attention, update
+from inplace_builder.capture.capture import any_size
+from inplace_builder.lower.compile import Range
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+LAYERS, HEADS, DIM, MEL, POSITIONS, CAPACITY, VOCABULARY, START = 2, 4, 8, 8, 20, 48, 64, 3
+FRAMES = 2 * POSITIONS
+MOST_ROWS, CHUNK = 4, 8
+
+
+def tiny_whisper() -> WhisperForConditionalGeneration:
+    """Random weights; its greedy tokens do not settle on one."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=HEADS * DIM,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=MEL,
+        max_source_positions=POSITIONS,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=START,
+        init_std=0.3,
+    )
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def states(part: str, capacity: int) -> tuple[StateSpec, ...]:
+    """Keys and values of every layer, named ``<part>_key_0`` and so on."""
+    return tuple(
+        StateSpec(
+            name=f"{part}_{what}_{layer}", shape=(HEADS, capacity, DIM), dtype=Dtype.FLOAT32, update=Update.APPEND, axis=1, reset=False
+        )
+        for what in ("key", "value")
+        for layer in range(LAYERS)
+    )
+
+
+CROSS, SELF = states("cross", POSITIONS), states("own", CAPACITY)
+
+
+class Encoder(nn.Module):
+    """Features ``[rows, mel, frames]`` to the cross-attention keys and values of every decoder layer."""
+
+    def __init__(self, whisper: WhisperForConditionalGeneration) -> None:
+        super().__init__()
+        self.encoder, self.layers = whisper.model.encoder, whisper.model.decoder.layers
+
+    def forward(self, features: Tensor, slots: Tensor, write_indices: Tensor, cross: list[Tensor]) -> Tensor:
+        hidden = self.encoder(features).last_hidden_state
+        for layer, keys, values in zip(self.layers, cross[:LAYERS], cross[LAYERS:], strict=True):
+            for project, state in ((layer.encoder_attn.k_proj, keys), (layer.encoder_attn.v_proj, values)):
+                rows = project(hidden).view(hidden.shape[0], POSITIONS, HEADS, DIM).transpose(1, 2)
+                update(state, slots, rows, None, write_indices, axis=2)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+
+class Decoder(nn.Module):
+    """One step over packed tokens: ids ``[tokens]`` to each row's next token ``[rows, 1]``."""
+
+    def __init__(self, whisper: WhisperForConditionalGeneration) -> None:
+        super().__init__()
+        self.decoder, self.head = whisper.model.decoder, whisper.proj_out
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        row_offsets: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        write_indices: Tensor,
+        encoded: Tensor,
+        cross: list[Tensor],
+        own: list[Tensor],
+    ) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.view(x.shape[0], HEADS, DIM)
+
+        x = self.decoder.embed_tokens(input_ids) + self.decoder.embed_positions.weight[positions]
+        for index, layer in enumerate(self.decoder.layers):
+            each = layer.self_attn
+            h = layer.self_attn_layer_norm(x)
+            caches = own[index], own[LAYERS + index], slots, row_offsets
+            query, key, value = (heads(y) for y in (each.q_proj(h) * each.scaling, each.k_proj(h), each.v_proj(h)))
+            x = x + each.out_proj(attention(query, key, value, *caches, write_indices, scale=1.0).flatten(1))
+            each = layer.encoder_attn
+            query = heads(each.q_proj(layer.encoder_attn_layer_norm(x)) * each.scaling)
+            caches = cross[index], cross[LAYERS + index], slots, row_offsets
+            seen = attention(query, None, None, *caches, encoded, scale=1.0, append=False, causal=False)
+            x = x + each.out_proj(seen.flatten(1))
+            x = x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
+        logits = self.head(self.decoder.layer_norm(x)[last_tokens])
+        return logits.argmax(-1, keepdim=True)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class WhisperProgram:
+    """An exported program, its states and the shapes to build it for."""
+
+    exported: torch.export.ExportedProgram
+    outputs: tuple[str, ...]
+    states: tuple[StateSpec, ...]
+    profiles: tuple[dict[str, Range], ...]
+
+
+def _arena(specs: tuple[StateSpec, ...]) -> list[Tensor]:
+    return [torch.zeros((2, *state.shape)) for state in specs]
+
+
+def encoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
+    rows = Dim("rows", min=1, max=MOST_ROWS)
+    index = torch.zeros(2, dtype=torch.int32)
+    with torch.no_grad(), any_size():
+        exported = torch.export.export(
+            Encoder(whisper),
+            (torch.zeros(2, MEL, FRAMES), torch.arange(2, dtype=torch.int32), index, _arena(CROSS)),
+            dynamic_shapes=({0: rows}, {0: rows}, {0: rows}, [{0: Dim("slots", min=1)}] * len(CROSS)),
+        )
+    shapes: dict[str, tuple[int, ...]] = {"features": (MEL, FRAMES), "slots": (), "write_indices": ()}
+    shapes |= {state.name: state.shape for state in CROSS}
+    profile: dict[str, Range] = {name: ((1, *shape), (1, *shape), (MOST_ROWS, *shape)) for name, shape in shapes.items()}
+    return _named(WhisperProgram(exported, ("hidden",), CROSS, (profile,)))
+
+
+def decoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
+    rows: Any = Dim("rows", min=1, max=MOST_ROWS)
+    tokens, slots = {0: Dim("tokens", min=1, max=MOST_ROWS * CHUNK)}, {0: Dim("slots", min=1)}
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    ids, at = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    each = torch.zeros(2, dtype=torch.int32)
+    with torch.no_grad(), any_size():
+        exported = torch.export.export(
+            Decoder(whisper),
+            (ids, at, offsets, offsets[1:] - 1, torch.arange(2, dtype=torch.int32), each, each + POSITIONS, _arena(CROSS), _arena(SELF)),
+            dynamic_shapes=(
+                *(tokens, tokens, {0: rows + 1}, {0: rows}, {0: rows}, {0: rows}, {0: rows}),
+                *([slots] * len(CROSS), [slots] * len(SELF)),
+            ),
+        )
+
+    def profile(rows: tuple[int, int, int], tokens: tuple[int, int, int]) -> dict[str, Range]:
+        def three(shapes: list[tuple[int, ...]]) -> Range:
+            return shapes[0], shapes[1], shapes[2]
+
+        found = {name: three([(n,) for n in tokens]) for name in ("input_ids", "positions")}
+        found |= {name: three([(n,) for n in rows]) for name in ("last_tokens", "slots", "write_indices", "encoded")}
+        found["row_offsets"] = three([(n + 1,) for n in rows])
+        return found | {state.name: three([(n, *state.shape) for n in rows]) for state in (*CROSS, *SELF)}
+
+    decode, prefill = profile((1, 1, MOST_ROWS), (1, 1, MOST_ROWS)), profile((1, 1, 1), (1, 4, CHUNK))
+    return _named(WhisperProgram(exported, ("next_token",), (*CROSS, *SELF), (decode, prefill)))
+
+
+def _named(program: WhisperProgram) -> WhisperProgram:
+    """Give the placeholders of the states the names of their descriptions: lists of tensors export as ``cross_0`` and so on."""
+    count = len(program.states)
+    signature = program.exported.graph_signature
+    found = list(signature.user_inputs)[-count:]
+    for old, state in zip(found, program.states, strict=True):
+        node = next(node for node in program.exported.graph.nodes if node.name == old)
+        node._rename(state.name)
+        signature.replace_all_uses(str(old), state.name)
+    return program

@@ -126,9 +126,9 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     program, lowering = described(exported, description, states)
 
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        ids = torch.cat([request["input_ids"] for request in requests])
+        ids = torch.cat([request["input_ids"] for request in requests]).to(model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return Capture(exported, program, states, options.capacity, Dtype.of(model.dtype), lowering, reference)

@@ -88,6 +88,10 @@ class TensorRtEngine:
             raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
         return self._steps.step(inputs, wanted)
 
+    def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
+        """Microseconds of one step on the GPU, see `IndirectSteps.time`; for benchmarks."""
+        return self._steps.time(inputs, count)
+
 
 def _addresses(arena: Arena) -> dict[str, int]:
     return arena.addresses()

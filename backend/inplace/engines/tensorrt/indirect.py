@@ -1,6 +1,6 @@
 """Steps of programs whose rows may be any slots: one CUDA graph for each captured size, valid for life."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,19 @@ class IndirectSteps:
         self._done.synchronize()
         return late | {name: self._host[name][:rows].clone() for name in self._always if name in wanted}
 
+    def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
+        """Microseconds of one step, the mean of ``count`` back to back, uploads and downloads included: for benchmarks.
+
+        The steps repeat: each appends where the one before did.
+        """
+        size = fitting(self._sizes, *step_size(self._program, inputs))
+        assert size is not None
+        found = self._captured[size]
+        found.block.fill(inputs)
+        return timed(
+            self._contexts.stream, lambda: found.graph.replay() if found.graph is not None else self._enqueue(size, found.block), count
+        )
+
     def _enqueue(self, size: Size, block: Block) -> None:
         block.upload()
         outputs = {name: tensor[: size.rows] for name, tensor in self._outputs.items()}
@@ -116,3 +129,16 @@ def step_size(program: Program, inputs: Mapping[str, Tensor]) -> tuple[int, int]
     rows = next(len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.SLOTS)
     tokens = next((len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.TOKENS), rows)
     return rows, tokens
+
+
+def timed(stream: torch.cuda.Stream, work: Callable[[], object], count: int) -> float:
+    """Microseconds of one call's work on the stream, the mean of ``count`` enqueued back to back."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        work()
+        begin.record()
+        for _ in range(count):
+            work()
+        end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / count * 1e3

@@ -1,0 +1,122 @@
+"""Step times of our TensorRT engines: one capacity and mechanism a process, one JSON line for each number of rows.
+
+python -m benchmarks.gpu.engine --shape 1b --alias plugin --capacity 1024 --cases 1,8,64 --length 600 --prefill 512
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from inplace.arena import Arena
+from inplace.batcher import Work, form
+from inplace.dtypes import Dtype
+from inplace.engines.tensorrt import TensorRtEngine
+from inplace.instance import ModelInstance
+from inplace.manifest import Manifest
+from inplace.requests import Request
+from inplace_builder.build import VERSION, BuildOptions, write_engine
+from inplace_builder.capture import DecoderOptions, capture_decoder
+
+from benchmarks.gpu.shapes import random_model
+
+BANDWIDTH = 3.02e12
+"""Bytes a second: a device-to-device copy on an H100, reads and writes counted."""
+REPEATS, STEPS = 5, 100
+
+
+def main() -> None:
+    """Build, measure, print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", required=True)
+    parser.add_argument("--alias", default="plugin", choices=("plugin", "copy"))
+    parser.add_argument("--capacity", type=int, default=1024)
+    parser.add_argument("--cases", default="1", help="numbers of rows, separated by commas")
+    parser.add_argument("--length", type=int, default=600)
+    parser.add_argument("--prefill", type=int, default=0, help="also time a prompt of so many tokens")
+    arguments = parser.parse_args()
+    rows = [int(count) for count in arguments.cases.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        before = time.perf_counter()
+        model = random_model(arguments.shape, torch.bfloat16, "cpu")
+        chunk = max(arguments.prefill, 1)
+        options = BuildOptions(
+            dtype=Dtype.BFLOAT16,
+            device="cuda",
+            slots=max(rows),
+            max_rows=max(rows),
+            capacity=arguments.capacity,
+            chunk=chunk,
+            step_tokens=max(max(rows), chunk),
+            engine="tensorrt",
+            alias=arguments.alias,
+        )
+        capture = capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, chunk, options.most_tokens))
+        model.to("cuda")  # the reference of the verification
+        manifest = write_engine(capture, Path(folder) / "model", options)
+        built = time.perf_counter() - before
+        del model, capture
+        arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
+        engine = TensorRtEngine(Path(folder) / "model" / VERSION, manifest, arena)
+        for tensor in arena.tensors.values():
+            tensor.normal_()
+        for count in rows:
+            lengths = [arguments.length] * count
+            report(arguments, manifest, engine, arena, lengths, [1] * count, built)
+        if arguments.prefill:
+            report(arguments, manifest, engine, arena, [0], [arguments.prefill], built)
+
+
+def report(
+    arguments: argparse.Namespace,
+    manifest: Manifest,
+    engine: TensorRtEngine,
+    arena: Arena,
+    lengths: list[int],
+    tokens: list[int],
+    built: float,
+) -> None:
+    """Time one step and print its line."""
+    inputs = step_inputs(manifest, engine, arena, lengths, tokens)
+    times = [engine.time(inputs, STEPS) for _ in range(REPEATS)]
+    cached = sum(length + count for length, count in zip(lengths, tokens, strict=True))
+    position = sum(state.slot_bytes for state in manifest.states) // arguments.capacity
+    weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])
+    line: dict[str, Any] = {
+        "engine": f"inplace-{arguments.alias}",
+        "shape": arguments.shape,
+        "rows": len(lengths),
+        "capacity": arguments.capacity,
+        "length": max(lengths),
+        "tokens": sum(tokens),
+        "kind": "decode" if max(tokens) == 1 else "prefill",
+        "us": statistics.median(times),
+        "us_min": min(times),
+        "repeats": REPEATS,
+        "floor_us": (weights + cached * position) / BANDWIDTH * 1e6,
+        "weight_bytes": weights,
+        "cache_bytes_read": cached * position,
+        "memory": engine.memory | {"arena": arena.bytes, "plan": manifest.engine.bytes},
+        "build_s": built,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def step_inputs(manifest: Manifest, engine: TensorRtEngine, arena: Arena, lengths: list[int], tokens: list[int]) -> dict[str, torch.Tensor]:
+    """The inputs of a step of sequences that hold so many positions and bring so many tokens."""
+    instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
+    works: list[Work] = []
+    for row, (length, count) in enumerate(zip(lengths, tokens, strict=True)):
+        ids = torch.randint(0, 1000, (1, count))
+        work = instance.admit(Request(row + 1, start=True, end=False, inputs={"input_ids": ids}))
+        work.sequence.length = length
+        works.append(work)
+    return form(manifest.program("step"), works).inputs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""TensorRT engines on the GPU: built, verified, bound, replayed, and refused where they must be."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from inplace.arena import Arena
+from inplace.dtypes import Dtype
+from inplace.engines import load_engine
+from inplace.errors import LoadError
+from inplace.instance import ModelInstance
+from inplace.manifest import Manifest
+from inplace.requests import Request
+from inplace_builder.build import VERSION, BuildOptions, build_decoder, write_engine
+from models import VOCABULARY, accumulator, greedy, tiny_llama
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
+
+OPTIONS = {"device": "cuda", "engine": "tensorrt", "capacity": 64, "chunk": 8, "slots": 6, "max_rows": 4}
+
+
+def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> ModelInstance:
+    from inplace.engines.tensorrt import TensorRtEngine
+
+    manifest = Manifest.load(model / VERSION)
+    arena = Arena(manifest.states, slots or manifest.slots, torch.device("cuda"))
+    return ModelInstance(manifest, arena, TensorRtEngine(model / VERSION, manifest, arena, graphs=graphs), idle_timeout=600.0)
+
+
+def run(instance: ModelInstance, sequence: int, ids: list[int], *, start: bool = False) -> int:
+    work = instance.admit(Request(sequence, start, False, {"input_ids": torch.tensor([ids])}))
+    while not work.finished:
+        instance.step([work])
+    assert work.error is None, work.error
+    instance.finish(work)
+    return int(work.outputs["next_token"])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("repository") / "llama"
+    build_decoder(llama, path, BuildOptions(dtype=Dtype.FLOAT32, **OPTIONS))
+    return path
+
+
+@pytest.mark.parametrize("alias", ["plugin", "copy"])
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
+def test_a_decoder_builds_verifies_and_says_what_transformers_says(llama: Path, tmp_path: Path, dtype: Dtype, alias: str) -> None:
+    manifest = build_decoder(llama, tmp_path / "out", BuildOptions(dtype=dtype, alias=alias, **OPTIONS))
+    assert {entry.kind for entry in manifest.program("step").aliases} == {alias}
+    assert {record.kind for record in manifest.lowering} == {alias}
+    if dtype is not Dtype.FLOAT32:
+        return
+    model = tiny_llama(tmp_path / "again")
+    instance = opened(tmp_path / "out")
+    for sequence, prompt in enumerate(([5, 6, 7], [9], list(range(20, 43))), 1):
+        said = [run(instance, sequence, prompt, start=True)]
+        while len(said) < 24:
+            said.append(run(instance, sequence, said[-1:]))
+        assert said == greedy(model, prompt, 24)
+
+
+def test_states_stay_where_they_are_and_foreign_slots_stay_as_they_are(engine: Path) -> None:
+    instance = opened(engine)
+    for tensor in instance.arena.tensors.values():
+        tensor.fill_(float("nan"))
+    addresses = instance.arena.addresses()
+    run(instance, 1, [5, 6, 7], start=True)
+    run(instance, 2, [8], start=True)
+    held = {instance.table.find(sequence).slot for sequence in (1, 2)}
+    foreign = [slot for slot in range(instance.arena.slots) if slot not in held]
+    before = {name: tensor[foreign].clone().view(torch.uint8) for name, tensor in instance.arena.tensors.items()}
+    for token in range(40):
+        works = [instance.admit(Request(sequence, False, False, {"input_ids": torch.tensor([[token]])})) for sequence in (1, 2)]
+        instance.step(works)
+        for work in works:
+            assert work.error is None
+            instance.finish(work)
+    assert instance.arena.addresses() == addresses
+    for name, tensor in instance.arena.tensors.items():
+        assert torch.equal(tensor[foreign].view(torch.uint8), before[name])
+
+
+def test_graphs_on_and_off_say_the_same(engine: Path) -> None:
+    said = []
+    for graphs in (True, False):
+        instance = opened(engine, graphs=graphs)
+        found = [run(instance, 1, list(range(30)), start=True)]
+        found += [run(instance, 1, [token]) for token in range(5)]
+        said.append(found)
+    assert said[0] == said[1]
+
+
+def test_any_batch_equals_the_solo_runs(engine: Path) -> None:
+    solo = opened(engine)
+    prompts = [[3], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [VOCABULARY - 1, 0], [40] * 8]
+    expected = [run(solo, sequence, prompt, start=True) for sequence, prompt in enumerate(prompts, 1)]
+    together = opened(engine)
+    works = [together.admit(Request(s, True, False, {"input_ids": torch.tensor([p])})) for s, p in enumerate(prompts, 1)]
+    while pending := [work for work in works if not work.finished]:
+        together.step(pending)
+    assert [int(work.outputs["next_token"]) for work in works] == expected
+
+
+def test_a_state_that_moved_is_refused_not_replayed(engine: Path) -> None:
+    instance = opened(engine)
+    run(instance, 1, [5], start=True)
+    instance.arena.rebind("key_states_0", instance.arena.tensors["key_states_0"].clone())
+    work = instance.admit(Request(1, False, False, {"input_ids": torch.tensor([[6]])}))
+    instance.step([work])
+    assert work.error is not None
+    assert "no longer at the addresses" in str(work.error)
+
+
+@pytest.mark.parametrize("alias", ["plugin", "copy"])
+def test_states_that_are_no_cache(tmp_path: Path, alias: str) -> None:
+    options = BuildOptions(dtype=Dtype.FLOAT32, device="cuda", engine="tensorrt", slots=4, max_rows=4, capacity=1, alias=alias)
+    write_engine(accumulator(), tmp_path / "accumulator", options)
+    instance = opened(tmp_path / "accumulator")
+    sums = {1: 0.0, 2: 0.0}
+    for step, (sequence, value) in enumerate([(1, 1.0), (2, 10.0), (1, 2.0), (1, 3.0), (2, 20.0)]):
+        start = sums[sequence] == 0.0
+        work = instance.admit(Request(sequence, start, False, {"value": torch.full((1, 4), value)}))
+        instance.step([work])
+        instance.finish(work)
+        sums[sequence] += value
+        assert work.outputs["sum"].tolist() == [[sums[sequence]] * 4], step
+
+
+def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
+    """A copy of a model whose manifest says something else of its plan."""
+    import json
+
+    copy = tmp_path / "edited"
+    shutil.copytree(model, copy)
+    path = copy / VERSION / "engine.json"
+    fields = json.loads(path.read_text())
+    fields["engine"]["plan"].update(engine)
+    path.write_text(json.dumps(fields))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": "9.9.9"}, "was built with tensorrt 9.9.9"),
+        ({"compute_capability": "8.0"}, "was built for .* compute capability 8.0"),
+        ({"gpu": "NVIDIA A100"}, "was built for NVIDIA A100"),
+    ],
+)
+def test_a_plan_for_another_machine_is_refused(engine: Path, tmp_path: Path, change: dict[str, object], said: str) -> None:
+    with pytest.raises(LoadError, match=said):
+        opened(edited(engine, tmp_path, **change))
+
+
+def test_a_truncated_plan_and_changed_weights_are_refused(engine: Path, tmp_path: Path) -> None:
+    for name in ("engine.plan", "weights.safetensors"):
+        copy = tmp_path / name
+        shutil.copytree(engine, copy)
+        path = copy / VERSION / name
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(LoadError, match="truncated"):
+            opened(copy)
+
+
+def test_a_plan_that_is_none_is_refused(engine: Path, tmp_path: Path) -> None:
+    import hashlib
+    import json
+
+    copy = tmp_path / "copy"
+    shutil.copytree(engine, copy)
+    content = b"no plan at all"
+    (copy / VERSION / "engine.plan").write_bytes(content)
+    path = copy / VERSION / "engine.json"
+    fields = json.loads(path.read_text())
+    fields["engine"].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    path.write_text(json.dumps(fields))
+    with pytest.raises(LoadError, match="cannot be read by TensorRT"):
+        opened(copy)
+
+
+def test_an_alias_that_the_plan_does_not_have_is_refused(engine: Path, tmp_path: Path) -> None:
+    import json
+
+    copy = tmp_path / "copy"
+    shutil.copytree(engine, copy)
+    path = copy / VERSION / "engine.json"
+    fields = json.loads(path.read_text())
+    fields["programs"][0]["aliases"][0]["output"] = "nobody"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(LoadError, match="nobody"):
+        opened(copy)
+
+
+def test_an_arena_larger_than_the_gpu_is_refused(engine: Path) -> None:
+    manifest = Manifest.load(engine / VERSION)
+    with pytest.raises(LoadError, match="fewer slots"):
+        Arena(manifest.states, 1 << 34, torch.device("cuda"))
+
+
+def test_load_engine_takes_a_plan(engine: Path) -> None:
+    manifest = Manifest.load(engine / VERSION)
+    arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
+    load_engine(engine / VERSION, manifest, arena)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from models import VOCABULARY, accumulator, greedy, tiny_llama
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
 pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
-OPTIONS = {"device": "cuda", "engine": "tensorrt", "capacity": 64, "chunk": 8, "slots": 6, "max_rows": 4}
+
+def options(**changes: Any) -> BuildOptions:
+    return BuildOptions(**({"device": "cuda", "engine": "tensorrt", "capacity": 64, "chunk": 8, "slots": 6, "max_rows": 4} | changes))
 
 
 def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> ModelInstance:
@@ -48,14 +51,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repository") / "llama"
-    build_decoder(llama, path, BuildOptions(dtype=Dtype.FLOAT32, **OPTIONS))
+    build_decoder(llama, path, options())
     return path
 
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
 def test_a_decoder_builds_verifies_and_says_what_transformers_says(llama: Path, tmp_path: Path, dtype: Dtype, alias: str) -> None:
-    manifest = build_decoder(llama, tmp_path / "out", BuildOptions(dtype=dtype, alias=alias, **OPTIONS))
+    manifest = build_decoder(llama, tmp_path / "out", options(dtype=dtype, alias=alias))
     assert {entry.kind for entry in manifest.program("step").aliases} == {alias}
     assert {record.kind for record in manifest.lowering} == {alias}
     if dtype is not Dtype.FLOAT32:
@@ -123,8 +126,7 @@ def test_a_state_that_moved_is_refused_not_replayed(engine: Path) -> None:
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
 def test_states_that_are_no_cache(tmp_path: Path, alias: str) -> None:
-    options = BuildOptions(dtype=Dtype.FLOAT32, device="cuda", engine="tensorrt", slots=4, max_rows=4, capacity=1, alias=alias)
-    write_engine(accumulator(), tmp_path / "accumulator", options)
+    write_engine(accumulator(), tmp_path / "accumulator", options(slots=4, capacity=1, alias=alias))
     instance = opened(tmp_path / "accumulator")
     sums = {1: 0.0, 2: 0.0}
     for step, (sequence, value) in enumerate([(1, 1.0), (2, 10.0), (1, 2.0), (1, 3.0), (2, 20.0)]):

@@ -38,7 +38,6 @@ class DecoderOptions:
     max_rows: int
     chunk: int
     max_tokens: int | None = None
-    max_tokens: int | None = None
 
 
 class DecoderStep(torch.nn.Module):

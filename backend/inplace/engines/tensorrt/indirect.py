@@ -141,4 +141,5 @@ def timed(stream: torch.cuda.Stream, work: Callable[[], object], count: int) -> 
             work()
         end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / count * 1e3
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / count * 1e3

@@ -1,0 +1,103 @@
+"""The fusion pass: what it makes of transformers' decoders, and that they still say the same."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder.passes.fuse import Fused, fuse
+from torch.export.graph_signature import InputKind
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "llama-tied": LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED),
+    "gemma2": Gemma2Config(**GROUPED, query_pre_attn_scalar=8, sliding_window=64, hidden_activation="gelu_pytorch_tanh"),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+FULLY = {"inplace.linear.default": 4 * 2 + 1, "inplace.qkv_attention.default": 2, "inplace.argmax.default": 1}
+EXPECTED: dict[str, dict[str, int]] = {
+    "llama": FULLY,
+    "llama-tied": FULLY,
+    "qwen2": FULLY,
+    "qwen3": {"inplace.attention.default": 2, "inplace.rms_norm.default": 6, "inplace.linear.default": 6 * 2 + 1},
+    "gemma2": {"inplace.qkv_attention.default": 2, "inplace.linear.default": 4 * 2 + 1},
+    "gpt2": {"inplace.attention.default": 2, "inplace.linear.default": 4 * 2 + 1},
+}
+
+
+def run(program: torch.export.ExportedProgram | Fused, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Interpret a program's graph; states are mutated in ``inputs``."""
+    weights = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            assert spec.target is not None
+            found = program.state_dict.get(spec.target)
+            weights[spec.arg.name] = program.constants[spec.target] if found is None else found
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        found = torch.fx.Interpreter(program.graph_module).run(*((weights | inputs)[name] for name in names))
+    assert isinstance(found, tuple)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_decoder_has_fewer_operators_and_says_the_same(family: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=4, chunk=8))
+    fused = fuse(capture.exported)
+    states = {state.name: torch.randn(3, *state.shape) for state in capture.states}
+    rows = {
+        "input_ids": torch.tensor([5, 6, 7, 8]),
+        "positions": torch.tensor([3, 0, 1, 2], dtype=torch.int32),
+        "row_offsets": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "last_tokens": torch.tensor([0, 3], dtype=torch.int32),
+        "slots": torch.tensor([2, 0], dtype=torch.int32),
+        "write_indices": torch.tensor([3, 0], dtype=torch.int32),
+    }
+    results, memories = [], []
+    for program in (capture.exported, fused):
+        memory = {name: tensor.clone() for name, tensor in states.items()}
+        results.append(run(program, rows | memory))
+        memories.append(memory)
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
+    for name in states:
+        torch.testing.assert_close(memories[0][name], memories[1][name], rtol=1e-4, atol=1e-4)
+    counts = Counter(str(node.target) for node in fused.graph.nodes if node.op == "call_function")
+    assert {name: counts[name] for name in EXPECTED[family]} == EXPECTED[family], counts
+    assert not counts["aten.linear.default"]
+
+
+def test_a_projection_with_another_user_is_left_alone(tmp_path: Path) -> None:
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            gate = self.gate(x)
+            return torch.nn.functional.silu(gate) * self.up(x), gate
+
+    module, x = Step().eval(), torch.randn(3, 16)
+    exported = torch.export.export(module, (x,))
+    fused = fuse(exported)
+    assert not any(node.kwargs.get("gated") for node in fused.graph.nodes)
+    for found, expected in zip(run(fused, {"x": x}), module(x), strict=True):
+        torch.testing.assert_close(found, expected)

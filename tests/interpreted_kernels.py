@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inplace.kernels.attention import AttentionSpec, attention_workspace
+from inplace.operators.attention import _attention_on_gpu
+from inplace.operators.update import _update_on_gpu
 from kernel_cases import AttentionCase, Row, check_read, check_update, rotate
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -165,3 +167,27 @@ def test_an_append_along_any_axis(shape: tuple[int, ...], axis: int, dtype: torc
 def test_replacing_and_reading_whole_slots(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_update(shape, 0, APPEND, dtype, packed=False)
     check_read(shape, dtype)
+
+
+@STEPS
+def test_the_operator_for_gpus_equals_the_one_for_cpus(rows: list[Row]) -> None:
+    case = AttentionCase(spec(), rows, capacity=300)
+    control = [x.long() for x in case.control]
+    expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
+    query = case.query.transpose(0, 1).contiguous().transpose(0, 1)  # heads outside: not a slice of a projection
+    out = _attention_on_gpu(query, case.key, case.value, case.key_state, case.value_state, *control, scale=case.spec.scale)
+    case.compare(out, expected, before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_update_for_gpus_equals_the_one_for_cpus(packed: bool) -> None:
+    state, starts, slots = torch.randn(5, 2, 8, 3), torch.tensor([1, 0, 6]), torch.tensor([3, -1, 0])
+    value = torch.randn(2, 6, 3).transpose(0, 1) if packed else torch.randn(3, 2, 2, 3)
+    offsets = torch.tensor([0, 2, 4, 6]) if packed else None
+    expected, replaced = state.clone(), torch.randn(3, 2, 8, 3)
+    torch.ops.inplace.update(expected, slots, value, offsets, starts, 2)
+    _update_on_gpu(state, slots, value, offsets, starts, 2)
+    assert torch.equal(state, expected)
+    torch.ops.inplace.update(expected, slots, replaced)
+    _update_on_gpu(state, slots, replaced)
+    assert torch.equal(state, expected)

@@ -1,0 +1,115 @@
+"""What plugins answer to TensorRT: shapes, types, aliases, and that a plan gives them back as they were.
+
+The classes are TensorRT's own (those of TensorRT for RTX, whose networks take no plugins, so none runs here).
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from inplace.operators import ACTIVATIONS
+from inplace.plugins import OPERATIONS, Argmax, Attention, Linear, Operation, RmsNorm, Update, plugins
+from inplace.trt import load_tensorrt
+
+HALF, INT = torch.bfloat16, torch.int32
+MERGED = Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=64, merged=True)
+EXAMPLES: list[Operation] = [
+    MERGED,
+    Attention(heads=8, kv_heads=2, dim=96, value_dim=32, scale=0.3, max_rows=9, window=17, ring=True, softcap=30.5),
+    Attention(heads=8, kv_heads=8, dim=64, value_dim=64, scale=1.0, max_rows=9, append=False, causal=False),
+    Linear(inputs=576, outputs=3072, norm=True, eps=1e-5, activation="silu", gated=True),
+    Linear(inputs=576, outputs=960, bias=True, residual=True, activation="gelu_tanh"),
+    Linear(inputs=576, outputs=49152, norm=True, eps=1e-6, float_out=True),
+    RmsNorm(width=128, eps=1e-6),
+    Argmax(max_rows=9),
+    Update(),
+    Update(axis=2, append=True, packed=True, ring=True, readers=2),
+]
+
+
+@pytest.mark.parametrize("operation", EXAMPLES, ids=str)
+def test_a_plan_gives_back_what_was_built(operation: Operation) -> None:
+    owner = plugins(load_tensorrt("tensorrt_rtx"))
+    stored = owner.make(operation).get_fields_to_serialize()
+    assert {field.type for field in stored} == {owner.tensorrt.api.PluginFieldType.INT32}
+    creators = {creator.name: creator for creator in owner.tensorrt.api.get_plugin_registry().all_creators}
+    again = creators[operation.name].create_plugin("x", stored, None).operation
+    assert type(again) is type(operation)
+    rounded = {name: float(np.float32(value)) for name, value in vars(operation).items() if isinstance(value, float)}
+    assert again == replace(operation, **rounded)
+
+
+def test_every_kind_is_registered_under_its_name() -> None:
+    owner = plugins(load_tensorrt("tensorrt_rtx"))
+    names = {creator.name for creator in owner.tensorrt.api.get_plugin_registry().all_creators}
+    assert set(OPERATIONS) <= names
+    assert plugins(load_tensorrt("tensorrt_rtx")) is owner
+
+
+def test_attention_aliases_both_states() -> None:
+    shapes = [[1, 7, 768], [1, 7, 64], [1, 7, 64], [5, 2, 128, 64], [5, 2, 128, 64], [3], [4], [3]]
+    assert MERGED.input_count == len(shapes)
+    assert MERGED.output_shapes(shapes) == [[1, 7, 512], [5, 2, 128, 64], [5, 2, 128, 64]]
+    assert dict(MERGED.aliases) == {1: 3, 2: 4}
+    plugin = plugins(load_tensorrt("tensorrt_rtx")).make(MERGED)
+    assert [plugin.get_aliased_input(output) for output in range(3)] == [-1, 3, 4]
+    assert plugin.num_outputs == 3
+    apart = EXAMPLES[1]
+    assert apart.output_shapes([[7, 8, 96], [7, 2, 96], [7, 2, 32], [5, 2, 64, 96], [5, 2, 64, 32], [3], [4], [3]])[0] == [7, 8, 32]
+
+
+def test_cross_attention_writes_nothing() -> None:
+    cross = EXAMPLES[2]
+    assert not cross.aliases
+    assert cross.input_count == 6
+    assert len(cross.output_dtypes([HALF] * 3 + [INT] * 3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("position", "dtype", "accepted"),
+    [
+        (0, torch.float32, True),
+        (0, INT, False),
+        (3, HALF, True),
+        (3, torch.float16, False),
+        (5, INT, True),
+        (5, torch.int64, False),
+        (8, HALF, True),
+    ],
+)
+def test_attention_takes_one_float_type_and_int32_rows(position: int, dtype: torch.dtype, accepted: bool) -> None:
+    dtypes = [HALF] * 5 + [INT] * 3 + [HALF] * 3
+    assert MERGED.accepts(position, [*dtypes[:position], dtype]) is accepted
+
+
+def test_linear_shapes_and_types() -> None:
+    gated, plain, head = EXAMPLES[3], EXAMPLES[4], EXAMPLES[5]
+    assert gated.output_shapes([[1, 5, 576], [3072, 576], [576]]) == [[1, 5, 1536]]
+    assert plain.input_count == 4
+    assert head.output_dtypes([HALF, HALF, HALF]) == [torch.float32]
+    assert head.accepts(3, [HALF, HALF, torch.float32, torch.float32])
+    assert head.accepts(2, [HALF, HALF, torch.float32])
+    assert not head.accepts(3, [HALF, HALF, HALF, HALF])
+    assert not plain.accepts(1, [HALF, torch.float16])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_survive_a_plan(activation: str) -> None:
+    layer = Linear(inputs=8, outputs=8, activation=activation)
+    assert Linear.from_fields(layer.to_fields()) == layer
+
+
+def test_update_comes_after_what_was_read() -> None:
+    update = Update(axis=1, append=True, readers=2)
+    assert update.input_count == 6
+    assert dict(update.aliases) == {0: 0}
+    dtypes = [torch.int8, INT, torch.int8, INT, torch.float32, torch.bool, torch.int8]
+    assert all(update.accepts(position, dtypes[: position + 1]) for position in range(7))
+    assert not update.accepts(2, [torch.int8, INT, torch.float32])
+
+
+def test_scratch_memory_is_for_many_tokens_only() -> None:
+    layer = EXAMPLES[3]
+    assert layer.workspace([(1, 4, 576), (3072, 576), (576,)], [HALF] * 3) == 0
+    assert layer.workspace([(1, 512, 576), (3072, 576), (576,)], [HALF] * 3) >= 512 * (576 + 3072) * 2

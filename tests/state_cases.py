@@ -20,6 +20,8 @@ MOST_TOKENS = 4
 STEPS: tuple[tuple[int, tuple[int, ...]], ...] = ((4, (0, 3, 6)), (1, (4, 7, 10)), (1, (5, 8, 11)))
 """Tokens a row, and where each row starts; the last step fills a slot to its end."""
 RING_STEPS: tuple[tuple[int, tuple[int, ...]], ...] = ((4, (0, 9, 23)), (1, (4, 13, 27)), (3, (5, 14, 28)))
+CROSS_STEPS: tuple[tuple[int, tuple[int, ...]], ...] = ((4, (5, 3, 12)), (1, (5, 3, 12)))
+"""Nothing is appended: the lengths stay."""
 SLOTS = (0, -1, 2)
 """Row r is slot r, or no row at all."""
 
@@ -159,7 +161,8 @@ def _attend(name: str, dtype: Dtype = Dtype.FLOAT32, kv_heads: int = KV_HEADS, c
     )
     new: tuple[int | str, ...] = ("t", kv_heads, DIM)
     shapes = {"query": ("t", HEADS, DIM), "key": new, "value": new, **CONTROLS}
-    return StateCase(name, Attend(**options), states, RING_STEPS if kind is Update.RING else STEPS, shapes)
+    steps = RING_STEPS if kind is Update.RING else STEPS if options.get("append", True) else CROSS_STEPS
+    return StateCase(name, Attend(**options), states, steps, shapes)
 
 
 def _memory(shape: tuple[int, ...], kind: Update, axis: int | None, dtype: Dtype = Dtype.FLOAT32) -> tuple[StateSpec]:

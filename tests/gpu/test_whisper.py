@@ -81,12 +81,13 @@ def test_greedy_tokens_are_those_of_transformers(tensorrt: TensorRT) -> None:
 
     # prompts one row at a time, as the runtime prefills; then all rows together
     decoder[1].profile(1)
-    first, own = [], []
-    for row in range(ROWS):
-        memory = {name: x[row : row + 1] for name, x in cross.items()}
+    first: list[int] = []
+    own: list[dict[str, Tensor]] = []
+    for index in range(ROWS):
+        memory = {name: x[index : index + 1] for name, x in cross.items()}
         memory |= {state.name: torch.full((1, *state.shape), float("nan")) for state in SELF}
-        token, memory = _stepped(decoder, [PROMPT], 0, memory)
-        first += token
+        said_first, memory = _stepped(decoder, [PROMPT], 0, memory)
+        first += said_first
         own.append(memory)
     memory = {name: torch.cat([each[name] for each in own]) for name in own[0]}
     decoder[1].profile(0)

@@ -29,6 +29,7 @@ class Layers:
         network: TensorRT's own object, for layers that have no method here.
         label: name of what is being lowered; the names of its layers start with it.
         origin: where the model's source has it; becomes the layers' metadata.
+        baked: what each constant tensor holds, by its name; TensorRT reads their memory when it builds, not when they are added.
     """
 
     def __init__(self, tensorrt: TensorRT) -> None:
@@ -38,14 +39,14 @@ class Layers:
         self.network = self.builder.create_network(tensorrt.strongly_typed())
         self.label, self.origin = "network", ""
         self.extents = Extents(self)
-        self._memory: list[torch.Tensor] = []  # TensorRT reads constants when it builds, not when they are added
+        self.baked: dict[str, torch.Tensor] = {}
         self._scalars: dict[tuple[type, Number, torch.dtype, int], ITensor] = {}
         self._names: dict[str, int] = {}
 
     @property
     def constants(self) -> Sequence[torch.Tensor]:
         """The constants of the network so far."""
-        return self._memory
+        return tuple(self.baked.values())
 
     def added(self, layer: Any) -> Any:
         """Check and name a layer that was just added.
@@ -83,9 +84,10 @@ class Layers:
         if not self.tensorrt.has_dtype(value.dtype):
             raise BuildError(f"{self.label}{self.origin}: a constant is {value.dtype}, which TensorRT does not have; convert the model")
         value = value.cpu().contiguous()
-        self._memory.append(value)
         weights = self.api.Weights(self.tensorrt.dtype(value.dtype), value.data_ptr(), value.numel())
-        return self.output(self.network.add_constant(tuple(value.shape), weights))
+        tensor = self.output(self.network.add_constant(tuple(value.shape), weights))
+        self.baked[tensor.name] = value
+        return tensor
 
     def scalar(self, value: Number, dtype: torch.dtype, rank: int = 0) -> ITensor:
         """One value, of shape ``[1] * rank``."""
@@ -121,11 +123,13 @@ class Layers:
 
     def reshape(self, x: ITensor, sizes: Sequence[Extent]) -> ITensor:
         """Reshape; -1 at most once and only where the others are integers, 0 keeps the extent that ``x`` has at that place."""
+        static = sum(not isinstance(size, int) or size == -1 for size in sizes) <= 1
+        shape = None if static else self.extents.shape(sizes)
         layer = self.network.add_shuffle(x)
-        if sum(not isinstance(size, int) or size == -1 for size in sizes) <= 1:
+        if shape is None:
             layer.reshape_dims = tuple(_known(size) for size in sizes)
         else:
-            layer.set_input(1, self.extents.shape(sizes))
+            layer.set_input(1, shape)
         return self.output(layer)
 
     def ranked(self, x: ITensor, rank: int) -> ITensor:
@@ -152,12 +156,14 @@ class Layers:
         """``size`` elements a axis from ``start``; a stride of 0 repeats one."""
         stride = tuple(stride or (1,) * len(size))
         zeros = (0,) * len(size)  # stands for what an input of the layer gives
-        static_start, static_size = (all(isinstance(extent, int) for extent in extents) for extents in (start, size))
-        layer = self.network.add_slice(x, tuple(start) if static_start else zeros, tuple(size) if static_size else zeros, stride)
-        if not static_start:
-            layer.set_input(1, self.extents.shape(start))
-        if not static_size:
-            layer.set_input(2, self.extents.shape(size))
+        inputs = {
+            index: self.extents.shape(extents)
+            for index, extents in ((1, start), (2, size))
+            if not all(isinstance(extent, int) for extent in extents)
+        }
+        layer = self.network.add_slice(x, zeros if 1 in inputs else tuple(start), zeros if 2 in inputs else tuple(size), stride)
+        for index, tensor in inputs.items():
+            layer.set_input(index, tensor)
         return self.output(layer)
 
     def expand(self, x: ITensor, sizes: Sequence[Extent]) -> ITensor:
@@ -182,10 +188,10 @@ class Layers:
         """``[0, 1, …, count - 1]``."""
         if isinstance(count, int):
             return self.constant(torch.arange(count, dtype=dtype))
+        inputs = (self.extents.tensor(count), self.scalar(0, dtype), self.scalar(1, dtype, 1))
         layer = self.network.add_fill((1,), self.api.FillOperation.LINSPACE, self.tensorrt.dtype(dtype))
-        layer.set_input(0, self.extents.tensor(count))
-        layer.set_input(1, self.scalar(0, dtype))
-        layer.set_input(2, self.scalar(1, dtype, 1))
+        for index, tensor in enumerate(inputs):
+            layer.set_input(index, tensor)
         return self.output(layer)
 
     # Arithmetic: operands of one element type; ranks are matched, extents of 1 broadcast

@@ -110,8 +110,8 @@ def _graph(step: object, dtype: torch.dtype = torch.float32) -> torch.fx.Graph:
 
     control = torch.zeros(2, dtype=torch.int32)
     inputs = (torch.zeros(2, 2, 4, dtype=dtype), control, torch.arange(3, dtype=torch.int32), control, torch.zeros(2, 2, 8, 4, dtype=dtype))
-    exported = torch.export.export(Step(), inputs)
-    return exported.graph_module.graph
+    graph: torch.fx.Graph = torch.export.export(Step(), inputs).graph
+    return graph
 
 
 def _twice(value: Tensor, slots: Tensor, row_offsets: Tensor, write_indices: Tensor, memory: Tensor) -> None:

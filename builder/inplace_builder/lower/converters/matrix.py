@@ -67,9 +67,9 @@ def conv1d(
     empty = ctx.api.Weights(ctx.tensorrt.dtype(kernel.dtype))
     batched = len(x.shape) == 3
     x = ctx.unsqueezed(ctx.ranked(x, 3), [3])
-    layer = ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty)
-    layer = ctx.added(layer)
-    layer.set_input(1, ctx.reshape(weight, (*kernel.shape, 1)))
+    plane = ctx.reshape(weight, (*kernel.shape, 1))
+    layer = ctx.added(ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty))
+    layer.set_input(1, plane)
     layer.stride_nd, layer.padding_nd, layer.dilation_nd = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
     layer.num_groups = groups
     found = layer.get_output(0)

@@ -1,0 +1,174 @@
+"""Compute what a TensorRT network definition says, in PyTorch on the CPU.
+
+It is not TensorRT: it reads the finished definition back, layer by layer, by the meaning TensorRT's documentation gives each layer, and
+holds every result against the shape and type TensorRT inferred. So a wrong lowering is found on a machine without a GPU; a wrong
+understanding of TensorRT, or a wrong kernel, is found by the GPU tests only.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from inplace_builder.lower import Lowered
+from torch import Tensor
+
+ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "SUM": torch.add,
+    "SUB": torch.sub,
+    "PROD": torch.mul,
+    "DIV": lambda a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
+    "FLOOR_DIV": torch.floor_divide,
+    "MAX": torch.maximum,
+    "MIN": torch.minimum,
+    "POW": torch.pow,
+    "EQUAL": torch.eq,
+    "LESS": torch.lt,
+    "GREATER": torch.gt,
+    "AND": torch.logical_and,
+    "OR": torch.logical_or,
+    "XOR": torch.logical_xor,
+}
+UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    name: getattr(torch, name.lower()) for name in ("EXP", "LOG", "SQRT", "ERF", "COS", "SIN", "FLOOR", "CEIL", "ROUND", "NEG", "ABS")
+} | {"RECIP": torch.reciprocal, "NOT": torch.logical_not}
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"RELU": torch.relu, "TANH": torch.tanh, "SIGMOID": torch.sigmoid}
+
+
+def interpret(lowered: Lowered, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a network for these inputs.
+
+    Raises:
+        AssertionError: a layer breaks a rule of strongly typed networks, reads out of range, or gives what TensorRT did not infer.
+    """
+    network, context = lowered.network, lowered.context
+    interpreter = _Interpreter(context)
+    found = {name: inputs[name] for name in (network.get_input(index).name for index in range(network.num_inputs))}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        given = [layer.get_input(each) for each in range(layer.num_inputs)]
+        outputs = [layer.get_output(each) for each in range(layer.num_outputs)]
+        if layer.type == context.api.LayerType.CONSTANT:
+            results = [context.baked[outputs[0].name]]
+        else:
+            results = interpreter.run(layer, [None if x is None else found[x.name] for x in given], outputs[0])
+        for output, result in zip(outputs, results, strict=True):
+            assert context.dtype_of(output) == result.dtype, f"{layer.name}: {output.dtype} inferred, {result.dtype} computed"
+            inferred = tuple(output.shape)
+            fits = len(inferred) == result.dim() and all(a in (-1, b) for a, b in zip(inferred, result.shape, strict=True))
+            assert fits, f"{layer.name}: {inferred} inferred, {tuple(result.shape)} computed"
+            found[output.name] = result
+    return {name: found[name] for name in lowered.outputs}
+
+
+class _Interpreter:
+    """One method a layer type; TensorRT hands out layers as their base class, so each is given its own class first."""
+
+    def __init__(self, context: Any) -> None:
+        self.api, self.torch_dtype = context.api, context.tensorrt.torch_dtype
+
+    def run(self, layer: Any, x: list[Any], output: Any) -> list[Tensor]:
+        kind = layer.type.name
+        method = getattr(self, kind.lower(), None)
+        assert method is not None, f"{layer.name}: {kind} has no meaning here yet"
+        result = method(layer, output, *x)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    def shuffle(self, layer: Any, output: Any, x: Tensor, shape: Tensor | None = None) -> Tensor:
+        layer.__class__ = self.api.IShuffleLayer
+        order = layer.first_transpose
+        x = x.permute([order[axis] for axis in range(x.dim())])
+        try:
+            sizes = list(layer.reshape_dims) if shape is None else shape.tolist()
+        except (TypeError, ValueError):  # TensorRT's way to say that nothing is reshaped
+            return x
+        return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)])
+
+    def elementwise(self, layer: Any, output: Any, a: Tensor, b: Tensor) -> Tensor:
+        layer.__class__ = self.api.IElementWiseLayer
+        assert (a.dtype, a.dim()) == (b.dtype, b.dim()), f"{layer.name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        return ELEMENTWISE[layer.op.name](a, b)
+
+    def unary(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        layer.__class__ = self.api.IUnaryLayer
+        return UNARY[layer.op.name](x)
+
+    def activation(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        layer.__class__ = self.api.IActivationLayer
+        return ACTIVATION[layer.type.name](x)
+
+    def cast(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        return x.to(self.torch_dtype(output.dtype))
+
+    def identity(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        return x
+
+    def shape(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        return torch.tensor(x.shape, dtype=torch.int64)
+
+    def slice(self, layer: Any, output: Any, x: Tensor, start: Tensor | None = None, size: Tensor | None = None) -> Tensor:
+        layer.__class__ = self.api.ISliceLayer
+        starts = list(layer.start) if start is None else start.tolist()
+        sizes = list(layer.shape) if size is None else size.tolist()
+        for axis, (first, count, step) in enumerate(zip(starts, sizes, layer.stride, strict=True)):
+            x = _picked(x, axis, first + torch.arange(count) * step, layer)
+        return x
+
+    def concatenation(self, layer: Any, output: Any, *parts: Tensor) -> Tensor:
+        layer.__class__ = self.api.IConcatenationLayer
+        assert len({part.dtype for part in parts}) == 1, f"{layer.name}: {[part.dtype for part in parts]}"
+        return torch.cat(parts, layer.axis)
+
+    def gather(self, layer: Any, output: Any, x: Tensor, indices: Tensor) -> Tensor:
+        layer.__class__ = self.api.IGatherLayer
+        if layer.mode == self.api.GatherMode.ELEMENT:
+            return torch.gather(x, layer.axis, indices.long())
+        flat = _picked(x, layer.axis, indices.flatten(), layer)
+        return flat.reshape(*x.shape[: layer.axis], *indices.shape, *x.shape[layer.axis + 1 :])
+
+    def fill(self, layer: Any, output: Any, count: Tensor, start: Tensor, step: Tensor) -> Tensor:
+        return start + torch.arange(int(count), dtype=start.dtype) * step
+
+    def select(self, layer: Any, output: Any, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+        assert condition.dtype == torch.bool and yes.dtype == no.dtype, f"{layer.name}: {condition.dtype}, {yes.dtype}, {no.dtype}"
+        assert condition.dim() == yes.dim() == no.dim(), f"{layer.name}: {condition.shape}, {yes.shape}, {no.shape}"
+        return torch.where(condition, yes, no)
+
+    def reduce(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        layer.__class__ = self.api.IReduceLayer
+        function = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax, "MIN": torch.amin}[layer.op.name]
+        axes = [axis for axis in range(x.dim()) if layer.axes >> axis & 1]
+        result: Tensor = function(x, axes, layer.keep_dims)  # type: ignore[operator]
+        return result.to(x.dtype)
+
+    def softmax(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        layer.__class__ = self.api.ISoftMaxLayer
+        return x.softmax(layer.axes.bit_length() - 1)
+
+    def matrix_multiply(self, layer: Any, output: Any, a: Tensor, b: Tensor) -> Tensor:
+        layer.__class__ = self.api.IMatrixMultiplyLayer
+        assert (a.dtype, a.dim()) == (b.dtype, b.dim()), f"{layer.name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        flip = self.api.MatrixOperation.TRANSPOSE
+        return (a.mT if layer.op0 == flip else a) @ (b.mT if layer.op1 == flip else b)
+
+    def topk(self, layer: Any, output: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        layer.__class__ = self.api.ITopKLayer
+        largest = layer.op == self.api.TopKOperation.MAX
+        values, indices = x.topk(layer.k, layer.axes.bit_length() - 1, largest)
+        return values, indices.int()
+
+    def convolution(self, layer: Any, output: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        layer.__class__ = self.api.IConvolutionLayer
+        return torch.conv2d(x, kernel, None, tuple(layer.stride_nd), tuple(layer.padding_nd), tuple(layer.dilation_nd), layer.num_groups)
+
+    def kv_cache_update(self, layer: Any, output: Any, cache: Tensor, new: Tensor, starts: Tensor) -> Tensor:
+        """In place, as the layer does it; an update that would pass the end is dropped."""
+        for row, start in enumerate(starts.tolist()):
+            if start + new.shape[2] <= cache.shape[2]:
+                cache[row, :, start : start + new.shape[2]] = new[row]
+        return cache
+
+
+def _picked(x: Tensor, axis: int, indices: Tensor, layer: Any) -> Tensor:
+    inside = (indices >= 0) & (indices < x.shape[axis])
+    assert bool(inside.all()), f"{layer.name} reads {indices.tolist()} of axis {axis}, which has {x.shape[axis]}"
+    return x.index_select(axis, indices.long())

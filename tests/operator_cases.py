@@ -1,6 +1,6 @@
 """Every operator that has a converter, in small modules: the CPU tests compile them, the GPU tests run them beside PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,8 @@ from torch.export import Dim
 
 aten = torch.ops.aten
 N_RANGE, M_RANGE = (1, 16), (1, 8)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Absolute and relative, by the type of the result: a few units in the last place, TF32 off."""
 SMALL, LARGE = {"n": 3, "m": 2}, {"n": 7, "m": 5}
 
 
@@ -44,12 +46,26 @@ class Case:
     name: str
     module: nn.Module
     inputs: tuple[Arg, ...]
-    loose: float = 1.0
-    """Factor on the tolerance, where results are sums of many or large terms."""
 
     def examples(self, sizes: dict[str, int]) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(len(self.name))
         return tuple(arg.make(sizes, generator) for arg in self.inputs)
+
+    def check(self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Compare what ``run`` gives with what PyTorch gives, at two sizes; outputs are named ``out_0`` and so on."""
+        for sizes in (SMALL, LARGE):
+            inputs = self.examples(sizes)
+            with torch.no_grad():
+                result = self.module(*inputs)
+            found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
+            for index, want in enumerate(result if isinstance(result, list | tuple) else [result]):
+                got = found[f"out_{index}"].cpu()
+                limit = TOLERANCE.get(want.dtype, 0.0)
+                torch.testing.assert_close(got, want, rtol=limit, atol=limit, equal_nan=True)
+
+    @property
+    def outputs(self) -> list[str]:
+        return [f"out_{index}" for index in range(len(self.exported.graph_signature.user_outputs))]
 
     @cached_property
     def exported(self) -> torch.export.ExportedProgram:
@@ -91,7 +107,7 @@ TWO = Arg(("n", "m", 8))
 IDS = Arg(("n",), I64, 0, 8)
 
 
-def op(overload: Any, *arguments: Any, loose: float = 1.0, name: str = "", **keywords: Any) -> Case:
+def op(overload: Any, *arguments: Any, name: str = "", **keywords: Any) -> Case:
     """One operator on inputs (`Arg`) and constants; inputs may also stand in a list."""
     inputs: list[Arg] = []
 
@@ -114,12 +130,12 @@ def op(overload: Any, *arguments: Any, loose: float = 1.0, name: str = "", **key
 
     kinds = {str(arg.dtype).removeprefix("torch.") for arg in inputs} - {"float32"}
     title = name or "-".join([str(overload), *sorted(kinds)])
-    return Case(title, Call(call), tuple(inputs), loose)
+    return Case(title, Call(call), tuple(inputs))
 
 
-def fn(name: str, function: Callable[..., Any], *inputs: Arg, loose: float = 1.0, **parts: nn.Module | nn.Parameter | Tensor) -> Case:
+def fn(name: str, function: Callable[..., Any], *inputs: Arg, **parts: nn.Module | nn.Parameter | Tensor) -> Case:
     """A function of inputs and parts."""
-    return Case(name, Call(function, **parts).eval(), inputs, loose)
+    return Case(name, Call(function, **parts).eval(), inputs)
 
 
 ARITHMETIC = [

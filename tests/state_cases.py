@@ -1,6 +1,6 @@
 """Small modules on the state operators, each with steps to run: the CPU tests compile them, the GPU tests run them beside PyTorch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from inplace.manifest import StateSpec, Update
 from inplace.operators import attention, read, update
 from inplace_builder.capture.capture import any_size
 from inplace_builder.lower.compile import Range
+from operator_cases import TOLERANCE
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -130,6 +131,22 @@ class StateCase:
         arguments = self.inputs(2, (0,) * ROWS) | {state.name: torch.zeros(ROWS, *state.shape, dtype=self.dtype) for state in self.states}
         with torch.no_grad(), any_size():
             return torch.export.export(self.module, (), arguments, dynamic_shapes=shapes)
+
+    def check(self, step: Callable[[dict[str, Tensor], dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Run every step and compare: outputs close to the operators' own, states equal bit for bit.
+
+        ``step`` takes inputs and states and returns the output and the states afterwards.
+        """
+        expected_memory, memory = self.memory(), self.memory()
+        limit = TOLERANCE.get(self.dtype, 0.0)
+        for tokens, starts in self.steps:
+            inputs = self.inputs(tokens, starts)
+            with torch.no_grad():
+                expected = self.module(**inputs, **expected_memory)
+            out, memory = step(inputs, memory)
+            torch.testing.assert_close(out.cpu(), expected, rtol=limit, atol=limit)
+            for name, x in memory.items():
+                torch.testing.assert_close(x.cpu(), expected_memory[name], rtol=0, atol=0, equal_nan=True)
 
     def profile(self) -> dict[str, Range]:
         ends = ({"t": 1, "r": 1, "b": 2, "m": 1}, {"t": 3, "r": 3, "b": 4, "m": 1}, {"t": 12, "r": 3, "b": 4, "m": MOST_TOKENS})

@@ -1,9 +1,13 @@
-"""Whole decoders compile, with either mechanism, for GPUs this machine does not have; running them is for the GPU tests."""
+"""Whole decoders compile, with either mechanism, for GPUs this machine does not have, and their networks compute what the graphs do."""
 
 import pytest
+import torch
 from inplace.trt import TensorRT, load_tensorrt
-from inplace_builder.lower import CompileOptions, choose, compile_network
-from lowering import DECODERS, captured, decoder_profiles, lowered
+from inplace_builder.capture import Capture
+from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network
+from lowering import DECODERS, VOCABULARY, captured, decoder_profiles, lowered
+from network_interpreter import interpret
+from torch import Tensor
 
 GPUS = CompileOptions(("SM89", "SM120"))
 
@@ -24,6 +28,40 @@ def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> No
         network = lowered(capture, kind, rtx)
         assert network.state_outputs == expected
         assert compile_network(network, decoder_profiles(capture), GPUS).nbytes > 10_000
+        _steps_agree(capture, network)
+
+
+def _steps_agree(capture: Capture, network: Lowered) -> None:
+    """Chunks and single tokens of three rows, one of them no row, in memory full of NaN, until every ring has wrapped."""
+    module = capture.exported.module()
+    expected_memory, memory = _nan(capture), _nan(capture)
+    generator = torch.Generator().manual_seed(0)
+    at = 0
+    for tokens in (8, 1, 5, 1, 8):
+        offsets = torch.arange(4, dtype=torch.int32) * tokens
+        inputs = {
+            "input_ids": torch.randint(0, VOCABULARY, (3 * tokens,), generator=generator),
+            "positions": (torch.arange(tokens, dtype=torch.int32) + at).repeat(3),
+            "row_offsets": offsets,
+            "last_tokens": offsets[1:] - 1,
+            "slots": torch.tensor([0, -1, 2], dtype=torch.int32),
+            "write_indices": torch.full((3,), at, dtype=torch.int32),
+        }
+        at += tokens
+        states = list(expected_memory.values())
+        middle = len(states) // 2
+        with torch.no_grad():
+            token, logits = module(*(inputs[spec.name] for spec in capture.program.inputs), states[:middle], states[middle:])
+        found = interpret(network, inputs | memory)
+        memory = {name: found[output].clone() for name, output in network.state_outputs.items()}
+        assert torch.equal(found["next_token"], token)
+        torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
+        for name, x in memory.items():
+            torch.testing.assert_close(x, expected_memory[name], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def _nan(capture: Capture) -> dict[str, Tensor]:
+    return {state.name: torch.full((3, *state.shape), float("nan")) for state in capture.states}
 
 
 def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT) -> None:

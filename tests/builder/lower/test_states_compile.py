@@ -1,10 +1,16 @@
-"""Every use of a state compiles with the mechanisms that accept it, and the others say why not."""
+"""Every use of a state compiles and computes with the mechanisms that accept it, and the others say why not.
+
+Compiled with TensorRT for RTX, which cannot run here; what the network says is computed in PyTorch. The GPU tests run it with TensorRT.
+"""
 
 import pytest
+from inplace.manifest import Kind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose, compile_network, lower
+from network_interpreter import interpret
 from state_cases import STATE_CASES, StateCase
+from torch import Tensor
 
 REFUSED = {
     "ring": "keys is a ring",
@@ -22,13 +28,19 @@ def rtx() -> TensorRT:
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
-def test_a_use_of_a_state_compiles_or_is_refused(rtx: TensorRT, case: StateCase, kind: str) -> None:
+def test_a_use_of_a_state_compiles_or_is_refused(rtx: TensorRT, case: StateCase, kind: Kind) -> None:
     if kind == "kv_cache_update" and case.name in REFUSED:
         with pytest.raises(BuildError, match=REFUSED[case.name]):
             choose(case.exported.graph, case.states, rtx, order=("kv_cache_update",))
         return
-    (choice,) = {record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))}  # type: ignore[arg-type]
+    (choice,) = {record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))}
     assert choice == kind
     lowered = lower(case.exported, outputs=["out"], states=case.states, kinds={s.name: kind for s in case.states}, tensorrt=rtx)
     assert set(lowered.state_outputs) == (set() if case.name == "cross" else {state.name for state in case.states})
+
+    def step(inputs: dict[str, Tensor], memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        found = interpret(lowered, inputs | memory)
+        return found["out"], memory | {name: found[output].clone() for name, output in lowered.state_outputs.items()}
+
+    case.check(step)
     assert compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120"))).nbytes > 1000

@@ -1,5 +1,6 @@
 """A tiny random Whisper as two programs: an encoder that writes the cross-attention states, a decoder step that reads them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,3 +181,60 @@ def _named(program: WhisperProgram) -> WhisperProgram:
         node._rename(state.name)
         signature.replace_all_uses(str(old), state.name)
     return program
+
+
+Run = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
+"""Runs a program on its inputs and states with the profile of this index; gives its outputs and the states afterwards, by state name."""
+PROMPT, TOKENS, SEQUENCES = [START, 7, 11, 5], 32, 2
+
+
+def transformers_tokens(whisper: WhisperForConditionalGeneration, features: Tensor) -> list[list[int]]:
+    """transformers' greedy tokens after the prompt, from whole forward passes."""
+    ids = torch.tensor([PROMPT] * len(features))
+    with torch.no_grad():
+        for _ in range(TOKENS):
+            logits = whisper(input_features=features, decoder_input_ids=ids).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    expected: list[list[int]] = ids[:, len(PROMPT) :].tolist()
+    return expected
+
+
+def program_tokens(encode: Run, decode: Run, features: Tensor) -> list[list[int]]:
+    """The same by two programs, as a runtime calls them: all rows encoded, prompts one row at a time, then all rows together."""
+    rows = len(features)
+    controls = {"slots": torch.arange(rows, dtype=torch.int32), "write_indices": torch.zeros(rows, dtype=torch.int32)}
+    empty = {state.name: torch.full((rows, *state.shape), float("nan")) for state in CROSS}
+    encoded = encode({"features": features, **controls} | empty, 0)
+    cross = {name: encoded[name] for name in empty}
+    said: list[list[int]] = []
+    parts: list[dict[str, Tensor]] = []
+    for row in range(rows):
+        memory = {name: x[row : row + 1] for name, x in cross.items()}
+        memory |= {state.name: torch.full((1, *state.shape), float("nan")) for state in SELF}
+        tokens, memory = _decoded(decode, [PROMPT], 0, memory, 1)
+        said.append(tokens)
+        parts.append(memory)
+    memory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for step in range(TOKENS - 1):
+        tokens, memory = _decoded(decode, [[sentence[-1]] for sentence in said], len(PROMPT) + step, memory, 0)
+        for sentence, token in zip(said, tokens, strict=True):
+            sentence.append(token)
+    return said
+
+
+def _decoded(run: Run, ids: list[list[int]], at: int, memory: dict[str, Tensor], profile: int) -> tuple[list[int], dict[str, Tensor]]:
+    """A decoder step of these rows, all at the same position: each row's next token, and the states afterwards."""
+    rows, each = len(ids), len(ids[0])
+    offsets = torch.arange(rows + 1, dtype=torch.int32) * each
+    inputs = {
+        "input_ids": torch.tensor(ids).flatten(),
+        "positions": (torch.arange(each, dtype=torch.int32) + at).repeat(rows),
+        "row_offsets": offsets,
+        "last_tokens": offsets[1:] - 1,
+        "slots": torch.arange(rows, dtype=torch.int32),
+        "write_indices": torch.full((rows,), at, dtype=torch.int32),
+        "encoded": torch.full((rows,), POSITIONS, dtype=torch.int32),
+    }
+    found = run(inputs | memory, profile)
+    tokens: list[int] = found["next_token"].flatten().tolist()
+    return tokens, memory | {name: found[name] for name in memory if name in found}

@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench clean
+.PHONY: help demo test test-fast check format bench gpu clean
 BIN := .venv/bin
 
 help: ## this list
@@ -27,6 +27,9 @@ format: .venv/installed ## let ruff format and fix
 
 bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
 	@$(BIN)/python benchmarks/cpu_decode.py
+
+gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, benchmark and profile; reports into OUT (gpu-reports)
+	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh
 
 clean: ## remove what was built (the environment stays)
 	rm -rf model_repository build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

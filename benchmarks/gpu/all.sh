@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine that has one: tests, the real model's accuracy, the server, the benchmark, a profile.
+# What each part writes lies under OUT; a part that fails or takes too long does not stop the others.
+#
+#   OUT=gpu-reports COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server bench profile
+#
+# PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest); .venv/bin/python unless given, else python3.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+OUT=${OUT:-gpu-reports}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+export PYTHONPATH=backend:builder:tests${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+summary=$OUT/summary.txt
+: >"$summary"
+failed=0
+
+part() { # part NAME SECONDS COMMAND...: run it with its own time limit, its output in OUT/NAME.log
+    local name=$1 limit=$2 begin=$SECONDS code said
+    shift 2
+    echo "== $name: $*"
+    timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    code=$?
+    case $code in
+    0) said=passed ;;
+    124 | 137) said="ended after $limit s" ;;
+    *) said="failed with status $code" ;;
+    esac
+    [ "$code" = 0 ] || { failed=1 && tail -n 15 "$OUT/$name.log"; }
+    echo "$name: $said, $((SECONDS - begin)) s, $OUT/$name.log" | tee -a "$summary"
+}
+
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "$PYTHON has no PyTorch that sees a GPU" >&2 && exit 2; }
+[ $# -gt 0 ] || set -- tests accuracy server bench profile
+for name in "$@"; do
+    case $name in
+    tests) part tests 400 "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
+    accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
+    server) part server 300 "$PYTHON" -m pytest -q tests/server -p no:cacheprovider -m server --junitxml="$OUT/server.xml" ;;
+    bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --commit "$COMMIT" --budget "${BUDGET:-480}" ;;
+    profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;
+    *) echo "no part is named '$name'; there are: tests accuracy server bench profile" >&2 && exit 2 ;;
+    esac
+done
+if [ -f "$OUT/gpu_decode.json" ] && "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
+    "$PYTHON" -m benchmarks.gpu.plots "$OUT/gpu_decode.json"
+fi
+echo "reports are in $OUT:"
+cat "$summary"
+exit $failed

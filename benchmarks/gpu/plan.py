@@ -1,0 +1,74 @@
+"""Which processes the GPU benchmark starts, in what order, and what each of them is expected to print."""
+
+import sys
+from dataclasses import dataclass
+
+from benchmarks.gpu.baseline import described
+from benchmarks.gpu.measurement import Measurement
+from benchmarks.gpu.shapes import CASES, PREFILL_CAPACITY, PREFILL_SHAPE, PREFILL_TOKENS, Case
+
+ENGINE_TIMEOUT, BASELINE_TIMEOUT = 150, 120
+
+
+@dataclass(frozen=True)
+class Child:
+    """One process of the benchmark.
+
+    Attributes:
+        name: of its log file.
+        command: what is run.
+        timeout: seconds after which it is ended.
+        expected: what it should measure; each carries the error to record where it does not.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    timeout: int
+    expected: tuple[Measurement, ...]
+
+
+def plan() -> list[Child]:
+    """Our engines, then the peers of every case, then what is only nice to have: tuned peers where a step has one row."""
+    return [
+        *_ours("plugin"),
+        *(_peer(case, "torch_compile") for case in CASES),
+        _baseline("torch_compile-prefill", PREFILL_SHAPE, 1, PREFILL_CAPACITY, PREFILL_TOKENS, "prefill_compile"),
+        *_ours("copy"),
+        *(_peer(case, "torch_compile_tuned") for case in CASES if case.rows == 1 and case.within is None),
+        *(_peer(case, "torch_graph") for case in CASES if case.must_us is not None),
+    ]
+
+
+def _ours(alias: str) -> list[Child]:
+    """One process each shape and capacity, every number of rows in it; the plugin engine of one of them also times the prefill."""
+    groups: dict[tuple[str, int, int], list[Case]] = {}
+    for case in CASES:
+        groups.setdefault((case.shape, case.capacity, case.length), []).append(case)
+    children = []
+    for (shape, capacity, length), cases in groups.items():
+        prefill = alias == "plugin" and (shape, capacity) == (PREFILL_SHAPE, PREFILL_CAPACITY)
+        rows = ",".join(str(case.rows) for case in cases)
+        command = [*_module("engine"), "--shape", shape, "--alias", alias, "--capacity", str(capacity), "--cases", rows]
+        command += ["--length", str(length), *(("--prefill", str(PREFILL_TOKENS)) if prefill else ())]
+        expected = [_missing(f"inplace-{alias}", shape, case.rows, capacity, length, case.rows, "decode") for case in cases]
+        if prefill:
+            expected.append(_missing(f"inplace-{alias}", shape, 1, capacity, 0, PREFILL_TOKENS, "prefill"))
+        children.append(Child(f"inplace_{alias}-{shape}-c{capacity}", tuple(command), ENGINE_TIMEOUT, tuple(expected)))
+    return children
+
+
+def _peer(case: Case, engine: str) -> Child:
+    return _baseline(f"{engine}-{case.shape}-B{case.rows}-c{case.capacity}", case.shape, case.rows, case.capacity, case.length, engine)
+
+
+def _baseline(name: str, shape: str, rows: int, capacity: int, length: int, engine: str) -> Child:
+    command = [*_module("baseline"), "--shape", shape, "--rows", str(rows), "--capacity", str(capacity), "--length", str(length)]
+    return Child(name, (*command, "--engine", engine), BASELINE_TIMEOUT, (described(shape, rows, capacity, length, engine),))
+
+
+def _module(name: str) -> tuple[str, ...]:
+    return sys.executable, "-m", f"benchmarks.gpu.{name}"
+
+
+def _missing(engine: str, shape: str, rows: int, capacity: int, length: int, tokens: int, kind: str) -> Measurement:
+    return Measurement(engine, shape, rows, capacity, length, tokens, kind, error="not run")

@@ -1,0 +1,161 @@
+"""Plots of a ``gpu_decode.json``: the cases side by side, and step time against capacity, length and rows where the file holds them.
+
+python -m benchmarks.gpu.plots benchmarks/results/gpu_decode.json
+
+Runs anywhere; needs matplotlib, no GPU.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.gpu.measurement import Measurement
+from benchmarks.gpu.report import ENGINES, OURS, Results
+from benchmarks.gpu.shapes import CASES, floor_us
+
+COLOURS = dict(zip(ENGINES, ("#0b6e4f", "#6fb98f", "#c8553d", "#e9a178", "#4f6d9b", "#a3a9b5"), strict=True))
+DPI = 150
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A quantity to plot step times against.
+
+    Attributes:
+        field: of `Measurement`.
+        label: of the horizontal axis.
+    """
+
+    field: str
+    label: str
+
+
+AXES = (
+    Axis("capacity", "capacity (positions a sequence may hold)"),
+    Axis("length", "cached length (positions a sequence holds)"),
+    Axis("rows", "rows (sequences in the step)"),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: what is equal in all its points, and the points of every engine.
+
+    Attributes:
+        title: what is equal.
+        lines: by engine, its measurements in the order of the axis.
+    """
+
+    title: str
+    lines: dict[str, list[Measurement]]
+
+    @property
+    def points(self) -> list[Measurement]:
+        """The measurements of all engines."""
+        return [found for line in self.lines.values() for found in line]
+
+
+def panels(measurements: Sequence[Measurement], axis: Axis) -> list[Panel]:
+    """The decode measurements that differ in nothing but this axis, where one engine has at least two of them."""
+    others = [other.field for other in AXES if other is not axis]
+    groups: dict[tuple[str, ...], dict[str, dict[int, Measurement]]] = {}
+    for found in measurements:
+        if found.kind == "decode" and found.us is not None and found.engine in ENGINES:
+            key = (found.shape, *(f"{other} {getattr(found, other)}" for other in others))
+            groups.setdefault(key, {}).setdefault(found.engine, {})[getattr(found, axis.field)] = found
+    made = []
+    for key, engines in groups.items():
+        if max(map(len, engines.values())) > 1:
+            lines = {engine: [engines[engine][at] for at in sorted(engines[engine])] for engine in ENGINES if engine in engines}
+            made.append(Panel(", ".join(key), lines))
+    return made
+
+
+def draw_panel(axes: Axes, panel: Panel, axis: Axis) -> None:
+    """A line an engine, the floor, microseconds from zero."""
+    for engine, line in panel.lines.items():
+        at, times = [getattr(found, axis.field) for found in line], [found.us or 0.0 for found in line]
+        axes.plot(at, times, "o-", color=COLOURS[engine], label=ENGINES[engine], linewidth=2.2 if engine == OURS else 1.4)
+    floors = {getattr(found, axis.field): floor_us(found.shape, found.rows * (found.length + 1)) for found in panel.points}
+    axes.plot(sorted(floors), [floors[at] for at in sorted(floors)], label="floor", color="black", linestyle=":", linewidth=1.2)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(axis.label)
+    axes.set_ylabel("step, µs")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(floors), [str(at) for at in sorted(floors)])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+
+
+def draw_cases(results: Results) -> Figure | None:
+    """Bars of every case and engine, the floor over each group; None where no case is measured."""
+    cases = [case for case in CASES if any(found.us is not None for found in results.at(case).values())]
+    engines = [engine for engine in ENGINES if any(engine in results.at(case) for case in cases)]
+    if not cases:
+        return None
+    figure, axes = plt.subplots(figsize=(2.0 + 1.7 * len(cases), 4.2), layout="constrained")
+    width = 0.84 / len(engines)
+    for number, engine in enumerate(engines):
+        for place, case in enumerate(cases):
+            found = results.at(case).get(engine)
+            if found is None or found.us is None:
+                continue
+            x = place - 0.42 + width * (number + 0.5)
+            axes.bar(x, found.us, width * 0.94, color=COLOURS[engine])
+            axes.annotate(f"{found.us:.0f}", (x, found.us), (0, 2), textcoords="offset points", ha="center", fontsize=6)
+        axes.bar(0, 0, color=COLOURS[engine], label=ENGINES[engine])
+    for place, case in enumerate(cases):
+        floor = floor_us(case.shape, case.rows * (case.length + 1))
+        axes.plot(
+            [place - 0.44, place + 0.44], [floor, floor], label="floor" if place == 0 else None, color="black", linestyle=":", linewidth=1.2
+        )
+    axes.set_xticks(range(len(cases)), [case.name for case in cases])
+    axes.set_ylabel("decode step, µs")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
+    """Write a PNG of the cases and one each axis that has something to show; returns the files."""
+    written = []
+    if (figure := draw_cases(Results.of(measurements))) is not None:
+        written.append(_saved(figure, folder / "gpu_cases.png"))
+    for axis in AXES:
+        if shown := panels(measurements, axis):
+            figure, grid = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.0), layout="constrained", squeeze=False)
+            for axes, panel in zip(grid[0], shown, strict=True):
+                draw_panel(axes, panel, axis)
+            written.append(_saved(figure, folder / f"gpu_by_{axis.field}.png"))
+    return written
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    """Draw what the files hold; of several files the later one counts where both measure the same."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("json", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, help="folder of the plots; beside the first file unless given")
+    given = parser.parse_args()
+    found = [Measurement.of(record) for path in given.json for record in json.loads(path.read_text())["measurements"]]
+    for path in draw(found, given.out or given.json[0].parent):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The GPU benchmark: every engine in a process of its own, one after the other, into one JSON file, a report and plots.
+
+python -m benchmarks.gpu.run --out benchmarks/results --commit $(git rev-parse --short HEAD) --budget 480
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.machine import machine, versions
+from benchmarks.gpu.measurement import Measurement, measurements_in
+from benchmarks.gpu.plan import Child, plan
+from benchmarks.gpu.report import write_report
+
+ROOT = Path(__file__).parents[2]
+NAME = "gpu_decode.json"
+LEAST_LEFT = 20
+"""Seconds of the budget without which no process is started: none could finish."""
+WHAT = "Decode steps of randomly weighted Llamas in bfloat16, greedy: every sequence holds `length` positions and brings one token."
+
+
+def run_child(child: Child, logs: Path, limit: float) -> list[Measurement]:
+    """Run one process for at most ``limit`` seconds and return what it measured; what it should have measured and did not is an error.
+
+    Its output goes to ``<logs>/<name>.out`` and ``.err``.
+    """
+    out, err = logs / f"{child.name}.out", logs / f"{child.name}.err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        # a session of its own, so that the compiler processes it starts end with it
+        process = subprocess.Popen(child.command, stdout=stdout, stderr=stderr, cwd=ROOT, start_new_session=True)
+        try:
+            code = process.wait(limit)
+            problem = None if code == 0 else f"exit status {code}: {_last_line(err)}"
+        except subprocess.TimeoutExpired:
+            problem = f"ended after {limit:.0f} s"
+        finally:
+            _end(process)
+    try:
+        found = measurements_in(out.read_text())
+    except ValueError as error:
+        found, problem = [], f"its output is no measurement: {error}"
+    return completed(child, found, problem or "it printed no such measurement")
+
+
+def completed(child: Child, found: Sequence[Measurement], problem: str) -> list[Measurement]:
+    """What a process measured, and an error for each expected measurement that it did not print."""
+    seen = {(measurement.engine, measurement.step) for measurement in found}
+    lost = [replace(expected, error=problem) for expected in child.expected if (expected.engine, expected.step) not in seen]
+    return [*found, *lost]
+
+
+def run(children: Sequence[Child], out: Path, budget: float, facts: dict[str, Any]) -> dict[str, Any]:
+    """Run the processes in order until the budget (seconds) is used up, which may cut the last one short.
+
+    The record is written after each process, so that what was measured is not lost when the whole run is ended.
+
+    Returns:
+        The record: the facts, the measurements, the processes with their seconds, and the names of those left out.
+    """
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    measurements: list[Measurement] = []
+    processes: list[dict[str, Any]] = []
+    record = facts | {"measurements": [], "processes": processes, "left_out": []}
+    for index, child in enumerate(children):
+        left = budget - (time.monotonic() - begin)
+        if left < LEAST_LEFT:
+            skipped = children[index:]
+            record["left_out"] = [other.name for other in skipped]
+            measurements += [replace(expected, error="left out: no time left") for other in skipped for expected in other.expected]
+            print(f"no time left for {', '.join(record['left_out'])}", flush=True)
+        else:
+            before = time.monotonic()
+            found = run_child(child, logs, min(child.timeout, left))
+            seconds = round(time.monotonic() - before, 1)
+            measurements += found
+            processes.append({"name": child.name, "command": shlex.join(child.command[1:]), "seconds": seconds})
+            said = "; ".join(f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in found)
+            print(f"{child.name} ({seconds:.0f} s): {said}", flush=True)
+        record["measurements"] = [measurement.record() for measurement in measurements]
+        (out / NAME).write_text(json.dumps(record, indent=1) + "\n")
+        if record["left_out"]:
+            break
+    return record
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and every process it started."""
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it wrote nothing to stderr"
+
+
+def main() -> None:
+    """Run everything. Exit status 1 where our own engine has no number for a case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", default="unknown", help="recorded with the results")
+    parser.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out, and said")
+    parser.add_argument("--only", default="", help="run only the processes whose name contains this")
+    given = parser.parse_args()
+    facts = {
+        "what": WHAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu.run", *sys.argv[1:]]),
+        "commit": given.commit,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    children = [child for child in plan() if given.only in child.name]
+    if not children:
+        parser.error(f"no process is named like {given.only!r}; there are {', '.join(child.name for child in plan())}")
+    record = run(children, given.out, given.budget, facts)
+    write_report(record, (given.out / NAME).with_suffix(".md"))
+    print(f"{given.out / NAME}\n{(given.out / NAME).with_suffix('.md')}")
+    sys.exit(any(found["engine"] == "inplace-plugin" and "error" in found for found in record["measurements"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -133,10 +133,10 @@ def pow_scalar(ctx: Network, x: ITensor, exponent: Number) -> ITensor:
     """``x ** exponent``; whole exponents by multiplication, which is also right where ``x`` is negative."""
     dtype = ctx.result().dtype
     compute = torch.float32 if dtype in HALF else dtype
-    x = ctx.cast(x, compute)
     if exponent == 0:
-        found = ctx.elementwise("POW", x, ctx.scalar(0, compute))
-    elif exponent == int(exponent) and 1 <= abs(exponent) <= 16:
+        return ctx.expand(ctx.scalar(1, dtype, len(x.shape)), ctx.result().shape)
+    x = ctx.cast(x, compute)
+    if exponent == int(exponent) and 1 <= abs(exponent) <= 16:
         found = repeated_product(ctx, x, abs(int(exponent)))
         if exponent < 0:
             found = ctx.unary("RECIP", found)

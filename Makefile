@@ -28,7 +28,7 @@ format: .venv/installed ## let ruff format and fix
 bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
 	@$(BIN)/python benchmarks/cpu_decode.py
 
-gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, benchmark and profile; reports into OUT (gpu-reports)
+gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, benchmark and profile; reports into OUT (build/gpu)
 	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh
 
 clean: ## remove what was built (the environment stays)

@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one: tests, the real model's accuracy, the server, the benchmark, a profile.
-# What each part writes lies under OUT; a part that fails or takes too long does not stop the others.
+# What each part writes lies under OUT (from the project's root); a part that fails or takes too long does not stop the others.
 #
-#   OUT=gpu-reports COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server bench profile
+#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server bench profile
 #
 # PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest); .venv/bin/python unless given, else python3.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-OUT=${OUT:-gpu-reports}
+OUT=${OUT:-build/gpu}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=backend:builder:tests${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
 summary=$OUT/summary.txt
 : >"$summary"
 failed=0

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 REQUIRED = ("engine", "shape", "rows", "capacity", "length", "tokens", "kind")
 KINDS = ("decode", "prefill")
+LEFT_OUT = "left out: no time left"
+"""The error of what was not tried, so that a report can tell it from a failure."""
 
 
 @dataclass(frozen=True)

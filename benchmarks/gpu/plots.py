@@ -16,8 +16,11 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from benchmarks.gpu.measurement import Measurement
 from benchmarks.gpu.report import ENGINES, OURS, Results
@@ -99,30 +102,24 @@ def draw_panel(axes: Axes, panel: Panel, axis: Axis) -> None:
 
 
 def draw_cases(results: Results) -> Figure | None:
-    """Bars of every case and engine, the floor over each group; None where no case is measured."""
+    """Bars of every case and engine with the floor across, each case on its own scale; None where no case is measured."""
     cases = [case for case in CASES if any(found.us is not None for found in results.at(case).values())]
     engines = [engine for engine in ENGINES if any(engine in results.at(case) for case in cases)]
     if not cases:
         return None
-    figure, axes = plt.subplots(figsize=(2.0 + 1.7 * len(cases), 4.2), layout="constrained")
-    width = 0.84 / len(engines)
-    for number, engine in enumerate(engines):
-        for place, case in enumerate(cases):
-            found = results.at(case).get(engine)
-            if found is None or found.us is None:
-                continue
-            x = place - 0.42 + width * (number + 0.5)
-            axes.bar(x, found.us, width * 0.94, color=COLOURS[engine])
-            axes.annotate(f"{found.us:.0f}", (x, found.us), (0, 2), textcoords="offset points", ha="center", fontsize=6)
-        axes.bar(0, 0, color=COLOURS[engine], label=ENGINES[engine])
-    for place, case in enumerate(cases):
-        floor = floor_us(case.shape, case.rows * (case.length + 1))
-        axes.plot(
-            [place - 0.44, place + 0.44], [floor, floor], label="floor" if place == 0 else None, color="black", linestyle=":", linewidth=1.2
-        )
-    axes.set_xticks(range(len(cases)), [case.name for case in cases])
-    axes.set_ylabel("decode step, µs")
-    axes.legend(fontsize=8)
+    figure, grid = plt.subplots(1, len(cases), figsize=(2.4 * len(cases), 4.0), layout="constrained", squeeze=False)
+    for axes, case in zip(grid[0], cases, strict=True):
+        times = {engine: found.us for engine in engines if (found := results.at(case).get(engine)) is not None and found.us is not None}
+        bars = axes.bar([engines.index(engine) for engine in times], list(times.values()), color=[COLOURS[engine] for engine in times])
+        axes.bar_label(bars, [f"{us:.0f}" for us in times.values()], fontsize=7)
+        axes.axhline(floor_us(case.shape, case.rows * (case.length + 1)), color="black", linestyle=":", linewidth=1.2)
+        axes.set_xlim(-0.6, len(engines) - 0.4)
+        axes.set_xticks([])
+        axes.set_title(case.name, fontsize=10)
+    grid[0][0].set_ylabel("decode step, µs")
+    handles: list[Artist] = [Patch(color=COLOURS[engine], label=ENGINES[engine]) for engine in engines]
+    handles.append(Line2D([], [], color="black", linestyle=":", label="floor"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     return figure
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measurement import Measurement
+from benchmarks.gpu.measurement import LEFT_OUT, Measurement
 from benchmarks.gpu.shapes import BANDWIDTH, CASES, PREFILL_CAPACITY, PREFILL_SHAPE, PREFILL_TOKENS, Case, floor_us
 
 OURS = "inplace-plugin"
@@ -31,7 +31,7 @@ Step = tuple[str, int, int, int, int, str]
 
 @dataclass(frozen=True)
 class Results:
-    """Every measurement, by step and engine; the last of several counts.
+    """Every measurement, by step and engine; of several the last counts, but no failure hides a number.
 
     Attributes:
         by: measurements by `Measurement.step`, then by engine.
@@ -44,7 +44,9 @@ class Results:
         """Sorted by step and engine."""
         by: dict[Step, dict[str, Measurement]] = {}
         for found in measurements:
-            by.setdefault(found.step, {})[found.engine] = found
+            engines = by.setdefault(found.step, {})
+            if found.us is not None or found.engine not in engines:
+                engines[found.engine] = found
         return cls(by)
 
     def at(self, case: Case) -> dict[str, Measurement]:
@@ -157,7 +159,9 @@ def _engines(results: Results, steps: Iterable[Step]) -> list[str]:
 def _cell(found: Measurement | None, floor: float) -> str:
     if found is None:
         return "–"
-    return "failed" if found.us is None else f"{found.us:.0f} ({found.us / floor:.2f})"
+    if found.us is None:
+        return "left out" if found.error == LEFT_OUT else "failed"
+    return f"{found.us:.0f} ({found.us / floor:.2f})"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.machine import machine, versions
-from benchmarks.gpu.measurement import Measurement, measurements_in
+from benchmarks.gpu.measurement import LEFT_OUT, Measurement, measurements_in
 from benchmarks.gpu.plan import Child, plan
 from benchmarks.gpu.report import write_report
 
@@ -60,10 +60,33 @@ def completed(child: Child, found: Sequence[Measurement], problem: str) -> list[
     return [*found, *lost]
 
 
-def run(children: Sequence[Child], out: Path, budget: float, facts: dict[str, Any]) -> dict[str, Any]:
+def kept(path: Path, facts: dict[str, Any]) -> list[Measurement]:
+    """The numbers of an earlier run of the same commit on the same machine.
+
+    Raises:
+        ValueError: there is no earlier run, or it was another commit, machine or version of what runs there.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path} to resume; run without --resume first")
+    earlier = json.loads(path.read_text())
+    for key in ("commit", "machine", "versions"):
+        if earlier[key] != facts[key]:
+            raise ValueError(f"{path} is of {key} {earlier[key]}, not {facts[key]}; run without --resume")
+    found = [Measurement.of(record) for record in earlier["measurements"]]
+    return [measurement for measurement in found if measurement.us is not None]
+
+
+def unmeasured(children: Sequence[Child], measurements: Sequence[Measurement]) -> list[Child]:
+    """The processes that should measure something that is not measured yet."""
+    seen = {(measurement.engine, measurement.step) for measurement in measurements}
+    return [child for child in children if not all((one.engine, one.step) in seen for one in child.expected)]
+
+
+def run(children: Sequence[Child], out: Path, budget: float, facts: dict[str, Any], measured: Sequence[Measurement] = ()) -> dict[str, Any]:
     """Run the processes in order until the budget (seconds) is used up, which may cut the last one short.
 
-    The record is written after each process, so that what was measured is not lost when the whole run is ended.
+    The record starts with what is ``measured`` already. It is written after each process, so that nothing is lost when the whole run is
+    ended.
 
     Returns:
         The record: the facts, the measurements, the processes with their seconds, and the names of those left out.
@@ -71,22 +94,22 @@ def run(children: Sequence[Child], out: Path, budget: float, facts: dict[str, An
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    measurements: list[Measurement] = []
+    measurements = list(measured)
     processes: list[dict[str, Any]] = []
-    record = facts | {"measurements": [], "processes": processes, "left_out": []}
+    record = facts | {"measurements": [one.record() for one in measurements], "processes": processes, "left_out": []}
     for index, child in enumerate(children):
         left = budget - (time.monotonic() - begin)
         if left < LEAST_LEFT:
             skipped = children[index:]
             record["left_out"] = [other.name for other in skipped]
-            measurements += [replace(expected, error="left out: no time left") for other in skipped for expected in other.expected]
+            measurements += [replace(expected, error=LEFT_OUT) for other in skipped for expected in other.expected]
             print(f"no time left for {', '.join(record['left_out'])}", flush=True)
         else:
             before = time.monotonic()
             found = run_child(child, logs, min(child.timeout, left))
             seconds = round(time.monotonic() - before, 1)
             measurements += found
-            processes.append({"name": child.name, "command": shlex.join(child.command[1:]), "seconds": seconds})
+            processes.append({"name": child.name, "command": shlex.join(["python", *child.command[1:]]), "seconds": seconds})
             said = "; ".join(f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in found)
             print(f"{child.name} ({seconds:.0f} s): {said}", flush=True)
         record["measurements"] = [measurement.record() for measurement in measurements]
@@ -114,12 +137,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--commit", default="unknown", help="recorded with the results")
     parser.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out, and said")
+    parser.add_argument("--resume", action="store_true", help="keep the numbers in --out of the same commit and machine, run the rest")
     parser.add_argument("--only", default="", help="run only the processes whose name contains this")
     given = parser.parse_args()
     facts = {
         "what": WHAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu.run", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.gpu.run --budget {given.budget:.0f}"
+        + " --resume" * given.resume
+        + f" --only {given.only}" * bool(given.only),
         "commit": given.commit,
         "machine": machine(),
         "versions": versions(),
@@ -127,7 +153,11 @@ def main() -> None:
     children = [child for child in plan() if given.only in child.name]
     if not children:
         parser.error(f"no process is named like {given.only!r}; there are {', '.join(child.name for child in plan())}")
-    record = run(children, given.out, given.budget, facts)
+    try:
+        measured = kept(given.out / NAME, facts) if given.resume else []
+    except ValueError as error:
+        parser.error(str(error))
+    record = run(unmeasured(children, measured), given.out, given.budget, facts, measured)
     write_report(record, (given.out / NAME).with_suffix(".md"))
     print(f"{given.out / NAME}\n{(given.out / NAME).with_suffix('.md')}")
     sys.exit(any(found["engine"] == "inplace-plugin" and "error" in found for found in record["measurements"]))

@@ -12,11 +12,11 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.baseline import Decoder, Prefill, described
-from benchmarks.gpu.measurement import Measurement, measurements_in
+from benchmarks.gpu.measurement import LEFT_OUT, Measurement, measurements_in
 from benchmarks.gpu.plan import Child, plan
 from benchmarks.gpu.plots import AXES, draw, panels
 from benchmarks.gpu.report import Results, aim, must, report
-from benchmarks.gpu.run import run, run_child
+from benchmarks.gpu.run import kept, run, run_child, unmeasured
 from benchmarks.gpu.shapes import CASES, SHAPES, Case, cache_bytes, floor_us, random_weights, weight_bytes
 
 
@@ -187,6 +187,23 @@ def test_a_failure_does_not_stop_the_run_and_what_has_no_time_is_named(tmp_path:
     ] * 2
 
 
+def test_a_run_is_resumed_only_where_commit_and_machine_are_the_same(tmp_path: Path) -> None:
+    done = replace(described("1b", 8, 4096, 600, "torch_compile"), us=2000.0, error=None)
+    other = replace(child("print()"), name="other", expected=(described("1b", 1, 1024, 600, "torch_compile"),))
+    both = [child(f"print({json.dumps(done.record())!r})"), other]
+    facts = record([])
+    run(both, tmp_path, 100, facts)
+    before = kept(tmp_path / "gpu_decode.json", facts)
+    assert before == [done]  # the failure of the other is tried again
+    assert unmeasured(both, before) == [other]
+    assert run([], tmp_path, 100, facts, before)["measurements"] == [done.record()]
+    assert [found["engine"] for found in run([other], tmp_path, 100, facts, before)["measurements"]] == ["torch.compile"] * 2
+    with pytest.raises(ValueError, match="is of commit abc, not def"):
+        kept(tmp_path / "gpu_decode.json", facts | {"commit": "def"})
+    with pytest.raises(ValueError, match="run without --resume first"):
+        kept(tmp_path / "none.json", facts)
+
+
 def test_targets_are_met_up_to_their_limit_and_relative_ones_follow_the_other_case() -> None:
     first, long = CASES[0], next(case for case in CASES if case.within is not None)
     assert long.within is not None
@@ -203,7 +220,12 @@ def test_targets_are_met_up_to_their_limit_and_relative_ones_follow_the_other_ca
 def test_the_report_shows_times_failures_and_targets() -> None:
     case = CASES[3]
     failed = replace(measured(CASES[4], "torch.compile", 1.0), us=None, error="out of memory")
-    text = report(record([measured(case, "inplace-plugin", 1400.0), measured(case, "torch.compile", 8000.0), failed]))
+    again = replace(measured(case, "torch.compile", 1.0), us=None, error=LEFT_OUT)  # hides no number
+    left = replace(again, shape="135m", rows=1, tokens=1, capacity=1024)
+    times = [measured(case, "inplace-plugin", 1400.0), measured(case, "torch.compile", 8000.0)]
+    text = report(record([*times, failed, again, left]))
+    assert "| – | left out |" in text
+    assert "| – | failed |" in text
     line = next(line for line in text.splitlines() if line.startswith(f"| {case.name}"))
     floor = floor_us("1b", 8 * 601)
     assert line.split(" | ")[1:3] == [f"1400 ({1400 / floor:.2f})", f"8000 ({8000 / floor:.2f})"]

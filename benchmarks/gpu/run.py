@@ -140,10 +140,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the numbers in --out of the same commit and machine, run the rest")
     parser.add_argument("--only", default="", help="run only the processes whose name contains this")
     given = parser.parse_args()
+    options = " --resume" * given.resume + f" --only {given.only}" * bool(given.only)  # --out is nobody's concern
     facts = {
         "what": WHAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.gpu.run --budget {given.budget:.0f}"
+        "command": f"python -m benchmarks.gpu.run --budget {given.budget:.0f}" + options,
         + " --resume" * given.resume
         + f" --only {given.only}" * bool(given.only),
         "commit": given.commit,

@@ -145,8 +145,6 @@ def main() -> None:
         "what": WHAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python -m benchmarks.gpu.run --budget {given.budget:.0f}" + options,
-        + " --resume" * given.resume
-        + f" --only {given.only}" * bool(given.only),
         "commit": given.commit,
         "machine": machine(),
         "versions": versions(),

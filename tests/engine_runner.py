@@ -18,7 +18,8 @@ class PlanRunner:
 
     def __init__(self, tensorrt: TensorRT, plan: Any) -> None:
         self.tensorrt = tensorrt
-        self.runtime = tensorrt.api.Runtime(tensorrt.logger())
+        self.log = tensorrt.log()
+        self.runtime = tensorrt.api.Runtime(self.log.logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         assert self.engine is not None
         self.context = self.engine.create_execution_context()

@@ -43,23 +43,9 @@ class TensorRT:
     def __str__(self) -> str:
         return f"{'TensorRT for RTX' if self.is_rtx else 'TensorRT'} {self.api.__version__}"
 
-    def logger(self) -> Any:
-        """A logger that prints nothing and keeps errors and warnings: ``errors`` and ``warnings`` are lists of texts."""
-        api = self.api
-
-        class Recorder(api.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                api.ILogger.__init__(self)
-                self.errors: list[str] = []
-                self.warnings: list[str] = []
-
-            def log(self, severity: Any, text: str) -> None:
-                if severity in (api.ILogger.Severity.ERROR, api.ILogger.Severity.INTERNAL_ERROR):
-                    self.errors.append(text)
-                elif severity == api.ILogger.Severity.WARNING:
-                    self.warnings.append(text)
-
-        return Recorder()
+    def log(self) -> "Log":
+        """A place for what this TensorRT says."""
+        return Log(self.api)
 
     def strongly_typed(self) -> int:
         """Creation flags of a network in which every type is as written (the only networks that TensorRT 11 and RTX have)."""
@@ -90,6 +76,60 @@ class TensorRT:
     def has_dtype(self, dtype: torch.dtype) -> bool:
         """Whether tensors of a network may have this element type."""
         return dtype in self._dtypes
+
+
+class Log:
+    """What TensorRT says of its errors.
+
+    The logger is TensorRT's own: with one written in Python, TensorRT 10.6 finds no implementation for any generated kernel ("No Myelin
+    Error exists"). Errors are collected by an error recorder, which may be Python's.
+
+    Attributes:
+        logger: for builders and runtimes; prints internal errors only.
+        errors: texts of the errors that watched objects reported, oldest first.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self.logger = api.Logger(api.Logger.INTERNAL_ERROR)
+        self.errors: list[str] = []
+        errors = self.errors
+
+        class Recorder(api.IErrorRecorder):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                api.IErrorRecorder.__init__(self)
+                self.codes: list[Any] = []
+
+            def num_errors(self) -> int:
+                return len(errors)
+
+            def get_error_code(self, index: int) -> Any:
+                return self.codes[index]
+
+            def get_error_desc(self, index: int) -> str:
+                return errors[index]
+
+            def has_overflowed(self) -> bool:
+                return False
+
+            def clear(self) -> None:
+                errors.clear()
+                self.codes.clear()
+
+            def report_error(self, code: Any, text: str) -> bool:
+                self.codes.append(code)
+                errors.append(text)
+                return True
+
+        self._recorder = Recorder()
+
+    def watch(self, source: Any) -> Any:
+        """Collect the errors of a builder, network, runtime, engine or context; returns it."""
+        source.error_recorder = self._recorder
+        return source
+
+    def said(self, count: int = 3) -> str:
+        """The last errors in one line."""
+        return " / ".join(self.errors[-count:]) or "it gave no reason"
 
 
 def load_tensorrt(flavor: Flavor | None = None) -> TensorRT:

@@ -41,7 +41,7 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
         BuildError: TensorRT cannot build it; has TensorRT's own words.
     """
     options = options or CompileOptions()
-    tensorrt, builder, logger = lowered.context.tensorrt, lowered.builder, lowered.context.logger
+    tensorrt, builder, log = lowered.context.tensorrt, lowered.builder, lowered.context.log
     api = tensorrt.api
     config = builder.create_builder_config()
     (config.set_flag if options.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
@@ -61,10 +61,10 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
         for name, (smallest, usual, largest) in ranges.items():
             profile.set_shape(name, smallest, usual, largest)
         if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {' / '.join(logger.errors[-3:])}")
+            raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {log.said()}")
     plan = builder.build_serialized_network(lowered.network, config)
     if plan is None:
-        raise BuildError(f"{tensorrt} cannot build the network: {' / '.join(logger.errors[-3:]) or 'it gave no reason'}")
+        raise BuildError(f"{tensorrt} cannot build the network: {log.said()}")
     return plan
 
 

@@ -47,11 +47,10 @@ class Extents:
         self._known: dict[Any, Any] = {}
 
     def define(self, tensor: Any, shape: Sequence[int | torch.SymInt]) -> None:
-        """The extents of a network input name symbols; axes of one symbol get one dimension name, so TensorRT knows they are equal."""
+        """The extents of a network input name symbols."""
         for axis, extent in enumerate(shape):
             if isinstance(extent, torch.SymInt) and isinstance(expression(extent), sympy.Symbol):
                 self._sources.setdefault(expression(extent), (tensor, axis))
-                tensor.set_dimension_name(axis, str(expression(extent)))
 
     def of(self, x: Any) -> list[Extent]:
         """The extents of a tensor: integers, and `Measured` where they are not known."""

@@ -34,8 +34,8 @@ class Layers:
 
     def __init__(self, tensorrt: TensorRT) -> None:
         self.tensorrt, self.api = tensorrt, tensorrt.api
-        self.logger = tensorrt.logger()
-        self.builder = self.api.Builder(self.logger)
+        self.log = tensorrt.log()
+        self.builder = self.log.watch(self.api.Builder(self.log.logger))
         self.network = self.builder.create_network(tensorrt.strongly_typed())
         self.label, self.origin = "network", ""
         self.extents = Extents(self)
@@ -55,11 +55,10 @@ class Layers:
             BuildError: TensorRT did not add it.
         """
         if layer is None:
-            said = self.logger.errors[-1] if self.logger.errors else "it gave no reason"
-            raise BuildError(f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {said}")
+            raise BuildError(f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {self.log.said(1)}")
         count = self._names[self.label] = self._names.get(self.label, 0) + 1
         layer.name = self.label if count == 1 else f"{self.label}.{count}"
-        layer.metadata = self.origin.strip()
+        layer.metadata = self.origin.strip().replace('"', "'")
         return layer
 
     def output(self, layer: Any) -> ITensor:

@@ -226,7 +226,7 @@ class Network(Layers):
         sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
         tensor = self.network.add_input(name, self.tensorrt.dtype(dtype), sizes)
         if tensor is None:
-            raise BuildError(f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.logger.errors[-1:]}")
+            raise BuildError(f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.log.said(1)}")
         return tensor
 
     def _call(self, node: Node) -> Any:

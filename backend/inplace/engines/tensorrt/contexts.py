@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inplace.artifacts import Plan
 from inplace.errors import LoadError
-from inplace.trt import TensorRT
+from inplace.trt import Log, TensorRT
 
 
 class Contexts:
@@ -20,7 +20,7 @@ class Contexts:
         engine: ``ICudaEngine``.
         plan: its profiles.
         weights: bound for good.
-        logger: what TensorRT says goes here.
+        log: what TensorRT says goes here.
         plugins: those of this TensorRT, or None.
 
     Attributes:
@@ -28,8 +28,8 @@ class Contexts:
         memory: bytes of device memory: ``scratch``, ``plan``.
     """
 
-    def __init__(self, tensorrt: TensorRT, engine: Any, plan: Plan, weights: Mapping[str, Tensor], logger: Any, plugins: Any) -> None:
-        self._engine, self._plan, self._weights, self._logger, self._plugins = engine, plan, weights, logger, plugins
+    def __init__(self, tensorrt: TensorRT, engine: Any, plan: Plan, weights: Mapping[str, Tensor], log: Log, plugins: Any) -> None:
+        self._engine, self._plan, self._weights, self._log, self._plugins = engine, plan, weights, log, plugins
         self.stream = torch.cuda.Stream()
         size = int(engine.device_memory_size_v2)
         self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
@@ -37,10 +37,10 @@ class Contexts:
         for index in range(len(plan.profiles)):
             context = engine.create_execution_context(tensorrt.api.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
-                raise LoadError(f"{tensorrt} cannot make an execution context: {' / '.join(logger.errors[-2:])}")
+                raise LoadError(f"{tensorrt} cannot make an execution context: {log.said()}")
             context.set_device_memory(self._scratch.data_ptr(), size)
             if index and not context.set_optimization_profile_async(index, self.stream.cuda_stream):
-                raise LoadError(f"{tensorrt} refused profile {index}: {' / '.join(logger.errors[-2:])}")
+                raise LoadError(f"{tensorrt} refused profile {index}: {log.said()}")
             for name, tensor in weights.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             self._contexts.append(context)
@@ -88,5 +88,5 @@ class Contexts:
         return graph
 
     def _said(self) -> str:
-        texts = (self._plugins.errors[-1:] if self._plugins is not None else []) + self._logger.errors[-2:]
-        return " / ".join(texts) or "TensorRT gave no reason"
+        failed = self._plugins.errors[-1:] if self._plugins is not None else []
+        return " / ".join([*failed, self._log.said()])

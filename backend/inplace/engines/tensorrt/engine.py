@@ -55,16 +55,16 @@ class TensorRtEngine:
             from inplace.plugins import plugins as registered
 
             plugins = registered(tensorrt)
-        self._logger = tensorrt.logger()
-        self._runtime = tensorrt.api.Runtime(self._logger)
+        self._log = tensorrt.log()
+        self._runtime = self._log.watch(tensorrt.api.Runtime(self._log.logger))
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise LoadError(f"{path} cannot be read by {tensorrt}: {' / '.join(self._logger.errors[-2:])}; build the model again")
+            raise LoadError(f"{path} cannot be read by {tensorrt}: {self._log.said()}; build the model again")
         _check_names(path, engine, manifest)
         _check_native_aliases(path, engine, manifest)
         try:
             weights = _weights(folder, plan)
-            contexts = Contexts(tensorrt, engine, plan, {**weights}, self._logger, plugins)
+            contexts = Contexts(tensorrt, engine, plan, weights, self._log, plugins)
             kind = IdentitySteps if program.identity else IndirectSteps
             self._steps: IdentitySteps | IndirectSteps = kind(program, arena, contexts, graphs=graphs)
             self._steps.warm()

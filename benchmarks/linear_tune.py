@@ -1,3 +1,4 @@
+# ruff: noqa: B023  the functions are called before the loop goes on
 """Block sizes of the linear kernels: times every layer of the benchmark shapes over a small grid, and cuBLAS beside it.
 
     python benchmarks/linear_tune.py [--seconds 90]
@@ -30,8 +31,10 @@ LAYERS = {
 }
 L2_BYTES = 120 << 20
 CALLS = 40
-GEMV = [(n, k, w) for n in (1, 2, 4, 8, 16) for k in (256, 512, 1024, 2048) for w in (2, 4, 8) if 2048 <= n * k <= 16384]
-SKINNY = [(n, k, w, s) for n in (16, 32, 64) for k in (64, 128, 256) for w in (4, 8) for s in (2, 3, 5) if n * k * s <= 65536]
+GEMV = [(n, k, w) for n in (2, 4, 8, 16) for k in (512, 1024, 2048) for w in (2, 4, 8) if 2048 <= n * k <= 16384]
+SKINNY = [
+    (n, k, w, s) for n in (16, 32, 64) for k in (64, 128, 256) for w in (4, 8) for s in (3, 5) if n * k >= 2048 and n * k * s <= 65536
+]
 
 
 def timed(work: Callable[[int], None]) -> float:
@@ -59,9 +62,13 @@ def main() -> None:
     """Print the best few configurations of each layer and row count, then one JSON line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=90.0)
-    deadline = time.monotonic() + parser.parse_args().seconds
+    parser.add_argument("--rows", default="1,8,64")
+    parser.add_argument("--layers", default=",".join(LAYERS), help="names; a process a layer at the same time fills Triton's cache faster")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    layers = {name: LAYERS[name] for name in arguments.layers.split(",")}
     found = []
-    for rows, (name, spec) in itertools.product((1, 8, 64), LAYERS.items()):
+    for rows, (name, spec) in itertools.product(map(int, arguments.rows.split(",")), layers.items()):
         if time.monotonic() > deadline:
             print("out of time before", rows, name)
             break

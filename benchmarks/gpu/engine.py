@@ -17,7 +17,7 @@ from inplace.batcher import Work, form
 from inplace.dtypes import Dtype
 from inplace.engines.tensorrt import TensorRtEngine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
+from inplace.manifest import Kind, Manifest
 from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
@@ -42,33 +42,44 @@ def main() -> None:
     rows = [int(count) for count in arguments.cases.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         before = time.perf_counter()
-        model = random_model(arguments.shape, torch.bfloat16, "cpu")
-        chunk = max(arguments.prefill, 1)
-        options = BuildOptions(
-            dtype=Dtype.BFLOAT16,
-            device="cuda",
-            slots=max(rows),
-            max_rows=max(rows),
-            capacity=arguments.capacity,
-            chunk=chunk,
-            step_tokens=max(max(rows), chunk),
-            engine="tensorrt",
-            alias=arguments.alias,
+        manifest, arena, engine = built_engine(
+            Path(folder), arguments.shape, arguments.alias, max(rows), arguments.capacity, max(arguments.prefill, 1)
         )
-        capture = capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, chunk, options.most_tokens))
-        model.to("cuda")  # the reference of the verification
-        manifest = write_engine(capture, Path(folder) / "model", options)
         built = time.perf_counter() - before
-        del model, capture
-        arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-        engine = TensorRtEngine(Path(folder) / "model" / VERSION, manifest, arena)
-        for tensor in arena.tensors.values():
-            tensor.normal_()
         for count in rows:
-            lengths = [arguments.length] * count
-            report(arguments, manifest, engine, arena, lengths, [1] * count, built)
+            report(arguments, manifest, engine, arena, [arguments.length] * count, [1] * count, built)
         if arguments.prefill:
             report(arguments, manifest, engine, arena, [0], [arguments.prefill], built)
+
+
+def build(folder: Path, shape: str, alias: Kind, rows: int, capacity: int, chunk: int) -> Manifest:
+    """Build a randomly weighted model of this shape for so many rows, each with a slot, verified against transformers on the GPU."""
+    model = random_model(shape, torch.bfloat16, "cpu")
+    options = BuildOptions(
+        dtype=Dtype.BFLOAT16,
+        device="cuda",
+        slots=rows,
+        max_rows=rows,
+        capacity=capacity,
+        chunk=chunk,
+        step_tokens=max(rows, chunk),
+        engine="tensorrt",
+        alias=alias,
+    )
+    capture = capture_decoder(model, DecoderOptions(capacity, rows, chunk, options.most_tokens))
+    model.to("cuda")  # the reference of the verification
+    return write_engine(capture, folder / "model", options)
+
+
+def built_engine(folder: Path, shape: str, alias: Kind, rows: int, capacity: int, chunk: int) -> tuple[Manifest, Arena, TensorRtEngine]:
+    """`build`, and load; states hold random numbers."""
+    manifest = build(folder, shape, alias, rows, capacity, chunk)
+    torch.cuda.empty_cache()
+    arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
+    engine = TensorRtEngine(folder / "model" / VERSION, manifest, arena)
+    for tensor in arena.tensors.values():
+        tensor.normal_()
+    return manifest, arena, engine
 
 
 def report(

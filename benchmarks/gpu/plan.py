@@ -41,11 +41,11 @@ def plan() -> list[Child]:
 
 def _ours(alias: str) -> list[Child]:
     """One process each shape and capacity, every number of rows in it; the plugin engine of one of them also times the prefill."""
-    groups: dict[tuple[str, int, int], list[Case]] = {}
-    for case in CASES:
-        groups.setdefault((case.shape, case.capacity, case.length), []).append(case)
+    groups: dict[tuple[str, int, int, int], list[Case]] = {}
+    for case in CASES:  # a copying engine runs all its slots in every step, so each number of rows is an engine of its own
+        groups.setdefault((case.shape, case.capacity, case.length, case.rows if alias == "copy" else 0), []).append(case)
     children = []
-    for (shape, capacity, length), cases in groups.items():
+    for (shape, capacity, length, _), cases in groups.items():
         prefill = alias == "plugin" and (shape, capacity) == (PREFILL_SHAPE, PREFILL_CAPACITY)
         rows = ",".join(str(case.rows) for case in cases)
         command = [*_module("engine"), "--shape", shape, "--alias", alias, "--capacity", str(capacity), "--cases", rows]
@@ -53,7 +53,7 @@ def _ours(alias: str) -> list[Child]:
         expected = [_missing(f"inplace-{alias}", shape, case.rows, capacity, length, case.rows, "decode") for case in cases]
         if prefill:
             expected.append(_missing(f"inplace-{alias}", shape, 1, capacity, 0, PREFILL_TOKENS, "prefill"))
-        children.append(Child(f"inplace_{alias}-{shape}-c{capacity}", tuple(command), ENGINE_TIMEOUT, tuple(expected)))
+        children.append(Child(f"inplace_{alias}-{shape}-c{capacity}-B{rows}", tuple(command), ENGINE_TIMEOUT, tuple(expected)))
     return children
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from inplace.artifacts import EngineFile
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.artifacts import EngineFile
 from inplace.manifest import (
     FILE_NAME,
     Alias,

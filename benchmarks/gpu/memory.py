@@ -81,7 +81,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         options = ["--shape", arguments.shape, "--rows", str(arguments.rows), "--steps", str(arguments.steps), "--out", str(arguments.out)]
-        code = "import sys; from pathlib import Path; from benchmarks.gpu.engine import build; build(Path(sys.argv[1]), sys.argv[2], 'plugin', *map(int, sys.argv[3:]))"
+        code = (
+            "import sys; from pathlib import Path; from benchmarks.gpu.engine import build; "
+            "build(Path(sys.argv[1]), sys.argv[2], 'plugin', *map(int, sys.argv[3:]))"
+        )
         subprocess.run(
             [sys.executable, "-c", code, folder, arguments.shape, str(arguments.rows), str(arguments.capacity), "128"], check=True
         )

@@ -8,13 +8,14 @@ import json
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from inplace.arena import Arena
 from inplace.engines.tensorrt import TensorRtEngine
 from torch.profiler import ProfilerActivity
 
-from benchmarks.gpu.engine import built_engine, step_inputs
+from benchmarks.gpu.engine import build, opened, step_inputs
 
 STEPS = 20
 
@@ -30,7 +31,8 @@ def main() -> None:
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.rows.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        manifest, arena, engine = built_engine(Path(folder), arguments.shape, "plugin", max(counts), arguments.capacity, 1)
+        build(Path(folder), arguments.shape, "plugin", max(counts), arguments.capacity, 1)
+        manifest, arena, engine = opened(Path(folder))
         arguments.out.mkdir(parents=True, exist_ok=True)
         for rows in counts:
             inputs = step_inputs(manifest, engine, arena, [arguments.length] * rows, [1] * rows)
@@ -42,7 +44,7 @@ def main() -> None:
                 print(f"  {kernel['us']:8.1f} us {kernel['count']:6.1f} x {kernel['name'][:90]}")
 
 
-def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tensor]) -> dict[str, object]:
+def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Microseconds and launches of each kernel in one step, and of the step without the profiler."""
     alone = engine.time(inputs, STEPS)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profile:
@@ -50,19 +52,19 @@ def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tenso
         torch.cuda.synchronize()
     times: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time > 0:
+        if str(event.device_type).endswith("CUDA") and event.device_time > 0:
             times[event.name].append(event.device_time)
     steps = STEPS + 1
-    kernels = [
+    kernels: list[dict[str, Any]] = [
         {"name": name, "us": sum(found) / steps, "count": len(found) / steps, "each_us": sum(found) / len(found)}
         for name, found in times.items()
     ]
-    kernels.sort(key=lambda kernel: -float(kernel["us"]))
+    kernels.sort(key=lambda kernel: -kernel["us"])
     return {
         "device": torch.cuda.get_device_name(),
         "step_us": alone,
-        "kernel_us": sum(float(kernel["us"]) for kernel in kernels),
-        "launches": sum(float(kernel["count"]) for kernel in kernels),
+        "kernel_us": sum(kernel["us"] for kernel in kernels),
+        "launches": sum(kernel["count"] for kernel in kernels),
         "arena_bytes": arena.bytes,
         "kernels": kernels,
     }

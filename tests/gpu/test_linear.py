@@ -39,7 +39,8 @@ def test_equals_the_operator(spec: LinearSpec, tokens: int, dtype: torch.dtype) 
     workspace = torch.empty(max(1, linear_workspace(spec, tokens, dtype.itemsize)), device="cuda", dtype=torch.uint8)
     for pdl in (False, True):
         linear(
-            spec, x=x, weight=weight, bias=bias, norm=norm, residual=residual, out=out, workspace=workspace.data_ptr(), tokens=tokens, pdl=pdl
+            spec, x=x, weight=weight, bias=bias, norm=norm, residual=residual, out=out,
+            workspace=workspace.data_ptr(), tokens=tokens, pdl=pdl,
         )  # fmt: skip
 
         def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """TensorRT engines on the GPU: built, verified, bound, replayed, and refused where they must be."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
 
 def options(**changes: Any) -> BuildOptions:
-    return BuildOptions(**({"device": "cuda", "engine": "tensorrt", "capacity": 64, "chunk": 8, "slots": 6, "max_rows": 4} | changes))
+    base = BuildOptions(device="cuda", engine="tensorrt", capacity=64, chunk=8, slots=6, max_rows=4)
+    return replace(base, **changes)
 
 
 def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> ModelInstance:

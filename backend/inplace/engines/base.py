@@ -17,6 +17,7 @@ class Engine(Protocol):
             wanted: names of the outputs that somebody will read; the others need not leave the device.
 
         Returns:
-            The wanted outputs by name, ``[rows, ...]``, on the host, the caller's to keep. States are written in the arena and never returned.
+            The wanted outputs by name, ``[rows, ...]``, on the host, the caller's to keep. States are written in the arena, never
+            returned.
         """
         ...

@@ -190,7 +190,8 @@ def _rms_norm(x, weight, out, inputs, eps, BLOCK: tl.constexpr, PDL: tl.constexp
 
 @triton.jit
 def _epilogue(
-    product, residual, out, width, GATED: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    product, residual, out, width,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Activation, gate and residual of a finished product; one block of one token a program."""
     if PDL:
@@ -341,5 +342,6 @@ def _library(
     if _has_epilogue(spec):
         block = min(1024, triton.next_power_of_2(spec.width))
         _epilogue[(tokens, triton.cdiv(spec.width, block))](
-            product, residual if residual is not None else x, out, spec.width, spec.gated, spec.residual, spec.activation, block, num_warps=4, **launch
+            product, residual if residual is not None else x, out, spec.width,
+            spec.gated, spec.residual, spec.activation, block, num_warps=4, **launch,
         )  # fmt: skip

@@ -80,8 +80,8 @@ class TensorRtEngine:
         """See `Engine.step`.
 
         Raises:
-            RuntimeError: TensorRT or a plugin failed, or a state is no longer where it was bound: captured graphs hold addresses, and a stale
-                one is never replayed.
+            RuntimeError: TensorRT or a plugin failed, or a state is no longer where it was bound: captured graphs hold addresses, and a
+                stale one is never replayed.
         """
         if not self._steps.moves_states and _addresses(self._arena) != self._addresses:
             moved = [name for name, old in self._addresses.items() if self._arena.tensors[name].data_ptr() != old]

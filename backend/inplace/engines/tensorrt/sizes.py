@@ -12,7 +12,7 @@ SMALLEST_MIXED = 16
 
 @dataclass(frozen=True)
 class Size:
-    """A step: ``rows`` rows, ``tokens`` tokens of all of them together. A decode step has one token a row, a mixed step more tokens than rows."""
+    """A step: ``rows`` rows with ``tokens`` tokens together: one each in a decode step, more than rows in a mixed one."""
 
     rows: int
     tokens: int

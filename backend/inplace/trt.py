@@ -94,7 +94,7 @@ class Log:
         self.errors: list[str] = []
         errors = self.errors
 
-        class Recorder(api.IErrorRecorder):  # type: ignore[misc, name-defined]
+        class Recorder(api.IErrorRecorder):  # type: ignore[misc]
             def __init__(self) -> None:
                 api.IErrorRecorder.__init__(self)
                 self.codes: list[Any] = []

@@ -81,8 +81,8 @@ class TensorRT:
 class Log:
     """What TensorRT says of its errors.
 
-    The logger is TensorRT's own: with one written in Python, TensorRT 10.6 finds no implementation for any generated kernel ("No Myelin
-    Error exists"). Errors are collected by an error recorder, which may be Python's.
+    Errors are collected by an error recorder; the logger, which would print them too, is TensorRT's own and says only what is an internal
+    error.
 
     Attributes:
         logger: for builders and runtimes; prints internal errors only.

@@ -58,7 +58,7 @@ class Layers:
             raise BuildError(f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {self.log.said(1)}")
         count = self._names[self.label] = self._names.get(self.label, 0) + 1
         layer.name = self.label if count == 1 else f"{self.label}.{count}"
-        layer.metadata = self.origin.strip().replace('"', "'")
+        layer.metadata = self.origin.strip().replace('"', "'")  # with a double quote TensorRT 10.6 cannot generate a kernel
         return layer
 
     def output(self, layer: Any) -> ITensor:

@@ -281,19 +281,20 @@ def linear(
 
 def gemv_blocks(spec: LinearSpec) -> tuple[int, int, int]:
     """``BLOCK_N``, ``BLOCK_K`` and warps of `_gemv`."""
-    block_k = min(1024, triton.next_power_of_2(spec.inputs))
-    per_program = 4096 if spec.gated else 8192
-    block_n = max(1, min(per_program // block_k, triton.next_power_of_2(max(1, spec.width // 264))))
-    return block_n, block_k, 4
+    if spec.inputs <= 1024:
+        return 4, 1024, 2
+    return (8, 512, 2) if spec.gated else (4, 1024, 2) if spec.outputs > 2048 else (2, 2048, 2)
 
 
 def skinny_blocks(spec: LinearSpec, block_m: int, itemsize: int) -> tuple[int, int, int, int]:
     """``BLOCK_N``, ``BLOCK_K``, warps and pipeline stages of `_skinny`."""
-    block_n = 16 if spec.width <= 8192 else 32
-    block_k = 256 if itemsize == 2 and block_m <= 16 else 128
     if itemsize == 4:
-        block_k = 64
-    return block_n, block_k, 4, 3
+        return 16, 64, 4, 3
+    if block_m > 16:
+        return (32 if spec.gated else 64), 128, 8, 3
+    if spec.inputs <= 1024:
+        return (32, 256, 4, 3) if spec.outputs > 2048 else (16, 256, 4, 3)
+    return (64, 128, 4, 5) if spec.inputs > 4096 else (64, 256, 4, 3)
 
 
 def _streams(spec: LinearSpec, tokens: int) -> bool:

@@ -157,7 +157,7 @@ def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
     ("change", "said"),
     [
         ({"version": "9.9.9"}, "was built with tensorrt 9.9.9"),
-        ({"compute_capability": "8.0"}, "was built for .* compute capability 8.0"),
+        ({"compute_capability": "8.0"}, r"was built for .*compute capability 8\.0"),
         ({"gpu": "NVIDIA A100"}, "was built for NVIDIA A100"),
     ],
 )

@@ -81,6 +81,7 @@ class IdentitySteps:
             for spec in self._program.outputs
             if spec.name in wanted
         }
+        self._contexts.stream.wait_stream(torch.cuda.current_stream())  # a fresh slot is filled on the caller's
         with torch.cuda.stream(self._contexts.stream):
             for row in sorted(set(range(len(slots))) - set(single)):
                 outputs = self._alone(inputs, row, slots[row], bounds[row], bounds[row + 1])

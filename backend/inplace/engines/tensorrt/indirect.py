@@ -84,6 +84,7 @@ class IndirectSteps:
             raise RuntimeError(f"a step of {rows} rows and {tokens} tokens is larger than the engine was built for")
         found = self._captured[size]
         found.block.fill(inputs)
+        self._contexts.stream.wait_stream(torch.cuda.current_stream())  # a fresh slot is filled on the caller's
         with torch.cuda.stream(self._contexts.stream):
             if found.graph is not None:
                 found.graph.replay()

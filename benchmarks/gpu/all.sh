@@ -2,7 +2,7 @@
 # Everything that needs a GPU, on a machine that has one: tests, the real model's accuracy, the server, the benchmark, a profile.
 # What each part writes lies under OUT (from the project's root); a part that fails or takes too long does not stop the others.
 #
-#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server bench profile
+#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server steps memory bench profile
 #
 # PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest); .venv/bin/python unless given, else python3.
 set -uo pipefail
@@ -33,15 +33,18 @@ part() { # part NAME SECONDS COMMAND...: run it with its own time limit, its out
 }
 
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "$PYTHON has no PyTorch that sees a GPU" >&2 && exit 2; }
-[ $# -gt 0 ] || set -- tests accuracy server bench profile
+[ $# -gt 0 ] || set -- tests accuracy server steps memory bench profile
 for name in "$@"; do
     case $name in
     tests) part tests 400 "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
     accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
-    server) part server 300 "$PYTHON" -m pytest -q tests/server -p no:cacheprovider -m server --junitxml="$OUT/server.xml" ;;
+    server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
+    steps) part steps 240 bash -c "\"$PYTHON\" -m benchmarks.gpu.engine --shape 135m --cases 8 --engines \"$OUT/engines\" --build-only &&
+        \"$PYTHON\" benchmarks/server_steps.py --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
+    memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --commit "$COMMIT" --budget "${BUDGET:-480}" ;;
     profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;
-    *) echo "no part is named '$name'; there are: tests accuracy server bench profile" >&2 && exit 2 ;;
+    *) echo "no part is named '$name'; there are: tests accuracy server steps memory bench profile" >&2 && exit 2 ;;
     esac
 done
 if [ -f "$OUT/gpu_decode.json" ] && "$PYTHON" -c 'import matplotlib' 2>/dev/null; then

@@ -37,10 +37,10 @@ DECODERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 }
 
 
-def captured(name: str) -> Capture:
-    """A random decoder of this family, captured."""
+def captured(name: str, rows: int = ROWS) -> Capture:
+    """A random decoder of this family, captured for batches of so many rows."""
     manual_seed(0)
-    return capture_decoder(DECODERS[name]().eval(), DecoderOptions(CAPACITY, ROWS, CHUNK))
+    return capture_decoder(DECODERS[name]().eval(), DecoderOptions(CAPACITY, rows, CHUNK))
 
 
 def lowered(capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention: bool = False) -> Lowered:

@@ -135,34 +135,36 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
 
 @dataclass(frozen=True)
 class _Examples:
-    """Example arguments of a `DecoderStep`: two rows, or one where the program has only one, and which extents vary."""
+    """Example arguments of a `DecoderStep`: two rows of two tokens, and which extents vary.
+
+    The number of rows varies in the graph even where a batch has one row only: the runtime pads steps with null rows, verification
+    steps more slots than a server may, and where row r is slot r the rows are as many as the slots of the arena.
+    """
 
     options: DecoderOptions
     key_states: list[Tensor]
     value_states: list[Tensor]
 
     def arguments(self) -> tuple[Any, ...]:
-        rows = min(2, self.options.max_rows)
-        offsets = torch.arange(rows + 1, dtype=torch.int32) * 2
+        offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
         return (
-            torch.zeros(2 * rows, dtype=torch.int64),
-            torch.arange(2, dtype=torch.int32).repeat(rows),
+            torch.zeros(4, dtype=torch.int64),
+            torch.tensor([0, 1, 0, 1], dtype=torch.int32),
             offsets,
             offsets[1:] - 1,
-            torch.arange(rows, dtype=torch.int32),
-            torch.zeros(rows, dtype=torch.int32),
+            torch.arange(2, dtype=torch.int32),
+            torch.zeros(2, dtype=torch.int32),
             self.key_states,
             self.value_states,
         )
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
-        most = self.options.max_rows
-        tokens = Dim("tokens", min=1, max=max(2 * most, most * self.options.chunk))
-        rows: Any = Dim("rows", min=1, max=most) if most > 1 else None
-        bounds: Any = {0: rows + 1} if rows is not None else None
-        each: Any = {0: rows} if rows is not None else None
+        most = max(2, self.options.max_rows)
+        tokens = {0: Dim("tokens", min=1, max=max(2 * most, most * self.options.chunk))}
+        count = Dim("rows", min=1, max=most)
+        rows: Any = {0: count}
         arena = [{0: Dim("slots", min=1)}] * len(self.key_states)
-        return ({0: tokens}, {0: tokens}, bounds, each, each, each, arena, arena)
+        return (tokens, tokens, {0: count + 1}, rows, rows, rows, arena, arena)
 
 
 def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:

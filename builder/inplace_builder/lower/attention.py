@@ -18,37 +18,46 @@ LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which cached positions tokens see.
+    """Which cached positions queries see.
 
     Attributes:
         written: ``[rows, capacity]`` bool: the entry holds something.
-        seen: ``[rows, 1, tokens, capacity]`` bool: the token attends to the entry.
+        seen: ``[rows, 1, queries, capacity]`` bool: the query attends to the entry. Queries are a row's tokens, repeated for each head of
+            a group.
     """
 
     written: ITensor
     seen: ITensor
 
 
-def grouped(ctx: Network, query: ITensor, rows: Rows, kv_heads: int) -> ITensor:
-    """Packed queries ``[tokens, heads, dim]`` as ``[rows, kv_heads, group, tokens of a row, dim]``."""
+def by_row(ctx: Network, query: ITensor, rows: Rows) -> ITensor:
+    """Packed queries ``[tokens, heads, dim]`` as ``[rows, heads, tokens of a row, dim]``."""
     heads, dim = query.shape[1], query.shape[2]
-    apart = ctx.reshape(query, (rows.count, -1, kv_heads, heads // kv_heads, dim))
-    return ctx.permute(apart, (0, 2, 3, 1, 4))
+    return ctx.permute(ctx.reshape(query, (rows.count, -1, heads, dim)), (0, 2, 1, 3))
 
 
 def visibility(
-    ctx: Network, rows: Rows, query: ITensor, capacity: int, *, append: bool, causal: bool, window: int, ring: bool
+    ctx: Network, rows: Rows, query: ITensor, capacity: int, *, append: bool, causal: bool, window: int, ring: bool, group: int = 1
 ) -> Visibility:
-    """The masks of `grouped` queries over caches that already hold the appended tokens; made once for all layers alike."""
-    key = (Visibility, rows.null, rows.starts, capacity, append, causal, window, ring)
-    make = partial(_visibility, ctx, rows, query, capacity, append=append, causal=causal, window=window, ring=ring)
+    """The masks of `by_row` queries over caches that already hold the appended tokens; made once for all layers alike.
+
+    Args:
+        ctx: the network.
+        rows: its rows.
+        query: from `by_row`.
+        capacity: entries of a cache.
+        append, causal, window, ring: as the operator has them.
+        group: heads whose queries lie behind one another, see `attend`.
+    """
+    key = (Visibility, rows.null, rows.starts, capacity, append, causal, window, ring, group)
+    make = partial(_visibility, ctx, rows, query, capacity, append=append, causal=causal, window=window, ring=ring, group=group)
     return ctx.once(key, make)
 
 
 def _visibility(
-    ctx: Network, rows: Rows, query: ITensor, capacity: int, *, append: bool, causal: bool, window: int, ring: bool
+    ctx: Network, rows: Rows, query: ITensor, capacity: int, *, append: bool, causal: bool, window: int, ring: bool, group: int
 ) -> Visibility:
-    tokens = ctx.extents.of(query)[3]
+    tokens = ctx.extents.of(query)[2]
     starts = rows.column(ctx, rows.starts)
     entries = ctx.constant(torch.arange(capacity, dtype=INT)[None])
     length = starts
@@ -58,14 +67,16 @@ def _visibility(
     positions = entries
     if ring:  # entry c holds the newest position that is c modulo the capacity; a negative one is not written yet
         newest = ctx.subtract(length, ctx.scalar(1, INT, 2))
-        positions = ctx.subtract(newest, modulo(ctx, ctx.subtract(newest, entries), capacity))
+        positions = ctx.subtract(newest, modulo(ctx, ctx.subtract(newest, entries), ctx.scalar(capacity, INT, 2)))
         written = ctx.invert(ctx.less(positions, ctx.scalar(0, INT, 2)))
     else:
         written = ctx.less(entries, length)
-    queries = ctx.add(starts, ctx.unsqueezed(ctx.iota(tokens, INT), [0]))
-    at = ctx.unsqueezed(queries, [1, 3])
-    positions = ctx.unsqueezed(positions, [1, 2])
-    seen = ctx.unsqueezed(written, [1, 2])
+    token = ctx.unsqueezed(ctx.iota(tokens, INT), [0])
+    if group > 1:
+        token = ctx.concatenate([token] * group, 1)
+    at = ctx.reshape(ctx.add(starts, token), (0, 1, -1, 1))
+    positions = ctx.reshape(positions, (-1, 1, 1, capacity))
+    seen = ctx.reshape(written, (-1, 1, 1, capacity))
     if causal:
         seen = ctx.both(seen, ctx.invert(ctx.elementwise("GREATER", positions, at)))
     if window:
@@ -73,40 +84,38 @@ def _visibility(
     return Visibility(written, seen)
 
 
-def modulo(ctx: Network, x: ITensor, by: int) -> ITensor:
+def modulo(ctx: Network, x: ITensor, by: ITensor) -> ITensor:
     """``x % by`` as Python has it, never negative; int32."""
-    divisor = ctx.scalar(by, INT, len(x.shape))
-    quotient = ctx.elementwise("FLOOR_DIV", x, divisor)
-    return ctx.subtract(x, ctx.multiply(quotient, divisor))
+    return ctx.subtract(x, ctx.multiply(ctx.elementwise("FLOOR_DIV", x, by), by))
 
 
 def attend(ctx: Network, query: ITensor, keys: ITensor, values: ITensor, visible: Visibility, *, scale: float, softcap: float) -> ITensor:
     """Softmax attention.
 
+    Nothing here has more than four axes, and one product a cache head reads its keys once: the queries of a group lie behind one another.
+    These are the forms that TensorRT 10.6 was seen to build for real models.
+
     Args:
         ctx: the network.
-        query: `grouped` queries.
+        query: `by_row` queries.
         keys: ``[rows, kv_heads, capacity, dim]``.
         values: the same of the values.
-        visible: what is attended.
+        visible: what is attended, with ``group`` the query heads of a cache head.
         scale: factor of the scores.
         softcap: if not 0, scores become ``softcap * tanh(scores / softcap)``.
 
     Returns:
         Packed, ``[tokens, heads, dim]``.
     """
-    _, kv_heads, group, _, dim = query.shape
-    capacity, value_dim = keys.shape[2], values.shape[3]
-    values = ctx.select(ctx.unsqueezed(visible.written, [1, 3]), values, ctx.scalar(0.0, ctx.dtype_of(values), 4))
-    # the queries of a group lie behind one another: one product a cache head reads its keys once
+    heads, dim = query.shape[1], query.shape[3]
+    kv_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    values = ctx.select(ctx.reshape(visible.written, (-1, 1, capacity, 1)), values, ctx.scalar(0.0, ctx.dtype_of(values), 4))
     scores = ctx.matmul(ctx.reshape(query, (0, kv_heads, -1, dim)), keys, transpose_b=True)
-    scores = ctx.multiply(ctx.cast(scores, torch.float32), ctx.scalar(scale, torch.float32))
+    scores = ctx.multiply(ctx.cast(scores, torch.float32), ctx.scalar(scale, torch.float32, 4))
     if softcap:
-        cap = ctx.scalar(softcap, torch.float32)
+        cap = ctx.scalar(softcap, torch.float32, 4)
         scores = ctx.multiply(ctx.activation("TANH", ctx.elementwise("DIV", scores, cap)), cap)
-    scores = ctx.reshape(scores, (0, kv_heads, group, -1, capacity))
-    scores = ctx.select(ctx.unsqueezed(visible.seen, [1]), scores, ctx.scalar(LOWEST, torch.float32))
-    weights = ctx.cast(ctx.softmax(scores, 4), ctx.dtype_of(values))
-    out = ctx.matmul(ctx.reshape(weights, (0, kv_heads, -1, capacity)), values)
-    out = ctx.permute(ctx.reshape(out, (0, kv_heads, group, -1, value_dim)), (0, 3, 1, 2, 4))
-    return ctx.reshape(out, (-1, kv_heads * group, value_dim))
+    scores = ctx.select(visible.seen, scores, ctx.scalar(LOWEST, torch.float32, 4))
+    out = ctx.matmul(ctx.cast(ctx.softmax(scores, 3), ctx.dtype_of(values)), values)
+    out = ctx.permute(ctx.reshape(out, (0, heads, -1, value_dim)), (0, 2, 1, 3))
+    return ctx.reshape(out, (-1, heads, value_dim))

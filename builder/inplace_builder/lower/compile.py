@@ -1,5 +1,6 @@
 """From a network to a plan."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,14 @@ class CompileOptions:
         tf32: let float32 products use TF32, 10 bits of mantissa.
         workspace_bytes: most scratch memory of one layer; None is TensorRT's own limit.
         plugins: whether the network has plugins whose outputs alias inputs.
+        optimization_level: how long TensorRT searches for fast kernels, from 0 to 5; None is its own choice, 3.
     """
 
     compute_capabilities: tuple[str, ...] = ()
     tf32: bool = False
     workspace_bytes: int | None = None
     plugins: bool = False
+    optimization_level: int | None = None
 
 
 def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], options: CompileOptions | None = None) -> Any:
@@ -47,6 +50,8 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
     (config.set_flag if options.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
     if options.plugins:
         config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.compute_capabilities:
@@ -64,8 +69,26 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
             raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {log.said()}")
     plan = builder.build_serialized_network(lowered.network, config)
     if plan is None:
-        raise BuildError(f"{tensorrt} cannot build the network: {log.said()}")
+        raise BuildError(f"{tensorrt} cannot build the network: {log.said()}{_explained(lowered, log.said())}")
     return plan
+
+
+def _explained(lowered: Lowered, said: str) -> str:
+    """What TensorRT's words mean for the model, where they say that it has no kernel for something."""
+    found = re.search(r"Could not find any implementation for node \{?(?:ForeignNode\[)?([^\]}]+)", said)
+    if found is None:
+        return ""
+    network = lowered.network
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    ends = [part.strip() for part in found[1].split("...")]
+    named = [f"{layer.name} {layer.metadata}".strip() for end in ends for layer in layers if layer.name == end]
+    kinds = sorted({state.kind for state in lowered.context.states.values()})
+    what = f"the layers from {' to '.join(named)}" if named else f"the layers {found[1]}"
+    states = f" States are updated by {' and '.join(kinds)}: another mechanism (alias) makes another network." if kinds else ""
+    return (
+        f". It fuses {what} and has no kernel for the whole on this GPU: a limit of this TensorRT, not of the model.{states} "
+        f"Or choose another dtype, or a newer TensorRT"
+    )
 
 
 def _inputs(lowered: Lowered) -> dict[str, Any]:

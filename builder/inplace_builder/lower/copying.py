@@ -5,7 +5,7 @@ It needs nothing of TensorRT, and reads and writes the whole state in each step.
 
 import torch
 
-from inplace_builder.lower.attention import attend, grouped, modulo, visibility
+from inplace_builder.lower.attention import attend, by_row, modulo, visibility
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, State
 from inplace_builder.lower.registry import state_converter
@@ -69,8 +69,9 @@ def attention(
         for state, new in ((key_state, key), (value_state, value)):
             _append(ctx, state, rows, new, 2, ring=ring)
     capacity = key_state.spec.shape[1]
-    queries = grouped(ctx, query, rows, key_state.spec.shape[0])
-    visible = visibility(ctx, rows, queries, capacity, append=append, causal=causal, window=window, ring=ring)
+    queries = by_row(ctx, query, rows)
+    group = queries.shape[1] // key_state.spec.shape[0]
+    visible = visibility(ctx, rows, queries, capacity, append=append, causal=causal, window=window, ring=ring, group=group)
     return attend(ctx, queries, key_state.current, value_state.current, visible, scale=scale, softcap=softcap)
 
 
@@ -94,12 +95,12 @@ def append(ctx: Network, state: State, rows: Rows, new: ITensor, axis: int, *, r
         ring: whether it wraps at its end.
     """
     rank, capacity = len(state.current.shape), state.spec.shape[axis - 1]
-    by_row = ctx.reshape(new, (rows.count, -1, *ctx.extents.of(new)[1:]))
-    tokens = ctx.tensor(ctx.extents.of(by_row)[1], INT, 2)
+    apart = ctx.reshape(new, (rows.count, -1, *ctx.extents.of(new)[1:]))
+    tokens = ctx.tensor(ctx.extents.of(apart)[1], INT, 2)
     entries = ctx.constant(torch.arange(capacity, dtype=INT)[None])
     distance = ctx.subtract(entries, rows.column(ctx, rows.starts))
     if ring:
-        distance = modulo(ctx, distance, capacity)
+        distance = modulo(ctx, distance, ctx.scalar(capacity, INT, 2))
     inside = ctx.both(ctx.less(distance, tokens), ctx.invert(ctx.less(distance, ctx.scalar(0, INT, 2))))
     inside = ctx.both(inside, ctx.invert(rows.column(ctx, rows.null)))
     # every entry takes some token, also those that keep what they hold: an index outside would be undefined

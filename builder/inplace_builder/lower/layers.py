@@ -41,12 +41,13 @@ class Layers:
         self.extents = Extents(self)
         self.baked: dict[str, torch.Tensor] = {}
         self._scalars: dict[tuple[type, Number, torch.dtype, int], ITensor] = {}
+        self._ranked: dict[tuple[str, int], ITensor] = {}
         self._names: dict[str, int] = {}
 
     @property
     def constants(self) -> Sequence[torch.Tensor]:
-        """The constants of the network so far."""
-        return tuple(self.baked.values())
+        """The constants of the network so far; one that stands in several shapes counts once."""
+        return tuple({(value.data_ptr(), value.nbytes): value for value in self.baked.values()}.values())
 
     def added(self, layer: Any) -> Any:
         """Check and name a layer that was just added.
@@ -134,7 +135,13 @@ class Layers:
     def ranked(self, x: ITensor, rank: int) -> ITensor:
         """With extents of 1 in front, up to this rank."""
         missing = rank - len(x.shape)
-        return x if missing <= 0 else self.unsqueezed(x, range(missing))
+        if missing <= 0:
+            return x
+        if x.name in self.baked:  # a weight stands beside its product, with no layer between them
+            if (x.name, rank) not in self._ranked:
+                self._ranked[x.name, rank] = self.constant(self.baked[x.name][(None,) * missing])
+            return self._ranked[x.name, rank]
+        return self.unsqueezed(x, range(missing))
 
     def unsqueezed(self, x: ITensor, axes: Sequence[int]) -> ITensor:
         """With extents of 1 at these axes of the result."""

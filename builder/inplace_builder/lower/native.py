@@ -5,7 +5,7 @@ TensorRT 10.15 and later, TensorRT for RTX. An update that would start at the ca
 
 import torch
 
-from inplace_builder.lower.attention import Visibility, attend, grouped, visibility
+from inplace_builder.lower.attention import Visibility, attend, by_row, visibility
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, State
 from inplace_builder.lower.registry import state_converter
@@ -28,7 +28,7 @@ def update(
 ) -> None:
     """Append to each row's cache."""
     rows = rows_of(ctx, (state,), slots, write_indices)
-    append(ctx, state, rows, value if row_offsets is None else _by_row(ctx, value, rows))
+    append(ctx, state, rows, value if row_offsets is None else by_row(ctx, value, rows))
 
 
 @state_converter(inplace.attention.default, KIND)
@@ -54,11 +54,14 @@ def attention(
     rows = rows_of(ctx, (key_state, value_state), slots, write_indices)
     if append:
         for state, new in ((key_state, key), (value_state, value)):
-            _append(ctx, state, rows, _by_row(ctx, new, rows))
-    queries = grouped(ctx, query, rows, key_state.spec.shape[0])
-    visible = visibility(ctx, rows, queries, key_state.spec.shape[1], append=append, causal=causal, window=window, ring=ring)
+            _append(ctx, state, rows, by_row(ctx, new, rows))
+    queries = by_row(ctx, query, rows)
+    kv_heads, capacity = key_state.spec.shape[:2]
+    own_layer = ctx.fused_attention and not softcap
+    group = 1 if own_layer else queries.shape[1] // kv_heads
+    visible = visibility(ctx, rows, queries, capacity, append=append, causal=causal, window=window, ring=ring, group=group)
     keys, values = key_state.current, value_state.current
-    if ctx.fused_attention and not softcap:
+    if own_layer:
         return fused(ctx, queries, keys, values, visible, scale=scale)
     return attend(ctx, queries, keys, values, visible, scale=scale, softcap=softcap)
 
@@ -74,21 +77,13 @@ _append = append  # where an argument named by the operator hides the function
 
 
 def fused(ctx: Network, query: ITensor, keys: ITensor, values: ITensor, visible: Visibility, *, scale: float) -> ITensor:
-    """TensorRT's attention layer, on `grouped` queries.
+    """TensorRT's attention layer, on `by_row` queries.
 
     It multiplies masked values by zero, so caches must hold no NaN anywhere: the memory is cleared once, when it is allocated.
     """
-    heads, dim = query.shape[1] * query.shape[2], query.shape[4]
-    flat = ctx.reshape(query, (0, heads, -1, dim))
-    scaled = ctx.as_float32(lambda value: ctx.multiply(value, ctx.scalar(scale, torch.float32, 4)), flat)
+    scaled = ctx.as_float32(lambda value: ctx.multiply(value, ctx.scalar(scale, torch.float32, 4)), query)
     layer = ctx.network.add_attention(scaled, keys, values, ctx.api.AttentionNormalizationOp.SOFTMAX, False)
     if layer is not None:
         layer.mask, layer.decomposable, layer.name = visible.seen, True, ctx.label
     out = ctx.permute(ctx.output(layer), (0, 2, 1, 3))
-    return ctx.reshape(out, (-1, heads, values.shape[3]))
-
-
-def _by_row(ctx: Network, new: ITensor, rows: Rows) -> ITensor:
-    """Packed ``[tokens, heads, dim]`` as ``[rows, heads, tokens of a row, dim]``."""
-    heads, dim = new.shape[1], new.shape[2]
-    return ctx.permute(ctx.reshape(new, (rows.count, -1, heads, dim)), (0, 2, 1, 3))
+    return ctx.reshape(out, (-1, query.shape[1], values.shape[3]))

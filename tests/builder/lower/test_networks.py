@@ -5,6 +5,7 @@ import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture import Capture
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network
+from inplace_builder.lower.compile import _explained
 from lowering import DECODERS, VOCABULARY, captured, decoder_profiles, lowered
 from network_interpreter import interpret
 from torch import Tensor
@@ -76,3 +77,36 @@ def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT) -> None:
     capture = captured("llama")
     network = lowered(capture, "kv_cache_update", rtx, fused_attention=True)
     assert compile_network(network, decoder_profiles(capture), GPUS).nbytes > 10_000
+
+
+@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+def test_a_batch_of_one_row_has_as_many_rows_as_slots(rtx: TensorRT, kind: str) -> None:
+    """Row r is slot r, and the arena may have more slots than the server takes rows: no row may be written to every slot."""
+    one, many = (lowered(captured("llama", rows), kind, rtx) for rows in (1, 4))
+    shapes = [
+        {tensor.name: tuple(tensor.shape) for tensor in map(found.network.get_input, range(found.network.num_inputs))}
+        for found in (one, many)
+    ]
+    assert shapes[0] == shapes[1]
+    assert all(shape[0] == -1 for shape in shapes[0].values())
+    _steps_agree(captured("llama"), one)
+
+
+def test_weights_stand_beside_their_products(rtx: TensorRT) -> None:
+    """No layer between a weight and its product, none has more than four axes: what TensorRT 10.6 was seen to build for real models."""
+    network = lowered(captured("llama"), "copy", rtx).network
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    constants = {layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.CONSTANT}
+    products = [layer for layer in layers if layer.type == rtx.api.LayerType.MATRIX_MULTIPLY]
+    weights = [layer for layer in products if layer.get_input(1).name in constants]
+    assert len(weights) == 7 * 2 + 1
+    assert max(len(tuple(layer.get_output(0).shape)) for layer in layers) <= 4
+
+
+def test_a_kernel_that_is_missing_is_explained(rtx: TensorRT) -> None:
+    """What TensorRT 10.6 says when it has no kernel, told of the model that was being built."""
+    network = lowered(captured("llama"), "copy", rtx)
+    said = "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[unsqueeze...lm_head]}.)"
+    assert _explained(network, "something else") == ""
+    assert "States are updated by copy: another mechanism" in _explained(network, said)
+    assert "the layers from unsqueeze at " in _explained(network, said)

@@ -6,6 +6,7 @@ collected one corrupts the heap. `Plugins` keeps them for the life of the proces
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -29,13 +30,13 @@ class Plugins:
     """The plugins of one TensorRT module, registered with it.
 
     Attributes:
-        errors: what launches raised, oldest first; TensorRT itself only says that a plugin failed.
+        errors: what the last launches raised, oldest first; TensorRT itself only says that a plugin failed.
         seen: while `observed`, the address of each aliased input that a launch was handed.
     """
 
     def __init__(self, tensorrt: TensorRT) -> None:
         self.tensorrt = tensorrt
-        self.errors: list[str] = []
+        self.errors: deque[str] = deque(maxlen=16)
         self.seen: set[int] | None = None
         self._alive: list[Any] = []
         self._plugin = _plugin_class(self)

@@ -88,5 +88,5 @@ class Contexts:
         return graph
 
     def _said(self) -> str:
-        failed = self._plugins.errors[-1:] if self._plugins is not None else []
+        failed = list(self._plugins.errors)[-1:] if self._plugins is not None else []
         return " / ".join([*failed, self._log.said()])

@@ -29,16 +29,16 @@ ROWS, CAPACITIES = (1, 8, 64), (1024, 4096, 32768)
 DECODE = [
     DecodeBlocks(split, keys, warps, stages)
     for split, keys, warps, stages in [
+        (64, 64, 2, 1),
         (64, 64, 4, 1),
-        (128, 32, 2, 3),
+        (128, 64, 4, 1),
         (128, 64, 4, 2),
         (128, 128, 4, 1),
-        (256, 64, 2, 3),
-        (256, 64, 4, 3),
-        (256, 64, 4, 4),
+        (128, 128, 4, 2),
+        (128, 128, 8, 1),
+        (256, 128, 4, 1),
         (256, 128, 4, 2),
-        (256, 128, 8, 2),
-        (512, 128, 8, 3),
+        (256, 256, 8, 1),
     ]
 ]
 PREFILL = [
@@ -121,7 +121,7 @@ class Decode:
                 launch_decode(
                     spec, blocks, self.query, self.key, self.value, self.stride, self.stride, self.stride, self.angles, self.angles,
                     self.keys, self.values, self.capacity, self.slots[index % len(self.slots)], self.starts, self.out, scratch, locks,
-                    rows, self.pdl,
+                    rows, self.pdl, settled=self.pdl,
                 )  # fmt: skip
 
         return microseconds(work, self.launches)

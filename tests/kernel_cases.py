@@ -50,6 +50,7 @@ class AttentionCase:
     device: str = "cpu"
     seed: int = 0
     pdl: bool = False
+    settled: bool = False
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +117,7 @@ class AttentionCase:
             tokens=self.offsets[-1],
             rows=len(self.rows),
             pdl=self.pdl,
+            settled=self.settled,
         )
         return self.out
 

@@ -87,13 +87,13 @@ def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("pdl", [False, True])
-def test_a_captured_launch_replays_on_what_its_memory_then_holds(pdl: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("pdl", "settled"), [(False, False), (True, False), (True, True)])
+def test_a_captured_launch_replays_on_what_its_memory_then_holds(pdl: bool, settled: bool, dtype: torch.dtype) -> None:
     if pdl and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     first = [Row(0, 1500, 1), Row(1, 3, 1), Row(2, 600, 1), Row(-1, 0, 1)]
     later = [Row(3, 40, 1), Row(-1, 0, 1), Row(0, 1501, 1), Row(1, 2000, 1)]
-    captured = case(spec(rotary=64), first, dtype, capacity=2048, pdl=pdl)
+    captured = case(spec(rotary=64), first, dtype, capacity=2048, pdl=pdl, settled=settled)
     captured.check()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

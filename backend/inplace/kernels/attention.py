@@ -18,8 +18,8 @@ MIN_SPLITS = 4
 """Fewest that a long slot is split over, however many rows a step has: one of them may be long."""
 PROGRAMS = 512
 """Programs that fill a data-centre GPU (an H100 has 132 multiprocessors): splitting further gains nothing."""
-SHARED_BYTES = 80 * 1024
-"""Shared memory for the blocks of keys and values in flight; every GPU since Ampere has 99 KB a program, an A100 163, an H100 227."""
+BLOCK_BYTES = 32 * 1024
+"""Keys and values of a decode program's block; at 4 warps a quarter of the registers that a thread can have."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class AttentionSpec:
 class DecodeBlocks:
     """How a decode step is cut: fewest positions of a split, positions of a block, and how the block is run."""
 
-    split: int = 256
-    keys: int = 64
+    split: int = 128
+    keys: int = 128
     warps: int = 4
-    stages: int = 3
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,26 @@ def _padded(extent: int) -> int:
 
 
 def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
-    """Blocks for a decode step of states with ``itemsize`` bytes an element, within `SHARED_BYTES`."""
-    width = (_padded(spec.dim) + _padded(spec.value_dim)) * itemsize
-    keys, stages = 64, 3
-    while keys * width * stages > SHARED_BYTES and (stages > 1 or keys > 16):
-        keys, stages = (keys, stages - 1) if stages > 2 or keys == 16 else (keys // 2, stages)
-    return DecodeBlocks(keys=keys, stages=stages, warps=8 if width >= 1024 else 4)
+    """Blocks for a decode step of states with ``itemsize`` bytes an element.
+
+    Heads of 64 in 16 bits were measured on an H100 (one block of 128 positions a program, no pipeline). The same bytes a block, in
+    registers from the first load on, are kept for wider positions; the fewest positions of a split never change, for the workspace
+    follows from it.
+    """
+    width = (_padded(spec.dim) + _padded(spec.value_dim)) * itemsize  # bytes of a position
+    keys = DecodeBlocks.keys
+    while keys > 16 and keys * width > BLOCK_BYTES:
+        keys //= 2
+    return DecodeBlocks(keys=keys, warps=8 if width >= 1024 else 4, stages=1 if keys == DecodeBlocks.keys else 2)
 
 
 def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBlocks:
-    """Blocks for a mixed step."""
+    """Blocks for a mixed step; heads of 64 in 16 bits were measured on an H100, 512 tokens."""
     widest = max(_padded(spec.dim), _padded(spec.value_dim))
     if itemsize > 2:
         return PrefillBlocks(queries=32, keys=32 if widest <= 128 else 16, warps=4 if widest <= 128 else 8, stages=1)
     if widest <= 64:
-        queries = 128 if tokens * spec.group >= 512 else 64
-        return PrefillBlocks(queries=queries, keys=64, warps=4, stages=3)
+        return PrefillBlocks(queries=64, keys=128, warps=4, stages=2)
     if widest <= 128:
         return PrefillBlocks(queries=64, keys=64, warps=4, stages=2)
     if widest <= 256:
@@ -143,7 +147,7 @@ def attention_workspace(spec: AttentionSpec, tokens: int, rows: int, capacity: i
     """Bytes of scratch memory (any contents, 16-byte aligned) for every step of at most so many tokens and rows; may be 0."""
     parts = max((r * _splits(spec, r, capacity, split) for r in range(1, min(rows, tokens) + 1)), default=0)
     alone = all(_splits(spec, r, capacity, split) == 1 for r in range(1, min(rows, tokens) + 1))
-    return 0 if alone else parts * spec.heads * (spec.value_dim + 2) * 4
+    return 0 if alone else parts * spec.heads * (spec.value_dim + 1) * 4
 
 
 def attention_locks(spec: AttentionSpec, rows: int) -> int:
@@ -174,6 +178,7 @@ def attention(
     tokens: int,
     rows: int,
     pdl: bool = False,
+    settled: bool = False,
 ) -> None:
     """Launch one step of ``inplace::attention`` on the current stream.
 
@@ -195,6 +200,9 @@ def attention(
         tokens, rows: extents of the step.
         pdl: launch with programmatic dependent launch (compute capability 9.0 or later): nothing is read or written before the
             kernel ahead on the stream has finished.
+        settled: with ``pdl``, the caller's word that no kernel of this step ahead of this one writes ``slots``, ``write_indices`` or a
+            cached position of the states: they are then read before the kernel ahead has finished. False where one of them is computed
+            in the step (a cast, an addition), or where the step updates the states before this call.
 
     Raises:
         ValueError: arguments that contradict the spec.
@@ -210,7 +218,8 @@ def attention(
     if tokens == rows:
         launch_decode(
             spec, decode_blocks(spec, key_state.dtype.itemsize), query, key, value, query_stride, key_stride, value_stride, cos, sin,
-            key_state, value_state, capacity, slots, write_indices, out, workspace, locks, rows, pdl,
+            key_state, value_state, capacity, slots, write_indices, out, workspace, locks, rows,
+            pdl, settled,
         )  # fmt: skip
         return
     if spec.append:
@@ -227,7 +236,8 @@ def attention(
 def launch_decode(
     spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
     query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory, key_state: Memory, value_state: Memory,
-    capacity: int, slots: Memory, write_indices: Memory, out: Memory, workspace: Memory | None, locks: Memory | None, rows: int, pdl: bool,
+    capacity: int, slots: Memory, write_indices: Memory, out: Memory, workspace: Memory | None, locks: Memory | None, rows: int,
+    pdl: bool, settled: bool = False,
 ) -> None:  # fmt: skip
     """One token a row, arguments as `attention`; its own function for tuning.
 
@@ -246,8 +256,8 @@ def launch_decode(
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
         WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap,
         SHARED=splits > 1, SPLIT=blocks.split, BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
-        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v, BLOCK_S=MAX_SPLITS, BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
-        STAGES=blocks.stages, PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
+        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v, BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
+        STAGES=blocks.stages, PDL=pdl, EARLY=pdl and settled, num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

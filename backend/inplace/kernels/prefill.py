@@ -6,7 +6,7 @@ The grid is fixed for a token and row count (CUDA graphs); each program finds it
 import triton
 import triton.language as tl
 
-from inplace.kernels.softmax import absorb, rotated
+from inplace.kernels.softmax import absorb, entries, rotated
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -109,15 +109,16 @@ def prefill_kernel(
     if WINDOW == 0:  # what every token of the block sees needs no mask
         seen_by_all = tl.minimum(upper, start + begin + 1) if CAUSAL else upper
         masked_from = lower + tl.maximum(seen_by_all - lower, 0) // BLOCK_N * BLOCK_N
-        for j in tl.range(lower, masked_from, BLOCK_N, num_stages=STAGES):
-            most, total, acc = absorb(
-                q, positions, keys, values, j, lower, upper, ring_first, capacity, scale, most, total, acc,
-                False, False, 0, RING, SOFTCAP, DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-            )  # fmt: skip
-    for j in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
-        most, total, acc = absorb(
-            q, positions, keys, values, j, lower, upper, ring_first, capacity, scale, most, total, acc,
-            True, CAUSAL, WINDOW, RING, SOFTCAP, DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
+        for first_j in tl.range(lower, masked_from, BLOCK_N, num_stages=STAGES):
+            j = first_j + tl.arange(0, BLOCK_N)
+            k = entries(keys, j, lower, upper, ring_first, capacity, False, RING, DIM, BLOCK_D)
+            v = entries(values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V)
+            most, total, acc = absorb(q, k, v, positions, j, upper, scale, most, total, acc, False, False, 0, False, SOFTCAP)
+    may_see_nothing: tl.constexpr = CAUSAL or WINDOW > 0
+    for first_j in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
+        j = first_j + tl.arange(0, BLOCK_N)
+        k = entries(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+        v = entries(values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V)
+        most, total, acc = absorb(q, k, v, positions, j, upper, scale, most, total, acc, True, CAUSAL, WINDOW, may_see_nothing, SOFTCAP)
     total = tl.where(total == 0, 1.0, total)  # a token that sees nothing: 0
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=present & (e < VALUE_DIM))

@@ -39,31 +39,49 @@ def scaled(products, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def absorb(
-    q, positions, keys, values, begin, lower, upper, ring_first, capacity, scale, most, total, acc,
-    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+def entries(
+    state, j, lower, upper, ring_first, capacity,
+    BOUNDED: tl.constexpr, RING: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attend over positions ``begin … begin + BLOCK_N - 1`` (below ``upper`` if ``BOUNDED``); returns ``most, total, acc``.
+    """Load positions ``j`` of one slot and head, ``[len(j), BLOCK]``; below ``upper`` only if ``BOUNDED``, zero elsewhere.
 
-    Running softmax (arXiv:2205.14135): ``most`` the largest score so far, ``total`` the sum of ``exp2(score - most)``, ``acc`` the
-    values weighted by it. What lies at or beyond ``upper`` is never loaded: it may be NaN, and 0 x NaN is NaN.
+    What lies at or beyond ``upper`` is never loaded: it may be NaN, and 0 x NaN is NaN.
     """
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_V)
-    j = begin + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK)
     entry = j
     if RING:  # the visible positions go round at most once
         entry = ring_first + (j - lower)
         entry = tl.where(entry >= capacity, entry - capacity, entry)
-    k_at = keys + entry[:, None] * DIM + d[None, :]
-    v_at = values + entry[:, None] * VALUE_DIM + e[None, :]
+    at = state + entry[:, None] * WIDTH + d[None, :]
     if BOUNDED:
-        k = tl.load(k_at, mask=(j < upper)[:, None] & (d < DIM)[None, :], other=0.0)
-    elif DIM == BLOCK_D:
-        k = tl.load(k_at)
+        found = tl.load(at, mask=(j < upper)[:, None] & (d < WIDTH)[None, :], other=0.0)
+    elif WIDTH == BLOCK:
+        found = tl.load(at)
     else:
-        k = tl.load(k_at, mask=(d < DIM)[None, :], other=0.0)
+        found = tl.load(at, mask=(d < WIDTH)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
+def held(x):
+    """``x``, as far as the compiler knows made here: its way to shared memory does not begin, and wait for it, ahead of this place.
+
+    Triton copies what is loaded for `tl.dot` to shared memory right after the load, which would serialise loads that could be under
+    way together. Not for the interpreter, which has no inline assembly.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth)
+
+
+@triton.jit
+def absorb(
+    q, k, v, positions, j, upper, scale, most, total, acc,
+    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, EMPTY: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Attend over the loaded keys and values of positions ``j`` (below ``upper`` if ``BOUNDED``); returns ``most, total, acc``.
+
+    Running softmax (arXiv:2205.14135): ``most`` the largest score so far, ``total`` the sum of ``exp2(score - most)``, ``acc`` the
+    values weighted by it. ``EMPTY``: a query may see none of these positions, and none before them.
+    """
     scores = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
     if BOUNDED:
         seen = (j < upper)[None, :]
@@ -74,16 +92,10 @@ def absorb(
         scores = tl.where(seen, scores, float("-inf"))
     above = tl.maximum(most, tl.max(scores, 1))
     shift = above
-    if BOUNDED and (CAUSAL or WINDOW > 0):  # a token may see nothing of this block, and nothing yet: inf - inf is NaN
+    if EMPTY:  # inf - inf is NaN
         shift = tl.where(above == float("-inf"), 0.0, above)
     decay = tl.exp2(most - shift)
     weights = tl.exp2(scores - shift[:, None])
-    if BOUNDED:
-        v = tl.load(v_at, mask=(j < upper)[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
-    elif VALUE_DIM == BLOCK_V:
-        v = tl.load(v_at)
-    else:
-        v = tl.load(v_at, mask=(e < VALUE_DIM)[None, :], other=0.0)
     total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return above, total, acc

@@ -2,7 +2,8 @@
 
 Three of them, `read`, `update` and `attention`, are the only way a captured graph touches state. Each takes the whole arena tensor
 ``[slots, ...]`` and the slots of the step's rows, so the same graph serves any rows in any slots, and mutates in place, so no state
-is ever an output that must be copied back. Lowering fuses neighbours into `linear`, `argmax` and `qkv_attention`.
+is ever an output that must be copied back. `sample` chooses each row's next token. Lowering fuses neighbours into `linear`, `argmax`
+and `qkv_attention`.
 
 Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
@@ -12,6 +13,19 @@ from inplace.operators.library import NAMESPACE, written_states
 from inplace.operators.linear import ACTIVATIONS, argmax, linear, rms_norm
 from inplace.operators.qkv_attention import qkv_attention
 from inplace.operators.read import read
+from inplace.operators.sample import sample
 from inplace.operators.update import update
 
-__all__ = ["ACTIVATIONS", "NAMESPACE", "argmax", "attention", "linear", "qkv_attention", "read", "rms_norm", "update", "written_states"]
+__all__ = [
+    "ACTIVATIONS",
+    "NAMESPACE",
+    "argmax",
+    "attention",
+    "linear",
+    "qkv_attention",
+    "read",
+    "rms_norm",
+    "sample",
+    "update",
+    "written_states",
+]

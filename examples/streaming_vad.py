@@ -1,0 +1,79 @@
+"""Voice activity in several streams at a time: Silero VAD, built, then fed 32 ms of audio a stream and step.
+
+Usage: python examples/streaming_vad.py [16-kHz mono file.wav …]; without files, recordings of the package pytest-audioeval.
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from inplace.arena import Arena
+from inplace.engines import load_engine
+from inplace.errors import InplaceError
+from inplace.instance import ModelInstance
+from inplace.requests import Request
+from inplace_builder.build import VERSION, BuildOptions, write_engine
+from inplace_builder.models import capture_silero, load_silero
+from inplace_builder.models.silero import CHUNK, CONTEXT, SAMPLE_RATE
+
+STREAMS, THRESHOLD = 3, 0.5
+SECONDS = CHUNK / SAMPLE_RATE
+
+
+def open_model(folder: Path) -> ModelInstance:
+    """Build the model, verified, and load what was written, as the server's backend does."""
+    manifest = write_engine(
+        capture_silero(load_silero(), max_rows=STREAMS), folder, BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1)
+    )
+    arena = Arena(manifest.states, manifest.slots, torch.device("cpu"))
+    return ModelInstance(manifest, arena, load_engine(folder / VERSION, manifest, arena), idle_timeout=60.0)
+
+
+def listen(path: Path) -> torch.Tensor:
+    """A recording twice, with a second of silence after each, as chunks ``[chunks, 512]``."""
+    samples, rate = soundfile.read(path, dtype="float32")
+    if rate != SAMPLE_RATE or samples.ndim != 1:
+        raise InplaceError(f"{path} has {rate} Hz and {samples.ndim} axes; give mono audio of {SAMPLE_RATE} Hz")
+    spoken = np.tile(np.pad(samples, (0, SAMPLE_RATE)), 2)
+    return torch.from_numpy(np.pad(spoken, (0, -len(spoken) % CHUNK))).view(-1, CHUNK)
+
+
+def main() -> int:
+    """Stream them all at once and print who speaks when; the exit status."""
+    found = importlib.util.find_spec("pytest_audioeval")
+    places = found.submodule_search_locations if found is not None else None
+    files = [Path(name) for name in sys.argv[1:]] or sorted(Path(next(iter(places or ["."]))).glob("samples/audio/*/*_*.wav"))
+    streams = dict(enumerate(map(listen, files[:STREAMS]), 1))
+    with tempfile.TemporaryDirectory() as folder:
+        model = open_model(Path(folder) / "silero-vad")
+        addresses, began, steps = model.arena.addresses(), dict.fromkeys(streams, -1), max(map(len, streams.values()), default=0)
+        for index in range(steps + 1):
+            live = {stream: audio[index] for stream, audio in streams.items() if index < len(audio)}
+            works = [model.admit(Request(stream, index == 0, False, {"audio": chunk[None]})) for stream, chunk in live.items()]
+            if works:
+                model.step(works)
+            speaking = {stream: float(work.outputs["probability"]) >= THRESHOLD for stream, work in zip(live, works, strict=True)}
+            for stream in streams:
+                if speaking.get(stream, False) and began[stream] < 0:
+                    began[stream] = index
+                elif not speaking.get(stream, False) and began[stream] >= 0:
+                    print(f"{files[stream - 1].name}: speech from {began[stream] * SECONDS:.2f} to {index * SECONDS:.2f} s")
+                    began[stream] = -1
+            for work, chunk in zip(works, live.values(), strict=True):  # the proof: the arena itself holds what the step just wrote
+                assert torch.equal(model.arena.tensors["context"][work.sequence.slot], chunk[-CONTEXT:])
+                model.finish(work)
+        assert model.arena.addresses() == addresses
+        print(
+            f"\n{steps} steps, {len(streams)} streams: {len(addresses)} states stayed where they were; after each step the memory that the"
+        )
+        print("engine was given at load held the new state, written there by the engine: nothing was handed out or copied back")
+        print(", ".join(f"{alias.output} is {alias.input} ({alias.kind})" for alias in model.program.aliases))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Recorded speech, and what the PyPI package silero-vad says of it."""
+
+import importlib.util
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from inplace_builder.models.silero import CHUNK, OWN, SAMPLE_RATE, load_silero, packaged, renamed
+from numpy.typing import NDArray
+from torch import Tensor
+
+Samples = NDArray[np.float32]
+
+
+@cache
+def recordings() -> dict[str, Samples]:
+    """27 recordings in nine languages, 1 to 5 s each at 16 kHz, from the PyPI package pytest-audioeval (which is not imported)."""
+    spec = importlib.util.find_spec("pytest_audioeval")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(next(iter(spec.submodule_search_locations))) / "samples" / "audio"
+    found = {}
+    for path in sorted(folder.glob("*/*.wav")):
+        samples, rate = soundfile.read(path, dtype="float32")
+        assert rate == SAMPLE_RATE
+        found[f"{path.parent.name}/{path.stem}"] = samples
+    return found
+
+
+def chunks(samples: Samples) -> list[Samples]:
+    """The whole recording as requests of 512 samples; the last one filled up with silence, as the package does."""
+    padded = np.pad(samples, (0, -len(samples) % CHUNK))
+    return list(padded.reshape(-1, CHUNK))
+
+
+@cache
+def package_model(weights: str) -> torch.jit.ScriptModule:
+    """The package's own TorchScript model; with other ``weights`` than its own, these are copied into it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; it is what the package ships
+        from silero_vad import load_silero_vad
+
+        model: torch.jit.ScriptModule = load_silero_vad()
+    if weights != OWN:
+        other = load_silero(packaged(weights)).state_dict()
+        with torch.no_grad():
+            for name, tensor in model._model.state_dict().items():
+                tensor.copy_(other[renamed(name)])
+    return model
+
+
+@cache
+def package_says(recording: str, weights: str = OWN) -> Tensor:
+    """The package's own probabilities over a whole recording, ``[chunks]``."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        found = package_model(weights).audio_forward(torch.from_numpy(recordings()[recording])[None], SAMPLE_RATE)
+    assert isinstance(found, Tensor)
+    return found[0]

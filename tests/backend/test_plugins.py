@@ -17,6 +17,7 @@ MERGED = Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_r
 EXAMPLES: list[Operation] = [
     MERGED,
     Attention(heads=8, kv_heads=2, dim=96, value_dim=32, scale=0.3, max_rows=9, window=17, ring=True, softcap=30.5),
+    Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=16),
     Attention(heads=8, kv_heads=8, dim=64, value_dim=64, scale=1.0, max_rows=9, append=False, causal=False),
     Linear(inputs=576, outputs=3072, norm=True, eps=1e-5, activation="silu", gated=True),
     Linear(inputs=576, outputs=960, bias=True, residual=True, activation="gelu_tanh"),
@@ -59,8 +60,16 @@ def test_attention_aliases_both_states() -> None:
     assert apart.output_shapes([[7, 8, 96], [7, 2, 96], [7, 2, 32], [5, 2, 64, 96], [5, 2, 64, 32], [3], [4], [3]])[0] == [7, 8, 32]
 
 
+def test_attention_on_parts_takes_cos_and_sin_behind_them() -> None:
+    parts = EXAMPLES[2]
+    shapes = [[7, 8, 64], [7, 2, 64], [7, 2, 64], [1, 7, 16], [1, 7, 16], [5, 2, 128, 64], [5, 2, 128, 64], [3], [4], [3]]
+    assert parts.input_count == len(shapes)
+    assert parts.output_shapes(shapes) == [[7, 8, 64], [5, 2, 128, 64], [5, 2, 128, 64]]
+    assert dict(parts.aliases) == {1: 5, 2: 6}
+
+
 def test_cross_attention_writes_nothing() -> None:
-    cross = EXAMPLES[2]
+    cross = EXAMPLES[3]
     assert not cross.aliases
     assert cross.input_count == 6
     assert len(cross.output_dtypes([HALF] * 3 + [INT] * 3)) == 1
@@ -84,7 +93,7 @@ def test_attention_takes_one_float_type_and_int32_rows(position: int, dtype: tor
 
 
 def test_linear_shapes_and_types() -> None:
-    gated, plain, head = EXAMPLES[3], EXAMPLES[4], EXAMPLES[5]
+    gated, plain, head = EXAMPLES[4], EXAMPLES[5], EXAMPLES[6]
     assert gated.output_shapes([[1, 5, 576], [3072, 576], [576]]) == [[1, 5, 1536]]
     assert plain.input_count == 4
     assert head.output_dtypes([HALF, HALF, HALF]) == [torch.float32]
@@ -110,6 +119,6 @@ def test_update_comes_after_what_was_read() -> None:
 
 
 def test_scratch_memory_is_for_many_tokens_only() -> None:
-    layer = EXAMPLES[3]
+    layer = EXAMPLES[4]
     assert layer.workspace([(1, 4, 576), (3072, 576), (576,)], [HALF] * 3) == 0
     assert layer.workspace([(1, 512, 576), (3072, 576), (576,)], [HALF] * 3) >= 512 * (576 + 3072) * 2

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
 from inplace_builder.passes.fuse import Fused, fuse
 from torch.export.graph_signature import InputKind
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -26,16 +29,22 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED),
     "gemma2": Gemma2Config(**GROUPED, query_pre_attn_scalar=8, sliding_window=64, hidden_activation="gelu_pytorch_tanh"),
+    "gemma3": Gemma3TextConfig(**GROUPED, query_pre_attn_scalar=8, sliding_window=64),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
+    "phi": PhiConfig(**SIZES),
 }
-FULLY = {"inplace.linear.default": 4 * 2 + 1, "inplace.qkv_attention.default": 2, "inplace.argmax.default": 1}
+FULLY = {"inplace.linear.default": 4 * 2 + 1, "inplace.qkv_attention.default": 2}
 EXPECTED: dict[str, dict[str, int]] = {
     "llama": FULLY,
     "llama-tied": FULLY,
     "qwen2": FULLY,
-    "qwen3": {"inplace.attention.default": 2, "inplace.rms_norm.default": 6, "inplace.linear.default": 6 * 2 + 1},
-    "gemma2": {"inplace.qkv_attention.default": 2, "inplace.linear.default": 4 * 2 + 1},
-    "gpt2": {"inplace.attention.default": 2, "inplace.linear.default": 4 * 2 + 1},
+    "qwen3": {"inplace.rotary_attention.default": 2, "inplace.rms_norm.default": 2 * 2, "inplace.linear.default": 4 * 2 + 1},
+    "gemma2": FULLY | {"inplace.rms_norm.default": 2 * 2, "aten.type_as.default": 0},
+    "gemma3": {"inplace.rotary_attention.default": 2, "inplace.rms_norm.default": 4 * 2, "inplace.linear.default": 4 * 2 + 1},
+    "gpt2": FULLY | {"aten.layer_norm.default": 2 * 2 + 1, "aten.tanh.default": 0, "aten.add.Tensor": 1, "aten.dropout.default": 0},
+    "gpt_neox": FULLY | {"aten.layer_norm.default": 2 * 2 + 1, "aten.chunk.default": 0, "aten.dropout.default": 0},
+    "phi": FULLY | {"aten.layer_norm.default": 2 + 1, "aten.dropout.default": 0},
 }
 
 
@@ -54,15 +63,25 @@ def run(program: torch.export.ExportedProgram | Fused, inputs: dict[str, torch.T
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_fused_decoder_has_fewer_operators_and_says_the_same(family: str) -> None:
+def captured(family: str, dtype: torch.dtype = torch.float32) -> Capture:
+    """A random decoder of the family; its norms and biases are random too."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=4, chunk=8))
-    fused = fuse(capture.exported)
-    states = {state.name: torch.randn(3, *state.shape) for state in capture.states}
+    return capture_decoder(model.to(dtype), DecoderOptions(capacity=32, max_rows=4, chunk=8))
+
+
+def check_counts(family: str, fused: Fused) -> None:
+    counts = Counter(str(node.target) for node in fused.graph.nodes if node.op == "call_function")
+    assert {name: counts[name] for name in EXPECTED[family]} == EXPECTED[family], counts
+    assert not counts["aten.linear.default"]
+    assert counts["inplace.argmax.default"] + counts["inplace.sample.default"] == 1
+
+
+def both(capture: Capture, fused: Fused) -> tuple[list[tuple[torch.Tensor, ...]], list[dict[str, torch.Tensor]]]:
+    """What the captured and the fused program say of one step, and their states afterwards."""
+    states = {state.name: torch.randn(3, *state.shape).to(state.dtype.as_torch) for state in capture.states}
     rows = {
         "input_ids": torch.tensor([5, 6, 7, 8]),
         "positions": torch.tensor([3, 0, 1, 2], dtype=torch.int32),
@@ -71,18 +90,37 @@ def test_a_fused_decoder_has_fewer_operators_and_says_the_same(family: str) -> N
         "slots": torch.tensor([2, 0], dtype=torch.int32),
         "write_indices": torch.tensor([3, 0], dtype=torch.int32),
     }
+    rows |= {spec.name: torch.zeros(2, dtype=spec.dtype.as_torch) for spec in capture.program.inputs if spec.name not in rows}  # greedy
     results, memories = [], []
     for program in (capture.exported, fused):
         memory = {name: tensor.clone() for name, tensor in states.items()}
         results.append(run(program, rows | memory))
         memories.append(memory)
+    return results, memories
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_half_precision_decoder_is_fused_as_far(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Transformers casts where it computes in float32; this hides nothing from the pass."""
+    capture = captured(family, dtype)
+    fused = fuse(capture.exported)
+    check_counts(family, fused)
+    (_, expected), (_, found) = both(capture, fused)[0]
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_decoder_has_fewer_operators_and_says_the_same(family: str) -> None:
+    capture = captured(family)
+    fused = fuse(capture.exported)
+    results, memories = both(capture, fused)
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
-    for name in states:
-        torch.testing.assert_close(memories[0][name], memories[1][name], rtol=1e-4, atol=1e-4)
-    counts = Counter(str(node.target) for node in fused.graph.nodes if node.op == "call_function")
-    assert {name: counts[name] for name in EXPECTED[family]} == EXPECTED[family], counts
-    assert not counts["aten.linear.default"]
+    for state in capture.states:
+        torch.testing.assert_close(memories[0][state.name], memories[1][state.name], rtol=1e-4, atol=1e-4)
+    check_counts(family, fused)
 
 
 def test_a_projection_with_another_user_is_left_alone(tmp_path: Path) -> None:

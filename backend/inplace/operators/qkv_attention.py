@@ -1,4 +1,7 @@
-"""``inplace::qkv_attention``: rotary embedding and ``inplace::attention`` on one merged projection. Made by lowering, not by frontends."""
+"""``inplace::qkv_attention`` and ``inplace::rotary_attention``: rotary embedding and ``inplace::attention``, on one projection or on parts.
+
+Made by lowering, not by frontends.
+"""
 
 import torch
 from torch import Tensor
@@ -11,6 +14,12 @@ define(
     "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, Tensor row_offsets, "
     "Tensor write_indices, *, int heads, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
+define(
+    "rotary_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, "
+    "Tensor row_offsets, Tensor write_indices, *, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) "
+    "-> Tensor",
+)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -18,10 +27,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: ``[tokens, heads, dim]``.
-        cos, sin: ``[tokens, dim]``.
+        cos, sin: ``[tokens, rotary]``; the first ``rotary`` components are rotated.
     """
-    first, second = x.chunk(2, -1)
-    return x * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+    rotary = cos.shape[-1]
+    first, second = x[..., :rotary].chunk(2, -1)
+    turned = x[..., :rotary] * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+    return torch.cat([turned, x[..., rotary:]], -1)
 
 
 @torch.library.impl(LIBRARY, "qkv_attention", "CompositeExplicitAutograd")
@@ -66,6 +77,58 @@ def _qkv_attention(
     return out.reshape(*qkv.shape[:-1], heads * value_dim)
 
 
+@torch.library.impl(LIBRARY, "rotary_attention", "CompositeExplicitAutograd")
+def _rotary_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
+    states = key_state, value_state, slots, row_offsets, write_indices
+    return attention(query, key, value, *states, scale=scale, causal=causal, window=window, ring=ring, softcap=softcap)
+
+
+def _check_rotary(cos: Tensor, dim: int) -> None:
+    rotary = cos.shape[-1]
+    torch._check(rotary % 2 == 0 and rotary <= dim, lambda: f"cos must be [..., rotary], even and at most {dim}; got {tuple(cos.shape)}")
+
+
+@torch.library.register_fake("inplace::rotary_attention", lib=LIBRARY)
+def _rotary_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    _check_rotary(cos, query.shape[-1])
+    return query.new_empty((*query.shape[:-1], value_state.shape[3]))
+
+
 @torch.library.register_fake("inplace::qkv_attention", lib=LIBRARY)
 def _qkv_attention_fake(
     qkv: Tensor,
@@ -89,7 +152,7 @@ def _qkv_attention_fake(
     torch._check(qkv.shape[-1] == width, lambda: f"qkv must be [..., {width}], got {tuple(qkv.shape)}")
     torch._check((cos is None) == (sin is None), lambda: "cos and sin belong together")
     if cos is not None:
-        torch._check(cos.shape[-1] == dim, lambda: f"cos must be [..., {dim}], got {tuple(cos.shape)}")
+        _check_rotary(cos, dim)
     return qkv.new_empty((*qkv.shape[:-1], heads * value_dim))
 
 
@@ -114,7 +177,7 @@ def qkv_attention(
 
     Args:
         qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
-        cos, sin: ``[..., dim]``, or None for no rotation.
+        cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head, or None for no rotation.
         key_state, value_state, slots, row_offsets, write_indices, scale, causal, window, ring, softcap: as `attention` takes them.
         heads: query heads.
 

@@ -158,11 +158,47 @@ def _qkv_attention(
         window=window,
         ring=ring,
         softcap=softcap,
-        rotary=key_state.spec.shape[2] if cos is not None else 0,
+        rotary=0 if cos is None else ctx.meta(ctx.node.args[1]).shape[-1],
         merged=True,
     )
     inputs = [part for part in (qkv, cos, sin) if part is not None]
     return _attend(ctx, operation, inputs, key_state, value_state, slots, row_offsets, write_indices)
+
+
+@state_converter(inplace.rotary_attention.default, "plugin")
+def _rotary_attention(
+    ctx: Network,
+    query: ITensor,
+    key: ITensor,
+    value: ITensor,
+    cos: ITensor,
+    sin: ITensor,
+    key_state: State,
+    value_state: State,
+    slots: ITensor,
+    row_offsets: ITensor,
+    write_indices: ITensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+) -> ITensor:
+    operation = Attention(
+        heads=ctx.meta(ctx.node.args[0]).shape[1],
+        kv_heads=key_state.spec.shape[0],
+        dim=key_state.spec.shape[2],
+        value_dim=value_state.spec.shape[2],
+        scale=scale,
+        max_rows=MOST_ROWS,
+        causal=causal,
+        window=window,
+        ring=ring,
+        softcap=softcap,
+        rotary=ctx.meta(ctx.node.args[3]).shape[-1],
+    )
+    return _attend(ctx, operation, [query, key, value, cos, sin], key_state, value_state, slots, row_offsets, write_indices)
 
 
 def _attend(ctx: Network, operation: Attention, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor) -> ITensor:

@@ -18,12 +18,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx import Node
 
-from inplace_builder.passes.match import AnyNode, call, is_view, one_user, operands, skip
-from inplace_builder.passes.rotary import unrotated
+from inplace_builder.passes.layout import PICKS, keeps_heads, linear_rows
+from inplace_builder.passes.match import CASTS, VIEWS, AnyNode, call, one_user, operands, skip
+from inplace_builder.passes.patterns import activation, does_nothing, flattened, normalized, same_shape, written_gelu
+from inplace_builder.passes.rotary import Rotation, rotation
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
-
-GATES: dict[object, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 
 
 def fuse(exported: ExportedProgram) -> "Fused":
@@ -89,18 +89,19 @@ class _Fusion:
 
     def run(self) -> None:
         for rewrite in (
+            self._tidy,
             self._norm,
             self._linear,
             self._transposed_linear,
             self._gate,
-            self._qkv,
+            self._attention,
             self._normed,
             self._after,
             self._head,
             self._argmax,
         ):
             for node in list(self.graph.nodes):
-                if node.op == "call_function" and (node.users or rewrite == self._qkv):
+                if node.op == "call_function" and (node.users or rewrite == self._attention):
                     rewrite(node)
             self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())
 
@@ -143,6 +144,16 @@ class _Fusion:
 
     # Rewrites
 
+    def _tidy(self, node: AnyNode) -> None:
+        """Operators that do nothing go; GELU that is written out becomes one operator."""
+        if does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            self.graph.erase_node(node)  # dropout counts as random, so nothing else would
+            return
+        x = written_gelu(node)
+        if x is not None:
+            self._replace(node, self._insert(node, aten.gelu.default, (x,), {"approximate": "tanh"}))
+
     def _norm(self, node: AnyNode) -> None:
         """``weight * (x * rsqrt(mean(x²) + eps))`` with or without casts, also with ``1 + weight``."""
         if node.target is aten.rms_norm.default and len(node.args) > 2 and node.args[2] in self.weights:
@@ -152,7 +163,7 @@ class _Fusion:
             return
         for scale, product in operands(node, aten.mul.Tensor):
             weight, offset = self._norm_weight(scale)
-            found = _normalized(skip(product))
+            found = normalized(skip(product))
             if weight is None or found is None:
                 continue
             x, eps = found
@@ -161,7 +172,7 @@ class _Fusion:
             last = node
             if last.meta["val"].dtype != x.meta["val"].dtype:
                 after = one_user(last)
-                if after is None or after.target is not aten.to.dtype or after.meta["val"].dtype != x.meta["val"].dtype:
+                if after is None or not call(after, *CASTS) or after.meta["val"].dtype != x.meta["val"].dtype:
                     continue
                 last = after
             if offset:
@@ -201,12 +212,22 @@ class _Fusion:
             return
         tensor = self.weights[weight]
         turned = self._weight(("transposed", weight), node, tensor.t)
-        self._replace(node, self._insert(node, inplace.linear.default, (x, turned, bias), {}, tensor.shape[1]))
+        flat = call(x, aten.view.default, aten.reshape.default) and x.args[0].meta["val"].shape[-1] == tensor.shape[0]
+        new = self._insert(node, inplace.linear.default, (x.args[0] if flat else x, turned, bias), {}, tensor.shape[1])
+        for user in list(node.users) if flat else ():  # the tokens were flattened for addmm only
+            if call(user, aten.view.default, aten.reshape.default) and same_shape(user.meta["val"], new.meta["val"]):
+                self._replace(user, new)
+        if flat and any(user is not new for user in node.users):
+            with self.graph.inserting_before(node):
+                again = self.graph.call_function(aten.view.default, (new, [-1, tensor.shape[1]]))
+            again.meta.update(node.meta)
+            new = again
+        self._replace(node, new)
 
     def _gate(self, node: AnyNode) -> None:
         """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""
         for activated, up in operands(node, aten.mul.Tensor):
-            kind = _activation(activated)
+            kind = activation(activated)
             if kind is None or one_user(activated) is not node:
                 continue
             gate = activated.args[0]
@@ -220,36 +241,66 @@ class _Fusion:
             self._replace(node, new)
             return
 
-    def _qkv(self, node: AnyNode) -> None:
-        """Attention whose queries, keys and values are projections of the same tokens, rotated or not."""
+    def _attention(self, node: AnyNode) -> None:
+        """Attention whose queries and keys are rotated, or whose queries, keys and values are projections of the same tokens."""
         if not call(node, inplace.attention.default):
             return
         query, key, value, key_state, value_state, *rows = node.args
         if key is None or node.kwargs.get("append") is False:
             return
-        (query, cos, sin), (key, key_cos, key_sin) = unrotated(query), unrotated(key)
-        if cos is not key_cos or sin is not key_sin:
-            return
-        dim = key_state.meta["val"].shape[3]
-        if cos is not None and cos.meta["val"].shape[-1] != dim:
-            return
-        sources = [_projection(part) for part in (query, key, value)]
-        if any(source is None or not self._plain(source) for source in sources):
-            return
-        first = sources[0]
-        if any(source.args[0] is not first.args[0] or (source.args[2] is None) != (first.args[2] is None) for source in sources):
-            return
-        heads = node.args[0].meta["val"].shape[1]
-        weight, bias = self._merged(sources, node)
-        width = sum(source.meta["val"].shape[-1] for source in sources)
-        qkv = self._insert(node, inplace.linear.default, (first.args[0], weight, bias), {}, width)
+        turned = [rotation(part) for part in (query, key)]
+        one, other = turned
+        if one is not None or other is not None:
+            if one is None or other is None or one.cos is not other.cos or one.sin is not other.sin:
+                return
+            typed = all(part.meta["val"].dtype == node.args[0].meta["val"].dtype for part in (one.cos, one.sin))
+            if not typed or not all(keeps_heads(each.x, each.views) for each in (one, other)):
+                return
+        parts = [linear_rows(each.x, each.views) if each else linear_rows(part) for each, part in zip(turned, (query, key), strict=True)]
+        parts.append(linear_rows(value))
+        qkv = self._projected([part for part in parts if part is not None], node) if all(parts) else None
+        if qkv is not None:
+            self._qkv(node, qkv, one)
+        elif one is not None and other is not None:
+            options = {name: option for name, option in node.kwargs.items() if name != "append"}
+            before = [self._replayed(each, node) for each in (one, other)]
+            args = (*before, value, one.cos, one.sin, key_state, value_state, *rows)
+            with self.graph.inserting_before(node):
+                new = self.graph.call_function(inplace.rotary_attention.default, args, options)
+            new.meta.update(node.meta)
+            self._replace(node, new)
+            self.graph.erase_node(node)
+            self._merge([self._behind(part) for part in (*before, value)])
+
+    def _projected(self, parts: Sequence[tuple[Node, torch.Tensor]], before: AnyNode) -> AnyNode:
+        """One linear layer that gives queries, keys and values behind one another; None if they are not of the same tokens."""
+        first = parts[0][0]
+        for layer, _ in parts:
+            if not self._plain(layer) or layer.args[0] is not first.args[0] or (layer.args[2] is None) != (first.args[2] is None):
+                return None
+        picks = [rows.flatten() for _, rows in parts]
+        whole = torch.arange(first.meta["val"].shape[-1])
+        if all(layer is first for layer, _ in parts) and torch.equal(torch.cat(picks), whole):
+            return first
+        found: list[AnyNode] = []
+        for place in (1, 2):
+            sources = [layer.args[place] for layer, _ in parts]
+            if sources[0] is None:
+                found.append(None)
+                continue
+            key = ("rows", *sources, *(pick.numpy().tobytes() for pick in picks))
+            found.append(self._weight(key, before, partial(_picked, [self.weights[source] for source in sources], picks)))
+        return self._insert(before, inplace.linear.default, (first.args[0], *found), {}, sum(map(len, picks)))
+
+    def _qkv(self, node: AnyNode, qkv: AnyNode, turned: Rotation | None) -> None:
+        heads, value_state = node.args[0].meta["val"].shape[1], node.args[4]
         options = {name: option for name, option in node.kwargs.items() if name != "append"}
         out_width = heads * value_state.meta["val"].shape[3]
-        new = self._insert(
-            node, inplace.qkv_attention.default, (qkv, cos, sin, key_state, value_state, *rows), {"heads": heads, **options}, out_width
-        )
+        cos, sin = (turned.cos, turned.sin) if turned is not None else (None, None)
+        args = (qkv, cos, sin, *node.args[3:])
+        new = self._insert(node, inplace.qkv_attention.default, args, {"heads": heads, **options}, out_width)
         for user in list(node.users):
-            end = _flattened(user, out_width)
+            end = flattened(user, out_width)
             if end is not None and end.meta["val"].dim() == new.meta["val"].dim():
                 self._replace(end, new)
         if node.users:
@@ -258,6 +309,38 @@ class _Fusion:
             shaped.meta["val"] = node.meta["val"]
             self._replace(node, shaped)
         self.graph.erase_node(node)
+
+    def _replayed(self, turned: Rotation, before: AnyNode) -> AnyNode:
+        """What was rotated, seen through the views of the rotated."""
+        found: AnyNode = turned.x
+        for view in turned.views:
+            with self.graph.inserting_before(before):
+                again = self.graph.call_function(view.target, (found, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
+            again.meta.update(view.meta)
+            found = again
+        return found
+
+    def _behind(self, node: AnyNode) -> AnyNode:
+        """The linear layer behind views and norms of single use."""
+        while call(node, *VIEWS, *PICKS, inplace.rms_norm.default):
+            node = node.args[0]
+        return node
+
+    def _merge(self, layers: Sequence[AnyNode]) -> None:
+        """Linear layers of the same tokens become one and slices of it."""
+        if len(set(layers)) != len(layers) or not all(self._plain(layer) for layer in layers):
+            return
+        x, bias = layers[0].args[0], layers[0].args[2]
+        if any(layer.args[0] is not x or (layer.args[2] is None) != (bias is None) for layer in layers):
+            return
+        first = next(node for node in self.graph.nodes if node in layers)
+        widths = [layer.meta["val"].shape[-1] for layer in layers]
+        merged = self._insert(first, inplace.linear.default, (x, *self._merged(layers, first)), {}, sum(widths))
+        last, start = merged.meta["val"].dim() - 1, 0
+        for layer, width in zip(layers, widths, strict=True):
+            part = self._insert(first, aten.slice.Tensor, (merged, last, start, start + width), {}, width)
+            self._replace(layer, part)
+            start += width
 
     def _normed(self, node: AnyNode) -> None:
         """A norm in front of linear layers only goes into them."""
@@ -296,7 +379,7 @@ class _Fusion:
 
     def _after(self, node: AnyNode) -> None:
         """A residual added to a linear layer, or an activation after it, goes into it."""
-        kind = _activation(node)
+        kind = activation(node)
         source = node.args[0] if kind is not None else None
         if source is not None and self._open(source) and one_user(source) is node and not source.kwargs.get("gated"):
             new = self._insert(node, inplace.linear.default, source.args, {**source.kwargs, "activation": kind}, node.meta["val"].shape[-1])
@@ -306,7 +389,7 @@ class _Fusion:
             if not self._open(product) or one_user(product) is not node or not isinstance(residual, Node):
                 continue
             meta, other = product.meta["val"], residual.meta["val"]
-            if not isinstance(other, torch.Tensor) or meta.dtype != other.dtype or not _same_shape(meta, other) or node.kwargs:
+            if not isinstance(other, torch.Tensor) or meta.dtype != other.dtype or not same_shape(meta, other) or node.kwargs:
                 continue
             x, weight, bias, norm = (*product.args, None, None)[:4]
             new = self._insert(node, inplace.linear.default, (x, weight, bias, norm, residual), dict(product.kwargs), meta.shape[-1])
@@ -372,48 +455,6 @@ class _Fusion:
         return found[0], found[1]
 
 
-def _normalized(node: AnyNode) -> tuple[AnyNode, float] | None:
-    """``x`` and eps if the node is ``x * rsqrt(mean(x²) + eps)``, in float32 or x's own type."""
-    for wide, inverse in operands(node, aten.mul.Tensor):
-        if not call(inverse, aten.rsqrt.default):
-            continue
-        shifted = inverse.args[0]
-        if not call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], int | float):
-            continue
-        mean = shifted.args[0]
-        if not call(mean, aten.mean.dim) or list(mean.args[1]) not in ([-1], [mean.meta["val"].dim() - 1]) or mean.args[2:] != (True,):
-            continue
-        square = mean.args[0]
-        squared = call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2 and square.args[0] is wide
-        if squared or (call(square, aten.mul.Tensor) and square.args[0] is wide and square.args[1] is wide):
-            return skip(wide), float(shifted.args[1])
-    return None
-
-
-def _activation(node: AnyNode) -> str | None:
-    if not isinstance(node, Node) or node.op != "call_function":
-        return None
-    if node.target is aten.gelu.default:
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return GATES.get(node.target)
-
-
-def _projection(node: AnyNode) -> AnyNode:
-    """The linear layer that a query, key or value is the reshaped output of: through views whose last extent stays last."""
-    while isinstance(node, Node) and is_view(node):
-        node = node.args[0]
-    return node if isinstance(node, Node) and call(node, inplace.linear.default) else None
-
-
-def _flattened(node: AnyNode, width: int) -> AnyNode:
-    """The node at which the attention's output ``[tokens, heads, dim]`` has become ``[..., heads * dim]``, following single views."""
-    current: AnyNode = node
-    while current is not None and call(current, aten.unsqueeze.default, aten.reshape.default, aten.view.default, aten.contiguous.default):
-        if current.meta["val"].shape[-1] == width:
-            return current
-        current = one_user(current)
-    return None
-
-
-def _same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dim() == other.dim() and all(str(a) == str(b) for a, b in zip(one.shape, other.shape, strict=True))
+def _picked(tensors: Sequence[torch.Tensor], picks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of several tensors behind one another."""
+    return torch.cat([tensor[pick] for tensor, pick in zip(tensors, picks, strict=True)])

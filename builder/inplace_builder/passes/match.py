@@ -12,7 +12,7 @@ AnyNode: TypeAlias = Any
 """A ``torch.fx.Node``, or whatever else an argument may be: patterns ask for one operator's arguments at a time, and torch.fx types
 arguments as the union of everything."""
 
-CASTS = (aten.to.dtype, aten._to_copy.default)
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default)
 VIEWS = (
     aten.view.default,
     aten.reshape.default,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import transformers
 from inplace.manifest import Role
 from inplace.trt import TensorRT
@@ -9,7 +10,8 @@ from inplace_builder.capture import Capture
 from inplace_builder.capture.huggingface import DecoderOptions, capture_decoder
 from inplace_builder.lower import Lowered, lower
 from inplace_builder.lower.compile import Range
-from torch import manual_seed
+from inplace_builder.passes.greedy import without_sampling
+from torch import Tensor, manual_seed
 
 CAPACITY, ROWS, CHUNK, VOCABULARY = 32, 4, 8, 64
 _SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -43,10 +45,17 @@ def captured(name: str, rows: int = ROWS) -> Capture:
     return capture_decoder(DECODERS[name]().eval(), DecoderOptions(CAPACITY, rows, CHUNK))
 
 
+def greedy_rows(count: int) -> dict[str, Tensor]:
+    """What the runtime fills in for rows that ask for the most likely token."""
+    whole, number = torch.zeros(count, dtype=torch.int32), torch.zeros(count)
+    return {"temperature": number, "top_k": whole, "top_p": number, "seed": whole.long(), "next_positions": whole}
+
+
 def lowered(capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention: bool = False) -> Lowered:
     """Its network, with every state of one kind."""
+    greedy, _ = without_sampling(capture.exported, capture.program)  # these kinds have no kernel for it
     return lower(
-        capture.exported,
+        greedy,
         outputs=[spec.name for spec in capture.program.outputs],
         states=capture.states,
         kinds={state.name: kind for state in capture.states},
@@ -73,6 +82,6 @@ def _profile(capture: Capture, rows: tuple[int, int, int], tokens: tuple[int, in
             case _:
                 return (rows[index], *own)
 
-    inputs = {spec.name: (spec.role, spec.shape) for spec in capture.program.inputs}
+    inputs = {spec.name: (spec.role, spec.shape) for spec in without_sampling(capture.exported, capture.program)[1].inputs}
     inputs |= {state.name: (Role.ROW, state.shape) for state in capture.states}
     return {name: (shape(role, own, 0), shape(role, own, 1), shape(role, own, 2)) for name, (role, own) in inputs.items()}

@@ -8,6 +8,7 @@ from torch import Tensor
 from inplace.errors import RequestError
 from inplace.manifest import Program, Role
 from inplace.requests import Request
+from inplace.sampling import GREEDY, Sampling
 from inplace.sequences import Sequence
 
 
@@ -21,6 +22,7 @@ class Work:
         inputs: the checked tensors, without a batch axis.
         tokens: how many tokens they bring.
         before: the sequence's length when it was admitted.
+        sampling: how its next token is chosen.
         done: tokens that steps have consumed.
         outputs: what the last of its steps returned, by output name, ``[1, ...]``; empty until then.
         error: why the engine could not finish it.
@@ -31,6 +33,7 @@ class Work:
     inputs: dict[str, Tensor]
     tokens: int
     before: int
+    sampling: Sampling = GREEDY
     done: int = 0
     outputs: dict[str, Tensor] = field(default_factory=dict)
     error: RequestError | None = None
@@ -63,6 +66,8 @@ def form(program: Program, rows: list[Work]) -> Batch:
     for count in counts:
         offsets.append(offsets[-1] + count)
     lengths = [work.sequence.length for work in rows]
+    # what a row that still has tokens waiting says is dropped: it need not pay for choosing at random
+    sampling = [work.sampling if work.done + count == work.tokens else GREEDY for work, count in zip(rows, counts, strict=True)]
     inputs: dict[str, Tensor] = {}
     for spec in program.inputs:
         dtype = spec.dtype.as_torch
@@ -85,6 +90,10 @@ def form(program: Program, rows: list[Work]) -> Batch:
                 tensor = torch.tensor([work.sequence.slot for work in rows], dtype=dtype)
             case Role.WRITE_INDICES:
                 tensor = torch.tensor(lengths, dtype=dtype)
+            case Role.NEXT_POSITIONS:
+                tensor = torch.tensor([length + count for length, count in zip(lengths, counts, strict=True)], dtype=dtype)
+            case Role.TEMPERATURE | Role.TOP_K | Role.TOP_P | Role.SEED:  # named as the attributes of `Sampling`
+                tensor = torch.tensor([getattr(each, spec.role) for each in sampling], dtype=dtype)
         inputs[spec.name] = tensor
     return Batch(rows, counts, inputs)
 

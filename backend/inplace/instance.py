@@ -55,6 +55,7 @@ class ModelInstance:
             for output in self.program.outputs:
                 if output.on_request:
                     request.flag(output.name)
+            sampling = request.sampling(self.program)
             length = 0 if request.start else self.table.find(request.sequence).length
             self._check_room(request, length, tokens)
             sequence = self._start(request) if request.start else self.table.find(request.sequence)
@@ -63,7 +64,7 @@ class ModelInstance:
                 self.table.end(live)
             raise
         sequence.busy = True
-        return Work(request, sequence, inputs, tokens, before=length)
+        return Work(request, sequence, inputs, tokens, before=length, sampling=sampling)
 
     def step(self, rows: list[Work]) -> None:
         """Run one step over at most ``program.max_rows`` rows, each of its own sequence, and advance them.

@@ -48,9 +48,18 @@ class Role(StrEnum):
     """From the runtime, ``[rows]``: the slot of each row; -1 is a null row."""
     WRITE_INDICES = "write_indices"
     """From the runtime, ``[rows]``: the cached length of each row before the step, where its append starts."""
+    NEXT_POSITIONS = "next_positions"
+    """From the runtime, ``[rows]``: the cached length of each row after the step, which is the position of the token it chooses."""
+    TEMPERATURE = "temperature"
+    """From the runtime, ``[rows]``, like the next three what each request asks for, see `inplace.sampling`; 0 where it chooses no token."""
+    TOP_K = "top_k"
+    TOP_P = "top_p"
+    SEED = "seed"
 
 
 CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
+SAMPLING_ROLES = (Role.TEMPERATURE, Role.TOP_K, Role.TOP_P, Role.SEED, Role.NEXT_POSITIONS)
+"""What `inplace.operators.sample` takes beside scores, in its order."""
 
 
 class StateSpec(Frozen):
@@ -102,6 +111,7 @@ class TensorSpec(Frozen):
         minimum, maximum: inclusive limits of the values a client may send; None is no limit.
         on_request: an output that is only sent when the request has a parameter of its name with the value true.
         argmax_of: an integer output that is the index of the largest value of this other output.
+        sampled_from: an integer output that `inplace.operators.sample` chooses from the scores in this other output, as the request asks.
     """
 
     name: str
@@ -112,6 +122,7 @@ class TensorSpec(Frozen):
     maximum: int | None = None
     on_request: bool = False
     argmax_of: str | None = None
+    sampled_from: str | None = None
 
 
 Kind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
@@ -195,6 +206,12 @@ class Program(Frozen):
         """The inputs a request carries; the runtime fills the others."""
         return tuple(spec for spec in self.inputs if spec.role in CLIENT_ROLES)
 
+    @property
+    def choices(self) -> int:
+        """How many scores an output is sampled from; 0 where none is."""
+        scores = {spec.name: spec.shape for spec in self.outputs}
+        return next((scores[spec.sampled_from][-1] for spec in self.outputs if spec.sampled_from is not None), 0)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [spec.name for spec in (*self.inputs, *self.outputs)]
@@ -205,10 +222,14 @@ class Program(Frozen):
                 raise ValueError(f"program {self.name}: -1 stands first in the shape of a tokens input and nowhere else, got {spec}")
             if spec.argmax_of is not None and spec.argmax_of not in {output.name for output in self.outputs}:
                 raise ValueError(f"program {self.name}: output {spec.name} is the argmax of {spec.argmax_of!r}, which is no output")
+            if spec.sampled_from is not None and spec.sampled_from not in {output.name for output in self.outputs}:
+                raise ValueError(f"program {self.name}: output {spec.name} is sampled from {spec.sampled_from!r}, which is no output")
         roles = [spec.role for spec in self.inputs]
         for role in set(Role) - CLIENT_ROLES:
             if roles.count(role) > 1:
                 raise ValueError(f"program {self.name}: more than one input has the role {role}")
+        if 0 < len(set(SAMPLING_ROLES) & set(roles)) < len(SAMPLING_ROLES) or (self.choices > 0) != (Role.TEMPERATURE in roles):
+            raise ValueError(f"program {self.name}: an output that is sampled needs inputs of the roles {[str(r) for r in SAMPLING_ROLES]}")
         if self.row_layout == "rectangular" and (Role.TOKENS in roles or self.chunk != 1):
             raise ValueError(f"program {self.name}: a rectangular program takes one entry a row and a chunk of 1")
         if self.max_tokens is not None and self.max_tokens < self.max_rows:

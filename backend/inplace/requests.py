@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inplace.errors import Code, RequestError
 from inplace.manifest import Program, Role, TensorSpec
+from inplace.sampling import GREEDY, Parameter, Sampling
 from inplace.sequences import SequenceId
 
 
@@ -27,7 +28,7 @@ class Request:
     end: bool
     inputs: Mapping[str, Tensor]
     id: str = ""
-    parameters: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     def flag(self, name: str) -> bool:
         """A boolean parameter; False where the client sent none.
@@ -54,6 +55,23 @@ class Request:
         if isinstance(value, bool) or not (str(value).isascii() and str(value).isdigit()):
             raise RequestError(Code.BAD_PARAMETER, f"parameter 'position' is {value!r}; expected a whole number of at least 0")
         return int(value)
+
+    def sampling(self, program: Program) -> Sampling:
+        """How the request wants its next token chosen.
+
+        Raises:
+            RequestError: BAD_PARAMETER, see `Sampling.parse`; or the program says the most likely token only, and the request has a
+                temperature above 0.
+        """
+        if program.choices:
+            return Sampling.parse(self.parameters, program.choices)
+        temperature = self.parameters.get("temperature")
+        if temperature is not None and Sampling.parse({"temperature": temperature}, 0).temperature > 0:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter 'temperature' is {temperature!r}; this engine samples nothing: send 0 or leave it out, or build one that does",
+            )
+        return GREEDY
 
 
 def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:

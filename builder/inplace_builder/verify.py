@@ -5,7 +5,7 @@ NaN before the first step, including what a fresh slot holds where the engine cl
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest, Role, StateSpec, TensorSpec, Update
+from inplace.operators import sample
 from inplace.requests import Request
+from inplace.sampling import Parameter
 from torch import Tensor
 
 from inplace_builder.capture import Capture
@@ -25,6 +27,12 @@ TOLERANCE = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.FLOAT16: 1e-2, Dtyp
 """Largest relative error ``‖out − ref‖ / ‖ref‖`` of an output, by the dtype of the weights."""
 
 SEQUENCES = 3
+SAMPLED: tuple[Mapping[str, Parameter], ...] = (
+    {},
+    {"temperature": 1.3, "seed": -3},
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5},
+)
+"""How each sequence wants its tokens chosen, where the engine samples: greedily, from all scores, from few of them."""
 FOREIGN = 2
 """Slots beside those of the three sequences, which nothing may touch."""
 
@@ -62,6 +70,19 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
     return worst
 
 
+def _sampled(work: Work, scores: Tensor) -> Tensor:
+    """The token that the operator chooses on the CPU from the engine's own scores, which were compared with the model's."""
+    wanted = work.sampling
+    return sample(
+        scores,
+        torch.tensor([wanted.temperature]),
+        torch.tensor([wanted.top_k], dtype=torch.int32),
+        torch.tensor([wanted.top_p]),
+        torch.tensor([wanted.seed]),
+        torch.tensor([work.sequence.length], dtype=torch.int32),
+    )[0]
+
+
 def poison(tensor: Tensor) -> None:
     """Fill with what must never reach a result: NaN, or the largest value of an integer type."""
     tensor.fill_(float("nan") if tensor.is_floating_point() else tensor.dtype != torch.bool and torch.iinfo(tensor.dtype).max)
@@ -93,7 +114,8 @@ def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
             if tokens < 1:
                 continue
             inputs = {spec.name: random_input(spec, tokens, generator) for spec in program.client_inputs}
-            requests.append(Request(sequence + 1, start=held[sequence] == 0, end=False, inputs=inputs, parameters=everything))
+            parameters: dict[str, Parameter] = {**everything, **(SAMPLED[sequence] if program.choices else {})}
+            requests.append(Request(sequence + 1, start=held[sequence] == 0, end=False, inputs=inputs, parameters=parameters))
             held[sequence] += tokens
         yield requests, index < 4 or index >= last - 4
 
@@ -152,6 +174,8 @@ def _compare(spec: TensorSpec, work: Work, expected: Tensor, tolerance: float) -
     where = f"output {spec.name} of sequence {work.request.sequence} after {work.sequence.length} tokens"
     if found.shape != expected.shape:
         raise BuildError(f"{where} has the shape {tuple(found.shape)}, the model's is {tuple(expected.shape)}; it is not written")
+    if spec.sampled_from is not None:
+        expected = _sampled(work, work.outputs[spec.sampled_from])
     if spec.argmax_of is not None:
         expected = work.outputs[spec.argmax_of][0].argmax(-1, keepdim=True)  # its own scores were compared with the model's
     if not found.dtype.is_floating_point:

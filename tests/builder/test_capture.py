@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest, Role, Update
+from inplace.manifest import SAMPLING_ROLES, Manifest, Role, Update
 from inplace.operators import NAMESPACE, written_states
 from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, build_decoder, write_engine
@@ -238,6 +238,7 @@ def test_the_manifest_says_who_fills_each_input_and_which_ids_are_valid(built: B
         "last_tokens": Role.LAST_TOKENS,
         "slots": Role.SLOTS,
         "write_indices": Role.WRITE_INDICES,
+        **{role.value: role for role in SAMPLING_ROLES},
     }
     [ids] = program.client_inputs
     assert (ids.minimum, ids.maximum) == (0, VOCABULARY - 1)

@@ -16,11 +16,13 @@ import triton.language as tl
 from inplace.kernels.memory import Memory
 from inplace.operators.sample import ATANH, COLDEST, EXP2, LN2, LOG2E, LOWEST, PLANE, TWO_THIRDS, UNIT
 
-PARTS = 32
-"""Programs a row."""
+MOST_PARTS = 32
+"""Programs a row; where there are many rows there are enough programs with `FEW_PARTS`."""
+FEW_PARTS, MANY_ROWS = 8, 9
 SPAN = 4096
 """Scores the last program reads at a time."""
-WARPS = 8
+WARPS, REGISTERS = 8, 128
+"""So that two programs fit an SM (nothing is spilled): most of them end before the part that needs the registers."""
 
 _BLOCK = tl.constexpr(4 * PLANE)
 _PLANE = tl.constexpr(PLANE)
@@ -261,7 +263,7 @@ def _sample(
 
 def sample_workspace(rows: int) -> int:
     """Bytes of scratch memory for this many rows."""
-    return rows * PARTS * 16
+    return rows * MOST_PARTS * 16
 
 
 def sample(
@@ -290,9 +292,10 @@ def sample(
         rows, count: extents.
         pdl: as in ``linear``.
     """
-    block = 4 * PLANE
-    part = triton.cdiv(triton.cdiv(count, PARTS), block) * block
-    launch = {"PDL": pdl, "num_warps": WARPS, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
-    _sample[(rows, PARTS)](
-        scores, temperature, top_k, top_p, seeds, positions, out, workspace, locks, count, part, PARTS=PARTS, SPAN=SPAN, **launch
+    parts, block = MOST_PARTS if rows < MANY_ROWS else FEW_PARTS, 4 * PLANE
+    part = triton.cdiv(triton.cdiv(count, parts), block) * block
+    options = {"num_warps": WARPS, "maxnreg": REGISTERS, "enable_fp_fusion": False}
+    launch = {"PDL": pdl, **options, **({"launch_pdl": True} if pdl else {})}
+    _sample[(rows, parts)](
+        scores, temperature, top_k, top_p, seeds, positions, out, workspace, locks, count, part, PARTS=parts, SPAN=SPAN, **launch
     )  # fmt: skip

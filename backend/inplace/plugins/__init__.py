@@ -3,6 +3,7 @@
 from inplace.plugins.adapter import OPERATIONS, Plugins, plugins
 from inplace.plugins.linear import Argmax, Linear, RmsNorm
 from inplace.plugins.operation import Launch, Operation
+from inplace.plugins.sample import Sample
 from inplace.plugins.state import Attention, Update
 
-__all__ = ["OPERATIONS", "Argmax", "Attention", "Launch", "Linear", "Operation", "Plugins", "RmsNorm", "Update", "plugins"]
+__all__ = ["OPERATIONS", "Argmax", "Attention", "Launch", "Linear", "Operation", "Plugins", "RmsNorm", "Sample", "Update", "plugins"]

@@ -17,10 +17,11 @@ import torch
 from inplace.kernels.memory import Pointer
 from inplace.plugins.linear import STATELESS
 from inplace.plugins.operation import Launch, Operation, Shape
+from inplace.plugins.sample import Sample
 from inplace.plugins.state import Attention, Update
 from inplace.trt import TensorRT
 
-OPERATIONS: dict[str, type[Operation]] = {**STATELESS, Attention.name: Attention, Update.name: Update}
+OPERATIONS: dict[str, type[Operation]] = {**STATELESS, Sample.name: Sample, Attention.name: Attention, Update.name: Update}
 NAMESPACE, PLUGIN_VERSION = "", "1"
 
 log = logging.getLogger("inplace")

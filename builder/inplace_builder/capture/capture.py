@@ -84,4 +84,7 @@ CONTROL_DTYPE = Dtype.INT32
 
 def control(name: str, role: Role) -> TensorSpec:
     """The description of an input that the runtime fills."""
-    return TensorSpec(name=name, role=role, dtype=CONTROL_DTYPE)
+    return TensorSpec(name=name, role=role, dtype=_SAMPLING_DTYPES.get(role, CONTROL_DTYPE))
+
+
+_SAMPLING_DTYPES = {Role.TEMPERATURE: Dtype.FLOAT32, Role.TOP_P: Dtype.FLOAT32, Role.SEED: Dtype.INT64}

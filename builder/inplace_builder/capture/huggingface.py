@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 from inplace.dtypes import Dtype
-from inplace.manifest import Program, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import SAMPLING_ROLES, Program, Role, StateSpec, TensorSpec, Update
+from inplace.operators import sample
 from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel
@@ -56,10 +57,15 @@ class DecoderStep(torch.nn.Module):
         last_tokens: Tensor,
         slots: Tensor,
         write_indices: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seed: Tensor,
+        next_positions: Tensor,
         key_states: list[Tensor],
         value_states: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Token ids ``[tokens]`` to each row's next token ``[rows, 1]`` (greedy) and float32 logits ``[rows, vocabulary]``."""
+        """Token ids ``[tokens]`` to each row's next token ``[rows, 1]``, chosen by `sample`, and float32 logits ``[rows, vocabulary]``."""
         cache = SlotCache(key_states, value_states, slots, row_offsets, write_indices, self.rings)
         token = current_cache.set(cache)
         try:
@@ -73,7 +79,7 @@ class DecoderStep(torch.nn.Module):
         finally:
             current_cache.reset(token)
         logits = out.logits[0].float()
-        return logits.argmax(-1, keepdim=True), logits
+        return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
 
 
 def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
@@ -112,9 +118,10 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
             control("last_tokens", Role.LAST_TOKENS),
             control("slots", Role.SLOTS),
             control("write_indices", Role.WRITE_INDICES),
+            *(control(role.value, role) for role in SAMPLING_ROLES),
         ),
         outputs=(
-            TensorSpec(name="next_token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), argmax_of="logits"),
+            TensorSpec(name="next_token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), sampled_from="logits"),
             TensorSpec(name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(config.vocab_size,), on_request=True),
         ),
         aliases=(),
@@ -154,6 +161,7 @@ class _Examples:
             offsets[1:] - 1,
             torch.arange(2, dtype=torch.int32),
             torch.zeros(2, dtype=torch.int32),
+            *(torch.zeros(2, dtype=control("", role).dtype.as_torch) for role in SAMPLING_ROLES),
             self.key_states,
             self.value_states,
         )
@@ -164,7 +172,7 @@ class _Examples:
         count = Dim("rows", min=1, max=most)
         rows: Any = {0: count}
         arena = [{0: Dim("slots", min=1)}] * len(self.key_states)
-        return (tokens, tokens, {0: count + 1}, rows, rows, rows, arena, arena)
+        return (tokens, tokens, {0: count + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES), arena, arena)
 
 
 def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:

@@ -16,6 +16,7 @@ from inplace_builder.lower import Lowered, lower
 from inplace_builder.lower.compile import CompileOptions, Range, compile_network
 from inplace_builder.lower.mechanisms import ORDER, choose
 from inplace_builder.passes.fuse import fuse
+from inplace_builder.passes.greedy import without_sampling
 
 SPARE_SLOTS = 5
 """Slots of the arena that verification uses; plans take at least so many."""
@@ -74,14 +75,15 @@ def build_plan(
     lowering = choose(capture.exported.graph, capture.states, tensorrt, order=order)
     kinds = {record.state: record.kind for record in lowering}
     names = [spec.name for spec in capture.program.outputs]
-    states = capture.states
+    states, program = capture.states, capture.program
     if set(kinds.values()) == {"plugin"}:
         fused = fuse(capture.exported)
         lowered = lower(fused, outputs=names, states=states, kinds=kinds, tensorrt=tensorrt, bind=fused.bindable())
     else:
-        lowered = lower(capture.exported, outputs=names, states=states, kinds=kinds, tensorrt=tensorrt)
+        greedy, program = without_sampling(capture.exported, program)
+        lowered = lower(greedy, outputs=names, states=states, kinds=kinds, tensorrt=tensorrt)
     aliases = tuple(Alias(output=output, input=state, kind=kinds[state]) for state, output in lowered.state_outputs.items())
-    program = capture.program.model_copy(update={"aliases": aliases})
+    program = program.model_copy(update={"aliases": aliases})
     baked = [tensor.nbytes for tensor in lowered.context.constants]
     profiles = _profiles(program, max(slots, SPARE_SLOTS), tuned=max(baked, default=0) >= BAKED)
     ranges = [_ranges(program, states, profile, slots) for profile in profiles]

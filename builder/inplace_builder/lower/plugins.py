@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Update, plugins
+from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Sample, Update, plugins
 from inplace.trt import TensorRT
 
 from inplace_builder.errors import BuildError
@@ -82,6 +82,11 @@ def _rms_norm(ctx: Network, x: ITensor, weight: ITensor, eps: float) -> ITensor:
 @converter(inplace.argmax.default)
 def _argmax(ctx: Network, scores: ITensor) -> ITensor:
     return _add(ctx, Argmax(max_rows=MOST_ROWS), [scores])[0]
+
+
+@converter(inplace.sample.default)
+def _sample(ctx: Network, scores: ITensor, *parameters: ITensor) -> ITensor:
+    return _add(ctx, Sample(max_rows=MOST_ROWS), [scores, *parameters])[0]
 
 
 @state_converter(inplace.attention.default, "plugin")

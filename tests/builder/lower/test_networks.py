@@ -6,7 +6,7 @@ from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture import Capture
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network
 from inplace_builder.lower.compile import _explained
-from lowering import DECODERS, VOCABULARY, captured, decoder_profiles, lowered
+from lowering import DECODERS, VOCABULARY, captured, decoder_profiles, greedy_rows, lowered
 from network_interpreter import interpret
 from torch import Tensor
 
@@ -47,6 +47,7 @@ def _steps_agree(capture: Capture, network: Lowered) -> None:
             "last_tokens": offsets[1:] - 1,
             "slots": torch.tensor([0, -1, 2], dtype=torch.int32),
             "write_indices": torch.full((3,), at, dtype=torch.int32),
+            **greedy_rows(3),
         }
         at += tokens
         states = list(expected_memory.values())

@@ -12,6 +12,9 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 Array = NDArray[np.generic]
 
+NOWHERE = 1 << 62
+"""A position that no slot can hold."""
+
 
 class Sequence:
     """One sequence of a served model. The first step carries START; leaving the ``with`` block frees its slot.
@@ -31,6 +34,7 @@ class Sequence:
         self.id: int | str = id if id is not None else secrets.randbits(63) or 1
         self.length = 0
         self._live = False
+        self._last: list[InferInput] = []
 
     def step(
         self,
@@ -61,7 +65,7 @@ class Sequence:
             tensor = InferInput(name, [1, *array.shape], np_to_triton_dtype(array.dtype))
             tensor.set_data_from_numpy(array[None])
             tensors.append(tensor)
-        start = not self._live
+        start, self._last = not self._live, tensors
         result = self.client.infer(
             self.model,
             tensors,
@@ -83,16 +87,17 @@ class Sequence:
         return int(answer["next_token"][0])
 
     def close(self) -> None:
-        """End the sequence. An END without tokens is refused, and frees the slot all the same: no step is run for it."""
+        """End the sequence: an END for a position that nothing can hold is refused and frees the slot all the same, without a step."""
         if not self._live:
             return
         self._live = False
-        tensor = InferInput("input_ids", [1, 0], "INT64")
-        tensor.set_data_from_numpy(np.zeros((1, 0), dtype=np.int64))
+        nowhere = {"position": NOWHERE}
         try:
-            self.client.infer(self.model, [tensor], sequence_id=self.id, sequence_end=True, client_timeout=self.timeout)
+            self.client.infer(
+                self.model, self._last, sequence_id=self.id, sequence_end=True, parameters=nowhere, client_timeout=self.timeout
+            )
         except InferenceServerException:
-            return  # refused as empty, or the server is gone: either way nothing is held any more
+            return  # refused, or the server is gone: either way nothing is held any more
 
     def __enter__(self) -> Self:
         return self

@@ -164,3 +164,10 @@ def test_a_model_that_is_not_a_language_model(client: InferenceServerClient) -> 
                 answer = sequence.step({"value": value})
                 assert answer["sum"].tolist() == sums[sequence.id].tolist()
                 assert answer["values"] == [count]
+
+
+def test_the_client_frees_slots_of_any_model(client: InferenceServerClient) -> None:
+    for _ in range(6):  # there are four
+        with Sequence(client, "accumulator") as sequence:
+            answer = sequence.step({"value": np.full(4, 3.0, dtype=np.float32)})
+            assert answer["sum"].tolist() == [3.0] * 4

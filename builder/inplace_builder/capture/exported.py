@@ -1,0 +1,225 @@
+"""Frontend for a user's own module: its states are found, its updates recognised."""
+
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from inplace.manifest import Alias, Lowering, StateSpec
+from inplace.operators import written_states
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Interpreter
+
+from inplace_builder.capture.capture import any_size
+from inplace_builder.capture.functional import Functional, functional
+from inplace_builder.errors import BuildError, brief
+from inplace_builder.passes.cleanup import remove_no_ops
+from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
+from inplace_builder.passes.rewrite import SLOTS, common_rows, rewrite
+from inplace_builder.passes.state_uses import check_state_uses
+from inplace_builder.passes.states import Owner, State
+
+
+@dataclass(frozen=True)
+class ExportedCapture:
+    """A user's module as a graph on the ``inplace::`` operators.
+
+    Attributes:
+        exported: the graph (torch.export's training IR); placeholders are the inputs, ``slots`` (int32 ``[rows]``), then the states
+            ``[slots, ...]``; it returns what the module returns, each output once and in order.
+        graph_module: the same as a plain module, before it was exported again.
+        inputs: the placeholders before ``slots``.
+        states: in the order of the placeholders, each with its verdict.
+        rows: 1; more where every state's first axis counts rows and each row has a position of its own.
+        lowering: the verdicts as the manifest records them.
+        aliases: one a state.
+    """
+
+    exported: ExportedProgram
+    graph_module: GraphModule
+    inputs: tuple[str, ...]
+    states: tuple[State, ...]
+    rows: int
+    lowering: tuple[Lowering, ...]
+    aliases: tuple[Alias, ...]
+
+    @property
+    def specs(self) -> tuple[StateSpec, ...]:
+        """The manifest's description of the states."""
+        return tuple(state.spec() for state in self.states)
+
+    def slots(self) -> Tensor:
+        """The rows' slots where each state is bound alone: row r is slot r."""
+        return torch.arange(self.rows, dtype=torch.int32)
+
+
+def capture_exported(
+    module: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] = (),
+    *,
+    states: str | Collection[str] = "auto",
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    consecutive: Collection[str] = (),
+    strict: bool = False,
+) -> ExportedCapture:
+    """Capture a module that mutates its inputs or its buffers.
+
+    What it mutates are its states: inputs stay the caller's memory, buffers become the engine's. Each state of shape ``S`` becomes a
+    placeholder ``[slots, *S]``; an ``S`` that begins with the extent 1 is taken as ``[slots, *S[1:]]``, a batch of one. ``slots`` is an
+    input, not a constant, so that the graph is the one that a server runs over many slots, and its lowering the same.
+
+    Args:
+        module: the module, or ``torch.export.export`` of it.
+        example_inputs: its positional arguments; dicts, tuples and registered dataclasses of tensors too.
+        states: ``auto``, or the names of exactly the inputs and buffers that are states, to have that checked.
+        dynamic_shapes: as for ``torch.export.export``.
+        kwargs: its keyword arguments.
+        consecutive: integer inputs ``[n]`` that are always consecutive positions (``cache_position``): the caller's promise.
+        strict: refuse a module of which a part of a state is written in a way that no pattern covers.
+
+    Raises:
+        BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if ``strict``, a write is not recognised.
+    """
+    found = functional(module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
+    if unknown := sorted(set(consecutive) - set(found.inputs)):
+        raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
+    if SLOTS in (*found.inputs, *(state.name for state in found.states)):
+        raise BuildError(f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name")
+    normalise_assignments(found.graph_module.graph)
+    rows = 1
+    made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
+    if made is None:
+        rows = common_rows(found.states) or 1
+        made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
+    assert made is not None
+    if strict and (refused := [state for state in made if not state.recognised]):
+        raise BuildError("; ".join(f"state {state.found.source} is {state.because}" for state in refused))
+    drop_dead_assertions(found.graph_module.graph)
+    found.graph_module.recompile()
+    names = [state.name for state in made]
+    check_state_uses(found.graph_module.graph, names)
+    exported = _export(found, made, rows)
+    if unwritten := sorted(set(names) - set(written_states(exported.graph))):
+        raise BuildError(f"internal: the rewritten graph does not write {unwritten}")
+    return ExportedCapture(
+        exported,
+        found.graph_module,
+        found.inputs,
+        made,
+        rows,
+        tuple(Lowering(state=state.name, kind="operator", because=f"{state.pattern}: {state.because}") for state in made),
+        tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names),
+    )
+
+
+class _Interpreted(torch.nn.Module):
+    """Runs a graph node by node, so that an export of it keeps the model's source lines."""
+
+    def __init__(self, graph_module: GraphModule, names: Sequence[str]) -> None:
+        super().__init__()
+        self.body = graph_module
+        self.names = tuple(names)
+
+    def forward(self, *arguments: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return Interpreter(self.body).run(*arguments)
+
+
+def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedProgram:
+    """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
+    slots = Dim("slots", min=1)
+    tensors = [torch.cat([state.bound(state.found.initial)] * 2) for state in states]
+    arguments = (*found.example_inputs, torch.arange(rows, dtype=torch.int32), *tensors)
+    shapes = (*_dynamic(found), None, *({0: slots} for _ in states))
+    try:
+        with torch.no_grad(), any_size():
+            exported = torch.export.export(_Interpreted(found.graph_module, ()), arguments, dynamic_shapes=(shapes,))
+    except Exception as error:
+        raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}") from error
+    _rename(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
+    remove_no_ops(exported)
+    exported._example_inputs = None
+    return exported
+
+
+def _dynamic(found: Functional) -> tuple[Any, ...]:
+    """The dynamic extents of the inputs, as torch.export found them the first time."""
+    placeholders = {node.name: node for node in found.graph_module.graph.nodes if node.op == "placeholder"}
+    named: dict[Any, Any] = {}
+    shapes: list[Any] = []
+    for name in found.inputs:
+        held = placeholders[name].meta.get("val")
+        if isinstance(held, torch.SymInt):
+            shapes.append(Dim.DYNAMIC)
+            continue
+        shapes.append({axis: _dim(extent, found, named) for axis, extent in enumerate(held.shape) if not isinstance(extent, int)} or None)
+    return tuple(shapes)
+
+
+def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:
+    expression = extent.node.expr
+    if not expression.is_Symbol or expression not in found.ranges:
+        return Dim.AUTO
+    if expression not in named:
+        low, high = found.ranges[expression].lower, found.ranges[expression].upper
+        limit = int(high) if getattr(high, "is_finite", True) and int(high) < 2**62 else None
+        named[expression] = Dim(str(expression), min=int(low), max=limit)
+    return named[expression]
+
+
+def _rename(exported: ExportedProgram, names: Sequence[str]) -> None:
+    """Give the placeholders back their names, which a variadic forward loses."""
+    wanted = dict(zip(exported.graph_signature.user_inputs, names, strict=True))
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in wanted:
+            new = wanted[node.name]
+            exported.graph_signature.replace_all_uses(node.name, new)
+            for spec in exported.graph_signature.input_specs:
+                if spec.arg.name == node.name:
+                    spec.arg.name = new
+            node.name = node.target = new
+    exported.graph_module.recompile()
+
+
+def inline_lifted_buffers(capture: ExportedCapture) -> GraphModule:
+    """The rewritten graph as a plain module that holds its own states again.
+
+    The inverse of lifting: module-owned states become buffers under their old names, updated in place by each call; caller-owned ones stay
+    arguments, in the module's own shape with the slot axis in front (`State.bound`).
+
+    Returns:
+        A module of the inputs, then the caller-owned states.
+    """
+    module = deepcopy(capture.graph_module)
+    graph = module.graph
+    owned: dict[str, tuple[str, Tensor]] = {SLOTS: (f"_{SLOTS}", capture.slots())}
+    for state in capture.states:
+        if state.found.owner is Owner.MODULE:
+            owned[state.name] = (state.found.source, state.bound(state.found.initial.clone()))
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in owned:
+            target, tensor = owned[node.name]
+            _register(module, target, tensor)
+            with graph.inserting_before(node):
+                held = graph.create_node("get_attr", target)
+            held.meta.update(node.meta)
+            node.replace_all_uses_with(held)
+            graph.erase_node(node)
+    for node in reversed([node for node in graph.nodes if node.op == "get_attr"]):
+        last = next((other for other in reversed(graph.nodes) if other.op == "placeholder"), None)
+        if last is not None:
+            last.append(node)
+    module.recompile()
+    return module
+
+
+def _register(module: torch.nn.Module, target: str, tensor: Tensor) -> None:
+    *parents, name = target.split(".")
+    for parent in parents:
+        if not hasattr(module, parent):
+            module.add_module(parent, torch.nn.Module())
+        module = getattr(module, parent)
+    module.register_buffer(name, tensor)

@@ -1,0 +1,257 @@
+"""A user's own module as a function: no mutation, the new value of each state an output."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.fx import GraphModule, Node
+
+from inplace_builder.capture.capture import any_size
+from inplace_builder.errors import BuildError, brief
+from inplace_builder.passes.state_uses import source_line
+from inplace_builder.passes.states import Found, Owner
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A module without mutation.
+
+    Attributes:
+        graph_module: takes the inputs, then the states (each of the module's own shape); returns the outputs, then the new value of each
+            state. Parameters, constants and buffers that never change are its attributes.
+        states: in the order of the placeholders.
+        inputs: names of the placeholders before them.
+        example_inputs: a tensor or a number for each of them.
+        outputs: how many outputs stand before the states' values.
+        ranges: what torch.export found of each dynamic extent.
+    """
+
+    graph_module: GraphModule
+    states: tuple[Found, ...]
+    inputs: tuple[str, ...]
+    example_inputs: tuple[Any, ...]
+    outputs: int
+    ranges: Mapping[Any, Any]
+
+
+def functional(
+    module: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any],
+    *,
+    states: str | Collection[str] = "auto",
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Functional:
+    """Export a module, or take an exported one, and find its states: the inputs and buffers that it mutates.
+
+    Raises:
+        BuildError: torch.export cannot capture the module; ``states`` names something else than what is mutated; two tensors of which one
+            is mutated overlap in memory.
+    """
+    exported = _exported(module, example_inputs, dynamic_shapes, kwargs)
+    _check_sharing(exported)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own deprecations
+            program = exported.run_decompositions({})
+    except Exception as error:
+        raise BuildError(f"torch.export cannot make the module functional: {brief(error)}") from error
+    made = _lifted(program, exported.example_inputs)
+    if states != "auto":
+        _check_declared(made.states, {states} if isinstance(states, str) else set(states))
+    if not made.states:
+        raise BuildError("the module mutates none of its inputs and buffers: it has no state to keep")
+    return made
+
+
+def _exported(
+    module: torch.nn.Module | ExportedProgram, example_inputs: Sequence[Any], dynamic_shapes: Any, kwargs: Mapping[str, Any] | None
+) -> ExportedProgram:
+    if isinstance(module, ExportedProgram):
+        return module
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with any_size():
+                return torch.export.export(module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+
+
+def _check_sharing(exported: ExportedProgram) -> None:
+    """Make one of buffers that are the same tensor; refuse memory shared in any other way once it is written.
+
+    Functionalisation takes every input for memory of its own, so what is written through one name would be missing under the other.
+    """
+    tensors = _memory_of_inputs(exported)
+    for (first, a), (second, b) in combinations(tensors.items(), 2):
+        if not _overlap(a, b):
+            continue
+        writer = _writer(first) or _writer(second)
+        if _same(a, b) and first.meta.get("buffer") and second.meta.get("buffer"):
+            _merge(exported, first, second)
+        elif writer is not None:
+            raise BuildError(
+                f"{_title(first)} and {_title(second)} share memory, and the module writes it{source_line(writer)}: keep one tensor and "
+                f"take views of it in forward, or give each memory of its own"
+            )
+
+
+def _title(node: Node) -> str:
+    return f"buffer {node.meta['buffer']}" if node.meta.get("buffer") else f"input {node.name}"
+
+
+def _memory_of_inputs(exported: ExportedProgram) -> dict[Node, Tensor]:
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    arguments, named = exported.example_inputs or ((), {})
+    leaves = iter(torch.utils._pytree.tree_leaves((arguments, named)))
+    found: dict[Node, Tensor] = {}
+    for spec in exported.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            leaf = next(leaves, None)
+            if isinstance(leaf, Tensor):
+                found[nodes[name]] = leaf
+        elif spec.kind is InputKind.BUFFER and spec.target is not None:
+            held = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
+            if isinstance(held, Tensor):
+                nodes[name].meta["buffer"] = spec.target
+                found[nodes[name]] = held
+    return found
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    first = tensor.data_ptr()
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if not a.numel() or not b.numel() or a.device != b.device or a.device.type == "meta":
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _merge(exported: ExportedProgram, kept: Node, alias: Node) -> None:
+    """Let every user of the second buffer use the first."""
+    alias.replace_all_uses_with(kept)
+    exported.graph.erase_node(alias)
+    specs = exported.graph_signature.input_specs
+    specs[:] = [spec for spec in specs if spec.arg.name != alias.name]
+    exported.state_dict.pop(alias.meta["buffer"], None)
+    exported.graph_module.recompile()
+
+
+def _writer(node: Node) -> Node | None:
+    """The first operator that writes a tensor or a view of it, in the graph before functionalisation."""
+    pending, seen = [node], {node}
+    while pending:
+        tensor = pending.pop(0)
+        for user in tensor.users:
+            if not isinstance(user.target, torch._ops.OpOverload) or user in seen:
+                continue
+            for argument, passed in zip(user.target._schema.arguments, user.args, strict=False):
+                if passed is tensor and argument.alias_info is not None:
+                    if argument.alias_info.is_write:
+                        return user
+                    seen.add(user)
+                    pending.append(user)
+    return None
+
+
+def _lifted(program: ExportedProgram, examples: Any) -> Functional:
+    """`lift_mutated_buffers` of a functional program: what is mutated becomes an input, everything else of the module an attribute."""
+    graph, signature = program.graph_module.graph, program.graph_signature
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    leaves = iter(torch.utils._pytree.tree_leaves(examples or ((), {})))
+    written_buffers, written_inputs = set(signature.buffers_to_mutate.values()), set(signature.user_inputs_to_mutate.values())
+    found: dict[str, Found] = {}
+    held: dict[str, Any] = {}
+    inputs: list[str] = []
+    passed: list[Any] = []
+    for spec in signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT:
+            leaf = next(leaves, None)
+            if isinstance(spec.arg, ConstantArgument):
+                graph.erase_node(node)  # a Python constant, baked into the graph
+            elif isinstance(spec.arg, TensorArgument) and node.name in written_inputs:
+                initial = leaf.detach().clone() if isinstance(leaf, Tensor) else torch.zeros(tuple(node.meta["val"].shape))
+                found[node.name] = Found(node.name, Owner.CALLER, node.name, initial)
+            else:
+                inputs.append(node.name)
+                passed.append(leaf)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target is not None:
+            tensor = program.state_dict[spec.target] if spec.target in program.state_dict else program.constants[spec.target]
+            if spec.kind is InputKind.BUFFER and spec.target in written_buffers:
+                found[spec.target] = Found(node.name, Owner.MODULE, spec.target, tensor.detach().clone())
+            else:
+                held[spec.target] = tensor
+                _as_attribute(graph, node, spec.target)
+        else:
+            raise BuildError(f"input {spec.arg.name} is a {spec.kind.name.lower()}, which an engine cannot hold; pass tensors only")
+    outputs, values = _outputs(program)
+    states = tuple(found[key] for key in values)
+    _reorder(graph, [*inputs, *(state.name for state in states)])
+    last = graph.output_node()
+    graph.erase_node(last)
+    graph.output((*outputs, *values.values()))
+    return Functional(GraphModule(held, graph), states, tuple(inputs), tuple(passed), len(outputs), program.range_constraints)
+
+
+def _outputs(program: ExportedProgram) -> tuple[list[Any], dict[str, Any]]:
+    """What the module returns, and the new value of each state by the input or buffer that it belongs to."""
+    returned = program.graph_module.graph.output_node().args[0]
+    assert isinstance(returned, tuple | list)
+    outputs: list[Any] = []
+    values: dict[str, Any] = {}
+    for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            outputs.append(node)
+        elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION) and spec.target is not None:
+            values[spec.target] = node
+        else:
+            raise BuildError(f"output {spec.arg} is a {spec.kind.name.lower()}, which an engine cannot return; return tensors only")
+    return outputs, values
+
+
+def _as_attribute(graph: torch.fx.Graph, node: Node, target: str) -> None:
+    with graph.inserting_before(node):
+        read = graph.create_node("get_attr", target, name=f"{node.name}_")
+    read.meta.update(node.meta)
+    node.replace_all_uses_with(read)
+    graph.erase_node(node)
+
+
+def _reorder(graph: torch.fx.Graph, names: Sequence[str]) -> None:
+    """Put the placeholders first, in this order."""
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    first = next(iter(graph.nodes))
+    for name in names:
+        first.prepend(nodes[name]) if first is not nodes[name] else None
+        if first is nodes[name]:
+            first = first.next
+
+
+def _check_declared(states: Sequence[Found], declared: Collection[str]) -> None:
+    known = {alias: state for state in states for alias in (state.name, state.source)}
+    if unknown := sorted(set(declared) - known.keys()):
+        raise BuildError(
+            f"the module never writes {unknown}: what it only reads is a constant; its states are {[s.source for s in states]}"
+        )
+    named = {known[name].name for name in declared}
+    if missing := [state.source for state in states if state.name not in named]:
+        raise BuildError(f"the module also writes {missing}: declare them as states too, or leave states='auto'")

@@ -1,0 +1,324 @@
+"""Which writes into a state are `inplace::update` with an index."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from inplace_builder.passes.emit import shape, value
+from inplace_builder.passes.match import AnyNode, call
+from inplace_builder.passes.positions import consecutive, constant
+
+aten = torch.ops.aten
+
+
+_SPREADS = (
+    aten.unsqueeze.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.alias.default,
+    aten.logical_not.default,
+    aten.bitwise_not.default,
+)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One recognised write.
+
+    Attributes:
+        node: the new version of the state.
+        base: the version before it.
+        pattern: which pattern it is.
+        axis: the axis of the module's own tensor that is written along.
+        count: entries written, an extent (dynamic ones are symbolic).
+        start: where: a Python number, a symbolic one, or an integer tensor whose first entry it is (``per_row``: entries ``[rows]``).
+        wraps: a negative start counts from the end.
+        ignores: a start outside the axis writes nothing (a mask); otherwise it is an error.
+        value: the tensor, or the number, that is written.
+        extents: what the value is expanded to before ``unsqueeze``; None where it is as wanted.
+        unsqueeze: the axis that the value lacks; None where it has it.
+        per_row: the start differs between rows.
+    """
+
+    node: Node
+    base: Node
+    pattern: str
+    axis: int
+    count: Any
+    start: Any
+    value: Any
+    wraps: bool = False
+    ignores: bool = False
+    extents: tuple[Any, ...] | None = None
+    unsqueeze: int | None = None
+    per_row: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A write that no pattern covers."""
+
+    node: Node
+    base: Node
+    because: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a pattern is asked about a node.
+
+    Attributes:
+        module: the graph's module, for constants.
+        rows: rows of the state's first axis, if it counts them.
+        promised: inputs that the caller promises to be consecutive positions.
+    """
+
+    module: GraphModule
+    rows: int
+    promised: frozenset[str]
+
+
+def recognise(node: AnyNode, question: Question) -> Write | Refusal | None:
+    """The write that makes this version of a state, a refusal with its reason, or None where nothing is written into a part of a tensor."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    pattern = _PATTERNS.get(node.target)
+    return None if pattern is None else pattern(node, question)
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _slice_scatter(node: Node, question: Question) -> Write | Refusal:
+    base, new = node.args[0], node.args[1]
+    assert isinstance(base, Node)
+    axis = _argument(node, 2, "dim", 0) % len(shape(node))
+    start, step = _argument(node, 3, "start", None), _argument(node, 5, "step", 1)
+    if step != 1:
+        return Refusal(node, base, f"a slice of step {step}: an append writes consecutive entries")
+    capacity = shape(base)[axis]
+    start = 0 if start is None else start
+    if isinstance(start, int):
+        if not isinstance(capacity, int):
+            return Refusal(node, base, "a slice of a state whose extent is dynamic")
+        start = min(max(start + capacity if start < 0 else start, 0), capacity)
+    return Write(node, base, "slice_scatter", axis, shape(_node(new))[axis], start, new, wraps=not isinstance(start, int))
+
+
+def _select_scatter(node: Node, question: Question) -> Write | Refusal:
+    base, new, axis, index = node.args[0], node.args[1], node.args[2], node.args[3]
+    assert isinstance(base, Node) and isinstance(axis, int)
+    axis %= len(shape(node))
+    if isinstance(index, int) and index < 0:
+        index += shape(base)[axis]
+    return Write(node, base, "select_scatter", axis, 1, index, new, wraps=not isinstance(index, int), unsqueeze=axis)
+
+
+def _index_copy(node: Node, question: Question) -> Write | Refusal:
+    base, axis, index, new = node.args
+    assert isinstance(base, Node) and isinstance(axis, int)
+    axis %= len(shape(node))
+    return _indexed(node, base, "index_copy", axis, _node(index), new, None, question, wraps=False)
+
+
+def _index_put(node: Node, question: Question) -> Write | Refusal:
+    base, indices, new = node.args[:3]
+    assert isinstance(base, Node) and isinstance(indices, list | tuple)
+    if _argument(node, 3, "accumulate", False):
+        return Refusal(node, base, "index_put that accumulates: an append replaces what was there")
+    given = [(axis, _node(index)) for axis, index in enumerate(indices) if index is not None]
+    if any(value(index).dtype in (torch.bool, torch.uint8) for _, index in given):
+        return Refusal(node, base, "index_put with a mask: how much it writes is known only at run time")
+    extents = tuple(shape(base))
+    if len(given) == 1:
+        axis, index = given[0]
+        found = (*extents[:axis], *shape(index), *extents[axis + 1 :])
+        return _indexed(node, base, "index_put", axis, index, new, found, question, wraps=True)
+    if len(given) == 2 and given[0][0] == 0:
+        return _put_in_rows(node, base, given, new, question)
+    return Refusal(
+        node, base, f"index_put with {len(given)} indices on axes {[axis for axis, _ in given]}: an append has one position a row"
+    )
+
+
+def _put_in_rows(node: Node, base: Node, given: list[tuple[int, Node]], new: Any, question: Question) -> Write | Refusal:
+    """``state[arange(rows), …, position] = new``: the indexed axes come first in what is written, so ``[rows, …]`` without the axis."""
+    (_, rows), (axis, index) = given
+    extents = tuple(shape(base))
+    order = constant(question.module, rows)
+    if order is None or order.reshape(-1).tolist() != list(range(extents[0])) or len(shape(index)) != 1:
+        return Refusal(node, base, "index_put with several indices, of which the first is not every row once in order")
+    if shape(index)[0] not in (1, extents[0]):
+        return Refusal(node, base, "index_put with a number of positions that is not that of the rows")
+    found = (extents[0], *extents[1:axis], *extents[axis + 1 :])
+    per_row = shape(index)[0] == extents[0] and extents[0] != 1
+    return Write(node, base, "index_put", axis, 1, index, new, wraps=True, extents=found, unsqueeze=axis, per_row=per_row)
+
+
+def _indexed(
+    node: Node,
+    base: Node,
+    pattern: str,
+    axis: int,
+    index: Node,
+    new: Any,
+    extents: tuple[Any, ...] | None,
+    question: Question,
+    *,
+    wraps: bool,
+) -> Write | Refusal:
+    """A write at the entries of one index along one axis."""
+    if len(shape(index)) > 1:
+        return Refusal(node, base, f"{pattern} with an index of rank {len(shape(index))}: an append has one position a row")
+    if not consecutive(question.module, index, question.promised):
+        return Refusal(
+            node, base, f"{pattern} at several positions that are not provably consecutive (name an input of positions in consecutive=)"
+        )
+    scalar = not shape(index)
+    missing = axis if scalar and extents is not None else None
+    count = 1 if scalar else shape(index)[0]
+    return Write(node, base, pattern, axis, count, index, new, wraps=wraps, extents=extents, unsqueeze=missing)
+
+
+def _scatter(node: Node, question: Question) -> Write | Refusal:
+    base, axis, index, new = node.args[:4]
+    assert isinstance(base, Node) and isinstance(axis, int)
+    axis %= len(shape(base))
+    index = _node(index)
+    wanted = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
+    if shape(index) != wanted:
+        return Refusal(node, base, f"scatter with an index of {tuple(shape(index))}, where one position a row would be {wanted}")
+    if isinstance(new, Node) and shape(new) != wanted:
+        return Refusal(node, base, "scatter that takes a part of its source")
+    source, per_row = _position_a_row(index)
+    if source is None:
+        return Refusal(node, base, "scatter whose index is not one position a row, repeated over the other axes")
+    per_row = per_row and wanted[0] != 1
+    extents = None if isinstance(new, Node) else wanted
+    return Write(node, base, "scatter", axis, 1, source, new, extents=extents, per_row=per_row)
+
+
+def _position_a_row(index: Node) -> tuple[Node | None, bool]:
+    """The tensor that an index repeats: one entry, or one for each entry of the first axis only."""
+    current = index
+    while call(current, aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.alias.default):
+        extents = shape(current)
+        if any(not isinstance(extent, int) for extent in extents):
+            return None, False
+        if value(current).numel() == 1:
+            return current, False
+        before = _node(current.args[0])
+        varying = [extent for extent in shape(before) if extent != 1]
+        if call(current, aten.view.default, aten.reshape.default) and varying != [extent for extent in extents if extent != 1]:
+            return None, False
+        current = before
+        if value(current).numel() == 1:
+            return current, False
+        if len(shape(current)) == 1:
+            break
+    stays = len(shape(current)) == 1 and shape(current)[0] == shape(index)[0] and _stays_first(index, current)
+    return (current, True) if stays else (None, False)
+
+
+def _stays_first(index: Node, source: Node) -> bool:
+    """Evaluate the repetition on distinct numbers: entry [r, …] must be the r-th."""
+    rows = shape(source)[0]
+    known: dict[Node, Any] = {source: torch.arange(rows)}
+
+    def resolve(node: Node) -> Any:
+        if node not in known:
+            assert callable(node.target)
+            arguments, named = torch.fx.node.map_arg((node.args, node.kwargs), resolve)
+            known[node] = node.target(*arguments, **named)
+        return known[node]
+
+    found = resolve(index)
+    return bool((found == torch.arange(rows).reshape(-1, *[1] * (found.dim() - 1))).all())
+
+
+def _where(node: Node, question: Question) -> Write | Refusal | None:
+    mask, yes, no = node.args
+    assert isinstance(mask, Node)
+    for base, new, positive in ((no, yes, True), (yes, no, False)):
+        found = _one_hot(mask, base, question, positive=positive)
+        if found is None:
+            continue
+        axis, index, per_row = found
+        extents = tuple(1 if place == axis else extent for place, extent in enumerate(shape(_node(base))))
+        own = tuple(shape(new)) if isinstance(new, Node) else ()
+        if len(own) >= len(extents) - axis and own[len(own) - len(extents) + axis] != 1:
+            return Refusal(node, _node(base), "where with a value that differs along the masked axis")
+        return Write(node, _node(base), "where", axis, 1, index, new, ignores=True, extents=extents, per_row=per_row)
+    return None
+
+
+def _one_hot(mask: Node, base: AnyNode, question: Question, *, positive: bool) -> tuple[int, Node, bool] | None:
+    """The axis and the position of a mask that is ``arange(extent) == position``, spread over the other axes."""
+    if not isinstance(base, Node) or any(not isinstance(extent, int) for extent in (*shape(base), *shape(mask))):
+        return None
+    compared = mask
+    while call(compared, *_SPREADS):
+        compared = _node(compared.args[0])
+    if not call(compared, aten.eq.Tensor, aten.ne.Tensor):
+        return None
+    for entries, position in ((compared.args[0], compared.args[1]), (compared.args[1], compared.args[0])):
+        order, where = constant(question.module, entries), _node(position)
+        if order is None or value(where).is_floating_point() or value(where).numel() not in (1, shape(base)[0]):
+            continue
+        rows = value(where).numel()
+        for axis, extent in enumerate(shape(base)):
+            if order.reshape(-1).tolist() == list(range(extent)) and _spreads(
+                mask, compared, base, entries, where, axis, positive=positive
+            ):
+                return axis, where, rows > 1
+    return None
+
+
+def _spreads(mask: Node, compared: Node, base: Node, entries: AnyNode, position: Node, axis: int, *, positive: bool) -> bool:
+    """Evaluate the mask for some positions: along ``axis`` exactly the row's own position must differ from the rest."""
+    extent, rows = shape(base)[axis], value(position).numel()
+    for first in range(extent):
+        places = (torch.arange(rows) * (1 if rows > 1 else 0) + first) % extent
+        known: dict[Node, Any] = {position: places.reshape(shape(position))}
+        known[_node(entries)] = torch.arange(extent).reshape(shape(_node(entries)))
+
+        def resolve(node: Node, known: dict[Node, Any] = known) -> Any:
+            if node not in known:
+                assert callable(node.target)
+                arguments, named = torch.fx.node.map_arg((node.args, node.kwargs), resolve)
+                known[node] = node.target(*arguments, **named)
+            return known[node]
+
+        selected = resolve(mask) if positive else ~resolve(mask)
+        try:
+            selected = torch.broadcast_to(selected, tuple(shape(base)))
+        except RuntimeError:
+            return False
+        view = [1] * len(shape(base))
+        view[axis] = extent
+        at = places.reshape(-1, *[1] * (len(shape(base)) - 1)) if rows > 1 else places
+        wanted = torch.broadcast_to(torch.arange(extent).reshape(view) == at, tuple(shape(base)))
+        if not torch.equal(selected, wanted):
+            return False
+    return True
+
+
+def _node(node: AnyNode) -> Node:
+    assert isinstance(node, Node)
+    return node
+
+
+_PATTERNS: dict[Any, Callable[[Node, Question], Write | Refusal | None]] = {
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.index_copy.default: _index_copy,
+    aten.index_put.default: _index_put,
+    aten.scatter.src: _scatter,
+    aten.scatter.value: _scatter,
+    aten.where.self: _where,
+}

@@ -1,0 +1,299 @@
+"""From a function of states to a graph that updates them in place, through the ``inplace::`` operators alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from inplace.manifest import Update
+from torch.fx import Graph, GraphModule, Node
+
+from inplace_builder.passes.emit import Emitter, dtype, shape, value
+from inplace_builder.passes.positions import as_tensor
+from inplace_builder.passes.recognise import Question, Refusal, Write, recognise
+from inplace_builder.passes.state_uses import source_line
+from inplace_builder.passes.states import Found, State
+
+aten = torch.ops.aten
+inplace = torch.ops.inplace
+
+SLOTS = "slots"
+"""The placeholder that says which slot each row is."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The recognised writes of one state, first to last; none where its whole value is computed anew.
+
+    Attributes:
+        writes: the writes.
+        refused: why the state is rewritten whole although only a part of it was written.
+        needs_rows: it would be recognised if the first axis counted rows.
+    """
+
+    writes: tuple[Write, ...] = ()
+    refused: Refusal | None = None
+    needs_rows: bool = False
+
+
+def chain_of(placeholder: Node, result: Node, found: Found, question: Question) -> Chain:
+    """Follow a state's new value back to the state itself, one write at a time."""
+    writes: list[Write] = []
+    current = result
+    while current is not placeholder:
+        step = recognise(current, question)
+        if step is None:
+            partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
+            if partial is None:
+                return Chain()
+            because = f"what {partial.pattern} writes into is not the state itself but computed from it"
+            return Chain(refused=Refusal(partial.node, partial.base, because))
+        if isinstance(step, Refusal):
+            return Chain(refused=step) if _reaches(step.base, placeholder) else Chain()
+        if (misfit := _misfit(step, found, question.rows)) is not None:
+            return Chain(refused=Refusal(step.node, step.base, misfit), needs_rows=step.per_row and question.rows == 1)
+        writes.append(step)
+        current = step.base
+    return Chain(tuple(reversed(writes)))
+
+
+def _reaches(node: Node, placeholder: Node) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is placeholder:
+            return True
+        pending.extend(source for source in current.all_input_nodes if source not in seen)
+        seen.update(current.all_input_nodes)
+    return False
+
+
+def _scatters(node: Node) -> bool:
+    """Whether a written value is itself an old part with something written into it."""
+    return node.target in (aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default, aten.index_copy.default)
+
+
+def _misfit(write: Write, found: Found, rows: int) -> str | None:
+    """Why an update cannot say this write, although a pattern recognised it."""
+    if write.per_row and rows == 1:
+        return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
+    if write.axis == 0 and found.leading(rows) and not _whole(write, found):
+        return f"{write.pattern} along the first axis, which counts rows"
+    return None
+
+
+def _whole(write: Write, found: Found) -> bool:
+    return isinstance(write.start, int) and write.start == 0 and write.count == found.initial.shape[write.axis]
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A graph being rewritten, in the layout of its rows.
+
+    Attributes:
+        module: the graph's module.
+        rows: rows of a step.
+        slots: the placeholder of the rows' slots.
+    """
+
+    module: GraphModule
+    rows: int
+    slots: Node
+
+    @property
+    def graph(self) -> Graph:
+        """The graph."""
+        return self.module.graph
+
+    def update(self, state: Node, found: Found, write: Write) -> None:
+        """Put `inplace::update` where the new version was computed."""
+        leading = found.leading(self.rows)
+        with Emitter(self.graph, write.node).before(write.node) as emit:
+            new = written(emit, write)
+            if not leading:
+                new = emit.call(aten.unsqueeze.default, new, 0)
+            if _whole(write, found):
+                emit.call(inplace.update.default, state, self.slots, new)
+                return
+            start = self.start(emit, write, found)
+            slots = self.slots
+            if write.ignores:
+                fits = emit.call(
+                    aten.logical_and.default,
+                    emit.call(aten.ge.Scalar, start, 0),
+                    emit.call(aten.lt.Scalar, start, found.initial.shape[write.axis]),
+                )
+                nowhere = emit.call(aten.full.default, [self.rows], -1, dtype=torch.int32)
+                slots = emit.call(aten.where.self, fits, slots, nowhere)
+            emit.call(inplace.update.default, state, slots, new, None, start, write.axis + (not leading), False)
+
+    def start(self, emit: Emitter, write: Write, found: Found) -> Node:
+        """The write indices ``[rows]``, int32."""
+        capacity = found.initial.shape[write.axis]
+        if isinstance(write.start, int):
+            return emit.call(aten.full.default, [self.rows], write.start, dtype=torch.int32)
+        start: Node | None
+        if isinstance(value(write.start), torch.Tensor):
+            start = emit.call(aten.reshape.default, write.start, [-1])
+            if not write.per_row and not _is(shape(start)[0], 1):
+                start = emit.call(aten.slice.Tensor, start, 0, 0, 1)
+        else:
+            start = as_tensor(emit, write.start)
+        assert start is not None
+        if write.wraps:
+            below = emit.call(aten.lt.Scalar, start, 0)
+            start = emit.call(aten.where.self, below, emit.call(aten.add.Tensor, start, capacity), start)
+        if dtype(start) != torch.int32:
+            start = emit.call(aten.to.dtype, start, torch.int32)
+        return start if _is(shape(start)[0], self.rows) else emit.call(aten.expand.default, start, [self.rows])
+
+    def read(self, emit: Emitter, state: Node, found: Found) -> Node:
+        """A version of the state in the module's own shape."""
+        rows = emit.call(inplace.read.default, state, self.slots)
+        return rows if found.leading(self.rows) else emit.call(aten.squeeze.dim, rows, 0)
+
+    def replace(self, state: Node, found: Found, result: Node) -> None:
+        """Write the whole state at the end of the graph."""
+        source = result if result.op == "call_function" else state
+        with Emitter(self.graph, source).before(self.graph.output_node()) as emit:
+            emit.call(
+                inplace.update.default,
+                state,
+                self.slots,
+                result if found.leading(self.rows) else emit.call(aten.unsqueeze.default, result, 0),
+            )
+
+
+def _is(extent: object, wanted: int) -> bool:
+    """Whether an extent is certainly this number; a dynamic one is not, whatever it was in the example."""
+    return isinstance(extent, int) and extent == wanted
+
+
+def written(emit: Emitter, write: Write) -> Node:
+    """The value of a write with all axes of the module's own tensor."""
+    kind = dtype(write.base)
+    if not isinstance(write.value, Node) or not isinstance(value(write.value), torch.Tensor):
+        extents = list(write.extents or ())
+        new = emit.call(aten.full.default, extents, write.value, dtype=kind)
+    else:
+        new = write.value
+        if dtype(new) != kind:
+            new = emit.call(aten.to.dtype, new, kind)
+        if write.extents is not None and shape(new) != write.extents:
+            new = emit.call(aten.expand.default, new, list(write.extents))
+    return new if write.unsqueeze is None else emit.call(aten.unsqueeze.default, new, write.unsqueeze)
+
+
+def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows: int, promised: frozenset[str]) -> tuple[State, ...] | None:
+    """Rewrite the graph, in place.
+
+    Args:
+        module: takes the inputs and then the states, returns ``outputs`` outputs and then the states' new values.
+        states: in the order of the placeholders.
+        outputs: outputs of the module.
+        rows: 1, or the extent of the first axis of every state.
+        promised: inputs that are consecutive positions.
+
+    Returns:
+        What became of each state; None, with the graph untouched, where ``rows`` is 1 and some state would be recognised with more.
+    """
+    graph = module.graph
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    last = graph.output_node()
+    returned = last.args[0]
+    assert isinstance(returned, tuple)
+    results = [node for node in returned[outputs:] if isinstance(node, Node)]
+    question = Question(module, rows, promised)
+    chains = [chain_of(placeholders[state.name], result, state, question) for state, result in zip(states, results, strict=True)]
+    if rows == 1 and any(chain.needs_rows for chain in chains) and common_rows(states) is not None:
+        return None
+    for state in states:
+        _in_slots(placeholders[state.name], state, rows)
+    work = Rewriting(module, rows, _slots(graph, placeholders[states[0].name], rows))
+    for state, chain in zip(states, chains, strict=True):
+        for write in chain.writes:
+            work.update(placeholders[state.name], state, write)
+    # a version that an update writes is no result any more; a whole value stays one until all versions of all states are in place
+    last.args = ((*returned[:outputs], *(None if chain.writes else result for chain, result in zip(chains, results, strict=True))),)
+    for state, chain in zip(states, chains, strict=True):
+        _reads(work, placeholders[state.name], state, chain)
+    returned = last.args[0]
+    assert isinstance(returned, tuple)
+    last.args = (returned[:outputs],)
+    for state, result in zip(states, returned[outputs:], strict=True):
+        if isinstance(result, Node):
+            work.replace(placeholders[state.name], state, result)
+    for state in states:
+        _read_first(work, placeholders[state.name], state)
+    made = [_verdict(state, chain, rows) for state, chain in zip(states, chains, strict=True)]
+    graph.eliminate_dead_code()
+    return tuple(made)
+
+
+def common_rows(states: Sequence[Found]) -> int | None:
+    """The extent of the first axis, where it is the same and more than 1 for every state."""
+    extents = {state.initial.shape[0] if state.initial.dim() > 1 else 1 for state in states}
+    return extents.pop() if len(extents) == 1 and 1 not in extents else None
+
+
+def _slots(graph: Graph, before: Node, rows: int) -> Node:
+    with graph.inserting_before(before):
+        slots = graph.placeholder(SLOTS)
+    mode = before.meta["val"].fake_mode
+    with mode:
+        slots.meta["val"] = torch.empty(rows, dtype=torch.int32)
+    return slots
+
+
+def _in_slots(placeholder: Node, state: Found, rows: int) -> None:
+    """From here on the placeholder is the state in some slots."""
+    with value(placeholder).fake_mode:
+        placeholder.meta["val"] = torch.empty((rows + 1, *state.slot_shape(rows)), dtype=state.initial.dtype)
+
+
+def _reads(work: Rewriting, placeholder: Node, state: Found, chain: Chain) -> None:
+    """Let what uses a version of the state read it right after its write, so before the next one; the version itself goes."""
+    for write in reversed(chain.writes):
+        node = write.node
+        if node.users:
+            with Emitter(work.graph, node).before(node) as emit:  # behind the update, which was put there first
+                node.replace_all_uses_with(work.read(emit, placeholder, state))
+        work.graph.erase_node(node)
+
+
+def _read_first(work: Rewriting, placeholder: Node, state: Found) -> None:
+    """Let what uses the state as it was before the step read it before anything is written."""
+    users = [user for user in placeholder.users if not _touches(user)]
+    users += [user for user in placeholder.users if _touches(user) and placeholder in user.args[1:]]
+    if not users:
+        return
+    first = next(node for node in work.graph.nodes if node.op != "placeholder")
+    with Emitter(work.graph, users[0]).before(first) as emit:
+        old = work.read(emit, placeholder, state)
+    for user in users:
+        if _touches(user):
+            user.args = (user.args[0], *(old if argument is placeholder else argument for argument in user.args[1:]))
+        else:
+            user.replace_input_with(placeholder, old)
+
+
+def _touches(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "inplace"
+
+
+def _verdict(found: Found, chain: Chain, rows: int) -> State:
+    leading = found.leading(rows)
+    plain = State(found, leading, "replace", "the module computes its whole value anew in each step", ("update",), Update.REPLACE, None)
+    if chain.refused is not None:
+        refused = chain.refused
+        because = f"read, computed and written back whole: {refused.because}{source_line(refused.node)}"
+        return replace(plain, pattern="explicit", because=because)
+    if not chain.writes:
+        return plain
+    patterns = tuple(dict.fromkeys(write.pattern for write in chain.writes))
+    part = any(isinstance(write.value, Node) and _scatters(write.value) for write in chain.writes)
+    what = "the outermost part that the module writes into is written" if part else "only what the module writes is written"
+    because = f"{what}: {', '.join(patterns)}{source_line(chain.writes[0].node)}"
+    axes = {write.axis - leading for write in chain.writes}
+    if len(axes) > 1 or any(_whole(write, found) for write in chain.writes):
+        return replace(plain, pattern=" + ".join(patterns), because=because, operators=("update",) * len(chain.writes))
+    return State(found, leading, " + ".join(patterns), because, ("update",) * len(chain.writes), Update.APPEND, axes.pop())

@@ -1,0 +1,96 @@
+"""The states of a user's own module, and what was found out about each."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from inplace.dtypes import Dtype
+from inplace.manifest import StateSpec, Update
+from torch import Tensor
+
+
+class Owner(StrEnum):
+    """Whose memory a state is."""
+
+    CALLER = "caller"
+    """An input that the module mutates: the caller's own tensor is bound."""
+    MODULE = "module"
+    """A buffer that the module mutates: the engine keeps it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor that a module mutates.
+
+    Attributes:
+        name: the graph's placeholder.
+        owner: whose memory it is.
+        source: the input's name, or the buffer's qualified name.
+        initial: what it held at capture, in the module's own shape.
+    """
+
+    name: str
+    owner: Owner
+    source: str
+    initial: Tensor
+
+    def leading(self, rows: int) -> bool:
+        """Whether its first axis already counts rows, so that it serves as the slot axis; otherwise one is put in front of it."""
+        return (self.initial.dim() > 1 and self.initial.shape[0] == rows) or rows > 1
+
+    def slot_shape(self, rows: int) -> tuple[int, ...]:
+        """Extents of one slot."""
+        return tuple(self.initial.shape[1:]) if self.leading(rows) else tuple(self.initial.shape)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of a rewritten graph, and the verdict on its updates.
+
+    Attributes:
+        found: where it comes from.
+        leading: the module's own first axis is the slot axis, so the tensor is bound as it is; else the runtime binds
+            ``tensor.unsqueeze(0)``. Both are the tensor's own memory.
+        pattern: the recognised patterns in order (``slice_scatter``, ``index_copy``, …), ``replace`` for a state whose whole value is
+            computed anew, ``explicit`` where the module writes a part in a way that no pattern covers.
+        because: in words, with the module's line where a pattern was refused.
+        operators: the operators that write it, in order: ``update``, ``attention``.
+        update: what the manifest says of it.
+        axis: the axis of a slot that an append grows along, else None.
+    """
+
+    found: Found
+    leading: bool
+    pattern: str
+    because: str
+    operators: tuple[str, ...]
+    update: Update
+    axis: int | None
+
+    @property
+    def name(self) -> str:
+        """The graph's placeholder."""
+        return self.found.name
+
+    @property
+    def recognised(self) -> bool:
+        """Whether no part of the state is rewritten that the module did not write."""
+        return self.pattern != "explicit"
+
+    def bound(self, tensor: Tensor) -> Tensor:
+        """The tensor that a runtime binds for a tensor of the module's own shape: the same memory."""
+        return tensor if self.leading else tensor.unsqueeze(0)
+
+    def spec(self) -> StateSpec:
+        """The manifest's description; ``fill`` is the initial value where one number says it (else the initial tensor must be copied)."""
+        initial = self.found.initial
+        slot = self.bound(initial)
+        first = initial.reshape(-1)[0].item() if initial.numel() else 0.0
+        uniform = bool((initial == first).all())
+        return StateSpec(
+            name=self.name,
+            shape=tuple(slot.shape[1:]),
+            dtype=Dtype.of(initial.dtype),
+            update=self.update,
+            axis=self.axis,
+            fill=float(first) if uniform else 0.0,
+        )

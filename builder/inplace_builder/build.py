@@ -124,7 +124,7 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
     stage("load the model")
     model, tokenizer = load_decoder(source, options.dtype)
     stage("capture the graph")
-    capture = capture_decoder(model, _decoder_options(options))
+    capture = capture_decoder(model, decoder_options(options))
 
     def extras(folder: Path) -> None:
         if tokenizer is None:
@@ -134,10 +134,19 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
         except Exception as error:  # the tokenizers library has no type of its own for a failed write
             raise error if isinstance(error, OSError) else OSError(f"{TOKENIZER}: {error}") from error
 
-    return write_engine(capture, output, options, stage, {"source": source.name, "architecture": type(model).__name__}, extras)
+    notes = {"source": source.name, "architecture": type(model).__name__}
+    return write_engine(capture, output, options, stage, notes, extras, lambda: _beside_engine(model, options.device))
 
 
-def _decoder_options(options: BuildOptions) -> DecoderOptions:
+def _beside_engine(model: torch.nn.Module, device: str) -> None:
+    """Move the reference to the engine's GPU, where it is many times faster, if that leaves the engine at least as much again."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if device == "cuda" and torch.cuda.mem_get_info()[0] > 3 * held:
+        model.to(device)
+
+
+def decoder_options(options: BuildOptions) -> DecoderOptions:
+    """What a decoder is captured for."""
     chunk = min(options.chunk, options.capacity)
     return DecoderOptions(options.capacity, options.max_rows, chunk, min(options.most_tokens, options.max_rows * chunk))
 
@@ -149,6 +158,7 @@ def write_engine(
     stage: Stage = lambda _: None,
     notes: dict[str, str] | None = None,
     extras: Callable[[Path], None] = lambda _: None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> Manifest:
     """Write a captured model as an engine directory, verify it as it was written, and only then put it in its place.
 
@@ -157,6 +167,8 @@ def write_engine(
         output, options, stage: as in `build_decoder`.
         notes: what else to record in ``built_with``.
         extras: writes further files into the version folder.
+        prepare: called before verification, when nothing needs the captured weights any more: the place to move the model that they
+            share their memory with to the device of the engine, so that the reference runs there too.
 
     Raises:
         BuildError: it cannot be written, or it does not do what the captured model does.
@@ -186,6 +198,7 @@ def write_engine(
         )
         if written.verifiable:
             stage("verify it against the model")
+            prepare()
             error = verify(folder, manifest, capture)
             manifest = manifest.model_copy(update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}})
         config = model_config(manifest, idle_timeout=options.idle_timeout, queue_delay_microseconds=options.queue_delay_microseconds)

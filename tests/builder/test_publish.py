@@ -185,3 +185,13 @@ def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(tmp_path:
     assert line.endswith("(nothing was left behind)")
     assert "Traceback" not in run.stdout
     assert list(output.parent.iterdir()) == []
+
+
+def test_the_reference_may_be_moved_once_the_weights_are_written(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def prepare() -> None:
+        said.append("files" if list(tmp_path.glob(".model.*/1/engine.pt2")) else "no files")
+
+    write_engine(accumulator(), tmp_path / "model", OPTIONS, said.append, prepare=prepare)
+    assert said == ["write the engine", "verify it against the model", "files"]

@@ -1,9 +1,11 @@
 # ruff: noqa: B023  the functions are called before the loop goes on
 """Block sizes of the linear kernels: times every layer of the benchmark shapes over a small grid, and cuBLAS beside it.
 
-    python benchmarks/linear_tune.py [--seconds 90]
+    for share in 0 1 2 3 4 5 6 7; do python benchmarks/linear_tune.py --compile-only --share $share/8 & done; wait
+    python benchmarks/linear_tune.py --seconds 60
 
-Each configuration is timed as a CUDA graph over enough copies of the weight that the L2 cache does not hold them.
+The first line fills Triton's cache on all cores; the second then only times. Each configuration is timed as a CUDA graph over enough
+copies of the weight that the L2 cache does not hold them.
 """
 
 import argparse
@@ -14,8 +16,7 @@ from collections.abc import Callable
 
 import torch
 import triton
-from inplace.kernels import linear as kernels
-from inplace.kernels.linear import LinearSpec
+from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
 
 LAYERS = {
     "135m qkv": LinearSpec(576, 960, norm=True, eps=1e-5),
@@ -31,10 +32,24 @@ LAYERS = {
 }
 L2_BYTES = 120 << 20
 CALLS = 40
-GEMV = [(n, k, w) for n in (2, 4, 8, 16) for k in (512, 1024, 2048) for w in (2, 4, 8) if 2048 <= n * k <= 16384]
-SKINNY = [
-    (n, k, w, s) for n in (16, 32, 64) for k in (64, 128, 256) for w in (4, 8) for s in (3, 5) if n * k >= 2048 and n * k * s <= 65536
+GEMV = [
+    Gemv(n, k, w)
+    for n, k, w in [(2, 2048, 2), (2, 1024, 2), (4, 256, 2), (4, 512, 2), (4, 1024, 2), (4, 1024, 4), (4, 2048, 4), (8, 512, 2)]
 ]
+FEW = [
+    Few(n, k, w) for n, k, w in [(16, 64, 8), (16, 32, 8), (16, 64, 4), (16, 32, 4), (16, 128, 4), (16, 128, 2), (32, 32, 8), (32, 32, 4)]
+]
+SKINNY = {
+    8: [Skinny(16, 256, 4, 3), Skinny(32, 256, 4, 5), Skinny(64, 256, 4, 3), Skinny(64, 128, 4, 5), Skinny(64, 128, 8, 3)],
+    64: [Skinny(16, 256, 4, 5), Skinny(32, 128, 4, 5), Skinny(64, 256, 4, 3), Skinny(64, 128, 8, 3), Skinny(64, 64, 4, 3)],
+}
+
+
+def candidates(rows: int) -> list[Blocks]:
+    """The grid for a row count."""
+    if rows == 1:
+        return list(GEMV)
+    return [*FEW, *SKINNY[8]] if rows <= 16 else list(SKINNY[64])
 
 
 def timed(work: Callable[[int], object]) -> float:
@@ -62,54 +77,61 @@ def timed(work: Callable[[int], object]) -> float:
 def main() -> None:
     """Print the best few configurations of each layer and row count, then one JSON line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rows", default="1,8,64")
-    parser.add_argument("--layers", default=",".join(LAYERS), help="names; a process a layer at the same time fills Triton's cache faster")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--compile-only", action="store_true", help="launch every configuration once and time nothing")
+    parser.add_argument("--share", default="0/1", help="of the configurations: index/count")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
+    index, count = map(int, arguments.share.split("/"))
     layers = {name: LAYERS[name] for name in arguments.layers.split(",")}
     found = []
     for rows, (name, spec) in itertools.product(map(int, arguments.rows.split(",")), layers.items()):
         if time.monotonic() > deadline:
             print("out of time before", rows, name)
             break
-        copies = max(1, min(CALLS, L2_BYTES // (spec.inputs * spec.outputs * 2)))
+        copies = 1 if arguments.compile_only else max(1, min(CALLS, L2_BYTES // (spec.inputs * spec.outputs * 2)))
         weights = [torch.randn(spec.outputs, spec.inputs, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         x = torch.randn(rows, spec.inputs, device="cuda", dtype=torch.bfloat16)
         norm = torch.ones(spec.inputs, device="cuda", dtype=torch.bfloat16)
         residual = torch.randn(rows, spec.width, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(rows, spec.width, device="cuda", dtype=torch.float32 if spec.float_out else torch.bfloat16)
         product = torch.empty(rows, spec.outputs, device="cuda", dtype=torch.bfloat16)
-        chosen, results = kernels.gemv_blocks if rows == 1 else kernels.skinny_blocks, []
-        kernels.SKINNY_ROWS, kept = 64, kernels.SKINNY_ROWS
-        grid: list[tuple[int, ...]] = list(GEMV if rows == 1 else SKINNY)
+        torch.cuda.synchronize()
+        default, results = streaming_blocks(spec, rows, 2), []
+        grid = list(dict.fromkeys([*candidates(rows), *([] if default is None else [default])]))[index::count]
 
-        def run(call: int) -> None:
-            kernels.linear(
+        def run(call: int, blocks: Blocks) -> None:
+            linear(
                 spec, x=x, weight=weights[call % copies], bias=None, norm=norm if spec.norm else None,
-                residual=residual if spec.residual else None, out=out, workspace=0, tokens=rows, pdl=True,
+                residual=residual if spec.residual else None, out=out, workspace=0, tokens=rows, pdl=True, blocks=blocks,
             )  # fmt: skip
 
         for blocks in grid:
             if time.monotonic() > deadline:
                 break
-            setattr(kernels, chosen.__name__, lambda *_, b=blocks: b)
             try:
-                results.append((timed(run), blocks))
+                if arguments.compile_only:
+                    run(0, blocks)
+                else:
+                    results.append((timed(lambda call, b=blocks: run(call, b)), str(blocks)))  # type: ignore[misc]
             except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as error:
                 print(name, rows, blocks, type(error).__name__, str(error)[:100])
-        setattr(kernels, chosen.__name__, chosen)
-        kernels.SKINNY_ROWS = kept
+        if arguments.compile_only:
+            continue
         cublas = timed(lambda call: torch.mm(x, weights[call % copies].t(), out=product))
         floor = spec.inputs * spec.outputs * 2 / 3.02e12 * 1e6
         results.sort()
         print(
-            f"{name} rows {rows}: floor {floor:.1f} cuBLAS {cublas:.1f} |",
-            *(f"{us:.1f} {blocks}" for us, blocks in results[:4]),
+            f"{name} rows {rows}: floor {floor:.1f} cuBLAS {cublas:.1f} (default {default or 'cuBLAS'}) |",
+            *(f"{us:.1f} {blocks}" for us, blocks in results[:5]),
             flush=True,
         )
-        found.append({"layer": name, "rows": rows, "floor_us": floor, "cublas_us": cublas, "best": results[:6]})
-    print(json.dumps(found))
+        found.append({"layer": name, "rows": rows, "floor_us": floor, "cublas_us": cublas, "default": str(default), "best": results})
+    torch.cuda.synchronize()
+    if not arguments.compile_only:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inplace.kernels.attention import AttentionSpec, attention_workspace
+from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
+from inplace.operators import linear as reference_linear
 from inplace.operators.attention import _attention_on_gpu
 from inplace.operators.update import _update_on_gpu
 from kernel_cases import AttentionCase, Row, check_read, check_update, rotate
@@ -191,3 +193,55 @@ def test_the_update_for_gpus_equals_the_one_for_cpus(packed: bool) -> None:
     torch.ops.inplace.update(expected, slots, replaced)
     _update_on_gpu(state, slots, replaced)
     assert torch.equal(state, expected)
+
+
+LINEAR = [
+    LinearSpec(192, 80, norm=True, eps=1e-5),
+    LinearSpec(256, 48, residual=True),
+    LinearSpec(72, 64, norm=True, eps=1e-5, activation="silu", gated=True),
+    LinearSpec(520, 40, bias=True, norm=True, residual=True, eps=1e-5, activation="gelu"),
+    LinearSpec(136, 72, bias=True, activation="gelu_tanh", gated=True, residual=True),
+    LinearSpec(64, 100, norm=True, eps=1e-6, activation="relu", float_out=True),
+]
+
+
+def check_linear(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | None) -> None:
+    """One launch against the operator in float64; what lies beyond the result stays untouched."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, spec.inputs).to(dtype), (torch.randn(spec.outputs, spec.inputs) / spec.inputs**0.5).to(dtype)
+    bias = torch.randn(spec.outputs).to(dtype) if spec.bias else None
+    norm = torch.randn(spec.inputs).to(dtype) if spec.norm else None
+    residual = torch.randn(tokens, spec.width).to(dtype) if spec.residual else None
+    out = torch.full((tokens + 1, spec.width), float("nan"), dtype=torch.float32 if spec.float_out else dtype)
+    linear(spec, x=x, weight=weight, bias=bias, norm=norm, residual=residual, out=out, workspace=0, tokens=tokens, blocks=blocks)
+    wide = [None if part is None else part.double() for part in (x, weight, bias, norm, residual)]
+    expected = reference_linear(*wide, eps=spec.eps, activation=spec.activation, gated=spec.gated)  # type: ignore[arg-type]
+    assert float((out[:tokens].double() - expected).norm() / expected.norm()) < (2e-6 if dtype is torch.float32 else 2e-3)
+    assert out[tokens].isnan().all()
+
+
+@pytest.mark.parametrize("spec", LINEAR, ids=lambda spec: f"{spec.inputs}x{spec.outputs}")
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [
+        (1, Gemv(4, 64, 2)),
+        (1, Gemv(8, 512, 4)),
+        (2, Few(16, 16, 2)),
+        (8, Few(32, 32, 4)),
+        (11, Few(16, 64, 4)),
+        (3, Skinny(16, 64, 4, 3)),
+        (40, Skinny(64, 32, 4, 2)),
+        *((tokens, None) for tokens in (1, 2, 16)),
+    ],
+    ids=str,
+)
+def test_a_linear_layer_of_few_rows(tokens: int, blocks: Blocks | None, spec: LinearSpec) -> None:
+    check_linear(spec, tokens, torch.float16, blocks)
+    if not isinstance(blocks, Few):  # 16-bit only: fp32 tiles do not fit the registers
+        check_linear(spec, tokens, torch.float32, blocks)
+
+
+def test_a_head_of_many_rows_is_streamed() -> None:
+    spec = replace(LINEAR[-1], outputs=300)
+    assert isinstance(streaming_blocks(spec, 64, 2), Skinny)
+    check_linear(spec, 33, torch.float16, None)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inplace.kernels.argmax import argmax, argmax_workspace
-from inplace.kernels.linear import LinearSpec, linear, linear_workspace
+from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, linear_workspace
 from inplace.operators import argmax as reference_argmax
 from inplace.operators import linear as reference_linear
 
@@ -11,9 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 130])
-@pytest.mark.parametrize(
+SPECS = pytest.mark.parametrize(
     "spec",
     [
         LinearSpec(576, 960, norm=True, eps=1e-5),
@@ -25,7 +23,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
     ],
     ids=lambda spec: f"{spec.inputs}x{spec.outputs}",
 )
-def test_equals_the_operator(spec: LinearSpec, tokens: int, dtype: torch.dtype) -> None:
+
+
+def check(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | None = None) -> None:
     torch.manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -35,21 +35,42 @@ def test_equals_the_operator(spec: LinearSpec, tokens: int, dtype: torch.dtype) 
     bias = random(spec.outputs) if spec.bias else None
     norm = random(spec.inputs) if spec.norm else None
     residual = random(tokens, spec.width) if spec.residual else None
-    out = torch.full((tokens, spec.width), float("nan"), device="cuda", dtype=torch.float32 if spec.float_out else dtype)
+    out = torch.empty((tokens, spec.width), device="cuda", dtype=torch.float32 if spec.float_out else dtype)
     workspace = torch.empty(max(1, linear_workspace(spec, tokens, dtype.itemsize)), device="cuda", dtype=torch.uint8)
+    wide = [None if part is None else part.double() for part in (x, weight, bias, norm, residual)]
+    expected = reference_linear(*wide, eps=spec.eps, activation=spec.activation, gated=spec.gated)  # type: ignore[arg-type]
     for pdl in (False, True):
+        out.fill_(float("nan"))
+        torch.cuda.synchronize()  # weights may be read before the kernel ahead has finished
         linear(
             spec, x=x, weight=weight, bias=bias, norm=norm, residual=residual, out=out,
-            workspace=workspace.data_ptr(), tokens=tokens, pdl=pdl,
-        )  # fmt: skip
-
-        def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.double()
-
-        expected = reference_linear(
-            x.double(), weight.double(), wide(bias), wide(norm), wide(residual), eps=spec.eps, activation=spec.activation, gated=spec.gated
+            workspace=workspace.data_ptr(), tokens=tokens, pdl=pdl, blocks=blocks,
         )  # fmt: skip
         assert float((out.double() - expected).norm() / expected.norm()) < TOLERANCE[dtype]
+
+
+@SPECS
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 2, 9, 16, 17, 64, 130])
+def test_equals_the_operator(spec: LinearSpec, tokens: int, dtype: torch.dtype) -> None:
+    check(spec, tokens, dtype)
+
+
+@SPECS
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [
+        (1, Gemv(16, 256, 8)),
+        (5, Few(16, 16, 2)),
+        (8, Few(32, 64, 4)),
+        (16, Few(16, 32, 8)),
+        (8, Skinny(64, 256, 4, 2)),
+        (33, Skinny(64, 128, 8, 2)),
+    ],
+    ids=str,
+)
+def test_any_blocks_compute_the_same(spec: LinearSpec, tokens: int, blocks: Blocks) -> None:
+    check(spec, tokens, torch.bfloat16, blocks)
 
 
 def test_argmax_takes_the_first_of_equals_and_leaves_its_counters_zero() -> None:

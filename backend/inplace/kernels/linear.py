@@ -1,24 +1,29 @@
 """Linear layers of a step: RMS norm before, bias, activation, gate and residual after, in one kernel.
 
 A decode step multiplies a few rows with every weight of the model, so its time is the time to read the weights: bytes ÷ bandwidth.
-Two kernels stream the weights once, `_gemv` for one row (products and sums on the CUDA cores) and `_skinny` for up to
-`SKINNY_ROWS` (tensor cores, rows padded to 16). Both ask for their first weights before they wait for the kernel that makes their
-input (programmatic dependent launch), so the memory is busy while the grids change. Steps with more rows use cuBLAS, with the norm
-and the gate as kernels of their own.
+One row is for the CUDA cores (`gemv_kernel`), more for the tensor cores: `few_kernel` where a layer is so narrow that its blocks must be
+small to fill the GPU, `skinny_kernel` where it is wide. Steps with more rows use cuBLAS, with the norm and the gate as kernels of their
+own. `streaming_blocks` chooses; ``benchmarks/linear_tune.py`` measures what it could choose.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
 from inplace.kernels.memory import Memory, Pointer, as_tensor
+from inplace.kernels.streaming import activated, few_kernel, gemv_kernel, skinny_kernel
 
-SKINNY_ROWS = 16
-"""Most rows that `_skinny` is chosen for when a cuBLAS product could be used instead."""
-WIDEST_SKINNY = 64
-"""Most rows `_skinny` can take."""
+FEW_ROWS = 16
+"""Most rows that are always streamed."""
+MOST_ROWS = 64
+"""Most rows that are streamed where it pays."""
+MULTIPROCESSORS = 132
+"""Of an H100: fewer programs than that leave some idle."""
+HOPPER_SHARED = 227 * 1024
+"""Bytes of shared memory that a program can have on an H100, for compiling where there is no GPU to ask."""
 ALIGNMENT = 256
 """Bytes; every part of the workspace starts at a multiple."""
 
@@ -52,126 +57,35 @@ class LinearSpec:
         return self.outputs // 2 if self.gated else self.outputs
 
 
-@triton.jit
-def _activated(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
-    elif ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 0.5 (1 + tanh z) = sigmoid(2 z)
-    return x
+@dataclass(frozen=True)
+class Gemv:
+    """Blocks of `gemv_kernel`: outputs of a program, inputs of a round, warps."""
+
+    n: int
+    k: int
+    warps: int
 
 
-@triton.jit
-def _gemv(
-    x, weight, bias, norm, residual, out, inputs, width, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One row: ``BLOCK_N`` outputs a program."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    inside = n < width
-    rows = weight + n[:, None].to(tl.int64) * inputs
-    second = rows + width.to(tl.int64) * inputs
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    mask = inside[:, None] & (k < inputs)[None, :]
-    w = tl.load(rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    if GATED:
-        u = tl.load(second + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    if NORM:
-        scale = tl.load(norm + k, mask=k < inputs, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    other = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, inputs, BLOCK_K):
-        value = tl.load(x + start + k, mask=start + k < inputs, other=0.0).to(tl.float32)
-        if NORM:
-            squares += value * value
-            value *= scale
-        following = start + BLOCK_K + k
-        mask = inside[:, None] & (following < inputs)[None, :]
-        total += w.to(tl.float32) * value[None, :]
-        w = tl.load(rows + following[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            other += u.to(tl.float32) * value[None, :]
-            u = tl.load(second + following[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        if NORM:
-            scale = tl.load(norm + following, mask=following < inputs, other=0.0).to(tl.float32)
-    y = tl.sum(total, 1)
-    if NORM:
-        inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / inputs + eps)
-        y *= inverse
-    if BIAS:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-    y = _activated(y, ACTIVATION)
-    if GATED:
-        z = tl.sum(other, 1)
-        if NORM:
-            z *= inverse
-        if BIAS:
-            z += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
-        y *= z
-    if RESIDUAL:
-        y += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(out.dtype.element_ty), mask=inside)
+@dataclass(frozen=True)
+class Few:
+    """Blocks of `few_kernel`: outputs of a program, inputs of a warp in one tile, warps."""
+
+    n: int
+    k: int
+    warps: int
 
 
-@triton.jit
-def _skinny(
-    x, weight, bias, norm, residual, out, count, inputs, width, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Up to ``BLOCK_M`` rows: ``BLOCK_N`` outputs of all of them a program, as ``weight @ x.T``."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    inside, present = n < width, m < count
-    rows = weight + n[:, None].to(tl.int64) * inputs
-    second = rows + width.to(tl.int64) * inputs
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-        column = start + k
-        mask = inside[:, None] & (column < inputs)[None, :]
-        w = tl.load(rows + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        value = tl.load(x + m[None, :] * inputs + column[:, None], mask=present[None, :] & (column < inputs)[:, None], other=0.0)
-        if NORM:
-            wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, 0)
-            scale = tl.load(norm + column, mask=column < inputs, other=0.0).to(tl.float32)
-            value = (wide * scale[:, None]).to(w.dtype)
-        total = tl.dot(w, value, total, input_precision="ieee")
-        if GATED:
-            u = tl.load(second + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-            other = tl.dot(u, value, other, input_precision="ieee")
-    if NORM:
-        inverse = 1.0 / tl.sqrt(squares / inputs + eps)
-        total *= inverse[None, :]
-        other *= inverse[None, :]
-    if BIAS:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            other += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    y = _activated(total, ACTIVATION)
-    if GATED:
-        y *= other
-    place = m[None, :].to(tl.int64) * width + n[:, None]
-    written = inside[:, None] & present[None, :]
-    if RESIDUAL:
-        y += tl.load(residual + place, mask=written, other=0.0).to(tl.float32)
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=written)
+@dataclass(frozen=True)
+class Skinny:
+    """Blocks of `skinny_kernel`: outputs of a program, inputs of a round, warps, rounds under way."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+Blocks = Gemv | Few | Skinny
 
 
 @triton.jit
@@ -201,7 +115,7 @@ def _epilogue(
     token = tl.program_id(0).to(tl.int64)
     inside = n < width
     line = product + token * (2 * width if GATED else width)
-    y = _activated(tl.load(line + n, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    y = activated(tl.load(line + n, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
         y *= tl.load(line + width + n, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -219,7 +133,7 @@ def rms_norm(*, x: Memory, weight: Memory, out: Memory, tokens: int, width: int,
 
 def linear_workspace(spec: LinearSpec, tokens: int, itemsize: int) -> int:
     """Bytes of scratch memory that `linear` needs for up to this many tokens, of weights with this many bytes an element."""
-    if _streams(spec, tokens):
+    if streaming_blocks(spec, tokens, itemsize) is not None:
         return 0
     normed = _aligned(tokens * spec.inputs * itemsize) if spec.norm else 0
     return normed + (_aligned(tokens * spec.outputs * itemsize) if _has_epilogue(spec) else 0)
@@ -237,6 +151,7 @@ def linear(
     workspace: int,
     tokens: int,
     pdl: bool = False,
+    blocks: Blocks | None = None,
 ) -> None:
     """Launch the layer on the current stream.
 
@@ -251,8 +166,10 @@ def linear(
         workspace: address of `linear_workspace` bytes.
         tokens: rows of ``x``.
         pdl: launch as programmatic dependents of what is before on the stream (Hopper and later).
+        blocks: instead of what `streaming_blocks` chooses, for tuning.
     """
-    if not _streams(spec, tokens):
+    blocks = blocks or streaming_blocks(spec, tokens, x.dtype.itemsize)
+    if blocks is None:
         _library(spec, x, weight, bias, norm, residual, out, workspace, tokens, pdl)
         return
     flags = {
@@ -261,45 +178,69 @@ def linear(
         "RESIDUAL": spec.residual,
         "ACTIVATION": spec.activation,
         "GATED": spec.gated,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
         "PDL": pdl,
+        "num_warps": blocks.warps,
         **({"launch_pdl": True} if pdl else {}),
     }
-    optional = (bias if bias is not None else x, norm if norm is not None else x, residual if residual is not None else x)
+    grid = (triton.cdiv(spec.width, blocks.n),)
+    pointers = (x, weight, *(x if part is None else part for part in (bias, norm, residual)), out)  # x where there is none: never read
+    extents = (spec.inputs, spec.width, spec.eps)
+    if isinstance(blocks, Gemv):
+        gemv_kernel[grid](*pointers, *extents, **flags)
+    elif isinstance(blocks, Few):
+        long = spec.inputs > 4 * blocks.k * blocks.warps
+        block_m = max(8, triton.next_power_of_2(tokens))
+        few_kernel[grid](*pointers, tokens, *extents, BLOCK_M=block_m, PARTS=blocks.warps, LONG=long, **flags)
+    else:
+        block_m = max(16, triton.next_power_of_2(tokens))
+        skinny_kernel[grid](*pointers, tokens, *extents, BLOCK_M=block_m, STAGES=blocks.stages, **flags)
+
+
+def streaming_blocks(spec: LinearSpec, tokens: int, itemsize: int) -> Blocks | None:
+    """How our kernels take a step of so many tokens, or None: cuBLAS takes it.
+
+    Blocks of `Gemv` and `Skinny` are the best of a grid on an H100 (bf16, layers of Llama-3.2-1B and SmolLM2-135M). Those of `Few` were
+    never measured: they keep four tiles in registers without spills, and all programs of such layers on the GPU at once.
+    """
     if tokens == 1:
-        block_n, block_k, warps = gemv_blocks(spec)
-        _gemv[(triton.cdiv(spec.width, block_n),)](
-            x, weight, *optional, out, spec.inputs, spec.width, spec.eps, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, **flags
-        )  # fmt: skip
-        return
-    block_m = max(16, triton.next_power_of_2(tokens))
-    block_n, block_k, warps, stages = skinny_blocks(spec, block_m, x.dtype.itemsize)
-    _skinny[(triton.cdiv(spec.width, block_n),)](
-        x, weight, *optional, out, tokens, spec.inputs, spec.width, spec.eps,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
-    )  # fmt: skip
-
-
-def gemv_blocks(spec: LinearSpec) -> tuple[int, int, int]:
-    """``BLOCK_N``, ``BLOCK_K`` and warps of `_gemv`."""
-    if spec.inputs <= 1024:
-        return 4, 1024, 2
-    return (8, 512, 2) if spec.gated else (4, 1024, 2) if spec.outputs > 2048 else (2, 2048, 2)
-
-
-def skinny_blocks(spec: LinearSpec, block_m: int, itemsize: int) -> tuple[int, int, int, int]:
-    """``BLOCK_N``, ``BLOCK_K``, warps and pipeline stages of `_skinny`."""
+        if spec.inputs <= 1024:
+            return Gemv(4, 1024, 2)
+        return Gemv(8, 512, 2) if spec.gated else Gemv(4, 1024, 2) if spec.outputs > 2048 else Gemv(2, 2048, 2)
+    if tokens > MOST_ROWS:
+        return None
     if itemsize == 4:
-        return 16, 64, 4, 3
-    if block_m > 16:
-        return (32 if spec.gated else 64), 128, 8, 3
+        return Skinny(16, 64, 4, 3) if tokens <= FEW_ROWS or spec.float_out else None
+    wide = spec.width >= 64 * (MULTIPROCESSORS - 4)
+    if tokens > FEW_ROWS:
+        if spec.float_out:  # the head of a language model: cuBLAS would need a kernel more to convert it
+            return _fitted(spec, tokens, Skinny(64, 64, 4, 3))
+        if spec.gated:  # saves the norm's and the gate's own kernels
+            return _fitted(spec, tokens, Skinny(64, 128, 8, 3)) if wide else None
+        return None if spec.norm or spec.inputs > 2048 else _fitted(spec, tokens, Skinny(16, 256, 4, 5))
+    if wide:
+        return _fitted(spec, tokens, Skinny(64, 256, 4, 3) if spec.gated else Skinny(64, 128, 8, 3))
     if spec.inputs <= 1024:
-        return (32, 256, 4, 3) if spec.outputs > 2048 else (16, 256, 4, 3)
-    return (64, 128, 4, 5) if spec.inputs > 4096 else (64, 256, 4, 3)
+        return Few(16, 32 if tokens > 8 and (spec.gated or spec.norm) else 64, 4)
+    single = spec.width <= 16 * MULTIPROCESSORS  # one program a multiprocessor: it may take half of the registers
+    return Few(16, 64 if single and not (spec.gated or spec.norm) else 32, 8)
 
 
-def _streams(spec: LinearSpec, tokens: int) -> bool:
-    """Whether a kernel of ours takes it; the head of a language model has at most as many tokens as rows, and returns float32."""
-    return tokens <= SKINNY_ROWS or (spec.float_out and tokens <= WIDEST_SKINNY)
+def _fitted(spec: LinearSpec, tokens: int, blocks: Skinny) -> Skinny:
+    """With as many stages as the GPU has shared memory for."""
+    block_m = max(16, triton.next_power_of_2(tokens))
+    stage = (blocks.n * (2 if spec.gated else 1) + block_m) * blocks.k * 2
+    stages = min(blocks.stages, (_shared_memory() - 2048) // stage)
+    return replace(blocks, stages=stages) if stages > 1 else Skinny(blocks.n // 2, 64, 4, 2)
+
+
+@cache
+def _shared_memory() -> int:
+    """Bytes that a program can have on the current GPU."""
+    if not torch.cuda.is_available():
+        return HOPPER_SHARED
+    return int(triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
 
 
 def _has_epilogue(spec: LinearSpec) -> bool:

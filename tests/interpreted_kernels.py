@@ -224,7 +224,7 @@ def check_linear(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Bloc
 @pytest.mark.parametrize(
     ("tokens", "blocks"),
     [
-        (1, Gemv(4, 64, 2)),
+        (1, Gemv(16, 64, 2)),
         (1, Gemv(8, 512, 4)),
         (2, Few(16, 16, 2)),
         (8, Few(32, 32, 4)),

@@ -1,41 +1,19 @@
-"""The GPU kernels on a CPU: in Triton's interpreter, in a process of its own, for Triton must see the variable when it is imported."""
+"""The GPU kernels on a CPU, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
-import numpy
 import pytest
 from inplace.kernels.attention import AttentionSpec, attention, attention_workspace
 from inplace.kernels.memory import Pointer
 from inplace.kernels.update import UpdateSpec, update
+from interpreter import needs_interpreter, run_interpreted
 from torch import bool as torch_bool
 from torch import float16, int32
 
-TESTS = Path(__file__).resolve().parents[1]
 
-
-def interpreter_works() -> bool:
-    """Triton's interpreter (3.6) takes loop bounds from arrays of one element, which NumPy has deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return int(numpy.ones(1)) == 1
-        except TypeError:
-            return False
-
-
-@pytest.mark.skipif(not interpreter_works(), reason=f"Triton's interpreter does not run with NumPy {numpy.__version__}")
+@needs_interpreter
 def test_kernels_equal_the_operators_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(TESTS / "interpreted_kernels.py")]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, cwd=TESTS.parent
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted("interpreted_kernels.py")
 
 
 @pytest.mark.parametrize(

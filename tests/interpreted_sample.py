@@ -1,0 +1,66 @@
+"""The sampling kernel in Triton's interpreter; `backend/test_sample.py` runs this file in a process with ``TRITON_INTERPRET=1``."""
+
+import pytest
+import torch
+from inplace.kernels import sample as kernels
+from inplace.operators.sample import _sample_on_gpu, sample
+from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton's own
+
+
+@pytest.fixture
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program is slow to interpret; most of 32 would have nothing to do."""
+    monkeypatch.setattr(kernels, "MOST_PARTS", 4)
+    monkeypatch.setattr(kernels, "FEW_PARTS", 2)
+
+
+def parameters(rows: int) -> list[Tensor]:
+    """Greedy rows among those that keep all, few by number, few by mass, few by both; seeds and positions over their whole range."""
+    top_k = torch.tensor([0, 0, 9, 0, 5, 1])
+    top_p = torch.tensor([1.0, 1.0, 1.0, 0.8, 0.9, 1.0])
+    temperature = torch.tensor([0.0, 1.0, 0.7, 1.3, 2.0, 0.1])
+    pick = torch.arange(rows) % 6
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,))
+    return [temperature[pick], top_k[pick].int(), top_p[pick], seeds, torch.randint(0, 2**31 - 1, (rows,)).int()]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(6, 1), (6, 7), (12, 1500), (6, 9000)])
+@pytest.mark.usefixtures("few_parts")
+def test_the_kernel_chooses_the_operator_s_tokens(rows: int, count: int) -> None:
+    torch.manual_seed(count)
+    scores = torch.randn(rows, count) * 3
+    wanted = parameters(rows)
+    assert torch.equal(_sample_on_gpu(scores, *wanted), sample(scores, *wanted))
+    tied = (scores * 2).round() / 2  # many tokens of one score, at the thresholds too
+    assert torch.equal(_sample_on_gpu(tied, *wanted), sample(tied, *wanted))
+
+
+def test_with_as_many_parts_as_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    scores, wanted = torch.randn(3, 5000), [part[-3:] for part in parameters(6)]
+    assert torch.equal(_sample_on_gpu(scores, *wanted), sample(scores, *wanted))
+
+
+@pytest.mark.usefixtures("few_parts")
+def test_every_rank_of_a_threshold() -> None:
+    torch.manual_seed(0)
+    scores = (torch.randn(1, 40) * 2).round().expand(40, 40).contiguous()
+    ranks, row = torch.arange(40), torch.ones(40)
+    wanted = [3 * row, (ranks % 20).int(), (1 + ranks) / 41, ranks * 7, ranks.int()]
+    assert torch.equal(_sample_on_gpu(scores, *wanted), sample(scores, *wanted))
+
+
+@pytest.mark.parametrize("odd", [float("-inf"), float("inf"), float("nan")])
+@pytest.mark.usefixtures("few_parts")
+def test_odd_scores_end(odd: float) -> None:
+    """Whatever an engine says, the kernel ends and names a token."""
+    scores = torch.randn(6, 50)
+    scores[:, ::2] = odd
+    found = _sample_on_gpu(scores, *parameters(6))
+    assert bool(((found >= 0) & (found < 50)).all())
+    if odd == float("-inf"):
+        assert bool((found % 2 == 1).all())
+    scores[:] = odd
+    assert bool((_sample_on_gpu(scores, *parameters(6)) >= 0).all())

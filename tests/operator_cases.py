@@ -1,6 +1,6 @@
 """Every operator that has a converter, in small modules: the CPU tests compile them, the GPU tests run them beside PyTorch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,13 +55,20 @@ class Case:
         """Compare what ``run`` gives with what PyTorch gives, at two sizes; outputs are named ``out_0`` and so on."""
         for sizes in (SMALL, LARGE):
             inputs = self.examples(sizes)
-            with torch.no_grad():
-                result = self.module(*inputs)
             found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
-            for index, want in enumerate(result if isinstance(result, list | tuple) else [result]):
-                got = found[f"out_{index}"].cpu()
-                limit = TOLERANCE.get(want.dtype, 0.0)
-                torch.testing.assert_close(got, want, rtol=limit, atol=limit, equal_nan=True)
+            self.compare(inputs, [found[name] for name in self.outputs])
+
+    def compare(self, inputs: tuple[Tensor, ...], found: Sequence[Tensor]) -> None:
+        """Compare these outputs with what PyTorch gives for the inputs."""
+        for got, want in zip(found, self.results(inputs), strict=True):
+            limit = TOLERANCE.get(want.dtype, 0.0)
+            torch.testing.assert_close(got.cpu(), want, rtol=limit, atol=limit, equal_nan=True)
+
+    def results(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """What PyTorch gives."""
+        with torch.no_grad():
+            result = self.module(*inputs)
+        return list(result) if isinstance(result, list | tuple) else [result]
 
     @property
     def outputs(self) -> list[str]:
@@ -95,6 +102,48 @@ class Call(nn.Module):
 
     def forward(self, *xs: Tensor) -> Any:
         return self.function(*xs, **{name: getattr(self, name) for name in self.parts})
+
+
+class Together(nn.Module):
+    """Several modules beside one another: their inputs and their outputs one after another."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        super().__init__()
+        self.cases = tuple(cases)
+        self.modules_of_cases = nn.ModuleList(case.module for case in cases)
+
+    def forward(self, *xs: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        for case in self.cases:
+            found += case.results(xs[: len(case.inputs)])
+            xs = xs[len(case.inputs) :]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Cases that share one network, because a network of one operator takes TensorRT seconds to build."""
+
+    cases: tuple[Case, ...]
+
+    @cached_property
+    def case(self) -> Case:
+        """All of them as one."""
+        return Case("together", Together(self.cases), tuple(arg for case in self.cases for arg in case.inputs))
+
+    def run(self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]]:
+        """For each case its inputs and what ``run`` gave for them, at two sizes; see `Case.compare`."""
+        parts: dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]] = {case.name: [] for case in self.cases}
+        for sizes in (SMALL, LARGE):
+            inputs = self.case.examples(sizes)
+            found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
+            outputs = [found[name] for name in self.case.outputs]
+            for case in self.cases:
+                own, inputs = inputs[: len(case.inputs)], inputs[len(case.inputs) :]
+                count = len(case.results(own))
+                parts[case.name].append((own, outputs[:count]))
+                outputs = outputs[count:]
+        return parts
 
 
 F, H, B16, I32, I64, BOOL = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool
@@ -379,3 +428,4 @@ REDUCTIONS = [
 ]
 
 CASES = [*ARITHMETIC, *FUNCTIONS, *LOGIC, *SHAPES, *INDEXING, *MATRICES, *ATTENTION, *NORMALIZATIONS, *REDUCTIONS]
+BATCHES = [Batch(tuple(CASES[first : first + 28])) for first in range(0, len(CASES), 28)]

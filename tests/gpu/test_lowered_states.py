@@ -1,11 +1,17 @@
-"""Every use of a state, run by TensorRT step after step beside the PyTorch operators: outputs close, states equal bit for bit."""
+"""Every use of a state, run by TensorRT step after step beside the PyTorch operators: outputs close, states equal bit for bit.
+
+The plans are built side by side and without a long search for kernels, which is most of the time of these tests.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from inplace.manifest import Kind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import choose, compile_network, lower
+from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
 from state_cases import SLOTS, STATE_CASES, StateCase
 from torch import Tensor
 
@@ -20,15 +26,35 @@ def tensorrt() -> TensorRT:
     return load_tensorrt("tensorrt")
 
 
-@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+KINDS: tuple[Kind, ...] = ("copy", "kv_cache_update")
+Plans = dict[tuple[str, Kind], Future[tuple[Lowered, Any]]]
+
+
+@pytest.fixture(scope="module")
+def plans(tensorrt: TensorRT) -> Plans:
+    """The network and the plan of every case and mechanism."""
+
+    def build(case: StateCase, kind: Kind) -> tuple[Lowered, Any]:
+        choose(case.exported.graph, case.states, tensorrt, order=(kind,))
+        kinds = {state.name: kind for state in case.states}
+        lowered = lower(case.exported, outputs=["out"], states=case.states, kinds=kinds, tensorrt=tensorrt)
+        return lowered, compile_network(lowered, [case.profile()], CompileOptions(optimization_level=1))
+
+    for case in STATE_CASES:
+        _ = case.exported  # torch.export is not made for threads
+    with ThreadPoolExecutor(8) as pool:
+        return {(case.name, kind): pool.submit(build, case, kind) for case in STATE_CASES for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
-def test_steps_give_what_the_operators_give(tensorrt: TensorRT, case: StateCase, kind: Kind) -> None:
+def test_steps_give_what_the_operators_give(tensorrt: TensorRT, plans: Plans, case: StateCase, kind: Kind) -> None:
     try:
         choose(case.exported.graph, case.states, tensorrt, order=(kind,))
     except BuildError as error:
         pytest.skip(str(error))
-    lowered = lower(case.exported, outputs=["out"], states=case.states, kinds={s.name: kind for s in case.states}, tensorrt=tensorrt)
-    runner = PlanRunner(tensorrt, compile_network(lowered, [case.profile()]))
+    lowered, plan = plans[case.name, kind].result()
+    runner = PlanRunner(tensorrt, plan)
 
     def step(inputs: dict[str, Tensor], memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         memory = {name: x.cuda() for name, x in memory.items()}
@@ -39,10 +65,9 @@ def test_steps_give_what_the_operators_give(tensorrt: TensorRT, case: StateCase,
     case.check(step)
 
 
-def test_a_null_row_gives_zeros(tensorrt: TensorRT) -> None:
+def test_a_null_row_gives_zeros(tensorrt: TensorRT, plans: Plans) -> None:
     case = STATE_CASES[0]
-    lowered = lower(case.exported, outputs=["out"], states=case.states, kinds={s.name: "copy" for s in case.states}, tensorrt=tensorrt)
-    runner = PlanRunner(tensorrt, compile_network(lowered, [case.profile()]))
+    runner = PlanRunner(tensorrt, plans[case.name, "copy"].result()[1])
     tokens, starts = case.steps[0]
     out = runner.run(case.inputs(tokens, starts) | case.memory())["out"]
     null = SLOTS.index(-1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
-from inplace_builder.lower import compile_network, lower
+from inplace_builder.lower import CompileOptions, compile_network, lower
 from torch import Tensor
 from whisper_programs import (
     FRAMES,
@@ -27,7 +27,7 @@ from engine_runner import PlanRunner  # noqa: E402
 def _built(program: WhisperProgram, tensorrt: TensorRT) -> Run:
     kinds = {state.name: "copy" for state in program.states}
     lowered = lower(program.exported, outputs=program.outputs, states=program.states, kinds=kinds, tensorrt=tensorrt)
-    runner = PlanRunner(tensorrt, compile_network(lowered, program.profiles))
+    runner = PlanRunner(tensorrt, compile_network(lowered, program.profiles, CompileOptions(optimization_level=1)))
 
     def run(inputs: dict[str, Tensor], profile: int) -> dict[str, Tensor]:
         runner.profile(profile)

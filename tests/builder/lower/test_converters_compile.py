@@ -9,7 +9,7 @@ from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.lower import CompileOptions, compile_network, lower
 from inplace_builder.lower.registry import registered
 from network_interpreter import interpret
-from operator_cases import CASES, Case
+from operator_cases import BATCHES, CASES, Case
 
 aten = torch.ops.aten
 
@@ -24,6 +24,18 @@ def test_an_operator_compiles_and_its_network_computes_it(rtx: TensorRT, case: C
     lowered = lower(case.exported, outputs=case.outputs, tensorrt=rtx)
     case.check(lambda inputs: interpret(lowered, inputs))
     assert compile_network(lowered, [case.profile()], CompileOptions(("SM89",))).nbytes > 1000
+
+
+def test_operators_of_one_network_are_told_apart(rtx: TensorRT) -> None:
+    """The GPU tests build them so."""
+    batch = BATCHES[-1]
+    lowered = lower(batch.case.exported, outputs=batch.case.outputs, tensorrt=rtx)
+    found = batch.run(lambda inputs: interpret(lowered, inputs))
+    assert list(found) == [case.name for case in batch.cases]
+    for case in batch.cases:
+        for inputs, outputs in found[case.name]:
+            case.compare(inputs, outputs)
+    assert compile_network(lowered, [batch.case.profile()], CompileOptions(("SM89",), optimization_level=1)).nbytes > 1000
 
 
 def test_the_table_has_every_converter() -> None:

@@ -8,20 +8,19 @@ Every rewrite is local and keeps what is computed; only roundings between the fu
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from torch.fx import Node
 
-from inplace_builder.passes.layout import PICKS, keeps_heads, linear_rows
-from inplace_builder.passes.match import CASTS, VIEWS, AnyNode, call, one_user, operands, skip
-from inplace_builder.passes.patterns import activation, does_nothing, flattened, normalized, same_shape, written_gelu
-from inplace_builder.passes.rotary import Rotation, rotation
+from inplace_builder.passes.attention import AttentionRewriter
+from inplace_builder.passes.match import CASTS, AnyNode, call, one_user, operands, skip
+from inplace_builder.passes.patterns import activation, does_nothing, normalized, same_shape, written_gelu
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
@@ -75,18 +74,7 @@ def _signature(exported: ExportedProgram, graph: torch.fx.Graph) -> ExportGraphS
     return signature
 
 
-class _Fusion:
-    def __init__(self, exported: ExportedProgram, module: torch.fx.GraphModule) -> None:
-        self.module, self.graph = module, module.graph
-        self.made: dict[tuple[object, ...], str] = {}
-        named = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
-        self.weights: dict[AnyNode, torch.Tensor] = {}
-        for spec in exported.graph_signature.input_specs:
-            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                assert spec.target is not None
-                found = exported.state_dict.get(spec.target)
-                self.weights[named[spec.arg.name]] = exported.constants[spec.target] if found is None else found
-
+class _Fusion(AttentionRewriter):
     def run(self) -> None:
         for rewrite in (
             self._tidy,
@@ -94,53 +82,16 @@ class _Fusion:
             self._linear,
             self._transposed_linear,
             self._gate,
-            self._attention,
+            self.attention,
             self._normed,
             self._after,
             self._head,
             self._argmax,
         ):
             for node in list(self.graph.nodes):
-                if node.op == "call_function" and (node.users or rewrite == self._attention):
+                if node.op == "call_function" and (node.users or rewrite == self.attention):
                     rewrite(node)
             self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())
-
-    # Making nodes
-
-    def _weight(self, key: tuple[object, ...], before: AnyNode, make: Callable[[], torch.Tensor]) -> AnyNode:
-        """A weight of our own; the same key gives the same tensor."""
-        if key not in self.made:
-            name = f"fused_{len(self.made)}"
-            self.module.register_buffer(name, make().detach().contiguous(), persistent=False)
-            self.made[key] = name
-        with self.graph.inserting_before(before):
-            node = self.graph.get_attr(self.made[key])
-        tensor = getattr(self.module, self.made[key])
-        node.meta["val"] = tensor
-        self.weights[node] = tensor
-        return node
-
-    def _insert(
-        self,
-        at: AnyNode,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        width: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AnyNode:
-        """A call before ``at`` whose result has the extents of its first argument but for the last."""
-        with self.graph.inserting_before(at):
-            node = self.graph.call_function(target, args, kwargs)
-        source = args[0].meta["val"]
-        with source.fake_mode:
-            shape = (*source.shape[:-1], width) if width is not None else source.shape
-            node.meta.update(at.meta)
-            node.meta["val"] = source.new_empty(shape, dtype=dtype or source.dtype)
-        return node
-
-    def _replace(self, old: AnyNode, new: AnyNode) -> None:
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     # Rewrites
 
@@ -152,14 +103,14 @@ class _Fusion:
             return
         x = written_gelu(node)
         if x is not None:
-            self._replace(node, self._insert(node, aten.gelu.default, (x,), {"approximate": "tanh"}))
+            self.replace(node, self.insert(node, aten.gelu.default, (x,), {"approximate": "tanh"}))
 
     def _norm(self, node: AnyNode) -> None:
         """``weight * (x * rsqrt(mean(x²) + eps))`` with or without casts, also with ``1 + weight``."""
         if node.target is aten.rms_norm.default and len(node.args) > 2 and node.args[2] in self.weights:
             x, _, weight = node.args[:3]
             eps = node.args[3] if len(node.args) > 3 and node.args[3] is not None else torch.finfo(x.meta["val"].dtype).eps
-            self._replace(node, self._insert(node, inplace.rms_norm.default, (x, weight, eps), {}))
+            self.replace(node, self.insert(node, inplace.rms_norm.default, (x, weight, eps), {}))
             return
         for scale, product in operands(node, aten.mul.Tensor):
             weight, offset = self._norm_weight(scale)
@@ -177,8 +128,8 @@ class _Fusion:
                 last = after
             if offset:
                 tensor = self.weights[weight]
-                weight = self._weight(("offset", weight, offset), last, partial(torch.add, tensor.float(), offset))
-            self._replace(last, self._insert(last, inplace.rms_norm.default, (x, weight, eps), {}))
+                weight = self.weight(("offset", weight, offset), last, partial(torch.add, tensor.float(), offset))
+            self.replace(last, self.insert(last, inplace.rms_norm.default, (x, weight, eps), {}))
             return
 
     def _norm_weight(self, node: AnyNode) -> tuple[AnyNode, float]:
@@ -200,8 +151,8 @@ class _Fusion:
         bias = rest[0] if rest else None
         if bias is not None and bias not in self.weights:
             return
-        new = self._insert(node, inplace.linear.default, (x, weight, bias), {}, node.meta["val"].shape[-1])
-        self._replace(node, new)
+        new = self.insert(node, inplace.linear.default, (x, weight, bias), {}, node.meta["val"].shape[-1])
+        self.replace(node, new)
 
     def _transposed_linear(self, node: AnyNode) -> None:
         """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed."""
@@ -211,18 +162,18 @@ class _Fusion:
         if bias not in self.weights or weight not in self.weights or self.weights[bias].dim() != 1:
             return
         tensor = self.weights[weight]
-        turned = self._weight(("transposed", weight), node, tensor.t)
+        turned = self.weight(("transposed", weight), node, tensor.t)
         flat = call(x, aten.view.default, aten.reshape.default) and x.args[0].meta["val"].shape[-1] == tensor.shape[0]
-        new = self._insert(node, inplace.linear.default, (x.args[0] if flat else x, turned, bias), {}, tensor.shape[1])
+        new = self.insert(node, inplace.linear.default, (x.args[0] if flat else x, turned, bias), {}, tensor.shape[1])
         for user in list(node.users) if flat else ():  # the tokens were flattened for addmm only
             if call(user, aten.view.default, aten.reshape.default) and same_shape(user.meta["val"], new.meta["val"]):
-                self._replace(user, new)
+                self.replace(user, new)
         if flat and any(user is not new for user in node.users):
             with self.graph.inserting_before(node):
                 again = self.graph.call_function(aten.view.default, (new, [-1, tensor.shape[1]]))
             again.meta.update(node.meta)
             new = again
-        self._replace(node, new)
+        self.replace(node, new)
 
     def _gate(self, node: AnyNode) -> None:
         """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""
@@ -231,116 +182,15 @@ class _Fusion:
             if kind is None or one_user(activated) is not node:
                 continue
             gate = activated.args[0]
-            if not (self._plain(gate) and self._plain(up) and gate.args[0] is up.args[0]):
+            if not (self.plain(gate) and self.plain(up) and gate.args[0] is up.args[0]):
                 continue
             if one_user(gate) is not activated or one_user(up) is not node or (gate.args[2] is None) != (up.args[2] is None):
                 continue
-            weight, bias = self._merged([gate, up], node)
+            weight, bias = self.merged([gate, up], node)
             width = node.meta["val"].shape[-1]
-            new = self._insert(node, inplace.linear.default, (gate.args[0], weight, bias), {"activation": kind, "gated": True}, width)
-            self._replace(node, new)
+            new = self.insert(node, inplace.linear.default, (gate.args[0], weight, bias), {"activation": kind, "gated": True}, width)
+            self.replace(node, new)
             return
-
-    def _attention(self, node: AnyNode) -> None:
-        """Attention whose queries and keys are rotated, or whose queries, keys and values are projections of the same tokens."""
-        if not call(node, inplace.attention.default):
-            return
-        query, key, value, key_state, value_state, *rows = node.args
-        if key is None or node.kwargs.get("append") is False:
-            return
-        turned = [rotation(part) for part in (query, key)]
-        one, other = turned
-        if one is not None or other is not None:
-            if one is None or other is None or one.cos is not other.cos or one.sin is not other.sin:
-                return
-            typed = all(part.meta["val"].dtype == node.args[0].meta["val"].dtype for part in (one.cos, one.sin))
-            if not typed or not all(keeps_heads(each.x, each.views) for each in (one, other)):
-                return
-        parts = [linear_rows(each.x, each.views) if each else linear_rows(part) for each, part in zip(turned, (query, key), strict=True)]
-        parts.append(linear_rows(value))
-        qkv = self._projected([part for part in parts if part is not None], node) if all(parts) else None
-        if qkv is not None:
-            self._qkv(node, qkv, one)
-        elif one is not None and other is not None:
-            options = {name: option for name, option in node.kwargs.items() if name != "append"}
-            before = [self._replayed(each, node) for each in (one, other)]
-            args = (*before, value, one.cos, one.sin, key_state, value_state, *rows)
-            with self.graph.inserting_before(node):
-                new = self.graph.call_function(inplace.rotary_attention.default, args, options)
-            new.meta.update(node.meta)
-            self._replace(node, new)
-            self.graph.erase_node(node)
-            self._merge([self._behind(part) for part in (*before, value)])
-
-    def _projected(self, parts: Sequence[tuple[Node, torch.Tensor]], before: AnyNode) -> AnyNode:
-        """One linear layer that gives queries, keys and values behind one another; None if they are not of the same tokens."""
-        first = parts[0][0]
-        for layer, _ in parts:
-            if not self._plain(layer) or layer.args[0] is not first.args[0] or (layer.args[2] is None) != (first.args[2] is None):
-                return None
-        picks = [rows.flatten() for _, rows in parts]
-        whole = torch.arange(first.meta["val"].shape[-1])
-        if all(layer is first for layer, _ in parts) and torch.equal(torch.cat(picks), whole):
-            return first
-        found: list[AnyNode] = []
-        for place in (1, 2):
-            sources = [layer.args[place] for layer, _ in parts]
-            if sources[0] is None:
-                found.append(None)
-                continue
-            key = ("rows", *sources, *(pick.numpy().tobytes() for pick in picks))
-            found.append(self._weight(key, before, partial(_picked, [self.weights[source] for source in sources], picks)))
-        return self._insert(before, inplace.linear.default, (first.args[0], *found), {}, sum(map(len, picks)))
-
-    def _qkv(self, node: AnyNode, qkv: AnyNode, turned: Rotation | None) -> None:
-        heads, value_state = node.args[0].meta["val"].shape[1], node.args[4]
-        options = {name: option for name, option in node.kwargs.items() if name != "append"}
-        out_width = heads * value_state.meta["val"].shape[3]
-        cos, sin = (turned.cos, turned.sin) if turned is not None else (None, None)
-        args = (qkv, cos, sin, *node.args[3:])
-        new = self._insert(node, inplace.qkv_attention.default, args, {"heads": heads, **options}, out_width)
-        for user in list(node.users):
-            end = flattened(user, out_width)
-            if end is not None and end.meta["val"].dim() == new.meta["val"].dim():
-                self._replace(end, new)
-        if node.users:
-            with self.graph.inserting_before(node):
-                shaped = self.graph.call_function(aten.view.default, (new, [-1, heads, out_width // heads]))
-            shaped.meta["val"] = node.meta["val"]
-            self._replace(node, shaped)
-        self.graph.erase_node(node)
-
-    def _replayed(self, turned: Rotation, before: AnyNode) -> AnyNode:
-        """What was rotated, seen through the views of the rotated."""
-        found: AnyNode = turned.x
-        for view in turned.views:
-            with self.graph.inserting_before(before):
-                again = self.graph.call_function(view.target, (found, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
-            again.meta.update(view.meta)
-            found = again
-        return found
-
-    def _behind(self, node: AnyNode) -> AnyNode:
-        """The linear layer behind views and norms of single use."""
-        while call(node, *VIEWS, *PICKS, inplace.rms_norm.default):
-            node = node.args[0]
-        return node
-
-    def _merge(self, layers: Sequence[AnyNode]) -> None:
-        """Linear layers of the same tokens become one and slices of it."""
-        if len(set(layers)) != len(layers) or not all(self._plain(layer) for layer in layers):
-            return
-        x, bias = layers[0].args[0], layers[0].args[2]
-        if any(layer.args[0] is not x or (layer.args[2] is None) != (bias is None) for layer in layers):
-            return
-        first = next(node for node in self.graph.nodes if node in layers)
-        widths = [layer.meta["val"].shape[-1] for layer in layers]
-        merged = self._insert(first, inplace.linear.default, (x, *self._merged(layers, first)), {}, sum(widths))
-        last, start = merged.meta["val"].dim() - 1, 0
-        for layer, width in zip(layers, widths, strict=True):
-            part = self._insert(first, aten.slice.Tensor, (merged, last, start, start + width), {}, width)
-            self._replace(layer, part)
-            start += width
 
     def _normed(self, node: AnyNode) -> None:
         """A norm in front of linear layers only goes into them."""
@@ -382,8 +232,8 @@ class _Fusion:
         kind = activation(node)
         source = node.args[0] if kind is not None else None
         if source is not None and self._open(source) and one_user(source) is node and not source.kwargs.get("gated"):
-            new = self._insert(node, inplace.linear.default, source.args, {**source.kwargs, "activation": kind}, node.meta["val"].shape[-1])
-            self._replace(node, new)
+            new = self.insert(node, inplace.linear.default, source.args, {**source.kwargs, "activation": kind}, node.meta["val"].shape[-1])
+            self.replace(node, new)
             return
         for residual, product in operands(node, aten.add.Tensor):
             if not self._open(product) or one_user(product) is not node or not isinstance(residual, Node):
@@ -392,8 +242,8 @@ class _Fusion:
             if not isinstance(other, torch.Tensor) or meta.dtype != other.dtype or not same_shape(meta, other) or node.kwargs:
                 continue
             x, weight, bias, norm = (*product.args, None, None)[:4]
-            new = self._insert(node, inplace.linear.default, (x, weight, bias, norm, residual), dict(product.kwargs), meta.shape[-1])
-            self._replace(node, new)
+            new = self.insert(node, inplace.linear.default, (x, weight, bias, norm, residual), dict(product.kwargs), meta.shape[-1])
+            self.replace(node, new)
             return
 
     def _head(self, node: AnyNode) -> None:
@@ -405,32 +255,22 @@ class _Fusion:
         if not self._open(squeezed) or len(squeezed.users) != 1 or squeezed.kwargs.get("gated") or len(squeezed.args) > 4:
             return
         kwargs = {**squeezed.kwargs, "float_out": True}
-        new = self._insert(squeezed, inplace.linear.default, squeezed.args, kwargs, squeezed.meta["val"].shape[-1], torch.float32)
+        new = self.insert(squeezed, inplace.linear.default, squeezed.args, kwargs, squeezed.meta["val"].shape[-1], torch.float32)
         if squeezed is source:
-            self._replace(node, new)
+            self.replace(node, new)
             return
         with self.graph.inserting_before(node):
             flat = self.graph.call_function(aten.select.int, (new, 0, 0))
         flat.meta.update(node.meta)
-        self._replace(node, flat)
+        self.replace(node, flat)
 
     def _argmax(self, node: AnyNode) -> None:
         if call(node, aten.argmax.default) and node.args[1:] == (-1, True) and node.args[0].meta["val"].dim() == 2:
             scores = node.args[0]
             if scores.meta["val"].dtype in (torch.float32, torch.float16, torch.bfloat16):
-                self._replace(node, self._insert(node, inplace.argmax.default, (scores,), {}, 1, torch.int64))
+                self.replace(node, self.insert(node, inplace.argmax.default, (scores,), {}, 1, torch.int64))
 
     # Questions
-
-    def _plain(self, node: AnyNode) -> bool:
-        """A linear layer that nothing was fused into yet, with weights of ours."""
-        return (
-            isinstance(node, Node)
-            and call(node, inplace.linear.default)
-            and len(node.args) == 3
-            and not node.kwargs
-            and node.args[1] in self.weights
-        )
 
     def _open(self, node: AnyNode) -> bool:
         """A linear layer that could still take an activation or a residual."""
@@ -440,21 +280,3 @@ class _Fusion:
             and len(node.args) < 5
             and (node.kwargs.get("activation", "none") == "none" or bool(node.kwargs.get("gated")))
         )
-
-    def _merged(self, layers: Sequence[AnyNode], before: AnyNode) -> tuple[AnyNode, AnyNode]:
-        """The weights of several layers behind one another, and their biases."""
-        found: list[AnyNode] = []
-        for place in (1, 2):
-            parts = [layer.args[place] for layer in layers]
-            if parts[0] is None:
-                found.append(None)
-                continue
-            tensors = [self.weights[part] for part in parts]
-            found.append(self._weight(("merged", *parts), before, partial(torch.cat, tensors)))
-        assert found[0] is not None
-        return found[0], found[1]
-
-
-def _picked(tensors: Sequence[torch.Tensor], picks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of several tensors behind one another."""
-    return torch.cat([tensor[pick] for tensor, pick in zip(tensors, picks, strict=True)])

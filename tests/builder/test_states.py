@@ -59,7 +59,8 @@ def test_buffers_of_any_rank_and_type() -> None:
     found = {state.found.source: state for state in capture.states}
     assert set(found) == {"hidden", "cellular", "window", "count", "total", "seen", "cache"}
     assert all(state.found.owner is Owner.MODULE for state in capture.states)
-    assert {source for source, state in found.items() if state.pattern == "replace"} == set(found) - {"cache"}
+    assert {source for source, state in found.items() if state.pattern == "replace"} == set(found) - {"cache", "window"}
+    assert found["window"].pattern == "window"
     assert operators(capture)["update"] == 6 + 2, "the cache of two layers is written twice"
     specs = {state.found.source: state.spec() for state in capture.states}
     assert (specs["count"].fill, specs["count"].shape, specs["count"].update) == (2.0, (), Update.REPLACE)

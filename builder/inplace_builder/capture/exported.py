@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def capture_exported(
     if strict and (refused := [state for state in made if not state.recognised]):
         raise BuildError("; ".join(f"state {state.found.source} is {state.because}" for state in refused))
     drop_dead_assertions(found.graph_module.graph)
-    found.graph_module.recompile()
+    found = replace(found, graph_module=_without_unused(found.graph_module))
     names = [state.name for state in made]
     check_state_uses(found.graph_module.graph, names)
     exported = _export(found, made, rows)
@@ -113,6 +113,12 @@ def capture_exported(
         tuple(Lowering(state=state.name, kind="operator", because=f"{state.pattern}: {state.because}") for state in made),
         tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names),
     )
+
+
+def _without_unused(module: GraphModule) -> GraphModule:
+    """The same graph over the attributes that it still uses: a mask that became `inplace::attention` needs no memory."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    return GraphModule({target: torch.fx.graph_module._get_attr(module, target) for target in used}, module.graph)
 
 
 class _Interpreted(torch.nn.Module):

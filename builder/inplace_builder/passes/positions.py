@@ -19,6 +19,8 @@ _SHIFTS = (
     aten.view.default,
     aten.reshape.default,
     aten.unsqueeze.default,
+    aten.select.int,
+    aten.slice.Tensor,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.expand.default,

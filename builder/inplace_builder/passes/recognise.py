@@ -308,6 +308,20 @@ def _spreads(mask: Node, compared: Node, base: Node, entries: AnyNode, position:
     return True
 
 
+def is_window(result: Node, placeholder: Node) -> bool:
+    """Whether a state's new value is the state without its oldest entries, and new ones behind: ``cat([state[n:], new])``."""
+    if not call(result, aten.cat.default) or not isinstance(result.args[0], list | tuple) or len(result.args[0]) != 2:
+        return False
+    axis = _argument(result, 1, "dim", 0)
+    kept = result.args[0][0]
+    if not isinstance(kept, Node) or not call(kept, aten.slice.Tensor) or kept.args[0] is not placeholder or not isinstance(axis, int):
+        return False
+    extent = shape(placeholder)[axis]
+    end = _argument(kept, 3, "end", None)
+    whole = end is None or (isinstance(end, int) and end >= extent)
+    return _argument(kept, 1, "dim", 0) == axis % len(shape(placeholder)) and _argument(kept, 4, "step", 1) == 1 and whole
+
+
 def _node(node: AnyNode) -> Node:
     assert isinstance(node, Node)
     return node

@@ -9,7 +9,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.passes.emit import Emitter, dtype, shape, value
 from inplace_builder.passes.positions import as_tensor
-from inplace_builder.passes.recognise import Question, Refusal, Write, recognise
+from inplace_builder.passes.recognise import Question, Refusal, Write, is_window, recognise
+from inplace_builder.passes.recognise_attention import Attention, Explicit, attentions, is_cache
 from inplace_builder.passes.state_uses import source_line
 from inplace_builder.passes.states import Found, State
 
@@ -27,11 +28,13 @@ class Chain:
     Attributes:
         writes: the writes.
         refused: why the state is rewritten whole although only a part of it was written.
+        window: the whole value is the state shifted by what is new.
         needs_rows: it would be recognised if the first axis counted rows.
     """
 
     writes: tuple[Write, ...] = ()
     refused: Refusal | None = None
+    window: bool = False
     needs_rows: bool = False
 
 
@@ -44,7 +47,7 @@ def chain_of(placeholder: Node, result: Node, found: Found, question: Question) 
         if step is None:
             partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
             if partial is None:
-                return Chain()
+                return Chain(window=is_window(result, placeholder))
             because = f"what {partial.pattern} writes into is not the state itself but computed from it"
             return Chain(refused=Refusal(partial.node, partial.base, because))
         if isinstance(step, Refusal):
@@ -126,6 +129,32 @@ class Rewriting:
                 slots = emit.call(aten.where.self, fits, slots, nowhere)
             emit.call(inplace.update.default, state, slots, new, None, start, write.axis + (not leading), False)
 
+    def attend(self, found: Attention, states: tuple[Found, Found], placeholders: tuple[Node, Node]) -> None:
+        """Put `inplace::attention` where the attention was computed: it writes both caches."""
+        tokens = shape(found.query)[2]
+        with Emitter(self.graph, found.node).before(found.node) as emit:
+
+            def packed(node: Node) -> Node:
+                return emit.call(aten.transpose.int, emit.call(aten.squeeze.dim, node, 0), 0, 1)
+
+            out = emit.call(
+                inplace.attention.default,
+                packed(found.query),
+                packed(written(emit, found.keys)),
+                packed(written(emit, found.values)),
+                *placeholders,
+                self.slots,
+                emit.call(aten.arange.start_step, 0, tokens + 1, tokens, dtype=torch.int32),
+                # a negative start is an error here: the masks were compared for the starts that fit
+                self.start(emit, replace(found.keys, wraps=False), states[0]),
+                scale=found.scale,
+                window=found.window,
+            )
+            out = emit.call(aten.unsqueeze.default, emit.call(aten.transpose.int, out, 0, 1), 0)
+        found.node.replace_all_uses_with(out)
+        for node in (found.node, *found.path):
+            self.graph.erase_node(node)
+
     def start(self, emit: Emitter, write: Write, found: Found) -> Node:
         """The write indices ``[rows]``, int32."""
         capacity = found.initial.shape[write.axis]
@@ -206,12 +235,20 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
     chains = [chain_of(placeholders[state.name], result, state, question) for state, result in zip(states, results, strict=True)]
     if rows == 1 and any(chain.needs_rows for chain in chains) and common_rows(states) is not None:
         return None
+    attended = _attended(module, states, chains, rows)
     for state in states:
         _in_slots(placeholders[state.name], state, rows)
     work = Rewriting(module, rows, _slots(graph, placeholders[states[0].name], rows))
+    owners = {chain.writes[-1].node: state for state, chain in zip(states, chains, strict=True) if chain.writes}
+    for attention in attended:
+        if isinstance(attention, Attention):
+            pair = owners[attention.keys.node], owners[attention.values.node]
+            work.attend(attention, pair, (placeholders[pair[0].name], placeholders[pair[1].name]))
+    into_attention = {write.node for found in attended if isinstance(found, Attention) for write in (found.keys, found.values)}
     for state, chain in zip(states, chains, strict=True):
         for write in chain.writes:
-            work.update(placeholders[state.name], state, write)
+            if write.node not in into_attention:
+                work.update(placeholders[state.name], state, write)
     # a version that an update writes is no result any more; a whole value stays one until all versions of all states are in place
     last.args = ((*returned[:outputs], *(None if chain.writes else result for chain, result in zip(chains, results, strict=True))),)
     for state, chain in zip(states, chains, strict=True):
@@ -224,9 +261,29 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
             work.replace(placeholders[state.name], state, result)
     for state in states:
         _read_first(work, placeholders[state.name], state)
-    made = [_verdict(state, chain, rows) for state, chain in zip(states, chains, strict=True)]
+    made = [_attention_verdict(_verdict(state, chain, rows), chain, attended) for state, chain in zip(states, chains, strict=True)]
     graph.eliminate_dead_code()
     return tuple(made)
+
+
+def _attended(module: GraphModule, states: Sequence[Found], chains: Sequence[Chain], rows: int) -> list[Attention | Explicit]:
+    appended = {
+        chain.writes[0].node: chain.writes[0]
+        for state, chain in zip(states, chains, strict=True)
+        if len(chain.writes) == 1 and is_cache(chain.writes[0], state.slot_shape(rows), leading=state.leading(rows))
+    }
+    return attentions(module, appended) if appended and rows == 1 else []
+
+
+def _attention_verdict(state: State, chain: Chain, attended: Sequence[Attention | Explicit]) -> State:
+    nodes = {write.node for write in chain.writes}
+    for found in attended:
+        if isinstance(found, Attention) and nodes & {found.keys.node, found.values.node}:
+            because = f"{state.because}; the attention behind it is causal{f' in a window of {found.window}' if found.window else ''}"
+            return replace(state, because=because, operators=("attention",))
+        if isinstance(found, Explicit) and nodes & set(found.versions):
+            return replace(state, because=f"{state.because}; the attention behind it stays explicit: {found.because}")
+    return state
 
 
 def common_rows(states: Sequence[Found]) -> int | None:
@@ -262,22 +319,28 @@ def _reads(work: Rewriting, placeholder: Node, state: Found, chain: Chain) -> No
 
 def _read_first(work: Rewriting, placeholder: Node, state: Found) -> None:
     """Let what uses the state as it was before the step read it before anything is written."""
-    users = [user for user in placeholder.users if not _touches(user)]
-    users += [user for user in placeholder.users if _touches(user) and placeholder in user.args[1:]]
+    users = [user for user in placeholder.users if placeholder in _plain_arguments(user)]
     if not users:
         return
     first = next(node for node in work.graph.nodes if node.op != "placeholder")
     with Emitter(work.graph, users[0]).before(first) as emit:
         old = work.read(emit, placeholder, state)
     for user in users:
-        if _touches(user):
-            user.args = (user.args[0], *(old if argument is placeholder else argument for argument in user.args[1:]))
-        else:
+        if _STATES.get(user.target) is None:
             user.replace_input_with(placeholder, old)
+        else:
+            states = _STATES[user.target]
+            user.args = tuple(old if given is placeholder and place not in states else given for place, given in enumerate(user.args))
 
 
-def _touches(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "inplace"
+_STATES: dict[object, tuple[int, ...]] = {inplace.read.default: (0,), inplace.update.default: (0,), inplace.attention.default: (3, 4)}
+"""The arguments of our operators that are states in slots."""
+
+
+def _plain_arguments(node: Node) -> list[object]:
+    """The arguments of a node that are not states in slots."""
+    states = _STATES.get(node.target)
+    return list(node.all_input_nodes) if states is None else [given for place, given in enumerate(node.args) if place not in states]
 
 
 def _verdict(found: Found, chain: Chain, rows: int) -> State:
@@ -287,6 +350,9 @@ def _verdict(found: Found, chain: Chain, rows: int) -> State:
         refused = chain.refused
         because = f"read, computed and written back whole: {refused.because}{source_line(refused.node)}"
         return replace(plain, pattern="explicit", because=because)
+    if chain.window:
+        because = "a window that drops its oldest entries: moved as the module moves it, for a ring would change the order that others see"
+        return replace(plain, pattern="window", because=because)
     if not chain.writes:
         return plain
     patterns = tuple(dict.fromkeys(write.pattern for write in chain.writes))

@@ -50,8 +50,9 @@ class State:
         found: where it comes from.
         leading: the module's own first axis is the slot axis, so the tensor is bound as it is; else the runtime binds
             ``tensor.unsqueeze(0)``. Both are the tensor's own memory.
-        pattern: the recognised patterns in order (``slice_scatter``, ``index_copy``, …), ``replace`` for a state whose whole value is
-            computed anew, ``explicit`` where the module writes a part in a way that no pattern covers.
+        pattern: the recognised patterns in order (``slice_scatter``, ``index_copy``, …); ``replace`` for a state whose whole value is
+            computed anew, ``window`` where that value is the state moved on by new entries, ``explicit`` where the module writes a part in
+            a way that no pattern covers.
         because: in words, with the module's line where a pattern was refused.
         operators: the operators that write it, in order: ``update``, ``attention``.
         update: what the manifest says of it.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import lowering
 import pytest
 import torch
 from inplace.dtypes import Dtype
@@ -96,6 +97,16 @@ def refused(capture: Capture, folder: Path, text: str, options: BuildOptions = O
 @pytest.mark.parametrize("module", [WritesNextSlot(), WritesAForeignSlotToo()], ids=lambda module: type(module).__name__)
 def test_a_graph_that_writes_a_slot_of_nobody_in_the_step_is_refused(tmp_path: Path, module: torch.nn.Module) -> None:
     refused(captured(module), tmp_path, "changed bytes of state total outside the rows of its step")
+
+
+def test_an_engine_that_samples_for_another_position_is_refused(tmp_path: Path) -> None:
+    capture = lowering.captured("llama")
+    named = {node.name: node for node in capture.exported.graph.nodes}
+    (node,) = capture.exported.graph.find_nodes(op="call_function", target=torch.ops.inplace.sample.default)
+    node.args = (*node.args[:5], named["write_indices"])
+    capture.exported.graph_module.recompile()
+    options = BuildOptions(slots=4, max_rows=lowering.ROWS, capacity=lowering.CAPACITY, chunk=lowering.CHUNK)
+    refused(capture, tmp_path, r"output next_token of sequence [23] after \d+ tokens is \[\d+\], expected \[\d+\]", options)
 
 
 @pytest.mark.parametrize("module", [WritesSlotZero(), ForgetsToWriteFirstRow()], ids=lambda module: type(module).__name__)

@@ -3,9 +3,9 @@
 Parts of a row in parallel, joined by whichever program finishes last, as in `inplace.kernels.argmax`. A greedy row does what argmax
 does and no more. A sampled row adds noise to its scores on the way. Only where top-k or top-p drop tokens does the last program read
 the row again: it takes the candidate with the largest noisy score, counts and weighs the tokens above it, and where it was dropped goes
-on to the best candidate above it (dropped candidates are below the threshold, so nothing that is kept is passed over). No threshold
-is searched, and the first or second candidate is nearly always kept, in the manner of rejection sampling (https://arxiv.org/abs/2501.01005,
-FlashInfer's samplers) but with one answer, whichever way it is found.
+on to the best candidate above it (dropped candidates are below the threshold, so nothing that is kept is passed over). That is the way
+of FlashInfer's sorting-free samplers, but with one answer, whichever way it is found. A threshold is narrowed down, and only as far as a
+decision needs it, where top-p is a share of what top-k keeps.
 
 Compiled without contraction of multiplications and additions, which would round once where a CPU rounds twice.
 """

@@ -46,10 +46,12 @@ def test_with_as_many_parts_as_on_a_gpu() -> None:
 @pytest.mark.usefixtures("few_parts")
 def test_every_rank_of_a_threshold() -> None:
     torch.manual_seed(0)
-    scores = (torch.randn(1, 40) * 2).round().expand(40, 40).contiguous()
     ranks, row = torch.arange(40), torch.ones(40)
-    wanted = [3 * row, (ranks % 20).int(), (1 + ranks) / 41, ranks * 7, ranks.int()]
-    assert torch.equal(_sample_on_gpu(scores, *wanted), sample(scores, *wanted))
+    for scores, top_p in [(torch.randn(1, 40) * 2, row), ((torch.randn(1, 40) * 2).round(), (1 + ranks) / 41)]:
+        for temperature in (3.0, 0.05):  # at the second most scores weigh nothing
+            wanted = [temperature * row, (ranks % 20).int(), top_p, ranks * 7, ranks.int()]
+            repeated = scores.expand(40, 40).contiguous()
+            assert torch.equal(_sample_on_gpu(repeated, *wanted), sample(repeated, *wanted))
 
 
 @pytest.mark.parametrize("odd", [float("-inf"), float("inf"), float("nan")])

@@ -1,13 +1,16 @@
 """Scaled dot-product attention behind caches: which becomes `inplace::attention`, which stays explicit, both equal to eager."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inplace_builder.capture.exported import capture_exported
 from state_modules import compare, operators
 from torch import Tensor, nn
+from torch.fx import Interpreter
 
 HEADS, KV_HEADS, CAPACITY, DIM = 4, 2, 12, 8
 
@@ -109,3 +112,69 @@ def test_tiled_heads_are_no_grouped_heads() -> None:
     """``repeat`` puts head h onto h modulo the cached heads: another attention."""
     capture = compare(Block(repeat="tile"), caches(), steps(1), steps=CAPACITY)
     assert operators(capture) == {"update": 2, "read": 2}
+
+
+class Counted(nn.Module):
+    """The module counts its own positions, and what it returns is the attention itself."""
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.shared = shared
+        self.register_buffer("keys", torch.zeros(1, KV_HEADS, CAPACITY, DIM))
+        self.register_buffer("values", torch.zeros(1, KV_HEADS, CAPACITY, DIM))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.keys.index_copy_(2, self.count, x)
+        self.values[:, :, self.count] = x * 2
+        mask = (torch.arange(CAPACITY) <= self.count)[None, None]
+        self.count.add_(1)
+        return F.scaled_dot_product_attention(x, self.keys, self.keys if self.shared else self.values, attn_mask=mask)
+
+
+def test_a_module_that_counts_for_itself() -> None:
+    capture = compare(Counted(), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY)
+    assert operators(capture) == {"attention": 1, "read": 1, "update": 1}
+
+
+def test_one_cache_for_keys_and_values_stays_explicit() -> None:
+    capture = compare(Counted(shared=True), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY)
+    assert "attention" not in operators(capture)
+    assert any("keys and values are one cache" in state.because for state in capture.states)
+
+
+def test_a_stock_static_cache_as_transformers_exports_it() -> None:
+    """Both layers' attention is recognised in the program that transformers itself exports; logits equal the model's own."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.integrations.executorch import convert_and_export_with_cache
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": 16, "device": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        capture = capture_exported(convert_and_export_with_cache(model))
+    assert operators(capture)["attention"] == config.num_hidden_layers
+    caches = [state for state in capture.states if state.operators == ("attention",)]
+    assert len(caches) == 2 * config.num_hidden_layers
+    tokens = torch.randint(0, 64, (1, 12))
+    memory = [torch.cat([state.bound(state.found.initial)] * 3) for state in capture.states]
+    graph = capture.exported.module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        for step in range(tokens.shape[1]):
+            arguments = {"input_ids": tokens[:, step : step + 1], "cache_position": torch.tensor([step])}
+            named = [arguments[name] for name in capture.inputs]
+            (logits,) = torch.utils._pytree.tree_leaves(Interpreter(graph).run(*named, torch.tensor([1], dtype=torch.int32), *memory))
+            torch.testing.assert_close(logits[:, -1], wanted[:, step], rtol=1e-4, atol=1e-5)
+    for state, arena in zip(capture.states, memory, strict=True):
+        assert torch.equal(arena[[0, 2]], torch.cat([state.bound(state.found.initial)] * 2)), state.name

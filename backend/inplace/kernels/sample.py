@@ -31,8 +31,7 @@ _LN2, _LOG2E = tl.constexpr(LN2), tl.constexpr(LOG2E)
 _TWO_THIRDS = tl.constexpr(TWO_THIRDS)
 _A3, _A5, _A7, _A9 = (tl.constexpr(value) for value in ATANH)
 _E1, _E2, _E3, _E4, _E5, _E6 = (tl.constexpr(value) for value in EXP2)
-_UNIT = tl.constexpr(UNIT)
-_LOWEST = tl.constexpr(LOWEST)
+_UNIT, _LOWEST = tl.constexpr(UNIT), tl.constexpr(LOWEST)
 _NOTHING = tl.constexpr(28.0)
 """e^-28 is less than a unit of weight."""
 _FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
@@ -284,7 +283,7 @@ def sample(
     """Launch on the current stream.
 
     Args:
-        scores: float32 ``[rows, count]``; NaN is never chosen where anything else is there.
+        scores: float32 ``[rows, count]``.
         temperature, top_k, top_p, seeds, positions: ``[rows]``, float32, int32, float32, int64 and int32.
         out: int64 ``[rows, 1]``.
         workspace: `sample_workspace` bytes, as float32.
@@ -296,6 +295,5 @@ def sample(
     part = triton.cdiv(triton.cdiv(count, parts), block) * block
     options = {"num_warps": WARPS, "maxnreg": REGISTERS, "enable_fp_fusion": False}
     launch = {"PDL": pdl, **options, **({"launch_pdl": True} if pdl else {})}
-    _sample[(rows, parts)](
-        scores, temperature, top_k, top_p, seeds, positions, out, workspace, locks, count, part, PARTS=parts, SPAN=SPAN, **launch
-    )  # fmt: skip
+    memory = (scores, temperature, top_k, top_p, seeds, positions, out, workspace, locks)
+    _sample[(rows, parts)](*memory, count, part, PARTS=parts, SPAN=SPAN, **launch)

@@ -18,7 +18,8 @@ class Attention(Operation):
     """``inplace::attention`` and ``inplace::qkv_attention``.
 
     Inputs: query, key, value (merged: one tensor with all three; without append: the query alone), then cos and sin when ``rotary``, the
-    key and the value state, slots, row_offsets, write_indices. Outputs: the attention's, and the two states.
+    key and the value state, slots, row_offsets, write_indices. Outputs: the attention's, and the two states. ``settled``: nothing in the
+    network writes slots, write indices or the states ahead of it.
     """
 
     name: ClassVar[str] = "InplaceAttention"
@@ -36,6 +37,7 @@ class Attention(Operation):
     softcap: float = 0.0
     rotary: int = 0
     merged: bool = False
+    settled: bool = False
 
     @property
     def projections(self) -> int:
@@ -137,6 +139,7 @@ class Attention(Operation):
             tokens=self._count(call.shapes[0]),
             rows=call.shapes[first + 2][0],
             pdl=call.pdl,
+            settled=self.settled,
         )
 
 

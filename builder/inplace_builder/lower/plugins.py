@@ -1,6 +1,7 @@
 """Converters of the ``plugin`` mechanism: operators become plugins of ours, states their aliased outputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Sample, Update, plugins
@@ -207,7 +208,10 @@ def _rotary_attention(
 
 
 def _attend(ctx: Network, operation: Attention, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor) -> ITensor:
-    out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *(ctx.cast(row, torch.int32) for row in rows)])
+    controls = [ctx.cast(row, torch.int32) for row in rows]
+    given = all(control.is_network_input for control in controls)  # not computed or converted by a kernel of the step
+    operation = replace(operation, settled=given and not (key_state.written or value_state.written))
+    out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *controls])
     for state, current in zip((key_state, value_state), states, strict=False):
         ctx.written(state, current)
     return out

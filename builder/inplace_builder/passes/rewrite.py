@@ -250,7 +250,10 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
             if write.node not in into_attention:
                 work.update(placeholders[state.name], state, write)
     # a version that an update writes is no result any more; a whole value stays one until all versions of all states are in place
-    last.args = ((*returned[:outputs], *(None if chain.writes else result for chain, result in zip(chains, results, strict=True))),)
+    returned = last.args[0]  # again: an attention that the module returns is another node now
+    assert isinstance(returned, tuple)
+    kept = (None if chain.writes else result for chain, result in zip(chains, returned[outputs:], strict=True))
+    last.args = ((*returned[:outputs], *kept),)
     for state, chain in zip(states, chains, strict=True):
         _reads(work, placeholders[state.name], state, chain)
     returned = last.args[0]

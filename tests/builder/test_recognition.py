@@ -302,3 +302,18 @@ def test_a_dynamic_number_of_tokens() -> None:
         Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs, consecutive=["pos"], dynamic_shapes=({}, {2: tokens}, {0: tokens})
     )
     assert capture.states[0].pattern == "index_copy"
+
+
+class Numbered(nn.Module):
+    def forward(self, cache: Tensor, x: Tensor, start: int) -> Tensor:
+        cache[:, :, start : start + 1] = x
+        return cache.sum(2)
+
+
+def test_a_start_that_is_a_number() -> None:
+    dynamic: tuple[Any, ...] = ({}, {}, torch.export.Dim.DYNAMIC)
+    capture = compare(
+        Numbered(), [torch.zeros(1, 2, CAPACITY, 4)], lambda step: (token(step, *ONE), step + 2), dynamic_shapes=dynamic, steps=8
+    )
+    assert capture.states[0].pattern == "slice_scatter"
+    assert operators(capture) == {"update": 1, "read": 1}

@@ -1,8 +1,18 @@
 """Capture: from a model to a graph on the ``inplace::`` operators."""
 
 from inplace_builder.capture.capture import Capture
+from inplace_builder.capture.exported import ExportedCapture, capture_exported, inline_lifted_buffers
 from inplace_builder.capture.huggingface import DecoderOptions, capture_decoder
 from inplace_builder.capture.loading import load_decoder
 from inplace_builder.capture.module import capture_module
 
-__all__ = ["Capture", "DecoderOptions", "capture_decoder", "capture_module", "load_decoder"]
+__all__ = [
+    "Capture",
+    "DecoderOptions",
+    "ExportedCapture",
+    "capture_decoder",
+    "capture_exported",
+    "capture_module",
+    "inline_lifted_buffers",
+    "load_decoder",
+]

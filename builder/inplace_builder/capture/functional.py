@@ -1,7 +1,8 @@
 """A user's own module as a function: no mutation, the new value of each state an output."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -75,13 +76,16 @@ def _exported(
 ) -> ExportedProgram:
     if isinstance(module, ExportedProgram):
         return module
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with any_size():
+    plain: Callable[[], AbstractContextManager[None]] = nullcontext
+    failures: list[Exception] = []
+    for mode in (any_size, plain):  # an extent of 1 stays dynamic where it can; a position passed as a number needs the usual rules
+        try:
+            with torch.no_grad(), warnings.catch_warnings(), mode():
+                warnings.simplefilter("ignore")
                 return torch.export.export(module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
-    except Exception as error:
-        raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+        except Exception as error:
+            failures.append(error)
+    raise BuildError(f"torch.export cannot capture {type(module).__name__}: {failures[-1]}") from failures[-1]
 
 
 def _check_sharing(exported: ExportedProgram) -> None:

@@ -190,6 +190,11 @@ def test_two_inputs_that_share_memory_are_refused() -> None:
         capture_exported(Two(), (memory, memory, frame(0, 4)))
 
 
+def test_a_state_that_is_not_contiguous_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"state a of \(2, 3\) has strides \(1, 2\)"):
+        capture_exported(Two(), (torch.zeros(3, 2).T, torch.zeros(2, 3), frame(0, 3)))
+
+
 def test_declared_states_are_checked() -> None:
     arguments = (torch.zeros(4), torch.zeros(4), frame(0, 4))
     assert capture_exported(Two(), arguments, states=["a"]).states[0].name == "a"

@@ -53,7 +53,7 @@ def functional(
 
     Raises:
         BuildError: torch.export cannot capture the module; ``states`` names something else than what is mutated; two tensors of which one
-            is mutated overlap in memory.
+            is mutated overlap in memory; a state is not contiguous.
     """
     exported = _exported(module, example_inputs, dynamic_shapes, kwargs)
     _check_sharing(exported)
@@ -209,6 +209,12 @@ def _lifted(program: ExportedProgram, examples: Any) -> Functional:
             raise BuildError(f"input {spec.arg.name} is a {spec.kind.name.lower()}, which an engine cannot hold; pass tensors only")
     outputs, values = _outputs(program)
     states = tuple(found[key] for key in values)
+    for state in states:
+        if not state.initial.is_contiguous():
+            raise BuildError(
+                f"state {state.source} of {tuple(state.initial.shape)} has strides {state.initial.stride()}: a state is updated in its own "
+                f"memory, which must be contiguous; pass .contiguous() and keep that tensor"
+            )
     _reorder(graph, [*inputs, *(state.name for state in states)])
     last = graph.output_node()
     graph.erase_node(last)

@@ -1,4 +1,4 @@
-"""The errors of the runtime: one base, one class a moment (load, request), one code a cause."""
+"""The errors of the runtime: one base, one class a moment (load, call, request), one code a cause."""
 
 from enum import StrEnum
 
@@ -9,6 +9,10 @@ class InplaceError(Exception):
 
 class LoadError(InplaceError):
     """An engine directory cannot be served: it is missing, damaged, of another version, or does not fit this machine."""
+
+
+class CallError(InplaceError):
+    """A call of `inplace.direct.Engine` is refused; no state was touched. The text names the argument."""
 
 
 class Code(StrEnum):

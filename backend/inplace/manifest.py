@@ -150,6 +150,14 @@ class Alias(Frozen):
     def __str__(self) -> str:
         return f"{self.output}@{self.input}@{self.kind}"
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of ``str``; ValueError where the text is no such record."""
+        parts = text.split("@")
+        if len(parts) != 3:
+            raise ValueError(f"alias {text!r} is not output@input@kind")
+        return cls.model_validate(dict(zip(("output", "input", "kind"), parts, strict=True)))
+
 
 class Lowering(Frozen):
     """How one state's update was lowered, and why.

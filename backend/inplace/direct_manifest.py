@@ -1,0 +1,139 @@
+"""The manifest of an engine that is called directly (``direct.json``): its states, its aliases, and how it is called.
+
+A server's engine takes requests, whose tensors have roles; this one takes what its module took. So it has a manifest of its own, and a
+directory is either the one or the other.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from inplace.artifacts import EngineFile, File
+from inplace.dtypes import Dtype
+from inplace.manifest import Alias, Lowering
+from inplace.records import Frozen, read
+
+DIRECT_VERSION: Literal[1] = 1
+FILE_NAME = "direct.json"
+
+
+class Argument(Frozen):
+    """One leaf of the module's arguments.
+
+    Attributes:
+        where: as the caller writes it: ``cache['keys']``.
+        name: the graph's placeholder; empty for a constant, which the graph does not take.
+        kind: ``state``, the caller's memory, updated in place; ``tensor``; ``number``, a Python integer; ``constant``, which was the same
+            value at the build.
+        dtype, shape: of a tensor; an extent that is a text is dynamic, and equal texts are equal extents.
+        value: of a constant.
+    """
+
+    where: str
+    name: str = ""
+    kind: Literal["state", "tensor", "number", "constant"]
+    dtype: Dtype | None = None
+    shape: tuple[int | str, ...] = ()
+    value: bool | int | float | str | None = None
+
+
+class Call(Frozen):
+    """How an engine is called.
+
+    Attributes:
+        version: of this record.
+        arguments: the leaves of ``(args, kwargs)``.
+        inputs: PyTorch's serialized tree of ``(args, kwargs)``.
+        outputs: PyTorch's serialized tree of what is returned.
+        parameters: names of the module's parameters, as far as they were given.
+        positional: how many of them were given by position.
+    """
+
+    version: Literal[1] = 1
+    arguments: tuple[Argument, ...]
+    inputs: str
+    outputs: str
+    parameters: tuple[str, ...]
+    positional: int
+
+
+class DirectState(Frozen):
+    """One state.
+
+    Attributes:
+        name: the graph's placeholder.
+        owner: ``caller``: an argument; ``module``: a buffer, held by the engine.
+        source: where the caller passes it, or the buffer's qualified name.
+        dtype: element type.
+        shape: the module's own.
+        leading: its first axis is the slot axis; else the graph takes ``tensor.unsqueeze(0)``. Both are the same memory.
+    """
+
+    name: str
+    owner: Literal["caller", "module"]
+    source: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    leading: bool
+
+
+class DirectManifest(Frozen):
+    """The whole of ``direct.json``.
+
+    Attributes:
+        manifest_version: version of this format; another one is refused.
+        states: in the order of the graph's placeholders.
+        aliases: ``output@input@kind``, one a state.
+        lowering: how each state's update was lowered, and why.
+        call: how the engine is called.
+        rows: rows of a step; row r is slot r.
+        engine: the compiled graph.
+        held: the values of the states that the module owns; None where it owns none.
+        built_with: versions, and what verification found.
+    """
+
+    manifest_version: Literal[1] = 1
+    states: tuple[DirectState, ...]
+    aliases: tuple[str, ...]
+    lowering: tuple[Lowering, ...]
+    call: Call
+    rows: int
+    engine: EngineFile
+    held: File | None
+    built_with: dict[str, str]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [state.name for state in self.states]
+        if sorted(alias.input for alias in self.parsed_aliases) != sorted(names):
+            raise ValueError(f"the aliases {list(self.aliases)} must be one for each of the states {names}")
+        passed = [argument.name for argument in self.call.arguments if argument.kind == "state"]
+        if sorted(passed) != sorted(state.name for state in self.states if state.owner == "caller"):
+            raise ValueError(f"the arguments {passed} must be the states that the caller owns")
+        if (self.held is None) == any(state.owner == "module" for state in self.states):
+            raise ValueError("states that the module owns have a file with their values, and nothing else has")
+        return self
+
+    @property
+    def parsed_aliases(self) -> tuple[Alias, ...]:
+        """The aliases as records."""
+        return tuple(Alias.parse(text) for text in self.aliases)
+
+    @property
+    def graph_inputs(self) -> tuple[Argument, ...]:
+        """The arguments that the graph takes before ``slots`` and the states."""
+        return tuple(argument for argument in self.call.arguments if argument.kind in ("tensor", "number"))
+
+    def save(self, folder: Path) -> None:
+        """Write ``direct.json`` into ``folder``."""
+        (folder / FILE_NAME).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``direct.json``.
+
+        Raises:
+            LoadError: it is missing, not a manifest, or of another version.
+        """
+        return read(cls, folder / FILE_NAME, DIRECT_VERSION)

@@ -76,7 +76,7 @@ def build(
     try:
         with published(target) as folder:
             manifest = _write(folder, capture, call)
-            notes = _verify(Engine.load(folder), reference, arguments)
+            notes = _verify(_loaded(folder), reference, arguments)
             manifest.model_copy(update={"built_with": manifest.built_with | notes}).save(folder)
     except OSError as error:
         raise BuildError(f"{target} cannot be written: {error}; free space there or choose another place") from error
@@ -187,6 +187,13 @@ def _write(folder: Path, capture: ExportedCapture, call: Call) -> DirectManifest
     return manifest
 
 
+def _loaded(folder: Path) -> Engine:
+    try:
+        return Engine.load(folder)
+    except LoadError as error:
+        raise BuildError(f"the engine cannot be loaded as it was written: {error}") from error
+
+
 def _verify(engine: Engine, reference: torch.nn.Module, arguments: Any) -> dict[str, str]:
     """Call engine and module side by side, each on its own copy of the states."""
     theirs, mine = deepcopy(arguments), deepcopy(arguments)
@@ -206,10 +213,16 @@ def _verify(engine: Engine, reference: torch.nn.Module, arguments: Any) -> dict[
         if index == 2:
             theirs, mine = (_reordered(tree, kinds) for tree in (theirs, mine))
         before = pytree.tree_leaves(deepcopy(mine))
-        with torch.no_grad():
-            expected = pytree.tree_leaves(reference(*theirs[0], **theirs[1]))
+        try:
+            with torch.no_grad():
+                expected = pytree.tree_leaves(reference(*theirs[0], **theirs[1]))
+        except Exception as error:
+            raise BuildError(f"the module cannot be called {index + 1} times with its example inputs: {brief(error)}") from error
         addresses = {source: tensor.data_ptr() for source, tensor in engine.states.items()}
-        found = pytree.tree_leaves(engine(*mine[0], **mine[1]))
+        try:
+            found = pytree.tree_leaves(engine(*mine[0], **mine[1]))
+        except Exception as error:  # the module took the same arguments
+            raise BuildError(f"the engine fails where the module does not ({brief(error)}); it is not written") from error
         if len(found) != len(expected):
             raise BuildError(f"the engine returns {len(found)} outputs, the module {len(expected)}; it is not written")
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):

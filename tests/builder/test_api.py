@@ -265,6 +265,8 @@ class Noisy(nn.Module):
 def test_what_does_not_do_the_same_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"(output 0 of call 0|state cache).* differs from the module"):
         build(Noisy(), (torch.zeros(3), torch.ones(3)), path=tmp_path / "noisy")
+    with pytest.raises(BuildError, match="the module cannot be called 1 times with its example inputs"):
+        build(Step(), (new_cache(), *inputs(CAPACITY)), path=tmp_path / "beside")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("")

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from inplace_builder import archive
 from inplace_builder.build import built_with
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
-from inplace_builder.capture.functional import _exported as export_module
+from inplace_builder.capture.functional import exported_program
 from inplace_builder.engine_files import TORCH_FILE
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.states import Owner
@@ -65,7 +65,7 @@ def build(
         check_target(target)
     except LoadError as error:
         raise BuildError(str(error)) from error
-    exported = export_module(module, example_inputs, dynamic_shapes, kwargs)
+    exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
     if exported.example_inputs is None:
         raise BuildError("the exported program has no example inputs, which the engine is verified with; export it anew")
     arguments = deepcopy(exported.example_inputs)  # (args, kwargs)

@@ -55,7 +55,7 @@ def functional(
         BuildError: torch.export cannot capture the module; ``states`` names something else than what is mutated; two tensors of which one
             is mutated overlap in memory; a state is not contiguous.
     """
-    exported = _exported(module, example_inputs, dynamic_shapes, kwargs)
+    exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
     _check_sharing(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -71,9 +71,14 @@ def functional(
     return made
 
 
-def _exported(
+def exported_program(
     module: torch.nn.Module | ExportedProgram, example_inputs: Sequence[Any], dynamic_shapes: Any, kwargs: Mapping[str, Any] | None
 ) -> ExportedProgram:
+    """Export a module, as it stands; an exported program is returned as it is.
+
+    Raises:
+        BuildError: torch.export cannot capture it.
+    """
     if isinstance(module, ExportedProgram):
         return module
     plain: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from inplace.manifest import Role
+from inplace.specs import Role
 from inplace.trt import TensorRT
 from inplace_builder.capture import Capture
 from inplace_builder.capture.huggingface import DecoderOptions, capture_decoder

@@ -8,8 +8,9 @@ from inplace.arena import Arena
 from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest, Program, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import Manifest, Program
 from inplace.operators import read, update
+from inplace.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control
 from torch import Tensor

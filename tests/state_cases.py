@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from inplace.dtypes import Dtype
-from inplace.manifest import StateSpec, Update
 from inplace.operators import attention, read, update
+from inplace.specs import StateSpec, Update
 from inplace_builder.capture.capture import any_size
 from inplace_builder.lower.compile import Range
 from operator_cases import TOLERANCE

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inplace.errors import LoadError
-from inplace.manifest import StateSpec
+from inplace.specs import StateSpec
 
 
 class Arena:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from inplace.errors import RequestError
-from inplace.manifest import Program, Role
+from inplace.manifest import Program
 from inplace.requests import Request
 from inplace.sampling import GREEDY, Sampling
 from inplace.sequences import Sequence
+from inplace.specs import Role
 
 
 @dataclass(slots=True, eq=False)

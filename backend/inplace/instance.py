@@ -8,9 +8,10 @@ from inplace.arena import Arena
 from inplace.batcher import Work, form
 from inplace.engines import Engine
 from inplace.errors import Code, RequestError
-from inplace.manifest import Manifest, Program, Update
+from inplace.manifest import Manifest, Program
 from inplace.requests import Request, checked_inputs
 from inplace.sequences import Sequence, SlotTable
+from inplace.specs import Update
 
 log = logging.getLogger("inplace")
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from inplace.errors import Code, RequestError
-from inplace.manifest import Program, Role, TensorSpec
+from inplace.manifest import Program
 from inplace.sampling import GREEDY, Parameter, Sampling
 from inplace.sequences import SequenceId
+from inplace.specs import Role, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

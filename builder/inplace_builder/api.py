@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from inplace.artifacts import EngineFile, File
 from inplace.direct import Engine
-from inplace.direct_files import check_target, published, write_held
-from inplace.direct_manifest import Argument, Call, DirectManifest, DirectState
+from inplace.direct.files import check_target, write_held
+from inplace.direct.manifest import Argument, Call, DirectManifest, DirectState
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
+from inplace.files import published
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind

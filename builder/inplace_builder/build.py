@@ -3,8 +3,6 @@
 import contextlib
 import importlib.metadata
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Literal
 import torch
 from inplace import __version__
 from inplace.dtypes import Dtype
+from inplace.files import StrandedError, occupied, published
 from inplace.manifest import FILE_NAME, Kind, Manifest
 
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
@@ -235,49 +234,19 @@ def built_with() -> dict[str, str]:
 
 def check_output(output: Path) -> None:
     """BuildError if ``output`` holds something that is not an engine directory."""
-    if output.is_dir() and any(output.iterdir()) and not (output / VERSION / FILE_NAME).is_file():
-        raise BuildError(f"{output} is a folder with other files in it; choose a new or empty one, or an engine directory to replace")
-    if output.exists() and not output.is_dir():
-        raise BuildError(f"{output} is a file; choose the folder to write the model into")
+    if (reason := occupied(output, Path(VERSION, FILE_NAME))) is not None:
+        raise BuildError(reason)
 
 
 @contextlib.contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """A draft beside ``output`` that takes its place when the block succeeds and vanishes when it fails."""
-    with _disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        draft.chmod(0o755)
-    try:
+    """`published`, with its errors as BuildErrors and those of the block as they are."""
+    with contextlib.ExitStack() as stack:
+        with _disk_errors(output):
+            draft = stack.enter_context(published(output))
         yield draft
         with _disk_errors(output):
-            if output.exists():
-                _replace(output, draft)
-            else:
-                draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _replace(output: Path, draft: Path) -> None:
-    """Put the draft in the place of the older engine, which is put back where that fails.
-
-    Raises:
-        OSError: the older engine stands where it was.
-        BuildError: it could be moved away but not back.
-    """
-    old = draft.with_name(f"{draft.name}.old")
-    try:
-        output.rename(old)
-        draft.rename(output)
-    except BaseException as error:  # an interrupt between the two as well
-        if old.exists() and not output.exists():
-            try:
-                old.rename(output)
-            except OSError as second:
-                raise BuildError(f"{output} could not be replaced ({error}), nor put back ({second}): move {old} there") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # the new engine stands: what cannot be deleted of the older one costs only space
+            stack.close()
 
 
 @contextlib.contextmanager
@@ -285,6 +254,8 @@ def _disk_errors(output: Path) -> Iterator[None]:
     """A failed write as a BuildError."""
     try:
         yield
+    except StrandedError as error:
+        raise BuildError(str(error)) from error
     except OSError as error:
         raise BuildError(
             f"{output} cannot be written: {error}; free space there or choose another place (nothing was left behind)"

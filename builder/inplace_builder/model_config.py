@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from google.protobuf import text_format
 from inplace.dtypes import Dtype
-from inplace.manifest import Manifest, Role, TensorSpec
+from inplace.manifest import Manifest
 from inplace.settings import IDLE_TIMEOUT
+from inplace.specs import Role, TensorSpec
 from tritonclient.grpc import model_config_pb2 as pb
 
 BACKEND = "inplace"

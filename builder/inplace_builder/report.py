@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from inplace.manifest import Manifest, StateSpec
+from inplace.manifest import Manifest
+from inplace.specs import StateSpec
 from rich.filesize import decimal
 from rich.table import Table
 

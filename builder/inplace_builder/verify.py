@@ -14,10 +14,11 @@ from inplace.batcher import Work
 from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import Manifest
 from inplace.operators import sample
 from inplace.requests import Request
 from inplace.sampling import Parameter
+from inplace.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 
 from inplace_builder.capture import Capture

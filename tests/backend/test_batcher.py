@@ -3,7 +3,8 @@
 import pytest
 from inplace.batcher import _counts
 from inplace.engines.tensorrt.sizes import Size, decode_sizes, fitting, mixed_sizes
-from inplace.manifest import Program, Role, TensorSpec
+from inplace.manifest import Program
+from inplace.specs import Role, TensorSpec
 from pydantic import ValidationError
 
 

@@ -13,7 +13,8 @@ from inplace.arena import Arena
 from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.errors import LoadError
-from inplace.manifest import FILE_NAME, Manifest, StateSpec, Update
+from inplace.manifest import FILE_NAME, Manifest
+from inplace.specs import StateSpec, Update
 from models import SLOTS, Repository, open_instance
 
 ENGINE = "engine.pt2"

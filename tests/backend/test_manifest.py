@@ -10,17 +10,8 @@ import torch
 from inplace.artifacts import EngineFile
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import (
-    FILE_NAME,
-    Alias,
-    Lowering,
-    Manifest,
-    Program,
-    Role,
-    StateSpec,
-    TensorSpec,
-    Update,
-)
+from inplace.manifest import FILE_NAME, Alias, Lowering, Manifest, Program
+from inplace.specs import Role, StateSpec, TensorSpec, Update
 from pydantic import ValidationError
 
 CACHE = StateSpec(name="cache", shape=(2, 16, 4), dtype=Dtype.BFLOAT16, update=Update.APPEND, axis=1, reset=False)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from inplace.dtypes import Dtype
 from inplace.errors import Code, InplaceError, RequestError
-from inplace.manifest import Program, Role, TensorSpec
+from inplace.manifest import Program
 from inplace.requests import Request, checked_inputs
+from inplace.specs import Role, TensorSpec
 from models import RECTANGULAR
 from torch import Tensor
 

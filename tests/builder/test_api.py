@@ -12,7 +12,7 @@ import inplace
 import pytest
 import torch
 from inplace.direct import Engine
-from inplace.direct_manifest import FILE_NAME, DirectManifest
+from inplace.direct.manifest import FILE_NAME, DirectManifest
 from inplace.errors import CallError, LoadError
 from inplace_builder.api import build
 from inplace_builder.errors import BuildError

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from inplace.instance import ModelInstance
-from inplace.manifest import SAMPLING_ROLES, Manifest, Role, Update
+from inplace.manifest import Manifest
 from inplace.operators import NAMESPACE, written_states
 from inplace.requests import Request
+from inplace.specs import SAMPLING_ROLES, Role, Update
 from inplace_builder.build import VERSION, BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
 from inplace_builder.engine_files import TORCH_FILE

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from inplace.manifest import SAMPLING_ROLES, Program
+from inplace.manifest import Program
+from inplace.specs import SAMPLING_ROLES
 from inplace_builder.passes.greedy import without_sampling
 from lowering import captured, greedy_rows
 from models import accumulator

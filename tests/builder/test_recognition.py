@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.manifest import Update
+from inplace.specs import Update
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.errors import BuildError
 from state_modules import compare, operators

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.manifest import Update
+from inplace.specs import Update
 from inplace_builder.capture.exported import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.passes.states import Owner

@@ -9,9 +9,9 @@ import lowering
 import pytest
 import torch
 from inplace.dtypes import Dtype
-from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
 from inplace.operators.update import write
+from inplace.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, capture_module
 from inplace_builder.capture.capture import control

@@ -8,10 +8,10 @@ and `qkv_attention`.
 Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
 
+from inplace.operators import qkv_attention  # noqa: F401  registers what only lowering calls
 from inplace.operators.attention import attention
 from inplace.operators.library import NAMESPACE, written_states
-from inplace.operators.linear import ACTIVATIONS, argmax, linear, rms_norm
-from inplace.operators.qkv_attention import qkv_attention
+from inplace.operators.linear import ACTIVATIONS, argmax, linear
 from inplace.operators.read import read
 from inplace.operators.sample import sample
 from inplace.operators.update import update
@@ -22,9 +22,7 @@ __all__ = [
     "argmax",
     "attention",
     "linear",
-    "qkv_attention",
     "read",
-    "rms_norm",
     "sample",
     "update",
     "written_states",

@@ -23,6 +23,7 @@ define("argmax", "(Tensor scores) -> Tensor")
 
 @torch.library.impl(LIBRARY, "rms_norm", "CompositeExplicitAutograd")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last axis (arXiv:1910.07467, eq. 4), computed in float32, in x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
@@ -67,16 +68,7 @@ def _linear(
 
 @torch.library.register_fake("inplace::linear", lib=LIBRARY)
 def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    eps: float = 0.0,
-    activation: str = "none",
-    gated: bool = False,
-    float_out: bool = False,
+    x: Tensor, weight: Tensor, *others: Tensor | None, activation: str = "none", gated: bool = False, float_out: bool = False, **eps: float
 ) -> Tensor:
     torch._check(
         weight.dim() == 2 and x.shape[-1] == weight.shape[1], lambda: f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
@@ -131,13 +123,6 @@ def linear(
         ``[..., out]``, or ``[..., out / 2]`` when gated.
     """
     out = torch.ops.inplace.linear(x, weight, bias, norm, residual, eps=eps, activation=activation, gated=gated, float_out=float_out)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) * weight`` over the last axis (arXiv:1910.07467, eq. 4), computed in float32, in x's dtype."""
-    out = torch.ops.inplace.rms_norm(x, weight, eps)
     assert isinstance(out, Tensor)
     return out
 

@@ -3,6 +3,8 @@
 Made by lowering, not by frontends.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,68 +39,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.library.impl(LIBRARY, "qkv_attention", "CompositeExplicitAutograd")
 def _qkv_attention(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_state: Tensor,
-    value_state: Tensor,
-    slots: Tensor,
-    row_offsets: Tensor,
-    write_indices: Tensor,
-    *,
-    heads: int,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, key_state: Tensor, value_state: Tensor, *rows: Tensor, heads: int, **options: Any
 ) -> Tensor:
+    """`attention` on the output of one merged projection, with the rotary embedding of queries and keys inside.
+
+    Args:
+        qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
+        cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head, or None for no rotation.
+        key_state, value_state, rows: states, slots, row_offsets and write_indices as `attention` takes them.
+        heads: query heads.
+        options: scale, causal, window, ring and softcap of `attention`.
+
+    Returns:
+        ``[..., heads * value_dim]``.
+    """
     kv_heads, dim, value_dim = key_state.shape[1], key_state.shape[3], value_state.shape[3]
     parts = qkv.flatten(0, -2).split([heads * dim, kv_heads * dim, kv_heads * value_dim], -1)
     query, key = parts[0].unflatten(1, (heads, dim)), parts[1].unflatten(1, (kv_heads, dim))
     value = parts[2].unflatten(1, (kv_heads, value_dim))
     if cos is not None and sin is not None:
         query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
-    out = attention(
-        query,
-        key,
-        value,
-        key_state,
-        value_state,
-        slots,
-        row_offsets,
-        write_indices,
-        scale=scale,
-        causal=causal,
-        window=window,
-        ring=ring,
-        softcap=softcap,
-    )
+    out = attention(query, key, value, key_state, value_state, *rows, **options)
     return out.reshape(*qkv.shape[:-1], heads * value_dim)
 
 
 @torch.library.impl(LIBRARY, "rotary_attention", "CompositeExplicitAutograd")
 def _rotary_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_state: Tensor,
-    value_state: Tensor,
-    slots: Tensor,
-    row_offsets: Tensor,
-    write_indices: Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *states_and_rows: Tensor, **options: Any
 ) -> Tensor:
+    """`attention` with the rotary embedding of queries and keys inside; cos and sin ``[..., rotary]``, the rest as `attention` takes it."""
     query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
-    states = key_state, value_state, slots, row_offsets, write_indices
-    return attention(query, key, value, *states, scale=scale, causal=causal, window=window, ring=ring, softcap=softcap)
+    return attention(query, key, value, *states_and_rows, **options)
 
 
 def _check_rotary(cos: Tensor, dim: int) -> None:
@@ -115,15 +86,8 @@ def _rotary_attention_fake(
     sin: Tensor,
     key_state: Tensor,
     value_state: Tensor,
-    slots: Tensor,
-    row_offsets: Tensor,
-    write_indices: Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    *rows: Tensor,
+    **options: Any,
 ) -> Tensor:
     _check_rotary(cos, query.shape[-1])
     return query.new_empty((*query.shape[:-1], value_state.shape[3]))
@@ -131,21 +95,7 @@ def _rotary_attention_fake(
 
 @torch.library.register_fake("inplace::qkv_attention", lib=LIBRARY)
 def _qkv_attention_fake(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_state: Tensor,
-    value_state: Tensor,
-    slots: Tensor,
-    row_offsets: Tensor,
-    write_indices: Tensor,
-    *,
-    heads: int,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, key_state: Tensor, value_state: Tensor, *rows: Tensor, heads: int, **options: Any
 ) -> Tensor:
     kv_heads, dim, value_dim = key_state.shape[1], key_state.shape[3], value_state.shape[3]
     width = heads * dim + kv_heads * (dim + value_dim)
@@ -154,51 +104,3 @@ def _qkv_attention_fake(
     if cos is not None:
         _check_rotary(cos, dim)
     return qkv.new_empty((*qkv.shape[:-1], heads * value_dim))
-
-
-def qkv_attention(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_state: Tensor,
-    value_state: Tensor,
-    slots: Tensor,
-    row_offsets: Tensor,
-    write_indices: Tensor,
-    *,
-    heads: int,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
-) -> Tensor:
-    """`attention` on the output of one merged projection, with the rotary embedding of queries and keys inside.
-
-    Args:
-        qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
-        cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head, or None for no rotation.
-        key_state, value_state, slots, row_offsets, write_indices, scale, causal, window, ring, softcap: as `attention` takes them.
-        heads: query heads.
-
-    Returns:
-        ``[..., heads * value_dim]``.
-    """
-    out = torch.ops.inplace.qkv_attention(
-        qkv,
-        cos,
-        sin,
-        key_state,
-        value_state,
-        slots,
-        row_offsets,
-        write_indices,
-        heads=heads,
-        scale=scale,
-        causal=causal,
-        window=window,
-        ring=ring,
-        softcap=softcap,
-    )
-    assert isinstance(out, Tensor)
-    return out

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from inplace.dtypes import Dtype
-from inplace.manifest import Alias, Lowering, Program, Role, StateSpec, TensorSpec
+from inplace.manifest import Alias, Lowering, Program
 from inplace.operators import written_states
+from inplace.specs import Role, StateSpec, TensorSpec
 from torch import Tensor
 
 from inplace_builder.errors import BuildError

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from inplace.manifest import Alias, Lowering, StateSpec
+from inplace.manifest import Alias, Lowering
 from inplace.operators import written_states
+from inplace.specs import StateSpec
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter

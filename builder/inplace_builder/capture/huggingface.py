@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import transformers
 from inplace.dtypes import Dtype
-from inplace.manifest import SAMPLING_ROLES, Program, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import Program
 from inplace.operators import sample
+from inplace.specs import SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel

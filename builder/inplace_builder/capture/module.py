@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from inplace.dtypes import Dtype
-from inplace.manifest import Program, Role, StateSpec, TensorSpec, Update
+from inplace.manifest import Program
+from inplace.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 

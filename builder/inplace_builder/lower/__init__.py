@@ -5,7 +5,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from inplace.manifest import StateSpec
+from inplace.specs import StateSpec
 from inplace.trt import TensorRT
 
 from inplace_builder.lower import converters, copying, native, plugins

@@ -37,7 +37,16 @@ def by_row(ctx: Network, query: ITensor, rows: Rows) -> ITensor:
 
 
 def visibility(
-    ctx: Network, rows: Rows, query: ITensor, capacity: int, *, append: bool, causal: bool, window: int, ring: bool, group: int = 1
+    ctx: Network,
+    rows: Rows,
+    query: ITensor,
+    capacity: int,
+    *,
+    append: bool,
+    ring: bool,
+    causal: bool = True,
+    window: int = 0,
+    group: int = 1,
 ) -> Visibility:
     """The masks of `by_row` queries over caches that already hold the appended tokens; made once for all layers alike.
 

@@ -3,6 +3,8 @@
 It needs nothing of TensorRT, and reads and writes the whole state in each step.
 """
 
+from typing import Any
+
 import torch
 
 from inplace_builder.lower.attention import attend, by_row, modulo, visibility
@@ -58,10 +60,9 @@ def attention(
     *,
     scale: float,
     append: bool = True,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
     softcap: float = 0.0,
+    ring: bool = False,
+    **view: Any,
 ) -> ITensor:
     """Append, then attend to the state as it is afterwards."""
     rows = rows_of(ctx, (key_state, value_state), slots, write_indices)
@@ -71,7 +72,7 @@ def attention(
     capacity = key_state.spec.shape[1]
     queries = by_row(ctx, query, rows)
     group = queries.shape[1] // key_state.spec.shape[0]
-    visible = visibility(ctx, rows, queries, capacity, append=append, causal=causal, window=window, ring=ring, group=group)
+    visible = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view)
     return attend(ctx, queries, key_state.current, value_state.current, visible, scale=scale, softcap=softcap)
 
 

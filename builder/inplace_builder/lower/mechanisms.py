@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.manifest import Kind, Lowering, StateSpec
+from inplace.manifest import Kind, Lowering
+from inplace.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
 

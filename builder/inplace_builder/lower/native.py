@@ -3,6 +3,8 @@
 TensorRT 10.15 and later, TensorRT for RTX. An update that would start at the capacity is dropped: this is how a null row writes nothing.
 """
 
+from typing import Any
+
 import torch
 
 from inplace_builder.lower.attention import Visibility, attend, by_row, visibility
@@ -45,10 +47,9 @@ def attention(
     *,
     scale: float,
     append: bool = True,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
     softcap: float = 0.0,
+    ring: bool = False,
+    **view: Any,
 ) -> ITensor:
     """Append, then attend to the updated caches."""
     rows = rows_of(ctx, (key_state, value_state), slots, write_indices)
@@ -59,7 +60,7 @@ def attention(
     kv_heads, capacity = key_state.spec.shape[:2]
     own_layer = ctx.fused_attention and not softcap
     group = 1 if own_layer else queries.shape[1] // kv_heads
-    visible = visibility(ctx, rows, queries, capacity, append=append, causal=causal, window=window, ring=ring, group=group)
+    visible = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view)
     keys, values = key_state.current, value_state.current
     if own_layer:
         return fused(ctx, queries, keys, values, visible, scale=scale)

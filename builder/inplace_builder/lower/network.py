@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from inplace.manifest import StateSpec
 from inplace.operators import NAMESPACE
+from inplace.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.export.graph_signature import InputKind
 from torch.fx import Node

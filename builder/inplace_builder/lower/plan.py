@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from inplace.artifacts import Profile
 from inplace.engines.tensorrt.sizes import decode_sizes, mixed_sizes
-from inplace.manifest import Alias, Kind, Lowering, Program, Role, StateSpec
+from inplace.manifest import Alias, Kind, Lowering, Program
+from inplace.specs import Role, StateSpec
 from inplace.trt import TensorRT
 
 from inplace_builder.capture import Capture

@@ -1,7 +1,7 @@
 """Converters of the ``plugin`` mechanism: operators become plugins of ours, states their aliased outputs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Sample, Update, plugins
@@ -54,24 +54,11 @@ def _linear(
     bias: ITensor | None = None,
     norm: ITensor | None = None,
     residual: ITensor | None = None,
-    *,
-    eps: float = 0.0,
-    activation: str = "none",
-    gated: bool = False,
-    float_out: bool = False,
+    **options: Any,
 ) -> ITensor:
     outputs, inputs = ctx.meta(ctx.node.args[1]).shape
-    operation = Linear(
-        inputs=inputs,
-        outputs=outputs,
-        bias=bias is not None,
-        norm=norm is not None,
-        residual=residual is not None,
-        eps=eps,
-        activation=activation,
-        gated=gated,
-        float_out=float_out,
-    )
+    given: dict[str, Any] = {"bias": bias is not None, "norm": norm is not None, "residual": residual is not None}
+    operation = Linear(inputs=inputs, outputs=outputs, **given, **options)
     return _add(ctx, operation, [x, weight, *(part for part in (bias, norm, residual) if part is not None)])[0]
 
 
@@ -92,83 +79,18 @@ def _sample(ctx: Network, scores: ITensor, *parameters: ITensor) -> ITensor:
 
 @state_converter(inplace.attention.default, "plugin")
 def _attention(
-    ctx: Network,
-    query: ITensor,
-    key: ITensor | None,
-    value: ITensor | None,
-    key_state: State,
-    value_state: State,
-    slots: ITensor,
-    row_offsets: ITensor,
-    write_indices: ITensor,
-    *,
-    scale: float,
-    append: bool = True,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    ctx: Network, query: ITensor, key: ITensor | None, value: ITensor | None, *others: State | ITensor, **options: Any
 ) -> ITensor:
-    operation = Attention(
-        heads=ctx.meta(ctx.node.args[0]).shape[1],
-        kv_heads=key_state.spec.shape[0],
-        dim=key_state.spec.shape[2],
-        value_dim=value_state.spec.shape[2],
-        scale=scale,
-        max_rows=MOST_ROWS,
-        append=append,
-        causal=causal,
-        window=window,
-        ring=ring,
-        softcap=softcap,
-    )
-    return _attend(
-        ctx,
-        operation,
-        [part for part in (query, key, value) if part is not None],
-        key_state,
-        value_state,
-        slots,
-        row_offsets,
-        write_indices,
-    )
+    inputs = [part for part in (query, key, value) if part is not None]
+    return _attend(ctx, inputs, *others, heads=ctx.meta(ctx.node.args[0]).shape[1], **options)
 
 
 @state_converter(inplace.qkv_attention.default, "plugin")
 def _qkv_attention(
-    ctx: Network,
-    qkv: ITensor,
-    cos: ITensor | None,
-    sin: ITensor | None,
-    key_state: State,
-    value_state: State,
-    slots: ITensor,
-    row_offsets: ITensor,
-    write_indices: ITensor,
-    *,
-    heads: int,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    ctx: Network, qkv: ITensor, cos: ITensor | None, sin: ITensor | None, *others: State | ITensor, **options: Any
 ) -> ITensor:
-    operation = Attention(
-        heads=heads,
-        kv_heads=key_state.spec.shape[0],
-        dim=key_state.spec.shape[2],
-        value_dim=value_state.spec.shape[2],
-        scale=scale,
-        max_rows=MOST_ROWS,
-        causal=causal,
-        window=window,
-        ring=ring,
-        softcap=softcap,
-        rotary=0 if cos is None else ctx.meta(ctx.node.args[1]).shape[-1],
-        merged=True,
-    )
-    inputs = [part for part in (qkv, cos, sin) if part is not None]
-    return _attend(ctx, operation, inputs, key_state, value_state, slots, row_offsets, write_indices)
+    rotary = 0 if cos is None else ctx.meta(ctx.node.args[1]).shape[-1]
+    return _attend(ctx, [part for part in (qkv, cos, sin) if part is not None], *others, rotary=rotary, merged=True, **options)
 
 
 @state_converter(inplace.rotary_attention.default, "plugin")
@@ -179,38 +101,26 @@ def _rotary_attention(
     value: ITensor,
     cos: ITensor,
     sin: ITensor,
-    key_state: State,
-    value_state: State,
-    slots: ITensor,
-    row_offsets: ITensor,
-    write_indices: ITensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    ring: bool = False,
-    softcap: float = 0.0,
+    *others: State | ITensor,
+    **options: Any,
 ) -> ITensor:
-    operation = Attention(
-        heads=ctx.meta(ctx.node.args[0]).shape[1],
-        kv_heads=key_state.spec.shape[0],
-        dim=key_state.spec.shape[2],
-        value_dim=value_state.spec.shape[2],
-        scale=scale,
-        max_rows=MOST_ROWS,
-        causal=causal,
-        window=window,
-        ring=ring,
-        softcap=softcap,
-        rotary=ctx.meta(ctx.node.args[3]).shape[-1],
-    )
-    return _attend(ctx, operation, [query, key, value, cos, sin], key_state, value_state, slots, row_offsets, write_indices)
+    heads, rotary = ctx.meta(ctx.node.args[0]).shape[1], ctx.meta(ctx.node.args[3]).shape[-1]
+    return _attend(ctx, [query, key, value, cos, sin], *others, heads=heads, rotary=rotary, **options)
 
 
-def _attend(ctx: Network, operation: Attention, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor) -> ITensor:
+def _attend(ctx: Network, inputs: Sequence[ITensor], key_state: State, value_state: State, *rows: ITensor, **options: Any) -> ITensor:
+    """An attention plugin; ``options`` are fields of `Attention` that the operator names."""
     controls = [ctx.cast(row, torch.int32) for row in rows]
     given = all(control.is_network_input for control in controls)  # not computed or converted by a kernel of the step
-    operation = replace(operation, settled=given and not (key_state.written or value_state.written))
+    kv_heads, _, dim = key_state.spec.shape
+    operation = Attention(
+        kv_heads=kv_heads,
+        dim=dim,
+        value_dim=value_state.spec.shape[2],
+        max_rows=MOST_ROWS,
+        settled=given and not (key_state.written or value_state.written),
+        **options,
+    )
     out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *controls])
     for state, current in zip((key_state, value_state), states, strict=False):
         ctx.written(state, current)

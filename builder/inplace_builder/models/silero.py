@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from inplace.dtypes import Dtype
-from inplace.manifest import Role, StateSpec, TensorSpec, Update
 from inplace.operators import read, update
+from inplace.specs import Role, StateSpec, TensorSpec, Update
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

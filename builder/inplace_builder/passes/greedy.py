@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from inplace.manifest import SAMPLING_ROLES, Program, TensorSpec
+from inplace.manifest import Program
+from inplace.specs import SAMPLING_ROLES, TensorSpec
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 

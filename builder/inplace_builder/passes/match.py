@@ -49,8 +49,3 @@ def skip(node: AnyNode) -> AnyNode:
 def one_user(node: AnyNode) -> AnyNode:
     """The only user, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def is_view(node: AnyNode) -> bool:
-    """Whether it only looks at its first argument in another shape or order."""
-    return call(node, *VIEWS)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from inplace.manifest import Update
+from inplace.specs import Update
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.passes.emit import Emitter, dtype, shape, value

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from inplace.dtypes import Dtype
-from inplace.manifest import StateSpec, Update
+from inplace.specs import StateSpec, Update
 from torch import Tensor
 
 

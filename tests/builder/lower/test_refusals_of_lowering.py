@@ -6,8 +6,9 @@ import pytest
 import torch
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import Kind, StateSpec, Update
+from inplace.manifest import Kind
 from inplace.operators import read, update
+from inplace.specs import StateSpec, Update
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import choose, compile_network, converter, lower, mechanism, state_converter

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from inplace.engines.tensorrt.sizes import Size
-from inplace.manifest import Program, Role, TensorSpec
+from inplace.manifest import Program
+from inplace.specs import Role, TensorSpec
 
 ALIGNMENT = 256
 """Bytes; TensorRT wants every binding at a multiple."""

@@ -16,7 +16,8 @@ from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.indirect import timed
 from inplace.engines.tensorrt.sizes import Size
 from inplace.errors import LoadError
-from inplace.manifest import Program, Role
+from inplace.manifest import Program
+from inplace.specs import Role
 
 PACKED = (Role.TOKENS, Role.POSITIONS)
 

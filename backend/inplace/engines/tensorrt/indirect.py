@@ -125,7 +125,7 @@ class IndirectSteps:
 
 def step_size(program: Program, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
     """Rows and tokens of a step, from its inputs."""
-    from inplace.manifest import Role
+    from inplace.specs import Role
 
     rows = next(len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.SLOTS)
     tokens = next((len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.TOKENS), rows)

@@ -14,11 +14,12 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
-from inplace.direct_checks import Checks
-from inplace.direct_files import check_target, published, write_held
-from inplace.direct_manifest import FILE_NAME, DirectManifest, DirectState
+from inplace.direct.checks import Checks
+from inplace.direct.files import check_target, write_held
+from inplace.direct.manifest import FILE_NAME, DirectManifest, DirectState
 from inplace.engines.prepack import prepack_linears
 from inplace.errors import CallError, LoadError
+from inplace.files import published
 from inplace.operators import written_states
 
 SLOTS = "slots"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from inplace.direct_manifest import Argument, DirectManifest
+from inplace.direct.manifest import Argument, DirectManifest
 from inplace.errors import CallError, LoadError
 
 Extents = tuple[Any, ...]

@@ -1,152 +1,12 @@
 """Every operator that has a converter, in small modules: the CPU tests compile them, the GPU tests run them beside PyTorch."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
 import torch
-from inplace_builder.capture.capture import any_size
-from inplace_builder.lower.compile import Range
-from torch import Tensor, nn
-from torch.export import Dim
+from operator_case import Arg, Batch, fn, op
+from torch import nn
 
 aten = torch.ops.aten
-N_RANGE, M_RANGE = (1, 16), (1, 8)
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Absolute and relative, by the type of the result: a few units in the last place, TF32 off."""
-SMALL, LARGE = {"n": 3, "m": 2}, {"n": 7, "m": 5}
-
-
-@dataclass(frozen=True)
-class Arg:
-    """An input: its extents (``"n"`` and ``"m"`` vary), its type and the range of its random values."""
-
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype = torch.float32
-    low: float = -2.0
-    high: float = 2.0
-
-    def make(self, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-        shape = self.sized(sizes)
-        if self.dtype.is_floating_point:
-            return (torch.rand(shape, generator=generator) * (self.high - self.low) + self.low).to(self.dtype)
-        if self.dtype == torch.bool:
-            return torch.rand(shape, generator=generator) < 0.5
-        return torch.randint(int(self.low), int(self.high), shape, generator=generator).to(self.dtype)
-
-    def sized(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[extent] if isinstance(extent, str) else extent for extent in self.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A module and its inputs."""
-
-    name: str
-    module: nn.Module
-    inputs: tuple[Arg, ...]
-
-    def examples(self, sizes: dict[str, int]) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(len(self.name))
-        return tuple(arg.make(sizes, generator) for arg in self.inputs)
-
-    def check(self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        """Compare what ``run`` gives with what PyTorch gives, at two sizes; outputs are named ``out_0`` and so on."""
-        for sizes in (SMALL, LARGE):
-            inputs = self.examples(sizes)
-            found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
-            self.compare(inputs, [found[name] for name in self.outputs])
-
-    def compare(self, inputs: tuple[Tensor, ...], found: Sequence[Tensor]) -> None:
-        """Compare these outputs with what PyTorch gives for the inputs."""
-        for got, want in zip(found, self.results(inputs), strict=True):
-            limit = TOLERANCE.get(want.dtype, 0.0)
-            torch.testing.assert_close(got.cpu(), want, rtol=limit, atol=limit, equal_nan=True)
-
-    def results(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What PyTorch gives."""
-        with torch.no_grad():
-            result = self.module(*inputs)
-        return list(result) if isinstance(result, list | tuple) else [result]
-
-    @property
-    def outputs(self) -> list[str]:
-        return [f"out_{index}" for index in range(len(self.exported.graph_signature.user_outputs))]
-
-    @cached_property
-    def exported(self) -> torch.export.ExportedProgram:
-        dims: dict[int | str, Any] = {"n": Dim("n", min=N_RANGE[0], max=N_RANGE[1]), "m": Dim("m", min=M_RANGE[0], max=M_RANGE[1])}
-        shapes = tuple({axis: dims[extent] for axis, extent in enumerate(arg.shape) if isinstance(extent, str)} for arg in self.inputs)
-        with torch.no_grad(), any_size():
-            return torch.export.export(self.module, self.examples(SMALL), dynamic_shapes=(shapes,))
-
-    def profile(self) -> dict[str, Range]:
-        ends = {"n": N_RANGE, "m": M_RANGE}
-        least, most = ({name: ends[name][end] for name in ends} for end in (0, 1))
-        return {f"xs_{i}": (arg.sized(least), arg.sized(SMALL), arg.sized(most)) for i, arg in enumerate(self.inputs)}
-
-
-class Call(nn.Module):
-    """A function of tensors as a module; ``parts`` are the modules and parameters it may use."""
-
-    def __init__(self, function: Callable[..., Any], **parts: nn.Module | nn.Parameter | Tensor) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-        self.parts = tuple(parts)
-
-    def forward(self, *xs: Tensor) -> Any:
-        return self.function(*xs, **{name: getattr(self, name) for name in self.parts})
-
-
-class Together(nn.Module):
-    """Several modules beside one another: their inputs and their outputs one after another."""
-
-    def __init__(self, cases: Sequence[Case]) -> None:
-        super().__init__()
-        self.cases = tuple(cases)
-        self.modules_of_cases = nn.ModuleList(case.module for case in cases)
-
-    def forward(self, *xs: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
-        for case in self.cases:
-            found += case.results(xs[: len(case.inputs)])
-            xs = xs[len(case.inputs) :]
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Cases that share one network, because a network of one operator takes TensorRT seconds to build."""
-
-    cases: tuple[Case, ...]
-
-    @cached_property
-    def case(self) -> Case:
-        """All of them as one."""
-        return Case("together", Together(self.cases), tuple(arg for case in self.cases for arg in case.inputs))
-
-    def run(self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]]:
-        """For each case its inputs and what ``run`` gave for them, at two sizes; see `Case.compare`."""
-        parts: dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]] = {case.name: [] for case in self.cases}
-        for sizes in (SMALL, LARGE):
-            inputs = self.case.examples(sizes)
-            found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
-            outputs = [found[name] for name in self.case.outputs]
-            for case in self.cases:
-                own, inputs = inputs[: len(case.inputs)], inputs[len(case.inputs) :]
-                count = len(case.results(own))
-                parts[case.name].append((own, outputs[:count]))
-                outputs = outputs[count:]
-        return parts
-
-
 F, H, B16, I32, I64, BOOL = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool
+
 X, Y, Z = Arg(("n", 8)), Arg(("n", 8)), Arg(("n", 4, 8))
 HALF_X, BF16_X = Arg(("n", 8), H), Arg(("n", 8), B16)
 POSITIVE = Arg(("n", 8), low=0.25, high=4.0)
@@ -154,38 +14,6 @@ WHOLE, WHOLE_32 = Arg(("n", 8), I64, 1, 9), Arg(("n", 8), I32, -9, 9)
 TRUTH = Arg(("n", 8), BOOL)
 TWO = Arg(("n", "m", 8))
 IDS = Arg(("n",), I64, 0, 8)
-
-
-def op(overload: Any, *arguments: Any, name: str = "", **keywords: Any) -> Case:
-    """One operator on inputs (`Arg`) and constants; inputs may also stand in a list."""
-    inputs: list[Arg] = []
-
-    def place(argument: Any) -> Any:
-        if isinstance(argument, Arg):
-            inputs.append(argument)
-            return len(inputs) - 1
-        nested = isinstance(argument, list) and any(isinstance(each, Arg) for each in argument)
-        return [place(each) for each in argument] if nested else (argument,)
-
-    places = [place(argument) for argument in arguments]
-
-    def fill(where: Any, xs: tuple[Tensor, ...]) -> Any:
-        if isinstance(where, int):
-            return xs[where]
-        return [fill(each, xs) for each in where] if isinstance(where, list) else where[0]
-
-    def call(*xs: Tensor) -> Any:
-        return overload(*(fill(where, xs) for where in places), **keywords)
-
-    kinds = {str(arg.dtype).removeprefix("torch.") for arg in inputs} - {"float32"}
-    title = name or "-".join([str(overload), *sorted(kinds)])
-    return Case(title, Call(call), tuple(inputs))
-
-
-def fn(name: str, function: Callable[..., Any], *inputs: Arg, **parts: nn.Module | nn.Parameter | Tensor) -> Case:
-    """A function of inputs and parts."""
-    return Case(name, Call(function, **parts).eval(), inputs)
-
 
 ARITHMETIC = [
     op(aten.add.Tensor, X, Y),

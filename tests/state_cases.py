@@ -11,7 +11,7 @@ from inplace.operators import attention, read, update
 from inplace.specs import StateSpec, Update
 from inplace_builder.capture.capture import any_size
 from inplace_builder.lower.compile import Range
-from operator_cases import TOLERANCE
+from operator_case import TOLERANCE
 from torch import Tensor, nn
 from torch.export import Dim
 

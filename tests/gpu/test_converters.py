@@ -11,7 +11,8 @@ import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, compile_network, lower
-from operator_cases import BATCHES, CASES, Batch, Case
+from operator_case import Batch, Case
+from operator_cases import BATCHES, CASES
 from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")

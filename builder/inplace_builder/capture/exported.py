@@ -18,9 +18,9 @@ from inplace_builder.capture.functional import Functional, functional
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.cleanup import remove_no_ops
 from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
-from inplace_builder.passes.rewrite import SLOTS, common_rows, rewrite
+from inplace_builder.passes.rewrite import SLOTS, rewrite
 from inplace_builder.passes.state_uses import check_state_uses
-from inplace_builder.passes.states import Owner, State
+from inplace_builder.passes.states import Owner, State, common_rows
 
 
 @dataclass(frozen=True)

@@ -49,3 +49,9 @@ def skip(node: AnyNode) -> AnyNode:
 def one_user(node: AnyNode) -> AnyNode:
     """The only user, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def as_node(node: AnyNode) -> Node:
+    """An argument that must be a node."""
+    assert isinstance(node, Node)
+    return node

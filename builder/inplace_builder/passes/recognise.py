@@ -8,21 +8,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from inplace_builder.passes.emit import shape, value
-from inplace_builder.passes.match import AnyNode, call
+from inplace_builder.passes.match import AnyNode, as_node, call
 from inplace_builder.passes.positions import consecutive, constant
+from inplace_builder.passes.repetition import one_hot, position_a_row
 
 aten = torch.ops.aten
-
-
-_SPREADS = (
-    aten.unsqueeze.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.alias.default,
-    aten.logical_not.default,
-    aten.bitwise_not.default,
-)
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ def _slice_scatter(node: Node, question: Question) -> Write | Refusal:
         if not isinstance(capacity, int):
             return Refusal(node, base, "a slice of a state whose extent is dynamic")
         start = min(max(start + capacity if start < 0 else start, 0), capacity)
-    return Write(node, base, "slice_scatter", axis, shape(_node(new))[axis], start, new, wraps=not isinstance(start, int))
+    return Write(node, base, "slice_scatter", axis, shape(as_node(new))[axis], start, new, wraps=not isinstance(start, int))
 
 
 def _select_scatter(node: Node, question: Question) -> Write | Refusal:
@@ -123,7 +113,7 @@ def _index_copy(node: Node, question: Question) -> Write | Refusal:
     base, axis, index, new = node.args
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(node))
-    return _indexed(node, base, "index_copy", axis, _node(index), new, None, question, wraps=False)
+    return _indexed(node, base, "index_copy", axis, as_node(index), new, None, question, wraps=False)
 
 
 def _index_put(node: Node, question: Question) -> Write | Refusal:
@@ -131,7 +121,7 @@ def _index_put(node: Node, question: Question) -> Write | Refusal:
     assert isinstance(base, Node) and isinstance(indices, list | tuple)
     if _argument(node, 3, "accumulate", False):
         return Refusal(node, base, "index_put that accumulates: an append replaces what was there")
-    given = [(axis, _node(index)) for axis, index in enumerate(indices) if index is not None]
+    given = [(axis, as_node(index)) for axis, index in enumerate(indices) if index is not None]
     if any(value(index).dtype in (torch.bool, torch.uint8) for _, index in given):
         return Refusal(node, base, "index_put with a mask: how much it writes is known only at run time")
     extents = tuple(shape(base))
@@ -189,13 +179,13 @@ def _scatter(node: Node, question: Question) -> Write | Refusal:
     base, axis, index, new = node.args[:4]
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(base))
-    index = _node(index)
+    index = as_node(index)
     wanted = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
     if shape(index) != wanted:
         return Refusal(node, base, f"scatter with an index of {tuple(shape(index))}, where one position a row would be {wanted}")
     if isinstance(new, Node) and shape(new) != wanted:
         return Refusal(node, base, "scatter that takes a part of its source")
-    source, per_row = _position_a_row(index)
+    source, per_row = position_a_row(index)
     if source is None:
         return Refusal(node, base, "scatter whose index is not one position a row, repeated over the other axes")
     per_row = per_row and wanted[0] != 1
@@ -203,109 +193,20 @@ def _scatter(node: Node, question: Question) -> Write | Refusal:
     return Write(node, base, "scatter", axis, 1, source, new, extents=extents, per_row=per_row)
 
 
-def _position_a_row(index: Node) -> tuple[Node | None, bool]:
-    """The tensor that an index repeats: one entry, or one for each entry of the first axis only."""
-    current = index
-    while call(current, aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.alias.default):
-        extents = shape(current)
-        if any(not isinstance(extent, int) for extent in extents):
-            return None, False
-        if value(current).numel() == 1:
-            return current, False
-        before = _node(current.args[0])
-        varying = [extent for extent in shape(before) if extent != 1]
-        if call(current, aten.view.default, aten.reshape.default) and varying != [extent for extent in extents if extent != 1]:
-            return None, False
-        current = before
-        if value(current).numel() == 1:
-            return current, False
-        if len(shape(current)) == 1:
-            break
-    stays = len(shape(current)) == 1 and shape(current)[0] == shape(index)[0] and _stays_first(index, current)
-    return (current, True) if stays else (None, False)
-
-
-def _stays_first(index: Node, source: Node) -> bool:
-    """Evaluate the repetition on distinct numbers: entry [r, …] must be the r-th."""
-    rows = shape(source)[0]
-    known: dict[Node, Any] = {source: torch.arange(rows)}
-
-    def resolve(node: Node) -> Any:
-        if node not in known:
-            assert callable(node.target)
-            arguments, named = torch.fx.node.map_arg((node.args, node.kwargs), resolve)
-            known[node] = node.target(*arguments, **named)
-        return known[node]
-
-    found = resolve(index)
-    return bool((found == torch.arange(rows).reshape(-1, *[1] * (found.dim() - 1))).all())
-
-
 def _where(node: Node, question: Question) -> Write | Refusal | None:
     mask, yes, no = node.args
     assert isinstance(mask, Node)
     for base, new, positive in ((no, yes, True), (yes, no, False)):
-        found = _one_hot(mask, base, question, positive=positive)
+        found = one_hot(mask, base, question.module, positive=positive)
         if found is None:
             continue
         axis, index, per_row = found
-        extents = tuple(1 if place == axis else extent for place, extent in enumerate(shape(_node(base))))
+        extents = tuple(1 if place == axis else extent for place, extent in enumerate(shape(as_node(base))))
         own = tuple(shape(new)) if isinstance(new, Node) else ()
         if len(own) >= len(extents) - axis and own[len(own) - len(extents) + axis] != 1:
-            return Refusal(node, _node(base), "where with a value that differs along the masked axis")
-        return Write(node, _node(base), "where", axis, 1, index, new, ignores=True, extents=extents, per_row=per_row)
+            return Refusal(node, as_node(base), "where with a value that differs along the masked axis")
+        return Write(node, as_node(base), "where", axis, 1, index, new, ignores=True, extents=extents, per_row=per_row)
     return None
-
-
-def _one_hot(mask: Node, base: AnyNode, question: Question, *, positive: bool) -> tuple[int, Node, bool] | None:
-    """The axis and the position of a mask that is ``arange(extent) == position``, spread over the other axes."""
-    if not isinstance(base, Node) or any(not isinstance(extent, int) for extent in (*shape(base), *shape(mask))):
-        return None
-    compared = mask
-    while call(compared, *_SPREADS):
-        compared = _node(compared.args[0])
-    if not call(compared, aten.eq.Tensor, aten.ne.Tensor):
-        return None
-    for entries, position in ((compared.args[0], compared.args[1]), (compared.args[1], compared.args[0])):
-        order, where = constant(question.module, entries), _node(position)
-        if order is None or value(where).is_floating_point() or value(where).numel() not in (1, shape(base)[0]):
-            continue
-        rows = value(where).numel()
-        for axis, extent in enumerate(shape(base)):
-            if order.reshape(-1).tolist() == list(range(extent)) and _spreads(
-                mask, compared, base, entries, where, axis, positive=positive
-            ):
-                return axis, where, rows > 1
-    return None
-
-
-def _spreads(mask: Node, compared: Node, base: Node, entries: AnyNode, position: Node, axis: int, *, positive: bool) -> bool:
-    """Evaluate the mask for some positions: along ``axis`` exactly the row's own position must differ from the rest."""
-    extent, rows = shape(base)[axis], value(position).numel()
-    for first in range(extent):
-        places = (torch.arange(rows) * (1 if rows > 1 else 0) + first) % extent
-        known: dict[Node, Any] = {position: places.reshape(shape(position))}
-        known[_node(entries)] = torch.arange(extent).reshape(shape(_node(entries)))
-
-        def resolve(node: Node, known: dict[Node, Any] = known) -> Any:
-            if node not in known:
-                assert callable(node.target)
-                arguments, named = torch.fx.node.map_arg((node.args, node.kwargs), resolve)
-                known[node] = node.target(*arguments, **named)
-            return known[node]
-
-        selected = resolve(mask) if positive else ~resolve(mask)
-        try:
-            selected = torch.broadcast_to(selected, tuple(shape(base)))
-        except RuntimeError:
-            return False
-        view = [1] * len(shape(base))
-        view[axis] = extent
-        at = places.reshape(-1, *[1] * (len(shape(base)) - 1)) if rows > 1 else places
-        wanted = torch.broadcast_to(torch.arange(extent).reshape(view) == at, tuple(shape(base)))
-        if not torch.equal(selected, wanted):
-            return False
-    return True
 
 
 def is_window(result: Node, placeholder: Node) -> bool:
@@ -320,11 +221,6 @@ def is_window(result: Node, placeholder: Node) -> bool:
     end = _argument(kept, 3, "end", None)
     whole = end is None or (isinstance(end, int) and end >= extent)
     return _argument(kept, 1, "dim", 0) == axis % len(shape(placeholder)) and _argument(kept, 4, "step", 1) == 1 and whole
-
-
-def _node(node: AnyNode) -> Node:
-    assert isinstance(node, Node)
-    return node
 
 
 _PATTERNS: dict[Any, Callable[[Node, Question], Write | Refusal | None]] = {

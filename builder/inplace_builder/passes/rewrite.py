@@ -7,12 +7,13 @@ import torch
 from inplace.specs import Update
 from torch.fx import Graph, GraphModule, Node
 
+from inplace_builder.passes.chain import Chain, chain_of, is_whole
 from inplace_builder.passes.emit import Emitter, dtype, shape, value
 from inplace_builder.passes.positions import as_tensor
-from inplace_builder.passes.recognise import Question, Refusal, Write, is_window, recognise
+from inplace_builder.passes.recognise import Question, Write
 from inplace_builder.passes.recognise_attention import Attention, Explicit, attentions, is_cache
 from inplace_builder.passes.state_uses import source_line
-from inplace_builder.passes.states import Found, State
+from inplace_builder.passes.states import Found, State, common_rows
 
 aten = torch.ops.aten
 inplace = torch.ops.inplace
@@ -21,71 +22,9 @@ SLOTS = "slots"
 """The placeholder that says which slot each row is."""
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The recognised writes of one state, first to last; none where its whole value is computed anew.
-
-    Attributes:
-        writes: the writes.
-        refused: why the state is rewritten whole although only a part of it was written.
-        window: the whole value is the state shifted by what is new.
-        needs_rows: it would be recognised if the first axis counted rows.
-    """
-
-    writes: tuple[Write, ...] = ()
-    refused: Refusal | None = None
-    window: bool = False
-    needs_rows: bool = False
-
-
-def chain_of(placeholder: Node, result: Node, found: Found, question: Question) -> Chain:
-    """Follow a state's new value back to the state itself, one write at a time."""
-    writes: list[Write] = []
-    current = result
-    while current is not placeholder:
-        step = recognise(current, question)
-        if step is None:
-            partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
-            if partial is None:
-                return Chain(window=is_window(result, placeholder))
-            because = f"what {partial.pattern} writes into is not the state itself but computed from it"
-            return Chain(refused=Refusal(partial.node, partial.base, because))
-        if isinstance(step, Refusal):
-            return Chain(refused=step) if _reaches(step.base, placeholder) else Chain()
-        if (misfit := _misfit(step, found, question.rows)) is not None:
-            return Chain(refused=Refusal(step.node, step.base, misfit), needs_rows=step.per_row and question.rows == 1)
-        writes.append(step)
-        current = step.base
-    return Chain(tuple(reversed(writes)))
-
-
-def _reaches(node: Node, placeholder: Node) -> bool:
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop()
-        if current is placeholder:
-            return True
-        pending.extend(source for source in current.all_input_nodes if source not in seen)
-        seen.update(current.all_input_nodes)
-    return False
-
-
 def _scatters(node: Node) -> bool:
     """Whether a written value is itself an old part with something written into it."""
     return node.target in (aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default, aten.index_copy.default)
-
-
-def _misfit(write: Write, found: Found, rows: int) -> str | None:
-    """Why an update cannot say this write, although a pattern recognised it."""
-    if write.per_row and rows == 1:
-        return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
-    if write.axis == 0 and found.leading(rows) and not _whole(write, found):
-        return f"{write.pattern} along the first axis, which counts rows"
-    return None
-
-
-def _whole(write: Write, found: Found) -> bool:
-    return isinstance(write.start, int) and write.start == 0 and write.count == found.initial.shape[write.axis]
 
 
 @dataclass(frozen=True)
@@ -114,7 +53,7 @@ class Rewriting:
             new = written(emit, write)
             if not leading:
                 new = emit.call(aten.unsqueeze.default, new, 0)
-            if _whole(write, found):
+            if is_whole(write, found):
                 emit.call(inplace.update.default, state, self.slots, new)
                 return
             start = self.start(emit, write, found)
@@ -289,12 +228,6 @@ def _attention_verdict(state: State, chain: Chain, attended: Sequence[Attention 
     return state
 
 
-def common_rows(states: Sequence[Found]) -> int | None:
-    """The extent of the first axis, where it is the same and more than 1 for every state."""
-    extents = {state.initial.shape[0] if state.initial.dim() > 1 else 1 for state in states}
-    return extents.pop() if len(extents) == 1 and 1 not in extents else None
-
-
 def _slots(graph: Graph, before: Node, rows: int) -> Node:
     with graph.inserting_before(before):
         slots = graph.placeholder(SLOTS)
@@ -363,6 +296,6 @@ def _verdict(found: Found, chain: Chain, rows: int) -> State:
     what = "the outermost part that the module writes into is written" if part else "only what the module writes is written"
     because = f"{what}: {', '.join(patterns)}{source_line(chain.writes[0].node)}"
     axes = {write.axis - leading for write in chain.writes}
-    if len(axes) > 1 or any(_whole(write, found) for write in chain.writes):
+    if len(axes) > 1 or any(is_whole(write, found) for write in chain.writes):
         return replace(plain, pattern=" + ".join(patterns), because=because, operators=("update",) * len(chain.writes))
     return State(found, leading, " + ".join(patterns), because, ("update",) * len(chain.writes), Update.APPEND, axes.pop())

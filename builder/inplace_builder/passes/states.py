@@ -1,5 +1,6 @@
 """The states of a user's own module, and what was found out about each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -95,3 +96,9 @@ class State:
             axis=self.axis,
             fill=float(first) if uniform else 0.0,
         )
+
+
+def common_rows(states: Sequence[Found]) -> int | None:
+    """The extent of the first axis, where it is the same and more than 1 for every state."""
+    extents = {state.initial.shape[0] if state.initial.dim() > 1 else 1 for state in states}
+    return extents.pop() if len(extents) == 1 and 1 not in extents else None

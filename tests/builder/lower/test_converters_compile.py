@@ -9,7 +9,8 @@ from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.lower import CompileOptions, compile_network, lower
 from inplace_builder.lower.registry import registered
 from network_interpreter import interpret
-from operator_cases import BATCHES, CASES, Case
+from operator_case import Case
+from operator_cases import BATCHES, CASES
 
 aten = torch.ops.aten
 

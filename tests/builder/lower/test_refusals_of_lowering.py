@@ -13,7 +13,8 @@ from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import choose, compile_network, converter, lower, mechanism, state_converter
 from inplace_builder.lower.registry import find_converter, registered
-from operator_cases import CASES, Call
+from operator_case import Call
+from operator_cases import CASES
 from state_cases import STATE_CASES
 from torch import Tensor
 

@@ -1,0 +1,71 @@
+"""A state's new value as a chain of recognised writes into the state."""
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from inplace_builder.passes.recognise import Question, Refusal, Write, is_window, recognise
+from inplace_builder.passes.states import Found
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The recognised writes of one state, first to last; none where its whole value is computed anew.
+
+    Attributes:
+        writes: the writes.
+        refused: why the state is rewritten whole although only a part of it was written.
+        window: the whole value is the state shifted by what is new.
+        needs_rows: it would be recognised if the first axis counted rows.
+    """
+
+    writes: tuple[Write, ...] = ()
+    refused: Refusal | None = None
+    window: bool = False
+    needs_rows: bool = False
+
+
+def chain_of(placeholder: Node, result: Node, found: Found, question: Question) -> Chain:
+    """Follow a state's new value back to the state itself, one write at a time."""
+    writes: list[Write] = []
+    current = result
+    while current is not placeholder:
+        step = recognise(current, question)
+        if step is None:
+            partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
+            if partial is None:
+                return Chain(window=is_window(result, placeholder))
+            because = f"what {partial.pattern} writes into is not the state itself but computed from it"
+            return Chain(refused=Refusal(partial.node, partial.base, because))
+        if isinstance(step, Refusal):
+            return Chain(refused=step) if _reaches(step.base, placeholder) else Chain()
+        if (misfit := _misfit(step, found, question.rows)) is not None:
+            return Chain(refused=Refusal(step.node, step.base, misfit), needs_rows=step.per_row and question.rows == 1)
+        writes.append(step)
+        current = step.base
+    return Chain(tuple(reversed(writes)))
+
+
+def _reaches(node: Node, placeholder: Node) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is placeholder:
+            return True
+        pending.extend(source for source in current.all_input_nodes if source not in seen)
+        seen.update(current.all_input_nodes)
+    return False
+
+
+def _misfit(write: Write, found: Found, rows: int) -> str | None:
+    """Why an update cannot say this write, although a pattern recognised it."""
+    if write.per_row and rows == 1:
+        return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
+    if write.axis == 0 and found.leading(rows) and not is_whole(write, found):
+        return f"{write.pattern} along the first axis, which counts rows"
+    return None
+
+
+def is_whole(write: Write, found: Found) -> bool:
+    """Whether a write covers its axis from end to end."""
+    return isinstance(write.start, int) and write.start == 0 and write.count == found.initial.shape[write.axis]

@@ -1,8 +1,8 @@
 # ruff: noqa: B023  the functions are called before the loop goes on
 """Block sizes of the linear kernels: times every layer of the benchmark shapes over a small grid, and cuBLAS beside it.
 
-    for share in 0 1 2 3 4 5 6 7; do python benchmarks/linear_tune.py --compile-only --share $share/8 & done; wait
-    python benchmarks/linear_tune.py --seconds 60
+    for share in 0 1 2 3 4 5 6 7; do python -m benchmarks.linear_tune --compile-only --share $share/8 & done; wait
+    python -m benchmarks.linear_tune --seconds 60
 
 The first line fills Triton's cache on all cores; the second then only times. Each configuration is timed as a CUDA graph over enough
 copies of the weight that the L2 cache does not hold them.
@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 import triton
 from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
+
+from benchmarks.gpu.machine import bandwidth
 
 LAYERS = {
     "135m qkv": LinearSpec(576, 960, norm=True, eps=1e-5),
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="of the configurations: index/count")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
+    rate = 1.0 if arguments.compile_only else bandwidth()
     index, count = map(int, arguments.share.split("/"))
     layers = {name: LAYERS[name] for name in arguments.layers.split(",")}
     found = []
@@ -121,7 +124,7 @@ def main() -> None:
         if arguments.compile_only:
             continue
         cublas = timed(lambda call: torch.mm(x, weights[call % copies].t(), out=product))
-        floor = spec.inputs * spec.outputs * 2 / 3.02e12 * 1e6
+        floor = spec.inputs * spec.outputs * 2 / rate * 1e6
         results.sort()
         print(
             f"{name} rows {rows}: floor {floor:.1f} cuBLAS {cublas:.1f} (default {default or 'cuBLAS'}) |",

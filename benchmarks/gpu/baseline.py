@@ -17,7 +17,7 @@ from transformers import AttentionInterface, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.gpu.measurement import Measurement
-from benchmarks.gpu.shapes import SHAPES, cache_bytes, floor_us, random_model, weight_bytes
+from benchmarks.gpu.shapes import SHAPES, cache_bytes, random_model, weight_bytes
 
 ENGINES = {
     "torch_compile": "torch.compile",
@@ -201,7 +201,6 @@ def described(shape: str, rows: int, capacity: int, length: int, engine: str) ->
         length=held,
         tokens=tokens,
         kind="prefill" if prefill else "decode",
-        floor_us=floor_us(shape, positions),
         weight_bytes=weight_bytes(shape),
         cache_bytes_read=cache_bytes(shape, positions),
         error="not run",

@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from inplace.arena import Arena
@@ -23,10 +22,9 @@ from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder
 
+from benchmarks.gpu.measurement import Measurement
 from benchmarks.gpu.shapes import random_model
 
-BANDWIDTH = 3.02e12
-"""Bytes a second: a device-to-device copy on an H100, reads and writes counted."""
 REPEATS, STEPS = 5, 100
 ENGINES = Path(os.environ["INPLACE_BENCH_ENGINES"]) if "INPLACE_BENCH_ENGINES" in os.environ else None
 """Engines built beforehand, side by side, so that the benchmark only has to load them."""
@@ -109,24 +107,23 @@ def report(
     cached = sum(length + count for length, count in zip(lengths, tokens, strict=True))
     position = sum(state.slot_bytes for state in manifest.states) // arguments.capacity
     weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])
-    line: dict[str, Any] = {
-        "engine": f"inplace-{arguments.alias}",
-        "shape": arguments.shape,
-        "rows": len(lengths),
-        "capacity": arguments.capacity,
-        "length": max(lengths),
-        "tokens": sum(tokens),
-        "kind": "decode" if max(tokens) == 1 else "prefill",
-        "us": statistics.median(times),
-        "us_min": min(times),
-        "repeats": REPEATS,
-        "floor_us": (weights + cached * position) / BANDWIDTH * 1e6,
-        "weight_bytes": weights,
-        "cache_bytes_read": cached * position,
-        "memory": engine.memory | {"arena": arena.bytes, "plan": manifest.engine.bytes},
-        "build_s": built,
-    }
-    print(json.dumps(line), flush=True)
+    found = Measurement(
+        engine=f"inplace-{arguments.alias}",
+        shape=arguments.shape,
+        rows=len(lengths),
+        capacity=arguments.capacity,
+        length=max(lengths),
+        tokens=sum(tokens),
+        kind="decode" if max(tokens) == 1 else "prefill",
+        us=statistics.median(times),
+        us_min=min(times),
+        repeats=REPEATS,
+        weight_bytes=weights,
+        cache_bytes_read=cached * position,
+        memory=engine.memory | {"arena": arena.bytes, "plan": manifest.engine.bytes},
+        build_s=built,
+    )
+    print(json.dumps(found.record()), flush=True)
 
 
 def step_inputs(manifest: Manifest, engine: TensorRtEngine, arena: Arena, lengths: list[int], tokens: list[int]) -> dict[str, torch.Tensor]:

@@ -26,7 +26,6 @@ class Measurement:
         us: microseconds a step, the median of the repeats.
         us_min: the fastest repeat.
         repeats: number of repeats, each of many steps.
-        floor_us: microseconds to read the weights and the cached positions once.
         weight_bytes: bytes of weights a step reads.
         cache_bytes_read: bytes of cached keys and values a step must read.
         memory: bytes by what they hold.
@@ -45,7 +44,6 @@ class Measurement:
     us: float | None = None
     us_min: float | None = None
     repeats: int | None = None
-    floor_us: float | None = None
     weight_bytes: int | None = None
     cache_bytes_read: int | None = None
     memory: dict[str, int] | None = None

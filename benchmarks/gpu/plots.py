@@ -84,12 +84,12 @@ def panels(measurements: Sequence[Measurement], axis: Axis) -> list[Panel]:
     return made
 
 
-def draw_panel(axes: Axes, panel: Panel, axis: Axis) -> None:
+def draw_panel(axes: Axes, panel: Panel, axis: Axis, bandwidth: float) -> None:
     """A line an engine, the floor, microseconds from zero."""
     for engine, line in panel.lines.items():
         at, times = [getattr(found, axis.field) for found in line], [found.us or 0.0 for found in line]
         axes.plot(at, times, "o-", color=COLOURS[engine], label=ENGINES[engine], linewidth=2.2 if engine == OURS else 1.4)
-    floors = {getattr(found, axis.field): floor_us(found.shape, found.rows * (found.length + 1)) for found in panel.points}
+    floors = {getattr(found, axis.field): floor_us(found.shape, found.rows * (found.length + 1), bandwidth) for found in panel.points}
     axes.plot(sorted(floors), [floors[at] for at in sorted(floors)], label="floor", color="black", linestyle=":", linewidth=1.2)
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(axis.label)
@@ -101,7 +101,7 @@ def draw_panel(axes: Axes, panel: Panel, axis: Axis) -> None:
     axes.legend(fontsize=8)
 
 
-def draw_cases(results: Results) -> Figure | None:
+def draw_cases(results: Results, bandwidth: float) -> Figure | None:
     """Bars of every case and engine with the floor across, each case on its own scale; None where no case is measured."""
     cases = [case for case in CASES if any(found.us is not None for found in results.at(case).values())]
     engines = [engine for engine in ENGINES if any(engine in results.at(case) for case in cases)]
@@ -112,7 +112,7 @@ def draw_cases(results: Results) -> Figure | None:
         times = {engine: found.us for engine in engines if (found := results.at(case).get(engine)) is not None and found.us is not None}
         bars = axes.bar([engines.index(engine) for engine in times], list(times.values()), color=[COLOURS[engine] for engine in times])
         axes.bar_label(bars, [f"{us:.0f}" for us in times.values()], fontsize=7)
-        axes.axhline(floor_us(case.shape, case.rows * (case.length + 1)), color="black", linestyle=":", linewidth=1.2)
+        axes.axhline(floor_us(case.shape, case.rows * (case.length + 1), bandwidth), color="black", linestyle=":", linewidth=1.2)
         axes.set_xlim(-0.6, len(engines) - 0.4)
         axes.set_xticks([])
         axes.set_title(case.name, fontsize=10)
@@ -123,16 +123,16 @@ def draw_cases(results: Results) -> Figure | None:
     return figure
 
 
-def draw(measurements: Sequence[Measurement], folder: Path) -> list[Path]:
-    """Write a PNG of the cases and one each axis that has something to show; returns the files."""
+def draw(measurements: Sequence[Measurement], bandwidth: float, folder: Path) -> list[Path]:
+    """Write a PNG of the cases and one each axis that has something to show, floors at so many bytes a second; returns the files."""
     written = []
-    if (figure := draw_cases(Results.of(measurements))) is not None:
+    if (figure := draw_cases(Results.of(measurements), bandwidth)) is not None:
         written.append(_saved(figure, folder / "gpu_cases.png"))
     for axis in AXES:
         if shown := panels(measurements, axis):
             figure, grid = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.0), layout="constrained", squeeze=False)
             for axes, panel in zip(grid[0], shown, strict=True):
-                draw_panel(axes, panel, axis)
+                draw_panel(axes, panel, axis, bandwidth)
             written.append(_saved(figure, folder / f"gpu_by_{axis.field}.png"))
     return written
 
@@ -144,13 +144,14 @@ def _saved(figure: Figure, path: Path) -> Path:
 
 
 def main() -> None:
-    """Draw what the files hold; of several files the later one counts where both measure the same."""
+    """Draw what the file holds."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("json", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, help="folder of the plots; beside the first file unless given")
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the plots; beside the file unless given")
     given = parser.parse_args()
-    found = [Measurement.of(record) for path in given.json for record in json.loads(path.read_text())["measurements"]]
-    for path in draw(found, given.out or given.json[0].parent):
+    record = json.loads(given.json.read_text())
+    found = [Measurement.of(one) for one in record["measurements"]]
+    for path in draw(found, record["bandwidth"], given.out or given.json.parent):
         print(path)
 
 

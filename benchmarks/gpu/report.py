@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.measurement import LEFT_OUT, Measurement
-from benchmarks.gpu.shapes import BANDWIDTH, CASES, PREFILL_CAPACITY, PREFILL_SHAPE, PREFILL_TOKENS, Case, floor_us
+from benchmarks.gpu.shapes import CASES, PREFILL_CAPACITY, PREFILL_SHAPE, PREFILL_TOKENS, Case, floor_us
 
 OURS = "inplace-plugin"
 ENGINES = {
@@ -110,20 +110,20 @@ def report(record: dict[str, Any]) -> str:
     """The report as Markdown text. Raises as `write_report`."""
     measurements = [Measurement.of(found) for found in record["measurements"]]
     results = Results.of(measurements)
-    machine, versions = record["machine"], record["versions"]
+    machine, versions, bandwidth = record["machine"], record["versions"], record["bandwidth"]
     parts = [
         "# Step times on a GPU",
         f"{record['what']} Microseconds a step, median ({_repeats(measurements)}); in brackets, times the floor. The floor is the time to "
-        f"read the weights and the cached positions once at {BANDWIDTH / 1e12:.2f} TB/s.",
+        f"read the weights and the cached positions once at {bandwidth / 1e12:.2f} TB/s, which a copy on this GPU reaches.",
         f"{record['date']}, commit {record['commit']}, `{record['command']}`  \n"
         + ", ".join(f"{key} {value}" for key, value in machine.items())
         + "  \n"
         + ", ".join(f"{key} {value}" for key, value in versions.items()),
         "## Decode",
-        decode_table(results),
+        decode_table(results, bandwidth),
     ]
     if PREFILL in results.by:
-        parts += [f"## Prefill, {PREFILL_TOKENS} tokens of one sequence", prefill_table(results)]
+        parts += [f"## Prefill, {PREFILL_TOKENS} tokens of one sequence", prefill_table(results, bandwidth)]
     if notes := [f"- {_where(found)}: {found.notes}" for found in measurements if found.notes]:
         parts += ["## Notes", "\n".join(notes)]
     if failed := [f"- {_where(found)}: {found.error}" for found in measurements if found.error]:
@@ -131,20 +131,20 @@ def report(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def decode_table(results: Results) -> str:
-    """The decode cases, one a row."""
+def decode_table(results: Results, bandwidth: float) -> str:
+    """The decode cases, one a row; floors at so many bytes a second."""
     engines = _engines(results, (step_of(case) for case in CASES))
     lines = [["case", *(ENGINES[engine] for engine in engines), "floor", "must", "aim"]]
     for case in CASES:
-        floor = floor_us(case.shape, case.rows * (case.length + 1))
+        floor = floor_us(case.shape, case.rows * (case.length + 1), bandwidth)
         cells = [_cell(results.at(case).get(engine), floor) for engine in engines]
         lines.append([f"{case.name}, length {case.length}", *cells, f"{floor:.0f}", str(must(case, results)), str(aim(case, results))])
     return _table(lines)
 
 
-def prefill_table(results: Results) -> str:
+def prefill_table(results: Results, bandwidth: float) -> str:
     """The prefill, beside its floor (which counts memory only, not arithmetic)."""
-    engines, floor = _engines(results, [PREFILL]), floor_us(PREFILL_SHAPE, PREFILL_TOKENS)
+    engines, floor = _engines(results, [PREFILL]), floor_us(PREFILL_SHAPE, PREFILL_TOKENS, bandwidth)
     cells = [_cell(results.by[PREFILL].get(engine), floor) for engine in engines]
     return _table(
         [["case", *(ENGINES[engine] for engine in engines), "floor"], [f"{PREFILL_SHAPE} c{PREFILL_CAPACITY}", *cells, f"{floor:.0f}"]]

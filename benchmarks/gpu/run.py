@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.machine import machine, versions
+from benchmarks.gpu.machine import bandwidth, machine, versions
 from benchmarks.gpu.measurement import LEFT_OUT, Measurement, measurements_in
 from benchmarks.gpu.plan import Child, plan
 from benchmarks.gpu.report import write_report
@@ -147,6 +147,7 @@ def main() -> None:
         "command": f"python -m benchmarks.gpu.run --budget {given.budget:.0f}" + options,
         "commit": given.commit,
         "machine": machine(),
+        "bandwidth": bandwidth(),
         "versions": versions(),
     }
     children = [child for child in plan() if given.only in child.name]

@@ -6,8 +6,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-BANDWIDTH = 3.02e12
-"""Bytes a second: a device-to-device copy on an H100, reads and writes counted."""
 BFLOAT16_BYTES = 2
 
 
@@ -89,9 +87,9 @@ def cache_bytes(shape: str, positions: int) -> int:
     return int(BFLOAT16_BYTES * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim) * positions
 
 
-def floor_us(shape: str, positions: int) -> float:
-    """Microseconds it takes to read the weights and so many cached positions once at `BANDWIDTH`: no step can be faster."""
-    return (weight_bytes(shape) + cache_bytes(shape, positions)) / BANDWIDTH * 1e6
+def floor_us(shape: str, positions: int, bandwidth: float) -> float:
+    """Microseconds it takes to read the weights and so many cached positions once, at so many bytes a second: no step can be faster."""
+    return (weight_bytes(shape) + cache_bytes(shape, positions)) / bandwidth * 1e6
 
 
 def random_model(name: str, dtype: torch.dtype, device: str | torch.device) -> LlamaForCausalLM:

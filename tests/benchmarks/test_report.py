@@ -19,6 +19,8 @@ from benchmarks.gpu.report import Results, aim, must, report
 from benchmarks.gpu.run import kept, run, run_child, unmeasured
 from benchmarks.gpu.shapes import CASES, SHAPES, Case, cache_bytes, floor_us, random_weights, weight_bytes
 
+BANDWIDTH = 3.02e12
+
 
 def tiny() -> LlamaForCausalLM:
     config = LlamaConfig(
@@ -38,7 +40,15 @@ def measured(case: Case, engine: str, us: float) -> Measurement:
 
 
 def record(measurements: list[Measurement]) -> dict[str, Any]:
-    facts = {"what": "Steps.", "date": "today", "command": "run", "commit": "abc", "machine": {"GPU": "G"}, "versions": {"torch": "2"}}
+    facts = {
+        "what": "Steps.",
+        "date": "today",
+        "command": "run",
+        "commit": "abc",
+        "machine": {"GPU": "G"},
+        "bandwidth": BANDWIDTH,
+        "versions": {"torch": "2"},
+    }
     return facts | {"measurements": [one.record() for one in measurements]}
 
 
@@ -55,8 +65,8 @@ def test_weight_bytes_are_those_of_the_model(shape: str) -> None:
 
 def test_the_floor_counts_weights_once_and_each_cached_position() -> None:
     assert cache_bytes("135m", 10) == 10 * 30 * 3 * 64 * 2 * 2
-    assert floor_us("1b", 0) == pytest.approx(818, abs=1)
-    assert floor_us("1b", 1000) - floor_us("1b", 0) == pytest.approx(cache_bytes("1b", 1000) / 3.02e6)
+    assert floor_us("1b", 0, BANDWIDTH) == pytest.approx(818, abs=1)
+    assert floor_us("1b", 1000, BANDWIDTH) - floor_us("1b", 0, BANDWIDTH) == pytest.approx(cache_bytes("1b", 1000) / 3.02e6)
 
 
 def test_random_weights_are_the_same_each_time_tied_and_run() -> None:
@@ -227,7 +237,7 @@ def test_the_report_shows_times_failures_and_targets() -> None:
     assert "| – | left out |" in text
     assert "| – | failed |" in text
     line = next(line for line in text.splitlines() if line.startswith(f"| {case.name}"))
-    floor = floor_us("1b", 8 * 601)
+    floor = floor_us("1b", 8 * 601, BANDWIDTH)
     assert line.split(" | ")[1:3] == [f"1400 ({1400 / floor:.2f})", f"8000 ({8000 / floor:.2f})"]
     assert "1350: **not met**" in line
     assert "1b B64 c1024, length 600: out of memory" in text
@@ -239,6 +249,6 @@ def test_plots_have_one_panel_for_each_quantity_that_varies(tmp_path: Path) -> N
     (panel,) = panels(one, AXES[2])
     assert [found.rows for found in panel.lines["inplace-plugin"]] == [1, 8, 64]
     assert panels(one, AXES[0]) == []
-    files = draw([*one, measured(CASES[0], "torch.compile", 1500.0)], tmp_path)
+    files = draw([*one, measured(CASES[0], "torch.compile", 1500.0)], BANDWIDTH, tmp_path)
     assert [path.name for path in files] == ["gpu_cases.png", "gpu_by_rows.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 
 from inplace.arena import Arena
@@ -40,15 +41,21 @@ class ModelInstance:
     def admit(self, request: Request) -> Work:
         """Check a request and give it its sequence. After this nothing of the client's can make the step fail.
 
-        A START resets: a live sequence of that id ends first. A refused START leaves no slot, a refused END still frees, any other
-        refused request changes nothing.
+        A START resets: a live sequence of that id ends first; but with the live sequence's key and a position above 0 it is a step of that
+        sequence (Triton forgets sequences that are alive here, and then takes nothing but a START). A refused START leaves no slot, a
+        refused END still frees; any other refused request, and any that is refused for its key, changes nothing.
 
         Raises:
             RequestError: with the reason.
         """
+        key = request.key()
         live = self.table.get(request.sequence)
-        if request.start and live is not None:
-            self.table.end(live)
+        if live is not None:
+            live.check_key(key, start=request.start)
+            if request.start and live.key is not None and request.goes_on:
+                request = replace(request, start=False)
+            elif request.start:
+                self.table.end(live)
         try:
             if request.sequence in (0, ""):
                 raise RequestError(Code.NO_SEQUENCE_ID, "the request names no sequence; send a correlation id that is not 0 or empty")
@@ -106,7 +113,7 @@ class ModelInstance:
         return [spec.name for spec in self.program.outputs if not spec.on_request or work.request.flag(spec.name)]
 
     def _start(self, request: Request) -> Sequence:
-        sequence = self.table.start(request.sequence)
+        sequence = self.table.start(request.sequence, request.key())
         self.arena.reset(sequence.slot)
         return sequence
 

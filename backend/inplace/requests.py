@@ -1,5 +1,6 @@
 """What a client asked for, free of Triton's types, and the checks that need nothing but the program's description."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,9 @@ from inplace.manifest import Program
 from inplace.sampling import GREEDY, Parameter, Sampling
 from inplace.sequences import SequenceId
 from inplace.specs import Role, TensorSpec
+
+LONGEST_KEY = 256
+"""Characters a ``sequence_key`` may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,30 @@ class Request:
         if isinstance(value, bool) or not (str(value).isascii() and str(value).isdigit()):
             raise RequestError(Code.BAD_PARAMETER, f"parameter 'position' is {value!r}; expected a whole number of at least 0")
         return int(value)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it names a position other than 0, which no START can mean that wants a fresh slot."""
+        return self.parameters.get("position", 0) not in (0, "0")
+
+    def key(self) -> bytes | None:
+        """SHA-256 of the parameter ``sequence_key``, a text or a whole number (the same as its digits); None where none was sent.
+
+        The key itself is kept nowhere, and appears in no error text.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it is neither, is empty or is longer than `LONGEST_KEY`.
+        """
+        value = self.parameters.get("sequence_key")
+        if value is None:
+            return None
+        expected = f"expected a text of 1 to {LONGEST_KEY} characters, or a whole number"
+        if isinstance(value, bool | float):
+            raise RequestError(Code.BAD_PARAMETER, f"parameter 'sequence_key' is a {type(value).__name__}; {expected}")
+        text = str(value)
+        if not 1 <= len(text) <= LONGEST_KEY:
+            raise RequestError(Code.BAD_PARAMETER, f"parameter 'sequence_key' has {len(text)} characters; {expected}")
+        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
     def sampling(self, program: Program) -> Sampling:
         """How the request wants its next token chosen.

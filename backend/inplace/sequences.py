@@ -1,5 +1,6 @@
 """Sequences and the slots they own."""
 
+import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Sequence:
     Attributes:
         id: the correlation id.
         slot: its row of the arena.
+        key: digest of the key that its START set; None where it set none.
         length: positions its slot holds (the cached length).
         last_response: when it was last answered, by the table's clock, in seconds.
         busy: a step of it is under way; it is not reclaimed then.
@@ -26,9 +28,27 @@ class Sequence:
 
     id: SequenceId
     slot: int
+    key: bytes | None = None
     length: int = 0
     last_response: float = 0.0
     busy: bool = False
+
+    def check_key(self, key: bytes | None, *, start: bool) -> None:
+        """Refuse a request that was not meant for this sequence, or not sent by its owner. Takes the same time whatever differs.
+
+        A sequence without a key is open to any START, but not to a step or END that carries one: that was meant for another sequence.
+
+        Raises:
+            RequestError: SEQUENCE_KEY.
+        """
+        if hmac.compare_digest(self.key or b"", key or b"") or (start and self.key is None):
+            return
+        kept = "none" if self.key is None else "another" if key else "one"
+        raise RequestError(
+            Code.SEQUENCE_KEY,
+            f"the request carries {'a' if key else 'no'} sequence_key, the START of the live sequence {self.id!r} set {kept}; nothing was "
+            f"changed: send what its START sent, or use an id of your own",
+        )
 
 
 class SlotTable:
@@ -75,8 +95,8 @@ class SlotTable:
             why = "it has not started, has ended, or its START was refused"
         raise RequestError(Code.UNKNOWN_SEQUENCE, f"no sequence {id!r} is live: {why}; send a request with the START flag")
 
-    def start(self, id: SequenceId) -> Sequence:
-        """Give a new sequence a slot.
+    def start(self, id: SequenceId, key: bytes | None = None) -> Sequence:
+        """Give a new sequence a slot, and the key that its later requests must carry.
 
         Raises:
             RequestError: NO_FREE_SLOT, retryable.
@@ -91,7 +111,7 @@ class SlotTable:
                 retryable=True,
             )
         self._reclaimed.pop(id, None)
-        sequence = self._live[id] = Sequence(id, self._free.pop(), last_response=self._clock())
+        sequence = self._live[id] = Sequence(id, self._free.pop(), key, last_response=self._clock())
         return sequence
 
     def end(self, sequence: Sequence) -> None:

@@ -14,9 +14,8 @@ def load_engine(folder: Path, manifest: Manifest, arena: Arena) -> Engine:
     Raises:
         LoadError: the file is missing, truncated or changed, disagrees with the manifest, or was built for another machine.
     """
-    path = manifest.engine.checked(folder)
     if manifest.engine.kind == "torch":
-        return TorchEngine(path, manifest, arena)
+        return TorchEngine(manifest.engine.checked(folder), manifest, arena)
     from inplace.engines.tensorrt import TensorRtEngine  # imports TensorRT
 
     return TensorRtEngine(folder, manifest, arena)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from inplace.specs import Update
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.passes.chain import Chain, chain_of, is_whole
@@ -12,19 +11,14 @@ from inplace_builder.passes.emit import Emitter, dtype, shape, value
 from inplace_builder.passes.positions import as_tensor
 from inplace_builder.passes.recognise import Question, Write
 from inplace_builder.passes.recognise_attention import Attention, Explicit, attentions, is_cache
-from inplace_builder.passes.state_uses import source_line
 from inplace_builder.passes.states import Found, State, common_rows
+from inplace_builder.passes.verdict import verdict
 
 aten = torch.ops.aten
 inplace = torch.ops.inplace
 
 SLOTS = "slots"
 """The placeholder that says which slot each row is."""
-
-
-def _scatters(node: Node) -> bool:
-    """Whether a written value is itself an old part with something written into it."""
-    return node.target in (aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default, aten.index_copy.default)
 
 
 @dataclass(frozen=True)
@@ -203,9 +197,9 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
             work.replace(placeholders[state.name], state, result)
     for state in states:
         _read_first(work, placeholders[state.name], state)
-    made = [_attention_verdict(_verdict(state, chain, rows), chain, attended) for state, chain in zip(states, chains, strict=True)]
+    made = tuple(verdict(state, chain, attended, rows) for state, chain in zip(states, chains, strict=True))
     graph.eliminate_dead_code()
-    return tuple(made)
+    return made
 
 
 def _attended(module: GraphModule, states: Sequence[Found], chains: Sequence[Chain], rows: int) -> list[Attention | Explicit]:
@@ -215,17 +209,6 @@ def _attended(module: GraphModule, states: Sequence[Found], chains: Sequence[Cha
         if len(chain.writes) == 1 and is_cache(chain.writes[0], state.slot_shape(rows), leading=state.leading(rows))
     }
     return attentions(module, appended) if appended and rows == 1 else []
-
-
-def _attention_verdict(state: State, chain: Chain, attended: Sequence[Attention | Explicit]) -> State:
-    nodes = {write.node for write in chain.writes}
-    for found in attended:
-        if isinstance(found, Attention) and nodes & {found.keys.node, found.values.node}:
-            because = f"{state.because}; the attention behind it is causal{f' in a window of {found.window}' if found.window else ''}"
-            return replace(state, because=because, operators=("attention",))
-        if isinstance(found, Explicit) and nodes & set(found.versions):
-            return replace(state, because=f"{state.because}; the attention behind it stays explicit: {found.because}")
-    return state
 
 
 def _slots(graph: Graph, before: Node, rows: int) -> Node:
@@ -277,25 +260,3 @@ def _plain_arguments(node: Node) -> list[object]:
     """The arguments of a node that are not states in slots."""
     states = _STATES.get(node.target)
     return list(node.all_input_nodes) if states is None else [given for place, given in enumerate(node.args) if place not in states]
-
-
-def _verdict(found: Found, chain: Chain, rows: int) -> State:
-    leading = found.leading(rows)
-    plain = State(found, leading, "replace", "the module computes its whole value anew in each step", ("update",), Update.REPLACE, None)
-    if chain.refused is not None:
-        refused = chain.refused
-        because = f"read, computed and written back whole: {refused.because}{source_line(refused.node)}"
-        return replace(plain, pattern="explicit", because=because)
-    if chain.window:
-        because = "a window that drops its oldest entries: moved as the module moves it, for a ring would change the order that others see"
-        return replace(plain, pattern="window", because=because)
-    if not chain.writes:
-        return plain
-    patterns = tuple(dict.fromkeys(write.pattern for write in chain.writes))
-    part = any(isinstance(write.value, Node) and _scatters(write.value) for write in chain.writes)
-    what = "the outermost part that the module writes into is written" if part else "only what the module writes is written"
-    because = f"{what}: {', '.join(patterns)}{source_line(chain.writes[0].node)}"
-    axes = {write.axis - leading for write in chain.writes}
-    if len(axes) > 1 or any(is_whole(write, found) for write in chain.writes):
-        return replace(plain, pattern=" + ".join(patterns), because=because, operators=("update",) * len(chain.writes))
-    return State(found, leading, " + ".join(patterns), because, ("update",) * len(chain.writes), Update.APPEND, axes.pop())

@@ -48,7 +48,7 @@ class TensorRtEngine:
             )
         tensorrt = load_tensorrt(plan.flavor)
         _check_machine(path, plan, tensorrt)
-        self._arena, self._addresses = arena, _addresses(arena)
+        self._arena, self._addresses = arena, arena.addresses()
         self._tensorrt = tensorrt
         plugins = None
         if not tensorrt.is_rtx:
@@ -83,7 +83,7 @@ class TensorRtEngine:
             RuntimeError: TensorRT or a plugin failed, or a state is no longer where it was bound: captured graphs hold addresses, and a
                 stale one is never replayed.
         """
-        if not self._steps.moves_states and _addresses(self._arena) != self._addresses:
+        if not self._steps.moves_states and self._arena.addresses() != self._addresses:
             moved = [name for name, old in self._addresses.items() if self._arena.tensors[name].data_ptr() != old]
             raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
         return self._steps.step(inputs, wanted)
@@ -91,10 +91,6 @@ class TensorRtEngine:
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """Microseconds of one step on the GPU, see `IndirectSteps.time`; for benchmarks."""
         return self._steps.time(inputs, count)
-
-
-def _addresses(arena: Arena) -> dict[str, int]:
-    return arena.addresses()
 
 
 def _check_machine(path: Path, plan: Plan, tensorrt: TensorRT) -> None:

@@ -1,6 +1,5 @@
 """A model instance: one engine, its arena and its sequences. The step that every driver uses is here."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
@@ -10,11 +9,10 @@ from inplace.batcher import Work, form
 from inplace.engines import Engine
 from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest, Program
+from inplace.observer import Observer
 from inplace.requests import Request, checked_inputs
-from inplace.sequences import Sequence, SlotTable
+from inplace.sequences import Ended, Sequence, SlotTable
 from inplace.specs import Update
-
-log = logging.getLogger("inplace")
 
 
 class ModelInstance:
@@ -26,6 +24,9 @@ class ModelInstance:
         engine: what runs a step.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds.
+
+    Attributes:
+        observer: is told what happens.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class ModelInstance:
         self.program: Program = manifest.program("step")
         self.arena = arena
         self.engine = engine
-        self.table = SlotTable(arena.slots, idle_timeout, clock)
+        self.observer = Observer(arena.slots, arena.bytes)
+        self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
     def admit(self, request: Request) -> Work:
@@ -55,7 +57,7 @@ class ModelInstance:
             if request.start and live.key is not None and request.goes_on:
                 request = replace(request, start=False)
             elif request.start:
-                self.table.end(live)
+                self.table.end(live, Ended.START)
         try:
             if request.sequence in (0, ""):
                 raise RequestError(Code.NO_SEQUENCE_ID, "the request names no sequence; send a correlation id that is not 0 or empty")
@@ -72,6 +74,7 @@ class ModelInstance:
                 self.table.end(live)
             raise
         sequence.busy = True
+        self.observer.admitted(monotonic() - request.received)
         return Work(request, sequence, inputs, tokens, before=length, sampling=sampling)
 
     def step(self, rows: list[Work]) -> None:
@@ -84,13 +87,16 @@ class ModelInstance:
         batch = form(self.program, rows)
         ending = [work for work, count in zip(rows, batch.counts, strict=True) if work.done + count == work.tokens]
         wanted = {name for work in ending for name in self.wanted(work)}
+        begin = monotonic()
         try:
             outputs = self.engine.step(batch.inputs, wanted)
         except Exception as error:  # whatever the engine throws must reach the clients, not the server
-            log.exception("the engine failed in a step of %d rows", len(rows))
+            self.observer.failed(monotonic() - begin, [(work.sequence.id, work.request.id) for work in rows], error)
             for work in rows:
                 work.error = self._failed(work, error)
             return
+        decode = sum(work.tokens == 1 and work.sequence.length > 0 for work in rows)
+        self.observer.stepped(monotonic() - begin, len(rows), sum(batch.counts) - decode, decode)
         for row, (work, count) in enumerate(zip(rows, batch.counts, strict=True)):
             work.done += count
             work.sequence.length += count
@@ -140,7 +146,7 @@ class ModelInstance:
             work.sequence.length = work.before
             after = "nothing was changed, send it again"
         else:
-            self.table.end(work.sequence)
+            self.table.end(work.sequence, Ended.ENGINE_FAILED)
             after = "no slot is held, START again" if work.request.start else "the sequence has ended, START it again"
         text = str(error).partition("\n")[0]
         return RequestError(

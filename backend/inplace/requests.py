@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Request:
         inputs: host tensors by input name, still with the batch axis of 1.
         id: the client's request id, for error texts and logs.
         parameters: the request's custom parameters.
+        received: when it arrived here, in monotonic seconds.
     """
 
     sequence: SequenceId
@@ -34,6 +36,7 @@ class Request:
     inputs: Mapping[str, Tensor]
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    received: float = field(default_factory=monotonic)
 
     def flag(self, name: str) -> bool:
         """A boolean parameter; False where the client sent none.

@@ -4,13 +4,26 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from time import monotonic
+from typing import Protocol
 
 from inplace.errors import Code, RequestError
 
 SequenceId = int | str
 REMEMBERED = 4096
 """How many reclaimed ids are remembered, only to tell a late client what happened to it."""
+
+
+class Ended(StrEnum):
+    """Why a sequence gave its slot back."""
+
+    END = "end"
+    START = "start"
+    """A START of the same id took its place."""
+    IDLE = "idle"
+    ENGINE_FAILED = "engine_failed"
+    CANCELLED = "cancelled"
 
 
 @dataclass(slots=True)
@@ -51,6 +64,16 @@ class Sequence:
         )
 
 
+class Watcher(Protocol):
+    """Is told of every sequence that gets a slot, and of every one that loses it."""
+
+    def started(self, sequence: Sequence) -> None:
+        """A sequence was given a slot."""
+
+    def ended(self, sequence: Sequence, why: Ended) -> None:
+        """A sequence gave its slot back."""
+
+
 class SlotTable:
     """Which sequence owns which slot. A slot is owned by at most one live sequence.
 
@@ -58,12 +81,14 @@ class SlotTable:
         slots: how many there are.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds; a test may drive it.
+        watcher: is told of starts and ends.
     """
 
-    def __init__(self, slots: int, idle_timeout: float, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, slots: int, idle_timeout: float, clock: Callable[[], float] = monotonic, watcher: Watcher | None = None) -> None:
         self.slots = slots
         self.idle_timeout = idle_timeout
         self._clock = clock
+        self._watcher = watcher
         self._free = list(range(slots - 1, -1, -1))
         self._live: OrderedDict[SequenceId, Sequence] = OrderedDict()  # by last response, the longest idle first
         self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()
@@ -112,12 +137,16 @@ class SlotTable:
             )
         self._reclaimed.pop(id, None)
         sequence = self._live[id] = Sequence(id, self._free.pop(), key, last_response=self._clock())
+        if self._watcher is not None:
+            self._watcher.started(sequence)
         return sequence
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence, why: Ended = Ended.END) -> None:
         """Take the slot back."""
         del self._live[sequence.id]
         self._free.append(sequence.slot)
+        if self._watcher is not None:
+            self._watcher.ended(sequence, why)
 
     def answered(self, sequence: Sequence) -> None:
         """Restart the sequence's idle clock: it was sent a response just now."""
@@ -134,7 +163,7 @@ class SlotTable:
             if not sequence.busy:
                 idle.append(sequence)
         for sequence in idle:
-            self.end(sequence)
+            self.end(sequence, Ended.IDLE)
             self._reclaimed[sequence.id] = now - sequence.last_response
             if len(self._reclaimed) > REMEMBERED:
                 self._reclaimed.popitem(last=False)

@@ -1,6 +1,5 @@
 """The step driver: the requests of one call are validated, run and answered inside that call."""
 
-import logging
 import threading
 from collections.abc import Sequence
 
@@ -16,8 +15,6 @@ Answer = dict[str, Tensor] | RequestError
 
 LONGEST_PAUSE = 3600.0
 """Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
-
-log = logging.getLogger("inplace")
 
 
 class StepDriver:
@@ -93,9 +90,7 @@ class StepDriver:
     def _reclaim(self) -> None:
         while not self._closing.wait(self._pause()):
             with self._lock:
-                idle = self.instance.table.reclaim()
-            for sequence in idle:
-                log.info("sequence=%s reclaimed slot=%d length=%d: idle", sequence.id, sequence.slot, sequence.length)
+                self.instance.table.reclaim()
 
     def _pause(self) -> float:
         with self._lock:

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
 
+import torch
+from torch import Tensor
+
 from inplace.arena import Arena
 from inplace.batcher import Work, form
 from inplace.engines import Engine
 from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest, Program
 from inplace.observer import Observer
-from inplace.requests import Request, checked_inputs
+from inplace.requests import Checked, Request, checked_inputs
 from inplace.sequences import Ended, Sequence, SlotTable
 from inplace.specs import Update
 
@@ -41,7 +44,27 @@ class ModelInstance:
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
     def admit(self, request: Request) -> Work:
-        """Check a request and give it its sequence. After this nothing of the client's can make the step fail.
+        """`check` and `enter` in one."""
+        return self.enter(self.check(request))
+
+    def check(self, request: Request) -> Checked:
+        """Everything that can be found out about a step without looking at its sequence. Safe to call from any thread.
+
+        Raises:
+            RequestError: its key cannot be read: it changes nothing, whatever flags it has.
+        """
+        key = request.key()
+        try:
+            _check_named(request)
+            inputs, tokens = checked_inputs(self.program, request.inputs)
+            wanted = frozenset(spec.name for spec in self.program.outputs if not spec.on_request or request.flag(spec.name))
+            sampling, position = request.sampling(self.program), request.position()
+        except RequestError as error:
+            return Checked(request, key, refusal=error)
+        return Checked(request, key, inputs, tokens, position=position, sampling=sampling, wanted=wanted)
+
+    def enter(self, checked: Checked) -> Work:
+        """Give a checked request its sequence. After this nothing of the client's can make the step fail.
 
         A START resets: a live sequence of that id ends first; but with the live sequence's key and a position above 0 it is a step of that
         sequence (Triton forgets sequences that are alive here, and then takes nothing but a START). A refused START leaves no slot, a
@@ -50,43 +73,49 @@ class ModelInstance:
         Raises:
             RequestError: with the reason.
         """
-        key = request.key()
+        request = checked.request
         live = self.table.get(request.sequence)
         if live is not None:
-            live.check_key(key, start=request.start)
+            live.check_key(checked.key, start=request.start)
             if request.start and live.key is not None and request.goes_on:
                 request = replace(request, start=False)
             elif request.start:
                 self.table.end(live, Ended.START)
         try:
-            if request.sequence in (0, ""):
-                raise RequestError(Code.NO_SEQUENCE_ID, "the request names no sequence; send a correlation id that is not 0 or empty")
-            inputs, tokens = checked_inputs(self.program, request.inputs)
-            for output in self.program.outputs:
-                if output.on_request:
-                    request.flag(output.name)
-            sampling = request.sampling(self.program)
-            length = 0 if request.start else self.table.find(request.sequence).length
-            self._check_room(request, length, tokens)
-            sequence = self._start(request) if request.start else self.table.find(request.sequence)
+            if checked.refusal is not None:
+                raise checked.refusal
+            sequence = None if request.start else self.table.find(request.sequence)
+            self._check_room(checked, sequence.position if sequence is not None else 0)
+            if sequence is None:
+                sequence = self.table.start(request.sequence, checked.key)
+                self.arena.reset(sequence.slot)
         except RequestError:
             if request.end and (live := self.table.get(request.sequence)) is not None:
                 self.table.end(live)
             raise
         sequence.busy = True
         self.observer.admitted(monotonic() - request.received)
-        return Work(request, sequence, inputs, tokens, before=length, sampling=sampling)
+        work = Work(request, sequence, checked.inputs, checked.tokens, sequence.length, checked.sampling, checked.wanted)
+        if sequence.pending is not None:
+            self._put_first(work, sequence.pending)
+            sequence.pending = None
+        return work
 
-    def step(self, rows: list[Work]) -> None:
+    def step(self, rows: list[Work]) -> dict[str, Tensor]:
         """Run one step over at most ``program.max_rows`` rows, each of its own sequence, and advance them.
 
         Where the engine raises, every row has its ``error`` afterwards. A START leaves no slot then, an END has ended; other sequences are
         as they were before their requests where states only append (what lies beyond the cached length is never read), and have
-        ended where states are rewritten.
+        ended where states are rewritten, or where tokens that they said themselves have been fed.
+
+        Returns:
+            What the rows that have finished want to know, by output name, ``[rows, ...]``; entries of other rows mean nothing.
         """
         batch = form(self.program, rows)
-        ending = [work for work, count in zip(rows, batch.counts, strict=True) if work.done + count == work.tokens]
-        wanted = {name for work in ending for name in self.wanted(work)}
+        wanted: set[str] = set()
+        for work, count in zip(rows, batch.counts, strict=True):
+            if work.done + count == work.tokens:
+                wanted |= work.wanted
         begin = monotonic()
         try:
             outputs = self.engine.step(batch.inputs, wanted)
@@ -94,14 +123,15 @@ class ModelInstance:
             self.observer.failed(monotonic() - begin, [(work.sequence.id, work.request.id) for work in rows], error)
             for work in rows:
                 work.error = self._failed(work, error)
-            return
+            return {}
         decode = sum(work.tokens == 1 and work.sequence.length > 0 for work in rows)
         self.observer.stepped(monotonic() - begin, len(rows), sum(batch.counts) - decode, decode)
         for row, (work, count) in enumerate(zip(rows, batch.counts, strict=True)):
             work.done += count
             work.sequence.length += count
-            if work.finished:
-                work.outputs = {name: outputs[name][row : row + 1] for name in self.wanted(work)}
+            if work.done == work.tokens:
+                work.found = (outputs, row)
+        return outputs
 
     def finish(self, work: Work) -> None:
         """The request is being answered: an END frees the slot, otherwise the idle clock starts again."""
@@ -114,17 +144,16 @@ class ModelInstance:
         else:
             self.table.answered(sequence)
 
-    def wanted(self, work: Work) -> list[str]:
-        """The outputs to send: all, but those ``on_request`` only when their parameter is true."""
-        return [spec.name for spec in self.program.outputs if not spec.on_request or work.request.flag(spec.name)]
+    def _put_first(self, work: Work, token: int) -> None:
+        """Feed a pending token before those that the request brings."""
+        assert self.program.language is not None
+        name = self.program.language[0]
+        work.inputs = {name: torch.cat([torch.tensor([token]), work.inputs[name]])}
+        work.tokens += 1
+        work.pending = token
 
-    def _start(self, request: Request) -> Sequence:
-        sequence = self.table.start(request.sequence, request.key())
-        self.arena.reset(sequence.slot)
-        return sequence
-
-    def _check_room(self, request: Request, length: int, tokens: int) -> None:
-        position = request.position()
+    def _check_room(self, checked: Checked, length: int) -> None:
+        position, tokens = checked.position, checked.tokens
         if position is not None and position != length:
             raise RequestError(
                 Code.POSITION,
@@ -132,18 +161,19 @@ class ModelInstance:
                 f"lost: send what is missing, or START again",
             )
         capacity = self.manifest.capacity
-        if capacity is not None and length + tokens > capacity:
+        if capacity is not None and length + tokens + checked.said > capacity:
+            more = f" and {checked.said} more" if checked.said else ""
             raise RequestError(
                 Code.CAPACITY,
-                f"{tokens} tokens do not fit: the sequence holds {length} of {capacity} positions, {capacity - length} are left; "
+                f"{tokens} tokens{more} do not fit: the sequence holds {length} of {capacity} positions, {capacity - length} are left; "
                 f"send fewer, or build with a larger capacity",
             )
 
     def _failed(self, work: Work, error: Exception) -> RequestError:
         """Undo what can be undone of a request whose step failed."""
-        kept = self._appends_only and not work.request.start and not work.request.end
+        kept = self._appends_only and not work.request.start and not work.request.end and work.token is None
         if kept:
-            work.sequence.length = work.before
+            work.sequence.length, work.sequence.pending = work.before, work.pending
             after = "nothing was changed, send it again"
         else:
             self.table.end(work.sequence, Ended.ENGINE_FAILED)
@@ -152,3 +182,8 @@ class ModelInstance:
         return RequestError(
             Code.ENGINE_FAILED, f"the engine failed ({type(error).__name__}: {text}); {after}", retryable=kept or work.request.start
         )
+
+
+def _check_named(request: Request) -> None:
+    if request.sequence in (0, ""):
+        raise RequestError(Code.NO_SEQUENCE_ID, "the request names no sequence; send a correlation id that is not 0 or empty")

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from inplace.artifacts import EngineFile
+from inplace.dtypes import Dtype
 from inplace.errors import LoadError
 from inplace.records import Frozen, read
 from inplace.specs import CLIENT_ROLES, SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
@@ -112,6 +113,13 @@ class Program(Frozen):
         """How many scores an output is sampled from; 0 where none is."""
         scores = {spec.name: spec.shape for spec in self.outputs}
         return next((scores[spec.sampled_from][-1] for spec in self.outputs if spec.sampled_from is not None), 0)
+
+    @property
+    def language(self) -> tuple[str, str] | None:
+        """The input that takes token ids and the output that says the next one, by name; None where a program is no language model."""
+        said = [spec.name for spec in self.outputs if (spec.sampled_from or spec.argmax_of) and spec.shape == (1,)]
+        taken = [spec.name for spec in self.client_inputs if spec.role is Role.TOKENS and spec.dtype is Dtype.INT64 and spec.shape == (-1,)]
+        return (taken[0], said[0]) if len(said) == len(taken) == len(self.client_inputs) == 1 else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

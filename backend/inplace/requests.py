@@ -106,6 +106,33 @@ class Request:
         return GREEDY
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A request and what could be found out about it without looking at its sequence.
+
+    Attributes:
+        request: what was asked.
+        key: digest of its ``sequence_key``.
+        inputs: the checked tensors, without a batch axis.
+        tokens: how many tokens they bring.
+        said: how many tokens beyond them must fit at least.
+        position: the number of tokens that the client believes in.
+        sampling: how its next token is chosen.
+        wanted: the outputs to compute.
+        refusal: why it is refused; its START and END take effect all the same.
+    """
+
+    request: Request
+    key: bytes | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    said: int = 0
+    position: int | None = None
+    sampling: Sampling = GREEDY
+    wanted: frozenset[str] = frozenset()
+    refusal: RequestError | None = None
+
+
 def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     """The client's tensors without their batch axis, and how many tokens they bring (1 for a rectangular program).
 

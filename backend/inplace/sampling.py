@@ -46,9 +46,9 @@ class Sampling:
         """
         return cls(
             temperature=_decimal(parameters, "temperature", 0.0, 0.0, HOTTEST, "a finite number of at least 0"),
-            top_k=_whole(parameters, "top_k", 0, scores, f"a whole number from 0 (all) to {scores}, the size of the vocabulary"),
+            top_k=whole(parameters, "top_k", 0, scores, f"a whole number from 0 (all) to {scores}, the size of the vocabulary"),
             top_p=_decimal(parameters, "top_p", 1.0, math.ulp(0.0), 1.0, "a number above 0, at most 1 (all)"),
-            seed=_whole(
+            seed=whole(
                 parameters,
                 "seed",
                 SEEDS.min,
@@ -74,8 +74,13 @@ def _decimal(parameters: Mapping[str, Parameter], name: str, default: float, low
     return found
 
 
-def _whole(parameters: Mapping[str, Parameter], name: str, low: int, high: int, expected: str) -> int:
-    value = parameters.get(name, 0)
+def whole(parameters: Mapping[str, Parameter], name: str, low: int, high: int, expected: str, default: int = 0) -> int:
+    """A whole number among a request's parameters, from ``low`` to ``high``; a JSON number or a text that spells it.
+
+    Raises:
+        RequestError: BAD_PARAMETER, with what was expected.
+    """
+    value = parameters.get(name, default)
     if isinstance(value, bool | float) or (isinstance(value, str) and not WHOLE.fullmatch(value)):
         raise _refused(name, value, expected)
     found = int(value)

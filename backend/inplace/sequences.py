@@ -35,6 +35,7 @@ class Sequence:
         slot: its row of the arena.
         key: digest of the key that its START set; None where it set none.
         length: positions its slot holds (the cached length).
+        pending: the last token that a generation said: it belongs to the sequence, and is fed before the tokens of its next request.
         last_response: when it was last answered, by the table's clock, in seconds.
         busy: a step of it is under way; it is not reclaimed then.
     """
@@ -43,8 +44,14 @@ class Sequence:
     slot: int
     key: bytes | None = None
     length: int = 0
+    pending: int | None = None
     last_response: float = 0.0
     busy: bool = False
+
+    @property
+    def position(self) -> int:
+        """How many tokens (or entries) the sequence has, the pending one included."""
+        return self.length + (self.pending is not None)
 
     def check_key(self, key: bytes | None, *, start: bool) -> None:
         """Refuse a request that was not meant for this sequence, or not sent by its owner. Takes the same time whatever differs.

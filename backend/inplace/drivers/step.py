@@ -1,7 +1,7 @@
 """The step driver: the requests of one call are validated, run and answered inside that call."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,6 +15,15 @@ Answer = dict[str, Tensor] | RequestError
 
 LONGEST_PAUSE = 3600.0
 """Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
+
+
+def answered(rows: list[Work], outputs: Mapping[str, Tensor]) -> list[Answer | None]:
+    """What each row of a step is answered with; None where tokens of it are still waiting."""
+    parts = {name: tensor.split(1) for name, tensor in outputs.items()}
+    return [
+        None if not work.finished else work.error or {name: parts[name][row] for name in parts if name in work.wanted}
+        for row, work in enumerate(rows)
+    ]
 
 
 class StepDriver:
@@ -80,10 +89,10 @@ class StepDriver:
         most = self.instance.program.max_rows
         while admitted:
             rows = admitted[:most]
-            self.instance.step([work for _, work in rows])
-            for index, work in rows:
-                if work.finished:
-                    answers[index] = work.error or {name: work.outputs[name] for name in self.instance.wanted(work)}
+            works = [work for _, work in rows]
+            for (index, work), answer in zip(rows, answered(works, self.instance.step(works)), strict=True):
+                if answer is not None:
+                    answers[index] = answer
                     self.instance.finish(work)
             admitted = [(index, work) for index, work in admitted if not work.finished]
 

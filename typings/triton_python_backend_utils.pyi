@@ -1,10 +1,11 @@
-"""What `inplace.triton` uses of the module that Triton's Python backend provides."""
+"""What `inplace.triton` and `inplace.triton_reports` use of the module that Triton's Python backend provides."""
 
 from typing import Any
 
 TritonError: Any
 InferenceResponse: Any
 Tensor: Any
+MetricFamily: Any
 
 class TritonModelException(Exception): ...
 
@@ -15,5 +16,3 @@ class Logger:
     def log_warn(text: str) -> None: ...
     @staticmethod
     def log_info(text: str) -> None: ...
-    @staticmethod
-    def log_verbose(text: str) -> None: ...

@@ -88,8 +88,13 @@ class Observer:
         """A request was given its sequence, so many seconds after it had arrived."""
         self.numbers.observe(QUEUE, waited)
 
-    def refused(self, sequence: SequenceId, request: str, error: RequestError) -> None:
-        """A request is answered with an error."""
+    def refused(self, sequence: SequenceId, request: str, error: RequestError, *, end: bool) -> None:
+        """A request is answered with an error; ``end`` where it was an END.
+
+        An END that is refused for its position is passed over: it has freed the slot, and is how a client ends a sequence without a step.
+        """
+        if end and error.code is Code.POSITION:
+            return
         self.numbers.add(REFUSED, value=error.code)
         if error.code is Code.ENGINE_FAILED:
             return  # `failed` has a line for all of them
@@ -103,7 +108,14 @@ class Observer:
             return
         self._logged += 1
         log.info(
-            line("request refused", sequence=sequence, request=request, code=error.code, retryable=int(error.retryable), because=str(error))
+            line(
+                "request refused",
+                sequence=sequence,
+                request=request or "-",
+                code=error.code,
+                retryable=int(error.retryable),
+                because=str(error),
+            )
         )
 
     def stepped(self, seconds: float, rows: int, prefill: int, decode: int) -> None:

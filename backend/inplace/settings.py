@@ -1,6 +1,7 @@
 """What an operator may set in ``config.pbtxt`` for one deployment."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,8 +9,11 @@ from inplace.errors import LoadError
 from inplace.manifest import Manifest
 
 IDLE_TIMEOUT = "idle_timeout_seconds"
+LOG_LEVEL = "log_level"
 TRITON_IDLE_MICROSECONDS = 1_000_000
 """``max_sequence_idle_microseconds`` where config.pbtxt says nothing (Triton's model_config.proto)."""
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,12 @@ class Settings:
 
     Attributes:
         idle_timeout: seconds after its last response at which a sequence loses its slot.
+        log_level: the least level of a log record that reaches the server's log.
         notes: what was not taken as it was written, for the log.
     """
 
     idle_timeout: float
+    log_level: int = logging.INFO
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -39,6 +45,9 @@ class Settings:
         most = manifest.program("step").max_rows
         if not 1 <= config["max_batch_size"] <= most:
             raise LoadError(f"config.pbtxt has max_batch_size {config['max_batch_size']}, the engine was built for 1 to {most} rows a step")
+        level = config.get("parameters", {}).get(LOG_LEVEL, {}).get("string_value", "info")
+        if level not in LEVELS:
+            raise LoadError(f"config.pbtxt: parameter {LOG_LEVEL} is {level!r}; expected one of {list(LEVELS)}")
         triton_idle = int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0)) or TRITON_IDLE_MICROSECONDS
         text = config.get("parameters", {}).get(IDLE_TIMEOUT, {}).get("string_value", "600")
         try:
@@ -51,5 +60,5 @@ class Settings:
             note = (
                 f"{IDLE_TIMEOUT} {idle:g} is below Triton's own max_sequence_idle_microseconds {triton_idle}; using {triton_idle / 1e6:g} s"
             )
-            return cls(triton_idle / 1e6, (note,))
-        return cls(idle)
+            return cls(triton_idle / 1e6, LEVELS[level], (note,))
+        return cls(idle, LEVELS[level])

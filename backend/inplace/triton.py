@@ -1,8 +1,8 @@
-"""The border to Triton: the only module that knows the Python backend's types."""
+"""The border to Triton: the only module, with `inplace.triton_reports`, that knows the Python backend's types."""
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from inplace.engines import load_engine
 from inplace.errors import Code, LoadError, RequestError
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
+from inplace.observer import Observer, line
 from inplace.requests import Request
 from inplace.settings import Settings
+from inplace.triton_reports import TritonMetrics, log_to_triton
 
 FLAG_START, FLAG_END = 1, 2
 
@@ -33,7 +35,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine beside the model's config.pbtxt; a model that cannot be served fails to load with the reason."""
-        _log_to_triton(args["model_instance_name"])
+        self._log = log_to_triton(args["model_instance_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         try:
             manifest = Manifest.load(folder)
@@ -41,13 +43,17 @@ class TritonPythonModel:
             arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
             engine = load_engine(folder, manifest, arena)
         except LoadError as error:
+            self._log.stop()
             raise pb_utils.TritonModelException(f"INPLACE-LOAD: {error}") from error
         for note in settings.notes:
             log.warning("%s", note)
-        self._driver = StepDriver(ModelInstance(manifest, arena, engine, settings.idle_timeout))
-        log.info(
-            "ready: %d slots of %d bytes, arena %d bytes on %s", manifest.slots, manifest.slot_bytes, arena.bytes, manifest.engine.device
-        )
+        log.setLevel(settings.log_level)
+        instance = ModelInstance(manifest, arena, engine, settings.idle_timeout)
+        self._observer = instance.observer
+        self._metrics = TritonMetrics(self._observer.numbers, args)
+        self._driver = StepDriver(instance)
+        device = manifest.engine.device
+        log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=arena.bytes, device=device))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests; each with its own result or its own error."""
@@ -55,13 +61,16 @@ class TritonPythonModel:
         valid = [request for request in parsed if isinstance(request, Request)]
         answers = iter(self._driver.run(valid))
         return [
-            _response(request, next(answers) if isinstance(found, Request) else found)
+            _response(request, next(answers) if isinstance(found, Request) else found, self._observer)
             for request, found in zip(requests, parsed, strict=True)
         ]
 
     def finalize(self) -> None:
-        """The model is unloaded."""
+        """The model is unloaded; what lives in it is lost."""
         self._driver.close()
+        log.info(line("unloaded", live=len(self._driver.instance.table)))
+        self._metrics.close()
+        self._log.stop()
 
 
 def _parse(request: Any) -> Request | RequestError:
@@ -87,8 +96,9 @@ def _tensor(tensor: Any) -> Tensor:
     return found
 
 
-def _response(request: Any, answer: Answer) -> Any:
+def _response(request: Any, answer: Answer, observer: Observer) -> Any:
     if isinstance(answer, RequestError):
+        observer.refused(request.correlation_id(), request.request_id(), answer, end=bool(request.flags() & FLAG_END))
         text = answer.wire(request.correlation_id(), request.request_id())
         return pb_utils.InferenceResponse(
             error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, STATUS.get(answer.code, "INVALID_ARG")))
@@ -97,27 +107,3 @@ def _response(request: Any, answer: Answer) -> Any:
     return pb_utils.InferenceResponse(
         output_tensors=[pb_utils.Tensor.from_dlpack(name, tensor) for name, tensor in answer.items() if name in asked]
     )
-
-
-class _TritonHandler(logging.Handler):
-    """Log records into the server's own log, at the level they have."""
-
-    def __init__(self, instance: str) -> None:
-        super().__init__()
-        self.instance = instance
-        logger = pb_utils.Logger
-        self.levels: dict[int, Callable[[str], None]] = {
-            logging.ERROR: logger.log_error,
-            logging.WARNING: logger.log_warn,
-            logging.INFO: logger.log_info,
-        }
-
-    def emit(self, record: logging.LogRecord) -> None:
-        write = next((write for level, write in self.levels.items() if record.levelno >= level), pb_utils.Logger.log_verbose)
-        write(f"inplace {self.instance}: {self.format(record)}")
-
-
-def _log_to_triton(instance: str) -> None:
-    log.handlers = [_TritonHandler(instance)]
-    log.setLevel(logging.INFO)
-    log.propagate = False

@@ -1,6 +1,7 @@
 """What config.pbtxt may say, as Triton hands it over."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -91,3 +92,10 @@ def test_a_batch_the_engine_was_not_built_for_is_refused(size: int, fits: bool) 
         return
     with pytest.raises(LoadError, match=rf"config.pbtxt has max_batch_size {size}, the engine was built for 1 to 4 rows a step"):
         parse(max_batch_size=size)
+
+
+def test_the_log_level_is_info_where_nothing_is_said_and_a_level_nobody_knows_is_refused() -> None:
+    assert parse().log_level == logging.INFO
+    assert parse(parameters={"log_level": {"string_value": "debug"}}).log_level == logging.DEBUG
+    with pytest.raises(LoadError, match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning', 'error'\]"):
+        parse(parameters={"log_level": {"string_value": "verbose"}})

@@ -1,99 +1,123 @@
 """An engine without a server: called like the module it was built from, with its states updated where they lie."""
 
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.graph import CodeGen
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import inplace.operators  # noqa: F401  registers the operators that the graph calls
-from inplace.direct.checks import Checks
-from inplace.direct.files import check_target, write_held
-from inplace.direct.manifest import FILE_NAME, DirectManifest, DirectState
-from inplace.engines.prepack import prepack_linears
+from inplace.direct.checks import Checks, check_memory
+from inplace.direct.execute import keep
+from inplace.direct.extents import evaluate
+from inplace.direct.files import check_target, held_tensors, write_held
+from inplace.direct.manifest import FILE_NAME, DirectManifest, Result
+from inplace.direct.runners import Runner, open_runner
 from inplace.errors import CallError, LoadError
 from inplace.files import published
-from inplace.operators import written_states
-
-SLOTS = "slots"
-"""The graph's input between the module's own and the states."""
 
 
-class Engine:
+class Engine(nn.Module):
     """A loaded engine; `inplace.load` makes one.
 
     Calling it takes what the module took, positional or by name, and returns what it returned. States that the caller owns are updated in
-    the tensors that are passed: the graph is handed their addresses, anew in each call, so different caches may alternate. States that
+    the tensors that are passed: the engine is handed their addresses, anew in each call, so different caches may alternate. States that
     the module owned, its buffers, are held by the engine. An output whose value is a state's is a tensor of its own.
+
+    It is a module whose buffers are those states, so `torch.export.export` takes it: the program has one ``inplace::execute``, which holds
+    the engine file. ``torch.export.save`` and ``load`` work as for any program, after ``import inplace.direct`` in the process that loads.
 
     Not thread-safe where the engine holds states.
 
     Attributes:
         manifest: what the engine is.
-        states: the states that it holds, by the buffer's name; they may be written (``.zero_()``), never replaced.
+        held: the same states as buffers, under the module's own names.
     """
 
-    def __init__(self, folder: Path, manifest: DirectManifest, graph: GraphModule, checks: Checks, held: Mapping[str, Tensor]) -> None:
+    def __init__(self, folder: Path, manifest: DirectManifest, runner: Runner, held: Mapping[str, Tensor]) -> None:
+        super().__init__()
         self.manifest = manifest
-        self.states: Mapping[str, Tensor] = MappingProxyType(dict(held))
-        self._folder = folder
-        self._graph = graph
-        self._checks = checks
-        self._slots = torch.arange(manifest.rows, dtype=torch.int32, device=manifest.engine.device)
+        self.held = nn.Module()
+        for source, tensor in held.items():
+            _register(self.held, source, tensor)
+        self._folder, self._runner, self._checks = folder, runner, Checks(manifest)
         self._inputs = _tree(manifest.call.inputs, folder)
         self._outputs = _tree(manifest.call.outputs, folder)
-        if self._inputs.num_leaves != len(manifest.call.arguments):
-            raise LoadError(f"{folder / FILE_NAME}: the tree of arguments does not fit the arguments; build the engine again")
+        if (self._inputs.num_leaves, self._outputs.num_leaves) != (len(manifest.call.arguments), len(manifest.call.results)):
+            raise LoadError(f"{folder / FILE_NAME}: the trees do not fit the arguments and results; build the engine again")
+        self._text = manifest.model_dump_json()
+        path = folder / manifest.engine.file  # mapped, not read: only a program that is saved needs the bytes
+        self._file = torch.from_file(str(path), shared=False, size=manifest.engine.bytes, dtype=torch.uint8)
+        keep(manifest, self._text, runner)
+
+    @property
+    def states(self) -> Mapping[str, Tensor]:
+        """The states that it holds, by the buffer's name; they may be written (``.zero_()``), never replaced."""
+        owned = [state.source for state in self.manifest.states if state.owner == "module"]
+        return MappingProxyType({source: self.held.get_buffer(source) for source in owned})
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, *, cuda_graphs: bool = True) -> Self:
         """See `inplace.load`."""
         manifest = DirectManifest.load(folder)
-        if (manifest.engine.kind, manifest.engine.device) != ("torch", "cpu"):
-            raise LoadError(f"{folder} holds a {manifest.engine.kind} engine for {manifest.engine.device}; only torch on cpu can be called")
         path = manifest.engine.checked(folder)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the reader warns that its read-only buffers become tensors; nothing writes weights
-                exported = torch.export.load(path)
-        except Exception as error:  # torch.export raises whatever the archive reader raises
-            raise LoadError(f"{path} cannot be read as a torch.export program ({error}); build the engine again") from error
-        _check_graph(path, exported, manifest)
-        checks = Checks(exported, manifest, str(path))
-        module = exported.module(check_guards=False)
-        assert isinstance(module, GraphModule)
-        engine = cls(folder, manifest, _plain(module), checks, _held(folder, manifest))
-        if len(exported.graph_signature.user_outputs) != engine._outputs.num_leaves:
-            raise LoadError(
-                f"{path} returns {len(exported.graph_signature.user_outputs)} outputs, the manifest says otherwise; build again"
-            )
-        return engine
+        return cls(folder, manifest, open_runner(path, manifest, str(path), cuda_graphs=cuda_graphs), held_tensors(folder, manifest))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step.
 
         Raises:
             CallError: an argument is not what the engine was built for; nothing was written.
-            IndexError: a position, whose value only the graph knows, is outside its state. States written before it stay written.
+            IndexError: a position, whose value only the graph knows, is outside its state (PyTorch). States written before it stay written.
         """
+        call = self.manifest.call
         leaves = self._leaves(args, kwargs)
-        arguments = self.manifest.call.arguments
-        self._checks.check(arguments, leaves, self.states)
-        given = {argument.name: leaf for argument, leaf in zip(arguments, leaves, strict=True)}
+        known = self._checks.check(call.arguments, leaves)
+        given = {argument.name: leaf for argument, leaf in zip(call.arguments, leaves, strict=True)}
         inputs = [given[argument.name] for argument in self.manifest.graph_inputs]
-        bound = [
-            _bound(state, given[state.name] if state.owner == "caller" else self.states[state.source]) for state in self.manifest.states
-        ]
-        with torch.no_grad():
-            outputs = self._graph(*inputs, self._slots, *bound)
-        return pytree.tree_unflatten(outputs, self._outputs)
+        titled = {
+            (f"argument {state.source}" if state.owner == "caller" else f"the engine's state {state.source}"): (
+                given[state.name] if state.owner == "caller" else self.held.get_buffer(state.source)
+            )
+            for state in self.manifest.states
+        }
+        states = list(titled.values())
+        if torch.compiler.is_compiling():  # torch.export too
+            found = self._operator(inputs, states, known)
+        else:
+            check_memory(titled, {f"argument {a.where}": v for a, v in zip(call.arguments, leaves, strict=True) if a.kind == "tensor"})
+            found = self._runner.run(inputs, states)
+        return pytree.tree_unflatten(found, self._outputs)
+
+    def _operator(self, inputs: list[Any], states: list[Tensor], known: Mapping[str, Any]) -> list[Any]:
+        """The step as one operator, for programs."""
+        results: list[Any] = []
+        for result in self.manifest.call.results:
+            if result.kind == "constant":
+                results.append(result.value)
+            else:
+                results.append(self._allocated(result, known))
+        numbers = [value for value in inputs if not isinstance(value, Tensor)]
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        written = [value for value in results if isinstance(value, Tensor)]
+        torch.ops.inplace.execute(self._file, self._text, numbers, tensors, states, written)
+        return results
+
+    def _allocated(self, result: Result, known: Mapping[str, Any]) -> Any:
+        """Memory for a result, or the number that it is."""
+        try:
+            extents = [evaluate(extent, known) for extent in result.shape]
+        except ValueError as error:
+            raise CallError(
+                f"a result of the shape {list(result.shape)} cannot be exported ({error}): it depends on values, which only the engine "
+                f"knows; call the engine itself"
+            ) from error
+        if result.dtype is None:
+            return extents[0]
+        return torch.empty(extents, dtype=result.dtype.as_torch, device=self.manifest.engine.device)
 
     def save(self, path: Path | str) -> None:
         """Write the engine, with the values its states have now, to another directory or its own.
@@ -133,34 +157,13 @@ class Engine:
         return ", ".join(argument.where for argument in self.manifest.call.arguments)
 
 
-def _bound(state: DirectState, tensor: Tensor) -> Tensor:
-    """The same memory with the slot axis in front."""
-    return tensor if state.leading else tensor.unsqueeze(0)
-
-
-def _check_graph(path: Path, exported: torch.export.ExportedProgram, manifest: DirectManifest) -> None:
-    """The graph is the truth: what it takes, and the states it writes, must be the manifest's."""
-    found = list(exported.graph_signature.user_inputs)
-    wanted = [argument.name for argument in manifest.graph_inputs] + [SLOTS] + [state.name for state in manifest.states]
-    if found != wanted:
-        raise LoadError(f"{path} takes {found}, the manifest says {wanted}; build the engine again")
-    written, declared = set(written_states(exported.graph)), {alias.input for alias in manifest.parsed_aliases}
-    if written != declared:
-        raise LoadError(
-            f"{path}: the states the graph writes in place and the aliases of the manifest differ in {sorted(written ^ declared)}; "
-            f"build the engine again"
-        )
-    if wrong := [str(alias) for alias in manifest.parsed_aliases if alias.kind != "operator"]:
-        raise LoadError(f"{path} is a graph of PyTorch, whose states are updated by operators; the manifest says {wrong}; build again")
-
-
-def _plain(module: GraphModule) -> GraphModule:
-    """The module taking and returning flat tuples, its weights packed."""
-    module.graph.set_codegen(CodeGen())  # the engine flattens and checks its arguments itself
-    last = module.graph.output_node()
-    last.args = (tuple(pytree.tree_leaves(last.args[0])),)
-    prepack_linears(module)
-    return GraphModule(module, module.graph)
+def _register(module: nn.Module, target: str, tensor: Tensor) -> None:
+    *parents, name = target.split(".")
+    for parent in parents:
+        if not hasattr(module, parent):
+            module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    module.register_buffer(name, tensor)
 
 
 def _tree(text: str, folder: Path) -> pytree.TreeSpec:
@@ -171,15 +174,3 @@ def _tree(text: str, folder: Path) -> pytree.TreeSpec:
             f"{folder / FILE_NAME}: the arguments or outputs have a type that cannot be made here ({error}); import the module that "
             f"registers it (torch.export.register_dataclass) before loading"
         ) from error
-
-
-def _held(folder: Path, manifest: DirectManifest) -> dict[str, Tensor]:
-    """The states that the module owned, with the values that were saved."""
-    if manifest.held is None:
-        return {}
-    path = manifest.held.checked(folder)
-    found = torch.load(path, weights_only=True, map_location=manifest.engine.device)
-    wanted = {state.source: (state.shape, state.dtype.as_torch) for state in manifest.states if state.owner == "module"}
-    if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} != wanted:
-        raise LoadError(f"{path} does not hold the states {wanted} of the manifest; build the engine again")
-    return {name: tensor.contiguous() for name, tensor in found.items()}

@@ -16,6 +16,13 @@ from inplace.records import Frozen, read
 
 DIRECT_VERSION: Literal[1] = 1
 FILE_NAME = "direct.json"
+SLOTS = "slots"
+"""The graph's input between the module's own and the states."""
+
+
+def result_name(place: int) -> str:
+    """What a plan calls its ``place``-th result."""
+    return f"result_{place}"
 
 
 class Argument(Frozen):
@@ -38,12 +45,30 @@ class Argument(Frozen):
     value: bool | int | float | str | None = None
 
 
+class Result(Frozen):
+    """One leaf of what the module returns.
+
+    Attributes:
+        kind: ``tensor``; ``number``, a Python number that the graph computes; ``constant``, the same in every call.
+        dtype, shape: of a tensor; a text is an expression (`inplace.direct.extents`) in the symbols of the arguments' shapes, and one that
+            names another symbol depends on the values of tensors.
+        value: of a constant.
+    """
+
+    kind: Literal["tensor", "number", "constant"]
+    dtype: Dtype | None = None
+    shape: tuple[int | str, ...] = ()
+    value: bool | int | float | str | None = None
+
+
 class Call(Frozen):
     """How an engine is called.
 
     Attributes:
         version: of this record.
         arguments: the leaves of ``(args, kwargs)``.
+        ranges: smallest and largest value of each symbol in the arguments' shapes; None is no limit.
+        results: the leaves of what is returned.
         inputs: PyTorch's serialized tree of ``(args, kwargs)``.
         outputs: PyTorch's serialized tree of what is returned.
         parameters: names of the module's parameters, as far as they were given.
@@ -52,6 +77,8 @@ class Call(Frozen):
 
     version: Literal[1] = 1
     arguments: tuple[Argument, ...]
+    ranges: dict[str, tuple[int | None, int | None]]
+    results: tuple[Result, ...]
     inputs: str
     outputs: str
     parameters: tuple[str, ...]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from inplace.specs import StateSpec
 from inplace.trt import TensorRT
+from torch import Tensor
 
 from inplace_builder.lower import converters, copying, native, plugins
 from inplace_builder.lower.compile import CompileOptions, compile_network
@@ -41,6 +42,8 @@ def lower(
     tensorrt: TensorRT,
     fused_attention: bool = False,
     bind: Collection[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
 ) -> Lowered:
     """Make the network of a captured graph.
 
@@ -52,8 +55,11 @@ def lower(
         tensorrt: what to make it with.
         fused_attention: lower attention of the kind ``kv_cache_update`` to TensorRT's attention layer, not to plain layers.
         bind: names of weights that become inputs of the network instead of constants of the plan.
+        shapes: what states are bound with, where all their extents are known.
+        constants: inputs that are always these tensors, so that the network does not have them.
 
     Raises:
         BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names it and the model's own line.
     """
-    return Network(tensorrt, fused_attention=fused_attention).lower(exported, outputs, states, kinds or {}, bind)
+    network = Network(tensorrt, fused_attention=fused_attention, shapes=shapes or {}, constants=constants or {})
+    return network.lower(exported, outputs, states, kinds or {}, bind)

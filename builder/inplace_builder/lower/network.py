@@ -1,6 +1,7 @@
 """The lowering context: walks a captured graph once and turns each node into layers."""
 
 import operator
+import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -9,7 +10,7 @@ import torch
 from inplace.operators import NAMESPACE
 from inplace.specs import StateSpec
 from inplace.trt import TensorRT
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError
@@ -92,9 +93,16 @@ class Network(Layers):
 
     node: Node
 
-    def __init__(self, tensorrt: TensorRT, *, fused_attention: bool = False) -> None:
+    def __init__(
+        self,
+        tensorrt: TensorRT,
+        *,
+        fused_attention: bool = False,
+        shapes: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
+        constants: Mapping[str, torch.Tensor] = types.MappingProxyType({}),
+    ) -> None:
         super().__init__(tensorrt)
-        self.fused_attention = fused_attention
+        self.fused_attention, self._shapes, self._constants = fused_attention, shapes, constants
         self.states: dict[str, State] = {}
         self.bound_weights: dict[str, torch.Tensor] = {}
         self.keep: list[object] = []
@@ -207,12 +215,13 @@ class Network(Layers):
                 assert spec.target is not None
                 found = exported.state_dict.get(spec.target)
                 self._parameters[placeholders[spec.arg.name]] = exported.constants[spec.target] if found is None else found
+        self._parameters |= {placeholders[name]: tensor for name, tensor in self._constants.items()}
 
     def _placeholder(self, node: Node, spec: StateSpec | None, kinds: Mapping[str, str]) -> Any:
         meta = node.meta["val"]
         if not isinstance(meta, torch.Tensor):
             return meta
-        tensor = self._input(node.name, meta.dtype, meta.shape)
+        tensor = self._input(node.name, meta.dtype, self._shapes.get(node.name, meta.shape))
         if spec is None:
             self.extents.define(tensor, meta.shape)
             return tensor
@@ -267,11 +276,12 @@ class Network(Layers):
 
     def _mark_outputs(self, exported: Program, result: Node, names: Sequence[str]) -> None:
         by_name = {node.name: node for node in exported.graph.nodes}
-        found = [by_name.get(str(name)) for name in exported.graph_signature.user_outputs]
+        specs = [spec.arg for spec in exported.graph_signature.output_specs]
+        found = [by_name[spec.name] for spec in specs if not isinstance(spec, ConstantArgument)]
         if len(found) != len(names):
             raise BuildError(f"the graph returns {len(found)} tensors, its description names {list(names)}")
         for node, name in zip(found, names, strict=True):
-            if node is None or not isinstance(node.meta["val"], torch.Tensor):
+            if not isinstance(node.meta["val"], torch.Tensor):
                 raise BuildError(f"output {name} is no tensor of the graph; return tensors only")
             self.label, self.origin = f"output.{name}", ""
             self._mark(name, self.value(node), node.meta["val"].dtype)

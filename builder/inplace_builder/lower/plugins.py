@@ -33,8 +33,8 @@ def judge_plugin(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
             return Verdict(
                 False, f"heads of {use.state.name} are {use.state.shape[2]} wide; the attention kernels take up to {WIDEST_HEAD}"
             )
-        if use.state.dtype.as_torch.itemsize > 8:
-            return Verdict(False, f"{use.state.name} is {use.state.dtype}; the kernels take elements of up to 8 bytes")
+        if not tensorrt.has_dtype(use.state.dtype.as_torch):
+            return Verdict(False, f"{use.state.name} is {use.state.dtype}, which {tensorrt} does not have")
     return Verdict(True, "a plugin's output is the state's own memory, any slots in any rows, at a cost that follows the cached length")
 
 

@@ -13,9 +13,9 @@ from inplace.artifacts import Plan
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.identity import IdentitySteps
 from inplace.engines.tensorrt.indirect import IndirectSteps
+from inplace.engines.tensorrt.opening import check_native_aliases, open_plan
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
-from inplace.trt import TensorRT, load_tensorrt
 
 log = logging.getLogger("inplace")
 
@@ -42,29 +42,14 @@ class TensorRtEngine:
         if plan is None:
             raise LoadError(f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again")
         path = manifest.engine.checked(folder)
-        if not torch.cuda.is_available():
-            raise LoadError(
-                f"{path} was built for a GPU ({plan.gpu or plan.compute_capability}) and this machine has none that PyTorch can use"
-            )
-        tensorrt = load_tensorrt(plan.flavor)
-        _check_machine(path, plan, tensorrt)
         self._arena, self._addresses = arena, arena.addresses()
-        self._tensorrt = tensorrt
-        plugins = None
-        if not tensorrt.is_rtx:
-            from inplace.plugins import plugins as registered
-
-            plugins = registered(tensorrt)
-        self._log = tensorrt.log()
-        self._runtime = self._log.watch(tensorrt.api.Runtime(self._log.logger))
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            raise LoadError(f"{path} cannot be read by {tensorrt}: {self._log.said()}; build the model again")
+        self._plan = opened = open_plan(str(path), path.read_bytes, plan)
+        engine = opened.engine
         _check_names(path, engine, manifest)
-        _check_native_aliases(path, engine, manifest)
+        check_native_aliases(str(path), engine, program.aliases)
         try:
             weights = _weights(folder, plan)
-            contexts = Contexts(tensorrt, engine, plan, weights, self._log, plugins)
+            contexts = Contexts(opened.tensorrt, engine, plan, weights, opened.log, opened.plugins)
             kind = IdentitySteps if program.identity else IndirectSteps
             self._steps: IdentitySteps | IndirectSteps = kind(program, arena, contexts, graphs=graphs)
             self._steps.warm()
@@ -93,22 +78,6 @@ class TensorRtEngine:
         return self._steps.time(inputs, count)
 
 
-def _check_machine(path: Path, plan: Plan, tensorrt: TensorRT) -> None:
-    found = tensorrt.api.__version__
-    if found != plan.version:
-        raise LoadError(
-            f"{path} was built with {plan.flavor} {plan.version}, this machine has {found}: a plan runs with the version that built it; "
-            f"install that one, or build the model again here"
-        )
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    name = torch.cuda.get_device_name()
-    if capability != plan.compute_capability or (plan.gpu and name != plan.gpu):
-        raise LoadError(
-            f"{path} was built for {plan.gpu or 'a GPU'} (compute capability {plan.compute_capability}), this machine has {name} "
-            f"({capability}): build the model again on this GPU"
-        )
-
-
 def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
     """The plan is the truth: its inputs and outputs must be the manifest's."""
     program = manifest.program("step")
@@ -127,20 +96,6 @@ def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
         shape = tuple(engine.get_tensor_shape(state.name))[1:]
         if shape != state.shape:
             raise LoadError(f"{path} has state {state.name} as {list(shape)}, the manifest as {list(state.shape)}; build the model again")
-
-
-def _check_native_aliases(path: Path, engine: Any, manifest: Manifest) -> None:
-    """Compare declared aliases with those the plan reports (TensorRT 10.15 and later, TensorRT for RTX).
-
-    Aliases of plugins are compared with the addresses that the plugins see in the first run, see `Contexts.observed`.
-    """
-    native = [alias for alias in manifest.program("step").aliases if alias.kind == "kv_cache_update"]
-    for alias in native:
-        found = engine.get_aliased_input_tensor(alias.output)
-        if found != alias.input:
-            raise LoadError(
-                f"{path}: output {alias.output} is the memory of {found or 'no input'}, the manifest says {alias}; build the model again"
-            )
 
 
 def _weights(folder: Path, plan: Plan) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""How a module was called, as the manifest of a directly called engine has it."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from inplace.direct.manifest import Argument, Call
+from inplace.direct.torch_graph import described, ranges, results
+from inplace.dtypes import Dtype
+from inplace.errors import LoadError
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
+
+from inplace_builder.capture.exported import ExportedCapture
+from inplace_builder.errors import BuildError, brief
+
+
+def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
+    """How the module was called, leaf by leaf."""
+    args, named = exported.example_inputs
+    signature = exported.module_call_graph[0].signature
+    assert signature is not None and signature.in_spec is not None
+    given = list(signature.forward_arg_names or ())
+    parameters = tuple(given) if len(given) == len(args) + len(named) else (*(f"argument_{i}" for i in range(len(args))), *named)
+    leaves = pytree.tree_flatten_with_path((args, named))[0]
+    specs = [spec for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    if len(leaves) != len(specs):
+        raise BuildError(f"torch.export took {len(specs)} of {len(leaves)} arguments; pass each tensor of a call as an argument of its own")
+    states = {state.name for state in capture.states}
+    placeholders = {node.name: node for node in capture.exported.graph.nodes if node.op == "placeholder"}
+    arguments: list[Argument] = []
+    for (where, leaf), spec in zip(leaves, specs, strict=True):
+        title = _title(where, parameters)
+        if isinstance(spec.arg, ConstantArgument):
+            if not isinstance(leaf, bool | int | float | str | None):
+                raise BuildError(f"argument {title} is a {type(leaf).__name__}; an engine takes tensors, numbers and constants")
+            arguments.append(Argument(where=title, kind="constant", value=leaf))
+            continue
+        value = placeholders[spec.arg.name].meta["val"]
+        if isinstance(leaf, Tensor):
+            kind: Literal["state", "tensor"] = "state" if spec.arg.name in states else "tensor"
+            extents = described(leaf if kind == "state" else value)[1]
+            arguments.append(Argument(where=title, name=spec.arg.name, kind=kind, dtype=dtype_of(leaf, title), shape=extents))
+        elif isinstance(value, torch.SymInt):
+            arguments.append(Argument(where=title, name=spec.arg.name, kind="number", shape=described(value)[1]))
+        else:
+            raise BuildError(f"argument {title} is a {type(leaf).__name__} that changes from call to call; pass a tensor")
+    try:
+        trees = [pytree.treespec_dumps(tree) for tree in (signature.in_spec, signature.out_spec)]
+    except Exception as error:
+        raise BuildError(
+            f"the arguments or outputs have a type that cannot be written ({brief(error)}): register it with a serialized_type_name "
+            f"(torch.export.register_dataclass), or pass and return dicts and tuples"
+        ) from error
+    try:
+        returned = results(capture.exported)
+    except (LoadError, ValueError) as error:
+        raise BuildError(f"an output cannot be returned by an engine: {brief(error)}; return tensors, numbers and constants") from error
+    return Call(
+        arguments=tuple(arguments),
+        ranges=ranges(capture.exported, capture.inputs),
+        results=returned,
+        inputs=trees[0],
+        outputs=trees[1],
+        parameters=parameters,
+        positional=len(args),
+    )
+
+
+def _title(where: tuple[Any, ...], parameters: Sequence[str]) -> str:
+    """The path of a leaf in ``(args, kwargs)`` as the caller writes it."""
+    kind, which, *rest = where
+    name = parameters[which.idx] if kind.idx == 0 else which.key
+    return f"{name}{pytree.keystr(tuple(rest))}"
+
+
+def dtype_of(tensor: Tensor, title: str) -> Dtype:
+    """The element type; BuildError where no engine has it."""
+    try:
+        return Dtype.of(tensor.dtype)
+    except ValueError:
+        raise BuildError(f"{title} is {tensor.dtype}, which no engine takes; the types are {[str(dtype) for dtype in Dtype]}") from None

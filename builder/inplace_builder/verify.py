@@ -13,6 +13,7 @@ from inplace.arena import Arena
 from inplace.batcher import Work
 from inplace.dtypes import Dtype
 from inplace.engines import load_engine
+from inplace.errors import LoadError
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
 from inplace.operators import sample
@@ -45,10 +46,15 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
         The largest relative error of an output.
 
     Raises:
-        BuildError: an output differs by more than the tolerance, a byte outside the written rows changed, or a state moved.
+        BuildError: the engine cannot be loaded or fails, an output differs by more than the tolerance, a byte outside the written rows
+            changed, or a state moved.
     """
     arena = Arena(manifest.states, SEQUENCES + FOREIGN, torch.device(manifest.engine.device))
-    instance = ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=float("inf"))
+    try:
+        engine = load_engine(folder, manifest, arena)
+    except LoadError as error:
+        raise BuildError(f"{error}; the engine is not written") from error
+    instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
     for tensor in arena.tensors.values():
         poison(tensor)
     addresses = arena.addresses()
@@ -61,7 +67,7 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
                 _step_and_compare_memory(instance, pending[first : first + instance.program.max_rows])
         for work in works:
             assert isinstance(work.request.sequence, int)
-            history.setdefault(work.request.sequence, []).append(work.inputs)
+            history.setdefault(work.request.sequence, []).append(dict(work.inputs))
             expected = capture.reference(history[work.request.sequence]) if compared else {}
             for spec in instance.program.outputs if compared else ():
                 worst = max(worst, _compare(spec, work, expected[spec.name], TOLERANCE.get(manifest.engine.dtype, 0.0)))

@@ -162,8 +162,8 @@ def test_the_same_module_builds_where_the_state_is_reset(tmp_path: Path, dtype: 
     assert (tmp_path / "model" / "config.pbtxt").is_file()
 
 
-def test_an_engine_that_fails_in_its_step_is_refused(tmp_path: Path) -> None:
-    refused(captured(WritesOutsideTheArena()), tmp_path, "index 100 is out of bounds")
+def test_an_engine_that_fails_when_it_is_warmed_is_refused(tmp_path: Path) -> None:
+    refused(captured(WritesOutsideTheArena()), tmp_path, r"fails in its first step \(IndexError: index 99 is out of bounds")
 
 
 RING = 12

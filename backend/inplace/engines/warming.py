@@ -1,0 +1,41 @@
+"""Steps that touch nothing, so that what is prepared when a program first runs is ready before a client comes."""
+
+import torch
+
+from inplace.batcher import Work, form
+from inplace.engines.base import Engine
+from inplace.errors import LoadError
+from inplace.manifest import Program
+from inplace.requests import Request
+from inplace.sequences import Sequence
+from inplace.specs import Role
+
+NULL = -1
+"""The slot of a null row."""
+
+
+def warm(engine: Engine, program: Program) -> None:
+    """Run a program on null rows: one that decodes, as many as fit, and one with a whole chunk.
+
+    Raises:
+        LoadError: it fails.
+    """
+    sizes = {(1, 1): None, (program.max_rows, 1): None}
+    if program.row_layout == "packed":
+        sizes[1, program.chunk] = None
+    names = [spec.name for spec in program.outputs]
+    for rows, tokens in sizes:
+        try:
+            engine.step(form(program, [_null_row(program, tokens) for _ in range(rows)]).inputs, names)
+        except Exception as error:  # whatever the program throws is why the model cannot be served
+            raise LoadError(f"the engine fails in its first step ({type(error).__name__}: {error}); build the model again") from error
+
+
+def _null_row(program: Program, tokens: int) -> Work:
+    inputs = {
+        spec.name: torch.full(
+            (tokens, *spec.shape[1:]) if spec.role is Role.TOKENS else spec.shape, spec.minimum or 0, dtype=spec.dtype.as_torch
+        )
+        for spec in program.client_inputs
+    }
+    return Work(Request("", start=True, end=True, inputs=inputs), Sequence("", NULL), inputs, tokens, before=0)

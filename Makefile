@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast check format bench gpu clean
 BIN := .venv/bin
+PARALLEL := -n logical --maxprocesses 4
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -14,10 +15,10 @@ demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversat
 	@$(BIN)/python examples/demo.py
 
 test: .venv/installed check ## every test, the real model and the real server included (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: .venv/installed ## without the server and the real model, for the loop while working
-	@$(BIN)/python -m pytest -q -m "not server and not real_model"
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model"
 
 check: .venv/installed ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

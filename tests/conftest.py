@@ -15,6 +15,29 @@ from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instanc
 from tritonclient.grpc import InferenceServerClient
 
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
+SERVERS = "tests/server/"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Where pytest-xdist runs several workers: each file in one of them, whose fixtures are then made once.
+
+    Real servers are all tested by one worker, so that two of them never compete, and from the beginning: together they take longest.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # it is untyped
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return SERVERS if file.startswith(SERVERS) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(SERVERS))
 
 
 @pytest.fixture(scope="session")

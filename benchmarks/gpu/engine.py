@@ -120,7 +120,7 @@ def report(
         repeats=REPEATS,
         weight_bytes=weights,
         cache_bytes_read=cached * position,
-        memory=engine.memory | {"arena": arena.bytes, "plan": manifest.engine.bytes},
+        memory=engine.memory | {"arena": arena.bytes},
         build_s=built,
     )
     print(json.dumps(found.record()), flush=True)

@@ -41,7 +41,7 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     inputs = step_inputs(manifest, engine, arena, [600] * rows, [1] * rows)
     engine.step(inputs, {"next_token"})
     torch.cuda.synchronize()
-    loaded, counted = used(), sum(engine.memory.values()) + arena.bytes + manifest.engine.bytes
+    loaded, counted = used(), sum(engine.memory.values()) + arena.bytes
     history = []
     for step in range(steps):
         engine.step(inputs, {"next_token"})
@@ -54,8 +54,8 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
         "process_bytes": loaded - bare,
         "counted_bytes": counted,
         "difference": (loaded - bare - counted) / (loaded - bare),
-        "parts": engine.memory | {"arena": arena.bytes, "plan": manifest.engine.bytes},
-        "engine_over_weights": (sum(engine.memory.values()) + manifest.engine.bytes) / weights,
+        "parts": engine.memory | {"arena": arena.bytes},
+        "engine_over_weights": sum(engine.memory.values()) / weights,
         "torch_reserved": torch.cuda.memory_reserved(),
         "torch_allocated": torch.cuda.memory_allocated(),
         "steps": steps,

@@ -1,5 +1,6 @@
 """The kernels on a GPU against the operators' CPU implementation: every dtype, wide heads, long slots, CUDA graphs, huge arenas."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,9 @@ def case(spec: AttentionSpec, rows: list[Row], dtype: torch.dtype, capacity: int
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

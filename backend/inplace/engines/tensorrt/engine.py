@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ class TensorRtEngine:
             not update a state in the memory it is bound to; or its weights and scratch memory do not fit the GPU.
 
     Attributes:
-        memory: bytes of device memory by what they are for: ``weights``, ``scratch``, ``steps`` (inputs and outputs of captured sizes).
+        memory: bytes of device memory by what they are for: ``weights``, ``scratch``, ``steps`` (inputs and outputs of captured sizes),
+            ``libraries`` (what PyTorch holds beside, cuBLAS's workspace above all), ``driver`` (what CUDA and TensorRT took while the
+            engine loaded and warmed: the plan, code, stacks, graphs; as the driver counts it, so of this GPU's other users too).
     """
 
     def __init__(self, folder: Path, manifest: Manifest, arena: Arena, *, graphs: bool = True) -> None:
@@ -43,6 +46,7 @@ class TensorRtEngine:
             raise LoadError(f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again")
         path = manifest.engine.checked(folder)
         self._arena, self._addresses = arena, arena.addresses()
+        before = _Use.now()
         self._plan = opened = open_plan(str(path), path.read_bytes, plan)
         engine = opened.engine
         _check_names(path, engine, manifest)
@@ -59,6 +63,9 @@ class TensorRtEngine:
                 f"build with fewer slots, a smaller capacity or fewer tokens a step"
             ) from error
         self.memory = {"weights": sum(weight.nbytes for weight in weights.values()), **contexts.memory, **self._steps.memory}
+        now = _Use.now()
+        self.memory["libraries"] = now.pytorch - before.pytorch - sum(self.memory.values())
+        self.memory["driver"] = now.others - before.others
         log.info("%s: plan bound on %s, device memory %s", path.name, plan.gpu, self.memory)
 
     def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
@@ -76,6 +83,23 @@ class TensorRtEngine:
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """Microseconds of one step on the GPU, see `IndirectSteps.time`; for benchmarks."""
         return self._steps.time(inputs, count)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Bytes of device memory in use: by PyTorch's allocator, and by everything else. None where there is no GPU."""
+
+    pytorch: int
+    others: int
+
+    @classmethod
+    def now(cls) -> "_Use":
+        if not torch.cuda.is_available():
+            return cls(0, 0)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        held = torch.cuda.memory_reserved()
+        return cls(held, total - free - held)
 
 
 def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:

@@ -125,6 +125,11 @@ class _Interpreter:
         flat = _picked(x, layer.axis, indices.flatten(), layer)
         return flat.reshape(*x.shape[: layer.axis], *indices.shape, *x.shape[layer.axis + 1 :])
 
+    def scatter(self, layer: Any, output: Any, x: Tensor, indices: Tensor, new: Tensor) -> Tensor:
+        layer.__class__ = self.api.IScatterLayer
+        assert layer.mode == self.api.ScatterMode.ELEMENT and x.dtype == new.dtype and indices.shape == new.shape, layer.name
+        return x.scatter(layer.axis, indices.long(), new)
+
     def fill(self, layer: Any, output: Any, count: Tensor, start: Tensor, step: Tensor) -> Tensor:
         return start + torch.arange(int(count), dtype=start.dtype) * step
 

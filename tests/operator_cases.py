@@ -2,6 +2,7 @@
 
 import torch
 from operator_case import Arg, Batch, fn, op
+from placing_cases import PLACINGS
 from torch import nn
 
 aten = torch.ops.aten
@@ -255,5 +256,5 @@ REDUCTIONS = [
     fn("topk-smallest", lambda x: list(aten.topk.default(x, 2, 1, False)), Z),
 ]
 
-CASES = [*ARITHMETIC, *FUNCTIONS, *LOGIC, *SHAPES, *INDEXING, *MATRICES, *ATTENTION, *NORMALIZATIONS, *REDUCTIONS]
+CASES = [*ARITHMETIC, *FUNCTIONS, *LOGIC, *SHAPES, *INDEXING, *MATRICES, *ATTENTION, *NORMALIZATIONS, *REDUCTIONS, *PLACINGS]
 BATCHES = [Batch(tuple(CASES[first : first + 28])) for first in range(0, len(CASES), 28)]

@@ -107,7 +107,7 @@ def export_for(
     if away and engine == "torch":
         name, tensor = next(iter(away.items()))
         raise BuildError(
-            f"{name} lies on {tensor.device}; a PyTorch engine runs on the CPU: move the module and its inputs with .cpu(), or take TensorRT"
+            f"{name} lies on {tensor.device}; a PyTorch engine runs on the CPU: move module and inputs with .cpu(), or take TensorRT"
         )
     return move_to_device_pass(exported, "cpu") if away else exported
 

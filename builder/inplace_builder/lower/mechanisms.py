@@ -149,8 +149,10 @@ def judge_kv_cache_update(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
     """A cache as `IKVCacheUpdateLayer` has it: ``[slots, heads, capacity, dim]`` in a float type, appended to once a step."""
     if not tensorrt.is_rtx and tensorrt.version[:2] < FIRST_CACHE_LAYER:
         return Verdict(False, f"IKVCacheUpdateLayer is in TensorRT 10.15 and later and in TensorRT for RTX, this is {tensorrt}")
+    order = {node: place for place, node in enumerate(uses[0].node.graph.nodes)}
     for use in uses:
-        because = _no_cache(use) or _no_cache_operator(use)
+        places = [order[other.node] for other in uses if other.writes and other.state.name == use.state.name]
+        because = _no_cache(use) or _no_cache_operator(use, after=all(place < order[use.node] for place in places))
         if because is not None:
             return Verdict(False, f"{because}{source_line(use.node)}")
     for name in {use.state.name for use in uses}:
@@ -173,12 +175,12 @@ def _no_cache(use: Use) -> str | None:
     return None
 
 
-def _no_cache_operator(use: Use) -> str | None:
-    """Why the layer cannot do what the operator does."""
+def _no_cache_operator(use: Use, *, after: bool) -> str | None:
+    """Why the layer cannot do what the operator does; ``after``: every update of the state comes before it."""
     if use.arguments.get("ring"):
         return f"{use.state.name} is a ring; the layer only appends and drops what is beyond the capacity"
     if use.operator == "read":
-        return f"{use.state.name} is read; its rows beside an update in place have no order"
+        return None if after else f"{use.state.name} is read ahead of its update; TensorRT could update it first"
     if use.operator == "update" and use.arguments["write_indices"] is None:
         return f"{use.state.name} is rewritten; the layer only appends"
     if use.operator == "update" and use.arguments["axis"] != 2:

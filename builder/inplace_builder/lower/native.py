@@ -17,6 +17,14 @@ KIND = "kv_cache_update"
 inplace = torch.ops.inplace
 
 
+@state_converter(inplace.read.default, KIND)
+def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
+    """The rows of the updated cache; null rows are zeros. A read ahead of the update is refused by the mechanism."""
+    rows = rows_of(ctx, (state,), slots, None)
+    rank = len(state.current.shape)
+    return ctx.select(rows.null_as(ctx, rank), ctx.tensor(0, state.spec.dtype.as_torch, rank), state.current)
+
+
 @state_converter(inplace.update.default, KIND)
 def update(
     ctx: Network,

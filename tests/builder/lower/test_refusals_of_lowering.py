@@ -130,7 +130,7 @@ def _read_and_append(value: Tensor, slots: Tensor, row_offsets: Tensor, write_in
     ("step", "dtype", "because"),
     [
         (_twice, Dtype.FLOAT32, "is updated 2 times a step"),
-        (_read_and_append, Dtype.FLOAT32, "memory is read; its rows beside an update"),
+        (_read_and_append, Dtype.FLOAT32, "memory is read ahead of its update"),
         (lambda v, s, o, w, m: update(m, s, v, o, w, axis=2, ring=True), Dtype.FLOAT32, "memory is a ring"),
         (lambda v, s, o, w, m: update(m, s, v, o, w, axis=2), Dtype.INT32, "memory is int32; the layer takes float32"),
         (lambda v, s, o, w, m: update(m, s, torch.ones(2, 2, 8, 4)), Dtype.FLOAT32, "memory is rewritten; the layer only appends"),

@@ -1,6 +1,6 @@
-"""Step times of our TensorRT engines: one capacity and mechanism a process, one JSON line for each number of rows.
+"""Step times of our TensorRT engines: one capacity and mechanism a process, one JSON line for each step.
 
-python -m benchmarks.gpu.engine --shape 1b --alias plugin --capacity 1024 --cases 1,8,64 --length 600 --prefill 512
+python -m benchmarks.gpu.engine --shape 1b --alias plugin --capacity 1024 --cases 1x600,8x600,64x600 --prefill 512
 """
 
 import argparse
@@ -36,27 +36,27 @@ def main() -> None:
     parser.add_argument("--shape", required=True)
     parser.add_argument("--alias", default="plugin", choices=("plugin", "copy"))
     parser.add_argument("--capacity", type=int, default=1024)
-    parser.add_argument("--cases", default="1", help="numbers of rows, separated by commas")
-    parser.add_argument("--length", type=int, default=600)
+    parser.add_argument("--cases", default="1x600", help="rows x positions that each holds, separated by commas")
     parser.add_argument("--prefill", type=int, default=0, help="also time a prompt of so many tokens")
     parser.add_argument("--engines", type=Path, default=ENGINES, help="keep what was built here, and take what is kept")
     parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
-    rows = [int(count) for count in arguments.cases.split(",")]
+    cases = [tuple(map(int, case.split("x"))) for case in arguments.cases.split(",")]
+    most = max(rows for rows, _ in cases)
     with tempfile.TemporaryDirectory() as folder:
-        kept = f"{arguments.shape}-{arguments.alias}-c{arguments.capacity}-b{max(rows)}-p{arguments.prefill}"
+        kept = f"{arguments.shape}-{arguments.alias}-c{arguments.capacity}-b{most}-p{arguments.prefill}"
         place = arguments.engines / kept if arguments.engines is not None else Path(folder)
         before = time.perf_counter()
         if not (place / "model").exists():
             place.mkdir(parents=True, exist_ok=True)
-            build(place, arguments.shape, arguments.alias, max(rows), arguments.capacity, max(arguments.prefill, 1))
+            build(place, arguments.shape, arguments.alias, most, arguments.capacity, max(arguments.prefill, 1))
             (place / "build_seconds").write_text(str(time.perf_counter() - before))
         if arguments.build_only:
             return
         manifest, arena, engine = opened(place)
         built = float((place / "build_seconds").read_text())
-        for count in rows:
-            report(arguments, manifest, engine, arena, [arguments.length] * count, [1] * count, built)
+        for rows, length in cases:
+            report(arguments, manifest, engine, arena, [length] * rows, [1] * rows, built)
         if arguments.prefill:
             report(arguments, manifest, engine, arena, [0], [arguments.prefill], built)
 

@@ -69,6 +69,8 @@ CASES: tuple[Case, ...] = (
     Case("1b", 64, 1024, must_us=1900, aim_us=1500),
     Case("1b", 1, 32768, within=(_ONE, 5.0)),
 )
+LENGTHS: tuple[Case, ...] = tuple(Case("1b", 8, 4096, length) for length in (1, 2000, 3900))
+"""What the plot of step time against the cached length needs beside `CASES`."""
 PREFILL_SHAPE, PREFILL_CAPACITY, PREFILL_TOKENS = "1b", 1024, 512
 
 

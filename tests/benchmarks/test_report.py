@@ -17,7 +17,7 @@ from benchmarks.gpu.plan import Child, plan
 from benchmarks.gpu.plots import AXES, draw, panels
 from benchmarks.gpu.report import Results, aim, must, report
 from benchmarks.gpu.run import kept, run, run_child, unmeasured
-from benchmarks.gpu.shapes import CASES, SHAPES, Case, cache_bytes, floor_us, random_weights, weight_bytes
+from benchmarks.gpu.shapes import CASES, LENGTHS, SHAPES, Case, cache_bytes, floor_us, random_weights, weight_bytes
 
 BANDWIDTH = 3.02e12
 
@@ -149,6 +149,9 @@ def test_every_case_is_planned_for_ours_and_the_peer_and_each_process_once() -> 
     expected = [(one.engine, one.step) for planned in children for one in planned.expected]
     for case in CASES:
         for engine in ("inplace-plugin", "inplace-copy", "torch.compile"):
+            assert (engine, measured(case, engine, 1.0).step) in expected
+    for case in LENGTHS:
+        for engine in ("inplace-plugin", "torch.compile"):
             assert (engine, measured(case, engine, 1.0).step) in expected
     assert len(set(expected)) == len(expected)
     assert len({planned.name for planned in children}) == len(children)

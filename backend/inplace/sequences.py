@@ -59,7 +59,7 @@ class Sequence:
         A sequence without a key is open to any START, but not to a step or END that carries one: that was meant for another sequence.
 
         Raises:
-            RequestError: SEQUENCE_KEY.
+            RequestError: SEQUENCE_KEY; retryable for a START, which may follow when the live sequence has ended.
         """
         if hmac.compare_digest(self.key or b"", key or b"") or (start and self.key is None):
             return
@@ -68,6 +68,7 @@ class Sequence:
             Code.SEQUENCE_KEY,
             f"the request carries {'a' if key else 'no'} sequence_key, the START of the live sequence {self.id!r} set {kept}; nothing was "
             f"changed: send what its START sent, or use an id of your own",
+            retryable=start,
         )
 
 

@@ -32,7 +32,7 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
     for ids in ([7], BAD):  # the key is looked at first: nothing else is said to a stranger
         answer = owned.run([ask(1, ids, start=start, end=end, **parameters)])[0]
         has = "no sequence_key, the START of the live sequence 1 set one" if key is None else "a sequence_key, .* set another"
-        refused(answer, Code.SEQUENCE_KEY)
+        refused(answer, Code.SEQUENCE_KEY, retryable=start)
         assert re.search(has, str(answer))
         assert "mine" not in str(answer)
     assert same(memory(owned), before)
@@ -137,7 +137,7 @@ def test_a_model_without_positions_has_keys_too(sums: StepDriver) -> None:
 
     assert total(sums.run([keyed(add(1, 5.0, start=True), "mine")])[0]) == ([5.0] * 4, 1)
     refused(sums.run([add(1, 5.0)])[0], Code.SEQUENCE_KEY)
-    refused(sums.run([keyed(add(1, 5.0, start=True), "yours")])[0], Code.SEQUENCE_KEY)
+    refused(sums.run([keyed(add(1, 5.0, start=True), "yours")])[0], Code.SEQUENCE_KEY, retryable=True)
     assert total(sums.run([keyed(add(1, 2.0), "mine")])[0]) == ([7.0] * 4, 2)
 
 

@@ -1,11 +1,13 @@
-"""What `inplace.triton` and `inplace.triton_reports` use of the module that Triton's Python backend provides."""
+"""What the modules `inplace.triton*` use of the module that Triton's Python backend provides."""
 
 from typing import Any
 
 TritonError: Any
+InferenceRequest: Any
 InferenceResponse: Any
 Tensor: Any
 MetricFamily: Any
+TRITONSERVER_RESPONSE_COMPLETE_FINAL: int
 
 class TritonModelException(Exception): ...
 

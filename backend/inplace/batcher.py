@@ -81,17 +81,22 @@ class Batch:
     inputs: dict[str, Tensor]
 
 
-def form(program: Program, rows: list[Work]) -> Batch:
-    """The next step of these rows, packed behind one another: at most ``program.chunk`` tokens of each, ``program.token_budget`` of all."""
+def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch:
+    """The next step of these rows, packed behind one another: at most ``program.chunk`` tokens of each.
+
+    Args:
+        program: what runs.
+        rows: at most as many as it takes.
+        budget: most tokens of all of them, at least their number; None is ``program.token_budget``.
+    """
     waiting = [work.tokens - work.done for work in rows]
-    counts = _counts(waiting, program.chunk, program.token_budget)
+    counts = _counts(waiting, program.chunk, program.token_budget if budget is None else budget)
     lengths = np.array([work.sequence.length for work in rows], dtype=np.int64)
-    if sum(counts) == len(rows):
-        each, offsets, positions = 1, np.arange(len(rows) + 1), lengths
-    else:
-        each = np.array(counts)
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(each, out=offsets[1:])
+    each = np.array(counts, dtype=np.int64)
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(each, out=offsets[1:])
+    positions: NDArray[np.int64] = lengths
+    if len(rows) < offsets[-1]:
         positions = np.repeat(lengths - offsets[:-1], each) + np.arange(offsets[-1])
     # what a row that still has tokens waiting says is dropped: it need not pay for choosing at random
     sampling = [work.sampling if left == count else GREEDY for work, left, count in zip(rows, waiting, counts, strict=True)]

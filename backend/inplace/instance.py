@@ -14,7 +14,7 @@ from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest, Program
 from inplace.observer import Observer
 from inplace.requests import Checked, Request, checked_inputs
-from inplace.sequences import Ended, Sequence, SlotTable
+from inplace.sequences import Ended, SlotTable
 from inplace.specs import Update
 
 
@@ -101,8 +101,18 @@ class ModelInstance:
             sequence.pending = None
         return work
 
-    def step(self, rows: list[Work]) -> dict[str, Tensor]:
-        """Run one step over at most ``program.max_rows`` rows, each of its own sequence, and advance them.
+    def end(self, checked: Checked) -> None:
+        """End a sequence for a request that brings nothing else.
+
+        Raises:
+            RequestError: UNKNOWN_SEQUENCE or SEQUENCE_KEY.
+        """
+        live = self.table.find(checked.request.sequence)
+        live.check_key(checked.key, start=False)
+        self.table.end(live)
+
+    def step(self, rows: list[Work], budget: int | None = None) -> dict[str, Tensor]:
+        """Run one step over at most ``program.max_rows`` rows, each of its own sequence, and advance them by at most ``budget`` tokens.
 
         Where the engine raises, every row has its ``error`` afterwards. A START leaves no slot then, an END has ended; other sequences are
         as they were before their requests where states only append (what lies beyond the cached length is never read), and have
@@ -111,7 +121,7 @@ class ModelInstance:
         Returns:
             What the rows that have finished want to know, by output name, ``[rows, ...]``; entries of other rows mean nothing.
         """
-        batch = form(self.program, rows)
+        batch = form(self.program, rows, budget)
         wanted: set[str] = set()
         for work, count in zip(rows, batch.counts, strict=True):
             if work.done + count == work.tokens:

@@ -1,10 +1,10 @@
-"""The border to Triton: the only module, with `inplace.triton_reports`, that knows the Python backend's types."""
+"""The border to Triton: with the other ``triton_*`` modules the only one that knows the Python backend's types."""
 
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton_python_backend_utils as pb_utils
@@ -12,22 +12,34 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from inplace.arena import Arena
-from inplace.drivers import Answer, StepDriver
+from inplace.drivers import Answer, Language, StepDriver, StreamDriver
+from inplace.drivers.generation import STOP, TEXT
 from inplace.engines import load_engine
 from inplace.errors import Code, LoadError, RequestError
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
 from inplace.observer import Observer, line
 from inplace.requests import Request
-from inplace.settings import Settings
+from inplace.settings import Settings, served
+from inplace.text import load_tokenizer
+from inplace.triton_channel import TritonChannel, output, refusal
+from inplace.triton_front import Front
 from inplace.triton_reports import TritonMetrics, log_to_triton
 
 FLAG_START, FLAG_END = 1, 2
-
-STATUS = {Code.NO_FREE_SLOT: "UNAVAILABLE", Code.UNKNOWN_SEQUENCE: "NOT_FOUND", Code.ENGINE_FAILED: "INTERNAL"}
-"""Triton's status for an error, INVALID_ARG for the others; by name, for the stub adds its types only after this import."""
+TEXTS = (TEXT, STOP)
 
 log = logging.getLogger("inplace")
+
+
+class Served(Protocol):
+    """A loaded model."""
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Answer a batch of requests; None where they are answered later."""
+
+    def close(self) -> None:
+        """Stop; whoever waits is answered."""
 
 
 class TritonPythonModel:
@@ -36,48 +48,99 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine beside the model's config.pbtxt; a model that cannot be served fails to load with the reason."""
         self._log = log_to_triton(args["model_instance_name"])
-        folder = Path(args["model_repository"]) / args["model_version"]
         try:
-            manifest = Manifest.load(folder)
-            settings = Settings.parse(args["model_config"], manifest)
-            arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
-            engine = load_engine(folder, manifest, arena)
+            self._served: Served = Front(args) if served(args["model_config"]) == "front" else _engine(args)
         except LoadError as error:
             self._log.stop()
             raise pb_utils.TritonModelException(f"INPLACE-LOAD: {error}") from error
-        for note in settings.notes:
-            log.warning("%s", note)
-        log.setLevel(settings.log_level)
-        instance = ModelInstance(manifest, arena, engine, settings.idle_timeout)
-        self._observer = instance.observer
-        self._metrics = TritonMetrics(self._observer.numbers, args)
-        self._driver = StepDriver(instance)
-        device = manifest.engine.device
-        log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=arena.bytes, device=device))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Answer a batch of requests; each with its own result or its own error."""
+        return self._served.execute(requests)
+
+    def finalize(self) -> None:
+        """The model is unloaded; what lives in it is lost."""
+        self._served.close()
+        self._log.stop()
+
+
+def _engine(args: dict[str, str]) -> Served:
+    folder = Path(args["model_repository"]) / args["model_version"]
+    manifest = Manifest.load(folder)
+    settings = Settings.parse(args["model_config"], manifest)
+    tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
+    arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
+    engine = load_engine(folder, manifest, arena)
+    for note in settings.notes:
+        log.warning("%s", note)
+    log.setLevel(settings.log_level)
+    instance = ModelInstance(manifest, arena, engine, settings.idle_timeout)
+    metrics = TritonMetrics(instance.observer.numbers, args)
+    device = manifest.engine.device
+    log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=arena.bytes, device=device))
+    if settings.serve == "step":
+        return _Steps(StepDriver(instance), metrics)
+    return _Streams(StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting), metrics)
+
+
+class _Steps:
+    """Answers inside the server's call."""
+
+    def __init__(self, driver: StepDriver, metrics: TritonMetrics) -> None:
+        self._driver, self._metrics = driver, metrics
+        self._observer = driver.instance.observer
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a batch of requests; each with its own result or its own error."""
-        parsed: list[Request | RequestError] = [_parse(request) for request in requests]
-        valid = [request for request in parsed if isinstance(request, Request)]
-        answers = iter(self._driver.run(valid))
+        parsed = [_parse(request) for request in requests]
+        answers = iter(self._driver.run([request for request in parsed if isinstance(request, Request)]))
         return [
             _response(request, next(answers) if isinstance(found, Request) else found, self._observer)
             for request, found in zip(requests, parsed, strict=True)
         ]
 
-    def finalize(self) -> None:
-        """The model is unloaded; what lives in it is lost."""
+    def close(self) -> None:
         self._driver.close()
         log.info(line("unloaded", live=len(self._driver.instance.table)))
         self._metrics.close()
-        self._log.stop()
 
 
-def _parse(request: Any) -> Request | RequestError:
+class _Streams:
+    """Hands requests over and returns; they are answered from other threads."""
+
+    def __init__(self, driver: StreamDriver, metrics: TritonMetrics) -> None:
+        self._driver, self._metrics = driver, metrics
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        for request in requests:
+            channel = TritonChannel(request)
+            texts: dict[str, tuple[bytes, ...]] = {}
+            parsed = _parse(request, texts)
+            if isinstance(parsed, Request):
+                self._driver.submit(parsed, texts, channel)
+            else:
+                end = bool(request.flags() & FLAG_END)
+                self._driver.instance.observer.refused(request.correlation_id(), request.request_id(), parsed, end=end)
+                channel.refuse(parsed)
+
+    def close(self) -> None:
+        live = len(self._driver.instance.table)
+        self._driver.close()
+        log.info(line("unloaded", live=live))
+        self._metrics.close()
+
+
+def _parse(request: Any, texts: dict[str, tuple[bytes, ...]] | None = None) -> Request | RequestError:
+    """The request without Triton's types; where ``texts`` is given, its inputs of BYTES are put there."""
     flags = request.flags()
+    inputs: dict[str, Tensor] = {}
     try:
         parameters = json.loads(request.parameters() or "{}")
-        inputs = {tensor.name(): _tensor(tensor) for tensor in request.inputs()}
+        for tensor in request.inputs():
+            name = tensor.name()
+            if texts is not None and name in TEXTS:
+                texts[name] = tuple(tensor.as_numpy().reshape(-1).tolist())
+            else:
+                inputs[name] = _tensor(tensor)
     except (ValueError, RuntimeError) as error:
         return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
     return Request(
@@ -99,11 +162,6 @@ def _tensor(tensor: Any) -> Tensor:
 def _response(request: Any, answer: Answer, observer: Observer) -> Any:
     if isinstance(answer, RequestError):
         observer.refused(request.correlation_id(), request.request_id(), answer, end=bool(request.flags() & FLAG_END))
-        text = answer.wire(request.correlation_id(), request.request_id())
-        return pb_utils.InferenceResponse(
-            error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, STATUS.get(answer.code, "INVALID_ARG")))
-        )
+        return refusal(request, answer)
     asked = set(request.requested_output_names())
-    return pb_utils.InferenceResponse(
-        output_tensors=[pb_utils.Tensor.from_dlpack(name, tensor) for name, tensor in answer.items() if name in asked]
-    )
+    return pb_utils.InferenceResponse(output_tensors=[output(name, tensor) for name, tensor in answer.items() if name in asked])

@@ -38,6 +38,13 @@ class EngineKind(StrEnum):
     TENSORRT_RTX = "tensorrt_rtx"
 
 
+class Protocol(StrEnum):
+    """How a model is served."""
+
+    STEP = "step"
+    STREAM = "stream"
+
+
 class Mechanism(StrEnum):
     """How TensorRT updates a state."""
 
@@ -65,9 +72,13 @@ def build(
     capacity: Annotated[int, typer.Option(help="Positions a sequence may hold.")] = 1024,
     chunk: Annotated[int, typer.Option(help="Most tokens of one sequence in one step; longer prompts take several.")] = 128,
     step_tokens: Annotated[int | None, typer.Option(help="Most tokens of all sequences in one step; default: four chunks.")] = None,
+    serve: Annotated[
+        Protocol,
+        typer.Option(help="step: unary requests of one step each; stream: gRPC streams and HTTP generate_stream, whole generations."),
+    ] = Protocol.STEP,
     name: Annotated[str | None, typer.Option(help="The model's name, in the repository --output; default: its last part.")] = None,
     idle_timeout: Annotated[float, typer.Option(help="Seconds after its last response at which a sequence loses its slot.")] = 600.0,
-    queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full.")] = 500,
+    queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full (step).")] = 500,
 ) -> None:
     """Build a decoder into a model repository, verified against transformers before it is written."""
     from inplace_builder.build import BuildOptions, build_decoder
@@ -88,6 +99,7 @@ def build(
             chunk=chunk,
             idle_timeout=idle_timeout,
             queue_delay_microseconds=queue_delay_us,
+            serve=serve.value,
         )
         target = output if name is None or output.name == name else output / name
         columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,24 @@ from typing import Literal
 import torch
 from inplace import __version__
 from inplace.dtypes import Dtype
+from inplace.errors import LoadError
 from inplace.files import StrandedError, occupied, published
+from inplace.front import FILE_NAME as FRONT_FILE
+from inplace.front import SUFFIX, FrontFile
 from inplace.manifest import FILE_NAME, Kind, Manifest
+from inplace.settings import MOST_WAITING
+from inplace.text import TOKENIZER_FILE
+from inplace.text import TOKENIZER_FOLDER as TOKENIZER
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
 from inplace_builder.engine_files import ENGINES, Written, write_tensorrt, write_torch
 from inplace_builder.errors import BuildError
-from inplace_builder.model_config import model_config
+from inplace_builder.model_config import Language, front_config, model_config
 from inplace_builder.verify import verify
 
 VERSION = "1"
 """Triton's model version, the folder the engine lies in."""
-TOKENIZER = "tokenizer"
 
 DTYPES = {"cpu": (Dtype.FLOAT32, Dtype.BFLOAT16), "cuda": (Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32)}
 
@@ -46,7 +53,8 @@ class BuildOptions:
         chunk: most tokens of one sequence in one step; longer prompts are fed in several.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
-        queue_delay_microseconds: how long the server may hold back a batch that is not full.
+        queue_delay_microseconds: how long the server may hold back a batch that is not full (``step``).
+        serve: the protocol: ``step``, or ``stream`` with generations beside steps; see docs/protocol.md.
         engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
         alias: the mechanism that must update every state (TensorRT); None is the first that can.
         strict: never copy a state (TensorRT).
@@ -63,6 +71,7 @@ class BuildOptions:
     idle_timeout: float = 600.0
     queue_delay_microseconds: int = 500
     step_tokens: int | None = None
+    serve: Literal["step", "stream"] = "step"
     engine: Literal["torch", "tensorrt", "tensorrt_rtx"] = "torch"
     alias: Kind | None = None
     strict: bool = False
@@ -82,6 +91,8 @@ class BuildOptions:
             raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0 and below {LONGEST:.0e}")
         if not 0 <= self.queue_delay_microseconds < LONGEST * 1e6:
             raise BuildError(f"queue_delay_microseconds is {self.queue_delay_microseconds}; it must be at least 0")
+        if self.serve not in ("step", "stream"):
+            raise BuildError(f"serve is {self.serve!r}; choose step or stream")
         self._check_engine()
         if self.device == "cuda" and self.compute_capability is None and not torch.cuda.is_available():
             raise BuildError("an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu")
@@ -119,7 +130,7 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
     Raises:
         BuildError: with nothing written.
     """
-    check_output(output)
+    check_output(output, options)
     stage("load the model")
     model, tokenizer = load_decoder(source, options.dtype)
     stage("capture the graph")
@@ -134,7 +145,17 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
             raise error if isinstance(error, OSError) else OSError(f"{TOKENIZER}: {error}") from error
 
     notes = {"source": source.name, "architecture": type(model).__name__}
-    return write_engine(capture, output, options, stage, notes, extras, lambda: _beside_engine(model, options.device))
+    eos = end_tokens(model, tokenizer)
+    return write_engine(capture, output, options, stage, notes, extras, lambda: _beside_engine(model, options.device), eos)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """The tokens that end what a model says: those of its generation configuration, or else its tokenizer's."""
+    config = model.generation_config
+    found = config.eos_token_id if config is not None else None
+    if found is None and tokenizer is not None:
+        found = tokenizer.eos_token_id
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 
 def _beside_engine(model: torch.nn.Module, device: str) -> None:
@@ -158,6 +179,7 @@ def write_engine(
     notes: dict[str, str] | None = None,
     extras: Callable[[Path], None] = lambda _: None,
     prepare: Callable[[], object] = lambda: None,
+    eos: tuple[int, ...] = (),
 ) -> Manifest:
     """Write a captured model as an engine directory, verify it as it was written, and only then put it in its place.
 
@@ -168,16 +190,19 @@ def write_engine(
         extras: writes further files into the version folder.
         prepare: called before verification, when nothing needs the captured weights any more: the place to move the model that they
             share their memory with to the device of the engine, so that the reference runs there too.
+        eos: tokens that end a generation.
 
     Raises:
         BuildError: it cannot be written, or it does not do what the captured model does.
     """
-    check_output(output)
+    check_output(output, options)
     if capture.program.max_rows > options.slots:
         raise BuildError(
             f"a batch of {capture.program.max_rows} rows needs as many slots; there are {options.slots}: raise slots or lower the batch"
         )
-    with _published(output) as draft:
+    generates = options.serve == "stream" and capture.program.language is not None
+    front = output.with_name(output.name + SUFFIX)
+    with _published(output) as draft, _published(front) if generates else contextlib.nullcontext() as front_draft:
         folder = draft / VERSION
         stage("write the engine")
         with _disk_errors(output):
@@ -200,10 +225,21 @@ def write_engine(
             prepare()
             error = verify(folder, manifest, capture)
             manifest = manifest.model_copy(update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}})
-        config = model_config(manifest, idle_timeout=options.idle_timeout, queue_delay_microseconds=options.queue_delay_microseconds)
+        language = Language(eos, text=(folder / TOKENIZER / TOKENIZER_FILE).is_file()) if generates else None
+        config = model_config(
+            manifest,
+            serve=options.serve,
+            idle_timeout=options.idle_timeout,
+            queue_delay_microseconds=options.queue_delay_microseconds,
+            language=language,
+        )
         with _disk_errors(output):
             manifest.save(folder)
             (draft / "config.pbtxt").write_text(config.text())
+            if front_draft is not None and language is not None:
+                _write_front(front_draft, front.name, manifest, language)
+    if not generates:
+        _remove_front(front, output.name)
     return manifest
 
 
@@ -232,10 +268,26 @@ def built_with() -> dict[str, str]:
     }
 
 
-def check_output(output: Path) -> None:
-    """BuildError if ``output`` holds something that is not an engine directory."""
+def check_output(output: Path, options: BuildOptions) -> None:
+    """BuildError if ``output`` holds something that is not an engine directory, or its front's place something that is no front."""
     if (reason := occupied(output, Path(VERSION, FILE_NAME))) is not None:
         raise BuildError(reason)
+    if options.serve == "stream" and (reason := occupied(output.with_name(output.name + SUFFIX), Path(VERSION, FRONT_FILE))) is not None:
+        raise BuildError(f"{reason}; a stream model's front is written there")
+
+
+def _write_front(draft: Path, name: str, manifest: Manifest, language: Language) -> None:
+    """The model that HTTP clients generate with."""
+    (draft / VERSION).mkdir()
+    FrontFile(model=manifest.name, most=manifest.slots + MOST_WAITING).save(draft / VERSION)
+    (draft / "config.pbtxt").write_text(front_config(name, language).text())
+
+
+def _remove_front(front: Path, model: str) -> None:
+    """Remove the front of an earlier build, which would now pass requests on to a model that takes none."""
+    with contextlib.suppress(LoadError, OSError):
+        if FrontFile.load(front / VERSION).model == model:
+            shutil.rmtree(front)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,26 @@
 """config.pbtxt: what the server must know of a model, as dataclasses, written through Triton's own protobuf schema."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf import text_format
+from inplace.drivers.generation import STOP, TEXT
+from inplace.drivers.reply import FINISH_REASON, TEXT_OUTPUT, TOKENS
 from inplace.dtypes import Dtype
 from inplace.manifest import Manifest
-from inplace.settings import IDLE_TIMEOUT
+from inplace.settings import EOS, IDLE_TIMEOUT, MOST_WAITING, QUEUE, SERVE
 from inplace.specs import Role, TensorSpec
 from tritonclient.grpc import model_config_pb2 as pb
+
+from inplace_builder.errors import BuildError
 
 BACKEND = "inplace"
 CANDIDATES_PER_SLOT = 4
 """Triton queues a START in silence when all its candidates are taken; more candidates than slots let the backend refuse it."""
+STREAM_CANDIDATES = 16384
+"""The same for a stream model, where generations wait for a slot in the backend, and ids of clients that vanished are held for longer."""
+LONGEST_GENERATION = 3600
+"""Seconds. Triton's idle clock runs while a generation does: after a longer one Triton has forgotten its sequence."""
 
 TRITON_TYPES = {
     Dtype.BOOL: pb.TYPE_BOOL,
@@ -28,17 +37,18 @@ TRITON_TYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of the server's model; ``dims`` without the batch axis."""
+    """An input or output of the server's model; ``dims`` without the batch axis, ``type`` Triton's."""
 
     name: str
-    dtype: Dtype
+    type: int
     dims: tuple[int, ...]
     ragged: bool = False
+    optional: bool = False
 
     @classmethod
-    def of(cls, spec: TensorSpec) -> "Tensor":
+    def of(cls, spec: TensorSpec, *, optional: bool = False) -> "Tensor":
         """The server's view of a program's tensor."""
-        return cls(spec.name, spec.dtype, spec.shape, ragged=spec.role is Role.TOKENS)
+        return cls(spec.name, TRITON_TYPES[spec.dtype], spec.shape, ragged=spec.role is Role.TOKENS, optional=optional)
 
 
 @dataclass(frozen=True)
@@ -58,30 +68,43 @@ class SequenceBatching:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One config.pbtxt."""
+    """One config.pbtxt.
+
+    Attributes:
+        sequence_batching: None in a model without sequences.
+        decoupled: a request may have any number of responses.
+        parameters: for the backend, see `inplace.settings`.
+    """
 
     name: str
     max_batch_size: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    sequence_batching: SequenceBatching
+    sequence_batching: SequenceBatching | None
+    decoupled: bool
     device: str
-    idle_timeout: float
+    parameters: Mapping[str, str]
 
     def proto(self) -> pb.ModelConfig:
         """As Triton's ModelConfig message."""
         config = pb.ModelConfig(name=self.name, backend=BACKEND, max_batch_size=self.max_batch_size)
         for tensor in self.inputs:
-            config.input.add(name=tensor.name, data_type=TRITON_TYPES[tensor.dtype], dims=tensor.dims, allow_ragged_batch=tensor.ragged)
+            config.input.add(
+                name=tensor.name, data_type=tensor.type, dims=tensor.dims, allow_ragged_batch=tensor.ragged, optional=tensor.optional
+            )
         for tensor in self.outputs:
-            config.output.add(name=tensor.name, data_type=TRITON_TYPES[tensor.dtype], dims=tensor.dims)
-        batching = config.sequence_batching
-        batching.max_sequence_idle_microseconds = self.sequence_batching.idle_microseconds
-        batching.oldest.max_candidate_sequences = self.sequence_batching.candidates
-        batching.oldest.max_queue_delay_microseconds = self.sequence_batching.queue_delay_microseconds
+            config.output.add(name=tensor.name, data_type=tensor.type, dims=tensor.dims)
+        if self.sequence_batching is not None:
+            batching = config.sequence_batching
+            batching.max_sequence_idle_microseconds = self.sequence_batching.idle_microseconds
+            batching.oldest.max_candidate_sequences = self.sequence_batching.candidates
+            batching.oldest.max_queue_delay_microseconds = self.sequence_batching.queue_delay_microseconds
+        if self.decoupled:
+            config.model_transaction_policy.decoupled = True
         kind = pb.ModelInstanceGroup.KIND_CPU if self.device == "cpu" else pb.ModelInstanceGroup.KIND_GPU
         config.instance_group.add(kind=kind, count=1)
-        config.parameters[IDLE_TIMEOUT].string_value = f"{self.idle_timeout:g}"
+        for name, value in self.parameters.items():
+            config.parameters[name].string_value = value
         return config
 
     def text(self) -> str:
@@ -89,19 +112,82 @@ class ModelConfig:
         return text_format.MessageToString(self.proto())
 
 
-def model_config(manifest: Manifest, *, idle_timeout: float, queue_delay_microseconds: int) -> ModelConfig:
-    """The configuration that serves an engine."""
+@dataclass(frozen=True)
+class Language:
+    """What the server must know of a model that generates.
+
+    Attributes:
+        eos: end tokens.
+        text: there is a tokenizer beside the engine.
+    """
+
+    eos: tuple[int, ...] = ()
+    text: bool = False
+
+
+def model_config(
+    manifest: Manifest, *, serve: str, idle_timeout: float, queue_delay_microseconds: int, language: Language | None = None
+) -> ModelConfig:
+    """The configuration that serves an engine.
+
+    Args:
+        manifest: the engine.
+        serve: ``step`` or ``stream``.
+        idle_timeout: seconds after its last response at which a sequence loses its slot.
+        queue_delay_microseconds: how long the server may hold back a batch that is not full; a stream model makes its batches itself.
+        language: of a model that generates, for ``stream``.
+
+    Raises:
+        BuildError: a tensor of the model has a name that the generate protocol needs.
+    """
     program = manifest.program("step")
+    stream = serve == "stream"
+    inputs = tuple(Tensor.of(spec, optional=language is not None) for spec in program.client_inputs)
+    outputs = tuple(Tensor.of(spec) for spec in program.outputs)
+    parameters = {SERVE: serve, IDLE_TIMEOUT: f"{idle_timeout:g}"}
+    if language is not None:
+        inputs += _texts(language, ragged=True)
+        outputs += _generated(language)
+        parameters |= {QUEUE: str(MOST_WAITING)} | ({EOS: ",".join(map(str, language.eos))} if language.eos else {})
+    names = [tensor.name for tensor in (*inputs, *outputs)]
+    if shared := sorted({name for name in names if names.count(name) > 1}):
+        raise BuildError(f"{shared} are names of the generate protocol and of tensors of this model: give those others")
     return ModelConfig(
         name=manifest.name,
         max_batch_size=program.max_rows,
-        inputs=tuple(Tensor.of(spec) for spec in program.client_inputs),
-        outputs=tuple(Tensor.of(spec) for spec in program.outputs),
+        inputs=inputs,
+        outputs=outputs,
         sequence_batching=SequenceBatching(
-            candidates=CANDIDATES_PER_SLOT * manifest.slots,
-            idle_microseconds=int(idle_timeout * 1e6),
-            queue_delay_microseconds=queue_delay_microseconds,
+            candidates=STREAM_CANDIDATES if stream else CANDIDATES_PER_SLOT * manifest.slots,
+            idle_microseconds=int((idle_timeout + (LONGEST_GENERATION if stream else 0)) * 1e6),
+            queue_delay_microseconds=0 if stream else queue_delay_microseconds,
         ),
+        decoupled=stream,
         device=manifest.engine.device,
-        idle_timeout=idle_timeout,
+        parameters=parameters,
     )
+
+
+def front_config(name: str, language: Language) -> ModelConfig:
+    """The configuration of a stream model's front: generations without sequences."""
+    return ModelConfig(
+        name=name,
+        max_batch_size=1,  # so that tensors have the stream model's shapes and are passed on as they are
+        inputs=(Tensor("input_ids", pb.TYPE_INT64, (-1,), optional=True), *_texts(language)),
+        outputs=_generated(language),
+        sequence_batching=None,
+        decoupled=True,
+        device="cpu",
+        parameters={SERVE: "front"},
+    )
+
+
+def _texts(language: Language, *, ragged: bool = False) -> tuple[Tensor, ...]:
+    if not language.text:
+        return ()
+    return tuple(Tensor(name, pb.TYPE_STRING, dims, ragged, optional=True) for name, dims in ((TEXT, (1,)), (STOP, (-1,))))
+
+
+def _generated(language: Language) -> tuple[Tensor, ...]:
+    text = (Tensor(TEXT_OUTPUT, pb.TYPE_STRING, (1,)),) if language.text else ()
+    return (Tensor(TOKENS, pb.TYPE_INT64, (-1,)), *text, Tensor(FINISH_REASON, pb.TYPE_STRING, (1,)))

@@ -9,7 +9,7 @@ from inplace.artifacts import EngineFile
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
-from inplace.settings import Settings
+from inplace.settings import MOST_WAITING, Settings
 from models import RECTANGULAR
 
 MANIFEST = Manifest(
@@ -73,10 +73,34 @@ def test_an_idle_timeout_that_cannot_be_is_a_load_error(text: str) -> None:
     assert str(error.value) == f"config.pbtxt: parameter idle_timeout_seconds is {text!r}; expected a number of seconds above 0"
 
 
-def test_a_decoupled_model_is_refused() -> None:
-    with pytest.raises(LoadError, match=r"config.pbtxt says decoupled: this engine was built for the step protocol"):
-        parse(model_transaction_policy={"decoupled": True})
+@pytest.mark.parametrize(("serve", "decoupled"), [("step", True), ("stream", False), ("stream", None)])
+def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(serve: str, decoupled: bool | None) -> None:
+    with pytest.raises(LoadError, match=rf"config.pbtxt says decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; stream models"):
+        parse(parameters={"serve": {"string_value": serve}}, model_transaction_policy={} if decoupled is None else {"decoupled": decoupled})
     assert parse(model_transaction_policy={}) == Settings(600.0)
+
+
+def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() -> None:
+    said = {"serve": "stream", "eos_token_ids": "0, 2", "generation_queue": "5", "idle_timeout_seconds": "2"}
+    parameters = {name: {"string_value": value} for name, value in said.items()}
+    decoupled = {"decoupled": True}
+    settings = parse(triton_idle=3602_000_000, parameters=parameters, model_transaction_policy=decoupled)
+    assert settings == Settings(2.0, "stream", frozenset({0, 2}), 5)
+    parameters = {"serve": {"string_value": "stream"}}
+    assert parse(parameters=parameters, model_transaction_policy=decoupled) == Settings(600.0, "stream", frozenset(), MOST_WAITING)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("serve", "both", r"parameter serve is 'both'; expected one of \['step', 'stream', 'front'\]"),
+        ("eos_token_ids", "2;3", "parameter eos_token_ids is '2;3'; expected whole numbers of at least 0, separated by commas"),
+        ("generation_queue", "-1", "parameter generation_queue is '-1'; expected whole numbers"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_a_load_error(name: str, text: str, says: str) -> None:
+    with pytest.raises(LoadError, match=says):
+        parse(parameters={name: {"string_value": text}})
 
 
 def test_a_model_without_sequence_batching_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 from google.protobuf import text_format
-from inplace.settings import IDLE_TIMEOUT
+from inplace.settings import IDLE_TIMEOUT, SERVE
 from models import SLOTS, VOCABULARY, Repository
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -46,10 +46,10 @@ def test_sequences_are_batched_oldest_with_four_candidates_a_slot(llama: pb.Mode
 
 def test_the_idle_timeout_reaches_the_server_and_the_backend(repository: Repository, llama: pb.ModelConfig) -> None:
     assert llama.sequence_batching.max_sequence_idle_microseconds == 600_000_000
-    assert {key: value.string_value for key, value in llama.parameters.items()} == {IDLE_TIMEOUT: "600"}
+    assert {key: value.string_value for key, value in llama.parameters.items()} == {IDLE_TIMEOUT: "600", SERVE: "step"}
     brief = parsed(repository, "brief")
     assert brief.sequence_batching.max_sequence_idle_microseconds == 2_000_000
-    assert {key: value.string_value for key, value in brief.parameters.items()} == {IDLE_TIMEOUT: "2"}
+    assert {key: value.string_value for key, value in brief.parameters.items()} == {IDLE_TIMEOUT: "2", SERVE: "step"}
     assert (brief.max_batch_size, brief.sequence_batching.oldest.max_candidate_sequences) == (2, 8)
 
 

@@ -1,0 +1,140 @@
+"""The way back of one request on a stream: responses in order, a final one on every path, and nothing after it."""
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from inplace.drivers.generation import Reason
+from inplace.errors import Code, RequestError
+from inplace.text import Detokenizer
+
+TOKENS, TEXT_OUTPUT, FINISH_REASON = "tokens", "text_output", "finish_reason"
+
+Outputs = Mapping[str, Tensor | str]
+"""Outputs by name, ``[1, ...]``; a text is a BYTES tensor ``[1, 1]``."""
+
+log = logging.getLogger("inplace")
+
+
+class Channel(Protocol):
+    """What a server gives to answer one request with.
+
+    Attributes:
+        wanted: names of the outputs that the client asked for.
+    """
+
+    wanted: frozenset[str]
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        """Send a response."""
+
+    def refuse(self, error: RequestError) -> None:
+        """Send an error as the final response."""
+
+    def cancelled(self) -> bool:
+        """Whether the client has cancelled the request or gone away. Must not be called after the final response."""
+
+
+class Reply:
+    """The responses of one request. The engine's thread puts in what there is to say, a sender's thread takes out all that is there.
+
+    Args:
+        channel: how to send.
+        interval: fewest tokens of a response.
+        detokenizer: makes the text that tokens add; None where nobody wants it or it comes with the tokens.
+    """
+
+    __slots__ = ("_border", "_channel", "_detokenizer", "_done", "_interval", "_last", "_rest", "_said", "_turn")
+
+    def __init__(self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None) -> None:
+        self._channel = channel
+        self._interval = interval
+        self._detokenizer = detokenizer
+        self._said: deque[tuple[int, str | None]] = deque()
+        self._last: Reason | RequestError | Outputs | None = None
+        self._rest = ""
+        self._turn = threading.Lock()  # held from when it is queued for a sender until that sender has sent
+        self._border = threading.Lock()  # the final response and `cancelled` exclude each other: asking after it ends the server
+        self._done = False
+
+    def say(self, token: int, text: str | None) -> bool:
+        """Add a token, and the text it adds, None where the detokenizer knows. True: the reply must be queued for a sender now."""
+        self._said.append((token, text))
+        return len(self._said) >= self._interval and self._turn.acquire(blocking=False)
+
+    def finish(self, last: Reason | RequestError | Outputs, said: tuple[int, str | None] | None = None, rest: str = "") -> bool:
+        """Say how it ends.
+
+        Args:
+            last: why a generation finished; an error; or the outputs of a step.
+            said: the last token, as in `say`.
+            rest: text that no token brings.
+
+        Returns:
+            Whether it must be queued for a sender now.
+        """
+        if said is not None:
+            self._said.append(said)
+        self._rest, self._last = rest, last
+        return self._turn.acquire(blocking=False)
+
+    def send(self) -> bool:
+        """Send all that is there, in one response. True: there is more by now, queue it again. Only by who holds its turn."""
+        last = self._last  # read before the tokens: everything that was said before it is there
+        said = [self._said.popleft() for _ in range(len(self._said))]
+        try:
+            self._respond(last, said)
+        except Exception as error:  # a server takes no response for a request that it has given up; the others must still be served
+            log.exception("a response could not be sent")
+            self._give_up(error)
+        self._turn.release()
+        more = not self._done and (self._last is not None or len(self._said) >= self._interval)
+        return more and self._turn.acquire(blocking=False)
+
+    def cancelled(self) -> bool:
+        """Whether the client has cancelled; False after the final response."""
+        with self._border:
+            return not self._done and self._channel.cancelled()
+
+    def _respond(self, last: Reason | RequestError | Outputs | None, said: list[tuple[int, str | None]]) -> None:
+        if self._done or (last is None and not said):
+            return
+        if last is None:
+            self._channel.send(self._outputs(said, None), final=False)
+            return
+        outputs = last if isinstance(last, Mapping) else None if isinstance(last, RequestError) else self._outputs(said, last)
+        with self._border:
+            self._done = True
+            if isinstance(last, RequestError):
+                self._channel.refuse(last)
+            elif outputs is not None:
+                self._channel.send(outputs, final=True)
+
+    def _give_up(self, error: Exception) -> None:
+        with self._border:
+            if self._done:
+                return
+            self._done = True
+            with contextlib.suppress(Exception):
+                self._channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
+
+    def _outputs(self, said: list[tuple[int, str | None]], reason: Reason | None) -> Outputs:
+        wanted = self._channel.wanted
+        outputs: dict[str, Tensor | str] = {}
+        tokens = [token for token, _ in said]
+        if TOKENS in wanted:
+            outputs[TOKENS] = torch.tensor([tokens], dtype=torch.int64)
+        if TEXT_OUTPUT in wanted:
+            text = "".join(text for _, text in said if text)
+            if self._detokenizer is not None:
+                text += self._detokenizer.add([token for token, text in said if text is None])
+            outputs[TEXT_OUTPUT] = text if reason is None else text + self._rest
+        if FINISH_REASON in wanted:
+            outputs[FINISH_REASON] = reason or ""
+        return outputs

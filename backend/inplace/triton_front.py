@@ -1,0 +1,145 @@
+"""The front of a stream model: each request is a sequence of its own, for clients that cannot name one (Triton's HTTP generate).
+
+Part of the border to Triton.
+"""
+
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from inplace.drivers.generation import MAX_TOKENS
+from inplace.errors import Code, RequestError
+from inplace.front import FrontFile
+from inplace.observer import line
+from inplace.triton_channel import refusal
+
+FLAG_START, FLAG_END = 1, 2
+PERIOD = 0.03
+"""Seconds between two questions whether a client is still there."""
+
+log = logging.getLogger("inplace")
+
+
+class Front:
+    """Starts a sequence of the stream model for each request, passes its generation on, and ends it.
+
+    Cancellation does not cross requests that a backend makes, so a thread asks for it here and ends the sequence and thereby the
+    generation.
+
+    Args:
+        args: what Triton hands to ``initialize``.
+
+    Raises:
+        LoadError: the front's file is missing or damaged.
+    """
+
+    def __init__(self, args: dict[str, str]) -> None:
+        file = FrontFile.load(Path(args["model_repository"]) / args["model_version"])
+        self._model = file.model
+        self._running: dict[int, _Relay] = {}
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(file.most, thread_name_prefix="inplace-front")
+        self._watch = threading.Thread(target=self._look, name="inplace-front-cancel", daemon=True)
+        self._watch.start()
+        log.info(line("ready", front_of=self._model))
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Pass each request on, on a thread of its own."""
+        for request in requests:
+            relay = _Relay(self._model, request)
+            self._running[relay.sequence] = relay
+            self._pool.submit(self._relay, relay)
+
+    def close(self) -> None:
+        """End what is running, and wait for it."""
+        for relay in list(self._running.values()):
+            relay.stop()
+        self._pool.shutdown()
+        self._closing.set()
+        self._watch.join()
+
+    def _relay(self, relay: "_Relay") -> None:
+        try:
+            relay.run()
+        finally:
+            del self._running[relay.sequence]
+
+    def _look(self) -> None:
+        while not self._closing.wait(PERIOD):
+            for relay in list(self._running.values()):
+                if relay.cancelled():
+                    relay.stop()
+
+
+class _Relay:
+    """One request on its way to the stream model and back."""
+
+    def __init__(self, model: str, request: Any) -> None:
+        self.sequence = secrets.randbits(63) or 1
+        self._model, self._request, self._sender = model, request, request.get_response_sender()
+        self._border = threading.Lock()  # the final response and `is_cancelled` exclude each other: asking after it ends the server
+        self._done = self._stopped = False
+
+    def run(self) -> None:
+        error = None
+        try:
+            for response in self._generation():
+                if response.has_error():
+                    error = response.error()
+                    break
+                if tensors := response.output_tensors():
+                    self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        except RequestError as refused:
+            error = refusal(self._request, refused).error()
+        except Exception as failure:  # whatever happens the client must hear of it
+            log.exception("a generation could not be passed on")
+            error = pb_utils.TritonError(f"INPLACE-FRONT: {type(failure).__name__}: {failure}", pb_utils.TritonError.INTERNAL)
+        with self._border:
+            self._done = True
+            if error is None:
+                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            else:
+                self._sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        if not self._stopped:
+            self._end()
+
+    def cancelled(self) -> bool:
+        """Whether the client is gone, which is said once."""
+        with self._border:
+            return not self._done and not self._stopped and bool(self._request.is_cancelled())
+
+    def stop(self) -> None:
+        """End the sequence, and with it the generation."""
+        self._stopped = True
+        self._end()
+
+    def _generation(self) -> Iterator[Any]:
+        parameters = json.loads(self._request.parameters() or "{}")
+        if MAX_TOKENS not in parameters:
+            raise RequestError(Code.BAD_PARAMETER, f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1")
+        request = pb_utils.InferenceRequest(
+            model_name=self._model,
+            request_id=self._request.request_id(),
+            correlation_id=self.sequence,
+            inputs=self._request.inputs(),
+            requested_output_names=list(self._request.requested_output_names()),
+            flags=FLAG_START,
+            parameters={name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()},
+        )
+        found: Iterator[Any] = request.exec(decoupled=True)
+        return found
+
+    def _end(self) -> None:
+        request = pb_utils.InferenceRequest(
+            model_name=self._model, correlation_id=self.sequence, inputs=[], requested_output_names=[], flags=FLAG_END
+        )
+        for response in request.exec(decoupled=True):
+            if response.has_error():
+                log.debug(line("front", sequence=self.sequence, refused=response.error().message()))

@@ -1,0 +1,63 @@
+"""The server that is fuzzed, and whether it is still the one that was started."""
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+from inplace.client import Sequence
+from inplace_builder.build import BuildOptions, build_decoder, write_engine
+from inplace_builder.server import TritonServer
+from models import CAPACITY, CHUNK, accumulator, tiny_llama
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+SLOTS, IDLE = 24, 6.0
+
+
+def built(folder: Path) -> Path:
+    """A repository with the tiny Llama and the accumulator; slots fall free after some seconds."""
+    repository, source = folder / "repository", folder / "source"
+    tiny_llama(source)
+    options = BuildOptions(slots=SLOTS, max_rows=8, capacity=CAPACITY, chunk=CHUNK, idle_timeout=IDLE)
+    build_decoder(source, repository / "llama", options)
+    write_engine(accumulator(), repository / "accumulator", BuildOptions(slots=SLOTS, max_rows=4, capacity=1, idle_timeout=IDLE))
+    return repository
+
+
+class Watch:
+    """Looks at a server before and after."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self.server = server
+        self.processes = self._processes()
+        self.told = len(self._log())
+
+    def complaints(self) -> list[str]:
+        """What is not as it should be after everything has been idle: processes, log, slots."""
+        found = []
+        if (now := self._processes()) != self.processes:
+            found.append(f"the server's processes were {self.processes}, now {now}")
+        log = self._log()[self.told :]
+        found += [f"in the log: {line}" for line in log if re.match(r"E\d{4} ", line) or "Traceback" in line or "ENGINE_FAILED" in line]
+        time.sleep(IDLE + 0.5)
+        try:
+            with InferenceServerClient(self.server.grpc_url) as client:
+                held = [Sequence(client, "llama") for _ in range(SLOTS)]
+                for sequence in held:
+                    sequence.tokens([1])
+                for sequence in held:
+                    sequence.close()
+        except InferenceServerException as error:
+            found.append(f"after all sequences have been idle, not all slots are free: {error}")
+        return found
+
+    def _log(self) -> list[str]:
+        assert self.server.log is not None
+        return self.server.log.read_text(errors="replace").splitlines()
+
+    def _processes(self) -> list[tuple[int, str]]:
+        assert self.server.process is not None
+        if self.server.process.poll() is not None:
+            return []
+        return sorted((child.pid, child.name()) for child in psutil.Process(self.server.process.pid).children(recursive=True))

@@ -1,0 +1,45 @@
+"""Random requests against a real tritonserver. Replay: ``PYTHONPATH=tests python -m fuzz --requests 10000 --seed N``."""
+
+import os
+import random
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from fuzz.run import SHARE, fuzz
+from fuzz.server import Watch, built
+from fuzz.wire import message
+from inplace_builder.server import Ports, TritonServer
+from tritonclient.grpc import service_pb2_grpc
+
+pytestmark = pytest.mark.server
+
+REQUESTS = int(os.environ.get("INPLACE_FUZZ_REQUESTS", "2000"))
+
+
+def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path: Path) -> None:
+    seed = int(os.environ.get("INPLACE_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"PYTHONPATH=tests python -m fuzz --requests {REQUESTS} --seed {seed}")
+    repository = built(tmp_path)
+    with TritonServer(repository, Ports(0, 0, 0), log=tmp_path / "log") as server:
+        watch = Watch(server)
+        findings = fuzz(server.grpc_url, repository, REQUESTS, seed)
+        assert findings.wrong + watch.complaints() == []
+        _batch_of_none(server.grpc_url)
+    answers = findings.answers
+    assert answers.total() >= 0.95 * REQUESTS
+    assert answers["result"] > 0.5 * SHARE * REQUESTS  # what good clients sent came through
+    assert {"BAD_PARAMETER", "CAPACITY", "EMPTY_INPUT", "UNKNOWN_SEQUENCE", "VALUE_RANGE", "triton"} <= set(answers)
+
+
+def _batch_of_none(url: str) -> None:
+    """A fault of tritonserver 2.51: it lets ``[0, n]`` pass as a batch of 0 and then takes it for one of n, without asking the backend.
+
+    When this fails, the server has learnt to refuse it: `fuzz.damage` may then make such shapes too.
+    """
+    request = message("llama", {"input_ids": np.ones((1, 65), np.int64)}, "none", start=True, end=True)
+    request.inputs[0].shape[:] = [0, 65]
+    with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
+    assert "batch size 65 for 'llama_0_0', max allowed is 8" in str(refused.value)

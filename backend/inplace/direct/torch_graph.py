@@ -37,7 +37,10 @@ class TorchGraph:
                 warnings.simplefilter("ignore")  # the reader warns that its read-only buffers become tensors; nothing writes weights
                 exported = torch.export.load(cast("Any", source))
         except Exception as error:  # torch.export raises whatever the archive reader raises
-            raise LoadError(f"{title} cannot be read as a torch.export program ({error}); build the engine again") from error
+            raise LoadError(
+                f"{title} cannot be read as a torch.export program ({error}); if it has operators of your own, import the module that "
+                f"registers the operators before loading; else build the engine again"
+            ) from error
         _check_states(exported, manifest, title)
         _check_call(exported, manifest, title)
         module = exported.module(check_guards=False)
@@ -69,8 +72,12 @@ def _check_states(exported: torch.export.ExportedProgram, manifest: DirectManife
             f"{title}: the states the graph writes in place and the aliases of the manifest differ in {sorted(written ^ declared)}; "
             f"build the engine again"
         )
-    if wrong := [str(alias) for alias in manifest.parsed_aliases if alias.kind not in ("operator", "user")]:
-        raise LoadError(f"{title} is a graph of PyTorch, whose states are updated by operators; the manifest says {wrong}; build again")
+    own = set(written_states(exported.graph, own=False))
+    for alias in manifest.parsed_aliases:
+        kind = "user" if alias.input in own else "operator"
+        if alias.kind != kind:
+            what = "written by an operator of the user's own" if kind == "user" else "updated by operators of a graph of PyTorch"
+            raise LoadError(f"{title}: state {alias.input} is {what}, the manifest says {alias}; build the engine again")
     values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     for state in manifest.states:
         value = values[state.name]

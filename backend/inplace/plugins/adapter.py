@@ -8,7 +8,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,10 +40,15 @@ class Plugins:
         self.seen: set[int] | None = None
         self._alive: list[Any] = []
         self._plugin = _plugin_class(self)
-        self._creators = [_creator(self, kind) for kind in OPERATIONS.values()]
-        registry = tensorrt.api.get_plugin_registry()
-        for creator in self._creators:
-            registry.register_creator(creator, NAMESPACE)
+        self._creators: dict[str, Any] = {}
+        for kind in OPERATIONS.values():
+            self.register(kind)
+
+    def register(self, kind: type[Operation]) -> None:
+        """Let plans with this kind of operation be loaded; once a name."""
+        if kind.name not in self._creators:
+            self._creators[kind.name] = _creator(self, kind)
+            self.tensorrt.api.get_plugin_registry().register_creator(self._creators[kind.name], NAMESPACE)
 
     def make(self, operation: Operation) -> Any:
         """A plugin object for ``add_plugin_v3``, kept alive."""
@@ -73,10 +77,29 @@ class Plugins:
         operation.launch(call)
 
 
-@cache
+_registered: dict[TensorRT, Plugins] = {}
+
+
 def plugins(tensorrt: TensorRT) -> Plugins:
     """The plugins of this TensorRT, registered once a process."""
-    return Plugins(tensorrt)
+    if tensorrt not in _registered:
+        _registered[tensorrt] = Plugins(tensorrt)
+    return _registered[tensorrt]
+
+
+def register(kind: type[Operation]) -> type[Operation]:
+    """Register an operation of the user's own as a plugin: a frozen dataclass, its fields integers, floats, booleans or choices.
+
+    It must be registered where a plan with it is built and in every process that loads one. Works as a decorator.
+
+    Raises:
+        ValueError: another operation has its name.
+    """
+    if OPERATIONS.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"a plugin is named {kind.name!r} already; give this one another name")
+    for owner in _registered.values():
+        owner.register(kind)
+    return kind
 
 
 def _plugin_class(owner: Plugins) -> Any:

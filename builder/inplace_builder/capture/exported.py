@@ -21,6 +21,7 @@ from inplace_builder.passes.normalise import drop_dead_assertions, normalise_ass
 from inplace_builder.passes.rewrite import SLOTS, rewrite
 from inplace_builder.passes.state_uses import check_state_uses
 from inplace_builder.passes.states import Owner, State, common_rows
+from inplace_builder.passes.user_operators import place_user_operators
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def capture_exported(
         rows = common_rows(found.states) or 1
         made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
     assert made is not None
+    made = place_user_operators(found.graph_module, made)
     if strict and (refused := [state for state in made if not state.recognised]):
         raise BuildError("; ".join(f"state {state.found.source} is {state.because}" for state in refused))
     drop_dead_assertions(found.graph_module.graph)
@@ -111,8 +113,8 @@ def capture_exported(
         found.inputs,
         made,
         rows,
-        tuple(Lowering(state=state.name, kind="operator", because=f"{state.pattern}: {state.because}") for state in made),
-        tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names),
+        tuple(Lowering(state=state.name, kind=state.kind, because=f"{state.pattern}: {state.because}") for state in made),
+        tuple(Alias(output=f"{state.name}_updated", input=state.name, kind=state.kind) for state in made),
     )
 
 
@@ -137,7 +139,7 @@ class _Interpreted(torch.nn.Module):
 
 def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedProgram:
     """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
-    slots = Dim("slots", min=1)
+    slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
     tensors = [torch.cat([state.bound(state.found.initial)] * 2) for state in states]
     arguments = (*found.example_inputs, torch.arange(rows, dtype=torch.int32), *tensors)
     shapes = (*_dynamic(found), None, *({0: slots} for _ in states))

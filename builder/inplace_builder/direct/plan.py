@@ -9,6 +9,7 @@ from inplace.artifacts import Plan, Profile
 from inplace.direct.extents import evaluate
 from inplace.direct.manifest import SLOTS, Call, result_name
 from inplace.manifest import Alias, Kind, Lowering
+from inplace.specs import StateSpec
 from inplace.trt import TensorRT, load_tensorrt
 
 from inplace_builder.capture.exported import ExportedCapture
@@ -16,6 +17,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
 from inplace_builder.lower.compile import Range
 from inplace_builder.lower.mechanisms import ORDER
+from inplace_builder.passes.states import State
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -108,22 +110,27 @@ def lower_direct(
     if strict and alias == "copy":
         raise BuildError("strict refuses the mechanism copy, which was asked for; leave one of them out")
     order = (alias,) if alias else tuple(kind for kind in ORDER if not (strict and kind == "copy"))
-    lowering = choose(capture.exported.graph, capture.specs, tensorrt, order=order)
+    declared = {state.name for state in capture.states if state.kind == "user"}
+    chosen = choose(capture.exported.graph, [spec for spec in capture.specs if spec.name not in declared], tensorrt, order=order)
+    found = {record.state: record for record in (*chosen, *(record for record in capture.lowering if record.state in declared))}
+    lowering = tuple(found[state.name] for state in capture.states)
     lowered = lower(
         capture.exported,
         outputs=[result_name(place) for place, result in enumerate(call.results) if result.kind == "tensor"],
         states=capture.specs,
         kinds={record.state: record.kind for record in lowering},
         tensorrt=tensorrt,
-        shapes={
-            state.name: (capture.rows if state.leading else 1, *spec.shape)
-            for state, spec in zip(capture.states, capture.specs, strict=True)
-        },
+        shapes={state.name: _bound_shape(state, spec, capture.rows) for state, spec in zip(capture.states, capture.specs, strict=True)},
         constants={SLOTS: capture.slots()},
     )
     if missing := sorted({state.name for state in capture.states} - set(lowered.state_outputs)):
         raise BuildError(f"internal: the network does not write {missing}")
     return lowered, lowering
+
+
+def _bound_shape(state: State, spec: StateSpec, rows: int) -> tuple[int, ...]:
+    """What the network has a state as: with its slots; the module's own extents where an operator of the user's own writes it."""
+    return tuple(state.found.initial.shape) if state.kind == "user" else (rows if state.leading else 1, *spec.shape)
 
 
 def _check_leaves(call: Call) -> None:

@@ -52,7 +52,10 @@ def lowering(capture: ExportedCapture, plan: DirectPlan | None) -> tuple[Lowerin
     if plan is None:
         return capture.lowering
     found = {record.state: record.because for record in capture.lowering}
-    return tuple(record.model_copy(update={"because": f"{found[record.state]}; {record.because}"}) for record in plan.lowering)
+    return tuple(
+        record if record.kind == "user" else record.model_copy(update={"because": f"{found[record.state]}; {record.because}"})
+        for record in plan.lowering
+    )
 
 
 def held_states(capture: ExportedCapture) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from inplace.specs import StateSpec
 from inplace.trt import TensorRT
 from torch import Tensor
 
-from inplace_builder.lower import converters, copying, native, plugins
+from inplace_builder.lower import converters, copying, native, plugins, user
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.mechanisms import Use, Verdict, choose, mechanism
 from inplace_builder.lower.network import Lowered, Network, Program, State
@@ -30,7 +30,7 @@ __all__ = [
     "state_converter",
 ]
 
-_REGISTERED = (converters, copying, native, plugins)  # importing them registers what they have
+_REGISTERED = (converters, copying, native, plugins, user)  # importing them registers what they have
 
 
 def lower(

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from inplace.operators import NAMESPACE
+from inplace.operators.library import VIEWS
 from inplace.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.export.graph_signature import ConstantArgument, InputKind
@@ -251,6 +252,12 @@ class Network(Layers):
             raise BuildError(f"{node.target}{self.origin} is no operator that can be lowered")
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), self.value)
         kind = self._kind(node)
+        if kind == "user" and node.target.namespace != NAMESPACE:
+            if node.target in VIEWS:
+                return arguments[0][0]  # it is bound with the extents that the operator takes
+            from inplace_builder.lower.user import call_user_operator
+
+            return call_user_operator(self, node, *arguments)
         found = find_converter(node.target, kind)
         if found is None:
             what = "no converter" if kind is None else f"no converter for states of the kind {kind}"
@@ -266,9 +273,9 @@ class Network(Layers):
         if not taken:
             return None
         target = node.target
-        if not (isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE):
-            raise BuildError(f"{target}{self.origin} uses the state {taken[0].spec.name}; only inplace:: operators may")
         kinds: set[str] = {state.kind for state in taken}
+        if kinds != {"user"} and not (isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE):
+            raise BuildError(f"{target}{self.origin} uses the state {taken[0].spec.name}; only inplace:: operators may")
         if len(kinds) > 1:
             named = ", ".join(f"{state.spec.name}: {state.kind}" for state in taken)
             raise BuildError(f"{target}{self.origin} takes states of different kinds ({named}); give them one")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from inplace.dtypes import Dtype
+from inplace.manifest import Kind
 from inplace.specs import StateSpec, Update
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class State:
             computed anew, ``window`` where that value is the state moved on by new entries, ``explicit`` where the module writes a part in
             a way that no pattern covers.
         because: in words, with the module's line where a pattern was refused.
-        operators: the operators that write it, in order: ``update``, ``attention``.
+        operators: the operators that write it, in order: ``update``, ``attention``, or ``user`` for one of the user's own.
         update: what the manifest says of it.
         axis: the axis of a slot that an append grows along, else None.
     """
@@ -72,6 +73,11 @@ class State:
     def name(self) -> str:
         """The graph's placeholder."""
         return self.found.name
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its alias in a graph of PyTorch."""
+        return "user" if "user" in self.operators else "operator"
 
     @property
     def recognised(self) -> bool:

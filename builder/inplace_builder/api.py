@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from inplace.direct import Engine
@@ -16,17 +16,17 @@ from inplace.errors import LoadError
 from inplace.files import published
 from inplace.manifest import Kind
 from torch.export import ExportedProgram
-from torch.export.passes import move_to_device_pass
 
 from inplace_builder.capture.exported import capture_exported
-from inplace_builder.capture.functional import exported_program
 from inplace_builder.direct.call import describe_call
+from inplace_builder.direct.export import EngineKind, export_for
 from inplace_builder.direct.plan import build_direct_plan
+from inplace_builder.direct.serialize import Binding, Serialized, serialize
 from inplace_builder.direct.verify import verify_direct
 from inplace_builder.direct.write import write_direct
 from inplace_builder.errors import BuildError, brief
 
-EngineKind = Literal["torch", "tensorrt", "tensorrt_rtx"]
+__all__ = ["Binding", "EngineKind", "Serialized", "build", "serialize"]
 
 
 def build(
@@ -83,33 +83,6 @@ def build(
     except OSError as error:
         raise BuildError(f"{target} cannot be written: {error}; free space there or choose another place") from error
     return Engine.load(target)
-
-
-def export_for(
-    module: torch.nn.Module | ExportedProgram,
-    example_inputs: Sequence[Any],
-    engine: EngineKind,
-    *,
-    dynamic_shapes: Any = None,
-    kwargs: Mapping[str, Any] | None = None,
-) -> ExportedProgram:
-    """Export a module for an engine of this kind; what lies on a GPU is moved to the CPU for the builder, where the engine runs on one.
-
-    Raises:
-        BuildError: it cannot be exported, has no example inputs, or lies on a GPU while the engine runs on the CPU.
-    """
-    exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
-    if exported.example_inputs is None:
-        raise BuildError("the exported program has no example inputs, which the engine is verified with; export it anew")
-    leaves = torch.utils._pytree.tree_leaves(exported.example_inputs)
-    tensors = {**exported.state_dict, **{f"example input {place}": leaf for place, leaf in enumerate(leaves)}}
-    away = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
-    if away and engine == "torch":
-        name, tensor = next(iter(away.items()))
-        raise BuildError(
-            f"{name} lies on {tensor.device}; a PyTorch engine runs on the CPU: move module and inputs with .cpu(), or take TensorRT"
-        )
-    return move_to_device_pass(exported, "cpu") if away else exported
 
 
 def _reference(module: torch.nn.Module | ExportedProgram) -> torch.nn.Module:

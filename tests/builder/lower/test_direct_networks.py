@@ -12,9 +12,9 @@ from direct_modules import CASES, Case, Tokens
 from inplace.direct.manifest import Call, result_name
 from inplace.manifest import Kind
 from inplace.trt import TensorRT, load_tensorrt
-from inplace_builder.api import export_for
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.direct.call import describe_call
+from inplace_builder.direct.export import export_for
 from inplace_builder.direct.plan import build_direct_plan, lower_direct
 from inplace_builder.errors import BuildError
 from inplace_builder.passes.states import Owner

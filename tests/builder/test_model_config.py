@@ -3,6 +3,7 @@
 import pytest
 from google.protobuf import text_format
 from inplace.settings import IDLE_TIMEOUT, SERVE
+from inplace_builder.model_config import CANDIDATES
 from models import SLOTS, VOCABULARY, Repository
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -38,9 +39,9 @@ def test_the_batch_is_the_program_s_rows_and_the_model_is_not_decoupled(llama: p
     assert not llama.model_transaction_policy.decoupled
 
 
-def test_sequences_are_batched_oldest_with_four_candidates_a_slot(llama: pb.ModelConfig) -> None:
+def test_sequences_are_batched_oldest_with_far_more_candidates_than_slots(llama: pb.ModelConfig) -> None:
     assert llama.sequence_batching.WhichOneof("strategy_choice") == "oldest"
-    assert llama.sequence_batching.oldest.max_candidate_sequences == 4 * SLOTS
+    assert llama.sequence_batching.oldest.max_candidate_sequences == CANDIDATES > 100 * SLOTS
     assert llama.sequence_batching.oldest.max_queue_delay_microseconds == 20_000
 
 
@@ -50,7 +51,7 @@ def test_the_idle_timeout_reaches_the_server_and_the_backend(repository: Reposit
     brief = parsed(repository, "brief")
     assert brief.sequence_batching.max_sequence_idle_microseconds == 2_000_000
     assert {key: value.string_value for key, value in brief.parameters.items()} == {IDLE_TIMEOUT: "2", SERVE: "step"}
-    assert (brief.max_batch_size, brief.sequence_batching.oldest.max_candidate_sequences) == (2, 8)
+    assert (brief.max_batch_size, brief.sequence_batching.oldest.max_candidate_sequences) == (2, CANDIDATES)
 
 
 def test_one_instance_on_the_cpu(llama: pb.ModelConfig) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-CAPACITY = 16
+CAPACITY = 24
 
 
 def noise(step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -41,6 +41,7 @@ def build(
     consecutive: Collection[str] = (),
     alias: Kind | None = None,
     strict: bool = False,
+    optimization_level: int | None = None,
 ) -> Engine:
     """Build a module that mutates its inputs or buffers into an engine that is called like it, and write that.
 
@@ -57,6 +58,7 @@ def build(
         states, dynamic_shapes, consecutive: see `capture_exported`.
         alias: the mechanism that must update every state (TensorRT); None is the first that can.
         strict: refuse what copies a state: a write that no pattern covers, and the mechanism ``copy``.
+        optimization_level: how long TensorRT searches for fast kernels, from 0 to 5; None is its own choice, 3.
 
     Raises:
         BuildError: with nothing written.
@@ -70,11 +72,16 @@ def build(
     if engine == "torch" and alias is not None:
         raise BuildError("alias belongs to TensorRT engines; the PyTorch engine has no choice of mechanism")
     exported = export_for(module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
-    arguments = deepcopy(exported.example_inputs)  # (args, kwargs)
+    given = (tuple(example_inputs), dict(kwargs or {})) if isinstance(module, torch.nn.Module) else module.example_inputs
+    arguments = deepcopy(given)  # (args, kwargs), where the module takes them
     reference = _reference(module)
     capture = capture_exported(exported, states=states, consecutive=consecutive, strict=strict)
     call = describe_call(exported, capture)
-    plan = None if engine == "torch" else build_direct_plan(capture, call, engine, alias=alias, strict=strict)
+    plan = (
+        None
+        if engine == "torch"
+        else build_direct_plan(capture, call, engine, alias=alias, strict=strict, optimization_level=optimization_level)
+    )
     try:
         with published(target) as folder:
             manifest = write_direct(folder, capture, call, plan)

@@ -33,14 +33,14 @@ def test_bindings_say_all_that_is_needed(recurrent: Serialized) -> None:
         "window": (3, 4),
         "count": (),
         "seen": (5,),
-        "cache": (2, 1, 16, 4),
+        "cache": (2, 1, 24, 4),
     }
     assert {binding.name: (str(binding.dtype), binding.shape) for binding in recurrent.states} == {
         "b_cell": ("float32", (1, 4)),
         "b_window": ("float32", (1, 3, 4)),
         "b_count": ("int64", (1,)),
         "b_seen": ("bool", (1, 5)),
-        "b_cache": ("float32", (1, 2, 1, 16, 4)),
+        "b_cache": ("float32", (1, 2, 1, 24, 4)),
     }
     assert [(binding.name, binding.shape) for binding in recurrent.outputs] == [("result_0", (4,)), ("result_1", ())]
     assert {alias.input for alias in recurrent.aliases} == {binding.name for binding in recurrent.states}

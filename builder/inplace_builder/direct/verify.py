@@ -18,11 +18,11 @@ CALLS = 4
 
 
 def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) -> dict[str, str]:
-    """Call engine and module side by side, each on its own copy of the states; both where the engine runs.
+    """Call engine and module side by side, each where it runs, on its own copy of the states.
 
     Args:
         engine: as it was loaded from its files.
-        reference: a copy of the module, whose buffers change as the engine's states do; moved to the engine's device.
+        reference: a copy of the module, whose buffers change as the engine's states do.
         arguments: ``(args, kwargs)`` of the build; not changed.
 
     Returns:
@@ -31,9 +31,8 @@ def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) ->
     Raises:
         BuildError: an output or a state differs by more than the tolerance of its type, an input changed, or a state moved.
     """
-    device = engine.manifest.engine.device
-    reference = reference.to(device)
-    theirs, mine = (pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), deepcopy(arguments)) for _ in range(2))
+    theirs = deepcopy(arguments)
+    mine = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(engine.manifest.engine.device), deepcopy(arguments))
     kinds = [argument.kind for argument in engine.manifest.call.arguments]
     buffers = dict(reference.named_buffers(remove_duplicate=False))
     worst, exact = 0.0, True
@@ -41,7 +40,7 @@ def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) ->
     def same(title: str, found: object, expected: object) -> None:
         nonlocal worst, exact
         if isinstance(found, Tensor) and isinstance(expected, Tensor):
-            error = _difference(title, found, expected, engine.manifest.engine.dtype)
+            error = _difference(title, found.cpu(), expected.cpu(), engine.manifest.engine.dtype)
             worst, exact = max(worst, error), exact and error == 0
         elif type(found) is not type(expected) or found != expected:
             raise BuildError(f"{title} is {found!r}, the module's is {expected!r}; the engine is not written")

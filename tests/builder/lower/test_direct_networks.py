@@ -83,7 +83,7 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
     endless = torch.export.Dim("endless", min=1)
     shapes: Any = ({}, {2: endless}, {0: endless})
     tokens = Case("endless", Tokens, CASES[4].states, CASES[4].inputs, options={"dynamic_shapes": shapes, "consecutive": ["positions"]})
-    with pytest.raises(BuildError, match="argument x is .* has no largest value"):
+    with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
         build_direct_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)
     wide = Case(
         "wide",

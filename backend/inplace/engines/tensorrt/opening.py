@@ -83,7 +83,10 @@ def check_native_aliases(title: str, engine: Any, aliases: Sequence[Alias]) -> N
     Aliases of plugins are compared with the addresses that the plugins see in the first run, see `Contexts.observed`.
     """
     for alias in (alias for alias in aliases if alias.kind == "kv_cache_update"):
-        found = engine.get_aliased_input_tensor(alias.output)
+        reported = getattr(engine, "get_aliased_input_tensor", None)
+        if reported is None:
+            raise LoadError(f"{title} runs on a TensorRT without cache layers (10.15 has them), the manifest says {alias}; build it again")
+        found = reported(alias.output)
         if found != alias.input:
             raise LoadError(
                 f"{title}: output {alias.output} is the memory of {found or 'no input'}, the manifest says {alias}; build the model again"

@@ -1,0 +1,311 @@
+"""Engines without a server on TensorRT: values, addresses, CUDA graphs, a user's own plugin, and what is refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import inplace
+import pytest
+import torch
+from direct_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
+from inplace.direct import Engine, execute
+from inplace.direct.manifest import FILE_NAME
+from inplace.errors import CallError, LoadError
+from inplace.plugins import plugins, register
+from inplace.trt import load_tensorrt
+from inplace_builder import aliases
+from inplace_builder.aliases import declare_alias
+from inplace_builder.api import build, serialize
+from inplace_builder.errors import BuildError
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+pytest.importorskip("tensorrt", reason="needs TensorRT")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+
+from engine_runner import PlanRunner  # noqa: E402
+from user_operators import Leak, Leaky, Swapped, leak, make_leak  # noqa: E402
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def cuda(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.cuda(), tree)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def built(case: Case, path: Path, **options: Any) -> tuple[nn.Module, Engine]:
+    torch.manual_seed(0)
+    module = case.module().eval()
+    example = (*case.states(), *case.inputs(1))
+    return module, build(deepcopy(module), example, path=path, engine="tensorrt", optimization_level=1, **case.options, **options)
+
+
+def check_steps(case: Case, module: nn.Module, engine: Engine, steps: int = 14) -> list[Any]:
+    """Alternate between two callers' states beside eager PyTorch; what eager leaves as it was must be so to the last bit."""
+    mine, theirs = [[case.states() for _ in range(2)] for _ in range(2)]
+    mine = cuda(mine)
+    addresses = [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
+    said = []
+    for step in range(steps):
+        which, inputs = step % 2, case.inputs(step)
+        before = [tensor.clone() for tensor in (*tensors(theirs[which]), *module.buffers())]
+        with torch.no_grad():
+            expected = module(*theirs[which], *inputs)
+        found = engine(*mine[which], *cuda(inputs))
+        assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+        for one, other in zip(tensors(found), tensors(expected), strict=True):
+            close(one, other)
+        own = [*tensors(mine[which]), *(engine.states[name] for name, _ in module.named_buffers() if name in engine.states)]
+        eager = [*tensors(theirs[which]), *(tensor for name, tensor in module.named_buffers() if name in engine.states)]
+        for one, other, old in zip(own, eager, before, strict=True):
+            close(one, other)
+            assert torch.equal(one.cpu()[other == old], old[other == old])
+        said.append(tensors(found))
+    assert addresses == [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
+    return said
+
+
+@pytest.mark.parametrize(("name", "alias"), [*((case.name, "plugin") for case in CASES), ("attention", "copy"), ("recurrent", "copy")])
+def test_graphs_on_and_off_do_what_eager_does(name: str, alias: Any, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    module, engine = built(case, tmp_path / "engine", alias=alias)
+    assert {record.kind for record in engine.manifest.lowering} == {alias}
+    assert {text.rpartition("@")[2] for text in engine.manifest.aliases} == {alias}
+    replayed = check_steps(case, deepcopy(module), engine)
+    captured = [key for key, graph in engine._runner._graphs.items() if graph is not None]  # type: ignore[attr-defined]
+    assert captured, "a call that came again was captured"
+    launched = check_steps(case, module, inplace.load(tmp_path / "engine", cuda_graphs=False))
+    for one, other in zip(replayed, launched, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "graphs on and off give the same bits"
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("direct") / "attention"
+    built(BY_NAME["attention"], path)
+    return path
+
+
+def test_two_caches_have_a_graph_each(attention: Path) -> None:
+    engine, case = inplace.load(attention), BY_NAME["attention"]
+    caches = cuda([case.states() for _ in range(2)])
+    for step in range(8):
+        engine(*caches[step % 2], *cuda(case.inputs(step // 2)))
+    graphs = engine._runner._graphs  # type: ignore[attr-defined]
+    assert len(graphs) == 2 and all(graph is not None for graph in graphs.values())
+    for name in ("keys", "values"):
+        assert torch.equal(caches[0][0][name], caches[1][0][name]) and caches[0][0][name][:, :, :4].all()
+        assert not caches[0][0][name][:, :, 4:].any()
+    for _ in range(20):  # more caches than graphs are kept
+        engine(*cuda(case.states()), *cuda(case.inputs(0)))
+    engine(*caches[0], *cuda(case.inputs(5)))
+    assert caches[0][0]["keys"][:, :, 5].all()
+
+
+def test_a_call_is_ordered_with_the_callers_stream(attention: Path) -> None:
+    engine, case = inplace.load(attention), BY_NAME["attention"]
+    reference = cuda(case.states())
+    expected = [engine(*reference, *cuda(case.inputs(step))).clone() for step in range(6)]
+    stream, (cache,) = torch.cuda.Stream(), cuda(case.states())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for step in range(6):
+            x, position = case.inputs(step)
+            late = torch.zeros(1, 1, 16, device="cuda")
+            torch.cuda._sleep(2_000_000)  # what is queued ahead of the call must be seen by it
+            late.copy_(x.cuda())
+            out = engine(cache, late, position.cuda())
+            late.fill_(float("nan"))  # and what follows must not overtake it
+            assert torch.equal(out, expected[step])
+    stream.synchronize()
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "on the CPU": (lambda c: c.update(keys=c["keys"].cpu()), r"cache\['keys'\] lies on cpu, the engine runs on cuda; allocate"),
+    "misaligned": (
+        lambda c: c.update(keys=torch.zeros(1 + 16 * CAPACITY, device="cuda")[1:].view(1, 2, CAPACITY, 8)),
+        r"cache\['keys'\] begins at 0x.*multiples of 256 bytes",
+    ),
+    "strides": (lambda c: c.update(keys=torch.zeros(1, 2, 8, CAPACITY, device="cuda").mT), r"cache\['keys'\] is a state with strides"),
+    "dtype": (lambda c: c.update(keys=c["keys"].half()), r"cache\['keys'\] is torch\.float16, the engine was built for torch\.float32"),
+    "shape": (lambda c: c.update(keys=torch.zeros(1, 2, CAPACITY + 1, 8, device="cuda")), r"cache\['keys'\] has the extent on axis 2 25"),
+    "one twice": (lambda c: c.update(keys=c["values"]), "share memory"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_call_is_refused_and_changes_nothing(attention: Path, case: str) -> None:
+    engine = inplace.load(attention)
+    (cache,) = cuda(BY_NAME["attention"].states())
+    change, message = REFUSED[case]
+    passed = dict(cache)
+    change(passed)
+    with pytest.raises(CallError, match=message):
+        engine(passed, *cuda(BY_NAME["attention"].inputs(0)))
+    assert not any(tensor.any() for tensor in cache.values())
+
+
+def edited(folder: Path, tmp_path: Path, old: str, new: str) -> Path:
+    inplace.load(folder).save(tmp_path / "edited")
+    path = tmp_path / "edited" / FILE_NAME
+    record = json.loads(path.read_text())
+    record["aliases"] = [alias.replace(old, new) for alias in record["aliases"]]
+    path.write_text(json.dumps(record))
+    return tmp_path / "edited"
+
+
+def test_aliases_are_read_back_against_the_plan(attention: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="fails in its first step"):
+        inplace.load(edited(attention, tmp_path, "@plugin", "@copy"))
+    built(BY_NAME["attention"], tmp_path / "copied", alias="copy")
+    with pytest.raises(LoadError, match="no plugin was handed the memory of"):
+        inplace.load(edited(tmp_path / "copied", tmp_path, "@copy", "@plugin"))
+    with pytest.raises(LoadError, match=r"is the memory of no input|without cache layers"):
+        inplace.load(edited(attention, tmp_path, "@plugin", "@kv_cache_update"))
+    with pytest.raises(LoadError, match="has the tensors"):
+        inplace.load(edited(attention, tmp_path, "_updated@", "_renewed@"))
+
+
+NEW_PROCESS = """
+import sys, torch, inplace.direct
+module = torch.export.load(sys.argv[1]).module()
+(cache, arguments) = torch.load(sys.argv[2])
+out = [module(cache, *each) for each in arguments]
+torch.save((out, cache), sys.argv[3])
+"""
+
+
+def test_a_program_holds_the_plan_and_runs_in_a_new_process(attention: Path, tmp_path: Path) -> None:
+    engine, case = inplace.load(attention), BY_NAME["attention"]
+    steps = [cuda(case.inputs(step)) for step in range(4)]
+    (cache,) = cuda(case.states())
+    program = torch.export.export(engine, (cache, *steps[0]))
+    assert sum(node.target is torch.ops.inplace.execute.default for node in program.graph.nodes) == 1
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((cache, steps), tmp_path / "in.pt")
+    paths = [str(tmp_path / name) for name in ("program.pt2", "in.pt", "out.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *paths], check=True, timeout=120)
+    out, theirs = torch.load(tmp_path / "out.pt")
+    for step, found in zip(steps, out, strict=True):
+        assert torch.equal(engine(cache, *step), found)
+    assert all(torch.equal(cache[name], theirs[name]) for name in cache)
+    execute._loaded.clear()  # and in this process the plan comes out of the program, not from where it was loaded
+    (again,) = cuda(case.states())
+    assert torch.equal(program.module()(again, *steps[0]), out[0])
+
+
+def test_states_that_are_held_are_saved(tmp_path: Path) -> None:
+    case = BY_NAME["recurrent"]
+    _, engine = built(case, tmp_path / "engine")
+    for step in range(3):
+        engine(*cuda(case.inputs(step)))
+    engine.save(tmp_path / "later")
+    other = inplace.load(tmp_path / "later")
+    assert other.states["count"].item() == 5
+    for step in range(3, 6):
+        for one, two in zip(tensors(engine(*cuda(case.inputs(step)))), tensors(other(*cuda(case.inputs(step)))), strict=True):
+            assert torch.equal(one, two)
+    assert all(engine.states[name].data_ptr() != other.states[name].data_ptr() for name in engine.states)
+
+
+def test_a_module_on_the_gpu_builds_as_well(tmp_path: Path) -> None:
+    class OnDevice(nn.Module):
+        def forward(self, cache: Tensor, x: Tensor) -> Tensor:
+            cache[:, :, 3:4] = x
+            return cache + torch.arange(4, device=x.device)
+
+    example = (torch.zeros(1, 2, 8, 4, device="cuda"), torch.ones(1, 2, 1, 4, device="cuda"))
+    engine = build(OnDevice(), example, path=tmp_path / "engine", engine="tensorrt", optimization_level=1)
+    cache = torch.zeros(1, 2, 8, 4, device="cuda")
+    engine(cache, example[1])
+    assert cache[:, :, 3].all() and cache.sum() == 8
+    with pytest.raises(BuildError, match="a PyTorch engine runs on the CPU"):
+        build(OnDevice(), example, path=tmp_path / "cpu")
+
+
+def test_the_serialized_engine_is_bound_by_whoever_has_the_memory() -> None:
+    torch.manual_seed(0)
+    eager = Recurrent().eval()
+    made = serialize(deepcopy(eager), (noise(0, 1, 4),), lift_mutable_buffers=True, engine="tensorrt")
+    runner = PlanRunner(load_tensorrt("tensorrt"), made.content)
+    memory = {name: tensor.cuda() for name, tensor in made.initial.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
+    for step in range(4):
+        x = noise(step, 1, 4)
+        found = runner.run({"x": x, **memory}, {alias.output: memory[alias.input] for alias in made.aliases})
+        with torch.no_grad():
+            expected = eager(x)
+        for binding, value in zip(made.outputs, tensors(expected), strict=True):
+            close(found[binding.name], value)
+        for state in made.records:
+            close(memory[state.name].view(state.shape), eager.get_buffer(state.source))
+    assert addresses == {name: tensor.data_ptr() for name, tensor in memory.items()}
+
+
+@pytest.fixture
+def declared() -> Iterator[None]:
+    kept = dict(aliases._declared)
+    register(Leak)
+    register(Swapped)
+    declare_alias(leak, plugin=make_leak)
+    yield
+    aliases._declared.clear()
+    aliases._declared.update(kept)
+
+
+def leaks(index: int) -> Tensor:
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(index))
+
+
+@pytest.mark.usefixtures("declared")
+def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -> None:
+    module = Leaky()
+    engine = build(Leaky(), (torch.zeros(3, 4), leaks(0)), path=tmp_path / "leaky", engine="tensorrt", optimization_level=1)
+    assert sorted(engine.manifest.aliases) == ["b_steps_updated@b_steps@plugin", "b_total_updated@b_total@user", "level_updated@level@user"]
+    level, eager = torch.zeros(3, 4, device="cuda"), torch.zeros(3, 4)
+    bound = {level.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())}
+    with plugins(load_tensorrt("tensorrt")).observed() as seen:
+        engine(level, leaks(0).cuda())
+    assert bound == seen, "the plugins were handed the states' own memory, each of them"
+    module(eager, leaks(0))
+    for index in range(1, 6):
+        found, expected = engine(level, leaks(index).cuda()), module(eager, leaks(index))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu(), other)
+        torch.testing.assert_close(level.cpu(), eager)
+        torch.testing.assert_close(engine.states["total"].cpu(), module.total)
+        torch.testing.assert_close(engine.states["steps"].cpu(), module.steps)
+
+
+@pytest.mark.usefixtures("declared")
+def test_a_plugin_that_does_not_keep_its_word_is_refused(tmp_path: Path) -> None:
+    example = (torch.zeros(3, 4), leaks(0))
+    aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5))
+    with pytest.raises(BuildError, match="has the aliases"):
+        build(Leaky(), example, path=tmp_path / "swapped", engine="tensorrt")
+    aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), lambda tensorrt, constants: Leak(decay=0.75))
+    with pytest.raises(BuildError, match=r"(output 0 of call 0|state \w+ after call 0) differs from the module"):
+        build(Leaky(), example, path=tmp_path / "other", engine="tensorrt", optimization_level=1)
+    aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), None)
+    with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):
+        build(Leaky(), example, path=tmp_path / "none", engine="tensorrt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_without_its_gpu_is_refused() -> None:
+    with pytest.raises(BuildError, match="only TensorRT for RTX compiles for a GPU that is not there"):
+        serialize(
+            Attention(), (*BY_NAME["attention"].states(), *BY_NAME["attention"].inputs(0)), engine="tensorrt", compute_capability="8.9"
+        )

@@ -79,6 +79,19 @@ TOKENS = Metric(
     "phase",
     (PREFILL, DECODE),
 )
+WAITING = Metric("inplace_generations_waiting", "gauge", "Generations that wait for a slot.")
+GENERATIONS = Metric(
+    "inplace_generations_total",
+    "counter",
+    "Generations that finished, by reason.",
+    "reason",
+    ("length", "eos", "stop", "capacity", "cancelled", "ended"),
+)
+FIRST_TOKEN = Histogram(
+    "inplace_first_token_seconds",
+    "Seconds from a generation's arrival at the backend to its first token.",
+    (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
+)
 QUEUE = Histogram(
     "inplace_queue_seconds",
     "Seconds from a request's arrival at the backend until it was given its sequence.",
@@ -91,8 +104,8 @@ STEP = Histogram(
 )
 ROWS = Histogram("inplace_step_rows", "Sequences that took part in a step.", (1, 2, 4, 8, 16, 32, 64, 128, 256))
 
-METRICS = (SLOTS, SLOTS_FREE, LIVE, STATE_BYTES, STARTED, ENDED, REFUSED, TOKENS)
-HISTOGRAMS = (QUEUE, STEP, ROWS)
+METRICS = (SLOTS, SLOTS_FREE, LIVE, STATE_BYTES, STARTED, ENDED, REFUSED, TOKENS, WAITING, GENERATIONS)
+HISTOGRAMS = (QUEUE, FIRST_TOKEN, STEP, ROWS)
 
 
 def families() -> Iterator[Metric]:
@@ -110,6 +123,11 @@ class Numbers:
         self._values = {(metric.name, value): 0.0 for metric in METRICS for value in metric.values}
         self._counts = {histogram.name: [0] * (len(histogram.bounds) + 1) for histogram in HISTOGRAMS}
         self._sums = {histogram.name: 0.0 for histogram in HISTOGRAMS}
+        self._read: dict[tuple[str, str], Callable[[], float]] = {}
+
+    def watch(self, gauge: Metric, read: Callable[[], float]) -> None:
+        """Let a gauge be what ``read`` returns when it is looked at, from another thread."""
+        self._read[gauge.name, ""] = read
 
     def add(self, metric: Metric, amount: float = 1, value: str = "") -> None:
         """Let a counter or a gauge grow (a gauge may shrink); ``value`` is that of the metric's label."""
@@ -125,7 +143,7 @@ class Numbers:
     def now(self) -> dict[tuple[str, str], float]:
         """Every number by the metric's name and its label's value, histograms as the series they are handed over as."""
         with self._lock:
-            found = dict(self._values)
+            found = self._values | {key: read() for key, read in self._read.items()}
             for histogram in HISTOGRAMS:
                 cumulative = list(accumulate(self._counts[histogram.name]))
                 buckets = histogram.buckets

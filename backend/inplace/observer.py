@@ -3,13 +3,15 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sized
 from time import monotonic
 
 from inplace.errors import Code, RequestError
 from inplace.metrics import (
     DECODE,
     ENDED,
+    FIRST_TOKEN,
+    GENERATIONS,
     LIVE,
     PREFILL,
     QUEUE,
@@ -21,6 +23,7 @@ from inplace.metrics import (
     STATE_BYTES,
     STEP,
     TOKENS,
+    WAITING,
     Numbers,
 )
 from inplace.sequences import Ended, Sequence, SequenceId
@@ -87,6 +90,20 @@ class Observer:
     def admitted(self, waited: float) -> None:
         """A request was given its sequence, so many seconds after it had arrived."""
         self.numbers.observe(QUEUE, waited)
+
+    def queue(self, waiting: Sized) -> None:
+        """Generations wait in this queue, now and later."""
+        self.numbers.watch(WAITING, lambda: len(waiting))
+
+    def spoke(self, waited: float) -> None:
+        """A generation said its first token, so many seconds after it had arrived."""
+        self.numbers.observe(FIRST_TOKEN, waited)
+
+    def generated(self, sequence: SequenceId, request: str, why: str, tokens: int) -> None:
+        """A generation finished."""
+        self.numbers.add(GENERATIONS, value=why)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(line("generation finished", sequence=sequence, request=request or "-", reason=why, tokens=tokens))
 
     def refused(self, sequence: SequenceId, request: str, error: RequestError, *, end: bool) -> None:
         """A request is answered with an error; ``end`` where it was an END.

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from driving import Open, Watched
-from inplace.drivers.step import StepDriver
+from inplace.drivers import Language, StepDriver, StreamDriver
 from inplace.instance import ModelInstance
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.server import Ports, TritonServer
 from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instance, tiny_llama
+from streaming import OpenStreams, Streams
 from tritonclient.grpc import InferenceServerClient
 
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
@@ -48,7 +49,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     build_decoder(
         folder, path / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, queue_delay_microseconds=20_000)
     )
-    build_decoder(folder, path / "brief", BuildOptions(slots=2, max_rows=2, capacity=CAPACITY, chunk=CHUNK, idle_timeout=2.0))
+    build_decoder(folder, path / "brief", BuildOptions(slots=2, max_rows=2, capacity=1024, chunk=CHUNK, idle_timeout=2.0))
     write_engine(accumulator(), path / "accumulator", BuildOptions(slots=4, max_rows=4, capacity=1))
     return Repository(path, model, folder)
 
@@ -89,6 +90,27 @@ def drive(loaded: Opened) -> Iterator[Open]:
             tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
         drivers.append(StepDriver(ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)))
         return drivers[-1]
+
+    yield opened
+    for driver in drivers:
+        driver.close()
+
+
+@pytest.fixture
+def streams(repository: Repository, loaded: Opened) -> Iterator[OpenStreams]:
+    """Opens ``llama`` behind a stream driver, its arena poisoned and its engine `Watched`; closes every driver."""
+    drivers: list[StreamDriver] = []
+
+    def opened(language: Language | None = None, most_waiting: int = 64, idle_timeout: float = 600.0) -> Streams:
+        key = (repository.path / "llama", None, len(drivers))
+        if key not in loaded:
+            loaded[key] = open_instance(repository.path / "llama")
+        plain = loaded[key]
+        for tensor in plain.arena.tensors.values():
+            tensor.fill_(float("nan"))
+        instance = ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)
+        drivers.append(StreamDriver(instance, language or Language(), most_waiting))
+        return Streams(drivers[-1])
 
     yield opened
     for driver in drivers:

@@ -22,13 +22,18 @@ class Senders:
 
     def __init__(self, threads: int = THREADS) -> None:
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
+        self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"inplace-send-{index}", daemon=True) for index in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def put(self, reply: Reply) -> None:
-        """Send this reply; the caller got its turn from `Reply.say` or `Reply.finish`."""
-        self._queue.put(reply)
+        """Send this reply; the caller got its turn from `Reply.say` or `Reply.finish`. After `close` it is sent at once."""
+        if not self._closed:
+            self._queue.put(reply)
+            return
+        while reply.send():
+            pass
 
     def close(self) -> None:
         """Send what is queued and end the threads."""
@@ -36,10 +41,10 @@ class Senders:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
+        self._closed = True
         while not self._queue.empty():  # queued again while the threads ended
-            reply = self._queue.get()
-            while reply is not None and reply.send():
-                pass
+            if (reply := self._queue.get()) is not None:
+                self.put(reply)
 
     def _run(self) -> None:
         while (reply := self._queue.get()) is not None:

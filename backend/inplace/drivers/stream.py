@@ -26,6 +26,7 @@ MOST_BEHIND = 64
 """Requests of one sequence that may wait behind one another."""
 LOOK = 0.05
 """Seconds between two looks at the idle sequences, at least."""
+UNLOADED = "the model is being unloaded; START again when it is back"
 
 log = logging.getLogger("inplace")
 
@@ -66,7 +67,8 @@ class StreamDriver:
         self._scheduler = Scheduler(instance.program)
         self._senders = Senders()
         self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)))
-        self._next_look = 0.0
+        self._next_look, self._closed = 0.0, False
+        instance.observer.queue(self._waiting)
         self._thread = threading.Thread(target=self._run, name="inplace-engine", daemon=True)
         self._thread.start()
 
@@ -83,12 +85,16 @@ class StreamDriver:
         except RequestError as error:
             self._refuse(Job(Checked(request), Reply(channel)), error)
             return
+        if self._closed:
+            self._refuse(job, RequestError(Code.SHUTDOWN, UNLOADED, retryable=True))
+            return
         if job.generation is not None:
             self._watch.add(job, job.reply)
         self._inbox.put(job)
 
     def close(self) -> None:
         """Answer everything that has not been, and stop."""
+        self._closed = True
         self._inbox.put(None)
         self._thread.join()
         self._watch.close()
@@ -144,6 +150,7 @@ class StreamDriver:
                 self._admit()
                 if serving and self._scheduler:
                     self._step()
+                    self._admit()
             except Exception as error:  # a defect: whoever waits must be told, and the others served
                 log.exception("the stream driver failed")
                 self._drop(RequestError(Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); START again"))
@@ -289,6 +296,8 @@ class StreamDriver:
 
     def _say(self, job: Job, generation: Generation, token: int) -> None:
         text, reason = generation.add(token)
+        if generation.said == 1:
+            self.instance.observer.spoke(monotonic() - job.checked.request.received)
         if reason is not None:
             self._conclude(job, reason, (token, text))
             return
@@ -308,6 +317,7 @@ class StreamDriver:
             self.instance.finish(work)
         elif job in self._waiting:
             self._waiting.remove(job)
+        self.instance.observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
         if job.reply.finish(reason, token, generation.rest()):
             self._senders.put(job.reply)
         self._over(job)
@@ -344,7 +354,7 @@ class StreamDriver:
                 self.instance.table.end(job.work.sequence, Ended.ENGINE_FAILED)
 
     def _close(self) -> None:
-        error = RequestError(Code.SHUTDOWN, "the model is being unloaded; START again when it is back", retryable=True)
+        error = RequestError(Code.SHUTDOWN, UNLOADED, retryable=True)
         self._drop(error)
         while not self._inbox.empty():
             message = self._inbox.get()

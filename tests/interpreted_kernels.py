@@ -83,7 +83,7 @@ def test_nothing_cached_gives_zero(rows: list[Row]) -> None:
     assert torch.equal(case.launch(), torch.zeros_like(case.out))
 
 
-@pytest.mark.parametrize("start", [0, 100, 127, 128, 129, 256, 513, 1030, 1099])
+@pytest.mark.parametrize("start", [0, 127, 128, 129, 513, 1030])
 def test_splits_are_combined_and_leave_the_locks_at_zero(start: int) -> None:
     case = AttentionCase(spec(6, 2, rotary=32), [Row(3, start, 1), Row(1, 1099 - start, 1), Row(-1, 9, 1)], capacity=1100)
     assert case.workspace is not None

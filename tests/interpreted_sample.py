@@ -26,7 +26,7 @@ def parameters(rows: int) -> list[Tensor]:
     return [temperature[pick], top_k[pick].int(), top_p[pick], seeds, torch.randint(0, 2**31 - 1, (rows,)).int()]
 
 
-@pytest.mark.parametrize(("rows", "count"), [(6, 1), (6, 7), (12, 1500), (6, 9000)])
+@pytest.mark.parametrize(("rows", "count"), [(6, 1), (6, 7), (9, 1500), (6, 5000)])
 @pytest.mark.usefixtures("few_parts")
 def test_the_kernel_chooses_the_operator_s_tokens(rows: int, count: int) -> None:
     torch.manual_seed(count)
@@ -46,10 +46,10 @@ def test_with_as_many_parts_as_on_a_gpu() -> None:
 @pytest.mark.usefixtures("few_parts")
 def test_every_rank_of_a_threshold() -> None:
     torch.manual_seed(0)
-    ranks, row = torch.arange(20), torch.ones(20)
-    for scores, top_p in [(torch.randn(1, 20) * 2, row), ((torch.randn(1, 20) * 2).round(), (1 + ranks) / 21)]:
-        wanted = [3 * row, (ranks % 10).int(), top_p, ranks * 7, ranks.int()]
-        repeated = scores.expand(20, 20).contiguous()
+    ranks, row = torch.arange(10), torch.ones(10)
+    for scores, top_p in [(torch.randn(1, 10) * 2, row), ((torch.randn(1, 10) * 2).round(), (1 + ranks) / 11)]:
+        wanted = [3 * row, ranks.int(), top_p, ranks * 7, ranks.int()]
+        repeated = scores.expand(10, 10).contiguous()
         assert torch.equal(_sample_on_gpu(repeated, *wanted), sample(repeated, *wanted))
 
 

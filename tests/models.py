@@ -35,7 +35,7 @@ RECTANGULAR = Program(
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository with ``llama`` (8 slots), ``brief`` (2 slots, idle timeout 2 s) and ``accumulator``."""
+    """A model repository with ``llama`` (8 slots), ``brief`` (2 slots of 1024 positions, idle timeout 2 s) and ``accumulator``."""
 
     path: Path
     llama: LlamaForCausalLM

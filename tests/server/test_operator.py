@@ -21,7 +21,8 @@ def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) ->
     """`inplace install-backend`, then tritonserver as an operator types it."""
     command = [sys.executable, "-m", "inplace_builder", "install-backend", str(tmp_path / "backends")]
     subprocess.run(command, check=True, capture_output=True)
-    template = TritonServer(repository.path, Ports(0, 0, 0), backends=tmp_path / "backends")
+    models = _alone(repository, tmp_path, "llama").parent.parent
+    template = TritonServer(models, Ports(0, 0, 0), backends=tmp_path / "backends")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(template.command(), env=environment(), stdout=log, stderr=log)
     try:
@@ -36,22 +37,23 @@ def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) ->
 def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
     ports = Ports(0, 0, 0).chosen()
     where = [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}", f"--metrics-port={ports.metrics}"]
-    options = [*where, "--model-repository", str(repository.path), "--log-file", str(tmp_path / "log")]
+    models = _alone(repository, tmp_path, "brief").parent.parent
+    options = [*where, "--model-repository", str(models), "--log-file", str(tmp_path / "log")]
     command = [sys.executable, "-m", "inplace_builder", "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert f"gRPC 127.0.0.1:{ports.grpc}" in process.stdout.readline()
             with InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
-                Sequence(client, "llama").tokens([1, 2, 3])  # left alive
+                Sequence(client, "brief").tokens([1, 2, 3])  # left alive: Triton waits for it, until it has been idle for 2 s
         finally:
             process.terminate()
         assert process.wait(60) == 0
 
 
-def _damaged(repository: Repository, tmp_path: Path) -> Path:
-    """A copy of the built llama to damage, alone in a repository."""
-    return Path(shutil.copytree(repository.path / "llama", tmp_path / "models" / "llama")) / "1"
+def _alone(repository: Repository, tmp_path: Path, name: str = "llama") -> Path:
+    """A copy of a built model, to start quickly or to damage, alone in a repository."""
+    return Path(shutil.copytree(repository.path / name, tmp_path / "models" / name)) / "1"
 
 
 def _refusal(tmp_path: Path) -> str:
@@ -63,19 +65,19 @@ def _refusal(tmp_path: Path) -> str:
 
 
 def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_path: Path) -> None:
-    folder = _damaged(repository, tmp_path)
+    folder = _alone(repository, tmp_path)
     manifest = json.loads((folder / "engine.json").read_text())
     (folder / "engine.json").write_text(json.dumps(manifest | {"manifest_version": 99}))
     assert "has manifest version 99, this runtime reads version 1" in _refusal(tmp_path)
 
 
 def test_a_missing_engine_file_is_refused(repository: Repository, tmp_path: Path) -> None:
-    (_damaged(repository, tmp_path) / "engine.pt2").unlink()
+    (_alone(repository, tmp_path) / "engine.pt2").unlink()
     assert "engine.pt2 is missing" in _refusal(tmp_path)
 
 
 def test_a_truncated_engine_file_is_refused_and_other_models_are_served(repository: Repository, tmp_path: Path) -> None:
-    engine = _damaged(repository, tmp_path) / "engine.pt2"
+    engine = _alone(repository, tmp_path) / "engine.pt2"
     engine.write_bytes(engine.read_bytes()[:1000])
     shutil.copytree(repository.path / "accumulator", tmp_path / "models" / "accumulator")
     server = TritonServer(tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", arguments=["--exit-on-error=false"])

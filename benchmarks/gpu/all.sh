@@ -40,7 +40,7 @@ for name in "$@"; do
     accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
     server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
     steps) part steps 240 bash -c "\"$PYTHON\" -m benchmarks.gpu.engine --shape 135m --cases 8x600 --engines \"$OUT/engines\" --build-only &&
-        \"$PYTHON\" benchmarks/server_steps.py --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
+        \"$PYTHON\" -m benchmarks.perf unary --levels 8 --commit \"$COMMIT\" --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --commit "$COMMIT" --budget "${BUDGET:-480}" ;;
     profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;

@@ -1,0 +1,162 @@
+"""Sequences and generations against a real tritonserver, by perf_analyzer where it runs and by a load generator on tritonclient everywhere.
+
+    python -m benchmarks.perf unary    --model model_repository/my-model [--levels 1,2,4,8]      one token a request, by live sequences
+    python -m benchmarks.perf rate     --model model_repository/my-model [--levels 50,100]       the same, by requests a second
+    python -m benchmarks.perf stream   --model model_repository/my-stream-model                  the same steps over gRPC streams
+    python -m benchmarks.perf generate --model model_repository/my-stream-model                  first-token and inter-token time
+    python -m benchmarks.perf all      --source path/to/model                                    builds both models; `make perf`
+
+Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are in perf_analyzer's format: one inner list is one sequence.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inplace.manifest import Manifest
+from inplace_builder.server import Ports, TritonServer
+
+from benchmarks.gpu.machine import machine
+from benchmarks.perf import analyzer, generator
+from benchmarks.perf.clients import Load
+from benchmarks.perf.server import Counters, engine_step
+
+FOLDER = Path(__file__).parent
+MODES = ("unary", "rate", "stream", "generate")
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=(*MODES, "all"))
+    parser.add_argument("--model", type=Path, help="a decoder in a model repository; a stream model for stream and generate")
+    parser.add_argument("--source", type=Path, help="all: what to build both models of; SmolLM2-135M-Instruct unless given")
+    parser.add_argument("--levels", help="live sequences, or requests a second for rate; separated by commas")
+    parser.add_argument("--sequences", type=int, default=8, help="rate: live sequences")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each level")
+    parser.add_argument("--max-tokens", type=int, default=64, help="generate: tokens of a generation")
+    parser.add_argument("--input-data", type=Path, help="another input file")
+    parser.add_argument("--out", type=Path, default=Path("build/perf/perf.json"))
+    parser.add_argument("--commit", default="unknown", help="what was measured, for the record")
+    given = parser.parse_args()
+    if (reason := analyzer.missing()) is not None:
+        print(f"{reason}; only the load generator on tritonclient runs", flush=True)
+    if given.mode == "all":
+        levels = everything(given)
+    elif given.model is None:
+        parser.error("--model is missing")
+    else:
+        levels = measure(given, given.mode, given.model)
+    document = {
+        "what": "one token a request (unary, rate, stream) or whole generations (generate), against tritonserver on this machine",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.perf " + " ".join(sys.argv[1:]),
+        "commit": given.commit,
+        "machine": {"processor": processor(), "threads": os.cpu_count()} | machine(),
+        "versions": versions(),
+        "perf_analyzer": reason or "runs",
+        "levels": levels,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"written to {given.out}")
+
+
+def measure(given: argparse.Namespace, mode: str, model: Path, levels: list[float] | None = None) -> list[dict[str, Any]]:
+    """Serve the model and drive every level with every tool."""
+    manifest = Manifest.load(model / "1")
+    if levels is None:
+        asked = given.levels or ("20,40" if mode == "rate" else "1,2,4,8")
+        levels = [float(level) for level in asked.split(",")]
+    about = {"name": model.name, "engine": manifest.engine.kind, "device": manifest.engine.device, "dtype": str(manifest.engine.dtype)}
+    alone = {int(level): engine_step(model / "1", int(level)) for level in levels} if mode in ("unary", "stream") else {}
+    data = given.input_data or FOLDER / ("generate.json" if mode == "generate" else "steps.json")
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Path(scratch) / "repository"
+        repository.mkdir()
+        (repository / model.name).symlink_to(model.resolve())
+        with TritonServer(repository, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
+            for level in levels:
+                load = Load(
+                    url=server.grpc_url,
+                    model=model.name,
+                    mode="unary" if mode == "rate" else mode,  # type: ignore[arg-type]
+                    sequences=given.sequences if mode == "rate" else int(level),
+                    begin=0.0,
+                    seconds=given.seconds,
+                    input_data=str(data),
+                    rate=level if mode == "rate" else None,
+                    max_tokens=given.max_tokens,
+                )
+                for tool in (generator, analyzer):
+                    if tool is generator or analyzer.missing() is None:
+                        line = {"mode": mode, "level": level, "tool": "tritonclient" if tool is generator else "perf_analyzer"}
+                        line |= {"model": about, "sequences": load.sequences} | driven(server, tool.run, load)
+                        if alone:
+                            line["engine_alone_us"] = alone[int(level)]
+                        print(json.dumps(line), flush=True)
+                        found.append(line)
+    return found
+
+
+def driven(server: TritonServer, run: Any, load: Load) -> dict[str, Any]:
+    """One level by one tool; with where the time went, over all that the tool sent while it warmed up and measured."""
+    generator.run(replace(load, seconds=0.5, warm_up=0.5, rate=None))
+    before = Counters.of(server, load.model)
+    try:
+        result: dict[str, Any] = run(load)
+    except RuntimeError as error:
+        return {"failed": str(error)}
+    spent = Counters.of(server, load.model) - before
+    if load.mode != "generate" and load.rate is None and result["requests_per_second"]:
+        seconds = spent.requests / result["requests_per_second"]  # closed loop: as long as these requests take at that rate
+        result |= spent.breakdown(seconds)
+        if load.mode == "unary":
+            result["latency_parts_us"] = spent.latency(result["latency_us"]["mean"])
+    return result
+
+
+def everything(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Build a step and a stream model and measure all modes; rates are shares of what the step model reached with all sequences."""
+    from benchmarks.perf.models import built
+
+    levels = []
+    with tempfile.TemporaryDirectory() as scratch:
+        step, stream = built(given.source, Path(scratch), given.sequences)
+        levels += measure(given, "unary", step)
+        most = max(line.get("requests_per_second", 0.0) for line in levels)
+        levels += measure(given, "rate", step, [round(most * share, 1) for share in (0.25, 0.5, 0.75, 0.9)])
+        levels += measure(given, "stream", stream)
+        levels += measure(given, "generate", stream)
+    return levels
+
+
+def processor() -> str:
+    """The processor's own name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part."""
+    names = ("torch", "tritonclient", "nvidia-pytriton", "grpcio", "tensorrt")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -6,12 +6,14 @@ import time
 
 import pytest
 from driving import BAD, Open, ask, watched
-from inplace.drivers.step import StepDriver
+from inplace.drivers import Language, StepDriver
+from inplace.drivers.generation import Reason
 from inplace.errors import Code, RequestError
-from inplace.metrics import ENDED, HISTOGRAMS, METRICS, QUEUE, ROWS, STEP, Numbers, families
+from inplace.metrics import ENDED, GENERATIONS, HISTOGRAMS, METRICS, QUEUE, ROWS, STEP, Numbers, families
 from inplace.observer import REFUSALS_A_SECOND, Observer, line
 from inplace.sequences import Ended, Sequence
 from models import CHUNK, SLOTS, Repository
+from streaming import OpenStreams, slowed, until
 
 REFUSAL = RequestError(Code.CAPACITY, "too many")
 
@@ -108,6 +110,35 @@ def test_a_start_that_was_refused_has_ended_what_it_replaces(llama: StepDriver, 
     llama.run([ask(1, BAD, start=True)])
     assert now(llama)[ENDED.name, Ended.START] == 1
     assert now(llama)["inplace_sequences_started_total", ""] == 1
+
+
+def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: OpenStreams) -> None:
+    talk = streams(Language(eos=frozenset()))
+    assert talk.generate(1, [1, 2, 3], 4).reason == "length"
+    assert talk.generate(2, [1, 2, 3], 4, end=True, temperature=0).reason == "length"
+    found = talk.driver.instance.observer.numbers.now()
+    assert found["inplace_generations_total", "length"] == 2
+    assert found["inplace_first_token_seconds_count", ""] == 2
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (6, 6)  # the last one said is not fed
+    assert found["inplace_sequences_live", ""] == 1
+
+
+def test_generations_that_wait_for_a_slot_are_shown(streams: OpenStreams) -> None:
+    talk = streams()
+    numbers = talk.driver.instance.observer.numbers
+    with slowed(talk, 0.02):
+        running = [talk.generate(1 + number, [1, 2], 40, end=True) for number in range(SLOTS)]
+        late = [talk.generate(100 + number, [3], 1, end=True) for number in range(3)]
+        until(lambda: numbers.now()["inplace_generations_waiting", ""] == 3)
+        assert all(heard.reason == "length" for heard in [*running, *late])
+    found = numbers.now()
+    assert found["inplace_generations_waiting", ""] == 0
+    assert found["inplace_generations_total", "length"] == SLOTS + 3
+    assert found["inplace_queue_seconds_bucket", "0.05"] <= SLOTS  # those that waited are in no small bucket
+
+
+def test_reasons_of_generations_are_the_protocols() -> None:
+    assert GENERATIONS.values == tuple(Reason)
 
 
 def test_idle_sequences_are_counted_and_logged(repository: Repository, drive: Open, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,6 +36,8 @@ LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 class Table(torch.nn.Module):
     """Adds up entries of a table; a number that is none of them makes the engine itself fail."""
 
+    table: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(10.0))

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.passes.states import Owner
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ Inputs = Callable[[int], Sequence[Any]]
 """The arguments of a step, by its number, caller-owned states left out."""
 
 
-def operators(capture: ExportedCapture) -> dict[str, int]:
+def operators(capture: Capture | ExportedCapture) -> dict[str, int]:
     """How often the graph has each of the ``inplace::`` operators."""
     counts: dict[str, int] = {}
     for node in capture.exported.graph.nodes:

@@ -101,7 +101,7 @@ def capture_exported(
     if strict and (refused := [state for state in made if not state.recognised]):
         raise BuildError("; ".join(f"state {state.found.source} is {state.because}" for state in refused))
     drop_dead_assertions(found.graph_module.graph)
-    found = replace(found, graph_module=_without_unused(found.graph_module))
+    found = replace(found, graph_module=without_unused(found.graph_module))
     names = [state.name for state in made]
     check_state_uses(found.graph_module.graph, names)
     exported = _export(found, made, rows)
@@ -118,21 +118,21 @@ def capture_exported(
     )
 
 
-def _without_unused(module: GraphModule) -> GraphModule:
+def without_unused(module: GraphModule) -> GraphModule:
     """The same graph over the attributes that it still uses: a mask that became `inplace::attention` needs no memory."""
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     return GraphModule({target: torch.fx.graph_module._get_attr(module, target) for target in used}, module.graph)
 
 
-class _Interpreted(torch.nn.Module):
+class Interpreted(torch.nn.Module):
     """Runs a graph node by node, so that an export of it keeps the model's source lines."""
 
-    def __init__(self, graph_module: GraphModule, names: Sequence[str]) -> None:
+    def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
         self.body = graph_module
-        self.names = tuple(names)
 
     def forward(self, *arguments: Any) -> Any:
+        """Run the graph; its arguments and results."""
         with torch.fx.traceback.preserve_node_meta():
             return Interpreter(self.body).run(*arguments)
 
@@ -145,10 +145,10 @@ def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedPr
     shapes = (*_dynamic(found), None, *({0: slots} for _ in states))
     try:
         with torch.no_grad(), any_size():
-            exported = torch.export.export(_Interpreted(found.graph_module, ()), arguments, dynamic_shapes=(shapes,))
+            exported = torch.export.export(Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,))
     except Exception as error:
         raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}") from error
-    _rename(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
+    rename_inputs(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
     remove_no_ops(exported)
     exported._example_inputs = None
     return exported
@@ -174,12 +174,12 @@ def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:
         return Dim.AUTO
     if expression not in named:
         low, high = found.ranges[expression].lower, found.ranges[expression].upper
-        limit = int(high) if getattr(high, "is_finite", True) and int(high) < 2**62 else None
+        limit = int(high) if getattr(high, "is_Integer", isinstance(high, int)) and int(high) < 2**62 else None
         named[expression] = Dim(str(expression), min=int(low), max=limit)
     return named[expression]
 
 
-def _rename(exported: ExportedProgram, names: Sequence[str]) -> None:
+def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
     """Give the placeholders back their names, which a variadic forward loses."""
     wanted = dict(zip(exported.graph_signature.user_inputs, names, strict=True))
     for node in exported.graph.nodes:

@@ -56,6 +56,7 @@ def functional(
             is mutated overlap in memory; a state is not contiguous.
     """
     exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
+    _adopt_constants(exported)
     _check_sharing(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -91,6 +92,18 @@ def exported_program(
         except Exception as error:
             failures.append(error)
     raise BuildError(f"torch.export cannot capture {type(module).__name__}: {failures[-1]}") from failures[-1]
+
+
+def _adopt_constants(exported: ExportedProgram) -> None:
+    """Make buffers of constants that the module writes.
+
+    torch.export without ``strict`` takes a tensor for a constant that the module reaches through an object of Python's (a cache) and not
+    through its own attributes, also where it is the memory of a registered buffer; `_check_sharing` then makes one of the two.
+    """
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR and _writer(nodes[spec.arg.name]) is not None:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
 def _check_sharing(exported: ExportedProgram) -> None:
@@ -161,6 +174,7 @@ def _merge(exported: ExportedProgram, kept: Node, alias: Node) -> None:
     specs = exported.graph_signature.input_specs
     specs[:] = [spec for spec in specs if spec.arg.name != alias.name]
     exported.state_dict.pop(alias.meta["buffer"], None)
+    exported.constants.pop(alias.meta["buffer"], None)
     exported.graph_module.recompile()
 
 

@@ -1,9 +1,11 @@
 """A state's new value as a chain of recognised writes into the state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
+from inplace_builder.passes.match import as_node
 from inplace_builder.passes.recognise import Question, Refusal, Write, is_window, recognise
 from inplace_builder.passes.states import Found
 
@@ -44,6 +46,18 @@ def chain_of(placeholder: Node, result: Node, found: Found, question: Question) 
         writes.append(step)
         current = step.base
     return Chain(tuple(reversed(writes)))
+
+
+def chains_of(states: Sequence[Found], outputs: int, question: Question) -> list[Chain]:
+    """The chain of each state of a functional graph, which returns its outputs and then the states' new values."""
+    graph = question.module.graph
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, tuple)
+    return [
+        chain_of(placeholders[state.name], as_node(result), state, question)
+        for state, result in zip(states, returned[outputs:], strict=True)
+    ]
 
 
 def _reaches(node: Node, placeholder: Node) -> bool:

@@ -1,5 +1,6 @@
 """Where a step writes: indices as a graph computes them, followed as far as they can be proved."""
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -41,10 +42,15 @@ MOST_NODES = 200
 
 
 def leaves(node: Node) -> set[Node] | None:
-    """The placeholders that a node is computed from; None where it is random or larger than anyone would prove."""
+    """The placeholders whose values a node is computed from; None where it is random or larger than anyone would prove.
+
+    Dynamic extents are no values: a node may depend on them beside its leaves.
+    """
     pending, seen, found = [node], {node}, set[Node]()
     while pending:
         current = pending.pop()
+        if call(current, aten.sym_size.int):
+            continue
         if current.op == "placeholder":
             found.add(current)
         elif current.op == "call_function":
@@ -58,13 +64,29 @@ def leaves(node: Node) -> set[Node] | None:
     return found
 
 
-def evaluate(module: GraphModule, node: Node, given: Mapping[Node, Any]) -> Any:
-    """What a node is for these values of its sources; constants are the module's own."""
+class UnknownExtentError(Exception):
+    """A node depends on a dynamic extent for which it was given no value."""
+
+
+def evaluate(module: GraphModule, node: Node, given: Mapping[Node, Any], sizes: Mapping[str, int] | None = None) -> Any:
+    """What a node is for these values of its sources; constants are the module's own.
+
+    Args:
+        module: holds the constants.
+        node: what to evaluate.
+        given: values of sources.
+        sizes: values of dynamic extents, by the symbol as it is written.
+
+    Raises:
+        UnknownExtentError: the node depends on another dynamic extent.
+    """
     known: dict[Node, Any] = dict(given)
 
     def resolve(source: Node) -> Any:
         if source not in known:
-            if source.op == "get_attr":
+            if call(source, aten.sym_size.int):
+                known[source] = extent(value(source), sizes or {})
+            elif source.op == "get_attr":
                 known[source] = torch.fx.graph_module._get_attr(module, str(source.target))
             else:
                 assert source.op == "call_function" and callable(source.target)
@@ -76,13 +98,25 @@ def evaluate(module: GraphModule, node: Node, given: Mapping[Node, Any]) -> Any:
         return resolve(node)
 
 
+def extent(size: Any, sizes: Mapping[str, int]) -> int:
+    """The number that an extent is; UnknownExtentError where it is dynamic and not among ``sizes``."""
+    if isinstance(size, int):
+        return size
+    if str(size) not in sizes:
+        raise UnknownExtentError(f"it depends on the dynamic extent {size}")
+    return sizes[str(size)]
+
+
 def constant(module: GraphModule, node: AnyNode) -> Tensor | None:
     """The tensor a node always is, or None."""
     if not isinstance(node, Node) or not isinstance(value(node), Tensor) or leaves(node) != set():
         return None
-    if any(not isinstance(extent, int) for extent in shape(node)):
+    if any(not isinstance(size, int) for size in shape(node)):
         return None
-    found = evaluate(module, node, {})
+    try:
+        found = evaluate(module, node, {})
+    except UnknownExtentError:
+        return None
     return found if isinstance(found, Tensor) else None
 
 
@@ -113,36 +147,85 @@ def _shifts(node: Node, source: Node) -> bool:
 def consecutive(module: GraphModule, index: Node, promised: frozenset[str]) -> bool:
     """Whether an index of n entries is always ``s, s + 1, …, s + n - 1`` for some s."""
     extents = shape(index)
-    if len(extents) > 1 or any(not isinstance(extent, int) for extent in extents):
-        return _promised(index, promised)
+    if len(extents) > 1:
+        return False
+    if extents and not isinstance(extents[0], int):
+        return _promised(index, promised) or _counted(module, index)
     if value(index).numel() == 1:
         return True
-    if (fixed := constant(module, index)) is not None:
-        return _steps_by_one(fixed)
+    fixed, source = constant(module, index), shifted(index)
+    if fixed is not None or source is None:
+        return fixed is not None and _steps_by_one(fixed)
+    if not isinstance(value(source), Tensor) or _is_one(value(source).numel()) or first_only(module, index, source, {}):
+        return all(_steps_by_one(_at(module, index, source, start, {})) for start in (0, 5))
+    return _promised(source, promised) and shape(source) == extents and _steps_by_one(_at(module, index, source, 0, {}))
+
+
+_COUNTING = (*_SHIFTS, aten.arange.default, aten.arange.start_step, aten.sym_size.int)
+SIZES = (1, 2, 3, 4, 7, 16)
+"""Numbers of tokens for which an index that counts them is looked at; that it counts is clear from the operators it is made of."""
+
+
+def _counted(module: GraphModule, index: Node) -> bool:
+    """Whether an index of a dynamic number of entries is a start plus 0, 1, 2, …: additions and counting alone, and right in examples."""
     source = shifted(index)
-    if source is None:
+    if source is None or not all(call(node, *_COUNTING) for node in _between(index, source)):
         return False
-    if isinstance(value(source), Tensor) and value(source).numel() != 1:
-        return _promised(source, promised) and shape(source) == extents and _steps_by_one(_at(module, index, source, 0))
-    return _steps_by_one(_at(module, index, source, 0)) and _steps_by_one(_at(module, index, source, 5))
+    symbol = str(shape(index)[0])
+    return first_only(module, index, source, {symbol: 3}) and all(
+        torch.equal(_at(module, index, source, start, {symbol: n}).diff(), torch.ones(n - 1, dtype=torch.int64))
+        for start in (0, 5)
+        for n in SIZES
+    )
+
+
+def _between(node: Node, source: Node) -> set[Node]:
+    pending, seen = [node], {node}
+    while pending:
+        for operand in pending.pop().all_input_nodes:
+            if operand is not source and operand not in seen and operand.op == "call_function":
+                seen.add(operand)
+                if not call(operand, aten.sym_size.int):
+                    pending.append(operand)
+    return seen
+
+
+def first_only(module: GraphModule, node: Node, source: Node, sizes: Mapping[str, int]) -> bool:
+    """Whether only the first entry of a source matters: the others may be anything."""
+    held = value(source)
+    if not isinstance(held, Tensor) or _is_one(held.numel()):
+        return True
+    plain = example(source, 5, sizes)
+    other = plain.clone()
+    other.view(-1)[1:] = 1000 - plain.view(-1)[1:]
+    try:
+        found = [torch.as_tensor(evaluate(module, node, {source: given}, sizes)) for given in (plain, other)]
+    except UnknownExtentError:
+        return False
+    return torch.equal(*found)
+
+
+def _is_one(extent: Any) -> bool:
+    return isinstance(extent, int) and extent == 1
 
 
 def _promised(node: Node, promised: frozenset[str]) -> bool:
     return shifted(node) is node and node.name in promised and len(shape(node)) == 1
 
 
-def _at(module: GraphModule, index: Node, source: Node, start: int) -> Tensor:
-    found = evaluate(module, index, {source: example(source, start)})
+def _at(module: GraphModule, index: Node, source: Node, start: int, sizes: Mapping[str, int]) -> Tensor:
+    found = evaluate(module, index, {source: example(source, start, sizes)}, sizes)
     assert isinstance(found, Tensor)
     return found
 
 
-def example(source: Node, start: int) -> Any:
-    """A value of an index's source: consecutive positions from ``start``."""
+def example(source: Node, start: int, sizes: Mapping[str, int] | None = None) -> Any:
+    """A value of an index's source: consecutive positions from ``start``; a dynamic extent that is not among ``sizes`` is 4."""
     held = value(source)
     if not isinstance(held, Tensor):
         return start
-    return torch.arange(start, start + held.numel(), dtype=held.dtype).reshape(held.shape)
+    extents = [size if isinstance(size, int) else (sizes or {}).get(str(size), 4) for size in held.shape]
+    return torch.arange(start, start + math.prod(extents), dtype=held.dtype).reshape(extents)
 
 
 def _steps_by_one(index: Tensor) -> bool:

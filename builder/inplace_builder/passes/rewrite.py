@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from inplace_builder.passes.chain import Chain, chain_of, is_whole
+from inplace_builder.passes.chain import Chain, chains_of, is_whole
 from inplace_builder.passes.emit import Emitter, dtype, shape, value
 from inplace_builder.passes.positions import as_tensor
 from inplace_builder.passes.recognise import Question, Write
-from inplace_builder.passes.recognise_attention import Attention, Explicit, attentions, is_cache
+from inplace_builder.passes.recognise_attention import Attention, attentions_behind
 from inplace_builder.passes.states import Found, State, common_rows
 from inplace_builder.passes.verdict import verdict
 
@@ -64,7 +64,6 @@ class Rewriting:
 
     def attend(self, found: Attention, states: tuple[Found, Found], placeholders: tuple[Node, Node]) -> None:
         """Put `inplace::attention` where the attention was computed: it writes both caches."""
-        tokens = shape(found.query)[2]
         with Emitter(self.graph, found.node).before(found.node) as emit:
 
             def packed(node: Node) -> Node:
@@ -77,11 +76,12 @@ class Rewriting:
                 packed(written(emit, found.values)),
                 *placeholders,
                 self.slots,
-                emit.call(aten.arange.start_step, 0, tokens + 1, tokens, dtype=torch.int32),
+                _one_row(emit, found.query),
                 # a negative start is an error here: the masks were compared for the starts that fit
                 self.start(emit, replace(found.keys, wraps=False), states[0]),
                 scale=found.scale,
                 window=found.window,
+                softcap=found.softcap,
             )
             out = emit.call(aten.unsqueeze.default, emit.call(aten.transpose.int, out, 0, 1), 0)
         found.node.replace_all_uses_with(out)
@@ -125,6 +125,15 @@ class Rewriting:
             )
 
 
+def _one_row(emit: Emitter, query: Node) -> Node:
+    """The row offsets of a step of one row, for ``[1, heads, tokens, dim]``."""
+    tokens = shape(query)[2]
+    if isinstance(tokens, int):
+        return emit.call(aten.arange.start_step, 0, tokens + 1, tokens, dtype=torch.int32)
+    ends = emit.call(aten.arange.default, 2, dtype=torch.int32)
+    return emit.call(aten.mul.Tensor, ends, emit.call(aten.sym_size.int, query, 2))
+
+
 def _is(extent: object, wanted: int) -> bool:
     """Whether an extent is certainly this number; a dynamic one is not, whatever it was in the example."""
     return isinstance(extent, int) and extent == wanted
@@ -161,14 +170,10 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
     graph = module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     last = graph.output_node()
-    returned = last.args[0]
-    assert isinstance(returned, tuple)
-    results = [node for node in returned[outputs:] if isinstance(node, Node)]
-    question = Question(module, rows, promised)
-    chains = [chain_of(placeholders[state.name], result, state, question) for state, result in zip(states, results, strict=True)]
+    chains = chains_of(states, outputs, Question(module, rows, promised))
     if rows == 1 and any(chain.needs_rows for chain in chains) and common_rows(states) is not None:
         return None
-    attended = _attended(module, states, chains, rows)
+    attended = attentions_behind(module, states, chains, promised) if rows == 1 else []
     for state in states:
         _in_slots(placeholders[state.name], state, rows)
     work = Rewriting(module, rows, _slots(graph, placeholders[states[0].name], rows))
@@ -200,15 +205,6 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
     made = tuple(verdict(state, chain, attended, rows) for state, chain in zip(states, chains, strict=True))
     graph.eliminate_dead_code()
     return made
-
-
-def _attended(module: GraphModule, states: Sequence[Found], chains: Sequence[Chain], rows: int) -> list[Attention | Explicit]:
-    appended = {
-        chain.writes[0].node: chain.writes[0]
-        for state, chain in zip(states, chains, strict=True)
-        if len(chain.writes) == 1 and is_cache(chain.writes[0], state.slot_shape(rows), leading=state.leading(rows))
-    }
-    return attentions(module, appended) if appended and rows == 1 else []
 
 
 def _slots(graph: Graph, before: Node, rows: int) -> Node:

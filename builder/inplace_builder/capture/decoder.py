@@ -1,0 +1,147 @@
+"""What every captured decoder has: packed tokens in, each row's next token and scores out, one pair of caches a layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from inplace.dtypes import Dtype
+from inplace.manifest import Program
+from inplace.specs import SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
+from torch import Tensor
+from torch.export import Dim
+
+from inplace_builder.capture.capture import control
+
+CONTROLS = (Role.POSITIONS, Role.ROW_OFFSETS, Role.LAST_TOKENS, Role.SLOTS, Role.WRITE_INDICES, *SAMPLING_ROLES)
+"""What the runtime fills, in the order of the graph's inputs behind the token ids; an input is named like its role."""
+TOKENS = "input_ids"
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """What a decoder is built for.
+
+    Attributes:
+        capacity: positions a sequence may hold.
+        max_rows: most sequences in one step.
+        chunk: most tokens of one sequence in one step.
+        max_tokens: most tokens of one step; None is as many as rows and chunk allow.
+    """
+
+    capacity: int
+    max_rows: int
+    chunk: int
+    max_tokens: int | None = None
+
+
+def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Program:
+    """The description of a decoder's step.
+
+    Args:
+        tokens: token ids that it takes.
+        scores: scores that it gives.
+        options: what it is built for.
+    """
+    return Program(
+        name="step",
+        row_layout="packed",
+        inputs=(
+            TensorSpec(name=TOKENS, role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=tokens - 1),
+            *(control(role.value, role) for role in CONTROLS),
+        ),
+        outputs=(
+            TensorSpec(name="next_token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), sampled_from="logits"),
+            TensorSpec(name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(scores,), on_request=True),
+        ),
+        aliases=(),
+        max_rows=options.max_rows,
+        chunk=options.chunk,
+        max_tokens=options.max_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The keys and values that a layer keeps.
+
+    Attributes:
+        heads: key-value heads.
+        key_dim, value_dim: elements of a head.
+        dtype: element type.
+        window: positions up to its own that a token sees; 0 for all.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: Dtype
+    window: int = 0
+
+    def ring(self, options: DecoderOptions) -> bool:
+        """Whether fewer positions than the capacity are enough: the window and the rest of a chunk.
+
+        A token must still see its whole window when the last token of its chunk has been appended.
+        """
+        return bool(self.window) and self.window + options.chunk - 1 < options.capacity
+
+
+def cache_states(caches: Sequence[Cache], options: DecoderOptions) -> tuple[StateSpec, ...]:
+    """The states of all layers: the keys of each, then the values of each."""
+    return tuple(
+        StateSpec(
+            name=f"{part}_states_{layer}",
+            shape=(
+                cache.heads,
+                cache.window + options.chunk - 1 if cache.ring(options) else options.capacity,
+                cache.key_dim if part == "key" else cache.value_dim,
+            ),
+            dtype=cache.dtype,
+            update=Update.RING if cache.ring(options) else Update.APPEND,
+            axis=1,
+            reset=False,  # attention reads only what lies within the cached length
+        )
+        for part in ("key", "value")
+        for layer, cache in enumerate(caches)
+    )
+
+
+@dataclass(frozen=True)
+class StepExamples:
+    """Example arguments of a decoder's step, two rows of two tokens, and which extents vary.
+
+    The number of rows varies in the graph even where a batch has one row only: the runtime pads steps with null rows, verification
+    steps more slots than a server may, and where row r is slot r the rows are as many as the slots of the arena.
+    """
+
+    options: DecoderOptions
+    states: tuple[StateSpec, ...]
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Token ids and what the runtime fills."""
+        offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+        return (
+            torch.zeros(4, dtype=torch.int64),
+            torch.tensor([0, 1, 0, 1], dtype=torch.int32),
+            offsets,
+            offsets[1:] - 1,
+            torch.arange(2, dtype=torch.int32),
+            torch.zeros(2, dtype=torch.int32),
+            *(torch.zeros(2, dtype=control("", role).dtype.as_torch) for role in SAMPLING_ROLES),
+        )
+
+    def memory(self) -> list[Tensor]:
+        """States of two slots; never touched, so they cost address space only."""
+        return [torch.empty((2, *state.shape), dtype=state.dtype.as_torch) for state in self.states]
+
+    def input_shapes(self) -> tuple[Any, ...]:
+        """Which extents of `inputs` vary."""
+        most = max(2, self.options.max_rows)
+        tokens = {0: Dim("tokens", min=1, max=max(2 * most, most * self.options.chunk))}
+        count = Dim("rows", min=1, max=most)
+        rows: Any = {0: count}
+        return (tokens, tokens, {0: count + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES))
+
+    def memory_shapes(self) -> list[dict[int, Any]]:
+        """Which extents of `memory` vary."""
+        return [{0: Dim("slots", min=1)}] * len(self.states)

@@ -1,0 +1,131 @@
+"""Frontend for decoders as torch.export has them: one sequence and a static cache in, an engine over packed rows out.
+
+`transformers.integrations.executorch` exports decoders this way, and so do models of other libraries. The graph says one sequence; what
+is proved about it (`passes.packed`) makes it one of many.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from inplace.dtypes import Dtype
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter
+
+from inplace_builder.capture.capture import Capture, Reference, any_size, described
+from inplace_builder.capture.decoder import CONTROLS, TOKENS, Cache, DecoderOptions, StepExamples, cache_states, decoder_program
+from inplace_builder.capture.exported import Interpreted, rename_inputs, without_unused
+from inplace_builder.capture.functional import Functional, functional
+from inplace_builder.errors import BuildError, brief
+from inplace_builder.passes.decoder import Decoder, prove_decoder
+from inplace_builder.passes.emit import dtype, shape
+from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
+from inplace_builder.passes.packed import pack, settle_views
+
+
+def capture_exported_decoder(
+    module: torch.nn.Module | ExportedProgram,
+    options: DecoderOptions,
+    example_inputs: Sequence[Any] = (),
+    *,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    consecutive: Collection[str] = (),
+) -> Capture:
+    """Capture a decoder of one sequence for an engine that steps several, each at its own position.
+
+    The module takes token ids ``[1, tokens]`` (int64) and the positions of its steps, keeps keys and values in caches ``[1, kv_heads,
+    capacity, dim]``, inputs or buffers that it writes, and returns scores ``[1, tokens, vocabulary]``, or those of the last token;
+    ``tokens`` is 1 or dynamic; the engine takes chunks of several tokens in both cases. What it mutates beside caches may only say where
+    a step starts, and the program has none of it: the runtime says for each row where it writes.
+
+    Args:
+        module: the module, or ``torch.export.export`` of it.
+        options: what to build for; its capacity is at most that of the module's caches. A layer that attends in a window keeps
+            ``window + chunk - 1`` positions where that is less.
+        example_inputs: positional arguments of the module, as for torch.export.
+        dynamic_shapes: as for ``torch.export.export``.
+        kwargs: keyword arguments of the module.
+        consecutive: integer inputs ``[tokens]`` that are always consecutive positions: the caller's promise.
+
+    Returns:
+        What `capture_decoder` returns for a Hugging Face model: the same inputs, outputs and roles, for every engine and the server.
+
+    Raises:
+        BuildError: torch.export cannot capture the module, or it is not proved that tokens of several sequences may lie behind one another:
+            an attention that is not causal or windowed over its own cache, an operator that mixes tokens, a state that is no cache.
+    """
+    found = functional(module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
+    if unknown := sorted(set(consecutive) - set(found.inputs)):
+        raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
+    graph = found.graph_module.graph
+    normalise_assignments(graph)
+    original = _copied(found.graph_module)
+    decoder = prove_decoder(found.graph_module, found.states, found.outputs, frozenset(consecutive))
+    caches = _caches(decoder, options)
+    states = cache_states(caches, options)
+    vocabulary, scores = decoder.vocabulary, int(shape(decoder.logits)[-1])
+    reference = _reference(original, found, decoder)
+    names = [TOKENS, *(role.value for role in CONTROLS)]
+    packed = pack(decoder, names, [state.name for state in states], [cache.ring(options) for cache in caches])
+    drop_dead_assertions(packed.graph)
+    examples = StepExamples(options, states)
+    arguments = (*examples.inputs(), *examples.memory())
+    shapes = ((*examples.input_shapes(), *examples.memory_shapes()),)
+    try:
+        settle_views(packed, arguments)
+        with torch.no_grad(), any_size():
+            exported = torch.export.export(Interpreted(without_unused(packed)), arguments, dynamic_shapes=shapes)
+    except Exception as error:
+        raise BuildError(f"torch.export cannot capture the packed graph: {brief(error)}") from error
+    rename_inputs(exported, [*names, *(state.name for state in states)])
+    program, lowering = described(exported, decoder_program(vocabulary, scores, options), states)
+    return Capture(exported, program, states, options.capacity, caches[0].dtype, lowering, reference)
+
+
+def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
+    found = []
+    for one in decoder.attentions:
+        keys, values = shape(one.keys.base), shape(one.values.base)
+        if options.capacity > keys[2]:
+            raise BuildError(
+                f"a capacity of {options.capacity} is more than the {keys[2]} positions of the module's caches, for which its attention "
+                f"was proved; choose at most {keys[2]}, or export it with larger caches"
+            )
+        found.append(Cache(keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window))
+    return found
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    """The same graph and tensors, to keep while the first is rewritten."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph)
+
+
+def _reference(module: GraphModule, found: Functional, decoder: Decoder) -> Reference:
+    """The module itself on one sequence, from empty caches; token by token where it takes no more."""
+    start = decoder.attentions[0].start
+    assert start.source is not None
+    ids, source, several = decoder.ids.name, start.source.name, decoder.tokens != 1
+    packed_axis = decoder.axes.axes[decoder.ids] if len(shape(decoder.ids)) == 2 else None
+    positions = next((value for name, value in zip(found.inputs, found.example_inputs, strict=True) if name == source), None)
+
+    def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        tokens = torch.cat([request[TOKENS] for request in requests])
+        memory = [state.initial.clone() for state in found.states]
+        scores: Any = None
+        for first in range(0, len(tokens), len(tokens) if several else 1):
+            chunk = tokens if several else tokens[first : first + 1]
+            given = {ids: chunk if packed_axis is None else chunk.unsqueeze(1 - packed_axis)}
+            if isinstance(positions, Tensor):
+                now = first - start.offset
+                given[source] = torch.arange(now, now + len(chunk), dtype=positions.dtype) if several else torch.full_like(positions, now)
+            arguments = [given.get(name, value) for name, value in zip(found.inputs, found.example_inputs, strict=True)]
+            with torch.no_grad():
+                scores, *memory = Interpreter(module).run(*arguments, *memory)
+        last = scores.reshape(-1, scores.shape[-1])[-1].float()
+        return {"next_token": last.argmax(-1, keepdim=True), "logits": last}
+
+    return reference

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from inplace.client import Sequence
+from inplace.client import Client, Sequence
 from inplace.errors import InplaceError, LoadError
 from inplace.manifest import Manifest
 from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decoder
@@ -13,7 +13,6 @@ from inplace_builder.chat import Conversation, load_tokenizer
 from inplace_builder.report import summary
 from inplace_builder.server import Ports, TritonServer
 from rich.console import Console
-from tritonclient.grpc import InferenceServerClient
 
 MODEL = Path("model_repository/smollm2")
 TURNS = ("What is the capital of France?", "And of Italy? One sentence.")
@@ -36,7 +35,7 @@ def built() -> Manifest:
 
 def talk(server: TritonServer, manifest: Manifest) -> None:
     """Two turns on one sequence; the second sends nothing of the first again."""
-    with InferenceServerClient(server.grpc_url) as client, Sequence(client, manifest.name) as sequence:
+    with Client(server.grpc_url) as client, Sequence(client, manifest.name) as sequence:
         conversation = Conversation(sequence, load_tokenizer(MODEL / VERSION / TOKENIZER))
         for turn in TURNS:
             console.print(f"\n[bold]> {turn}[/]")

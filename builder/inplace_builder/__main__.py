@@ -180,14 +180,12 @@ def chat(
     say: Annotated[list[str] | None, typer.Option(help="Say this instead of asking at the prompt; may be repeated, a turn each.")] = None,
 ) -> None:
     """Talk to a served decoder. The whole conversation is one sequence: no turn sends what was said before."""
-    from inplace.client import Sequence
-    from tritonclient.grpc import InferenceServerClient
-    from tritonclient.utils import InferenceServerException
+    from inplace.client import Client, Sequence
 
     from inplace_builder.build import TOKENIZER, VERSION
     from inplace_builder.chat import Conversation, load_tokenizer
 
-    with _errors(InferenceServerException), InferenceServerClient(url) as client, Sequence(client, model.resolve().name) as sequence:
+    with _errors(), Client(url) as client, Sequence(client, model.resolve().name) as sequence:
         conversation = Conversation(sequence, load_tokenizer(model / VERSION / TOKENIZER), system)
         for turn in say if say else _typed():
             if say:
@@ -205,12 +203,11 @@ def _typed() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _errors(*others: type[Exception]) -> Iterator[None]:
+def _errors() -> Iterator[None]:
     """Our own errors are messages, not tracebacks."""
-    expected: tuple[type[Exception], ...] = (InplaceError, *others)
     try:
         yield
-    except expected as error:
+    except InplaceError as error:
         Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
 

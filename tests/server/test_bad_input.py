@@ -21,7 +21,7 @@ PROMPT = [7, 3, 99, 12, 400]
 def live(client: InferenceServerClient, repository: Repository) -> Iterator[Sequence]:
     """A sequence that has been fed the prompt; afterwards it must go on as if nothing had happened."""
     expected = greedy(repository.llama, PROMPT, 6)
-    with Sequence(client, "llama", id="victim") as sequence:
+    with Sequence(client, "llama", id="victim", key="") as sequence:  # `send` has no key
         said = [sequence.tokens(PROMPT)]
         yield sequence
         while len(said) < 6:

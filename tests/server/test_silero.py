@@ -63,7 +63,7 @@ def test_start_resets_a_stream_in_the_middle_and_leaves_its_neighbour_alone(spee
     sequence, neighbour = Sequence(speech_client, MODEL), Sequence(speech_client, MODEL)
     before = [probability(sequence, chunk) for chunk in mine[:20]]
     beside = [probability(neighbour, chunk) for chunk in other[:15]]
-    restarted = Sequence(speech_client, MODEL, sequence.id)
+    restarted = Sequence(speech_client, MODEL, sequence.id, key=sequence.key)
     again = [probability(restarted, chunk, end=index == 19) for index, chunk in enumerate(mine[:20])]
     beside += [probability(neighbour, chunk, end=index == 14) for index, chunk in enumerate(other[15:30])]
     assert again == pytest.approx(before, abs=1e-6)

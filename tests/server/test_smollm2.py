@@ -111,4 +111,5 @@ def test_a_second_turn_is_what_the_whole_history_would_say(served: Served, own_c
             assert end in said  # both replies are finished sentences
             assert reply == served.tokenizer.decode(said[: said.index(end)])
             history.append({"role": "assistant", "content": reply})
+        assert sequence.length is not None
         assert sequence.length < len(ids) + 24  # the first turn was not sent again

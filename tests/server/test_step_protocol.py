@@ -59,7 +59,7 @@ def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Reposi
         rng = random.Random(1000 + seed)
         with InferenceServerClient(server.grpc_url) as own:
             for _ in range(3):
-                sequence = Sequence(own, "llama", id=7000 + seed)  # the same id again: a restart where it was dropped
+                sequence = Sequence(own, "llama", id=7000 + seed, key="ours")  # the same id again: a restart where it was dropped
                 cut = rng.choice([12, 12, rng.randint(1, 11)])
                 said = retried(sequence, prompt(seed, 5 + seed % 7))
                 got = [said]
@@ -71,9 +71,7 @@ def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Reposi
                     sequence.close()
 
         with InferenceServerClient(server.grpc_url) as own:  # what was dropped keeps its slot until it is ended
-            last = Sequence(own, "llama", id=7000 + seed)
-            last._live = True
-            last.close()
+            Sequence(own, "llama", id=7000 + seed, key="ours").tokens([1], end=True)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(stream, range(32)))
@@ -82,7 +80,7 @@ def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Reposi
 def test_start_resets_a_live_sequence(client: InferenceServerClient, repository: Repository) -> None:
     with Sequence(client, "llama", id=77) as first:
         generate(first, prompt(1, 20), 4)
-        again = Sequence(client, "llama", id=77)
+        again = Sequence(client, "llama", id=77, key=first.key)
         assert generate(again, prompt(2, 9), 8) == greedy(repository.llama, prompt(2, 9), 8)
 
 

@@ -1,0 +1,92 @@
+"""One request as Triton takes it, and what must be known of a model to make it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
+from tritonclient.utils import np_to_triton_dtype
+
+Array = NDArray[np.generic]
+Parameter = str | int | float | bool
+"""A custom parameter. Numbers with a fraction travel as texts: Triton's gRPC endpoint takes no others."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the server's configuration says of a model.
+
+    Attributes:
+        streams: it is decoupled: requests and responses go over gRPC streams.
+        tokens: inputs whose first axis (without the batch axis) counts tokens; a request without any counts as one position.
+        speaks: its generations bring text beside tokens.
+    """
+
+    streams: bool
+    tokens: frozenset[str]
+    speaks: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "Model":
+        """From Triton's ModelConfig message."""
+        return cls(
+            streams=config.model_transaction_policy.decoupled,
+            tokens=frozenset(tensor.name for tensor in config.input if tensor.allow_ragged_batch or tensor.name == "input_ids"),
+            speaks=any(tensor.name == "text_output" for tensor in config.output),
+        )
+
+    def positions(self, inputs: Mapping[str, Array]) -> int:
+        """How many positions of its sequence a request takes."""
+        return next((array.shape[0] for name, array in inputs.items() if name in self.tokens), 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request.
+
+    Attributes:
+        sequence: the correlation id.
+        start, end: the sequence flags.
+        inputs: by name, without a batch axis.
+        parameters: custom parameters.
+        outputs: names of the outputs wanted; all if empty.
+        request: the request id.
+    """
+
+    sequence: int | str
+    start: bool
+    end: bool
+    inputs: Mapping[str, Array]
+    parameters: Mapping[str, Parameter]
+    outputs: tuple[str, ...] = ()
+    request: str = ""
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens stream back."""
+        return "max_tokens" in self.parameters
+
+    def arguments(self, model: str) -> dict[str, Any]:
+        """As tritonclient's ``infer`` and its streams take it."""
+        tensors = []
+        for name, array in self.inputs.items():
+            tensor = InferInput(name, [1, *array.shape], np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array[None])
+            tensors.append(tensor)
+        return {
+            "model_name": model,
+            "inputs": tensors,
+            "outputs": [InferRequestedOutput(name) for name in self.outputs] or None,
+            "sequence_id": self.sequence,
+            "sequence_start": self.start,
+            "sequence_end": self.end,
+            "request_id": self.request,
+            "parameters": {name: repr(value) if isinstance(value, float) else value for name, value in self.parameters.items()} or None,
+        }
+
+
+def outputs_of(result: InferResult) -> dict[str, Array]:
+    """A response's outputs by name, without a batch axis."""
+    return {output.name: result.as_numpy(output.name)[0] for output in result.get_response().outputs}

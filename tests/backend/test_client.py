@@ -1,0 +1,188 @@
+"""What the client reads from errors, when it tries again and where; the rest is shown on real servers (tests/server/test_client_*.py)."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
+from inplace.client.calls import Call
+from inplace.client.endpoints import AVOIDED, Endpoints
+from inplace.client.errors import parsed
+from inplace.client.progress import Piece, Progress
+from inplace.client.want import Want
+from inplace.errors import Code, RequestError
+from tritonclient.utils import InferenceServerException
+
+START = "inference request for sequence 7 to model 'm' must specify the START flag on the first request of the sequence"
+
+
+def error(text: str, status: str | None = None) -> InferenceServerException:
+    return InferenceServerException(text, status and f"StatusCode.{status}")
+
+
+@pytest.mark.parametrize("code", list(Code))
+@pytest.mark.parametrize("retryable", [False, True])
+@pytest.mark.parametrize("request_id", ["r 1: x", ""])
+def test_the_backends_text_is_read_back_as_it_was_written(code: Code, retryable: bool, request_id: str) -> None:
+    text = RequestError(code, "what: why\nand more", retryable=retryable).wire("a sequence", request_id)
+    for wire in (text, f"[request id: 7] {text}"):  # Triton may put words before it
+        found = parsed(error(wire), "a sequence", request_id)
+        expected = {Code.UNKNOWN_SEQUENCE: SequenceLostError, Code.SHUTDOWN: UnreachableError}.get(code, RefusedError)
+        assert type(found) is expected
+        assert (found.code, found.retryable, found.sequence, found.request) == (code, retryable, "a sequence", request_id)
+        assert (found.message(), found.reason, found.by_backend) == (wire, "what: why\nand more", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "kind", "code", "retryable"),
+    [
+        ("failed to connect to all addresses", "UNAVAILABLE", UnreachableError, "UNAVAILABLE", True),
+        ("Deadline Exceeded", "DEADLINE_EXCEEDED", UnreachableError, "DEADLINE_EXCEEDED", True),
+        ("Stub process 'm_0_0' is not healthy.", "INTERNAL", UnreachableError, "INTERNAL", True),
+        ("Server is stopping, scheduler for model has stopped", None, UnreachableError, "UNAVAILABLE", True),
+        (START, "INVALID_ARGUMENT", SequenceLostError, "UNKNOWN_SEQUENCE", False),
+        (START, None, SequenceLostError, "UNKNOWN_SEQUENCE", False),
+        ("unexpected shape for input 'input_ids'", "INVALID_ARGUMENT", RefusedError, "INVALID_ARGUMENT", False),
+        ("unexpected shape for input 'input_ids'", None, RefusedError, "REFUSED", False),
+        ("Request for unknown model: 'nobody' is not found", "NOT_FOUND", RefusedError, "NOT_FOUND", False),
+    ],
+)
+def test_other_errors_are_known_by_status_and_words(
+    text: str, status: str | None, kind: type[ClientError], code: str, retryable: bool
+) -> None:
+    found = parsed(error(text, status), 7, "r")
+    assert type(found) is kind
+    assert (found.code, found.retryable, found.sequence, found.request, found.by_backend) == (code, retryable, 7, "r", False)
+
+
+def test_an_error_survives_pickling() -> None:
+    found = parsed(error("INPLACE-QUEUE_FULL retryable=1 sequence=7 request=r: full", "UNAVAILABLE"), 7, "r")
+    again = pickle.loads(pickle.dumps(found))
+    assert type(again) is RefusedError
+    assert (str(again), again.code, again.retryable, again.sequence, again.request) == (str(found), "QUEUE_FULL", True, 7, "r")
+
+
+def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> None:
+    full, bad = (parsed(error(f"INPLACE-X retryable={flag} sequence=7 request=r: x"), 7, "r") for flag in (1, 0))
+
+    def run(failure: Exception) -> list[float]:
+        """The pauses between the tries of what always fails."""
+        pauses: list[float] = []
+
+        def fail() -> None:
+            raise failure
+
+        with pytest.raises(type(failure)) as raised:
+            Retry(attempts=9, first=0.1, longest=2.0).retrying().copy(sleep=pauses.append)(fail)
+        assert raised.value is failure
+        return pauses
+
+    assert run(bad) == run(ValueError()) == []
+    runs = [run(full) for _ in range(200)]
+    most = np.array(runs).max(axis=0)
+    bounds = [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
+    assert most.tolist() == pytest.approx(bounds, rel=0.1)
+    assert (most <= bounds).all()
+    assert np.array(runs).min() < 0.1 * most.min()
+
+
+def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
+    now = [0.0]
+    endpoints = Endpoints(["a", "b", "c"], clock=lambda: now[0])
+    assert [endpoints.choose() for _ in range(4)] == ["a", "b", "c", "a"]
+    endpoints.failed("b")
+    assert {endpoints.choose() for _ in range(6)} == {"a", "c"}
+    assert {endpoints.choose(other_than="a") for _ in range(6)} == {"c"}
+    now[0] = 1.0
+    for url in "ac":
+        endpoints.failed(url)
+    assert endpoints.choose() == "b"  # all failed: the one that failed first
+    now[0] = 1.0 + AVOIDED
+    assert {endpoints.choose() for _ in range(6)} == {"a", "b", "c"}
+    assert Endpoints(["a"]).choose(other_than="a") == "a"
+    with pytest.raises(ValueError, match="at least one server"):
+        Endpoints([])
+
+
+def test_numbers_with_a_fraction_travel_as_texts() -> None:
+    sent: dict[str, str | int | float | bool] = {"temperature": 0.1, "top_p": 1e-7, "top_k": 3, "logits": True, "sequence_key": "k"}
+    parameters = Call(7, True, False, {}, sent).arguments("m")["parameters"]
+    assert parameters == sent | {"temperature": "0.1", "top_p": "1e-07"}
+    assert {name: type(value) for name, value in parameters.items()} == {name: type(value) for name, value in sent.items()} | {
+        "temperature": str,
+        "top_p": str,
+    }
+
+
+def response(tokens: list[int], text: str | None = None, reason: str = "") -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    outputs = {"tokens": np.array(tokens), "finish_reason": np.array([reason.encode()], dtype=object)}
+    return outputs if text is None else outputs | {"text_output": np.array([text.encode()], dtype=object)}
+
+
+def asked(**inputs: object) -> Progress:
+    made = {
+        name: np.array(value if name == "input_ids" else [value], dtype=None if name == "input_ids" else object)
+        for name, value in inputs.items()
+    }
+    return Progress(Want(made, parameters={"max_tokens": 6, "seed": 3}))
+
+
+def test_what_was_said_goes_into_the_prompt_of_the_next_server() -> None:
+    progress = asked(input_ids=[1, 2])
+    assert progress.begin()[1] is progress.asked
+    progress.take(response([3]))
+    progress.take(response([4, 5]))
+    past, want = progress.begin()
+    assert (past, want.part, want.parameters["max_tokens"]) == ([], [1, 2, 3, 4, 5], 3)
+    assert progress.take(response([6, 7, 8], reason="length")).tokens == [6, 7, 8]
+    assert progress.tokens == [3, 4, 5, 6, 7, 8]
+
+
+def test_text_is_neither_lost_nor_said_twice() -> None:
+    progress = asked(text=b"once")
+    progress.begin()
+    for token, text in ((3, "a"), (4, "b"), (5, "")):  # the last is half a character
+        progress.take(response([token], text))
+    past, want = progress.begin()
+    assert (past, want.part, want.parameters["max_tokens"]) == (
+        ["once"],
+        [3],
+        5,
+    )  # not 4: it may have begun the character that 5 goes on with
+    assert progress.take(response([4], "b")) == Piece([], "", "")
+    assert progress.take(response([5, 6], "\N{GRINNING FACE}")) == Piece([6], "\N{GRINNING FACE}", "")
+    assert progress.take(response([7, 8], "xyz", "length")) == Piece([7, 8], "xyz", "length")
+    assert (progress.tokens, progress.text) == ([3, 4, 5, 6, 7, 8], "ab\N{GRINNING FACE}xyz")
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_noticed_and_the_whole_is_said_again() -> None:
+    progress = asked(input_ids=[1])
+    progress.begin()
+    for token, text in ((3, "a"), (4, " "), (5, "\N{EURO SIGN}")):  # 4 is a space and the first byte of the sign
+        progress.take(response([token], text))
+    assert progress.begin()[1].part == [1, 3, 4]
+    with pytest.raises(RefusedError) as differs:
+        progress.take(response([5], ""))
+    assert (differs.value.code, differs.value.retryable) == ("REPLAY", True)
+    assert progress.begin() == ([], progress.asked)
+    assert progress.take(response([3, 4, 5, 6], "a \N{EURO SIGN}x")) == Piece([6], "x", "")
+
+
+def test_where_stop_texts_may_be_held_back_all_is_said_again_and_compared() -> None:
+    progress = asked(input_ids=[1], stop=b"END")
+    progress.begin()
+    progress.take(response([3], "a"))
+    progress.take(response([4], "bc"))
+    assert progress.begin() == ([], progress.asked)
+    assert progress.take(response([3, 4, 5], "abcd")).text == "d"
+    progress.begin()
+    with pytest.raises(RefusedError, match=r"the replay says \[9\] where \[3\] was said") as refused:
+        progress.take(response([9], "z"))
+    assert (refused.value.code, refused.value.retryable) == ("REPLAY", False)
+
+
+def test_the_client_needs_no_pytorch() -> None:
+    code = "import inplace.client.aio, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,161 @@
+"""The client over failures that really happen: a server killed, a connection cut, an answer lost, a sequence forgotten."""
+
+import logging
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from cable import Cable, killed
+from inplace.client import Client, RefusedError, Retry, Sequence, SequenceLostError, UnreachableError
+from inplace_builder.server import Ports, TritonServer
+from models import Repository, greedy
+from streams import generate, prompt
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+pytestmark = pytest.mark.server
+
+SAMPLED = {"temperature": 0.9, "top_k": 64, "top_p": 0.95, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def second(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Another server of the same models; the last test kills it."""
+    with TritonServer(repository.path, Ports(0, 0, 0), log=tmp_path_factory.mktemp("second") / "tritonserver.log") as running:
+        yield running
+
+
+def fed(value: float) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    return {"value": np.full(4, value, dtype=np.float32)}
+
+
+def test_a_sequence_that_was_idle_for_too_long_is_replayed(server: TritonServer, repository: Repository) -> None:
+    expected = greedy(repository.llama, prompt(3, 7), 8)
+    with Client(server.grpc_url) as client, Sequence(client, "brief") as sequence, Sequence(client, "brief", replay=False) as off:
+        said = generate(sequence, prompt(3, 7), 4)
+        off.tokens([1, 2, 3])
+        time.sleep(3.0)
+        assert [*said, *generate(sequence, said[-1:], 4)] == expected
+        with pytest.raises(SequenceLostError, match="replay is off; start a new one") as lost:
+            off.tokens([4])
+        assert not lost.value.retryable
+
+
+def test_a_lost_answer_is_not_asked_for_twice_in_the_same_state(
+    server: TritonServer, repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = greedy(repository.llama, prompt(4, 5), 10)
+    with caplog.at_level(logging.INFO, "inplace.client"), Cable(server.grpc_url) as cable, Client(cable.url) as client:
+        with Sequence(client, "llama") as sequence:
+            said = [sequence.tokens(prompt(4, 5))]
+            while len(said) < 10:
+                if len(said) in (3, 6):
+                    cable.lose_the_next_answer()
+                said.append(sequence.tokens(said[-1:]))
+            assert said == expected
+        with Sequence(client, "accumulator") as sums:
+            sums.step(fed(1.0))
+            cable.lose_the_next_answer()
+            with pytest.raises(SequenceLostError, match=r"INPLACE-POSITION .*meant for position 1, the sequence holds 2"):
+                sums.step(fed(1.0))
+    assert caplog.text.count("try 1 failed, the next in") == 3  # each was lost, and each sent again
+
+
+def test_a_lost_answer_to_start_or_end_is_asked_for_again(server: TritonServer, repository: Repository) -> None:
+    with Cable(server.grpc_url) as cable, Client(cable.url) as client:
+        client.model(cable.url, "llama", 10.0)
+        for _ in range(10):  # more often than there are slots
+            cable.lose_the_next_answer()
+            sequence = Sequence(client, "llama")
+            said = [sequence.tokens(prompt(5, 6))]
+            cable.lose_the_next_answer()
+            said.append(sequence.tokens(said, end=True))
+            assert said == greedy(repository.llama, prompt(5, 6), 2)
+
+
+def test_a_cut_connection_loses_no_state(server: TritonServer) -> None:
+    with Cable(server.grpc_url) as cable, Client(cable.url) as client, Sequence(client, "accumulator") as sums:
+        for count in range(1, 21):
+            assert sums.step(fed(2.0))["sum"].tolist() == [2.0 * count] * 4  # never added twice, never lost
+            cable.cut()
+
+
+def test_a_sequence_that_triton_forgot_goes_on_where_it_was(server: TritonServer) -> None:
+    """A stranger's END is refused by the backend, but Triton has ended the sequence by then."""
+    with Client(server.grpc_url) as client, Sequence(client, "accumulator", id="mine") as sums:
+        sums.step(fed(1.0))
+        with InferenceServerClient(server.grpc_url) as own:
+            stranger = Sequence(own, "accumulator", id="mine")
+            with pytest.raises(RefusedError, match="INPLACE-SEQUENCE_KEY"):
+                stranger.step(fed(5.0), end=True)
+            value = InferInput("value", [1, 4], "FP32")
+            value.set_data_from_numpy(np.zeros((1, 4), np.float32))
+            with pytest.raises(InferenceServerException, match="must specify the START flag"):
+                own.infer("accumulator", [value], sequence_id="mine")
+        assert sums.step(fed(1.0))["sum"].tolist() == [2.0] * 4
+
+
+def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_meanwhile(server: TritonServer, second: TritonServer) -> None:
+    with Client(server.grpc_url) as client:
+        held = [Sequence(client, "brief") for _ in range(2)]
+        for sequence in held:
+            sequence.tokens([1])
+        with Client([server.grpc_url, second.grpc_url]) as both, Sequence(both, "brief") as moved:
+            assert moved.server == server.grpc_url
+            moved.tokens([1])
+            assert moved.server == second.grpc_url
+        begin = time.monotonic()
+        with Sequence(client, "brief") as late:
+            late.tokens([1])  # when the others have been idle for 2 s
+        assert 1.0 < time.monotonic() - begin < 10.0
+
+
+def test_errors_say_code_sequence_and_request(server: TritonServer) -> None:
+    with Client(server.grpc_url) as client, Sequence(client, "llama", id="named") as sequence:
+        with pytest.raises(RefusedError) as refused:
+            sequence.step({"input_ids": np.array([-1])}, request_id="r7")
+        error = refused.value
+        assert (error.code, error.retryable, error.sequence, error.request) == ("VALUE_RANGE", False, "named", "r7")
+        assert error.status() == "StatusCode.INVALID_ARGUMENT"
+        with pytest.raises(RefusedError, match="unexpected shape") as refused:
+            sequence.step({"input_ids": np.zeros((2, 2), np.int64)})
+        assert refused.value.code == "INVALID_ARGUMENT"
+        with pytest.raises(RefusedError, match="unknown model: 'nobody'"):
+            Sequence(client, "nobody").tokens([1])
+    begin = time.monotonic()
+    with Client("127.0.0.1:9", retry=Retry(attempts=3)) as nowhere, pytest.raises(UnreachableError):
+        Sequence(nowhere, "llama").tokens([1])
+    assert time.monotonic() - begin < 5.0
+
+
+def test_sequences_go_on_with_the_same_tokens_when_one_of_two_servers_is_killed(
+    server: TritonServer, second: TritonServer, repository: Repository
+) -> None:
+    with InferenceServerClient(server.grpc_url) as own, Sequence(own, "llama") as alone:
+        said = [alone.tokens(prompt(2, 9), parameters=SAMPLED)]
+        while len(said) < 12:
+            said.append(alone.tokens(said[-1:], parameters=SAMPLED))
+    both = {server.grpc_url, second.grpc_url}
+    with Client(both) as client, Client(both, retry=Retry(attempts=3)) as impatient:
+        sequences = [Sequence(client, "llama") for _ in range(4)]
+        sums = {(one := Sequence(impatient, "accumulator")).server: one for _ in both}
+        for one in sums.values():
+            one.step(fed(1.0))
+        got = [[sequence.tokens(prompt(2, 9), parameters=SAMPLED if index < 2 else None)] for index, sequence in enumerate(sequences)]
+        assert {sequence.server for sequence in sequences} == set(sums) == both
+        for turn in range(11):
+            if turn == 5:
+                killed(second)
+            for index, sequence in enumerate(sequences):
+                got[index].append(sequence.tokens(got[index][-1:], parameters=SAMPLED if index < 2 else None))
+        assert got == [said, said, greedy(repository.llama, prompt(2, 9), 12), greedy(repository.llama, prompt(2, 9), 12)]
+        assert {sequence.server for sequence in sequences} == {server.grpc_url}
+        assert [sequence.length for sequence in sequences] == [20] * 4
+        assert sums[server.grpc_url].step(fed(2.0))["sum"].tolist() == [3.0] * 4
+        with pytest.raises(UnreachableError) as gone:
+            sums[second.grpc_url].step(fed(2.0))
+        assert (gone.value.code, gone.value.sequence) == ("UNAVAILABLE", sums[second.grpc_url].id)
+        assert "its inputs are not tokens, so the client kept none to replay" in gone.value.__notes__[0]
+        for sequence in (*sequences, *sums.values()):
+            sequence.close()

@@ -18,6 +18,11 @@ def rtx() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
+@pytest.fixture(scope="module")
+def llama() -> Capture:
+    return captured("llama")
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> None:
     capture = captured(name)
@@ -66,36 +71,35 @@ def _nan(capture: Capture) -> dict[str, Tensor]:
     return {state.name: torch.full((3, *state.shape), float("nan")) for state in capture.states}
 
 
-def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT) -> None:
+def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT, llama: Capture) -> None:
     """What the builder's API lets us read back of the alias before there is an engine: the layer between input and output."""
-    network = lowered(captured("llama"), "kv_cache_update", rtx).network
+    network = lowered(llama, "kv_cache_update", rtx).network
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     pairs = {layer.get_input(0).name: layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.KV_CACHE_UPDATE}
     assert pairs == {f"{part}_states_{layer}": f"{part}_states_{layer}_updated" for part in ("key", "value") for layer in range(2)}
 
 
-def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT) -> None:
-    capture = captured("llama")
-    network = lowered(capture, "kv_cache_update", rtx, fused_attention=True)
-    assert compile_network(network, decoder_profiles(capture), GPUS).nbytes > 10_000
+def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT, llama: Capture) -> None:
+    network = lowered(llama, "kv_cache_update", rtx, fused_attention=True)
+    assert compile_network(network, decoder_profiles(llama), GPUS).nbytes > 10_000
 
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
-def test_a_batch_of_one_row_has_as_many_rows_as_slots(rtx: TensorRT, kind: str) -> None:
+def test_a_batch_of_one_row_has_as_many_rows_as_slots(rtx: TensorRT, llama: Capture, kind: str) -> None:
     """Row r is slot r, and the arena may have more slots than the server takes rows: no row may be written to every slot."""
-    one, many = (lowered(captured("llama", rows), kind, rtx) for rows in (1, 4))
+    one, many = (lowered(capture, kind, rtx) for capture in (captured("llama", 1), llama))
     shapes = [
         {tensor.name: tuple(tensor.shape) for tensor in map(found.network.get_input, range(found.network.num_inputs))}
         for found in (one, many)
     ]
     assert shapes[0] == shapes[1]
     assert all(shape[0] == -1 for shape in shapes[0].values())
-    _steps_agree(captured("llama"), one)
+    _steps_agree(llama, one)
 
 
-def test_weights_stand_beside_their_products(rtx: TensorRT) -> None:
+def test_weights_stand_beside_their_products(rtx: TensorRT, llama: Capture) -> None:
     """No layer between a weight and its product, none has more than four axes: what TensorRT 10.6 was seen to build for real models."""
-    network = lowered(captured("llama"), "copy", rtx).network
+    network = lowered(llama, "copy", rtx).network
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     constants = {layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.CONSTANT}
     products = [layer for layer in layers if layer.type == rtx.api.LayerType.MATRIX_MULTIPLY]
@@ -104,9 +108,9 @@ def test_weights_stand_beside_their_products(rtx: TensorRT) -> None:
     assert max(len(tuple(layer.get_output(0).shape)) for layer in layers) <= 4
 
 
-def test_a_kernel_that_is_missing_is_explained(rtx: TensorRT) -> None:
+def test_a_kernel_that_is_missing_is_explained(rtx: TensorRT, llama: Capture) -> None:
     """What TensorRT 10.6 says when it has no kernel, told of the model that was being built."""
-    network = lowered(captured("llama"), "copy", rtx)
+    network = lowered(llama, "copy", rtx)
     said = "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[unsqueeze...lm_head]}.)"
     assert _explained(network, "something else") == ""
     assert "States are updated by copy: another mechanism" in _explained(network, said)

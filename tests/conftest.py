@@ -16,29 +16,12 @@ from streaming import OpenStreams, Streams
 from tritonclient.grpc import InferenceServerClient
 
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
-SERVERS = "tests/server/"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Where pytest-xdist runs several workers: each file in one of them, whose fixtures are then made once.
-
-    Real servers are all tested by one worker, so that two of them never compete, and from the beginning: together they take longest.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # it is untyped
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return SERVERS if file.startswith(SERVERS) else file
-
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the files, those that take longest go first: the real model, then real servers."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.nodeid.startswith(SERVERS))
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real_model", "server")])
 
 
 @pytest.fixture(scope="session")

@@ -36,16 +36,23 @@ class Ports:
     metrics: int = 8002
 
     def chosen(self) -> "Ports":
-        """The same with every 0 replaced by a port that is free now."""
-        with contextlib.ExitStack() as held:
-            found = []
-            for port in (self.grpc, self.http, self.metrics):
-                listener = held.enter_context(socket.socket())
-                if port == 0:
-                    listener.bind(("127.0.0.1", 0))
-                    port = listener.getsockname()[1]
-                found.append(port)
-        return Ports(*found)
+        """The same with every 0 replaced by a port that is free now, and that nobody is given for the next minute who does not name it."""
+        return Ports(*(port or _reserved() for port in (self.grpc, self.http, self.metrics)))
+
+
+def _reserved() -> int:
+    """A port left in TIME_WAIT: only who names it, with SO_REUSEADDR as tritonserver does, may listen there.
+
+    So servers that are started at the same time never meet. The way of Yelp's ephemeral-port-reserve.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        port: int = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            listener.accept()[0].close()  # who closes first is left in TIME_WAIT
+    return port
 
 
 def install_backend(directory: Path) -> None:

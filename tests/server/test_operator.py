@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,14 @@ def _ready(client: InferenceServerClient, model: str) -> bool:
 def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> None:
     install_backend(tmp_path)
     assert sorted(path.name for path in (tmp_path / "inplace").iterdir()) == ["model.py"]
+
+
+def test_ports_that_were_chosen_are_given_to_nobody_who_does_not_name_them() -> None:
+    chosen = [port for _ in range(20) for port in astuple(Ports(0, 0, 0).chosen())]
+    assert len(set(chosen)) == len(chosen)
+    for port in chosen:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))

@@ -6,8 +6,7 @@ import torch
 import transformers
 from inplace.specs import Role
 from inplace.trt import TensorRT
-from inplace_builder.capture import Capture
-from inplace_builder.capture.huggingface import DecoderOptions, capture_decoder
+from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
 from inplace_builder.lower import Lowered, lower
 from inplace_builder.lower.compile import Range
 from inplace_builder.passes.greedy import without_sampling

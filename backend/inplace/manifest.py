@@ -156,6 +156,7 @@ class Manifest(Frozen):
         name: the model's name.
         slots: sequences the arena has room for.
         capacity: positions a sequence may hold; None where nothing grows.
+        min_capacity: the least capacity that may be chosen when the engine is loaded, of at most ``capacity``; None where it is fixed.
         states: every state, in arena order.
         programs: what the engine can do.
         lowering: how each state's update was lowered.
@@ -169,6 +170,7 @@ class Manifest(Frozen):
     name: str
     slots: int = Field(ge=1)
     capacity: int | None = Field(default=None, ge=1)
+    min_capacity: int | None = Field(default=None, ge=1)
     states: tuple[StateSpec, ...]
     programs: tuple[Program, ...]
     lowering: tuple[Lowering, ...]
@@ -183,6 +185,11 @@ class Manifest(Frozen):
             raise ValueError(f"state names must differ, got {[state.name for state in self.states]}")
         if self.capacity is None and any(state.update is Update.APPEND for state in self.states):
             raise ValueError("states that append have an end: the manifest must say the capacity")
+        if self.min_capacity is not None:
+            if self.capacity is None or self.min_capacity > self.capacity:
+                raise ValueError(f"a capacity from {self.min_capacity} to {self.capacity} cannot be chosen")
+            if odd := [state.name for state in self.states if self._grows(state) and state.shape[state.axis or 0] != self.capacity]:
+                raise ValueError(f"the capacity can be chosen, but states {odd} have another one")
         for program in self.programs:
             for alias in program.aliases:
                 if alias.input not in known:
@@ -190,6 +197,32 @@ class Manifest(Frozen):
             if shared := known & {spec.name for spec in program.inputs}:
                 raise ValueError(f"program {program.name}: {sorted(shared)} name both a state and an input")
         return self
+
+    def _grows(self, state: StateSpec) -> bool:
+        """Whether a state is as long as the capacity that is chosen at load."""
+        return self.min_capacity is not None and state.update is Update.APPEND
+
+    def compiled_shape(self, state: StateSpec) -> tuple[int, ...]:
+        """The extents that the engine's graph has for a slot of a state; -1 is chosen at load."""
+        return tuple(-1 if self._grows(state) and axis == state.axis else extent for axis, extent in enumerate(state.shape))
+
+    def at_capacity(self, capacity: int) -> Self:
+        """The same engine with states of this capacity.
+
+        Raises:
+            LoadError: the engine was not built for it.
+        """
+        if capacity == self.capacity:
+            return self
+        if self.min_capacity is None or self.capacity is None:
+            raise LoadError(f"the engine was built for a capacity of {self.capacity}, not {capacity}: build it with a range of capacities")
+        if not self.min_capacity <= capacity <= self.capacity:
+            raise LoadError(f"a capacity of {capacity} is outside the {self.min_capacity} to {self.capacity} the engine was built for")
+        states = tuple(
+            state.model_copy(update={"shape": tuple(capacity if extent < 0 else extent for extent in self.compiled_shape(state))})
+            for state in self.states
+        )
+        return self.model_copy(update={"states": states, "capacity": capacity})
 
     @property
     def slot_bytes(self) -> int:

@@ -13,6 +13,7 @@ IDLE_TIMEOUT = "idle_timeout_seconds"
 LOG_LEVEL = "log_level"
 EOS = "eos_token_ids"
 QUEUE = "generation_queue"
+CAPACITY = "capacity"
 TRITON_IDLE_MICROSECONDS = 1_000_000
 """``max_sequence_idle_microseconds`` where config.pbtxt says nothing (Triton's model_config.proto)."""
 MOST_WAITING = 256
@@ -31,6 +32,7 @@ class Settings:
         serve: the protocol: ``step``, or ``stream`` with generations beside steps.
         eos: tokens that end a generation.
         most_waiting: generations that may wait for a slot.
+        capacity: positions a sequence may hold, for an engine that was built for a range of them; None is the most.
         log_level: the least level of a log record that reaches the server's log.
         notes: what was not taken as it was written, for the log.
     """
@@ -39,6 +41,7 @@ class Settings:
     serve: Serve = "step"
     eos: frozenset[int] = frozenset()
     most_waiting: int = MOST_WAITING
+    capacity: int | None = None
     log_level: int = logging.INFO
     notes: tuple[str, ...] = ()
 
@@ -66,7 +69,16 @@ class Settings:
         if level not in LEVELS:
             raise LoadError(f"config.pbtxt: parameter {LOG_LEVEL} is {level!r}; expected one of {list(LEVELS)}")
         idle, notes = _idle(config, serve)
-        return cls(idle, serve, frozenset(_whole(config, EOS)), next(iter(_whole(config, QUEUE)), MOST_WAITING), LEVELS[level], notes)
+        waiting, capacity = (_whole(config, name)[:1] for name in (QUEUE, CAPACITY))
+        return cls(
+            idle,
+            serve,
+            frozenset(_whole(config, EOS)),
+            most_waiting=waiting[0] if waiting else MOST_WAITING,
+            capacity=capacity[0] if capacity else None,
+            log_level=LEVELS[level],
+            notes=notes,
+        )
 
 
 def served(model_config: str) -> Serve:

@@ -68,6 +68,7 @@ def _engine(args: dict[str, str]) -> Served:
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
     settings = Settings.parse(args["model_config"], manifest)
+    manifest = manifest if settings.capacity is None else manifest.at_capacity(settings.capacity)
     tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
     arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
     engine = load_engine(folder, manifest, arena)

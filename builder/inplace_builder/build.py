@@ -50,6 +50,8 @@ class BuildOptions:
         slots: sequences that can live at the same time.
         max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
         capacity: positions a sequence may hold.
+        min_capacity: the least capacity that a deployment may choose (parameter ``capacity`` in config.pbtxt) instead of ``capacity``; None
+            fixes it.
         chunk: most tokens of one sequence in one step; longer prompts are fed in several.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
@@ -76,11 +78,14 @@ class BuildOptions:
     alias: Kind | None = None
     strict: bool = False
     compute_capability: str | None = None
+    min_capacity: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_rows", "capacity", "chunk"):
             if getattr(self, name) < 1:
                 raise BuildError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.min_capacity is not None and not 1 <= self.min_capacity <= self.capacity:
+            raise BuildError(f"min_capacity is {self.min_capacity}; it must be from 1 to the capacity of {self.capacity}")
         if self.max_rows > self.slots:
             raise BuildError(f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: raise slots or lower the batch")
         if self.dtype not in DTYPES.get(self.device, ()):
@@ -167,8 +172,9 @@ def _beside_engine(model: torch.nn.Module, device: str) -> None:
 
 def decoder_options(options: BuildOptions) -> DecoderOptions:
     """What a decoder is captured for."""
-    chunk = min(options.chunk, options.capacity)
-    return DecoderOptions(options.capacity, options.max_rows, chunk, min(options.most_tokens, options.max_rows * chunk))
+    chunk = min(options.chunk, options.min_capacity or options.capacity)
+    most = min(options.most_tokens, options.max_rows * chunk)
+    return DecoderOptions(options.capacity, options.max_rows, chunk, most, options.min_capacity)
 
 
 def write_engine(
@@ -213,6 +219,7 @@ def write_engine(
             name=output.name,
             slots=options.slots,
             capacity=capture.capacity,
+            min_capacity=capture.min_capacity,
             states=capture.states,
             programs=(written.program,),
             lowering=written.lowering,
@@ -223,7 +230,8 @@ def write_engine(
         if written.verifiable:
             stage("verify it against the model")
             prepare()
-            error = verify(folder, manifest, capture)
+            least = manifest if manifest.min_capacity is None else manifest.at_capacity(manifest.min_capacity)
+            error = max(verify(folder, chosen, capture) for chosen in ((manifest,) if least is manifest else (least, manifest)))
             manifest = manifest.model_copy(update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}})
         language = Language(eos, text=(folder / TOKENIZER / TOKENIZER_FILE).is_file()) if generates else None
         config = model_config(

@@ -123,3 +123,10 @@ def test_the_log_level_is_info_where_nothing_is_said_and_a_level_nobody_knows_is
     assert parse(parameters={"log_level": {"string_value": "debug"}}).log_level == logging.DEBUG
     with pytest.raises(LoadError, match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning', 'error'\]"):
         parse(parameters={"log_level": {"string_value": "verbose"}})
+
+
+def test_a_capacity_is_taken_as_written() -> None:
+    assert parse().capacity is None
+    assert parse(parameters={"capacity": {"string_value": "512"}}).capacity == 512
+    with pytest.raises(LoadError, match="parameter capacity is '-1'; expected whole numbers"):
+        parse(parameters={"capacity": {"string_value": "-1"}})

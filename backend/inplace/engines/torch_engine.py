@@ -57,9 +57,11 @@ class TorchEngine:
         values = {node.name: node.meta["val"] for node in graph.nodes if node.op == "placeholder"}
         for state in manifest.states:
             value = values[state.name]
-            if (tuple(value.shape[1:]), value.dtype) != (state.shape, state.dtype.as_torch):
+            found_shape = tuple(extent if isinstance(extent, int) else -1 for extent in value.shape[1:])
+            shape = manifest.compiled_shape(state)
+            if (found_shape, value.dtype) != (shape, state.dtype.as_torch):
                 raise LoadError(
-                    f"{path} has state {state.name} as {list(value.shape[1:])} {value.dtype}, the manifest as {list(state.shape)} "
+                    f"{path} has state {state.name} as {list(found_shape)} {value.dtype}, the manifest as {list(shape)} "
                     f"{state.dtype}; build the model again"
                 )
         written, declared = set(written_states(graph)), {alias.input for alias in self._program.aliases}

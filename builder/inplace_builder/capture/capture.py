@@ -29,6 +29,7 @@ class Capture:
         program: its description, aliases included.
         states: the states, in placeholder order.
         capacity: positions a sequence may hold; None where nothing grows.
+        min_capacity: the least capacity that may be chosen at load; None where it is fixed.
         dtype: the element type of the weights.
         lowering: how each state is updated.
         reference: the original model, to verify against.
@@ -41,6 +42,7 @@ class Capture:
     dtype: Dtype
     lowering: tuple[Lowering, ...]
     reference: Reference
+    min_capacity: int | None = None
 
 
 def described(

@@ -27,12 +27,19 @@ class DecoderOptions:
         max_rows: most sequences in one step.
         chunk: most tokens of one sequence in one step.
         max_tokens: most tokens of one step; None is as many as rows and chunk allow.
+        min_capacity: the least capacity that may be chosen when the engine is loaded; None fixes it.
     """
 
     capacity: int
     max_rows: int
     chunk: int
     max_tokens: int | None = None
+    min_capacity: int | None = None
+
+    @property
+    def range_from(self) -> int | None:
+        """The least capacity of a range; None where there is only one."""
+        return None if self.min_capacity == self.capacity else self.min_capacity
 
 
 def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Program:
@@ -144,4 +151,6 @@ class StepExamples:
 
     def memory_shapes(self) -> list[dict[int, Any]]:
         """Which extents of `memory` vary."""
-        return [{0: Dim("slots", min=1)}] * len(self.states)
+        slots, least = Dim("slots", min=1), self.options.range_from
+        chosen = None if least is None else Dim("capacity", min=least, max=self.options.capacity)
+        return [{0: slots, 2: chosen} if chosen is not None and state.update is Update.APPEND else {0: slots} for state in self.states]

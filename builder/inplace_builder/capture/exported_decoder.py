@@ -81,7 +81,7 @@ def capture_exported_decoder(
         raise BuildError(f"torch.export cannot capture the packed graph: {brief(error)}") from error
     rename_inputs(exported, [*names, *(state.name for state in states)])
     program, lowering = described(exported, decoder_program(vocabulary, scores, options), states)
-    return Capture(exported, program, states, options.capacity, caches[0].dtype, lowering, reference)
+    return Capture(exported, program, states, options.capacity, caches[0].dtype, lowering, reference, options.range_from)
 
 
 def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:

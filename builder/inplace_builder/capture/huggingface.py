@@ -103,7 +103,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
             logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
-    return Capture(exported, program, states, options.capacity, Dtype.of(model.dtype), lowering, reference)
+    return Capture(exported, program, states, options.capacity, Dtype.of(model.dtype), lowering, reference, options.range_from)
 
 
 def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:

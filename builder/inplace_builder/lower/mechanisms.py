@@ -139,6 +139,8 @@ def judge_copy(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
         dtype = use.state.dtype.as_torch
         if dtype in (torch.int8, torch.uint8) or not tensorrt.has_dtype(dtype):
             return Verdict(False, f"TensorRT does not select between elements of {use.state.name}, which is {use.state.dtype}")
+        if (because := _chosen_at_load(use)) is not None:
+            return Verdict(False, f"{because}; the scatter needs an extent that is known")
         if use.operator not in ("read", "update", "attention"):
             return Verdict(False, f"it has no converter for {use.node.target}{source_line(use.node)}")
     return Verdict(True, "the state is copied into a second buffer in each step, and the runtime swaps the two")
@@ -172,7 +174,16 @@ def _no_cache(use: Use) -> str | None:
         return f"{state.name} {grows}; the layer appends along axis 2"
     if state.dtype.as_torch not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{state.name} is {state.dtype}; the layer takes float32, float16 and bfloat16"
+    if (because := _chosen_at_load(use)) is not None:
+        return f"{because}; the layer has a static one"
     return None
+
+
+def _chosen_at_load(use: Use) -> str | None:
+    """That the graph leaves the state's capacity open, if it does."""
+    held = next(source.meta["val"] for source in use.node.all_input_nodes if source.name == use.state.name)
+    fixed = all(isinstance(extent, int) for extent in held.shape[1:])
+    return None if fixed else f"the capacity of {use.state.name} is chosen at load"
 
 
 def _no_cache_operator(use: Use, *, after: bool) -> str | None:

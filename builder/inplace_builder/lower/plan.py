@@ -8,7 +8,7 @@ import torch
 from inplace.artifacts import Profile
 from inplace.engines.tensorrt.sizes import decode_sizes, mixed_sizes
 from inplace.manifest import Alias, Kind, Lowering, Program
-from inplace.specs import Role, StateSpec
+from inplace.specs import Role, StateSpec, Update
 from inplace.trt import TensorRT
 
 from inplace_builder.capture import Capture
@@ -87,7 +87,8 @@ def build_plan(
     program = program.model_copy(update={"aliases": aliases})
     baked = [tensor.nbytes for tensor in lowered.context.constants]
     profiles = _profiles(program, max(slots, SPARE_SLOTS), tuned=max(baked, default=0) >= BAKED)
-    ranges = [_ranges(program, states, profile, slots) for profile in profiles]
+    least = tuple(_least(state, capture.min_capacity) for state in states)
+    ranges = [_ranges(program, states, least, profile, slots) for profile in profiles]
     options = CompileOptions(compute_capabilities=compute_capabilities, plugins="plugin" in kinds.values())
     plan = compile_network(lowered, [_relevant(lowered, found) for found in ranges], options)
     return Built(plan, lowered.bound_weights, program, lowering, profiles, sum(baked))
@@ -113,7 +114,16 @@ def _profiles(program: Program, slots: int, *, tuned: bool) -> tuple[Profile, ..
     return (*found, Profile(rows=(mixed[0].rows,) * 2, tokens=(mixed[0].tokens, mixed[-1].tokens))) if mixed else tuple(found)
 
 
-def _ranges(program: Program, states: Sequence[StateSpec], profile: Profile, slots: int) -> dict[str, Range]:
+def _least(state: StateSpec, capacity: int | None) -> tuple[int, ...]:
+    """The smallest extents of a slot, where the capacity is chosen at load."""
+    if capacity is None or state.update is not Update.APPEND:
+        return state.shape
+    return tuple(capacity if axis == state.axis else extent for axis, extent in enumerate(state.shape))
+
+
+def _ranges(
+    program: Program, states: Sequence[StateSpec], least: Sequence[tuple[int, ...]], profile: Profile, slots: int
+) -> dict[str, Range]:
     """Smallest, usual and largest shape of every input in a profile. Usual is the largest that will be: that is what is tuned."""
     usual = Profile(
         rows=(1, min(profile.rows[1], slots) if program.identity else profile.rows[1]),
@@ -127,10 +137,10 @@ def _ranges(program: Program, states: Sequence[StateSpec], profile: Profile, slo
         rest = spec.shape[1:] if spec.role is Role.TOKENS else spec.shape
         more = spec.role is Role.ROW_OFFSETS
         found[spec.name] = ((low + more, *rest), (most + more, *rest), (high + more, *rest))
-    for state in states:
+    for state, smallest in zip(states, least, strict=True):
         low, high = profile.rows if program.identity else (1, max(slots, SPARE_SLOTS))
         most = usual.rows[1] if program.identity else slots
-        found[state.name] = ((low, *state.shape), (most, *state.shape), (high, *state.shape))
+        found[state.name] = ((low, *smallest), (most, *state.shape), (high, *state.shape))
     return found
 
 

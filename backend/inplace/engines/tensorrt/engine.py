@@ -118,8 +118,8 @@ def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
         raise LoadError(f"{path} returns {extra}, which the manifest does not name; build the model again")
     for state in manifest.states:
         shape = tuple(engine.get_tensor_shape(state.name))[1:]
-        if shape != state.shape:
-            raise LoadError(f"{path} has state {state.name} as {list(shape)}, the manifest as {list(state.shape)}; build the model again")
+        if shape != (wanted := manifest.compiled_shape(state)):
+            raise LoadError(f"{path} has state {state.name} as {list(shape)}, the manifest as {list(wanted)}; build the model again")
 
 
 def _weights(folder: Path, plan: Plan) -> dict[str, Tensor]:

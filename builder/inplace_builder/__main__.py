@@ -119,7 +119,10 @@ def build(
 
 
 @app.command()
-def inspect(model: Annotated[Path, typer.Argument(help="An engine directory, or a model of a repository.")]) -> None:
+def inspect(
+    model: Annotated[Path, typer.Argument(help="An engine directory, or a model of a repository.")],
+    memory: Annotated[float | None, typer.Option(help="GiB of memory of which to say how many slots they hold.")] = None,
+) -> None:
     """Say what an engine directory is: programs, states, aliases, memory, limits, and what built it."""
     from inplace.manifest import FILE_NAME, Manifest
 
@@ -127,7 +130,7 @@ def inspect(model: Annotated[Path, typer.Argument(help="An engine directory, or 
 
     with _errors():
         folder = model if (model / FILE_NAME).is_file() else model / "1"
-        for part in details(Manifest.load(folder), folder):
+        for part in details(Manifest.load(folder), folder, memory):
             console.print(part)
 
 

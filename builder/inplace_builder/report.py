@@ -17,16 +17,42 @@ def summary(manifest: Manifest, output: Path) -> Table:
     for line in _groups(manifest.states):
         table.add_row("states", line)
     table.add_row("a slot", f"{decimal(manifest.slot_bytes)} ({manifest.slot_bytes:,} bytes), capacity {manifest.capacity or 'unlimited'}")
-    table.add_row("arena", f"{manifest.slots} slots, {decimal(manifest.slots * manifest.slot_bytes)}")
+    table.add_row("arena", f"{manifest.slots} slots, {decimal(arena_bytes(manifest, manifest.slots))}")
     table.add_row("engine", decimal(manifest.engine.bytes))
     table.add_row("verified", f"{manifest.verified}, largest relative error {manifest.built_with.get('verified_error', '?')}")
     table.add_row("in", str(output))
     return table
 
 
-def details(manifest: Manifest, folder: Path) -> Iterator[Table]:
-    """Everything the manifest says, a table a subject."""
+def arena_bytes(manifest: Manifest, slots: int) -> int:
+    """Bytes that so many slots take: a state that a TensorRT engine copies (kind ``copy``) lies in two buffers."""
+    copied = {alias.input for program in manifest.programs for alias in program.aliases if alias.kind == "copy"}
+    return slots * sum(state.slot_bytes * (2 if state.name in copied else 1) for state in manifest.states)
+
+
+def slots_in(manifest: Manifest, memory: int) -> int:
+    """Most slots whose states fit into so many bytes beside the engine's files, which hold its weights."""
+    weights = manifest.engine.plan.weights if manifest.engine.plan is not None else None
+    files = manifest.engine.bytes + (weights.bytes if weights is not None else 0)
+    each = arena_bytes(manifest, 1)
+    return max(0, memory - files) // each if each else 0
+
+
+def details(manifest: Manifest, folder: Path, memory: float | None = None) -> Iterator[Table]:
+    """Everything the manifest says, a table a subject.
+
+    Args:
+        manifest: of the engine.
+        folder: where it is.
+        memory: GiB of which to say how many slots they hold.
+    """
     yield summary(manifest, folder)
+    if memory is not None:
+        size = Table.grid(padding=(0, 2))
+        size.add_row(
+            f"{memory:g} GiB", f"at most {slots_in(manifest, int(memory * 2**30)):,} slots beside the engine; its scratch memory comes off"
+        )
+        yield size
     for program in manifest.programs:
         table = Table(title=f"program {program.name}: {program.row_layout}, at most {program.max_rows} rows, {program.chunk} tokens a row")
         for heading in ("tensor", "", "role", "dtype", "shape of a request", "limits"):

@@ -4,13 +4,14 @@ import re
 import time
 from pathlib import Path
 
+import grpc
+import numpy as np
 import psutil
-from inplace.client import Sequence
+from fuzz.wire import message
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.server import TritonServer
 from models import CAPACITY, CHUNK, accumulator, tiny_llama
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2_grpc
 
 SLOTS, IDLE = 24, 6.0
 
@@ -41,14 +42,14 @@ class Watch:
         log = self._log()[self.told :]
         found += [f"in the log: {line}" for line in log if re.match(r"E\d{4} ", line) or "Traceback" in line or "ENGINE_FAILED" in line]
         time.sleep(IDLE + 0.5)
+        one = {"input_ids": np.array([[1]])}
         try:
-            with InferenceServerClient(self.server.grpc_url) as client:
-                held = [Sequence(client, "llama") for _ in range(SLOTS)]
-                for sequence in held:
-                    sequence.tokens([1])
-                for sequence in held:
-                    sequence.close()
-        except InferenceServerException as error:
+            with grpc.insecure_channel(self.server.grpc_url) as channel:
+                infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+                for start in (True, False):
+                    for number in range(SLOTS):
+                        infer(message("llama", one, f"new {number}", start=start, end=not start), timeout=30)
+        except grpc.RpcError as error:
             found.append(f"after all sequences have been idle, not all slots are free: {error}")
         return found
 

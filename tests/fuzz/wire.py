@@ -7,7 +7,7 @@ import numpy as np
 from inplace.sampling import Parameter
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype
 
 Array = NDArray[np.generic]
 Message = Any
@@ -57,8 +57,12 @@ def outputs(response: pb.ModelInferResponse) -> dict[str, Array]:
     """
     if len(response.outputs) != len(response.raw_output_contents):
         raise ValueError(f"{len(response.outputs)} outputs, {len(response.raw_output_contents)} contents")
+    return {output.name: _array(output, content) for output, content in zip(response.outputs, response.raw_output_contents, strict=True)}
+
+
+def _array(output: Any, content: bytes) -> Array:
+    if output.datatype == "BYTES":
+        texts: Array = deserialize_bytes_tensor(content)
+        return texts.reshape(output.shape)
     kinds = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
-    return {
-        output.name: np.frombuffer(content, kinds[output.datatype]).reshape(output.shape)
-        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
+    return np.frombuffer(content, kinds[output.datatype]).reshape(output.shape)

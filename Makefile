@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench gpu clean
+.PHONY: help demo test test-fast check format bench perf soak fuzz gpu clean
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -28,6 +28,16 @@ format: .venv/installed ## let ruff format and fix
 
 bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
 	@$(BIN)/python benchmarks/cpu_decode.py
+
+perf: .venv/installed ## SmolLM2 served: sequences by concurrency and rate, streams, generations; JSON and plots into benchmarks/results
+	@$(BIN)/python -m benchmarks.perf all --commit "$$(git rev-parse --short HEAD)" --out benchmarks/results/perf.json
+	@$(BIN)/python -m benchmarks.perf.plots benchmarks/results/perf.json
+
+soak: .venv/installed ## 10 minutes of 500 clients that come, go, vanish and misbehave; JSON into benchmarks/results
+	@PYTHONPATH=tests $(BIN)/python -m soak --seconds 600 --clients 500 --commit "$$(git rev-parse --short HEAD)" --out benchmarks/results/soak.json
+
+fuzz: .venv/installed ## 10 000 random requests against a real server
+	@PYTHONPATH=tests $(BIN)/python -m fuzz --requests 10000
 
 gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, benchmark and profile; reports into OUT (build/gpu)
 	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh

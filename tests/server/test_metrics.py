@@ -1,102 +1,37 @@
-"""The numbers in /metrics of a real tritonserver are what was done, and its log says what happened to whom."""
+"""The numbers in /metrics of a real tritonserver are what was done, its log says what happened to whom, and it is seen whether it lives."""
 
+import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
+import promql_parser
 import pytest
-import torch
+import yaml
+from inplace.alive import failures
 from inplace.client import Sequence
-from inplace.dtypes import Dtype
 from inplace.manifest import Manifest
 from inplace.metrics import families
-from inplace.operators import read, update
-from inplace.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
-from inplace_builder.capture import Capture, capture_module
-from inplace_builder.capture.capture import control
 from inplace_builder.server import Ports, TritonServer
 from models import CAPACITY, CHUNK, Repository
-from tritonclient.grpc import InferenceServerClient
+from observed import Found, Observed, failing
+from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
 
 SLOTS = 3
-Found = dict[tuple[str, str], float]
-SAMPLE = re.compile(r"^(inplace_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-
-
-class Table(torch.nn.Module):
-    """Adds up entries of a table; a number that is none of them makes the engine itself fail."""
-
-    table: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("table", torch.arange(10.0))
-
-    def forward(self, which: torch.Tensor, slots: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        sums = read(total, slots) + self.table[which]
-        update(total, slots, sums)
-        return sums * 1.0
-
-
-def failing() -> Capture:
-    return capture_module(
-        Table(),
-        inputs=[TensorSpec(name="which", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)), control("slots", Role.SLOTS)],
-        outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
-        states=[StateSpec(name="total", shape=(1,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],
-        max_rows=2,
-    )
-
-
-@dataclass
-class Observed:
-    """A server of its own, so that what is counted is what these tests did."""
-
-    server: TritonServer
-    client: InferenceServerClient
-    repository: Path
-
-    def page(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.ports.metrics}/metrics", timeout=10) as answer:
-            text: str = answer.read().decode()
-        return text
-
-    def samples(self, model: str) -> Iterator[tuple[str, dict[str, str], float]]:
-        for name, written, value in SAMPLE.findall(self.page()):
-            labels = dict(LABEL.findall(written))
-            if labels["model"] == model:
-                yield name, labels, float(value)
-
-    def numbers(self, model: str, instance: str = "_0_0") -> Found:
-        own = {metric.name: metric.label for metric in families()}
-        return {
-            (name, labels.get(own[name], "")): value
-            for name, labels, value in self.samples(model)
-            if labels["instance"] == f"{model}{instance}"
-        }
-
-    def settled(self, model: str, expected: Found) -> Found:
-        """The numbers, once they are as expected; they are handed over once a second."""
-        deadline = time.monotonic() + 10.0
-        while True:
-            found = self.numbers(model)
-            if all(found.get(key) == value for key, value in expected.items()) or time.monotonic() > deadline:
-                return found
-            time.sleep(0.1)
-
-    def log(self) -> str:
-        assert self.server.log is not None
-        return self.server.log.read_text()
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +39,13 @@ def observed(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("observed")
     options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=2.0)
     build_decoder(repository.llama_folder, path / "llama", options)
+    build_decoder(repository.llama_folder, path / "talk", replace(options, serve="stream"))
+    shutil.rmtree(path / "talk_generate")  # its front has no numbers
     write_engine(failing(), path / "table", BuildOptions(slots=2, max_rows=2, capacity=1))
     config = path / "table" / "config.pbtxt"
     config.write_text(config.read_text().replace("count: 1", "count: 2"))
     log = tmp_path_factory.mktemp("server") / "tritonserver.log"
-    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=5"]
     with (
         TritonServer(path, Ports(0, 0, 0), log=log, arguments=arguments) as server,
         InferenceServerClient(server.grpc_url) as client,
@@ -117,8 +54,6 @@ def observed(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def send(client: InferenceServerClient, sequence: int | str, ids: list[int], start: bool = False, end: bool = False) -> None:
-    from tritonclient.grpc import InferInput
-
     tensor = InferInput("input_ids", [1, len(ids)], "INT64")
     tensor.set_data_from_numpy(np.array([ids]))
     client.infer("llama", [tensor], sequence_id=sequence, sequence_start=start, sequence_end=end, request_id="asked")
@@ -189,6 +124,36 @@ def test_the_log_says_what_happened_to_whom(observed: Observed) -> None:
     assert "reason=end" not in log  # at DEBUG
 
 
+def test_generations_are_counted(observed: Observed) -> None:
+    ids = InferInput("input_ids", [1, 4], "INT64")
+    ids.set_data_from_numpy(np.array([[1, 2, 3, 4]]))
+    answers: SimpleQueue[InferenceServerException | None] = SimpleQueue()
+    with InferenceServerClient(observed.server.grpc_url) as client:
+        client.start_stream(lambda result, error: answers.put(error))
+        client.async_stream_infer(
+            "talk",
+            [ids],
+            sequence_id=7,
+            sequence_start=True,
+            sequence_end=True,
+            enable_empty_final_response=True,
+            parameters={"max_tokens": 5, "stream_interval": 5},
+        )
+        assert answers.get(timeout=30) is None
+        client.stop_stream()
+    expected: Found = {
+        ("inplace_generations_total", "length"): 1,
+        ("inplace_generations_waiting", ""): 0,
+        ("inplace_first_token_seconds_count", ""): 1,
+        ("inplace_tokens_total", "prefill"): 4,
+        ("inplace_tokens_total", "decode"): 4,
+        ("inplace_sequences_ended_total", "end"): 1,
+        ("inplace_slots_free", ""): SLOTS,
+    }
+    found = observed.settled("talk", expected)
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_line(observed: Observed) -> None:
     sequence = Sequence(observed.client, "table", id="doomed")
     assert sequence.step({"which": np.array([3])})["sum"] == [3.0]
@@ -227,6 +192,74 @@ def test_a_model_that_is_unloaded_takes_its_series_along(observed: Observed) -> 
         time.sleep(0.1)
     assert list(observed.samples("llama"))
     assert observed.log().count("unloaded: live=0") == 2
+
+
+def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
+    shown: set[str] = set()
+    board = json.loads((DEPLOY / "grafana/dashboards/inplace.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    assert len(expressions) > 20
+    for expression in expressions:
+        shown |= _selected(promql_parser.parse(expression.replace("$__rate_interval", "1m")))
+    served = {name for name, _, _ in observed.samples("llama")}
+    assert served == {metric.name for metric in families()}
+    assert shown == served
+
+
+def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -> None:
+    groups = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
+    served = {name for name, _, _ in observed.samples("llama")}
+    reasons = {labels["reason"] for name, labels, _ in observed.samples("llama") if name == "inplace_sequences_ended_total"}
+    for rule in (rule for group in groups for rule in group["rules"]):
+        parsed = promql_parser.parse(rule["expr"])
+        assert _selected(parsed) <= served
+        assert set(re.findall(r'reason="(\w+)"', rule["expr"])) <= reasons
+
+
+def test_a_server_whose_models_answer_is_alive(observed: Observed) -> None:
+    found = subprocess.run([sys.executable, "-m", "inplace.alive", observed.server.grpc_url], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert observed.numbers("llama")["inplace_sequences_live", ""] == 0
+
+
+def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:
+    for sequence in range(SLOTS):
+        send(observed.client, 1 + sequence, [1], start=True)
+    assert failures(observed.server.grpc_url) == {}
+    for sequence in range(SLOTS):
+        send(observed.client, 1 + sequence, [1], end=True)
+
+
+def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_ready(observed: Observed) -> None:
+    stub = observed.stub("talk")
+    stub.send_signal(signal.SIGSTOP)
+    try:
+        assert set(failures(observed.server.grpc_url, timeout=3.0)) == {"talk"}
+        assert observed.client.is_model_ready("talk")
+        found = subprocess.run(
+            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "3"], capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 1
+        assert re.fullmatch(r"talk: (no answer in time|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr)
+    finally:
+        stub.kill()
+
+
+def test_no_server_is_not_alive() -> None:
+    assert set(failures("127.0.0.1:1", timeout=3.0)) == {"server"}
+
+
+def _selected(expression: promql_parser.Expr) -> set[str]:
+    """The names of the metrics in an expression."""
+    found: set[str] = set()
+
+    def visit(node: promql_parser.Expr) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            assert node.name is not None
+            found.add(node.name)
+
+    promql_parser.walk(expression, visit)
+    return found
 
 
 def _bounds(found: Found, name: str) -> list[str]:

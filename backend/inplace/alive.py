@@ -1,0 +1,95 @@
+"""Whether every model of a server still answers: ``python -m inplace.alive [URL]``, exit status 0 if so. For liveness probes.
+
+A server says that a model is ready also when the process behind it hangs or is gone, so this asks each model of this backend for one
+step, on a sequence that starts and ends with it. Any answer of the backend will do, one that every slot is taken too.
+"""
+
+import argparse
+import queue
+import secrets
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+BACKEND, SERVE, FRONT = "inplace", "serve", "front"  # as in `inplace.settings`, which takes seconds to import
+TIMEOUT = 15.0
+
+
+def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
+    """Ask every loaded model of this backend for a step.
+
+    Args:
+        url: ``host:port`` of the server's gRPC endpoint.
+        timeout: seconds until all must have answered.
+
+    Returns:
+        The models that did not answer, and why; ``"server"`` where it is the server itself.
+    """
+    until = time.monotonic() + timeout
+    try:
+        with InferenceServerClient(url) as client:
+            index = client.get_model_repository_index(client_timeout=timeout).models
+            ready = sorted({model.name for model in index if model.state == "READY"})
+            configs = {name: client.get_model_config(name, client_timeout=timeout).config for name in ready}
+    except InferenceServerException as error:
+        return {"server": str(error)}
+    asked = {name: config for name, config in configs.items() if config.backend == BACKEND and not _is_front(config)}
+    found = {name: _failure(url, config, until) for name, config in asked.items()}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def _is_front(config: Any) -> bool:
+    """It has no engine of its own; the model behind it is asked."""
+    return SERVE in config.parameters and config.parameters[SERVE].string_value == FRONT
+
+
+def _failure(url: str, config: Any, until: float) -> str | None:
+    """Why a model did not answer; None if it did."""
+    answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
+    client = InferenceServerClient(url)
+    try:
+        client.start_stream(lambda result, error: answers.put(error))  # a decoupled model answers on streams only, others too
+        client.async_stream_infer(
+            config.name, _inputs(config), sequence_id=secrets.randbits(62) + 1, sequence_start=True, sequence_end=True
+        )
+        error = answers.get(timeout=max(0.0, until - time.monotonic()))
+        return None if error is None or "INPLACE-" in str(error) else str(error)
+    except queue.Empty:
+        return "no answer in time"
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def _inputs(config: Any) -> list[InferInput]:
+    """The smallest step: zeros; texts are left out."""
+    found = []
+    for spec in config.input:
+        dtype = model_config_pb2.DataType.Name(spec.data_type).removeprefix("TYPE_")
+        if dtype == "STRING":
+            continue
+        shape = [1, *(max(extent, 1) for extent in spec.dims)]
+        tensor = InferInput(spec.name, shape, dtype)
+        tensor.set_data_from_numpy(np.zeros(shape, triton_to_np_dtype(dtype)))
+        found.append(tensor)
+    return found
+
+
+def main() -> int:
+    """Entry point; says on standard error what did not answer."""
+    parser = argparse.ArgumentParser(prog="python -m inplace.alive", description=__doc__.partition("\n")[0])
+    parser.add_argument("url", nargs="?", default="127.0.0.1:8001", help="host:port of the gRPC endpoint")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds until every model must have answered")
+    arguments = parser.parse_args()
+    found = failures(arguments.url, arguments.timeout)
+    for name, why in found.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

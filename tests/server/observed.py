@@ -1,0 +1,94 @@
+"""A real server whose numbers and log are looked at, and a model whose engine fails when it is asked to."""
+
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from inplace.dtypes import Dtype
+from inplace.metrics import families
+from inplace.operators import read, update
+from inplace.specs import Role, StateSpec, TensorSpec, Update
+from inplace_builder.capture import Capture, capture_module
+from inplace_builder.capture.capture import control
+from inplace_builder.server import TritonServer
+from tritonclient.grpc import InferenceServerClient
+
+Found = dict[tuple[str, str], float]
+SAMPLE = re.compile(r"^(inplace_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class Table(torch.nn.Module):
+    """Adds up entries of a table; a number that is none of them makes the engine itself fail."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(10.0))
+
+    def forward(self, which: torch.Tensor, slots: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        sums = read(total, slots) + self.table[which]
+        update(total, slots, sums)
+        return sums * 1.0
+
+
+def failing() -> Capture:
+    return capture_module(
+        Table(),
+        inputs=[TensorSpec(name="which", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)), control("slots", Role.SLOTS)],
+        outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
+        states=[StateSpec(name="total", shape=(1,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],
+        max_rows=2,
+    )
+
+
+@dataclass
+class Observed:
+    """A server of its own, so that what is counted is what these tests did."""
+
+    server: TritonServer
+    client: InferenceServerClient
+    repository: Path
+
+    def page(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.ports.metrics}/metrics", timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def samples(self, model: str) -> Iterator[tuple[str, dict[str, str], float]]:
+        for name, written, value in SAMPLE.findall(self.page()):
+            labels = dict(LABEL.findall(written))
+            if labels["model"] == model:
+                yield name, labels, float(value)
+
+    def numbers(self, model: str, instance: str = "_0_0") -> Found:
+        own = {metric.name: metric.label for metric in families()}
+        return {
+            (name, labels.get(own[name], "")): value
+            for name, labels, value in self.samples(model)
+            if labels["instance"] == f"{model}{instance}"
+        }
+
+    def settled(self, model: str, expected: Found) -> Found:
+        """The numbers, once they are as expected; they are handed over once a second."""
+        deadline = time.monotonic() + 10.0
+        while True:
+            found = self.numbers(model)
+            if all(found.get(key) == value for key, value in expected.items()) or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def log(self) -> str:
+        assert self.server.log is not None
+        return self.server.log.read_text()
+
+    def stub(self, model: str) -> psutil.Process:
+        """The process in which the first instance of a model runs."""
+        [number] = {labels["process"] for _, labels, _ in self.samples(model)}
+        return psutil.Process(int(number))

@@ -1,0 +1,204 @@
+"""Whole generations and single steps against a real tritonserver, beside the engine alone and transformers, in one run.
+
+    python benchmarks/generate.py --model model_repository/my-stream-model --beside transformers --source path/to/model --out result.json
+
+The model is one that ``inplace build --serve stream`` wrote, with at least as many slots and rows as the most streams. For each number of
+streams: all begin at once, each generates ``--rounds`` times (prompts of random tokens, one after the other), clients in processes of their
+own. From the clients: tokens a second, time to the first token, time between tokens (a response of k tokens counts as k times a k-th). From
+the backend's metrics: the share of that time in which the engine was busy. Then single steps of ``--step-sequences`` sequences in a closed
+loop, over gRPC streams on this model and unary on the same engine served as a step model: (wall - engine) / requests. Prints one line of
+JSON for each measurement, and writes all of them with machine, versions and command.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inplace.manifest import Manifest
+from inplace_builder.model_config import model_config
+from inplace_builder.server import Ports, TritonServer
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, by its path
+
+from benchmarks.generation.burst import Burst  # noqa: E402
+from benchmarks.gpu import machine as gpu  # noqa: E402
+from benchmarks.perf import generator  # noqa: E402
+from benchmarks.perf.__main__ import processor, versions  # noqa: E402
+from benchmarks.perf.clients import Load, Mode  # noqa: E402
+from benchmarks.perf.server import Counters  # noqa: E402
+
+STARTED = 4.0
+"""Seconds after which all client processes have begun."""
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a stream model in a model repository")
+    parser.add_argument("--streams", default="1,8,32,64", help="separated by commas")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a generation")
+    parser.add_argument("--rounds", type=int, default=2, help="generations of each stream")
+    parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes of clients")
+    parser.add_argument("--step-sequences", type=int, default=64, help="sequences of the step protocol; 0 leaves it out")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the step protocol")
+    parser.add_argument("--beside", choices=["transformers"], help="also measure this, on --source")
+    parser.add_argument("--source", type=Path, help="the Hugging Face folder that the model was built from")
+    parser.add_argument("--commit", default="unknown", help="what was measured, for the record")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.beside and given.source is None:
+        parser.error("--beside transformers needs --source")
+    manifest = Manifest.load(given.model / "1")
+    streams = [int(count) for count in given.streams.split(",")]
+    if (most := max(*streams, given.step_sequences, 1)) > manifest.slots:
+        parser.error(f"{most} sequences need as many slots; the model has {manifest.slots}")
+    document: dict[str, Any] = {
+        "what": f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of each stream; greedy",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/generate.py " + " ".join(sys.argv[1:]),
+        "commit": given.commit,
+        "machine": {"processor": processor(), "cores": os.cpu_count()} | gpu.machine(),
+        "versions": versions() | gpu.versions(),
+        "model": {"name": given.model.name, "engine": manifest.engine.kind, "device": manifest.engine.device}
+        | {"dtype": str(manifest.engine.dtype), "slots": manifest.slots, "rows": manifest.program("step").max_rows},
+        "generate": [],
+        "steps": [],
+    }
+    for count in streams:
+        document["generate"].append({"streams": count} | beside(given, manifest, count))
+    with served(given.model, manifest, "stream") as server:
+        bursts(server, replace(burst_of(given, server, manifest, 1), rounds=1, tokens=8), 1)  # the first request loads what is lazy
+        for line in document["generate"]:
+            line["served"] = generated(given, server, manifest, line["streams"])
+            print(json.dumps(line), flush=True)
+        if given.step_sequences:
+            document["steps"].append(stepped(given, server, "stream"))
+    if given.step_sequences:
+        with served(given.model, manifest, "step") as server:
+            document["steps"].append(stepped(given, server, "unary"))
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+@contextmanager
+def served(model: Path, manifest: Manifest, serve: str) -> Iterator[TritonServer]:
+    """The model's engine as a stream model, as it was built, or as a step model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "repository" / manifest.name
+        folder.parent.mkdir()
+        if serve == "stream":
+            folder.symlink_to(model.resolve())
+        else:
+            folder.mkdir()
+            (folder / "1").symlink_to((model / "1").resolve())
+            config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500)
+            (folder / "config.pbtxt").write_text(config.text())
+        with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
+            yield server
+
+
+def burst_of(given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int) -> Burst:
+    """All streams at once."""
+    limits = {spec.name: spec.maximum for spec in manifest.program("step").client_inputs}
+    vocabulary = (limits["input_ids"] or 0) + 1
+    return Burst(server.grpc_url, manifest.name, 0, streams, 0.0, given.rounds, given.prompt, given.tokens, vocabulary)
+
+
+def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str, Any]]:
+    """Spread a burst over processes; what each generation heard, times from the burst's beginning."""
+    burst = replace(burst, begin=time.time() + STARTED)
+    running, first = [], 0
+    for number in range(processes):
+        count = burst.streams // processes + (number < burst.streams % processes)
+        part = json.dumps(asdict(replace(burst, first=first, streams=count)))
+        running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.generation.burst", part], stdout=subprocess.PIPE, cwd=ROOT))
+        first += count
+    heard = []
+    for process in running:
+        said, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"a process of clients ended with status {process.returncode}; {server.log} may say why")
+        heard += json.loads(said)
+    for one in heard:
+        one["sent"] -= burst.begin
+        one["responses"] = [(at - burst.begin, tokens) for at, tokens in one["responses"]]
+    return heard
+
+
+def generated(given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int) -> dict[str, Any]:
+    """One number of streams, served."""
+    before = Counters.of(server, manifest.name)
+    heard = bursts(server, burst_of(given, server, manifest, streams), min(given.clients, streams))
+    spent = Counters.of(server, manifest.name) - before
+    seconds = max(one["responses"][-1][0] for one in heard)
+    gaps, responses = [], 0
+    for one in heard:
+        responses += len(one["responses"])
+        for (last, _), (at, tokens) in zip(one["responses"], one["responses"][1:], strict=False):
+            gaps += [(at - last) / tokens] * tokens if tokens else []
+    return {
+        "seconds": seconds,
+        "tokens_per_second": len(heard) * given.tokens / seconds,
+        "first_token_us": generator.percentiles([one["responses"][0][0] - one["sent"] for one in heard]),
+        "inter_token_us": generator.percentiles(gaps),
+        "tokens_per_response": len(heard) * given.tokens / responses,
+        "engine_busy": spent.engine_s / seconds,
+        "engine_step_us": spent.engine_s / max(1, spent.steps) * 1e6,
+        "steps": spent.steps,
+    }
+
+
+def beside(given: argparse.Namespace, manifest: Manifest, streams: int) -> dict[str, Any]:
+    """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own."""
+    sizes = [str(streams), str(given.prompt), str(given.tokens)]
+    found = {}
+    if streams <= manifest.program("step").max_rows:
+        found["engine_alone"] = _said("benchmarks.generation.alone", str((given.model / "1").resolve()), *sizes)
+    if given.beside:
+        engine = manifest.engine
+        source = str(given.source.resolve())
+        found["transformers"] = _said("benchmarks.generation.beside", source, str(engine.dtype), engine.device, *sizes)
+    return found
+
+
+def _said(module: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        return {"failed": f"status {done.returncode}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def stepped(given: argparse.Namespace, server: TritonServer, mode: Mode) -> dict[str, Any]:
+    """Steps of one token, a closed loop of every sequence."""
+    with tempfile.TemporaryDirectory() as scratch:
+        prompt = {"input_ids": {"content": [5] * 16, "shape": [16]}}
+        step = {"input_ids": {"content": [5], "shape": [1]}}
+        data = Path(scratch) / "steps.json"
+        data.write_text(json.dumps({"data": [[prompt] + [step] * (given.prompt + given.tokens - 16)]}))
+        load = Load(server.grpc_url, given.model.name, mode, given.step_sequences, 0.0, given.seconds, str(data))
+        generator.run(replace(load, seconds=0.5))
+        before = Counters.of(server, load.model)
+        found = generator.run(load)
+        spent = Counters.of(server, load.model) - before
+    # closed loop: the requests before and after the measured seconds took as long as those in them
+    line = {"mode": mode, "sequences": given.step_sequences} | found | spent.breakdown(spent.requests / found["requests_per_second"])
+    print(json.dumps(line), flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The same generations without a server: ``python -m benchmarks.generation.alone MODEL/1 ROWS PROMPT TOKENS`` prints JSON.
+
+All rows begin together, as a batch of the engine's own step function; a request is never parsed and nothing is sent.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from inplace.arena import Arena
+from inplace.engines import load_engine
+from inplace.instance import ModelInstance
+from inplace.manifest import Manifest
+from inplace.metrics import STEP
+from inplace.requests import Request
+
+
+def busy_until_now(instance: ModelInstance) -> float:
+    """Seconds that steps have taken."""
+    return instance.observer.numbers.now()[STEP.sum.name, ""]
+
+
+def main(folder: Path, rows: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Seconds, and the share of them that the engine was busy, of the second of two rounds."""
+    manifest = Manifest.load(folder)
+    arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
+    instance = ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=float("inf"))
+    names = instance.program.language
+    assert names is not None
+    seconds = busy = first = 0.0
+    for _ in range(2):
+        before, begin = busy_until_now(instance), time.perf_counter()
+        works = [instance.admit(Request(row + 1, True, True, {names[0]: torch.full((1, prompt), 5 + row)})) for row in range(rows)]
+        while pending := [work for work in works if not work.finished]:
+            instance.step(pending)
+        first = time.perf_counter() - begin
+        said = [int(work.found[0][names[1]][work.found[1]]) for work in works]
+        for _ in range(tokens - 1):
+            for work, token in zip(works, said, strict=True):
+                work.feed(token)
+            said = instance.step(works)[names[1]].flatten().tolist()
+        for work in works:
+            instance.finish(work)
+        seconds, busy = time.perf_counter() - begin, busy_until_now(instance) - before
+    return {"seconds": seconds, "first_token_s": first, "tokens_per_second": rows * tokens / seconds, "engine_busy": busy / seconds}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))))

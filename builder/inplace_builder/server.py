@@ -22,6 +22,9 @@ from inplace.errors import InplaceError
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+AT_ONCE = [(f"grpc.{which}_reconnect_backoff_ms", 200) for which in ("initial", "min", "max")]
+"""For a client that waits until a server listens: as built in, gRPC pauses longer after each attempt, up to two minutes."""
+
 
 class ServerError(InplaceError):
     """The server cannot be found or started, or ended by itself."""
@@ -150,7 +153,7 @@ class TritonServer:
         """
         assert self.process is not None
         deadline = time.monotonic() + self.start_timeout
-        with InferenceServerClient(self.grpc_url) as client:
+        with InferenceServerClient(self.grpc_url, channel_args=AT_ONCE) as client:
             while True:
                 if self.process.poll() is not None:
                     raise ServerError(f"tritonserver ended with status {self.process.returncode}{self._errors()}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,58 +93,62 @@ def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch
     waiting = [work.tokens - work.done for work in rows]
     counts = _counts(waiting, program.chunk, program.token_budget if budget is None else budget)
     lengths = np.array([work.sequence.length for work in rows], dtype=np.int64)
-    each = np.array(counts, dtype=np.int64)
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(each, out=offsets[1:])
-    positions: NDArray[np.int64] = lengths
-    if len(rows) < offsets[-1]:
+    offsets = np.arange(len(rows) + 1)
+    if counts is waiting:
+        positions, next_positions = lengths, lengths + 1
+    else:
+        each = np.array(counts, dtype=np.int64)
+        np.cumsum(each, out=offsets[1:])
         positions = np.repeat(lengths - offsets[:-1], each) + np.arange(offsets[-1])
+        next_positions = lengths + each
     # what a row that still has tokens waiting says is dropped: it need not pay for choosing at random
     sampling = [work.sampling if left == count else GREEDY for work, left, count in zip(rows, waiting, counts, strict=True)]
+    greedy = all(each is GREEDY for each in sampling)
     inputs: dict[str, Tensor] = {}
+    values: NDArray[Any]
     for spec in program.inputs:
         match spec.role:
             case Role.TOKENS:
-                inputs[spec.name] = _tokens(spec.name, rows, counts)
+                inputs[spec.name] = _tokens(spec, rows, counts)
+                continue
             case Role.ROW:
                 inputs[spec.name] = torch.stack([work.inputs[spec.name] for work in rows])
+                continue
             case Role.POSITIONS:
-                inputs[spec.name] = _tensor(positions, spec)
+                values = positions
             case Role.ROW_OFFSETS:
-                inputs[spec.name] = _tensor(offsets, spec)
+                values = offsets
             case Role.LAST_TOKENS:
-                inputs[spec.name] = _tensor(offsets[1:] - 1, spec)
+                values = offsets[1:] - 1
             case Role.SLOTS:
-                inputs[spec.name] = torch.tensor([work.sequence.slot for work in rows], dtype=spec.dtype.as_torch)
+                values = np.array([work.sequence.slot for work in rows])
             case Role.WRITE_INDICES:
-                inputs[spec.name] = _tensor(lengths, spec)
+                values = lengths
             case Role.NEXT_POSITIONS:
-                inputs[spec.name] = _tensor(lengths + each, spec)
-            case Role.TEMPERATURE | Role.TOP_K | Role.TOP_P | Role.SEED:  # named as the attributes of `Sampling`
-                inputs[spec.name] = torch.tensor([getattr(each_row, spec.role) for each_row in sampling], dtype=spec.dtype.as_torch)
+                values = next_positions
+            case _:  # named as the attributes of `Sampling`
+                chosen = [getattr(GREEDY, spec.role)] * len(rows) if greedy else [getattr(each, spec.role) for each in sampling]
+                values = np.array(chosen, dtype=spec.dtype.value)
+        inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
     return Batch(rows, counts, inputs)
 
 
-def _tokens(name: str, rows: list[Work], counts: list[int]) -> Tensor:
+def _tokens(spec: TensorSpec, rows: list[Work], counts: list[int]) -> Tensor:
     """The next tokens of all rows; what sequences said themselves is put together by the run, not by the row."""
-    parts: list[Tensor] = []
     said: list[int] = []
+    parts: list[Tensor] = []
     for work, count in zip(rows, counts, strict=True):
         if work.token is not None:
             said.append(work.token)
             continue
         if said:
-            parts.append(torch.tensor(said))
+            parts.append(torch.from_numpy(np.array(said)))
             said = []
-        tensor = work.inputs[name]
+        tensor = work.inputs[spec.name]
         parts.append(tensor if count == len(tensor) else tensor[work.done : work.done + count])
     if said:
-        parts.append(torch.tensor(said))
+        parts.append(torch.from_numpy(np.array(said)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _tensor(values: NDArray[np.int64], spec: TensorSpec) -> Tensor:
-    return torch.from_numpy(values).to(spec.dtype.as_torch)
 
 
 def _counts(waiting: list[int], chunk: int, budget: int) -> list[int]:

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -41,8 +42,21 @@ class Channel(Protocol):
         """Whether the client has cancelled the request or gone away. Must not be called after the final response."""
 
 
+@dataclass(frozen=True, slots=True)
+class Last:
+    """How a request ends.
+
+    Attributes:
+        what: why a generation finished; an error; or the outputs of a step.
+        rest: text that no token brings.
+    """
+
+    what: Reason | RequestError | Outputs
+    rest: str = ""
+
+
 class Reply:
-    """The responses of one request. The engine's thread puts in what there is to say, a sender's thread takes out all that is there.
+    """The responses of one request. One thread puts in what there is to say, a sender's thread takes out all that is there.
 
     Args:
         channel: how to send.
@@ -50,15 +64,14 @@ class Reply:
         detokenizer: makes the text that tokens add; None where nobody wants it or it comes with the tokens.
     """
 
-    __slots__ = ("_border", "_channel", "_detokenizer", "_done", "_interval", "_last", "_rest", "_said", "_turn")
+    __slots__ = ("_border", "_channel", "_detokenizer", "_done", "_interval", "_last", "_said", "_turn")
 
     def __init__(self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None) -> None:
         self._channel = channel
         self._interval = interval
         self._detokenizer = detokenizer
         self._said: deque[tuple[int, str | None]] = deque()
-        self._last: Reason | RequestError | Outputs | None = None
-        self._rest = ""
+        self._last: Last | None = None
         self._turn = threading.Lock()  # held from when it is queued for a sender until that sender has sent
         self._border = threading.Lock()  # the final response and `cancelled` exclude each other: asking after it ends the server
         self._done = False
@@ -68,20 +81,9 @@ class Reply:
         self._said.append((token, text))
         return len(self._said) >= self._interval and self._turn.acquire(blocking=False)
 
-    def finish(self, last: Reason | RequestError | Outputs, said: tuple[int, str | None] | None = None, rest: str = "") -> bool:
-        """Say how it ends.
-
-        Args:
-            last: why a generation finished; an error; or the outputs of a step.
-            said: the last token, as in `say`.
-            rest: text that no token brings.
-
-        Returns:
-            Whether it must be queued for a sender now.
-        """
-        if said is not None:
-            self._said.append(said)
-        self._rest, self._last = rest, last
+    def finish(self, last: Last) -> bool:
+        """Say how it ends. True: it must be queued for a sender now."""
+        self._last = last
         return self._turn.acquire(blocking=False)
 
     def send(self) -> bool:
@@ -102,17 +104,18 @@ class Reply:
         with self._border:
             return not self._done and self._channel.cancelled()
 
-    def _respond(self, last: Reason | RequestError | Outputs | None, said: list[tuple[int, str | None]]) -> None:
+    def _respond(self, last: Last | None, said: list[tuple[int, str | None]]) -> None:
         if self._done or (last is None and not said):
             return
         if last is None:
             self._channel.send(self._outputs(said, None), final=False)
             return
-        outputs = last if isinstance(last, Mapping) else None if isinstance(last, RequestError) else self._outputs(said, last)
+        what = last.what
+        outputs = what if isinstance(what, Mapping) else None if isinstance(what, RequestError) else self._outputs(said, last)
         with self._border:
             self._done = True
-            if isinstance(last, RequestError):
-                self._channel.refuse(last)
+            if isinstance(what, RequestError):
+                self._channel.refuse(what)
             elif outputs is not None:
                 self._channel.send(outputs, final=True)
 
@@ -124,7 +127,7 @@ class Reply:
             with contextlib.suppress(Exception):
                 self._channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
 
-    def _outputs(self, said: list[tuple[int, str | None]], reason: Reason | None) -> Outputs:
+    def _outputs(self, said: list[tuple[int, str | None]], last: Last | None) -> Outputs:
         wanted = self._channel.wanted
         outputs: dict[str, Tensor | str] = {}
         tokens = [token for token, _ in said]
@@ -134,7 +137,7 @@ class Reply:
             text = "".join(text for _, text in said if text)
             if self._detokenizer is not None:
                 text += self._detokenizer.add([token for token, text in said if text is None])
-            outputs[TEXT_OUTPUT] = text if reason is None else text + self._rest
+            outputs[TEXT_OUTPUT] = text if last is None else text + last.rest
         if FINISH_REASON in wanted:
-            outputs[FINISH_REASON] = reason or ""
+            outputs[FINISH_REASON] = "" if last is None else str(last.what)
         return outputs

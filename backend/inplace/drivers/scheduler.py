@@ -1,8 +1,8 @@
 """Which rows the next step has."""
 
 from collections import deque
+from itertools import islice
 
-from inplace.batcher import Work
 from inplace.drivers.job import Job
 from inplace.manifest import Program
 
@@ -27,34 +27,44 @@ class Scheduler:
         return bool(self._running or self._prompts)
 
     def add(self, job: Job) -> None:
-        """A job has work, or more work."""
+        """A job has work."""
         (self._running if _waiting(job) == 1 else self._prompts).append(job)
 
-    def again(self, jobs: list[Job]) -> None:
-        """Prompts of the last step, of which tokens are left: they are still the first."""
-        self._prompts.extendleft(reversed(jobs))
+    def goes_on(self, job: Job) -> None:
+        """A job's prompt has been consumed, and it brings one token after the other from now on."""
+        self._prompts.remove(job)
+        self._running.append(job)
 
     def remove(self, job: Job) -> None:
         """A job has no work any more."""
         for jobs in (self._running, self._prompts):
             if job in jobs:
                 jobs.remove(job)
+                return
 
-    def next(self) -> tuple[list[Job], int]:
-        """Take out the rows of the next step, and how many tokens it may have."""
-        running = min(len(self._running), self._rows - bool(self._prompts))
+    def next(self) -> tuple[list[Job], int, int]:
+        """The rows of the next step; how many of them, the first, bring one token each; and how many tokens it may have."""
+        most = self._rows - bool(self._prompts)
         if self._rows == 1 and self._running and self._prompts:  # they take turns
             self._prompt_last = not self._prompt_last
-            running = int(not self._prompt_last)
-        rows = [self._running.popleft() for _ in range(running)]
+            most = int(not self._prompt_last)
+        if len(self._running) <= most:
+            rows = list(self._running)
+        else:
+            rows = list(islice(self._running, most))
+            self._running.rotate(-most)
+        if not self._prompts:
+            return rows, len(rows), len(rows)
+        running = len(rows)
         prompts = left = self._chunk if rows else self._budget
-        while self._prompts and left > 0 and len(rows) < self._rows:
-            rows.append(self._prompts.popleft())
-            left -= min(_waiting(rows[-1]), self._chunk)
-        return rows, min(running + prompts, self._budget)
+        for job in self._prompts:
+            if left <= 0 or len(rows) == self._rows:
+                break
+            rows.append(job)
+            left -= min(_waiting(job), self._chunk)
+        return rows, running, min(running + prompts, self._budget)
 
 
 def _waiting(job: Job) -> int:
-    work: Work | None = job.work
-    assert work is not None
-    return work.tokens - work.done
+    assert job.work is not None
+    return job.work.tokens - job.work.done

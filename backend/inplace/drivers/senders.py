@@ -6,7 +6,9 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Generic, TypeVar
 
-from inplace.drivers.reply import Reply
+from inplace.drivers.reply import Last, Reply
+
+Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
 
 THREADS = 2
 """More send no faster beside an engine whose thread needs the interpreter too."""
@@ -18,38 +20,53 @@ Watched = TypeVar("Watched")
 
 
 class Senders:
-    """Sends replies, fairly: each in its turn all that it has."""
+    """Sends replies, fairly: each in its turn all that it has. What is told goes through a thread first, so that telling costs little."""
 
     def __init__(self, threads: int = THREADS) -> None:
+        self._told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
+        self._teller = threading.Thread(target=self._tell, name="inplace-tell", daemon=True)
+        self._threads = [threading.Thread(target=self._send, name=f"inplace-send-{index}", daemon=True) for index in range(threads)]
         self._closed = False
-        self._threads = [threading.Thread(target=self._run, name=f"inplace-send-{index}", daemon=True) for index in range(threads)]
-        for thread in self._threads:
+        for thread in (self._teller, *self._threads):
             thread.start()
 
-    def put(self, reply: Reply) -> None:
-        """Send this reply; the caller got its turn from `Reply.say` or `Reply.finish`. After `close` it is sent at once."""
-        if not self._closed:
-            self._queue.put(reply)
-            return
-        while reply.send():
-            pass
+    def tell(self, said: list[tuple[Reply, int, str | None]], finished: list[tuple[Reply, Last]]) -> None:
+        """Add tokens, with the text that each adds (see `Reply.say`), and then how replies end; in the order of the calls."""
+        self._told.put((said, finished))
+        if self._closed:
+            self._told.put(None)
+            self._tell()
+            self._queue.put(None)
+            self._send()
 
     def close(self) -> None:
-        """Send what is queued and end the threads."""
+        """Send what was told and end the threads; what is told later is sent by who tells it."""
+        self._told.put(None)
+        self._teller.join()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
         self._closed = True
-        while not self._queue.empty():  # queued again while the threads ended
-            if (reply := self._queue.get()) is not None:
-                self.put(reply)
+        self.tell([], [])  # replies that were queued again while the threads ended
 
-    def _run(self) -> None:
+    def _tell(self) -> None:
+        while (told := self._told.get()) is not None:
+            said, finished = told
+            for reply, token, text in said:
+                if reply.say(token, text):
+                    self._queue.put(reply)
+            for reply, last in finished:
+                if reply.finish(last):
+                    self._queue.put(reply)
+
+    def _send(self) -> None:
         while (reply := self._queue.get()) is not None:
-            if reply.send():
-                self._queue.put(reply)
+            while reply.send():
+                if not self._queue.empty() and not self._closed:
+                    self._queue.put(reply)  # the others first
+                    break
 
 
 class CancelWatch(Generic[Watched]):

@@ -1,0 +1,286 @@
+"""The engine's thread of a stream model: it gives jobs their sequences, runs steps, and says what came of them."""
+
+import logging
+import queue
+import threading
+from collections import deque
+from time import monotonic
+
+from inplace.drivers.generation import Generation, Reason
+from inplace.drivers.job import Job
+from inplace.drivers.reply import Last, Outputs, Reply
+from inplace.drivers.scheduler import Scheduler
+from inplace.drivers.senders import CancelWatch, Senders
+from inplace.drivers.step import LONGEST_PAUSE, answered
+from inplace.errors import Code, RequestError
+from inplace.instance import ModelInstance
+from inplace.sequences import Ended, SequenceId
+
+MOST_BEHIND = 64
+"""Requests of one sequence that may wait behind one another."""
+LOOK = 0.05
+"""Seconds between two looks at the idle sequences, at least."""
+
+log = logging.getLogger("inplace")
+
+
+class Runner:
+    """Runs jobs: those of one sequence one after another, those of different sequences together.
+
+    Args:
+        instance: the model instance; nobody else uses it.
+        senders: answer from threads of their own.
+        most_waiting: generations that may wait for a slot.
+    """
+
+    def __init__(self, instance: ModelInstance, senders: Senders, most_waiting: int) -> None:
+        self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
+        self._observer = instance.observer
+        self._said_by = instance.program.language[1] if instance.program.language is not None else None
+        self._inbox: queue.SimpleQueue[Job | tuple[Job, Reason] | None] = queue.SimpleQueue()
+        self._lanes: dict[SequenceId, deque[Job]] = {}  # what is under way of each sequence; the first of them runs or waits for a slot
+        self._waiting: deque[Job] = deque()
+        self._scheduler = Scheduler(instance.program)
+        self._said: list[tuple[Reply, int, str | None]] = []
+        self._finished: list[tuple[Reply, Last]] = []
+        self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)))
+        self._next_look = 0.0
+        self._observer.queue(self._waiting)
+        self._thread = threading.Thread(target=self._run, name="inplace-engine", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Take a job; those of one sequence take effect in the order given. From any thread."""
+        if job.generation is not None:
+            self._watch.add(job, job.reply)
+        self._inbox.put(job)
+
+    def close(self, error: RequestError) -> None:
+        """Answer everything that has not been with this error, and stop."""
+        self._inbox.put(None)
+        self._thread.join()
+        self._watch.close()
+        self._drop(error)
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Job):
+                self._refuse(message, error)
+        self._tell()
+
+    def _run(self) -> None:
+        serving = True
+        while serving:
+            try:
+                serving = self._receive()
+                if monotonic() >= self._next_look:
+                    self._next_look = monotonic() + LOOK
+                    self._instance.table.reclaim()
+                self._admit()
+                if serving and self._scheduler:
+                    self._step()
+                    self._admit()
+            except Exception as error:  # a defect: whoever waits must be told, and the others served
+                log.exception("the stream driver failed")
+                self._drop(RequestError(Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); START again"))
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._said or self._finished:
+            self._senders.tell(self._said, self._finished)
+            self._said, self._finished = [], []
+
+    def _receive(self) -> bool:
+        """Take what has arrived; wait for it where there is nothing to run. False: the driver is closed."""
+        idle = not self._scheduler
+        while idle or not self._inbox.empty():
+            try:
+                message = self._inbox.get(idle, self._pause() if idle else None)
+            except queue.Empty:
+                return True
+            idle = False
+            if message is None:
+                return False
+            if isinstance(message, Job):
+                self._arrived(message)
+            else:
+                self._cancelled(message[0])
+        return True
+
+    def _pause(self) -> float:
+        return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
+
+    # Requests of one sequence follow one another
+
+    def _arrived(self, job: Job) -> None:
+        lane = self._lanes.setdefault(job.sequence, deque())
+        if lane and self._takes(job):
+            for other in list(reversed(lane)):
+                if other.generation is not None:
+                    self._conclude(other, other.generation, Reason.ENDED)
+            lane = self._lanes.setdefault(job.sequence, deque())
+        if len(lane) >= MOST_BEHIND and not (job.checked.request.start or job.checked.request.end):
+            text = f"{len(lane)} requests of the sequence are waiting; send it again later"
+            self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
+            return
+        lane.append(job)
+        if len(lane) == 1:
+            self._next(job.sequence)
+
+    def _takes(self, job: Job) -> bool:
+        """Whether the job is an END or START that takes the sequence from the generations before it."""
+        request = job.checked.request
+        if not (request.start or request.end):
+            return False
+        live = self._instance.table.get(job.sequence)
+        if live is None:
+            key = self._lanes[job.sequence][0].checked.key
+            return key is None or key == job.checked.key
+        try:
+            live.check_key(job.checked.key, start=request.start)
+        except RequestError:
+            return False
+        return request.end or live.key is None or not request.goes_on
+
+    def _next(self, sequence: SequenceId) -> None:
+        """Begin the first request of a sequence that can be begun."""
+        lane = self._lanes[sequence]
+        while lane:
+            job = lane[0]
+            if self._must_wait(job):
+                if len(self._waiting) < self._most_waiting:
+                    self._waiting.append(job)
+                    return
+                text = f"{len(self._waiting)} generations wait for a slot; send it again later"
+                self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
+            elif self._enter(job):
+                return
+            lane.popleft()
+        del self._lanes[sequence]
+
+    def _over(self, job: Job) -> None:
+        """A request has been answered: it is the turn of its sequence's next one."""
+        self._watch.remove(job)
+        lane = self._lanes[job.sequence]
+        first = lane[0] is job
+        lane.remove(job)
+        if first:
+            self._next(job.sequence)
+
+    # Slots
+
+    def _needs_slot(self, job: Job) -> bool:
+        return job.checked.request.start and not job.only_ends and self._instance.table.get(job.sequence) is None
+
+    def _must_wait(self, job: Job) -> bool:
+        """Whether it is a generation that needs a slot and there is none for it."""
+        if job.generation is None or not self._needs_slot(job):
+            return False
+        if not self._instance.table.free:
+            self._instance.table.reclaim()
+        return bool(self._waiting) or not self._instance.table.free
+
+    def _enter(self, job: Job) -> bool:
+        """Give a job its sequence. False: it has been answered instead."""
+        try:
+            if job.only_ends:
+                self._instance.end(job.checked)
+                self._answer(job, {})
+                return False
+            if self._waiting and job.generation is None and self._needs_slot(job):
+                text = "every slot is owned, and generations wait for the next; send it again later"
+                raise RequestError(Code.NO_FREE_SLOT, text, retryable=True)
+            job.work = self._instance.enter(job.checked)
+        except RequestError as error:
+            self._refuse(job, error)
+            return False
+        if job.generation is not None:
+            capacity, sequence = self._instance.manifest.capacity, job.work.sequence
+            job.generation.begin(None if capacity is None else capacity - sequence.length - job.work.tokens)
+        self._scheduler.add(job)
+        return True
+
+    def _admit(self) -> None:
+        """Give free slots to the generations that wait for one."""
+        while self._waiting and self._instance.table.free:
+            job = self._waiting.popleft()
+            if not self._enter(job):
+                self._over(job)
+
+    def _cancelled(self, job: Job) -> None:
+        if job not in self._lanes.get(job.sequence, ()) or job.generation is None:
+            return  # it has finished
+        if job.work is not None:
+            self._instance.table.end(job.work.sequence, Ended.CANCELLED)
+        self._conclude(job, job.generation, Reason.CANCELLED)
+
+    # Steps
+
+    def _step(self) -> None:
+        jobs, running, budget = self._scheduler.next()
+        rows = [job.work for job in jobs if job.work is not None]
+        outputs = self._instance.step(rows, budget)
+        said = outputs[self._said_by].numpy().ravel().tolist() if self._said_by in outputs else []
+        steps = [row for row, job in enumerate(jobs) if job.generation is None]
+        answers = answered(rows, outputs) if steps else []
+        tell = self._said.append
+        for row, (job, work) in enumerate(zip(jobs, rows, strict=True)):
+            generation = job.generation
+            if work.error is not None:
+                self._scheduler.remove(job)
+                self._instance.finish(work)
+                self._refuse(job, work.error)
+                self._over(job)
+            elif work.done < work.tokens:
+                continue
+            elif generation is None:
+                self._scheduler.remove(job)
+                self._instance.finish(work)
+                answer = answers[row]
+                assert isinstance(answer, dict)
+                self._answer(job, answer)
+                self._over(job)
+            else:
+                token = said[row]
+                text, reason = generation.add(token)
+                if generation.said == 1:
+                    self._observer.spoke(monotonic() - job.checked.request.received)
+                tell((job.reply, token, text))
+                if reason is not None:
+                    self._conclude(job, generation, reason)
+                    continue
+                work.feed(token)
+                if row >= running:
+                    self._scheduler.goes_on(job)
+
+    def _conclude(self, job: Job, generation: Generation, reason: Reason) -> None:
+        """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
+        work = job.work
+        if work is not None:
+            self._scheduler.remove(job)
+            work.sequence.pending = generation.token if generation.said else work.pending
+            self._instance.finish(work)
+        elif job in self._waiting:
+            self._waiting.remove(job)
+        self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
+        self._finished.append((job.reply, Last(reason, generation.rest())))
+        self._over(job)
+
+    def _answer(self, job: Job, outputs: Outputs) -> None:
+        self._finished.append((job.reply, Last(outputs)))
+
+    def _refuse(self, job: Job, error: RequestError) -> None:
+        request = job.checked.request
+        self._watch.remove(job)
+        self._observer.refused(request.sequence, request.id, error, end=request.end)
+        self._finished.append((job.reply, Last(error)))
+
+    def _drop(self, error: RequestError) -> None:
+        """Answer everything with an error; sequences that were being worked on end."""
+        jobs = [job for lane in self._lanes.values() for job in lane]
+        self._lanes.clear()
+        self._waiting.clear()
+        self._scheduler = Scheduler(self._instance.program)
+        for job in jobs:
+            self._refuse(job, error)
+            if job.work is not None and self._instance.table.get(job.sequence) is job.work.sequence:
+                self._instance.table.end(job.work.sequence, Ended.ENGINE_FAILED)

@@ -20,14 +20,15 @@ from models import greedy  # noqa: E402
 
 @pytest.mark.parametrize(("family", "dynamic"), [("llama", False), ("gemma2", True), ("gpt2", True)])
 def test_eight_ragged_rows_say_what_generate_says(family: str, dynamic: bool, tmp_path: Path) -> None:
+    """At the least capacity of the range that the plan was built for; building has verified both ends."""
     model = decoder(family)
-    capture = capture_exported_decoder(exported(model, dynamic=dynamic), DecoderOptions(capacity=40, max_rows=8, chunk=6))
-    options = BuildOptions(device="cuda", engine="tensorrt", alias="plugin", capacity=40, chunk=6, slots=9, max_rows=8)
+    capture = capture_exported_decoder(exported(model, dynamic=dynamic), DecoderOptions(capacity=48, max_rows=8, chunk=6, min_capacity=37))
+    options = BuildOptions(device="cuda", engine="tensorrt", alias="plugin", capacity=48, min_capacity=37, chunk=6, slots=9, max_rows=8)
     manifest = write_engine(capture, tmp_path / family, options)
     assert {alias.kind for alias in manifest.program("step").aliases} == {"plugin"}
-    arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    folder = tmp_path / family / VERSION
-    instance = ModelInstance(Manifest.load(folder), arena, load_engine(folder, manifest, arena), idle_timeout=600.0)
+    folder, chosen = tmp_path / family / VERSION, Manifest.load(tmp_path / family / VERSION).at_capacity(37)
+    arena = Arena(chosen.states, chosen.slots, torch.device("cuda"))
+    instance = ModelInstance(chosen, arena, load_engine(folder, chosen, arena), idle_timeout=600.0)
     addresses = arena.addresses()
     assert rows_say(instance, PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]
     assert arena.addresses() == addresses

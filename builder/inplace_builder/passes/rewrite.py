@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -149,9 +150,25 @@ def written(emit: Emitter, write: Write) -> Node:
         new = write.value
         if dtype(new) != kind:
             new = emit.call(aten.to.dtype, new, kind)
-        if write.extents is not None and shape(new) != write.extents:
-            new = emit.call(aten.expand.default, new, list(write.extents))
+        if write.extents is not None and (sizes := _expansion(emit, write, shape(new))) is not None:
+            new = emit.call(aten.expand.default, new, sizes)
     return new if write.unsqueeze is None else emit.call(aten.unsqueeze.default, new, write.unsqueeze)
+
+
+def _expansion(emit: Emitter, write: Write, own: tuple[Any, ...]) -> list[Any] | None:
+    """What a value of these extents is expanded to; None where it has them. A dynamic extent is the number of positions."""
+    assert write.extents is not None
+    before = [1] * (len(write.extents) - len(own)) + list(own)
+    sizes: list[Any] = []
+    for wanted, extent in zip(write.extents, before, strict=True):
+        if isinstance(wanted, int):
+            sizes.append(wanted)
+        elif isinstance(extent, int):
+            sizes.append(emit.call(aten.sym_size.int, write.start, 0))
+        else:
+            sizes.append(-1)  # functionalisation has broadcast them once: they are equal
+    same = len(own) == len(write.extents) and all(size == -1 or _is(extent, size) for size, extent in zip(sizes, own, strict=True))
+    return None if same else sizes
 
 
 def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows: int, promised: frozenset[str]) -> tuple[State, ...] | None:

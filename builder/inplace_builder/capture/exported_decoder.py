@@ -11,7 +11,7 @@ import torch
 from inplace.dtypes import Dtype
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 
 from inplace_builder.capture.capture import Capture, Reference, any_size, described
 from inplace_builder.capture.decoder import CONTROLS, TOKENS, Cache, DecoderOptions, StepExamples, cache_states, decoder_program
@@ -22,6 +22,9 @@ from inplace_builder.passes.decoder import Decoder, prove_decoder
 from inplace_builder.passes.emit import dtype, shape
 from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
 from inplace_builder.passes.packed import pack, settle_views
+
+MOST_SEEN = 3
+"""Sequences of which a reference remembers the caches, beside the last."""
 
 
 def capture_exported_decoder(
@@ -112,11 +115,15 @@ def _reference(module: GraphModule, found: Functional, decoder: Decoder) -> Refe
     packed_axis = decoder.axes.axes[decoder.ids] if len(shape(decoder.ids)) == 2 else None
     positions = next((value for name, value in zip(found.inputs, found.example_inputs, strict=True) if name == source), None)
 
+    seen: list[tuple[list[int], list[Tensor]]] = []
+    """What caches held after some tokens: a module of one token a step is not stepped through them again."""
+
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         tokens = torch.cat([request[TOKENS] for request in requests])
-        memory = [state.initial.clone() for state in found.states]
+        before = (one for one in seen if len(one[0]) < len(tokens) and one[0] == tokens[: len(one[0])].tolist())
+        known, memory = max(before, key=lambda one: len(one[0]), default=([], [state.initial for state in found.states]))
         scores: Any = None
-        for first in range(0, len(tokens), len(tokens) if several else 1):
+        for first in range(len(known), len(tokens), len(tokens) if several else 1):
             chunk = tokens if several else tokens[first : first + 1]
             given = {ids: chunk if packed_axis is None else chunk.unsqueeze(1 - packed_axis)}
             if isinstance(positions, Tensor):
@@ -124,7 +131,9 @@ def _reference(module: GraphModule, found: Functional, decoder: Decoder) -> Refe
                 given[source] = torch.arange(now, now + len(chunk), dtype=positions.dtype) if several else torch.full_like(positions, now)
             arguments = [given.get(name, value) for name, value in zip(found.inputs, found.example_inputs, strict=True)]
             with torch.no_grad():
-                scores, *memory = Interpreter(module).run(*arguments, *memory)
+                scores, *memory = module(*arguments, *memory)
+        if not several:
+            seen[:] = [*seen[-MOST_SEEN:], (tokens.tolist(), memory)]
         last = scores.reshape(-1, scores.shape[-1])[-1].float()
         return {"next_token": last.argmax(-1, keepdim=True), "logits": last}
 

@@ -70,6 +70,9 @@ def build(
     slots: Annotated[int, typer.Option(help="Sequences that can live at the same time.")] = 8,
     max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step; default: the slots, at most 8.")] = None,
     capacity: Annotated[int, typer.Option(help="Positions a sequence may hold.")] = 1024,
+    min_capacity: Annotated[
+        int | None, typer.Option(help="The least capacity that config.pbtxt may choose instead; default: it is fixed.")
+    ] = None,
     chunk: Annotated[int, typer.Option(help="Most tokens of one sequence in one step; longer prompts take several.")] = 128,
     step_tokens: Annotated[int | None, typer.Option(help="Most tokens of all sequences in one step; default: four chunks.")] = None,
     serve: Annotated[
@@ -96,6 +99,7 @@ def build(
             slots=slots,
             max_rows=max_batch if max_batch is not None else min(slots, 8),
             capacity=capacity,
+            min_capacity=min_capacity,
             chunk=chunk,
             idle_timeout=idle_timeout,
             queue_delay_microseconds=queue_delay_us,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -93,13 +94,12 @@ def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch
     waiting = [work.tokens - work.done for work in rows]
     counts = _counts(waiting, program.chunk, program.token_budget if budget is None else budget)
     lengths = np.array([work.sequence.length for work in rows], dtype=np.int64)
-    offsets = np.arange(len(rows) + 1)
     if counts is waiting:
-        positions, next_positions = lengths, lengths + 1
+        offsets, positions, next_positions = _counted(len(rows) + 1), lengths, lengths + 1
     else:
         each = np.array(counts, dtype=np.int64)
-        np.cumsum(each, out=offsets[1:])
-        positions = np.repeat(lengths - offsets[:-1], each) + np.arange(offsets[-1])
+        offsets = np.concatenate(([0], np.cumsum(each)))
+        positions = np.repeat(lengths - offsets[:-1], each) + _counted(int(offsets[-1]))
         next_positions = lengths + each
     # what a row that still has tokens waiting says is dropped: it need not pay for choosing at random
     sampling = [work.sampling if left == count else GREEDY for work, left, count in zip(rows, waiting, counts, strict=True)]
@@ -133,6 +133,12 @@ def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch
     return Batch(rows, counts, inputs)
 
 
+@cache
+def _counted(end: int) -> NDArray[np.int64]:
+    """0, 1, …; to be read only. Kept, for `numpy.arange` hands the interpreter over to threads that wait for it."""
+    return np.arange(end)
+
+
 def _tokens(spec: TensorSpec, rows: list[Work], counts: list[int]) -> Tensor:
     """The next tokens of all rows; what sequences said themselves is put together by the run, not by the row."""
     said: list[int] = []
@@ -145,7 +151,7 @@ def _tokens(spec: TensorSpec, rows: list[Work], counts: list[int]) -> Tensor:
             parts.append(torch.from_numpy(np.array(said)))
             said = []
         tensor = work.inputs[spec.name]
-        parts.append(tensor if count == len(tensor) else tensor[work.done : work.done + count])
+        parts.append(tensor if count == tensor.shape[0] else tensor[work.done : work.done + count])
     if said:
         parts.append(torch.from_numpy(np.array(said)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -22,11 +22,12 @@ class Dtype(StrEnum):
     @property
     def as_torch(self) -> torch.dtype:
         """The same type as PyTorch has it."""
-        found = getattr(torch, self.value)
-        assert isinstance(found, torch.dtype)
-        return found
+        return _TORCH[self.value]
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Self:
         """The member for a PyTorch dtype; ValueError for a type no engine may use."""
         return cls(str(dtype).removeprefix("torch."))
+
+
+_TORCH: dict[str, torch.dtype] = {dtype.value: getattr(torch, dtype.value) for dtype in Dtype}

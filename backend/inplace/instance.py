@@ -42,6 +42,8 @@ class ModelInstance:
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
         self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
+        self._always = frozenset(spec.name for spec in self.program.outputs if not spec.on_request)
+        self._on_request = frozenset(spec.name for spec in self.program.outputs if spec.on_request)
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
     def admit(self, request: Request) -> Work:
@@ -54,11 +56,14 @@ class ModelInstance:
         Raises:
             RequestError: its key cannot be read: it changes nothing, whatever flags it has.
         """
-        key = request.key()
+        asked = request.parameters.keys()
+        key = request.key() if asked else None
         try:
             _check_named(request)
             inputs, tokens = checked_inputs(self.program, request.inputs)
-            wanted = frozenset(spec.name for spec in self.program.outputs if not spec.on_request or request.flag(spec.name))
+            if not asked:
+                return Checked(request, key, inputs, tokens, wanted=self._always)
+            wanted = self._always | {name for name in self._on_request & asked if request.flag(name)}
             sampling, position = request.sampling(self.program), request.position()
             if sampling.temperature == 0:
                 sampling = GREEDY  # whatever else it says: steps of such rows only are formed faster

@@ -4,6 +4,7 @@ It is the contract between builder and runtime. Tensor shapes leave out the batc
 an input's that of one request.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
@@ -103,18 +104,18 @@ class Program(Frozen):
         """Whether row r of a step must be slot r."""
         return any(alias.kind in IDENTITY for alias in self.aliases)
 
-    @property
+    @cached_property
     def client_inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs a request carries; the runtime fills the others."""
         return tuple(spec for spec in self.inputs if spec.role in CLIENT_ROLES)
 
-    @property
+    @cached_property
     def choices(self) -> int:
         """How many scores an output is sampled from; 0 where none is."""
         scores = {spec.name: spec.shape for spec in self.outputs}
         return next((scores[spec.sampled_from][-1] for spec in self.outputs if spec.sampled_from is not None), 0)
 
-    @property
+    @cached_property
     def language(self) -> tuple[str, str] | None:
         """The input that takes token ids and the output that says the next one, by name; None where a program is no language model."""
         said = [spec.name for spec in self.outputs if (spec.sampled_from or spec.argmax_of) and spec.shape == (1,)]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from time import monotonic
 
 from torch import Tensor
@@ -13,6 +13,8 @@ from inplace.sampling import GREEDY, Parameter, Sampling
 from inplace.sequences import SequenceId
 from inplace.specs import Role, TensorSpec
 
+SAMPLING = frozenset(field.name for field in fields(Sampling))
+"""The parameters that say how a token is chosen."""
 LONGEST_KEY = 256
 """Characters a ``sequence_key`` may have."""
 
@@ -95,6 +97,8 @@ class Request:
             RequestError: BAD_PARAMETER, see `Sampling.parse`; or the program says the most likely token only, and the request has a
                 temperature above 0.
         """
+        if not SAMPLING & self.parameters.keys():
+            return GREEDY
         if program.choices:
             return Sampling.parse(self.parameters, program.choices)
         temperature = self.parameters.get("temperature")
@@ -149,7 +153,7 @@ def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict
             )
         checked[spec.name] = _checked(spec, tensor)
         if spec.role is Role.TOKENS:
-            counts[spec.name] = len(checked[spec.name])
+            counts[spec.name] = checked[spec.name].shape[0]
     if len(set(counts.values())) > 1:
         raise RequestError(Code.BAD_SHAPE, f"inputs of one request must bring the same number of tokens, got {counts}")
     return checked, next(iter(counts.values()), 1)
@@ -158,17 +162,16 @@ def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict
 def _checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
     if tensor.dtype != spec.dtype.as_torch:
         raise RequestError(Code.BAD_DTYPE, f"input {spec.name!r} is {str(tensor.dtype).removeprefix('torch.')}; expected {spec.dtype}")
-    shape = tuple(tensor.shape)
-    rest = spec.shape[1:] if spec.role is Role.TOKENS else spec.shape
-    fits = shape[:1] == (1,) and (shape[2:] == rest and len(shape) >= 2 if spec.role is Role.TOKENS else shape[1:] == rest)
-    if not fits:
+    shape, tokens = tensor.shape, spec.role is Role.TOKENS
+    rest, extents = (spec.shape[1:], shape[2:]) if tokens else (spec.shape, shape[1:])
+    if len(shape) < 1 + tokens or shape[0] != 1 or extents != rest:
         wanted = [1, *("tokens" if extent == -1 else extent for extent in spec.shape)]
         raise RequestError(Code.BAD_SHAPE, f"input {spec.name!r} has the shape {list(shape)}; expected {wanted}")
     tensor = tensor[0]
-    if spec.role is Role.TOKENS and len(tensor) == 0:
+    if tokens and tensor.shape[0] == 0:
         raise RequestError(Code.EMPTY_INPUT, f"input {spec.name!r} is empty; send at least 1 token")
     if spec.minimum is not None or spec.maximum is not None:
-        low, high = (bound.item() for bound in tensor.aminmax())
+        low, high = (tensor.item(),) * 2 if tensor.numel() == 1 else (bound.item() for bound in tensor.aminmax())
         above = spec.minimum is None or low >= spec.minimum  # in these words NaN is outside
         below = spec.maximum is None or high <= spec.maximum
         if not (above and below):

@@ -135,7 +135,8 @@ def _parse(request: Any, texts: dict[str, tuple[bytes, ...]] | None = None) -> R
     flags = request.flags()
     inputs: dict[str, Tensor] = {}
     try:
-        parameters = json.loads(request.parameters() or "{}")
+        sent = request.parameters()
+        parameters = json.loads(sent) if sent else {}
         for tensor in request.inputs():
             name = tensor.name()
             if texts is not None and name in TEXTS:
@@ -164,5 +165,5 @@ def _response(request: Any, answer: Answer, observer: Observer) -> Any:
     if isinstance(answer, RequestError):
         observer.refused(request.correlation_id(), request.request_id(), answer, end=bool(request.flags() & FLAG_END))
         return refusal(request, answer)
-    asked = set(request.requested_output_names())
+    asked = request.requested_output_names()
     return pb_utils.InferenceResponse(output_tensors=[output(name, tensor) for name, tensor in answer.items() if name in asked])

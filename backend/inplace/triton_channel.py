@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def output(name: str, value: Tensor | str) -> Any:
     """An output tensor; a text is one element of BYTES, ``[1, 1]``."""
     if isinstance(value, str):
         return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
-    return pb_utils.Tensor.from_dlpack(name, value)
+    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(value))  # type: ignore[attr-defined]  # torch does not list it
 
 
 def refusal(request: Any, error: RequestError) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import sys
 import threading
 from collections import deque
 from time import monotonic
@@ -20,6 +21,9 @@ MOST_BEHIND = 64
 """Requests of one sequence that may wait behind one another."""
 LOOK = 0.05
 """Seconds between two looks at the idle sequences, at least."""
+
+SWITCH = 0.0005
+"""Seconds for which a thread may keep the interpreter while the engine's wants it; Python's own 5 ms are several steps of a fast engine."""
 
 log = logging.getLogger("inplace")
 
@@ -46,6 +50,7 @@ class Runner:
         self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)))
         self._next_look = 0.0
         self._observer.queue(self._waiting)
+        sys.setswitchinterval(SWITCH)
         self._thread = threading.Thread(target=self._run, name="inplace-engine", daemon=True)
         self._thread.start()
 

@@ -1,8 +1,11 @@
 """The inputs of one captured size: side by side in one pinned buffer and one device buffer, so that a step uploads them with one copy."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from inplace.engines.tensorrt.sizes import Size
@@ -48,6 +51,8 @@ class Block:
         self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(end, dtype=torch.uint8, device=device)
         self._host = self._views(self._pinned, offsets)
+        # the same memory for numpy, which keeps the interpreter while it copies: a step must not wait for it once for each input
+        self._arrays = {name: view.numpy() for name, view in self._host.items() if view.dtype is not torch.bfloat16}
         self.tensors: Mapping[str, Tensor] = self._views(self._device, offsets)
         self.fill({})
 
@@ -62,14 +67,24 @@ class Block:
     def fill(self, inputs: Mapping[str, Tensor]) -> None:
         """Write a step's inputs into the pinned buffer and pad them with null rows. Inputs that are not given are padding throughout."""
         for spec in self._program.inputs:
-            target, source = self._host[spec.name], inputs.get(spec.name)
-            count = 0 if source is None else len(source)
+            target, source = self._arrays.get(spec.name), inputs.get(spec.name)
+            if target is None:
+                self._fill_slowly(spec, source)
+                continue
+            count = 0 if source is None else source.shape[0]
             if source is not None:
-                target[:count].copy_(source)
+                target[:count] = source.numpy()
             if count < len(target):
-                target[count:].fill_(self._padding(spec, 0 if source is None else int(source[-1]) if spec.role is Role.ROW_OFFSETS else 0))
+                target[count:] = self._padding(spec, 0 if source is None else int(source[-1]) if spec.role is Role.ROW_OFFSETS else 0)
                 if spec.role is Role.ROW_OFFSETS:
                     self._pad_offsets(target, count)
+
+    def _fill_slowly(self, spec: TensorSpec, source: Tensor | None) -> None:
+        """An input of a type that numpy does not know."""
+        target, count = self._host[spec.name], 0 if source is None else source.shape[0]
+        if source is not None:
+            target[:count].copy_(source)
+        target[count:].fill_(self._padding(spec, 0))
 
     def _padding(self, spec: TensorSpec, last: int) -> int:
         if spec.role is Role.SLOTS:
@@ -78,11 +93,11 @@ class Block:
             return last
         return spec.minimum if spec.role in (Role.TOKENS, Role.ROW) and spec.minimum is not None and spec.minimum > 0 else 0
 
-    def _pad_offsets(self, offsets: Tensor, count: int) -> None:
+    def _pad_offsets(self, offsets: NDArray[Any], count: int) -> None:
         """Null rows of a decode step own a token each; in a mixed step the last one owns all that pad it."""
         if self._size.decode:
             start = max(count, 0)
-            torch.arange(start, len(offsets), out=offsets[start:], dtype=offsets.dtype)
+            offsets[start:] = np.arange(start, len(offsets))
         else:
             offsets[-1] = self._size.tokens
 

@@ -143,11 +143,15 @@ def test_every_request_with_a_sequence_goes_to_the_replica_of_its_hash() -> None
         assert address.address == service["metadata"]["name"]
         assert ports[address.port_value] == listener.name
         assert listener.address.socket_address.port_value == outside[listener.name]
-        assert ports[endpoint.health_check_config.port_value] == "http"
-        assert [check.http_health_check.path for check in cluster.health_checks] == ["/v2/health/ready"]
-        assert ("envoy.extensions.upstreams.http.v3.HttpProtocolOptions" in cluster.typed_extension_protocol_options) == (
-            listener.name == "grpc"
-        )
+        grpc = listener.name == "grpc"
+        assert ("envoy.extensions.upstreams.http.v3.HttpProtocolOptions" in cluster.typed_extension_protocol_options) == grpc
+        [check] = cluster.health_checks
+        if grpc:  # a replica that shuts down stays for its live sequences, until its port is closed
+            assert check.WhichOneof("health_checker") == "tcp_health_check"
+            assert not cluster.ignore_health_on_host_removal
+        else:
+            assert check.http_health_check.path == "/v2/health/ready"
+            assert cluster.ignore_health_on_host_removal
 
 
 def test_a_replica_is_ready_when_its_models_are_and_drains_before_it_is_killed() -> None:

@@ -1,5 +1,6 @@
 """What the tests share: built models, and one real tritonserver that serves them."""
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,14 @@ from inplace_builder.server import Ports, TritonServer
 from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instance, tiny_llama
 from streaming import OpenStreams, Streams
 from tritonclient.grpc import InferenceServerClient
+
+with contextlib.suppress(ImportError):  # a machine that only runs the tests of a GPU may lack it
+    import hypothesis
+
+    every = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
+    hypothesis.settings.register_profile("few", max_examples=50, derandomize=True, **every)
+    hypothesis.settings.register_profile("full", max_examples=500, **every)
+    hypothesis.settings.load_profile("few")  # another one with --hypothesis-profile
 
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
 

@@ -1,0 +1,107 @@
+"""Random modules on TensorRT: eager PyTorch against the plan that is built of each, step after step.
+
+Plans are built side by side and without a long search for kernels, which is most of the time of these tests.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inplace.direct import Engine
+from inplace_builder.capture.exported import ExportedCapture, capture_exported
+from inplace_builder.direct.call import describe_call
+from inplace_builder.direct.export import export_for
+from inplace_builder.direct.plan import build_direct_plan
+from inplace_builder.direct.write import write_direct
+from inplace_builder.errors import BuildError
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+pytest.importorskip("tensorrt", reason="needs TensorRT")
+pytest.importorskip("hypothesis", reason="needs Hypothesis, which makes the modules")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from random_modules import STEPS, Random, supported  # noqa: E402
+
+MODULES = 40
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
+
+
+def random_cases(dtypes: tuple[torch.dtype, ...]) -> list[Random]:
+    """The same ones in every run."""
+    found: list[Random] = []
+    few = settings(max_examples=MODULES, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+
+    @few
+    @given(supported(dtypes))
+    def gather(case: Random) -> None:
+        found.append(case)
+
+    gather()
+    return found[:MODULES]
+
+
+def cuda(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.cuda(), tree)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Random, Engine]]]:
+    folder = tmp_path_factory.mktemp("engines")
+    cases = random_cases(DTYPES)
+
+    def captured(case: Random) -> tuple[ExportedCapture, Any]:  # torch.export is not made for threads
+        exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt")
+        capture = capture_exported(exported, strict=True)
+        return capture, describe_call(exported, capture)
+
+    def compiled(path: Path, capture: ExportedCapture, call: Any) -> Path:
+        plan = build_direct_plan(capture, call, "tensorrt", alias="plugin", optimization_level=1)
+        path.mkdir()
+        write_direct(path, capture, call, plan)
+        return path
+
+    captures = [captured(case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(compiled, folder / str(index), *capture) for index, capture in enumerate(captures)]
+        yield [(case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)]
+
+
+def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Random, Engine]]) -> None:
+    assert len(engines) == MODULES
+    for index, (case, engine) in enumerate(engines):
+        assert {alias.kind for alias in engine.manifest.parsed_aliases} == {"plugin"}
+        run_beside_eager(f"module {index}: {case.plans}", case, engine)
+
+
+def run_beside_eager(title: str, case: Random, engine: Engine) -> None:
+    """Outputs and states after each step; what a step of eager PyTorch leaves as it was, the engine must leave bit for bit."""
+    eager, mine, theirs = deepcopy(case.module), cuda(case.states()), case.states()
+    own = [*pytree.tree_leaves(mine), *engine.states.values()]
+    addresses = [tensor.data_ptr() for tensor in own]
+    for step in range(STEPS):
+        inputs = case.inputs(step)
+        before = [tensor.cpu() for tensor in own]
+        with torch.no_grad():
+            expected = eager(theirs, *inputs)
+        for one, other in zip(engine(mine, *cuda(inputs)), expected, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3, msg=f"{{}} in step {step} of {title}".format)
+        wanted = [*pytree.tree_leaves(theirs), *(eager.get_buffer(name) for name in engine.states)]
+        for one, other, old in zip((tensor.cpu() for tensor in own), wanted, before, strict=True):
+            torch.testing.assert_close(one, other, msg=f"{{}} of a state after step {step} of {title}".format)
+            same = other == old
+            assert torch.equal(one[same].contiguous().view(torch.uint8), old[same].contiguous().view(torch.uint8)), title
+    assert addresses == [tensor.data_ptr() for tensor in own]
+
+
+def test_what_tensorrt_has_no_type_for_is_refused_with_its_reason() -> None:
+    for case in random_cases((torch.float64,))[:10]:
+        exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt")
+        capture = capture_exported(exported)
+        with pytest.raises(BuildError, match=r"no mechanism can update .*plugin: \w+ is float64, which TensorRT .* does not have"):
+            build_direct_plan(capture, describe_call(exported, capture), "tensorrt")

@@ -9,7 +9,7 @@ import pytest
 from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
 from inplace.client.calls import Call
 from inplace.client.endpoints import AVOIDED, Endpoints
-from inplace.client.errors import parsed
+from inplace.client.errors import concerns, parsed
 from inplace.client.progress import Piece, Progress
 from inplace.client.want import Want
 from inplace.errors import Code, RequestError
@@ -55,6 +55,14 @@ def test_other_errors_are_known_by_status_and_words(
     found = parsed(error(text, status), 7, "r")
     assert type(found) is kind
     assert (found.code, found.retryable, found.sequence, found.request, found.by_backend) == (code, retryable, 7, "r", False)
+
+
+def test_an_error_of_another_request_of_a_stream_is_told_apart() -> None:
+    ours = RequestError(Code.CAPACITY, "full").wire(7, "a1")
+    assert [concerns(error(ours), request) for request in ("a1", "a", "1", "")] == [True, False, False, False]
+    assert concerns(error(RequestError(Code.CAPACITY, "full").wire(7, "")), "")
+    assert [concerns(error("[request id: a1] out of bounds"), request) for request in ("a1", "a")] == [True, False]
+    assert concerns(error("Socket closed", "UNAVAILABLE"), "a1")
 
 
 def test_an_error_survives_pickling() -> None:

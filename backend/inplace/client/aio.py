@@ -16,7 +16,7 @@ from inplace.client.base import GenerationBase, Options, SequenceBase, generatio
 from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
 from inplace.client.client import CHANNEL
 from inplace.client.endpoints import Endpoints
-from inplace.client.errors import ClientError, UnreachableError, silent
+from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError, concerns, silent
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
 from inplace.client.retry import Retry
@@ -99,10 +99,10 @@ class Stream:
                 async with asyncio.timeout(timeout):
                     result, error = await self._answers.get()
             except TimeoutError:
-                raise silent(timeout, call.sequence, call.request) from None
-            if error is not None:
+                raise silent(timeout) from None
+            if error is not None and concerns(error, call.request):
                 raise error
-            if result.get_response().id == call.request:
+            if result is not None and result.get_response().id == call.request:
                 return outputs_of(result)
 
     async def close(self) -> None:
@@ -186,9 +186,8 @@ class Sequence(SequenceBase):
         """End the sequence and free its slot. Raises nothing: a server that does not answer frees it when it was idle for too long."""
         await self._settle()
         if self._ledger.held:
-            with suppress(InferenceServerException):  # refused, as it is meant to be, or the server is gone: nothing is held any more
-                model = await self._known()
-                await self._exchange(self._ledger.ending(model), model)
+            with suppress(InferenceServerException):  # no server answers
+                await self._end()
         self._ledger.begin()
         await self._hang_up()
 
@@ -253,12 +252,16 @@ class Sequence(SequenceBase):
             assert self._stream is not None
             return await self._stream.receive(call, timeout)
 
-    async def _cancel(self, progress: Progress) -> None:
-        """END finishes a generation at once."""
-        try:
-            model = await self._known()
+    async def _end(self) -> None:
+        """Free what the server may hold; a running generation finishes."""
+        model = await self._known()
+        with suppress(RefusedError, SequenceLostError):  # as it is meant to be
             await self._exchange(self._ledger.ending(model), model)
-            self._ledger.held = False
+        self._ledger.held = False
+
+    async def _cancel(self, progress: Progress) -> None:
+        try:
+            await self._end()
         except InferenceServerException:
             await self._hang_up()
         await self._finished(progress)

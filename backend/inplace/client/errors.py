@@ -99,17 +99,18 @@ def parsed(error: InferenceServerException, sequence: int | str, request: str) -
     return RefusedError(error, code=status or "REFUSED", reason=text, retryable=False, sequence=sequence, request=request)
 
 
-def silent(seconds: float, sequence: int | str, request: str) -> UnreachableError:
+def concerns(error: InferenceServerException, request: str) -> bool:
+    """Whether an error that came over a stream may be the answer to a request: its text names no other one."""
+    text = error.message() or ""
+    if f"[request id: {request}]" in text or f" request={request or '-'}: " in text:
+        return True
+    return "[request id: " not in text and _WIRE.search(text) is None
+
+
+def silent(seconds: float) -> InferenceServerException:
     """Nothing came over a stream for that long."""
     text = f"no response for {seconds:g} s: the server hangs, or is busy for longer than the timeout"
-    return UnreachableError(
-        InferenceServerException(text, "StatusCode.DEADLINE_EXCEEDED"),
-        code="DEADLINE_EXCEEDED",
-        reason=text,
-        retryable=True,
-        sequence=sequence,
-        request=request,
-    )
+    return InferenceServerException(text, "StatusCode.DEADLINE_EXCEEDED")
 
 
 def _restored(

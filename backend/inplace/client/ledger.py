@@ -3,9 +3,11 @@
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
+
 from inplace.client.calls import Array, Call, Model
 from inplace.client.errors import ClientError, SequenceLostError, UnreachableError
-from inplace.client.want import Part, Want, advance, extended, joined
+from inplace.client.want import TOKENS, Part, Want, advance, extended, joined
 from inplace.errors import Code
 
 NOWHERE = 1 << 62
@@ -74,6 +76,8 @@ class Ledger:
         """The request is on its way."""
         self.held = True
         self._last = {name: array[:1] if name in model.tokens else array for name, array in call.inputs.items()}
+        if TOKENS in model.tokens:
+            self._last = {TOKENS: np.zeros(1, dtype=np.int64)}
 
     def accepted(self, want: Want, model: Model, said: Sequence[int] = ()) -> None:
         """The last of `calls` was answered.
@@ -142,10 +146,8 @@ class Ledger:
     def ending(self, model: Model) -> Call:
         """The request that frees what the server may hold.
 
-        Where a request needs inputs it is an END for a position that nothing can hold, which is refused and frees the slot all the same.
+        Triton takes no request without inputs, so it is an END for a position that nothing can hold: it is refused, and ends all the same.
         """
-        if model.streams and self.live and not self._doubtful:
-            return self._call(Want({}, end=True), model, None, start=False)
         start = bool(self.key) and (self._doubtful or not self.live)  # Triton may have forgotten it, and then takes nothing else
         return self._call(Want(self._last, end=True, parameters={"position": NOWHERE}), model, None, start=start)
 

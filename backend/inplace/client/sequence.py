@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 from inplace.client.base import GenerationBase, Options, SequenceBase, generation
 from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
 from inplace.client.client import Borrowed, Client
-from inplace.client.errors import ClientError, UnreachableError
+from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
 from inplace.client.stream import Stream
@@ -118,9 +118,8 @@ class Sequence(SequenceBase):
         """End the sequence and free its slot. Raises nothing: a server that does not answer frees it when it was idle for too long."""
         self._settle()
         if self._ledger.held:
-            with suppress(InferenceServerException):  # refused, as it is meant to be, or the server is gone: nothing is held any more
-                model = self._known()
-                self._exchange(self._ledger.ending(model), model)
+            with suppress(InferenceServerException):  # no server answers
+                self._end()
         self._ledger.begin()
         self._hang_up()
 
@@ -185,12 +184,16 @@ class Sequence(SequenceBase):
             assert self._stream is not None
             return self._stream.receive(call, timeout)
 
-    def _cancel(self, progress: Progress) -> None:
-        """END finishes a generation at once."""
-        try:
-            model = self._known()
+    def _end(self) -> None:
+        """Free what the server may hold; a running generation finishes."""
+        model = self._known()
+        with suppress(RefusedError, SequenceLostError):  # as it is meant to be
             self._exchange(self._ledger.ending(model), model)
-            self._ledger.held = False
+        self._ledger.held = False
+
+    def _cancel(self, progress: Progress) -> None:
+        try:
+            self._end()
         except InferenceServerException:
             self._hang_up(hung=True)
         self._finished(progress)

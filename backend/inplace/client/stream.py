@@ -6,7 +6,7 @@ from tritonclient.grpc import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
 
 from inplace.client.calls import Array, Call, outputs_of
-from inplace.client.errors import silent
+from inplace.client.errors import concerns, silent
 
 
 class Stream:
@@ -28,7 +28,10 @@ class Stream:
         Raises:
             tritonclient.utils.InferenceServerException: the stream has broken.
         """
-        self._connection.async_stream_infer(**call.arguments(model))
+        try:
+            self._connection.async_stream_infer(**call.arguments(model))
+        except InferenceServerException as error:  # which gives no status
+            raise InferenceServerException(error.message(), "StatusCode.UNAVAILABLE") from error
 
     def receive(self, call: Call, timeout: float) -> dict[str, Array]:
         """The outputs of the next response to a request; those to earlier ones are dropped.
@@ -40,8 +43,8 @@ class Stream:
             try:
                 result, error = self._answers.get(timeout=timeout)
             except queue.Empty:
-                raise silent(timeout, call.sequence, call.request) from None
-            if error is not None:
+                raise silent(timeout) from None
+            if error is not None and concerns(error, call.request):
                 raise error
             if result is not None and result.get_response().id == call.request:
                 return outputs_of(result)

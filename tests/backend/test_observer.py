@@ -3,7 +3,9 @@
 import logging
 import re
 import time
+from pathlib import Path
 
+import inplace.observer
 import pytest
 from driving import BAD, Open, ask, watched
 from inplace.drivers import Language, StepDriver
@@ -205,3 +207,12 @@ def test_an_event_costs_microseconds(caplog: pytest.LogCaptureFixture) -> None:
             observer.ended(sequence, Ended.END)
         best = min(best, (time.perf_counter() - begin) / 1000)
     assert best < 100e-6
+
+
+def test_the_documentation_names_every_metric_every_reason_and_every_line() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    assert all(f"`{metric.name}`" in text for metric in (*METRICS, *HISTOGRAMS))
+    assert all(f"`{why}`" in text for why in (*ENDED.values, *GENERATIONS.values))
+    source = (Path(inplace.observer.__file__)).read_text()
+    for event in re.findall(r'line\(\s*"([a-z ]+)"', source):
+        assert f"{event}:" in text, event

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton_python_backend_utils as pb_utils
 
 from inplace.drivers.generation import MAX_TOKENS
@@ -23,6 +24,9 @@ from inplace.triton_channel import refusal
 FLAG_START, FLAG_END = 1, 2
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
+
+NOTHING = torch.empty((1, 0), dtype=torch.int64)
+"""An END that brings nothing: Triton takes no request without inputs."""
 
 log = logging.getLogger("inplace")
 
@@ -138,7 +142,11 @@ class _Relay:
 
     def _end(self) -> None:
         request = pb_utils.InferenceRequest(
-            model_name=self._model, correlation_id=self.sequence, inputs=[], requested_output_names=[], flags=FLAG_END
+            model_name=self._model,
+            correlation_id=self.sequence,
+            inputs=[pb_utils.Tensor.from_dlpack("input_ids", torch.to_dlpack(NOTHING))],  # type: ignore[attr-defined]
+            requested_output_names=[],
+            flags=FLAG_END,
         )
         for response in request.exec(decoupled=True):
             if response.has_error():

@@ -1,0 +1,295 @@
+"""The generate protocol on a real tritonserver, raw gRPC and HTTP, with a tiny random Llama against transformers itself."""
+
+import json
+import queue
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from inplace_builder.build import BuildOptions, build_decoder, write_engine
+from inplace_builder.server import Ports, TritonServer
+from models import accumulator, greedy, tiny_llama
+from streams import prompt
+from transformers import LlamaForCausalLM
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.utils import InferenceServerException
+from vocabulary import added, save_tokenizer, tiny_tokenizer
+
+pytestmark = pytest.mark.server
+
+SLOTS, CAPACITY, CHUNK = 8, 256, 16
+OUTPUTS = ("tokens", "text_output", "finish_reason")
+Parameter = str | int | bool
+
+
+@dataclass(frozen=True)
+class Served:
+    server: TritonServer
+    llama: LlamaForCausalLM
+
+    def events(self, **body: object) -> list[dict[str, Any]]:
+        """The events of one HTTP generate_stream request."""
+        url = f"http://127.0.0.1:{self.server.ports.http}/v2/models/llama_generate/generate_stream"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as page:
+                lines = page.read().decode().splitlines()
+        except urllib.error.HTTPError as error:  # refused before anything was said
+            lines = error.read().decode().splitlines()
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    source, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
+    llama = tiny_llama(source)
+    save_tokenizer(source)
+    build_decoder(source, repository / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, serve="stream"))
+    write_engine(accumulator(), repository / "sums", BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"))
+    with TritonServer(repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log") as server:
+        yield Served(server, llama)
+
+
+@dataclass
+class Answer:
+    """All responses of one request, or its error's text."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: str = ""
+    step: Any = None
+    error: str = ""
+
+
+class Stream:
+    """One gRPC stream, one request at a time."""
+
+    def __init__(self, served: Served, model: str = "llama") -> None:
+        self._model = model
+        self._client = InferenceServerClient(served.server.grpc_url)
+        self._answers: queue.Queue[Any] = queue.Queue()
+        self._client.start_stream(lambda result, error: self._answers.put((result, error)))
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.stop_stream()
+        self._client.close()
+
+    def ask(
+        self,
+        sequence: int | str,
+        ids: list[int] | str,
+        *,
+        stop: tuple[str, ...] = (),
+        start: bool = True,
+        end: bool = False,
+        **parameters: Parameter,
+    ) -> Answer:
+        inputs = [bytes_input("text", [ids])] if isinstance(ids, str) else [ids_input(ids)]
+        if stop:
+            inputs.append(bytes_input("stop", list(stop)))
+        names = OUTPUTS if "max_tokens" in parameters else ("next_token",)
+        return self.send(inputs, names, sequence, start, end, parameters)
+
+    def send(
+        self,
+        inputs: list[InferInput],
+        names: tuple[str, ...],
+        sequence: int | str,
+        start: bool,
+        end: bool,
+        parameters: dict[str, Parameter],
+    ) -> Answer:
+        self._client.async_stream_infer(
+            self._model,
+            inputs,
+            outputs=[InferRequestedOutput(name) for name in names],
+            sequence_id=sequence,
+            sequence_start=start,
+            sequence_end=end,
+            parameters=dict(parameters) or None,
+        )
+        answer = Answer()
+        while True:
+            result, error = self._answers.get(timeout=60)
+            if error is not None:
+                answer.error = error.message()
+                return answer
+            for output in result.get_response().outputs:
+                value = result.as_numpy(output.name)[0]
+                if output.name == "tokens":
+                    answer.tokens += value.tolist()
+                elif output.name == "text_output":
+                    answer.text += value[0].decode()
+                elif output.name == "finish_reason":
+                    answer.reason = value[0].decode()
+                elif output.name == "next_token":
+                    answer.step = int(value[0])
+                else:
+                    answer.step = value.tolist()
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return answer
+
+
+def ids_input(ids: list[int]) -> InferInput:
+    tensor = InferInput("input_ids", [1, len(ids)], "INT64")
+    tensor.set_data_from_numpy(np.array([ids], dtype=np.int64).reshape(1, len(ids)))
+    return tensor
+
+
+def bytes_input(name: str, texts: list[str]) -> InferInput:
+    tensor = InferInput(name, [1, len(texts)], "BYTES")
+    tensor.set_data_from_numpy(np.array([[text.encode() for text in texts]], dtype=object))
+    return tensor
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
+def test_greedy_generations_equal_transformers(served: Served, length: int) -> None:
+    with Stream(served) as stream:
+        answer = stream.ask("a", prompt(length, length), end=True, max_tokens=24, ignore_eos=True)
+    expected = greedy(served.llama, prompt(length, length), 24)
+    assert (answer.tokens, answer.reason, answer.error) == (expected, "length", "")
+    assert answer.text == added_to(prompt(length, length), expected)
+
+
+def added_to(ids: list[int], tokens: list[int]) -> str:
+    """As `added`, where the prompt may end within a character."""
+    before: str = tiny_tokenizer().decode(ids)
+    whole: str = tiny_tokenizer().decode(ids + tokens)
+    return whole[len(before) :].rstrip("\ufffd")
+
+
+def test_a_text_is_its_tokens_with_the_beginning_of_a_text(served: Served) -> None:
+    ids = tiny_tokenizer().encode("Grant of Copyright").ids
+    with Stream(served) as stream:
+        answer = stream.ask("a", "Grant of Copyright", end=True, max_tokens=30, ignore_eos=True)
+    assert answer.tokens == greedy(served.llama, ids, 30)
+    assert answer.text == added(ids, answer.tokens)
+
+
+def test_three_times_as_many_streams_as_slots_each_say_what_they_say_alone(served: Served) -> None:
+    def one(seed: int) -> Answer:
+        with Stream(served) as stream:
+            return stream.ask(seed + 1, prompt(seed, 1 + seed * 3), end=True, max_tokens=20 + seed, ignore_eos=True)
+
+    with ThreadPoolExecutor(3 * SLOTS) as pool:
+        answers = list(pool.map(one, range(3 * SLOTS)))
+    for seed, answer in enumerate(answers):
+        assert (answer.tokens, answer.error) == (greedy(served.llama, prompt(seed, 1 + seed * 3), 20 + seed), "")
+
+
+def test_a_seed_says_the_same_alone_and_in_company(served: Served) -> None:
+    def one(number: int) -> list[int]:
+        with Stream(served) as stream:
+            sampling: dict[str, Any] = {"temperature": "0.9", "top_k": 64, "top_p": "0.95", "seed": number % 3}
+            return stream.ask(f"seed {number}", prompt(7, 21), end=True, max_tokens=16, ignore_eos=True, **sampling).tokens
+
+    alone = [one(seed) for seed in range(3)]
+    assert len({tuple(said) for said in alone}) == 3
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(one, range(6))) == alone * 2
+
+
+def test_generations_steps_and_an_end_share_a_sequence(served: Served) -> None:
+    ids = prompt(1, 9)
+    with Stream(served) as stream:
+        first = stream.ask("mixed", ids, max_tokens=5, ignore_eos=True)
+        history = [*ids, *first.tokens, 3, 4]
+        step = stream.ask("mixed", [3, 4], start=False, position=14)
+        assert step.step == greedy(served.llama, history, 1)[0]
+        history += [step.step, 9]
+        more = stream.ask("mixed", [step.step, 9], start=False, max_tokens=6, ignore_eos=True)
+        assert more.tokens == greedy(served.llama, history, 6)
+        wrong = stream.ask("mixed", [1], start=False, max_tokens=1, position=3)
+        assert wrong.error.startswith("INPLACE-POSITION retryable=0 sequence=mixed request=-: ")
+        assert stream.ask("mixed", [], start=False, end=True) == Answer()
+        late = stream.ask("mixed", [1], start=True, end=True)
+        assert late.step == greedy(served.llama, [1], 1)[0]
+
+
+def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
+    ids = tiny_tokenizer().encode("Derivative Works").ids
+    text = added(ids, greedy(served.llama, ids, 40))
+    stop = next(text[at : at + 3] for at in range(8, len(text)) if text.count(text[at : at + 3]) == 1 and "\ufffd" not in text[at : at + 3])
+    with Stream(served) as stream:
+        answer = stream.ask("a", "Derivative Works", end=True, stop=("nowhere", stop), max_tokens=40, ignore_eos=True)
+    assert (answer.reason, answer.text) == ("stop", text[: text.index(stop)])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"max_tokens": 0}, "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: parameter 'max_tokens' is 0; expected"),
+        ({"max_tokens": 4, "temperature": "hot"}, "parameter 'temperature' is 'hot'"),
+        ({"max_tokens": CAPACITY, "logits": True}, "parameter 'logits' belongs to steps"),
+    ],
+)
+def test_a_generation_that_cannot_be_is_refused(served: Served, parameters: dict[str, Any], says: str) -> None:
+    with Stream(served) as stream:
+        assert says in stream.ask("bad", [1, 2], end=True, **parameters).error
+        both = stream.send([ids_input([1]), bytes_input("text", ["x"])], OUTPUTS, "bad", True, True, {"max_tokens": 1})
+        assert "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: inputs 'input_ids' and 'text' are both given" in both.error
+        assert "INPLACE-EMPTY_INPUT" in stream.ask("bad", [], end=True, max_tokens=1).error
+        assert "INPLACE-MISSING_INPUT" in stream.send([bytes_input("stop", ["x"])], OUTPUTS, "bad", True, True, {"max_tokens": 1}).error
+        assert stream.ask("bad", [1, 2], end=True, max_tokens=1).error == ""
+
+
+def test_http_generates_what_grpc_does(served: Served) -> None:
+    ids = tiny_tokenizer().encode("Subject to the terms").ids
+    events = served.events(text="Subject to the terms", max_tokens=20, ignore_eos=True, stream_interval=4)
+    tokens = [token for event in events for token in (event["tokens"] if isinstance(event["tokens"], list) else [event["tokens"]])]
+    assert tokens == greedy(served.llama, ids, 20)
+    assert "".join(event["text_output"] for event in events) == added(ids, tokens)
+    assert [event["finish_reason"] for event in events] == [""] * (len(events) - 1) + ["length"]
+    assert len(events) <= 5
+    one = served.events(input_ids=[5, 6, 7], max_tokens=3, ignore_eos=True, stream_interval=3, temperature=0.8, seed=3)
+    other = served.events(input_ids=[5, 6, 7], max_tokens=3, ignore_eos=True, stream_interval=3, temperature="0.8", seed=3)
+    assert one == other
+
+
+def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
+    for _ in range(2 * SLOTS):
+        [event] = served.events(text="x", max_tokens=3, temperature="hot")
+        assert "parameter 'temperature' is 'hot'" in event["error"]
+    [event] = served.events(text="x")
+    assert event["error"].startswith("INPLACE-BAD_PARAMETER retryable=0")
+    assert "parameter 'max_tokens' is missing" in event["error"]
+    with ThreadPoolExecutor(2 * SLOTS) as pool:
+        said = list(pool.map(lambda seed: served.events(input_ids=prompt(seed, 5), max_tokens=6, ignore_eos=True), range(2 * SLOTS)))
+    assert all(events[-1]["finish_reason"] == "length" for events in said)
+
+
+def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
+    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
+    body = json.dumps({"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True}).encode()
+    pages = [urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) for _ in range(SLOTS)]
+    for page in pages:
+        page.readline()
+        page.close()
+    begin = time.monotonic()
+    with Stream(served) as stream:
+        while (answer := stream.ask("next", [1], end=True)).error:
+            assert "INPLACE-NO_FREE_SLOT" in answer.error
+            assert time.monotonic() - begin < 5.0
+            time.sleep(0.01)
+
+
+def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(served: Served) -> None:
+    value = InferInput("value", [1, 4], "FP32")
+    value.set_data_from_numpy(np.full((1, 4), 2, dtype=np.float32))
+    with Stream(served, "sums") as stream:
+        assert stream.send([value], ("sum",), "s", True, False, {}).step == [2.0] * 4
+        assert "is no language model and generates nothing" in stream.send([value], ("sum",), "s", False, False, {"max_tokens": 1}).error
+        assert stream.send([value], ("sum",), "s", False, True, {}).step == [4.0] * 4
+
+
+def test_a_unary_request_is_refused_by_triton(served: Served) -> None:
+    with InferenceServerClient(served.server.grpc_url) as client, pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+        client.infer("llama", [ids_input([1])], sequence_id=1, sequence_start=True)

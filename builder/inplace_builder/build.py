@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +11,19 @@ from typing import Literal
 import torch
 from inplace import __version__
 from inplace.dtypes import Dtype
-from inplace.errors import LoadError
 from inplace.files import StrandedError, occupied, published
-from inplace.front import FILE_NAME as FRONT_FILE
-from inplace.front import SUFFIX, FrontFile
 from inplace.manifest import FILE_NAME, Kind, Manifest
-from inplace.settings import MOST_WAITING
-from inplace.text import TOKENIZER_FILE
-from inplace.text import TOKENIZER_FOLDER as TOKENIZER
+from inplace.text import TOKENIZER_FILE, TOKENIZER_FOLDER
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
 from inplace_builder.engine_files import ENGINES, Written, write_tensorrt, write_torch
 from inplace_builder.errors import BuildError
-from inplace_builder.model_config import Language, front_config, model_config
+from inplace_builder.front import MODEL_VERSION, front_occupied, front_of, remove_front, write_front
+from inplace_builder.model_config import Language, model_config
 from inplace_builder.verify import verify
 
-VERSION = "1"
-"""Triton's model version, the folder the engine lies in."""
-
+VERSION, TOKENIZER = MODEL_VERSION, TOKENIZER_FOLDER
 DTYPES = {"cpu": (Dtype.FLOAT32, Dtype.BFLOAT16), "cuda": (Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32)}
 
 LONGEST = 1e12
@@ -207,8 +200,7 @@ def write_engine(
             f"a batch of {capture.program.max_rows} rows needs as many slots; there are {options.slots}: raise slots or lower the batch"
         )
     generates = options.serve == "stream" and capture.program.language is not None
-    front = output.with_name(output.name + SUFFIX)
-    with _published(output) as draft, _published(front) if generates else contextlib.nullcontext() as front_draft:
+    with _published(output) as draft, _published(front_of(output)) if generates else contextlib.nullcontext() as front_draft:
         folder = draft / VERSION
         stage("write the engine")
         with _disk_errors(output):
@@ -245,9 +237,9 @@ def write_engine(
             manifest.save(folder)
             (draft / "config.pbtxt").write_text(config.text())
             if front_draft is not None and language is not None:
-                _write_front(front_draft, front.name, manifest, language)
+                write_front(front_draft, manifest, language)
     if not generates:
-        _remove_front(front, output.name)
+        remove_front(output)
     return manifest
 
 
@@ -280,22 +272,8 @@ def check_output(output: Path, options: BuildOptions) -> None:
     """BuildError if ``output`` holds something that is not an engine directory, or its front's place something that is no front."""
     if (reason := occupied(output, Path(VERSION, FILE_NAME))) is not None:
         raise BuildError(reason)
-    if options.serve == "stream" and (reason := occupied(output.with_name(output.name + SUFFIX), Path(VERSION, FRONT_FILE))) is not None:
-        raise BuildError(f"{reason}; a stream model's front is written there")
-
-
-def _write_front(draft: Path, name: str, manifest: Manifest, language: Language) -> None:
-    """The model that HTTP clients generate with."""
-    (draft / VERSION).mkdir()
-    FrontFile(model=manifest.name, most=manifest.slots + MOST_WAITING).save(draft / VERSION)
-    (draft / "config.pbtxt").write_text(front_config(name, language).text())
-
-
-def _remove_front(front: Path, model: str) -> None:
-    """Remove the front of an earlier build, which would now pass requests on to a model that takes none."""
-    with contextlib.suppress(LoadError, OSError):
-        if FrontFile.load(front / VERSION).model == model:
-            shutil.rmtree(front)
+    if options.serve == "stream" and (reason := front_occupied(output)) is not None:
+        raise BuildError(reason)
 
 
 @contextlib.contextmanager

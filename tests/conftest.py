@@ -19,9 +19,9 @@ from tritonclient.grpc import InferenceServerClient
 with contextlib.suppress(ImportError):  # a machine that only runs the tests of a GPU may lack it
     import hypothesis
 
-    every = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
-    hypothesis.settings.register_profile("few", max_examples=50, derandomize=True, **every)
-    hypothesis.settings.register_profile("full", max_examples=500, **every)
+    every = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True)
+    hypothesis.settings.register_profile("few", every, max_examples=50, derandomize=True)
+    hypothesis.settings.register_profile("full", every, max_examples=500)
     hypothesis.settings.load_profile("few")  # another one with --hypothesis-profile
 
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy

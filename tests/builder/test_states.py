@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from inplace.specs import Update
-from inplace_builder.capture.exported import capture_exported, inline_lifted_buffers
+from inplace_builder.capture import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.passes.states import Owner
 from state_modules import compare, operators

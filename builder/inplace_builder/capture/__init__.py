@@ -1,9 +1,11 @@
 """Capture: from a model to a graph on the ``inplace::`` operators."""
 
+from inplace_builder.capture.buffers import inline_lifted_buffers
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.decoder import DecoderOptions
-from inplace_builder.capture.exported import ExportedCapture, capture_exported, inline_lifted_buffers
+from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.capture.exported_decoder import capture_exported_decoder
+from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.capture.huggingface import capture_decoder
 from inplace_builder.capture.loading import load_decoder
 from inplace_builder.capture.module import capture_module
@@ -12,10 +14,12 @@ __all__ = [
     "Capture",
     "DecoderOptions",
     "ExportedCapture",
+    "Functional",
     "capture_decoder",
     "capture_exported",
     "capture_exported_decoder",
     "capture_module",
     "inline_lifted_buffers",
+    "lift_mutated_buffers",
     "load_decoder",
 ]

@@ -1,7 +1,6 @@
 """Frontend for a user's own module: its states are found, its updates recognised."""
 
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter
 
 from inplace_builder.capture.capture import any_size
-from inplace_builder.capture.functional import Functional, functional
+from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.cleanup import remove_no_ops
 from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
 from inplace_builder.passes.rewrite import SLOTS, rewrite
 from inplace_builder.passes.state_uses import check_state_uses
-from inplace_builder.passes.states import Owner, State, common_rows
+from inplace_builder.passes.states import State, common_rows
 from inplace_builder.passes.user_operators import place_user_operators
 
 
@@ -85,7 +84,7 @@ def capture_exported(
     Raises:
         BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if ``strict``, a write is not recognised.
     """
-    found = functional(module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
+    found = lift_mutated_buffers(module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
     if unknown := sorted(set(consecutive) - set(found.inputs)):
         raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
     if SLOTS in (*found.inputs, *(state.name for state in found.states)):
@@ -191,44 +190,3 @@ def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
                     spec.arg.name = new
             node.name = node.target = new
     exported.graph_module.recompile()
-
-
-def inline_lifted_buffers(capture: ExportedCapture) -> GraphModule:
-    """The rewritten graph as a plain module that holds its own states again.
-
-    The inverse of lifting: module-owned states become buffers under their old names, updated in place by each call; caller-owned ones stay
-    arguments, in the module's own shape with the slot axis in front (`State.bound`).
-
-    Returns:
-        A module of the inputs, then the caller-owned states.
-    """
-    module = deepcopy(capture.graph_module)
-    graph = module.graph
-    owned: dict[str, tuple[str, Tensor]] = {SLOTS: (f"_{SLOTS}", capture.slots())}
-    for state in capture.states:
-        if state.found.owner is Owner.MODULE:
-            owned[state.name] = (state.found.source, state.bound(state.found.initial.clone()))
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.name in owned:
-            target, tensor = owned[node.name]
-            _register(module, target, tensor)
-            with graph.inserting_before(node):
-                held = graph.create_node("get_attr", target)
-            held.meta.update(node.meta)
-            node.replace_all_uses_with(held)
-            graph.erase_node(node)
-    for node in reversed([node for node in graph.nodes if node.op == "get_attr"]):
-        last = next((other for other in reversed(graph.nodes) if other.op == "placeholder"), None)
-        if last is not None:
-            last.append(node)
-    module.recompile()
-    return module
-
-
-def _register(module: torch.nn.Module, target: str, tensor: Tensor) -> None:
-    *parents, name = target.split(".")
-    for parent in parents:
-        if not hasattr(module, parent):
-            module.add_module(parent, torch.nn.Module())
-        module = getattr(module, parent)
-    module.register_buffer(name, tensor)

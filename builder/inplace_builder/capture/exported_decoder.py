@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from inplace_builder.capture.capture import Capture, Reference, any_size, described
 from inplace_builder.capture.decoder import CONTROLS, TOKENS, Cache, DecoderOptions, StepExamples, cache_states, decoder_program
 from inplace_builder.capture.exported import Interpreted, rename_inputs, without_unused
-from inplace_builder.capture.functional import Functional, functional
+from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.decoder import Decoder, prove_decoder
 from inplace_builder.passes.emit import dtype, shape
@@ -59,7 +59,7 @@ def capture_exported_decoder(
         BuildError: torch.export cannot capture the module, or it is not proved that tokens of several sequences may lie behind one another:
             an attention that is not causal or windowed over its own cache, an operator that mixes tokens, a state that is no cache.
     """
-    found = functional(module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
+    found = lift_mutated_buffers(module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
     if unknown := sorted(set(consecutive) - set(found.inputs)):
         raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
     graph = found.graph_module.graph

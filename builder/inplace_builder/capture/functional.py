@@ -41,7 +41,7 @@ class Functional:
     ranges: Mapping[Any, Any]
 
 
-def functional(
+def lift_mutated_buffers(
     module: torch.nn.Module | ExportedProgram,
     example_inputs: Sequence[Any],
     *,
@@ -49,7 +49,9 @@ def functional(
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Functional:
-    """Export a module, or take an exported one, and find its states: the inputs and buffers that it mutates.
+    """Export a module, or take an exported one, and lift its states, the inputs and buffers that it mutates, to inputs of a function.
+
+    `inplace_builder.capture.buffers.inline_lifted_buffers` is the inverse.
 
     Raises:
         BuildError: torch.export cannot capture the module; ``states`` names something else than what is mutated; two tensors of which one
@@ -64,7 +66,7 @@ def functional(
             program = exported.run_decompositions({})
     except Exception as error:
         raise BuildError(f"torch.export cannot make the module functional: {brief(error)}") from error
-    made = _lifted(program, exported.example_inputs)
+    made = _lift(program, exported.example_inputs)
     if states != "auto":
         _check_declared(made.states, {states} if isinstance(states, str) else set(states))
     if not made.states:
@@ -195,8 +197,8 @@ def _writer(node: Node) -> Node | None:
     return None
 
 
-def _lifted(program: ExportedProgram, examples: Any) -> Functional:
-    """`lift_mutated_buffers` of a functional program: what is mutated becomes an input, everything else of the module an attribute."""
+def _lift(program: ExportedProgram, examples: Any) -> Functional:
+    """What is mutated becomes an input, everything else of the module an attribute."""
     graph, signature = program.graph_module.graph, program.graph_signature
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     leaves = iter(torch.utils._pytree.tree_leaves(examples or ((), {})))

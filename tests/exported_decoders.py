@@ -49,16 +49,16 @@ def exported(model: PreTrainedModel, *, dynamic: bool, capacity: int = 48, stric
         model.generation_config.cache_implementation = "static"
         model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": capacity, "device": "cpu"}
         if not dynamic:
-            program: ExportedProgram = convert_and_export_with_cache(model)
-            return program
+            alone: ExportedProgram = convert_and_export_with_cache(model)
+            return alone
         module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=capacity)
-        program = module.export(
+        program: ExportedProgram = module.export(
             input_ids=torch.zeros(1, 4, dtype=torch.int64),
             cache_position=torch.arange(4),
             dynamic_shapes={"input_ids": {1: Dim.DYNAMIC}, "cache_position": {0: Dim.DYNAMIC}},
             strict=strict,
         )
-        return program
+    return program
 
 
 def rows_say(instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

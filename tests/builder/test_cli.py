@@ -72,8 +72,10 @@ def test_name_puts_the_model_into_the_repository_under_that_name(llama: Path) ->
 
 
 def test_the_options_reach_the_engine(llama: Path) -> None:
-    build(llama, "--output", "m", "--max-batch", "3", "--dtype", "bfloat16", "--idle-timeout", "7.5", "--queue-delay-us", "123")
+    rows, times = ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"), ("--idle-timeout", "7.5", "--queue-delay-us", "123")
+    build(llama, "--output", "m", *rows, *times)
     manifest = Manifest.load(Path("m/1"))
+    assert manifest.min_capacity == 16
     program = manifest.program("step")
     assert (manifest.slots, manifest.capacity, program.max_rows, program.chunk, manifest.engine.dtype) == (4, 32, 3, 8, "bfloat16")
     config = Path("m/config.pbtxt").read_text()

@@ -5,6 +5,7 @@ from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.decoder import DecoderOptions
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.capture.exported_decoder import capture_exported_decoder
+from inplace_builder.capture.exported_rows import RowOptions, capture_exported_rows
 from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.capture.huggingface import capture_decoder
 from inplace_builder.capture.loading import load_decoder
@@ -15,9 +16,11 @@ __all__ = [
     "DecoderOptions",
     "ExportedCapture",
     "Functional",
+    "RowOptions",
     "capture_decoder",
     "capture_exported",
     "capture_exported_decoder",
+    "capture_exported_rows",
     "capture_module",
     "inline_lifted_buffers",
     "lift_mutated_buffers",

@@ -1,0 +1,214 @@
+"""Frontend for any module of one sequence: served with a row for each sequence, by `torch.vmap` over slots."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from inplace.dtypes import Dtype
+from inplace.manifest import Program
+from inplace.specs import Role, StateSpec, TensorSpec, Update
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from inplace_builder.capture.capture import Capture, any_size, control, described
+from inplace_builder.capture.exported import ExportedCapture, Interpreted, capture_exported, rename_inputs
+from inplace_builder.errors import BuildError, brief
+from inplace_builder.passes.batching import WRITTEN_OUT  # it also registers what vmap does with the operators on states
+from inplace_builder.passes.rewrite import SLOTS
+from inplace_builder.passes.states import State
+
+EXAMPLE_ROWS, EXAMPLE_SLOTS = 9973, 9967
+"""Primes that no module has: tracing takes equal extents for one, and what is a multiple of the first is a number of rows."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What a module is built for.
+
+    Attributes:
+        max_rows: most sequences in one step, at least 2.
+        positions: the input that says where the sequence is, an integer tensor of one entry: the runtime fills it with the number of
+            requests so far. None where the module counts for itself or does not care.
+        requests: most requests of one sequence; None is what the states that are appended to have room for.
+        outputs: names of the outputs; None is ``output_0``, ….
+    """
+
+    max_rows: int
+    positions: str | None = None
+    requests: int | None = None
+    outputs: tuple[str, ...] | None = None
+
+
+def capture_exported_rows(
+    module: torch.nn.Module | ExportedProgram,
+    options: RowOptions,
+    example_inputs: Sequence[Any] = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Capture:
+    """Capture a module of one sequence for an engine that steps several, one request of each.
+
+    States are found as by `capture_exported`; each sequence begins with what they held at capture. Inputs and outputs ``[1, …]`` lose
+    that axis, which a server has for its batch; others get one.
+
+    Args:
+        module: the module, or ``torch.export.export`` of it; every extent is fixed.
+        options: what to build for.
+        example_inputs: positional arguments of the module.
+        kwargs: keyword arguments.
+
+    Raises:
+        BuildError: torch.export cannot capture the module or its `torch.vmap`; an extent varies; a state begins with different numbers; the
+            module appends, and neither ``positions`` nor ``requests`` says how long a sequence may be.
+    """
+    found = capture_exported(module, example_inputs, kwargs=kwargs)
+    if found.rows != 1:
+        raise BuildError(f"the module already steps {found.rows} rows, each at its own position; give one of a single sequence")
+    states = tuple(_spec(state, options) for state in found.states)
+    capacity = options.requests
+    if capacity is None and any(state.update is Update.APPEND for state in found.states):
+        ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
+        if not ends:
+            raise BuildError("the module appends to its states: name the input that says where (positions), or how often it may (requests)")
+        capacity = min(ends)
+    rows = _Rows(found, options)
+    program = Program(
+        name="step",
+        row_layout="rectangular",
+        inputs=(*rows.inputs, control(SLOTS, Role.SLOTS)),
+        outputs=rows.outputs,
+        aliases=(),
+        max_rows=options.max_rows,
+        chunk=1,
+    )
+    count, slots = Dim("rows", min=1, max=max(2, options.max_rows)), Dim("slots", min=1)
+    arguments = [torch.zeros((EXAMPLE_ROWS, *spec.shape), dtype=spec.dtype.as_torch) for spec in program.inputs]
+    memory = [torch.full((EXAMPLE_SLOTS, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
+    shapes = ((*({0: count} for _ in arguments), *({0: slots} for _ in memory)),)
+    try:
+        with torch.no_grad(), any_size():
+            # torch.export would keep what vmap is made of; traced below it, only operators are left
+            traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments, *memory)
+            _free_rows(traced)
+            examples = (*(x[:2] for x in arguments), *(x[:2] for x in memory))
+            exported = torch.export.export(Interpreted(traced), examples, dynamic_shapes=shapes)
+    except Exception as error:
+        raise BuildError(f"torch.vmap cannot make rows of the module: {brief(error)}") from error
+    rename_inputs(exported, [*(spec.name for spec in program.inputs), *(spec.name for spec in states)])
+    program, lowering = described(exported, program, states)
+    weights = next((Dtype.of(held.dtype) for held in found.graph_module.parameters()), states[0].dtype)
+    return Capture(exported, program, states, capacity, weights, lowering, rows.alone)
+
+
+def _free_rows(traced: GraphModule) -> None:
+    """Let the graph ask for the number of rows wherever a batching rule of torch's wrote down that of the example."""
+    graph = traced.graph
+    graph.eliminate_dead_code()  # questions about extents, which would fix them
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        count = graph.call_function(torch.ops.aten.sym_size.int, (inputs[0], 0))
+    for node in list(graph.nodes):
+
+        def free(number: Any, node: Node = node) -> Any:
+            if type(number) is not int or number == 0 or number % EXAMPLE_ROWS or abs(number) >= 2**31:
+                return number
+            with graph.inserting_before(node):
+                return count if number == EXAMPLE_ROWS else graph.call_function(operator.mul, (count, number // EXAMPLE_ROWS))
+
+        if node.op == "call_function" and node is not count:
+            node.args, node.kwargs = (torch.fx.node.map_aggregate(given, free) for given in (node.args, node.kwargs))
+    traced.recompile()
+
+
+def _spec(state: State, options: RowOptions) -> StateSpec:
+    """What the manifest says of a state."""
+    initial, spec = state.found.initial, state.spec()
+    if initial.numel() and not bool((initial == initial.reshape(-1)[0]).all()):
+        raise BuildError(f"state {state.found.source} begins with different numbers; a fresh slot holds one number everywhere")
+    if spec.update is Update.APPEND and options.positions is None:  # where it writes is known to the module alone
+        return spec.model_copy(update={"update": Update.REPLACE, "axis": None})
+    return spec
+
+
+class _Batched(Interpreter):
+    """Runs a graph under `torch.vmap`; operators without a batching rule are written out."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operator."""
+        return super().call_function(WRITTEN_OUT.get(target, target), args, kwargs)
+
+
+class _Rows(torch.nn.Module):
+    """The module over rows: ``forward(*inputs [rows, …], slots [rows], *states [slots, …])``."""
+
+    def __init__(self, found: ExportedCapture, options: RowOptions) -> None:
+        super().__init__()
+        self.body = found.graph_module
+        values = {node.name: node.meta["val"] for node in found.exported.graph.nodes if node.op == "placeholder"}
+        self.inputs = tuple(_input(name, values[name], options) for name in found.inputs)
+        self.shapes = [tuple(values[name].shape) for name in found.inputs]
+        returned = found.exported.graph.output_node().args[0]
+        assert isinstance(returned, tuple | list)
+        names = options.outputs if options.outputs is not None else tuple(f"output_{place}" for place in range(len(returned)))
+        if len(names) != len(returned):
+            raise BuildError(f"the module returns {len(returned)} outputs, {len(names)} names were given: {list(names)}")
+        self.outputs = tuple(_output(name, node.meta["val"]) for name, node in zip(names, returned, strict=True))
+        self.states = found.states
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """One request of each row."""
+        count = len(self.inputs) + 1
+        per_row, states = given[:count], given[count:]
+
+        def one(*arguments: Tensor) -> tuple[Tensor, ...]:
+            *inputs, slot = arguments
+            shaped = [x.reshape(shape) for x, shape in zip(inputs, self.shapes, strict=True)]
+            with torch.fx.traceback.preserve_node_meta():
+                results = torch.utils._pytree.tree_leaves(_Batched(self.body).run(*shaped, slot.reshape(1), *states))
+            return tuple(x.reshape(spec.shape) for x, spec in zip(results, self.outputs, strict=True))
+
+        found = torch.vmap(one)(*per_row)
+        return found if isinstance(found, tuple) else (found,)
+
+    def alone(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The last of a sequence's requests, from the beginning, in the graph of one sequence."""
+        memory = [state.bound(state.found.initial.clone()) for state in self.states]
+        results: list[Tensor] = []
+        for index, request in enumerate(requests):
+            inputs = [_alone(spec, shape, request, index) for spec, shape in zip(self.inputs, self.shapes, strict=True)]
+            with torch.no_grad():
+                results = torch.utils._pytree.tree_leaves(self.body(*inputs, torch.zeros(1, dtype=torch.int32), *memory))
+        return {spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=True)}
+
+
+def _alone(spec: TensorSpec, shape: tuple[int, ...], request: Mapping[str, Tensor], index: int) -> Tensor:
+    """The module's own input for a sequence's ``index``-th request."""
+    if spec.role is Role.WRITE_INDICES:
+        return torch.full(shape, index, dtype=spec.dtype.as_torch)
+    return request[spec.name].reshape(shape)
+
+
+def _input(name: str, held: Any, options: RowOptions) -> TensorSpec:
+    if not isinstance(held, Tensor) or any(not isinstance(extent, int) for extent in held.shape):
+        raise BuildError(f"input {name} is no tensor of fixed extents; a row of a step has one entry of every input")
+    if name == options.positions:
+        if held.numel() != 1 or held.is_floating_point():
+            raise BuildError(f"input {name} {tuple(held.shape)} of {held.dtype} is no position: an integer tensor of one entry")
+        return TensorSpec(name=name, role=Role.WRITE_INDICES, dtype=Dtype.of(held.dtype))
+    return TensorSpec(name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_of_one(held))
+
+
+def _output(name: str, held: Any) -> TensorSpec:
+    if not isinstance(held, Tensor):
+        raise BuildError(f"output {name} is {held!r}, which is no tensor")
+    return TensorSpec(name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_of_one(held))
+
+
+def _of_one(held: Tensor) -> tuple[int, ...]:
+    """The extents of one request: without a batch of one; at least one axis."""
+    extents = tuple(held.shape)
+    return (extents[1:] if len(extents) > 1 and extents[0] == 1 else extents) or (1,)

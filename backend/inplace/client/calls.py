@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from tritonclient.utils import np_to_triton_dtype
 Array = NDArray[np.generic]
 Parameter = str | int | float | bool
 """A custom parameter. Numbers with a fraction travel as texts: Triton's gRPC endpoint takes no others."""
+
+ROUTE = "inplace-sequence"
+"""The gRPC metadata by whose hash a router sends every request of a sequence to the same server."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Call:
     def generates(self) -> bool:
         """Whether tokens stream back."""
         return "max_tokens" in self.parameters
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a router before several servers finds the sequence's server by, see docs/operations.md."""
+        return {ROUTE: quote(str(self.sequence))}
 
     def arguments(self, model: str) -> dict[str, Any]:
         """As tritonclient's ``infer`` and its streams take it."""

@@ -56,9 +56,9 @@ class Client:
             self._models[name] = Model.of(self.connection(server).get_model_config(name, client_timeout=timeout).config)
         return self._models[name]
 
-    def stream(self, server: str) -> Stream:
+    def stream(self, server: str, headers: dict[str, str]) -> Stream:
         """A stream to one of the servers. tritonclient has one a connection, so it gets a connection of its own."""
-        return Stream(self._connect(server), close=True)
+        return Stream(self._connect(server), headers, close=True)
 
     def close(self) -> None:
         """Close the connections. Sequences that are still open keep their slots until they are idle for too long."""
@@ -83,9 +83,9 @@ class Borrowed(Client):
     def __init__(self, connection: InferenceServerClient) -> None:
         super().__init__("(your connection)", retry=ONCE, connect=lambda url: connection)
 
-    def stream(self, server: str) -> Stream:
+    def stream(self, server: str, headers: dict[str, str]) -> Stream:
         """The connection's only stream."""
-        return Stream(self.connection(server), close=False)
+        return Stream(self.connection(server), headers, close=False)
 
     def close(self) -> None:
         """Leave the connection to its owner."""

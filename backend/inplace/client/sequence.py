@@ -170,12 +170,12 @@ class Sequence(SequenceBase):
         with self._judging(call):
             connection = self._client.connection(self._server)
             self._ledger.sent(call, model)
-            return outputs_of(connection.infer(**call.arguments(self.model), client_timeout=self.timeout))
+            return outputs_of(connection.infer(**call.arguments(self.model), headers=call.headers, client_timeout=self.timeout))
 
     def _send(self, call: Call, model: Model) -> None:
         with self._judging(call):
             if self._stream is None:
-                self._stream = self._client.stream(self._server)
+                self._stream = self._client.stream(self._server, call.headers)
             self._ledger.sent(call, model)
             self._stream.send(call, self.model)
 

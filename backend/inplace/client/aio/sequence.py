@@ -1,129 +1,25 @@
-"""The client for asyncio: the same sequences, retries and replay as `inplace.client`, over `tritonclient.grpc.aio`."""
+"""Sequences of an asyncio client."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
-import grpc
 import numpy as np
-from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+from inplace.client.aio.client import Client
+from inplace.client.aio.stream import Stream
 from inplace.client.base import GenerationBase, Options, SequenceBase, generation
 from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
-from inplace.client.client import CHANNEL
-from inplace.client.endpoints import Endpoints
-from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError, concerns, silent
+from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
-from inplace.client.retry import Retry
 from inplace.client.want import TOKENS, Part, Want
 
 Result = TypeVar("Result")
-Connect = Callable[[str], InferenceServerClient]
-
-
-class Client:
-    """Servers that serve the same models, for one event loop; see `inplace.client.Client`.
-
-    Args:
-        servers: ``host:port`` of a gRPC endpoint, or several.
-        retry: how often a request is tried again.
-        connect: makes a connection, for TLS or other channel options; plain text if None.
-    """
-
-    def __init__(self, servers: str | Iterable[str], *, retry: Retry | None = None, connect: Connect | None = None) -> None:
-        self.endpoints = Endpoints([servers] if isinstance(servers, str) else list(servers))
-        self.retry = retry or Retry()
-        self._connect: Connect = connect or (lambda url: InferenceServerClient(url, channel_args=CHANNEL))
-        self._connections: dict[str, InferenceServerClient] = {}
-        self._models: dict[str, Model] = {}
-
-    def connection(self, server: str) -> InferenceServerClient:
-        """The connection to one of the servers, for what Triton offers beside sequences: health, statistics, model control."""
-        if server not in self._connections:
-            self._connections[server] = self._connect(server)
-        return self._connections[server]
-
-    async def model(self, server: str, name: str, timeout: float) -> Model:
-        """What a model is; the server is asked once.
-
-        Raises:
-            tritonclient.utils.InferenceServerException: it serves no such model, or does not answer.
-        """
-        if name not in self._models:
-            answer = await self.connection(server).get_model_config(name, client_timeout=timeout)
-            self._models[name] = Model.of(answer.config)
-        return self._models[name]
-
-    async def close(self) -> None:
-        """Close the connections. Sequences that are still open keep their slots until they are idle for too long."""
-        while self._connections:
-            await self._connections.popitem()[1].close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
-
-
-class Stream:
-    """One gRPC stream of one sequence. What arrives is kept until it is asked for: a caller that is cancelled loses nothing.
-
-    Args:
-        connection: to the server.
-    """
-
-    def __init__(self, connection: InferenceServerClient) -> None:
-        self._requests: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._answers: asyncio.Queue[tuple[Any, InferenceServerException | None]] = asyncio.Queue()
-        self._responses = connection.stream_infer(self._sent())
-        self._reader = asyncio.create_task(self._read())
-
-    def send(self, call: Call, model: str) -> None:
-        """Put a request on its way."""
-        self._requests.put_nowait(call.arguments(model))
-
-    async def receive(self, call: Call, timeout: float) -> dict[str, Array]:
-        """The outputs of the next response to a request; those to earlier ones are dropped.
-
-        Raises:
-            tritonclient.utils.InferenceServerException: an error came, the stream broke, or nothing came for ``timeout`` seconds.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(timeout):
-                    result, error = await self._answers.get()
-            except TimeoutError:
-                raise silent(timeout) from None
-            if error is not None and concerns(error, call.request):
-                raise error
-            if result is not None and result.get_response().id == call.request:
-                return outputs_of(result)
-
-    async def close(self) -> None:
-        """Close it; the server cancels what is still to come."""
-        self._requests.put_nowait(None)
-        self._responses.cancel()
-        self._reader.cancel()
-        await asyncio.wait([self._reader])
-
-    async def _sent(self) -> AsyncIterator[dict[str, Any]]:
-        while (request := await self._requests.get()) is not None:
-            yield request
-
-    async def _read(self) -> None:
-        try:
-            async for answer in self._responses:
-                self._answers.put_nowait(answer)
-            ended = InferenceServerException("the server closed the stream", str(grpc.StatusCode.UNAVAILABLE))
-        except grpc.RpcError as error:
-            ended = InferenceServerException(error.details(), str(error.code()))
-        self._answers.put_nowait((None, ended))
 
 
 class Sequence(SequenceBase):
@@ -239,11 +135,11 @@ class Sequence(SequenceBase):
         with self._judging(call):
             connection = self._client.connection(self._server)
             self._ledger.sent(call, model)
-            return outputs_of(await connection.infer(**call.arguments(self.model), client_timeout=self.timeout))
+            return outputs_of(await connection.infer(**call.arguments(self.model), headers=call.headers, client_timeout=self.timeout))
 
     def _send(self, call: Call, model: Model) -> None:
         if self._stream is None:
-            self._stream = Stream(self._client.connection(self._server))
+            self._stream = Stream(self._client.connection(self._server), call.headers)
         self._ledger.sent(call, model)
         self._stream.send(call, self.model)
 

@@ -13,7 +13,21 @@ Damage = Callable[[Message, random.Random], None]
 DTYPES = ("BOOL", "INT8", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64", "BYTES", "BF16", "FOO", "", "int64")
 TEXTS = ("", "x", "-", "naïve ☃ \U0001f600", "new\nline", 'quote"\\', "%s%n{}", "\x00\x01", "a" * 5000)
 NUMBERS = (0, 1, -1, 7, 2**31, 2**32 + 7, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1)
-NAMES = ("logits", "temperature", "top_k", "top_p", "seed", "position", "max_tokens", "sequence_key", "timeout", "priority", "unheard of")
+NAMES = (
+    "logits",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "position",
+    "max_tokens",
+    "stream_interval",
+    "ignore_eos",
+    "sequence_key",
+    "timeout",
+    "priority",
+    "unheard of",
+)
 
 
 def _fill(request: Message, values: list[int] | list[float], dtype: str = "INT64") -> None:
@@ -120,14 +134,48 @@ def wrong_parameter(request: Message, rng: random.Random) -> None:
     put(request, name, value)
 
 
+def wrong_generation(request: Message, rng: random.Random) -> None:
+    """Limits that a generation cannot have."""
+    name, value = rng.choice(
+        (
+            ("max_tokens", rng.choice((0, -1, "0", "many", True, -(2**63)))),
+            ("stream_interval", rng.choice((0, -3, "x", False))),
+            ("ignore_eos", rng.choice(("perhaps", 7))),
+            ("logits", True),
+        )
+    )
+    put(request, "max_tokens", 3)
+    put(request, name, value)
+
+
+def wrong_text(request: Message, rng: random.Random) -> None:
+    """A text that is none, or not the only prompt."""
+    request.inputs.add(name="text", datatype="BYTES", shape=[1, 1])
+    word = b"\x04\x00\x00\x00word"
+    wrong = (b"\x02\x00\x00\x00\xff\xfe", b"\xff\xff\xff\x7fword", b"\x04\x00", b"", word + word, b"\x00\x00\x00\x00")
+    if rng.random() < 0.8:
+        del request.inputs[0], request.raw_input_contents[0]
+        request.raw_input_contents.append(rng.choice(wrong))
+    else:
+        request.raw_input_contents.append(word)
+
+
 REFUSED: dict[str, Damage] = {
     f.__name__: f
     for f in (
         wrong_values, no_values, too_many_values, other_dtype, other_shape, other_bytes, fewer_contents, other_input,
-        no_input, more_inputs, unknown_output, other_version, shared_memory, wrong_parameter,
+        no_input, more_inputs, unknown_output, other_version, shared_memory, wrong_parameter, wrong_generation, wrong_text,
     )
 }  # fmt: skip
 """After any one of these a request must be refused."""
+
+NOT_FOR = {
+    "llama": {"wrong_generation"},
+    "stream": {"other_version"},
+    "accumulator": {"wrong_generation", "wrong_parameter"},
+}
+"""Those that are nothing to a model: it does not know the parameters. A request over a gRPC stream that names a model or a version which is
+not there, after others that were answered, aborts tritonserver 2.51 ("ASSERTION FAILED: !byte_buffer->Valid()" in its gRPC frontend)."""
 
 
 def unknown_parameter(request: Message, rng: random.Random) -> None:
@@ -149,7 +197,8 @@ def typed_contents(request: Message, _: random.Random) -> None:
 
 
 def named_outputs(request: Message, _: random.Random) -> None:
-    request.outputs.add(name="next_token" if request.model_name == "llama" else "sum")
+    generates = "max_tokens" in request.parameters
+    request.outputs.add(name="sum" if request.model_name == "accumulator" else "tokens" if generates else "next_token")
 
 
 def more_contents(request: Message, rng: random.Random) -> None:
@@ -169,7 +218,7 @@ def random_tensor(request: Message, rng: random.Random) -> None:
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         shape = [rng.choice((1, 1, 1, 2, 3, 4, 0, -1, 100)) for _ in range(rng.choice((2, 2, 2, 0, 1, 3, 6)))]
         shape[:1] = [shape[0] or 1] if shape else []
-        name = rng.choice(("input_ids", "value", "slots", "", "text", "next_token"))
+        name = rng.choice(("input_ids", "value", "slots", "", "text", "stop", "next_token"))
         request.inputs.add(name=name, datatype=rng.choice(DTYPES), shape=shape)
         count = int(np.prod([abs(extent) for extent in shape], dtype=np.int64))
         width = rng.choice((1, 4, 8, 8, 8))
@@ -200,7 +249,7 @@ def no_sequence(request: Message, _: random.Random) -> None:
 
 
 def other_model(request: Message, rng: random.Random) -> None:
-    request.model_name = rng.choice(("llama", "accumulator", "nothing", *TEXTS))
+    request.model_name = rng.choice(("llama", "accumulator", "stream", "nothing", *TEXTS))
 
 
 ANY: dict[str, Damage] = (
@@ -211,10 +260,11 @@ ANY: dict[str, Damage] = (
 """All of them; whether a request is refused after several depends."""
 
 
-def damaged(request: Message, rng: random.Random) -> list[str]:
+def damaged(request: Message, rng: random.Random, *, over_stream: bool) -> list[str]:
     """Damage a request one to three times; returns how. A way that no longer applies is skipped."""
     done = []
-    for name in rng.sample(sorted(ANY), rng.choice((1, 1, 1, 2, 3))):
+    ways = set(ANY) - ({"other_version", "other_model"} if over_stream else set())
+    for name in rng.sample(sorted(ways), rng.choice((1, 1, 1, 2, 3))):
         try:
             ANY[name](request, rng)
         except (IndexError, ValueError):  # an earlier way has removed what this one would change

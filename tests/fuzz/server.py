@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -12,16 +13,19 @@ from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.server import TritonServer
 from models import CAPACITY, CHUNK, accumulator, tiny_llama
 from tritonclient.grpc import service_pb2_grpc
+from vocabulary import save_tokenizer
 
 SLOTS, IDLE = 24, 6.0
 
 
 def built(folder: Path) -> Path:
-    """A repository with the tiny Llama and the accumulator; slots fall free after some seconds."""
+    """A repository with the tiny Llama as a step and as a stream model, and the accumulator; slots fall free after some seconds."""
     repository, source = folder / "repository", folder / "source"
     tiny_llama(source)
+    save_tokenizer(source)
     options = BuildOptions(slots=SLOTS, max_rows=8, capacity=CAPACITY, chunk=CHUNK, idle_timeout=IDLE)
     build_decoder(source, repository / "llama", options)
+    build_decoder(source, repository / "stream", replace(options, serve="stream"))
     write_engine(accumulator(), repository / "accumulator", BuildOptions(slots=SLOTS, max_rows=4, capacity=1, idle_timeout=IDLE))
     return repository
 

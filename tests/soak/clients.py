@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from fuzz.damage import REFUSED
+from fuzz.damage import NOT_FOR, REFUSED
 from soak.line import Line, LostError, RefusedError
 from soak.songs import Song
 
@@ -153,7 +153,7 @@ class Client:
         async for resting in performance.play():
             if resting and rng.random() < 0.3:
                 request = line.request([1], performance.name)
-                how = rng.choice(sorted(REFUSED))
+                how = rng.choice(sorted(set(REFUSED) - NOT_FOR["stream"]))
                 REFUSED[how](request, rng)
                 try:
                     await line.hear(request)

@@ -55,7 +55,10 @@ def soak(folder: Path, *, seconds: float, seed: int, clients: int, songs: int = 
     repository = build(folder, idle)
     book = songbook(open_instance(repository / MODEL), seed, songs)
     with TritonServer(repository, Ports(0, 0, 0), log=folder / "log") as server:
-        return asyncio.run(_live(server, book, seconds, seed, clients, idle, growth))
+        judgement = asyncio.run(_live(server, book, seconds, seed, clients, idle, growth))
+        if status := server.stop():
+            judgement.faults.append(f"the server ended with status {status}")
+    return judgement
 
 
 async def _live(server: TritonServer, book: list[Song], seconds: float, seed: int, clients: int, idle: float, growth: float) -> Judgement:

@@ -78,8 +78,11 @@ class Front:
     def _look(self) -> None:
         while not self._closing.wait(PERIOD):
             for relay in list(self._running.values()):
-                if relay.cancelled():
-                    relay.stop()
+                try:
+                    if relay.cancelled():
+                        relay.stop()
+                except Exception:  # one request that the server cannot speak of must not leave the others unwatched
+                    log.exception("a request was not asked whether it is cancelled")
 
 
 class _Relay:
@@ -148,6 +151,9 @@ class _Relay:
             requested_output_names=[],
             flags=FLAG_END,
         )
-        for response in request.exec(decoupled=True):
-            if response.has_error():
-                log.debug(line("front", sequence=self.sequence, refused=response.error().message()))
+        try:
+            for response in request.exec(decoupled=True):
+                if response.has_error():
+                    log.debug(line("front", sequence=self.sequence, refused=response.error().message()))
+        except Exception as error:  # the stream model is gone, and its sequences with it
+            log.info(line("front", sequence=self.sequence, not_ended=str(error)))

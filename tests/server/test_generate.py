@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,14 @@ def added_to(ids: list[int], tokens: list[int]) -> str:
     before: str = tiny_tokenizer().decode(ids)
     whole: str = tiny_tokenizer().decode(ids + tokens)
     return whole[len(before) :].rstrip("\ufffd")
+
+
+def test_the_example_of_the_documentation_prints_a_text(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    code = document.partition("```python\n")[2].partition("```")[0]
+    assert "my-model" in code
+    exec(code.replace("127.0.0.1:8001", served.server.grpc_url).replace("my-model", "llama"), {})
+    assert capsys.readouterr().out
 
 
 def test_a_text_is_its_tokens_with_the_beginning_of_a_text(served: Served) -> None:

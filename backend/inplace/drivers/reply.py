@@ -62,9 +62,12 @@ class Reply:
         channel: how to send.
         interval: fewest tokens of a response.
         detokenizer: makes the text that tokens add; None where nobody wants it or it comes with the tokens.
+
+    Attributes:
+        done: the final response was sent.
     """
 
-    __slots__ = ("_border", "_channel", "_detokenizer", "_done", "_interval", "_last", "_said", "_turn")
+    __slots__ = ("_border", "_channel", "_detokenizer", "_interval", "_last", "_said", "_turn", "done")
 
     def __init__(self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None) -> None:
         self._channel = channel
@@ -74,7 +77,7 @@ class Reply:
         self._last: Last | None = None
         self._turn = threading.Lock()  # held from when it is queued for a sender until that sender has sent
         self._border = threading.Lock()  # the final response and `cancelled` exclude each other: asking after it ends the server
-        self._done = False
+        self.done = False
 
     def say(self, token: int, text: str | None) -> bool:
         """Add a token, and the text it adds, None where the detokenizer knows. True: the reply must be queued for a sender now."""
@@ -96,16 +99,16 @@ class Reply:
             log.exception("a response could not be sent")
             self._give_up(error)
         self._turn.release()
-        more = not self._done and (self._last is not None or len(self._said) >= self._interval)
+        more = not self.done and (self._last is not None or len(self._said) >= self._interval)
         return more and self._turn.acquire(blocking=False)
 
     def cancelled(self) -> bool:
         """Whether the client has cancelled; False after the final response."""
         with self._border:
-            return not self._done and self._channel.cancelled()
+            return not self.done and self._channel.cancelled()
 
     def _respond(self, last: Last | None, said: list[tuple[int, str | None]]) -> None:
-        if self._done or (last is None and not said):
+        if self.done or (last is None and not said):
             return
         if last is None:
             self._channel.send(self._outputs(said, None), final=False)
@@ -113,7 +116,7 @@ class Reply:
         what = last.what
         outputs = what if isinstance(what, Mapping) else None if isinstance(what, RequestError) else self._outputs(said, last)
         with self._border:
-            self._done = True
+            self.done = True
             if isinstance(what, RequestError):
                 self._channel.refuse(what)
             elif outputs is not None:
@@ -121,9 +124,9 @@ class Reply:
 
     def _give_up(self, error: Exception) -> None:
         with self._border:
-            if self._done:
+            if self.done:
                 return
-            self._done = True
+            self.done = True
             with contextlib.suppress(Exception):
                 self._channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
 

@@ -93,14 +93,17 @@ def streams(repository: Repository, loaded: Opened) -> Iterator[OpenStreams]:
     """Opens ``llama`` behind a stream driver, its arena poisoned and its engine `Watched`; closes every driver."""
     drivers: list[StreamDriver] = []
 
-    def opened(language: Language | None = None, most_waiting: int = 64, idle_timeout: float = 600.0) -> Streams:
+    def opened(language: Language | None = None, most_waiting: int = 64, idle_timeout: float = 600.0, rows: int | None = None) -> Streams:
         key = (repository.path / "llama", None, len(drivers))
         if key not in loaded:
             loaded[key] = open_instance(repository.path / "llama")
         plain = loaded[key]
         for tensor in plain.arena.tensors.values():
             tensor.fill_(float("nan"))
-        instance = ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)
+        program = plain.manifest.program("step")
+        program = program.model_copy(update={"max_rows": rows or program.max_rows})
+        manifest = plain.manifest.model_copy(update={"programs": (program,)})
+        instance = ModelInstance(manifest, plain.arena, Watched(plain.engine), idle_timeout)
         drivers.append(StreamDriver(instance, language or Language(), most_waiting))
         return Streams(drivers[-1])
 

@@ -3,6 +3,7 @@
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -133,6 +134,18 @@ def test_prompts_hold_running_generations_up_by_one_chunk_at_most(streams: OpenS
     for counts in mixed:
         assert counts[:3] == [1, 1, 1]
         assert sum(counts[3:]) <= CHUNK + sum(count == 1 for count in counts[3:])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_more_sequences_than_rows_take_turns(streams: OpenStreams, repository: Repository, rows: int) -> None:
+    driver = streams(rows=rows)
+    said = [driver.generate(f"s{index}", prompt(index, 1 + 5 * index), 12, end=True) for index in range(SLOTS)]
+    for index, heard in enumerate(said):
+        assert heard.wait().tokens == greedy(repository.llama, prompt(index, 1 + 5 * index), 12)
+    assert max(len(slots) for slots in driver.engine.slots) == rows
+    for slot in range(SLOTS):  # none waits for the others to finish
+        steps = [number for number, slots in enumerate(driver.engine.slots) if slot in slots]
+        assert max(after - before for before, after in pairwise(steps)) <= 2 * SLOTS
 
 
 def test_a_response_has_at_least_the_interval_and_the_last_one_the_rest(streams: OpenStreams) -> None:

@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench perf soak fuzz gpu clean
+.PHONY: help demo test test-full test-fast check format bench perf soak fuzz gpu clean
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -16,6 +16,9 @@ demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversat
 
 test: .venv/installed check ## every test, the real model and the real server included (under 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PARALLEL)
+
+test-full: .venv/installed check ## every test, with 500 random modules of each kind instead of 50
+	@$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=full --timeout=3600
 
 test-fast: .venv/installed ## without the server and the real model, for the loop while working
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model"

@@ -195,7 +195,7 @@ DEFECTS = [
     Defect("branch on a value", _branch, because="torch.export cannot capture Broken"),
     Defect("inputs that overlap", _add, _parts, r"input \w+ and input \w+ share memory, and the module writes it at .*random_modules.py"),
     Defect("one tensor as two inputs", _add, lambda: (torch.zeros(4),) * 2, r"input \w+ and input \w+ share memory"),
-    Defect("not contiguous", _add, lambda: (torch.zeros(4, 3).T,), r"has strides \(1, 3\).*contiguous"),
+    Defect("not contiguous", _add, lambda: (torch.zeros(4, 3).T,), r"has strides \(1, 3\), and the module writes it at .*contiguous"),
     Defect("expanded", _add, lambda: (torch.zeros(1).expand(3),), "strides|share memory|single memory location"),
     Defect("no such type", _add, lambda: (torch.zeros(3, dtype=torch.complex64),), "complex64, which no engine takes"),
     Defect(

@@ -3,8 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
 from inplace_builder.capture.capture import any_size
+from inplace_builder.capture.memory import Writer, check_sharing, check_state, first_writer, first_writers, written_elsewhere
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.passes.state_uses import source_line
 from inplace_builder.passes.states import Found, Owner
 
 
@@ -59,18 +58,19 @@ def lift_mutated_buffers(
     """
     exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
     _adopt_constants(exported)
-    _check_sharing(exported)
+    check_sharing(exported)
+    writers = first_writers(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own deprecations
             program = exported.run_decompositions({})
     except Exception as error:
         raise BuildError(f"torch.export cannot make the module functional: {brief(error)}") from error
-    made = _lift(program, exported.example_inputs)
+    made = _lift(program, exported.example_inputs, writers)
     if states != "auto":
         _check_declared(made.states, {states} if isinstance(states, str) else set(states))
     if not made.states:
-        raise BuildError("the module mutates none of its inputs and buffers: it has no state to keep")
+        raise BuildError(f"the module mutates none of its inputs and buffers: it has no state to keep{written_elsewhere(exported, made)}")
     return made
 
 
@@ -104,100 +104,11 @@ def _adopt_constants(exported: ExportedProgram) -> None:
     """
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     for spec in exported.graph_signature.input_specs:
-        if spec.kind is InputKind.CONSTANT_TENSOR and _writer(nodes[spec.arg.name]) is not None:
+        if spec.kind is InputKind.CONSTANT_TENSOR and first_writer(nodes[spec.arg.name]) is not None:
             spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
-def _check_sharing(exported: ExportedProgram) -> None:
-    """Make one of buffers that are the same tensor; refuse memory shared in any other way once it is written.
-
-    Functionalisation takes every input for memory of its own, so what is written through one name would be missing under the other.
-    """
-    tensors = _memory_of_inputs(exported)
-    for (first, a), (second, b) in combinations(tensors.items(), 2):
-        if not _overlap(a, b):
-            continue
-        writer = _writer(first) or _writer(second)
-        if _same(a, b) and first.meta.get("buffer") and second.meta.get("buffer"):
-            _merge(exported, first, second)
-        elif writer is not None:
-            raise BuildError(
-                f"{_title(first)} and {_title(second)} share memory, and the module writes it{source_line(writer)}: keep one tensor and "
-                f"take views of it in forward, or give each memory of its own"
-            )
-
-
-def _title(node: Node) -> str:
-    return f"buffer {node.meta['buffer']}" if node.meta.get("buffer") else f"input {node.name}"
-
-
-def _memory_of_inputs(exported: ExportedProgram) -> dict[Node, Tensor]:
-    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    arguments, named = exported.example_inputs or ((), {})
-    leaves = iter(torch.utils._pytree.tree_leaves((arguments, named)))
-    found: dict[Node, Tensor] = {}
-    for spec in exported.graph_signature.input_specs:
-        name = spec.arg.name
-        if spec.kind is InputKind.USER_INPUT:
-            leaf = next(leaves, None)
-            if isinstance(leaf, Tensor):
-                found[nodes[name]] = leaf
-        elif spec.kind is InputKind.BUFFER and spec.target is not None:
-            held = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
-            if isinstance(held, Tensor):
-                nodes[name].meta["buffer"] = spec.target
-                found[nodes[name]] = held
-    return found
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    first = tensor.data_ptr()
-    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (last + 1) * tensor.element_size()
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if not a.numel() or not b.numel() or a.device != b.device or a.device.type == "meta":
-        return False
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
-    return a_start < b_end and b_start < a_end
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-
-def _merge(exported: ExportedProgram, kept: Node, alias: Node) -> None:
-    """Let every user of the second buffer use the first."""
-    alias.replace_all_uses_with(kept)
-    exported.graph.erase_node(alias)
-    specs = exported.graph_signature.input_specs
-    specs[:] = [spec for spec in specs if spec.arg.name != alias.name]
-    exported.state_dict.pop(alias.meta["buffer"], None)
-    exported.constants.pop(alias.meta["buffer"], None)
-    exported.graph_module.recompile()
-
-
-def _writer(node: Node) -> Node | None:
-    """The first operator that writes a tensor or a view of it, in the graph before functionalisation."""
-    pending, seen = [node], {node}
-    while pending:
-        tensor = pending.pop(0)
-        for user in tensor.users:
-            if not isinstance(user.target, torch._ops.OpOverload) or user in seen:
-                continue
-            for argument, passed in zip(user.target._schema.arguments, user.args, strict=False):
-                if passed is tensor and argument.alias_info is not None:
-                    if argument.alias_info.is_write:
-                        return user
-                    seen.add(user)
-                    pending.append(user)
-    return None
-
-
-def _lift(program: ExportedProgram, examples: Any) -> Functional:
+def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]) -> Functional:
     """What is mutated becomes an input, everything else of the module an attribute."""
     graph, signature = program.graph_module.graph, program.graph_signature
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -231,11 +142,8 @@ def _lift(program: ExportedProgram, examples: Any) -> Functional:
     outputs, values = _outputs(program)
     states = tuple(found[key] for key in values)
     for state in states:
-        if not state.initial.is_contiguous():
-            raise BuildError(
-                f"state {state.source} of {tuple(state.initial.shape)} has strides {state.initial.stride()}: a state is updated in its own "
-                f"memory, which must be contiguous; pass .contiguous() and keep that tensor"
-            )
+        check_state(state, writers.get(state.name))
+    states = tuple(replace(state, through=writers[state.name].through) if state.name in writers else state for state in states)
     _reorder(graph, [*inputs, *(state.name for state in states)])
     last = graph.output_node()
     graph.erase_node(last)

@@ -28,12 +28,14 @@ class Found:
         owner: whose memory it is.
         source: the input's name, or the buffer's qualified name.
         initial: what it held at capture, in the module's own shape.
+        through: where a part of it is written through a view that no pattern follows: which, in words; else empty.
     """
 
     name: str
     owner: Owner
     source: str
     initial: Tensor
+    through: str = ""
 
     def leading(self, rows: int) -> bool:
         """Whether its first axis already counts rows, so that it serves as the slot axis; otherwise one is put in front of it."""

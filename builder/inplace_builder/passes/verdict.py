@@ -37,6 +37,8 @@ def _of_updates(found: Found, chain: Chain, rows: int) -> State:
     if chain.window:
         because = "a window that drops its oldest entries: moved as the module moves it, for a ring would change the order that others see"
         return replace(plain, pattern="window", because=because)
+    if not chain.writes and found.through:
+        return replace(plain, pattern="explicit", because=f"read, computed and written back whole: {found.through}")
     if not chain.writes:
         return plain
     patterns = tuple(dict.fromkeys(write.pattern for write in chain.writes))

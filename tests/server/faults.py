@@ -1,5 +1,6 @@
 """What the tests of lifetimes and faults share: accumulators with other settings, requests without a client library, stub processes."""
 
+import contextlib
 import os
 import queue
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 from google.protobuf import text_format
 from inplace.settings import IDLE_TIMEOUT
 from inplace_builder.build import BuildOptions, write_engine
@@ -122,15 +124,11 @@ def stubs(server: TritonServer, model: str) -> list[int]:
     """Process ids of the Python stubs in which this server runs a model."""
     assert server.process is not None
     found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if not process.name.isdigit() or b"triton_python_backend_stub" not in (line := (process / "cmdline").read_bytes()):
-                continue
-            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-        except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
-            continue
-        if int(parent) == server.process.pid and f"/{model}/".encode() in line:
-            found.append(int(process.name))
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
+            command = child.cmdline()
+            if any("triton_python_backend_stub" in part for part in command[:1]) and any(f"/{model}/" in part for part in command):
+                found.append(child.pid)
     return found
 
 
@@ -140,7 +138,7 @@ def stub(server: TritonServer, model: str) -> int:
 
 
 def gone(process: int) -> bool:
-    return not Path(f"/proc/{process}").exists()
+    return not psutil.pid_exists(process)
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:

@@ -45,7 +45,11 @@ class Cable:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:  # there is no server any more
+                    near.close()
+                    continue
                 with self._lock:
                     self._open |= {near, far}
                 for source, sink, answers in ((near, far, False), (far, near, True)):

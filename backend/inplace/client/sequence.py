@@ -34,7 +34,7 @@ class Sequence(SequenceBase):
         model: name of the model.
         id: the correlation id, an integer above 0 or a text; a random one if None.
         timeout: seconds to wait for one answer, or for the next response of a generation.
-        key: the ``sequence_key``; a fresh random one for each START if None; none if empty, then whoever knows the id may write to it.
+        key: the ``sequence_key``; a random one for each sequence if None; none if empty, then whoever knows the id may write to it.
         replay: keep what was sent, to send it again after a loss.
     """
 

@@ -20,7 +20,7 @@ TRITONS = re.compile(
     r"|Unable to find shared memory region|string correlation ID cannot be longer than 128 characters|model version|data-type is"
     r"|expected \d+ inputs|expected number of inputs|already exists in request|byte size mismatch|dimensions should be specified"
     r"|has no shape|unexpected (shape|inference input|inference output|explicit tensor data)|unable to find data|contents field must not"
-    r"|invalid value type for|element count|incorrect length|unexpected number of string elements|string (length|element)"
+    r"|invalid value (type )?for|element count|incorrect length|unexpected number of string elements|string (length|element)"
     r"|ModelInfer RPC doesn't support models with decoupled transaction policy|request has 0 inputs|unexpected 'content' provided"
     r"|incomplete string data for inference input|batch size does not match other inputs"
 )

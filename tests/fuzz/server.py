@@ -15,7 +15,7 @@ from models import CAPACITY, CHUNK, accumulator, tiny_llama
 from tritonclient.grpc import service_pb2_grpc
 from vocabulary import save_tokenizer
 
-SLOTS, IDLE = 24, 6.0
+SLOTS, IDLE = 32, 15.0
 
 
 def built(folder: Path) -> Path:

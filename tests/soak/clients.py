@@ -16,6 +16,8 @@ SHARES = {"normal": 62, "garbage": 8, "idle": 8, "vanish": 8, "restart": 8, "can
 """How clients behave, of a hundred."""
 FULL = ("INPLACE-NO_FREE_SLOT retryable=1", "INPLACE-QUEUE_FULL retryable=1")
 GONE = ("INPLACE-UNKNOWN_SEQUENCE", "must specify the START flag")
+LATE = 3.0
+"""Seconds beyond the idle timeout that a silent client stays away: the backend looks between its steps, which a busy machine delays."""
 PATIENCE = 120.0
 """Seconds for which a client asks again while the server is full."""
 
@@ -174,10 +176,10 @@ class Client:
         """Goes silent for too long, comes back, and must be told so."""
         if not await self._some(performance, resting=True):
             return
-        await asyncio.sleep(self.place.idle + 1.0)
+        await asyncio.sleep(self.place.idle + LATE)
         try:
             await performance.line.hear(performance.line.request([1], performance.name, id=performance.name))
-            self.tally.wrong.append(f"{performance.name}: answered after {self.place.idle + 1:.0f} s of silence")
+            self.tally.wrong.append(f"{performance.name}: answered after {self.place.idle + LATE:.0f} s of silence")
         except RefusedError as error:
             self.tally.refuse(str(error))
             if not any(text in str(error) for text in GONE):

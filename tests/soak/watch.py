@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import psutil
 from inplace_builder.server import TritonServer
-from soak.line import Line
+from soak.line import Line, RefusedError
 
 EVERY = 2.0
 """Seconds between two looks at the memory."""
@@ -54,21 +54,24 @@ def error_lines(server: TritonServer, injected: Iterable[str], skip: int) -> tup
     return len(lines), [line for line in lines if not known.intersection(re.findall(r"[a-z]+-\d+-\d+", line))]
 
 
-async def free_slots(server: TritonServer, model: str, slots: int) -> int:
-    """How many new sequences are given a slot, up to one more than there are; they are ended again."""
-    line, held = Line(server.grpc_url, model), 0
-    for number in range(slots + 1):
-        try:
-            await line.hear(line.request([1], f"held-{number}", start=True))
-        except Exception as error:
-            if "INPLACE-NO_FREE_SLOT" not in str(error):
-                raise
-            break
-        held += 1
-    for number in range(held):
-        await line.hear(line.request([1], f"held-{number}", end=True))
-    await line.close()
-    return held
+async def free_slots(server: TritonServer, model: str, slots: int, lines: int = 16) -> int:
+    """How many of ``slots`` new sequences, begun at the same time, are given a slot; they are ended again."""
+
+    async def hold(number: int) -> int:
+        line, held = Line(server.grpc_url, model), 0
+        names = [f"held-{index}" for index in range(number, slots, lines)]
+        for start in (True, False):
+            for name in names:
+                try:
+                    await line.hear(line.request([1], name, start=start, end=not start))
+                    held += start
+                except RefusedError as error:
+                    if "INPLACE-" not in str(error) and "must specify the START flag" not in str(error):
+                        raise
+        await line.close()
+        return held
+
+    return sum(await asyncio.gather(*map(hold, range(lines))))
 
 
 def metric(server: TritonServer, name: str, model: str) -> float:

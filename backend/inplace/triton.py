@@ -28,6 +28,7 @@ from inplace.triton_reports import TritonMetrics, log_to_triton
 
 FLAG_START, FLAG_END = 1, 2
 TEXTS = (TEXT, STOP)
+NO_PARAMETERS = ("", "{}")
 
 log = logging.getLogger("inplace")
 
@@ -136,7 +137,7 @@ def _parse(request: Any, texts: dict[str, tuple[bytes, ...]] | None = None) -> R
     inputs: dict[str, Tensor] = {}
     try:
         sent = request.parameters()
-        parameters = json.loads(sent) if sent else {}
+        parameters = json.loads(sent) if sent not in NO_PARAMETERS else {}
         for tensor in request.inputs():
             name = tensor.name()
             if texts is not None and name in TEXTS:

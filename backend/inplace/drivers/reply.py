@@ -95,7 +95,7 @@ class Reply:
         said = [self._said.popleft() for _ in range(len(self._said))]
         try:
             self._respond(last, said)
-        except Exception as error:  # a server takes no response for a request that it has given up; the others must still be served
+        except Exception as error:  # the others must still be served
             log.exception("a response could not be sent")
             self._give_up(error)
         self._turn.release()
@@ -116,19 +116,26 @@ class Reply:
         what = last.what
         outputs = what if isinstance(what, Mapping) else None if isinstance(what, RequestError) else self._outputs(said, last)
         with self._border:
-            self.done = True
-            if isinstance(what, RequestError):
-                self._channel.refuse(what)
-            elif outputs is not None:
-                self._channel.send(outputs, final=True)
+            try:
+                if isinstance(what, RequestError):
+                    self._channel.refuse(what)
+                elif outputs is not None:
+                    self._channel.send(outputs, final=True)
+            except Exception as error:  # it must have a final response: the client waits for one
+                log.exception("a final response could not be sent")
+                self._fail(error)
+            finally:
+                self.done = True
 
     def _give_up(self, error: Exception) -> None:
         with self._border:
-            if self.done:
-                return
-            self.done = True
-            with contextlib.suppress(Exception):
-                self._channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
+            if not self.done:
+                self._fail(error)
+                self.done = True
+
+    def _fail(self, error: Exception) -> None:
+        with contextlib.suppress(Exception):  # a server takes nothing for a request that it has given up
+            self._channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
 
     def _outputs(self, said: list[tuple[int, str | None]], last: Last | None) -> Outputs:
         wanted = self._channel.wanted

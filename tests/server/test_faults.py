@@ -1,0 +1,175 @@
+"""Models unloaded, reloaded and killed, and servers told to end, while sequences live: a real tritonserver with explicit model control."""
+
+import queue
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import FORGOTTEN, Stream, accumulators, add, eventually, gone, kill, reconfigure, state, stub, stubs
+from inplace_builder.server import Ports, TritonServer
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.utils import InferenceServerException
+
+pytestmark = pytest.mark.server
+
+UNLOADED = "has no available versions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    accumulators(folder / "repository", {"doomed": lambda _: None, "spare": lambda _: None})
+    accumulators(folder / "one", {"doomed": lambda _: None})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def controlled(folder: Path) -> Iterator[TritonServer]:
+    arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
+    with TritonServer(folder / "repository", Ports(0, 0, 0), log=folder / "log", arguments=arguments) as running:
+        yield running
+
+
+@pytest.fixture
+def client(controlled: TritonServer) -> Iterator[InferenceServerClient]:
+    with InferenceServerClient(controlled.grpc_url) as connected:
+        yield connected
+
+
+def log(server: TritonServer) -> str:
+    assert server.log is not None
+    return server.log.read_text(errors="replace")
+
+
+def http(server: TritonServer, port: int, path: str) -> int | None:
+    """The status of a GET; None where nothing listens."""
+    try:
+        with urllib.request.urlopen(f"http://{server.host}:{port}{path}", timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.URLError:
+        return None
+
+
+def test_an_unloaded_model_loses_its_sequences_but_lives_as_long_as_an_open_stream(
+    controlled: TritonServer, client: InferenceServerClient
+) -> None:
+    old = stub(controlled, "doomed")
+    assert add(client, "doomed", 1, 1.0, start=True, sequence_key="mine") == (1.0, 1)
+    with Stream(controlled.grpc_url) as stream:
+        stream.send("doomed", 2, 1.0, start=True)
+        assert stream.receive() == (1.0, 1)
+        begin = time.monotonic()
+        client.unload_model("doomed")
+        assert time.monotonic() - begin < 2.0  # it does not wait for sequences
+        assert UNLOADED in str(add(client, "doomed", 1, 1.0))
+        stream.send("doomed", 2, 1.0)
+        assert UNLOADED in str(stream.receive())
+        time.sleep(1.5)
+        assert state(client, "doomed") == "UNLOADING"
+        client.load_model("doomed")
+        assert len(stubs(controlled, "doomed")) == 2  # and two arenas
+        assert FORGOTTEN in str(add(client, "doomed", 1, 1.0, sequence_key="mine"))
+        assert "INPLACE-POSITION" in str(add(client, "doomed", 1, 1.0, start=True, sequence_key="mine", position=1))
+        assert add(client, "doomed", 1, 1.0, start=True, end=True) == (1.0, 1)
+    eventually(lambda: gone(old), "the stream's model is gone with the stream")
+    assert "unloaded: live=2" in log(controlled)
+    assert add(client, "doomed", 3, 1.0, start=True, end=True) == (1.0, 1)
+    assert add(client, "spare", 3, 1.0, start=True, end=True) == (1.0, 1)
+
+
+def test_a_reload_replaces_a_model_beside_its_live_sequences_and_the_server_survives(
+    controlled: TritonServer, client: InferenceServerClient, folder: Path
+) -> None:
+    """Two processes with the same metrics live side by side for a moment; that once corrupted the server's memory."""
+    old = stub(controlled, "doomed")
+    assert add(client, "doomed", 4, 1.0, start=True) == (1.0, 1)
+    client.load_model("doomed")
+    assert add(client, "doomed", 4, 1.0) == (2.0, 2)  # nothing has changed in the repository, so nothing is loaded
+
+    def slower(config: pb.ModelConfig) -> None:
+        config.sequence_batching.oldest.max_queue_delay_microseconds = 700
+
+    reconfigure(folder / "repository" / "doomed", slower)
+    client.load_model("doomed")
+    assert FORGOTTEN in str(add(client, "doomed", 4, 1.0))
+    assert add(client, "doomed", 5, 1.0, start=True) == (1.0, 1)
+    eventually(lambda: gone(old), "the replaced process ends")
+    for step in range(2, 12):  # while metrics are handed over, once a second
+        assert add(client, "doomed", 5, 1.0) == (float(step), step)
+        assert http(controlled, controlled.ports.metrics, "/metrics") == 200
+        time.sleep(0.3)
+    assert add(client, "doomed", 5, 1.0, end=True) == (12.0, 12)
+    assert "Signal" not in log(controlled)
+
+
+def test_a_killed_stub_leaves_its_model_ready_and_dead_until_it_is_unloaded_and_loaded(
+    controlled: TritonServer, client: InferenceServerClient
+) -> None:
+    """Only a real inference tells; readiness does not."""
+    process = stub(controlled, "doomed")
+    assert add(client, "spare", 6, 1.0, start=True) == (1.0, 1)
+    with Stream(controlled.grpc_url) as stream:
+        stream.send("doomed", 6, 1.0, start=True)
+        assert stream.receive() == (1.0, 1)
+        kill(process, signal.SIGKILL)
+        stream.send("doomed", 6, 1.0)
+        assert "Stub process 'doomed_0_0' is not healthy" in str(stream.receive())
+    assert "Stub process 'doomed_0_0' is not healthy" in str(add(client, "doomed", 7, 1.0, start=True))
+    assert client.is_server_ready()
+    assert client.is_model_ready("doomed")
+    assert stubs(controlled, "doomed") == []
+    assert add(client, "spare", 6, 1.0, end=True) == (2.0, 2)  # other models are unharmed
+    client.unload_model("doomed")
+    client.load_model("doomed")
+    assert FORGOTTEN in str(add(client, "doomed", 6, 1.0))
+    assert add(client, "doomed", 6, 1.0, start=True, end=True) == (1.0, 1)
+    assert "Signal" not in log(controlled)
+
+
+def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder: Path) -> None:
+    """But says that it is not live, and closes HTTP: a liveness probe there kills it. Only an inference tells."""
+    with TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "drained") as server, InferenceServerClient(server.grpc_url) as client:
+        assert server.process is not None
+        assert add(client, "doomed", 1, 1.0, start=True) == (1.0, 1)
+        assert http(server, server.ports.http, "/v2/health/live") == 200
+        kill(server.process.pid, signal.SIGTERM)
+        eventually(lambda: "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True)), "it refuses", 10.0)
+        for step in range(2, 6):
+            assert add(client, "doomed", 1, 1.0) == (float(step), step)
+            time.sleep(0.3)
+        with InferenceServerClient(server.grpc_url) as late:  # over new connections too
+            assert add(late, "doomed", 1, 1.0) == (6.0, 6)
+        with pytest.raises(InferenceServerException, match="Server exiting"):
+            client.is_server_live()
+        assert http(server, server.ports.http, "/v2/health/live") is None
+        assert http(server, server.ports.metrics, "/metrics") == 200
+        assert add(client, "doomed", 1, 1.0, end=True) == (7.0, 7)
+        begin = time.monotonic()
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - begin < 15.0  # far below its exit timeout of 30 s
+
+
+def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open_stream(folder: Path) -> None:
+    """So whoever runs it must kill it after a while, as Kubernetes does."""
+    arguments = ["--exit-timeout-secs=2"]
+    with TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "hung", arguments=arguments) as server:
+        assert server.process is not None
+        with Stream(server.grpc_url) as stream:
+            stream.send("doomed", 1, 1.0, start=True)
+            assert stream.receive() == (1.0, 1)
+            kill(server.process.pid, signal.SIGTERM)
+            time.sleep(1.0)
+            stream.send("doomed", 1, 1.0)
+            assert stream.receive() == (2.0, 2)
+            eventually(lambda: "Exit timeout expired" in log(server), "the exit timeout", 20.0)
+            with pytest.raises(queue.Empty):  # nobody tells the stream
+                stream.receive(timeout=1.0)
+            time.sleep(1.0)
+            with InferenceServerClient(server.grpc_url) as late:
+                assert "UNAVAILABLE" in str(add(late, "doomed", 1, 1.0))
+        assert server.stop(timeout=10) != 0

@@ -1,0 +1,269 @@
+"""What becomes of generations whose client, sequence, model, process or server goes away, on a real tritonserver and without our client.
+
+Two slots; a generation of `ENDLESS` tokens outlasts every test, and a witness beside it must say what transformers says.
+"""
+
+import http.client
+import json
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faults import FORGOTTEN, eventually, gone, kill, state, stub
+from generating import Said, Talk, seconds_until
+from inplace_builder.build import BuildOptions, build_decoder
+from inplace_builder.server import Ports, TritonServer
+from models import greedy, tiny_llama
+from streams import prompt
+from tritonclient.grpc import InferenceServerClient
+from vocabulary import save_tokenizer
+
+pytestmark = pytest.mark.server
+
+SLOTS, CAPACITY, ENDLESS, IDLE = 2, 8000, 7900, 1.0
+PROMPT = prompt(1, 20)
+SOON = 2.0
+"""Seconds; without other load a slot is free within 0.2."""
+
+
+@dataclass(frozen=True)
+class Tellers:
+    """A server with `teller` (idle after a minute), its front, and `brief` (idle after a second)."""
+
+    server: TritonServer
+    repository: Path
+    expected: list[int]
+
+    def talk(self, model: str = "teller") -> Talk:
+        return Talk(self.server.grpc_url, model)
+
+    def slot_free(self, model: str = "teller") -> float:
+        """Seconds until a step of a new sequence is served."""
+        with self.talk(model) as talk:
+
+            def served() -> bool:
+                said = talk.ask("probe", [1], start=True, end=True)
+                assert not said.error or "INPLACE-NO_FREE_SLOT retryable=1" in said.error
+                return not said.error
+
+            return seconds_until(served)
+
+    def all_free(self, model: str = "teller") -> bool:
+        with self.talk(model) as talk:
+            found = [talk.ask(f"free-{n}", [1], start=True) for n in range(SLOTS)]
+            for n in range(SLOTS):
+                talk.ask(f"free-{n}", [], end=True)
+        return not any(said.error for said in found)
+
+
+@pytest.fixture(scope="module")
+def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
+    folder, repository = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("stream") / "repository"
+    model = tiny_llama(folder, max_position_embeddings=CAPACITY)
+    save_tokenizer(folder)
+    for name, idle in (("teller", 60.0), ("brief", IDLE)):
+        options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=idle)
+        build_decoder(folder, repository / name, options)
+    shutil.rmtree(repository / "brief_generate")
+    arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
+    with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments) as server:
+        yield Tellers(server, repository, greedy(model, PROMPT, 300))
+        server.stop(timeout=5)  # the last test leaves it with a dead generation, which it waits for
+
+
+VANISHING = """
+import sys
+from generating import Talk
+talk = Talk(sys.argv[1], "teller")
+talk.send("vanishing", [5, 6, 7], int(sys.argv[2]), start=True)
+print(len(talk.hear(5).tokens), flush=True)
+talk.hear()
+"""
+
+
+@pytest.mark.parametrize("how", ["cancelled", "killed"])
+def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_notice(tellers: Tellers, how: str) -> None:
+    with tellers.talk() as witness:
+        witness.send("witness", PROMPT, 300, start=True)
+        assert witness.hear(1).tokens == tellers.expected[:1]
+        if how == "killed":
+            folder = Path(__file__).parent
+            arguments = [sys.executable, "-c", VANISHING, tellers.server.grpc_url, str(ENDLESS)]
+            paths = {"PYTHONPATH": f"{folder}:{folder.parent}"}
+            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=paths) as client:
+                assert client.stdout is not None
+                assert int(client.stdout.readline()) >= 5
+                kill(client.pid, signal.SIGKILL)
+        else:
+            with tellers.talk() as vanishing:
+                vanishing.send("vanishing", [5, 6, 7], ENDLESS, start=True)
+                assert len(vanishing.hear(5).tokens) >= 5
+        assert tellers.slot_free() < SOON
+        with tellers.talk() as other:
+            assert "INPLACE-UNKNOWN_SEQUENCE" in other.ask("vanishing", [1]).error
+        rest = witness.hear()
+        assert (rest.reason, rest.tokens) == ("length", tellers.expected[1:])
+        witness.ask("witness", [], end=True)
+    assert seconds_until(tellers.all_free) < SOON
+
+
+def test_a_stream_that_only_stops_asking_hears_its_generation_out(tellers: Tellers) -> None:
+    with tellers.talk() as talk:
+        talk.send("polite", PROMPT, 50, start=True, end=True)
+        talk.client.stop_stream()  # no more requests; returns when all are answered
+        assert talk.hear() == Said(tellers.expected[:50], "length")
+
+
+def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers) -> None:
+    connection = http.client.HTTPConnection(tellers.server.host, tellers.server.ports.http, timeout=30)
+    body = json.dumps({"text": "The License", "max_tokens": ENDLESS, "ignore_eos": True})
+    connection.request("POST", "/v2/models/teller_generate/generate_stream", body)
+    answer = connection.getresponse()
+    assert answer.status == 200
+    for _ in range(6):  # three events and the empty lines between them
+        assert answer.readline()
+    with tellers.talk() as other:
+        other.send("other", PROMPT, ENDLESS, start=True)
+        assert other.hear(3).tokens[:3] == tellers.expected[:3]
+        assert "INPLACE-NO_FREE_SLOT" in other_step(tellers).error
+        answer.close()
+        connection.close()
+        assert tellers.slot_free() < SOON
+    assert tellers.slot_free() < SOON
+    assert seconds_until(tellers.all_free) < SOON
+
+
+def other_step(tellers: Tellers) -> Said:
+    with tellers.talk() as talk:
+        return talk.ask("another", [1], start=True, end=True)
+
+
+def test_a_generation_that_is_dropped_while_it_waits_never_runs(tellers: Tellers) -> None:
+    with tellers.talk() as first, tellers.talk() as second, tellers.talk() as patient:
+        first.send("first", PROMPT, ENDLESS, start=True)
+        second.send("second", PROMPT, ENDLESS, start=True)
+        assert first.hear(1).tokens == second.hear(1).tokens == tellers.expected[:1]
+        with tellers.talk() as dropped:
+            dropped.send("dropped", PROMPT, ENDLESS, start=True)
+            with pytest.raises(queue.Empty):
+                dropped.receive(timeout=0.5)
+        patient.send("patient", PROMPT, 20, start=True, end=True)
+        with pytest.raises(queue.Empty):
+            patient.receive(timeout=0.5)
+        second.drop()
+        said = patient.hear()
+        assert (said.reason, said.tokens) == ("length", tellers.expected[:20])
+        assert first.hear(1).reason == ""
+    assert tellers.slot_free() < SOON
+    assert seconds_until(tellers.all_free) < SOON
+
+
+def test_an_end_or_start_takes_a_running_generation_s_sequence_if_it_has_the_key(tellers: Tellers) -> None:
+    with tellers.talk() as owner, tellers.talk() as stranger:
+        owner.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
+        before = owner.hear(5).tokens
+        with tellers.talk() as other:
+            other.send("taken", [1], start=True)
+            before += owner.hear(5).tokens
+            assert stranger.ask("taken", [], end=True, sequence_key="mine") == Said([], "step")
+            assert "INPLACE-SEQUENCE_KEY retryable=1" in other.hear().error
+        rest = owner.hear()
+        assert rest.reason == "ended"
+        found = (before + rest.tokens)[:300]
+        assert found == tellers.expected[: len(found)]
+        owner.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
+        owner.hear(3)
+        assert stranger.ask("taken", PROMPT, 10, start=True, end=True, sequence_key="mine") == Said(tellers.expected[:10], "length")
+        assert owner.hear().reason == "ended"
+    assert seconds_until(tellers.all_free) < SOON
+
+
+def test_an_open_stream_does_not_keep_an_idle_sequence(tellers: Tellers) -> None:
+    with tellers.talk("brief") as talk:
+        assert talk.ask("idle", PROMPT, 5, start=True) == Said(tellers.expected[:5], "length")
+        assert talk.ask("held", PROMPT, start=True).tokens == tellers.expected[:1]
+        time.sleep(IDLE + 0.5)
+        assert seconds_until(lambda: tellers.all_free("brief")) < SOON
+        for name in ("idle", "held"):
+            assert f"INPLACE-UNKNOWN_SEQUENCE retryable=0 sequence={name} request=-: no sequence '{name}' is live: it was idle" in (
+                talk.ask(name, [1]).error
+            )
+        assert talk.ask("idle", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
+
+
+def test_a_generation_is_not_idle_however_long_it_takes(tellers: Tellers) -> None:
+    with tellers.talk("brief") as talk:
+        begin = time.monotonic()
+        talk.send("long", PROMPT, ENDLESS, start=True)
+        said = talk.hear(1)
+        while time.monotonic() - begin < 2 * IDLE:
+            said.tokens += talk.hear(1).tokens
+        with tellers.talk("brief") as other:
+            assert other.ask("long", [], end=True) == Said([], "step")
+        assert talk.hear().reason == "ended"
+        assert said.tokens[:300] == tellers.expected[: len(said.tokens)]
+
+
+def test_a_model_that_is_unloaded_finishes_its_generations_first(tellers: Tellers) -> None:
+    with InferenceServerClient(tellers.server.grpc_url) as client, tellers.talk("brief") as talk:
+        old = stub(tellers.server, "brief")
+        talk.send("running", PROMPT, 300, start=True)
+        said = talk.hear(1)
+        client.unload_model("brief")
+        with tellers.talk("brief") as late:
+            assert "has no available versions" in late.ask("late", PROMPT, 5, start=True).error
+        rest = talk.hear()
+        assert (rest.reason, said.tokens + rest.tokens) == ("length", tellers.expected)
+        assert state(client, "brief") == "UNLOADING"  # as long as the stream is open
+        talk.drop()
+        eventually(lambda: gone(old), "the model's process ends")
+        client.load_model("brief")
+    with tellers.talk("brief") as talk:
+        assert FORGOTTEN in talk.ask("running", [1]).error
+        assert talk.ask("running", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
+
+
+def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(tellers: Tellers) -> None:
+    one = tellers.repository.parent / "one"
+    shutil.copytree(tellers.repository / "teller", one / "teller")
+    with TritonServer(one, Ports(0, 0, 0), log=one.parent / "one.log") as server:
+        assert server.process is not None
+        with Talk(server.grpc_url, "teller") as talk, Talk(server.grpc_url, "teller") as late:
+            talk.send("running", PROMPT, ENDLESS, start=True)
+            said = talk.hear(1)
+            kill(server.process.pid, signal.SIGTERM)
+            eventually(lambda: "is stopping" in late.ask("late", PROMPT, 5, start=True, end=True).error, "it refuses", 10.0)
+            said.tokens += talk.hear(10).tokens
+            assert late.ask("running", [], end=True) == Said([], "step")
+            rest = talk.hear()
+            found = (said.tokens + rest.tokens)[:300]
+            assert (rest.reason, found) == ("ended", tellers.expected[: len(found)])
+        assert server.process.wait(30) == 0
+
+
+def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_unloaded_nor_loaded(tellers: Tellers) -> None:
+    """So a client of generations needs a limit on silence, liveness is a real inference, and the server must be started again."""
+    with InferenceServerClient(tellers.server.grpc_url) as client:
+        with tellers.talk("brief") as talk:
+            talk.send("running", PROMPT, ENDLESS, start=True)
+            talk.hear(3)
+            kill(stub(tellers.server, "brief"), signal.SIGKILL)
+            with pytest.raises(queue.Empty):
+                talk.hear(timeout=2.0)
+            assert client.is_server_ready()
+            assert client.is_model_ready("brief")
+            with tellers.talk("brief") as late:
+                assert "is not healthy" in late.ask("late", PROMPT, 5, start=True).error
+        client.unload_model("brief")
+        time.sleep(3.0)
+        assert state(client, "brief") == "UNLOADING"  # it waits for a generation that nobody runs
+        with tellers.talk() as other:
+            assert other.ask("other", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
+    assert "Signal" not in (tellers.repository.parent / "log").read_text(errors="replace")

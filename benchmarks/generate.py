@@ -2,12 +2,12 @@
 
     python benchmarks/generate.py --model model_repository/my-stream-model --beside transformers --source path/to/model --out result.json
 
-The model is one that ``inplace build --serve stream`` wrote, with at least as many slots and rows as the most streams. For each number of
-streams: all begin at once, each generates ``--rounds`` times (prompts of random tokens, one after the other), clients in processes of their
-own. From the clients: tokens a second, time to the first token, time between tokens (a response of k tokens counts as k times a k-th). From
-the backend's metrics: the share of that time in which the engine was busy. Then single steps of ``--step-sequences`` sequences in a closed
-loop, over gRPC streams on this model and unary on the same engine served as a step model: (wall - engine) / requests. Prints one line of
-JSON for each measurement, and writes all of them with machine, versions and command.
+The model is a built decoder with at least as many slots and rows as the most streams (``--serve stream``, or step: then the script writes
+the other configuration itself). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
+tokens, one after the other), clients in processes of their own. From the clients: tokens a second, time to the first token, time between
+tokens (a response of k tokens counts as k times a k-th). From the backend's metrics: the share of that time in which the engine was busy.
+Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests. Prints one line
+of JSON for each measurement, and writes all of them with machine, versions and command.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from inplace.manifest import Manifest
-from inplace_builder.model_config import model_config
+from inplace_builder.model_config import Language, model_config
 from inplace_builder.server import Ports, TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ STARTED = 4.0
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a stream model in a model repository")
+    parser.add_argument("--model", type=Path, required=True, help="a built decoder in a model repository")
     parser.add_argument("--streams", default="1,8,32,64", help="separated by commas")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a generation")
@@ -95,16 +95,18 @@ def main() -> None:
 
 @contextmanager
 def served(model: Path, manifest: Manifest, serve: str) -> Iterator[TritonServer]:
-    """The model's engine as a stream model, as it was built, or as a step model."""
+    """The model as it was built, where that is how it is to be served, else its engine with the configuration for it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository" / manifest.name
         folder.parent.mkdir()
-        if serve == "stream":
+        decoupled = "decoupled: true" in (model / "config.pbtxt").read_text()
+        if decoupled == (serve == "stream"):
             folder.symlink_to(model.resolve())
         else:
             folder.mkdir()
             (folder / "1").symlink_to((model / "1").resolve())
-            config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500)
+            language = Language() if serve == "stream" else None
+            config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language)
             (folder / "config.pbtxt").write_text(config.text())
         with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
             yield server

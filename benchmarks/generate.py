@@ -6,8 +6,8 @@ The model is a built decoder with at least as many slots and rows as the most st
 the other configuration itself). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
 tokens, one after the other), clients in processes of their own. From the clients: tokens a second, time to the first token, time between
 tokens (a response of k tokens counts as k times a k-th). From the backend's metrics: the share of that time in which the engine was busy.
-Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests. Prints one line
-of JSON for each measurement, and writes all of them with machine, versions and command.
+Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests. Prints a
+line of JSON for each measurement, and writes all of them with machine, versions and command.
 """
 
 import argparse

@@ -41,6 +41,7 @@ def test_the_backends_text_is_read_back_as_it_was_written(code: Code, retryable:
         ("failed to connect to all addresses", "UNAVAILABLE", UnreachableError, "UNAVAILABLE", True),
         ("Deadline Exceeded", "DEADLINE_EXCEEDED", UnreachableError, "DEADLINE_EXCEEDED", True),
         ("Stub process 'm_0_0' is not healthy.", "INTERNAL", UnreachableError, "INTERNAL", True),
+        ("Internal error from Core", "INTERNAL", UnreachableError, "INTERNAL", True),
         ("Server is stopping, scheduler for model has stopped", None, UnreachableError, "UNAVAILABLE", True),
         (START, "INVALID_ARGUMENT", SequenceLostError, "UNKNOWN_SEQUENCE", False),
         (START, None, SequenceLostError, "UNKNOWN_SEQUENCE", False),

@@ -12,8 +12,10 @@ _FORGOTTEN = "must specify the START flag"
 """Triton's own words for a sequence that it does not know."""
 _NO_ANSWER = {"DEADLINE_EXCEEDED", "UNAVAILABLE", "CANCELLED", "UNKNOWN"}
 """gRPC statuses that say nothing of what the server did with the request."""
-_DEAD = re.compile(r"[Ss]tub process .*is not healthy|Server is stopping|has no available versions|is not ready")
-"""Triton's own words for a model that this server does not serve any more; over a stream they come without a status."""
+_DEAD = re.compile(
+    r"[Ss]tub process .*is not healthy|Server is stopping|has no available versions|is not ready|Internal error from Core|RST_STREAM"
+)
+"""Triton's words for a model that is not served any more (over a stream without a status), and gRPC's for a broken connection."""
 
 
 class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc] # tritonclient is untyped

@@ -87,7 +87,7 @@ def _alone(instance: ModelInstance, done: Accepted, pending: list[int]) -> Resul
     said: list[int] = []
     for count in range(int(most)):
         start, end = done.start and count == 0, done.end and count == int(most) - 1
-        said.append(int(_step(instance, start, end, inputs, parameters)["next_token"]))
+        said.append(_step(instance, start, end, inputs, parameters)["next_token"].item())
         inputs = {"input_ids": torch.tensor([said[-1:]])}
     return {"tokens": np.array([said])}
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -146,7 +147,9 @@ class TritonServer:
         self.process = subprocess.Popen(self.command(), env=environment(), stdout=sink, stderr=subprocess.STDOUT if sink else None)
 
     def wait_ready(self) -> None:
-        """Return when the server and all its models are ready.
+        """Return when the server and all its models are ready, and HTTP and metrics can be asked too.
+
+        tritonserver opens its endpoints one after the other, gRPC first: one that answers over gRPC may not have metrics yet.
 
         Raises:
             ServerError: it ended, or was not ready in time; with the last error lines of its log.
@@ -158,11 +161,21 @@ class TritonServer:
                 if self.process.poll() is not None:
                     raise ServerError(f"tritonserver ended with status {self.process.returncode}{self._errors()}")
                 with contextlib.suppress(InferenceServerException):
-                    if client.is_server_ready(client_timeout=2.0):
+                    if client.is_server_ready(client_timeout=2.0) and self._listens():
                         return
                 if time.monotonic() > deadline:
                     raise ServerError(f"tritonserver was not ready after {self.start_timeout:.0f} s{self._errors()}")
                 time.sleep(0.1)
+
+    def _listens(self) -> bool:
+        """Whether the endpoints beside gRPC accept connections, as far as ``arguments`` have not turned them off."""
+        given = " ".join(self.arguments).replace("=", " ").lower()
+        wanted = {"http": self.ports.http, "metrics": self.ports.metrics}
+        for port in (port for name, port in wanted.items() if not re.search(rf"--allow-{name} (false|0)\b", given)):
+            with socket.socket() as probe:
+                if probe.connect_ex((self.host, port)) != 0:
+                    return False
+        return True
 
     def stop(self, timeout: float = 45.0) -> int:
         """Ask the server to end, wait for it, and return its exit status; kill it after ``timeout`` seconds."""

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import astuple
 from pathlib import Path
 
@@ -34,6 +35,25 @@ def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) ->
             assert 0 <= sequence.tokens([1, 2, 3]) < 512
     finally:
         template.stop()
+
+
+def test_a_server_that_is_ready_answers_at_every_endpoint(repository: Repository, tmp_path: Path) -> None:
+    models = _alone(repository, tmp_path, "llama").parent.parent
+    with TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log") as server:
+        for port, path in ((server.ports.metrics, "metrics"), (server.ports.http, "v2/health/ready")):
+            with urllib.request.urlopen(f"http://{server.host}:{port}/{path}", timeout=10) as answer:
+                assert answer.status == 200
+
+
+@pytest.mark.parametrize("off", [["--allow-metrics=false", "--allow-http=0"], ["--allow-metrics", "False", "--allow-http", "false"]])
+def test_an_endpoint_that_is_turned_off_is_not_waited_for(repository: Repository, tmp_path: Path, off: list[str]) -> None:
+    models = _alone(repository, tmp_path, "llama").parent.parent
+    with TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=60) as server:
+        with InferenceServerClient(server.grpc_url) as client, Sequence(client, "llama") as sequence:
+            sequence.tokens([1, 2, 3])
+        for port in (server.ports.metrics, server.ports.http):
+            with socket.socket() as probe:
+                assert probe.connect_ex((server.host, port)) != 0
 
 
 def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tmp_path: Path) -> None:

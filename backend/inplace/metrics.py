@@ -164,7 +164,7 @@ class Series(Protocol):
 
 
 class Exporter:
-    """Hands what has changed to the server once a second, from a thread of its own.
+    """Hands the numbers to the server when it is made, and from then on what has changed once a second, from a thread of its own.
 
     Args:
         numbers: what to hand over.
@@ -191,6 +191,7 @@ class Exporter:
         self._period = period
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inplace-metrics", daemon=True)
+        self.flush()  # a model that is ready must not say for a second that it has no slots
         self._thread.start()
 
     def flush(self) -> None:

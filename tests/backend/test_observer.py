@@ -11,7 +11,7 @@ from driving import BAD, Open, ask, watched
 from inplace.drivers import Language, StepDriver
 from inplace.drivers.generation import Reason
 from inplace.errors import Code, RequestError
-from inplace.metrics import ENDED, GENERATIONS, HISTOGRAMS, METRICS, QUEUE, ROWS, STEP, Numbers, families
+from inplace.metrics import ENDED, GENERATIONS, HISTOGRAMS, METRICS, QUEUE, ROWS, STEP, Exporter, Numbers, families
 from inplace.observer import REFUSALS_A_SECOND, Observer, line
 from inplace.sequences import Ended, Sequence
 from models import CHUNK, SLOTS, Repository
@@ -192,6 +192,39 @@ def test_an_end_that_only_frees_is_no_refusal() -> None:
     assert observer.numbers.now()["inplace_requests_refused_total", "POSITION"] == 0
     observer.refused(1, "r", position, end=False)
     assert observer.numbers.now()["inplace_requests_refused_total", "POSITION"] == 1
+
+
+class Kept:
+    """A series that remembers its value."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def increment(self, value: float) -> None:
+        self.value += value
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_the_end() -> None:
+    observer = Observer(slots=8, state_bytes=100)
+    series: dict[str, Kept] = {}
+    exporter = Exporter(
+        observer.numbers, {}, lambda metric, labels: series.setdefault(metric.name + "".join(labels.values()), Kept()), 3600
+    )
+    assert {name: kept.value for name, kept in series.items() if kept.value} == {
+        "inplace_slots": 8,
+        "inplace_slots_free": 8,
+        "inplace_state_bytes": 100,
+    }
+    observer.started(Sequence(1, 0))
+    observer.ended(Sequence(1, 0), Ended.IDLE)
+    observer.started(Sequence(2, 0))
+    exporter.close()
+    assert series["inplace_sequences_started_total"].value == 2
+    assert series["inplace_sequences_ended_totalidle"].value == 1
+    assert series["inplace_slots_free"].value == 7
 
 
 def test_an_event_costs_microseconds(caplog: pytest.LogCaptureFixture) -> None:

@@ -75,11 +75,11 @@ class Observed:
             if labels["instance"] == f"{model}{instance}"
         }
 
-    def settled(self, model: str, expected: Found) -> Found:
+    def settled(self, model: str, expected: Found, instance: str = "_0_0") -> Found:
         """The numbers, once they are as expected; they are handed over once a second."""
         deadline = time.monotonic() + 10.0
         while True:
-            found = self.numbers(model)
+            found = self.numbers(model, instance)
             if all(found.get(key) == value for key, value in expected.items()) or time.monotonic() > deadline:
                 return found
             time.sleep(0.1)
@@ -87,6 +87,15 @@ class Observed:
     def log(self) -> str:
         assert self.server.log is not None
         return self.server.log.read_text()
+
+    def lines(self, pattern: str, least: int) -> list[str]:
+        """Lines of the log that match, once there are so many, or after 10 s; a thread of the backend writes them."""
+        deadline = time.monotonic() + 10.0
+        while True:
+            found = [line for line in self.log().splitlines() if re.fullmatch(pattern, line)]
+            if len(found) >= least or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
 
     def stub(self, model: str) -> psutil.Process:
         """The process in which the first instance of a model runs."""

@@ -116,8 +116,9 @@ def test_the_numbers_are_what_was_done(observed: Observed) -> None:
 
 
 def test_the_log_says_what_happened_to_whom(observed: Observed) -> None:
+    assert observed.lines(r"I.*inplace llama_0_0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu.*", 1)
+    observed.lines(r".*sequence ended: .*reason=idle.*", 1)
     log = observed.log()
-    assert re.search(r"^I.*inplace llama_0_0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu", log, re.MULTILINE)
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=start" in log
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=idle" in log
     assert "request refused: sequence=4 request=asked code=NO_FREE_SLOT retryable=1 because=" in log
@@ -167,10 +168,14 @@ def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_li
         assert time.monotonic() < deadline, counts
         time.sleep(0.1)
     instance = f"_0_{counts.index(1)}"
-    found = observed.numbers("table", instance)
-    assert found["inplace_requests_refused_total", "ENGINE_FAILED"] == 1
-    assert (found["inplace_step_seconds_count", ""], found["inplace_tokens_total", "prefill"]) == (2, 1)
-    errors = [line for line in observed.log().splitlines() if line.startswith("E") and "inplace " in line]
+    expected: Found = {
+        ("inplace_requests_refused_total", "ENGINE_FAILED"): 1,
+        ("inplace_step_seconds_count", ""): 2,
+        ("inplace_tokens_total", "prefill"): 1,
+    }
+    found = observed.settled("table", expected, instance)
+    assert {key: found[key] for key in expected} == expected
+    errors = observed.lines(r"E.*inplace table_0_\d: .*", 1)
     assert len(errors) == 1
     assert f"inplace table{instance}: engine failed: rows=1 sequences=" in errors[0]
     assert "doomed" in errors[0]
@@ -219,7 +224,8 @@ def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -
 def test_a_server_whose_models_answer_is_alive(observed: Observed) -> None:
     found = subprocess.run([sys.executable, "-m", "inplace.alive", observed.server.grpc_url], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
-    assert observed.numbers("llama")["inplace_sequences_live", ""] == 0
+    nobody: Found = {("inplace_sequences_live", ""): 0, ("inplace_slots_free", ""): SLOTS}
+    assert observed.settled("llama", nobody).items() >= nobody.items()
 
 
 def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:

@@ -80,52 +80,68 @@ class Front:
             for relay in list(self._running.values()):
                 try:
                     if relay.cancelled():
-                        relay.stop()
+                        relay.stop()  # again at the next look, until the generation has ended: an END may overtake its START
                 except Exception:  # one request that the server cannot speak of must not leave the others unwatched
                     log.exception("a request was not asked whether it is cancelled")
 
 
 class _Relay:
-    """One request on its way to the stream model and back."""
+    """One request on its way to the stream model and back. Its client may leave at any time, also while it waits for a thread."""
 
     def __init__(self, model: str, request: Any) -> None:
         self.sequence = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
         self._border = threading.Lock()  # the final response and `is_cancelled` exclude each other: asking after it ends the server
-        self._done = self._stopped = False
+        self._begun = self._stopped = self._done = False
 
     def run(self) -> None:
+        """Pass the generation on; on every path a final response is sent, and a sequence that was begun is ended."""
         error = None
         try:
-            for response in self._generation():
-                if response.has_error():
-                    error = response.error()
-                    break
-                if tensors := response.output_tensors():
-                    self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+            if self._begin():
+                error = self._pass_on()
         except RequestError as refused:
             error = refusal(self._request, refused).error()
         except Exception as failure:  # whatever happens the client must hear of it
             log.exception("a generation could not be passed on")
-            error = pb_utils.TritonError(f"INPLACE-FRONT: {type(failure).__name__}: {failure}", pb_utils.TritonError.INTERNAL)
+            text = f"model {self._model!r} could not be asked ({type(failure).__name__}: {failure}); send it again when it is loaded"
+            error = refusal(self._request, RequestError(Code.SHUTDOWN, text, retryable=True)).error()
         with self._border:
             self._done = True
             if error is None:
                 self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             else:
                 self._sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        if not self._stopped:
+        if self._begun:
             self._end()
 
     def cancelled(self) -> bool:
-        """Whether the client is gone, which is said once."""
+        """Whether the client is gone before it was answered."""
         with self._border:
-            return not self._done and not self._stopped and bool(self._request.is_cancelled())
+            return not self._done and bool(self._request.is_cancelled())
 
     def stop(self) -> None:
-        """End the sequence, and with it the generation."""
-        self._stopped = True
-        self._end()
+        """Never begin, or end the sequence and with it the generation."""
+        with self._border:
+            self._stopped = True
+            begun = self._begun
+        if begun:
+            self._end()
+
+    def _begin(self) -> bool:
+        """Whether it may begin."""
+        with self._border:
+            self._begun = not self._stopped
+            return self._begun
+
+    def _pass_on(self) -> Any:
+        """Pass responses on until the last; returns the error that was among them."""
+        for response in self._generation():
+            if response.has_error():
+                return response.error()
+            if tensors := response.output_tensors():
+                self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        return None
 
     def _generation(self) -> Iterator[Any]:
         parameters = json.loads(self._request.parameters() or "{}")

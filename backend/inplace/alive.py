@@ -9,7 +9,8 @@ import queue
 import secrets
 import sys
 import time
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
 import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2
@@ -34,11 +35,13 @@ def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
         with InferenceServerClient(url) as client:
             index = client.get_model_repository_index(client_timeout=timeout).models
             ready = sorted({model.name for model in index if model.state == "READY"})
-            configs = {name: client.get_model_config(name, client_timeout=timeout).config for name in ready}
+            configs = [client.get_model_config(name, client_timeout=timeout).config for name in ready]
     except InferenceServerException as error:
         return {"server": str(error)}
-    asked = {name: config for name, config in configs.items() if config.backend == BACKEND and not _is_front(config)}
-    found = {name: _failure(url, config, until) for name, config in asked.items()}
+    asked = [config for config in configs if config.backend == BACKEND and not _is_front(config)]
+    with ExitStack() as stack:
+        questions = {config.name: stack.enter_context(_Question(url, config)) for config in asked}  # all at once: one may hang
+        found = {name: question.failure(until, timeout) for name, question in questions.items()}
     return {name: why for name, why in found.items() if why is not None}
 
 
@@ -47,22 +50,34 @@ def _is_front(config: Any) -> bool:
     return SERVE in config.parameters and config.parameters[SERVE].string_value == FRONT
 
 
-def _failure(url: str, config: Any, until: float) -> str | None:
-    """Why a model did not answer; None if it did."""
-    answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
-    client = InferenceServerClient(url)
-    try:
-        client.start_stream(lambda result, error: answers.put(error))  # a decoupled model answers on streams only, others too
-        client.async_stream_infer(
-            config.name, _inputs(config), sequence_id=secrets.randbits(62) + 1, sequence_start=True, sequence_end=True
-        )
-        error = answers.get(timeout=max(0.0, until - time.monotonic()))
+class _Question:
+    """A step that a model is asked for, on a stream: a decoupled model answers nowhere else, others there too."""
+
+    def __init__(self, url: str, config: Any) -> None:
+        self._client = InferenceServerClient(url)
+        self._answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
+        self._client.start_stream(lambda result, error: self._answers.put(error))
+        try:
+            self._client.async_stream_infer(
+                config.name, _inputs(config), sequence_id=secrets.randbits(62) + 1, sequence_start=True, sequence_end=True
+            )
+        except InferenceServerException as error:  # the stream broke at once
+            self._answers.put(error)
+
+    def failure(self, until: float, timeout: float) -> str | None:
+        """Why the model did not answer; None if it did."""
+        try:
+            error = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            return f"no answer within {timeout:g} s"
         return None if error is None or "INPLACE-" in str(error) else str(error)
-    except queue.Empty:
-        return "no answer in time"
-    finally:
-        client.stop_stream(cancel_requests=True)
-        client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.stop_stream(cancel_requests=True)
+        self._client.close()
 
 
 def _inputs(config: Any) -> list[InferInput]:

@@ -1,5 +1,6 @@
 """The arena: the memory of all slots of all states of one model instance, allocated once."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -32,8 +33,8 @@ class Arena:
         tensors: dict[str, Tensor] = {}
         needed = slots * sum(spec.slot_bytes for spec in states)
         try:
-            if device.type == "cpu" and needed > (available := _available()):
-                raise MemoryError(f"{available:,} are available")  # the kernel would grant it and kill the process when it is used
+            if device.type == "cpu" and needed > (left := available()):
+                raise MemoryError(f"{left:,} are available")  # the kernel would grant it and kill the process when it is used
             for spec in states:
                 tensor = torch.empty((slots, *spec.shape), dtype=spec.dtype.as_torch, device=device)
                 tensors[spec.name] = tensor.fill_(spec.fill)  # also commits the pages: memory does not grow while serving
@@ -65,9 +66,25 @@ class Arena:
                 self.tensors[spec.name][slot].fill_(spec.fill)
 
 
-def _available() -> int:
-    """Bytes of host memory that could be used now, as the kernel estimates them (``MemAvailable``, proc(5))."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that this process could use now.
+
+    The least of what the kernel estimates for the machine (``MemAvailable``, proc(5)) and what the control groups that the process is in
+    leave it (version 2: ``memory.max`` less ``memory.current``, but for ``inactive_file``, the file cache that can be dropped): a container
+    is killed at its own limit, far below the machine's.
+    """
+    found = [1 << 62]
+    for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+            found.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError):
+        path = next(line[3:] for line in [*(proc / "self/cgroup").read_text().splitlines(), "0::/"] if line.startswith("0::"))
+        inside = groups / path.lstrip("/")
+        for group in (inside, *inside.parents):
+            with contextlib.suppress(OSError, ValueError):  # the root has no such files, and "max" is no number
+                most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                found.append(most - used + int(statistics.get("inactive_file", 0)))
+            if group == groups:
+                break
+    return min(found)

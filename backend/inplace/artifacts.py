@@ -37,7 +37,7 @@ class File(Frozen):
         """
         path = folder / self.file
         if not path.is_file():
-            raise LoadError(f"{path} is missing; the manifest beside it names it as the engine: build the model again")
+            raise LoadError(f"{path} is missing; the manifest beside it names it: build the model again")
         size = path.stat().st_size
         if size != self.bytes:
             raise LoadError(

@@ -30,7 +30,7 @@ def read(record: type[Record], path: Path, version: int) -> Record:
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise LoadError(f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`") from None
+        raise LoadError(f"{path} does not exist: {_what(path.parent)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     try:
@@ -46,6 +46,23 @@ def read(record: type[Record], path: Path, version: int) -> Record:
         return record.model_validate_json(text)
     except ValidationError as error:
         raise LoadError(f"{path} is damaged ({_first(error)}); build the engine again") from error
+
+
+OTHERS = {
+    "engine.json": "is an engine for a server; load it with `inplace serve`, and look at it with `inplace inspect`",
+    "direct.json": "is an engine that is called without a server; load it with `inplace.load`",
+    "front.json": "is the front of a stream model, which has no engine of its own; look at the model it is named after",
+}
+"""What a folder is, by the record it holds."""
+
+
+def _what(folder: Path) -> str:
+    """What a folder is that does not hold the record that was looked for, and what to do with it."""
+    for held in (folder, folder / "1"):
+        for name, what in OTHERS.items():
+            if (held / name).is_file():
+                return f"{folder} {what}"
+    return f"{folder} is no engine directory; build one with `inplace build`, or from Python with `inplace_builder.api.build`"
 
 
 def _first(error: ValidationError) -> str:

@@ -20,6 +20,7 @@ from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, lo
 from inplace_builder.engine_files import ENGINES, Written, write_tensorrt, write_torch
 from inplace_builder.errors import BuildError
 from inplace_builder.front import MODEL_VERSION, front_occupied, front_of, remove_front, write_front
+from inplace_builder.lower.target import Target
 from inplace_builder.model_config import Language, model_config
 from inplace_builder.verify import verify
 
@@ -92,7 +93,7 @@ class BuildOptions:
         if self.serve not in ("step", "stream"):
             raise BuildError(f"serve is {self.serve!r}; choose step or stream")
         self._check_engine()
-        if self.device == "cuda" and self.compute_capability is None and not torch.cuda.is_available():
+        if self.engine == "torch" and self.device == "cuda" and not torch.cuda.is_available():
             raise BuildError("an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu")
 
     def _check_engine(self) -> None:
@@ -104,8 +105,6 @@ class BuildOptions:
             )
         if self.engine != "torch" and self.device != "cuda":
             raise BuildError(f"a {self.engine} engine runs on a GPU; choose device cuda")
-        if self.compute_capability is not None and self.engine != "tensorrt_rtx":
-            raise BuildError("only TensorRT for RTX compiles for a GPU that is not there; choose engine tensorrt_rtx, or build on that GPU")
         if self.step_tokens is not None and self.step_tokens < self.max_rows:
             raise BuildError(f"step_tokens is {self.step_tokens}; a step of {self.max_rows} rows has at least as many tokens")
 
@@ -127,8 +126,11 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
 
     Raises:
         BuildError: with nothing written.
+        LoadError: TensorRT is not installed.
     """
     check_output(output, options)
+    if options.engine != "torch":
+        Target.of(options.engine, options.compute_capability)
     stage("load the model")
     model, tokenizer = load_decoder(source, options.dtype)
     stage("capture the graph")

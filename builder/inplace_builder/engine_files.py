@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from inplace.artifacts import EngineFile, File, Plan
+from inplace.artifacts import EngineFile, File
 from inplace.manifest import Kind, Lowering, Program
+from inplace.trt import Flavor
 from torch.export.passes import move_to_device_pass
 
 from inplace_builder import archive
@@ -51,7 +51,7 @@ def write_torch(capture: Capture, folder: Path, device: Literal["cpu", "cuda"]) 
 def write_tensorrt(
     capture: Capture,
     folder: Path,
-    flavor: Literal["tensorrt", "tensorrt_rtx"],
+    flavor: Flavor,
     *,
     slots: int,
     alias: Kind | None,
@@ -61,19 +61,18 @@ def write_tensorrt(
     """Compile the captured graph and write the plan, and beside it the weights that it takes as inputs.
 
     Raises:
-        BuildError: it cannot be compiled.
+        BuildError: it cannot be compiled, or not for that GPU.
         LoadError: TensorRT is not installed.
         OSError: it cannot be written.
     """
-    from inplace.trt import load_tensorrt
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from inplace_builder.lower.plan import build_plan
+    from inplace_builder.lower.target import Target
 
-    tensorrt = load_tensorrt(flavor)
-    targets = () if compute_capability is None else ("SM" + compute_capability.replace(".", ""),)
-    built = build_plan(capture, tensorrt, slots=slots, alias=alias, strict=strict, compute_capabilities=targets)
+    target = Target.of(flavor, compute_capability)
+    built = build_plan(capture, target.tensorrt, slots=slots, alias=alias, strict=strict, compute_capabilities=target.capabilities)
     (folder / PLAN_FILE).write_bytes(built.plan)
     weights = None
     if built.weights:
@@ -82,16 +81,7 @@ def write_tensorrt(
         except SafetensorError as error:  # a full disk among others
             raise OSError(str(error)) from error
         weights = File.of(folder / WEIGHTS_FILE)
-    here = compute_capability is None
-    plan = Plan(
-        flavor=flavor,
-        version=tensorrt.api.__version__,
-        gpu=torch.cuda.get_device_name() if here else "",
-        compute_capability="{}.{}".format(*torch.cuda.get_device_capability()) if here else str(compute_capability),
-        profiles=built.profiles,
-        weights=weights,
-    )
-    file = File.of(folder / PLAN_FILE)
+    file, plan = File.of(folder / PLAN_FILE), target.plan(built.profiles, weights)
     engine = EngineFile(kind="tensorrt", **file.model_dump(), device="cuda", dtype=capture.dtype, plan=plan)
-    notes = {flavor: tensorrt.api.__version__, "weights_in_plan_bytes": str(built.baked)}
-    return Written(engine, built.program, built.lowering, here, notes)
+    notes = {flavor: plan.version, "weights_in_plan_bytes": str(built.baked)}
+    return Written(engine, built.program, built.lowering, target.here, notes)

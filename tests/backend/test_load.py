@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.arena import Arena
+from inplace.arena import Arena, available
 from inplace.dtypes import Dtype
 from inplace.engines import load_engine
 from inplace.errors import LoadError
@@ -50,7 +50,7 @@ def test_an_untouched_engine_loads(model: Path) -> None:
 
 def test_a_missing_engine_file_is_named(model: Path) -> None:
     (model / "1" / ENGINE).unlink()
-    assert "is missing; the manifest beside it names it as the engine: build the model again" in refusal(model)
+    assert "is missing; the manifest beside it names it: build the model again" in refusal(model)
     (model / "1" / ENGINE).mkdir()
     assert "is missing" in refusal(model)
 
@@ -180,6 +180,25 @@ def test_an_arena_too_large_for_memory_is_a_load_error_with_its_bytes() -> None:
     assert f"the arena of {slots} slots needs {slots * (12 + 64):,} bytes of cpu memory, which could not be allocated (" in str(error.value)
     assert str(error.value).endswith("): build with fewer slots or a smaller capacity")
     assert "\n" not in str(error.value)
+
+
+def test_memory_is_what_the_machine_and_every_control_group_around_the_process_leave(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    inner = groups / "pod" / "server"
+    for folder in (proc / "self", inner):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:    50 kB\n")
+    assert available(proc, groups) == 50 * 1024
+    (proc / "self" / "cgroup").write_text("0::/pod/server\n")
+    assert available(proc, groups) == 50 * 1024  # no limit is known
+    for folder, most in ((inner, "max"), (inner.parent, "40000")):
+        for name, text in (("memory.max", most), ("memory.current", "30000"), ("memory.stat", "anon 10\ninactive_file 6000")):
+            (folder / name).write_text(text + "\n")
+    assert available(proc, groups) == 40000 - 30000 + 6000
+    (proc / "self" / "cgroup").write_text("0::/\n")  # as a container sees itself: its own group is the root
+    for name in ("memory.max", "memory.current", "memory.stat"):
+        (inner.parent / name).rename(groups / name)
+    assert available(proc, groups) == 16000
 
 
 def test_an_arena_holds_its_fill_and_resets_only_what_asks_for_it_in_place() -> None:

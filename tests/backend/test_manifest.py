@@ -1,6 +1,7 @@
 """The manifest: written and read back, and refused with the reason."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from inplace.artifacts import EngineFile
+from inplace.direct.manifest import DirectManifest
 from inplace.dtypes import Dtype
 from inplace.errors import LoadError
 from inplace.manifest import FILE_NAME, Alias, Lowering, Manifest, Program
@@ -75,7 +77,25 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path / "nowhere")
     path = tmp_path / "nowhere" / FILE_NAME
-    assert str(error.value) == f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`"
+    expected = f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`, or from Python with "
+    assert str(error.value) == expected + "`inplace_builder.api.build`"
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("engine.json", "is an engine for a server; load it with `inplace serve`"),
+        ("1/engine.json", "is an engine for a server"),
+        ("direct.json", "is an engine that is called without a server; load it with `inplace.load`"),
+        ("front.json", "is the front of a stream model"),
+    ],
+)
+def test_a_folder_that_holds_something_else_says_what_it_is(tmp_path: Path, held: str, said: str) -> None:
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).touch()
+    record = DirectManifest if "engine" in held else Manifest
+    with pytest.raises(LoadError, match=re.escape(f"does not exist: {tmp_path} {said}")):
+        record.load(tmp_path)
 
 
 def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_rea
             [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "3"], capture_output=True, text=True, check=False
         )
         assert found.returncode == 1
-        assert re.fullmatch(r"talk: (no answer in time|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr)
+        assert re.fullmatch(r"talk: (no answer within 3 s|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr)
     finally:
         stub.kill()
 

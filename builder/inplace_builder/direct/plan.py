@@ -2,24 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from inplace.artifacts import Plan, Profile
 from inplace.direct.extents import evaluate
 from inplace.direct.manifest import SLOTS, Call, result_name
 from inplace.manifest import Alias, Kind, Lowering
 from inplace.specs import StateSpec
-from inplace.trt import TensorRT, load_tensorrt
+from inplace.trt import Flavor, TensorRT
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
 from inplace_builder.lower.compile import Range
 from inplace_builder.lower.mechanisms import ORDER
+from inplace_builder.lower.target import Target
 from inplace_builder.passes.states import State
-
-Flavor = Literal["tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True)
@@ -63,39 +61,25 @@ def build_direct_plan(
         optimization_level: see `CompileOptions`.
 
     Raises:
-        BuildError: a mechanism, an operator or a type has no place in TensorRT, an extent has no largest value, or TensorRT cannot compile
-            it.
+        BuildError: there is no such GPU, a mechanism, an operator or a type has no place in TensorRT, an extent has no largest value, or
+            TensorRT cannot compile it.
         LoadError: TensorRT is not installed.
     """
-    tensorrt = load_tensorrt(flavor)
-    if compute_capability is None and not torch.cuda.is_available():
-        raise BuildError(
-            "a plan is built for the GPU of this machine, and PyTorch sees none here; build there, or let TensorRT for RTX compile for "
-            "another one (engine tensorrt_rtx, compute_capability) with inplace_builder.api.serialize"
-        )
-    if compute_capability is not None and flavor != "tensorrt_rtx":
-        raise BuildError("only TensorRT for RTX compiles for a GPU that is not there; choose engine tensorrt_rtx, or build on that GPU")
+    target = Target.of(flavor, compute_capability)
     ranges = _ranges(call)
-    lowered, lowering = lower_direct(capture, call, tensorrt, alias=alias, strict=strict)
+    lowered, lowering = lower_direct(capture, call, target.tensorrt, alias=alias, strict=strict)
     kinds = {record.state: record.kind for record in lowering}
     aliases = tuple(Alias(output=output, input=state, kind=kinds[state]) for state, output in lowered.state_outputs.items())
     options = CompileOptions(
-        compute_capabilities=() if compute_capability is None else ("SM" + compute_capability.replace(".", ""),),
+        compute_capabilities=target.capabilities,
         plugins=bool({"plugin", "user"} & set(kinds.values())),
         optimization_level=optimization_level,
     )
     kept = {lowered.network.get_input(index).name for index in range(lowered.network.num_inputs)}
     used = {name: found for name, found in ranges.items() if name in kept}
     content = bytes(compile_network(lowered, [used] if used else [], options))
-    here = compute_capability is None
-    record = Plan(
-        flavor=flavor,
-        version=tensorrt.api.__version__,
-        gpu=torch.cuda.get_device_name() if here else "",
-        compute_capability="{}.{}".format(*torch.cuda.get_device_capability()) if here else str(compute_capability),
-        profiles=(Profile(rows=(capture.rows,) * 2, tokens=(capture.rows,) * 2),),
-    )
-    return DirectPlan(content, record, aliases, lowering, {flavor: tensorrt.api.__version__})
+    record = target.plan([Profile(rows=(capture.rows,) * 2, tokens=(capture.rows,) * 2)])
+    return DirectPlan(content, record, aliases, lowering, {flavor: record.version})
 
 
 def lower_direct(

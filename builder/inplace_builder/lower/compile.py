@@ -57,14 +57,18 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, name in enumerate(options.compute_capabilities):
-            config.set_compute_capability(getattr(api.ComputeCapability, name), index)
+            if not config.set_compute_capability(getattr(api.ComputeCapability, name), index):
+                raise BuildError(f"{tensorrt} does not compile for {name}: {log.said()}")
     unknown = {name for name, tensor in _inputs(lowered).items() if -1 in tuple(tensor.shape)}
     for ranges in profiles:
         if missing := sorted(unknown - set(ranges)):
             raise BuildError(f"a profile says nothing of {missing}, whose shapes vary")
         profile = builder.create_optimization_profile()
-        for name, (smallest, usual, largest) in ranges.items():
-            profile.set_shape(name, smallest, usual, largest)
+        for name, shapes in ranges.items():
+            try:
+                profile.set_shape(name, *shapes)
+            except ValueError as error:
+                raise BuildError(f"{tensorrt} refused the range {shapes} of input {name}: {error}") from error
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {log.said()}")
     plan = builder.build_serialized_network(lowered.network, config)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from inplace.kernels.attention import MAX_DIM
 from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Sample, Update, plugins
 from inplace.trt import TensorRT
 
@@ -17,8 +18,6 @@ inplace = torch.ops.inplace
 FIRST_VERSION = (10, 3)
 MOST_ROWS = 257
 """Rows that the counters of a plugin are made for: one null row more than the largest batch."""
-WIDEST_HEAD = 256
-"""Components of a query, key or value that the attention kernels take."""
 
 
 @mechanism("plugin")
@@ -29,10 +28,8 @@ def judge_plugin(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
     if tensorrt.version[:2] < FIRST_VERSION:
         return Verdict(False, f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt}")
     for use in uses:
-        if use.operator.endswith("attention") and max(use.state.shape[2:]) > WIDEST_HEAD:
-            return Verdict(
-                False, f"heads of {use.state.name} are {use.state.shape[2]} wide; the attention kernels take up to {WIDEST_HEAD}"
-            )
+        if use.operator.endswith("attention") and max(use.state.shape[2:]) > MAX_DIM:
+            return Verdict(False, f"heads of {use.state.name} are {use.state.shape[2]} wide; the attention kernels take up to {MAX_DIM}")
         if not tensorrt.has_dtype(use.state.dtype.as_torch):
             return Verdict(False, f"{use.state.name} is {use.state.dtype}, which {tensorrt} does not have")
     return Verdict(True, "a plugin's output is the state's own memory, any slots in any rows, at a cost that follows the cached length")

@@ -13,6 +13,7 @@ from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import choose, compile_network, converter, lower, mechanism, state_converter
 from inplace_builder.lower.registry import find_converter, registered
+from inplace_builder.lower.target import Target
 from operator_case import Call
 from operator_cases import CASES
 from state_cases import STATE_CASES
@@ -25,6 +26,12 @@ ORDER: tuple[Kind, ...] = ("kv_cache_update",)
 @pytest.fixture(scope="module")
 def rtx() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("named", ["abc", "9.9", "8", ""])
+def test_a_gpu_that_tensorrt_does_not_compile_for_is_refused_with_those_it_does(named: str) -> None:
+    with pytest.raises(BuildError, match=rf"compute_capability is '{named}'; TensorRT for RTX 1\.7\S* compiles for .*8\.9, 12\.0"):
+        Target.of("tensorrt_rtx", named)
 
 
 def _export(function: object, *inputs: Tensor, **parts: torch.nn.Parameter) -> torch.export.ExportedProgram:

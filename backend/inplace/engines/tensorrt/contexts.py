@@ -25,7 +25,7 @@ class Contexts:
 
     Attributes:
         stream: everything runs on it.
-        memory: bytes of device memory: ``scratch``, ``plan``.
+        memory: bytes of device memory: ``scratch``.
     """
 
     def __init__(self, tensorrt: TensorRT, engine: Any, plan: Plan, weights: Mapping[str, Tensor], log: Log, plugins: Any) -> None:
@@ -42,7 +42,8 @@ class Contexts:
             if index and not context.set_optimization_profile_async(index, self.stream.cuda_stream):
                 raise LoadError(f"{tensorrt} refused profile {index}: {log.said()}")
             for name, tensor in weights.items():
-                context.set_tensor_address(name, tensor.data_ptr())
+                if not context.set_tensor_address(name, tensor.data_ptr()):
+                    raise LoadError(f"{tensorrt} refused the address of weight {name}: {log.said()}")
             self._contexts.append(context)
         self.stream.synchronize()
         self.memory = {"scratch": self._scratch.nbytes}
@@ -65,11 +66,15 @@ class Contexts:
         for name, tensor in tensors.items():
             if "INPUT" in str(self._engine.get_tensor_mode(name)) and not context.set_input_shape(name, tuple(tensor.shape)):
                 raise RuntimeError(f"input {name} of shape {tuple(tensor.shape)} was refused: {self._said()}")
-            context.set_tensor_address(name, tensor.data_ptr())
+            self._bind(context, name, tensor.data_ptr())
         for name, address in addresses.items():
-            context.set_tensor_address(name, address)
+            self._bind(context, name, address)
         if not context.execute_async_v3(self.stream.cuda_stream):
             raise RuntimeError(f"the step failed: {self._said()}")
+
+    def _bind(self, context: Any, name: str, address: int) -> None:
+        if not context.set_tensor_address(name, address):
+            raise RuntimeError(f"the address of {name}, {address:#x}, was refused: {self._said()}")
 
     @contextlib.contextmanager
     def observed(self) -> Iterator[set[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 from torch import Tensor
@@ -21,6 +22,7 @@ from inplace.manifest import Manifest
 from inplace.observer import Observer, line
 from inplace.requests import Request
 from inplace.settings import Settings, served
+from inplace.stub import check_numpy
 from inplace.text import load_tokenizer
 from inplace.triton_channel import TritonChannel, output, refusal
 from inplace.triton_front import Front
@@ -70,6 +72,8 @@ def _engine(args: dict[str, str]) -> Served:
     manifest = Manifest.load(folder)
     settings = Settings.parse(args["model_config"], manifest)
     manifest = manifest if settings.capacity is None else manifest.at_capacity(settings.capacity)
+    if settings.serve == "stream":
+        check_numpy(Path("/proc/self/exe"), np.__version__)
     tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
     arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
     engine = load_engine(folder, manifest, arena)

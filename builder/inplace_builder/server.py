@@ -27,6 +27,9 @@ AT_ONCE = [(f"grpc.{which}_reconnect_backoff_ms", 200) for which in ("initial", 
 """For a client that waits until a server listens: as built in, gRPC pauses longer after each attempt, up to two minutes."""
 
 
+STUB = "triton_python_backend_stub"
+
+
 class ServerError(InplaceError):
     """The server cannot be found or started, or ended by itself."""
 
@@ -59,26 +62,74 @@ def _reserved() -> int:
     return port
 
 
-def install_backend(directory: Path) -> None:
-    """Make a folder that ``tritonserver --backend-directory`` takes: this backend, and the Python backend it runs in.
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver on this machine.
+
+    Attributes:
+        binary: the executable.
+        backends: its own backends, the Python backend among them.
+        stub: the Python backend's process for this interpreter.
+        libraries: shared libraries that it needs beside the system's; None where it needs none.
+    """
+
+    binary: Path
+    backends: Path
+    stub: Path
+    libraries: Path | None = None
+
+
+def installation() -> Installation:
+    """The tritonserver on PATH with the backends that belong to it, or the one that the package nvidia-pytriton carries.
 
     Raises:
-        ServerError: the Python backend or its stub for this Python version is nowhere on this machine.
+        ServerError: there is none, or its Python backend is for another Python than this.
     """
+    found = shutil.which("tritonserver")
+    if found is not None:
+        root = Path(found).resolve().parent.parent
+        return _checked(Installation(Path(found), root / "backends", root / "backends" / "python" / STUB))
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError("no tritonserver on PATH and no nvidia-pytriton in this environment: `pip install nvidia-pytriton`")
+    package = Path(spec.origin).parent
+    root, version = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
+    libraries = package.parent / "nvidia_pytriton.libs"
+    return _checked(
+        Installation(root / "bin" / "tritonserver", root / "backends", root / "python_backend_stubs" / version / STUB, libraries)
+    )
+
+
+def _checked(found: Installation) -> Installation:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if not found.stub.is_file():
+        raise ServerError(f"{found.binary} has no Python backend for Python {version}: there is no {found.stub}")
+    linked = {number.decode() for number in re.findall(rb"libpython(3\.\d+)\.so", found.stub.read_bytes())}
+    if version not in linked:
+        raise ServerError(
+            f"the Python backend of {found.binary} runs Python {' or '.join(sorted(linked))}, this is Python {version}: "
+            f"install this package where that Python is used"
+        )
+    return found
+
+
+def install_backend(directory: Path) -> None:
+    """Make a folder that ``tritonserver --backend-directory`` takes: this backend, the Python backend it runs in, and the server's others.
+
+    Raises:
+        ServerError: as `installation`.
+    """
+    server = installation()
     (directory / "inplace").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(inplace.__file__).parent / "model.py", directory / "inplace" / "model.py")
-    package = _pytriton()
-    if package is None:
-        raise ServerError(
-            "the Python backend is not here: `pip install nvidia-pytriton`, or copy inplace/model.py into your server's own backends"
-        )
-    python = directory / "python"
-    shutil.copytree(package / "backends" / "python", python, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = package / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise ServerError(f"nvidia-pytriton has no Python backend stub for Python {version}; it has them for 3.8 to 3.13")
-    shutil.copy(stub, python / stub.name)
+    shutil.copytree(
+        server.backends / "python", directory / "python", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", STUB)
+    )
+    shutil.copy(server.stub, directory / "python" / STUB)
+    for other in server.backends.iterdir():
+        link = directory / other.name
+        if other.name not in ("inplace", "python") and not link.exists():
+            link.symlink_to(other)
 
 
 @dataclass
@@ -116,7 +167,7 @@ class TritonServer:
     def command(self) -> list[str]:
         """The command line, as an operator would type it."""
         return [
-            str(_binary()),
+            str(installation().binary),
             f"--model-repository={self.repository}",
             f"--backend-directory={self.backends}",
             f"--grpc-address={self.host}",
@@ -219,29 +270,11 @@ def environment() -> dict[str, str]:
     """The environment tritonserver needs: its libraries, this interpreter's library, and this environment first on PATH.
 
     The Python backend finds its packages through the first ``python3`` on PATH.
+
+    Raises:
+        ServerError: as `installation`.
     """
-    libraries = [os.environ.get("LD_LIBRARY_PATH", "")]
-    package = _pytriton()
-    if package is not None:
-        libraries.insert(0, str(package.parent.parent / "nvidia_pytriton.libs"))
-    libraries.append(str(sysconfig.get_config_var("LIBDIR")))
+    own = installation().libraries
+    libraries = [str(own) if own is not None else "", os.environ.get("LD_LIBRARY_PATH", ""), str(sysconfig.get_config_var("LIBDIR"))]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)), "PATH": path}
-
-
-def _binary() -> Path:
-    found = shutil.which("tritonserver")
-    if found is not None:
-        return Path(found)
-    package = _pytriton()
-    if package is None:
-        raise ServerError("no tritonserver on PATH and no nvidia-pytriton in this environment: `pip install nvidia-pytriton`")
-    return package / "bin" / "tritonserver"
-
-
-def _pytriton() -> Path | None:
-    """The folder with the server that nvidia-pytriton carries; None where it is not installed."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent / "tritonserver"

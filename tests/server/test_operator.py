@@ -1,6 +1,7 @@
 """What an operator meets: their own tritonserver command line, damaged models, a shutdown with live sequences."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
-from inplace_builder.server import Ports, ServerError, TritonServer, environment, install_backend
+from inplace_builder.server import Ports, ServerError, TritonServer, environment, install_backend, installation
 from models import Repository
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -54,6 +55,49 @@ def test_an_endpoint_that_is_turned_off_is_not_waited_for(repository: Repository
         for port in (server.ports.metrics, server.ports.http):
             with socket.socket() as probe:
                 assert probe.connect_ex((server.host, port)) != 0
+
+
+def own_server(root: Path, stub: Path) -> Path:
+    """A server as its container has it: on PATH, its backends beside it."""
+    theirs = installation()
+    shutil.copytree(theirs.backends / "python", root / "backends" / "python")
+    shutil.copy(stub, root / "backends" / "python" / theirs.stub.name)
+    (root / "backends" / "other").mkdir()
+    script = root / "bin" / "tritonserver"
+    script.parent.mkdir()
+    libraries = f"{theirs.libraries}:$LD_LIBRARY_PATH"
+    script.write_text(f'#!/bin/sh\nexec env LD_LIBRARY_PATH="{libraries}" {theirs.binary} "$@"\n')
+    script.chmod(0o755)
+    return root
+
+
+def test_a_tritonserver_on_path_is_run_with_its_own_backends(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = _alone(repository, tmp_path, "llama").parent.parent
+    root = own_server(tmp_path / "tritonserver", installation().stub)
+    monkeypatch.setenv("PATH", f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert installation().backends == root / "backends"
+    install_backend(tmp_path / "backends")
+    assert (tmp_path / "backends" / "other").resolve() == root / "backends" / "other"
+    with (
+        TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log") as server,
+        InferenceServerClient(server.grpc_url) as client,
+        Sequence(client, "llama") as sequence,
+    ):
+        sequence.tokens([1, 2, 3])
+
+
+def test_a_server_whose_python_is_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = installation().stub
+    other = next(path / found.name for path in sorted(found.parent.parent.iterdir()) if path != found.parent)
+    root = own_server(tmp_path / "tritonserver", other)
+    monkeypatch.setenv("PATH", f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ServerError, match=rf"runs Python {other.parent.name}, this is Python {found.parent.name}: install this package"):
+        installation()
+    (root / "backends" / "python" / found.name).unlink()
+    with pytest.raises(ServerError, match=r"bin/tritonserver has no Python backend for Python .*: there is no .*backends/python/"):
+        installation()
 
 
 def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
@@ -131,6 +175,7 @@ def _ready(client: InferenceServerClient, model: str) -> bool:
 
 def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> None:
     install_backend(tmp_path)
+    install_backend(tmp_path)  # again, over itself
     assert sorted(path.name for path in (tmp_path / "inplace").iterdir()) == ["model.py"]
 
 

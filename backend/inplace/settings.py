@@ -14,6 +14,7 @@ LOG_LEVEL = "log_level"
 EOS = "eos_token_ids"
 QUEUE = "generation_queue"
 CAPACITY = "capacity"
+KNOWN = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY)
 TRITON_IDLE_MICROSECONDS = 1_000_000
 """``max_sequence_idle_microseconds`` where config.pbtxt says nothing (Triton's model_config.proto)."""
 MOST_WAITING = 256
@@ -55,6 +56,7 @@ class Settings:
         config: dict[str, Any] = json.loads(model_config)
         if "sequence_batching" not in config:
             raise LoadError("config.pbtxt has no sequence_batching: this backend serves sequences; build the model again to restore it")
+        _check_known(config)
         serve = served(model_config)
         decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         if decoupled != (serve == "stream"):
@@ -69,13 +71,13 @@ class Settings:
         if level not in LEVELS:
             raise LoadError(f"config.pbtxt: parameter {LOG_LEVEL} is {level!r}; expected one of {list(LEVELS)}")
         idle, notes = _idle(config, serve)
-        waiting, capacity = (_whole(config, name)[:1] for name in (QUEUE, CAPACITY))
+        waiting, capacity = (_one(config, name) for name in (QUEUE, CAPACITY))
         return cls(
             idle,
             serve,
             frozenset(_whole(config, EOS)),
-            most_waiting=waiting[0] if waiting else MOST_WAITING,
-            capacity=capacity[0] if capacity else None,
+            most_waiting=MOST_WAITING if waiting is None else waiting,
+            capacity=capacity,
             log_level=LEVELS[level],
             notes=notes,
         )
@@ -106,6 +108,20 @@ def _whole(config: dict[str, Any], name: str) -> list[int]:
     if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise LoadError(f"config.pbtxt: parameter {name} is {text!r}; expected whole numbers of at least 0, separated by commas")
     return [int(part) for part in parts]
+
+
+def _one(config: dict[str, Any], name: str) -> int | None:
+    """A parameter that is one whole number; None where it is not set."""
+    found = _whole(config, name)
+    if len(found) > 1:
+        raise LoadError(f"config.pbtxt: parameter {name} is {_parameter(config, name, '')!r}; expected one whole number of at least 0")
+    return found[0] if found else None
+
+
+def _check_known(config: dict[str, Any]) -> None:
+    """A misspelt parameter would be one that is not set. Names in capitals are the Python backend's own."""
+    if unknown := sorted(name for name in config.get("parameters", {}) if name not in KNOWN and not name.isupper()):
+        raise LoadError(f"config.pbtxt has the parameters {unknown}, which this backend does not know; it takes {list(KNOWN)}")
 
 
 def _idle(config: dict[str, Any], serve: Serve) -> tuple[float, tuple[str, ...]]:

@@ -96,6 +96,8 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
         ("serve", "both", r"parameter serve is 'both'; expected one of \['step', 'stream', 'front'\]"),
         ("eos_token_ids", "2;3", "parameter eos_token_ids is '2;3'; expected whole numbers of at least 0, separated by commas"),
         ("generation_queue", "-1", "parameter generation_queue is '-1'; expected whole numbers"),
+        ("generation_queue", "5,7", "parameter generation_queue is '5,7'; expected one whole number of at least 0"),
+        ("idle_timeout_second", "5", r"has the parameters \['idle_timeout_second'\], which .* takes \['serve', 'idle_timeout_seconds'"),
     ],
 )
 def test_a_setting_that_cannot_be_is_a_load_error(name: str, text: str, says: str) -> None:

@@ -42,6 +42,7 @@ def test_one_bad_request_among_good_ones_harms_nobody(repository: Repository, dr
         (Request(1, False, False, {}), Code.MISSING_INPUT),
         (ask(1, [1], logits="perhaps"), Code.BAD_PARAMETER),
         (ask(1, [1], position=-1), Code.BAD_PARAMETER),
+        (ask(1, [1], max_tokens=5), Code.BAD_PARAMETER),
         (ask(1, [1], position=4), Code.POSITION),
         (ask(1, [1], position=6), Code.POSITION),
     ],

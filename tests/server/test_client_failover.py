@@ -1,9 +1,11 @@
 """The client over failures that really happen: a server killed, a connection cut, an answer lost, a sequence forgotten."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterator
 
+import inplace.client.aio
 import numpy as np
 import pytest
 from cable import Cable, killed
@@ -60,6 +62,24 @@ def test_a_lost_answer_is_not_asked_for_twice_in_the_same_state(
             with pytest.raises(SequenceLostError, match=r"INPLACE-POSITION .*meant for position 1, the sequence holds 2"):
                 sums.step(fed(1.0))
     assert caplog.text.count("try 1 failed, the next in") == 3  # each was lost, and each sent again
+
+
+def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(server: TritonServer, repository: Repository) -> None:
+    async def asked() -> None:
+        async with inplace.client.aio.Client(server.grpc_url) as client, inplace.client.aio.Sequence(client, "llama") as sequence:
+            with pytest.raises(
+                RefusedError, match="model 'llama' is served step by step and generates nothing: build it with --serve stream"
+            ):
+                await anext(aiter(sequence.generate([1, 2], max_tokens=3)))
+            assert await sequence.tokens([1, 2]) == greedy(repository.llama, [1, 2], 1)[0]
+
+    with Client(server.grpc_url) as client, Sequence(client, "llama") as sequence:
+        with pytest.raises(RefusedError, match="is served step by step"):
+            next(sequence.generate([1, 2], max_tokens=3))
+        with pytest.raises(RefusedError, match=r"INPLACE-BAD_PARAMETER .* asks for a generation, this model is served step by step"):
+            sequence.tokens([1, 2], parameters={"max_tokens": 3})  # as who talks to Triton without this client would
+        assert sequence.tokens([1, 2]) == greedy(repository.llama, [1, 2], 1)[0]
+    asyncio.run(asked())
 
 
 def test_a_lost_answer_to_start_or_end_is_asked_for_again(server: TritonServer, repository: Repository) -> None:

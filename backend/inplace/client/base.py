@@ -6,12 +6,13 @@ from typing import TypedDict, cast
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
-from inplace.client.calls import Array, Call, Parameter
+from inplace.client.calls import Array, Call, Model, Parameter
 from inplace.client.endpoints import Endpoints
-from inplace.client.errors import ClientError, UnreachableError, parsed
+from inplace.client.errors import ClientError, RefusedError, UnreachableError, parsed
 from inplace.client.ledger import Ledger
 from inplace.client.progress import Progress
 from inplace.client.want import STOP, TEXT, TOKENS, Want
+from inplace.errors import Code
 
 BUSY = ("NO_FREE_SLOT", "QUEUE_FULL")
 """Codes of a server that has no room: another one may."""
@@ -95,6 +96,21 @@ class SequenceBase:
             self._ledger.forget()
             self._ledger.held = False
             self._server = server
+
+
+def check_streams(sequence: SequenceBase, model: Model) -> None:
+    """Refuse to ask a model for a generation that is served step by step.
+
+    Raises:
+        RefusedError: as the model itself would say it.
+    """
+    if not model.streams:
+        text = (
+            f"model {sequence.model!r} is served step by step and generates nothing: build it with --serve stream, or step it with tokens()"
+        )
+        raise RefusedError(
+            InferenceServerException(text), code=Code.BAD_PARAMETER, reason=text, retryable=False, sequence=sequence.id, request=""
+        )
 
 
 class GenerationBase:

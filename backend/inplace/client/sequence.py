@@ -10,7 +10,7 @@ import numpy as np
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from inplace.client.base import GenerationBase, Options, SequenceBase, generation
+from inplace.client.base import GenerationBase, Options, SequenceBase, check_streams, generation
 from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
 from inplace.client.client import Borrowed, Client
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
@@ -268,6 +268,7 @@ class Generation(GenerationBase):
     def _piece(self) -> Piece:
         sequence, progress = self._sequence, self._progress
         model = sequence._known()
+        check_streams(sequence, model)
         try:
             if self._call is None:
                 past, want = progress.begin()

@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from inplace.batcher import Work
+from inplace.drivers.generation import MAX_TOKENS
 from inplace.errors import Code, RequestError
 from inplace.instance import ModelInstance
 from inplace.requests import Request
@@ -13,6 +15,9 @@ from inplace.requests import Request
 Answer = dict[str, Tensor] | RequestError
 """What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
 
+NO_GENERATION = (
+    f"parameter {MAX_TOKENS!r} asks for a generation, this model is served step by step: leave it out, or build with --serve stream"
+)
 LONGEST_PAUSE = 3600.0
 """Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
 
@@ -71,7 +76,7 @@ class StepDriver:
                 continue
             seen.add(request.sequence)
             try:
-                admitted.append((index, self.instance.admit(request)))
+                admitted.append((index, self._admit(request)))
             except RequestError as error:
                 if error.code is Code.NO_FREE_SLOT and self._will_free(waiting):
                     later.append((index, request))
@@ -79,6 +84,12 @@ class StepDriver:
                     answers[index] = error
         self._steps(admitted, answers)
         return later
+
+    def _admit(self, request: Request) -> Work:
+        checked = self.instance.check(request)
+        if MAX_TOKENS in request.parameters and checked.refusal is None:
+            checked = replace(checked, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATION))
+        return self.instance.enter(checked)
 
     def _will_free(self, waiting: list[tuple[int, Request]]) -> bool:
         """Whether some request of this call is the END of a live sequence."""

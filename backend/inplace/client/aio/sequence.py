@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from inplace.client.aio.client import Client
 from inplace.client.aio.stream import Stream
-from inplace.client.base import GenerationBase, Options, SequenceBase, generation
+from inplace.client.base import GenerationBase, Options, SequenceBase, check_streams, generation
 from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.ledger import Ledger
@@ -230,6 +230,7 @@ class Generation(GenerationBase):
     async def _piece(self) -> Piece:
         sequence, progress = self._sequence, self._progress
         model = await sequence._known()
+        check_streams(sequence, model)
         try:
             if self._call is None:
                 past, want = progress.begin()

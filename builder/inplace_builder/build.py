@@ -82,10 +82,11 @@ class BuildOptions:
             raise BuildError(f"min_capacity is {self.min_capacity}; it must be from 1 to the capacity of {self.capacity}")
         if self.max_rows > self.slots:
             raise BuildError(f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: raise slots or lower the batch")
-        if self.dtype not in DTYPES.get(self.device, ()):
-            raise BuildError(
-                f"{self.dtype} on {self.device!r} is not supported; choose {[str(d) for d in DTYPES.get(self.device, ())]} or another one"
-            )
+        if self.device not in DTYPES:
+            raise BuildError(f"device is {self.device!r}; choose one of {list(DTYPES)}")
+        if self.dtype not in DTYPES[self.device]:
+            known = [str(dtype) for dtype in DTYPES[self.device]]
+            raise BuildError(f"dtype {self.dtype} is not supported on device {self.device!r}; choose one of {known}")
         if not 0 < self.idle_timeout < LONGEST:
             raise BuildError(f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0 and below {LONGEST:.0e}")
         if not 0 <= self.queue_delay_microseconds < LONGEST * 1e6:

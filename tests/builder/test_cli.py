@@ -107,8 +107,12 @@ def test_inspect_says_everything_of_an_engine(repository: Repository, monkeypatc
         (["build", ".", "--output", "m"], "error: . is no model: it holds neither config.json nor a GGUF file"),
         (["build", ".", "--output", "m", "--slots", "0"], "error: slots is 0; it must be at least 1"),
         (["build", ".", "--output", "m", "--slots", "2", "--max-batch", "3"], "error: a batch of 3 rows needs as many slots"),
-        (["build", ".", "--output", "m", "--dtype", "float16"], "error: float16 on 'cpu' is not supported; choose ['float32', 'bfloat16']"),
+        (
+            ["build", ".", "--output", "m", "--dtype", "float16"],
+            "error: dtype float16 is not supported on device 'cpu'; choose one of ['float32', 'bf",
+        ),
         (["inspect", "nowhere"], "error: nowhere/1/engine.json does not exist"),
+        (["chat", "nowhere", "--url", "127.0.0.1:1"], "error: 127.0.0.1:1 does not serve nowhere: "),
         pytest.param(["build", "[/nowhere]", "--output", "m"], "error: [/nowhere] does not exist"),
         pytest.param(["build", "[draft]", "--output", "m"], "error: [draft] does not exist"),
     ],

@@ -3,9 +3,9 @@
 Usage: python examples/streaming_vad.py [16-kHz mono file.wav …]; without files, recordings of the package pytest-audioeval.
 """
 
-import importlib.util
 import sys
 import tempfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +42,18 @@ def listen(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.pad(spoken, (0, -len(spoken) % CHUNK))).view(-1, CHUNK)
 
 
-def main() -> int:
-    """Stream them all at once and print who speaks when; the exit status."""
-    found = importlib.util.find_spec("pytest_audioeval")
-    places = found.submodule_search_locations if found is not None else None
-    files = [Path(name) for name in sys.argv[1:]] or sorted(Path(next(iter(places or ["."]))).glob("samples/audio/*/*_*.wav"))
-    streams = dict(enumerate(map(listen, files[:STREAMS]), 1))
+def main() -> None:
+    """Stream them all at once and print who speaks when."""
+    given = [Path(name) for name in sys.argv[1:]]
+    recordings = (file for file in distribution("pytest-audioeval").files or () if file.match("audio/*/*_*.wav"))
+    files = sorted(given or [Path(str(file.locate())) for file in recordings])[:STREAMS]
+    try:
+        streams = dict(enumerate(map(listen, files), 1))
+    except (InplaceError, soundfile.SoundFileError) as error:
+        sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
         model = open_model(Path(folder) / "silero-vad")
-        addresses, began, steps = model.arena.addresses(), dict.fromkeys(streams, -1), max(map(len, streams.values()), default=0)
+        addresses, began, steps = model.arena.addresses(), dict.fromkeys(streams, -1), max(map(len, streams.values()))
         for index in range(steps + 1):
             live = {stream: audio[index] for stream, audio in streams.items() if index < len(audio)}
             works = [model.admit(Request(stream, index == 0, False, {"audio": chunk[None]})) for stream, chunk in live.items()]
@@ -67,13 +70,10 @@ def main() -> int:
                 assert torch.equal(model.arena.tensors["context"][work.sequence.slot], chunk[-CONTEXT:])
                 model.finish(work)
         assert model.arena.addresses() == addresses
-        print(
-            f"\n{steps} steps, {len(streams)} streams: {len(addresses)} states stayed where they were; after each step the memory that the"
-        )
-        print("engine was given at load held the new state, written there by the engine: nothing was handed out or copied back")
+        print(f"\n{steps} steps, {len(streams)} streams: {len(addresses)} states stayed where they were; after each step the memory that")
+        print("the engine was given at load held the new state, written there by the engine: nothing was handed out or copied back")
         print(", ".join(f"{alias.output} is {alias.input} ({alias.kind})" for alias in model.program.aliases))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -254,7 +254,7 @@ def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_pos
         ({"slots": 2, "max_rows": 3}, "a batch of 3 rows needs as many slots; there are 2"),
         ({"dtype": Dtype.FLOAT16}, "dtype float16 is not supported on device 'cpu'; choose one of .*'float32', 'bfloat16'"),
         ({"dtype": Dtype.INT8}, "dtype int8 is not supported on device 'cpu'"),
-        ({"device": "abacus"}, "device is 'abacus'; choose one of \['cpu', 'cuda'\]"),
+        ({"device": "abacus"}, r"device is 'abacus'; choose one of \['cpu', 'cuda'\]"),
         ({"idle_timeout": 0.0}, "idle_timeout is 0.0; it must be a number of seconds above 0"),
         ({"idle_timeout": float("nan")}, "idle_timeout is nan"),
         ({"idle_timeout": float("inf")}, "idle_timeout is inf"),

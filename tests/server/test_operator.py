@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -171,6 +172,15 @@ def _ready(client: InferenceServerClient, model: str) -> bool:
         pass
     time.sleep(1)
     return False
+
+
+def test_the_example_of_a_module_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "served_module.py"
+    assert len(script.read_text().splitlines()) < 80
+    runpy.run_path(str(script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "aliases (output@input@kind): mean_updated@mean@operator" in out
+    assert "after 20 steps: 0.8784 and 87.84, as NumPy computes them" in out
 
 
 def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> None:

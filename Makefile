@@ -8,7 +8,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 .venv/installed: requirements.lock pyproject.toml tools/environment.sh
-	@echo "setting up .venv (5 GB with PyTorch; some minutes the first time)"
+	@echo "setting up .venv (5.8 GB with PyTorch; some minutes the first time)"
 	@tools/environment.sh
 
 demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversation, shut down

@@ -9,9 +9,6 @@ from fuzz.wire import Message, message, outputs
 from inplace.sampling import Parameter
 from tritonclient.grpc import service_pb2_grpc
 
-SILENCE = 60.0
-"""Seconds without an answer after which the server counts as dead."""
-
 
 class RefusedError(Exception):
     """The server answered with an error."""

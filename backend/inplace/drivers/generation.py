@@ -21,9 +21,6 @@ BYTES_A_POSITION = 64
 """Text that is longer than so many bytes for each position a sequence may hold is not tokenized: it would not fit."""
 MOST = 2**31 - 1
 
-Input = Tensor | tuple[bytes, ...]
-"""A request's tensor; one of BYTES as its elements."""
-
 
 class Reason(StrEnum):
     """Why a generation finished, as clients read it."""

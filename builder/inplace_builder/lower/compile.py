@@ -19,15 +19,11 @@ class CompileOptions:
     Attributes:
         compute_capabilities: GPUs to compile for, for example ``("SM89", "SM120")``; TensorRT for RTX only, where empty means the GPU
             of this machine.
-        tf32: let float32 products use TF32, 10 bits of mantissa.
-        workspace_bytes: most scratch memory of one layer; None is TensorRT's own limit.
         plugins: whether the network has plugins whose outputs alias inputs.
         optimization_level: how long TensorRT searches for fast kernels, from 0 to 5; None is its own choice, 3.
     """
 
     compute_capabilities: tuple[str, ...] = ()
-    tf32: bool = False
-    workspace_bytes: int | None = None
     plugins: bool = False
     optimization_level: int | None = None
 
@@ -47,9 +43,7 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
     tensorrt, builder, log = lowered.context.tensorrt, lowered.builder, lowered.context.log
     api = tensorrt.api
     config = builder.create_builder_config()
-    (config.set_flag if options.tf32 else config.clear_flag)(api.BuilderFlag.TF32)
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    config.clear_flag(api.BuilderFlag.TF32)  # float32 means float32, not 10 bits of mantissa
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.plugins:

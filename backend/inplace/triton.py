@@ -22,7 +22,7 @@ from inplace.manifest import Manifest
 from inplace.observer import Observer, line
 from inplace.requests import Request
 from inplace.settings import Settings, served
-from inplace.stub import check_numpy
+from inplace.stub import check_numpy, end_with_server
 from inplace.text import load_tokenizer
 from inplace.triton_channel import TritonChannel, output, refusal
 from inplace.triton_front import Front
@@ -50,6 +50,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine beside the model's config.pbtxt; a model that cannot be served fails to load with the reason."""
+        end_with_server()
         self._log = log_to_triton(args["model_instance_name"])
         try:
             self._served: Served = Front(args) if served(args["model_config"]) == "front" else _engine(args)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,23 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(telle
             found = (said.tokens + rest.tokens)[:300]
             assert (rest.reason, found) == ("ended", tellers.expected[: len(found)])
         assert server.process.wait(30) == 0
+
+
+def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_generations(tellers: Tellers) -> None:
+    """Left to itself a stub waits in `send` for ever, with all its memory."""
+    repository = tellers.repository.parent / "killed"
+    for name in ("teller", "teller_generate"):
+        shutil.copytree(tellers.repository / name, repository / name)
+    with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "killed.log") as server, Talk(server.grpc_url, "teller") as talk:
+        talk.send("first", PROMPT, ENDLESS, start=True)
+        talk.send("second", PROMPT, ENDLESS, start=True)
+        talk.hear(20)
+        left = [stub(server, name) for name in ("teller", "teller_generate")]
+        assert server.process is not None
+        kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        for process in left:
+            eventually(partial(gone, process), "the process ends", 10.0)
 
 
 def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_unloaded_nor_loaded(tellers: Tellers) -> None:

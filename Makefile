@@ -30,14 +30,14 @@ format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
-	@$(BIN)/python benchmarks/cpu_decode.py
+	@$(BIN)/python -m benchmarks.cpu_decode
 
 perf: .venv/installed ## SmolLM2 served: sequences by concurrency and rate, streams, generations; JSON and plots into benchmarks/results
-	@$(BIN)/python -m benchmarks.perf all --commit "$$(git rev-parse --short HEAD)" --out benchmarks/results/perf.json
+	@$(BIN)/python -m benchmarks.perf all --out benchmarks/results/perf.json
 	@$(BIN)/python -m benchmarks.perf.plots benchmarks/results/perf.json
 
 soak: .venv/installed ## 10 minutes of 500 clients that come, go, vanish and misbehave; JSON into benchmarks/results
-	@PYTHONPATH=tests $(BIN)/python -m soak --seconds 600 --clients 500 --commit "$$(git rev-parse --short HEAD)" --out benchmarks/results/soak.json
+	@PYTHONPATH=tests $(BIN)/python -m soak --seconds 600 --clients 500 --out benchmarks/results/soak.json
 
 fuzz: .venv/installed ## 10 000 random requests against a real server
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --requests 10000

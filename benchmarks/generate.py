@@ -1,6 +1,6 @@
 """Whole generations and single steps against a real tritonserver, beside the engine alone and transformers, in one run.
 
-    python benchmarks/generate.py --model model_repository/my-stream-model --beside transformers --source path/to/model --out result.json
+    python -m benchmarks.generate --model model_repository/my-stream-model --beside transformers --source path/to/model --out result.json
 
 The model is a built decoder with at least as many slots and rows as the most streams (``--serve stream``, or step: then the script writes
 the other configuration itself). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,11 @@ from inplace.manifest import Manifest
 from inplace_builder.model_config import Language, model_config
 from inplace_builder.server import Ports, TritonServer
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, by its path
-
-from benchmarks.generation.burst import Burst  # noqa: E402
-from benchmarks.gpu import machine as gpu  # noqa: E402
-from benchmarks.perf import generator  # noqa: E402
-from benchmarks.perf.__main__ import processor, versions  # noqa: E402
-from benchmarks.perf.clients import Load, Mode  # noqa: E402
-from benchmarks.perf.server import Counters  # noqa: E402
+from benchmarks.generation.burst import Burst
+from benchmarks.perf import generator
+from benchmarks.perf.clients import Load, Mode
+from benchmarks.perf.server import Counters
+from benchmarks.record import ROOT, facts
 
 STARTED = 4.0
 """Seconds after which all client processes have begun."""
@@ -55,7 +50,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the step protocol")
     parser.add_argument("--beside", choices=["transformers"], help="also measure this, on --source")
     parser.add_argument("--source", type=Path, help="the Hugging Face folder that the model was built from")
-    parser.add_argument("--commit", default="unknown", help="what was measured, for the record")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.beside and given.source is None:
@@ -64,13 +58,8 @@ def main() -> None:
     streams = [int(count) for count in given.streams.split(",")]
     if (most := max(*streams, given.step_sequences, 1)) > manifest.slots:
         parser.error(f"{most} sequences need as many slots; the model has {manifest.slots}")
-    document: dict[str, Any] = {
-        "what": f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of each stream; greedy",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/generate.py " + " ".join(sys.argv[1:]),
-        "commit": given.commit,
-        "machine": {"processor": processor(), "cores": os.cpu_count()} | gpu.machine(),
-        "versions": versions() | gpu.versions(),
+    what = f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of each stream; greedy"
+    document: dict[str, Any] = facts(what, "python -m benchmarks.generate") | {
         "model": {"name": given.model.name, "engine": manifest.engine.kind, "device": manifest.engine.device}
         | {"dtype": str(manifest.engine.dtype), "slots": manifest.slots, "rows": manifest.program("step").max_rows},
         "generate": [],

@@ -18,7 +18,7 @@ import torch
 import triton
 from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
 
-from benchmarks.gpu.machine import bandwidth
+from benchmarks.gpu.bandwidth import bandwidth
 
 LAYERS = {
     "135m qkv": LinearSpec(576, 960, norm=True, eps=1e-5),

@@ -29,6 +29,8 @@ from inplace_builder.capture import capture_decoder, load_decoder
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.record import facts
+
 PROMPTS = (
     "Gravity is",
     "The capital of France is Paris, and the capital of Italy is",
@@ -266,12 +268,11 @@ def main() -> None:
         moved = arena.addresses() != addresses
         changed = [name for name, tensor in arena.tensors.items() if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])]
     stage("done")
-    result = {
+    result = facts("greedy tokens of a bfloat16 engine against the float32 reference", "python -m benchmarks.gpu.accuracy") | {
         "model": "SmolLM2-135M-Instruct",
         "engine": f"inplace-{arguments.alias}",
         "dtype": "bfloat16",
         "reference": "transformers, float32",
-        "device": torch.cuda.get_device_name(),
         "verified_error": manifest.built_with["verified_error"],
         "tokens": TOKENS,
         "alone": [asdict(found) for found in alone],

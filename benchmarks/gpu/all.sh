@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 
 OUT=${OUT:-build/gpu}
-COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+export COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=backend:builder:tests${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
@@ -40,9 +40,9 @@ for name in "$@"; do
     accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
     server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
     steps) part steps 240 bash -c "\"$PYTHON\" -m benchmarks.gpu.engine --shape 135m --cases 8x600 --engines \"$OUT/engines\" --build-only &&
-        \"$PYTHON\" -m benchmarks.perf unary --levels 8 --commit \"$COMMIT\" --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
+        \"$PYTHON\" -m benchmarks.perf unary --levels 8 --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
-    bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --commit "$COMMIT" --budget "${BUDGET:-480}" ;;
+    bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --budget "${BUDGET:-480}" ;;
     profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;
     *) echo "no part is named '$name'; there are: tests accuracy server steps memory bench profile" >&2 && exit 2 ;;
     esac

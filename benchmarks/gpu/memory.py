@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import facts
+
 
 def used() -> int:
     """Bytes in use on the device, as the driver counts them; nothing else may run on it."""
@@ -48,8 +50,7 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
         if step % (steps // 10) == 0:
             history.append(used() - bare)
     weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])
-    return {
-        "device": torch.cuda.get_device_name(),
+    return facts("device memory of a loaded engine against what it counts, and over many steps", "python -m benchmarks.gpu.memory") | {
         "bare_context_bytes": bare,
         "process_bytes": loaded - bare,
         "counted_bytes": counted,

@@ -16,6 +16,7 @@ from inplace.engines.tensorrt import TensorRtEngine
 from torch.profiler import ProfilerActivity
 
 from benchmarks.gpu.engine import build, opened, step_inputs
+from benchmarks.record import facts
 
 STEPS = 20
 
@@ -36,8 +37,13 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for rows in counts:
             inputs = step_inputs(manifest, engine, arena, [arguments.length] * rows, [1] * rows)
-            found = profiled(engine, arena, inputs)
-            found |= {"shape": arguments.shape, "rows": rows, "capacity": arguments.capacity, "length": arguments.length}
+            found = facts("kernels of one decode step, bfloat16, by PyTorch's profiler", "python -m benchmarks.gpu.profile")
+            found |= profiled(engine, arena, inputs) | {
+                "shape": arguments.shape,
+                "rows": rows,
+                "capacity": arguments.capacity,
+                "length": arguments.length,
+            }
             (arguments.out / f"profile_{arguments.shape}_b{rows}.json").write_text(json.dumps(found, indent=1) + "\n")
             print(f"{arguments.shape} B{rows}: {found['step_us']:.0f} us a step, kernels {found['kernel_us']:.0f} us")
             for kernel in found["kernels"][:14]:
@@ -61,7 +67,6 @@ def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tenso
     ]
     kernels.sort(key=lambda kernel: -kernel["us"])
     return {
-        "device": torch.cuda.get_device_name(),
         "step_us": alone,
         "kernel_us": sum(kernel["us"] for kernel in kernels),
         "launches": sum(kernel["count"] for kernel in kernels),

@@ -1,6 +1,6 @@
 """The GPU benchmark: every engine in a process of its own, one after the other, into one JSON file, a report and plots.
 
-python -m benchmarks.gpu.run --out benchmarks/results --commit $(git rev-parse --short HEAD) --budget 480
+python -m benchmarks.gpu.run --out benchmarks/results --budget 480
 """
 
 import argparse
@@ -14,16 +14,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.machine import bandwidth, machine, versions
+from benchmarks.gpu.bandwidth import bandwidth
 from benchmarks.gpu.measurement import LEFT_OUT, Measurement, measurements_in
 from benchmarks.gpu.plan import Child, plan
 from benchmarks.gpu.report import write_report
+from benchmarks.record import ROOT, facts
 
-ROOT = Path(__file__).parents[2]
 NAME = "gpu_decode.json"
 LEAST_LEFT = 20
 """Seconds of the budget without which no process is started: none could finish."""
@@ -60,7 +59,7 @@ def completed(child: Child, found: Sequence[Measurement], problem: str) -> list[
     return [*found, *lost]
 
 
-def kept(path: Path, facts: dict[str, Any]) -> list[Measurement]:
+def kept(path: Path, head: dict[str, Any]) -> list[Measurement]:
     """The numbers of an earlier run of the same commit on the same machine.
 
     Raises:
@@ -70,8 +69,8 @@ def kept(path: Path, facts: dict[str, Any]) -> list[Measurement]:
         raise ValueError(f"there is no {path} to resume; run without --resume first")
     earlier = json.loads(path.read_text())
     for key in ("commit", "machine", "versions"):
-        if earlier[key] != facts[key]:
-            raise ValueError(f"{path} is of {key} {earlier[key]}, not {facts[key]}; run without --resume")
+        if earlier[key] != head[key]:
+            raise ValueError(f"{path} is of {key} {earlier[key]}, not {head[key]}; run without --resume")
     found = [Measurement.of(record) for record in earlier["measurements"]]
     return [measurement for measurement in found if measurement.us is not None]
 
@@ -82,7 +81,7 @@ def unmeasured(children: Sequence[Child], measurements: Sequence[Measurement]) -
     return [child for child in children if not all((one.engine, one.step) in seen for one in child.expected)]
 
 
-def run(children: Sequence[Child], out: Path, budget: float, facts: dict[str, Any], measured: Sequence[Measurement] = ()) -> dict[str, Any]:
+def run(children: Sequence[Child], out: Path, budget: float, head: dict[str, Any], measured: Sequence[Measurement] = ()) -> dict[str, Any]:
     """Run the processes in order until the budget (seconds) is used up, which may cut the last one short.
 
     The record starts with what is ``measured`` already. It is written after each process, so that nothing is lost when the whole run is
@@ -96,7 +95,7 @@ def run(children: Sequence[Child], out: Path, budget: float, facts: dict[str, An
     begin = time.monotonic()
     measurements = list(measured)
     processes: list[dict[str, Any]] = []
-    record = facts | {"measurements": [one.record() for one in measurements], "processes": processes, "left_out": []}
+    record = head | {"measurements": [one.record() for one in measurements], "processes": processes, "left_out": []}
     for index, child in enumerate(children):
         left = budget - (time.monotonic() - begin)
         if left < LEAST_LEFT:
@@ -135,32 +134,23 @@ def main() -> None:
     """Run everything. Exit status 1 where our own engine has no number for a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--commit", default="unknown", help="recorded with the results")
     parser.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out, and said")
     parser.add_argument("--resume", action="store_true", help="keep the numbers in --out of the same commit and machine, run the rest")
     parser.add_argument("--only", default="", help="run only the processes whose name contains this")
     given = parser.parse_args()
-    options = " --resume" * given.resume + f" --only {given.only}" * bool(given.only)  # --out is nobody's concern
-    facts = {
-        "what": WHAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.gpu.run --budget {given.budget:.0f}" + options,
-        "commit": given.commit,
-        "machine": machine(),
-        "bandwidth": bandwidth(),
-        "versions": versions(),
-    }
+    options = ["--budget", f"{given.budget:.0f}", *["--resume"] * given.resume, *["--only", given.only][: 2 * bool(given.only)]]
+    head = facts(WHAT, "python -m benchmarks.gpu.run", options) | {"bandwidth": bandwidth()}  # --out is nobody's concern
     children = [child for child in plan() if given.only in child.name]
     if not children:
         parser.error(f"no process is named like {given.only!r}; there are {', '.join(child.name for child in plan())}")
     try:
-        measured = kept(given.out / NAME, facts) if given.resume else []
+        measured = kept(given.out / NAME, head) if given.resume else []
     except ValueError as error:
         parser.error(str(error))
-    record = run(unmeasured(children, measured), given.out, given.budget, facts, measured)
-    write_report(record, (given.out / NAME).with_suffix(".md"))
+    found = run(unmeasured(children, measured), given.out, given.budget, head, measured)
+    write_report(found, (given.out / NAME).with_suffix(".md"))
     print(f"{given.out / NAME}\n{(given.out / NAME).with_suffix('.md')}")
-    sys.exit(any(found["engine"] == "inplace-plugin" and "error" in found for found in record["measurements"]))
+    sys.exit(any(one["engine"] == "inplace-plugin" and "error" in one for one in found["measurements"]))
 
 
 if __name__ == "__main__":

@@ -10,24 +10,19 @@ Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 import tempfile
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from inplace.manifest import Manifest
 from inplace_builder.server import Ports, TritonServer
 
-from benchmarks.gpu.machine import machine
 from benchmarks.perf import analyzer, generator
 from benchmarks.perf.clients import Load
 from benchmarks.perf.server import Counters, engine_step
+from benchmarks.record import facts
 
 FOLDER = Path(__file__).parent
 MODES = ("unary", "rate", "stream", "generate")
@@ -45,7 +40,6 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64, help="generate: tokens of a generation")
     parser.add_argument("--input-data", type=Path, help="another input file")
     parser.add_argument("--out", type=Path, default=Path("build/perf/perf.json"))
-    parser.add_argument("--commit", default="unknown", help="what was measured, for the record")
     given = parser.parse_args()
     if (reason := analyzer.missing()) is not None:
         print(f"{reason}; only the load generator on tritonclient runs", flush=True)
@@ -55,16 +49,8 @@ def main() -> None:
         parser.error("--model is missing")
     else:
         levels = measure(given, given.mode, given.model)
-    document = {
-        "what": "one token a request (unary, rate, stream) or whole generations (generate), against tritonserver on this machine",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.perf " + " ".join(sys.argv[1:]),
-        "commit": given.commit,
-        "machine": {"processor": processor(), "threads": os.cpu_count()} | machine(),
-        "versions": versions(),
-        "perf_analyzer": reason or "runs",
-        "levels": levels,
-    }
+    what = "one token a request (unary, rate, stream) or whole generations (generate), against tritonserver on this machine"
+    document = facts(what, "python -m benchmarks.perf") | {"perf_analyzer": reason or "runs", "levels": levels}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written to {given.out}")
@@ -138,24 +124,6 @@ def everything(given: argparse.Namespace) -> list[dict[str, Any]]:
         levels += measure(given, "stream", stream)
         levels += measure(given, "generate", stream)
     return levels
-
-
-def processor() -> str:
-    """The processor's own name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def versions() -> dict[str, str]:
-    """Of what takes part."""
-    names = ("torch", "tritonclient", "nvidia-pytriton", "grpcio", "tensorrt")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 if __name__ == "__main__":

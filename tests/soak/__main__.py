@@ -2,17 +2,15 @@
 
 import argparse
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from soak.run import soak
+
+from benchmarks.record import facts
 
 
 def main() -> None:
@@ -22,24 +20,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--growth", type=float, default=0.02, help="how much processes may have grown since the middle of the run")
-    parser.add_argument("--commit", default="unknown", help="what was soaked, for the record")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    command = f"PYTHONPATH=tests python -m soak --seconds {given.seconds:g} --clients {given.clients} --seed {given.seed}"
-    print(f"seed {given.seed}: {command}", flush=True)
+    arguments = ["--seconds", f"{given.seconds:g}", "--clients", str(given.clients), "--seed", str(given.seed)]
+    print(f"seed {given.seed}: PYTHONPATH=tests python -m soak {' '.join(arguments)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), seconds=given.seconds, seed=given.seed, clients=given.clients, growth=given.growth)
-    processor = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    record = {
-        "what": "tiny random Llama as a stream model on the CPU, concurrent clients with random behaviour over gRPC streams",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": given.commit,
+    what = "tiny random Llama as a stream model on the CPU, concurrent clients with random behaviour over gRPC streams"
+    record = facts(what, "PYTHONPATH=tests python -m soak", arguments) | {
         "seed": given.seed,
-        "machine": {"processor": processor[0] if processor else platform.processor(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "nvidia-pytriton", "tritonclient", "grpcio")}
-        | {"python": platform.python_version()},
         "clients": given.clients,
         **found.numbers,
         "faults": found.faults,

@@ -1,0 +1,86 @@
+"""What every result says of itself: when, by which command, of which code, on what machine, with which versions."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "transformers", "tensorrt", "numpy", "nvidia-pytriton", "tritonclient", "grpcio")
+
+_QUERY = {
+    "GPU": "name",
+    "driver": "driver_version",
+    "highest SM clock": "clocks.max.sm",
+    "highest memory clock": "clocks.max.mem",
+    "power limit": "power.limit",
+    "GPU memory": "memory.total",
+}
+
+
+def facts(what: str, program: str, arguments: list[str] | None = None) -> dict[str, Any]:
+    """The head of a result.
+
+    Args:
+        what: one line of what is measured.
+        program: as it is typed, for example ``python -m benchmarks.perf``.
+        arguments: what was typed behind it; this process's own if None.
+    """
+    return {
+        "what": what,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([*shlex.split(program), *(sys.argv[1:] if arguments is None else arguments)]),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def commit() -> str:
+    """Of the code that runs: ``$COMMIT``, else what git says, with ``+`` where files differ from it; ``unknown`` without either."""
+    if named := os.environ.get("COMMIT"):
+        return named
+    try:
+        head = _said("git", "rev-parse", "--short", "HEAD")
+        changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + "+" * bool(changed)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its threads, and the first GPU as nvidia-smi describes it, with units; ``none`` where there is none."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    found: dict[str, Any] = {"processor": processor, "threads": os.cpu_count()}
+    try:
+        line = _said("nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader", "--id=0")
+    except (OSError, subprocess.SubprocessError):
+        return found | {"GPU": "none"}
+    return found | dict(zip(_QUERY, (value.strip() for value in line.split(",")), strict=True))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part; a package that is not there is ``none``."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, cwd=ROOT).stdout.strip()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    try:  # TensorRT's bindings may lie on the path under another distribution's name: the module itself knows
+        return str(importlib.import_module(name.replace("-", "_")).__version__)
+    except (ImportError, AttributeError):
+        return "none"

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from benchmarks import record
 from benchmarks.record import commit, facts, machine
 

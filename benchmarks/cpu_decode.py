@@ -12,11 +12,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
 from inplace.dtypes import Dtype
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
 from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.capture import DecoderOptions, capture_decoder, load_decoder
@@ -36,10 +33,7 @@ def opened(model: PreTrainedModel, capacity: int, scratch: Path) -> ModelInstanc
     options = BuildOptions(slots=4, max_rows=4, capacity=capacity)
     capture = capture_decoder(model, DecoderOptions(capacity, options.max_rows, options.chunk))
     write_engine(capture, scratch / f"c{capacity}", options, lambda what: console.print(f"· capacity {capacity}: {what}"))
-    folder = scratch / f"c{capacity}" / VERSION
-    manifest = Manifest.load(folder)
-    arena = Arena(manifest.states, manifest.slots, torch.device("cpu"))
-    return ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=600.0)
+    return ModelInstance.open(scratch / f"c{capacity}" / VERSION)
 
 
 def steps(instance: ModelInstance, rows: int, ids: list[torch.Tensor], start: bool) -> list[torch.Tensor]:

@@ -8,8 +8,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, write_engine
@@ -42,8 +40,8 @@ def main() -> None:
         path = Path(folder) / "llama"
         manifest = write_engine(capture, path, BuildOptions(capacity=CAPACITY, chunk=CHUNK, slots=ROWS, max_rows=ROWS))
         print("aliases (output@input@kind):", *manifest.program("step").aliases)
-        arena = Arena(manifest.states, manifest.slots, torch.device("cpu"))
-        instance = ModelInstance(manifest, arena, load_engine(path / VERSION, manifest, arena), idle_timeout=60.0)
+        instance = ModelInstance.open(path / VERSION)
+        arena = instance.arena
         for tensor in arena.tensors.values():
             tensor.fill_(float("nan"))
         addresses = arena.addresses()

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
 from inplace.errors import InplaceError
 from inplace.instance import ModelInstance
 from inplace.requests import Request
@@ -26,11 +24,8 @@ SECONDS = CHUNK / SAMPLE_RATE
 
 def open_model(folder: Path) -> ModelInstance:
     """Build the model, verified, and load what was written, as the server's backend does."""
-    manifest = write_engine(
-        capture_silero(load_silero(), max_rows=STREAMS), folder, BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1)
-    )
-    arena = Arena(manifest.states, manifest.slots, torch.device("cpu"))
-    return ModelInstance(manifest, arena, load_engine(folder / VERSION, manifest, arena), idle_timeout=60.0)
+    write_engine(capture_silero(load_silero(), max_rows=STREAMS), folder, BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1))
+    return ModelInstance.open(folder / VERSION)
 
 
 def listen(path: Path) -> torch.Tensor:

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
 from inplace.dtypes import Dtype
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest, Program
+from inplace.manifest import Program
 from inplace.operators import read, update
 from inplace.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder.capture import Capture, capture_module
@@ -108,9 +106,7 @@ def accumulator(max_rows: int = 4) -> Capture:
 
 def open_instance(model: Path, slots: int | None = None) -> ModelInstance:
     """A built model as the backend opens it, without a server."""
-    manifest = Manifest.load(model / "1")
-    arena = Arena(manifest.states, slots or manifest.slots, torch.device("cpu"))
-    return ModelInstance(manifest, arena, load_engine(model / "1", manifest, arena), idle_timeout=600.0)
+    return ModelInstance.open(model / "1", slots=slots)
 
 
 def captured(module: torch.nn.Module, *, reset: bool = True, dtype: Dtype = Dtype.FLOAT32) -> Capture:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from inplace.arena import Arena
 from inplace.batcher import Work, form
-from inplace.engines import Engine
+from inplace.engines import Engine, load_engine
 from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest, Program
 from inplace.observer import Observer
@@ -45,6 +47,23 @@ class ModelInstance:
         self._always = frozenset(spec.name for spec in self.program.outputs if not spec.on_request)
         self._on_request = frozenset(spec.name for spec in self.program.outputs if spec.on_request)
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest | None = None, *, slots: int | None = None, idle_timeout: float = 600.0) -> Self:
+        """Load an engine with an arena of its own, on the device that it was built for.
+
+        Args:
+            folder: the engine directory, ``model_repository/<name>/1``.
+            manifest: its manifest, where it was read already or a capacity was chosen from its range (`Manifest.at_capacity`).
+            slots: sequences to have room for, where it is not what the manifest says.
+            idle_timeout: seconds after its last response at which a sequence loses its slot.
+
+        Raises:
+            LoadError: the engine cannot be loaded here, or there is not enough memory.
+        """
+        manifest = manifest or Manifest.load(folder)
+        arena = Arena(manifest.states, slots or manifest.slots, torch.device(manifest.engine.device))
+        return cls(manifest, arena, load_engine(folder, manifest, arena), idle_timeout)
 
     def admit(self, request: Request) -> Work:
         """`check` and `enter` in one."""

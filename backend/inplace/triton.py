@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from inplace.arena import Arena
 from inplace.drivers import Answer, Language, StepDriver, StreamDriver
 from inplace.drivers.generation import STOP, TEXT
-from inplace.engines import load_engine
 from inplace.errors import Code, LoadError, RequestError
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
@@ -76,15 +73,13 @@ def _engine(args: dict[str, str]) -> Served:
     if settings.serve == "stream":
         check_numpy(Path("/proc/self/exe"), np.__version__)
     tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
-    arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
-    engine = load_engine(folder, manifest, arena)
+    instance = ModelInstance.open(folder, manifest, idle_timeout=settings.idle_timeout)
     for note in settings.notes:
         log.warning("%s", note)
     log.setLevel(settings.log_level)
-    instance = ModelInstance(manifest, arena, engine, settings.idle_timeout)
     metrics = TritonMetrics(instance.observer.numbers, args)
     device = manifest.engine.device
-    log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=arena.bytes, device=device))
+    log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=instance.arena.bytes, device=device))
     if settings.serve == "step":
         return _Steps(StepDriver(instance), metrics)
     return _Streams(StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting), metrics)

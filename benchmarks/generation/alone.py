@@ -9,10 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
 from inplace.metrics import STEP
 from inplace.requests import Request
 
@@ -24,9 +21,7 @@ def busy_until_now(instance: ModelInstance) -> float:
 
 def main(folder: Path, rows: int, prompt: int, tokens: int) -> dict[str, float]:
     """Seconds, and the share of them that the engine was busy, of the second of two rounds."""
-    manifest = Manifest.load(folder)
-    arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
-    instance = ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=float("inf"))
+    instance = ModelInstance.open(folder, idle_timeout=float("inf"))
     names = instance.program.language
     assert names is not None
     seconds = busy = first = 0.0

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from inplace.arena import Arena
 from inplace.dtypes import Dtype
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.requests import Request
 from inplace_builder.build import VERSION, BuildOptions, decoder_options, write_engine
@@ -261,8 +260,8 @@ def main() -> None:
         stage("continue the prompts with transformers")
         wanted = references(full.to("cuda"), half, [list(tokenizer(text)["input_ids"]) for text in PROMPTS])
         stage("continue them with the engine")
-        arena = Arena(manifest.states, SLOTS, torch.device("cuda"))
-        instance = ModelInstance(manifest, arena, load_engine(model / VERSION, manifest, arena), idle_timeout=float("inf"))
+        instance = ModelInstance.open(model / VERSION, idle_timeout=float("inf"))
+        arena = instance.arena
         foreign, addresses = poison(arena), arena.addresses()
         alone, together = compare(Runner(instance), wanted)
         moved = arena.addresses() != addresses

@@ -6,10 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
 from inplace.requests import Request
 
 TOKEN, PROMPT = 5, 16
@@ -17,9 +14,8 @@ TOKEN, PROMPT = 5, 16
 
 def main(folder: Path, rows: int, steps: int) -> None:
     """Measure and print."""
-    manifest = Manifest.load(folder)
-    arena = Arena(manifest.states, manifest.slots, torch.device(manifest.engine.device))
-    instance = ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=float("inf"))
+    instance = ModelInstance.open(folder, idle_timeout=float("inf"))
+    manifest = instance.manifest
     times = []
     for step in range(min(steps, (manifest.capacity or steps + 1) - PROMPT)):
         ids = torch.full((1, PROMPT if step == 0 else 1), TOKEN)

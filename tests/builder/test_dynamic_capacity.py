@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.arena import Arena
 from inplace.dtypes import Dtype
-from inplace.engines import load_engine
 from inplace.errors import LoadError, RequestError
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
@@ -37,9 +35,7 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, capacity: int) -> ModelInstance:
-    manifest = Manifest.load(folder).at_capacity(capacity)
-    arena = Arena(manifest.states, manifest.slots, torch.device("cpu"))
-    return ModelInstance(manifest, arena, load_engine(folder, manifest, arena), idle_timeout=600.0)
+    return ModelInstance.open(folder, Manifest.load(folder).at_capacity(capacity))
 
 
 @pytest.mark.parametrize("capacity", [16, 23, 64])

@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
 from inplace.requests import Request
 from inplace.trt import load_tensorrt
 from inplace_builder.build import BuildOptions, write_engine
@@ -66,10 +63,9 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
     """Any streams in any step, slots in any order; nothing but their own slots is touched, and nothing moves."""
     folder = tmp_path / "silero-vad"
     write_engine(capture_silero(load_silero(packaged(weights))), folder, BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1))
-    manifest = Manifest.load(folder / "1")
-    assert [alias.kind for alias in manifest.program("step").aliases] == ["operator"] * 3
-    arena = Arena(manifest.states, STREAMS + FOREIGN, torch.device("cpu"))
-    instance = ModelInstance(manifest, arena, load_engine(folder / "1", manifest, arena), idle_timeout=600.0)
+    instance = ModelInstance.open(folder / "1", slots=STREAMS + FOREIGN)
+    arena = instance.arena
+    assert [alias.kind for alias in instance.program.aliases] == ["operator"] * 3
     for state in arena.tensors.values():
         poison(state)
     addresses = arena.addresses()

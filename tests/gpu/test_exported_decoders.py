@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.arena import Arena
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
 from inplace_builder.build import VERSION, BuildOptions, write_engine
@@ -26,9 +24,8 @@ def test_eight_ragged_rows_say_what_generate_says(family: str, dynamic: bool, tm
     options = BuildOptions(device="cuda", engine="tensorrt", alias="plugin", capacity=48, min_capacity=37, chunk=6, slots=9, max_rows=8)
     manifest = write_engine(capture, tmp_path / family, options)
     assert {alias.kind for alias in manifest.program("step").aliases} == {"plugin"}
-    folder, chosen = tmp_path / family / VERSION, Manifest.load(tmp_path / family / VERSION).at_capacity(37)
-    arena = Arena(chosen.states, chosen.slots, torch.device("cuda"))
-    instance = ModelInstance(chosen, arena, load_engine(folder, chosen, arena), idle_timeout=600.0)
-    addresses = arena.addresses()
+    folder = tmp_path / family / VERSION
+    instance = ModelInstance.open(folder, Manifest.load(folder).at_capacity(37))
+    addresses = instance.arena.addresses()
     assert rows_say(instance, PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]
-    assert arena.addresses() == addresses
+    assert instance.arena.addresses() == addresses

@@ -4,11 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.arena import Arena
 from inplace.dtypes import Dtype
-from inplace.engines import load_engine
 from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
 from inplace.requests import Request
 from inplace_builder.build import BuildOptions, build_decoder
 from models import greedy, tiny_llama
@@ -19,10 +16,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
 def test_a_decoder_builds_and_verifies_on_the_gpu(tmp_path: Path, dtype: Dtype) -> None:
     model = tiny_llama(tmp_path / "llama")
-    manifest = build_decoder(tmp_path / "llama", tmp_path / "out", BuildOptions(dtype=dtype, device="cuda", capacity=64, chunk=8))
-    arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    folder = tmp_path / "out" / "1"
-    instance = ModelInstance(manifest, arena, load_engine(folder, Manifest.load(folder), arena), idle_timeout=600.0)
+    build_decoder(tmp_path / "llama", tmp_path / "out", BuildOptions(dtype=dtype, device="cuda", capacity=64, chunk=8))
+    instance = ModelInstance.open(tmp_path / "out" / "1")
+    arena = instance.arena
     addresses = arena.addresses()
     ids, said = torch.tensor([[5, 6, 7]]), []
     for step in range(16):

@@ -85,7 +85,7 @@ def build(
     try:
         with published(target) as folder:
             manifest = write_direct(folder, capture, call, plan)
-            notes = verify_direct(_loaded(folder), reference, arguments)
+            notes = verify_direct(_loaded(folder), reference, arguments, consecutive)
             manifest.model_copy(update={"built_with": manifest.built_with | notes}).save(folder)
     except OSError as error:
         raise BuildError(f"{target} cannot be written: {error}; free space there or choose another place") from error

@@ -26,6 +26,7 @@ EXAMPLES: list[Operation] = [
     Argmax(max_rows=9),
     Update(),
     Update(axis=2, append=True, packed=True, ring=True, readers=2),
+    Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, readers=2),
 ]
 
 
@@ -116,6 +117,16 @@ def test_update_comes_after_what_was_read() -> None:
     dtypes = [torch.int8, INT, torch.int8, INT, torch.float32, torch.bool, torch.int8]
     assert all(update.accepts(position, dtypes[: position + 1]) for position in range(7))
     assert not update.accepts(2, [torch.int8, INT, torch.float32])
+
+
+def test_attention_appends_after_what_was_read() -> None:
+    attention = EXAMPLES[-1]
+    assert attention.input_count == 10
+    assert dict(attention.aliases) == {1: 3, 2: 4}
+    dtypes = [HALF] * 5 + [INT] * 3 + [torch.float32, torch.bool] + [HALF] * 3
+    assert all(attention.accepts(position, dtypes[: position + 1]) for position in range(13))
+    assert not attention.accepts(10, [*dtypes[:10], torch.float32])
+    assert not attention.accepts(4, [HALF] * 4 + [INT])
 
 
 def test_scratch_memory_is_for_many_tokens_only() -> None:

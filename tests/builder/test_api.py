@@ -109,7 +109,7 @@ def test_the_record(folder: Path) -> None:
     }
     assert [argument.where for argument in manifest.call.arguments] == ["cache['keys']", "cache['values']", "x", "positions"]
     assert manifest.call.version == 1
-    assert manifest.built_with["verified_calls"] == "4"
+    assert manifest.built_with["verified_calls"] == "6"
 
 
 NEW_PROCESS = """

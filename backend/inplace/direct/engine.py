@@ -85,6 +85,12 @@ class Engine(nn.Module):
             for state in self.manifest.states
         }
         states = list(titled.values())
+        for state, tensor in zip(self.manifest.states, states, strict=True):
+            if state.owner == "module" and (tuple(tensor.shape), tensor.dtype) != (state.shape, state.dtype.as_torch):
+                raise CallError(
+                    f"the engine's state {state.source} has become {list(tensor.shape)} {tensor.dtype}, the engine was built for "
+                    f"{list(state.shape)} {state.dtype}: an engine cannot be converted (half(), to()); build it from the converted module"
+                )
         if torch.compiler.is_compiling():  # torch.export too
             found = self._operator(inputs, states, known)
         else:

@@ -28,7 +28,10 @@ def prepack_linears(module: torch.fx.GraphModule) -> int:
         if weight.device.type != "cpu" or weight.dtype not in PACKABLE:
             continue
         name = f"packed_{replaced}"
-        packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        try:
+            packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        except RuntimeError:  # a processor without instructions for this type; PyTorch's own product still has it
+            continue
         module.register_buffer(name, packed_weight, persistent=False)
         bias = node.args[2] if len(node.args) > 2 else None
         with module.graph.inserting_before(node):

@@ -18,8 +18,9 @@ class Attention(Operation):
     """``inplace::attention`` and ``inplace::qkv_attention``.
 
     Inputs: query, key, value (merged: one tensor with all three; without append: the query alone), then cos and sin when ``rotary``, the
-    key and the value state, slots, row_offsets, write_indices. Outputs: the attention's, and the two states. ``settled``: nothing in the
-    network writes slots, write indices or the states ahead of it.
+    key and the value state, slots, row_offsets, write_indices, then whatever must have been read before it appends: a reader of the old
+    contents hands its result over, so that TensorRT runs it first. Outputs: the attention's, and the two states. ``settled``: nothing in
+    the network writes slots, write indices or the states ahead of it.
     """
 
     name: ClassVar[str] = "InplaceAttention"
@@ -38,6 +39,7 @@ class Attention(Operation):
     rotary: int = 0
     merged: bool = False
     settled: bool = False
+    readers: int = 0
 
     @property
     def projections(self) -> int:
@@ -51,8 +53,8 @@ class Attention(Operation):
 
     @property
     def input_count(self) -> int:
-        """Projections, cos and sin, two states, three row descriptions."""
-        return self.first_state + 5
+        """Projections, cos and sin, two states, three row descriptions, and what was read before."""
+        return self.first_state + 5 + self.readers
 
     @property
     def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
@@ -77,10 +79,11 @@ class Attention(Operation):
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Row descriptions are int32, everything else has the query's type."""
-        if self.first_state + 2 <= position < self.input_count:
+        """Row descriptions are int32, earlier readers may have any type, everything else has the query's."""
+        end = self.first_state + 5
+        if self.first_state + 2 <= position < end:
             return dtypes[position] is torch.int32
-        return dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
+        return end <= position < self.input_count or (dtypes[position] in FLOATS and dtypes[position] is dtypes[0])
 
     def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
         """Those of the query and of the states."""

@@ -1,5 +1,6 @@
 """Frontend for a user's own module: its states are found, its updates recognised."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from inplace.operators import written_states
 from inplace.specs import StateSpec
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
 from inplace_builder.capture.capture import any_size
 from inplace_builder.capture.functional import Functional, lift_mutated_buffers
@@ -31,6 +32,8 @@ class ExportedCapture:
         exported: the graph (torch.export's training IR); placeholders are the inputs, ``slots`` (int32 ``[rows]``), then the states
             ``[slots, ...]``; it returns what the module returns, each output once and in order.
         graph_module: the same as a plain module, before it was exported again.
+        original: the module as a function, before any of it was rewritten: takes the inputs and the states in their own shapes, returns
+            the outputs and the states' new values.
         inputs: the placeholders before ``slots``.
         states: in the order of the placeholders, each with its verdict.
         rows: 1; more where every state's first axis counts rows and each row has a position of its own.
@@ -40,6 +43,7 @@ class ExportedCapture:
 
     exported: ExportedProgram
     graph_module: GraphModule
+    original: GraphModule
     inputs: tuple[str, ...]
     states: tuple[State, ...]
     rows: int
@@ -89,7 +93,8 @@ def capture_exported(
         raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
     if SLOTS in (*found.inputs, *(state.name for state in found.states)):
         raise BuildError(f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name")
-    normalise_assignments(found.graph_module.graph)
+    original = copied(found.graph_module)
+    normalise_assignments(found.graph_module.graph, found.outputs)
     rows = 1
     made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
     if made is None:
@@ -109,12 +114,20 @@ def capture_exported(
     return ExportedCapture(
         exported,
         found.graph_module,
+        original,
         found.inputs,
         made,
         rows,
         tuple(Lowering(state=state.name, kind=state.kind, because=f"{state.pattern}: {state.because}") for state in made),
         tuple(Alias(output=f"{state.name}_updated", input=state.name, kind=state.kind) for state in made),
     )
+
+
+def copied(module: GraphModule) -> GraphModule:
+    """The same graph and tensors, to keep while the first is rewritten."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph)
 
 
 def without_unused(module: GraphModule) -> GraphModule:
@@ -179,14 +192,24 @@ def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:
 
 
 def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
-    """Give the placeholders back their names, which a variadic forward loses."""
-    wanted = dict(zip(exported.graph_signature.user_inputs, names, strict=True))
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and node.name in wanted:
-            new = wanted[node.name]
-            exported.graph_signature.replace_all_uses(node.name, new)
-            for spec in exported.graph_signature.input_specs:
-                if spec.arg.name == node.name:
-                    spec.arg.name = new
-            node.name = node.target = new
+    """Give the placeholders back their names, which a variadic forward loses; whatever else has such a name gets another."""
+    signature, nodes = exported.graph_signature, {node.name: node for node in exported.graph.nodes}
+    inputs = [nodes[name] for name in signature.user_inputs]
+
+    def rename(node: Node, new: str) -> None:
+        signature.replace_all_uses(node.name, new)
+        for spec in signature.input_specs:
+            if spec.arg.name == node.name:
+                spec.arg.name = new
+        node.name = new
+        if node.op == "placeholder":
+            node.target = new
+
+    free = (f"_{number}" for number in itertools.count())
+    taken = {*nodes, *names}
+    for node in nodes.values():
+        if node.name in names:
+            rename(node, next(other for suffix in free if (other := f"{node.name}{suffix}") not in taken))
+    for node, name in zip(inputs, names, strict=True):
+        rename(node, name)
     exported.graph_module.recompile()

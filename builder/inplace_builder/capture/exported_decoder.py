@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from inplace_builder.capture.capture import Capture, Reference, any_size, described
 from inplace_builder.capture.decoder import CONTROLS, TOKENS, Cache, DecoderOptions, StepExamples, cache_states, decoder_program
-from inplace_builder.capture.exported import Interpreted, rename_inputs, without_unused
+from inplace_builder.capture.exported import Interpreted, copied, rename_inputs, without_unused
 from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.decoder import Decoder, prove_decoder
@@ -63,8 +63,8 @@ def capture_exported_decoder(
     if unknown := sorted(set(consecutive) - set(found.inputs)):
         raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
     graph = found.graph_module.graph
-    normalise_assignments(graph)
-    original = _copied(found.graph_module)
+    original = copied(found.graph_module)
+    normalise_assignments(graph, found.outputs)
     decoder = prove_decoder(found.graph_module, found.states, found.outputs, frozenset(consecutive))
     caches = _caches(decoder, options)
     states = cache_states(caches, options)
@@ -98,13 +98,6 @@ def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
             )
         found.append(Cache(keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window))
     return found
-
-
-def _copied(module: GraphModule) -> GraphModule:
-    """The same graph and tensors, to keep while the first is rewritten."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    return GraphModule(module, graph)
 
 
 def _reference(module: GraphModule, found: Functional, decoder: Decoder) -> Reference:

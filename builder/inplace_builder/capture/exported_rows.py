@@ -21,8 +21,8 @@ from inplace_builder.passes.batching import WRITTEN_OUT  # it also registers wha
 from inplace_builder.passes.rewrite import SLOTS
 from inplace_builder.passes.states import State
 
-EXAMPLE_ROWS, EXAMPLE_SLOTS = 9973, 9967
-"""Primes that no module has: tracing takes equal extents for one, and what is a multiple of the first is a number of rows."""
+PRIMES = (9973, 9967, 9949, 9941, 9931, 9929, 9923, 9907, 9901, 9887, 9883, 9871)
+"""Numbers of example rows and slots: tracing takes equal extents for one, and a multiple of the first is a number of rows."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,15 @@ def capture_exported_rows(
         chunk=1,
     )
     count, slots = Dim("rows", min=1, max=max(2, options.max_rows)), Dim("slots", min=1)
-    arguments = [torch.zeros((EXAMPLE_ROWS, *spec.shape), dtype=spec.dtype.as_torch) for spec in program.inputs]
-    memory = [torch.full((EXAMPLE_SLOTS, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
+    example_rows, example_slots = _unlike(found.graph_module)
+    arguments = [torch.zeros((example_rows, *spec.shape), dtype=spec.dtype.as_torch) for spec in program.inputs]
+    memory = [torch.full((example_slots, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
     shapes = ((*({0: count} for _ in arguments), *({0: slots} for _ in memory)),)
     try:
         with torch.no_grad(), any_size():
             # torch.export would keep what vmap is made of; traced below it, only operators are left
             traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments, *memory)
-            _free_rows(traced)
+            _free_rows(traced, example_rows)
             examples = (*(x[:2] for x in arguments), *(x[:2] for x in memory))
             exported = torch.export.export(Interpreted(traced), examples, dynamic_shapes=shapes)
     except Exception as error:
@@ -104,8 +105,30 @@ def capture_exported_rows(
     return Capture(exported, program, states, capacity, weights, lowering, rows.alone)
 
 
-def _free_rows(traced: GraphModule) -> None:
-    """Let the graph ask for the number of rows wherever a batching rule of torch's wrote down that of the example."""
+def _unlike(module: GraphModule) -> tuple[int, int]:
+    """Two primes of which no number in the module's graph is a multiple.
+
+    Raises:
+        BuildError: there are no two.
+    """
+    numbers: set[int] = set()
+
+    def note(argument: Any) -> None:
+        if type(argument) is int:
+            numbers.add(argument)
+
+    for node in module.graph.nodes:
+        torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), note)
+        held = node.meta.get("val")
+        numbers |= {extent for extent in held.shape if isinstance(extent, int)} if isinstance(held, Tensor) else set()
+    free = [prime for prime in PRIMES if not any(number and number % prime == 0 for number in numbers)]
+    if len(free) < 2:
+        raise BuildError(f"the module has multiples of all but {len(free)} of {list(PRIMES)}, by which rows and slots are told apart")
+    return free[0], free[1]
+
+
+def _free_rows(traced: GraphModule, rows: int) -> None:
+    """Let the graph ask for the number of rows wherever a batching rule of torch's wrote down that of the example, ``rows``."""
     graph = traced.graph
     graph.eliminate_dead_code()  # questions about extents, which would fix them
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -114,10 +137,10 @@ def _free_rows(traced: GraphModule) -> None:
     for node in list(graph.nodes):
 
         def free(number: Any, node: Node = node) -> Any:
-            if type(number) is not int or number == 0 or number % EXAMPLE_ROWS or abs(number) >= 2**31:
+            if type(number) is not int or number == 0 or number % rows or abs(number) >= 2**31:
                 return number
             with graph.inserting_before(node):
-                return count if number == EXAMPLE_ROWS else graph.call_function(operator.mul, (count, number // EXAMPLE_ROWS))
+                return count if number == rows else graph.call_function(operator.mul, (count, number // rows))
 
         if node.op == "call_function" and node is not count:
             node.args, node.kwargs = (torch.fx.node.map_aggregate(given, free) for given in (node.args, node.kwargs))
@@ -148,6 +171,7 @@ class _Rows(torch.nn.Module):
     def __init__(self, found: ExportedCapture, options: RowOptions) -> None:
         super().__init__()
         self.body = found.graph_module
+        self.original = [found.original]  # not a part of what is traced
         values = {node.name: node.meta["val"] for node in found.exported.graph.nodes if node.op == "placeholder"}
         self.inputs = tuple(_input(name, values[name], options) for name in found.inputs)
         self.shapes = [tuple(values[name].shape) for name in found.inputs]
@@ -175,14 +199,15 @@ class _Rows(torch.nn.Module):
         return found if isinstance(found, tuple) else (found,)
 
     def alone(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The last of a sequence's requests, from the beginning, in the graph of one sequence."""
-        memory = [state.bound(state.found.initial.clone()) for state in self.states]
+        """The last of a sequence's requests, from the beginning, by the module itself: nothing of it was rewritten yet."""
+        held = [state.found.initial.clone() for state in self.states]
         results: list[Tensor] = []
         for index, request in enumerate(requests):
             inputs = [_alone(spec, shape, request, index) for spec, shape in zip(self.inputs, self.shapes, strict=True)]
             with torch.no_grad():
-                results = torch.utils._pytree.tree_leaves(self.body(*inputs, torch.zeros(1, dtype=torch.int32), *memory))
-        return {spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=True)}
+                results = torch.utils._pytree.tree_leaves(self.original[0](*inputs, *held))
+            held = results[len(self.outputs) :]
+        return {spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)}
 
 
 def _alone(spec: TensorSpec, shape: tuple[int, ...], request: Mapping[str, Tensor], index: int) -> Tensor:

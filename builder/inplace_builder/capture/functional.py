@@ -13,7 +13,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
 from inplace_builder.capture.capture import any_size
-from inplace_builder.capture.memory import Writer, check_sharing, check_state, first_writer, first_writers, written_elsewhere
+from inplace_builder.capture.memory import Writer, check_extents, check_sharing, check_state, first_writer, first_writers, written_elsewhere
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.states import Found, Owner
 
@@ -139,9 +139,11 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
                 _as_attribute(graph, node, spec.target)
         else:
             raise BuildError(f"input {spec.arg.name} is a {spec.kind.name.lower()}, which an engine cannot hold; pass tensors only")
+    held |= _branches(program, held)
     outputs, values = _outputs(program)
     states = tuple(found[key] for key in values)
-    for state in states:
+    for state, result in zip(states, values.values(), strict=True):
+        check_extents(state, result, writers.get(state.name))
         check_state(state, writers.get(state.name))
     states = tuple(replace(state, through=writers[state.name].through) if state.name in writers else state for state in states)
     _reorder(graph, [*inputs, *(state.name for state in states)])
@@ -165,6 +167,12 @@ def _outputs(program: ExportedProgram) -> tuple[list[Any], dict[str, Any]]:
         else:
             raise BuildError(f"output {spec.arg} is a {spec.kind.name.lower()}, which an engine cannot return; return tensors only")
     return outputs, values
+
+
+def _branches(program: ExportedProgram, held: Collection[str]) -> dict[str, Any]:
+    """What the graph holds beside what it is ``held`` now: the branches of torch.cond and the like."""
+    names = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"} - set(held)
+    return {name: torch.fx.graph_module._get_attr(program.graph_module, name) for name in names}
 
 
 def _as_attribute(graph: torch.fx.Graph, node: Node, target: str) -> None:

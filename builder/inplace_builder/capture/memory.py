@@ -76,6 +76,14 @@ def _through(node: Node, first: Node) -> str:
     return ""
 
 
+def check_extents(state: Found, result: Node, writer: Writer | None) -> None:
+    """BuildError where a state would become another shape; extents that only a call knows are left to it."""
+    old, new = tuple(state.initial.shape), tuple(result.meta["val"].shape)
+    if old != new and all(isinstance(extent, int) for extent in new):
+        line = writer.line if writer is not None else ""
+        raise BuildError(f"state {state.source} of {old} becomes {new}{line}: a state is updated in its own memory, so it keeps its shape")
+
+
 def check_state(state: Found, written: Writer | None) -> None:
     """BuildError if a state is not contiguous, or of a type that no engine takes."""
     line = "" if written is None else written.line
@@ -156,10 +164,11 @@ def _memory_of_inputs(exported: ExportedProgram) -> dict[Node, Tensor]:
             leaf = next(leaves, None)
             if isinstance(leaf, Tensor):
                 found[nodes[name]] = leaf
-        elif spec.kind is InputKind.BUFFER and spec.target is not None:
+        elif spec.kind in (InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR) and spec.target is not None:
             held = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
             if isinstance(held, Tensor):
-                nodes[name].meta["buffer"] = spec.target
+                if spec.kind is InputKind.BUFFER:
+                    nodes[name].meta["buffer"] = spec.target
                 found[nodes[name]] = held
     return found
 

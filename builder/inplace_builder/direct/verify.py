@@ -1,11 +1,12 @@
 """Verification: a directly called engine, loaded from its files, beside the module it was built from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from inplace.direct import Engine
+from inplace.direct.manifest import DirectManifest
 from inplace.dtypes import Dtype
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -13,17 +14,18 @@ from torch.utils import _pytree as pytree
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.verify import TOLERANCE, same_bits
 
-CALLS = 4
-"""Calls that an engine is verified with; from the third on the floating-point inputs are the example's in another order."""
 
-
-def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) -> dict[str, str]:
+def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any, promised: Collection[str] = ()) -> dict[str, str]:
     """Call engine and module side by side, each where it runs, on its own copy of the states.
+
+    Twice with the example's arguments, twice with its floating-point inputs in another order, then with other integers, which may be
+    positions: all one higher, and each any number below the shortest state; these only where the module itself takes them.
 
     Args:
         engine: as it was loaded from its files.
         reference: a copy of the module, whose buffers change as the engine's states do.
         arguments: ``(args, kwargs)`` of the build; not changed.
+        promised: inputs whose numbers stay as they are, consecutive ones.
 
     Returns:
         What to record of it.
@@ -34,8 +36,8 @@ def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) ->
     theirs = deepcopy(arguments)
     mine = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(engine.manifest.engine.device), deepcopy(arguments))
     kinds = [argument.kind for argument in engine.manifest.call.arguments]
-    buffers = dict(reference.named_buffers(remove_duplicate=False))
-    worst, exact = 0.0, True
+    structure = pytree.tree_structure(arguments)
+    worst, exact, calls = 0.0, True, 0
 
     def same(title: str, found: object, expected: object) -> None:
         nonlocal worst, exact
@@ -45,18 +47,19 @@ def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) ->
         elif type(found) is not type(expected) or found != expected:
             raise BuildError(f"{title} is {found!r}, the module's is {expected!r}; the engine is not written")
 
-    for index in range(CALLS):
-        if index == 2:
-            theirs, mine = (_reordered(tree, kinds) for tree in (theirs, mine))
-        before = pytree.tree_leaves(deepcopy(mine))
+    for index, (asked, given) in enumerate(_calls(_Changes(engine.manifest, promised), reference, theirs, mine)):
+        calls += 1
+        before = pytree.tree_leaves(deepcopy(given))
         try:
             with torch.no_grad():
-                expected = pytree.tree_leaves(reference(*theirs[0], **theirs[1]))
+                expected = pytree.tree_leaves(reference(*asked[0], **asked[1]))
         except Exception as error:
             raise BuildError(f"the module cannot be called {index + 1} times with its example inputs: {brief(error)}") from error
+        if pytree.tree_structure(asked) != structure:
+            raise BuildError("the module adds to its arguments, or takes something away; an engine only writes the tensors in them")
         addresses = {source: tensor.data_ptr() for source, tensor in engine.states.items()}
         try:
-            found = pytree.tree_leaves(engine(*mine[0], **mine[1]))
+            found = pytree.tree_leaves(engine(*given[0], **given[1]))
         except Exception as error:  # the module took the same arguments
             raise BuildError(f"the engine fails where the module does not ({brief(error)}); it is not written") from error
         if len(found) != len(expected):
@@ -64,30 +67,94 @@ def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any) ->
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):
             same(f"output {place} of call {index}", one, other)
         for kind, argument, one, other, old in zip(
-            kinds, engine.manifest.call.arguments, pytree.tree_leaves(mine), pytree.tree_leaves(theirs), before, strict=True
+            kinds, engine.manifest.call.arguments, pytree.tree_leaves(given), pytree.tree_leaves(asked), before, strict=True
         ):
             if kind == "state":
                 same(f"state {argument.where} after call {index}", one, other)
             elif isinstance(one, Tensor) and not same_bits(one.reshape(-1), old.reshape(-1)):
                 raise BuildError(f"the engine changed its input {argument.where}; it is not written")
         for source, tensor in engine.states.items():
-            same(f"state {source} after call {index}", tensor, buffers[source])
+            same(f"state {source} after call {index}", tensor, _held(reference, source))
         if addresses != {source: tensor.data_ptr() for source, tensor in engine.states.items()}:
             raise BuildError("the engine moved one of its states; it is not written")
-    return {"verified_calls": str(CALLS), "verified_error": "0, bit for bit" if exact else f"{worst:.1e}"}
+    return {"verified_calls": str(calls), "verified_error": "0, bit for bit" if exact else f"{worst:.1e}"}
 
 
-def _reordered(tree: Any, kinds: Sequence[str]) -> Any:
-    """Other values that surely are as valid: the floating-point inputs back to front. Integers may be positions, so they stay."""
-    leaves, spec = pytree.tree_flatten(tree)
-    flip: Callable[[Tensor], Tensor] = lambda tensor: tensor.flip(tuple(range(tensor.dim())))  # noqa: E731
-    return pytree.tree_unflatten(
-        [
-            flip(x) if kind == "tensor" and isinstance(x, Tensor) and x.is_floating_point() else x
-            for x, kind in zip(leaves, kinds, strict=True)
-        ],
-        spec,
-    )
+def _held(module: torch.nn.Module, source: str) -> Tensor:
+    """A tensor that the module holds, as it is now: a buffer may have been assigned anew."""
+    found: Any = module
+    for name in source.split("."):
+        found = getattr(found, name, None)
+    if not isinstance(found, Tensor):
+        raise BuildError(f"the module writes {source}, which is none of its buffers: register it with register_buffer")
+    return found
+
+
+def _calls(changes: "_Changes", reference: torch.nn.Module, theirs: Any, mine: Any) -> Iterator[tuple[Any, Any]]:
+    """The arguments of each call, for the module and for the engine."""
+    yield from [(theirs, mine)] * 2
+    theirs, mine = changes.reordered(theirs), changes.reordered(mine)
+    yield from [(theirs, mine)] * 2
+    for change in (changes.raised, changes.elsewhere):
+        changed = change(theirs)
+        if _takes(reference, changed):
+            yield changed, change(mine)
+
+
+def _takes(reference: torch.nn.Module, arguments: Any) -> bool:
+    """Whether the module can be called with these arguments; tried on copies."""
+    args, kwargs = deepcopy(arguments)
+    try:
+        with torch.no_grad():
+            deepcopy(reference)(*args, **kwargs)
+    except Exception:  # whatever it says of them: they are not what it was made for
+        return False
+    return True
+
+
+class _Changes:
+    """Other values of the arguments' tensors, states apart: the same for the module's and for the engine's.
+
+    Args:
+        manifest: of the engine.
+        promised: inputs whose integers stay.
+    """
+
+    def __init__(self, manifest: DirectManifest, promised: Collection[str]) -> None:
+        self._free = [argument.kind == "tensor" and argument.name not in promised for argument in manifest.call.arguments]
+        self._tensors = [argument.kind == "tensor" for argument in manifest.call.arguments]
+        self._shortest = min((extent for state in manifest.states for extent in state.shape if extent > 1), default=1)
+
+    def reordered(self, tree: Any) -> Any:
+        """The floating-point ones back to front."""
+        return self._changed(tree, self._tensors, torch.is_floating_point, lambda tensor, _: tensor.flip(tuple(range(tensor.dim()))))
+
+    def raised(self, tree: Any) -> Any:
+        """All integers one higher."""
+        return self._changed(tree, self._free, _is_integer, lambda tensor, _: tensor + 1)
+
+    def elsewhere(self, tree: Any) -> Any:
+        """Each integer any number below the shortest axis of the states."""
+
+        def drawn(tensor: Tensor, place: int) -> Tensor:
+            numbers = torch.randint(self._shortest, tensor.shape, generator=torch.Generator().manual_seed(place))
+            return numbers.to(tensor.dtype).to(tensor.device)
+
+        return self._changed(tree, self._free, _is_integer, drawn)
+
+    def _changed(self, tree: Any, which: Sequence[bool], kind: Callable[[Tensor], bool], change: Callable[[Tensor, int], Tensor]) -> Any:
+        leaves, spec = pytree.tree_flatten(tree)
+        return pytree.tree_unflatten(
+            [
+                change(leaf, place) if free and isinstance(leaf, Tensor) and kind(leaf) else leaf
+                for place, (leaf, free) in enumerate(zip(leaves, which, strict=True))
+            ],
+            spec,
+        )
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _difference(title: str, found: Tensor, expected: Tensor, weights: Dtype) -> float:

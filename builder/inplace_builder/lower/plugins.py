@@ -110,15 +110,21 @@ def _attend(ctx: Network, inputs: Sequence[ITensor], key_state: State, value_sta
     controls = [ctx.cast(row, torch.int32) for row in rows]
     given = all(control.is_network_input for control in controls)  # not computed or converted by a kernel of the step
     kv_heads, _, dim = key_state.spec.shape
+    names = (key_state.spec.name, value_state.spec.name)
+    readers = [reader for name in names for reader in ctx.readers.pop(name, [])] if options.get("append", True) else []
     operation = Attention(
         kv_heads=kv_heads,
         dim=dim,
         value_dim=value_state.spec.shape[2],
         max_rows=MOST_ROWS,
         settled=given and not (key_state.written or value_state.written),
+        readers=len(readers),
         **options,
     )
-    out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *controls])
+    out, *states = _add(ctx, operation, [*inputs, key_state.current, value_state.current, *controls, *readers])
+    if not states:  # it only reads them: a writer comes after it
+        for name in names:
+            ctx.readers.setdefault(name, []).append(out)
     for state, current in zip((key_state, value_state), states, strict=False):
         ctx.written(state, current)
     return out

@@ -52,6 +52,17 @@ def first_position(module: GraphModule, node: Node, source: Node, tokens: Any) -
     return int(first.reshape(-1)[0]) if isinstance(first, Tensor) else int(first)
 
 
+def depends_on_first(module: GraphModule, node: Node, source: Node, tokens: Any, promised: frozenset[str]) -> bool:
+    """Whether a node depends on the first entry of a source alone; others of a promised one follow from it."""
+    held = value(source)
+    if source.name in promised and isinstance(held, Tensor) and held.dim() == 1:
+        return True
+    try:
+        return first_only(module, node, source, {str(tokens): 4})
+    except (IndexError, RuntimeError):  # another entry is an index of something
+        return False
+
+
 def window_of(module: GraphModule, one: Spelled, start: Start, tokens: Any, capacity: int, promised: frozenset[str]) -> int:
     """The window of a causal attention, 0 where it sees all positions up to its own.
 
@@ -80,6 +91,9 @@ def _visible(
     else:
         found = leaves(mask)
         require(found is not None and found <= {start.source}, "its mask depends on more than the position it writes at")
+        if found and start.source is not None:
+            first = depends_on_first(module, mask, start.source, tokens, promised)
+            require(first, "its mask depends on more than the first of several numbers")
         given = _by_start(start, tokens)
     require(capacity * capacity * (tokens if isinstance(tokens, int) else 1) <= MOST_MASK_ELEMENTS, "its mask is too large to be proved")
 

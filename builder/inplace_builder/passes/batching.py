@@ -114,7 +114,44 @@ def _layer_norm(
     return scaled if bias is None else scaled + bias
 
 
+def _matmul(one: Tensor, other: Tensor) -> Tensor:
+    """As `torch.matmul` documents it, by one batched product: torch's own rule asks for extents that vary here."""
+    a, b = one if one.dim() > 1 else one[None], other if other.dim() > 1 else other[:, None]
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    flat = [x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b)]
+    found = torch.bmm(*flat).reshape(*batch, a.shape[-2], b.shape[-1])
+    found = found if one.dim() > 1 else found.squeeze(-2)
+    return found if other.dim() > 1 else found.squeeze(-1)
+
+
+def _attention_in_words(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As `torch.nn.functional.scaled_dot_product_attention` documents it; a query that may see nothing says 0."""
+    if dropout:
+        raise RuntimeError("attention with dropout is random: call eval() on the module first")
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = _matmul(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    return _matmul(scores.softmax(-1).masked_fill(blind, 0.0), value)
+
+
 WRITTEN_OUT: dict[Any, Any] = {
+    torch.ops.aten.matmul.default: _matmul,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention_in_words,
     torch.ops.aten.lstm_cell.default: _lstm_cell,
     torch.ops.aten.gru_cell.default: _gru_cell,
     torch.ops.aten.layer_norm.default: _layer_norm,

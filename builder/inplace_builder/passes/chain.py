@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
-from inplace_builder.passes.match import as_node
+from inplace_builder.passes.match import as_node, call
 from inplace_builder.passes.recognise import Question, Refusal, Write, is_window, recognise
 from inplace_builder.passes.states import Found
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,16 @@ def chain_of(placeholder: Node, result: Node, found: Found, question: Question) 
     writes: list[Write] = []
     current = result
     while current is not placeholder:
+        if call(current, aten.clone.default):  # the same value
+            current = as_node(current.args[0])
+            result = current if not writes else result
+            continue
         step = recognise(current, question)
         if step is None:
             partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
+            if partial is None and (turned := _turned(current, question)) is not None and _reaches(turned.base, placeholder):
+                because = "a part is written through a transposed view, where an update writes along an axis as it lies in memory"
+                return Chain(refused=Refusal(turned.node, turned.base, because))
             if partial is None:
                 return Chain(window=is_window(result, placeholder))
             because = f"what {partial.pattern} writes into is not the state itself but computed from it"
@@ -60,6 +70,14 @@ def chains_of(states: Sequence[Found], outputs: int, question: Question) -> list
     ]
 
 
+def _turned(node: Node, question: Question) -> Write | Refusal | None:
+    """The write whose result this is, with its axes in another order."""
+    source = node
+    while call(source, aten.permute.default, aten.transpose.int, aten.t.default):
+        source = as_node(source.args[0])
+    return None if source is node else recognise(source, question)
+
+
 def _reaches(node: Node, placeholder: Node) -> bool:
     pending, seen = [node], {node}
     while pending:
@@ -82,4 +100,9 @@ def _misfit(write: Write, found: Found, rows: int) -> str | None:
 
 def is_whole(write: Write, found: Found) -> bool:
     """Whether a write covers its axis from end to end."""
-    return isinstance(write.start, int) and write.start == 0 and write.count == found.initial.shape[write.axis]
+    return (
+        isinstance(write.start, int)
+        and write.start == 0
+        and isinstance(write.count, int)
+        and write.count == found.initial.shape[write.axis]
+    )

@@ -11,12 +11,15 @@ from inplace_builder.passes.match import call
 aten = torch.ops.aten
 
 
-def normalise_assignments(graph: Graph) -> None:
+def normalise_assignments(graph: Graph, outputs: int) -> None:
     """Rewrite ``copy(old, new)`` to ``new`` in the type and extents of ``old``, and ``fill(old, x)`` to a full tensor.
 
     ``state[...] = x`` is exported as a copy over a slice of the old state; only its type and extents matter, so the slice goes away and
     with it a read of the old state. Assertions about types go too: a pattern wants the parts it is made of for itself alone.
     """
+    last = graph.output_node().args[0]
+    assert isinstance(last, tuple)
+    returned = set(last[:outputs])
     for node in list(graph.nodes):
         if call(node, aten._assert_tensor_metadata.default):
             graph.erase_node(node)
@@ -24,9 +27,27 @@ def normalise_assignments(graph: Graph) -> None:
             old, new = node.args[0], node.args[1] if len(node.args) > 1 else 0
             with Emitter(graph, node).before(node) as emit:
                 assigned = _assigned(emit, old, new)
+                if node in returned or (not _fresh(assigned) and any(not _writes_it(user, node) for user in node.users)):
+                    assigned = emit.call(aten.clone.default, assigned, memory_format=torch.contiguous_format)
             node.replace_all_uses_with(assigned)
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+_INTO = (aten.slice_scatter.default, aten.select_scatter.default)
+
+
+def _fresh(node: Node) -> bool:
+    """Whether it is memory of its own, laid out as a new tensor is: else views would not be those of the old one."""
+    made = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    alone = made and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
+    return alone and bool(node.meta["val"].is_contiguous())
+
+
+def _writes_it(user: Node, node: Node) -> bool:
+    """Whether a user only writes a value into something else."""
+    into = call(user, *_INTO) and user.args[1] is node and user.args[0] is not node
+    return into or user.op == "output"  # what is returned was asked for above, and a state takes a copy
 
 
 def _assigned(emit: Emitter, old: Any, new: Any) -> Node:

@@ -1,7 +1,7 @@
 """Which writes into a state are `inplace::update` with an index."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,10 @@ def _index_copy(node: Node, question: Question) -> Write | Refusal:
     base, axis, index, new = node.args
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(node))
-    return _indexed(node, base, "index_copy", axis, as_node(index), new, None, question, wraps=False)
+    found = _indexed(node, base, "index_copy", axis, as_node(index), new, None, question, wraps=False)
+    if isinstance(found, Write) and not shape(as_node(new)):  # one entry of a state of one axis
+        return replace(found, extents=(1,))
+    return found
 
 
 def _index_put(node: Node, question: Question) -> Write | Refusal:
@@ -141,7 +144,8 @@ def _put_in_rows(node: Node, base: Node, given: list[tuple[int, Node]], new: Any
     (_, rows), (axis, index) = given
     extents = tuple(shape(base))
     order = constant(question.module, rows)
-    if order is None or order.reshape(-1).tolist() != list(range(extents[0])) or len(shape(index)) != 1:
+    # one axis each: a column of rows would be broadcast with the positions to a grid
+    if order is None or order.dim() != 1 or order.tolist() != list(range(extents[0])) or len(shape(index)) != 1:
         return Refusal(node, base, "index_put with several indices, of which the first is not every row once in order")
     if shape(index)[0] not in (1, extents[0]):
         return Refusal(node, base, "index_put with a number of positions that is not that of the rows")
@@ -223,7 +227,28 @@ def is_window(result: Node, placeholder: Node) -> bool:
     return _argument(kept, 1, "dim", 0) == axis % len(shape(placeholder)) and _argument(kept, 4, "step", 1) == 1 and whole
 
 
+def _part(node: Node, question: Question) -> Refusal:
+    base = node.args[0]
+    assert isinstance(base, Node)
+    return Refusal(node, base, f"{str(node.target).split('.')[1]} writes a part of it in a way that no pattern follows")
+
+
+_PARTS = (
+    aten.index_add.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+    aten.index_reduce.default,
+    aten.masked_scatter.default,
+    aten.put.default,
+    aten.scatter.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)
+"""Operators that change a part of a tensor in a way that an append does not."""
+
 _PATTERNS: dict[Any, Callable[[Node, Question], Write | Refusal | None]] = {
+    **dict.fromkeys(_PARTS, _part),
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.index_copy.default: _index_copy,

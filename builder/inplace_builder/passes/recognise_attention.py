@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from inplace_builder.passes.attention_mask import Start, UnprovableError, first_position, require, window_of
+from inplace_builder.passes.attention_mask import Start, UnprovableError, depends_on_first, first_position, require, window_of
 from inplace_builder.passes.chain import Chain
 from inplace_builder.passes.emit import dtype, shape, value
 from inplace_builder.passes.match import AnyNode, call
@@ -147,8 +147,8 @@ def _attention(
         require(_alone(write.node, path, one.node), f"the written {write.node.name} is used beside the attention")
         require(_repeats(module, write.node, operand, heads, grouped=one.grouped), "its heads are not those cached")
     capacity = shape(keys.node)[2]
-    start = _start(module, keys, tokens)
-    require(start == _start(module, values, tokens), "keys and values are written at different positions")
+    start = _start(module, keys, tokens, promised)
+    require(start == _start(module, values, tokens, promised), "keys and values are written at different positions")
     key = (one.mask, one.causal, one.hides, start, str(tokens), capacity)
     if key not in masks:
         masks[key] = window_of(module, one, start, tokens, capacity, promised)
@@ -159,7 +159,9 @@ def _attention(
 
 def _alone(version: Node, path: tuple[Node, ...], node: Node) -> bool:
     inside = {*path, node}
-    return all(user in inside or user.op == "output" for part in (version, *path) for user in part.users)
+    return all(user in inside or user.op == "output" for user in version.users) and all(
+        user in inside for part in path for user in part.users
+    )
 
 
 def _repeats(module: GraphModule, version: Node, operand: Node, heads: int, *, grouped: bool) -> bool:
@@ -172,13 +174,16 @@ def _repeats(module: GraphModule, version: Node, operand: Node, heads: int, *, g
     return heads == group * kv_heads and torch.equal(found, wanted)
 
 
-def _start(module: GraphModule, write: Write, tokens: Any) -> Start:
+def _start(module: GraphModule, write: Write, tokens: Any, promised: frozenset[str]) -> Start:
     """Where a write starts, as a placeholder plus a number (or a number alone)."""
     if isinstance(write.start, int):
         return Start(None, write.start)
     source = shifted(write.start)
     if source is None:
         raise UnprovableError("where it writes is more than a position plus a constant")
+    require(
+        depends_on_first(module, write.start, source, tokens, promised), "where it writes depends on more than the first of several numbers"
+    )
     return Start(source, first_position(module, write.start, source, tokens))
 
 

@@ -1,6 +1,6 @@
 """From a function of states to a graph that updates them in place, through the ``inplace::`` operators alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,8 +105,8 @@ class Rewriting:
         if write.wraps:
             below = emit.call(aten.lt.Scalar, start, 0)
             start = emit.call(aten.where.self, below, emit.call(aten.add.Tensor, start, capacity), start)
-        if dtype(start) != torch.int32:
-            start = emit.call(aten.to.dtype, start, torch.int32)
+        if dtype(start) != torch.int32:  # what is outside stays outside
+            start = emit.call(aten.to.dtype, emit.call(aten.clamp.default, start, -1, capacity), torch.int32)
         return start if _is(shape(start)[0], self.rows) else emit.call(aten.expand.default, start, [self.rows])
 
     def read(self, emit: Emitter, state: Node, found: Found) -> Node:
@@ -150,6 +150,8 @@ def written(emit: Emitter, write: Write) -> Node:
         new = write.value
         if dtype(new) != kind:
             new = emit.call(aten.to.dtype, new, kind)
+        while write.extents is not None and len(shape(new)) > len(write.extents):  # PyTorch ignores leading extents of 1
+            new = emit.call(aten.squeeze.dim, new, 0)
         if write.extents is not None and (sizes := _expansion(emit, write, shape(new))) is not None:
             new = emit.call(aten.expand.default, new, sizes)
     return new if write.unsqueeze is None else emit.call(aten.unsqueeze.default, new, write.unsqueeze)
@@ -210,7 +212,7 @@ def rewrite(module: GraphModule, states: Sequence[Found], outputs: int, *, rows:
     kept = (None if chain.writes else result for chain, result in zip(chains, returned[outputs:], strict=True))
     last.args = ((*returned[:outputs], *kept),)
     for state, chain in zip(states, chains, strict=True):
-        _reads(work, placeholders[state.name], state, chain)
+        _reads(work, placeholders[state.name], state, chain, into_attention)
     returned = last.args[0]
     assert isinstance(returned, tuple)
     last.args = (returned[:outputs],)
@@ -239,12 +241,14 @@ def _in_slots(placeholder: Node, state: Found, rows: int) -> None:
         placeholder.meta["val"] = torch.empty((rows + 1, *state.slot_shape(rows)), dtype=state.initial.dtype)
 
 
-def _reads(work: Rewriting, placeholder: Node, state: Found, chain: Chain) -> None:
+def _reads(work: Rewriting, placeholder: Node, state: Found, chain: Chain, into_attention: Collection[Node]) -> None:
     """Let what uses a version of the state read it right after its write, so before the next one; the version itself goes."""
     for write in reversed(chain.writes):
         node = write.node
         if node.users:
-            with Emitter(work.graph, node).before(node) as emit:  # behind the update, which was put there first
+            # behind the update, which was put there first; or behind the attention, which writes further down: only a result asks then
+            behind = work.graph.output_node() if node in into_attention else node
+            with Emitter(work.graph, node).before(behind) as emit:
                 node.replace_all_uses_with(work.read(emit, placeholder, state))
         work.graph.erase_node(node)
 

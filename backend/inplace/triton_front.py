@@ -24,6 +24,13 @@ from inplace.triton_channel import refusal
 FLAG_START, FLAG_END = 1, 2
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
+UNANSWERED = 16
+"""Requests to the stream model that have had no response yet, at most. With 32 of them (and all slots taken) nothing that this process
+says was sent any more, nor any END: each seems to hold one of the Python backend's threads until its first response (Triton 24.10)."""
+ENDERS = 4
+"""Threads that end sequences whose clients have left: an END is answered between two steps."""
+OWN = ("sequence_key", "position")
+"""Parameters that only whoever names a sequence may set."""
 
 NOTHING = torch.empty((1, 0), dtype=torch.int64)
 """An END that brings nothing: Triton takes no request without inputs."""
@@ -47,7 +54,10 @@ class Front:
     def __init__(self, args: dict[str, str]) -> None:
         file = FrontFile.load(Path(args["model_repository"]) / args["model_version"])
         self._model = file.model
+        self._most = file.most
         self._running: dict[int, _Relay] = {}
+        self._turn = threading.BoundedSemaphore(UNANSWERED)
+        self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="inplace-front-end")
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(file.most, thread_name_prefix="inplace-front")
         self._watch = threading.Thread(target=self._look, name="inplace-front-cancel", daemon=True)
@@ -57,15 +67,20 @@ class Front:
     def execute(self, requests: Sequence[Any]) -> None:
         """Pass each request on, on a thread of its own."""
         for request in requests:
-            relay = _Relay(self._model, request)
+            if len(self._running) >= self._most:
+                full = RequestError(Code.QUEUE_FULL, f"{self._most} generations run or wait; send it again later", retryable=True)
+                request.get_response_sender().send(refusal(request, full), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                continue
+            relay = _Relay(self._model, request, self._turn)
             self._running[relay.sequence] = relay
             self._pool.submit(self._relay, relay)
 
     def close(self) -> None:
         """End what is running, and wait for it."""
         for relay in list(self._running.values()):
-            relay.stop()
+            relay.stop(self._enders)
         self._pool.shutdown()
+        self._enders.shutdown()
         self._closing.set()
         self._watch.join()
 
@@ -80,7 +95,7 @@ class Front:
             for relay in list(self._running.values()):
                 try:
                     if relay.cancelled():
-                        relay.stop()  # again at the next look, until the generation has ended: an END may overtake its START
+                        relay.stop(self._enders)  # again at the next look, until the generation has ended: an END may overtake its START
                 except Exception:  # one request that the server cannot speak of must not leave the others unwatched
                     log.exception("a request was not asked whether it is cancelled")
 
@@ -88,7 +103,8 @@ class Front:
 class _Relay:
     """One request on its way to the stream model and back. Its client may leave at any time, also while it waits for a thread."""
 
-    def __init__(self, model: str, request: Any) -> None:
+    def __init__(self, model: str, request: Any, turn: threading.Semaphore) -> None:
+        self._turn, self._ending = turn, threading.Lock()
         self.sequence = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
         self._border = threading.Lock()  # the final response and `is_cancelled` exclude each other: asking after it ends the server
@@ -106,45 +122,69 @@ class _Relay:
             log.exception("a generation could not be passed on")
             text = f"model {self._model!r} could not be asked ({type(failure).__name__}: {failure}); send it again when it is loaded"
             error = refusal(self._request, RequestError(Code.SHUTDOWN, text, retryable=True)).error()
-        with self._border:
-            self._done = True
-            if error is None:
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            else:
-                self._sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        if self._begun:
-            self._end()
+        try:
+            with self._border:
+                self._done = True
+                if error is None:
+                    self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                else:
+                    self._sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        finally:
+            if self._begun:
+                self._end()
 
     def cancelled(self) -> bool:
         """Whether the client is gone before it was answered."""
         with self._border:
             return not self._done and bool(self._request.is_cancelled())
 
-    def stop(self) -> None:
-        """Never begin, or end the sequence and with it the generation."""
+    def stop(self, enders: ThreadPoolExecutor) -> None:
+        """Never begin, or have the sequence ended and with it the generation; does not wait for that."""
         with self._border:
             self._stopped = True
             begun = self._begun
-        if begun:
+        if begun and self._ending.acquire(blocking=False):
+            enders.submit(self._end_it)
+
+    def _end_it(self) -> None:
+        try:
             self._end()
+        finally:
+            self._ending.release()
 
     def _begin(self) -> bool:
-        """Whether it may begin."""
+        """Wait for its turn; whether it may begin, and has the turn."""
+        self._turn.acquire()
         with self._border:
             self._begun = not self._stopped
-            return self._begun
+        if not self._begun:
+            self._turn.release()
+        return self._begun
 
     def _pass_on(self) -> Any:
         """Pass responses on until the last; returns the error that was among them."""
-        for response in self._generation():
-            if response.has_error():
-                return response.error()
-            if tensors := response.output_tensors():
-                self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        answered = False
+        try:
+            for response in self._generation():
+                if not answered:
+                    answered = True
+                    self._turn.release()
+                if response.has_error():
+                    return response.error()
+                if tensors := response.output_tensors():
+                    self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        finally:
+            if not answered:
+                self._turn.release()
         return None
 
     def _generation(self) -> Iterator[Any]:
-        parameters = json.loads(self._request.parameters() or "{}")
+        try:
+            parameters = json.loads(self._request.parameters() or "{}")
+        except ValueError as error:
+            raise RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}") from None
+        if own := sorted(parameters.keys() & set(OWN)):
+            raise RequestError(Code.BAD_PARAMETER, f"parameters {own} name a sequence of the client's; here each request is one of its own")
         if MAX_TOKENS not in parameters:
             raise RequestError(Code.BAD_PARAMETER, f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1")
         request = pb_utils.InferenceRequest(

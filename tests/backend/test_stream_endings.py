@@ -247,3 +247,19 @@ def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_and_nothing_to
     deaf.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError: too large)")
     assert other.reason == "length"
     until(lambda: driver.free() == SLOTS)
+
+
+def test_a_stale_end_leaves_the_next_owner_s_generation(streams: OpenStreams) -> None:
+    driven = streams()
+    with slowed(driven, 0.02):
+        driven.generate("x", [1, 2], 4, sequence_key="old").wait()
+        step = driven.ask("x", [3] * 40, sequence_key="old")  # several chunks
+        time.sleep(0.05)
+        ended = driven.end("x", sequence_key="old")
+        new = driven.generate("x", [7, 8], 5, start=True, sequence_key="new")
+        stale = driven.end("x", sequence_key="old")  # the END once more, as a retry sends it
+        for heard in (step, ended, new, stale):
+            heard.wait()
+    assert ended.error is None
+    assert (new.error, new.reason, len(new.tokens)) == (None, "length", 5)
+    assert stale.error is not None and stale.error.code in (Code.SEQUENCE_KEY, Code.UNKNOWN_SEQUENCE)

@@ -275,6 +275,24 @@ def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
     assert all(events[-1]["finish_reason"] == "length" for events in said)
 
 
+def test_many_http_generations_wait_for_a_slot_and_all_are_served(served: Served) -> None:
+    """More of them than the server has threads for a model; 40 at once, with 8 slots, once stopped the front and the model for good."""
+    with ThreadPoolExecutor(48) as pool:
+        said = list(pool.map(lambda seed: served.events(input_ids=prompt(seed, 5), max_tokens=30, ignore_eos=True), range(48)))
+    assert [events[-1]["finish_reason"] for events in said] == ["length"] * 48
+    with Stream(served) as stream:
+        assert stream.ask("after", [1], end=True).error == ""
+
+
+@pytest.mark.parametrize("parameter", [{"sequence_key": "mine"}, {"position": 3}])
+def test_http_generations_have_no_sequence_to_name(served: Served, parameter: dict[str, Any]) -> None:
+    for _ in range(2 * SLOTS):  # more than would fit, if any kept its slot
+        [event] = served.events(text="x", max_tokens=3, **parameter)
+        assert "INPLACE-BAD_PARAMETER" in event["error"]
+        assert "name a sequence of the client's" in event["error"]
+    assert served.events(input_ids=[1, 2], max_tokens=3, ignore_eos=True)[-1]["finish_reason"] == "length"
+
+
 def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
     url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
     body = json.dumps({"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True}).encode()

@@ -139,7 +139,7 @@ class Sequence(SequenceBase):
         except InferenceServerException as error:
             typed = self._judged(error, call, spoke=progress is not None and progress.spoke)
             if isinstance(typed, UnreachableError):
-                self._hang_up(hung=typed.code == "DEADLINE_EXCEEDED")
+                self._hang_up(hung=True)  # without waiting for what may never come
             raise typed from None
         except BaseException:
             self._ledger.interrupted(call)

@@ -56,8 +56,6 @@ class Runner:
 
     def put(self, job: Job) -> None:
         """Take a job; those of one sequence take effect in the order given. From any thread."""
-        if job.generation is not None:
-            self._watch.add(job, job.reply)
         self._inbox.put(job)
 
     def close(self, error: RequestError) -> None:
@@ -117,10 +115,12 @@ class Runner:
     # Requests of one sequence follow one another
 
     def _arrived(self, job: Job) -> None:
+        if job.generation is not None:  # not before: a cancellation that came here ahead of its job would be of nobody
+            self._watch.add(job, job.reply)
         lane = self._lanes.setdefault(job.sequence, deque())
         if lane and self._takes(job):
             for other in list(reversed(lane)):
-                if other.generation is not None:
+                if other.generation is not None and other.checked.key in (None, job.checked.key):  # a new owner's stays
                     self._conclude(other, other.generation, Reason.ENDED)
             lane = self._lanes.setdefault(job.sequence, deque())
         if len(lane) >= MOST_BEHIND and not (job.checked.request.start or job.checked.request.end):

@@ -35,6 +35,19 @@ class Code(StrEnum):
     VALUE_RANGE = "VALUE_RANGE"
 
 
+LONGEST_NAME, LONGEST_WHY = 1600, 4000
+"""Bytes of a wire text that an id and the message may take: gRPC sends it as a header, and clients drop headers of more than 8 KB."""
+
+
+def header(text: str, most: int) -> str:
+    """The beginning of a text, as much of it as takes ``most`` bytes in a gRPC header, where all but printable ASCII takes three a byte."""
+    for end, character in enumerate(text) if len(text) * 12 > most else ():
+        most -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="surrogatepass"))
+        if most < 0:
+            return f"{text[:end]}…"
+    return text
+
+
 class RequestError(InplaceError):
     """One request is refused; its sequence and its batch mates are as they were before it.
 
@@ -52,7 +65,8 @@ class RequestError(InplaceError):
     def wire(self, sequence: int | str, request: str) -> str:
         """The text a client receives: ``INPLACE-<code> retryable=<0|1> sequence=<id> request=<id>: <message>``.
 
-        An id that the client did not give is written ``-``.
+        An id that the client did not give is written ``-``; what is longer than clients would read is cut short.
         """
-        named = sequence if sequence not in (0, "") else "-"
-        return f"INPLACE-{self.code} retryable={int(self.retryable)} sequence={named} request={request or '-'}: {self}"
+        named = header(str(sequence), LONGEST_NAME) if sequence not in (0, "") else "-"
+        head = f"INPLACE-{self.code} retryable={int(self.retryable)} sequence={named} request={header(request, LONGEST_NAME) or '-'}"
+        return f"{head}: {header(str(self), LONGEST_WHY)}"

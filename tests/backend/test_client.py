@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
-from inplace.client.calls import Call
+from inplace.client.calls import Call, outputs_of
 from inplace.client.endpoints import AVOIDED, Endpoints
 from inplace.client.errors import concerns, parsed
 from inplace.client.progress import Piece, Progress
 from inplace.client.want import Want
 from inplace.errors import Code, RequestError
+from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import InferenceServerException
 
 START = "inference request for sequence 7 to model 'm' must specify the START flag on the first request of the sequence"
@@ -64,6 +65,20 @@ def test_an_error_of_another_request_of_a_stream_is_told_apart() -> None:
     assert concerns(error(RequestError(Code.CAPACITY, "full").wire(7, "")), "")
     assert [concerns(error("[request id: a1] out of bounds"), request) for request in ("a1", "a")] == [True, False]
     assert concerns(error("Socket closed", "UNAVAILABLE"), "a1")
+
+
+def test_a_request_whose_id_was_cut_short_is_known_by_what_is_left_of_it() -> None:
+    long = "r" * 3000
+    text = RequestError(Code.CAPACITY, "full").wire(7, long)
+    assert concerns(error(text), long)
+    assert not concerns(error(text), "other")
+    assert parsed(error(text), 7, long).reason == "full"
+
+
+def test_a_response_without_outputs_says_that_the_server_cancelled_it() -> None:
+    with pytest.raises(InferenceServerException, match="the server cancelled the request") as raised:
+        outputs_of(InferResult(service_pb2.ModelInferResponse(id="a1")))
+    assert type(parsed(raised.value, 7, "a1")) is UnreachableError  # the same step is sent again, by START, key and position
 
 
 def test_an_error_survives_pickling() -> None:

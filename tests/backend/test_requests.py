@@ -143,3 +143,14 @@ def test_the_wire_format_names_code_retryable_sequence_and_request(code: Code, r
 @pytest.mark.parametrize("sequence", [0, ""])
 def test_an_id_nobody_gave_is_a_dash_on_the_wire(sequence: int | str) -> None:
     assert RequestError(Code.NO_SEQUENCE_ID, "x").wire(sequence, "") == "INPLACE-NO_SEQUENCE_ID retryable=0 sequence=- request=-: x"
+
+
+@pytest.mark.parametrize("character", ["a", "%", "é", "☃", "\U0001f600", "\n"])
+def test_a_wire_text_fits_a_header_whatever_a_client_calls_itself(character: str) -> None:
+    long = character * 50_000
+    error = RequestError(Code.BAD_PARAMETER, f"parameter 'x' is {long}")
+    wire = error.wire(long, long)
+    sent = sum(1 if " " <= one <= "~" and one != "%" else 3 * len(one.encode()) for one in wire)  # as gRPC writes `grpc-message`
+    assert 7000 < sent < 7500
+    assert wire.startswith(f"INPLACE-BAD_PARAMETER retryable=0 sequence={character * 100}")
+    assert "…: parameter 'x' is " in wire

@@ -100,51 +100,59 @@ class Unary:
 
 
 class Streamed:
-    """The server as one gRPC stream shows it; for one client."""
+    """The server as gRPC streams show it; for one client, that has a stream for each model.
+
+    A stream that carries requests of a decoupled model and of another kind may lose a response, or end tritonserver 2.51: docs/failures.md.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, findings: Findings) -> None:
         self._open = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
-        self._call: Any = None
+        self._calls: dict[str, Any] = {}
         self.findings = findings
 
     async def send(self, request: Message, how: list[str], cancel_after: float | None = None) -> Results | str:
         """All outputs of all responses, or the text of the refusal; ``cancelled`` where it was. Opens another stream if need be."""
-        if self._call is None:
-            self._call = self._open()
+        model = request.model_name
+        if model not in self._calls:
+            self._calls[model] = self._open()
+        call, heard = self._calls[model], list[Message]()
         try:
-            await self._call.write(request)
+            await call.write(request)
             if cancel_after is not None:
                 await asyncio.sleep(cancel_after)
-                self._call.cancel()
-            return await asyncio.wait_for(self._answer(request, how), PATIENCE)
+                call.cancel()
+            return await asyncio.wait_for(self._answer(call, heard, request, how), PATIENCE)
         except (asyncio.CancelledError, grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-            self._call = None
+            del self._calls[model]
             if cancel_after is None:
                 self.findings.complain(f"the stream ended: {error!r}", request, how)
             self.findings.answers["cancelled"] += 1
             return "cancelled"
+        except asyncio.InvalidStateError:
+            del self._calls[model]
+            self.findings.complain(f"the stream had ended before: {await call.code()} {await call.details()}", request, how)
+            return "unanswered"
         except TimeoutError:
-            self._call = None
-            self.findings.complain(f"no answer in {PATIENCE:.0f} s", request, how)
+            del self._calls[model]
+            self.findings.complain(f"no answer in {PATIENCE:.0f} s, {len(heard)} responses before", request, how)
             return "unanswered"
         except (ValueError, KeyError) as error:
             self.findings.complain(f"a result that cannot be read: {error}", request, how)
             return "unreadable"
 
-    async def _answer(self, request: Message, how: list[str]) -> Results | str:
-        heard: Results = {}
+    async def _answer(self, call: Any, heard: list[Message], request: Message, how: list[str]) -> Results | str:
+        said: Results = {}
         while True:
-            response = await self._call.read()
+            response = await call.read()
             if response is grpc.aio.EOF:
                 raise grpc.aio.UsageError("the server closed it")
+            heard.append(response)
             if response.error_message:
                 return self.findings.refused(response.error_message, request, how)
+            if not response.infer_response.outputs:  # Triton cancels all that waits of a sequence with the one that was cancelled
+                self.findings.answers["cancelled with its sequence"] += 1
+                return "cancelled"
             for name, value in outputs(response.infer_response).items():
-                heard[name] = np.concatenate([heard[name], value], axis=1) if name == "tokens" and name in heard else value
+                said[name] = np.concatenate([said[name], value], axis=1) if name == "tokens" and name in said else value
             if response.infer_response.parameters["triton_final_response"].bool_param:
-                return self.findings.result(heard, request, how)
-
-    async def close(self) -> None:
-        """The client leaves."""
-        if self._call is not None:
-            self._call.cancel()
+                return self.findings.result(said, request, how)

@@ -24,6 +24,8 @@ VICTIMS = {
 UNARY, STREAMS = ("llama", "llama", "llama", "accumulator", "stream"), ("stream", "stream", "stream", "stream", "llama")
 """Models that lanes fire at, by unary gRPC and over streams; each is now and then reached by the way that is not its own."""
 LANES = {UNARY: 14, STREAMS: 10}
+WHOLE = [("grpc.max_metadata_size", 1 << 20)]
+"""Of a channel. gRPC sends an error's text as a header, and a client drops what exceeds 8 KB: Triton's errors repeat what was sent."""
 SHARE = 0.4
 """Of the requests, what the victims send."""
 
@@ -46,7 +48,7 @@ def fuzz(url: str, repository: Path, requests: int, seed: int) -> Findings:
 
 
 async def _fire(url: str, findings: Findings, victims: list[Victim], lanes: list[Lane], requests: int) -> None:
-    async with grpc.aio.insecure_channel(url) as channel:
+    async with grpc.aio.insecure_channel(url, WHOLE) as channel:
         unary = Unary(channel, findings)
         streams = [Streamed(channel, findings) for _ in range(len(victims) + len(lanes))]
         each, every = int(requests * SHARE / len(victims)), -(-int(requests * (1 - SHARE)) // len(lanes))

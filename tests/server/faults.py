@@ -22,6 +22,8 @@ from tritonclient.utils import InferenceServerException
 SLOTS = 4
 FORGOTTEN = "must specify the START flag"
 """What Triton says of a sequence that it does not know."""
+BLANK = "(neither outputs nor an error text)"
+"""What it says over a stream of a request that it cancelled by itself."""
 
 Answer = tuple[float, int] | str
 """Of an accumulator: its sum and how many values it holds; or the text of the error."""
@@ -106,7 +108,9 @@ class Stream:
     def receive(self, timeout: float = 30.0) -> Answer:
         """The next answer. Raises queue.Empty where none comes."""
         result, error = self._answers.get(timeout=timeout)
-        return _sum(result) if result is not None else str(error)
+        if result is None:
+            return str(error)
+        return _sum(result) if result.get_response().outputs else BLANK
 
     def drop(self) -> None:
         """Vanish: everything under way is cancelled."""

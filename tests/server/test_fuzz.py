@@ -27,6 +27,8 @@ def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path:
         findings = fuzz(server.grpc_url, repository, REQUESTS, seed)
         assert findings.wrong + watch.complaints() == []
         _batch_of_none(server.grpc_url)
+        _bytes_that_wrap(server.grpc_url)
+        server.stop(timeout=0)  # with a dead stub it would wait until its exit timeout
     answers = findings.answers
     assert answers.total() >= 0.95 * REQUESTS
     assert answers["result"] > 0.5 * SHARE * REQUESTS  # what good clients sent came through
@@ -43,3 +45,15 @@ def _batch_of_none(url: str) -> None:
     with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
         service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
     assert "batch size 65 for 'llama_0_0', max allowed is 8" in str(refused.value)
+
+
+def _bytes_that_wrap(url: str) -> None:
+    """Another one: it takes 2**64 bytes for none, so the request comes through without any, and the Python stub aborts over its shape.
+
+    When this fails, the server has learnt to refuse it (docs/failures.md): `fuzz.damage` may then make such shapes too.
+    """
+    request = message("llama", {"input_ids": np.ones((1, 0), np.int64)}, "none", start=True, end=True)
+    request.inputs[0].shape[:] = [1, 2**61]
+    with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
+    assert "Stub process 'llama_0_0' is not healthy" in str(refused.value)

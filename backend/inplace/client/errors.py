@@ -5,7 +5,7 @@ from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from inplace.errors import Code, InplaceError
+from inplace.errors import LONGEST_NAME, Code, InplaceError, header
 
 _WIRE = re.compile(r"INPLACE-(?P<code>[A-Z_]+) retryable=(?P<retryable>[01]) sequence=")
 _FORGOTTEN = "must specify the START flag"
@@ -88,7 +88,7 @@ def parsed(error: InferenceServerException, sequence: int | str, request: str) -
         return _KINDS.get(found["code"], RefusedError)(
             error,
             code=found["code"],
-            reason=text[found.end() :].partition(f" request={request or '-'}: ")[2] or text,
+            reason=text[found.end() :].partition(_named(request))[2] or text,
             retryable=found["retryable"] == "1",
             sequence=sequence,
             request=request,
@@ -104,9 +104,13 @@ def parsed(error: InferenceServerException, sequence: int | str, request: str) -
 def concerns(error: InferenceServerException, request: str) -> bool:
     """Whether an error that came over a stream may be the answer to a request: its text names no other one."""
     text = error.message() or ""
-    if f"[request id: {request}]" in text or f" request={request or '-'}: " in text:
+    if f"[request id: {request}]" in text or _named(request) in text:
         return True
     return "[request id: " not in text and _WIRE.search(text) is None
+
+
+def _named(request: str) -> str:
+    return f" request={header(request, LONGEST_NAME) or '-'}: "
 
 
 def silent(seconds: float) -> InferenceServerException:

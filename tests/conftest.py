@@ -41,7 +41,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     build_decoder(
         folder, path / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, queue_delay_microseconds=20_000)
     )
-    build_decoder(folder, path / "brief", BuildOptions(slots=2, max_rows=2, capacity=1024, chunk=CHUNK, idle_timeout=2.0))
+    build_decoder(folder, path / "brief", BuildOptions(slots=2, max_rows=2, capacity=1024, chunk=CHUNK, idle_timeout=4.0))
     write_engine(accumulator(), path / "accumulator", BuildOptions(slots=4, max_rows=4, capacity=1))
     return Repository(path, model, folder)
 

@@ -1,7 +1,8 @@
 """Whether every model of a server still answers: ``python -m inplace.alive [URL]``, exit status 0 if so. For liveness probes.
 
 A server says that a model is ready also when the process behind it hangs or is gone, so this asks each model of this backend for one
-step, on a sequence that starts and ends with it. Any answer of the backend will do, one that every slot is taken too.
+step, on a sequence that starts and ends with it, and each front for nothing, which it refuses by itself. Any answer of the backend will do,
+one that every slot is taken too, but not that its engine failed. Of several instances of a model the one is asked that Triton chooses.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 BACKEND, SERVE, FRONT = "inplace", "serve", "front"  # as in `inplace.settings`, which takes seconds to import
+FAILED = "INPLACE-ENGINE_FAILED"
 TIMEOUT = 15.0
 
 
@@ -38,7 +40,7 @@ def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
             configs = [client.get_model_config(name, client_timeout=timeout).config for name in ready]
     except InferenceServerException as error:
         return {"server": str(error)}
-    asked = [config for config in configs if config.backend == BACKEND and not _is_front(config)]
+    asked = [config for config in configs if config.backend == BACKEND]
     with ExitStack() as stack:
         questions = {config.name: stack.enter_context(_Question(url, config)) for config in asked}  # all at once: one may hang
         found = {name: question.failure(until, timeout) for name, question in questions.items()}
@@ -46,8 +48,13 @@ def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
 
 
 def _is_front(config: Any) -> bool:
-    """It has no engine of its own; the model behind it is asked."""
+    """It knows no sequences, and has no engine of its own."""
     return SERVE in config.parameters and config.parameters[SERVE].string_value == FRONT
+
+
+def lives(error: str) -> bool:
+    """Whether it is an answer of the backend to be refused so; that its engine failed is none, for it may fail for ever."""
+    return "INPLACE-" in error and FAILED not in error
 
 
 class _Question:
@@ -58,9 +65,8 @@ class _Question:
         self._answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._answers.put(error))
         try:
-            self._client.async_stream_infer(
-                config.name, _inputs(config), sequence_id=secrets.randbits(62) + 1, sequence_start=True, sequence_end=True
-            )
+            flags = {} if _is_front(config) else {"sequence_id": secrets.randbits(62) + 1, "sequence_start": True, "sequence_end": True}
+            self._client.async_stream_infer(config.name, _inputs(config), **flags)
         except InferenceServerException as error:  # the stream broke at once
             self._answers.put(error)
 
@@ -70,7 +76,7 @@ class _Question:
             error = self._answers.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
             return f"no answer within {timeout:g} s"
-        return None if error is None or "INPLACE-" in str(error) else str(error)
+        return None if error is None or lives(str(error)) else str(error)
 
     def __enter__(self) -> Self:
         return self

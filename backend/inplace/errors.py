@@ -70,3 +70,8 @@ class RequestError(InplaceError):
         named = header(str(sequence), LONGEST_NAME) if sequence not in (0, "") else "-"
         head = f"INPLACE-{self.code} retryable={int(self.retryable)} sequence={named} request={header(request, LONGEST_NAME) or '-'}"
         return f"{head}: {header(str(self), LONGEST_WHY)}"
+
+
+def failed(error: Exception, after: str = "START again") -> RequestError:
+    """What clients hear of a defect in the backend; ``after`` says what to do."""
+    return RequestError(Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); {after}")

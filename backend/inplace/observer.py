@@ -28,8 +28,8 @@ from inplace.metrics import (
 )
 from inplace.sequences import Ended, Sequence, SequenceId
 
-REFUSALS_A_SECOND = 10
-"""Refused requests that get a line of the log each second; all are counted."""
+LINES_A_SECOND = 10
+"""Refused requests that get a line of the log each second, and ended sequences likewise; all are counted."""
 PLAIN = re.compile(r"(?!\d+$)[\w.:/+-]+")
 
 log = logging.getLogger("inplace")
@@ -50,6 +50,32 @@ def _written(value: object) -> str:
     return str(value) if isinstance(value, int) or (isinstance(value, str) and PLAIN.fullmatch(value)) else json.dumps(value)
 
 
+class _Limited:
+    """Lines of one kind, of which the log takes so many a second.
+
+    Args:
+        kind: what is said of those that were left out.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, kind: str, clock: Callable[[], float]) -> None:
+        self._kind, self._clock = kind, clock
+        self._second, self._logged, self._silent = clock(), 0, 0
+
+    def info(self, text: Callable[[], str]) -> None:
+        """Log a line, if there is room for it."""
+        now = self._clock()
+        if now - self._second >= 1.0:
+            if self._silent:
+                log.info(line(f"more {self._kind}", count=self._silent))
+            self._second, self._logged, self._silent = now, 0, 0
+        if self._logged == LINES_A_SECOND:
+            self._silent += 1
+            return
+        self._logged += 1
+        log.info(text())
+
+
 class Observer:
     """Is told of every event of one model instance. Its calls cost a few microseconds and may come from any thread.
 
@@ -67,8 +93,7 @@ class Observer:
         self.numbers.add(SLOTS, slots)
         self.numbers.add(SLOTS_FREE, slots)
         self.numbers.add(STATE_BYTES, state_bytes)
-        self._clock = clock
-        self._second, self._logged, self._silent = clock(), 0, 0
+        self._refusals, self._ends = _Limited("requests refused", clock), _Limited("sequences ended", clock)
 
     def started(self, sequence: Sequence) -> None:
         """A sequence was given a slot."""
@@ -83,9 +108,14 @@ class Observer:
         self.numbers.add(ENDED, value=why)
         self.numbers.add(LIVE, -1)
         self.numbers.add(SLOTS_FREE)
-        level = logging.DEBUG if why is Ended.END else logging.INFO
-        if log.isEnabledFor(level):
-            log.log(level, line("sequence ended", sequence=sequence.id, slot=sequence.slot, length=sequence.length, reason=why))
+
+        def text() -> str:
+            return line("sequence ended", sequence=sequence.id, slot=sequence.slot, length=sequence.length, reason=why)
+
+        if log.isEnabledFor(logging.DEBUG):
+            log.log(logging.DEBUG if why is Ended.END else logging.INFO, text())
+        elif why is not Ended.END:
+            self._ends.info(text)
 
     def admitted(self, waited: float) -> None:
         """A request was given its sequence, so many seconds after it had arrived."""
@@ -115,17 +145,8 @@ class Observer:
         self.numbers.add(REFUSED, value=error.code)
         if error.code is Code.ENGINE_FAILED:
             return  # `failed` has a line for all of them
-        now = self._clock()
-        if now - self._second >= 1.0:
-            if self._silent:
-                log.info(line("more requests refused", count=self._silent))
-            self._second, self._logged, self._silent = now, 0, 0
-        if self._logged == REFUSALS_A_SECOND:
-            self._silent += 1
-            return
-        self._logged += 1
-        log.info(
-            line(
+        self._refusals.info(
+            lambda: line(
                 "request refused",
                 sequence=sequence,
                 request=request or "-",

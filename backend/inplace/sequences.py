@@ -24,6 +24,8 @@ class Ended(StrEnum):
     IDLE = "idle"
     ENGINE_FAILED = "engine_failed"
     CANCELLED = "cancelled"
+    SHUTDOWN = "shutdown"
+    """The model was unloaded while a request of it was under way."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from inplace.drivers import Answer, Language, StepDriver, StreamDriver
 from inplace.drivers.generation import STOP, TEXT
-from inplace.errors import Code, LoadError, RequestError
+from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
 from inplace.observer import Observer, line
@@ -21,7 +21,7 @@ from inplace.requests import Request
 from inplace.settings import Settings, served
 from inplace.stub import check_numpy, end_with_server
 from inplace.text import load_tokenizer
-from inplace.triton_channel import TritonChannel, output, refusal
+from inplace.triton_channel import TritonChannel, output, readable, refusal
 from inplace.triton_front import Front
 from inplace.triton_reports import TritonMetrics, log_to_triton
 
@@ -115,14 +115,20 @@ class _Streams:
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
             channel = TritonChannel(request)
-            texts: dict[str, tuple[bytes, ...]] = {}
-            parsed = _parse(request, texts)
-            if isinstance(parsed, Request):
-                self._driver.submit(parsed, texts, channel)
-            else:
-                end = bool(request.flags() & FLAG_END)
-                self._driver.instance.observer.refused(request.correlation_id(), request.request_id(), parsed, end=end)
-                channel.refuse(parsed)
+            try:
+                self._take(request, channel)
+            except Exception as error:  # a defect: its client must hear of it, and the others of this call must not
+                log.exception("a request could not be taken")
+                channel.refuse(failed(error))
+
+    def _take(self, request: Any, channel: TritonChannel) -> None:
+        texts: dict[str, tuple[bytes, ...]] = {}
+        parsed = _parse(request, texts)
+        if isinstance(parsed, Request):
+            self._driver.submit(parsed, texts, channel)
+        else:
+            _tell(self._driver.instance.observer, request, parsed)
+            channel.refuse(parsed)
 
     def close(self) -> None:
         live = len(self._driver.instance.table)
@@ -136,6 +142,7 @@ def _parse(request: Any, texts: dict[str, tuple[bytes, ...]] | None = None) -> R
     flags = request.flags()
     inputs: dict[str, Tensor] = {}
     try:
+        sequence, named = request.correlation_id(), request.request_id()
         sent = request.parameters()
         parameters = json.loads(sent) if sent not in NO_PARAMETERS else {}
         for tensor in request.inputs():
@@ -144,14 +151,14 @@ def _parse(request: Any, texts: dict[str, tuple[bytes, ...]] | None = None) -> R
                 texts[name] = tuple(tensor.as_numpy().reshape(-1).tolist())
             else:
                 inputs[name] = _tensor(tensor)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # UnicodeDecodeError among them: over HTTP ids and names may be any bytes
         return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
     return Request(
-        sequence=request.correlation_id(),
+        sequence=sequence,
         start=bool(flags & FLAG_START),
         end=bool(flags & FLAG_END),
         inputs=inputs,
-        id=request.request_id(),
+        id=named,
         parameters=parameters,
     )
 
@@ -164,7 +171,12 @@ def _tensor(tensor: Any) -> Tensor:
 
 def _response(request: Any, answer: Answer, observer: Observer) -> Any:
     if isinstance(answer, RequestError):
-        observer.refused(request.correlation_id(), request.request_id(), answer, end=bool(request.flags() & FLAG_END))
+        _tell(observer, request, answer)
         return refusal(request, answer)
     asked = request.requested_output_names()
     return pb_utils.InferenceResponse(output_tensors=[output(name, tensor) for name, tensor in answer.items() if name in asked])
+
+
+def _tell(observer: Observer, request: Any, error: RequestError) -> None:
+    end = bool(request.flags() & FLAG_END)
+    observer.refused(readable(request.correlation_id), str(readable(request.request_id)), error, end=end)

@@ -1,5 +1,6 @@
 """Answers in Triton's types. Part of the border to Triton."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,16 @@ def output(name: str, value: Tensor | str) -> Any:
     return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(value))  # type: ignore[attr-defined]  # torch does not list it
 
 
+def readable(read: Callable[[], int | str]) -> int | str:
+    """An id of a request as Triton gives it; empty where a client has sent bytes that are no UTF-8 (over HTTP it can)."""
+    try:
+        return read()
+    except UnicodeDecodeError:
+        return ""
+
+
 def refusal(request: Any, error: RequestError) -> Any:
     """The error of one request."""
-    text = error.wire(request.correlation_id(), request.request_id())
+    text = error.wire(readable(request.correlation_id), str(readable(request.request_id)))
     status = getattr(pb_utils.TritonError, STATUS.get(error.code, "INVALID_ARG"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, status))

@@ -16,7 +16,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from inplace.drivers.generation import MAX_TOKENS
-from inplace.errors import Code, RequestError
+from inplace.errors import Code, RequestError, failed
 from inplace.front import FrontFile
 from inplace.observer import line
 from inplace.triton_channel import refusal
@@ -77,8 +77,9 @@ class Front:
 
     def close(self) -> None:
         """End what is running, and wait for it."""
+        unloading = RequestError(Code.SHUTDOWN, "the model is being unloaded; send it again when it is back", retryable=True)
         for relay in list(self._running.values()):
-            relay.stop(self._enders)
+            relay.stop(self._enders, unloading)
         self._pool.shutdown()
         self._enders.shutdown()
         self._closing.set()
@@ -92,7 +93,7 @@ class Front:
 
     def _look(self) -> None:
         while not self._closing.wait(PERIOD):
-            for relay in list(self._running.values()):
+            for relay in self._running.copy().values():  # other threads add and remove
                 try:
                     if relay.cancelled():
                         relay.stop(self._enders)  # again at the next look, until the generation has ended: an END may overtake its START
@@ -109,19 +110,22 @@ class _Relay:
         self._model, self._request, self._sender = model, request, request.get_response_sender()
         self._border = threading.Lock()  # the final response and `is_cancelled` exclude each other: asking after it ends the server
         self._begun = self._stopped = self._done = False
+        self._why: RequestError | None = None
 
     def run(self) -> None:
         """Pass the generation on; on every path a final response is sent, and a sequence that was begun is ended."""
         error = None
         try:
+            asked = self._asked()
             if self._begin():
-                error = self._pass_on()
+                error = self._pass_on(asked)
+            elif self._why is not None:
+                raise self._why
         except RequestError as refused:
             error = refusal(self._request, refused).error()
-        except Exception as failure:  # whatever happens the client must hear of it
+        except Exception as failure:  # a defect; whatever happens the client must hear of it
             log.exception("a generation could not be passed on")
-            text = f"model {self._model!r} could not be asked ({type(failure).__name__}: {failure}); send it again when it is loaded"
-            error = refusal(self._request, RequestError(Code.SHUTDOWN, text, retryable=True)).error()
+            error = refusal(self._request, failed(failure, "send it again")).error()
         try:
             with self._border:
                 self._done = True
@@ -138,10 +142,10 @@ class _Relay:
         with self._border:
             return not self._done and bool(self._request.is_cancelled())
 
-    def stop(self, enders: ThreadPoolExecutor) -> None:
-        """Never begin, or have the sequence ended and with it the generation; does not wait for that."""
+    def stop(self, enders: ThreadPoolExecutor, why: RequestError | None = None) -> None:
+        """Never begin (and say why), or have the sequence ended and with it the generation; does not wait for that."""
         with self._border:
-            self._stopped = True
+            self._stopped, self._why = True, why
             begun = self._begun
         if begun and self._ending.acquire(blocking=False):
             enders.submit(self._end_it)
@@ -161,11 +165,11 @@ class _Relay:
             self._turn.release()
         return self._begun
 
-    def _pass_on(self) -> Any:
+    def _pass_on(self, asked: Any) -> Any:
         """Pass responses on until the last; returns the error that was among them."""
         answered = False
         try:
-            for response in self._generation():
+            for response in self._responses(asked):
                 if not answered:
                     answered = True
                     self._turn.release()
@@ -178,26 +182,38 @@ class _Relay:
                 self._turn.release()
         return None
 
-    def _generation(self) -> Iterator[Any]:
+    def _responses(self, asked: Any) -> Iterator[Any]:
         try:
+            found: Iterator[Any] = asked.exec(decoupled=True)
+        except Exception as error:  # Triton's own, when the model is not loaded
+            text = f"model {self._model!r} could not be asked ({error}); send it again when it is loaded"
+            raise RequestError(Code.SHUTDOWN, text, retryable=True) from None
+        return found
+
+    def _asked(self) -> Any:
+        """The request to the stream model.
+
+        Raises:
+            RequestError: BAD_PARAMETER.
+        """
+        try:
+            named = self._request.request_id()
             parameters = json.loads(self._request.parameters() or "{}")
-        except ValueError as error:
+        except ValueError as error:  # UnicodeDecodeError among them: over HTTP they may be any bytes
             raise RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}") from None
         if own := sorted(parameters.keys() & set(OWN)):
             raise RequestError(Code.BAD_PARAMETER, f"parameters {own} name a sequence of the client's; here each request is one of its own")
         if MAX_TOKENS not in parameters:
             raise RequestError(Code.BAD_PARAMETER, f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1")
-        request = pb_utils.InferenceRequest(
+        return pb_utils.InferenceRequest(
             model_name=self._model,
-            request_id=self._request.request_id(),
+            request_id=named,
             correlation_id=self.sequence,
             inputs=self._request.inputs(),
             requested_output_names=list(self._request.requested_output_names()),
             flags=FLAG_START,
             parameters={name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()},
         )
-        found: Iterator[Any] = request.exec(decoupled=True)
-        return found
 
     def _end(self) -> None:
         request = pb_utils.InferenceRequest(

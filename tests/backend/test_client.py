@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
-from inplace.client.calls import Call, outputs_of
+from inplace.client.calls import Call, Model, outputs_of, sent
 from inplace.client.endpoints import AVOIDED, Endpoints
 from inplace.client.errors import concerns, parsed
+from inplace.client.ledger import Ledger
 from inplace.client.progress import Piece, Progress
 from inplace.client.want import Want
 from inplace.errors import Code, RequestError
@@ -130,14 +131,34 @@ def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
         Endpoints([])
 
 
-def test_numbers_with_a_fraction_travel_as_texts() -> None:
-    sent: dict[str, str | int | float | bool] = {"temperature": 0.1, "top_p": 1e-7, "top_k": 3, "logits": True, "sequence_key": "k"}
-    parameters = Call(7, True, False, {}, sent).arguments("m")["parameters"]
-    assert parameters == sent | {"temperature": "0.1", "top_p": "1e-07"}
-    assert {name: type(value) for name, value in parameters.items()} == {name: type(value) for name, value in sent.items()} | {
-        "temperature": str,
-        "top_p": str,
-    }
+@pytest.mark.parametrize(
+    ("given", "travels"),
+    [
+        (0.1, "0.1"),
+        (1e-7, "1e-07"),
+        (3, 3),
+        (True, True),
+        ("k", "k"),
+        (np.int64(3), 3),
+        (np.float64(0.8), "0.8"),
+        (np.float32(0.5), "0.5"),
+        (np.bool_(True), True),
+        (2**63, "9223372036854775808"),
+        (-(2**63), -(2**63)),
+    ],
+)
+def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(given: object, travels: object) -> None:
+    call = Call(7, True, False, {}, sent({"x": given}))
+    assert repr(call.arguments("m")["parameters"]) == repr({"x": travels})
+
+
+@pytest.mark.parametrize("given", [None, [1], b"k", {"a": 1}])
+def test_a_parameter_of_another_type_is_a_type_error_before_anything_is_sent(given: object) -> None:
+    ledger = Ledger(7, None, replay=True)
+    want = Want({"input_ids": np.array([1])}, parameters={"seed": given})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"parameter 'seed' is .*; expected a text, a number or a truth value"):
+        ledger.calls(want, Model(streams=True, tokens=frozenset({"input_ids"}), speaks=False))
+    assert not ledger.held
 
 
 def response(tokens: list[int], text: str | None = None, reason: str = "") -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

@@ -12,7 +12,7 @@ from inplace.drivers import Language, StepDriver
 from inplace.drivers.generation import Reason
 from inplace.errors import Code, RequestError
 from inplace.metrics import ENDED, GENERATIONS, HISTOGRAMS, METRICS, QUEUE, ROWS, STEP, Exporter, Numbers, families
-from inplace.observer import REFUSALS_A_SECOND, Observer, line
+from inplace.observer import LINES_A_SECOND, Observer, line
 from inplace.sequences import Ended, Sequence
 from models import CHUNK, SLOTS, Repository
 from streaming import OpenStreams, slowed, until
@@ -168,21 +168,36 @@ def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(caplog: p
     caplog.set_level(logging.INFO, logger="inplace")
     clock = [100.0]
     observer = Observer(clock=lambda: clock[0])
-    for number in range(REFUSALS_A_SECOND + 5):
+    for number in range(LINES_A_SECOND + 5):
         observer.refused(number + 1, f"r{number}", REFUSAL, end=False)
     said = [record.getMessage() for record in caplog.records]
     assert said == [
         f'request refused: sequence={number + 1} request=r{number} code=CAPACITY retryable=0 because="too many"'
-        for number in range(REFUSALS_A_SECOND)
+        for number in range(LINES_A_SECOND)
     ]
     clock[0] += 1.0
     observer.refused("late", "", REFUSAL, end=True)
-    said = [record.getMessage() for record in caplog.records[REFUSALS_A_SECOND:]]
+    said = [record.getMessage() for record in caplog.records[LINES_A_SECOND:]]
     assert said == [
         "more requests refused: count=5",
         'request refused: sequence=late request=- code=CAPACITY retryable=0 because="too many"',
     ]
-    assert observer.numbers.now()["inplace_requests_refused_total", "CAPACITY"] == REFUSALS_A_SECOND + 6
+    assert observer.numbers.now()["inplace_requests_refused_total", "CAPACITY"] == LINES_A_SECOND + 6
+
+
+def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="inplace")
+    clock = [100.0]
+    observer = Observer(clock=lambda: clock[0])
+    for number in range(LINES_A_SECOND + 3):
+        observer.ended(Sequence(number + 1, slot=0), Ended.IDLE)
+    clock[0] += 1.0
+    observer.ended(Sequence("late", slot=1), Ended.CANCELLED)
+    assert [record.getMessage() for record in caplog.records[LINES_A_SECOND:]] == [
+        "more sequences ended: count=3",
+        "sequence ended: sequence=late slot=1 length=0 reason=cancelled",
+    ]
+    assert observer.numbers.now()["inplace_sequences_ended_total", "idle"] == LINES_A_SECOND + 3
 
 
 def test_an_end_that_only_frees_is_no_refusal() -> None:

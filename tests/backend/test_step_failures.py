@@ -50,6 +50,27 @@ def test_rows_of_the_next_step_are_not_touched_by_a_failed_one(repository: Repos
     assert [total(answer) for answer in answers[4:]] == [([4.0] * 4, 1), ([5.0] * 4, 1)]
 
 
+def test_a_defect_of_the_driver_itself_answers_its_rows_and_leaves_no_sequence_busy(
+    sums: StepDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sums.run([add(1, 1.0, start=True), add(2, 2.0, start=True)])
+    with monkeypatch.context() as patched:
+        patched.setattr("inplace.instance.form", lambda *_: 1 // 0)
+        for answer in sums.run([add(1, 1.0), add(3, 1.0, start=True)]):
+            refused(answer, Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError: integer division or modulo by zero); START again")
+    assert "the step driver failed" in caplog.text
+    assert sums.instance.table.free == 3
+    assert total(sums.run([add(2, 2.0)])[0]) == ([4.0] * 4, 2)
+
+
+def test_a_request_that_cannot_be_taken_fails_alone(sums: StepDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = sums.instance.check
+    monkeypatch.setattr(sums.instance, "check", lambda request: 1 // 0 if request.sequence == 1 else check(request))
+    one, two = sums.run([add(1, 1.0, start=True), add(2, 2.0, start=True)])
+    refused(one, Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError")
+    assert total(two) == ([2.0] * 4, 1)
+
+
 def test_a_failed_end_has_ended_and_says_so(llama: StepDriver) -> None:
     """Triton has ended the sequence whatever the answer is, so sending it again could not reach it."""
     llama.run([ask(1, [1, 2], start=True)])

@@ -1,12 +1,15 @@
 """Bad input on a real tritonserver: each gets its own clear error, and harms neither its own sequence nor its batch mates."""
 
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from inplace.client import Sequence
+from inplace_builder.server import TritonServer
 from models import CAPACITY, VOCABULARY, Repository, greedy
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -134,3 +137,36 @@ def test_batch_mates_of_a_bad_request_are_unharmed(client: InferenceServerClient
         garbage = [pool.submit(bad, seed) for seed in range(2)]
         assert [stream.result() for stream in streams] == [expected] * 4
         assert [stream.result() for stream in garbage] == [30, 30]
+
+
+@pytest.mark.parametrize(
+    ("field", "sequence"),
+    [(b'"id":"\xff","parameters":{"sequence_id":"victim"}', "victim"), (b'"parameters":{"sequence_id":"\xff","sequence_start":true}', "-")],
+)
+def test_an_http_request_with_an_id_that_is_no_text_fails_alone(
+    client: InferenceServerClient, server: TritonServer, repository: Repository, live: Sequence, field: bytes, sequence: str
+) -> None:
+    """gRPC's texts are UTF-8, those of JSON over HTTP may be any bytes."""
+    url = f"http://127.0.0.1:{server.ports.http}/v2/models/llama/infer"
+    body = b'{"inputs":[{"name":"input_ids","shape":[1,1],"datatype":"INT64","data":[1]}],%s}' % field
+
+    def bad() -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, body), timeout=20) as page:
+                return 200, page.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    def good(number: int) -> int:
+        with Sequence(client, "llama", id=f"beside {number}") as other:
+            return other.tokens([number + 1])
+
+    with ThreadPoolExecutor(8) as pool:
+        refused = [pool.submit(bad) for _ in range(4)]
+        said = list(pool.map(good, range(4)))
+    assert said == [greedy(repository.llama, [number + 1], 1)[0] for number in range(4)]
+    for answer in refused:
+        code, text = answer.result()
+        assert code == 400, text
+        assert f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: the request cannot be read: 'utf-8'".encode() in text

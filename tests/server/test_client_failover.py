@@ -37,7 +37,7 @@ def test_a_sequence_that_was_idle_for_too_long_is_replayed(server: TritonServer,
     with Client(server.grpc_url) as client, Sequence(client, "brief") as sequence, Sequence(client, "brief", replay=False) as off:
         said = generate(sequence, prompt(3, 7), 4)
         off.tokens([1, 2, 3])
-        time.sleep(3.0)
+        time.sleep(5.0)
         assert [*said, *generate(sequence, said[-1:], 4)] == expected
         with pytest.raises(SequenceLostError, match="replay is off; start a new one") as lost:
             off.tokens([4])
@@ -127,8 +127,8 @@ def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_me
             assert moved.server == second.grpc_url
         begin = time.monotonic()
         with Sequence(client, "brief") as late:
-            late.tokens([1])  # when the others have been idle for 2 s
-        assert 1.0 < time.monotonic() - begin < 10.0
+            late.tokens([1])  # when the others have been idle for 4 s
+        assert time.monotonic() - begin < 15.0
 
 
 def test_errors_say_code_sequence_and_request(server: TritonServer) -> None:

@@ -65,7 +65,7 @@ def test_an_unloaded_model_loses_its_sequences_but_lives_as_long_as_an_open_stre
         assert stream.receive() == (1.0, 1)
         begin = time.monotonic()
         client.unload_model("doomed")
-        assert time.monotonic() - begin < 2.0  # it does not wait for sequences
+        assert time.monotonic() - begin < 10.0  # it does not wait for sequences
         assert UNLOADED in str(add(client, "doomed", 1, 1.0))
         stream.send("doomed", 2, 1.0)
         assert UNLOADED in str(stream.receive())
@@ -156,7 +156,7 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder:
 
 def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open_stream(folder: Path) -> None:
     """So whoever runs it must kill it after a while, as Kubernetes does."""
-    arguments = ["--exit-timeout-secs=2"]
+    arguments = ["--exit-timeout-secs=5"]
     with TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "hung", arguments=arguments) as server:
         assert server.process is not None
         with Stream(server.grpc_url) as stream:

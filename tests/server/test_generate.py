@@ -317,6 +317,48 @@ def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(se
         assert stream.send([value], ("sum",), "s", False, True, {}).step == [4.0] * 4
 
 
+@pytest.mark.parametrize("body", [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"note":"\xff"}'])
+def test_an_http_request_with_bytes_that_are_no_text_is_refused_and_nothing_waits_for_it(served: Served, body: bytes) -> None:
+    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
+    for _ in range(2 * SLOTS):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
+        with refused.value as page:
+            assert page.code == 400
+            assert b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: the request cannot be read: 'utf-8'" in page.read()
+    assert served.events(text="x", max_tokens=2, ignore_eos=True)[-1]["finish_reason"] == "length"
+
+
+def test_http_infer_is_refused_by_triton(served: Served) -> None:
+    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama/infer"
+    body = {"inputs": [{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": [1]}], "parameters": {"sequence_id": 1}}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=20)
+    with refused.value as page:
+        assert page.code == 501
+
+
+def test_steps_that_are_sent_ahead_of_their_answers_take_effect_in_order(served: Served) -> None:
+    """Answers may overtake each other: the request id says which is which."""
+    ids = prompt(11, 60)
+    answers: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+    with InferenceServerClient(served.server.grpc_url) as client:
+        client.start_stream(lambda result, error: answers.put((result.get_response().id, int(result.as_numpy("next_token")[0, 0]))))
+        for at, token in enumerate(ids):
+            client.async_stream_infer(
+                "llama",
+                [ids_input([token])],
+                sequence_id="ahead",
+                sequence_start=at == 0,
+                sequence_end=at == len(ids) - 1,
+                request_id=str(at),
+                outputs=[InferRequestedOutput("next_token")],
+            )
+        said = dict(answers.get(timeout=60) for _ in ids)
+        client.stop_stream()
+    assert [said[str(at)] for at in range(len(ids))] == [greedy(served.llama, ids[: at + 1], 1)[0] for at in range(len(ids))]
+
+
 def test_a_unary_request_is_refused_by_triton(served: Served) -> None:
     with InferenceServerClient(served.server.grpc_url) as client, pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
         client.infer("llama", [ids_input([1])], sequence_id=1, sequence_start=True)

@@ -17,8 +17,9 @@ import numpy as np
 import promql_parser
 import pytest
 import yaml
-from inplace.alive import failures
+from inplace.alive import failures, lives
 from inplace.client import Sequence
+from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest
 from inplace.metrics import families
 from inplace_builder.build import BuildOptions, build_decoder, write_engine
@@ -37,7 +38,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 @pytest.fixture(scope="module")
 def observed(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     path = tmp_path_factory.mktemp("observed")
-    options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=2.0)
+    options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=4.0)
     build_decoder(repository.llama_folder, path / "llama", options)
     build_decoder(repository.llama_folder, path / "talk", replace(options, serve="stream"))
     shutil.rmtree(path / "talk_generate")  # its front has no numbers
@@ -240,15 +241,21 @@ def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_rea
     stub = observed.stub("talk")
     stub.send_signal(signal.SIGSTOP)
     try:
-        assert set(failures(observed.server.grpc_url, timeout=3.0)) == {"talk"}
+        assert set(failures(observed.server.grpc_url, timeout=5.0)) == {"talk"}
         assert observed.client.is_model_ready("talk")
         found = subprocess.run(
-            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "3"], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "5"], capture_output=True, text=True, check=False
         )
         assert found.returncode == 1
-        assert re.fullmatch(r"talk: (no answer within 3 s|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr)
+        assert re.fullmatch(r"talk: (no answer within 5 s|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr)
     finally:
         stub.kill()
+
+
+@pytest.mark.parametrize("code", Code)
+def test_any_answer_of_the_backend_is_life_but_that_its_engine_failed(code: Code) -> None:
+    assert lives(RequestError(code, "why").wire(7, "")) is (code is not Code.ENGINE_FAILED)
+    assert not lives("Stub process 'talk_0_0' is not healthy.")
 
 
 def test_no_server_is_not_alive() -> None:

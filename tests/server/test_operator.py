@@ -112,7 +112,7 @@ def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tm
             assert process.stdout is not None
             assert f"gRPC 127.0.0.1:{ports.grpc}" in process.stdout.readline()
             with InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
-                Sequence(client, "brief").tokens([1, 2, 3])  # left alive: Triton waits for it, until it has been idle for 2 s
+                Sequence(client, "brief").tokens([1, 2, 3])  # left alive: Triton waits for it, until it has been idle for 4 s
         finally:
             process.terminate()
         assert process.wait(60) == 0

@@ -143,9 +143,9 @@ def test_an_idle_slot_is_reclaimed(client: InferenceServerClient, server: Triton
     held = [Sequence(client, "brief", id=11 + n) for n in range(2)]
     for sequence in held:
         sequence.tokens([1, 2, 3])
-    time.sleep(1.2)
+    time.sleep(2.2)
     held[0].tokens([4])  # its clock starts again
-    time.sleep(1.2)
+    time.sleep(2.2)
     with Sequence(client, "brief", id=13) as late:
         late.tokens([1])
         held[0].tokens([5])

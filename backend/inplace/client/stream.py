@@ -10,7 +10,7 @@ from inplace.client.errors import concerns, silent
 
 
 class Stream:
-    """One stream. Responses arrive in order; an error comes without the id of its request, so a stream has one sequence.
+    """One stream. An error may come without the id of its request, so a stream has one sequence.
 
     Args:
         connection: without a stream as yet.
@@ -32,6 +32,8 @@ class Stream:
         try:
             self._connection.async_stream_infer(**call.arguments(model))
         except InferenceServerException as error:  # which gives no status
+            if "stream" not in (error.message() or "").lower():
+                raise  # the request cannot be sent at all
             raise InferenceServerException(error.message(), "StatusCode.UNAVAILABLE") from error
 
     def receive(self, call: Call, timeout: float) -> dict[str, Array]:

@@ -67,7 +67,7 @@ class Reply:
         done: the final response was sent.
     """
 
-    __slots__ = ("_border", "_channel", "_detokenizer", "_interval", "_last", "_said", "_turn", "done")
+    __slots__ = ("_border", "_broken", "_channel", "_detokenizer", "_interval", "_last", "_said", "_turn", "done")
 
     def __init__(self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None) -> None:
         self._channel = channel
@@ -77,6 +77,7 @@ class Reply:
         self._last: Last | None = None
         self._turn = threading.Lock()  # held from when it is queued for a sender until that sender has sent
         self._border = threading.Lock()  # the final response and `cancelled` exclude each other: asking after it ends the server
+        self._broken = False  # a response could not be sent, so that was its end
         self.done = False
 
     def say(self, token: int, text: str | None) -> bool:
@@ -103,9 +104,9 @@ class Reply:
         return more and self._turn.acquire(blocking=False)
 
     def cancelled(self) -> bool:
-        """Whether the client has cancelled; False after the final response."""
+        """Whether nobody listens any more: the client has cancelled, or could not be answered. False after the final response."""
         with self._border:
-            return not self.done and self._channel.cancelled()
+            return self._broken or (not self.done and self._channel.cancelled())
 
     def _respond(self, last: Last | None, said: list[tuple[int, str | None]]) -> None:
         if self.done or (last is None and not said):
@@ -131,7 +132,7 @@ class Reply:
         with self._border:
             if not self.done:
                 self._fail(error)
-                self.done = True
+                self._broken = self.done = True
 
     def _fail(self, error: Exception) -> None:
         with contextlib.suppress(Exception):  # a server takes nothing for a request that it has given up

@@ -13,12 +13,12 @@ from inplace.drivers.reply import Last, Outputs, Reply
 from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
 from inplace.drivers.step import LONGEST_PAUSE, answered
-from inplace.errors import Code, RequestError
+from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.sequences import Ended, SequenceId
 
 MOST_BEHIND = 64
-"""Requests of one sequence that may wait behind one another."""
+"""Requests of one sequence that may wait behind one another; twice as many where they are STARTs and ENDs."""
 LOOK = 0.05
 """Seconds between two looks at the idle sequences, at least."""
 
@@ -63,7 +63,7 @@ class Runner:
         self._inbox.put(None)
         self._thread.join()
         self._watch.close()
-        self._drop(error)
+        self._drop(error, Ended.SHUTDOWN)
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Job):
@@ -84,7 +84,7 @@ class Runner:
                     self._admit()
             except Exception as error:  # a defect: whoever waits must be told, and the others served
                 log.exception("the stream driver failed")
-                self._drop(RequestError(Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); START again"))
+                self._drop(failed(error), Ended.ENGINE_FAILED)
             self._tell()
 
     def _tell(self) -> None:
@@ -104,7 +104,12 @@ class Runner:
             if message is None:
                 return False
             if isinstance(message, Job):
-                self._arrived(message)
+                try:
+                    self._arrived(message)
+                except Exception as error:
+                    if message not in self._lanes.get(message.sequence, ()):  # the others are told by who catches it
+                        self._refuse(message, failed(error))
+                    raise
             else:
                 self._cancelled(message[0])
         return True
@@ -123,8 +128,8 @@ class Runner:
                 if other.generation is not None and other.checked.key in (None, job.checked.key):  # a new owner's stays
                     self._conclude(other, other.generation, Reason.ENDED)
             lane = self._lanes.setdefault(job.sequence, deque())
-        if len(lane) >= MOST_BEHIND and not (job.checked.request.start or job.checked.request.end):
-            text = f"{len(lane)} requests of the sequence are waiting; send it again later"
+        if len(lane) >= MOST_BEHIND * (1 + (job.checked.request.start or job.checked.request.end)):
+            text = f"{len(lane)} requests of the sequence are waiting; nothing was changed, send it again later"
             self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
             return
         lane.append(job)
@@ -279,7 +284,7 @@ class Runner:
         self._observer.refused(request.sequence, request.id, error, end=request.end)
         self._finished.append((job.reply, Last(error)))
 
-    def _drop(self, error: RequestError) -> None:
+    def _drop(self, error: RequestError, why: Ended) -> None:
         """Answer everything with an error; sequences that were being worked on end."""
         jobs = [job for lane in self._lanes.values() for job in lane]
         self._lanes.clear()
@@ -288,4 +293,4 @@ class Runner:
         for job in jobs:
             self._refuse(job, error)
             if job.work is not None and self._instance.table.get(job.sequence) is job.work.sequence:
-                self._instance.table.end(job.work.sequence, Ended.ENGINE_FAILED)
+                self._instance.table.end(job.work.sequence, why)

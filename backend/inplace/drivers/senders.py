@@ -112,7 +112,7 @@ class CancelWatch(Generic[Watched]):
         pause = PERIOD
         while not self._closing.wait(pause):
             begin = monotonic()
-            for watched, reply in list(self._watched.items()):
+            for watched, reply in self._watched.copy().items():  # other threads add and remove
                 try:
                     gone = reply.cancelled()
                 except Exception:  # one request that the server cannot speak of must not leave the others unwatched

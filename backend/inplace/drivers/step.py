@@ -1,5 +1,6 @@
 """The step driver: the requests of one call are validated, run and answered inside that call."""
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from inplace.batcher import Work
 from inplace.drivers.generation import MAX_TOKENS
-from inplace.errors import Code, RequestError
+from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.requests import Request
+from inplace.sequences import Ended
 
 Answer = dict[str, Tensor] | RequestError
 """What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
@@ -20,6 +22,8 @@ NO_GENERATION = (
 )
 LONGEST_PAUSE = 3600.0
 """Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
+
+log = logging.getLogger("inplace")
 
 
 def answered(rows: list[Work], outputs: Mapping[str, Tensor]) -> list[Answer | None]:
@@ -82,6 +86,9 @@ class StepDriver:
                     later.append((index, request))
                 else:
                     answers[index] = error
+            except Exception as error:  # a defect: nobody else's request must suffer
+                log.exception("a request could not be taken")
+                answers[index] = failed(error)
         self._steps(admitted, answers)
         return later
 
@@ -100,12 +107,27 @@ class StepDriver:
         most = self.instance.program.max_rows
         while admitted:
             rows = admitted[:most]
-            works = [work for _, work in rows]
-            for (index, work), answer in zip(rows, answered(works, self.instance.step(works)), strict=True):
-                if answer is not None:
-                    answers[index] = answer
-                    self.instance.finish(work)
+            try:
+                self._step(rows, answers)
+            except Exception as error:  # a defect, for what the engine raises is an answer
+                log.exception("the step driver failed")
+                self._drop(rows, answers, failed(error))
+                admitted = admitted[most:]
             admitted = [(index, work) for index, work in admitted if not work.finished]
+
+    def _step(self, rows: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
+        works = [work for _, work in rows]
+        for (index, work), answer in zip(rows, answered(works, self.instance.step(works)), strict=True):
+            if answer is not None:
+                answers[index] = answer
+                self.instance.finish(work)
+
+    def _drop(self, rows: list[tuple[int, Work]], answers: list[Answer | None], error: RequestError) -> None:
+        """Answer these rows with an error; their sequences end, for nobody knows where they stand."""
+        for index, work in rows:
+            answers[index] = error
+            if self.instance.table.get(work.sequence.id) is work.sequence:
+                self.instance.table.end(work.sequence, Ended.ENGINE_FAILED)
 
     def _reclaim(self) -> None:
         while not self._closing.wait(self._pause()):

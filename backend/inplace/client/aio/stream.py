@@ -59,10 +59,12 @@ class Stream:
             yield request
 
     async def _read(self) -> None:
+        ended = InferenceServerException("the stream was closed here, or a request could not be sent", str(grpc.StatusCode.CANCELLED))
         try:
             async for answer in self._responses:
                 self._answers.put_nowait(answer)
             ended = InferenceServerException("the server closed the stream", str(grpc.StatusCode.UNAVAILABLE))
         except grpc.RpcError as error:
             ended = InferenceServerException(error.details(), str(error.code()))
-        self._answers.put_nowait((None, ended))
+        finally:  # whoever waits must hear of it
+            self._answers.put_nowait((None, ended))

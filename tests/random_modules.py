@@ -13,18 +13,21 @@ CAPACITY, STEPS = 24, 20
 APPENDS = ("slice", "index_copy", "assign", "scatter", "where", "select", "two")
 REPLACES = ("window", "add", "copy", "roll", "decay")
 EXPLICIT = ("strided", "shuffled", "accumulated", "unaliased")
-DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.float64, torch.bool)
+DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One state: its extents, its type, the axis it is written along, how, and whether it is a buffer of the module's."""
+    """One state: its extents, its type, the axis it is written along, how, whether the module owns it, and whether it returns it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     axis: int
     writes: tuple[str, ...]
     owned: bool
+    returned: bool = False
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype)
@@ -50,7 +53,9 @@ class Composed(nn.Module):
                 if self.looks:
                     seen.append(state.to(torch.float32).sum(plan.axis))
                 write_state(state, plan.axis, write, x * (count + 1), pos + count)
-        return (*seen, *(state.to(torch.float32).amax(plan.axis) for state, plan in zip(all_states, self.plans, strict=True)))
+        pairs = list(zip(all_states, self.plans, strict=True))
+        returned = [state for state, plan in pairs if plan.returned]
+        return (*seen, *(state.to(torch.float32).amax(plan.axis) for state, plan in pairs), *returned)
 
 
 Way = Callable[[Tensor, int, Tensor, Tensor], object]
@@ -118,7 +123,7 @@ class Random:
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor]:
         """The further arguments of a step."""
-        return torch.randint(-9, 9, (1,), generator=torch.Generator().manual_seed(step)).float(), torch.tensor([step])
+        return torch.randint(0, 18, (1,), generator=torch.Generator().manual_seed(step)).float(), torch.tensor([step])
 
 
 @st.composite
@@ -133,7 +138,7 @@ def plans(draw: st.DrawFn, kinds: Sequence[tuple[str, ...]], dtypes: Sequence[to
     dtype = draw(st.sampled_from(list(dtypes)))
     ways = [way for way in draw(st.sampled_from(list(kinds))) if not (dtype is torch.bool and way in ("add", "accumulated", "unaliased"))]
     writes = draw(st.lists(st.sampled_from(ways), min_size=1, max_size=3))
-    return Plan(tuple(extents), dtype, axis, tuple(writes), draw(st.booleans()))
+    return Plan(tuple(extents), dtype, axis, tuple(writes), draw(st.booleans()), returned=draw(st.booleans()))
 
 
 @st.composite

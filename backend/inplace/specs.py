@@ -71,7 +71,7 @@ class StateSpec(Frozen):
     dtype: Dtype
     update: Update
     axis: int | None = None
-    fill: float = 0.0
+    fill: int | float = 0.0  # a whole number is exact beyond 2**53
     reset: bool = True
 
     @model_validator(mode="after")

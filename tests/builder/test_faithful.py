@@ -16,6 +16,7 @@ from inplace.direct import Engine
 from inplace.errors import CallError
 from inplace.instance import ModelInstance
 from inplace.requests import Request
+from inplace.specs import StateSpec
 from inplace_builder.api import build
 from inplace_builder.build import VERSION, BuildOptions, write_engine
 from inplace_builder.capture import Capture, RowOptions, capture_exported_rows
@@ -395,3 +396,46 @@ def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path
             torch.testing.assert_close(work.outputs["output_0"].reshape(out.shape), out)
             torch.testing.assert_close(work.outputs["output_1"].reshape(keys.shape), keys)
             instance.finish(work)
+
+
+class Clock(nn.Module):
+    """Counts from a number that no float64 holds."""
+
+    ticks: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ticks", torch.full((2,), 2**53 + 1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ticks += x
+        return self.ticks - 2**53
+
+
+def test_a_whole_number_that_a_state_begins_with_is_kept_to_the_last_bit() -> None:
+    capture = capture_exported_rows(Clock(), RowOptions(2), (torch.ones(2, dtype=torch.int64),))
+    [state] = capture.states
+    assert state.fill == 2**53 + 1
+    assert StateSpec.model_validate_json(state.model_dump_json()) == state
+
+
+class Kept(nn.Module):
+    """Holds its state where torch.export takes it for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [torch.full((2,), 3, dtype=torch.int64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept[0].add_(x)
+        return self.kept[0] - 2
+
+
+def test_a_program_that_is_built_stays_as_it_was(tmp_path: Path) -> None:
+    x = torch.ones(2, dtype=torch.int64)
+    exported = torch.export.export(Kept(), (x,))
+    before = str(exported), str(exported.graph_signature)
+    for number in range(2):
+        engine = build(exported, (x,), path=tmp_path / str(number))
+        assert engine(x).tolist() == [2, 2]
+        assert (str(exported), str(exported.graph_signature)) == before

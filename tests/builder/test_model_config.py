@@ -49,8 +49,8 @@ def test_the_idle_timeout_reaches_the_server_and_the_backend(repository: Reposit
     assert llama.sequence_batching.max_sequence_idle_microseconds == 600_000_000
     assert {key: value.string_value for key, value in llama.parameters.items()} == {IDLE_TIMEOUT: "600", SERVE: "step"}
     brief = parsed(repository, "brief")
-    assert brief.sequence_batching.max_sequence_idle_microseconds == 2_000_000
-    assert {key: value.string_value for key, value in brief.parameters.items()} == {IDLE_TIMEOUT: "2", SERVE: "step"}
+    assert brief.sequence_batching.max_sequence_idle_microseconds == 4_000_000
+    assert {key: value.string_value for key, value in brief.parameters.items()} == {IDLE_TIMEOUT: "4", SERVE: "step"}
     assert (brief.max_batch_size, brief.sequence_batching.oldest.max_candidate_sequences) == (2, CANDIDATES)
 
 

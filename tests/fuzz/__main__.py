@@ -25,7 +25,7 @@ def main() -> None:
         repository, log = built(Path(scratch)), Path(scratch) / "log"
         with TritonServer(repository, Ports(0, 0, 0), log=log) as server:
             watch, begin = Watch(server), time.monotonic()
-            findings = fuzz(server.grpc_url, repository, given.requests, given.seed)
+            findings = fuzz(server, repository, given.requests, given.seed)
             print(f"{sum(findings.answers.values())} answers in {time.monotonic() - begin:.0f} s")
             findings.wrong += watch.complaints()
     for kind, count in findings.answers.most_common():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from fuzz.answers import Results, Streamed, Unary
 from fuzz.damage import HARMLESS, NOT_FOR, REFUSED, damaged
+from fuzz.web import Web, page
 from fuzz.wire import Array, message, put
 from inplace.errors import Code
 from inplace.sampling import Parameter
@@ -101,6 +102,18 @@ class Victim:
             found |= {"temperature": rng.choice(("0.7", "1", 1.5)), "seed": rng.getrandbits(62), "top_k": rng.choice((0, 1, 40))}
             found["top_p"] = rng.choice(("0.9", 1.0, "1"))
         return found
+
+
+class Surfer:
+    """A client that asks over HTTP for good and damaged pages, and now and then leaves before it has one."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    async def run(self, web: Web, requests: int) -> None:
+        """Send so many, one after another."""
+        for _ in range(requests):
+            await web.send(page(self.rng, Lane.IDS), leave_after=self.rng.random() * 0.02 if self.rng.random() < 0.1 else None)
 
 
 class Lane:

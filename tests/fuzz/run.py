@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import torch
-from fuzz.actors import Accepted, Lane, Victim
+from fuzz.actors import Accepted, Lane, Surfer, Victim
 from fuzz.answers import Findings, Results, Streamed, Unary
+from fuzz.web import Web
 from inplace.errors import RequestError
 from inplace.instance import ModelInstance
 from inplace.requests import Request
 from inplace.sampling import Parameter
+from inplace_builder.server import TritonServer
 from models import open_instance
 
 VICTIMS = {
@@ -26,11 +29,12 @@ UNARY, STREAMS = ("llama", "llama", "llama", "accumulator", "stream"), ("stream"
 LANES = {UNARY: 14, STREAMS: 10}
 WHOLE = [("grpc.max_metadata_size", 1 << 20)]
 """Of a channel. gRPC sends an error's text as a header, and a client drops what exceeds 8 KB: Triton's errors repeat what was sent."""
+SURFERS = 6
 SHARE = 0.4
 """Of the requests, what the victims send."""
 
 
-def fuzz(url: str, repository: Path, requests: int, seed: int) -> Findings:
+def fuzz(server: TritonServer, repository: Path, requests: int, seed: int) -> Findings:
     """Fire so many requests at a server of ``repository``; the same seed sends the same requests, in another interleaving.
 
     What the victims were told is compared with what the same requests say alone, in this process.
@@ -38,7 +42,8 @@ def fuzz(url: str, repository: Path, requests: int, seed: int) -> Findings:
     findings = Findings()
     victims = [Victim(model, name, random.Random(f"{seed} {model} {name}")) for model, names in VICTIMS.items() for name in names]
     lanes = [Lane(models, random.Random(f"{seed} {models} {number}")) for models, count in LANES.items() for number in range(count)]
-    asyncio.run(_fire(url, findings, victims, lanes, requests))
+    surfers = [Surfer(random.Random(f"{seed} surfer {number}")) for number in range(SURFERS)]
+    asyncio.run(_fire(server, findings, victims, lanes, surfers, requests))
     for model in VICTIMS:
         instance = open_instance(repository / model)
         for victim in victims:
@@ -47,14 +52,18 @@ def fuzz(url: str, repository: Path, requests: int, seed: int) -> Findings:
     return findings
 
 
-async def _fire(url: str, findings: Findings, victims: list[Victim], lanes: list[Lane], requests: int) -> None:
-    async with grpc.aio.insecure_channel(url, WHOLE) as channel:
+async def _fire(
+    server: TritonServer, findings: Findings, victims: list[Victim], lanes: list[Lane], surfers: list[Surfer], requests: int
+) -> None:
+    async with grpc.aio.insecure_channel(server.grpc_url, WHOLE) as channel, httpx.AsyncClient(timeout=None) as client:
+        web = Web(f"{server.host}:{server.ports.http}", client, findings)
         unary = Unary(channel, findings)
         streams = [Streamed(channel, findings) for _ in range(len(victims) + len(lanes))]
-        each, every = int(requests * SHARE / len(victims)), -(-int(requests * (1 - SHARE)) // len(lanes))
+        each, every = int(requests * SHARE / len(victims)), -(-int(requests * (1 - SHARE)) // (len(lanes) + len(surfers)))
         await asyncio.gather(
             *(victim.run(streams.pop() if victim.model == "stream" else unary, each) for victim in victims),
             *(lane.run(streams.pop() if lane.models is STREAMS else unary, every) for lane in lanes),
+            *(surfer.run(web, every) for surfer in surfers),
         )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,10 @@ class Watch:
                         infer(message("llama", one, f"new {number}", start=start, end=not start), timeout=30)
         except grpc.RpcError as error:
             found.append(f"after all sequences have been idle, not all slots are free: {error}")
-        return found
+        time.sleep(1.5)  # the numbers are handed over once a second
+        with urllib.request.urlopen(f"http://{self.server.host}:{self.server.ports.metrics}/metrics", timeout=30) as page:
+            live = re.findall(r"^inplace_(?:sequences_live|generations_waiting)\{.*\} (?!0$).*", page.read().decode(), re.MULTILINE)
+        return [*found, *(f"after all clients have left: {number}" for number in live)]
 
     def _log(self) -> list[str]:
         assert self.server.log is not None

@@ -86,7 +86,7 @@ class Observed:
 
     def log(self) -> str:
         assert self.server.log is not None
-        return self.server.log.read_text()
+        return self.server.log.read_text(errors="replace")
 
     def lines(self, pattern: str, least: int) -> list[str]:
         """Lines of the log that match, once there are so many, or after 10 s; a thread of the backend writes them."""

@@ -1,4 +1,4 @@
-"""Random requests against a real tritonserver. Replay: ``PYTHONPATH=tests python -m fuzz --requests 10000 --seed N``."""
+"""Random requests over gRPC and HTTP against a real tritonserver. Replay: ``PYTHONPATH=tests python -m fuzz --requests 10000 --seed N``."""
 
 import os
 import random
@@ -24,7 +24,7 @@ def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path:
     repository = built(tmp_path)
     with TritonServer(repository, Ports(0, 0, 0), log=tmp_path / "log") as server:
         watch = Watch(server)
-        findings = fuzz(server.grpc_url, repository, REQUESTS, seed)
+        findings = fuzz(server, repository, REQUESTS, seed)
         assert findings.wrong + watch.complaints() == []
         _batch_of_none(server.grpc_url)
         _bytes_that_wrap(server.grpc_url)
@@ -33,6 +33,7 @@ def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path:
     assert answers.total() >= 0.95 * REQUESTS
     assert answers["result"] > 0.5 * SHARE * REQUESTS  # what good clients sent came through
     assert {"BAD_PARAMETER", "CAPACITY", "EMPTY_INPUT", "UNKNOWN_SEQUENCE", "VALUE_RANGE", "triton"} <= set(answers)
+    assert {"page", "page BAD_PARAMETER", "page refused by triton", "left"} <= set(answers)
 
 
 def _batch_of_none(url: str) -> None:

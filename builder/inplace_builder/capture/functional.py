@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,13 +78,13 @@ def lift_mutated_buffers(
 def exported_program(
     module: torch.nn.Module | ExportedProgram, example_inputs: Sequence[Any], dynamic_shapes: Any, kwargs: Mapping[str, Any] | None
 ) -> ExportedProgram:
-    """Export a module, as it stands; an exported program is returned as it is.
+    """Export a module, as it stands; of an exported program a copy with the same tensors, for what captures one changes it.
 
     Raises:
         BuildError: torch.export cannot capture it.
     """
     if isinstance(module, ExportedProgram):
-        return module
+        return _copied(module)
     plain: Callable[[], AbstractContextManager[None]] = nullcontext
     failures: list[Exception] = []
     for mode in (any_size, plain):  # an extent of 1 stays dynamic where it can; a position passed as a number needs the usual rules
@@ -94,6 +95,20 @@ def exported_program(
         except Exception as error:
             failures.append(error)
     raise BuildError(f"torch.export cannot capture {type(module).__name__}: {failures[-1]}") from failures[-1]
+
+
+def _copied(program: ExportedProgram) -> ExportedProgram:
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=deepcopy(program.graph),
+        graph_signature=deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def _adopt_constants(exported: ExportedProgram) -> None:

@@ -102,7 +102,7 @@ class State:
             dtype=Dtype.of(initial.dtype),
             update=self.update,
             axis=self.axis,
-            fill=float(first) if uniform else 0.0,
+            fill=(first if isinstance(first, int) and not isinstance(first, bool) else float(first)) if uniform else 0.0,
         )
 
 

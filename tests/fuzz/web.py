@@ -58,6 +58,9 @@ class Web:
         if answer.status_code == 200 and not errors:
             self.findings.answers["page"] += 1
             return
+        if errors == [""]:  # that is all Triton says where it cancels a request with another one of its sequence
+            self.findings.answers["cancelled with its sequence"] += 1
+            return
         said = errors[0] if errors else text
         ours = OURS.search(said)
         if ours is not None and ours[1] in Code.__members__ and ours[1] != Code.ENGINE_FAILED:

@@ -16,7 +16,7 @@ from inplace_builder.build import BuildOptions, build_decoder, write_engine
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, capture_module
 from inplace_builder.capture.capture import control
 from inplace_builder.errors import BuildError
-from inplace_builder.verify import poison, same_bits, written_parts
+from inplace_builder.verify import TOLERANCE, poison, same_bits, written_parts
 from models import accumulator, captured, tiny_llama
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
@@ -280,3 +280,33 @@ def test_a_built_decoder_records_its_error_and_it_is_within_the_tolerance_of_its
     manifest = build_decoder(tmp_path / "llama", tmp_path / "model", BuildOptions(dtype=dtype, capacity=32, chunk=8))
     assert manifest.engine.dtype is dtype
     assert float(manifest.built_with["verified_error"]) < {Dtype.FLOAT32: 1e-5, Dtype.BFLOAT16: 5e-2}[dtype]
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(1.0, True), (1.2, False)])
+def test_an_error_beyond_the_tolerance_is_judged_by_the_model_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, accepted: bool
+) -> None:
+    """An engine may be as far from the model in float32 as rounding takes the model itself, not farther."""
+    monkeypatch.setitem(TOLERANCE, Dtype.BFLOAT16, 1e-7)
+    model = tiny_llama(tmp_path / "llama").to(torch.bfloat16)
+    capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=2, chunk=8))
+    assert capture.precise is not None
+    precise = capture.precise()
+    assert model.dtype is torch.bfloat16
+
+    def other(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        return {name: value * factor if name == "logits" else value for name, value in precise(requests).items()}
+
+    capture, options = (
+        replace(capture, precise=lambda: other),
+        BuildOptions(dtype=Dtype.BFLOAT16, capacity=32, chunk=8, max_rows=2, slots=4),
+    )
+    if accepted:
+        write_engine(capture, tmp_path / "model", options)
+        return
+    refused(
+        replace(capture, reference=other),
+        tmp_path / "repository",
+        "logits of sequence 1 .* differs from the model by .*, and from the model in float32 by .*, where the model's own rounding",
+        options,
+    )

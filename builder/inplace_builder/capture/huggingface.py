@@ -5,6 +5,7 @@ calls ``inplace::attention`` on the layer's states. Everything else in a decoder
 are packed behind one another on one axis.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from inplace.specs import StateSpec
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from inplace_builder.capture.capture import Capture, any_size, described
+from inplace_builder.capture.capture import Capture, Reference, any_size, described
 from inplace_builder.capture.decoder import Cache, DecoderOptions, StepExamples, cache_states, decoder_program
 from inplace_builder.capture.loading import quiet
 from inplace_builder.capture.slot_attention import IMPLEMENTATION, SlotCache, current_cache
@@ -96,14 +97,41 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     _check_layers(exported.graph, layers, type(model).__name__)
     description = decoder_program(config.vocab_size, config.vocab_size, options)
     program, lowering = described(exported, description, states)
+    rounded = model.dtype in (torch.float16, torch.bfloat16)
+    return Capture(
+        exported=exported,
+        program=program,
+        states=states,
+        capacity=options.capacity,
+        dtype=Dtype.of(model.dtype),
+        lowering=lowering,
+        reference=_reference(model),
+        min_capacity=options.range_from,
+        precise=(lambda: _reference(_in_float32(model))) if rounded else None,
+    )
 
+
+def _reference(model: PreTrainedModel) -> Reference:
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         ids = torch.cat([request["input_ids"] for request in requests]).to(model.device)
         with torch.no_grad():
             logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
-    return Capture(exported, program, states, options.capacity, Dtype.of(model.dtype), lowering, reference, options.range_from)
+    return reference
+
+
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that computes in float32, beside the model where there is room for it, else on the CPU."""
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    device = model.device
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 4 * held:
+        device = torch.device("cpu")
+    full: PreTrainedModel = copy.deepcopy(model).to(device)
+    for tensor in (*full.parameters(), *full.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()  # transformers forbids `float()` where the weights were quantized in their file
+    return full
 
 
 def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the step protocol")
     parser.add_argument("--beside", choices=["transformers"], help="also measure this, on --source")
     parser.add_argument("--source", type=Path, help="the Hugging Face folder that the model was built from")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for the engine alone, and for transformers")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.beside and given.source is None:
@@ -66,20 +67,30 @@ def main() -> None:
         "steps": [],
     }
     for count in streams:
-        document["generate"].append({"streams": count} | beside(given, manifest, count))
+        document["generate"].append({"streams": count})
     with served(given.model, manifest, "stream") as server:
         bursts(server, replace(burst_of(given, server, manifest, 1), rounds=1, tokens=8), 1)  # the first request loads what is lazy
         for line in document["generate"]:
             line["served"] = generated(given, server, manifest, line["streams"])
             print(json.dumps(line), flush=True)
+            write(given.out, document)
         if given.step_sequences:
             document["steps"].append(stepped(given, server, "stream"))
     if given.step_sequences:
         with served(given.model, manifest, "step") as server:
             document["steps"].append(stepped(given, server, "unary"))
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1) + "\n")
+    for name, found in beside(given, manifest, streams):
+        for line, one in zip(document["generate"], found, strict=True):
+            line[name] = one
+            print(json.dumps({"streams": line["streams"], name: one}), flush=True)
+        write(given.out, document)
+
+
+def write(out: Path | None, document: dict[str, Any]) -> None:
+    """What was measured so far."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 @contextmanager
@@ -152,25 +163,29 @@ def generated(given: argparse.Namespace, server: TritonServer, manifest: Manifes
     }
 
 
-def beside(given: argparse.Namespace, manifest: Manifest, streams: int) -> dict[str, Any]:
-    """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own."""
-    sizes = [str(streams), str(given.prompt), str(given.tokens)]
-    found = {}
-    if streams <= manifest.program("step").max_rows:
-        found["engine_alone"] = _said("benchmarks.generation.alone", str((given.model / "1").resolve()), *sizes)
+def beside(given: argparse.Namespace, manifest: Manifest, streams: list[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own, not beside the server."""
+    sizes = [",".join(map(str, streams)), str(given.prompt), str(given.tokens)]
+    yield "engine_alone", _said("benchmarks.generation.alone", len(streams), given.limit, str((given.model / "1").resolve()), *sizes)
     if given.beside:
         engine = manifest.engine
-        source = str(given.source.resolve())
-        found["transformers"] = _said("benchmarks.generation.beside", source, str(engine.dtype), engine.device, *sizes)
-    return found
+        where = [str(given.source.resolve()), str(engine.dtype), engine.device]
+        yield "transformers", _said("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes)
 
 
-def _said(module: str, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        return {"failed": f"status {done.returncode}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[str, Any]]:
+    """The lines of JSON that it printed within so many seconds; what it did not come to is said to have failed."""
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            status = subprocess.run(
+                [sys.executable, "-m", module, *arguments], stdout=said, cwd=ROOT, check=False, timeout=limit
+            ).returncode
+            problem = f"status {status}"
+        except subprocess.TimeoutExpired:
+            problem = f"ended after {limit:.0f} s"
+        said.seek(0)
+        found = [json.loads(line) for line in said if line.startswith("{")]
+    return found + [{"failed": problem}] * (count - len(found))
 
 
 def stepped(given: argparse.Namespace, server: TritonServer, mode: Mode) -> dict[str, Any]:

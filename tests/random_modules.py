@@ -72,6 +72,12 @@ def _masked(state: Tensor, axis: int, new: Tensor, pos: Tensor) -> None:
     state.copy_(torch.where((torch.arange(state.shape[axis]) == pos).view(column), new, state))
 
 
+def _decayed(state: Tensor, new: Tensor) -> Tensor:
+    if state.dtype is torch.bool:
+        return state | new
+    return state * 0.5 + new if state.is_floating_point() else state - new  # TensorRT has no bits of integers
+
+
 WAYS: dict[str, Way] = {
     "slice": lambda state, axis, new, pos: state.narrow(axis, 3, 1).copy_(new),
     "select": lambda state, axis, new, pos: state.select(axis, -2).copy_(new.squeeze(axis)),
@@ -82,7 +88,7 @@ WAYS: dict[str, Way] = {
     "where": _masked,
     "window": lambda state, axis, new, pos: state.copy_(torch.cat([state.narrow(axis, 1, state.shape[axis] - 1), new], axis)),
     "add": lambda state, axis, new, pos: state.add_(1),
-    "decay": lambda state, axis, new, pos: state.copy_(state * 0.5 + new if state.is_floating_point() else state | new),
+    "decay": lambda state, axis, new, pos: state.copy_(_decayed(state, new)),
     "copy": lambda state, axis, new, pos: state.copy_(new.expand(state.shape)),
     "roll": lambda state, axis, new, pos: state.copy_(state.roll(1, axis)),
     "strided": lambda state, axis, new, pos: state.__setitem__(_at(axis, slice(None, None, 2)), new),

@@ -1,7 +1,8 @@
 """What the manifest's records have in common: they never change, and a damaged file is refused in one line."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +13,13 @@ class Frozen(BaseModel):
     """Base of all records: immutable, and a field nobody knows is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, which copies cached properties too; of another record they may be wrong."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in set(copied.__dict__) - set(type(self).model_fields):
+            del copied.__dict__[name]
+        return copied
 
 
 Record = TypeVar("Record", bound=Frozen)

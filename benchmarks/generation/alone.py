@@ -1,6 +1,7 @@
-"""The same generations without a server: ``python -m benchmarks.generation.alone MODEL/1 ROWS PROMPT TOKENS`` prints JSON.
+"""The same generations without a server: ``python -m benchmarks.generation.alone MODEL/1 ROWS[,ROWS…] PROMPT TOKENS``.
 
-All rows begin together, as a batch of the engine's own step function; a request is never parsed and nothing is sent.
+Prints a line of JSON for each number of rows. All rows begin together, as a batch of the engine's own step function; a request is never
+parsed and nothing is sent.
 """
 
 import json
@@ -19,9 +20,8 @@ def busy_until_now(instance: ModelInstance) -> float:
     return instance.observer.numbers.now()[STEP.sum.name, ""]
 
 
-def main(folder: Path, rows: int, prompt: int, tokens: int) -> dict[str, float]:
+def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> dict[str, float]:
     """Seconds, and the share of them that the engine was busy, of the second of two rounds."""
-    instance = ModelInstance.open(folder, idle_timeout=float("inf"))
     names = instance.program.language
     assert names is not None
     seconds = busy = first = 0.0
@@ -42,5 +42,12 @@ def main(folder: Path, rows: int, prompt: int, tokens: int) -> dict[str, float]:
     return {"seconds": seconds, "first_token_s": first, "tokens_per_second": rows * tokens / seconds, "engine_busy": busy / seconds}
 
 
+def main(folder: Path, counts: str, prompt: int, tokens: int) -> None:
+    """One engine, each number of rows after the other."""
+    instance = ModelInstance.open(folder, idle_timeout=float("inf"))
+    for rows in map(int, counts.split(",")):
+        print(json.dumps(measured(instance, rows, prompt, tokens)), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,6 +1,6 @@
 """The same generations by transformers' ``generate`` with a static cache, as one batch: what a script without a server does.
 
-``python -m benchmarks.generation.beside SOURCE DTYPE DEVICE ROWS PROMPT TOKENS`` prints JSON.
+``python -m benchmarks.generation.beside SOURCE DTYPE DEVICE ROWS[,ROWS…] PROMPT TOKENS`` prints a line of JSON for each number of rows.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from inplace.dtypes import Dtype
 from inplace_builder.capture import load_decoder
-from transformers import StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
 from benchmarks.perf.generator import percentiles
 
@@ -31,12 +31,10 @@ class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def main(source: Path, dtype: str, device: str, rows: int, prompt: int, tokens: int) -> dict[str, Any]:
+def measured(model: PreTrainedModel, rows: int, prompt: int, tokens: int) -> dict[str, Any]:
     """Times of the second of two rounds: the first compiles, where transformers does that."""
-    model, _ = load_decoder(source, Dtype(dtype))
-    model = model.to(device)
     generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, prompt), generator=generator).to(device)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, prompt), generator=generator).to(model.device)
     for _ in range(2):
         clock, begin = Clock(), time.perf_counter()
         out = model.generate(
@@ -60,5 +58,13 @@ def main(source: Path, dtype: str, device: str, rows: int, prompt: int, tokens: 
     }
 
 
+def main(source: Path, dtype: str, device: str, counts: str, prompt: int, tokens: int) -> None:
+    """One model, each number of rows after the other."""
+    model, _ = load_decoder(source, Dtype(dtype))
+    model = model.to(device)
+    for rows in map(int, counts.split(",")):
+        print(json.dumps(measured(model, rows, prompt, tokens)), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], *map(int, sys.argv[4:7]))))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))

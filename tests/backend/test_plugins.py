@@ -133,3 +133,12 @@ def test_scratch_memory_is_for_many_tokens_only() -> None:
     layer = EXAMPLES[4]
     assert layer.workspace([(1, 4, 576), (3072, 576), (576,)], [HALF] * 3) == 0
     assert layer.workspace([(1, 512, 576), (3072, 576), (576,)], [HALF] * 3) >= 512 * (576 + 3072) * 2
+
+
+def test_a_launch_that_fails_is_counted() -> None:
+    """TensorRT 10.6 was seen to take a step for done whose plugin said that it failed: whoever ran the step compares this."""
+    owner = plugins(load_tensorrt("tensorrt_rtx"))
+    before = owner.failures
+    assert owner.make(MERGED).enqueue([], [], [], [], 0, 0) == 1  # no tensors at all
+    assert owner.failures == before + 1
+    assert owner.errors[-1].startswith("InplaceAttention: ")

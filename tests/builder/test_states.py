@@ -7,10 +7,12 @@ import pytest
 import torch
 from inplace.specs import Update
 from inplace_builder.capture import capture_exported, inline_lifted_buffers
+from inplace_builder.capture.functional import exported_program
 from inplace_builder.errors import BuildError
 from inplace_builder.passes.states import Owner
 from state_modules import compare, operators
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 
 def frame(step: int, *shape: int) -> Tensor:
@@ -223,3 +225,11 @@ def test_what_cannot_be_exported_is_refused_by_name() -> None:
 def test_an_exported_program_serves_as_well() -> None:
     program = torch.export.export(Two(), (torch.zeros(4), torch.zeros(4), frame(0, 4)))
     assert capture_exported(program).states[0].pattern == "replace"
+
+
+def test_an_exported_program_stays_where_it_is_when_the_builder_moves_its_copy() -> None:
+    """Without a copy of everything, which Python's copying of torch's trees warns about."""
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),))
+    moved = move_to_device_pass(exported_program(program, (), None, None), "meta")
+    assert all(tensor.is_meta for tensor in moved.state_dict.values())
+    assert not any(tensor.is_meta for tensor in program.state_dict.values())

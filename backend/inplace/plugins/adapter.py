@@ -30,13 +30,15 @@ class Plugins:
     """The plugins of one TensorRT module, registered with it.
 
     Attributes:
-        errors: what the last launches raised, oldest first; TensorRT itself only says that a plugin failed.
+        errors: what the last launches raised, oldest first.
+        failures: how many launches have raised. TensorRT 10.6 takes a step for done of which a Python plugin failed.
         seen: while `observed`, the address of each aliased input that a launch was handed.
     """
 
     def __init__(self, tensorrt: TensorRT) -> None:
         self.tensorrt = tensorrt
         self.errors: deque[str] = deque(maxlen=16)
+        self.failures = 0
         self.seen: set[int] | None = None
         self._alive: list[Any] = []
         self._plugin = _plugin_class(self)
@@ -189,6 +191,7 @@ def _plugin_class(owner: Plugins) -> Any:
                     )
                     owner.launch(self.operation, call)
             except Exception as error:  # an exception must not cross into TensorRT
+                owner.failures += 1
                 owner.errors.append(f"{self.operation.name}: {type(error).__name__}: {error}")
                 log.exception("%s failed", self.operation.name)
                 return 1

@@ -1,6 +1,5 @@
 """A user's module as torch.export has it, where the builder can work on it."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -38,4 +37,4 @@ def export_for(
         raise BuildError(
             f"{name} lies on {tensor.device}; a PyTorch engine runs on the CPU: move module and inputs with .cpu(), or take TensorRT"
         )
-    return move_to_device_pass(copy.deepcopy(exported), "cpu") if away else exported
+    return move_to_device_pass(exported, "cpu") if away else exported

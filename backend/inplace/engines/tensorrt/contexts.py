@@ -69,7 +69,8 @@ class Contexts:
             self._bind(context, name, tensor.data_ptr())
         for name, address in addresses.items():
             self._bind(context, name, address)
-        if not context.execute_async_v3(self.stream.cuda_stream):
+        before = self._failures()
+        if not context.execute_async_v3(self.stream.cuda_stream) or self._failures() != before:
             raise RuntimeError(f"the step failed: {self._said()}")
 
     def _bind(self, context: Any, name: str, address: int) -> None:
@@ -91,6 +92,9 @@ class Contexts:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             work()
         return graph
+
+    def _failures(self) -> int:
+        return 0 if self._plugins is None else int(self._plugins.failures)
 
     def _said(self) -> str:
         failed = list(self._plugins.errors)[-1:] if self._plugins is not None else []

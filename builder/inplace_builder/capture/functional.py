@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from inplace_builder.capture.capture import any_size
 from inplace_builder.capture.memory import Writer, check_extents, check_sharing, check_state, first_writer, first_writers, written_elsewhere
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.passes.copying import copied_graph
 from inplace_builder.passes.states import Found, Owner
 
 
@@ -100,7 +101,7 @@ def exported_program(
 def _copied(program: ExportedProgram) -> ExportedProgram:
     return ExportedProgram(
         root=program.graph_module,
-        graph=deepcopy(program.graph),
+        graph=copied_graph(program.graph),
         graph_signature=deepcopy(program.graph_signature),
         state_dict=dict(program.state_dict),
         range_constraints=program.range_constraints,

@@ -19,6 +19,7 @@ from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from torch.fx import Node
 
 from inplace_builder.passes.attention import AttentionRewriter
+from inplace_builder.passes.copying import copied_graph
 from inplace_builder.passes.match import CASTS, AnyNode, call, one_user, operands, skip
 from inplace_builder.passes.patterns import activation, does_nothing, normalized, same_shape, written_gelu
 
@@ -30,7 +31,7 @@ def fuse(exported: ExportedProgram) -> "Fused":
 
     Weights made here (merged or transposed) are ``get_attr`` nodes of the graph.
     """
-    graph = copy.deepcopy(exported.graph)
+    graph = copied_graph(exported.graph)
     module = torch.fx.GraphModule(exported.graph_module, graph)
     _Fusion(exported, module).run()
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())

@@ -8,6 +8,7 @@ from inplace.specs import SAMPLING_ROLES, TensorSpec
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
+from inplace_builder.passes.copying import copied_graph
 from inplace_builder.passes.fuse import Fused
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
@@ -18,7 +19,7 @@ def without_sampling(exported: ExportedProgram, program: Program) -> tuple[Fused
 
     A graph that samples nothing is copied as it is.
     """
-    graph = copy.deepcopy(exported.graph)
+    graph = copied_graph(exported.graph)
     module = torch.fx.GraphModule(exported.graph_module, graph)
     for node in graph.find_nodes(op="call_function", target=inplace.sample.default):
         with graph.inserting_before(node):

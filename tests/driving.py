@@ -1,10 +1,11 @@
 """Requests to a step driver, and what may be said of its answers."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from inplace.drivers.step import Answer, StepDriver
-from inplace.engines import Engine
+from inplace.engines import ALONE, Engine
 from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sequences import SequenceId
@@ -28,11 +29,13 @@ class Watched:
         self.counts: list[list[int]] = []
         self.fail_at = 0  # the step, counted from now, that fails; 0 is none
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def step(
+        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
+    ) -> dict[str, Tensor]:
         self.slots.append(inputs["slots"].tolist())
         if "row_offsets" in inputs:
             self.counts.append(inputs["row_offsets"].diff().tolist())
-        outputs = self._engine.step(inputs, wanted)
+        outputs = self._engine.step(inputs, wanted, waiting)
         self.fail_at -= 1
         if self.fail_at == 0:
             raise RuntimeError("out of luck\nsecond line")

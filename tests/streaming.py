@@ -4,12 +4,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from driving import Watched
 from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
-from inplace.engines import Engine
+from inplace.engines import ALONE, Engine
 from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sequences import SequenceId
@@ -175,9 +176,12 @@ class _Slow:
     def __init__(self, engine: Engine, seconds: float) -> None:
         self.engine, self._seconds = engine, seconds
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-        time.sleep(self._seconds)
-        return self.engine.step(inputs, wanted)
+    def step(
+        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
+    ) -> dict[str, Tensor]:
+        with waiting:
+            time.sleep(self._seconds)
+        return self.engine.step(inputs, wanted, waiting)
 
 
 @contextlib.contextmanager

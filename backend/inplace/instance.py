@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inplace.arena import Arena
 from inplace.batcher import Work, form
-from inplace.engines import Engine, load_engine
+from inplace.engines import ALONE, Engine, load_engine
 from inplace.errors import Code, RequestError
 from inplace.manifest import Manifest, Program
 from inplace.observer import Observer
@@ -33,6 +33,7 @@ class ModelInstance:
 
     Attributes:
         observer: is told what happens.
+        waiting: handed to the engine, which enters it while it waits.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ModelInstance:
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
         self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
+        self.waiting = ALONE
         self._always = frozenset(spec.name for spec in self.program.outputs if not spec.on_request)
         self._on_request = frozenset(spec.name for spec in self.program.outputs if spec.on_request)
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
@@ -153,7 +155,7 @@ class ModelInstance:
         wanted = frozenset().union(*set(ending))
         begin = monotonic()
         try:
-            outputs = self.engine.step(batch.inputs, wanted)
+            outputs = self.engine.step(batch.inputs, wanted, self.waiting)
         except Exception as error:  # whatever the engine throws must reach the clients, not the server
             self.observer.failed(monotonic() - begin, [(work.sequence.id, work.request.id) for work in rows], error)
             for work in rows:

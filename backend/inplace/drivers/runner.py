@@ -47,9 +47,10 @@ class Runner:
         self._scheduler = Scheduler(instance.program)
         self._said: list[tuple[Reply, int, str | None]] = []
         self._finished: list[tuple[Reply, Last]] = []
-        self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)))
+        self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)), senders.turn)
         self._next_look = 0.0
         self._observer.queue(self._waiting)
+        self._turn = instance.waiting = senders.turn
         sys.setswitchinterval(SWITCH)
         self._thread = threading.Thread(target=self._run, name="inplace-engine", daemon=True)
         self._thread.start()
@@ -71,6 +72,13 @@ class Runner:
         self._tell()
 
     def _run(self) -> None:
+        self._turn.take()
+        try:
+            self._serve()
+        finally:
+            self._turn.give()
+
+    def _serve(self) -> None:
         serving = True
         while serving:
             try:
@@ -97,7 +105,7 @@ class Runner:
         idle = not self._scheduler
         while idle or not self._inbox.empty():
             try:
-                message = self._inbox.get(idle, self._pause() if idle else None)
+                message = self._inbox.get_nowait() if not idle else self._waited()
             except queue.Empty:
                 return True
             idle = False
@@ -113,6 +121,10 @@ class Runner:
             else:
                 self._cancelled(message[0])
         return True
+
+    def _waited(self) -> Job | tuple[Job, Reason] | None:
+        with self._turn:
+            return self._inbox.get(timeout=self._pause())
 
     def _pause(self) -> float:
         return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)

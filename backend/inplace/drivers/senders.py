@@ -4,18 +4,17 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from time import monotonic, sleep
+from time import monotonic
 from typing import Generic, TypeVar
 
 from inplace.drivers.reply import Last, Reply
+from inplace.drivers.turn import Turn
 
 Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
 
-THREADS = 4
-"""Sending waits for the server: 105 to 175 µs a response from one thread, 62 from four (2 cores)."""
-LONGEST_REST = 0.001
-"""Seconds that a thread rests at most before it sends more tokens: as long as sending took. Senders that never rest keep the interpreter
-from the engine's thread, and tokens that wait meanwhile go with the next response."""
+THREADS = 2
+"""Sending waits for the server, about 100 µs of which are spent in Python's lock or waiting for it: one thread sends too little, and four
+keep the lock from the engine's thread, so that a step of 1.1 ms comes back after 1.5."""
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
 LEAST_PAUSE = 0.005
@@ -26,9 +25,14 @@ log = logging.getLogger("inplace")
 
 
 class Senders:
-    """Sends replies, fairly: each in its turn all that it has. What is told goes through a thread first, so that telling costs little."""
+    """Sends replies, fairly: each in its turn all that it has. What is told goes through a thread first, so that telling costs little.
+
+    Attributes:
+        turn: is waited for before each response.
+    """
 
     def __init__(self, threads: int = THREADS) -> None:
+        self.turn = Turn()
         self._told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self._teller = threading.Thread(target=self._tell, name="inplace-tell", daemon=True)
@@ -60,6 +64,7 @@ class Senders:
     def _tell(self) -> None:
         while (told := self._told.get()) is not None:
             said, finished = told
+            self.turn.wait()
             for reply, token, text in said:
                 if reply.say(token, text):
                     self._queue.put(reply)
@@ -69,16 +74,12 @@ class Senders:
 
     def _send(self) -> None:
         while (reply := self._queue.get()) is not None:
-            begin = monotonic()
-            more = reply.send()
-            busy = not self._queue.empty() and not self._closed
-            if busy and not reply.done:
-                sleep(min(monotonic() - begin, LONGEST_REST))
-            while more:
-                if busy:
+            self.turn.wait()
+            while reply.send():
+                if not self._queue.empty() and not self._closed:
                     self._queue.put(reply)  # the others first
                     break
-                more = reply.send()
+                self.turn.wait()
 
 
 class CancelWatch(Generic[Watched]):
@@ -86,10 +87,11 @@ class CancelWatch(Generic[Watched]):
 
     Args:
         cancelled: called, on this thread, with what was watched; once each.
+        turn: is waited for before each question.
     """
 
-    def __init__(self, cancelled: Callable[[Watched], None]) -> None:
-        self._cancelled = cancelled
+    def __init__(self, cancelled: Callable[[Watched], None], turn: Turn) -> None:
+        self._cancelled, self._turn = cancelled, turn
         self._watched: dict[Watched, Reply] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inplace-cancel", daemon=True)
@@ -113,6 +115,7 @@ class CancelWatch(Generic[Watched]):
         while not self._closing.wait(pause):
             begin = monotonic()
             for watched, reply in self._watched.copy().items():  # other threads add and remove
+                self._turn.wait()
                 try:
                     gone = reply.cancelled()
                 except Exception:  # one request that the server cannot speak of must not leave the others unwatched

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx.graph import CodeGen
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.arena import Arena
+from inplace.engines.base import ALONE
 from inplace.engines.prepack import prepack_linears
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
@@ -71,9 +73,11 @@ class TorchEngine:
                 f"{sorted(written ^ declared)}; build the model again"
             )
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def step(
+        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
+    ) -> dict[str, Tensor]:
         """See `Engine.step`."""
-        with torch.inference_mode():
+        with waiting, torch.inference_mode():
             arguments = [inputs[spec.name].to(self._device, non_blocking=True) for spec in self._program.inputs]
             outputs = self._module(*arguments)
             return {spec.name: output.cpu() for spec, output in zip(self._program.outputs, outputs, strict=True) if spec.name in wanted}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from inplace.arena import Arena
 from inplace.artifacts import Plan
+from inplace.engines.base import ALONE
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.identity import IdentitySteps
 from inplace.engines.tensorrt.indirect import IndirectSteps
@@ -68,7 +70,9 @@ class TensorRtEngine:
         self.memory["driver"] = now.others - before.others
         log.info("%s: plan bound on %s, device memory %s", path.name, plan.gpu, self.memory)
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def step(
+        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
+    ) -> dict[str, Tensor]:
         """See `Engine.step`.
 
         Raises:
@@ -78,7 +82,7 @@ class TensorRtEngine:
         if not self._steps.moves_states and self._arena.addresses() != self._addresses:
             moved = [name for name, old in self._addresses.items() if self._arena.tensors[name].data_ptr() != old]
             raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
-        return self._steps.step(inputs, wanted)
+        return self._steps.step(inputs, wanted, waiting)
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """Microseconds of one step on the GPU, see `IndirectSteps.time`; for benchmarks."""

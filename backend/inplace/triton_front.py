@@ -7,15 +7,17 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from inplace.drivers.generation import MAX_TOKENS
+from inplace.drivers.mailbox import FETCH
+from inplace.drivers.reply import FINISH_REASON
 from inplace.errors import Code, RequestError, failed
 from inplace.front import FrontFile
 from inplace.observer import line
@@ -24,16 +26,14 @@ from inplace.triton_channel import refusal
 FLAG_START, FLAG_END = 1, 2
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
-UNANSWERED = 16
-"""Requests to the stream model that have had no response yet, at most. With 32 of them (and all slots taken) nothing that this process
-says was sent any more, nor any END: each seems to hold one of the Python backend's threads until its first response (Triton 24.10)."""
+UNANSWERED, FETCHING = 16, 8
+"""Requests to the stream model that have had no response yet, at most: generations to begin, and those that fetch what was said. With 32 of
+them nothing that this process says was sent any more, nor any END: each holds one of the Python backend's threads until its first
+response (Triton 24.10)."""
 ENDERS = 4
 """Threads that end sequences whose clients have left: an END is answered between two steps."""
 OWN = ("sequence_key", "position")
 """Parameters that only whoever names a sequence may set."""
-
-NOTHING = torch.empty((1, 0), dtype=torch.int64)
-"""An END that brings nothing: Triton takes no request without inputs."""
 
 log = logging.getLogger("inplace")
 
@@ -56,7 +56,7 @@ class Front:
         self._model = file.model
         self._most = file.most
         self._running: dict[int, _Relay] = {}
-        self._turn = threading.BoundedSemaphore(UNANSWERED)
+        self._turns = threading.BoundedSemaphore(UNANSWERED), threading.BoundedSemaphore(FETCHING)
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="inplace-front-end")
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(file.most, thread_name_prefix="inplace-front")
@@ -71,7 +71,7 @@ class Front:
                 full = RequestError(Code.QUEUE_FULL, f"{self._most} generations run or wait; send it again later", retryable=True)
                 request.get_response_sender().send(refusal(request, full), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
-            relay = _Relay(self._model, request, self._turn)
+            relay = _Relay(self._model, request, *self._turns)
             self._running[relay.sequence] = relay
             self._pool.submit(self._relay, relay)
 
@@ -104,8 +104,8 @@ class Front:
 class _Relay:
     """One request on its way to the stream model and back. Its client may leave at any time, also while it waits for a thread."""
 
-    def __init__(self, model: str, request: Any, turn: threading.Semaphore) -> None:
-        self._turn, self._ending = turn, threading.Lock()
+    def __init__(self, model: str, request: Any, turn: threading.Semaphore, fetching: threading.Semaphore) -> None:
+        self._turn, self._fetching, self._ending = turn, fetching, threading.Lock()
         self.sequence = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
         self._border = threading.Lock()  # the final response and `is_cancelled` exclude each other: asking after it ends the server
@@ -166,29 +166,33 @@ class _Relay:
         return self._begun
 
     def _pass_on(self, asked: Any) -> Any:
-        """Pass responses on until the last; returns the error that was among them."""
-        answered = False
+        """Pass responses on until the last; returns the error that was among them. Each is the one response of a request of its own."""
+        wanted = self._request.requested_output_names()
         try:
-            for response in self._responses(asked):
-                if not answered:
-                    answered = True
-                    self._turn.release()
-                if response.has_error():
-                    return response.error()
-                if tensors := response.output_tensors():
-                    self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+            response = self._one(asked)
         finally:
-            if not answered:
-                self._turn.release()
-        return None
+            self._turn.release()
+        while response is not None and not response.has_error():
+            tensors = {tensor.name(): tensor for tensor in response.output_tensors()}
+            if passed := [tensor for name, tensor in tensors.items() if name in wanted]:
+                self._sender.send(pb_utils.InferenceResponse(output_tensors=passed))
+            if FINISH_REASON not in tensors or tensors[FINISH_REASON].as_numpy().item():
+                return None
+            with self._fetching:
+                response = self._one(self._to_model(inputs=[_nothing()], parameters={FETCH: True}))
+        return None if response is None else response.error()
 
-    def _responses(self, asked: Any) -> Iterator[Any]:
+    def _one(self, asked: Any) -> Any:
+        """The one response of a request; None where Triton has none for it."""
         try:
-            found: Iterator[Any] = asked.exec(decoupled=True)
+            return next(iter(list(asked.exec(decoupled=True))), None)
         except Exception as error:  # Triton's own, when the model is not loaded
             text = f"model {self._model!r} could not be asked ({error}); send it again when it is loaded"
             raise RequestError(Code.SHUTDOWN, text, retryable=True) from None
-        return found
+
+    def _to_model(self, **more: Any) -> Any:
+        names = {*self._request.requested_output_names(), FINISH_REASON}
+        return pb_utils.InferenceRequest(model_name=self._model, correlation_id=self.sequence, requested_output_names=list(names), **more)
 
     def _asked(self) -> Any:
         """The request to the stream model.
@@ -205,21 +209,14 @@ class _Relay:
             raise RequestError(Code.BAD_PARAMETER, f"parameters {own} name a sequence of the client's; here each request is one of its own")
         if MAX_TOKENS not in parameters:
             raise RequestError(Code.BAD_PARAMETER, f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1")
-        return pb_utils.InferenceRequest(
-            model_name=self._model,
-            request_id=named,
-            correlation_id=self.sequence,
-            inputs=self._request.inputs(),
-            requested_output_names=list(self._request.requested_output_names()),
-            flags=FLAG_START,
-            parameters={name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()},
-        )
+        passed = {name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()}
+        return self._to_model(request_id=named, inputs=self._request.inputs(), flags=FLAG_START, parameters={**passed, FETCH: True})
 
     def _end(self) -> None:
         request = pb_utils.InferenceRequest(
             model_name=self._model,
             correlation_id=self.sequence,
-            inputs=[pb_utils.Tensor.from_dlpack("input_ids", torch.to_dlpack(NOTHING))],  # type: ignore[attr-defined]
+            inputs=[_nothing()],
             requested_output_names=[],
             flags=FLAG_END,
         )
@@ -229,3 +226,8 @@ class _Relay:
                     log.debug(line("front", sequence=self.sequence, refused=response.error().message()))
         except Exception as error:  # the stream model is gone, and its sequences with it
             log.info(line("front", sequence=self.sequence, not_ended=str(error)))
+
+
+def _nothing() -> Any:
+    """For a request that brings nothing: Triton takes none without inputs."""
+    return pb_utils.Tensor("input_ids", np.empty((1, 0), np.int64))

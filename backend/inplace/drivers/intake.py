@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from inplace.drivers.generation import MAX_TOKENS, TEXT, Generation, Limits, tokenized
 from inplace.drivers.job import Job
+from inplace.drivers.mailbox import FETCH, Mailbox
 from inplace.drivers.reply import TEXT_OUTPUT, Channel, Reply
 from inplace.errors import Code, RequestError
 from inplace.instance import ModelInstance
@@ -56,6 +57,8 @@ class Intake:
         if request.end and not request.start and not generates and bare:
             return Job(Checked(request, key), Reply(channel))
         try:
+            if not generates and request.flag(FETCH):
+                return Job(Checked(request, key), Reply(channel), fetches=True)
             if generates and self._names is None:
                 raise RequestError(Code.BAD_PARAMETER, f"this model is no language model and generates nothing: leave {MAX_TOKENS!r} out")
             request = self._with_ids(request, texts)
@@ -77,7 +80,8 @@ class Intake:
             made = Detokenizer(tokenizer, checked.inputs[self._names[0]][-CONTEXT:].tolist())
             detokenizer, stopper = (None, made) if limits.stops else (made, None)
         checked = replace(checked, said=1, wanted=frozenset((self._names[1],)))
-        return Job(checked, Reply(channel, limits.interval, detokenizer), Generation(limits, self._language.eos, stopper))
+        kind = Mailbox if checked.request.flag(FETCH) else Reply
+        return Job(checked, kind(channel, limits.interval, detokenizer), Generation(limits, self._language.eos, stopper))
 
     def _with_ids(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
         """The request with the token ids of its text."""

@@ -18,12 +18,14 @@ class Job:
         reply: its way back.
         generation: what it says; None for a step.
         work: its tokens on their way through the engine; None until it was given its sequence.
+        fetches: it wants what a generation of its sequence has said since, and nothing else.
     """
 
     checked: Checked
     reply: Reply
     generation: Generation | None = None
     work: Work | None = None
+    fetches: bool = False
 
     @property
     def sequence(self) -> SequenceId:

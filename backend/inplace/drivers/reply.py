@@ -80,6 +80,11 @@ class Reply:
         self._broken = False  # a response could not be sent, so that was its end
         self.done = False
 
+    @property
+    def channel(self) -> Channel:
+        """How it is sent."""
+        return self._channel
+
     def say(self, token: int, text: str | None) -> bool:
         """Add a token, and the text it adds, None where the detokenizer knows. True: the reply must be queued for a sender now."""
         self._said.append((token, text))

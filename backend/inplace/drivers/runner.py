@@ -9,6 +9,7 @@ from time import monotonic
 
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.job import Job
+from inplace.drivers.mailbox import Mailbox, nothing
 from inplace.drivers.reply import Last, Outputs, Reply
 from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
@@ -132,6 +133,9 @@ class Runner:
     # Requests of one sequence follow one another
 
     def _arrived(self, job: Job) -> None:
+        if job.fetches:
+            self._fetch(job)
+            return
         if job.generation is not None:  # not before: a cancellation that came here ahead of its job would be of nobody
             self._watch.add(job, job.reply)
         lane = self._lanes.setdefault(job.sequence, deque())
@@ -147,6 +151,23 @@ class Runner:
         lane.append(job)
         if len(lane) == 1:
             self._next(job.sequence)
+
+    def _fetch(self, job: Job) -> None:
+        """Have a request answered with what the sequence's generation says, or has said."""
+        live = self._instance.table.get(job.sequence)
+        found = next((other for other in self._lanes.get(job.sequence, ()) if isinstance(other.reply, Mailbox)), None)
+        mailbox = found.reply if found is not None else live.rest if live is not None else None
+        try:
+            if live is not None:
+                live.check_key(job.checked.key, start=False)
+            elif found is not None and found.checked.key != job.checked.key:
+                raise nothing()  # it waits for a slot: who does not have its key does not learn of it
+            if not isinstance(mailbox, Mailbox):
+                raise nothing()
+            if mailbox.fetch(job.reply.channel):
+                self._senders.queue(mailbox)
+        except RequestError as error:
+            self._refuse(job, error)
 
     def _takes(self, job: Job) -> bool:
         """Whether the job is an END or START that takes the sequence from the generations before it."""
@@ -280,6 +301,7 @@ class Runner:
         if work is not None:
             self._scheduler.remove(job)
             work.sequence.pending = generation.token if generation.said else work.pending
+            work.sequence.rest = job.reply if isinstance(job.reply, Mailbox) else None
             self._instance.finish(work)
         elif job in self._waiting:
             self._waiting.remove(job)

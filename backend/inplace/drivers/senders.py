@@ -50,6 +50,10 @@ class Senders:
             self._queue.put(None)
             self._send()
 
+    def queue(self, reply: Reply) -> None:
+        """Send what a reply has; only by who was told to queue it."""
+        self._queue.put(reply)
+
     def close(self) -> None:
         """Send what was told and end the threads; what is told later is sent by who tells it."""
         self._told.put(None)

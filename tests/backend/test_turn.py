@@ -1,7 +1,9 @@
-"""The turn: others begin nothing while the engine's thread has it."""
+"""The turn: others begin nothing while the engine's thread has it, but are not kept for ever."""
 
 import threading
 
+import pytest
+from inplace.drivers import turn as module
 from inplace.drivers.turn import Turn
 
 
@@ -17,7 +19,8 @@ def passes(turn: Turn) -> threading.Event:
     return passed
 
 
-def test_who_comes_while_it_is_taken_waits_until_it_is_given_up() -> None:
+def test_who_comes_while_it_is_taken_waits_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 60.0)
     turn = Turn()
     assert passes(turn).wait(10), "nobody has it"
     turn.take()
@@ -30,3 +33,10 @@ def test_who_comes_while_it_is_taken_waits_until_it_is_given_up() -> None:
     assert not last.wait(0.05)
     turn.give()
     assert last.wait(10)
+
+
+def test_nobody_waits_for_an_engine_that_never_waits() -> None:
+    turn = Turn()
+    turn.take()
+    assert passes(turn).wait(10)
+    turn.give()

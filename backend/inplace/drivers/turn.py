@@ -2,6 +2,9 @@
 
 import threading
 
+PATIENCE = 0.005
+"""Seconds after which who waits goes on all the same: the engine's thread may come back before a busy machine has woken anybody."""
+
 
 class Turn:
     """Held by the engine's thread, except while the device computes and while it has nothing to do; others work meanwhile.
@@ -27,10 +30,9 @@ class Turn:
         self._lock.release()
 
     def wait(self) -> None:
-        """Return when the engine's thread waits. From any other thread, before each piece of work."""
-        if self._taken:
-            with self._lock:
-                pass
+        """Return when the engine's thread waits, or has kept its turn for long. From any other thread, before each piece of work."""
+        if self._taken and self._lock.acquire(timeout=PATIENCE):
+            self._lock.release()
 
     def __enter__(self) -> None:
         self.give()

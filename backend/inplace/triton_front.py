@@ -7,9 +7,11 @@ import json
 import logging
 import secrets
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,9 @@ them nothing that this process says was sent any more, nor any END: each holds o
 response (Triton 24.10)."""
 ENDERS = 4
 """Threads that end sequences whose clients have left: an END is answered between two steps."""
+KEPT = 1.0
+"""Seconds for which responses are kept. Triton's iterator of them is freed by a thread that does not hold Python's lock (24.10,
+``SendCleanupId``), and with it, were it the last to know them, the arrays of its responses: two threads would count references at once."""
 OWN = ("sequence_key", "position")
 """Parameters that only whoever names a sequence may set."""
 
@@ -56,6 +61,7 @@ class Front:
         self._model = file.model
         self._most = file.most
         self._running: dict[int, _Relay] = {}
+        self._kept = _Kept()
         self._turns = threading.BoundedSemaphore(UNANSWERED), threading.BoundedSemaphore(FETCHING)
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="inplace-front-end")
         self._closing = threading.Event()
@@ -71,7 +77,7 @@ class Front:
                 full = RequestError(Code.QUEUE_FULL, f"{self._most} generations run or wait; send it again later", retryable=True)
                 request.get_response_sender().send(refusal(request, full), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
-            relay = _Relay(self._model, request, *self._turns)
+            relay = _Relay(self._model, request, self._kept, *self._turns)
             self._running[relay.sequence] = relay
             self._pool.submit(self._relay, relay)
 
@@ -101,10 +107,29 @@ class Front:
                     log.exception("a request was not asked whether it is cancelled")
 
 
+class _Kept:
+    """Responses of the last `KEPT` seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: deque[tuple[float, list[Any]]] = deque()
+
+    def keep(self, responses: list[Any]) -> list[Any]:
+        """Keep these, and let go of what is old enough."""
+        now = monotonic()
+        with self._lock:
+            self._kept.append((now, responses))
+            old = []
+            while self._kept[0][0] < now - KEPT:
+                old.append(self._kept.popleft())
+        return responses  # what is old goes with this call, outside the lock
+
+
 class _Relay:
     """One request on its way to the stream model and back. Its client may leave at any time, also while it waits for a thread."""
 
-    def __init__(self, model: str, request: Any, turn: threading.Semaphore, fetching: threading.Semaphore) -> None:
+    def __init__(self, model: str, request: Any, kept: "_Kept", turn: threading.Semaphore, fetching: threading.Semaphore) -> None:
+        self._kept = kept
         self._turn, self._fetching, self._ending = turn, fetching, threading.Lock()
         self.sequence = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
@@ -185,7 +210,8 @@ class _Relay:
     def _one(self, asked: Any) -> Any:
         """The one response of a request; None where Triton has none for it."""
         try:
-            return next(iter(list(asked.exec(decoupled=True))), None)
+            found = self._kept.keep(list(asked.exec(decoupled=True)))
+            return found[0] if found else None
         except Exception as error:  # Triton's own, when the model is not loaded
             text = f"model {self._model!r} could not be asked ({error}); send it again when it is loaded"
             raise RequestError(Code.SHUTDOWN, text, retryable=True) from None
@@ -221,7 +247,7 @@ class _Relay:
             flags=FLAG_END,
         )
         try:
-            for response in request.exec(decoupled=True):
+            for response in self._kept.keep(list(request.exec(decoupled=True))):
                 if response.has_error():
                     log.debug(line("front", sequence=self.sequence, refused=response.error().message()))
         except Exception as error:  # the stream model is gone, and its sequences with it

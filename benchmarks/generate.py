@@ -84,7 +84,7 @@ def main() -> None:
         modes: tuple[Mode, ...] = ("stream", "unary")
         for mode in modes:
             with served(given.model, manifest, "stream" if mode == "stream" else "step", nothing=True) as server:
-                document["steps"].append({"model": "computes nothing"} | stepped(given, server, mode))
+                document["steps"].append(stepped(given, server, mode, "nothing"))
     for name, found in beside(given, manifest, streams):
         for line, one in zip(document["generate"], found, strict=True):
             line[name] = one
@@ -201,7 +201,7 @@ def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[s
     return found + [{"failed": problem}] * (count - len(found))
 
 
-def stepped(given: argparse.Namespace, server: TritonServer, mode: Mode) -> dict[str, Any]:
+def stepped(given: argparse.Namespace, server: TritonServer, mode: Mode, computes: str = "steps") -> dict[str, Any]:
     """Steps of one token, a closed loop of every sequence."""
     with tempfile.TemporaryDirectory() as scratch:
         prompt = {"input_ids": {"content": [5] * 16, "shape": [16]}}
@@ -214,7 +214,11 @@ def stepped(given: argparse.Namespace, server: TritonServer, mode: Mode) -> dict
         found = generator.run(load)
         spent = Counters.of(server, load.model) - before
     # closed loop: the requests before and after the measured seconds took as long as those in them
-    line = {"mode": mode, "sequences": given.step_sequences} | found | spent.breakdown(spent.requests / found["requests_per_second"])
+    line = (
+        {"mode": mode, "computes": computes, "sequences": given.step_sequences}
+        | found
+        | spent.breakdown(spent.requests / found["requests_per_second"])
+    )
     print(json.dumps(line), flush=True)
     return line
 

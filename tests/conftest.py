@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import served
 import torch
 from driving import Open, Watched
 from inplace.drivers import Language, StepDriver, StreamDriver
@@ -15,6 +16,7 @@ from inplace_builder.server import Ports, TritonServer
 from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instance, tiny_llama
 from streaming import OpenStreams, Streams
 from tritonclient.grpc import InferenceServerClient
+from vocabulary import save_tokenizer
 
 with contextlib.suppress(ImportError):  # a machine that only runs the tests of a GPU may lack it
     import hypothesis
@@ -51,6 +53,18 @@ def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> 
     log = tmp_path_factory.mktemp("server") / "tritonserver.log"
     with TritonServer(repository.path, Ports(0, 0, 0), log=log) as running:
         yield running
+
+
+@pytest.fixture(scope="session", name="served")
+def served_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[served.Served]:
+    source, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
+    llama = tiny_llama(source)
+    save_tokenizer(source)
+    options = BuildOptions(slots=served.SLOTS, max_rows=served.SLOTS, capacity=served.CAPACITY, chunk=served.CHUNK, serve="stream")
+    build_decoder(source, repository / "llama", options)
+    write_engine(accumulator(), repository / "sums", BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"))
+    with TritonServer(repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log") as server:
+        yield served.Served(server, llama)
 
 
 @pytest.fixture

@@ -108,6 +108,19 @@ class Heard:
         self._final.set()
 
 
+class Deaf(Heard):
+    """A channel that takes no response, or not the last one."""
+
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self._last = last
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        if final or not self._last:
+            raise ValueError("too large")
+        super().send(outputs, final=final)
+
+
 class Streams:
     """A stream driver over a `Watched` engine, and how tests talk to it."""
 

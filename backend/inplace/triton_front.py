@@ -37,7 +37,7 @@ ENDERS = 4
 KEPT = 1.0
 """Seconds for which responses are kept. Triton's iterator of them is freed by a thread that does not hold Python's lock (24.10,
 ``SendCleanupId``), and with it, were it the last to know them, the arrays of its responses: two threads would count references at once."""
-OWN = ("sequence_key", "position")
+OWN = ("sequence_key", "position", FETCH)
 """Parameters that only whoever names a sequence may set."""
 
 log = logging.getLogger("inplace")
@@ -232,7 +232,9 @@ class _Relay:
         except ValueError as error:  # UnicodeDecodeError among them: over HTTP they may be any bytes
             raise RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}") from None
         if own := sorted(parameters.keys() & set(OWN)):
-            raise RequestError(Code.BAD_PARAMETER, f"parameters {own} name a sequence of the client's; here each request is one of its own")
+            raise RequestError(
+                Code.BAD_PARAMETER, f"parameters {own} are for clients that name a sequence; here each request is one of its own"
+            )
         if MAX_TOKENS not in parameters:
             raise RequestError(Code.BAD_PARAMETER, f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1")
         passed = {name: repr(value) if isinstance(value, float) else value for name, value in parameters.items()}

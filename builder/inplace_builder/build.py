@@ -17,6 +17,7 @@ from inplace.text import TOKENIZER_FILE, TOKENIZER_FOLDER
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
+from inplace_builder.capture.placing import beside_engine
 from inplace_builder.engine_files import ENGINES, Written, write_tensorrt, write_torch
 from inplace_builder.errors import BuildError
 from inplace_builder.front import MODEL_VERSION, front_occupied, front_of, remove_front, write_front
@@ -147,7 +148,7 @@ def build_decoder(source: Path, output: Path, options: BuildOptions, stage: Stag
 
     notes = {"source": source.name, "architecture": type(model).__name__}
     eos = end_tokens(model, tokenizer)
-    return write_engine(capture, output, options, stage, notes, extras, lambda: _beside_engine(model, options.device), eos)
+    return write_engine(capture, output, options, stage, notes, extras, lambda: beside_engine(model, options.device), eos)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
@@ -157,13 +158,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if found is None and tokenizer is not None:
         found = tokenizer.eos_token_id
     return tuple(found) if isinstance(found, list) else () if found is None else (found,)
-
-
-def _beside_engine(model: torch.nn.Module, device: str) -> None:
-    """Move the reference to the engine's GPU, where it is many times faster, if that leaves the engine at least as much again."""
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if device == "cuda" and torch.cuda.mem_get_info()[0] > 3 * held:
-        model.to(device)
 
 
 def decoder_options(options: BuildOptions) -> DecoderOptions:

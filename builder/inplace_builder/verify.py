@@ -5,7 +5,7 @@ NaN before the first step, including what a fresh slot holds where the engine cl
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -205,17 +205,17 @@ class _Judge:
             if spec.argmax_of is not None:
                 wanted = work.outputs[spec.argmax_of][0].argmax(-1, keepdim=True)  # its own scores were compared with the model's
             if found.dtype.is_floating_point:
-                self._close(where, found, wanted, lambda name=spec.name: self._in_float32(history)[name])  # type: ignore[misc]
+                self._check_close(where, found, wanted, spec.name, history)
             elif not torch.equal(found, wanted):
                 raise BuildError(f"{where} is {found.tolist()}, expected {wanted.tolist()}; the engine is not written")
 
-    def _close(self, where: str, found: Tensor, wanted: Tensor, exact: Callable[[], Tensor]) -> None:
+    def _check_close(self, where: str, found: Tensor, wanted: Tensor, name: str, history: list[dict[str, Tensor]]) -> None:
         error = _relative(found, wanted)
         if not error <= self._tolerance:
             said = f"{where} differs from the model by {error:.1e}, more than {self._tolerance:.0e}"
             if self._capture.precise is None:
                 raise BuildError(f"{said}; the engine is not written")
-            truth = exact()
+            truth = self._in_float32(history)[name]
             own, model = _relative(found, truth), _relative(wanted, truth)
             if not own <= ROUNDING * model:
                 raise BuildError(

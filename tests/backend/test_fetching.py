@@ -2,12 +2,13 @@
 
 import threading
 
+import pytest
 import torch
 from driving import prompt
 from inplace.errors import Code
 from inplace.requests import Request
 from models import SLOTS, Repository, greedy
-from streaming import FREE, Heard, OpenStreams, Streams, slowed
+from streaming import FREE, Deaf, Heard, OpenStreams, Streams, slowed
 
 
 def fetch(driver: Streams, sequence: str, **parameters: str) -> Heard:
@@ -100,3 +101,28 @@ def test_an_engine_that_fails_is_heard_of_by_who_fetches(streams: OpenStreams) -
         if waiting.error is None:  # it was said before the step that failed
             waiting = fetch(driver, "a").wait()
     assert waiting.error is not None and waiting.error.code in (Code.ENGINE_FAILED, Code.UNKNOWN_SEQUENCE)
+
+
+@pytest.mark.parametrize(("start", "end"), [(True, False), (False, True), (True, True)])
+def test_what_fetches_neither_starts_nor_ends(streams: OpenStreams, start: bool, end: bool) -> None:
+    driver = streams()
+    driver.ask("a", [3], start=True).wait()
+    request = Request("a", start, end, {"input_ids": torch.tensor([[5]])}, "r", {"fetch": True})
+    driver.send(request).refused(Code.BAD_PARAMETER, "send neither START nor END")
+    assert driver.free() == SLOTS
+
+
+def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_goes_on(streams: OpenStreams, repository: Repository) -> None:
+    driver, ids = streams(), prompt(1, 8)
+    with slowed(driver, 0.05):
+        first = driver.generate("a", ids, 12, fetch=True).wait()
+        lost = Deaf(last=False)
+        driver.driver.submit(
+            Request("a", False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "r", {"fetch": True}), {}, lost
+        )
+        lost.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError")
+        rest, reason = all_of(driver, "a", fetch(driver, "a"))
+    assert reason == "length"
+    said = greedy(repository.llama, ids, 12)
+    assert said[: len(first.tokens)] == first.tokens
+    assert said[-len(rest) :] == rest

@@ -14,7 +14,7 @@ import torch
 from inplace.direct import Engine
 from inplace.direct.manifest import FILE_NAME, DirectManifest
 from inplace.errors import CallError, LoadError
-from inplace_builder.api import build, serialize
+from inplace_builder.api import build
 from inplace_builder.errors import BuildError
 from torch import Tensor, nn
 
@@ -254,25 +254,6 @@ def test_an_exported_program_and_a_number_that_varies(tmp_path: Path) -> None:
     with pytest.raises(IndexError, match="outside a slot that holds 8"):
         engine(cache, x, 8)
     assert torch.equal(cache, before)
-
-
-class Builtins(nn.Module):
-    def forward(self, id: Tensor, input: Tensor, type: Tensor) -> Tensor:
-        id[:, 3:4] = input
-        return id + type
-
-
-@pytest.mark.parametrize("exported", [False, True])
-def test_arguments_may_have_the_names_of_pythons_own(exported: bool, tmp_path: Path) -> None:
-    """A copy of a graph calls them otherwise (``input_1``), and a program knows its inputs by their names."""
-    example = (torch.zeros(1, 8, 4), torch.ones(1, 1, 4), torch.ones(1, 8, 4))
-    module = torch.export.export(Builtins(), example) if exported else Builtins()
-    engine = build(module, example, path=tmp_path / "builtins")
-    cache = torch.zeros(1, 8, 4)
-    assert engine(cache, input=example[1], type=example[2]).sum() == 36
-    assert cache[0, :, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
-    made = serialize(Builtins(), example, engine="tensorrt_rtx", compute_capability="8.9")
-    assert [binding.name for binding in made.inputs] == ["input", "type"]
 
 
 class Noisy(nn.Module):

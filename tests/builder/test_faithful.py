@@ -14,32 +14,12 @@ import torch
 import torch.nn.functional as F
 from inplace.direct import Engine
 from inplace.errors import CallError
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace.specs import StateSpec
 from inplace_builder.api import build
-from inplace_builder.build import VERSION, BuildOptions, write_engine
-from inplace_builder.capture import Capture, RowOptions, capture_exported_rows
 from inplace_builder.errors import BuildError
 from inplace_builder.verify import same_bits
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-CAPACITY = 8
-VISIBLE = torch.arange(CAPACITY)
-STEPS = 6
-
-
-def numbers(step: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + step))
-
-
-def caches() -> list[Tensor]:
-    return [torch.zeros(1, 2, CAPACITY, 4), torch.zeros(1, 2, CAPACITY, 4)]
-
-
-def token(step: int) -> tuple[Tensor, Tensor]:
-    return numbers(step, 1, 2, 1, 4), torch.tensor([step])
+from unusual import CAPACITY, STEPS, VISIBLE, attention, caches, numbers, token, written
 
 
 class Of(nn.Module):
@@ -63,15 +43,6 @@ def grid(_: Of, cache: Tensor, value: Tensor, positions: Tensor) -> Tensor:
 def far(_: Of, cache: Tensor, value: Tensor, position: Tensor) -> Tensor:
     cache.copy_(torch.where((position == VISIBLE)[None, :, None], value, cache))
     return cache.sum()
-
-
-def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[None, None, None])
-
-
-def written(keys: Tensor, values: Tensor, x: Tensor, position: Tensor) -> None:
-    keys.index_copy_(2, position, x)
-    values.index_copy_(2, position, x * 2)
 
 
 def two_numbers(_: Of, keys: Tensor, values: Tensor, x: Tensor, meta: Tensor) -> Tensor:
@@ -328,114 +299,3 @@ def test_an_engine_that_was_converted_is_refused(tmp_path: Path) -> None:
     engine.double()
     with pytest.raises(CallError, match=r"state total has become \[4\] torch\.float64, the engine was built for \[4\] float32"):
         engine(numbers(0, 4))
-
-
-class Hash(nn.Module):
-    """Numbers that stand for something else while rows are traced."""
-
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count.copy_((self.count * 31 + x * 19946) % 9973 + x % 9967)
-        return self.count.clone()
-
-
-def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
-    capture = capture_exported_rows(Hash(), RowOptions(3, requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),))
-    write_engine(capture, tmp_path / "hash", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY))
-    instance = ModelInstance.open(tmp_path / "hash" / VERSION)
-    own = [Hash() for _ in range(3)]
-    for step in range(STEPS):
-        given = [torch.tensor([100 * step + row]) for row in range(3)]
-        works = [instance.admit(Request(row + 1, step == 0, False, {"x": x[None]})) for row, x in enumerate(given)]
-        instance.step(works)
-        for work, x, module in zip(works, given, own, strict=True):
-            assert int(work.outputs["output_0"]) == int(module(x))
-            instance.finish(work)
-
-
-class Sees(nn.Module):
-    """One layer of attention, and a cache; what is not causal sees positions that nobody wrote."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, keys: Tensor, values: Tensor, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        written(keys, values, x, position)
-        match self.how:
-            case "causal":
-                return attention(x, keys, values, position >= VISIBLE), keys
-            case "blind at first":
-                return attention(x, keys, values, position > VISIBLE), keys
-            case "biased":
-                return attention(x, keys, values, -0.1 * (VISIBLE - position).abs()), keys
-            case "everything":
-                return F.scaled_dot_product_attention(x, keys, values), keys
-        scores = x @ keys.transpose(2, 3)
-        return (scores * torch.sigmoid(scores)) @ values, keys
-
-
-@pytest.mark.parametrize("how", ["causal", "blind at first", "biased", "everything", "no softmax"])
-def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path) -> None:
-    example = (*caches(), *token(0))
-    capture: Capture = capture_exported_rows(Sees(how), RowOptions(4, positions="position"), example)
-    write_engine(capture, tmp_path / "rows", BuildOptions(slots=5, max_rows=4, capacity=CAPACITY))
-    instance = ModelInstance.open(tmp_path / "rows" / VERSION)
-    own = [(Sees(how), caches()) for _ in range(3)]
-    for step in range(STEPS):
-        inputs = [numbers(7 * step + row, 1, 2, 1, 4) for row in range(3)]
-        works = [instance.admit(Request(row + 1, step == 0, False, {"x": x})) for row, x in enumerate(inputs)]
-        instance.step(works)
-        for work, x, (module, held) in zip(works, inputs, own, strict=True):
-            out, keys = module(*held, x, torch.tensor([step]))
-            torch.testing.assert_close(work.outputs["output_0"].reshape(out.shape), out)
-            torch.testing.assert_close(work.outputs["output_1"].reshape(keys.shape), keys)
-            instance.finish(work)
-
-
-class Clock(nn.Module):
-    """Counts from a number that no float64 holds."""
-
-    ticks: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("ticks", torch.full((2,), 2**53 + 1, dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.ticks += x
-        return self.ticks - 2**53
-
-
-def test_a_whole_number_that_a_state_begins_with_is_kept_to_the_last_bit() -> None:
-    capture = capture_exported_rows(Clock(), RowOptions(2), (torch.ones(2, dtype=torch.int64),))
-    [state] = capture.states
-    assert state.fill == 2**53 + 1
-    assert StateSpec.model_validate_json(state.model_dump_json()) == state
-
-
-class Kept(nn.Module):
-    """Holds its state where torch.export takes it for a constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = [torch.full((2,), 3, dtype=torch.int64)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.kept[0].add_(x)
-        return self.kept[0] - 2
-
-
-def test_a_program_that_is_built_stays_as_it_was(tmp_path: Path) -> None:
-    x = torch.ones(2, dtype=torch.int64)
-    exported = torch.export.export(Kept(), (x,))
-    before = str(exported), str(exported.graph_signature)
-    for number in range(2):
-        engine = build(exported, (x,), path=tmp_path / str(number))
-        assert engine(x).tolist() == [2, 2]
-        assert (str(exported), str(exported.graph_signature)) == before

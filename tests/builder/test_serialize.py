@@ -1,15 +1,16 @@
 """The low-level way: a serialized engine whose states, lifted buffers among them, are bindings of the caller's."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from direct_modules import CASES, Recurrent, noise
 from inplace.trt import load_tensorrt
-from inplace_builder.api import Serialized, serialize
+from inplace_builder.api import Serialized, build, serialize
 from inplace_builder.errors import BuildError
-from torch import Tensor
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load's own
 BY_NAME = {case.name: case for case in CASES}
@@ -94,3 +95,22 @@ def test_a_number_is_an_input_like_another() -> None:
     memory = torch.zeros(1, 8)
     graph(torch.ones(1, 1), 5, torch.arange(1, dtype=torch.int32), memory)
     assert memory.tolist() == [[0, 0, 0, 0, 0, 1, 0, 0]]
+
+
+class Builtins(nn.Module):
+    def forward(self, id: Tensor, input: Tensor, type: Tensor) -> Tensor:
+        id[:, 3:4] = input
+        return id + type
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_arguments_may_have_the_names_of_pythons_own(exported: bool, tmp_path: Path) -> None:
+    """A copy of a graph calls them otherwise (``input_1``), and a program knows its inputs by their names."""
+    example = (torch.zeros(1, 8, 4), torch.ones(1, 1, 4), torch.ones(1, 8, 4))
+    module = torch.export.export(Builtins(), example) if exported else Builtins()
+    engine = build(module, example, path=tmp_path / "builtins")
+    cache = torch.zeros(1, 8, 4)
+    assert engine(cache, input=example[1], type=example[2]).sum() == 36
+    assert cache[0, :, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    made = serialize(Builtins(), example, engine="tensorrt_rtx", compute_capability="8.9")
+    assert [binding.name for binding in made.inputs] == ["input", "type"]

@@ -1,11 +1,13 @@
 """States of a user's own module: found, lifted, put back, refused."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from inplace.specs import Update
+from inplace_builder.api import build
 from inplace_builder.capture import capture_exported, inline_lifted_buffers
 from inplace_builder.capture.functional import exported_program
 from inplace_builder.errors import BuildError
@@ -233,3 +235,25 @@ def test_an_exported_program_stays_where_it_is_when_the_builder_moves_its_copy()
     moved = move_to_device_pass(exported_program(program, (), None, None), "meta")
     assert all(tensor.is_meta for tensor in moved.state_dict.values())
     assert not any(tensor.is_meta for tensor in program.state_dict.values())
+
+
+class Kept(nn.Module):
+    """Holds its state where torch.export takes it for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [torch.full((2,), 3, dtype=torch.int64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept[0].add_(x)
+        return self.kept[0] - 2
+
+
+def test_a_program_that_is_built_stays_as_it_was(tmp_path: Path) -> None:
+    x = torch.ones(2, dtype=torch.int64)
+    exported = torch.export.export(Kept(), (x,))
+    before = str(exported), str(exported.graph_signature)
+    for number in range(2):
+        engine = build(exported, (x,), path=tmp_path / str(number))
+        assert engine(x).tolist() == [2, 2]
+        assert (str(exported), str(exported.graph_signature)) == before

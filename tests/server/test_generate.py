@@ -1,154 +1,23 @@
-"""The generate protocol on a real tritonserver, raw gRPC and HTTP, with a tiny random Llama against transformers itself."""
+"""The generate protocol on a real tritonserver, raw gRPC, with a tiny random Llama against transformers itself."""
 
 import json
 import queue
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from inplace_builder.build import BuildOptions, build_decoder, write_engine
-from inplace_builder.server import Ports, TritonServer
-from models import accumulator, greedy, tiny_llama
+from models import greedy
+from served import CAPACITY, OUTPUTS, SLOTS, Answer, Served, Stream, bytes_input, ids_input
 from streams import prompt
-from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
-from vocabulary import added, save_tokenizer, tiny_tokenizer
+from vocabulary import added, tiny_tokenizer
 
 pytestmark = pytest.mark.server
-
-SLOTS, CAPACITY, CHUNK = 8, 256, 16
-OUTPUTS = ("tokens", "text_output", "finish_reason")
-Parameter = str | int | bool
-
-
-@dataclass(frozen=True)
-class Served:
-    server: TritonServer
-    llama: LlamaForCausalLM
-
-    def events(self, **body: object) -> list[dict[str, Any]]:
-        """The events of one HTTP generate_stream request."""
-        url = f"http://127.0.0.1:{self.server.ports.http}/v2/models/llama_generate/generate_stream"
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as page:
-                lines = page.read().decode().splitlines()
-        except urllib.error.HTTPError as error:  # refused before anything was said
-            lines = error.read().decode().splitlines()
-        return [json.loads(line.removeprefix("data: ")) for line in lines if line]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    source, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
-    llama = tiny_llama(source)
-    save_tokenizer(source)
-    build_decoder(source, repository / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, serve="stream"))
-    write_engine(accumulator(), repository / "sums", BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"))
-    with TritonServer(repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log") as server:
-        yield Served(server, llama)
-
-
-@dataclass
-class Answer:
-    """All responses of one request, or its error's text."""
-
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    reason: str = ""
-    step: Any = None
-    error: str = ""
-
-
-class Stream:
-    """One gRPC stream, one request at a time."""
-
-    def __init__(self, served: Served, model: str = "llama") -> None:
-        self._model = model
-        self._client = InferenceServerClient(served.server.grpc_url)
-        self._answers: queue.Queue[Any] = queue.Queue()
-        self._client.start_stream(lambda result, error: self._answers.put((result, error)))
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.stop_stream()
-        self._client.close()
-
-    def ask(
-        self,
-        sequence: int | str,
-        ids: list[int] | str,
-        *,
-        stop: tuple[str, ...] = (),
-        start: bool = True,
-        end: bool = False,
-        **parameters: Parameter,
-    ) -> Answer:
-        inputs = [bytes_input("text", [ids])] if isinstance(ids, str) else [ids_input(ids)]
-        if stop:
-            inputs.append(bytes_input("stop", list(stop)))
-        names = OUTPUTS if "max_tokens" in parameters else ("next_token",)
-        return self.send(inputs, names, sequence, start, end, parameters)
-
-    def send(
-        self,
-        inputs: list[InferInput],
-        names: tuple[str, ...],
-        sequence: int | str,
-        start: bool,
-        end: bool,
-        parameters: dict[str, Parameter],
-    ) -> Answer:
-        self._client.async_stream_infer(
-            self._model,
-            inputs,
-            outputs=[InferRequestedOutput(name) for name in names],
-            sequence_id=sequence,
-            sequence_start=start,
-            sequence_end=end,
-            parameters=dict(parameters) or None,
-        )
-        answer = Answer()
-        while True:
-            result, error = self._answers.get(timeout=60)
-            if error is not None:
-                answer.error = error.message()
-                return answer
-            for output in result.get_response().outputs:
-                value = result.as_numpy(output.name)[0]
-                if output.name == "tokens":
-                    answer.tokens += value.tolist()
-                elif output.name == "text_output":
-                    answer.text += value[0].decode()
-                elif output.name == "finish_reason":
-                    answer.reason = value[0].decode()
-                elif output.name == "next_token":
-                    answer.step = int(value[0])
-                else:
-                    answer.step = value.tolist()
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                return answer
-
-
-def ids_input(ids: list[int]) -> InferInput:
-    tensor = InferInput("input_ids", [1, len(ids)], "INT64")
-    tensor.set_data_from_numpy(np.array([ids], dtype=np.int64).reshape(1, len(ids)))
-    return tensor
-
-
-def bytes_input(name: str, texts: list[str]) -> InferInput:
-    tensor = InferInput(name, [1, len(texts)], "BYTES")
-    tensor.set_data_from_numpy(np.array([[text.encode() for text in texts]], dtype=object))
-    return tensor
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
@@ -250,64 +119,6 @@ def test_a_generation_that_cannot_be_is_refused(served: Served, parameters: dict
         assert stream.ask("bad", [1, 2], end=True, max_tokens=1).error == ""
 
 
-def test_http_generates_what_grpc_does(served: Served) -> None:
-    ids = tiny_tokenizer().encode("Subject to the terms").ids
-    events = served.events(text="Subject to the terms", max_tokens=20, ignore_eos=True, stream_interval=4)
-    tokens = [token for event in events for token in (event["tokens"] if isinstance(event["tokens"], list) else [event["tokens"]])]
-    assert tokens == greedy(served.llama, ids, 20)
-    assert "".join(event["text_output"] for event in events) == added(ids, tokens)
-    assert [event["finish_reason"] for event in events] == [""] * (len(events) - 1) + ["length"]
-    assert len(events) <= 5
-    one = served.events(input_ids=[5, 6, 7], max_tokens=3, ignore_eos=True, stream_interval=3, temperature=0.8, seed=3)
-    other = served.events(input_ids=[5, 6, 7], max_tokens=3, ignore_eos=True, stream_interval=3, temperature="0.8", seed=3)
-    assert one == other
-
-
-def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
-    for _ in range(2 * SLOTS):
-        [event] = served.events(text="x", max_tokens=3, temperature="hot")
-        assert "parameter 'temperature' is 'hot'" in event["error"]
-    [event] = served.events(text="x")
-    assert event["error"].startswith("INPLACE-BAD_PARAMETER retryable=0")
-    assert "parameter 'max_tokens' is missing" in event["error"]
-    with ThreadPoolExecutor(2 * SLOTS) as pool:
-        said = list(pool.map(lambda seed: served.events(input_ids=prompt(seed, 5), max_tokens=6, ignore_eos=True), range(2 * SLOTS)))
-    assert all(events[-1]["finish_reason"] == "length" for events in said)
-
-
-def test_many_http_generations_wait_for_a_slot_and_all_are_served(served: Served) -> None:
-    """More of them than the server has threads for a model; 40 at once, with 8 slots, once stopped the front and the model for good."""
-    with ThreadPoolExecutor(48) as pool:
-        said = list(pool.map(lambda seed: served.events(input_ids=prompt(seed, 5), max_tokens=30, ignore_eos=True), range(48)))
-    assert [events[-1]["finish_reason"] for events in said] == ["length"] * 48
-    with Stream(served) as stream:
-        assert stream.ask("after", [1], end=True).error == ""
-
-
-@pytest.mark.parametrize("parameter", [{"sequence_key": "mine"}, {"position": 3}])
-def test_http_generations_have_no_sequence_to_name(served: Served, parameter: dict[str, Any]) -> None:
-    for _ in range(2 * SLOTS):  # more than would fit, if any kept its slot
-        [event] = served.events(text="x", max_tokens=3, **parameter)
-        assert "INPLACE-BAD_PARAMETER" in event["error"]
-        assert "name a sequence of the client's" in event["error"]
-    assert served.events(input_ids=[1, 2], max_tokens=3, ignore_eos=True)[-1]["finish_reason"] == "length"
-
-
-def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
-    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
-    body = json.dumps({"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True}).encode()
-    pages = [urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) for _ in range(SLOTS)]
-    for page in pages:
-        page.readline()
-        page.close()
-    begin = time.monotonic()
-    with Stream(served) as stream:
-        while (answer := stream.ask("next", [1], end=True)).error:
-            assert "INPLACE-NO_FREE_SLOT" in answer.error
-            assert time.monotonic() - begin < 5.0
-            time.sleep(0.01)
-
-
 def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(served: Served) -> None:
     value = InferInput("value", [1, 4], "FP32")
     value.set_data_from_numpy(np.full((1, 4), 2, dtype=np.float32))
@@ -315,18 +126,6 @@ def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(se
         assert stream.send([value], ("sum",), "s", True, False, {}).step == [2.0] * 4
         assert "is no language model and generates nothing" in stream.send([value], ("sum",), "s", False, False, {"max_tokens": 1}).error
         assert stream.send([value], ("sum",), "s", False, True, {}).step == [4.0] * 4
-
-
-@pytest.mark.parametrize("body", [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"note":"\xff"}'])
-def test_an_http_request_with_bytes_that_are_no_text_is_refused_and_nothing_waits_for_it(served: Served, body: bytes) -> None:
-    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
-    for _ in range(2 * SLOTS):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
-        with refused.value as page:
-            assert page.code == 400
-            assert b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: the request cannot be read: 'utf-8'" in page.read()
-    assert served.events(text="x", max_tokens=2, ignore_eos=True)[-1]["finish_reason"] == "length"
 
 
 def test_http_infer_is_refused_by_triton(served: Served) -> None:

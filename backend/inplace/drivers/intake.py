@@ -58,6 +58,10 @@ class Intake:
             return Job(Checked(request, key), Reply(channel))
         try:
             if not generates and request.flag(FETCH):
+                if request.start or request.end:
+                    raise RequestError(
+                        Code.BAD_PARAMETER, f"{FETCH!r} without {MAX_TOKENS!r} asks for what was said: send neither START nor END"
+                    )
                 return Job(Checked(request, key), Reply(channel), fetches=True)
             if generates and self._names is None:
                 raise RequestError(Code.BAD_PARAMETER, f"this model is no language model and generates nothing: leave {MAX_TOKENS!r} out")

@@ -1,11 +1,13 @@
 """A generation whose responses are fetched: each request for them has one response."""
 
-import contextlib
 import logging
 import threading
+from collections.abc import Iterable
 
-from inplace.drivers.reply import Channel, Last, Reply
+from inplace.drivers.job import Job
+from inplace.drivers.reply import Channel, Last, Reply, give_up
 from inplace.errors import Code, RequestError
+from inplace.sequences import Sequence
 from inplace.text import Detokenizer
 
 FETCH = "fetch"
@@ -45,7 +47,7 @@ class Mailbox(Reply):
         """
         with self._lock:
             if self.done:
-                raise nothing()
+                raise _nothing_to_fetch()
             if self._fetching is not None:
                 raise RequestError(
                     Code.QUEUE_FULL, "another request is fetching what the generation says; wait for its response", retryable=True
@@ -80,8 +82,7 @@ class Mailbox(Reply):
                 channel.send(self._outputs(said, last), final=True)
         except Exception as error:  # the others must still be served
             log.exception("a response could not be sent")
-            with contextlib.suppress(Exception):
-                channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
+            give_up(channel, error)
         return False
 
     def cancelled(self) -> bool:
@@ -95,6 +96,27 @@ class Mailbox(Reply):
         return due
 
 
-def nothing() -> RequestError:
-    """There is nothing to fetch."""
+def mailbox_of(job: Job, under_way: Iterable[Job], live: Sequence | None) -> Mailbox:
+    """The mailbox that a request may fetch from: of a generation that is under way, or of the last one.
+
+    Args:
+        job: the request.
+        under_way: what is under way of its sequence.
+        live: the sequence, where it has a slot.
+
+    Raises:
+        RequestError: SEQUENCE_KEY or UNKNOWN_SEQUENCE.
+    """
+    generation = next((other for other in under_way if isinstance(other.reply, Mailbox)), None)
+    if live is not None:
+        live.check_key(job.checked.key, start=False)
+    elif generation is None or generation.checked.key != job.checked.key:  # it waits for a slot: others do not learn of it
+        raise _nothing_to_fetch()
+    found = generation.reply if generation is not None else live.rest if live is not None else None
+    if not isinstance(found, Mailbox):
+        raise _nothing_to_fetch()
+    return found
+
+
+def _nothing_to_fetch() -> RequestError:
     return RequestError(Code.UNKNOWN_SEQUENCE, f"the sequence says nothing that could be fetched; begin a generation with {FETCH!r}")

@@ -140,8 +140,7 @@ class Reply:
                 self._broken = self.done = True
 
     def _fail(self, error: Exception) -> None:
-        with contextlib.suppress(Exception):  # a server takes nothing for a request that it has given up
-            self._channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
+        give_up(self._channel, error)
 
     def _outputs(self, said: list[tuple[int, str | None]], last: Last | None) -> Outputs:
         wanted = self._channel.wanted
@@ -157,3 +156,9 @@ class Reply:
         if FINISH_REASON in wanted:
             outputs[FINISH_REASON] = "" if last is None else str(last.what)
         return outputs
+
+
+def give_up(channel: Channel, error: Exception) -> None:
+    """Refuse a request whose response could not be made."""
+    with contextlib.suppress(Exception):  # a server takes nothing for a request that it has given up
+        channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))

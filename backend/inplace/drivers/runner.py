@@ -9,7 +9,7 @@ from time import monotonic
 
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.job import Job
-from inplace.drivers.mailbox import Mailbox, nothing
+from inplace.drivers.mailbox import Mailbox, mailbox_of
 from inplace.drivers.reply import Last, Outputs, Reply
 from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
@@ -154,16 +154,8 @@ class Runner:
 
     def _fetch(self, job: Job) -> None:
         """Have a request answered with what the sequence's generation says, or has said."""
-        live = self._instance.table.get(job.sequence)
-        found = next((other for other in self._lanes.get(job.sequence, ()) if isinstance(other.reply, Mailbox)), None)
-        mailbox = found.reply if found is not None else live.rest if live is not None else None
         try:
-            if live is not None:
-                live.check_key(job.checked.key, start=False)
-            elif found is not None and found.checked.key != job.checked.key:
-                raise nothing()  # it waits for a slot: who does not have its key does not learn of it
-            if not isinstance(mailbox, Mailbox):
-                raise nothing()
+            mailbox = mailbox_of(job, self._lanes.get(job.sequence, ()), self._instance.table.get(job.sequence))
             if mailbox.fetch(job.reply.channel):
                 self._senders.queue(mailbox)
         except RequestError as error:

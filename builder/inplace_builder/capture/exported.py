@@ -17,6 +17,7 @@ from inplace_builder.capture.capture import any_size
 from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.cleanup import remove_no_ops
+from inplace_builder.passes.copying import copied_graph
 from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
 from inplace_builder.passes.rewrite import SLOTS, rewrite
 from inplace_builder.passes.state_uses import check_state_uses
@@ -125,9 +126,7 @@ def capture_exported(
 
 def copied(module: GraphModule) -> GraphModule:
     """The same graph and tensors, to keep while the first is rewritten."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    return GraphModule(module, graph)
+    return GraphModule(module, copied_graph(module.graph))
 
 
 def without_unused(module: GraphModule) -> GraphModule:

@@ -5,7 +5,6 @@ calls ``inplace::attention`` on the layer's states. Everything else in a decoder
 are packed behind one another on one axis.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from inplace_builder.capture.capture import Capture, Reference, any_size, described
 from inplace_builder.capture.decoder import Cache, DecoderOptions, StepExamples, cache_states, decoder_program
 from inplace_builder.capture.loading import quiet
+from inplace_builder.capture.placing import in_float32
 from inplace_builder.capture.slot_attention import IMPLEMENTATION, SlotCache, current_cache
 from inplace_builder.errors import BuildError, brief
 
@@ -107,7 +107,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         lowering=lowering,
         reference=_reference(model),
         min_capacity=options.range_from,
-        precise=(lambda: _reference(_in_float32(model))) if rounded else None,
+        precise=(lambda: _reference(in_float32(model))) if rounded else None,
     )
 
 
@@ -119,19 +119,6 @@ def _reference(model: PreTrainedModel) -> Reference:
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return reference
-
-
-def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that computes in float32, beside the model where there is room for it, else on the CPU."""
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    device = model.device
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 4 * held:
-        device = torch.device("cpu")
-    full: PreTrainedModel = copy.deepcopy(model).to(device)
-    for tensor in (*full.parameters(), *full.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.float()  # transformers forbids `float()` where the weights were quantized in their file
-    return full
 
 
 def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:

@@ -13,8 +13,7 @@ from inplace.drivers.turn import Turn
 Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
 
 THREADS = 2
-"""Sending waits for the server, about 100 µs of which are spent in Python's lock or waiting for it: one thread sends too little, and four
-keep the lock from the engine's thread, so that a step of 1.1 ms comes back after 1.5."""
+"""Sending waits for the server, so one thread sends too little. More than two keep Python's lock from the engine's thread; see `Turn`."""
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
 LEAST_PAUSE = 0.005

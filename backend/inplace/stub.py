@@ -1,33 +1,43 @@
 """The process that this backend runs in, Triton's Python backend stub: what it can take, and when it must end."""
 
+import logging
 import os
-import threading
-import time
-from collections.abc import Callable
+import shutil
+import subprocess
 from pathlib import Path
 
 from inplace.errors import LoadError
 
-PERIOD = 1.0
-"""Seconds between two looks at the server."""
+log = logging.getLogger("inplace")
 
 
-def end_with_server(end: Callable[[int], object] = os._exit) -> None:
-    """End this process, from a thread of its own, when the server that started it is gone.
+def end_with_server() -> subprocess.Popen[bytes] | None:
+    """Have this process killed when the server that started it is gone.
 
-    A stub whose server was killed while it was sending waits for ever, and keeps its memory, the GPU's too (seen with Triton 24.10).
+    A stub whose server was killed while it was sending waits for ever, and keeps its memory, the GPU's too (seen with Triton 24.10). It
+    may wait with the interpreter's lock, so no thread of Python's can end it: a small process (`inplace.guard`) does.
 
-    Args:
-        end: ends the process with an exit status, at once: its other threads wait for a server that will not answer.
+    Returns:
+        that process, which ends with this one; None where it could not be started, which is logged.
     """
-    server = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == server:
-            time.sleep(PERIOD)
-        end(1)
-
-    threading.Thread(target=watch, name="inplace-orphan", daemon=True).start()
+    python = shutil.which("python3")  # the interpreter that the stub itself took its environment from
+    command = [python or "python3", "-I", "-S", str(Path(__file__).with_name("guard.py"))]
+    try:
+        server, stub = os.pidfd_open(os.getppid()), os.pidfd_open(os.getpid())
+    except OSError as error:
+        log.warning("this process stays if the server is killed: no descriptors of processes (pidfd_open): %s", error)
+        return None
+    try:
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            [*command, str(server), str(stub)], pass_fds=(server, stub), stdin=quiet, stdout=quiet, start_new_session=True
+        )
+    except OSError as error:
+        log.warning("this process stays if the server is killed: its guard did not start (%s): %s", " ".join(command), error)
+        return None
+    finally:
+        os.close(server)
+        os.close(stub)
 
 
 def check_numpy(stub: Path, numpy: str) -> None:

@@ -47,8 +47,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine beside the model's config.pbtxt; a model that cannot be served fails to load with the reason."""
-        end_with_server()
         self._log = log_to_triton(args["model_instance_name"])
+        self._guard = end_with_server()
         try:
             self._served: Served = Front(args) if served(args["model_config"]) == "front" else _engine(args)
         except LoadError as error:

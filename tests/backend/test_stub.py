@@ -1,10 +1,17 @@
-"""What the server's Python backend cannot take is refused when a model is loaded."""
+"""What the server's Python backend cannot take is refused when a model is loaded, and its process ends with the server."""
 
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from inplace.errors import LoadError
-from inplace.stub import check_numpy
+from inplace.stub import check_numpy, end_with_server
 from inplace_builder.server import installation
 
 STUB = installation().stub
@@ -21,3 +28,47 @@ def test_a_stub_that_knows_numpy_2_takes_both(tmp_path: Path) -> None:
     newer.write_bytes(STUB.read_bytes() + b"numpy._core.multiarray")
     check_numpy(newer, "1.26.4")
     check_numpy(newer, "2.5.2")
+
+
+SERVER = """
+import subprocess, sys
+with subprocess.Popen([sys.executable, "-c", sys.argv[1]]) as child:
+    pass
+"""
+BUSY = """
+import ctypes, os
+from inplace.stub import end_with_server
+print(os.getpid(), end_with_server().pid, flush=True)
+ctypes.PyDLL(None).sleep(600)  # with the interpreter's lock: no other thread of Python's runs
+"""
+IDLE = """
+from inplace.stub import end_with_server
+print(0, end_with_server().pid, flush=True)
+"""
+
+
+def test_a_stub_that_waits_with_the_interpreter_s_lock_ends_when_its_server_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVER, BUSY], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        stub, guard = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+        assert stub.is_running()
+        assert guard.memory_info().rss < 20 << 20
+        os.kill(server.pid, signal.SIGKILL)
+        _, stayed = psutil.wait_procs([stub, guard], timeout=20.0)
+        assert not stayed
+
+
+def test_the_guard_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVER, IDLE], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        _, guard = server.stdout.readline().split()
+        assert server.wait(20) == 0
+        with contextlib.suppress(psutil.NoSuchProcess):  # already
+            psutil.Process(int(guard)).wait(20)
+
+
+def test_a_guard_that_cannot_be_started_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: "/nowhere/python3")
+    with caplog.at_level(logging.WARNING, "inplace"):
+        assert end_with_server() is None
+    assert "this process stays if the server is killed: its guard did not start (/nowhere/python3 -I -S" in caplog.text

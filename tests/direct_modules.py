@@ -84,6 +84,25 @@ class Exchange(nn.Module):
         return first, x, old - second
 
 
+class Layers(nn.Module):
+    """Two layers whose keys and values lie in one tensor ``[layers, 2, 1, heads, capacity, dim]``."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.projects = nn.ModuleList(nn.Linear(2 * dim, 6 * dim) for _ in range(2))
+
+    def forward(self, cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
+        for layer, project in enumerate(self.projects):
+            query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in project(x).chunk(3, -1))
+            keys, values = cache[layer]
+            keys.index_copy_(2, position, key)
+            cache[layer, 1, :, :, position] = value
+            seen = torch.arange(keys.shape[2]) <= position
+            out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen[None, None])
+            x = x + out.transpose(1, 2).flatten(2)
+        return x
+
+
 class Tokens(nn.Module):
     """A number of tokens that varies."""
 
@@ -130,6 +149,13 @@ CASES = [
         Rows,
         lambda: [torch.zeros(3, 2, CAPACITY, 4), torch.zeros(3, CAPACITY, 4)],
         lambda step: (noise(step, 3, 2, 4), torch.tensor([step, step + 3, step // 2])),
+    ),
+    Case(
+        "layers",
+        Layers,
+        lambda: [torch.zeros(2, 2, 1, 2, CAPACITY, 8)],
+        lambda step: (noise(step, 1, 1, 16), torch.tensor([step])),
+        native=True,
     ),
     Case("recurrent", Recurrent, list, lambda step: (noise(step, 1, 4),)),
     Case("exchange", Exchange, lambda: [(torch.zeros(1, 3), torch.ones(1, 3))], lambda step: (noise(step, 1),)),

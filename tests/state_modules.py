@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
-from inplace_builder.passes.states import Owner
+from inplace_builder.passes.states import Owner, State
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
@@ -25,6 +25,25 @@ def operators(capture: Capture | ExportedCapture) -> dict[str, int]:
     return counts
 
 
+class Owned:
+    """The tensors of a module that runs in eager mode, by the states of its capture.
+
+    Args:
+        capture: of the module.
+        given: the states that its caller passes, in order.
+        module: the module that runs, whose buffers are the others.
+    """
+
+    def __init__(self, capture: ExportedCapture, given: Any, module: nn.Module) -> None:
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        names = dict.fromkeys(state.found.argument.name for state in capture.states if state.found.owner is Owner.CALLER)
+        self._given, self._module = dict(zip(names, tensors, strict=True)), module
+
+    def __call__(self, state: State) -> Tensor:
+        whole = state.found.argument
+        return self._given[whole.name] if whole.owner is Owner.CALLER else self._module.get_buffer(whole.source)
+
+
 def compare(module: nn.Module, states: Sequence[Any], inputs: Inputs, *, steps: int = 12, **options: Any) -> ExportedCapture:
     """Capture ``module``, whose first arguments are its caller-owned states, and run both for some steps.
 
@@ -38,13 +57,13 @@ def compare(module: nn.Module, states: Sequence[Any], inputs: Inputs, *, steps: 
     generator = torch.Generator().manual_seed(0)
     arenas = []
     for state in capture.states:
-        bound = state.bound(state.found.initial)
+        bound = state.bound_initial()
         noise = torch.randint(0, 2, (1, *bound.shape[1:]), generator=generator).to(bound.dtype)
         arenas.append(torch.cat([noise, bound, 1 - noise if bound.dtype != torch.bool else ~noise]))
     slots = torch.arange(1, rows + 1, dtype=torch.int32)
     graph = capture.exported.module()
     assert isinstance(graph, torch.fx.GraphModule)
-    flat_states = [leaf for leaf in torch.utils._pytree.tree_leaves(mine) if isinstance(leaf, Tensor)]
+    owned = Owned(capture, mine, eager)
     with torch.no_grad():
         for step in range(steps):
             arguments = inputs(step)
@@ -54,9 +73,8 @@ def compare(module: nn.Module, states: Sequence[Any], inputs: Inputs, *, steps: 
             found = Interpreter(graph).run(*flat, slots, *arenas)
             wanted, found = torch.utils._pytree.tree_leaves(wanted), torch.utils._pytree.tree_leaves(found)
             torch.testing.assert_close(found, wanted, msg=f"{{}} in step {step}".format)
-            callers = iter(flat_states)
             for state, arena, old in zip(capture.states, arenas, before, strict=True):
-                own = next(callers) if state.found.owner is Owner.CALLER else eager.get_buffer(state.found.source)
+                own = owned(state)
                 torch.testing.assert_close(arena[1 : rows + 1], state.bound(own), msg=f"{{}} of {state.name}".format)
                 assert torch.equal(arena[0], old[0]) and torch.equal(arena[rows + 1], old[rows + 1])
                 same = state.bound(own) == old[1 : rows + 1]

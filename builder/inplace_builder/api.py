@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.direct.call import describe_call
-from inplace_builder.direct.export import EngineKind, export_for
+from inplace_builder.direct.export import EngineKind, alignment, export_for
 from inplace_builder.direct.plan import build_direct_plan
 from inplace_builder.direct.serialize import Binding, Serialized, serialize
 from inplace_builder.direct.verify import verify_direct
@@ -75,7 +75,7 @@ def build(
     given = (tuple(example_inputs), dict(kwargs or {})) if isinstance(module, torch.nn.Module) else module.example_inputs
     arguments = deepcopy(given)  # (args, kwargs), where the module takes them
     reference = _reference(module)
-    capture = capture_exported(exported, states=states, consecutive=consecutive, strict=strict)
+    capture = capture_exported(exported, states=states, consecutive=consecutive, strict=strict, alignment=alignment(engine))
     call = describe_call(exported, capture)
     plan = (
         None

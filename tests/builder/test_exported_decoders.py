@@ -75,7 +75,7 @@ def test_without_a_server_every_layer_with_a_dynamic_number_of_tokens_is_one_ope
     counts = operators(capture)
     assert counts.pop("attention") == model.config.num_hidden_layers
     assert counts == {"update": model.config.num_hidden_layers}, "each layer's count of positions"
-    memory = [state.bound(state.found.initial.clone()) for state in capture.states]
+    memory = [state.bound_initial().clone() for state in capture.states]
     graph, ids = capture.exported.module(), torch.randint(0, 64, (1, 20))
     assert isinstance(graph, torch.fx.GraphModule)
     with torch.no_grad():

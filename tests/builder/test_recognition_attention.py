@@ -166,7 +166,7 @@ def test_a_stock_static_cache_as_transformers_exports_it() -> None:
     caches = [state for state in capture.states if state.operators == ("attention",)]
     assert len(caches) == 2 * config.num_hidden_layers
     tokens = torch.randint(0, 64, (1, 12))
-    memory = [torch.cat([state.bound(state.found.initial)] * 3) for state in capture.states]
+    memory = [torch.cat([state.bound_initial()] * 3) for state in capture.states]
     graph = capture.exported.module()
     assert isinstance(graph, torch.fx.GraphModule)
     with torch.no_grad():
@@ -177,4 +177,4 @@ def test_a_stock_static_cache_as_transformers_exports_it() -> None:
             (logits,) = torch.utils._pytree.tree_leaves(Interpreter(graph).run(*named, torch.tensor([1], dtype=torch.int32), *memory))
             torch.testing.assert_close(logits[:, -1], wanted[:, step], rtol=1e-4, atol=1e-5)
     for state, arena in zip(capture.states, memory, strict=True):
-        assert torch.equal(arena[[0, 2]], torch.cat([state.bound(state.found.initial)] * 2)), state.name
+        assert torch.equal(arena[[0, 2]], torch.cat([state.bound_initial()] * 2)), state.name

@@ -56,7 +56,7 @@ class Engine(nn.Module):
     @property
     def states(self) -> Mapping[str, Tensor]:
         """The states that it holds, by the buffer's name; they may be written (``.zero_()``), never replaced."""
-        owned = [state.source for state in self.manifest.states if state.owner == "module"]
+        owned = [state.source for state in self.manifest.tensors if state.owner == "module"]
         return MappingProxyType({source: self.held.get_buffer(source) for source in owned})
 
     @classmethod
@@ -76,30 +76,28 @@ class Engine(nn.Module):
         call = self.manifest.call
         leaves = self._leaves(args, kwargs)
         known = self._checks.check(call.arguments, leaves)
-        given = {argument.name: leaf for argument, leaf in zip(call.arguments, leaves, strict=True)}
-        inputs = [given[argument.name] for argument in self.manifest.graph_inputs]
-        titled = {
-            (f"argument {state.source}" if state.owner == "caller" else f"the engine's state {state.source}"): (
-                given[state.name] if state.owner == "caller" else self.held.get_buffer(state.source)
-            )
-            for state in self.manifest.states
-        }
-        states = list(titled.values())
-        for state, tensor in zip(self.manifest.states, states, strict=True):
+        given = {argument.where: leaf for argument, leaf in zip(call.arguments, leaves, strict=True)}
+        inputs = [given[argument.where] for argument in self.manifest.graph_inputs]
+        tensors = [
+            given[state.source] if state.owner == "caller" else self.held.get_buffer(state.source) for state in self.manifest.tensors
+        ]
+        for state, tensor in zip(self.manifest.tensors, tensors, strict=True):
             if state.owner == "module" and (tuple(tensor.shape), tensor.dtype) != (state.shape, state.dtype.as_torch):
                 raise CallError(
                     f"the engine's state {state.source} has become {list(tensor.shape)} {tensor.dtype}, the engine was built for "
                     f"{list(state.shape)} {state.dtype}: an engine cannot be converted (half(), to()); build it from the converted module"
                 )
         if torch.compiler.is_compiling():  # torch.export too
-            found = self._operator(inputs, states, known)
+            found = self._operator(inputs, tensors, known)
         else:
+            states = self.manifest.bound(tensors)
+            titled = {state.title: tensor for state, tensor in zip(self.manifest.states, states, strict=True)}
             check_memory(titled, {f"argument {a.where}": v for a, v in zip(call.arguments, leaves, strict=True) if a.kind == "tensor"})
             found = self._runner.run(inputs, states)
         return pytree.tree_unflatten(found, self._outputs)
 
     def _operator(self, inputs: list[Any], states: list[Tensor], known: Mapping[str, Any]) -> list[Any]:
-        """The step as one operator, for programs."""
+        """The step as one operator, for programs; it is handed the tensors that hold the states, each once."""
         results: list[Any] = []
         for result in self.manifest.call.results:
             if result.kind == "constant":

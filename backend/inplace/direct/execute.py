@@ -53,16 +53,17 @@ def _execute(
     record, runner = _opened(engine, manifest)
     whole, tensors = iter(numbers), iter(inputs)
     given = [next(whole) if argument.kind == "number" else next(tensors) for argument in record.graph_inputs]
-    for state, tensor in zip(record.states, states, strict=True):
+    for state, tensor in zip(record.tensors, states, strict=True):
         if (tuple(tensor.shape), tensor.dtype, tensor.device.type) != (state.shape, state.dtype.as_torch, record.engine.device):
             raise RuntimeError(f"state {state.source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, the engine has {state}")
         if not tensor.is_contiguous():
             raise RuntimeError(f"state {state.source} has strides {tensor.stride()}; it must be contiguous")
+    parts = record.bound(states)
     check_memory(
-        {f"state {state.source}": tensor for state, tensor in zip(record.states, states, strict=True)},
+        {state.title: tensor for state, tensor in zip(record.states, parts, strict=True)},
         {f"input {argument.where}": value for argument, value in zip(record.graph_inputs, given, strict=True)},
     )
-    found = runner.run(given, states)
+    found = runner.run(given, parts)
     targets = iter(results)
     for result, value in zip(record.call.results, found, strict=True):
         if result.kind == "tensor":

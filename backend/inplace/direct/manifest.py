@@ -4,10 +4,13 @@ A server's engine takes requests, whose tensors have roles; this one takes what 
 directory is either the one or the other.
 """
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
+from torch import Tensor
 
 from inplace.artifacts import EngineFile, File
 from inplace.dtypes import Dtype
@@ -93,8 +96,9 @@ class DirectState(Frozen):
         owner: ``caller``: an argument; ``module``: a buffer, held by the engine.
         source: where the caller passes it, or the buffer's qualified name.
         dtype: element type.
-        shape: the module's own.
-        leading: its first axis is the slot axis; else the graph takes ``tensor.unsqueeze(0)``. Both are the same memory.
+        shape: the extents of that tensor.
+        selects: where the state is a part of it, several having one source: axis and index of each `Tensor.select` that makes the part.
+        leading: its first axis is the slot axis; else the graph takes ``unsqueeze(0)`` of it. All of these are the tensor's own memory.
     """
 
     name: str
@@ -102,7 +106,28 @@ class DirectState(Frozen):
     source: str
     dtype: Dtype
     shape: tuple[int, ...]
+    selects: tuple[tuple[int, int], ...] = ()
     leading: bool
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The state's own."""
+        found = list(self.shape)
+        for axis, _ in self.selects:
+            del found[axis]
+        return tuple(found)
+
+    @property
+    def title(self) -> str:
+        """How an error names it."""
+        indices = "".join(f"[{':, ' * axis}{index}]" for axis, index in self.selects)
+        return f"argument {self.source}{indices}" if self.owner == "caller" else f"the engine's state {self.source}{indices}"
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The state in the tensor that it is, or is a part of: the same memory."""
+        for axis, index in self.selects:
+            tensor = tensor.select(axis, index)
+        return tensor
 
 
 class DirectManifest(Frozen):
@@ -135,12 +160,30 @@ class DirectManifest(Frozen):
         names = [state.name for state in self.states]
         if sorted(alias.input for alias in self.parsed_aliases) != sorted(names):
             raise ValueError(f"the aliases {list(self.aliases)} must be one for each of the states {names}")
-        passed = [argument.name for argument in self.call.arguments if argument.kind == "state"]
-        if sorted(passed) != sorted(state.name for state in self.states if state.owner == "caller"):
+        passed = [argument.where for argument in self.call.arguments if argument.kind == "state"]
+        if sorted(passed) != sorted({state.source for state in self.states if state.owner == "caller"}):
             raise ValueError(f"the arguments {passed} must be the states that the caller owns")
+        for state in self.states:
+            extents = list(state.shape)
+            for axis, index in state.selects:
+                if not 0 <= axis < len(extents) or not 0 <= index < extents.pop(axis):
+                    raise ValueError(f"state {state.name} is {state.selects} of a tensor {state.shape}, which has no such part")
         if (self.held is None) == any(state.owner == "module" for state in self.states):
             raise ValueError("states that the module owns have a file with their values, and nothing else has")
         return self
+
+    @cached_property
+    def tensors(self) -> tuple[DirectState, ...]:
+        """The tensors that hold the states, each once: the first state of each."""
+        first: dict[tuple[str, str], DirectState] = {}
+        for state in self.states:
+            first.setdefault((state.owner, state.source), state)
+        return tuple(first.values())
+
+    def bound(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The states, each in the tensor that holds it; ``tensors`` as in `tensors`."""
+        held = {(state.owner, state.source): tensor for state, tensor in zip(self.tensors, tensors, strict=True)}
+        return [state.part(held[state.owner, state.source]) for state in self.states]
 
     @property
     def parsed_aliases(self) -> tuple[Alias, ...]:

@@ -19,7 +19,7 @@ class Runner(Protocol):
 
         Args:
             inputs: the manifest's ``graph_inputs``: tensors, and Python numbers; checked.
-            states: in the manifest's order, of the module's own shapes; updated where they lie.
+            states: in the manifest's order, of their own extents; updated where they lie.
 
         Returns:
             The manifest's ``results``; tensors of their own.

@@ -62,7 +62,7 @@ class TensorRtPlan:
         aliases = {alias.input: alias for alias in manifest.parsed_aliases}
         self._outputs = {alias.input: alias.output for alias in aliases.values()}
         self._second = {
-            state.name: torch.empty(state.shape, dtype=state.dtype.as_torch, device="cuda")
+            state.name: torch.empty(state.extents, dtype=state.dtype.as_torch, device="cuda")
             for state in manifest.states
             if aliases[state.name].kind not in IN_PLACE
         }
@@ -158,7 +158,7 @@ class TensorRtPlan:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for state in manifest.states:
             shape = tuple(engine.get_tensor_shape(state.name))
-            if shape not in (state.shape, (1, *state.shape)):
+            if shape not in (state.extents, (1, *state.extents)):
                 raise LoadError(f"{self._title} has state {state.name} as {list(shape)}, the manifest says {state}; build the engine again")
             self._shapes[state.name] = shape
         return frozenset(names)
@@ -169,7 +169,7 @@ class TensorRtPlan:
         Raises:
             LoadError: the engine fails, or a state that a plugin updates is not what any plugin was handed.
         """
-        states = [torch.zeros(state.shape, dtype=state.dtype.as_torch, device="cuda") for state in self._manifest.states]
+        states = [torch.zeros(state.extents, dtype=state.dtype.as_torch, device="cuda") for state in self._manifest.states]
         inputs = {argument.name: self._smallest(argument) for argument in self._manifest.graph_inputs}
         try:
             torch.cuda.synchronize()

@@ -81,7 +81,7 @@ def _check_states(exported: torch.export.ExportedProgram, manifest: DirectManife
     values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     for state in manifest.states:
         value = values[state.name]
-        slot = state.shape[1:] if state.leading else state.shape
+        slot = state.extents[1:] if state.leading else state.extents
         if (tuple(value.shape[1:]), value.dtype) != (slot, state.dtype.as_torch):
             raise LoadError(f"{title} has state {state.name} as {value}, the manifest says {state}; build the engine again")
 

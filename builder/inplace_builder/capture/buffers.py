@@ -28,22 +28,19 @@ def inline_lifted_buffers(lifted: Functional | ExportedCapture) -> GraphModule:
         A module of the inputs, then the caller-owned states, that returns a tuple of the outputs.
     """
     module = deepcopy(lifted.graph_module)
-    held: dict[str, tuple[str, Tensor]] = {}
     if isinstance(lifted, Functional):
         _write_back(module, lifted.states, lifted.outputs)
-        held = {state.name: (state.source, state.initial.clone()) for state in lifted.states if state.owner is Owner.MODULE}
+        for state in lifted.states:
+            if state.owner is Owner.MODULE:
+                _hold(module, state.name, state.source, state.initial.clone())
     else:
-        held = {s.name: (s.found.source, s.bound(s.found.initial.clone())) for s in lifted.states if s.found.owner is Owner.MODULE}
-        held[SLOTS] = f"_{SLOTS}", lifted.slots()
-    for node in list(module.graph.nodes):
-        if node.op == "placeholder" and node.name in held:
-            target, tensor = held[node.name]
-            _register(module, target, tensor)
-            with module.graph.inserting_before(node):
-                buffer = module.graph.create_node("get_attr", target)
-            buffer.meta.update(node.meta)
-            node.replace_all_uses_with(buffer)
-            module.graph.erase_node(node)
+        wholes: dict[str, Tensor] = {}
+        for part in lifted.states:
+            whole = part.found.argument
+            if whole.owner is Owner.MODULE:
+                held = wholes.setdefault(whole.source, whole.initial.clone())
+                _hold(module, part.name, part.found.source.translate(_NO_INDEX), part.bound(held))
+        _hold(module, SLOTS, f"_{SLOTS}", lifted.slots())
     _placeholders_first(module)
     module.recompile()
     return module
@@ -67,6 +64,21 @@ def _write_back(module: GraphModule, states: tuple[Found, ...], outputs: int) ->
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+_NO_INDEX = str.maketrans({"[": "_", "]": "", ":": "", ",": "", " ": ""})
+"""Makes the name of a buffer of that of a part: ``cache[3]`` is ``cache_3``."""
+
+
+def _hold(module: GraphModule, name: str, target: str, tensor: Tensor) -> None:
+    """Let the module hold what was passed."""
+    node = next(node for node in module.graph.nodes if node.op == "placeholder" and node.name == name)
+    _register(module, target, tensor)
+    with module.graph.inserting_before(node):
+        buffer = module.graph.create_node("get_attr", target)
+    buffer.meta.update(node.meta)
+    node.replace_all_uses_with(buffer)
+    module.graph.erase_node(node)
 
 
 def _placeholders_first(module: GraphModule) -> None:

@@ -18,6 +18,7 @@ from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.cleanup import remove_no_ops
 from inplace_builder.passes.copying import copied_graph
+from inplace_builder.passes.divide import divide
 from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
 from inplace_builder.passes.rewrite import SLOTS, rewrite
 from inplace_builder.passes.state_uses import check_state_uses
@@ -33,8 +34,8 @@ class ExportedCapture:
         exported: the graph (torch.export's training IR); placeholders are the inputs, ``slots`` (int32 ``[rows]``), then the states
             ``[slots, ...]``; it returns what the module returns, each output once and in order.
         graph_module: the same as a plain module, before it was exported again.
-        original: the module as a function, before any of it was rewritten: takes the inputs and the states in their own shapes, returns
-            the outputs and the states' new values.
+        original: the module as a function, before any of it was rewritten: takes the inputs and the states in their own shapes (parts
+            where a tensor was divided), returns the outputs and the states' new values.
         inputs: the placeholders before ``slots``.
         states: in the order of the placeholders, each with its verdict.
         rows: 1; more where every state's first axis counts rows and each row has a position of its own.
@@ -70,12 +71,14 @@ def capture_exported(
     kwargs: Mapping[str, Any] | None = None,
     consecutive: Collection[str] = (),
     strict: bool = False,
+    alignment: int = 1,
 ) -> ExportedCapture:
     """Capture a module that mutates its inputs or its buffers.
 
     What it mutates are its states: inputs stay the caller's memory, buffers become the engine's. Each state of shape ``S`` becomes a
     placeholder ``[slots, *S]``; an ``S`` that begins with the extent 1 is taken as ``[slots, *S[1:]]``, a batch of one. ``slots`` is an
-    input, not a constant, so that the graph is the one that a server runs over many slots, and its lowering the same.
+    input, not a constant, so that the graph is the one that a server runs over many slots, and its lowering the same. A tensor that holds a
+    state for each of several layers, ``cache[layer]``, becomes that many states, views of the one tensor.
 
     Args:
         module: the module, or ``torch.export.export`` of it.
@@ -85,6 +88,7 @@ def capture_exported(
         kwargs: its keyword arguments.
         consecutive: integer inputs ``[n]`` that are always consecutive positions (``cache_position``): the caller's promise.
         strict: refuse a module of which a part of a state is written in a way that no pattern covers.
+        alignment: bytes that the address of a state must be a multiple of; a tensor whose parts lie closer stays one state.
 
     Raises:
         BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if ``strict``, a write is not recognised.
@@ -96,6 +100,7 @@ def capture_exported(
         raise BuildError(f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name")
     original = copied(found.graph_module)
     normalise_assignments(found.graph_module.graph, found.outputs)
+    found = replace(found, states=divide(found.graph_module, original, found.states, found.outputs, alignment))
     rows = 1
     made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
     if made is None:
@@ -151,7 +156,7 @@ class Interpreted(torch.nn.Module):
 def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedProgram:
     """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
-    tensors = [torch.cat([state.bound(state.found.initial)] * 2) for state in states]
+    tensors = [torch.cat([state.bound_initial()] * 2) for state in states]
     arguments = (*found.example_inputs, torch.arange(rows, dtype=torch.int32), *tensors)
     shapes = (*_dynamic(found), None, *({0: slots} for _ in states))
     try:

@@ -5,6 +5,7 @@ is proved about it (`passes.packed`) makes it one of many.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from inplace_builder.capture.exported import Interpreted, copied, rename_inputs,
 from inplace_builder.capture.functional import Functional, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.decoder import Decoder, prove_decoder
+from inplace_builder.passes.divide import divide
 from inplace_builder.passes.emit import dtype, shape
 from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
 from inplace_builder.passes.packed import pack, settle_views
@@ -39,9 +41,10 @@ def capture_exported_decoder(
     """Capture a decoder of one sequence for an engine that steps several, each at its own position.
 
     The module takes token ids ``[1, tokens]`` (int64) and the positions of its steps, keeps keys and values in caches ``[1, kv_heads,
-    capacity, dim]``, inputs or buffers that it writes, and returns scores ``[1, tokens, vocabulary]``, or those of the last token;
-    ``tokens`` is 1 or dynamic; the engine takes chunks of several tokens in both cases. What it mutates beside caches may only say where
-    a step starts, and the program has none of it: the runtime says for each row where it writes.
+    capacity, dim]``, inputs or buffers that it writes (one of each layer, or parts of one tensor, ``cache[layer]``), and returns scores
+    ``[1, tokens, vocabulary]``, or those of the last token; ``tokens`` is 1 or dynamic; the engine takes chunks of several tokens in both
+    cases. What it mutates beside caches may only say where a step starts, and the program has none of it: the runtime says for each row
+    where it writes.
 
     Args:
         module: the module, or ``torch.export.export`` of it.
@@ -65,6 +68,7 @@ def capture_exported_decoder(
     graph = found.graph_module.graph
     original = copied(found.graph_module)
     normalise_assignments(graph, found.outputs)
+    found = replace(found, states=divide(found.graph_module, original, found.states, found.outputs, alignment=1))
     decoder = prove_decoder(found.graph_module, found.states, found.outputs, frozenset(consecutive))
     caches = _caches(decoder, options)
     states = cache_states(caches, options)

@@ -28,7 +28,7 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
     specs = [spec for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     if len(leaves) != len(specs):
         raise BuildError(f"torch.export took {len(specs)} of {len(leaves)} arguments; pass each tensor of a call as an argument of its own")
-    states = {state.name for state in capture.states}
+    states = {state.found.argument.name for state in capture.states}
     placeholders = {node.name: node for node in capture.exported.graph.nodes if node.op == "placeholder"}
     arguments: list[Argument] = []
     for (where, leaf), spec in zip(leaves, specs, strict=True):
@@ -38,10 +38,11 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
                 raise BuildError(f"argument {title} is a {type(leaf).__name__}; an engine takes tensors, numbers and constants")
             arguments.append(Argument(where=title, kind="constant", value=leaf))
             continue
-        value = placeholders[spec.arg.name].meta["val"]
+        state = spec.arg.name in states
+        value = leaf if state else placeholders[spec.arg.name].meta["val"]
         if isinstance(leaf, Tensor):
-            kind: Literal["state", "tensor"] = "state" if spec.arg.name in states else "tensor"
-            extents = described(leaf if kind == "state" else value)[1]
+            kind: Literal["state", "tensor"] = "state" if state else "tensor"
+            extents = described(value)[1]
             arguments.append(Argument(where=title, name=spec.arg.name, kind=kind, dtype=dtype_of(leaf, title), shape=extents))
         elif isinstance(value, torch.SymInt):
             arguments.append(Argument(where=title, name=spec.arg.name, kind="number", shape=described(value)[1]))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from inplace.direct.checks import ALIGNMENT
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
@@ -11,6 +12,11 @@ from inplace_builder.capture.functional import exported_program
 from inplace_builder.errors import BuildError
 
 EngineKind = Literal["torch", "tensorrt", "tensorrt_rtx"]
+
+
+def alignment(engine: EngineKind) -> int:
+    """Bytes that the address of a state must be a multiple of."""
+    return ALIGNMENT["cpu" if engine == "torch" else "cuda"]
 
 
 def export_for(

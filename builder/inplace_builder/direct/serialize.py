@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.direct.call import describe_call
-from inplace_builder.direct.export import EngineKind, export_for
+from inplace_builder.direct.export import EngineKind, alignment, export_for
 from inplace_builder.direct.plan import build_direct_plan
 from inplace_builder.direct.write import direct_states, lowering
 from inplace_builder.errors import BuildError
@@ -52,7 +52,8 @@ class Serialized:
         aliases: one a state.
         lowering: how each state is updated, and why.
         ranges: smallest and largest value of each symbol; None is no limit.
-        records: the states as an engine's manifest has them: whose memory they are and where they come from.
+        records: the states as an engine's manifest has them: whose memory they are and where they come from. Several may be parts of one
+            tensor, under the same source (`DirectState.part`): bind those as views of it, or as tensors of their own.
         initial: for each state what it held at the build, as it is bound; a copy.
     """
 
@@ -95,10 +96,10 @@ def serialize(
         LoadError: the TensorRT that was asked for is not installed.
     """
     exported = export_for(module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
-    capture = capture_exported(exported, consecutive=consecutive, strict=strict)
+    capture = capture_exported(exported, consecutive=consecutive, strict=strict, alignment=alignment(engine))
     call = describe_call(exported, capture)
     records = direct_states(capture, call)
-    owned = [state.source for state in records if state.owner == "module"]
+    owned = list(dict.fromkeys(state.source for state in records if state.owner == "module"))
     if owned and not lift_mutable_buffers:
         raise BuildError(
             f"the module mutates its buffers {owned}: pass lift_mutable_buffers=True and bind them as states, or let "
@@ -111,7 +112,7 @@ def serialize(
     if plan is None:
         inputs.append(Binding(SLOTS, Dtype.INT32, (capture.rows,)))
     initial = {
-        state.name: (state.found.initial if plan is not None and state.kind == "user" else state.bound(state.found.initial)).clone()
+        state.name: (state.found.initial if plan is not None and state.kind == "user" else state.bound_initial()).clone()
         for state in capture.states
     }
     return Serialized(

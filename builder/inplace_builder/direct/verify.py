@@ -123,7 +123,7 @@ class _Changes:
     def __init__(self, manifest: DirectManifest, promised: Collection[str]) -> None:
         self._free = [argument.kind == "tensor" and argument.name not in promised for argument in manifest.call.arguments]
         self._tensors = [argument.kind == "tensor" for argument in manifest.call.arguments]
-        self._shortest = min((extent for state in manifest.states for extent in state.shape if extent > 1), default=1)
+        self._shortest = min((extent for state in manifest.states for extent in state.extents if extent > 1), default=1)
 
     def reordered(self, tree: Any) -> Any:
         """The floating-point ones back to front."""

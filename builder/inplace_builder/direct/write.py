@@ -60,7 +60,8 @@ def lowering(capture: ExportedCapture, plan: DirectPlan | None) -> tuple[Lowerin
 
 def held_states(capture: ExportedCapture) -> dict[str, torch.Tensor]:
     """The initial values of the states that the module owns."""
-    return {state.found.source: state.found.initial for state in capture.states if state.found.owner is Owner.MODULE}
+    owned = (state.found.argument for state in capture.states if state.found.owner is Owner.MODULE)
+    return {tensor.source: tensor.initial for tensor in owned}
 
 
 def direct_states(capture: ExportedCapture, call: Call) -> tuple[DirectState, ...]:
@@ -70,9 +71,10 @@ def direct_states(capture: ExportedCapture, call: Call) -> tuple[DirectState, ..
         DirectState(
             name=state.name,
             owner="caller" if state.found.owner is Owner.CALLER else "module",
-            source=where.get(state.name, state.found.source),
+            source=where.get(state.found.argument.name, state.found.argument.source),
             dtype=dtype_of(state.found.initial, state.found.source),
-            shape=tuple(state.found.initial.shape),
+            shape=tuple(state.found.argument.initial.shape),
+            selects=state.found.selects,
             leading=state.leading,
         )
         for state in capture.states

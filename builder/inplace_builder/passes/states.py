@@ -1,7 +1,7 @@
 """The states of a user's own module, and what was found out about each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from inplace.dtypes import Dtype
@@ -29,6 +29,8 @@ class Found:
         source: the input's name, or the buffer's qualified name.
         initial: what it held at capture, in the module's own shape.
         through: where a part of it is written through a view that no pattern follows: which, in words; else empty.
+        whole: the tensor that it is a part of; None where it is one of its own.
+        selects: axis and index of each `Tensor.select` that makes the part of the whole: a view that is contiguous, as the whole is.
     """
 
     name: str
@@ -36,6 +38,30 @@ class Found:
     source: str
     initial: Tensor
     through: str = ""
+    whole: "Found | None" = None
+    selects: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def argument(self) -> "Found":
+        """The tensor as the module has it."""
+        return self.whole or self
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """Its part of the module's tensor: the same memory."""
+        for axis, index in self.selects:
+            tensor = tensor.select(axis, index)
+        return tensor
+
+    def at(self, axis: int, index: int, name: str) -> "Found":
+        """What lies at an index of it."""
+        return replace(
+            self,
+            name=name,
+            source=f"{self.source}[{':, ' * axis}{index}]",
+            initial=self.initial.select(axis, index),
+            whole=self.argument,
+            selects=(*self.selects, (axis, index)),
+        )
 
     def leading(self, rows: int) -> bool:
         """Whether its first axis already counts rows, so that it serves as the slot axis; otherwise one is put in front of it."""
@@ -87,13 +113,18 @@ class State:
         return self.pattern != "explicit"
 
     def bound(self, tensor: Tensor) -> Tensor:
-        """The tensor that a runtime binds for a tensor of the module's own shape: the same memory."""
-        return tensor if self.leading else tensor.unsqueeze(0)
+        """What a runtime binds for the tensor as the module has it: the same memory."""
+        part = self.found.part(tensor)
+        return part if self.leading else part.unsqueeze(0)
+
+    def bound_initial(self) -> Tensor:
+        """What is bound, with the values at capture."""
+        return self.bound(self.found.argument.initial)
 
     def spec(self) -> StateSpec:
         """The manifest's description; ``fill`` is the initial value where one number says it (else the initial tensor must be copied)."""
         initial = self.found.initial
-        slot = self.bound(initial)
+        slot = self.bound_initial()
         first = initial.reshape(-1)[0].item() if initial.numel() else 0.0
         uniform = bool((initial == first).all())
         return StateSpec(

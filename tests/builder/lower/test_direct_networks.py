@@ -17,8 +17,8 @@ from inplace_builder.direct.call import describe_call
 from inplace_builder.direct.export import export_for
 from inplace_builder.direct.plan import build_direct_plan, lower_direct
 from inplace_builder.errors import BuildError
-from inplace_builder.passes.states import Owner
 from network_interpreter import interpret
+from state_modules import Owned
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -49,8 +49,8 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(rtx: TensorRT, cas
         return
     lowered, lowering = lower_direct(capture, call, rtx, alias=kind)
     assert {record.kind for record in lowering} == {kind}
-    states, memory = case.states(), {state.name: state.bound(state.found.initial.clone()) for state in capture.states}
-    flat = [leaf for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor)]
+    states, memory = case.states(), {state.name: state.bound_initial().clone() for state in capture.states}
+    owned = Owned(capture, states, eager)
     for step in range(6):
         inputs = case.inputs(step)
         with torch.no_grad():
@@ -60,10 +60,8 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(rtx: TensorRT, cas
         for place, value in enumerate(expected):
             if isinstance(value, Tensor):
                 torch.testing.assert_close(found[result_name(place)], value, msg=f"{{}} in step {step}".format)
-        callers = iter(flat)
         for state in capture.states:
-            own = next(callers) if state.found.owner is Owner.CALLER else eager.get_buffer(state.found.source)
-            torch.testing.assert_close(memory[state.name], state.bound(own), msg=f"{{}} of {state.name}".format)
+            torch.testing.assert_close(memory[state.name], state.bound(owned(state)), msg=f"{{}} of {state.name}".format)
     plan = build_direct_plan(capture, call, "tensorrt_rtx", alias=kind, compute_capability=GPU)
     assert len(plan.content) > 1000 and plan.record.compute_capability == GPU
     assert {str(alias) for alias in plan.aliases} == {f"{s.name}_updated@{s.name}@{kind}" for s in capture.states}
@@ -82,7 +80,8 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         build_direct_plan(*captured(number, Number()), "tensorrt_rtx", compute_capability=GPU)
     endless = torch.export.Dim("endless", min=1)
     shapes: Any = ({}, {2: endless}, {0: endless})
-    tokens = Case("endless", Tokens, CASES[4].states, CASES[4].inputs, options={"dynamic_shapes": shapes, "consecutive": ["positions"]})
+    known = next(case for case in CASES if case.name == "tokens")
+    tokens = Case("endless", Tokens, known.states, known.inputs, options={"dynamic_shapes": shapes, "consecutive": ["positions"]})
     with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
         build_direct_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)
     wide = Case(

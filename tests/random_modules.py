@@ -14,7 +14,8 @@ APPENDS = ("slice", "index_copy", "assign", "scatter", "where", "select", "two")
 REPLACES = ("window", "add", "copy", "roll", "decay")
 EXPLICIT = ("strided", "shuffled", "accumulated", "unaliased")
 DTYPES = (
-    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool,
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+    torch.complex64,
 )  # fmt: skip
 
 
@@ -51,11 +52,16 @@ class Composed(nn.Module):
         for state, plan in zip(all_states, self.plans, strict=True):
             for count, write in enumerate(plan.writes):
                 if self.looks:
-                    seen.append(state.to(torch.float32).sum(plan.axis))
+                    seen.append(seen_as(state).sum(plan.axis))
                 write_state(state, plan.axis, write, x * (count + 1), pos + count)
         pairs = list(zip(all_states, self.plans, strict=True))
         returned = [state for state, plan in pairs if plan.returned]
-        return (*seen, *(state.to(torch.float32).amax(plan.axis) for state, plan in pairs), *returned)
+        return (*seen, *(seen_as(state).amax(plan.axis) for state, plan in pairs), *returned)
+
+
+def seen_as(state: Tensor) -> Tensor:
+    """What is looked at of a state."""
+    return (state.real + state.imag if state.is_complex() else state).to(torch.float32)
 
 
 Way = Callable[[Tensor, int, Tensor, Tensor], object]
@@ -102,7 +108,8 @@ def write_state(state: Tensor, axis: int, write: str, x: Tensor, pos: Tensor) ->
     """Write a state along an axis: ``x`` ``[1]`` at position ``pos`` ``[1]``, in one of many ways."""
     extents = list(state.shape)
     extents[axis] = 1
-    WAYS[write](state, axis, x.expand(extents).to(state.dtype), pos)
+    new = torch.complex(x, 2 * x) if state.is_complex() else x
+    WAYS[write](state, axis, new.expand(extents).to(state.dtype), pos)
 
 
 @dataclass(frozen=True)
@@ -208,9 +215,11 @@ DEFECTS = [
     Defect("one tensor as two inputs", _add, lambda: (torch.zeros(4),) * 2, r"input \w+ and input \w+ share memory"),
     Defect("not contiguous", _add, lambda: (torch.zeros(4, 3).T,), r"has strides \(1, 3\), and the module writes it at .*contiguous"),
     Defect("expanded", _add, lambda: (torch.zeros(1).expand(3),), "strides|share memory|single memory location"),
-    Defect("no such type", _add, lambda: (torch.zeros(3, dtype=torch.complex64),), "complex64, which no engine takes"),
     Defect(
-        "small whole numbers", lambda m, x, s: s.add_(1).sum(), lambda: (torch.zeros(3, dtype=torch.int16),), "int16, which no engine takes"
+        "no such type",
+        lambda m, x, s: s.copy_(x.to(s.dtype)).to(torch.float32).sum(),
+        lambda: (torch.zeros(3).to(torch.float8_e4m3fnuz),),
+        "float8_e4m3fnuz, which no engine takes",
     ),
     Defect("writes a parameter", lambda module, x: module.weight.add_(x).sum(), because="parameter"),
     Defect(
@@ -223,7 +232,7 @@ DEFECTS = [
         "is not repeatable", lambda m, x, s: s.copy_(s + torch.rand_like(s)).sum(), lambda: (torch.zeros(3),), "differs from the module"
     ),
     Defect("takes an object", lambda m, x, o: x + 1, lambda: (object(),), "cannot capture|takes tensors"),
-    Defect("returns a complex number", lambda m, x: torch.complex(x, x), because=r"output .*complex64"),
+    Defect("returns such a type", lambda m, x: x.to(torch.float8_e8m0fnu), because=r"output .*float8_e8m0fnu, which no engine returns"),
 ]
 
 

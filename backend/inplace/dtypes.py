@@ -7,17 +7,23 @@ import torch
 
 
 class Dtype(StrEnum):
-    """Element types a tensor of an engine may have; the values are PyTorch's names."""
+    """Element types a tensor of an engine may have; the values are PyTorch's names. Triton and TensorRT have fewer."""
 
     BOOL = "bool"
     INT8 = "int8"
     UINT8 = "uint8"
+    INT16 = "int16"
+    UINT16 = "uint16"
     INT32 = "int32"
     INT64 = "int64"
+    FLOAT8_E4M3FN = "float8_e4m3fn"
+    FLOAT8_E5M2 = "float8_e5m2"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
     FLOAT64 = "float64"
+    COMPLEX64 = "complex64"
+    COMPLEX128 = "complex128"
 
     @property
     def as_torch(self) -> torch.dtype:

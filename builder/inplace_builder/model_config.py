@@ -26,6 +26,8 @@ TRITON_TYPES = {
     Dtype.BOOL: pb.TYPE_BOOL,
     Dtype.INT8: pb.TYPE_INT8,
     Dtype.UINT8: pb.TYPE_UINT8,
+    Dtype.INT16: pb.TYPE_INT16,
+    Dtype.UINT16: pb.TYPE_UINT16,
     Dtype.INT32: pb.TYPE_INT32,
     Dtype.INT64: pb.TYPE_INT64,
     Dtype.FLOAT16: pb.TYPE_FP16,
@@ -47,7 +49,9 @@ class Tensor:
 
     @classmethod
     def of(cls, spec: TensorSpec, *, optional: bool = False) -> "Tensor":
-        """The server's view of a program's tensor."""
+        """The server's view of a program's tensor; BuildError where Triton has no such type."""
+        if spec.dtype not in TRITON_TYPES:
+            raise BuildError(f"{spec.name} is {spec.dtype}, which Triton has no type for: convert it in the module (view_as_real, to)")
         return cls(spec.name, TRITON_TYPES[spec.dtype], spec.shape, ragged=spec.role is Role.TOKENS, optional=optional)
 
 

@@ -90,7 +90,8 @@ def _sampled(work: Work, scores: Tensor) -> Tensor:
 
 def poison(tensor: Tensor) -> None:
     """Fill with what must never reach a result: NaN, or the largest value of an integer type."""
-    tensor.fill_(float("nan") if tensor.is_floating_point() else tensor.dtype != torch.bool and torch.iinfo(tensor.dtype).max)
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    tensor.fill_(float("nan") if inexact else tensor.dtype != torch.bool and torch.iinfo(tensor.dtype).max)
 
 
 def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:

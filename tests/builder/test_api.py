@@ -1,6 +1,7 @@
 """Engines that are called like their module: values, states, addresses, files, and what is refused."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -169,8 +170,10 @@ def test_a_wrong_call_is_refused_and_changes_nothing(engine: Engine, case: str) 
     cache, (x, positions) = new_cache(), inputs(0)
     arguments = {"cache": dict(cache), "x": x, "positions": positions}
     change(arguments)
-    with pytest.raises(CallError, match=message):
+    with pytest.raises(CallError, match=message) as refused:
         engine(**arguments)
+    if "cache[" in str(refused.value) and case != "structure":
+        assert re.search(r"; the module writes it at .*test_api\.py\", line \d+, in forward \(", str(refused.value))
     assert not any(tensor.any() for tensor in cache.values())
     assert engine.states["count"].item() == 3
     engine(cache, x, positions)

@@ -33,9 +33,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Tensor, Tensor],
         rf"strides \(1, 4\), and the module writes it {LINE}",
     ),
     "no such type": (
-        lambda c, x: c.add_(x).abs().sum(),
-        (torch.zeros(4, dtype=torch.complex64), torch.zeros(4)),
-        f"complex64, which no engine takes, and the module writes it {LINE}",
+        lambda c, x: c.copy_(x.to(c.dtype)).to(torch.float32).sum(),
+        (torch.zeros(4).to(torch.float8_e4m3fnuz), torch.zeros(4)),
+        f"float8_e4m3fnuz, which no engine takes, and the module writes it {LINE}",
     ),
     "a copy is written": (
         lambda c, x: c.flip(0).add_(x).sum(),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inplace.direct.extents import evaluate
-from inplace.direct.manifest import Argument, DirectManifest
+from inplace.direct.manifest import Argument, DirectManifest, DirectState
 from inplace.errors import CallError
 
 ALIGNMENT = {"cpu": 1, "cuda": 256}
@@ -20,6 +20,7 @@ class Checks:
     def __init__(self, manifest: DirectManifest) -> None:
         self._device = manifest.engine.device
         self._ranges = manifest.call.ranges
+        self._lines = {state.source: state.line for state in manifest.tensors if state.owner == "caller"}
 
     def check(self, arguments: Sequence[Argument], given: Sequence[object]) -> dict[str, Any]:
         """Check the leaves of a call, in the order of ``arguments``, all but their memory.
@@ -39,7 +40,10 @@ class Checks:
                     raise CallError(f"argument {argument.where} is {_kind(value)}, the engine takes an int")
                 self._bind(argument, "value", value, argument.shape[0], bound)
             else:
-                self._check_tensor(argument, value, bound)
+                try:
+                    self._check_tensor(argument, value, bound)
+                except CallError as error:
+                    raise CallError(f"{error}{self._lines.get(argument.where, '')}") from None
         known = {symbol: value for symbol, (value, _) in bound.items()}
         for argument, value in zip(arguments, given, strict=True):  # extents computed from others, when all of those are known
             found = value.shape if isinstance(value, Tensor) else (value,)
@@ -100,34 +104,41 @@ def _check_constant(argument: Argument, value: object) -> None:
         )
 
 
-def check_memory(states: Mapping[str, Tensor], others: Mapping[str, object]) -> None:
+def check_memory(states: Sequence[tuple[DirectState, Tensor]], others: Mapping[str, object]) -> None:
     """No state may overlap another tensor of the call: the graph takes each for memory of its own.
 
     Args:
-        states: by the words for them in an error.
-        others: what else is passed, likewise.
+        states: with the memory of each.
+        others: what else is passed, by the words for it in an error.
 
     Raises:
         CallError: two tensors share memory, or a state begins at an address that the engine cannot be bound to.
     """
-    for title, tensor in states.items():
-        if tensor.data_ptr() % ALIGNMENT[tensor.device.type]:
+    for state, tensor in states:
+        alignment = ALIGNMENT[tensor.device.type]
+        if tensor.data_ptr() % alignment:
             raise CallError(
-                f"{title} begins at {tensor.data_ptr():#x}, the engine takes states at multiples of {ALIGNMENT[tensor.device.type]} bytes: "
-                f"allocate it by itself instead of as a part of another tensor"
+                f"{state.title} begins at {tensor.data_ptr():#x}, the engine takes states at multiples of {alignment} bytes: "
+                f"allocate it by itself instead of as a part of another tensor{state.line}"
             )
-    named = [(title, tensor, True) for title, tensor in states.items()]
-    named += [(title, value, False) for title, value in others.items() if isinstance(value, Tensor)]
+    named: list[tuple[str, Tensor, DirectState | None]] = [(state.title, tensor, state) for state, tensor in states]
+    named += [(title, value, None) for title, value in others.items() if isinstance(value, Tensor)]
     spans = sorted(((*_span(tensor), title, state) for title, tensor, state in named if tensor.numel()), key=lambda span: span[:2])
-    last_end, last_title, state_end, state_title = 0, "", 0, ""
-    for start, end, title, state in spans:
-        other = state_title if start < state_end else last_title if state and start < last_end else None
+    last_end, last_title = 0, ""
+    state_end = 0
+    before: DirectState | None = None  # the state that reaches farthest so far, to state_end
+    for start, end, title, owner in spans:
+        other = before.title if before is not None and start < state_end else last_title if owner is not None and start < last_end else None
         if other is not None:
-            raise CallError(f"{other} and {title} share memory, and one of them is a state, which the call writes: pass a copy of one")
+            written = owner or before
+            assert written is not None
+            raise CallError(
+                f"{other} and {title} share memory, and one of them is a state, which the call writes: pass a copy of one{written.line}"
+            )
         if end > last_end:
             last_end, last_title = end, title
-        if state and end > state_end:
-            state_end, state_title = end, title
+        if owner is not None and end > state_end:
+            state_end, before = end, owner
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -91,8 +91,8 @@ class Engine(nn.Module):
             found = self._operator(inputs, tensors, known)
         else:
             states = self.manifest.bound(tensors)
-            titled = {state.title: tensor for state, tensor in zip(self.manifest.states, states, strict=True)}
-            check_memory(titled, {f"argument {a.where}": v for a, v in zip(call.arguments, leaves, strict=True) if a.kind == "tensor"})
+            named = list(zip(self.manifest.states, states, strict=True))
+            check_memory(named, {f"argument {a.where}": v for a, v in zip(call.arguments, leaves, strict=True) if a.kind == "tensor"})
             found = self._runner.run(inputs, states)
         return pytree.tree_unflatten(found, self._outputs)
 

@@ -60,7 +60,7 @@ def _execute(
             raise RuntimeError(f"state {state.source} has strides {tensor.stride()}; it must be contiguous")
     parts = record.bound(states)
     check_memory(
-        {state.title: tensor for state, tensor in zip(record.states, parts, strict=True)},
+        list(zip(record.states, parts, strict=True)),
         {f"input {argument.where}": value for argument, value in zip(record.graph_inputs, given, strict=True)},
     )
     found = runner.run(given, parts)

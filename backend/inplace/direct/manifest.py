@@ -98,6 +98,7 @@ class DirectState(Frozen):
         dtype: element type.
         shape: the extents of that tensor.
         selects: where the state is a part of it, several having one source: axis and index of each `Tensor.select` that makes the part.
+        written: the line of the module that writes it first, for errors: ``at "file", line 3, in forward (code)``.
         leading: its first axis is the slot axis; else the graph takes ``unsqueeze(0)`` of it. All of these are the tensor's own memory.
     """
 
@@ -107,6 +108,7 @@ class DirectState(Frozen):
     dtype: Dtype
     shape: tuple[int, ...]
     selects: tuple[tuple[int, int], ...] = ()
+    written: str = ""
     leading: bool
 
     @property
@@ -122,6 +124,11 @@ class DirectState(Frozen):
         """How an error names it."""
         indices = "".join(f"[{':, ' * axis}{index}]" for axis, index in self.selects)
         return f"argument {self.source}{indices}" if self.owner == "caller" else f"the engine's state {self.source}{indices}"
+
+    @property
+    def line(self) -> str:
+        """What an error about the caller's tensor ends with."""
+        return f"; the module writes it {self.written}" if self.written else ""
 
     def part(self, tensor: Tensor) -> Tensor:
         """The state in the tensor that it is, or is a part of: the same memory."""

@@ -8,11 +8,19 @@ from inplace.operators.library import LIBRARY, define
 define("read", "(Tensor state, Tensor slots) -> Tensor")
 
 
+_AS = {
+    torch.uint16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
+}
+"""Types that PyTorch does not index, and those of the same size that it does."""
+
+
 @torch.library.impl(LIBRARY, "read", "CompositeExplicitAutograd")
 def _read(state: Tensor, slots: Tensor) -> Tensor:
-    rows = state.index_select(0, slots.clamp(min=0))
+    rows = state.view(_AS.get(state.dtype, state.dtype)).index_select(0, slots.clamp(min=0))
     null = (slots < 0).view(-1, *[1] * (state.dim() - 1))
-    return rows.masked_fill_(null, 0)
+    return rows.masked_fill_(null, 0).view(state.dtype)
 
 
 @torch.library.register_fake("inplace::read", lib=LIBRARY)

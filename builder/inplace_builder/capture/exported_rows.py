@@ -150,7 +150,7 @@ def _free_rows(traced: GraphModule, rows: int) -> None:
 def _spec(state: State, options: RowOptions) -> StateSpec:
     """What the manifest says of a state."""
     initial, spec = state.found.initial, state.spec()
-    if initial.numel() and not bool((initial == initial.reshape(-1)[0]).all()):
+    if initial.numel() and not bool((initial == spec.fill).all()):
         raise BuildError(f"state {state.found.source} begins with different numbers; a fresh slot holds one number everywhere")
     if spec.update is Update.APPEND and options.positions is None:  # where it writes is known to the module alone
         return spec.model_copy(update={"update": Update.REPLACE, "axis": None})

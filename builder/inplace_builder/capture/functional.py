@@ -161,7 +161,10 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
     for state, result in zip(states, values.values(), strict=True):
         check_extents(state, result, writers.get(state.name))
         check_state(state, writers.get(state.name))
-    states = tuple(replace(state, through=writers[state.name].through) if state.name in writers else state for state in states)
+    states = tuple(
+        replace(state, line=writers[state.name].line, through=writers[state.name].through) if state.name in writers else state
+        for state in states
+    )
     _reorder(graph, [*inputs, *(state.name for state in states)])
     last = graph.output_node()
     graph.erase_node(last)

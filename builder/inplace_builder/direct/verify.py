@@ -127,7 +127,7 @@ class _Changes:
 
     def reordered(self, tree: Any) -> Any:
         """The floating-point ones back to front."""
-        return self._changed(tree, self._tensors, torch.is_floating_point, lambda tensor, _: tensor.flip(tuple(range(tensor.dim()))))
+        return self._changed(tree, self._tensors, _is_inexact, lambda tensor, _: _backwards(tensor))
 
     def raised(self, tree: Any) -> Any:
         """All integers one higher."""
@@ -153,8 +153,18 @@ class _Changes:
         )
 
 
+def _backwards(tensor: Tensor) -> Tensor:
+    backwards = torch.arange(tensor.numel() - 1, -1, -1, device=tensor.device)  # flip knows fewer types
+    return tensor.reshape(-1)[backwards].reshape(tensor.shape)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    """Whether it may be positions: PyTorch does not compute with the other types of integers."""
+    return tensor.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def _difference(title: str, found: Tensor, expected: Tensor, weights: Dtype) -> float:
@@ -166,10 +176,11 @@ def _difference(title: str, found: Tensor, expected: Tensor, weights: Dtype) -> 
     if same_bits(found.reshape(-1), expected.reshape(-1)):
         return 0.0
     equal = (found == expected) | ((found != found) & (expected != expected))  # noqa: PLR0124  NaN in the same places
-    wide = torch.float64 if found.dtype == torch.float64 else torch.float32
-    one, other = (tensor.to(wide).masked_fill(equal & ~tensor.isfinite(), 0) for tensor in (found, expected))
+    wide = torch.promote_types(found.dtype, torch.float32) if found.itemsize > 1 else torch.float32
+    one, other = (tensor.to(wide) for tensor in (found, expected))
+    one, other = (tensor.masked_fill(equal & ~tensor.isfinite(), 0) for tensor in (one, other))
     error = float((one - other).norm() / other.norm().clamp(min=1e-12))
-    tolerance = max(TOLERANCE.get(Dtype.of(found.dtype), 0.0), TOLERANCE.get(weights, 0.0) if found.is_floating_point() else 0.0)
+    tolerance = max(TOLERANCE.get(Dtype.of(found.dtype), 0.0), TOLERANCE.get(weights, 0.0) if _is_inexact(found) else 0.0)
     if not error <= tolerance:
         raise BuildError(f"{title} differs from the module by {error:.1e}, more than {tolerance:.0e}; the engine is not written")
     return error

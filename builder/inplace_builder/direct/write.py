@@ -75,6 +75,7 @@ def direct_states(capture: ExportedCapture, call: Call) -> tuple[DirectState, ..
             dtype=dtype_of(state.found.initial, state.found.source),
             shape=tuple(state.found.argument.initial.shape),
             selects=state.found.selects,
+            written=state.found.line.strip(),
             leading=state.leading,
         )
         for state in capture.states

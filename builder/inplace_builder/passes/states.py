@@ -28,6 +28,7 @@ class Found:
         owner: whose memory it is.
         source: the input's name, or the buffer's qualified name.
         initial: what it held at capture, in the module's own shape.
+        line: the module's line that writes it first, as `source_line` has it.
         through: where a part of it is written through a view that no pattern follows: which, in words; else empty.
         whole: the tensor that it is a part of; None where it is one of its own.
         selects: axis and index of each `Tensor.select` that makes the part of the whole: a view that is contiguous, as the whole is.
@@ -37,6 +38,7 @@ class Found:
     owner: Owner
     source: str
     initial: Tensor
+    line: str = ""
     through: str = ""
     whole: "Found | None" = None
     selects: tuple[tuple[int, int], ...] = ()
@@ -126,7 +128,8 @@ class State:
         initial = self.found.initial
         slot = self.bound_initial()
         first = initial.reshape(-1)[0].item() if initial.numel() else 0.0
-        uniform = bool((initial == first).all())
+        uniform = bool((initial == first).all()) and (not isinstance(first, complex) or first.imag == 0)
+        first = first.real if isinstance(first, complex) else first
         return StateSpec(
             name=self.name,
             shape=tuple(slot.shape[1:]),

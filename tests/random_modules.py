@@ -68,7 +68,8 @@ Way = Callable[[Tensor, int, Tensor, Tensor], object]
 """Writes a state along an axis: the new entry (extent 1 on that axis), and its position ``[1]``."""
 
 
-def _at(axis: int, index: Any) -> tuple[Any, ...]:
+def at(axis: int, index: Any) -> tuple[Any, ...]:
+    """An index on one axis."""
     return (*(slice(None),) * axis, index)
 
 
@@ -89,7 +90,7 @@ WAYS: dict[str, Way] = {
     "select": lambda state, axis, new, pos: state.select(axis, -2).copy_(new.squeeze(axis)),
     "index_copy": lambda state, axis, new, pos: state.index_copy_(axis, pos, new),
     "two": lambda state, axis, new, pos: state.index_copy_(axis, pos + torch.arange(2), torch.cat([new, new], axis)),
-    "assign": lambda state, axis, new, pos: state.__setitem__(_at(axis, pos), new),
+    "assign": lambda state, axis, new, pos: state.__setitem__(at(axis, pos), new),
     "scatter": lambda state, axis, new, pos: state.scatter_(axis, pos.view([1] * state.dim()).expand(new.shape), new),
     "where": _masked,
     "window": lambda state, axis, new, pos: state.copy_(torch.cat([state.narrow(axis, 1, state.shape[axis] - 1), new], axis)),
@@ -97,8 +98,8 @@ WAYS: dict[str, Way] = {
     "decay": lambda state, axis, new, pos: state.copy_(_decayed(state, new)),
     "copy": lambda state, axis, new, pos: state.copy_(new.expand(state.shape)),
     "roll": lambda state, axis, new, pos: state.copy_(state.roll(1, axis)),
-    "strided": lambda state, axis, new, pos: state.__setitem__(_at(axis, slice(None, None, 2)), new),
-    "shuffled": lambda state, axis, new, pos: state.__setitem__(_at(axis, torch.cat([pos, 2 * pos + 1]) % CAPACITY), new),
+    "strided": lambda state, axis, new, pos: state.__setitem__(at(axis, slice(None, None, 2)), new),
+    "shuffled": lambda state, axis, new, pos: state.__setitem__(at(axis, torch.cat([pos, 2 * pos + 1]) % CAPACITY), new),
     "accumulated": lambda state, axis, new, pos: state.index_put_((*[torch.tensor([0])] * axis, pos), new.flatten()[:1], accumulate=True),
     "unaliased": lambda state, axis, new, pos: state.copy_((state + 0).index_copy(axis, pos, new)),
 }

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from inplace_builder.capture import capture_exported
+from inplace_builder.capture import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
+from random_modules import CAPACITY
+from random_steps import Attends, Heads
 from torch import Tensor, nn
 
 
@@ -72,3 +74,16 @@ def test_a_part_written_through_a_view_that_nothing_follows_is_said_or_refused(v
     assert state.pattern == "explicit" and says in state.because
     with pytest.raises(BuildError, match=rf"state cache is read, computed and written back whole: .*{says}.* {LINE}"):
         capture_exported(module, arguments, strict=True)
+
+
+def test_an_extent_that_is_to_vary_and_is_1_in_the_example_is_named() -> None:
+    how = Heads(1, 4, 2, 8, 0, 0.7, "capped", "additive", "expand", "index_copy", stacked=True)
+    tokens = torch.export.Dim("tokens", min=1, max=4)
+
+    def capture(count: int) -> ExportedCapture:
+        arguments = (torch.zeros(1, 2, 1, 2, CAPACITY, 8), torch.zeros(1, count, 32), torch.arange(count))
+        return capture_exported(Attends(how), arguments, dynamic_shapes=({}, {1: tokens}, {0: tokens}), consecutive=["pos"])
+
+    with pytest.raises(BuildError, match="if an extent that is to vary is 1 in the example, give it 2 entries or more"):
+        capture(1)
+    assert len(capture(2).states) == 2

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from inplace.direct import Engine
 from inplace_builder.api import build
 from inplace_builder.errors import BuildError
 from random_modules import APPENDS, STEPS, Broken, Defect, Random, copied, supported, unsupported
+from random_steps import Steps, Writes, attending, rows_of_their_own, varying_tokens
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -25,7 +27,7 @@ def as_bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
-def run_beside_eager(case: Random, engine: Engine) -> None:
+def run_beside_eager(case: Random | Steps, engine: Engine) -> None:
     """Outputs and states after each step; what a step of eager PyTorch leaves as it was, the engine must leave bit for bit."""
     eager, mine, theirs = deepcopy(case.module), case.states(), case.states()
     own = [*pytree.tree_leaves(mine), *engine.states.values()]
@@ -44,7 +46,7 @@ def run_beside_eager(case: Random, engine: Engine) -> None:
     assert addresses == [tensor.data_ptr() for tensor in own]
 
 
-def built(case: Random, **options: Any) -> Engine:
+def built(case: Random | Steps, **options: Any) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         return build(case.module, (case.states(), *case.inputs(0)), path=Path(folder) / "engine", **options)
 
@@ -56,6 +58,25 @@ def test_supported_modules_build_and_do_as_in_eager(case: Random) -> None:
     sources = {state.name: state.source for state in engine.manifest.states}
     appended = sum(set(plan.writes) <= set(APPENDS) for plan in case.plans)
     assert sum(pattern not in ("replace", "window") for pattern in patterns.values()) == appended, (patterns, sources)
+    run_beside_eager(case, engine)
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(st.one_of(rows_of_their_own(), varying_tokens()))
+def test_rows_at_their_own_positions_and_any_number_of_tokens(case: Steps) -> None:
+    engine = built(case, strict=True, **case.options)
+    assert isinstance(case.module, Writes)
+    for record, plan in zip(engine.manifest.lowering, case.module.states, strict=True):
+        assert (record.because.partition(":")[0] == "replace") == ("whole" in plan.ways), (record, plan)
+    run_beside_eager(case, engine)
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(attending())
+def test_attention_is_found_however_it_is_written(case: Steps) -> None:
+    engine = built(case, strict=True, **case.options)
+    found = [record for record in engine.manifest.lowering if "the attention behind it is" in record.because]
+    assert len(found) == 2 * case.attentions, engine.manifest.lowering
     run_beside_eager(case, engine)
 
 

@@ -14,7 +14,7 @@ import torch
 from inplace.direct import Engine
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.direct.call import describe_call
-from inplace_builder.direct.export import export_for
+from inplace_builder.direct.export import alignment, export_for
 from inplace_builder.direct.plan import build_direct_plan
 from inplace_builder.direct.write import write_direct
 from inplace_builder.errors import BuildError
@@ -26,24 +26,29 @@ pytest.importorskip("hypothesis", reason="needs Hypothesis, which makes the modu
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
 
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from random_modules import STEPS, Random, supported  # noqa: E402
+from random_steps import Steps, attending, rows_of_their_own, varying_tokens  # noqa: E402
 
-MODULES = 40
+MODULES, MORE = 40, 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
 
 
-def random_cases(dtypes: tuple[torch.dtype, ...]) -> list[Random]:
+Case = Random | Steps
+
+
+def examples(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
     """The same ones in every run."""
-    found: list[Random] = []
-    few = settings(max_examples=MODULES, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    found: list[Case] = []
+    few = settings(max_examples=count, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
     @few
-    @given(supported(dtypes))
-    def gather(case: Random) -> None:
+    @given(strategy)
+    def gather(case: Case) -> None:
         found.append(case)
 
     gather()
-    return found[:MODULES]
+    return found[:count]
 
 
 def cuda(tree: Any) -> Any:
@@ -51,13 +56,16 @@ def cuda(tree: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Random, Engine]]]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Case, Engine]]]:
     folder = tmp_path_factory.mktemp("engines")
-    cases = random_cases(DTYPES)
+    cases = examples(supported(DTYPES), MODULES)
+    cases += examples(st.one_of(rows_of_their_own(), varying_tokens(), attending()), MORE)
 
-    def captured(case: Random) -> tuple[ExportedCapture, Any]:  # torch.export is not made for threads
-        exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt")
-        capture = capture_exported(exported, strict=True)
+    def captured(case: Case) -> tuple[ExportedCapture, Any]:  # torch.export is not made for threads
+        options = dict(case.options) if isinstance(case, Steps) else {}
+        shapes = options.pop("dynamic_shapes", None)
+        exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt", dynamic_shapes=shapes)
+        capture = capture_exported(exported, strict=True, alignment=alignment("tensorrt"), **options)
         return capture, describe_call(exported, capture)
 
     def compiled(path: Path, capture: ExportedCapture, call: Any) -> Path:
@@ -72,14 +80,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Ran
         yield [(case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)]
 
 
-def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Random, Engine]]) -> None:
-    assert len(engines) == MODULES
+def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Case, Engine]]) -> None:
+    assert len(engines) == MODULES + MORE
     for index, (case, engine) in enumerate(engines):
         assert {alias.kind for alias in engine.manifest.parsed_aliases} == {"plugin"}
-        run_beside_eager(f"module {index}: {case.plans}", case, engine)
+        run_beside_eager(f"module {index}: {case}", case, engine)
 
 
-def run_beside_eager(title: str, case: Random, engine: Engine) -> None:
+def run_beside_eager(title: str, case: Case, engine: Engine) -> None:
     """Outputs and states after each step; what a step of eager PyTorch leaves as it was, the engine must leave bit for bit."""
     eager, mine, theirs = deepcopy(case.module), cuda(case.states()), case.states()
     own = [*pytree.tree_leaves(mine), *engine.states.values()]
@@ -100,8 +108,10 @@ def run_beside_eager(title: str, case: Random, engine: Engine) -> None:
 
 
 def test_what_tensorrt_has_no_type_for_is_refused_with_its_reason() -> None:
-    for case in random_cases((torch.float64,))[:10]:
+    for case in examples(supported((torch.float64, torch.complex64, torch.int16)), 10):
         exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt")
         capture = capture_exported(exported)
-        with pytest.raises(BuildError, match=r"no mechanism can update .*plugin: \w+ is float64, which TensorRT .* does not have"):
+        with pytest.raises(
+            BuildError, match=r"no mechanism can update .*plugin: \w+ is (float64|complex64|int16), which TensorRT .* does not have"
+        ):
             build_direct_plan(capture, describe_call(exported, capture), "tensorrt")

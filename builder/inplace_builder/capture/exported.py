@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from inplace_builder.capture.capture import any_size
-from inplace_builder.capture.functional import Functional, lift_mutated_buffers
+from inplace_builder.capture.functional import Functional, hint, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.cleanup import remove_no_ops
 from inplace_builder.passes.copying import copied_graph
@@ -157,17 +157,35 @@ def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedPr
     """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
     tensors = [torch.cat([state.bound_initial()] * 2) for state in states]
-    arguments = (*found.example_inputs, torch.arange(rows, dtype=torch.int32), *tensors)
+    arguments = (*_examples(found), torch.arange(rows, dtype=torch.int32), *tensors)
     shapes = (*_dynamic(found), None, *({0: slots} for _ in states))
     try:
         with torch.no_grad(), any_size():
             exported = torch.export.export(Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,))
     except Exception as error:
-        raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}") from error
+        raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}{hint(found.example_inputs)}") from error
     rename_inputs(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
     remove_no_ops(exported)
     exported._example_inputs = None
     return exported
+
+
+def _examples(found: Functional) -> tuple[Any, ...]:
+    """The example inputs, with two entries where an extent that varies is 1, which torch.export takes for a constant in some operators."""
+    extents: dict[Any, list[tuple[int, int]]] = {}
+    values = {node.name: node.meta["val"] for node in found.graph_module.graph.nodes if node.op == "placeholder"}
+    for place, name in enumerate(found.inputs):
+        for axis, extent in enumerate(values[name].shape if isinstance(values[name], Tensor) else ()):
+            if isinstance(extent, torch.SymInt):
+                extents.setdefault(extent.node.expr, []).append((place, axis))
+    examples = list(found.example_inputs)
+    for expression, places in extents.items():
+        alone = expression.is_Symbol and not any(expression in other.free_symbols for other in extents if other != expression)
+        if alone and expression in found.ranges and found.ranges[expression].upper >= 2:
+            for place, axis in places:
+                if examples[place].shape[axis] == 1:
+                    examples[place] = torch.cat([examples[place]] * 2, axis)
+    return tuple(examples)
 
 
 def _dynamic(found: Functional) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
         for state in recurrent.records:
-            torch.testing.assert_close(memory[state.name].view(state.shape), eager.get_buffer(state.source))
+            torch.testing.assert_close(memory[state.name].view_as(eager.get_buffer(state.source)), eager.get_buffer(state.source))
     assert addresses == {name: tensor.data_ptr() for name, tensor in memory.items()}
     assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), "what was handed out is the caller's own"
 

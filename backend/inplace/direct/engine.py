@@ -82,7 +82,7 @@ class Engine(nn.Module):
             given[state.source] if state.owner == "caller" else self.held.get_buffer(state.source) for state in self.manifest.tensors
         ]
         for state, tensor in zip(self.manifest.tensors, tensors, strict=True):
-            if state.owner == "module" and (tuple(tensor.shape), tensor.dtype) != (state.shape, state.dtype.as_torch):
+            if state.owner == "module" and not state.takes(tensor):
                 raise CallError(
                     f"the engine's state {state.source} has become {list(tensor.shape)} {tensor.dtype}, the engine was built for "
                     f"{list(state.shape)} {state.dtype}: an engine cannot be converted (half(), to()); build it from the converted module"

@@ -54,7 +54,7 @@ def _execute(
     whole, tensors = iter(numbers), iter(inputs)
     given = [next(whole) if argument.kind == "number" else next(tensors) for argument in record.graph_inputs]
     for state, tensor in zip(record.tensors, states, strict=True):
-        if (tuple(tensor.shape), tensor.dtype, tensor.device.type) != (state.shape, state.dtype.as_torch, record.engine.device):
+        if not state.takes(tensor) or tensor.device.type != record.engine.device:
             raise RuntimeError(f"state {state.source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, the engine has {state}")
         if not tensor.is_contiguous():
             raise RuntimeError(f"state {state.source} has strides {tensor.stride()}; it must be contiguous")

@@ -96,7 +96,7 @@ class DirectState(Frozen):
         owner: ``caller``: an argument; ``module``: a buffer, held by the engine.
         source: where the caller passes it, or the buffer's qualified name.
         dtype: element type.
-        shape: the extents of that tensor.
+        shape: the extents of that tensor, as of `Argument`: a text is one that a call chooses.
         selects: where the state is a part of it, several having one source: axis and index of each `Tensor.select` that makes the part.
         written: the line of the module that writes it first, for errors: ``at "file", line 3, in forward (code)``.
         leading: its first axis is the slot axis; else the graph takes ``unsqueeze(0)`` of it. All of these are the tensor's own memory.
@@ -106,13 +106,13 @@ class DirectState(Frozen):
     owner: Literal["caller", "module"]
     source: str
     dtype: Dtype
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     selects: tuple[tuple[int, int], ...] = ()
     written: str = ""
     leading: bool
 
     @property
-    def extents(self) -> tuple[int, ...]:
+    def extents(self) -> tuple[int | str, ...]:
         """The state's own."""
         found = list(self.shape)
         for axis, _ in self.selects:
@@ -129,6 +129,14 @@ class DirectState(Frozen):
     def line(self) -> str:
         """What an error about the caller's tensor ends with."""
         return f"; the module writes it {self.written}" if self.written else ""
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the type and, but for those that a call chooses, the extents."""
+        return (
+            tensor.dtype == self.dtype.as_torch
+            and tensor.dim() == len(self.shape)
+            and all(isinstance(wanted, str) or extent == wanted for extent, wanted in zip(tensor.shape, self.shape, strict=True))
+        )
 
     def part(self, tensor: Tensor) -> Tensor:
         """The state in the tensor that it is, or is a part of: the same memory."""
@@ -173,7 +181,7 @@ class DirectManifest(Frozen):
         for state in self.states:
             extents = list(state.shape)
             for axis, index in state.selects:
-                if not 0 <= axis < len(extents) or not 0 <= index < extents.pop(axis):
+                if not 0 <= axis < len(extents) or not isinstance(extent := extents.pop(axis), int) or not 0 <= index < extent:
                     raise ValueError(f"state {state.name} is {state.selects} of a tensor {state.shape}, which has no such part")
         if (self.held is None) == any(state.owner == "module" for state in self.states):
             raise ValueError("states that the module owns have a file with their values, and nothing else has")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inplace.direct.checks import ALIGNMENT
 from inplace.direct.extents import evaluate
-from inplace.direct.manifest import Argument, DirectManifest, result_name
+from inplace.direct.manifest import Argument, DirectManifest, DirectState, result_name
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.opening import check_native_aliases, open_plan
 from inplace.errors import LoadError
@@ -62,7 +62,7 @@ class TensorRtPlan:
         aliases = {alias.input: alias for alias in manifest.parsed_aliases}
         self._outputs = {alias.input: alias.output for alias in aliases.values()}
         self._second = {
-            state.name: torch.empty(state.extents, dtype=state.dtype.as_torch, device="cuda")
+            state.name: torch.empty(_fixed(state), dtype=state.dtype.as_torch, device="cuda")
             for state in manifest.states
             if aliases[state.name].kind not in IN_PLACE
         }
@@ -158,7 +158,7 @@ class TensorRtPlan:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for state in manifest.states:
             shape = tuple(engine.get_tensor_shape(state.name))
-            if shape not in (state.extents, (1, *state.extents)):
+            if shape not in (_fixed(state), (1, *_fixed(state))):
                 raise LoadError(f"{self._title} has state {state.name} as {list(shape)}, the manifest says {state}; build the engine again")
             self._shapes[state.name] = shape
         return frozenset(names)
@@ -169,7 +169,7 @@ class TensorRtPlan:
         Raises:
             LoadError: the engine fails, or a state that a plugin updates is not what any plugin was handed.
         """
-        states = [torch.zeros(state.extents, dtype=state.dtype.as_torch, device="cuda") for state in self._manifest.states]
+        states = [torch.zeros(_fixed(state), dtype=state.dtype.as_torch, device="cuda") for state in self._manifest.states]
         inputs = {argument.name: self._smallest(argument) for argument in self._manifest.graph_inputs}
         try:
             torch.cuda.synchronize()
@@ -190,6 +190,11 @@ class TensorRtPlan:
         assert argument.dtype is not None
         least = {symbol: max(low or 0, 1) for symbol, (low, _) in self._manifest.call.ranges.items()}
         return torch.zeros([evaluate(extent, least) for extent in argument.shape], dtype=argument.dtype.as_torch, device="cuda")
+
+
+def _fixed(state: DirectState) -> tuple[int, ...]:
+    """A state's extents: the builder makes no plan of one whose extents vary."""
+    return tuple(int(extent) for extent in state.extents)
 
 
 def _bindable(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The graph itself, run by PyTorch on the states that it is handed."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -82,7 +82,7 @@ def _check_states(exported: torch.export.ExportedProgram, manifest: DirectManife
     for state in manifest.states:
         value = values[state.name]
         slot = state.extents[1:] if state.leading else state.extents
-        if (tuple(value.shape[1:]), value.dtype) != (slot, state.dtype.as_torch):
+        if (described(value)[1][1:], value.dtype) != (slot, state.dtype.as_torch):
             raise LoadError(f"{title} has state {state.name} as {value}, the manifest says {state}; build the engine again")
 
 
@@ -94,7 +94,7 @@ def _check_call(exported: torch.export.ExportedProgram, manifest: DirectManifest
         dtype = argument.dtype.as_torch if argument.dtype is not None else None
         if isinstance(value, Tensor) != (argument.kind == "tensor") or described(value) != (dtype, argument.shape):
             raise LoadError(f"{title} takes {argument.name} as {value}, the manifest says {argument}; build the engine again")
-    found = ranges(exported, [argument.name for argument in manifest.graph_inputs])
+    found = ranges(exported, [argument.shape for argument in manifest.call.arguments])
     if manifest.call.ranges != found:
         raise LoadError(f"{title} has the ranges {found}, the manifest says {manifest.call.ranges}; build the engine again")
     if results(exported) != manifest.call.results:
@@ -109,16 +109,9 @@ def described(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ...]]:
     )
 
 
-def ranges(exported: torch.export.ExportedProgram, names: Collection[str]) -> dict[str, tuple[int | None, int | None]]:
-    """What each symbol in the shapes of these inputs may be."""
-    texts = {
-        symbol
-        for node in exported.graph.nodes
-        if node.op == "placeholder" and node.name in names
-        for extent in described(node.meta["val"])[1]
-        if isinstance(extent, str)
-        for symbol in symbols(extent)
-    }
+def ranges(exported: torch.export.ExportedProgram, shapes: Iterable[tuple[int | str, ...]]) -> dict[str, tuple[int | None, int | None]]:
+    """What each symbol in these shapes may be."""
+    texts = {symbol for shape in shapes for extent in shape if isinstance(extent, str) for symbol in symbols(extent)}
     return {str(symbol): _limits(limits) for symbol, limits in exported.range_constraints.items() if str(symbol) in texts}
 
 

@@ -158,7 +158,8 @@ def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedPr
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
     tensors = [torch.cat([state.bound_initial()] * 2) for state in states]
     arguments = (*_examples(found), torch.arange(rows, dtype=torch.int32), *tensors)
-    shapes = (*_dynamic(found), None, *({0: slots} for _ in states))
+    inputs, memory = _dynamic(found, [state.name for state in states])
+    shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
         with torch.no_grad(), any_size():
             exported = torch.export.export(Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,))
@@ -179,8 +180,13 @@ def _examples(found: Functional) -> tuple[Any, ...]:
             if isinstance(extent, torch.SymInt):
                 extents.setdefault(extent.node.expr, []).append((place, axis))
     examples = list(found.example_inputs)
+    taken = {symbol for state in found.states for symbol in _symbols(values.get(state.name))}
     for expression, places in extents.items():
-        alone = expression.is_Symbol and not any(expression in other.free_symbols for other in extents if other != expression)
+        alone = (
+            expression.is_Symbol
+            and expression not in taken
+            and not any(expression in other.free_symbols for other in extents if other != expression)
+        )
         if alone and expression in found.ranges and found.ranges[expression].upper >= 2:
             for place, axis in places:
                 if examples[place].shape[axis] == 1:
@@ -188,8 +194,13 @@ def _examples(found: Functional) -> tuple[Any, ...]:
     return tuple(examples)
 
 
-def _dynamic(found: Functional) -> tuple[Any, ...]:
-    """The dynamic extents of the inputs, as torch.export found them the first time."""
+def _symbols(held: Any) -> set[Any]:
+    """The symbols in a tensor's extents."""
+    return {symbol for extent in getattr(held, "shape", ()) if not isinstance(extent, int) for symbol in extent.node.expr.free_symbols}
+
+
+def _dynamic(found: Functional, states: Sequence[str]) -> tuple[list[Any], list[dict[int, Any]]]:
+    """The dynamic extents of the inputs, and of the states in slots, as torch.export found them the first time."""
     placeholders = {node.name: node for node in found.graph_module.graph.nodes if node.op == "placeholder"}
     named: dict[Any, Any] = {}
     shapes: list[Any] = []
@@ -198,8 +209,14 @@ def _dynamic(found: Functional) -> tuple[Any, ...]:
         if isinstance(held, torch.SymInt):
             shapes.append(Dim.DYNAMIC)
             continue
-        shapes.append({axis: _dim(extent, found, named) for axis, extent in enumerate(held.shape) if not isinstance(extent, int)} or None)
-    return tuple(shapes)
+        shapes.append(_dims(held, found, named) or None)
+    return shapes, [_dims(placeholders[name].meta["val"], found, named) for name in states]
+
+
+def _dims(held: Tensor, found: Functional, named: dict[Any, Any]) -> dict[int, Any]:
+    """The extents of a tensor that vary."""
+    extents: list[Any] = list(held.shape)
+    return {axis: _dim(extent, found, named) for axis, extent in enumerate(extents) if not isinstance(extent, int)}
 
 
 def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:

@@ -149,6 +149,8 @@ def _free_rows(traced: GraphModule, rows: int) -> None:
 
 def _spec(state: State, options: RowOptions) -> StateSpec:
     """What the manifest says of a state."""
+    if state.found.varies:
+        raise BuildError(f"state {state.found.source} has extents that vary; slots are all of one size")
     initial, spec = state.found.initial, state.spec()
     if initial.numel() and not bool((initial == spec.fill).all()):
         raise BuildError(f"state {state.found.source} begins with different numbers; a fresh slot holds one number everywhere")

@@ -151,7 +151,8 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
                 graph.erase_node(node)  # a Python constant, baked into the graph
             elif isinstance(spec.arg, TensorArgument) and node.name in written_inputs:
                 initial = leaf.detach().clone() if isinstance(leaf, Tensor) else torch.zeros(tuple(node.meta["val"].shape))
-                found[node.name] = Found(node.name, Owner.CALLER, node.name, initial)
+                varies = frozenset(axis for axis, extent in enumerate(node.meta["val"].shape) if not isinstance(extent, int))
+                found[node.name] = Found(node.name, Owner.CALLER, node.name, initial, varies)
             else:
                 inputs.append(node.name)
                 passed.append(leaf)

@@ -1,6 +1,6 @@
 """How a module was called, as the manifest of a directly called engine has it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,10 +11,12 @@ from inplace.errors import LoadError
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.passes.states import State
 
 
 def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
@@ -28,7 +30,7 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
     specs = [spec for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     if len(leaves) != len(specs):
         raise BuildError(f"torch.export took {len(specs)} of {len(leaves)} arguments; pass each tensor of a call as an argument of its own")
-    states = {state.found.argument.name for state in capture.states}
+    states = {state.found.argument.name: state for state in capture.states}
     placeholders = {node.name: node for node in capture.exported.graph.nodes if node.op == "placeholder"}
     arguments: list[Argument] = []
     for (where, leaf), spec in zip(leaves, specs, strict=True):
@@ -38,11 +40,11 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
                 raise BuildError(f"argument {title} is a {type(leaf).__name__}; an engine takes tensors, numbers and constants")
             arguments.append(Argument(where=title, kind="constant", value=leaf))
             continue
-        state = spec.arg.name in states
+        state = states.get(spec.arg.name)
         value = leaf if state else placeholders[spec.arg.name].meta["val"]
         if isinstance(leaf, Tensor):
             kind: Literal["state", "tensor"] = "state" if state else "tensor"
-            extents = described(value)[1]
+            extents = described(value)[1] if state is None else _extents(leaf, state, placeholders)
             arguments.append(Argument(where=title, name=spec.arg.name, kind=kind, dtype=dtype_of(leaf, title), shape=extents))
         elif isinstance(value, torch.SymInt):
             arguments.append(Argument(where=title, name=spec.arg.name, kind="number", shape=described(value)[1]))
@@ -61,13 +63,23 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
         raise BuildError(f"an output cannot be returned by an engine: {brief(error)}; return tensors, numbers and constants") from error
     return Call(
         arguments=tuple(arguments),
-        ranges=ranges(capture.exported, capture.inputs),
+        ranges=ranges(capture.exported, [argument.shape for argument in arguments]),
         results=returned,
         inputs=trees[0],
         outputs=trees[1],
         parameters=parameters,
         positional=len(args),
     )
+
+
+def _extents(tensor: Tensor, state: State, placeholders: Mapping[str, Node]) -> tuple[int | str, ...]:
+    """The extents of a tensor that is a state or is divided into some."""
+    found: list[int | str] = list(tensor.shape)
+    if state.found.varies:  # then it is not divided
+        in_slots = described(placeholders[state.name].meta["val"])[1]
+        for axis in state.found.varies:
+            found[axis] = in_slots[axis + (not state.leading)]
+    return tuple(found)
 
 
 def _title(where: tuple[Any, ...], parameters: Sequence[str]) -> str:

@@ -119,6 +119,11 @@ def _bound_shape(state: State, spec: StateSpec, rows: int) -> tuple[int, ...]:
 
 def _check_leaves(call: Call) -> None:
     for argument in call.arguments:
+        if argument.kind == "state" and any(isinstance(extent, str) for extent in argument.shape):
+            raise BuildError(
+                f"argument {argument.where} is a state of {list(argument.shape)}, of which a call chooses an extent: a plan is bound to "
+                f"states of fixed extents; build one for each, or engine='torch'"
+            )
         if argument.kind == "number":
             raise BuildError(
                 f"argument {argument.where} is a Python number that changes from call to call, which TensorRT cannot take: pass a tensor"

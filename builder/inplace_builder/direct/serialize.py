@@ -120,7 +120,7 @@ def serialize(
         engine=engine,
         plan=None if plan is None else plan.record,
         inputs=tuple(inputs),
-        states=tuple(Binding(state.name, state.dtype, tuple(initial[state.name].shape)) for state in records),
+        states=tuple(Binding(state.name, state.dtype, _bound(state, initial[state.name])) for state in records),
         outputs=tuple(Binding(result_name(place), r.dtype, r.shape) for place, r in enumerate(call.results) if r.dtype is not None),
         aliases=capture.aliases if plan is None else plan.aliases,
         lowering=lowering(capture, plan),
@@ -128,6 +128,11 @@ def serialize(
         records=records,
         initial=initial,
     )
+
+
+def _bound(state: DirectState, initial: Tensor) -> tuple[int | str, ...]:
+    """Extents as they are bound: with a slot in front where the tensor has none."""
+    return (*initial.shape[: initial.dim() - len(state.extents)], *state.extents)
 
 
 def _archive(exported: ExportedProgram) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from inplace.direct import Engine
-from inplace.direct.manifest import DirectManifest
+from inplace.direct.manifest import Argument, DirectManifest
 from inplace.dtypes import Dtype
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -19,7 +19,8 @@ def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any, pr
     """Call engine and module side by side, each where it runs, on its own copy of the states.
 
     Twice with the example's arguments, twice with its floating-point inputs in another order, then with other integers, which may be
-    positions: all one higher, and each any number below the shortest state; these only where the module itself takes them.
+    positions: all one higher, and each any number below the shortest state; and with states whose extents vary one longer. These only
+    where the module itself takes them.
 
     Args:
         engine: as it was loaded from its files.
@@ -95,7 +96,7 @@ def _calls(changes: "_Changes", reference: torch.nn.Module, theirs: Any, mine: A
     yield from [(theirs, mine)] * 2
     theirs, mine = changes.reordered(theirs), changes.reordered(mine)
     yield from [(theirs, mine)] * 2
-    for change in (changes.raised, changes.elsewhere):
+    for change in (changes.raised, changes.elsewhere, *([changes.longer] if changes.varies else [])):
         changed = change(theirs)
         if _takes(reference, changed):
             yield changed, change(mine)
@@ -122,8 +123,16 @@ class _Changes:
 
     def __init__(self, manifest: DirectManifest, promised: Collection[str]) -> None:
         self._free = [argument.kind == "tensor" and argument.name not in promised for argument in manifest.call.arguments]
+        self._arguments, self._ranges = manifest.call.arguments, manifest.call.ranges
         self._tensors = [argument.kind == "tensor" for argument in manifest.call.arguments]
-        self._shortest = min((extent for state in manifest.states for extent in state.extents if extent > 1), default=1)
+        self._shortest = min(
+            (extent for state in manifest.states for extent in state.extents if isinstance(extent, int) and extent > 1), default=1
+        )
+
+    @property
+    def varies(self) -> bool:
+        """Whether a call chooses an extent of a state."""
+        return any(argument.kind == "state" and isinstance(extent, str) for argument in self._arguments for extent in argument.shape)
 
     def reordered(self, tree: Any) -> Any:
         """The floating-point ones back to front."""
@@ -141,6 +150,23 @@ class _Changes:
             return numbers.to(tensor.dtype).to(tensor.device)
 
         return self._changed(tree, self._free, _is_integer, drawn)
+
+    def longer(self, tree: Any) -> Any:
+        """States whose extents vary, one longer there, as far as they may be; what is new holds zeros."""
+        leaves, spec = pytree.tree_flatten(tree)
+        return pytree.tree_unflatten([self._longer(leaf, one) for leaf, one in zip(leaves, self._arguments, strict=True)], spec)
+
+    def _longer(self, leaf: Any, argument: Argument) -> Any:
+        if argument.kind != "state" or all(isinstance(extent, int) for extent in argument.shape):
+            return leaf
+        limits = (
+            self._ranges.get(extent, (None, None))[1] if isinstance(extent, str) else held
+            for extent, held in zip(argument.shape, leaf.shape, strict=True)
+        )
+        extents = [held + (limit is None or held < limit) for held, limit in zip(leaf.shape, limits, strict=True)]
+        found = torch.zeros(extents, dtype=leaf.dtype, device=leaf.device)
+        found[tuple(slice(extent) for extent in leaf.shape)] = leaf
+        return found
 
     def _changed(self, tree: Any, which: Sequence[bool], kind: Callable[[Tensor], bool], change: Callable[[Tensor, int], Tensor]) -> Any:
         leaves, spec = pytree.tree_flatten(tree)

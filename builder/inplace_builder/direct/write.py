@@ -66,14 +66,14 @@ def held_states(capture: ExportedCapture) -> dict[str, torch.Tensor]:
 
 def direct_states(capture: ExportedCapture, call: Call) -> tuple[DirectState, ...]:
     """The states as the manifest has them."""
-    where = {argument.name: argument.where for argument in call.arguments}
+    passed = {argument.name: argument for argument in call.arguments}
     return tuple(
         DirectState(
             name=state.name,
             owner="caller" if state.found.owner is Owner.CALLER else "module",
-            source=where.get(state.found.argument.name, state.found.argument.source),
+            source=passed[name].where if (name := state.found.argument.name) in passed else state.found.argument.source,
             dtype=dtype_of(state.found.initial, state.found.source),
-            shape=tuple(state.found.argument.initial.shape),
+            shape=passed[name].shape if name in passed else tuple(state.found.argument.initial.shape),
             selects=state.found.selects,
             written=state.found.line.strip(),
             leading=state.leading,

@@ -91,6 +91,8 @@ def _reaches(node: Node, placeholder: Node) -> bool:
 
 def _misfit(write: Write, found: Found, rows: int) -> str | None:
     """Why an update cannot say this write, although a pattern recognised it."""
+    if found.varies - {write.axis}:
+        return f"{write.pattern} into a tensor of which another extent varies than the one that is written along"
     if write.per_row and rows == 1:
         return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
     if write.axis == 0 and found.leading(rows) and not is_whole(write, found):
@@ -101,7 +103,8 @@ def _misfit(write: Write, found: Found, rows: int) -> str | None:
 def is_whole(write: Write, found: Found) -> bool:
     """Whether a write covers its axis from end to end."""
     return (
-        isinstance(write.start, int)
+        write.axis not in found.varies
+        and isinstance(write.start, int)
         and write.start == 0
         and isinstance(write.count, int)
         and write.count == found.initial.shape[write.axis]

@@ -62,6 +62,8 @@ def divide(module: GraphModule, original: GraphModule, states: Sequence[Found], 
 
 
 def _division(module: GraphModule, place: int, state: Found, alignment: int) -> _Division | None:
+    if state.varies:
+        return None
     placeholder, result = _placeholder(module.graph, state.name), _returned(module.graph)[place]
     extents = tuple(state.initial.shape)
     versions, pending = {placeholder}, [placeholder]

@@ -105,6 +105,8 @@ def _select_scatter(node: Node, question: Question) -> Write | Refusal:
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(node))
     if isinstance(index, int) and index < 0:
+        if not isinstance(shape(base)[axis], int):
+            return Refusal(node, base, "an entry counted from the end of a state whose extent is dynamic")
         index += shape(base)[axis]
     return Write(node, base, "select_scatter", axis, 1, index, new, wraps=not isinstance(index, int), unsqueeze=axis)
 

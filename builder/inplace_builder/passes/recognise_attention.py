@@ -139,6 +139,7 @@ def _attention(
     rows, heads, tokens, _ = shape(one.query)
     require(keys.node is not values.node, "keys and values are one cache")
     require(rows == 1, "its query has several rows")
+    require(isinstance(shape(keys.node)[2], int), "the length of its caches varies, so its mask cannot be evaluated for every position")
     require(one.dropout == 0.0, "it drops out")
     require(str(keys.count) == str(values.count) == str(tokens), "it has another number of queries than of new keys and values")
     require(dtype(one.query) == dtype(keys.node) == dtype(values.node), "its query has another type than the caches")

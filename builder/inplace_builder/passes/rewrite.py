@@ -51,7 +51,7 @@ class Rewriting:
             if is_whole(write, found):
                 emit.call(inplace.update.default, state, self.slots, new)
                 return
-            start = self.start(emit, write, found)
+            start = self.start(emit, write, found, state)
             slots = self.slots
             if write.ignores:
                 fits = emit.call(
@@ -79,7 +79,7 @@ class Rewriting:
                 self.slots,
                 _one_row(emit, found.query),
                 # a negative start is an error here: the masks were compared for the starts that fit
-                self.start(emit, replace(found.keys, wraps=False), states[0]),
+                self.start(emit, replace(found.keys, wraps=False), states[0], placeholders[0]),
                 scale=found.scale,
                 window=found.window,
                 softcap=found.softcap,
@@ -89,11 +89,13 @@ class Rewriting:
         for node in (found.node, *found.path):
             self.graph.erase_node(node)
 
-    def start(self, emit: Emitter, write: Write, found: Found) -> Node:
+    def start(self, emit: Emitter, write: Write, found: Found, state: Node) -> Node:
         """The write indices ``[rows]``, int32."""
-        capacity = found.initial.shape[write.axis]
         if isinstance(write.start, int):
             return emit.call(aten.full.default, [self.rows], write.start, dtype=torch.int32)
+        capacity: Any = found.initial.shape[write.axis]
+        if write.axis in found.varies:
+            capacity = emit.call(aten.sym_size.int, state, write.axis + (not found.leading(self.rows)))
         start: Node | None
         if isinstance(value(write.start), torch.Tensor):
             start = emit.call(aten.reshape.default, write.start, [-1])
@@ -104,7 +106,7 @@ class Rewriting:
         assert start is not None
         if write.wraps:
             below = emit.call(aten.lt.Scalar, start, 0)
-            start = emit.call(aten.where.self, below, emit.call(aten.add.Tensor, start, capacity), start)
+            start = emit.call(aten.where.self, below, emit.call(aten.add.Scalar, start, capacity), start)
         if dtype(start) != torch.int32:  # what is outside stays outside
             start = emit.call(aten.to.dtype, emit.call(aten.clamp.default, start, -1, capacity), torch.int32)
         return start if _is(shape(start)[0], self.rows) else emit.call(aten.expand.default, start, [self.rows])
@@ -237,8 +239,10 @@ def _slots(graph: Graph, before: Node, rows: int) -> Node:
 
 def _in_slots(placeholder: Node, state: Found, rows: int) -> None:
     """From here on the placeholder is the state in some slots."""
+    extents = shape(placeholder)  # symbolic where they vary
     with value(placeholder).fake_mode:
-        placeholder.meta["val"] = torch.empty((rows + 1, *state.slot_shape(rows)), dtype=state.initial.dtype)
+        slot = extents[1:] if state.leading(rows) else extents
+        placeholder.meta["val"] = torch.empty((rows + 1, *slot), dtype=state.initial.dtype)
 
 
 def _reads(work: Rewriting, placeholder: Node, state: Found, chain: Chain, into_attention: Collection[Node]) -> None:

@@ -28,6 +28,7 @@ class Found:
         owner: whose memory it is.
         source: the input's name, or the buffer's qualified name.
         initial: what it held at capture, in the module's own shape.
+        varies: axes of which a call chooses the extent (of the caller's tensors only).
         line: the module's line that writes it first, as `source_line` has it.
         through: where a part of it is written through a view that no pattern follows: which, in words; else empty.
         whole: the tensor that it is a part of; None where it is one of its own.
@@ -38,6 +39,7 @@ class Found:
     owner: Owner
     source: str
     initial: Tensor
+    varies: frozenset[int] = frozenset()
     line: str = ""
     through: str = ""
     whole: "Found | None" = None

@@ -33,9 +33,13 @@ def _attention(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
+    bounds, owners, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
+    capacity = key_state.shape[2]
+    single = bounds == list(range(len(query) + 1)) and min(owners, default=-1) >= 0 and max(starts, default=0) < capacity
+    if single and append and causal and not softcap and key is not None and value is not None:
+        return _decode(query, key, value, key_state, value_state, slots, write_indices, scale, window)
     out = query.new_empty((*query.shape[:2], value_state.shape[3]))
-    bounds = row_offsets.tolist()
-    for row, (slot, start) in enumerate(zip(slots.tolist(), write_indices.tolist(), strict=True)):
+    for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
         first, end = bounds[row], bounds[row + 1]
         if slot < 0:
             out[first:end] = 0
@@ -52,6 +56,32 @@ def _attention(
             query[first:end], keys, values, mask, scale, softcap, square=causal and not window and offset == start == 0
         )
     return out
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    write_indices: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """One token of each row, none of which goes round a ring: few calls into PyTorch, which are what a small model's step costs."""
+    key_state[slots, :, write_indices] = key
+    value_state[slots, :, write_indices] = value
+    out = query.new_empty((*query.shape[:2], value_state.shape[3]))
+    for row, (slot, last) in enumerate(zip(slots.tolist(), write_indices.tolist(), strict=True)):
+        seen = slice(max(0, last - window + 1) if window else 0, last + 1)
+        out[row] = _attend_one(query[row], key_state[slot, :, seen], value_state[slot, :, seen], scale)
+    return out
+
+
+def _attend_one(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """One token ``[heads, dim]`` over all of keys and values ``[kv_heads, length, dim]``."""
+    return F.scaled_dot_product_attention(query[None, :, None], keys[None], values[None], scale=scale, enable_gqa=True)[0, :, 0]
 
 
 @torch.library.impl(LIBRARY, "attention", "CUDA")
@@ -150,6 +180,8 @@ def _visible(
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float, *, square: bool) -> Tensor:
     """Softmax attention of one row; query ``[tokens, heads, dim]``, keys and values ``[kv_heads, length, dim]``."""
     tokens, heads, dim = query.shape
+    if tokens == 1 and mask is None and not softcap:
+        return _attend_one(query[0], keys, values, scale)[None]
     kv_heads, group = keys.shape[0], heads // keys.shape[0]
     grouped = query.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
     if mask is not None:

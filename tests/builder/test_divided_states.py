@@ -238,3 +238,34 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
             with torch.no_grad():
                 known.append(int(module(torch.tensor([known]), torch.arange(len(known)))[0, -1].argmax()))
         assert said == known[len(one) :]
+
+
+class Views(nn.Module):
+    """Layers hold views of one buffer: registered, as plain attributes, and a view of a view."""
+
+    cache: Tensor
+    keys: Tensor
+
+    def __init__(self, *, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.register_buffer("cache", torch.zeros(2, 3, 1, CAPACITY, 4))
+        self.register_buffer("keys", self.cache[0])
+        self.first = self.keys[0]
+        self.values = self.cache[1, 2]
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        self.first.index_copy_(1, pos, x)
+        self.values[:, pos] = x * 2
+        self.keys[2, :, pos] = x + 1
+        return self.cache.sum((0, 1, 3)) if self.whole else self.first.sum(1) + self.values.amax(1) - self.keys[2].sum(1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_views_of_one_buffer_that_a_module_holds_are_that_buffer(whole: bool, tmp_path: Path) -> None:
+    capture = compare(Views(whole=whole), [], lambda step: (noise(step, 1, 1, 4), torch.tensor([step])))
+    assert {state.found.argument.source for state in capture.states} == {"cache"}
+    written = {state.found.selects: state.pattern for state in capture.states}
+    assert whole or (written[(0, 0), (0, 0)] == "index_copy" and written[(0, 1), (0, 2)] == written[(0, 0), (0, 2)] == "index_put")
+    engine = build(Views(whole=whole), (noise(0, 1, 1, 4), torch.tensor([0])), path=tmp_path / "engine")
+    assert list(engine.states) == ["cache"]

@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError
+from inplace_builder.passes.emit import Emitter
 from inplace_builder.passes.state_uses import source_line
 from inplace_builder.passes.states import Found
 
@@ -131,17 +132,22 @@ NEW_VERSIONS = frozenset(
 
 
 def check_sharing(exported: ExportedProgram) -> None:
-    """Make one of buffers that are the same tensor; refuse memory shared in any other way once it is written.
+    """Make one of buffers that are one tensor or parts of one; refuse memory shared in any other way once it is written.
 
     Functionalisation takes every input for memory of its own, so what is written through one name would be missing under the other.
     """
     tensors = _memory_of_inputs(exported)
+    merged: set[Node] = set()
     for (first, a), (second, b) in combinations(tensors.items(), 2):
-        if not _overlap(a, b):
+        if first in merged or second in merged or not _overlap(a, b):
             continue
         written = first_writer(first) or first_writer(second)
-        if _same(a, b) and first.meta.get("buffer") and second.meta.get("buffer"):
-            _merge(exported, first, second)
+        held = bool(first.meta.get("buffer") and second.meta.get("buffer"))
+        whole, part = (first, second) if a.numel() >= b.numel() else (second, first)
+        path = _path(tensors[whole], tensors[part])
+        if held and path is not None and (written is not None or not path):
+            _merge(exported, whole, part, path)
+            merged.add(part)
         elif written is not None:
             raise BuildError(
                 f"{_title(first)} and {_title(second)} share memory, and the module writes it{source_line(written)}: keep one tensor and "
@@ -188,12 +194,28 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a_start < b_end and b_start < a_end
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+def _path(whole: Tensor, part: Tensor) -> list[int] | None:
+    """The indices on the first axes that make one tensor of another, ``whole[2, 0]``; None where it is no such part."""
+    axes = whole.dim() - part.dim()
+    apart = part.data_ptr() - whole.data_ptr()
+    alike = (whole.dtype, whole.shape[axes:], whole.stride()[axes:]) == (part.dtype, part.shape, part.stride())
+    if axes < 0 or not alike or apart < 0 or apart % part.element_size():
+        return None
+    left, path = apart // part.element_size(), []
+    for extent, stride in zip(whole.shape[:axes], whole.stride()[:axes], strict=True):
+        index, left = divmod(left, stride) if stride else (0, left)
+        if index >= extent:
+            return None
+        path.append(index)
+    return path if left == 0 else None
 
 
-def _merge(exported: ExportedProgram, kept: Node, alias: Node) -> None:
-    """Let every user of the second buffer use the first."""
+def _merge(exported: ExportedProgram, kept: Node, alias: Node, path: list[int]) -> None:
+    """Let every user of the second buffer use the first, or the part of it."""
+    first = next(node for node in exported.graph.nodes if node.op != "placeholder")
+    with Emitter(exported.graph, kept).before(first) as emit:
+        for index in path:
+            kept = emit.call(aten.select.int, kept, 0, index)
     alias.replace_all_uses_with(kept)
     exported.graph.erase_node(alias)
     specs = exported.graph_signature.input_specs

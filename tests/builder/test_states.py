@@ -163,22 +163,24 @@ def test_layers_share_a_cache() -> None:
 
 
 class Overlapping(nn.Module):
-    whole: Tensor
-    part: Tensor
+    """Neither is a part of the other that constant indices on first axes make."""
+
+    early: Tensor
+    late: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        memory = torch.zeros(2, 4)
-        self.register_buffer("whole", memory)
-        self.register_buffer("part", memory[0])
+        memory = torch.zeros(3, 4)
+        self.register_buffer("early", memory[:2])
+        self.register_buffer("late", memory[1:])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.part.add_(x)
-        return self.whole.sum(0)
+        self.late.add_(x)
+        return self.early.sum(0)
 
 
 def test_memory_shared_by_halves_is_refused() -> None:
-    with pytest.raises(BuildError, match=r"buffer \w+ and buffer \w+ share memory.*test_states.py.*self.part.add_"):
+    with pytest.raises(BuildError, match=r"buffer \w+ and buffer \w+ share memory.*test_states.py.*self.late.add_"):
         capture_exported(Overlapping(), (frame(0, 4),))
 
 

@@ -277,7 +277,7 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(telle
             found = (said.tokens + rest.tokens)[:300]
             assert (rest.reason, found) == ("ended", tellers.expected[: len(found)])
             for client in (talk.client, late.client):
-                client.stop_stream()  # closed, not cancelled: after that the server may keep the model for a stream that is gone
+                client.stop_stream()  # closed, not cancelled: once, cancelled now, the server kept the model until it gave up
         assert server.process.wait(60) == 0  # 1 where it gave up waiting for them
 
 

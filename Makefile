@@ -14,7 +14,7 @@ help: ## this list
 demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversation, shut down
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed check ## every test, the real model and the real server included (under 15 minutes on 2 cores)
+test: .venv/installed check ## every test, the real model and the real server included (15 to 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: .venv/installed check ## every test, with 500 random modules of each kind instead of 50

@@ -88,10 +88,14 @@ def _sampled(work: Work, scores: Tensor) -> Tensor:
     )[0]
 
 
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether its numbers are rounded: real or complex ones."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def poison(tensor: Tensor) -> None:
     """Fill with what must never reach a result: NaN, or the largest value of an integer type."""
-    inexact = tensor.is_floating_point() or tensor.is_complex()
-    tensor.fill_(float("nan") if inexact else tensor.dtype != torch.bool and torch.iinfo(tensor.dtype).max)
+    tensor.fill_(float("nan") if is_inexact(tensor) else tensor.dtype != torch.bool and torch.iinfo(tensor.dtype).max)
 
 
 def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:

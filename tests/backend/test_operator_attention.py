@@ -115,6 +115,7 @@ def test_any_step_equals_the_reference(seed: int) -> None:
     [
         (Row(1, 15, 2), Options(), "rows 15:17 are outside a slot that holds 16"),
         (Row(1, 16, 1), Options(), "rows 16:17 are outside a slot that holds 16"),
+        (Row(1, -1, 1), Options(), "rows -1:0 are outside a slot that holds 16"),
         (Row(1, 0, 17), Options(), "rows 0:17 are outside a slot that holds 16"),
         (Row(1, 40, 17), Options(window=4, ring=True), "17 rows do not fit a ring of 16"),
     ],
@@ -126,6 +127,16 @@ def test_an_append_that_does_not_fit_is_an_index_error_and_writes_nothing(row: R
         case.run()
     assert torch.equal(before[0], bits(case.key_state))
     assert torch.equal(before[1], bits(case.value_state))
+
+
+@pytest.mark.parametrize("options", [Options(), Options(window=3), Options(softcap=1.5), Options(window=5, ring=True)])
+def test_one_token_of_each_of_several_rows(options: Options) -> None:
+    """All appended at once, but where a row is null or goes round a ring."""
+    rows = [Row(3, 7, 1), Row(0, 0, 1), Row(5, 15, 1)]
+    Case(rows, options).check()
+    Case([*rows, Row(-1, 2, 1)], options).check()
+    if options.ring:
+        Case([*rows, Row(2, 21, 1)], options).check()
 
 
 def test_exactly_the_capacity_fits() -> None:

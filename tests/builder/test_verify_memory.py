@@ -4,7 +4,7 @@ import pytest
 import torch
 from inplace.dtypes import Dtype
 from inplace.specs import StateSpec, Update
-from inplace_builder.verify import poison, same_bits, written_parts
+from inplace_builder.verify import is_inexact, poison, same_bits, written_parts
 
 
 def test_the_memory_check_allows_exactly_the_appended_positions() -> None:
@@ -38,8 +38,7 @@ def test_the_memory_check_sees_one_flipped_bit_and_is_not_fooled_by_nan() -> Non
 def test_every_type_of_state_can_be_poisoned(dtype: Dtype) -> None:
     memory = torch.zeros(4, dtype=dtype.as_torch)
     poison(memory)
-    inexact = memory.is_floating_point() or memory.is_complex()
-    assert memory.isnan().all() if inexact else same_bits(memory, torch.full_like(memory, _largest(dtype)))
+    assert memory.isnan().all() if is_inexact(memory) else same_bits(memory, torch.full_like(memory, _largest(dtype)))
 
 
 def _largest(dtype: Dtype) -> int:

@@ -23,6 +23,22 @@ SLOTS = "slots"
 """The graph's input between the module's own and the states."""
 
 
+Selects = tuple[tuple[int, int], ...]
+"""Axis and index of each `Tensor.select` that makes a part of a tensor."""
+
+
+def part_of(tensor: Tensor, selects: Selects) -> Tensor:
+    """The part of a tensor: the same memory."""
+    for axis, index in selects:
+        tensor = tensor.select(axis, index)
+    return tensor
+
+
+def indices(selects: Selects) -> str:
+    """A part as Python spells it: ``[2][0]``."""
+    return "".join(f"[{':, ' * axis}{index}]" for axis, index in selects)
+
+
 def result_name(place: int) -> str:
     """What a plan calls its ``place``-th result."""
     return f"result_{place}"
@@ -107,7 +123,7 @@ class DirectState(Frozen):
     source: str
     dtype: Dtype
     shape: tuple[int | str, ...]
-    selects: tuple[tuple[int, int], ...] = ()
+    selects: Selects = ()
     written: str = ""
     leading: bool
 
@@ -122,8 +138,8 @@ class DirectState(Frozen):
     @property
     def title(self) -> str:
         """How an error names it."""
-        indices = "".join(f"[{':, ' * axis}{index}]" for axis, index in self.selects)
-        return f"argument {self.source}{indices}" if self.owner == "caller" else f"the engine's state {self.source}{indices}"
+        name = f"{self.source}{indices(self.selects)}"
+        return f"argument {name}" if self.owner == "caller" else f"the engine's state {name}"
 
     @property
     def line(self) -> str:
@@ -140,9 +156,7 @@ class DirectState(Frozen):
 
     def part(self, tensor: Tensor) -> Tensor:
         """The state in the tensor that it is, or is a part of: the same memory."""
-        for axis, index in self.selects:
-            tensor = tensor.select(axis, index)
-        return tensor
+        return part_of(tensor, self.selects)
 
 
 class DirectManifest(Frozen):

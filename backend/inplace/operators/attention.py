@@ -34,10 +34,11 @@ def _attention(
     softcap: float = 0.0,
 ) -> Tensor:
     bounds, owners, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
-    capacity = key_state.shape[2]
-    single = bounds == list(range(len(query) + 1)) and min(owners, default=-1) >= 0 and max(starts, default=0) < capacity
-    if single and append and causal and not softcap and key is not None and value is not None:
-        return _decode(query, key, value, key_state, value_state, slots, write_indices, scale, window)
+    each = bounds == list(range(len(query) + 1)) and min(owners, default=-1) >= 0 and 0 <= min(starts) <= max(starts) < key_state.shape[2]
+    if each and append:  # one token a row, none of which goes round a ring: one call for all rows, for calls are what a small step costs
+        assert key is not None and value is not None
+        key_state[slots, :, write_indices] = key
+        value_state[slots, :, write_indices] = value
     out = query.new_empty((*query.shape[:2], value_state.shape[3]))
     for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
         first, end = bounds[row], bounds[row + 1]
@@ -45,37 +46,15 @@ def _attention(
             out[first:end] = 0
             continue
         keys, values = key_state[slot], value_state[slot]
-        cached = start
-        if append:
+        cached = start + (end - first if append else 0)
+        if append and not each:
             assert key is not None and value is not None
             write(keys, key[first:end].transpose(0, 1), start, 1, ring=ring)
             write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
-            cached += end - first
         keys, values, offset, mask = _visible(keys, values, start, end - first, cached, causal=causal, window=window, ring=ring)
         out[first:end] = _attend(
             query[first:end], keys, values, mask, scale, softcap, square=causal and not window and offset == start == 0
         )
-    return out
-
-
-def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_state: Tensor,
-    value_state: Tensor,
-    slots: Tensor,
-    write_indices: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
-    """One token of each row, none of which goes round a ring: few calls into PyTorch, which are what a small model's step costs."""
-    key_state[slots, :, write_indices] = key
-    value_state[slots, :, write_indices] = value
-    out = query.new_empty((*query.shape[:2], value_state.shape[3]))
-    for row, (slot, last) in enumerate(zip(slots.tolist(), write_indices.tolist(), strict=True)):
-        seen = slice(max(0, last - window + 1) if window else 0, last + 1)
-        out[row] = _attend_one(query[row], key_state[slot, :, seen], value_state[slot, :, seen], scale)
     return out
 
 

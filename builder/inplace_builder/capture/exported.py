@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from inplace_builder.capture.capture import any_size
-from inplace_builder.capture.functional import Functional, hint, lift_mutated_buffers
+from inplace_builder.capture.functional import Functional, example_hint, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.passes.cleanup import remove_no_ops
 from inplace_builder.passes.copying import copied_graph
@@ -164,7 +164,7 @@ def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedPr
         with torch.no_grad(), any_size():
             exported = torch.export.export(Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,))
     except Exception as error:
-        raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}{hint(found.example_inputs)}") from error
+        raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}{example_hint(found.example_inputs)}") from error
     rename_inputs(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
     remove_no_ops(exported)
     exported._example_inputs = None

@@ -95,11 +95,11 @@ def exported_program(
                 return torch.export.export(module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
         except Exception as error:
             failures.append(error)
-    said = hint(example_inputs) if dynamic_shapes else ""
+    said = example_hint(example_inputs) if dynamic_shapes else ""
     raise BuildError(f"torch.export cannot capture {type(module).__name__}: {failures[-1]}{said}") from failures[-1]
 
 
-def hint(example_inputs: Sequence[Any]) -> str:
+def example_hint(example_inputs: Sequence[Any]) -> str:
     """What may be wrong with example inputs of which an extent varies."""
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(list(example_inputs)) if isinstance(leaf, Tensor)]
     if not any(extent == 1 for tensor in tensors for extent in tensor.shape):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.verify import TOLERANCE, same_bits
+from inplace_builder.verify import TOLERANCE, is_inexact, same_bits
 
 
 def verify_direct(engine: Engine, reference: torch.nn.Module, arguments: Any, promised: Collection[str] = ()) -> dict[str, str]:
@@ -136,7 +136,7 @@ class _Changes:
 
     def reordered(self, tree: Any) -> Any:
         """The floating-point ones back to front."""
-        return self._changed(tree, self._tensors, _is_inexact, lambda tensor, _: _backwards(tensor))
+        return self._changed(tree, self._tensors, is_inexact, lambda tensor, _: _backwards(tensor))
 
     def raised(self, tree: Any) -> Any:
         """All integers one higher."""
@@ -184,10 +184,6 @@ def _backwards(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)[backwards].reshape(tensor.shape)
 
 
-def _is_inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _is_integer(tensor: Tensor) -> bool:
     """Whether it may be positions: PyTorch does not compute with the other types of integers."""
     return tensor.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -206,7 +202,7 @@ def _difference(title: str, found: Tensor, expected: Tensor, weights: Dtype) -> 
     one, other = (tensor.to(wide) for tensor in (found, expected))
     one, other = (tensor.masked_fill(equal & ~tensor.isfinite(), 0) for tensor in (one, other))
     error = float((one - other).norm() / other.norm().clamp(min=1e-12))
-    tolerance = max(TOLERANCE.get(Dtype.of(found.dtype), 0.0), TOLERANCE.get(weights, 0.0) if _is_inexact(found) else 0.0)
+    tolerance = max(TOLERANCE.get(Dtype.of(found.dtype), 0.0), TOLERANCE.get(weights, 0.0) if is_inexact(found) else 0.0)
     if not error <= tolerance:
         raise BuildError(f"{title} differs from the module by {error:.1e}, more than {tolerance:.0e}; the engine is not written")
     return error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from inplace.direct.manifest import Selects, indices, part_of
 from inplace.dtypes import Dtype
 from inplace.manifest import Kind
 from inplace.specs import StateSpec, Update
@@ -43,7 +44,7 @@ class Found:
     line: str = ""
     through: str = ""
     whole: "Found | None" = None
-    selects: tuple[tuple[int, int], ...] = ()
+    selects: Selects = ()
 
     @property
     def argument(self) -> "Found":
@@ -52,16 +53,14 @@ class Found:
 
     def part(self, tensor: Tensor) -> Tensor:
         """Its part of the module's tensor: the same memory."""
-        for axis, index in self.selects:
-            tensor = tensor.select(axis, index)
-        return tensor
+        return part_of(tensor, self.selects)
 
     def at(self, axis: int, index: int, name: str) -> "Found":
         """What lies at an index of it."""
         return replace(
             self,
             name=name,
-            source=f"{self.source}[{':, ' * axis}{index}]",
+            source=f"{self.source}{indices(((axis, index),))}",
             initial=self.initial.select(axis, index),
             whole=self.argument,
             selects=(*self.selects, (axis, index)),

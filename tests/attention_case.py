@@ -67,7 +67,9 @@ class Case:
         self.value = draw(tokens, self.kv_heads, self.value_dim) if self.options.append else None
         self.key_state = torch.full((self.slots, self.kv_heads, self.capacity, self.dim), NAN, dtype=self.dtype)
         self.value_state = torch.full((self.slots, self.kv_heads, self.capacity, self.value_dim), NAN, dtype=self.dtype)
-        self.history = [(draw(max(row.start, 0), self.kv_heads, self.dim), draw(max(row.start, 0), self.kv_heads, self.value_dim)) for row in self.rows]
+        self.history = [
+            (draw(max(row.start, 0), self.kv_heads, self.dim), draw(max(row.start, 0), self.kv_heads, self.value_dim)) for row in self.rows
+        ]
         for row, (keys, values) in zip(self.rows, self.history, strict=True):
             if row.slot >= 0:
                 place(self.key_state, row.slot, keys, 0)

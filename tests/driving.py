@@ -29,6 +29,9 @@ class Watched:
         self.counts: list[list[int]] = []
         self.fail_at = 0  # the step, counted from now, that fails; 0 is none
 
+    def attached(self) -> AbstractContextManager[object]:
+        return self._engine.attached()
+
     def step(
         self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
     ) -> dict[str, Tensor]:

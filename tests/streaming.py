@@ -164,7 +164,7 @@ class Streams:
 
     def send(self, request: Request, texts: dict[str, tuple[bytes, ...]] | None = None, wanted: frozenset[str] = OUTPUTS) -> Heard:
         heard = Heard(wanted)
-        self.driver.submit(request, texts or {}, heard)
+        self.driver.submit([(request, texts or {}, heard)])
         return heard
 
     def free(self) -> int:
@@ -188,6 +188,9 @@ class _Slow:
 
     def __init__(self, engine: Engine, seconds: float) -> None:
         self.engine, self._seconds = engine, seconds
+
+    def attached(self) -> AbstractContextManager[object]:
+        return self.engine.attached()
 
     def step(
         self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE

@@ -19,7 +19,7 @@ LONGEST_KEY = 256
 """Characters a ``sequence_key`` may have."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One request of one sequence.
 
@@ -110,7 +110,7 @@ class Request:
         return GREEDY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Checked:
     """A request and what could be found out about it without looking at its sequence.
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from inplace.drivers import Answer, Language, StepDriver, StreamDriver
+from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver
 from inplace.drivers.generation import STOP, TEXT
 from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.instance import ModelInstance
@@ -113,22 +113,23 @@ class _Streams:
         self._driver, self._metrics = driver, metrics
 
     def execute(self, requests: Sequence[Any]) -> None:
+        self._driver.submit(self._arrived(requests))
+
+    def _arrived(self, requests: Sequence[Any]) -> Iterator[Arrived]:
         for request in requests:
             channel = TritonChannel(request)
+            texts: dict[str, tuple[bytes, ...]] = {}
             try:
-                self._take(request, channel)
+                parsed = _parse(request, texts)
             except Exception as error:  # a defect: its client must hear of it, and the others of this call must not
                 log.exception("a request could not be taken")
                 channel.refuse(failed(error))
-
-    def _take(self, request: Any, channel: TritonChannel) -> None:
-        texts: dict[str, tuple[bytes, ...]] = {}
-        parsed = _parse(request, texts)
-        if isinstance(parsed, Request):
-            self._driver.submit(parsed, texts, channel)
-        else:
-            _tell(self._driver.instance.observer, request, parsed)
-            channel.refuse(parsed)
+                continue
+            if isinstance(parsed, Request):
+                yield parsed, texts, channel
+            else:
+                _tell(self._driver.instance.observer, request, parsed)
+                channel.refuse(parsed)
 
     def close(self) -> None:
         live = len(self._driver.instance.table)

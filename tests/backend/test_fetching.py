@@ -117,9 +117,8 @@ def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_goes_on(s
     with slowed(driver, 0.05):
         first = driver.generate("a", ids, 12, fetch=True).wait()
         lost = Deaf(last=False)
-        driver.driver.submit(
-            Request("a", False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "r", {"fetch": True}), {}, lost
-        )
+        request = Request("a", False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "r", {"fetch": True})
+        driver.driver.submit([(request, {}, lost)])
         lost.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError")
         rest, reason = all_of(driver, "a", fetch(driver, "a"))
     assert reason == "length"

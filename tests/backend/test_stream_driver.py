@@ -7,11 +7,15 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from driving import prompt
 from inplace.drivers import Language
+from inplace.drivers.intake import Intake
+from inplace.drivers.job import Job
 from inplace.errors import Code
+from inplace.requests import Request
 from models import CAPACITY, CHUNK, SLOTS, Repository, greedy
-from streaming import FREE, OpenStreams, slowed, until
+from streaming import FREE, OUTPUTS, Heard, OpenStreams, slowed, until
 from vocabulary import tiny_tokenizer
 
 
@@ -33,6 +37,37 @@ def test_many_more_generations_than_slots_are_each_what_they_are_alone_and_share
         assert heard.tokens == greedy(repository.llama, prompts[index], 12 + index % 5)
     assert max(len(slots) for slots in driver.engine.slots) == SLOTS
     assert driver.free() == SLOTS
+
+
+def test_requests_that_come_together_begin_in_one_step(streams: OpenStreams, repository: Repository) -> None:
+    driver = streams()
+    prompts = [prompt(seed, 1) for seed in range(SLOTS)]
+    said = [Heard(OUTPUTS) for _ in prompts]
+    driver.driver.submit(
+        (Request(f"s{index}", True, False, {"input_ids": torch.tensor([ids])}), {}, heard)
+        for index, (ids, heard) in enumerate(zip(prompts, said, strict=True))
+    )
+    assert [[heard.next_token] for heard in said] == [greedy(repository.llama, ids, 1) for ids in prompts]
+    assert [len(slots) for slots in driver.engine.slots] == [SLOTS]
+
+
+def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(
+    streams: OpenStreams, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, taken = streams(), Intake.job
+
+    def job(self: Intake, request: Request, *others: Any) -> Job:
+        if request.sequence == "s1":
+            raise ZeroDivisionError("a defect")
+        return taken(self, request, *others)
+
+    monkeypatch.setattr(Intake, "job", job)
+    said = [Heard(OUTPUTS) for _ in range(3)]
+    driver.driver.submit(
+        (Request(f"s{index}", True, False, {"input_ids": torch.tensor([[5]])}), {}, each) for index, each in enumerate(said)
+    )
+    said[1].refused(Code.ENGINE_FAILED, "a defect")
+    assert said[0].next_token == said[2].next_token == greedy(repository.llama, [5], 1)[0]
 
 
 def test_random_requests_of_both_protocols_give_every_sequence_its_own_tokens(streams: OpenStreams, repository: Repository) -> None:

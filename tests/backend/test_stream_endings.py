@@ -260,7 +260,8 @@ def test_the_text_is_that_of_the_tokens_however_they_are_grouped(streams: OpenSt
 def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_and_nothing_to_others(streams: OpenStreams, last: bool) -> None:
     driver = streams()
     deaf = Deaf(last=last)
-    driver.driver.submit(Request("deaf", True, True, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": 9}), {}, deaf)
+    request = Request("deaf", True, True, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": 9})
+    driver.driver.submit([(request, {}, deaf)])
     other = driver.generate("other", prompt(1, 3), 9, end=True)
     deaf.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError: too large)")
     assert other.reason == "length"
@@ -272,7 +273,7 @@ def test_a_generation_whose_client_cannot_be_answered_is_over(streams: OpenStrea
     engine, deaf = driver.engine, Deaf(last=False)
     with slowed(driver, 0.02):
         request = Request("deaf", True, False, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": FREE, "ignore_eos": True})
-        driver.driver.submit(request, {}, deaf)
+        driver.driver.submit([(request, {}, deaf)])
         deaf.refused(Code.ENGINE_FAILED)
         until(lambda: driver.free() == SLOTS)
     assert len(engine.slots) < FREE / 2

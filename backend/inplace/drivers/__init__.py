@@ -2,6 +2,6 @@
 
 from inplace.drivers.intake import Language
 from inplace.drivers.step import Answer, StepDriver
-from inplace.drivers.stream import StreamDriver
+from inplace.drivers.stream import Arrived, StreamDriver
 
-__all__ = ["Answer", "Language", "StepDriver", "StreamDriver"]
+__all__ = ["Answer", "Arrived", "Language", "StepDriver", "StreamDriver"]

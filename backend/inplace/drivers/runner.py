@@ -26,6 +26,9 @@ LOOK = 0.05
 SWITCH = 0.0005
 """Seconds for which a thread may keep the interpreter while the engine's wants it; Python's own 5 ms are several steps of a fast engine."""
 
+Message = list[Job] | tuple[Job, Reason] | None
+"""Jobs that arrived together; one whose client has gone; or that the driver is closed."""
+
 log = logging.getLogger("inplace")
 
 
@@ -42,7 +45,7 @@ class Runner:
         self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
         self._observer = instance.observer
         self._said_by = instance.program.language[1] if instance.program.language is not None else None
-        self._inbox: queue.SimpleQueue[Job | tuple[Job, Reason] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lanes: dict[SequenceId, deque[Job]] = {}  # what is under way of each sequence; the first of them runs or waits for a slot
         self._waiting: deque[Job] = deque()
         self._scheduler = Scheduler(instance.program)
@@ -56,9 +59,9 @@ class Runner:
         self._thread = threading.Thread(target=self._run, name="inplace-engine", daemon=True)
         self._thread.start()
 
-    def put(self, job: Job) -> None:
-        """Take a job; those of one sequence take effect in the order given. From any thread."""
-        self._inbox.put(job)
+    def put(self, jobs: list[Job]) -> None:
+        """Take jobs, which begin together; those of one sequence take effect in the order given. From any thread."""
+        self._inbox.put(jobs)
 
     def close(self, error: RequestError) -> None:
         """Answer everything that has not been with this error, and stop."""
@@ -68,14 +71,15 @@ class Runner:
         self._drop(error, Ended.SHUTDOWN)
         while not self._inbox.empty():
             message = self._inbox.get()
-            if isinstance(message, Job):
-                self._refuse(message, error)
+            for job in message if isinstance(message, list) else ():
+                self._refuse(job, error)
         self._tell()
 
     def _run(self) -> None:
         self._turn.take()
         try:
-            self._serve()
+            with self._instance.engine.attached():
+                self._serve()
         finally:
             self._turn.give()
 
@@ -112,18 +116,13 @@ class Runner:
             idle = False
             if message is None:
                 return False
-            if isinstance(message, Job):
-                try:
-                    self._arrived(message)
-                except Exception as error:
-                    if message not in self._lanes.get(message.sequence, ()):  # the others are told by who catches it
-                        self._refuse(message, failed(error))
-                    raise
+            if isinstance(message, list):
+                self._arrived_together(message)
             else:
                 self._cancelled(message[0])
         return True
 
-    def _waited(self) -> Job | tuple[Job, Reason] | None:
+    def _waited(self) -> Message:
         with self._turn:
             return self._inbox.get(timeout=self._pause())
 
@@ -131,6 +130,16 @@ class Runner:
         return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
 
     # Requests of one sequence follow one another
+
+    def _arrived_together(self, jobs: list[Job]) -> None:
+        for place, job in enumerate(jobs):
+            try:
+                self._arrived(job)
+            except Exception as error:
+                for other in jobs[place:]:
+                    if other not in self._lanes.get(other.sequence, ()):  # the others are told by who catches it
+                        self._refuse(other, failed(error))
+                raise
 
     def _arrived(self, job: Job) -> None:
         if job.fetches:

@@ -14,7 +14,7 @@ Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
 
 THREADS = 2
 """Sending waits for the server, so one thread sends too little. More than two keep Python's lock from the engine's thread; see `Turn`."""
-PERIOD = 0.03
+PERIOD = 0.04
 """Seconds between two questions whether a client is still there."""
 LEAST_PAUSE = 0.005
 

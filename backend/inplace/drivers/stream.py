@@ -1,15 +1,23 @@
 """The stream driver: requests are checked and queued in the server's call; a thread of its own runs them, others answer them."""
 
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from inplace.drivers.generation import TEXT
 from inplace.drivers.intake import Intake, Language
+from inplace.drivers.job import Job
 from inplace.drivers.reply import Channel, Last, Reply
 from inplace.drivers.runner import Runner
 from inplace.drivers.senders import Senders
-from inplace.errors import Code, RequestError
+from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.requests import Request
+
+Arrived = tuple[Request, Mapping[str, tuple[bytes, ...]], Channel]
+"""A request, its inputs of BYTES by name, and its way back."""
+
+log = logging.getLogger("inplace")
 
 
 class StreamDriver:
@@ -32,23 +40,28 @@ class StreamDriver:
         self._closed = False
         self._closing = threading.Lock()
 
-    def submit(self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel) -> None:
-        """Take a request; it is answered through its channel. Requests of one sequence take effect in the order given.
+    def submit(self, arrived: Iterable[Arrived]) -> None:
+        """Take requests that came together; each is answered through its channel. Those of one sequence take effect in the order given.
 
-        Args:
-            request: what was asked.
-            texts: its inputs of BYTES, by name.
-            channel: its way back.
+        They begin in one step, where there is room; but nobody waits for the texts of those behind to become tokens.
         """
-        try:
-            if self._closed:
-                raise _unloading()
-            job = self._intake.job(request, texts, channel)
-        except RequestError as error:
-            self.instance.observer.refused(request.sequence, request.id, error, end=request.end)
-            self._senders.tell([], [(Reply(channel), Last(error))])
-            return
-        self._runner.put(job)
+        jobs: list[Job] = []
+        for request, texts, channel in arrived:
+            if TEXT in texts and jobs:
+                self._runner.put(jobs)
+                jobs = []
+            try:
+                if self._closed:
+                    raise _unloading()
+                jobs.append(self._intake.job(request, texts, channel))
+            except RequestError as error:
+                self.instance.observer.refused(request.sequence, request.id, error, end=request.end)
+                self._senders.tell([], [(Reply(channel), Last(error))])
+            except Exception as error:  # a defect: its client must hear of it, and the others must not
+                log.exception("a request could not be taken")
+                self._senders.tell([], [(Reply(channel), Last(failed(error)))])
+        if jobs:
+            self._runner.put(jobs)
 
     def close(self) -> None:
         """Answer everything that has not been, and stop."""

@@ -13,6 +13,10 @@ ALONE: AbstractContextManager[object] = nullcontext()
 class Engine(Protocol):
     """A loaded program, bound to an arena."""
 
+    def attached(self) -> AbstractContextManager[object]:
+        """For a thread that steps again and again: what it does to states inside is in order with its steps."""
+        ...
+
     def step(
         self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
     ) -> dict[str, Tensor]:

@@ -73,6 +73,10 @@ class TorchEngine:
                 f"{sorted(written ^ declared)}; build the model again"
             )
 
+    def attached(self) -> AbstractContextManager[object]:
+        """See `Engine.attached`: everything runs where its caller does."""
+        return ALONE
+
     def step(
         self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
     ) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """Execution contexts: one for each profile of a plan, over one scratch memory."""
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inplace.artifacts import Plan
+from inplace.engines.base import ALONE
 from inplace.errors import LoadError
 from inplace.trt import Log, TensorRT
 
@@ -77,6 +80,14 @@ class Contexts:
         if not context.set_tensor_address(name, address):
             raise RuntimeError(f"the address of {name}, {address:#x}, was refused: {self._said()}")
 
+    def entered(self) -> AbstractContextManager[object]:
+        """Have the thread enqueue on `stream` inside the block, behind what it has enqueued on the stream it comes from."""
+        caller = torch.cuda.current_stream()
+        if caller == self.stream:
+            return ALONE
+        self.stream.wait_stream(caller)
+        return torch.cuda.stream(self.stream)
+
     @contextlib.contextmanager
     def observed(self) -> Iterator[set[int]]:
         """The addresses of aliased inputs that plugins are handed inside the block."""
@@ -87,9 +98,13 @@ class Contexts:
             yield seen
 
     def capture(self, work: Any) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of what ``work()`` enqueues on `stream`; it must have run once before."""
+        """A CUDA graph of what ``work()`` enqueues on `stream`; it must have run once before.
+
+        Nothing is collected meanwhile: an engine that was dropped frees its memory then, which CUDA takes for a part of the capture and
+        refuses (``cudaErrorStreamCaptureInvalidated``).
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with _uncollected(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             work()
         return graph
 
@@ -99,3 +114,15 @@ class Contexts:
     def _said(self) -> str:
         failed = list(self._plugins.errors)[-1:] if self._plugins is not None else []
         return " / ".join([*failed, self._log.said()])
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector of cycles does not run inside the block."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -47,7 +47,7 @@ class TensorRtEngine:
         if plan is None:
             raise LoadError(f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again")
         path = manifest.engine.checked(folder)
-        self._arena, self._addresses = arena, arena.addresses()
+        self._arena, self._addresses = arena, list(arena.addresses().values())
         before = _Use.now()
         self._plan = opened = open_plan(str(path), path.read_bytes, plan)
         engine = opened.engine
@@ -70,6 +70,10 @@ class TensorRtEngine:
         self.memory["driver"] = now.others - before.others
         log.info("%s: plan bound on %s, device memory %s", path.name, plan.gpu, self.memory)
 
+    def attached(self) -> AbstractContextManager[object]:
+        """See `Engine.attached`: the stream that steps run on is the thread's."""
+        return self._steps.entered()
+
     def step(
         self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
     ) -> dict[str, Tensor]:
@@ -79,8 +83,9 @@ class TensorRtEngine:
             RuntimeError: TensorRT or a plugin failed, or a state is no longer where it was bound: captured graphs hold addresses, and a
                 stale one is never replayed.
         """
-        if not self._steps.moves_states and self._arena.addresses() != self._addresses:
-            moved = [name for name, old in self._addresses.items() if self._arena.tensors[name].data_ptr() != old]
+        tensors = self._arena.tensors
+        if not self._steps.moves_states and [tensor.data_ptr() for tensor in tensors.values()] != self._addresses:
+            moved = [name for name, old in zip(tensors, self._addresses, strict=True) if tensors[name].data_ptr() != old]
             raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
         return self._steps.step(inputs, wanted, waiting)
 

@@ -35,6 +35,7 @@ class IdentitySteps:
     Attributes:
         memory: bytes of device memory: ``steps``, and ``copies``, the second buffers.
         moves_states: whether states change places with their second buffer.
+        entered: see `Contexts.entered`.
     """
 
     def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
@@ -46,6 +47,7 @@ class IdentitySteps:
         self._buffers = (first, second)
         self._turn = 0
         self.moves_states = bool(self._copied)
+        self.entered = contexts.entered
         self._outputs = {
             spec.name: torch.empty((arena.slots, *spec.shape), dtype=spec.dtype.as_torch, device="cuda") for spec in program.outputs
         }
@@ -83,8 +85,7 @@ class IdentitySteps:
             for spec in self._program.outputs
             if spec.name in wanted
         }
-        self._contexts.stream.wait_stream(torch.cuda.current_stream())  # a fresh slot is filled on the caller's
-        with waiting, torch.cuda.stream(self._contexts.stream):
+        with waiting, self.entered():
             for row in sorted(set(range(len(slots))) - set(single)):
                 outputs = self._alone(inputs, row, slots[row], bounds[row], bounds[row + 1])
                 for name, target in found.items():

@@ -36,6 +36,7 @@ class IndirectSteps:
     Attributes:
         memory: bytes of device memory: ``steps``.
         moves_states: never; states stay where they were bound.
+        entered: see `Contexts.entered`.
     """
 
     moves_states = False
@@ -49,8 +50,10 @@ class IndirectSteps:
         self._host = {
             name: torch.empty(self._outputs[name].shape, dtype=self._outputs[name].dtype, pin_memory=True) for name in self._always
         }
+        # the same memory for numpy, see `Block`
+        self._arrays = {name: tensor.numpy() for name, tensor in self._host.items() if tensor.dtype is not torch.bfloat16}
         self._captured: dict[Size, _Captured] = {}
-        self._done = torch.cuda.Event()
+        self.entered = contexts.entered
         self._aliases = {alias.output: arena.tensors[alias.input].data_ptr() for alias in program.aliases}
         self.memory: dict[str, int] = {}
 
@@ -85,17 +88,20 @@ class IndirectSteps:
             raise RuntimeError(f"a step of {rows} rows and {tokens} tokens is larger than the engine was built for")
         found = self._captured[size]
         found.block.fill(inputs)
-        self._contexts.stream.wait_stream(torch.cuda.current_stream())  # a fresh slot is filled on the caller's
-        with torch.cuda.stream(self._contexts.stream):
+        with waiting, self.entered():
+            # each call from here on lets other threads have the interpreter: it is got back once, when the device has finished
             if found.graph is not None:
                 found.graph.replay()
             else:
                 self._enqueue(size, found.block)
             late = {name: self._outputs[name][:rows].to("cpu", non_blocking=True) for name in wanted if name not in self._host}
-            self._done.record()
-        with waiting:
-            self._done.synchronize()
-        return late | {name: self._host[name][:rows].clone() for name in self._always if name in wanted}
+            self._contexts.stream.synchronize()
+        return late | {name: self._kept(name, rows) for name in self._always if name in wanted}
+
+    def _kept(self, name: str, rows: int) -> Tensor:
+        """A copy of what was downloaded."""
+        array = self._arrays.get(name)
+        return self._host[name][:rows].clone() if array is None else torch.from_numpy(array[:rows].copy())
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """Microseconds of one step, the mean of ``count`` back to back, uploads and downloads included: for benchmarks.

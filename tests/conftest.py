@@ -102,9 +102,12 @@ def drive(loaded: Opened) -> Iterator[Open]:
         driver.close()
 
 
-@pytest.fixture
-def streams(repository: Repository, loaded: Opened) -> Iterator[OpenStreams]:
-    """Opens ``llama`` behind a stream driver, its arena poisoned and its engine `Watched`; closes every driver."""
+@pytest.fixture(params=[False, True], ids=["waited-for", "ahead"])
+def streams(repository: Repository, loaded: Opened, request: pytest.FixtureRequest) -> Iterator[OpenStreams]:
+    """Opens ``llama`` behind a stream driver, its arena poisoned and its engine `Watched`; closes every driver.
+
+    Once as the CPU engine is, and once as an engine on a GPU is: the driver launches steps before it has looked at what the last one said.
+    """
     drivers: list[StreamDriver] = []
 
     def opened(language: Language | None = None, most_waiting: int = 64, idle_timeout: float = 600.0, rows: int | None = None) -> Streams:
@@ -117,7 +120,7 @@ def streams(repository: Repository, loaded: Opened) -> Iterator[OpenStreams]:
         program = plain.manifest.program("step")
         program = program.model_copy(update={"max_rows": rows or program.max_rows})
         manifest = plain.manifest.model_copy(update={"programs": (program,)})
-        instance = ModelInstance(manifest, plain.arena, Watched(plain.engine), idle_timeout)
+        instance = ModelInstance(manifest, plain.arena, Watched(plain.engine, ahead=request.param), idle_timeout)
         drivers.append(StreamDriver(instance, language or Language(), most_waiting))
         return Streams(drivers[-1])
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from inplace.drivers.step import Answer, StepDriver
-from inplace.engines import ALONE, Engine
+from inplace.engines import ALONE, Engine, Launched
 from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sequences import SequenceId
@@ -17,14 +17,38 @@ BAD = [1, VOCABULARY]
 """Tokens that are refused with VALUE_RANGE."""
 
 
-class Watched:
-    """A real engine that keeps what each step was given, and fails once, after its work is done, when told to.
+class Done:
+    """A step that has been computed: the caller goes on while its memory is written already, as with a GPU that is fast."""
 
-    Failing late is the worst case: memory has been written by then.
+    def __init__(self, outputs: dict[str, Tensor]) -> None:
+        self._outputs = outputs
+
+    def wait(self, waiting: AbstractContextManager[object] = ALONE) -> dict[str, Tensor]:
+        with waiting:
+            return self._outputs
+
+
+class Lost:
+    """A step that fails after its work is done, the worst case: memory has been written by then."""
+
+    def __init__(self, launched: Launched) -> None:
+        self._launched = launched
+
+    def wait(self, waiting: AbstractContextManager[object] = ALONE) -> dict[str, Tensor]:
+        self._launched.wait(waiting)
+        raise RuntimeError("out of luck\nsecond line")
+
+
+class Watched:
+    """A real engine that keeps what each step was given, and fails once when told to.
+
+    Args:
+        engine: the real one.
+        ahead: compute each step when it is launched, and say so.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, *, ahead: bool = False) -> None:
+        self._engine, self.ahead = engine, ahead
         self.slots: list[list[int]] = []
         self.counts: list[list[int]] = []
         self.fail_at = 0  # the step, counted from now, that fails; 0 is none
@@ -32,17 +56,15 @@ class Watched:
     def attached(self) -> AbstractContextManager[object]:
         return self._engine.attached()
 
-    def step(
-        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
-    ) -> dict[str, Tensor]:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Launched:
         self.slots.append(inputs["slots"].tolist())
         if "row_offsets" in inputs:
             self.counts.append(inputs["row_offsets"].diff().tolist())
-        outputs = self._engine.step(inputs, wanted, waiting)
+        launched = self._engine.launch(inputs, wanted)
+        if self.ahead:
+            launched = Done(launched.wait())
         self.fail_at -= 1
-        if self.fail_at == 0:
-            raise RuntimeError("out of luck\nsecond line")
-        return outputs
+        return Lost(launched) if self.fail_at == 0 else launched
 
 
 def watched(driver: StepDriver) -> Watched:

@@ -10,7 +10,7 @@ import torch
 from driving import Watched
 from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
-from inplace.engines import ALONE, Engine
+from inplace.engines import Engine, Later
 from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sequences import SequenceId
@@ -187,17 +187,20 @@ class _Slow:
     """An engine whose steps take longer."""
 
     def __init__(self, engine: Engine, seconds: float) -> None:
-        self.engine, self._seconds = engine, seconds
+        self.engine, self._seconds, self.ahead = engine, seconds, engine.ahead
 
     def attached(self) -> AbstractContextManager[object]:
         return self.engine.attached()
 
-    def step(
-        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
-    ) -> dict[str, Tensor]:
-        with waiting:
-            time.sleep(self._seconds)
-        return self.engine.step(inputs, wanted, waiting)
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+        launched = self.engine.launch(inputs, wanted)
+
+        def step(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
+            with waiting:
+                time.sleep(self._seconds)
+            return launched.wait(waiting)
+
+        return Later(step)
 
 
 @contextlib.contextmanager

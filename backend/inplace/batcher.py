@@ -37,6 +37,7 @@ class Work:
         token: the one token to feed instead of ``inputs``: what the sequence itself has said. Only where a program is a language model.
         found: what the last of its steps returned for all rows, by output name, ``[rows, ...]``; and which of them it was.
         error: why the engine could not finish it.
+        over: nobody waits for it any more: what a step that is under way still brings is dropped.
     """
 
     request: Request
@@ -51,6 +52,7 @@ class Work:
     token: int | None = None
     found: tuple[Mapping[str, Tensor], int] = NOTHING
     error: RequestError | None = None
+    over: bool = False
 
     @property
     def finished(self) -> bool:
@@ -131,6 +133,26 @@ def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch
                 values = np.array(chosen, dtype=spec.dtype.value)
         inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
     return Batch(rows, counts, inputs)
+
+
+ADVANCING = (Role.POSITIONS, Role.WRITE_INDICES, Role.NEXT_POSITIONS)
+
+
+def follow(program: Program, inputs: Mapping[str, Tensor], said: Tensor) -> dict[str, Tensor]:
+    """The inputs of the step after one of single tokens: the same rows, each with the token that it has said.
+
+    Args:
+        program: what runs; a language model.
+        inputs: of the step before.
+        said: the token of each row, ``[rows, 1]``.
+    """
+    found = dict(inputs)
+    for spec in program.inputs:
+        if spec.role is Role.TOKENS:
+            found[spec.name] = said.flatten().to(spec.dtype.as_torch)
+        elif spec.role in ADVANCING:
+            found[spec.name] = torch.from_numpy(inputs[spec.name].numpy() + 1)
+    return found
 
 
 @cache

@@ -41,12 +41,12 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
     engine = TensorRtEngine(folder / "1", manifest, arena)
     inputs = step_inputs(manifest, engine, arena, [600] * rows, [1] * rows)
-    engine.step(inputs, {"next_token"})
+    engine.launch(inputs, {"next_token"}).wait()
     torch.cuda.synchronize()
     loaded, counted = used(), sum(engine.memory.values()) + arena.bytes
     history = []
     for step in range(steps):
-        engine.step(inputs, {"next_token"})
+        engine.launch(inputs, {"next_token"}).wait()
         if step % (steps // 10) == 0:
             history.append(used() - bare)
     weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])

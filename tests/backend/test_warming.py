@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import pytest
 import torch
 from inplace.arena import Arena
-from inplace.engines import load_engine
+from inplace.engines import Later, load_engine
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
@@ -18,15 +18,15 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, model: str, sizes: list[tuple[int, int]]
 ) -> None:
     seen: list[tuple[int, int]] = []
-    step = TorchEngine.step
+    launch = TorchEngine.launch
 
-    def watched(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def watched(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
         assert inputs["slots"].eq(-1).all()
         assert set(wanted) == {spec.name for spec in manifest.program("step").outputs}
         seen.append((len(inputs["slots"]), len(inputs["input_ids" if model == "llama" else "value"])))
-        return step(engine, inputs, wanted)
+        return launch(engine, inputs, wanted)
 
-    monkeypatch.setattr(TorchEngine, "step", watched)
+    monkeypatch.setattr(TorchEngine, "launch", watched)
     folder = repository.path / model / "1"
     manifest = Manifest.load(folder)
     arena = Arena(manifest.states, 3, torch.device("cpu"))
@@ -38,10 +38,10 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
 
 
 def test_an_engine_that_fails_when_it_is_warmed_is_not_served(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    def fails(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(TorchEngine, "step", fails)
+    monkeypatch.setattr(TorchEngine, "launch", fails)
     folder = repository.path / "llama" / "1"
     manifest = Manifest.load(folder)
     with pytest.raises(LoadError, match=r"the engine fails in its first step \(RuntimeError: no kernel\); build the model again"):

@@ -142,6 +142,11 @@ class Generation:
         """The sequence has room for so many tokens beyond the prompt; None is no limit."""
         self._most = MOST if room is None else room
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it says two more tokens at least, unless the next one ends it."""
+        return self.said + 1 < min(self.limits.max_tokens, self._most)
+
     def add(self, token: int) -> tuple[str | None, Reason | None]:
         """The sequence said another token.
 

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from time import monotonic
 
+from inplace.batcher import Work
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.job import Job
 from inplace.drivers.mailbox import Mailbox, mailbox_of
@@ -15,7 +16,7 @@ from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
 from inplace.drivers.step import LONGEST_PAUSE, answered
 from inplace.errors import Code, RequestError, failed
-from inplace.instance import ModelInstance
+from inplace.instance import Flight, ModelInstance
 from inplace.sequences import Ended, SequenceId
 
 MOST_BEHIND = 64
@@ -53,6 +54,7 @@ class Runner:
         self._finished: list[tuple[Reply, Last]] = []
         self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)), senders.turn)
         self._next_look = 0.0
+        self._flight: tuple[list[Job], int, Flight] | None = None  # jobs, how many of them, the first, bring one token each, and their step
         self._observer.queue(self._waiting)
         self._turn = instance.waiting = senders.turn
         sys.setswitchinterval(SWITCH)
@@ -92,13 +94,14 @@ class Runner:
                     self._next_look = monotonic() + LOOK
                     self._instance.table.reclaim()
                 self._admit()
-                if serving and self._scheduler:
+                if serving and (self._scheduler or self._flight):
                     self._step()
                     self._admit()
             except Exception as error:  # a defect: whoever waits must be told, and the others served
                 log.exception("the stream driver failed")
                 self._drop(failed(error), Ended.ENGINE_FAILED)
             self._tell()
+        self._land()
 
     def _tell(self) -> None:
         if self._said or self._finished:
@@ -107,7 +110,7 @@ class Runner:
 
     def _receive(self) -> bool:
         """Take what has arrived; wait for it where there is nothing to run. False: the driver is closed."""
-        idle = not self._scheduler
+        idle = not self._scheduler and self._flight is None
         while idle or not self._inbox.empty():
             try:
                 message = self._inbox.get_nowait() if not idle else self._waited()
@@ -259,16 +262,41 @@ class Runner:
 
     # Steps
 
-    def _step(self) -> None:
+    def _land(self) -> None:
+        """Wait for a step that nobody wants any more."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._instance.settle(flight[2], self._instance.wait(flight[2]))
+
+    def _launch(self) -> tuple[list[Job], int, Flight]:
         jobs, running, budget = self._scheduler.next()
-        rows = [job.work for job in jobs if job.work is not None]
-        outputs = self._instance.step(rows, budget)
+        return jobs, running, self._instance.launch([job.work for job in jobs if job.work is not None], budget)
+
+    def _may_follow(self, jobs: list[Job], rows: list[Work]) -> bool:
+        """Whether the next step can be launched before anybody looks at what this one says: it has the same rows.
+
+        Of a generation that is over all the same (an end token, a stop text, a cancellation) its next token is dropped.
+        """
+        if not self._instance.ahead or not self._scheduler.repeats(jobs):
+            return False
+        return all(job.generation is not None and job.generation.goes_on for job in jobs) and not any(work.over for work in rows)
+
+    def _step(self) -> None:
+        jobs, running, flight = self._flight or self._launch()
+        self._flight, rows = None, flight.rows
+        follows = self._may_follow(jobs, rows)  # while the device computes
+        outputs = self._instance.wait(flight)
+        if follows and not flight.failed and self._inbox.empty():
+            self._flight = jobs, len(jobs), self._instance.follow(flight, outputs)
+        self._instance.settle(flight, outputs)
         said = outputs[self._said_by].numpy().ravel().tolist() if self._said_by in outputs else []
         steps = [row for row, job in enumerate(jobs) if job.generation is None]
         answers = answered(rows, outputs) if steps else []
         tell = self._said.append
         for row, (job, work) in enumerate(zip(jobs, rows, strict=True)):
             generation = job.generation
+            if work.over:
+                continue
             if work.error is not None:
                 self._scheduler.remove(job)
                 self._instance.finish(work)
@@ -300,6 +328,7 @@ class Runner:
         """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
         work = job.work
         if work is not None:
+            work.over = True
             self._scheduler.remove(job)
             work.sequence.pending = generation.token if generation.said else work.pending
             work.sequence.rest = job.reply if isinstance(job.reply, Mailbox) else None
@@ -321,6 +350,7 @@ class Runner:
 
     def _drop(self, error: RequestError, why: Ended) -> None:
         """Answer everything with an error; sequences that were being worked on end."""
+        self._land()
         jobs = [job for lane in self._lanes.values() for job in lane]
         self._lanes.clear()
         self._waiting.clear()

@@ -42,6 +42,10 @@ class Scheduler:
                 jobs.remove(job)
                 return
 
+    def repeats(self, rows: list[Job]) -> bool:
+        """Whether the next step has the same rows as the last, none of which has more than one token."""
+        return not self._prompts and len(rows) <= self._rows and rows == list(self._running)
+
     def next(self) -> tuple[list[Job], int, int]:
         """The rows of the next step; how many of them, the first, bring one token each; and how many tokens it may have."""
         most = self._rows - bool(self._prompts)

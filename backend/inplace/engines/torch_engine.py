@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx.graph import CodeGen
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.arena import Arena
-from inplace.engines.base import ALONE
+from inplace.engines.base import ALONE, Later
 from inplace.engines.prepack import prepack_linears
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
@@ -29,6 +30,8 @@ class TorchEngine:
     Raises:
         LoadError: the file cannot be read, or what its graph takes, returns or writes is not what the manifest says.
     """
+
+    ahead = False
 
     def __init__(self, path: Path, manifest: Manifest, arena: Arena) -> None:
         self._program = manifest.program("step")
@@ -77,10 +80,11 @@ class TorchEngine:
         """See `Engine.attached`: everything runs where its caller does."""
         return ALONE
 
-    def step(
-        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
-    ) -> dict[str, Tensor]:
-        """See `Engine.step`."""
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+        """See `Engine.launch`."""
+        return Later(partial(self._step, inputs, wanted))
+
+    def _step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         with waiting, torch.inference_mode():
             arguments = [inputs[spec.name].to(self._device, non_blocking=True) for spec in self._program.inputs]
             outputs = self._module(*arguments)

@@ -53,6 +53,7 @@ class Block:
         self._host = self._views(self._pinned, offsets)
         # the same memory for numpy, which keeps the interpreter while it copies: a step must not wait for it once for each input
         self._arrays = {name: view.numpy() for name, view in self._host.items() if view.dtype is not torch.bfloat16}
+        self._filled: Mapping[str, Tensor] = {}
         self.tensors: Mapping[str, Tensor] = self._views(self._device, offsets)
         self.fill({})
 
@@ -65,9 +66,15 @@ class Block:
         return found
 
     def fill(self, inputs: Mapping[str, Tensor]) -> None:
-        """Write a step's inputs into the pinned buffer and pad them with null rows. Inputs that are not given are padding throughout."""
+        """Write a step's inputs into the pinned buffer and pad them with null rows. Inputs that are not given are padding throughout.
+
+        A tensor that the step before had too is not written again: nobody changes one that was handed over.
+        """
+        before, self._filled = self._filled, {}
         for spec in self._program.inputs:
             target, source = self._arrays.get(spec.name), inputs.get(spec.name)
+            if source is not None and source is before.get(spec.name):
+                continue  # it is there since the last step
             if target is None:
                 self._fill_slowly(spec, source)
                 continue
@@ -78,6 +85,7 @@ class Block:
                 target[count:] = self._padding(spec, 0 if source is None else int(source[-1]) if spec.role is Role.ROW_OFFSETS else 0)
                 if spec.role is Role.ROW_OFFSETS:
                     self._pad_offsets(target, count)
+        self._filled = inputs
 
     def _fill_slowly(self, spec: TensorSpec, source: Tensor | None) -> None:
         """An input of a type that numpy does not know."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inplace.arena import Arena
 from inplace.artifacts import Plan
-from inplace.engines.base import ALONE
+from inplace.engines.base import Launched
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.identity import IdentitySteps
 from inplace.engines.tensorrt.indirect import IndirectSteps
@@ -74,10 +74,13 @@ class TensorRtEngine:
         """See `Engine.attached`: the stream that steps run on is the thread's."""
         return self._steps.entered()
 
-    def step(
-        self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object] = ALONE
-    ) -> dict[str, Tensor]:
-        """See `Engine.step`.
+    @property
+    def ahead(self) -> bool:
+        """See `Engine`."""
+        return self._steps.ahead
+
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Launched:
+        """See `Engine.launch`.
 
         Raises:
             RuntimeError: TensorRT or a plugin failed, or a state is no longer where it was bound: captured graphs hold addresses, and a
@@ -87,7 +90,7 @@ class TensorRtEngine:
         if not self._steps.moves_states and [tensor.data_ptr() for tensor in tensors.values()] != self._addresses:
             moved = [name for name, old in zip(tensors, self._addresses, strict=True) if tensors[name].data_ptr() != old]
             raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
-        return self._steps.step(inputs, wanted, waiting)
+        return self._steps.launch(inputs, wanted)
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """Microseconds of one step on the GPU, see `IndirectSteps.time`; for benchmarks."""

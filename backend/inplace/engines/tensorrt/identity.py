@@ -7,11 +7,13 @@ and writes the other, then they change places, so there is a captured graph for 
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from inplace.arena import Arena
+from inplace.engines.base import Later
 from inplace.engines.tensorrt.block import Block
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.indirect import timed
@@ -37,6 +39,8 @@ class IdentitySteps:
         moves_states: whether states change places with their second buffer.
         entered: see `Contexts.entered`.
     """
+
+    ahead = False
 
     def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
         self._program, self._arena, self._contexts, self._capture = program, arena, contexts, graphs
@@ -75,8 +79,11 @@ class IdentitySteps:
                 raise
             raise LoadError(f"the engine fails in its first step: {error}; build the model again") from error
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
-        """See `TensorRtEngine.step`."""
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+        """See `Engine.launch`."""
+        return Later(partial(self._step, inputs, wanted))
+
+    def _step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         slots = self._of(inputs, Role.SLOTS)
         bounds = self._of(inputs, Role.ROW_OFFSETS) if self._has(Role.ROW_OFFSETS) else list(range(len(slots) + 1))
         single = [row for row in range(len(slots)) if bounds[row + 1] - bounds[row] == 1]

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from inplace.arena import Arena
+from inplace.engines.base import Later
 from inplace.engines.tensorrt.block import Block
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.sizes import Size, decode_sizes, fitting, mixed_sizes
@@ -39,7 +41,7 @@ class IndirectSteps:
         entered: see `Contexts.entered`.
     """
 
-    moves_states = False
+    moves_states, ahead = False, True
 
     def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
         self._program, self._arena, self._contexts, self._graphs = program, arena, contexts, graphs
@@ -80,22 +82,25 @@ class IndirectSteps:
         tensors = [*self._outputs.values(), *(tensor for found in self._captured.values() for tensor in found.block.tensors.values())]
         self.memory = {"steps": sum(tensor.nbytes for tensor in tensors)}
 
-    def step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
-        """See `TensorRtEngine.step`."""
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+        """See `Engine.launch`."""
         rows, tokens = step_size(self._program, inputs)
         size = fitting(self._sizes, rows, tokens)
         if size is None:
             raise RuntimeError(f"a step of {rows} rows and {tokens} tokens is larger than the engine was built for")
         found = self._captured[size]
         found.block.fill(inputs)
-        with waiting, self.entered():
-            # each call from here on lets other threads have the interpreter: it is got back once, when the device has finished
+        with self.entered():
             if found.graph is not None:
                 found.graph.replay()
             else:
                 self._enqueue(size, found.block)
-            late = {name: self._outputs[name][:rows].to("cpu", non_blocking=True) for name in wanted if name not in self._host}
+        return Later(partial(self._finish, rows, wanted))
+
+    def _finish(self, rows: int, wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
+        with waiting:
             self._contexts.stream.synchronize()
+        late = {name: self._outputs[name][:rows].cpu() for name in wanted if name not in self._host}
         return late | {name: self._kept(name, rows) for name in self._always if name in wanted}
 
     def _kept(self, name: str, rows: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""Whole generations over a TensorRT engine, whose steps are launched before the driver has looked at what the last one said."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from inplace.drivers import Language, StreamDriver
+from inplace.instance import ModelInstance
+from inplace_builder.build import VERSION, BuildOptions, build_decoder
+from models import greedy, tiny_llama
+from streaming import Streams
+from transformers import LlamaForCausalLM
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
+
+SLOTS, IDS = 4, [5]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def engine(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, path = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository") / "llama"
+    model.save_pretrained(source)
+    build_decoder(
+        source, path, BuildOptions(device="cuda", engine="tensorrt", capacity=64, chunk=8, slots=SLOTS, max_rows=SLOTS, serve="stream")
+    )
+    return path / VERSION
+
+
+@pytest.fixture
+def instance(engine: Path) -> ModelInstance:
+    instance = ModelInstance.open(engine)
+    for tensor in instance.arena.tensors.values():
+        tensor.fill_(float("nan"))
+    torch.cuda.synchronize()
+    return instance
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each step that was launched ahead."""
+    found: list[int] = []
+    follow = ModelInstance.follow
+
+    def counted(self, flight, outputs):  # type: ignore[no-untyped-def]
+        found.append(len(flight.rows))
+        return follow(self, flight, outputs)
+
+    monkeypatch.setattr(ModelInstance, "follow", counted)
+    return found
+
+
+@pytest.fixture
+def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[Streams]:
+    driver = StreamDriver(instance, Language(eos=frozenset({eos(model)})), 64)
+    yield Streams(driver)
+    driver.close()
+
+
+def eos(model: LlamaForCausalLM) -> int:
+    """A token that the generation of `IDS` says after some others, for the first time."""
+    said = greedy(model, IDS, 40)
+    return next(token for place, token in enumerate(said) if place >= 4 and token not in said[:place])
+
+
+def test_many_generations_are_each_transformers_own(streams: Streams, model: LlamaForCausalLM, followed: list[int]) -> None:
+    prompts = [[(7 * seed + place) % 64 for place in range(1 + 5 * seed % 21)] for seed in range(4 * SLOTS)]
+    heard = [streams.generate(f"s{index}", ids, 12 + index % 9, end=True, ignore_eos=True) for index, ids in enumerate(prompts)]
+    for index, each in enumerate(heard):
+        assert each.reason == "length"
+        assert each.tokens == greedy(model, prompts[index], 12 + index % 9)
+    assert max(followed) == SLOTS
+    assert streams.free() == SLOTS
+
+
+def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
+    streams: Streams, instance: ModelInstance, model: LlamaForCausalLM, followed: list[int]
+) -> None:
+    addresses = instance.arena.addresses()
+    said = greedy(model, IDS, 40)
+    end = said.index(eos(model))
+    heard = streams.generate("a", IDS, 40)
+    assert (heard.reason, heard.tokens) == ("eos", said[: end + 1])
+    assert len(followed) >= end
+    assert streams.ask("a", [3], position=len(IDS) + end + 1).next_token == greedy(model, [*IDS, *said[: end + 1], 3], 1)[0]
+    slot = instance.table.find("a").slot
+    for tensor in instance.arena.tensors.values():
+        assert tensor[[other for other in range(SLOTS) if other != slot]].isnan().all()
+    assert instance.arena.addresses() == addresses
+
+
+def test_slots_of_ended_generations_are_others_at_once(streams: Streams, model: LlamaForCausalLM) -> None:
+    said = greedy(model, IDS, 40)
+    end = said.index(eos(model))
+    heard = [streams.generate(f"s{index}", IDS, 40, end=True) for index in range(10 * SLOTS)]
+    assert all((each.reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)
+    assert streams.free() == SLOTS

@@ -1,14 +1,14 @@
 """Whole generations and single steps against a real tritonserver, beside the engine alone and transformers, in one run.
 
-    python -m benchmarks.generate --model model_repository/my-stream-model --beside transformers --source path/to/model --out result.json
+    python -m benchmarks.generate --model model_repository/my-stream-model --beside nothing,transformers --source path/to/model --out r.json
 
 The model is a built decoder with at least as many slots and rows as the most streams (``--serve stream``, or step: then the script writes
 the other configuration itself). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
 tokens, one after the other), clients in processes of their own. From the clients: tokens a second, time to the first token, time between
 tokens (a response of k tokens counts as k times a k-th). From the backend's metrics: the share of that time in which the engine was busy.
 Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests; and the same
-requests to a model of Triton's Python backend that computes nothing. Prints a line of JSON for each measurement, and writes all of them
-with machine, versions and command.
+requests to a model of Triton's Python backend that computes nothing, where ``--beside`` names it. Prints a line of JSON for each
+measurement, and writes all of them with machine, versions and command.
 """
 
 import argparse
@@ -50,12 +50,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes of clients")
     parser.add_argument("--step-sequences", type=int, default=64, help="sequences of the step protocol; 0 leaves it out")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the step protocol")
-    parser.add_argument("--beside", choices=["transformers"], help="also measure this, on --source")
+    parser.add_argument(
+        "--beside", default="", help="also measure these: nothing (steps that compute nothing), transformers; separated by commas"
+    )
     parser.add_argument("--source", type=Path, help="the Hugging Face folder that the model was built from")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for the engine alone, and for transformers")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    if given.beside and given.source is None:
+    given.beside = set(filter(None, given.beside.split(",")))
+    if unknown := given.beside - {"nothing", "transformers"}:
+        parser.error(f"--beside knows nothing and transformers, not {', '.join(sorted(unknown))}")
+    if "transformers" in given.beside and given.source is None:
         parser.error("--beside transformers needs --source")
     manifest = Manifest.load(given.model / "1")
     streams = [int(count) for count in given.streams.split(",")]
@@ -82,7 +87,7 @@ def main() -> None:
         with served(given.model, manifest, "step") as server:
             document["steps"].append(stepped(given, server, "unary"))
         modes: tuple[Mode, ...] = ("stream", "unary")
-        for mode in modes:
+        for mode in modes if "nothing" in given.beside else ():
             with served(given.model, manifest, "stream" if mode == "stream" else "step", nothing=True) as server:
                 document["steps"].append(stepped(given, server, mode, "nothing"))
     for name, found in beside(given, manifest, streams):
@@ -180,7 +185,7 @@ def beside(given: argparse.Namespace, manifest: Manifest, streams: list[int]) ->
     """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own, not beside the server."""
     sizes = [",".join(map(str, streams)), str(given.prompt), str(given.tokens)]
     yield "engine_alone", _said("benchmarks.generation.alone", len(streams), given.limit, str((given.model / "1").resolve()), *sizes)
-    if given.beside:
+    if "transformers" in given.beside:
         engine = manifest.engine
         where = [str(given.source.resolve()), str(engine.dtype), engine.device]
         yield "transformers", _said("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes)

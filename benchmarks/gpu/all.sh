@@ -45,8 +45,8 @@ for name in "$@"; do
     generate)
         part build 240 "$PYTHON" -m inplace_builder build "$MODEL" --output "$OUT/engines/smollm2" --dtype bfloat16 --engine tensorrt --slots 64 \
             --max-batch 64 --serve stream
-        part generate 600 "$PYTHON" -m benchmarks.generate --model "$OUT/engines/smollm2" --beside transformers --source "$MODEL" --limit 240 \
-            --out "$OUT/gpu_generate_135m.json"
+        part generate 600 "$PYTHON" -m benchmarks.generate --model "$OUT/engines/smollm2" --beside nothing,transformers --source "$MODEL" \
+            --limit 240 --out "$OUT/gpu_generate_135m.json"
         ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --budget "${BUDGET:-480}" ;;

@@ -10,6 +10,9 @@ from inplace_builder.lower.network import Lowered
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input in one profile."""
+USUAL_LEVEL, OTHER_LEVELS = 3, (3, 1, 0)
+BROKEN = re.compile(r"Internal Error \(Assertion")
+"""TensorRT has found itself in the wrong (seen with 10.6: `checkSanity`). It goes other ways at other levels, so it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,30 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
         BuildError: TensorRT cannot build it; has TensorRT's own words.
     """
     options = options or CompileOptions()
+    tensorrt, log = lowered.context.tensorrt, lowered.context.log
+    asked = USUAL_LEVEL if options.optimization_level is None else options.optimization_level
+    for level in (options.optimization_level, *(level for level in OTHER_LEVELS if level != asked)):
+        plan = lowered.builder.build_serialized_network(lowered.network, _config(lowered, profiles, options, level))
+        if plan is not None:
+            return plan
+        said = log.said()
+        if not BROKEN.search(said):
+            break
+    raise BuildError(f"{tensorrt} cannot build the network: {said}{_explained(lowered, said)}")
+
+
+def _config(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], options: CompileOptions, level: int | None) -> Any:
+    """``IBuilderConfig``.
+
+    Raises:
+        BuildError: TensorRT refuses a profile or a GPU.
+    """
     tensorrt, builder, log = lowered.context.tensorrt, lowered.builder, lowered.context.log
     api = tensorrt.api
     config = builder.create_builder_config()
     config.clear_flag(api.BuilderFlag.TF32)  # float32 means float32, not 10 bits of mantissa
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
+    if level is not None:
+        config.builder_optimization_level = level
     if options.plugins:
         config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.compute_capabilities:
@@ -65,10 +86,7 @@ def compile_network(lowered: Lowered, profiles: Sequence[Mapping[str, Range]], o
                 raise BuildError(f"{tensorrt} refused the range {shapes} of input {name}: {error}") from error
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {log.said()}")
-    plan = builder.build_serialized_network(lowered.network, config)
-    if plan is None:
-        raise BuildError(f"{tensorrt} cannot build the network: {log.said()}{_explained(lowered, log.said())}")
-    return plan
+    return config
 
 
 def _explained(lowered: Lowered, said: str) -> str:

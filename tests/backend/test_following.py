@@ -46,7 +46,8 @@ def test_a_step_that_fails_is_nothing_to_a_generation_that_was_over_before_it(st
     )
     assert (ended.reason, ended.tokens) == ("eos", said[: end + 1])
     failed.refused(Code.ENGINE_FAILED, "out of luck", retryable=True)
-    assert failed.tokens == greedy(repository.llama, OTHER, end + 1)
+    heard = failed.tokens  # an error takes the place of what was not sent yet
+    assert heard == greedy(repository.llama, OTHER, end + 1)[: len(heard)]
     assert driver.ask("a", [3]).next_token == greedy(repository.llama, [*IDS, *said[: end + 1], 3], 1)[0]
     driver.ask("b", [3]).refused(Code.UNKNOWN_SEQUENCE)
     assert driver.free() == SLOTS - 1

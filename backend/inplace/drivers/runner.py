@@ -7,16 +7,16 @@ import threading
 from collections import deque
 from time import monotonic
 
-from inplace.batcher import Work
+from inplace.drivers.flights import Flights
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.job import Job
 from inplace.drivers.mailbox import Mailbox, mailbox_of
-from inplace.drivers.reply import Last, Outputs, Reply
+from inplace.drivers.outcomes import Outcomes
 from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
 from inplace.drivers.step import LONGEST_PAUSE, answered
 from inplace.errors import Code, RequestError, failed
-from inplace.instance import Flight, ModelInstance
+from inplace.instance import ModelInstance
 from inplace.sequences import Ended, SequenceId
 
 MOST_BEHIND = 64
@@ -50,11 +50,10 @@ class Runner:
         self._lanes: dict[SequenceId, deque[Job]] = {}  # what is under way of each sequence; the first of them runs or waits for a slot
         self._waiting: deque[Job] = deque()
         self._scheduler = Scheduler(instance.program)
-        self._said: list[tuple[Reply, int, str | None]] = []
-        self._finished: list[tuple[Reply, Last]] = []
+        self._flights = Flights(instance, self._scheduler, self._inbox.empty)
+        self._outcomes = Outcomes(senders, instance.observer)
         self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)), senders.turn)
         self._next_look = 0.0
-        self._flight: tuple[list[Job], int, Flight] | None = None  # jobs, how many of them, the first, bring one token each, and their step
         self._observer.queue(self._waiting)
         self._turn = instance.waiting = senders.turn
         sys.setswitchinterval(SWITCH)
@@ -75,7 +74,7 @@ class Runner:
             message = self._inbox.get()
             for job in message if isinstance(message, list) else ():
                 self._refuse(job, error)
-        self._tell()
+        self._outcomes.tell()
 
     def _run(self) -> None:
         self._turn.take()
@@ -94,23 +93,18 @@ class Runner:
                     self._next_look = monotonic() + LOOK
                     self._instance.table.reclaim()
                 self._admit()
-                if serving and (self._scheduler or self._flight):
+                if serving and (self._scheduler or self._flights):
                     self._step()
                     self._admit()
             except Exception as error:  # a defect: whoever waits must be told, and the others served
                 log.exception("the stream driver failed")
                 self._drop(failed(error), Ended.ENGINE_FAILED)
-            self._tell()
-        self._land()
-
-    def _tell(self) -> None:
-        if self._said or self._finished:
-            self._senders.tell(self._said, self._finished)
-            self._said, self._finished = [], []
+            self._outcomes.tell()
+        self._flights.land()
 
     def _receive(self) -> bool:
         """Take what has arrived; wait for it where there is nothing to run. False: the driver is closed."""
-        idle = not self._scheduler and self._flight is None
+        idle = not (self._scheduler or self._flights)
         while idle or not self._inbox.empty():
             try:
                 message = self._inbox.get_nowait() if not idle else self._waited()
@@ -231,7 +225,7 @@ class Runner:
         try:
             if job.only_ends:
                 self._instance.end(job.checked)
-                self._answer(job, {})
+                self._outcomes.answer(job, {})
                 return False
             if self._waiting and job.generation is None and self._needs_slot(job):
                 text = "every slot is owned, and generations wait for the next; send it again later"
@@ -262,38 +256,14 @@ class Runner:
 
     # Steps
 
-    def _land(self) -> None:
-        """Wait for a step that nobody wants any more."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._instance.settle(flight[2], self._instance.wait(flight[2]))
-
-    def _launch(self) -> tuple[list[Job], int, Flight]:
-        jobs, running, budget = self._scheduler.next()
-        return jobs, running, self._instance.launch([job.work for job in jobs if job.work is not None], budget)
-
-    def _may_follow(self, jobs: list[Job], rows: list[Work]) -> bool:
-        """Whether the next step can be launched before anybody looks at what this one says: it has the same rows.
-
-        Of a generation that is over all the same (an end token, a stop text, a cancellation) its next token is dropped.
-        """
-        if not self._instance.ahead or not self._scheduler.repeats(jobs):
-            return False
-        return all(job.generation is not None and job.generation.goes_on for job in jobs) and not any(work.over for work in rows)
-
     def _step(self) -> None:
-        jobs, running, flight = self._flight or self._launch()
-        self._flight, rows = None, flight.rows
-        follows = self._may_follow(jobs, rows)  # while the device computes
-        outputs = self._instance.wait(flight)
-        if follows and not flight.failed and self._inbox.empty():
-            self._flight = jobs, len(jobs), self._instance.follow(flight, outputs)
-        self._instance.settle(flight, outputs)
+        landed = self._flights.next()
+        outputs = landed.outputs
         said = outputs[self._said_by].numpy().ravel().tolist() if self._said_by in outputs else []
-        steps = [row for row, job in enumerate(jobs) if job.generation is None]
-        answers = answered(rows, outputs) if steps else []
-        tell = self._said.append
-        for row, (job, work) in enumerate(zip(jobs, rows, strict=True)):
+        steps = any(job.generation is None for job in landed.jobs)
+        answers = answered(landed.rows, outputs) if steps else []
+        say = self._outcomes.say
+        for row, (job, work) in enumerate(zip(landed.jobs, landed.rows, strict=True)):
             generation = job.generation
             if work.over:
                 continue
@@ -309,19 +279,19 @@ class Runner:
                 self._instance.finish(work)
                 answer = answers[row]
                 assert isinstance(answer, dict)
-                self._answer(job, answer)
+                self._outcomes.answer(job, answer)
                 self._over(job)
             else:
                 token = said[row]
                 text, reason = generation.add(token)
                 if generation.said == 1:
                     self._observer.spoke(monotonic() - job.checked.request.received)
-                tell((job.reply, token, text))
+                say(job, token, text)
                 if reason is not None:
                     self._conclude(job, generation, reason)
                     continue
                 work.feed(token)
-                if row >= running:
+                if row >= landed.running:
                     self._scheduler.goes_on(job)
 
     def _conclude(self, job: Job, generation: Generation, reason: Reason) -> None:
@@ -335,26 +305,20 @@ class Runner:
             self._instance.finish(work)
         elif job in self._waiting:
             self._waiting.remove(job)
-        self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
-        self._finished.append((job.reply, Last(reason, generation.rest())))
+        self._outcomes.finish(job, generation, reason)
         self._over(job)
 
-    def _answer(self, job: Job, outputs: Outputs) -> None:
-        self._finished.append((job.reply, Last(outputs)))
-
     def _refuse(self, job: Job, error: RequestError) -> None:
-        request = job.checked.request
         self._watch.remove(job)
-        self._observer.refused(request.sequence, request.id, error, end=request.end)
-        self._finished.append((job.reply, Last(error)))
+        self._outcomes.refuse(job, error)
 
     def _drop(self, error: RequestError, why: Ended) -> None:
         """Answer everything with an error; sequences that were being worked on end."""
-        self._land()
+        self._flights.land()
         jobs = [job for lane in self._lanes.values() for job in lane]
         self._lanes.clear()
         self._waiting.clear()
-        self._scheduler = Scheduler(self._instance.program)
+        self._scheduler.clear()
         for job in jobs:
             self._refuse(job, error)
             if job.work is not None and self._instance.table.get(job.sequence) is job.work.sequence:

@@ -42,6 +42,11 @@ class Scheduler:
                 jobs.remove(job)
                 return
 
+    def clear(self) -> None:
+        """No job has work any more."""
+        self._running.clear()
+        self._prompts.clear()
+
     def repeats(self, rows: list[Job]) -> bool:
         """Whether the next step has the same rows as the last, none of which has more than one token."""
         return not self._prompts and len(rows) <= self._rows and rows == list(self._running)

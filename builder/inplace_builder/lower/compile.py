@@ -10,7 +10,7 @@ from inplace_builder.lower.network import Lowered
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input in one profile."""
-USUAL_LEVEL, OTHER_LEVELS = 3, (3, 1, 0)
+USUAL_LEVEL, OTHER_LEVELS = 3, (3, 5, 1, 0)
 BROKEN = re.compile(r"Internal Error \(Assertion")
 """TensorRT has found itself in the wrong (seen with 10.6: `checkSanity`). It goes other ways at other levels, so it is asked again."""
 

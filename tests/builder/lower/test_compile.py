@@ -40,7 +40,7 @@ def lowered() -> Lowered:
 INTERNAL = "[checkSanity.cpp::checkSanity::292] Error Code 2: Internal Error (Assertion !overlap(t->start) failed. )"
 
 
-@pytest.mark.parametrize(("failures", "levels"), [(0, [1]), (1, [1, 3]), (2, [1, 3, 0])])
+@pytest.mark.parametrize(("failures", "levels"), [(0, [1]), (1, [1, 3]), (2, [1, 3, 5])])
 def test_where_tensorrt_trips_over_itself_it_is_asked_again_at_other_levels(lowered: Lowered, failures: int, levels: list[int]) -> None:
     builder = Fails(lowered, *[INTERNAL] * failures)
     assert compile_network(replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS).nbytes > 1000
@@ -51,7 +51,7 @@ def test_what_it_says_at_every_level_is_its_word(lowered: Lowered) -> None:
     builder = Fails(lowered, *[INTERNAL] * 9)
     with pytest.raises(BuildError, match=r"cannot build the network: .*checkSanity"):
         compile_network(replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS)
-    assert builder.levels == [1, 3, 0]
+    assert builder.levels == [1, 3, 5, 0]
 
 
 def test_a_network_that_it_refuses_is_refused_at_once(lowered: Lowered) -> None:

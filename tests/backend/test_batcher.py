@@ -1,10 +1,15 @@
-"""How many tokens each row of a step brings."""
+"""How many tokens each row of a step brings, and the step that follows one of single tokens."""
 
 import pytest
-from inplace.batcher import _counts
+import torch
+from driving import prompt
+from inplace.batcher import _counts, follow, form
 from inplace.engines.tensorrt.sizes import Size, decode_sizes, fitting, mixed_sizes
+from inplace.instance import ModelInstance
 from inplace.manifest import Program
+from inplace.requests import Request
 from inplace.specs import Role, TensorSpec
+from models import SLOTS, Repository, open_instance
 from pydantic import ValidationError
 
 
@@ -59,3 +64,28 @@ def test_a_step_beyond_the_largest_fits_nothing() -> None:
     made = program(4, 8)
     assert fitting(decode_sizes(made) + mixed_sizes(made), 5, 5) is None
     assert fitting([Size(1, 1)], 1, 2) is None
+
+
+def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repository) -> None:
+    instance: ModelInstance = open_instance(repository.path / "llama")
+    chances = [{}, {"temperature": 0.7, "seed": 5}, {"temperature": 1.1, "top_k": 3, "top_p": 0.9, "seed": 2**40}, {}][:SLOTS]
+    works = [
+        instance.admit(Request(f"s{row}", True, False, {"input_ids": torch.tensor([prompt(row, 1 + row)])}, parameters=chance))
+        for row, chance in enumerate(chances)
+    ]
+    while pending := [work for work in works if not work.finished]:
+        instance.step(pending)
+    for work in works:
+        work.feed(7)
+    inputs = form(instance.program, works).inputs
+    for said in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
+        found = follow(instance.program, inputs, torch.tensor(said[:SLOTS])[:, None])
+        for work, token in zip(works, said, strict=False):
+            work.sequence.length += 1
+            work.feed(token)
+        wanted = form(instance.program, works).inputs
+        assert list(found) == list(wanted)
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), name
+        inputs = found

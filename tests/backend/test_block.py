@@ -56,6 +56,27 @@ def test_a_decode_step_is_padded_with_null_rows_of_one_token_each(before: bool) 
     }
 
 
+def test_what_a_step_has_from_the_one_before_need_not_be_written_again_and_what_came_between_is() -> None:
+    block = Block(PACKED, Size(4, 4), torch.device("cpu"))
+    first = step([3, 4], [0, 1, 2], [5, 1], [7, 0])
+
+    def uploaded() -> dict[str, list[object]]:
+        block.upload()
+        return {name: tensor.tolist() for name, tensor in block.tensors.items()}
+
+    block.fill(first)
+    before = uploaded()
+    block.fill({**first, "ids": torch.tensor([8, 9]), "write_indices": first["write_indices"] + 1})
+    assert uploaded() == before | {"ids": [8, 9, 0, 0], "write_indices": [8, 1, 0, 0]}
+    block.fill(step([1], [0, 1], [2], [9]))
+    block.fill(first)
+    assert uploaded() == before
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        block.fill({**first, "ids": torch.tensor([8, 9]), "half": torch.zeros(2, 7)})
+    block.fill(first)
+    assert uploaded() == before, "a step that could not be filled leaves nothing behind"
+
+
 def test_the_last_null_row_of_a_mixed_step_owns_the_tokens_that_pad_it() -> None:
     block = Block(PACKED, Size(5, 16), torch.device("cpu"))
     block.fill(step([1, 2, 3, 4, 5], [0, 1, 5], [2, 0], [3, 0]))

@@ -141,6 +141,16 @@ def test_an_end_token_ends_a_generation_and_may_be_ignored(streams: OpenStreams,
     assert driver.generate("b", ids, ignore_eos=True).wait().tokens == expected
 
 
+def test_the_text_of_a_start_that_goes_on_is_no_beginning(streams: OpenStreams, repository: Repository) -> None:
+    driver, more = streams(Language(tiny_tokenizer())), " Copyright"
+    ids = tiny_tokenizer().encode("You may").ids
+    history = [*ids, *greedy(repository.llama, ids, 3), *tiny_tokenizer().encode(more, add_special_tokens=False).ids]
+    for start in (True, False):
+        assert driver.generate("a", "You may", 3, sequence_key="mine").reason == "length"
+        heard = driver.generate("a", more, 4, start=start, sequence_key="mine", position=len(ids) + 3)
+        assert (heard.reason, heard.tokens) == ("length", greedy(repository.llama, history, 4))
+
+
 def test_a_sequence_ends_where_its_slot_does(streams: OpenStreams, repository: Repository) -> None:
     driver, ids = streams(), prompt(4, 8)
     heard = driver.generate("a", ids, 1000)

@@ -93,5 +93,6 @@ class Intake:
             return request
         if self._names[0] in request.inputs:
             raise RequestError(Code.BAD_PARAMETER, f"inputs {self._names[0]!r} and {TEXT!r} are both given; send one of them")
-        ids = tokenized(self._language.tokenizer, texts[TEXT], self._instance.manifest.capacity, start=request.start)
+        begins = request.start and not request.goes_on  # a START that names a position goes on with a live sequence or is refused
+        ids = tokenized(self._language.tokenizer, texts[TEXT], self._instance.manifest.capacity, start=begins)
         return replace(request, inputs={self._names[0]: ids})

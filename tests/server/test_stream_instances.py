@@ -1,0 +1,152 @@
+"""Two instances of one stream model on a real tritonserver: each has an arena of its own, and a sequence lives in one of them.
+
+The log of `twins` says which instance a sequence was given to, and which one finished each of its generations.
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+from faults import reconfigure, stubs
+from generating import Said, Talk
+from inplace_builder.build import BuildOptions, build_decoder
+from inplace_builder.server import Ports, TritonServer
+from models import greedy, tiny_llama
+from observed import Found, Observed
+from streams import prompt
+from transformers import LlamaForCausalLM
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import model_config_pb2 as pb
+
+pytestmark = pytest.mark.server
+
+SLOTS, CAPACITY, ENDLESS, MANY = 8, 8000, 7900, 12
+BOTH = (0, 1)
+LIVE, FREE, STARTED = (("inplace_sequences_live", ""), ("inplace_slots_free", ""), ("inplace_sequences_started_total", ""))
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A server with `twins`, whose counters begin at 0 and go on from test to test."""
+
+    observed: Observed
+    llama: LlamaForCausalLM
+
+    def talk(self) -> Talk:
+        return Talk(self.observed.server.grpc_url, "twins")
+
+    def says(self, history: list[int], max_tokens: int) -> Said:
+        return Said(greedy(self.llama, history, max_tokens), "length")
+
+    def now(self, instance: int) -> Found:
+        return self.observed.numbers("twins", f"_0_{instance}")
+
+    def settles(self, instance: int, expected: Found) -> Found:
+        found = self.observed.settled("twins", expected, f"_0_{instance}")
+        assert {key: found[key] for key in expected} == expected
+        return found
+
+    def logged(self, event: str, name: str, least: int) -> list[tuple[int, str]]:
+        """The instance and the sequence of each such event of sequences whose id begins with a name, in order."""
+        pattern = rf".*inplace twins_0_(\d): {event}: sequence=({name}\d+)\b.*"
+        return [(int(instance), of) for line in self.observed.lines(pattern, least) for instance, of in re.findall(pattern, line)]
+
+    def home(self, name: str, sequences: int) -> dict[str, int]:
+        """The instance of each sequence."""
+        started = self.logged("sequence started", name, sequences)
+        assert len(started) == sequences
+        return {sequence: instance for instance, sequence in started}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
+    folder, path = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("twins") / "repository"
+    llama = tiny_llama(folder, max_position_embeddings=CAPACITY)
+    build_decoder(folder, path / "twins", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream"))
+    shutil.rmtree(path / "twins_generate", ignore_errors=True)
+
+    def double(config: pb.ModelConfig) -> None:
+        config.instance_group[0].count = 2
+        config.parameters["log_level"].string_value = "debug"
+
+    reconfigure(path / "twins", double)
+    with (
+        TritonServer(path, Ports(0, 0, 0), log=path.parent / "log", arguments=["--exit-timeout-secs=1"]) as server,
+        InferenceServerClient(server.grpc_url) as client,
+    ):
+        assert len(stubs(server, "twins")) == 2
+        yield Twins(Observed(server, client, path), llama)
+
+
+def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_they_began(twins: Twins) -> None:
+    rounds = 4
+    before = [twins.now(instance) for instance in BOTH]
+
+    def one(seed: int) -> list[tuple[list[int], Said]]:
+        """Four generations on one sequence, each with two new tokens, over a stream each: histories and what was said."""
+        history, heard = prompt(seed, 3 + 4 * seed), []
+        for number in range(rounds):
+            parameters = {"position": len(history) - 2} if number else {}
+            with twins.talk() as talk:
+                ids = history[-2:] if number else history
+                said = talk.ask(f"many{seed}", ids, 12 + seed, start=not number, end=number == rounds - 1, **parameters)
+            heard.append((history, said))
+            history = [*history, *said.tokens, 5, seed]
+        return heard
+
+    with ThreadPoolExecutor(MANY) as pool:
+        answers = list(pool.map(one, range(MANY)))
+    for seed, answer in enumerate(answers):
+        for history, said in answer:
+            assert said == twins.says(history, 12 + seed)
+
+    home = twins.home("many", MANY)
+    assert set(home.values()) == set(BOTH)
+    finished = Counter(twins.logged("generation finished", "many", rounds * MANY))
+    assert finished == {(instance, sequence): rounds for sequence, instance in home.items()}
+    for instance, was in zip(BOTH, before, strict=True):
+        own = [sequence for sequence, where in home.items() if where == instance]
+        found = twins.settles(
+            instance,
+            {
+                STARTED: was[STARTED] + len(own),
+                ("inplace_generations_total", "length"): was["inplace_generations_total", "length"] + rounds * len(own),
+                ("inplace_sequences_ended_total", "end"): was["inplace_sequences_ended_total", "end"] + len(own),
+                ("inplace_requests_refused_total", "UNKNOWN_SEQUENCE"): 0,
+                LIVE: 0,
+                FREE: SLOTS,
+            },
+        )
+        assert found["inplace_step_rows_sum", ""] > found["inplace_step_rows_count", ""]  # in company
+
+
+def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins) -> None:
+    cancelled = ("inplace_sequences_ended_total", "cancelled")
+    before = [twins.now(instance) for instance in BOTH]
+    with ExitStack() as stack:
+        talks = {f"endless{seed}": stack.enter_context(twins.talk()) for seed in range(MANY)}
+        for seed, (name, talk) in enumerate(talks.items()):
+            talk.send(name, prompt(seed, 5), ENDLESS, start=True)
+        said = {name: talk.hear(1).tokens for name, talk in talks.items()}
+        home = twins.home("endless", MANY)
+        sizes = Counter(home.values())
+        assert set(sizes) == set(BOTH)
+        for instance in BOTH:
+            twins.settles(instance, {LIVE: sizes[instance], FREE: SLOTS - sizes[instance], cancelled: before[instance][cancelled]})
+        for name, talk in talks.items():
+            if home[name] == 0:
+                talk.drop()
+        twins.settles(0, {LIVE: 0, FREE: SLOTS, cancelled: before[0][cancelled] + sizes[0]})
+        twins.settles(1, {LIVE: sizes[1], FREE: SLOTS - sizes[1], cancelled: before[1][cancelled]})
+        for seed, (name, talk) in enumerate(talks.items()):
+            if home[name] == 1:  # these never notice
+                said[name] += talk.hear(50).tokens
+                assert said[name][:50] == twins.says(prompt(seed, 5), 50).tokens
+                assert talk.hear(1).reason == ""
+    twins.settles(0, {LIVE: 0, FREE: SLOTS, cancelled: before[0][cancelled] + sizes[0]})
+    twins.settles(1, {LIVE: 0, FREE: SLOTS, cancelled: before[1][cancelled] + sizes[1]})

@@ -1,0 +1,156 @@
+"""Triton's own idle clock, where it is shorter than a generation: Triton forgets the sequence, the backend does not.
+
+The clock starts with a request's arrival, not with its answer. `hasty` is forgotten by Triton after `IDLE`, by the backend after a minute.
+"""
+
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from faults import reconfigure
+from generating import Said, Talk, seconds_until
+from inplace_builder.build import BuildOptions, build_decoder
+from inplace_builder.server import Ports, TritonServer
+from models import greedy, tiny_llama
+from streams import prompt
+from transformers import LlamaForCausalLM
+from tritonclient.grpc import model_config_pb2 as pb
+
+pytestmark = pytest.mark.server
+
+SLOTS, CAPACITY, ENDLESS, IDLE = 2, 8000, 7900, 1.0
+PROMPT = prompt(1, 20)
+LONG = 5 * IDLE
+"""Seconds, about, that a generation of as many tokens as `Forgetting.solo` takes."""
+SOON = 4.0
+"""Seconds; without other load a slot is free within 0.2."""
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """A server with `hasty`, and what a generation of `PROMPT` said alone."""
+
+    server: TritonServer
+    llama: LlamaForCausalLM
+    solo: list[int]
+
+    def talk(self) -> Talk:
+        return Talk(self.server.grpc_url, "hasty")
+
+    def says(self, history: list[int], max_tokens: int = 0) -> Said:
+        """What transformers says after a history, as a step or a generation says it."""
+        return Said(greedy(self.llama, history, max_tokens or 1), "length" if max_tokens else "step")
+
+
+@pytest.fixture(scope="module")
+def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forgetting]:
+    folder, repository = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("idle") / "repository"
+    model = tiny_llama(folder, max_position_embeddings=CAPACITY)
+    options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=60.0)
+    build_decoder(folder, repository / "hasty", options)
+
+    def hasten(config: pb.ModelConfig) -> None:
+        config.sequence_batching.max_sequence_idle_microseconds = int(IDLE * 1e6)
+
+    reconfigure(repository / "hasty", hasten)
+    arguments = ["--model-control-mode=explicit", "--load-model=hasty", "--exit-timeout-secs=1"]
+    with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments) as server:
+        with Talk(server.grpc_url, "hasty") as talk:
+            talk.send("solo", PROMPT, ENDLESS, start=True, end=True)
+            begin, solo = time.monotonic(), talk.hear(1).tokens
+            while time.monotonic() - begin < LONG:
+                solo += talk.hear(1).tokens
+        assert solo[:300] == greedy(model, PROMPT, 300)[: len(solo)]
+        yield Forgetting(server, model, solo)
+
+
+def forgotten(sequence: int | str) -> Said:
+    """What Triton answers of a sequence that it does not know."""
+    who = f"inference request for sequence {sequence} to model 'hasty'"
+    return Said([], error=f"{who} must specify the START flag on the first request of the sequence")
+
+
+@pytest.mark.parametrize("sequence", ["long", 7])
+@pytest.mark.parametrize("now", [0, 6])
+def test_a_generation_that_outlasts_it_says_all_and_a_start_with_key_and_position_goes_on(
+    forgetting: Forgetting, sequence: int | str, now: int
+) -> None:
+    with forgetting.talk() as talk:
+        begin = time.monotonic()
+        said = talk.ask(sequence, PROMPT, len(forgetting.solo), start=True, sequence_key="mine")
+        assert time.monotonic() - begin > 2 * IDLE
+        assert said == Said(forgetting.solo, "length")
+        history = PROMPT + said.tokens
+        for end in (False, True):
+            assert talk.ask(sequence, [7], now, end=end, sequence_key="mine", position=len(history)) == forgotten(sequence)
+        found = talk.ask(sequence, [7], now, start=True, sequence_key="mine", position=len(history))
+        more = [7, *found.tokens * bool(now), 8]
+        again = talk.ask(sequence, [8], end=True, sequence_key="mine", position=len(history) + len(more) - 1)  # Triton knows it again
+    assert found == forgetting.says([*history, 7], now)
+    assert again == forgetting.says(history + more)
+
+
+def test_a_generation_that_is_shorter_goes_on_without_until_the_clock_runs_out(forgetting: Forgetting) -> None:
+    with forgetting.talk() as talk:
+        said = talk.ask("short", PROMPT, 5, start=True, sequence_key="mine")
+        step = talk.ask("short", [7], sequence_key="mine")
+        assert said == Said(forgetting.solo[:5], "length")
+        history = [*PROMPT, *said.tokens, 7]
+        assert step == forgetting.says(history)
+        time.sleep(1.5 * IDLE)
+        assert talk.ask("short", [8], sequence_key="mine") == forgotten("short")
+        found = talk.ask("short", [8], start=True, end=True, sequence_key="mine", position=len(history))
+        assert found == forgetting.says([*history, 8])
+
+
+def test_while_it_runs_triton_refuses_what_has_no_start_and_a_start_that_goes_on_waits_for_it(forgetting: Forgetting) -> None:
+    history = PROMPT + forgetting.solo
+    with forgetting.talk() as talk, forgetting.talk() as other:
+        talk.send("running", PROMPT, len(forgetting.solo), start=True, sequence_key="mine")
+        said = talk.hear(1).tokens
+        time.sleep(1.5 * IDLE)
+        for ids, max_tokens, end in (([7], 0, False), ([7], 5, False), ([], 0, True)):
+            assert other.ask("running", ids, max_tokens, end=end, sequence_key="mine") == forgotten("running")
+        other.send("running", [7], start=True, sequence_key="mine", position=len(history))
+        with pytest.raises(queue.Empty):
+            other.receive(timeout=0.2)
+        rest = talk.hear()
+        assert (said + rest.tokens, rest.reason) == (forgetting.solo, "length")
+        step = other.hear()
+        last = other.ask("running", [8], start=True, end=True, sequence_key="mine", position=len(history) + 1)
+        assert step == forgetting.says([*history, 7])
+        assert last == forgetting.says([*history, 7, 8])
+
+
+def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generation(forgetting: Forgetting) -> None:
+    with forgetting.talk() as talk, forgetting.talk() as other:
+        talk.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
+        said = talk.hear(1).tokens
+        time.sleep(1.5 * IDLE)
+        assert other.ask("taken", [7], sequence_key="mine") == forgotten("taken")
+        found = other.ask("taken", [1, 2, 3], 5, start=True, sequence_key="mine")
+        assert other.ask("taken", [], end=True, sequence_key="mine") == Said([], "step")
+        assert found == forgetting.says([1, 2, 3], 5)
+        rest = talk.hear()
+        before = (said + rest.tokens)[: len(forgetting.solo)]
+        assert (rest.reason, before) == ("ended", forgetting.solo[: len(before)])
+
+
+def test_a_client_that_drops_a_forgotten_generation_frees_its_slot_at_once(forgetting: Forgetting) -> None:
+    with forgetting.talk() as probe:
+
+        def served() -> bool:
+            said = probe.ask("probe", [1], start=True, end=True)
+            assert not said.error or "INPLACE-NO_FREE_SLOT retryable=1" in said.error
+            return not said.error
+
+        with forgetting.talk() as talk:
+            for number in range(SLOTS):
+                talk.send(f"dropped {number}", PROMPT, ENDLESS, start=True)
+            talk.hear(5)
+            time.sleep(1.5 * IDLE)
+            assert probe.ask("dropped 0", [7]) == forgotten("dropped 0")
+            assert not served()
+        assert seconds_until(served) < SOON

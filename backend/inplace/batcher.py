@@ -138,21 +138,21 @@ def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch
 ADVANCING = (Role.POSITIONS, Role.WRITE_INDICES, Role.NEXT_POSITIONS)
 
 
-def follow(program: Program, inputs: Mapping[str, Tensor], said: Tensor) -> dict[str, Tensor]:
-    """The inputs of the step after one of single tokens: the same rows, each with the token that it has said.
+def follow(program: Program, batch: Batch, said: Tensor) -> Batch:
+    """The step after one of single tokens: the same rows, each with the token that it has said.
 
     Args:
         program: what runs; a language model.
-        inputs: of the step before.
+        batch: the step before.
         said: the token of each row, ``[rows, 1]``.
     """
-    found = dict(inputs)
+    found = dict(batch.inputs)
     for spec in program.inputs:
         if spec.role is Role.TOKENS:
             found[spec.name] = said.flatten().to(spec.dtype.as_torch)
         elif spec.role in ADVANCING:
-            found[spec.name] = torch.from_numpy(inputs[spec.name].numpy() + 1)
-    return found
+            found[spec.name] = torch.from_numpy(found[spec.name].numpy() + 1)
+    return Batch(batch.rows, batch.counts, found)
 
 
 @cache

@@ -1,7 +1,7 @@
 """A model instance: one engine, its arena and its sequences. The step that every driver uses is here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Self
@@ -10,40 +10,16 @@ import torch
 from torch import Tensor
 
 from inplace.arena import Arena
-from inplace.batcher import Work, follow, form
+from inplace.batcher import Batch, Work, follow, form
 from inplace.engines import ALONE, Engine, Launched, load_engine
 from inplace.errors import Code, RequestError
+from inplace.flight import Flight
 from inplace.manifest import Manifest, Program
 from inplace.observer import Observer
 from inplace.requests import Checked, Request, checked_inputs
 from inplace.sampling import GREEDY
 from inplace.sequences import Ended, SlotTable
 from inplace.specs import Update
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step that was launched.
-
-    Attributes:
-        rows: the work of each row.
-        counts: how many tokens each row brings.
-        inputs: the program's, by name.
-        wanted: the outputs that are read.
-        begin: when, in monotonic seconds.
-        step: the engine's; or why it could not be launched.
-        seconds: from then until it was waited for.
-        failed: the engine raised.
-    """
-
-    rows: list[Work]
-    counts: list[int]
-    inputs: Mapping[str, Tensor]
-    wanted: frozenset[str]
-    begin: float
-    step: Launched | Exception
-    seconds: float = 0.0
-    failed: bool = False
 
 
 class ModelInstance:
@@ -180,30 +156,29 @@ class ModelInstance:
         self.settle(flight, outputs)
         return outputs
 
-    def launch(self, rows: list[Work], budget: int | None = None) -> "Flight":
+    def launch(self, rows: list[Work], budget: int | None = None) -> Flight:
         """Begin one step over at most ``program.max_rows`` rows, each of its own sequence, that brings at most ``budget`` of their tokens.
 
         It must be waited for before the next is launched, and settled before its rows are launched by anything but `follow`.
         """
         batch = form(self.program, rows, budget)
         ending = [work.wanted for work, count in zip(rows, batch.counts, strict=True) if work.done + count == work.tokens]
-        return self._launched(rows, batch.counts, batch.inputs, frozenset().union(*set(ending)))
+        return self._launched(batch, frozenset().union(*set(ending)))
 
-    def follow(self, flight: "Flight", outputs: Mapping[str, Tensor]) -> "Flight":
+    def follow(self, flight: Flight, outputs: Mapping[str, Tensor]) -> Flight:
         """Begin the step after one of single tokens, with the tokens that its rows have said, as if each was `Work.feed` its own."""
         assert self.program.language is not None
-        inputs = follow(self.program, flight.inputs, outputs[self.program.language[1]])
-        return self._launched(flight.rows, flight.counts, inputs, flight.wanted)
+        return self._launched(follow(self.program, flight.batch, outputs[self.program.language[1]]), flight.wanted)
 
-    def _launched(self, rows: list[Work], counts: list[int], inputs: Mapping[str, Tensor], wanted: frozenset[str]) -> "Flight":
+    def _launched(self, batch: Batch, wanted: frozenset[str]) -> Flight:
         begin = monotonic()
         try:
-            step: Launched | Exception = self.engine.launch(inputs, wanted)
-        except Exception as error:  # it is the rows' as if it had been launched
+            step: Launched | Exception = self.engine.launch(batch.inputs, wanted)
+        except Exception as error:  # its rows are told as if it had been launched
             step = error
-        return Flight(rows, counts, inputs, wanted, begin, step)
+        return Flight(batch, wanted, begin, step)
 
-    def wait(self, flight: "Flight") -> dict[str, Tensor]:
+    def wait(self, flight: Flight) -> dict[str, Tensor]:
         """Wait for a step.
 
         Where the engine raises, every row has its ``error`` afterwards. A START leaves no slot then, an END has ended; other sequences are
@@ -219,7 +194,7 @@ class ModelInstance:
                 raise flight.step
             return flight.step.wait(self.waiting)
         except Exception as error:  # whatever the engine throws must reach the clients, not the server
-            failed = [work for work in flight.rows if not work.over]
+            failed = [work for work in flight.batch.rows if not work.over]
             flight.failed = True
             self.observer.failed(monotonic() - flight.begin, [(work.sequence.id, work.request.id) for work in failed], error)
             for work in failed:
@@ -228,12 +203,12 @@ class ModelInstance:
         finally:
             flight.seconds = monotonic() - flight.begin
 
-    def settle(self, flight: "Flight", outputs: Mapping[str, Tensor]) -> None:
+    def settle(self, flight: Flight, outputs: Mapping[str, Tensor]) -> None:
         """Advance the rows of a step that was waited for; those that are over stay as they are."""
         if flight.failed:
             return
         tokens = decode = 0
-        for row, (work, count) in enumerate(zip(flight.rows, flight.counts, strict=True)):
+        for row, (work, count) in enumerate(zip(flight.batch.rows, flight.batch.counts, strict=True)):
             if work.over:
                 continue
             sequence = work.sequence
@@ -244,7 +219,7 @@ class ModelInstance:
             work.done += count
             if work.done == work.tokens:
                 work.found = (outputs, row)
-        self.observer.stepped(flight.seconds, len(flight.rows), tokens - decode, decode)
+        self.observer.stepped(flight.seconds, len(flight.batch.rows), tokens - decode, decode)
 
     def finish(self, work: Work) -> None:
         """The request is being answered: an END frees the slot, otherwise the idle clock starts again."""

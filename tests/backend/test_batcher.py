@@ -77,15 +77,14 @@ def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repositor
         instance.step(pending)
     for work in works:
         work.feed(7)
-    inputs = form(instance.program, works).inputs
+    batch = form(instance.program, works)
     for said in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
-        found = follow(instance.program, inputs, torch.tensor(said[:SLOTS])[:, None])
+        batch = follow(instance.program, batch, torch.tensor(said[:SLOTS])[:, None])
         for work, token in zip(works, said, strict=False):
             work.sequence.length += 1
             work.feed(token)
-        wanted = form(instance.program, works).inputs
-        assert list(found) == list(wanted)
-        for name, tensor in wanted.items():
-            assert found[name].dtype == tensor.dtype, name
-            assert torch.equal(found[name], tensor), name
-        inputs = found
+        wanted = form(instance.program, works)
+        assert (batch.rows, batch.counts, list(batch.inputs)) == (wanted.rows, wanted.counts, list(wanted.inputs))
+        for name, tensor in wanted.inputs.items():
+            assert batch.inputs[name].dtype == tensor.dtype, name
+            assert torch.equal(batch.inputs[name], tensor), name

@@ -49,7 +49,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     follow = ModelInstance.follow
 
     def counted(self, flight, outputs):  # type: ignore[no-untyped-def]
-        found.append(len(flight.rows))
+        found.append(len(flight.batch.rows))
         return follow(self, flight, outputs)
 
     monkeypatch.setattr(ModelInstance, "follow", counted)

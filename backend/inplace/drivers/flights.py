@@ -8,7 +8,8 @@ from torch import Tensor
 from inplace.batcher import Work
 from inplace.drivers.job import Job
 from inplace.drivers.scheduler import Scheduler
-from inplace.instance import Flight, ModelInstance
+from inplace.flight import Flight
+from inplace.instance import ModelInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,12 @@ class Flights:
         """Wait for the step that is under way, or for a new one; afterwards the one behind it may be under way."""
         jobs, running, flight = self._under_way or self._launch()
         self._under_way = None
-        follows = self._repeats(jobs, flight.rows)  # while the device computes
+        follows = self._repeats(jobs, flight.batch.rows)  # while the device computes
         outputs = self._instance.wait(flight)
         if follows and not flight.failed and self._calm():
             self._under_way = jobs, len(jobs), self._instance.follow(flight, outputs)
         self._instance.settle(flight, outputs)
-        return Landed(jobs, running, flight.rows, outputs)
+        return Landed(jobs, running, flight.batch.rows, outputs)
 
     def land(self) -> None:
         """Wait for a step that nobody wants any more."""

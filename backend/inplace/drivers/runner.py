@@ -10,6 +10,7 @@ from time import monotonic
 from inplace.drivers.flights import Flights
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.job import Job
+from inplace.drivers.lanes import Lanes
 from inplace.drivers.mailbox import Mailbox, mailbox_of
 from inplace.drivers.outcomes import Outcomes
 from inplace.drivers.scheduler import Scheduler
@@ -19,8 +20,6 @@ from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.sequences import Ended, SequenceId
 
-MOST_BEHIND = 64
-"""Requests of one sequence that may wait behind one another; twice as many where they are STARTs and ENDs."""
 LOOK = 0.05
 """Seconds between two looks at the idle sequences, at least."""
 
@@ -47,7 +46,7 @@ class Runner:
         self._observer = instance.observer
         self._said_by = instance.program.language[1] if instance.program.language is not None else None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._lanes: dict[SequenceId, deque[Job]] = {}  # what is under way of each sequence; the first of them runs or waits for a slot
+        self._lanes = Lanes(instance.table)
         self._waiting: deque[Job] = deque()
         self._scheduler = Scheduler(instance.program)
         self._flights = Flights(instance, self._scheduler, self._inbox.empty)
@@ -134,7 +133,7 @@ class Runner:
                 self._arrived(job)
             except Exception as error:
                 for other in jobs[place:]:
-                    if other not in self._lanes.get(other.sequence, ()):  # the others are told by who catches it
+                    if other not in self._lanes:  # the others are told by who catches it
                         self._refuse(other, failed(error))
                 raise
 
@@ -144,48 +143,29 @@ class Runner:
             return
         if job.generation is not None:  # not before: a cancellation that came here ahead of its job would be of nobody
             self._watch.add(job, job.reply)
-        lane = self._lanes.setdefault(job.sequence, deque())
-        if lane and self._takes(job):
-            for other in list(reversed(lane)):
-                if other.generation is not None and other.checked.key in (None, job.checked.key):  # a new owner's stays
-                    self._conclude(other, other.generation, Reason.ENDED)
-            lane = self._lanes.setdefault(job.sequence, deque())
-        if len(lane) >= MOST_BEHIND * (1 + (job.checked.request.start or job.checked.request.end)):
-            text = f"{len(lane)} requests of the sequence are waiting; nothing was changed, send it again later"
-            self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
+        for other in self._lanes.taken_by(job):
+            assert other.generation is not None
+            self._conclude(other, other.generation, Reason.ENDED)
+        try:
+            first = self._lanes.add(job)
+        except RequestError as error:
+            self._refuse(job, error)
             return
-        lane.append(job)
-        if len(lane) == 1:
+        if first:
             self._next(job.sequence)
 
     def _fetch(self, job: Job) -> None:
         """Have a request answered with what the sequence's generation says, or has said."""
         try:
-            mailbox = mailbox_of(job, self._lanes.get(job.sequence, ()), self._instance.table.get(job.sequence))
+            mailbox = mailbox_of(job, self._lanes.of(job.sequence), self._instance.table.get(job.sequence))
             if mailbox.fetch(job.reply.channel):
                 self._senders.queue(mailbox)
         except RequestError as error:
             self._refuse(job, error)
 
-    def _takes(self, job: Job) -> bool:
-        """Whether the job is an END or START that takes the sequence from the generations before it."""
-        request = job.checked.request
-        if not (request.start or request.end):
-            return False
-        live = self._instance.table.get(job.sequence)
-        if live is None:
-            key = self._lanes[job.sequence][0].checked.key
-            return key is None or key == job.checked.key
-        try:
-            live.check_key(job.checked.key, start=request.start)
-        except RequestError:
-            return False
-        return request.end or live.key is None or not request.goes_on
-
     def _next(self, sequence: SequenceId) -> None:
         """Begin the first request of a sequence that can be begun."""
-        lane = self._lanes[sequence]
-        while lane:
+        while lane := self._lanes.of(sequence):
             job = lane[0]
             if self._must_wait(job):
                 if len(self._waiting) < self._most_waiting:
@@ -195,16 +175,12 @@ class Runner:
                 self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
             elif self._enter(job):
                 return
-            lane.popleft()
-        del self._lanes[sequence]
+            self._lanes.remove(job)
 
     def _over(self, job: Job) -> None:
         """A request has been answered: it is the turn of its sequence's next one."""
         self._watch.remove(job)
-        lane = self._lanes[job.sequence]
-        first = lane[0] is job
-        lane.remove(job)
-        if first:
+        if self._lanes.remove(job):
             self._next(job.sequence)
 
     # Slots
@@ -248,7 +224,7 @@ class Runner:
                 self._over(job)
 
     def _cancelled(self, job: Job) -> None:
-        if job not in self._lanes.get(job.sequence, ()) or job.generation is None:
+        if job not in self._lanes or job.generation is None:
             return  # it has finished
         if job.work is not None:
             self._instance.table.end(job.work.sequence, Ended.CANCELLED)
@@ -315,8 +291,7 @@ class Runner:
     def _drop(self, error: RequestError, why: Ended) -> None:
         """Answer everything with an error; sequences that were being worked on end."""
         self._flights.land()
-        jobs = [job for lane in self._lanes.values() for job in lane]
-        self._lanes.clear()
+        jobs = self._lanes.clear()
         self._waiting.clear()
         self._scheduler.clear()
         for job in jobs:

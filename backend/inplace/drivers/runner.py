@@ -20,6 +20,8 @@ from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.sequences import Ended, SequenceId
 
+GATHERING, MOST_GATHERING = 0.0001, 0.005
+"""Seconds between two looks whether senders are still behind, and for which a step waits for them at most."""
 LOOK = 0.05
 """Seconds between two looks at the idle sequences, at least."""
 
@@ -102,14 +104,17 @@ class Runner:
         self._flights.land()
 
     def _receive(self) -> bool:
-        """Take what has arrived; wait for it where there is nothing to run. False: the driver is closed."""
-        idle = not (self._scheduler or self._flights)
-        while idle or not self._inbox.empty():
+        """Take what has arrived; wait for it where there is nothing to run yet. False: the driver is closed."""
+        until, received = monotonic() + MOST_GATHERING, False
+        while not self._inbox.empty() or (pause := self._pause(until, received)) > 0:
             try:
-                message = self._inbox.get_nowait() if not idle else self._waited()
+                message = self._inbox.get_nowait() if not self._inbox.empty() else self._waited(pause)
             except queue.Empty:
+                if self._scheduler or self._flights:
+                    continue
                 return True
-            idle = False
+            if not received:
+                until, received = monotonic() + MOST_GATHERING, True
             if message is None:
                 return False
             if isinstance(message, list):
@@ -118,12 +123,23 @@ class Runner:
                 self._cancelled(message[0])
         return True
 
-    def _waited(self) -> Message:
+    def _waited(self, seconds: float) -> Message:
+        self._outcomes.tell()
         with self._turn:
-            return self._inbox.get(timeout=self._pause())
+            return self._inbox.get(timeout=seconds)
 
-    def _pause(self) -> float:
-        return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
+    def _pause(self, until: float, received: bool) -> float:
+        """Seconds to wait for what may arrive.
+
+        With nothing to run, until a sequence may be idle. Where there are steps only, while many are being answered: they come again, and
+        each would make a step alone.
+        """
+        if self._flights:
+            return 0.0
+        if not self._scheduler:
+            return 0.0 if received else min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
+        gathers = self._senders.behind and not (self._scheduler.full or self._scheduler.generates)
+        return GATHERING if gathers and monotonic() < until else 0.0
 
     # Requests of one sequence follow one another
 

@@ -42,6 +42,16 @@ class Scheduler:
                 jobs.remove(job)
                 return
 
+    @property
+    def generates(self) -> bool:
+        """Whether a generation has work."""
+        return any(job.generation is not None for job in (*self._running, *self._prompts))
+
+    @property
+    def full(self) -> bool:
+        """Whether there is work for every row of a step."""
+        return len(self._running) + len(self._prompts) >= self._rows
+
     def clear(self) -> None:
         """No job has work any more."""
         self._running.clear()

@@ -49,6 +49,11 @@ class Senders:
             self._queue.put(None)
             self._send()
 
+    @property
+    def behind(self) -> bool:
+        """Whether more replies wait to be sent than are being sent."""
+        return self._queue.qsize() > THREADS
+
     def queue(self, reply: Reply) -> None:
         """Send what a reply has; only by who was told to queue it."""
         self._queue.put(reply)

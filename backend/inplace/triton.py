@@ -21,11 +21,10 @@ from inplace.requests import Request
 from inplace.settings import Settings, served
 from inplace.stub import check_numpy, end_with_server
 from inplace.text import load_tokenizer
-from inplace.triton_channel import TritonChannel, output, readable, refusal
+from inplace.triton_channel import FLAG_END, FLAG_START, TritonChannel, output, readable, refusal
 from inplace.triton_front import Front
 from inplace.triton_reports import TritonMetrics, log_to_triton
 
-FLAG_START, FLAG_END = 1, 2
 TEXTS = (TEXT, STOP)
 NO_PARAMETERS = ("", "{}")
 

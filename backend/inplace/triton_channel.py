@@ -11,6 +11,8 @@ from torch import Tensor
 from inplace.drivers.reply import Outputs
 from inplace.errors import Code, RequestError
 
+FLAG_START, FLAG_END = 1, 2
+"""TRITONSERVER_REQUEST_FLAG_SEQUENCE_START and …_END."""
 STATUS = {
     Code.NO_FREE_SLOT: "UNAVAILABLE",
     Code.QUEUE_FULL: "UNAVAILABLE",

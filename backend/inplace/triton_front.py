@@ -23,9 +23,8 @@ from inplace.drivers.reply import FINISH_REASON
 from inplace.errors import Code, RequestError, failed
 from inplace.front import FrontFile
 from inplace.observer import line
-from inplace.triton_channel import refusal
+from inplace.triton_channel import FLAG_END, FLAG_START, refusal
 
-FLAG_START, FLAG_END = 1, 2
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
 UNANSWERED, FETCHING = 16, 8

@@ -12,6 +12,7 @@ from inplace.manifest import Program
 from inplace.sampling import GREEDY, Parameter, Sampling
 from inplace.sequences import SequenceId
 from inplace.specs import Role, TensorSpec
+from inplace.wire import POSITION, SEQUENCE_KEY
 
 SAMPLING = frozenset(field.name for field in fields(Sampling))
 """The parameters that say how a token is chosen."""
@@ -59,7 +60,7 @@ class Request:
         Raises:
             RequestError: BAD_PARAMETER, it is no whole number of at least 0.
         """
-        value = self.parameters.get("position")
+        value = self.parameters.get(POSITION)
         if value is None:
             return None
         if isinstance(value, bool) or not (str(value).isascii() and str(value).isdigit()):
@@ -69,7 +70,7 @@ class Request:
     @property
     def goes_on(self) -> bool:
         """Whether it names a position other than 0, which no START can mean that wants a fresh slot."""
-        return self.parameters.get("position", 0) not in (0, "0")
+        return self.parameters.get(POSITION, 0) not in (0, "0")
 
     def key(self) -> bytes | None:
         """SHA-256 of the parameter ``sequence_key``, a text or a whole number (the same as its digits); None where none was sent.
@@ -79,7 +80,7 @@ class Request:
         Raises:
             RequestError: BAD_PARAMETER, it is neither, is empty or is longer than `LONGEST_KEY`.
         """
-        value = self.parameters.get("sequence_key")
+        value = self.parameters.get(SEQUENCE_KEY)
         if value is None:
             return None
         expected = f"expected a text of 1 to {LONGEST_KEY} characters, or a whole number"

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver
-from inplace.drivers.generation import STOP, TEXT
 from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
@@ -24,6 +23,7 @@ from inplace.text import load_tokenizer
 from inplace.triton_channel import FLAG_END, FLAG_START, TritonChannel, output, readable, refusal
 from inplace.triton_front import Front
 from inplace.triton_reports import TritonMetrics, log_to_triton
+from inplace.wire import STOP, TEXT
 
 TEXTS = (TEXT, STOP)
 NO_PARAMETERS = ("", "{}")

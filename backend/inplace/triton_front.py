@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from inplace.drivers.generation import MAX_TOKENS
-from inplace.drivers.mailbox import FETCH
-from inplace.drivers.reply import FINISH_REASON
 from inplace.errors import Code, RequestError, failed
 from inplace.front import FrontFile
 from inplace.observer import line
 from inplace.triton_channel import FLAG_END, FLAG_START, refusal
+from inplace.wire import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENCE_KEY
 
 PERIOD = 0.03
 """Seconds between two questions whether a client is still there."""
@@ -36,7 +34,7 @@ ENDERS = 4
 KEPT = 1.0
 """Seconds for which responses are kept. Triton's iterator of them is freed by a thread that does not hold Python's lock (24.10,
 ``SendCleanupId``), and with it, were it the last to know them, the arrays of its responses: two threads would count references at once."""
-OWN = ("sequence_key", "position", FETCH)
+OWN = (SEQUENCE_KEY, POSITION, FETCH)
 """Parameters that only whoever names a sequence may set."""
 
 log = logging.getLogger("inplace")

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf import text_format
-from inplace.drivers.generation import STOP, TEXT
-from inplace.drivers.reply import FINISH_REASON, TEXT_OUTPUT, TOKENS
 from inplace.dtypes import Dtype
 from inplace.manifest import Manifest
 from inplace.settings import EOS, IDLE_TIMEOUT, MOST_WAITING, QUEUE, SERVE
 from inplace.specs import Role, TensorSpec
+from inplace.wire import FINISH_REASON, STOP, TEXT, TEXT_OUTPUT, TOKENS
 from tritonclient.grpc import model_config_pb2 as pb
 
 from inplace_builder.errors import BuildError

@@ -11,8 +11,9 @@ from inplace.client.endpoints import Endpoints
 from inplace.client.errors import ClientError, RefusedError, UnreachableError, parsed
 from inplace.client.ledger import Ledger
 from inplace.client.progress import Progress
-from inplace.client.want import STOP, TEXT, TOKENS, Want
+from inplace.client.want import Want
 from inplace.errors import Code
+from inplace.wire import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
 
 BUSY = ("NO_FREE_SLOT", "QUEUE_FULL")
 """Codes of a server that has no room: another one may."""
@@ -150,10 +151,10 @@ def generation(
     if isinstance(prompt, str):
         inputs[TEXT] = np.array([prompt.encode()], dtype=np.object_)
     else:
-        inputs[TOKENS] = np.asarray(prompt, dtype=np.int64)
+        inputs[INPUT_IDS] = np.asarray(prompt, dtype=np.int64)
     if stop:
         inputs[STOP] = np.array([one.encode() for one in stop], dtype=np.object_)
-    parameters: dict[str, Parameter] = {"max_tokens": max_tokens}
+    parameters: dict[str, Parameter] = {MAX_TOKENS: max_tokens}
     parameters.update(cast(Mapping[str, Parameter], options))
-    outputs = ("tokens", "text_output", "finish_reason") if text else ("tokens", "finish_reason")
+    outputs = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if text else (TOKENS, FINISH_REASON)
     return Want(inputs, end, parameters, outputs, request)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from inplace.wire import INPUT_IDS, MAX_TOKENS, TEXT_OUTPUT
+
 Array = NDArray[np.generic]
 Parameter = str | int | float | bool
 """A custom parameter. Numbers with a fraction travel as texts: Triton's gRPC endpoint takes no others."""
@@ -37,8 +39,8 @@ class Model:
         """From Triton's ModelConfig message."""
         return cls(
             streams=config.model_transaction_policy.decoupled,
-            tokens=frozenset(tensor.name for tensor in config.input if tensor.allow_ragged_batch or tensor.name == "input_ids"),
-            speaks=any(tensor.name == "text_output" for tensor in config.output),
+            tokens=frozenset(tensor.name for tensor in config.input if tensor.allow_ragged_batch or tensor.name == INPUT_IDS),
+            speaks=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
         )
 
     def positions(self, inputs: Mapping[str, Array]) -> int:
@@ -70,7 +72,7 @@ class Call:
     @property
     def generates(self) -> bool:
         """Whether tokens stream back."""
-        return "max_tokens" in self.parameters
+        return MAX_TOKENS in self.parameters
 
     @property
     def headers(self) -> dict[str, str]:

@@ -7,8 +7,9 @@ import numpy as np
 
 from inplace.client.calls import Array, Call, Model, sent
 from inplace.client.errors import ClientError, SequenceLostError, UnreachableError
-from inplace.client.want import TOKENS, Part, Want, advance, extended, joined
+from inplace.client.want import Part, Want, advance, extended, joined
 from inplace.errors import Code
+from inplace.wire import INPUT_IDS, POSITION, SEQUENCE_KEY, TEXT_OUTPUT
 
 NOWHERE = 1 << 62
 """A position that no slot can hold."""
@@ -76,8 +77,8 @@ class Ledger:
         """The request is on its way."""
         self.held = True
         self._last = {name: array[:1] if name in model.tokens else array for name, array in call.inputs.items()}
-        if TOKENS in model.tokens:
-            self._last = {TOKENS: np.zeros(1, dtype=np.int64)}
+        if INPUT_IDS in model.tokens:
+            self._last = {INPUT_IDS: np.zeros(1, dtype=np.int64)}
 
     def accepted(self, want: Want, model: Model, said: Sequence[int] = ()) -> None:
         """The last of `calls` was answered.
@@ -149,7 +150,7 @@ class Ledger:
         Triton takes no request without inputs, so it is an END for a position that nothing can hold: it is refused, and ends all the same.
         """
         start = bool(self.key) and (self._doubtful or not self.live)  # Triton may have forgotten it, and then takes nothing else
-        return self._call(Want(self._last, end=True, parameters={"position": NOWHERE}), model, None, start=start)
+        return self._call(Want(self._last, end=True, parameters={POSITION: NOWHERE}), model, None, start=start)
 
     def _past(self, more: Sequence[Part] = ()) -> list[Part]:
         past = [part.copy() if isinstance(part, list) else part for part in self._history or []]
@@ -158,15 +159,15 @@ class Ledger:
         return past
 
     def _call(self, want: Want, model: Model, position: int | None, *, start: bool) -> Call:
-        own: dict[str, str | int] = {"sequence_key": self.key} if self.key else {}
+        own: dict[str, str | int] = {SEQUENCE_KEY: self.key} if self.key else {}
         if position is not None:
-            own["position"] = position
+            own[POSITION] = position
         return Call(
             sequence=self.id,
             start=start,
             end=want.end,
             inputs=want.inputs,
             parameters=own | sent(want.parameters),
-            outputs=tuple(name for name in want.outputs if name != "text_output" or model.speaks),
+            outputs=tuple(name for name in want.outputs if name != TEXT_OUTPUT or model.speaks),
             request=want.request or secrets.token_hex(4),
         )

@@ -8,7 +8,8 @@ from tritonclient.utils import InferenceServerException
 
 from inplace.client.calls import Array
 from inplace.client.errors import RefusedError
-from inplace.client.want import STOP, TEXT, TOKENS, Part, Want
+from inplace.client.want import Part, Want
+from inplace.wire import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
 
 REPLAY = "REPLAY"
 """Code of a replay that does not say what was said before."""
@@ -49,7 +50,7 @@ class Progress:
 
     def __init__(self, want: Want) -> None:
         self.asked = want
-        self._limit = int(want.parameters["max_tokens"])
+        self._limit = int(want.parameters[MAX_TOKENS])
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason = ""
@@ -65,10 +66,10 @@ class Progress:
         asked, said = self.asked, self.tokens[: self._fed]
         if not said:
             return [], asked
-        rest = replace(asked, parameters=dict(asked.parameters) | {"max_tokens": self._limit - len(said)})
-        if TOKENS in asked.inputs:
+        rest = replace(asked, parameters=dict(asked.parameters) | {MAX_TOKENS: self._limit - len(said)})
+        if INPUT_IDS in asked.inputs:
             return [], rest.before(said)
-        inputs = {name: array for name, array in asked.inputs.items() if name != TEXT} | {TOKENS: np.array(said, dtype=np.int64)}
+        inputs = {name: array for name, array in asked.inputs.items() if name != TEXT} | {INPUT_IDS: np.array(said, dtype=np.int64)}
         return [asked.inputs[TEXT].item().decode()], replace(rest, inputs=inputs)
 
     @property
@@ -82,7 +83,7 @@ class Progress:
         Raises:
             RefusedError: it does not repeat what was said before; retryable where that may be due to where the prompt ended.
         """
-        said, text = tokens_of(outputs), text_of(outputs, "text_output")
+        said, text = tokens_of(outputs), text_of(outputs, TEXT_OUTPUT)
         known = self.tokens[self._fed + self._again :]
         whole = self._before + self._round + text
         if said[: len(known)] != known[: len(said)] or (len(said) >= len(known) and not whole.startswith(self.text)):
@@ -90,10 +91,10 @@ class Progress:
         self._again, self._round = self._again + len(said), self._round + text
         fresh = said[len(known) :]
         self.tokens += fresh
-        piece = Piece(fresh, whole[len(self.text) :], text_of(outputs, "finish_reason"))
+        piece = Piece(fresh, whole[len(self.text) :], text_of(outputs, FINISH_REASON))
         self.text += piece.text
         self.finish_reason = piece.finish_reason
-        self._mark(len(said), text, has_text="text_output" in outputs)
+        self._mark(len(said), text, has_text=TEXT_OUTPUT in outputs)
         return piece
 
     def _mark(self, count: int, text: str, *, has_text: bool) -> None:
@@ -119,7 +120,7 @@ class Progress:
 
 def tokens_of(outputs: Mapping[str, Array]) -> list[int]:
     """The tokens of a response."""
-    return [int(token) for token in outputs["tokens"].reshape(-1)]
+    return [int(token) for token in outputs[TOKENS].reshape(-1)]
 
 
 def text_of(outputs: Mapping[str, Array], name: str) -> str:

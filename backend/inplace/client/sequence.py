@@ -17,7 +17,8 @@ from inplace.client.errors import ClientError, RefusedError, SequenceLostError, 
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
 from inplace.client.stream import Stream
-from inplace.client.want import TOKENS, Part, Want
+from inplace.client.want import Part, Want
+from inplace.wire import INPUT_IDS
 
 Result = TypeVar("Result")
 
@@ -84,7 +85,7 @@ class Sequence(SequenceBase):
 
     def tokens(self, ids: Array | SequenceOf[int], *, end: bool = False, parameters: Mapping[str, Parameter] | None = None) -> int:
         """Send token ids to a decoder and return the next token it says."""
-        answer = self.step({TOKENS: np.asarray(ids, dtype=np.int64)}, end=end, parameters=parameters, outputs=("next_token",))
+        answer = self.step({INPUT_IDS: np.asarray(ids, dtype=np.int64)}, end=end, parameters=parameters, outputs=("next_token",))
         return int(answer["next_token"][0])
 
     def generate(

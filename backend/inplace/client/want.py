@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from inplace.client.calls import Array, Model, Parameter
-
-TOKENS, TEXT, STOP = "input_ids", "text", "stop"
+from inplace.wire import INPUT_IDS, STOP, TEXT
 
 Part = list[int] | str
 """Of a sequence's history: tokens that follow each other, or a text."""
@@ -35,25 +34,25 @@ class Want:
     def part(self) -> Part | None:
         """What it adds to the history; None where a client that keeps it could not bring another server to the same state."""
         names = set(self.inputs) - {STOP}
-        if names == {TOKENS}:
-            return [int(token) for token in self.inputs[TOKENS]]
+        if names == {INPUT_IDS}:
+            return [int(token) for token in self.inputs[INPUT_IDS]]
         return str(self.inputs[TEXT].item().decode()) if names == {TEXT} else None
 
     def after(self, tokens: Sequence[int]) -> "Want":
         """The same with tokens before its own."""
-        return self._of([*tokens, *self.inputs[TOKENS]])
+        return self._of([*tokens, *self.inputs[INPUT_IDS]])
 
     def before(self, tokens: Sequence[int]) -> "Want":
         """The same with tokens after its own."""
-        return self._of([*self.inputs[TOKENS], *tokens])
+        return self._of([*self.inputs[INPUT_IDS], *tokens])
 
     def _of(self, tokens: Sequence[int]) -> "Want":
-        return replace(self, inputs=dict(self.inputs) | {TOKENS: np.array(tokens, dtype=np.int64)})
+        return replace(self, inputs=dict(self.inputs) | {INPUT_IDS: np.array(tokens, dtype=np.int64)})
 
 
 def step_of(part: Part) -> Want:
     """A step that brings tokens or a text."""
-    inputs = {TEXT: np.array([part.encode()], dtype=np.object_)} if isinstance(part, str) else {TOKENS: np.array(part, dtype=np.int64)}
+    inputs = {TEXT: np.array([part.encode()], dtype=np.object_)} if isinstance(part, str) else {INPUT_IDS: np.array(part, dtype=np.int64)}
     return Want(inputs, outputs=("next_token",))
 
 
@@ -63,7 +62,7 @@ def joined(history: Sequence[Part], want: Want) -> list[Want]:
         return [want]
     *before, last = history
     steps = [step_of(part) for part in before]
-    if isinstance(last, list) and TOKENS in want.inputs:
+    if isinstance(last, list) and INPUT_IDS in want.inputs:
         return [*steps, want.after(last)]
     return [*steps, step_of(last), want]
 

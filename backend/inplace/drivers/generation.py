@@ -12,10 +12,8 @@ from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sampling import Parameter, whole
 from inplace.text import Detokenizer, Stops
+from inplace.wire import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL, TEXT
 
-MAX_TOKENS = "max_tokens"
-"""The parameter that makes a request a generation."""
-TEXT, STOP = "text", "stop"
 MOST_STOPS, LONGEST_STOP = 16, 256
 BYTES_A_POSITION = 64
 """Text that is longer than so many bytes for each position a sequence may hold is not tokenized: it would not fit."""
@@ -60,8 +58,8 @@ class Limits:
             raise RequestError(Code.BAD_PARAMETER, "parameter 'logits' belongs to steps; a generation says tokens")
         return cls(
             max_tokens=_count(request.parameters, MAX_TOKENS),
-            ignore_eos=request.flag("ignore_eos"),
-            interval=_count(request.parameters, "stream_interval"),
+            ignore_eos=request.flag(IGNORE_EOS),
+            interval=_count(request.parameters, STREAM_INTERVAL),
             stops=_stops(texts.get(STOP, ())),
         )
 

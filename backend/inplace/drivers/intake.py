@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from inplace.drivers.generation import MAX_TOKENS, TEXT, Generation, Limits, tokenized
+from inplace.drivers.generation import Generation, Limits, tokenized
 from inplace.drivers.job import Job
-from inplace.drivers.mailbox import FETCH, Mailbox
-from inplace.drivers.reply import TEXT_OUTPUT, Channel, Reply
+from inplace.drivers.mailbox import Mailbox
+from inplace.drivers.reply import Channel, Reply
 from inplace.errors import Code, RequestError
 from inplace.instance import ModelInstance
 from inplace.requests import Checked, Request
 from inplace.text import CONTEXT, Detokenizer
+from inplace.wire import FETCH, MAX_TOKENS, TEXT, TEXT_OUTPUT
 
 
 @dataclass(frozen=True)

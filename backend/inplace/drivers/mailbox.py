@@ -9,9 +9,7 @@ from inplace.drivers.reply import Channel, Last, Reply, give_up
 from inplace.errors import Code, RequestError
 from inplace.sequences import Sequence
 from inplace.text import Detokenizer
-
-FETCH = "fetch"
-"""The parameter that asks for such a generation, and then for what it has said since."""
+from inplace.wire import FETCH
 
 log = logging.getLogger("inplace")
 

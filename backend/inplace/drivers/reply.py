@@ -14,8 +14,7 @@ from torch import Tensor
 from inplace.drivers.generation import Reason
 from inplace.errors import Code, RequestError
 from inplace.text import Detokenizer
-
-TOKENS, TEXT_OUTPUT, FINISH_REASON = "tokens", "text_output", "finish_reason"
+from inplace.wire import FINISH_REASON, TEXT_OUTPUT, TOKENS
 
 Outputs = Mapping[str, Tensor | str]
 """Outputs by name, ``[1, ...]``; a text is a BYTES tensor ``[1, 1]``."""

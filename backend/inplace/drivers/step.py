@@ -8,11 +8,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from inplace.batcher import Work
-from inplace.drivers.generation import MAX_TOKENS
 from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.requests import Request
 from inplace.sequences import Ended
+from inplace.wire import MAX_TOKENS
 
 Answer = dict[str, Tensor] | RequestError
 """What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping
 
-from inplace.drivers.generation import TEXT
 from inplace.drivers.intake import Intake, Language
 from inplace.drivers.job import Job
 from inplace.drivers.reply import Channel, Last, Reply
@@ -13,6 +12,7 @@ from inplace.drivers.senders import Senders
 from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.requests import Request
+from inplace.wire import TEXT
 
 Arrived = tuple[Request, Mapping[str, tuple[bytes, ...]], Channel]
 """A request, its inputs of BYTES by name, and its way back."""

@@ -17,7 +17,8 @@ from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
-from inplace.client.want import TOKENS, Part, Want
+from inplace.client.want import Part, Want
+from inplace.wire import INPUT_IDS
 
 Result = TypeVar("Result")
 
@@ -58,7 +59,7 @@ class Sequence(SequenceBase):
 
     async def tokens(self, ids: Array | SequenceOf[int], *, end: bool = False, parameters: Mapping[str, Parameter] | None = None) -> int:
         """Send token ids to a decoder and return the next token it says."""
-        inputs = {TOKENS: np.asarray(ids, dtype=np.int64)}
+        inputs = {INPUT_IDS: np.asarray(ids, dtype=np.int64)}
         answer = await self.step(inputs, end=end, parameters=parameters, outputs=("next_token",))
         return int(answer["next_token"][0])
 

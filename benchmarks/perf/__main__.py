@@ -12,6 +12,7 @@ Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,19 @@ def main() -> None:
     given = parser.parse_args()
     if (reason := analyzer.missing()) is not None:
         print(f"{reason}; only the load generator on tritonclient runs", flush=True)
-    if given.mode == "all":
-        levels = everything(given)
-    elif given.model is None:
+    if given.mode != "all" and given.model is None:
         parser.error("--model is missing")
-    else:
-        levels = measure(given, given.mode, given.model)
     what = "one token a request (unary, rate, stream) or whole generations (generate), against tritonserver on this machine"
-    document = facts(what, "python -m benchmarks.perf") | {"perf_analyzer": reason or "runs", "levels": levels}
+    document = facts(what, "python -m benchmarks.perf") | {"perf_analyzer": reason or "runs", "levels": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    for line in everything(given) if given.mode == "all" else measure(given, given.mode, given.model):
+        print(json.dumps(line), flush=True)
+        document["levels"].append(line)
+        given.out.write_text(json.dumps(document, indent=1) + "\n")  # each time: a run takes long and may be ended
     print(f"written to {given.out}")
 
 
-def measure(given: argparse.Namespace, mode: str, model: Path, levels: list[float] | None = None) -> list[dict[str, Any]]:
+def measure(given: argparse.Namespace, mode: str, model: Path, levels: list[float] | None = None) -> Iterator[dict[str, Any]]:
     """Serve the model and drive every level with every tool."""
     manifest = Manifest.load(model / "1")
     if levels is None:
@@ -65,7 +65,6 @@ def measure(given: argparse.Namespace, mode: str, model: Path, levels: list[floa
     about = {"name": model.name, "engine": manifest.engine.kind, "device": manifest.engine.device, "dtype": str(manifest.engine.dtype)}
     alone = {int(level): engine_step(model / "1", int(level)) for level in levels} if mode in ("unary", "stream") else {}
     data = given.input_data or FOLDER / ("generate.json" if mode == "generate" else "steps.json")
-    found = []
     with tempfile.TemporaryDirectory() as scratch:
         repository = Path(scratch) / "repository"
         repository.mkdir()
@@ -89,9 +88,7 @@ def measure(given: argparse.Namespace, mode: str, model: Path, levels: list[floa
                         line |= {"model": about, "sequences": load.sequences} | driven(server, tool.run, load)
                         if alone:
                             line["engine_alone_us"] = alone[int(level)]
-                        print(json.dumps(line), flush=True)
-                        found.append(line)
-    return found
+                        yield line
 
 
 def driven(server: TritonServer, run: Any, load: Load) -> dict[str, Any]:
@@ -111,19 +108,19 @@ def driven(server: TritonServer, run: Any, load: Load) -> dict[str, Any]:
     return result
 
 
-def everything(given: argparse.Namespace) -> list[dict[str, Any]]:
+def everything(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Build a step and a stream model and measure all modes; rates are shares of what the step model reached with all sequences."""
     from benchmarks.perf.models import built
 
-    levels = []
     with tempfile.TemporaryDirectory() as scratch:
         step, stream = built(given.source, Path(scratch), given.sequences)
-        levels += measure(given, "unary", step)
-        most = max(line.get("requests_per_second", 0.0) for line in levels)
-        levels += measure(given, "rate", step, [round(most * share, 1) for share in (0.25, 0.5, 0.75, 0.9)])
-        levels += measure(given, "stream", stream)
-        levels += measure(given, "generate", stream)
-    return levels
+        most = 0.0
+        for line in measure(given, "unary", step):
+            most = max(most, line.get("requests_per_second", 0.0))
+            yield line
+        yield from measure(given, "rate", step, [round(most * share, 1) for share in (0.25, 0.5, 0.75, 0.9)])
+        yield from measure(given, "stream", stream)
+        yield from measure(given, "generate", stream)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class Contexts:
     def capture(self, work: Any) -> torch.cuda.CUDAGraph:
         """A CUDA graph of what ``work()`` enqueues on `stream`; it must have run once before.
 
-        Nothing is collected meanwhile: an engine that was dropped would free its memory then, and CUDA ends the capture of a thread that does
-        (``cudaErrorStreamCaptureInvalidated``).
+        Nothing is collected meanwhile: an engine that was dropped would free its memory then, and CUDA ends the capture of a thread that
+        does (``cudaErrorStreamCaptureInvalidated``).
         """
         graph = torch.cuda.CUDAGraph()
         with _uncollected(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):

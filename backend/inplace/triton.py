@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver
+from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver, Worker
 from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
@@ -72,16 +73,18 @@ def _engine(args: dict[str, str]) -> Served:
     if settings.serve == "stream":
         check_numpy(Path("/proc/self/exe"), np.__version__)
     tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
-    instance = ModelInstance.open(folder, manifest, idle_timeout=settings.idle_timeout)
+    load = partial(ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout)
+    worker = Worker() if settings.serve == "stream" else None
+    instance = load() if worker is None else worker.submit(load).result()
     for note in settings.notes:
         log.warning("%s", note)
     log.setLevel(settings.log_level)
     metrics = TritonMetrics(instance.observer.numbers, args)
     device = manifest.engine.device
     log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=instance.arena.bytes, device=device))
-    if settings.serve == "step":
+    if worker is None:
         return _Steps(StepDriver(instance), metrics)
-    return _Streams(StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting), metrics)
+    return _Streams(StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting, worker), metrics)
 
 
 class _Steps:

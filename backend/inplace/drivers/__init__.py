@@ -3,5 +3,6 @@
 from inplace.drivers.intake import Language
 from inplace.drivers.step import Answer, StepDriver
 from inplace.drivers.stream import Arrived, StreamDriver
+from inplace.drivers.worker import Worker
 
-__all__ = ["Answer", "Arrived", "Language", "StepDriver", "StreamDriver"]
+__all__ = ["Answer", "Arrived", "Language", "StepDriver", "StreamDriver", "Worker"]

@@ -3,7 +3,6 @@
 import logging
 import queue
 import sys
-import threading
 from collections import deque
 from time import monotonic
 
@@ -16,6 +15,7 @@ from inplace.drivers.outcomes import Outcomes
 from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
 from inplace.drivers.step import LONGEST_PAUSE, answered
+from inplace.drivers.worker import Worker
 from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.sequences import Ended, SequenceId
@@ -41,9 +41,10 @@ class Runner:
         instance: the model instance; nobody else uses it.
         senders: answer from threads of their own.
         most_waiting: generations that may wait for a slot.
+        worker: whose thread it has until it is closed.
     """
 
-    def __init__(self, instance: ModelInstance, senders: Senders, most_waiting: int) -> None:
+    def __init__(self, instance: ModelInstance, senders: Senders, most_waiting: int, worker: Worker) -> None:
         self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
         self._observer = instance.observer
         self._said_by = instance.program.language[1] if instance.program.language is not None else None
@@ -58,8 +59,8 @@ class Runner:
         self._observer.queue(self._waiting)
         self._turn = instance.waiting = senders.turn
         sys.setswitchinterval(SWITCH)
-        self._thread = threading.Thread(target=self._run, name="inplace-engine", daemon=True)
-        self._thread.start()
+        self._worker = worker
+        worker.submit(self._run)
 
     def put(self, jobs: list[Job]) -> None:
         """Take jobs, which begin together; those of one sequence take effect in the order given. From any thread."""
@@ -68,7 +69,7 @@ class Runner:
     def close(self, error: RequestError) -> None:
         """Answer everything that has not been with this error, and stop."""
         self._inbox.put(None)
-        self._thread.join()
+        self._worker.close()
         self._watch.close()
         self._drop(error, Ended.SHUTDOWN)
         while not self._inbox.empty():
@@ -82,6 +83,9 @@ class Runner:
         try:
             with self._instance.engine.attached():
                 self._serve()
+        except BaseException:
+            log.exception("the engine's thread has ended")
+            raise
         finally:
             self._turn.give()
 

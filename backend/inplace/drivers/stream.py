@@ -9,6 +9,7 @@ from inplace.drivers.job import Job
 from inplace.drivers.reply import Channel, Last, Reply
 from inplace.drivers.runner import Runner
 from inplace.drivers.senders import Senders
+from inplace.drivers.worker import Worker
 from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.requests import Request
@@ -30,13 +31,14 @@ class StreamDriver:
         instance: the model instance; the driver is its only user.
         language: for generations.
         most_waiting: generations that may wait for a slot.
+        worker: its thread steps the engine; a new one if None.
     """
 
-    def __init__(self, instance: ModelInstance, language: Language, most_waiting: int) -> None:
+    def __init__(self, instance: ModelInstance, language: Language, most_waiting: int, worker: Worker | None = None) -> None:
         self.instance = instance
         self._intake = Intake(instance, language)
         self._senders = Senders()
-        self._runner = Runner(instance, self._senders, most_waiting)
+        self._runner = Runner(instance, self._senders, most_waiting, worker or Worker())
         self._closed = False
         self._closing = threading.Lock()
 

@@ -35,11 +35,19 @@ def facts(what: str, program: str, arguments: list[str] | None = None) -> dict[s
     return {
         "what": what,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([*shlex.split(program), *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": shlex.join([*shlex.split(program), *map(anywhere, sys.argv[1:] if arguments is None else arguments)]),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def anywhere(argument: str) -> str:
+    """An argument as it may be kept: of a path outside the project only the last part, for the rest is this machine's."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def commit() -> str:

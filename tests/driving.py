@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from inplace.drivers.step import Answer, StepDriver
-from inplace.engines import ALONE, Engine, Launched
+from inplace.engines import ALONE, Engine, Finish
 from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sequences import SequenceId
@@ -17,26 +17,24 @@ BAD = [1, VOCABULARY]
 """Tokens that are refused with VALUE_RANGE."""
 
 
-class Done:
+def done(outputs: dict[str, Tensor]) -> Finish:
     """A step that has been computed: the caller goes on while its memory is written already, as with a GPU that is fast."""
 
-    def __init__(self, outputs: dict[str, Tensor]) -> None:
-        self._outputs = outputs
-
-    def wait(self, waiting: AbstractContextManager[object] = ALONE) -> dict[str, Tensor]:
+    def finish(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         with waiting:
-            return self._outputs
+            return outputs
+
+    return finish
 
 
-class Lost:
+def lost(launched: Finish) -> Finish:
     """A step that fails after its work is done, the worst case: memory has been written by then."""
 
-    def __init__(self, launched: Launched) -> None:
-        self._launched = launched
-
-    def wait(self, waiting: AbstractContextManager[object] = ALONE) -> dict[str, Tensor]:
-        self._launched.wait(waiting)
+    def finish(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
+        launched(waiting)
         raise RuntimeError("out of luck\nsecond line")
+
+    return finish
 
 
 class Watched:
@@ -56,15 +54,15 @@ class Watched:
     def attached(self) -> AbstractContextManager[object]:
         return self._engine.attached()
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Launched:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         self.slots.append(inputs["slots"].tolist())
         if "row_offsets" in inputs:
             self.counts.append(inputs["row_offsets"].diff().tolist())
         launched = self._engine.launch(inputs, wanted)
         if self.ahead:
-            launched = Done(launched.wait())
+            launched = done(launched(ALONE))
         self.fail_at -= 1
-        return Lost(launched) if self.fail_at == 0 else launched
+        return lost(launched) if self.fail_at == 0 else launched
 
 
 def watched(driver: StepDriver) -> Watched:

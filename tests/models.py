@@ -58,6 +58,11 @@ def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
     return model
 
 
+def late_token(said: list[int]) -> int:
+    """A token that a generation says behind some others, for the first time: where it is an end token, there it ends."""
+    return next(token for place, token in enumerate(said) if place >= 4 and token not in said[:place])
+
+
 def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
     """transformers' own greedy continuation with a static cache; it never stops early."""
     ids = torch.tensor([prompt])

@@ -10,7 +10,7 @@ import torch
 from driving import Watched
 from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
-from inplace.engines import Engine, Later
+from inplace.engines import Engine, Finish
 from inplace.errors import Code, RequestError
 from inplace.requests import Request
 from inplace.sequences import SequenceId
@@ -192,15 +192,15 @@ class _Slow:
     def attached(self) -> AbstractContextManager[object]:
         return self.engine.attached()
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         launched = self.engine.launch(inputs, wanted)
 
-        def step(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
+        def finish(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
             with waiting:
                 time.sleep(self._seconds)
-            return launched.wait(waiting)
+            return launched(waiting)
 
-        return Later(step)
+        return finish
 
 
 @contextlib.contextmanager

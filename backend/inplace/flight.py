@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from inplace.batcher import Batch
-from inplace.engines import Launched
+from inplace.engines import Finish
 
 
 @dataclass(slots=True)
@@ -14,7 +14,7 @@ class Flight:
         batch: its rows and inputs.
         wanted: the outputs that are read.
         begin: when, in monotonic seconds.
-        step: the engine's; or why it could not be launched.
+        finish: waits for it; or why it could not be launched.
         seconds: from then until it was waited for.
         failed: the engine raised.
     """
@@ -22,6 +22,6 @@ class Flight:
     batch: Batch
     wanted: frozenset[str]
     begin: float
-    step: Launched | Exception
+    finish: Finish | Exception
     seconds: float = 0.0
     failed: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inplace.arena import Arena
 from inplace.batcher import Batch, Work, follow, form
-from inplace.engines import ALONE, Engine, Launched, load_engine
+from inplace.engines import ALONE, Engine, Finish, load_engine
 from inplace.errors import Code, RequestError
 from inplace.flight import Flight
 from inplace.manifest import Manifest, Program
@@ -173,10 +173,10 @@ class ModelInstance:
     def _launched(self, batch: Batch, wanted: frozenset[str]) -> Flight:
         begin = monotonic()
         try:
-            step: Launched | Exception = self.engine.launch(batch.inputs, wanted)
+            finish: Finish | Exception = self.engine.launch(batch.inputs, wanted)
         except Exception as error:  # its rows are told as if it had been launched
-            step = error
-        return Flight(batch, wanted, begin, step)
+            finish = error
+        return Flight(batch, wanted, begin, finish)
 
     def wait(self, flight: Flight) -> dict[str, Tensor]:
         """Wait for a step.
@@ -190,9 +190,9 @@ class ModelInstance:
             where the engine raised.
         """
         try:
-            if isinstance(flight.step, Exception):
-                raise flight.step
-            return flight.step.wait(self.waiting)
+            if isinstance(flight.finish, Exception):
+                raise flight.finish
+            return flight.finish(self.waiting)
         except Exception as error:  # whatever the engine throws must reach the clients, not the server
             failed = [work for work in flight.batch.rows if not work.over]
             flight.failed = True

@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver, Worker
+from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver, engine_thread
 from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.manifest import Manifest
@@ -74,17 +74,17 @@ def _engine(args: dict[str, str]) -> Served:
         check_numpy(Path("/proc/self/exe"), np.__version__)
     tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
     load = partial(ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout)
-    worker = Worker() if settings.serve == "stream" else None
-    instance = load() if worker is None else worker.submit(load).result()
+    thread = engine_thread() if settings.serve == "stream" else None
+    instance = load() if thread is None else thread.submit(load).result()
     for note in settings.notes:
         log.warning("%s", note)
     log.setLevel(settings.log_level)
     metrics = TritonMetrics(instance.observer.numbers, args)
     device = manifest.engine.device
     log.info(line("ready", slots=manifest.slots, slot_bytes=manifest.slot_bytes, arena_bytes=instance.arena.bytes, device=device))
-    if worker is None:
+    if thread is None:
         return _Steps(StepDriver(instance), metrics)
-    return _Streams(StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting, worker), metrics)
+    return _Streams(StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting, thread), metrics)
 
 
 class _Steps:

@@ -5,17 +5,12 @@ import torch
 from inplace.drivers import Language
 from inplace.errors import Code
 from inplace.requests import Request
-from models import SLOTS, Repository, greedy
+from models import SLOTS, Repository, greedy, late_token
 from streaming import OUTPUTS, Heard, OpenStreams, slowed, until
 
 pytestmark = pytest.mark.parametrize("streams", [True], indirect=True, ids=["ahead"])
 
 IDS, OTHER = [5], [9]
-
-
-def first_of(said: list[int]) -> int:
-    """The first place, of those behind the fourth, of a token that was not said before."""
-    return next(place for place in range(4, len(said)) if said[place] not in said[:place])
 
 
 def test_no_step_is_launched_for_a_generation_that_is_known_to_end(streams: OpenStreams, repository: Repository) -> None:
@@ -26,7 +21,7 @@ def test_no_step_is_launched_for_a_generation_that_is_known_to_end(streams: Open
 
 def test_the_token_behind_an_end_token_is_dropped_and_the_sequence_goes_on(streams: OpenStreams, repository: Repository) -> None:
     said = greedy(repository.llama, IDS, 40)
-    end = first_of(said)
+    end = said.index(late_token(said))
     driver = streams(Language(eos=frozenset({said[end]})))
     heard = driver.generate("a", IDS, 40)
     assert (heard.reason, heard.tokens) == ("eos", said[: end + 1])
@@ -36,7 +31,7 @@ def test_the_token_behind_an_end_token_is_dropped_and_the_sequence_goes_on(strea
 
 def test_a_step_that_fails_is_nothing_to_a_generation_that_was_over_before_it(streams: OpenStreams, repository: Repository) -> None:
     said = greedy(repository.llama, IDS, 40)
-    end = first_of(said)
+    end = said.index(late_token(said))
     driver = streams(Language(eos=frozenset({said[end]})))
     ended, failed = Heard(OUTPUTS), Heard(OUTPUTS)
     driver.engine.fail_at = end + 2  # launched when the end token has been computed, and nobody knows yet
@@ -55,7 +50,7 @@ def test_a_step_that_fails_is_nothing_to_a_generation_that_was_over_before_it(st
 
 def test_slots_of_ended_generations_are_others_at_once(streams: OpenStreams, repository: Repository) -> None:
     said = greedy(repository.llama, IDS, 40)
-    end = first_of(said)
+    end = said.index(late_token(said))
     driver = streams(Language(eos=frozenset({said[end]})))
     heard = [driver.generate(f"s{index}", IDS, 40, end=True) for index in range(5 * SLOTS)]
     assert all((each.reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)

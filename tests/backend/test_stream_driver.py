@@ -1,6 +1,7 @@
 """The stream driver over a real engine: generations and steps of a tiny Llama against transformers itself."""
 
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from driving import prompt
-from inplace.drivers import Language
+from inplace.drivers import Language, StreamDriver, engine_thread
 from inplace.drivers.intake import Intake
 from inplace.drivers.job import Job
+from inplace.engines import Finish
 from inplace.errors import Code
 from inplace.requests import Request
-from models import CAPACITY, CHUNK, SLOTS, Repository, greedy
-from streaming import FREE, OUTPUTS, Heard, OpenStreams, slowed, until
+from models import CAPACITY, CHUNK, SLOTS, Repository, greedy, open_instance
+from streaming import FREE, OUTPUTS, Heard, OpenStreams, Streams, slowed, until
 from vocabulary import tiny_tokenizer
 
 
@@ -49,6 +51,23 @@ def test_requests_that_come_together_begin_in_one_step(streams: OpenStreams, rep
     )
     assert [[heard.next_token] for heard in said] == [greedy(repository.llama, ids, 1) for ids in prompts]
     assert [len(slots) for slots in driver.engine.slots] == [SLOTS]
+
+
+def test_the_engine_is_stepped_on_the_thread_that_is_given(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, seen = engine_thread(), set[int]()
+    loaded = thread.submit(threading.get_ident).result()
+    instance = thread.submit(open_instance, repository.path / "llama").result()
+    launch = instance.engine.launch
+
+    def watched(*given: Any) -> Finish:
+        seen.add(threading.get_ident())
+        return launch(*given)
+
+    monkeypatch.setattr(instance.engine, "launch", watched)
+    driver = StreamDriver(instance, Language(), 4, thread)
+    assert Streams(driver).generate("a", [5], 6, end=True).reason == "length"
+    driver.close()
+    assert seen == {loaded}
 
 
 def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import pytest
 import torch
 from inplace.arena import Arena
-from inplace.engines import Later, load_engine
+from inplace.engines import Finish, load_engine
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
@@ -20,7 +20,7 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
     seen: list[tuple[int, int]] = []
     launch = TorchEngine.launch
 
-    def watched(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+    def watched(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         assert inputs["slots"].eq(-1).all()
         assert set(wanted) == {spec.name for spec in manifest.program("step").outputs}
         seen.append((len(inputs["slots"]), len(inputs["input_ids" if model == "llama" else "value"])))
@@ -38,7 +38,7 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
 
 
 def test_an_engine_that_fails_when_it_is_warmed_is_not_served(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+    def fails(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(TorchEngine, "launch", fails)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import record
-from benchmarks.record import commit, facts, machine
+from benchmarks.record import ROOT, commit, facts, machine
 
 
 def git(folder: Path, *command: str) -> str:
@@ -41,3 +41,9 @@ def test_a_result_has_its_command_its_machine_and_its_versions() -> None:
     assert set(found) == {"what", "date", "command", "commit", "machine", "versions"}
     assert found["versions"]["torch"].startswith("2.")
     assert machine()["threads"] >= 1
+
+
+def test_a_command_is_kept_without_the_paths_of_its_machine() -> None:
+    typed = ["--model", "/somewhere/built/smollm2", "--out", f"{ROOT}/benchmarks/results/x.json", "--input-data", "a/b.json"]
+    kept = facts("what", "python -m benchmarks.perf", typed)["command"]
+    assert kept == "python -m benchmarks.perf --model smollm2 --out benchmarks/results/x.json --input-data a/b.json"

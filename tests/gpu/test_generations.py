@@ -8,7 +8,7 @@ import torch
 from inplace.drivers import Language, StreamDriver
 from inplace.instance import ModelInstance
 from inplace_builder.build import VERSION, BuildOptions, build_decoder
-from models import greedy, tiny_llama
+from models import greedy, late_token, tiny_llama
 from streaming import Streams
 from transformers import LlamaForCausalLM
 
@@ -58,15 +58,9 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[Streams]:
-    driver = StreamDriver(instance, Language(eos=frozenset({eos(model)})), 64)
+    driver = StreamDriver(instance, Language(eos=frozenset({late_token(greedy(model, IDS, 40))})), 64)
     yield Streams(driver)
     driver.close()
-
-
-def eos(model: LlamaForCausalLM) -> int:
-    """A token that the generation of `IDS` says after some others, for the first time."""
-    said = greedy(model, IDS, 40)
-    return next(token for place, token in enumerate(said) if place >= 4 and token not in said[:place])
 
 
 def test_many_generations_are_each_transformers_own(streams: Streams, model: LlamaForCausalLM, followed: list[int]) -> None:
@@ -84,7 +78,7 @@ def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
 ) -> None:
     addresses = instance.arena.addresses()
     said = greedy(model, IDS, 40)
-    end = said.index(eos(model))
+    end = said.index(late_token(said))
     heard = streams.generate("a", IDS, 40)
     assert (heard.reason, heard.tokens) == ("eos", said[: end + 1])
     assert len(followed) >= end
@@ -97,7 +91,7 @@ def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
 
 def test_slots_of_ended_generations_are_others_at_once(streams: Streams, model: LlamaForCausalLM) -> None:
     said = greedy(model, IDS, 40)
-    end = said.index(eos(model))
+    end = said.index(late_token(said))
     heard = [streams.generate(f"s{index}", IDS, 40, end=True) for index in range(10 * SLOTS)]
     assert all((each.reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)
     assert streams.free() == SLOTS

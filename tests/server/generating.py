@@ -4,11 +4,21 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from inplace_builder.build import BuildOptions, build_decoder
+from models import tiny_llama
+from streams import prompt
+from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException
 
+CAPACITY, ENDLESS = 8000, 7900
+"""Of the models of `build_long`, and tokens of a generation that nobody hears the end of."""
+PROMPT = prompt(1, 20)
+SOON = 4.0
+"""Seconds; without other load a slot is free within 0.2."""
 Parameter = str | int | bool
 OUTPUTS = {True: ("tokens", "finish_reason"), False: ("next_token",)}
 """What is asked for, by whether the request is a generation."""
@@ -102,3 +112,17 @@ def seconds_until(true: Callable[[], bool], limit: float = 60.0) -> float:
         assert time.monotonic() - begin < limit
         time.sleep(0.005)
     return time.monotonic() - begin
+
+
+def long_llama(folder: Path) -> LlamaForCausalLM:
+    """A random Llama for `build_long`."""
+    return tiny_llama(folder, max_position_embeddings=CAPACITY)
+
+
+def build_long(source: Path, model: Path, slots: int, idle_timeout: float = 600.0) -> None:
+    """A stream model whose sequences have room for `ENDLESS` tokens."""
+    build_decoder(
+        source,
+        model,
+        BuildOptions(slots=slots, max_rows=slots, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=idle_timeout),
+    )

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import pytest
 from faults import reconfigure, stubs
-from generating import Said, Talk
-from inplace_builder.build import BuildOptions, build_decoder
+from generating import ENDLESS, Said, Talk, build_long, long_llama
 from inplace_builder.server import Ports, TritonServer
-from models import greedy, tiny_llama
+from models import greedy
 from observed import Found, Observed
 from streams import prompt
 from transformers import LlamaForCausalLM
@@ -25,7 +24,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
-SLOTS, CAPACITY, ENDLESS, MANY = 8, 8000, 7900, 12
+SLOTS, MANY = 8, 12
 BOTH = (0, 1)
 LIVE, FREE, STARTED = (("inplace_sequences_live", ""), ("inplace_slots_free", ""), ("inplace_sequences_started_total", ""))
 
@@ -66,8 +65,8 @@ class Twins:
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
     folder, path = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("twins") / "repository"
-    llama = tiny_llama(folder, max_position_embeddings=CAPACITY)
-    build_decoder(folder, path / "twins", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream"))
+    llama = long_llama(folder)
+    build_long(folder, path / "twins", SLOTS)
     shutil.rmtree(path / "twins_generate", ignore_errors=True)
 
     def double(config: pb.ModelConfig) -> None:

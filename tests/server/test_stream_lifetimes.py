@@ -18,22 +18,17 @@ from pathlib import Path
 import psutil
 import pytest
 from faults import FORGOTTEN, eventually, gone, kill, state, stub
-from generating import Said, Talk, seconds_until
+from generating import ENDLESS, PROMPT, SOON, Said, Talk, build_long, long_llama, seconds_until
 from inplace.alive import failures
-from inplace_builder.build import BuildOptions, build_decoder
 from inplace_builder.server import Ports, TritonServer
-from models import greedy, tiny_llama
-from streams import prompt
+from models import greedy
 from tritonclient.grpc import InferenceServerClient
 from vocabulary import save_tokenizer
 
 pytestmark = pytest.mark.server
 
-SLOTS, CAPACITY, ENDLESS, IDLE = 2, 8000, 7900, 1.0
-PROMPT = prompt(1, 20)
+SLOTS, IDLE = 2, 1.0
 UNANSWERED = 16  # as in `inplace.triton_front`, which only the server's process can import
-SOON = 4.0
-"""Seconds; without other load a slot is free within 0.2."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +71,10 @@ class Tellers:
 @pytest.fixture(scope="module")
 def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
     folder, repository = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("stream") / "repository"
-    model = tiny_llama(folder, max_position_embeddings=CAPACITY)
+    model = long_llama(folder)
     save_tokenizer(folder)
     for name, idle in (("teller", 60.0), ("brief", IDLE)):
-        options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=idle)
-        build_decoder(folder, repository / name, options)
+        build_long(folder, repository / name, SLOTS, idle)
     shutil.rmtree(repository / "brief_generate")
     arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
     with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments) as server:

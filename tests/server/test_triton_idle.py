@@ -10,22 +10,17 @@ from dataclasses import dataclass
 
 import pytest
 from faults import reconfigure
-from generating import Said, Talk, seconds_until
-from inplace_builder.build import BuildOptions, build_decoder
+from generating import ENDLESS, PROMPT, SOON, Said, Talk, build_long, long_llama, seconds_until
 from inplace_builder.server import Ports, TritonServer
-from models import greedy, tiny_llama
-from streams import prompt
+from models import greedy
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
-SLOTS, CAPACITY, ENDLESS, IDLE = 2, 8000, 7900, 1.0
-PROMPT = prompt(1, 20)
+SLOTS, IDLE = 2, 1.0
 LONG = 5 * IDLE
 """Seconds, about, that a generation of as many tokens as `Forgetting.solo` takes."""
-SOON = 4.0
-"""Seconds; without other load a slot is free within 0.2."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +42,8 @@ class Forgetting:
 @pytest.fixture(scope="module")
 def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forgetting]:
     folder, repository = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("idle") / "repository"
-    model = tiny_llama(folder, max_position_embeddings=CAPACITY)
-    options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=60.0)
-    build_decoder(folder, repository / "hasty", options)
+    model = long_llama(folder)
+    build_long(folder, repository / "hasty", SLOTS, idle_timeout=60.0)
 
     def hasten(config: pb.ModelConfig) -> None:
         config.sequence_batching.max_sequence_idle_microseconds = int(IDLE * 1e6)

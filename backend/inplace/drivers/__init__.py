@@ -2,7 +2,6 @@
 
 from inplace.drivers.intake import Language
 from inplace.drivers.step import Answer, StepDriver
-from inplace.drivers.stream import Arrived, StreamDriver
-from inplace.drivers.worker import Worker
+from inplace.drivers.stream import Arrived, StreamDriver, engine_thread
 
-__all__ = ["Answer", "Arrived", "Language", "StepDriver", "StreamDriver", "Worker"]
+__all__ = ["Answer", "Arrived", "Language", "StepDriver", "StreamDriver", "engine_thread"]

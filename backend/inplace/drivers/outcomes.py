@@ -1,5 +1,7 @@
 """What comes of jobs, until it is handed to the senders once a step."""
 
+from time import monotonic
+
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.job import Job
 from inplace.drivers.reply import Last, Outputs, Reply
@@ -21,9 +23,12 @@ class Outcomes:
         self._said: list[tuple[Reply, int, str | None]] = []
         self._finished: list[tuple[Reply, Last]] = []
 
-    def say(self, job: Job, token: int, text: str | None) -> None:
-        """A generation said a token; ``text`` as in `Reply.say`."""
-        self._said.append((job.reply, token, text))
+    def say(self, job: Job, generation: Generation, text: str | None) -> None:
+        """A generation said its `Generation.token`; ``text`` as in `Reply.say`."""
+        assert generation.token is not None
+        if generation.said == 1:
+            self._observer.spoke(monotonic() - job.checked.request.received)
+        self._said.append((job.reply, generation.token, text))
 
     def answer(self, job: Job, outputs: Outputs) -> None:
         """A step was computed."""

@@ -4,6 +4,7 @@ import logging
 import queue
 import sys
 from collections import deque
+from concurrent.futures import Executor
 from time import monotonic
 
 from inplace.drivers.flights import Flights
@@ -15,7 +16,6 @@ from inplace.drivers.outcomes import Outcomes
 from inplace.drivers.scheduler import Scheduler
 from inplace.drivers.senders import CancelWatch, Senders
 from inplace.drivers.step import LONGEST_PAUSE, answered
-from inplace.drivers.worker import Worker
 from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.sequences import Ended, SequenceId
@@ -28,7 +28,7 @@ LOOK = 0.05
 SWITCH = 0.0005
 """Seconds for which a thread may keep the interpreter while the engine's wants it; Python's own 5 ms are several steps of a fast engine."""
 
-Message = list[Job] | tuple[Job, Reason] | None
+Message = list[Job] | Job | None
 """Jobs that arrived together; one whose client has gone; or that the driver is closed."""
 
 log = logging.getLogger("inplace")
@@ -41,12 +41,11 @@ class Runner:
         instance: the model instance; nobody else uses it.
         senders: answer from threads of their own.
         most_waiting: generations that may wait for a slot.
-        worker: whose thread it has until it is closed.
+        thread: of one thread, which is the engine's until it is closed.
     """
 
-    def __init__(self, instance: ModelInstance, senders: Senders, most_waiting: int, worker: Worker) -> None:
+    def __init__(self, instance: ModelInstance, senders: Senders, most_waiting: int, thread: Executor) -> None:
         self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
-        self._observer = instance.observer
         self._said_by = instance.program.language[1] if instance.program.language is not None else None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lanes = Lanes(instance.table)
@@ -54,13 +53,13 @@ class Runner:
         self._scheduler = Scheduler(instance.program)
         self._flights = Flights(instance, self._scheduler, self._inbox.empty)
         self._outcomes = Outcomes(senders, instance.observer)
-        self._watch: CancelWatch[Job] = CancelWatch(lambda job: self._inbox.put((job, Reason.CANCELLED)), senders.turn)
+        self._watch: CancelWatch[Job] = CancelWatch(self._inbox.put, senders.turn)
         self._next_look = 0.0
-        self._observer.queue(self._waiting)
+        instance.observer.queue(self._waiting)
         self._turn = instance.waiting = senders.turn
         sys.setswitchinterval(SWITCH)
-        self._worker = worker
-        worker.submit(self._run)
+        self._thread = thread
+        thread.submit(self._run)
 
     def put(self, jobs: list[Job]) -> None:
         """Take jobs, which begin together; those of one sequence take effect in the order given. From any thread."""
@@ -69,7 +68,7 @@ class Runner:
     def close(self, error: RequestError) -> None:
         """Answer everything that has not been with this error, and stop."""
         self._inbox.put(None)
-        self._worker.close()
+        self._thread.shutdown()
         self._watch.close()
         self._drop(error, Ended.SHUTDOWN)
         while not self._inbox.empty():
@@ -109,41 +108,40 @@ class Runner:
 
     def _receive(self) -> bool:
         """Take what has arrived; wait for it where there is nothing to run yet. False: the driver is closed."""
-        until, received = monotonic() + MOST_GATHERING, False
-        while not self._inbox.empty() or (pause := self._pause(until, received)) > 0:
+        serving = self._take(0.0 if self._scheduler or self._flights else self._pause())
+        until = monotonic() + MOST_GATHERING
+        while serving and self._gathers() and monotonic() < until:
+            serving = self._take(GATHERING)
+        return serving
+
+    def _take(self, seconds: float) -> bool:
+        """Take all that has arrived, and wait for the first of it, if for anything. False: the driver is closed."""
+        while True:
             try:
-                message = self._inbox.get_nowait() if not self._inbox.empty() else self._waited(pause)
+                message = self._waited(seconds) if seconds else self._inbox.get_nowait()
             except queue.Empty:
-                if self._scheduler or self._flights:
-                    continue
                 return True
-            if not received:
-                until, received = monotonic() + MOST_GATHERING, True
+            seconds = 0.0
             if message is None:
                 return False
             if isinstance(message, list):
                 self._arrived_together(message)
             else:
-                self._cancelled(message[0])
-        return True
+                self._cancelled(message)
 
     def _waited(self, seconds: float) -> Message:
         self._outcomes.tell()
         with self._turn:
             return self._inbox.get(timeout=seconds)
 
-    def _pause(self, until: float, received: bool) -> float:
-        """Seconds to wait for what may arrive.
+    def _pause(self) -> float:
+        return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
 
-        With nothing to run, until a sequence may be idle. Where there are steps only, while many are being answered: they come again, and
-        each would make a step alone.
-        """
-        if self._flights:
-            return 0.0
-        if not self._scheduler:
-            return 0.0 if received else min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
-        gathers = self._senders.behind and not (self._scheduler.full or self._scheduler.generates)
-        return GATHERING if gathers and monotonic() < until else 0.0
+    def _gathers(self) -> bool:
+        """Whether to wait for more steps, while many are being answered: they come again, and each would make a step alone."""
+        if self._flights or not self._scheduler or not self._senders.behind:
+            return False
+        return not (self._scheduler.full or self._scheduler.generates)
 
     # Requests of one sequence follow one another
 
@@ -278,11 +276,8 @@ class Runner:
                 self._outcomes.answer(job, answer)
                 self._over(job)
             else:
-                token = said[row]
-                text, reason = generation.add(token)
-                if generation.said == 1:
-                    self._observer.spoke(monotonic() - job.checked.request.received)
-                say(job, token, text)
+                text, reason = generation.add(token := said[row])
+                say(job, generation, text)
                 if reason is not None:
                     self._conclude(job, generation, reason)
                     continue

@@ -3,13 +3,13 @@
 import logging
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from inplace.drivers.intake import Intake, Language
 from inplace.drivers.job import Job
 from inplace.drivers.reply import Channel, Last, Reply
 from inplace.drivers.runner import Runner
 from inplace.drivers.senders import Senders
-from inplace.drivers.worker import Worker
 from inplace.errors import Code, RequestError, failed
 from inplace.instance import ModelInstance
 from inplace.requests import Request
@@ -19,6 +19,15 @@ Arrived = tuple[Request, Mapping[str, tuple[bytes, ...]], Channel]
 """A request, its inputs of BYTES by name, and its way back."""
 
 log = logging.getLogger("inplace")
+
+
+def engine_thread() -> Executor:
+    """A thread to load an engine on that a stream driver is to step.
+
+    On the CPU the two should be one: OpenMP keeps threads for each thread that has ever computed something large, and where it keeps more
+    than there are processors they no longer wait for work but sleep between two operators (libgomp).
+    """
+    return ThreadPoolExecutor(1, "inplace-engine")
 
 
 class StreamDriver:
@@ -31,14 +40,14 @@ class StreamDriver:
         instance: the model instance; the driver is its only user.
         language: for generations.
         most_waiting: generations that may wait for a slot.
-        worker: its thread steps the engine; a new one if None.
+        thread: of one thread, which steps the engine from now on; a new one if None.
     """
 
-    def __init__(self, instance: ModelInstance, language: Language, most_waiting: int, worker: Worker | None = None) -> None:
+    def __init__(self, instance: ModelInstance, language: Language, most_waiting: int, thread: Executor | None = None) -> None:
         self.instance = instance
         self._intake = Intake(instance, language)
         self._senders = Senders()
-        self._runner = Runner(instance, self._senders, most_waiting, worker or Worker())
+        self._runner = Runner(instance, self._senders, most_waiting, thread or engine_thread())
         self._closed = False
         self._closing = threading.Lock()
 

@@ -12,7 +12,7 @@ from torch.fx.graph import CodeGen
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.arena import Arena
-from inplace.engines.base import ALONE, Later
+from inplace.engines.base import ALONE, Finish
 from inplace.engines.prepack import prepack_linears
 from inplace.errors import LoadError
 from inplace.manifest import Manifest
@@ -80,9 +80,9 @@ class TorchEngine:
         """See `Engine.attached`: everything runs where its caller does."""
         return ALONE
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         """See `Engine.launch`."""
-        return Later(partial(self._step, inputs, wanted))
+        return partial(self._step, inputs, wanted)
 
     def _step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         with waiting, torch.inference_mode():

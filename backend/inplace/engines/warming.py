@@ -3,7 +3,7 @@
 import torch
 
 from inplace.batcher import Work, form
-from inplace.engines.base import Engine
+from inplace.engines.base import ALONE, Engine
 from inplace.errors import LoadError
 from inplace.manifest import Program
 from inplace.requests import Request
@@ -26,7 +26,7 @@ def warm(engine: Engine, program: Program) -> None:
     names = [spec.name for spec in program.outputs]
     for rows, tokens in sizes:
         try:
-            engine.launch(form(program, [_null_row(program, tokens) for _ in range(rows)]).inputs, names).wait()
+            engine.launch(form(program, [_null_row(program, tokens) for _ in range(rows)]).inputs, names)(ALONE)
         except Exception as error:  # whatever the program throws is why the model cannot be served
             raise LoadError(f"the engine fails in its first step ({type(error).__name__}: {error}); build the model again") from error
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inplace.arena import Arena
 from inplace.artifacts import Plan
-from inplace.engines.base import Launched
+from inplace.engines.base import Finish
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.identity import IdentitySteps
 from inplace.engines.tensorrt.indirect import IndirectSteps
@@ -79,7 +79,7 @@ class TensorRtEngine:
         """See `Engine`."""
         return self._steps.ahead
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Launched:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         """See `Engine.launch`.
 
         Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inplace.arena import Arena
-from inplace.engines.base import Later
+from inplace.engines.base import Finish
 from inplace.engines.tensorrt.block import Block
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.indirect import timed
@@ -79,9 +79,9 @@ class IdentitySteps:
                 raise
             raise LoadError(f"the engine fails in its first step: {error}; build the model again") from error
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         """See `Engine.launch`."""
-        return Later(partial(self._step, inputs, wanted))
+        return partial(self._step, inputs, wanted)
 
     def _step(self, inputs: Mapping[str, Tensor], wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         slots = self._of(inputs, Role.SLOTS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inplace.arena import Arena
-from inplace.engines.base import Later
+from inplace.engines.base import Finish
 from inplace.engines.tensorrt.block import Block
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.sizes import Size, decode_sizes, fitting, mixed_sizes
@@ -82,7 +82,7 @@ class IndirectSteps:
         tensors = [*self._outputs.values(), *(tensor for found in self._captured.values() for tensor in found.block.tensors.values())]
         self.memory = {"steps": sum(tensor.nbytes for tensor in tensors)}
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Later:
+    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         """See `Engine.launch`."""
         rows, tokens = step_size(self._program, inputs)
         size = fitting(self._sizes, rows, tokens)
@@ -95,7 +95,7 @@ class IndirectSteps:
                 found.graph.replay()
             else:
                 self._enqueue(size, found.block)
-        return Later(partial(self._finish, rows, wanted))
+        return partial(self._finish, rows, wanted)
 
     def _finish(self, rows: int, wanted: Collection[str], waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
         with waiting:

@@ -1,14 +1,13 @@
-"""Whole generations and single steps against a real tritonserver, beside the engine alone and transformers, in one run.
+"""Whole generations against a real tritonserver, beside the engine alone and transformers, in one run.
 
-    python -m benchmarks.generate --model model_repository/my-stream-model --beside nothing,transformers --source path/to/model --out r.json
+    python -m benchmarks.generate --model model_repository/my-stream-model --transformers path/to/model --out r.json
 
-The model is a built decoder with at least as many slots and rows as the most streams (``--serve stream``, or step: then the script writes
-the other configuration itself). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
+The model is a built decoder with at least as many slots and rows as the most streams (``--serve stream``, or step: then it is served with
+the configuration for streams). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
 tokens, one after the other), clients in processes of their own. From the clients: tokens a second, time to the first token, time between
 tokens (a response of k tokens counts as k times a k-th). From the backend's metrics: the share of that time in which the engine was busy.
-Then single steps of ``--step-sequences`` sequences in a closed loop, over gRPC streams and unary: (wall - engine) / requests; and the same
-requests to a model of Triton's Python backend that computes nothing, where ``--beside`` names it. Prints a line of JSON for each
-measurement, and writes all of them with machine, versions and command.
+Prints a line of JSON for each measurement, and writes all of them with machine, versions and command. Single steps are measured by
+`benchmarks.perf`.
 """
 
 import argparse
@@ -19,19 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from inplace.manifest import Manifest
-from inplace_builder.model_config import Language, model_config
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.server import TritonServer
 
 from benchmarks.generation.burst import Burst
-from benchmarks.generation.nothing import write_nothing
 from benchmarks.perf import generator
-from benchmarks.perf.clients import Load, Mode
+from benchmarks.perf.served import served
 from benchmarks.perf.server import Counters
 from benchmarks.record import ROOT, facts
 
@@ -48,30 +44,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a generation")
     parser.add_argument("--rounds", type=int, default=2, help="generations of each stream")
     parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes of clients")
-    parser.add_argument("--step-sequences", type=int, default=64, help="sequences of the step protocol; 0 leaves it out")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the step protocol")
-    parser.add_argument(
-        "--beside", default="", help="also measure these: nothing (steps that compute nothing), transformers; separated by commas"
-    )
-    parser.add_argument("--source", type=Path, help="the Hugging Face folder that the model was built from")
+    parser.add_argument("--transformers", type=Path, help="also measure it: the Hugging Face folder that the model was built from")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for the engine alone, and for transformers")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    given.beside = set(filter(None, given.beside.split(",")))
-    if unknown := given.beside - {"nothing", "transformers"}:
-        parser.error(f"--beside knows nothing and transformers, not {', '.join(sorted(unknown))}")
-    if "transformers" in given.beside and given.source is None:
-        parser.error("--beside transformers needs --source")
     manifest = Manifest.load(given.model / "1")
     streams = [int(count) for count in given.streams.split(",")]
-    if (most := max(*streams, given.step_sequences, 1)) > manifest.slots:
-        parser.error(f"{most} sequences need as many slots; the model has {manifest.slots}")
+    if (most := max(streams)) > manifest.slots:
+        parser.error(f"{most} streams need as many slots; the model has {manifest.slots}")
     what = f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of each stream; greedy"
     document: dict[str, Any] = facts(what, "python -m benchmarks.generate") | {
         "model": {"name": given.model.name, "engine": manifest.engine.kind, "device": manifest.engine.device}
         | {"dtype": str(manifest.engine.dtype), "slots": manifest.slots, "rows": manifest.program("step").max_rows},
         "generate": [],
-        "steps": [],
     }
     for count in streams:
         document["generate"].append({"streams": count})
@@ -81,15 +66,6 @@ def main() -> None:
             line["served"] = generated(given, server, manifest, line["streams"])
             print(json.dumps(line), flush=True)
             write(given.out, document)
-        if given.step_sequences:
-            document["steps"].append(stepped(given, server, "stream"))
-    if given.step_sequences:
-        with served(given.model, manifest, "step") as server:
-            document["steps"].append(stepped(given, server, "unary"))
-        modes: tuple[Mode, ...] = ("stream", "unary")
-        for mode in modes if "nothing" in given.beside else ():
-            with served(given.model, manifest, "stream" if mode == "stream" else "step", nothing=True) as server:
-                document["steps"].append(stepped(given, server, mode, "nothing"))
     for name, found in beside(given, manifest, streams):
         for line, one in zip(document["generate"], found, strict=True):
             line[name] = one
@@ -102,32 +78,6 @@ def write(out: Path | None, document: dict[str, Any]) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n")
-
-
-@contextmanager
-def served(model: Path, manifest: Manifest, serve: str, *, nothing: bool = False) -> Iterator[TritonServer]:
-    """The model as it was built, where that is how it is to be served, else its engine with the configuration for it.
-
-    With ``nothing`` a model with that configuration that computes nothing.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "repository" / manifest.name
-        folder.parent.mkdir()
-        decoupled = "decoupled: true" in (model / "config.pbtxt").read_text()
-        language = Language() if serve == "stream" else None
-        config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language).text()
-        if nothing:
-            names = manifest.program("step").language
-            assert names is not None
-            write_nothing(folder, config, names[1], decoupled=serve == "stream")
-        elif decoupled == (serve == "stream"):
-            folder.symlink_to(model.resolve())
-        else:
-            folder.mkdir()
-            (folder / "1").symlink_to((model / "1").resolve())
-            (folder / "config.pbtxt").write_text(config)
-        with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
-            yield server
 
 
 def burst_of(given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int) -> Burst:
@@ -185,9 +135,9 @@ def beside(given: argparse.Namespace, manifest: Manifest, streams: list[int]) ->
     """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own, not beside the server."""
     sizes = [",".join(map(str, streams)), str(given.prompt), str(given.tokens)]
     yield "engine_alone", _said("benchmarks.generation.alone", len(streams), given.limit, str((given.model / "1").resolve()), *sizes)
-    if "transformers" in given.beside:
+    if given.transformers is not None:
         engine = manifest.engine
-        where = [str(given.source.resolve()), str(engine.dtype), engine.device]
+        where = [str(given.transformers.resolve()), str(engine.dtype), engine.device]
         yield "transformers", _said("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes)
 
 
@@ -204,28 +154,6 @@ def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[s
         said.seek(0)
         found = [json.loads(line) for line in said if line.startswith("{")]
     return found + [{"failed": problem}] * (count - len(found))
-
-
-def stepped(given: argparse.Namespace, server: TritonServer, mode: Mode, computes: str = "steps") -> dict[str, Any]:
-    """Steps of one token, a closed loop of every sequence."""
-    with tempfile.TemporaryDirectory() as scratch:
-        prompt = {"input_ids": {"content": [5] * 16, "shape": [16]}}
-        step = {"input_ids": {"content": [5], "shape": [1]}}
-        data = Path(scratch) / "steps.json"
-        data.write_text(json.dumps({"data": [[prompt] + [step] * (given.prompt + given.tokens - 16)]}))
-        load = Load(server.grpc_url, given.model.name, mode, given.step_sequences, 0.0, given.seconds, str(data))
-        generator.run(replace(load, seconds=0.5))
-        before = Counters.of(server, load.model)
-        found = generator.run(load)
-        spent = Counters.of(server, load.model) - before
-    # closed loop: the requests before and after the measured seconds took as long as those in them
-    line = (
-        {"mode": mode, "computes": computes, "sequences": given.step_sequences}
-        | found
-        | spent.breakdown(spent.requests / found["requests_per_second"])
-    )
-    print(json.dumps(line), flush=True)
-    return line
 
 
 if __name__ == "__main__":

@@ -40,13 +40,15 @@ for name in "$@"; do
     tests) part tests 900 "$PYTHON" -m pytest -q tests/gpu -n "${JOBS:-8}" --dist loadfile -p no:benchmark -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
     accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
     server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:benchmark -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
-    steps) part steps 240 bash -c "\"$PYTHON\" -m benchmarks.gpu.engine --shape 135m --cases 8x600 --engines \"$OUT/engines\" --build-only &&
-        \"$PYTHON\" -m benchmarks.perf unary --levels 8 --model \"$OUT\"/engines/135m-plugin-c1024-b8-p0/model --out \"$OUT/gpu_server_steps.json\"" ;;
-    generate)
-        part build 240 "$PYTHON" -m inplace_builder build "$MODEL" --output "$OUT/engines/smollm2" --dtype bfloat16 --engine tensorrt --slots 64 \
-            --max-batch 64 --serve stream
-        part generate 600 "$PYTHON" -m benchmarks.generate --model "$OUT/engines/smollm2" --beside nothing,transformers --source "$MODEL" \
-            --limit 240 --out "$OUT/gpu_generate_135m.json"
+    steps | generate)
+        [ -d "$OUT/engines/smollm2" ] || part build 240 "$PYTHON" -m inplace_builder build "$MODEL" --output "$OUT/engines/smollm2" --dtype bfloat16 \
+            --engine tensorrt --slots 64 --max-batch 64 --serve stream
+        case $name in
+        steps) part steps 600 "$PYTHON" -m benchmarks.perf unary stream --levels 8,64 --seconds 3 --instances 1,2 --nothing \
+            --model "$OUT/engines/smollm2" --out "$OUT/gpu_steps_135m.json" ;;
+        generate) part generate 600 "$PYTHON" -m benchmarks.generate --model "$OUT/engines/smollm2" --transformers "$MODEL" \
+            --limit 240 --out "$OUT/gpu_generate_135m.json" ;;
+        esac
         ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --budget "${BUDGET:-480}" ;;

@@ -45,8 +45,8 @@ def run(load: Load) -> dict[str, Any]:
 
 def command(load: Load) -> list[str]:
     """The command line, as one would type it."""
-    made = ["perf_analyzer", "-m", load.model, "-u", load.url, "-i", "grpc", f"--input-data={load.input_data}", "--shape", "input_ids:1"]
-    made += ["--measurement-interval", str(int(load.seconds * 1000)), "--max-trials", "4", "--stability-percentage", "20"]
+    made = ["perf_analyzer", "-m", load.model, "-u", load.url, "-i", "grpc", f"--input-data={load.input_data}"]
+    made += ["--measurement-interval", str(int(load.seconds * 1000)), "--max-trials", "4", "--stability-percentage", "50"]
     if load.rate is None:
         made += ["--concurrency-range", str(load.sequences)]
     else:

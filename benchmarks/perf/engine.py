@@ -1,4 +1,4 @@
-"""A step of the engine without a server: ``python -m benchmarks.perf.engine MODEL/1 ROWS STEPS`` prints its median in microseconds."""
+"""Steps of the engine without a server: ``python -m benchmarks.perf.engine MODEL/1 ROWS,ROWS STEPS`` prints medians in microseconds."""
 
 import statistics
 import sys
@@ -12,12 +12,11 @@ from inplace.requests import Request
 TOKEN, PROMPT = 5, 16
 
 
-def main(folder: Path, rows: int, steps: int) -> None:
-    """Measure and print."""
-    instance = ModelInstance.open(folder, idle_timeout=float("inf"))
-    manifest = instance.manifest
+def median(instance: ModelInstance, rows: int, steps: int) -> float:
+    """Of steps of so many rows, a token each, behind a prompt; seconds."""
+    capacity = instance.manifest.capacity
     times = []
-    for step in range(min(steps, (manifest.capacity or steps + 1) - PROMPT)):
+    for step in range(min(steps, (capacity or steps + 1) - PROMPT)):
         ids = torch.full((1, PROMPT if step == 0 else 1), TOKEN)
         works = [instance.admit(Request(row + 1, step == 0, False, {"input_ids": ids})) for row in range(rows)]
         begin = time.perf_counter()
@@ -26,8 +25,15 @@ def main(folder: Path, rows: int, steps: int) -> None:
         times.append(time.perf_counter() - begin)
         for work in works:
             instance.finish(work)
-    print(statistics.median(times[1:]) * 1e6)
+    return statistics.median(times[1:])
+
+
+def main(folder: Path, rows: list[int], steps: int) -> None:
+    """Measure and print."""
+    instance = ModelInstance.open(folder, idle_timeout=float("inf"))
+    for count in rows:
+        print(f"median {median(instance, count, steps) * 1e6}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), [int(count) for count in sys.argv[2].split(",")], int(sys.argv[3]))

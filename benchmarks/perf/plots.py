@@ -84,11 +84,16 @@ def draw_panel(axes: Axes, panel: Panel, levels: Sequence[Level]) -> None:
     axes.legend(fontsize=7)
 
 
+def _drawn(level: Level) -> bool:
+    """Whether it is a number of the model itself, of one instance."""
+    return "failed" not in level and "computes" not in level and level.get("instances", 1) == 1
+
+
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``perf_<mode>.png`` for each mode that the document holds; returns the files."""
     written = []
     for mode in dict.fromkeys(panel.mode for panel in PANELS):
-        levels = [level for level in document["levels"] if level["mode"] == mode and "failed" not in level]
+        levels = [level for level in document["levels"] if level["mode"] == mode and _drawn(level)]
         if not levels:
             continue
         panels = [panel for panel in PANELS if panel.mode == mode]

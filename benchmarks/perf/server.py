@@ -57,18 +57,22 @@ class Counters:
     def __sub__(self, other: "Counters") -> "Counters":
         return Counters(*(getattr(self, name) - getattr(other, name) for name in Counters.__dataclass_fields__))
 
-    def breakdown(self, seconds: float) -> dict[str, float]:
+    def breakdown(self, seconds: float, instances: int = 1) -> dict[str, float]:
         """What these counters, counted over so many seconds of wall clock, say of a request.
 
+        Args:
+            seconds: of wall clock.
+            instances: of the model; they work side by side, each in an engine of its own for its share of ``engine_s``.
+
         Returns:
-            Microseconds of wall clock per request, and of it beyond the engine: (wall - time in the engine) / requests; the share of the
-            wall clock in which the engine was busy; requests of one step.
+            Microseconds of wall clock per request, and of it beyond the engine: (wall - time in an engine) / requests; the share of the
+            wall clock in which an engine was busy; requests of one step.
         """
-        requests = max(1, self.requests)
+        requests, engine_s = max(1, self.requests), self.engine_s / instances
         return {
             "wall_us_per_request": seconds / requests * 1e6,
-            "beyond_engine_us_per_request": (seconds - self.engine_s) / requests * 1e6,
-            "engine_busy": self.engine_s / seconds,
+            "beyond_engine_us_per_request": (seconds - engine_s) / requests * 1e6,
+            "engine_busy": engine_s / seconds,
             "requests_per_step": self.requests / max(1, self.steps),
         }
 
@@ -95,7 +99,8 @@ def _metric(page: str, name: str, model: str) -> float:
     return sum(map(float, found))
 
 
-def engine_step(folder: Path, rows: int, steps: int = 300) -> float:
-    """Microseconds of a step of so many rows in the engine alone, the median; in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.perf.engine", str(folder), str(rows), str(steps)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def engine_steps(folder: Path, rows: list[int], steps: int = 300) -> list[float]:
+    """Microseconds of steps of so many rows in the engine alone, the median of each; in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.perf.engine", str(folder), ",".join(map(str, rows)), str(steps)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [float(line.removeprefix("median ")) for line in said.splitlines() if line.startswith("median ")]

@@ -1,4 +1,4 @@
-"""The benchmark of generations without a server: what other processes said, the model that computes nothing, plots."""
+"""The benchmark of generations without a server: what other processes said, plots."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import generate
-from benchmarks.generation.nothing import write_nothing
 from benchmarks.generation.plots import draw
 from benchmarks.record import ROOT
 
@@ -17,15 +16,6 @@ def test_a_process_that_takes_too_long_is_kept_as_far_as_it_came(monkeypatch: py
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert generate._said("slow", 2, 3.0) == [{"rows": 1}, {"failed": "ended after 3 s"}]
     assert generate._said("broken", 3, 60.0) == [{"rows": 1}, {"failed": "status 3"}, {"failed": "status 3"}]
-
-
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_the_model_that_computes_nothing_has_the_configuration_of_the_other(tmp_path: Path, decoupled: bool) -> None:
-    write_nothing(tmp_path / "model", 'name: "model"\nbackend: "inplace"\n', "next_token", decoupled=decoupled)
-    assert (tmp_path / "model" / "config.pbtxt").read_text() == 'name: "model"\nbackend: "python"\n'
-    source = (tmp_path / "model" / "1" / "model.py").read_text()
-    compile(source, "model.py", "exec")
-    assert f"if {decoupled}:" in source and 'Tensor("next_token"' in source
 
 
 @pytest.mark.parametrize("shape", ["135m", "1b"])

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.perf import analyzer
 from benchmarks.perf.clients import Load, Measured
 from benchmarks.perf.generator import described, percentiles
+from benchmarks.perf.nothing import write_nothing
 from benchmarks.perf.plots import draw, points
 from benchmarks.perf.server import Counters
 
@@ -77,10 +78,22 @@ def test_what_a_request_costs_beyond_the_engine() -> None:
     assert found["beyond_engine_us_per_request"] == pytest.approx(80)
     assert found["engine_busy"] == pytest.approx(0.2)
     assert found["requests_per_step"] == 2
+    twice = spent.breakdown(seconds=0.01, instances=2)  # side by side, each 1 ms in its engine
+    assert twice["engine_busy"] == pytest.approx(0.1)
+    assert twice["beyond_engine_us_per_request"] == pytest.approx(90)
     parts = spent.latency(150.0)
     assert sum(parts.values()) == pytest.approx(150)
     assert parts["engine"] == pytest.approx(40)
     assert parts["backend_beyond_engine"] == pytest.approx(60)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_model_that_computes_nothing_has_the_configuration_of_the_other(tmp_path: Path, decoupled: bool) -> None:
+    write_nothing(tmp_path / "model", 'name: "model"\nbackend: "inplace"\n', "next_token", decoupled=decoupled)
+    assert (tmp_path / "model" / "config.pbtxt").read_text() == 'name: "model"\nbackend: "python"\n'
+    source = (tmp_path / "model" / "1" / "model.py").read_text()
+    compile(source, "model.py", "exec")
+    assert f"if {decoupled}:" in source and 'Tensor("next_token"' in source
 
 
 def test_a_level_that_failed_is_not_drawn(tmp_path: Path) -> None:
@@ -93,8 +106,9 @@ def test_a_level_that_failed_is_not_drawn(tmp_path: Path) -> None:
         "requests_per_second": 5.0,
         "latency_us": {"p50": 7000.0},
     }
+    others = [good | {"level": 2.0, "instances": 2}, good | {"level": 2.0, "computes": "nothing"}]
     levels = [good, good | {"level": 1.0}, {"mode": "rate", "level": 3.0, "tool": "perf_analyzer", "model": model, "failed": "why"}]
     assert points(levels, "tritonclient", ("latency_us", "p50"), 1000.0) == [(1.0, 7.0), (2.0, 7.0)]
-    [path] = draw({"levels": levels, "machine": {"processor": "a CPU"}}, tmp_path)
+    [path] = draw({"levels": levels + others, "machine": {"processor": "a CPU"}}, tmp_path)
     assert path.name == "perf_unary.png"
     assert path.read_bytes().startswith(b"\x89PNG")

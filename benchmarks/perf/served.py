@@ -1,0 +1,50 @@
+"""A built decoder on a real tritonserver, with the configuration that a measurement needs."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from google.protobuf import text_format
+from inplace.manifest import Manifest
+from inplace_builder.model_config import Language, model_config
+from inplace_builder.server import Ports, TritonServer
+
+from benchmarks.perf.nothing import write_nothing
+
+Serve = Literal["step", "stream"]
+
+
+@contextmanager
+def served(model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1, nothing: bool = False) -> Iterator[TritonServer]:
+    """Serve it under the name of its manifest.
+
+    Args:
+        model: a built decoder in a model repository; served as it was built, where that is how it is to be served.
+        manifest: of its engine.
+        serve: how.
+        instances: processes, each with an engine and an arena of its own.
+        nothing: a model with the same configuration that computes nothing, in its place.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "repository" / manifest.name
+        folder.parent.mkdir()
+        decoupled = "decoupled: true" in (model / "config.pbtxt").read_text()
+        if not nothing and instances == 1 and decoupled == (serve == "stream"):
+            folder.symlink_to(model.resolve())
+        else:
+            language = Language() if serve == "stream" else None
+            config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language).proto()
+            config.instance_group[0].count = instances
+            text = text_format.MessageToString(config)
+            if nothing:
+                names = manifest.program("step").language
+                assert names is not None
+                write_nothing(folder, text, names[1], decoupled=serve == "stream")
+            else:
+                folder.mkdir()
+                (folder / "1").symlink_to((model / "1").resolve())
+                (folder / "config.pbtxt").write_text(text)
+        with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
+            yield server

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from google.protobuf import text_format
 from inplace.manifest import Manifest
 from inplace_builder.model_config import Language, model_config
 from inplace_builder.server import Ports, TritonServer
@@ -35,9 +34,9 @@ def served(model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1,
             folder.symlink_to(model.resolve())
         else:
             language = Language() if serve == "stream" else None
-            config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language).proto()
-            config.instance_group[0].count = instances
-            text = text_format.MessageToString(config)
+            text = model_config(
+                manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, instances=instances, language=language
+            ).text()
             if nothing:
                 names = manifest.program("step").language
                 assert names is not None

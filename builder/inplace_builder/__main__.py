@@ -90,6 +90,7 @@ def build(
     name: Annotated[str | None, typer.Option(help="The model's name; then --output is the repository it is written into.")] = None,
     idle_timeout: Annotated[float, typer.Option(help="Seconds after its last response at which a sequence loses its slot.")] = 600.0,
     queue_delay_us: Annotated[int, typer.Option(help="Microseconds the server may hold back a batch that is not full (step).")] = 500,
+    instances: Annotated[int, typer.Option(help="Processes that serve it, each with an engine and slots of its own.")] = 1,
 ) -> None:
     """Build a decoder into a model repository, verified against transformers before it is written."""
     from inplace_builder.build import BuildOptions, build_decoder
@@ -111,6 +112,7 @@ def build(
             chunk=chunk,
             idle_timeout=idle_timeout,
             queue_delay_microseconds=queue_delay_us,
+            instances=instances,
             serve=serve.value,
         )
         target = output if name is None or output.name == name else output / name

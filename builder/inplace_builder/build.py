@@ -51,6 +51,8 @@ class BuildOptions:
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
         queue_delay_microseconds: how long the server may hold back a batch that is not full (``step``).
+        instances: processes that serve it, each with an engine and ``slots`` slots of its own; more than one answers more single steps a
+            second (see docs/operations.md), and holds the weights as often.
         serve: the protocol: ``step``, or ``stream`` with generations beside steps; see docs/protocol.md.
         engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
         alias: the mechanism that must update every state (TensorRT); None is the first that can.
@@ -68,6 +70,7 @@ class BuildOptions:
     idle_timeout: float = 600.0
     queue_delay_microseconds: int = 500
     step_tokens: int | None = None
+    instances: int = 1
     serve: Literal["step", "stream"] = "step"
     engine: Literal["torch", "tensorrt", "tensorrt_rtx"] = "torch"
     alias: Kind | None = None
@@ -76,7 +79,7 @@ class BuildOptions:
     min_capacity: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_rows", "capacity", "chunk"):
+        for name in ("slots", "max_rows", "capacity", "chunk", "instances"):
             if getattr(self, name) < 1:
                 raise BuildError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.min_capacity is not None and not 1 <= self.min_capacity <= self.capacity:
@@ -228,6 +231,7 @@ def write_engine(
             serve=options.serve,
             idle_timeout=options.idle_timeout,
             queue_delay_microseconds=options.queue_delay_microseconds,
+            instances=options.instances,
             language=language,
         )
         with _disk_errors(output):

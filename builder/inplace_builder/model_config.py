@@ -77,6 +77,7 @@ class ModelConfig:
         sequence_batching: None in a model without sequences.
         decoupled: a request may have any number of responses.
         parameters: for the backend, see `inplace.settings`.
+        instances: processes that serve it.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ModelConfig:
     decoupled: bool
     device: str
     parameters: Mapping[str, str]
+    instances: int = 1
 
     def proto(self) -> pb.ModelConfig:
         """As Triton's ModelConfig message."""
@@ -105,7 +107,7 @@ class ModelConfig:
         if self.decoupled:
             config.model_transaction_policy.decoupled = True
         kind = pb.ModelInstanceGroup.KIND_CPU if self.device == "cpu" else pb.ModelInstanceGroup.KIND_GPU
-        config.instance_group.add(kind=kind, count=1)
+        config.instance_group.add(kind=kind, count=self.instances)
         for name, value in self.parameters.items():
             config.parameters[name].string_value = value
         return config
@@ -129,7 +131,13 @@ class Language:
 
 
 def model_config(
-    manifest: Manifest, *, serve: str, idle_timeout: float, queue_delay_microseconds: int, language: Language | None = None
+    manifest: Manifest,
+    *,
+    serve: str,
+    idle_timeout: float,
+    queue_delay_microseconds: int,
+    instances: int = 1,
+    language: Language | None = None,
 ) -> ModelConfig:
     """The configuration that serves an engine.
 
@@ -138,6 +146,7 @@ def model_config(
         serve: ``step`` or ``stream``.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         queue_delay_microseconds: how long the server may hold back a batch that is not full; a stream model makes its batches itself.
+        instances: processes that serve it, each with an engine and slots of its own.
         language: of a model that generates, for ``stream``.
 
     Raises:
@@ -168,6 +177,7 @@ def model_config(
         decoupled=stream,
         device=manifest.engine.device,
         parameters=parameters,
+        instances=instances,
     )
 
 

@@ -73,7 +73,7 @@ def test_name_puts_the_model_into_the_repository_under_that_name(llama: Path) ->
 
 def test_the_options_reach_the_engine(llama: Path) -> None:
     rows, times = ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"), ("--idle-timeout", "7.5", "--queue-delay-us", "123")
-    build(llama, "--output", "m", *rows, *times)
+    build(llama, "--output", "m", *rows, *times, "--instances", "2")
     manifest = Manifest.load(Path("m/1"))
     assert manifest.min_capacity == 16
     program = manifest.program("step")
@@ -81,6 +81,7 @@ def test_the_options_reach_the_engine(llama: Path) -> None:
     config = Path("m/config.pbtxt").read_text()
     assert "max_sequence_idle_microseconds: 7500000" in config
     assert "max_queue_delay_microseconds: 123" in config
+    assert "count: 2" in config
 
 
 @pytest.mark.parametrize("given", ["llama", "llama/1"])

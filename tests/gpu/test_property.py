@@ -3,7 +3,6 @@
 Plans are built side by side and without a long search for kernels, which is most of the time of these tests.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -56,7 +55,7 @@ def cuda(tree: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Case, Engine]]]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Engine]]:
     folder = tmp_path_factory.mktemp("engines")
     cases = examples(supported(DTYPES), MODULES)
     cases += examples(st.one_of(rows_of_their_own(), varying_tokens(), attending()), MORE)
@@ -77,7 +76,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Cas
     captures = [captured(case) for case in cases]
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(compiled, folder / str(index), *capture) for index, capture in enumerate(captures)]
-        yield [(case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)]
+    # not before all are built: TensorRT captures what it tries, and CUDA ends a capture when another thread uses the default stream
+    return [(case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)]
 
 
 def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Case, Engine]]) -> None:

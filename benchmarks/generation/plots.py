@@ -39,6 +39,7 @@ def draw_panel(axes: Axes, lines: list[dict[str, Any]], where: tuple[str, ...], 
                 axes.plot(*zip(*found, strict=True), "o" + style, color=colour, label=f"{label}, {level}" if level else label)
     axes.set_xlabel("streams at once")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(streams := [line["streams"] for line in lines], map(str, streams))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
 

@@ -19,7 +19,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,17 @@ def measure(given: argparse.Namespace, mode: str, model: Path, levels: list[floa
         rows = [min(int(level), manifest.program("step").max_rows) for level in levels]
         alone = dict(zip(levels, engine_steps(model / "1", rows), strict=True))
     counts = [int(count) for count in given.instances.split(",")] if steps else [1]
-    for nothing in (False, True) if steps and given.nothing else (False,):
-        for instances in counts:
-            with served(model, manifest, serve, instances=instances, nothing=nothing) as server:
-                for level in levels:
-                    load = loaded(given, mode, level, server.grpc_url, manifest.name)
-                    for tool in tools(given):
-                        line = {"mode": mode, "level": level, "tool": tool, "model": about, "sequences": load.sequences}
-                        line |= {"instances": instances} if steps else {}
-                        line |= {"computes": "nothing"} if nothing else {}
-                        line |= driven(server, TOOLS[tool], load, instances)
-                        if alone and not nothing:
-                            line["engine_alone_us"] = alone[level]
-                        yield line
+    kinds = (False, True) if steps and given.nothing else (False,)
+    for nothing, instances in product(kinds, counts):
+        with served(model, manifest, serve, instances=instances, nothing=nothing) as server:
+            for level, tool in product(levels, tools(given)):
+                load = loaded(given, mode, level, server.grpc_url, manifest.name)
+                line = {"mode": mode, "level": level, "tool": tool, "model": about, "sequences": load.sequences}
+                line |= ({"instances": instances} if steps else {}) | ({"computes": "nothing"} if nothing else {})
+                line |= driven(server, TOOLS[tool], load, instances)
+                if alone and not nothing:
+                    line["engine_alone_us"] = alone[level]
+                yield line
 
 
 def tools(given: argparse.Namespace) -> list[str]:

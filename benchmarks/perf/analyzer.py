@@ -46,6 +46,7 @@ def run(load: Load) -> dict[str, Any]:
 def command(load: Load) -> list[str]:
     """The command line, as one would type it."""
     made = ["perf_analyzer", "-m", load.model, "-u", load.url, "-i", "grpc", f"--input-data={load.input_data}"]
+    # it exports nothing where the throughput of its windows differs by more than this percentage
     made += ["--measurement-interval", str(int(load.seconds * 1000)), "--max-trials", "4", "--stability-percentage", "50"]
     if load.rate is None:
         made += ["--concurrency-range", str(load.sequences)]

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from google.protobuf import text_format
 from inplace.manifest import Manifest
 from inplace_builder.model_config import Language, model_config
 from inplace_builder.server import Ports, TritonServer
+from tritonclient.grpc import model_config_pb2 as pb
 
 from benchmarks.perf.nothing import write_nothing
 
@@ -20,30 +22,27 @@ def served(model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1,
     """Serve it under the name of its manifest.
 
     Args:
-        model: a built decoder in a model repository; served as it was built, where that is how it is to be served.
+        model: a built decoder in a model repository; its own configuration is used, where it was built to be served so.
         manifest: of its engine.
         serve: how.
         instances: processes, each with an engine and an arena of its own.
         nothing: a model with the same configuration that computes nothing, in its place.
     """
+    config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
+    if config.model_transaction_policy.decoupled != (serve == "stream"):
+        language = Language() if serve == "stream" else None
+        config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language).proto()
+    config.instance_group[0].count = instances
+    text = text_format.MessageToString(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository" / manifest.name
-        folder.parent.mkdir()
-        decoupled = "decoupled: true" in (model / "config.pbtxt").read_text()
-        if not nothing and instances == 1 and decoupled == (serve == "stream"):
-            folder.symlink_to(model.resolve())
+        if nothing:
+            names = manifest.program("step").language
+            assert names is not None
+            write_nothing(folder, text, names[1], decoupled=serve == "stream")
         else:
-            language = Language() if serve == "stream" else None
-            text = model_config(
-                manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, instances=instances, language=language
-            ).text()
-            if nothing:
-                names = manifest.program("step").language
-                assert names is not None
-                write_nothing(folder, text, names[1], decoupled=serve == "stream")
-            else:
-                folder.mkdir()
-                (folder / "1").symlink_to((model / "1").resolve())
-                (folder / "config.pbtxt").write_text(text)
+            folder.mkdir(parents=True)
+            (folder / "1").symlink_to((model / "1").resolve())
+            (folder / "config.pbtxt").write_text(text)
         with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
             yield server

@@ -51,8 +51,7 @@ class BuildOptions:
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
         queue_delay_microseconds: how long the server may hold back a batch that is not full (``step``).
-        instances: processes that serve it, each with an engine and ``slots`` slots of its own; more than one answers more single steps a
-            second (see docs/operations.md), and holds the weights as often.
+        instances: processes that serve it, each with weights and ``slots`` slots of its own; see docs/operations.md.
         serve: the protocol: ``step``, or ``stream`` with generations beside steps; see docs/protocol.md.
         engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
         alias: the mechanism that must update every state (TensorRT); None is the first that can.

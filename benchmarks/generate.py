@@ -22,8 +22,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from inplace.manifest import Manifest
-from inplace_builder.server import TritonServer
+from inplace.schema.served import Manifest
+from inplace_builder.tools.tritonserver import TritonServer
 
 from benchmarks.generation.burst import Burst
 from benchmarks.perf import generator
@@ -37,15 +37,33 @@ STARTED = 4.0
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a built decoder in a model repository")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a built decoder in a model repository"
+    )
     parser.add_argument("--streams", default="1,8,32,64", help="separated by commas")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a generation")
     parser.add_argument("--rounds", type=int, default=2, help="generations of each stream")
-    parser.add_argument("--clients", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes of clients")
-    parser.add_argument("--transformers", type=Path, help="also measure it: the Hugging Face folder that the model was built from")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for the engine alone, and for transformers")
+    parser.add_argument(
+        "--clients",
+        type=int,
+        default=max(1, min(8, (os.cpu_count() or 2) // 2)),
+        help="processes of clients",
+    )
+    parser.add_argument(
+        "--transformers",
+        type=Path,
+        help="also measure it: the Hugging Face folder that the model was built from",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=600.0,
+        help="seconds for the engine alone, and for transformers",
+    )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     manifest = Manifest.load(given.model / "1")
@@ -54,14 +72,24 @@ def main() -> None:
         parser.error(f"{most} streams need as many slots; the model has {manifest.slots}")
     what = f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of each stream; greedy"
     document: dict[str, Any] = facts(what, "python -m benchmarks.generate") | {
-        "model": {"name": given.model.name, "engine": manifest.engine.kind, "device": manifest.engine.device}
-        | {"dtype": str(manifest.engine.dtype), "slots": manifest.slots, "rows": manifest.program("step").max_rows},
+        "model": {
+            "name": given.model.name,
+            "engine": manifest.engine.kind,
+            "device": manifest.engine.device,
+        }
+        | {
+            "dtype": str(manifest.engine.dtype),
+            "slots": manifest.slots,
+            "rows": manifest.program("step").max_rows,
+        },
         "generate": [],
     }
     for count in streams:
         document["generate"].append({"streams": count})
     with served(given.model, manifest, "stream") as server:
-        bursts(server, replace(burst_of(given, server, manifest, 1), rounds=1, tokens=8), 1)  # the first request loads what is lazy
+        bursts(
+            server, replace(burst_of(given, server, manifest, 1), rounds=1, tokens=8), 1
+        )  # the first request loads what is lazy
         for line in document["generate"]:
             line["served"] = generated(given, server, manifest, line["streams"])
             print(json.dumps(line), flush=True)
@@ -80,11 +108,23 @@ def write(out: Path | None, document: dict[str, Any]) -> None:
         out.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def burst_of(given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int) -> Burst:
+def burst_of(
+    given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int
+) -> Burst:
     """All streams at once."""
     limits = {spec.name: spec.maximum for spec in manifest.program("step").client_inputs}
     vocabulary = (limits["input_ids"] or 0) + 1
-    return Burst(server.grpc_url, manifest.name, 0, streams, 0.0, given.rounds, given.prompt, given.tokens, vocabulary)
+    return Burst(
+        server.grpc_url,
+        manifest.name,
+        0,
+        streams,
+        0.0,
+        given.rounds,
+        given.prompt,
+        given.tokens,
+        vocabulary,
+    )
 
 
 def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str, Any]]:
@@ -94,13 +134,21 @@ def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str,
     for number in range(processes):
         count = burst.streams // processes + (number < burst.streams % processes)
         part = json.dumps(asdict(replace(burst, first=first, streams=count)))
-        running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.generation.burst", part], stdout=subprocess.PIPE, cwd=ROOT))
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.generation.burst", part],
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+            )
+        )
         first += count
     heard = []
     for process in running:
         said, _ = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"a process of clients ended with status {process.returncode}; {server.log} may say why")
+            raise RuntimeError(
+                f"a process of clients ended with status {process.returncode}; {server.log} may say why"
+            )
         heard += json.loads(said)
     for one in heard:
         one["sent"] -= burst.begin
@@ -108,7 +156,9 @@ def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str,
     return heard
 
 
-def generated(given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int) -> dict[str, Any]:
+def generated(
+    given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int
+) -> dict[str, Any]:
     """One number of streams, served."""
     before = Counters.of(server, manifest.name)
     heard = bursts(server, burst_of(given, server, manifest, streams), min(given.clients, streams))
@@ -122,7 +172,9 @@ def generated(given: argparse.Namespace, server: TritonServer, manifest: Manifes
     return {
         "seconds": seconds,
         "tokens_per_second": len(heard) * given.tokens / seconds,
-        "first_token_us": generator.percentiles([one["responses"][0][0] - one["sent"] for one in heard]),
+        "first_token_us": generator.percentiles(
+            [one["responses"][0][0] - one["sent"] for one in heard]
+        ),
         "inter_token_us": generator.percentiles(gaps),
         "tokens_per_response": len(heard) * given.tokens / responses,
         "engine_busy": spent.engine_s / seconds,
@@ -131,14 +183,28 @@ def generated(given: argparse.Namespace, server: TritonServer, manifest: Manifes
     }
 
 
-def beside(given: argparse.Namespace, manifest: Manifest, streams: list[int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def beside(
+    given: argparse.Namespace, manifest: Manifest, streams: list[int]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own, not beside the server."""
     sizes = [",".join(map(str, streams)), str(given.prompt), str(given.tokens)]
-    yield "engine_alone", _said("benchmarks.generation.alone", len(streams), given.limit, str((given.model / "1").resolve()), *sizes)
+    yield (
+        "engine_alone",
+        _said(
+            "benchmarks.generation.alone",
+            len(streams),
+            given.limit,
+            str((given.model / "1").resolve()),
+            *sizes,
+        ),
+    )
     if given.transformers is not None:
         engine = manifest.engine
         where = [str(given.transformers.resolve()), str(engine.dtype), engine.device]
-        yield "transformers", _said("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes)
+        yield (
+            "transformers",
+            _said("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes),
+        )
 
 
 def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[str, Any]]:
@@ -146,7 +212,11 @@ def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[s
     with tempfile.TemporaryFile("w+") as said:
         try:
             status = subprocess.run(
-                [sys.executable, "-m", module, *arguments], stdout=said, cwd=ROOT, check=False, timeout=limit
+                [sys.executable, "-m", module, *arguments],
+                stdout=said,
+                cwd=ROOT,
+                check=False,
+                timeout=limit,
             ).returncode
             problem = f"status {status}"
         except subprocess.TimeoutExpired:

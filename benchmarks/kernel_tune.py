@@ -92,15 +92,23 @@ class Decode:
     pdl: bool
 
     def __post_init__(self) -> None:
-        spec, rows, width = self.spec, self.rows, self.spec.kv_heads * self.spec.dim * 4  # bytes of a position, keys and values
+        spec, rows, width = (
+            self.spec,
+            self.rows,
+            self.spec.kv_heads * self.spec.dim * 4,
+        )  # bytes of a position, keys and values
         wanted = max(30, COLD_BYTES // (rows * LENGTH * width))
         states = max(1, min(wanted, MOST_LAUNCHES, MOST_BYTES // (rows * self.capacity * width)))
         self.launches = max(30, states)
         shape = (states * rows, spec.kv_heads, self.capacity, spec.dim)
-        self.keys, self.values = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        self.keys, self.values = (
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+        )
         for state in (self.keys, self.values):
             state[:, :, : LENGTH + 1].normal_()
-        self.slots = [control(list(range(index * rows, index * rows + rows))) for index in range(states)]
+        self.slots = [
+            control(list(range(index * rows, index * rows + rows))) for index in range(states)
+        ]
         self.starts = control([LENGTH] * rows)
         self.stride = (spec.heads + 2 * spec.kv_heads) * spec.dim
         self.merged = random(rows, self.stride)
@@ -140,7 +148,10 @@ def tune_decode(pdl: bool) -> None:
                 best = sorted(times, key=lambda blocks: times[blocks])[:3]
                 print(
                     f"decode {heads}/{kv_heads}x{dim} rows {rows} capacity {capacity}: default {times[default]:.2f} µs, read {ideal:.2f}; "
-                    + "; ".join(f"{times[b]:.2f} split {b.split} keys {b.keys} warps {b.warps} stages {b.stages}" for b in best),
+                    + "; ".join(
+                        f"{times[b]:.2f} split {b.split} keys {b.keys} warps {b.warps} stages {b.stages}"
+                        for b in best
+                    ),
                     flush=True,
                 )
                 del step
@@ -152,7 +163,11 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
     stride, launches = (heads + 2 * kv_heads) * dim, 30
     merged, angles = random(PROMPT, stride), torch.rand(PROMPT, dim, device="cuda")
     keys, values = random(launches, kv_heads, 1024, dim), random(launches, kv_heads, 1024, dim)
-    slots, offsets, starts = [control([index]) for index in range(launches)], control([0, PROMPT]), control([0])
+    slots, offsets, starts = (
+        [control([index]) for index in range(launches)],
+        control([0, PROMPT]),
+        control([0]),
+    )
     query, key, value = merged.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     out = random(PROMPT, heads, dim)
 
@@ -179,7 +194,9 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
 
         def work() -> None:
             for _ in range(launches):
-                F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+                F.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+                )
 
         return work
 
@@ -189,14 +206,21 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
     print(
         f"prefill {heads}/{kv_heads}x{dim}, {PROMPT} tokens: default {times[default]:.2f} µs, append {microseconds(append, launches):.2f}, "
         f"SDPA grouped {microseconds(sdpa(full), launches):.2f}, SDPA repeated {microseconds(sdpa(repeated), launches):.2f}; "
-        + "; ".join(f"{times[b]:.2f} queries {b.queries} keys {b.keys} warps {b.warps} stages {b.stages}" for b in best),
+        + "; ".join(
+            f"{times[b]:.2f} queries {b.queries} keys {b.keys} warps {b.warps} stages {b.stages}"
+            for b in best
+        ),
         flush=True,
     )
 
 
 if __name__ == "__main__":
     supported = torch.cuda.get_device_capability() >= (9, 0)
-    print(torch.cuda.get_device_name(), "with" if supported else "without", "programmatic dependent launch")
+    print(
+        torch.cuda.get_device_name(),
+        "with" if supported else "without",
+        "programmatic dependent launch",
+    )
     for shape in SHAPES:
         tune_prefill(*shape, supported)
     tune_decode(supported)

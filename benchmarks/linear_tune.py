@@ -36,14 +36,45 @@ L2_BYTES = 120 << 20
 CALLS = 40
 GEMV = [
     Gemv(n, k, w)
-    for n, k, w in [(2, 2048, 2), (2, 1024, 2), (4, 256, 2), (4, 512, 2), (4, 1024, 2), (4, 1024, 4), (4, 2048, 4), (8, 512, 2)]
+    for n, k, w in [
+        (2, 2048, 2),
+        (2, 1024, 2),
+        (4, 256, 2),
+        (4, 512, 2),
+        (4, 1024, 2),
+        (4, 1024, 4),
+        (4, 2048, 4),
+        (8, 512, 2),
+    ]
 ]
 FEW = [
-    Few(n, k, w) for n, k, w in [(16, 64, 8), (16, 32, 8), (16, 64, 4), (16, 32, 4), (16, 128, 4), (16, 128, 2), (32, 32, 8), (32, 32, 4)]
+    Few(n, k, w)
+    for n, k, w in [
+        (16, 64, 8),
+        (16, 32, 8),
+        (16, 64, 4),
+        (16, 32, 4),
+        (16, 128, 4),
+        (16, 128, 2),
+        (32, 32, 8),
+        (32, 32, 4),
+    ]
 ]
 SKINNY = {
-    8: [Skinny(16, 256, 4, 3), Skinny(32, 256, 4, 5), Skinny(64, 256, 4, 3), Skinny(64, 128, 4, 5), Skinny(64, 128, 8, 3)],
-    64: [Skinny(16, 256, 4, 5), Skinny(32, 128, 4, 5), Skinny(64, 256, 4, 3), Skinny(64, 128, 8, 3), Skinny(64, 64, 4, 3)],
+    8: [
+        Skinny(16, 256, 4, 3),
+        Skinny(32, 256, 4, 5),
+        Skinny(64, 256, 4, 3),
+        Skinny(64, 128, 4, 5),
+        Skinny(64, 128, 8, 3),
+    ],
+    64: [
+        Skinny(16, 256, 4, 5),
+        Skinny(32, 128, 4, 5),
+        Skinny(64, 256, 4, 3),
+        Skinny(64, 128, 8, 3),
+        Skinny(64, 64, 4, 3),
+    ],
 }
 
 
@@ -82,7 +113,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rows", default="1,8,64")
     parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--compile-only", action="store_true", help="launch every configuration once and time nothing")
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="launch every configuration once and time nothing",
+    )
     parser.add_argument("--share", default="0/1", help="of the configurations: index/count")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -90,20 +125,36 @@ def main() -> None:
     index, count = map(int, arguments.share.split("/"))
     layers = {name: LAYERS[name] for name in arguments.layers.split(",")}
     found = []
-    for rows, (name, spec) in itertools.product(map(int, arguments.rows.split(",")), layers.items()):
+    for rows, (name, spec) in itertools.product(
+        map(int, arguments.rows.split(",")), layers.items()
+    ):
         if time.monotonic() > deadline:
             print("out of time before", rows, name)
             break
-        copies = 1 if arguments.compile_only else max(1, min(CALLS, L2_BYTES // (spec.inputs * spec.outputs * 2)))
-        weights = [torch.randn(spec.outputs, spec.inputs, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        copies = (
+            1
+            if arguments.compile_only
+            else max(1, min(CALLS, L2_BYTES // (spec.inputs * spec.outputs * 2)))
+        )
+        weights = [
+            torch.randn(spec.outputs, spec.inputs, device="cuda", dtype=torch.bfloat16)
+            for _ in range(copies)
+        ]
         x = torch.randn(rows, spec.inputs, device="cuda", dtype=torch.bfloat16)
         norm = torch.ones(spec.inputs, device="cuda", dtype=torch.bfloat16)
         residual = torch.randn(rows, spec.width, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty(rows, spec.width, device="cuda", dtype=torch.float32 if spec.float_out else torch.bfloat16)
+        out = torch.empty(
+            rows,
+            spec.width,
+            device="cuda",
+            dtype=torch.float32 if spec.float_out else torch.bfloat16,
+        )
         product = torch.empty(rows, spec.outputs, device="cuda", dtype=torch.bfloat16)
         torch.cuda.synchronize()
         default, results = streaming_blocks(spec, rows, 2), []
-        grid = list(dict.fromkeys([*candidates(rows), *([] if default is None else [default])]))[index::count]
+        grid = list(dict.fromkeys([*candidates(rows), *([] if default is None else [default])]))[
+            index::count
+        ]
 
         def run(call: int, blocks: Blocks) -> None:
             linear(
@@ -119,7 +170,11 @@ def main() -> None:
                     run(0, blocks)
                 else:
                     results.append((timed(lambda call, b=blocks: run(call, b)), str(blocks)))  # type: ignore[misc]
-            except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as error:
+            except (
+                triton.runtime.errors.OutOfResources,
+                triton.compiler.errors.CompilationError,
+                RuntimeError,
+            ) as error:
                 print(name, rows, blocks, type(error).__name__, str(error)[:100])
         if arguments.compile_only:
             continue
@@ -131,7 +186,16 @@ def main() -> None:
             *(f"{us:.1f} {blocks}" for us, blocks in results[:5]),
             flush=True,
         )
-        found.append({"layer": name, "rows": rows, "floor_us": floor, "cublas_us": cublas, "default": str(default), "best": results})
+        found.append(
+            {
+                "layer": name,
+                "rows": rows,
+                "floor_us": floor,
+                "cublas_us": cublas,
+                "default": str(default),
+                "best": results,
+            }
+        )
     torch.cuda.synchronize()
     if not arguments.compile_only:
         print(json.dumps(found))

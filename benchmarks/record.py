@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "transformers", "tensorrt", "numpy", "nvidia-pytriton", "tritonclient", "grpcio")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tensorrt",
+    "numpy",
+    "nvidia-pytriton",
+    "tritonclient",
+    "grpcio",
+)
 
 _QUERY = {
     "GPU": "name",
@@ -35,7 +44,12 @@ def facts(what: str, program: str, arguments: list[str] | None = None) -> dict[s
     return {
         "what": what,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([*shlex.split(program), *map(anywhere, sys.argv[1:] if arguments is None else arguments)]),
+        "command": shlex.join(
+            [
+                *shlex.split(program),
+                *map(anywhere, sys.argv[1:] if arguments is None else arguments),
+            ]
+        ),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
@@ -56,7 +70,15 @@ def commit() -> str:
         return named
     try:
         head = _said("git", "rev-parse", "--short", "HEAD")
-        changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        changed = _said(
+            "git",
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ".",
+            ":!benchmarks/results",
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head + "+" * bool(changed)
@@ -65,10 +87,18 @@ def commit() -> str:
 def machine() -> dict[str, Any]:
     """The processor, its threads, and the first GPU as nvidia-smi describes it, with units; ``none`` where there is none."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    processor = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     found: dict[str, Any] = {"processor": processor, "threads": os.cpu_count()}
     try:
-        line = _said("nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader", "--id=0")
+        line = _said(
+            "nvidia-smi",
+            f"--query-gpu={','.join(_QUERY.values())}",
+            "--format=csv,noheader",
+            "--id=0",
+        )
     except (OSError, subprocess.SubprocessError):
         return found | {"GPU": "none"}
     return found | dict(zip(_QUERY, (value.strip() for value in line.split(",")), strict=True))
@@ -80,7 +110,9 @@ def versions() -> dict[str, str]:
 
 
 def _said(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, cwd=ROOT).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=30, cwd=ROOT
+    ).stdout.strip()
 
 
 def _version(name: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import inplace
 import torch
-from inplace_builder.api import build
+from inplace_builder.standalone.build import build
 from torch import Tensor, nn
 
 
@@ -38,7 +38,11 @@ def main() -> None:
     dim, capacity, steps = 16, 64, 10
     module = Attention(dim).eval()
     with tempfile.TemporaryDirectory() as folder:
-        build(module, (new_cache(capacity, dim), torch.randn(1, 1, dim), torch.tensor([0])), path=Path(folder) / "engine")
+        build(
+            module,
+            (new_cache(capacity, dim), torch.randn(1, 1, dim), torch.tensor([0])),
+            path=Path(folder) / "engine",
+        )
         engine = inplace.load(Path(folder) / "engine")
     print("aliases (output@input@kind):", *engine.manifest.aliases)
     mine, eager = ([new_cache(capacity, dim) for _ in range(2)] for _ in range(2))
@@ -54,8 +58,12 @@ def main() -> None:
             torch.testing.assert_close(tensor, eager[which][name])
             assert tensor.data_ptr() == addresses[which][name]
             assert not tensor[:, steps:].any(), "beyond the last token nothing was written"
-            print(f"cache {which}, {name}: at {tensor.data_ptr():#x} before and after {steps} calls, equal to eager PyTorch")
-    print("nothing was copied: the engine wrote into the caller's tensors and returned only its output")
+            print(
+                f"cache {which}, {name}: at {tensor.data_ptr():#x} before and after {steps} calls, equal to eager PyTorch"
+            )
+    print(
+        "nothing was copied: the engine wrote into the caller's tensors and returned only its output"
+    )
 
 
 if __name__ == "__main__":

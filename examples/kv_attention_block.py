@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from inplace_builder.api import build
+from inplace_builder.standalone.build import build
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -28,11 +28,15 @@ class Block(nn.Module):
         tokens = x.shape[1]
         places = start + torch.arange(tokens)
         query = self.query(x).view(1, tokens, HEADS, DIM).transpose(1, 2)
-        key, value = self.key_value(x).view(1, tokens, 2 * KV_HEADS, DIM).transpose(1, 2).chunk(2, 1)
+        key, value = (
+            self.key_value(x).view(1, tokens, 2 * KV_HEADS, DIM).transpose(1, 2).chunk(2, 1)
+        )
         keys.index_copy_(2, places, key)
         values.index_copy_(2, places, value)
         visible = torch.arange(CAPACITY) <= places[:, None]
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible, enable_gqa=True
+        )
         return out.transpose(1, 2).reshape(1, tokens, HEADS * DIM)
 
 
@@ -47,8 +51,12 @@ def main() -> None:
         engine = build(block, example, path=Path(folder) / "engine", dynamic_shapes=shapes)
         print("aliases (output@input@kind):", *engine.manifest.aliases)
         for verdict in engine.manifest.lowering:
-            print(f"{verdict.state}: {verdict.because.partition(' at ')[0]} … {verdict.because.rpartition('; ')[2]}")
-        mine, eager = (torch.randn(2, 2, 1, KV_HEADS, CAPACITY, DIM) for _ in range(2))  # [conversation, keys and values, …]
+            print(
+                f"{verdict.state}: {verdict.because.partition(' at ')[0]} … {verdict.because.rpartition('; ')[2]}"
+            )
+        mine, eager = (
+            torch.randn(2, 2, 1, KV_HEADS, CAPACITY, DIM) for _ in range(2)
+        )  # [conversation, keys and values, …]
         eager.copy_(mine)
         held, address = [0, 0], mine.data_ptr()
         for conversation, tokens in ((0, 5), (1, 9), (0, 1), (1, 1), (0, 30)):
@@ -56,14 +64,22 @@ def main() -> None:
             before = mine.clone()
             found = engine(*mine[conversation], x, torch.tensor([start]))
             torch.testing.assert_close(found, block(*eager[conversation], x, torch.tensor([start])))
-            before[conversation, :, :, :, start : start + tokens] = mine[conversation, :, :, :, start : start + tokens]
-            assert torch.equal(before.view(torch.int32), mine.view(torch.int32)), "something else changed"
+            before[conversation, :, :, :, start : start + tokens] = mine[
+                conversation, :, :, :, start : start + tokens
+            ]
+            assert torch.equal(before.view(torch.int32), mine.view(torch.int32)), (
+                "something else changed"
+            )
             held[conversation] += tokens
             where = mine[conversation].data_ptr()
-            print(f"conversation {conversation} at {where:#x}: positions {start} to {held[conversation] - 1} are new, no other bit changed")
+            print(
+                f"conversation {conversation} at {where:#x}: positions {start} to {held[conversation] - 1} are new, no other bit changed"
+            )
         torch.testing.assert_close(mine, eager)
     assert mine.data_ptr() == address
-    print("nothing was copied: every bit outside the new positions is what it was, and the caches lie where the caller put them")
+    print(
+        "nothing was copied: every bit outside the new positions is what it was, and the caches lie where the caller put them"
+    )
 
 
 if __name__ == "__main__":

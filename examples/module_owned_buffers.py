@@ -5,7 +5,7 @@ from pathlib import Path
 
 import inplace
 import torch
-from inplace_builder.api import build
+from inplace_builder.standalone.build import build
 from torch import Tensor, nn
 
 
@@ -55,8 +55,12 @@ def main() -> None:
         torch.testing.assert_close(tensor, module.get_buffer(name))
         assert tensor.data_ptr() == addresses[name]
         assert tensor.data_ptr() != second.states[name].data_ptr()
-        print(f"state {name}: at {tensor.data_ptr():#x} before and after {len(frames)} calls, equal to the module's buffer")
-    print("nothing was copied: the engine wrote into its own states; the second engine, loaded half way, has others")
+        print(
+            f"state {name}: at {tensor.data_ptr():#x} before and after {len(frames)} calls, equal to the module's buffer"
+        )
+    print(
+        "nothing was copied: the engine wrote into its own states; the second engine, loaded half way, has others"
+    )
 
 
 if __name__ == "__main__":

@@ -65,10 +65,18 @@ class Case:
         self.query = draw(tokens, self.heads, self.dim)
         self.key = draw(tokens, self.kv_heads, self.dim) if self.options.append else None
         self.value = draw(tokens, self.kv_heads, self.value_dim) if self.options.append else None
-        self.key_state = torch.full((self.slots, self.kv_heads, self.capacity, self.dim), NAN, dtype=self.dtype)
-        self.value_state = torch.full((self.slots, self.kv_heads, self.capacity, self.value_dim), NAN, dtype=self.dtype)
+        self.key_state = torch.full(
+            (self.slots, self.kv_heads, self.capacity, self.dim), NAN, dtype=self.dtype
+        )
+        self.value_state = torch.full(
+            (self.slots, self.kv_heads, self.capacity, self.value_dim), NAN, dtype=self.dtype
+        )
         self.history = [
-            (draw(max(row.start, 0), self.kv_heads, self.dim), draw(max(row.start, 0), self.kv_heads, self.value_dim)) for row in self.rows
+            (
+                draw(max(row.start, 0), self.kv_heads, self.dim),
+                draw(max(row.start, 0), self.kv_heads, self.value_dim),
+            )
+            for row in self.rows
         ]
         for row, (keys, values) in zip(self.rows, self.history, strict=True):
             if row.slot >= 0:
@@ -99,7 +107,9 @@ class Case:
     def reference(self) -> Tensor:
         """Every token and head by itself, over keys gathered from the row's whole history, in float64."""
         out = torch.zeros(len(self.query), self.heads, self.value_dim, dtype=torch.float64)
-        for row, (keys, values), first in zip(self.rows, self.history, self.offsets[:-1], strict=True):
+        for row, (keys, values), first in zip(
+            self.rows, self.history, self.offsets[:-1], strict=True
+        ):
             if row.slot < 0:
                 continue
             if self.key is not None and self.value is not None:
@@ -110,18 +120,25 @@ class Case:
                 seen = [
                     position
                     for position in range(len(keys))
-                    if (not self.options.causal or position <= own) and (not self.options.window or position > own - self.options.window)
+                    if (not self.options.causal or position <= own)
+                    and (not self.options.window or position > own - self.options.window)
                 ]
                 for head in range(self.heads):
                     shared = head // (self.heads // self.kv_heads)
                     query = self.query[first + token, head].double()
-                    scores = torch.stack([(query * keys[position, shared].double()).sum() for position in seen]) * self.scale
+                    scores = (
+                        torch.stack(
+                            [(query * keys[position, shared].double()).sum() for position in seen]
+                        )
+                        * self.scale
+                    )
                     if self.options.softcap:
                         scores = self.options.softcap * torch.tanh(scores / self.options.softcap)
                     weights = torch.exp(scores - scores.max())
                     weights = weights / weights.sum()
                     out[first + token, head] = sum(
-                        weight * values[position, shared].double() for weight, position in zip(weights, seen, strict=True)
+                        weight * values[position, shared].double()
+                        for weight, position in zip(weights, seen, strict=True)
                     )
         return out
 

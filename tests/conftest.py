@@ -10,9 +10,10 @@ import served
 import torch
 from driving import Open, Watched
 from inplace.drivers import Language, StepDriver, StreamDriver
-from inplace.instance import ModelInstance
-from inplace_builder.build import BuildOptions, build_decoder, write_engine
-from inplace_builder.server import Ports, TritonServer
+from inplace.runtime.instance import ModelInstance
+from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instance, tiny_llama
 from streaming import OpenStreams, Streams
 from tritonclient.grpc import InferenceServerClient
@@ -21,18 +22,26 @@ from vocabulary import save_tokenizer
 with contextlib.suppress(ImportError):  # a machine that only runs the tests of a GPU may lack it
     import hypothesis
 
-    every = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True)
+    every = hypothesis.settings(
+        deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True
+    )
     hypothesis.settings.register_profile("few", every, max_examples=50, derandomize=True)
     hypothesis.settings.register_profile("full", every, max_examples=500)
     hypothesis.settings.load_profile("few")  # another one with --hypothesis-profile
 
-torch.set_num_threads(1)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
+torch.set_num_threads(
+    1
+)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the files, those that take longest go first: the real model, then real servers."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real_model", "server")])
+        items.sort(
+            key=lambda item: [
+                item.get_closest_marker(name) is None for name in ("real_model", "server")
+            ]
+        )
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +50,29 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("llama")
     model = tiny_llama(folder)
     build_decoder(
-        folder, path / "llama", BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, queue_delay_microseconds=20_000)
+        folder,
+        path / "llama",
+        BuildOptions(
+            slots=SLOTS,
+            max_rows=SLOTS,
+            capacity=CAPACITY,
+            chunk=CHUNK,
+            queue_delay_microseconds=20_000,
+        ),
     )
-    build_decoder(folder, path / "brief", BuildOptions(slots=2, max_rows=2, capacity=1024, chunk=CHUNK, idle_timeout=4.0))
+    build_decoder(
+        folder,
+        path / "brief",
+        BuildOptions(slots=2, max_rows=2, capacity=1024, chunk=CHUNK, idle_timeout=4.0),
+    )
     write_engine(accumulator(), path / "accumulator", BuildOptions(slots=4, max_rows=4, capacity=1))
     return Repository(path, model, folder)
 
 
 @pytest.fixture(scope="session")
-def server(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def server(
+    repository: Repository, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("server") / "tritonserver.log"
     with TritonServer(repository.path, Ports(0, 0, 0), log=log) as running:
         yield running
@@ -60,10 +83,22 @@ def served_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[served.S
     source, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
     llama = tiny_llama(source)
     save_tokenizer(source)
-    options = BuildOptions(slots=served.SLOTS, max_rows=served.SLOTS, capacity=served.CAPACITY, chunk=served.CHUNK, serve="stream")
+    options = BuildOptions(
+        slots=served.SLOTS,
+        max_rows=served.SLOTS,
+        capacity=served.CAPACITY,
+        chunk=served.CHUNK,
+        serve="stream",
+    )
     build_decoder(source, repository / "llama", options)
-    write_engine(accumulator(), repository / "sums", BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"))
-    with TritonServer(repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log") as server:
+    write_engine(
+        accumulator(),
+        repository / "sums",
+        BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"),
+    )
+    with TritonServer(
+        repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log"
+    ) as server:
         yield served.Served(server, llama)
 
 
@@ -93,8 +128,14 @@ def drive(loaded: Opened) -> Iterator[Open]:
             loaded[key] = open_instance(model, slots)
         plain = loaded[key]
         for tensor in plain.arena.tensors.values():
-            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-        drivers.append(StepDriver(ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)))
+            tensor.fill_(
+                float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+            )
+        drivers.append(
+            StepDriver(
+                ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)
+            )
+        )
         return drivers[-1]
 
     yield opened
@@ -103,14 +144,21 @@ def drive(loaded: Opened) -> Iterator[Open]:
 
 
 @pytest.fixture(params=[False, True], ids=["waited-for", "ahead"])
-def streams(repository: Repository, loaded: Opened, request: pytest.FixtureRequest) -> Iterator[OpenStreams]:
+def streams(
+    repository: Repository, loaded: Opened, request: pytest.FixtureRequest
+) -> Iterator[OpenStreams]:
     """Opens ``llama`` behind a stream driver, its arena poisoned and its engine `Watched`; closes every driver.
 
     Once as the CPU engine is, and once as an engine on a GPU is: the driver launches steps before it has looked at what the last one said.
     """
     drivers: list[StreamDriver] = []
 
-    def opened(language: Language | None = None, most_waiting: int = 64, idle_timeout: float = 600.0, rows: int | None = None) -> Streams:
+    def opened(
+        language: Language | None = None,
+        most_waiting: int = 64,
+        idle_timeout: float = 600.0,
+        rows: int | None = None,
+    ) -> Streams:
         key = (repository.path / "llama", None, len(drivers))
         if key not in loaded:
             loaded[key] = open_instance(repository.path / "llama")
@@ -120,7 +168,9 @@ def streams(repository: Repository, loaded: Opened, request: pytest.FixtureReque
         program = plain.manifest.program("step")
         program = program.model_copy(update={"max_rows": rows or program.max_rows})
         manifest = plain.manifest.model_copy(update={"programs": (program,)})
-        instance = ModelInstance(manifest, plain.arena, Watched(plain.engine, ahead=request.param), idle_timeout)
+        instance = ModelInstance(
+            manifest, plain.arena, Watched(plain.engine, ahead=request.param), idle_timeout
+        )
         drivers.append(StreamDriver(instance, language or Language(), most_waiting))
         return Streams(drivers[-1])
 

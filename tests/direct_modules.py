@@ -24,7 +24,9 @@ class Attention(nn.Module):
         self.project, self.out = nn.Linear(2 * dim, 6 * dim), nn.Linear(2 * dim, 2 * dim)
 
     def forward(self, cache: dict[str, Tensor], x: Tensor, position: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+        query, key, value = (
+            part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.project(x).chunk(3, -1)
+        )
         cache["keys"].index_copy_(2, position, key)
         cache["values"].index_copy_(2, position, value)
         seen = torch.arange(cache["keys"].shape[2]) <= position
@@ -69,7 +71,11 @@ class Recurrent(nn.Module):
         self.cache[0, :, 3] = x
         self.cache[1, :, 4] = self.cell
         self.count += 1
-        return self.window.mean(0) + self.cache.sum((0, 1, 2)) + self.seen.to(torch.float32).sum(), self.count.clone(), None
+        return (
+            self.window.mean(0) + self.cache.sum((0, 1, 2)) + self.seen.to(torch.float32).sum(),
+            self.count.clone(),
+            None,
+        )
 
 
 class Exchange(nn.Module):
@@ -93,12 +99,16 @@ class Layers(nn.Module):
 
     def forward(self, cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
         for layer, project in enumerate(self.projects):
-            query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in project(x).chunk(3, -1))
+            query, key, value = (
+                part.unflatten(-1, (2, -1)).transpose(1, 2) for part in project(x).chunk(3, -1)
+            )
             keys, values = cache[layer]
             keys.index_copy_(2, position, key)
             cache[layer, 1, :, :, position] = value
             seen = torch.arange(keys.shape[2]) <= position
-            out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen[None, None])
+            out = nn.functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=seen[None, None]
+            )
             x = x + out.transpose(1, 2).flatten(2)
         return x
 
@@ -143,7 +153,13 @@ def _tokens(step: int) -> tuple[Tensor, Tensor]:
 
 COUNT = Dim("count", min=1, max=4)
 CASES = [
-    Case("attention", Attention, lambda: [_kv()], lambda step: (noise(step, 1, 1, 16), torch.tensor([step])), native=True),
+    Case(
+        "attention",
+        Attention,
+        lambda: [_kv()],
+        lambda step: (noise(step, 1, 1, 16), torch.tensor([step])),
+        native=True,
+    ),
     Case(
         "rows",
         Rows,
@@ -158,7 +174,12 @@ CASES = [
         native=True,
     ),
     Case("recurrent", Recurrent, list, lambda step: (noise(step, 1, 4),)),
-    Case("exchange", Exchange, lambda: [(torch.zeros(1, 3), torch.ones(1, 3))], lambda step: (noise(step, 1),)),
+    Case(
+        "exchange",
+        Exchange,
+        lambda: [(torch.zeros(1, 3), torch.ones(1, 3))],
+        lambda step: (noise(step, 1),),
+    ),
     Case(
         "tokens",
         Tokens,
@@ -166,5 +187,10 @@ CASES = [
         _tokens,
         options={"dynamic_shapes": ({}, {2: COUNT}, {0: COUNT}), "consecutive": ["positions"]},
     ),
-    Case("unaliased", Unaliased, lambda: [torch.zeros(2, CAPACITY, 3)], lambda step: (noise(step, 2, 1, 3), torch.tensor([step]))),
+    Case(
+        "unaliased",
+        Unaliased,
+        lambda: [torch.zeros(2, CAPACITY, 3)],
+        lambda step: (noise(step, 2, 1, 3), torch.tensor([step])),
+    ),
 ]

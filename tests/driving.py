@@ -7,8 +7,8 @@ import torch
 from inplace.drivers.step import Answer, StepDriver
 from inplace.engines import ALONE, Engine, Finish
 from inplace.errors import Code, RequestError
-from inplace.requests import Request
-from inplace.sequences import SequenceId
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import SequenceId
 from models import VOCABULARY, Repository
 from torch import Tensor
 
@@ -70,7 +70,14 @@ def watched(driver: StepDriver) -> Watched:
     return driver.instance.engine
 
 
-def ask(sequence: SequenceId, ids: list[int], *, start: bool = False, end: bool = False, **parameters: bool | int | float | str) -> Request:
+def ask(
+    sequence: SequenceId,
+    ids: list[int],
+    *,
+    start: bool = False,
+    end: bool = False,
+    **parameters: bool | int | float | str,
+) -> Request:
     return Request(sequence, start, end, {"input_ids": torch.tensor([ids])}, parameters=parameters)
 
 
@@ -105,12 +112,17 @@ def said(repository: Repository, ids: list[int]) -> int:
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
-    return torch.randint(0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def memory(driver: StepDriver) -> dict[str, Tensor]:
     """Every bit of the arena."""
-    return {name: tensor.clone().view(torch.uint8) for name, tensor in driver.instance.arena.tensors.items()}
+    return {
+        name: tensor.clone().view(torch.uint8)
+        for name, tensor in driver.instance.arena.tensors.items()
+    }
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

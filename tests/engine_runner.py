@@ -34,7 +34,9 @@ class PlanRunner:
         assert self.context.set_optimization_profile_async(index, self.stream.cuda_stream)
         self.stream.synchronize()
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def run(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One step.
 
         Args:
@@ -46,14 +48,20 @@ class PlanRunner:
         """
         alive = {name: inputs[name].cuda().contiguous() for name in self.inputs}
         for name, tensor in alive.items():
-            assert tensor.dtype == self.tensorrt.torch_dtype(self.engine.get_tensor_dtype(name)), name
-            assert self.context.set_input_shape(name, tuple(tensor.shape)), f"{name} {tuple(tensor.shape)}"
+            assert tensor.dtype == self.tensorrt.torch_dtype(self.engine.get_tensor_dtype(name)), (
+                name
+            )
+            assert self.context.set_input_shape(name, tuple(tensor.shape)), (
+                f"{name} {tuple(tensor.shape)}"
+            )
             assert self.context.set_tensor_address(name, tensor.data_ptr())
         found = dict(outputs or {})
         for name in self.outputs:
             if name not in found:
                 dtype = self.tensorrt.torch_dtype(self.engine.get_tensor_dtype(name))
-                found[name] = torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=dtype, device="cuda")
+                found[name] = torch.empty(
+                    tuple(self.context.get_tensor_shape(name)), dtype=dtype, device="cuda"
+                )
             assert self.context.set_tensor_address(name, found[name].data_ptr())
         torch.cuda.synchronize()  # the inputs were made on another stream
         assert self.context.execute_async_v3(self.stream.cuda_stream)

@@ -5,16 +5,30 @@ from collections.abc import Callable, Sequence
 
 import torch
 import transformers
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace_builder.capture.loading import quiet
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace_builder.capture.huggingface import quiet
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
-from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM, convert_and_export_with_cache
+from transformers.integrations.executorch import (
+    TorchExportableModuleForDecoderOnlyLM,
+    convert_and_export_with_cache,
+)
 
 VOCABULARY, WINDOW = 64, 8
-_SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 128, "initializer_range": 0.3}
-_LLAMA = {**_SMALL, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+_LLAMA = {
+    **_SMALL,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _GEMMA = {**_LLAMA, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}
 _HYBRID = {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -22,13 +36,24 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA)),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_LLAMA)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_LLAMA, head_dim=16)),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW)),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW)
+    ),
     # its scores are capped, which SDPA cannot say: its attention is written out
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_HYBRID, attn_implementation="eager")),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**_HYBRID, attn_implementation="eager")
+    ),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_HYBRID)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, bos_token_id=0, eos_token_id=0
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     ),
 }
@@ -42,12 +67,18 @@ def decoder(name: str) -> PreTrainedModel:
     return FAMILIES[name]().eval()
 
 
-def exported(model: PreTrainedModel, *, dynamic: bool, capacity: int = 48, strict: bool = True) -> ExportedProgram:
+def exported(
+    model: PreTrainedModel, *, dynamic: bool, capacity: int = 48, strict: bool = True
+) -> ExportedProgram:
     """transformers' export of a model: steps of one token, or of a dynamic number of them."""
     with warnings.catch_warnings(), quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         model.generation_config.cache_implementation = "static"
-        model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": capacity, "device": "cpu"}
+        model.generation_config.cache_config = {
+            "batch_size": 1,
+            "max_cache_len": capacity,
+            "device": "cpu",
+        }
         if not dynamic:
             alone: ExportedProgram = convert_and_export_with_cache(model)
             return alone
@@ -61,7 +92,9 @@ def exported(model: PreTrainedModel, *, dynamic: bool, capacity: int = 48, stric
     return program
 
 
-def rows_say(instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+def rows_say(
+    instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: int
+) -> list[list[int]]:
     """The tokens that all prompts are continued with, stepped together as rows of different lengths; the last rows join a step late."""
     said: list[list[int]] = [[] for _ in prompts]
     step = 0
@@ -71,7 +104,14 @@ def rows_say(instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: 
             if step < row % 2 or len(said[row]) == tokens:
                 continue
             ids = said[row][-1:] or list(prompt)
-            works.append((row, instance.admit(Request(row + 1, not said[row], False, {"input_ids": torch.tensor([ids])}))))
+            works.append(
+                (
+                    row,
+                    instance.admit(
+                        Request(row + 1, not said[row], False, {"input_ids": torch.tensor([ids])})
+                    ),
+                )
+            )
         while pending := [work for _, work in works if not work.finished]:
             instance.step(pending[: instance.program.max_rows])
         for row, work in works:
@@ -82,5 +122,14 @@ def rows_say(instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: 
     return said
 
 
-PROMPTS = [[5], [6, 7], [8, 9, 10], [11, 12, 13, 14], list(range(20, 31)), [1, 2, 3, 4, 5, 6], [40, 41], list(range(30, 47))]
+PROMPTS = [
+    [5],
+    [6, 7],
+    [8, 9, 10],
+    [11, 12, 13, 14],
+    list(range(20, 31)),
+    [1, 2, 3, 4, 5, 6],
+    [40, 41],
+    list(range(30, 47)),
+]
 """Eight, some shorter than a window and a chunk, some longer."""

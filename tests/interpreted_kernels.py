@@ -14,11 +14,13 @@ from inplace.kernels.attention import AttentionSpec, attention_workspace
 from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
 from inplace.operators import linear as reference_linear
 from inplace.operators.attention import _attention_on_gpu
-from inplace.operators.update import _update_on_gpu
+from inplace.operators.state import _update_on_gpu
 from kernel_cases import AttentionCase, Row, check_read, check_update, rotate
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)  # Triton's own
 
 DECODE = [Row(4, 7, 1), Row(0, 0, 1), Row(-1, 3, 1), Row(2, 47, 1), Row(5, 16, 1)]
 MIXED = [Row(4, 7, 1), Row(0, 0, 21), Row(-1, 0, 3), Row(3, 5, 0), Row(2, 30, 17), Row(5, 16, 1)]
@@ -26,7 +28,9 @@ MIXED = [Row(4, 7, 1), Row(0, 0, 21), Row(-1, 0, 3), Row(3, 5, 0), Row(2, 30, 17
 STEPS = pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 
 
-def spec(heads: int = 4, kv_heads: int = 2, dim: int = 32, value_dim: int | None = None, **options: Any) -> AttentionSpec:
+def spec(
+    heads: int = 4, kv_heads: int = 2, dim: int = 32, value_dim: int | None = None, **options: Any
+) -> AttentionSpec:
     return replace(AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5), **options)
 
 
@@ -50,7 +54,16 @@ def test_values_of_another_width(dims: tuple[int, int], rows: list[Row]) -> None
 
 
 @STEPS
-@pytest.mark.parametrize("options", [{"window": 3}, {"window": 20}, {"softcap": 0.7}, {"softcap": 0.7, "window": 5}, {"causal": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 3},
+        {"window": 20},
+        {"softcap": 0.7},
+        {"softcap": 0.7, "window": 5},
+        {"causal": False},
+    ],
+)
 def test_windows_and_soft_caps(options: dict[str, Any], rows: list[Row]) -> None:
     plain = AttentionCase(spec(), rows).check()
     changed = AttentionCase(spec(**options), rows).check()
@@ -61,19 +74,31 @@ def test_windows_and_soft_caps(options: dict[str, Any], rows: list[Row]) -> None
 @pytest.mark.parametrize("start", [0, 3, 9, 31, 32, 33, 100])
 def test_a_ring_wraps(start: int) -> None:
     options = spec(window=20, ring=True, rotary=16)  # capacity 32 = window 20 + 13 tokens - 1
-    AttentionCase(options, [Row(1, start, 1), Row(3, 2 * start, 1), Row(-1, start, 1)], capacity=32).check()
-    AttentionCase(options, [Row(3, start, 1), Row(1, start, 13), Row(-1, start, 2), Row(5, 2 * start, 2)], capacity=32).check()
+    AttentionCase(
+        options, [Row(1, start, 1), Row(3, 2 * start, 1), Row(-1, start, 1)], capacity=32
+    ).check()
+    AttentionCase(
+        options,
+        [Row(3, start, 1), Row(1, start, 13), Row(-1, start, 2), Row(5, 2 * start, 2)],
+        capacity=32,
+    ).check()
 
 
 def test_a_ring_without_a_window_holds_the_newest() -> None:
-    AttentionCase(spec(ring=True), [Row(1, 100, 1), Row(2, 31, 1), Row(3, 3, 1)], capacity=32).check()
-    AttentionCase(spec(ring=True), [Row(1, 100, 1), Row(2, 31, 1), Row(3, 3, 9)], capacity=32).check()
+    AttentionCase(
+        spec(ring=True), [Row(1, 100, 1), Row(2, 31, 1), Row(3, 3, 1)], capacity=32
+    ).check()
+    AttentionCase(
+        spec(ring=True), [Row(1, 100, 1), Row(2, 31, 1), Row(3, 3, 9)], capacity=32
+    ).check()
 
 
 @STEPS
 @pytest.mark.parametrize("causal", [False, True])
 def test_cross_attention_appends_nothing(causal: bool, rows: list[Row]) -> None:
-    cached = [replace(row, start=max(1, row.start)) for row in rows]  # softmax over nothing is undefined
+    cached = [
+        replace(row, start=max(1, row.start)) for row in rows
+    ]  # softmax over nothing is undefined
     AttentionCase(spec(append=False, causal=causal), cached, dtype=torch.float16).check()
 
 
@@ -85,11 +110,17 @@ def test_nothing_cached_gives_zero(rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("start", [0, 127, 128, 129, 513, 1030])
 def test_splits_are_combined_and_leave_the_locks_at_zero(start: int) -> None:
-    case = AttentionCase(spec(6, 2, rotary=32), [Row(3, start, 1), Row(1, 1099 - start, 1), Row(-1, 9, 1)], capacity=1100)
+    case = AttentionCase(
+        spec(6, 2, rotary=32),
+        [Row(3, start, 1), Row(1, 1099 - start, 1), Row(-1, 9, 1)],
+        capacity=1100,
+    )
     assert case.workspace is not None
     case.check()
     expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
-    case.compare(case.launch(), expected, before)  # again, with what the first launch left in workspace and locks
+    case.compare(
+        case.launch(), expected, before
+    )  # again, with what the first launch left in workspace and locks
 
 
 def test_splits_of_a_window_and_of_a_ring() -> None:
@@ -99,14 +130,20 @@ def test_splits_of_a_window_and_of_a_ring() -> None:
 
 
 def test_more_splits_than_one_combining_pass_takes() -> None:
-    case = AttentionCase(spec(16, 1, 256), [Row(0, 2500, 1)], capacity=2600, slots=1, dtype=torch.float16)
+    case = AttentionCase(
+        spec(16, 1, 256), [Row(0, 2500, 1)], capacity=2600, slots=1, dtype=torch.float16
+    )
     assert attention_workspace(case.spec, 1, 1, 2600) // (16 * 257 * 4) > 4096 // (16 * 256)
     case.check()
 
 
 def test_masked_and_unmasked_blocks_of_a_long_prompt() -> None:
-    AttentionCase(spec(2, 1), [Row(0, 70, 70), Row(1, 0, 40)], capacity=140, dtype=torch.float16).check()
-    AttentionCase(spec(2, 1, window=33), [Row(0, 70, 70), Row(1, 0, 40)], capacity=140, dtype=torch.float16).check()
+    AttentionCase(
+        spec(2, 1), [Row(0, 70, 70), Row(1, 0, 40)], capacity=140, dtype=torch.float16
+    ).check()
+    AttentionCase(
+        spec(2, 1, window=33), [Row(0, 70, 70), Row(1, 0, 40)], capacity=140, dtype=torch.float16
+    ).check()
 
 
 def test_every_row_null_touches_nothing() -> None:
@@ -118,13 +155,20 @@ def test_every_row_null_touches_nothing() -> None:
 
 def test_the_rotation_is_transformers() -> None:
     case = AttentionCase(spec(rotary=32), DECODE)
-    query, key = apply_rotary_pos_emb(case.query[None].transpose(1, 2), case.key[None].transpose(1, 2), case.cos[None], case.sin[None])
+    query, key = apply_rotary_pos_emb(
+        case.query[None].transpose(1, 2),
+        case.key[None].transpose(1, 2),
+        case.cos[None],
+        case.sin[None],
+    )
     torch.testing.assert_close(rotate(case.query, case.cos, case.sin), query[0].transpose(0, 1))
     case.check()
     torch.testing.assert_close(case.key_state[4, :, 7], key[0, :, 0], rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_step_equals_the_reference(data: st.DataObject) -> None:
     ring = data.draw(st.booleans())
@@ -160,7 +204,9 @@ DTYPES = [torch.float32, torch.float16, torch.int64, torch.bool]
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_an_append_along_any_axis(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     check_update(shape, axis, APPEND, dtype, packed=False)
-    check_update(shape, axis, [Row(3, 2, 1), Row(2, 0, 0), Row(-1, 0, 3), Row(0, 1, 7)], dtype, packed=True)
+    check_update(
+        shape, axis, [Row(3, 2, 1), Row(2, 0, 0), Row(-1, 0, 3), Row(0, 1, 7)], dtype, packed=True
+    )
     check_update(shape, axis, [Row(3, 21, 5), Row(5, 7, 8)], dtype, packed=True, ring=True)
 
 
@@ -176,14 +222,28 @@ def test_the_operator_for_gpus_equals_the_one_for_cpus(rows: list[Row]) -> None:
     case = AttentionCase(spec(), rows, capacity=300)
     control = [x.long() for x in case.control]
     expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
-    query = case.query.transpose(0, 1).contiguous().transpose(0, 1)  # heads outside: not a slice of a projection
-    out = _attention_on_gpu(query, case.key, case.value, case.key_state, case.value_state, *control, scale=case.spec.scale)
+    query = (
+        case.query.transpose(0, 1).contiguous().transpose(0, 1)
+    )  # heads outside: not a slice of a projection
+    out = _attention_on_gpu(
+        query,
+        case.key,
+        case.value,
+        case.key_state,
+        case.value_state,
+        *control,
+        scale=case.spec.scale,
+    )
     case.compare(out, expected, before)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_update_for_gpus_equals_the_one_for_cpus(packed: bool) -> None:
-    state, starts, slots = torch.randn(5, 2, 8, 3), torch.tensor([1, 0, 6]), torch.tensor([3, -1, 0])
+    state, starts, slots = (
+        torch.randn(5, 2, 8, 3),
+        torch.tensor([1, 0, 6]),
+        torch.tensor([3, -1, 0]),
+    )
     value = torch.randn(2, 6, 3).transpose(0, 1) if packed else torch.randn(3, 2, 2, 3)
     offsets = torch.tensor([0, 2, 4, 6]) if packed else None
     expected, replaced = state.clone(), torch.randn(3, 2, 8, 3)
@@ -208,15 +268,33 @@ LINEAR = [
 def check_linear(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | None) -> None:
     """One launch against the operator in float64; what lies beyond the result stays untouched."""
     torch.manual_seed(0)
-    x, weight = torch.randn(tokens, spec.inputs).to(dtype), (torch.randn(spec.outputs, spec.inputs) / spec.inputs**0.5).to(dtype)
+    x, weight = (
+        torch.randn(tokens, spec.inputs).to(dtype),
+        (torch.randn(spec.outputs, spec.inputs) / spec.inputs**0.5).to(dtype),
+    )
     bias = torch.randn(spec.outputs).to(dtype) if spec.bias else None
     norm = torch.randn(spec.inputs).to(dtype) if spec.norm else None
     residual = torch.randn(tokens, spec.width).to(dtype) if spec.residual else None
-    out = torch.full((tokens + 1, spec.width), float("nan"), dtype=torch.float32 if spec.float_out else dtype)
-    linear(spec, x=x, weight=weight, bias=bias, norm=norm, residual=residual, out=out, workspace=0, tokens=tokens, blocks=blocks)
+    out = torch.full(
+        (tokens + 1, spec.width), float("nan"), dtype=torch.float32 if spec.float_out else dtype
+    )
+    linear(
+        spec,
+        x=x,
+        weight=weight,
+        bias=bias,
+        norm=norm,
+        residual=residual,
+        out=out,
+        workspace=0,
+        tokens=tokens,
+        blocks=blocks,
+    )
     wide = [None if part is None else part.double() for part in (x, weight, bias, norm, residual)]
     expected = reference_linear(*wide, eps=spec.eps, activation=spec.activation, gated=spec.gated)  # type: ignore[arg-type]
-    assert float((out[:tokens].double() - expected).norm() / expected.norm()) < (2e-6 if dtype is torch.float32 else 2e-3)
+    assert float((out[:tokens].double() - expected).norm() / expected.norm()) < (
+        2e-6 if dtype is torch.float32 else 2e-3
+    )
     assert out[tokens].isnan().all()
 
 

@@ -6,7 +6,9 @@ from inplace.kernels import sample as kernels
 from inplace.operators.sample import _sample_on_gpu, sample
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)  # Triton's own
 
 
 @pytest.fixture
@@ -23,7 +25,13 @@ def parameters(rows: int) -> list[Tensor]:
     temperature = torch.tensor([0.0, 1.0, 0.7, 1.3, 2.0, 0.1])
     pick = torch.arange(rows) % 6
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,))
-    return [temperature[pick], top_k[pick].int(), top_p[pick], seeds, torch.randint(0, 2**31 - 1, (rows,)).int()]
+    return [
+        temperature[pick],
+        top_k[pick].int(),
+        top_p[pick],
+        seeds,
+        torch.randint(0, 2**31 - 1, (rows,)).int(),
+    ]
 
 
 @pytest.mark.parametrize(("rows", "count"), [(6, 1), (6, 7), (9, 1500), (6, 5000)])
@@ -47,7 +55,10 @@ def test_with_as_many_parts_as_on_a_gpu() -> None:
 def test_every_rank_of_a_threshold() -> None:
     torch.manual_seed(0)
     ranks, row = torch.arange(10), torch.ones(10)
-    for scores, top_p in [(torch.randn(1, 10) * 2, row), ((torch.randn(1, 10) * 2).round(), (1 + ranks) / 11)]:
+    for scores, top_p in [
+        (torch.randn(1, 10) * 2, row),
+        ((torch.randn(1, 10) * 2).round(), (1 + ranks) / 11),
+    ]:
         wanted = [3 * row, ranks.int(), top_p, ranks * 7, ranks.int()]
         repeated = scores.expand(10, 10).contiguous()
         assert torch.equal(_sample_on_gpu(repeated, *wanted), sample(repeated, *wanted))

@@ -22,13 +22,27 @@ def interpreter_works() -> bool:
             return False
 
 
-needs_interpreter = pytest.mark.skipif(not interpreter_works(), reason=f"Triton's interpreter does not run with NumPy {numpy.__version__}")
+needs_interpreter = pytest.mark.skipif(
+    not interpreter_works(),
+    reason=f"Triton's interpreter does not run with NumPy {numpy.__version__}",
+)
 
 
 def run_interpreted(name: str) -> None:
     """Run the tests of a file of this folder; AssertionError with what they printed if one fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(TESTS / name)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS / name),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parent)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parent
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -66,14 +66,27 @@ class AttentionCase:
         sizes = [spec.heads * spec.dim, spec.kv_heads * spec.dim, spec.kv_heads * spec.value_dim]
         self.merged = draw(tokens, sum(sizes)).to(self.dtype)
         angles = draw(tokens, spec.rotary // 2) * 3
-        self.cos, self.sin = torch.cat([angles, angles], 1).cos(), torch.cat([angles, angles], 1).sin()
-        self.key_state = torch.full((self.slots, spec.kv_heads, self.capacity, spec.dim), float("nan"), dtype=self.dtype)
-        self.value_state = torch.full((self.slots, spec.kv_heads, self.capacity, spec.value_dim), float("nan"), dtype=self.dtype)
+        self.cos, self.sin = (
+            torch.cat([angles, angles], 1).cos(),
+            torch.cat([angles, angles], 1).sin(),
+        )
+        self.key_state = torch.full(
+            (self.slots, spec.kv_heads, self.capacity, spec.dim), float("nan"), dtype=self.dtype
+        )
+        self.value_state = torch.full(
+            (self.slots, spec.kv_heads, self.capacity, spec.value_dim),
+            float("nan"),
+            dtype=self.dtype,
+        )
         for row in self.rows:
             if row.slot >= 0:
                 held = torch.arange(max(0, row.start - self.capacity), row.start) % self.capacity
-                self.key_state[row.slot, :, held] = draw(spec.kv_heads, len(held), spec.dim).to(self.dtype)
-                self.value_state[row.slot, :, held] = draw(spec.kv_heads, len(held), spec.value_dim).to(self.dtype)
+                self.key_state[row.slot, :, held] = draw(spec.kv_heads, len(held), spec.dim).to(
+                    self.dtype
+                )
+                self.value_state[row.slot, :, held] = draw(
+                    spec.kv_heads, len(held), spec.value_dim
+                ).to(self.dtype)
         for name in ("merged", "cos", "sin", "key_state", "value_state"):
             setattr(self, name, getattr(self, name).to(self.device))
         query, key, value = self.merged.split(sizes, 1)
@@ -87,8 +100,12 @@ class AttentionCase:
         ]
         count = attention_workspace(spec, tokens, len(self.rows), self.capacity) // 4
         self.workspace = torch.full((count,), float("nan"), device=self.device) if count else None
-        self.locks = torch.zeros(attention_locks(spec, len(self.rows)), dtype=torch.int32, device=self.device)
-        self.out = torch.full((tokens, spec.heads, spec.value_dim), float("nan"), dtype=self.dtype, device=self.device)
+        self.locks = torch.zeros(
+            attention_locks(spec, len(self.rows)), dtype=torch.int32, device=self.device
+        )
+        self.out = torch.full(
+            (tokens, spec.heads, spec.value_dim), float("nan"), dtype=self.dtype, device=self.device
+        )
 
     def indices(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
@@ -148,22 +165,34 @@ class AttentionCase:
         )
         return out, keys, values
 
-    def compare(self, out: Tensor, expected: tuple[Tensor, Tensor, Tensor], before: tuple[Tensor, Tensor]) -> None:
+    def compare(
+        self, out: Tensor, expected: tuple[Tensor, Tensor, Tensor], before: tuple[Tensor, Tensor]
+    ) -> None:
         """Outputs and appended entries are the reference's; every other byte of the states is what it was."""
         tolerance = TOLERANCE[self.dtype]
         result = out.float().cpu()
-        assert torch.isfinite(result).all(), f"{int((~torch.isfinite(result)).sum())} outputs are not finite"
-        error = (result - expected[0]).flatten(1).norm(dim=1) / expected[0].flatten(1).norm(dim=1).clamp(min=1e-6)
+        assert torch.isfinite(result).all(), (
+            f"{int((~torch.isfinite(result)).sum())} outputs are not finite"
+        )
+        error = (result - expected[0]).flatten(1).norm(dim=1) / expected[0].flatten(1).norm(
+            dim=1
+        ).clamp(min=1e-6)
         assert error.max() <= tolerance, f"relative error {error.tolist()} of tokens"
-        for state, old, new in zip((self.key_state, self.value_state), before, expected[1:], strict=True):
+        for state, old, new in zip(
+            (self.key_state, self.value_state), before, expected[1:], strict=True
+        ):
             written = torch.zeros(state.shape[0], state.shape[2], dtype=torch.bool)
             for row in self.rows if self.spec.append else []:
                 if row.slot >= 0:
-                    written[row.slot, torch.arange(row.start, row.start + row.tokens) % self.capacity] = True
+                    written[
+                        row.slot, torch.arange(row.start, row.start + row.tokens) % self.capacity
+                    ] = True
             found = state.cpu()
             entries = written[:, None, :].expand(found.shape[:3])
             assert torch.equal(bits(found[~entries]), bits(old.cpu()[~entries]))
-            torch.testing.assert_close(found[entries].float(), new[entries], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                found[entries].float(), new[entries], rtol=tolerance, atol=tolerance
+            )
         assert not self.locks.any()
 
     def check(self) -> Tensor:
@@ -175,7 +204,14 @@ class AttentionCase:
 
 
 def check_update(
-    shape: tuple[int, ...], axis: int, rows: list[Row], dtype: torch.dtype, *, packed: bool, ring: bool = False, device: str = "cpu"
+    shape: tuple[int, ...],
+    axis: int,
+    rows: list[Row],
+    dtype: torch.dtype,
+    *,
+    packed: bool,
+    ring: bool = False,
+    device: str = "cpu",
 ) -> None:
     """An append along ``axis`` (0: replace) of a state ``[6, *shape]`` against the operator, bit for bit."""
     generator = torch.Generator().manual_seed(0)
@@ -184,9 +220,14 @@ def check_update(
         return torch.randint(-100, 100, extents, generator=generator).to(dtype)
 
     state = draw(6, *shape)
-    slots, starts = (torch.tensor(x, dtype=torch.int32) for x in ([r.slot for r in rows], [r.start for r in rows]))
+    slots, starts = (
+        torch.tensor(x, dtype=torch.int32)
+        for x in ([r.slot for r in rows], [r.start for r in rows])
+    )
     counts = [row.tokens for row in rows]
-    offsets = torch.tensor([sum(counts[:index]) for index in range(len(rows) + 1)], dtype=torch.int32)
+    offsets = torch.tensor(
+        [sum(counts[:index]) for index in range(len(rows) + 1)], dtype=torch.int32
+    )
     if axis == 0:
         value = draw(len(rows), *shape)
     elif packed:
@@ -194,7 +235,9 @@ def check_update(
     else:
         value = draw(len(rows), *shape[: axis - 1], counts[0], *shape[axis:])
     expected = state.clone()
-    torch.ops.inplace.update(expected, slots, value, offsets if packed else None, starts if axis else None, axis, ring)
+    torch.ops.inplace.update(
+        expected, slots, value, offsets if packed else None, starts if axis else None, axis, ring
+    )
     state = state.to(device)
     update(
         UpdateSpec.of(tuple(state.shape), axis, append=axis > 0, ring=ring),
@@ -211,7 +254,12 @@ def check_update(
 
 def check_read(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
     """`read` against the operator; the slots nobody asks for, and slot 0 behind the null row, differ from zero."""
-    state = torch.randint(1, 2 if dtype is torch.bool else 100, (5, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    state = torch.randint(
+        1,
+        2 if dtype is torch.bool else 100,
+        (5, *shape),
+        generator=torch.Generator().manual_seed(0),
+    ).to(dtype)
     slots = torch.tensor([4, -1, 0, 4], dtype=torch.int32)
     out = torch.ones(4, *shape, dtype=dtype, device=device)
     read(state=state.to(device), slots=slots.to(device), out=out, rows=4, size=state[0].numel())

@@ -4,16 +4,21 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from inplace.specs import Role
+from inplace.schema.specs import Role
 from inplace.trt import TensorRT
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
+from inplace_builder.fusion.fuse import without_sampling
 from inplace_builder.lower import Lowered, lower
 from inplace_builder.lower.compile import Range
-from inplace_builder.passes.greedy import without_sampling
 from torch import Tensor, manual_seed
 
 CAPACITY, ROWS, CHUNK, VOCABULARY = 32, 4, 8, 64
-_SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 _LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _GROUPED = {**_SMALL, **_LLAMA, "num_key_value_heads": 2}
 _GEMMA = {
@@ -27,13 +32,24 @@ _GEMMA = {
 DECODERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GROUPED)),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_GROUPED)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_GROUPED, head_dim=16)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**_GROUPED, head_dim=16)
+    ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_GEMMA)),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_GEMMA)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.3,
+        )
     ),
-    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**_SMALL, **_LLAMA)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**_SMALL, **_LLAMA)
+    ),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_SMALL, **_LLAMA)),
 }
 
@@ -47,12 +63,22 @@ def captured(name: str, rows: int = ROWS) -> Capture:
 def greedy_rows(count: int) -> dict[str, Tensor]:
     """What the runtime fills in for rows that ask for the most likely token."""
     whole, number = torch.zeros(count, dtype=torch.int32), torch.zeros(count)
-    return {"temperature": number, "top_k": whole, "top_p": number, "seed": whole.long(), "next_positions": whole}
+    return {
+        "temperature": number,
+        "top_k": whole,
+        "top_p": number,
+        "seed": whole.long(),
+        "next_positions": whole,
+    }
 
 
-def lowered(capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention: bool = False) -> Lowered:
+def lowered(
+    capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention: bool = False
+) -> Lowered:
     """Its network, with every state of one kind."""
-    greedy, _ = without_sampling(capture.exported, capture.program)  # these kinds have no kernel for it
+    greedy, _ = without_sampling(
+        capture.exported, capture.program
+    )  # these kinds have no kernel for it
     return lower(
         greedy,
         outputs=[spec.name for spec in capture.program.outputs],
@@ -66,10 +92,15 @@ def lowered(capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention:
 def decoder_profiles(capture: Capture) -> list[dict[str, Range]]:
     """Two profiles: a decode step of 1 to all rows, and a prefill step of one row with 1 to a chunk of tokens."""
     rows, chunk = capture.program.max_rows, capture.program.chunk
-    return [_profile(capture, (1, 2, rows), (1, 2, rows)), _profile(capture, (1, 1, 1), (1, chunk, chunk))]
+    return [
+        _profile(capture, (1, 2, rows), (1, 2, rows)),
+        _profile(capture, (1, 1, 1), (1, chunk, chunk)),
+    ]
 
 
-def _profile(capture: Capture, rows: tuple[int, int, int], tokens: tuple[int, int, int]) -> dict[str, Range]:
+def _profile(
+    capture: Capture, rows: tuple[int, int, int], tokens: tuple[int, int, int]
+) -> dict[str, Range]:
     def shape(role: Role, own: tuple[int, ...], index: int) -> tuple[int, ...]:
         match role:
             case Role.TOKENS:
@@ -81,6 +112,12 @@ def _profile(capture: Capture, rows: tuple[int, int, int], tokens: tuple[int, in
             case _:
                 return (rows[index], *own)
 
-    inputs = {spec.name: (spec.role, spec.shape) for spec in without_sampling(capture.exported, capture.program)[1].inputs}
+    inputs = {
+        spec.name: (spec.role, spec.shape)
+        for spec in without_sampling(capture.exported, capture.program)[1].inputs
+    }
     inputs |= {state.name: (Role.ROW, state.shape) for state in capture.states}
-    return {name: (shape(role, own, 0), shape(role, own, 1), shape(role, own, 2)) for name, (role, own) in inputs.items()}
+    return {
+        name: (shape(role, own, 0), shape(role, own, 1), shape(role, own, 2))
+        for name, (role, own) in inputs.items()
+    }

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from inplace.dtypes import Dtype
-from inplace.instance import ModelInstance
-from inplace.manifest import Program
 from inplace.operators import read, update
-from inplace.specs import Role, StateSpec, TensorSpec, Update
+from inplace.runtime.instance import ModelInstance
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control
 from torch import Tensor
@@ -60,7 +60,9 @@ def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
 
 def late_token(said: list[int]) -> int:
     """A token that a generation says behind some others, for the first time: where it is an end token, there it ends."""
-    return next(token for place, token in enumerate(said) if place >= 4 and token not in said[:place])
+    return next(
+        token for place, token in enumerate(said) if place >= 4 and token not in said[:place]
+    )
 
 
 def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
@@ -83,7 +85,9 @@ def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
 class Accumulator(torch.nn.Module):
     """Not a language model: a sum that lives in a ``replace`` state, and a count beside it."""
 
-    def forward(self, value: Tensor, slots: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, value: Tensor, slots: Tensor, total: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Returns the new sums ``[rows, 4]`` and how many values they hold ``[rows, 1]``."""
         sums = read(total, slots) + value
         counts = read(count, slots) + 1
@@ -96,7 +100,10 @@ def accumulator(max_rows: int = 4) -> Capture:
     """The captured `Accumulator`."""
     return capture_module(
         Accumulator(),
-        inputs=[TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)), control("slots", Role.SLOTS)],
+        inputs=[
+            TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
+            control("slots", Role.SLOTS),
+        ],
         outputs=[
             TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
             TensorSpec(name="values", role=Role.ROW, dtype=Dtype.INT32, shape=(1,)),
@@ -114,12 +121,19 @@ def open_instance(model: Path, slots: int | None = None) -> ModelInstance:
     return ModelInstance.open(model / "1", slots=slots)
 
 
-def captured(module: torch.nn.Module, *, reset: bool = True, dtype: Dtype = Dtype.FLOAT32) -> Capture:
+def captured(
+    module: torch.nn.Module, *, reset: bool = True, dtype: Dtype = Dtype.FLOAT32
+) -> Capture:
     """A captured module that takes a value of four numbers, keeps a ``total`` of the same shape and returns a ``sum``."""
     return capture_module(
         module,
-        inputs=[TensorSpec(name="value", role=Role.ROW, dtype=dtype, shape=(4,)), control("slots", Role.SLOTS)],
+        inputs=[
+            TensorSpec(name="value", role=Role.ROW, dtype=dtype, shape=(4,)),
+            control("slots", Role.SLOTS),
+        ],
         outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=dtype, shape=(4,))],
-        states=[StateSpec(name="total", shape=(4,), dtype=dtype, update=Update.REPLACE, reset=reset)],
+        states=[
+            StateSpec(name="total", shape=(4,), dtype=dtype, update=Update.REPLACE, reset=reset)
+        ],
         max_rows=4,
     )

@@ -29,9 +29,14 @@ ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "XOR": torch.logical_xor,
 }
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    name: getattr(torch, name.lower()) for name in ("EXP", "LOG", "SQRT", "ERF", "COS", "SIN", "FLOOR", "CEIL", "ROUND", "NEG", "ABS")
+    name: getattr(torch, name.lower())
+    for name in ("EXP", "LOG", "SQRT", "ERF", "COS", "SIN", "FLOOR", "CEIL", "ROUND", "NEG", "ABS")
 } | {"RECIP": torch.reciprocal, "NOT": torch.logical_not}
-ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"RELU": torch.relu, "TANH": torch.tanh, "SIGMOID": torch.sigmoid}
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "RELU": torch.relu,
+    "TANH": torch.tanh,
+    "SIGMOID": torch.sigmoid,
+}
 
 
 def interpret(lowered: Lowered, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +47,10 @@ def interpret(lowered: Lowered, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     network, context = lowered.network, lowered.context
     interpreter = _Interpreter(context)
-    found = {name: inputs[name] for name in (network.get_input(index).name for index in range(network.num_inputs))}
+    found = {
+        name: inputs[name]
+        for name in (network.get_input(index).name for index in range(network.num_inputs))
+    }
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         given = [layer.get_input(each) for each in range(layer.num_inputs)]
@@ -50,11 +58,17 @@ def interpret(lowered: Lowered, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
         if layer.type == context.api.LayerType.CONSTANT:
             results = [context.baked[outputs[0].name]]
         else:
-            results = interpreter.run(layer, [None if x is None else found[x.name] for x in given], outputs[0])
+            results = interpreter.run(
+                layer, [None if x is None else found[x.name] for x in given], outputs[0]
+            )
         for output, result in zip(outputs, results, strict=True):
-            assert context.dtype_of(output) == result.dtype, f"{layer.name}: {output.dtype} inferred, {result.dtype} computed"
+            assert context.dtype_of(output) == result.dtype, (
+                f"{layer.name}: {output.dtype} inferred, {result.dtype} computed"
+            )
             inferred = tuple(output.shape)
-            fits = len(inferred) == result.dim() and all(a in (-1, b) for a, b in zip(inferred, result.shape, strict=True))
+            fits = len(inferred) == result.dim() and all(
+                a in (-1, b) for a, b in zip(inferred, result.shape, strict=True)
+            )
             assert fits, f"{layer.name}: {inferred} inferred, {tuple(result.shape)} computed"
             found[output.name] = result
     return {name: found[name] for name in lowered.outputs}
@@ -85,7 +99,9 @@ class _Interpreter:
 
     def elementwise(self, layer: Any, output: Any, a: Tensor, b: Tensor) -> Tensor:
         layer.__class__ = self.api.IElementWiseLayer
-        assert (a.dtype, a.dim()) == (b.dtype, b.dim()), f"{layer.name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        assert (a.dtype, a.dim()) == (b.dtype, b.dim()), (
+            f"{layer.name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        )
         return ELEMENTWISE[layer.op.name](a, b)
 
     def unary(self, layer: Any, output: Any, x: Tensor) -> Tensor:
@@ -105,7 +121,14 @@ class _Interpreter:
     def shape(self, layer: Any, output: Any, x: Tensor) -> Tensor:
         return torch.tensor(x.shape, dtype=torch.int64)
 
-    def slice(self, layer: Any, output: Any, x: Tensor, start: Tensor | None = None, size: Tensor | None = None) -> Tensor:
+    def slice(
+        self,
+        layer: Any,
+        output: Any,
+        x: Tensor,
+        start: Tensor | None = None,
+        size: Tensor | None = None,
+    ) -> Tensor:
         layer.__class__ = self.api.ISliceLayer
         starts = list(layer.start) if start is None else start.tolist()
         sizes = list(layer.shape) if size is None else size.tolist()
@@ -115,7 +138,9 @@ class _Interpreter:
 
     def concatenation(self, layer: Any, output: Any, *parts: Tensor) -> Tensor:
         layer.__class__ = self.api.IConcatenationLayer
-        assert len({part.dtype for part in parts}) == 1, f"{layer.name}: {[part.dtype for part in parts]}"
+        assert len({part.dtype for part in parts}) == 1, (
+            f"{layer.name}: {[part.dtype for part in parts]}"
+        )
         return torch.cat(parts, layer.axis)
 
     def gather(self, layer: Any, output: Any, x: Tensor, indices: Tensor) -> Tensor:
@@ -127,20 +152,30 @@ class _Interpreter:
 
     def scatter(self, layer: Any, output: Any, x: Tensor, indices: Tensor, new: Tensor) -> Tensor:
         layer.__class__ = self.api.IScatterLayer
-        assert layer.mode == self.api.ScatterMode.ELEMENT and x.dtype == new.dtype and indices.shape == new.shape, layer.name
+        assert (
+            layer.mode == self.api.ScatterMode.ELEMENT
+            and x.dtype == new.dtype
+            and indices.shape == new.shape
+        ), layer.name
         return x.scatter(layer.axis, indices.long(), new)
 
     def fill(self, layer: Any, output: Any, count: Tensor, start: Tensor, step: Tensor) -> Tensor:
         return start + torch.arange(int(count), dtype=start.dtype) * step
 
     def select(self, layer: Any, output: Any, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-        assert condition.dtype == torch.bool and yes.dtype == no.dtype, f"{layer.name}: {condition.dtype}, {yes.dtype}, {no.dtype}"
-        assert condition.dim() == yes.dim() == no.dim(), f"{layer.name}: {condition.shape}, {yes.shape}, {no.shape}"
+        assert condition.dtype == torch.bool and yes.dtype == no.dtype, (
+            f"{layer.name}: {condition.dtype}, {yes.dtype}, {no.dtype}"
+        )
+        assert condition.dim() == yes.dim() == no.dim(), (
+            f"{layer.name}: {condition.shape}, {yes.shape}, {no.shape}"
+        )
         return torch.where(condition, yes, no)
 
     def reduce(self, layer: Any, output: Any, x: Tensor) -> Tensor:
         layer.__class__ = self.api.IReduceLayer
-        function = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax, "MIN": torch.amin}[layer.op.name]
+        function = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax, "MIN": torch.amin}[
+            layer.op.name
+        ]
         axes = [axis for axis in range(x.dim()) if layer.axes >> axis & 1]
         result: Tensor = function(x, axes, layer.keep_dims)  # type: ignore[operator]
         return result.to(x.dtype)
@@ -151,7 +186,9 @@ class _Interpreter:
 
     def matrix_multiply(self, layer: Any, output: Any, a: Tensor, b: Tensor) -> Tensor:
         layer.__class__ = self.api.IMatrixMultiplyLayer
-        assert (a.dtype, a.dim()) == (b.dtype, b.dim()), f"{layer.name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        assert (a.dtype, a.dim()) == (b.dtype, b.dim()), (
+            f"{layer.name}: {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        )
         flip = self.api.MatrixOperation.TRANSPOSE
         return (a.mT if layer.op0 == flip else a) @ (b.mT if layer.op1 == flip else b)
 
@@ -163,9 +200,19 @@ class _Interpreter:
 
     def convolution(self, layer: Any, output: Any, x: Tensor, kernel: Tensor) -> Tensor:
         layer.__class__ = self.api.IConvolutionLayer
-        return torch.conv2d(x, kernel, None, tuple(layer.stride_nd), tuple(layer.padding_nd), tuple(layer.dilation_nd), layer.num_groups)
+        return torch.conv2d(
+            x,
+            kernel,
+            None,
+            tuple(layer.stride_nd),
+            tuple(layer.padding_nd),
+            tuple(layer.dilation_nd),
+            layer.num_groups,
+        )
 
-    def kv_cache_update(self, layer: Any, output: Any, cache: Tensor, new: Tensor, starts: Tensor) -> Tensor:
+    def kv_cache_update(
+        self, layer: Any, output: Any, cache: Tensor, new: Tensor, starts: Tensor
+    ) -> Tensor:
         """In place, as the layer does it; an update that would pass the end is dropped."""
         for row, start in enumerate(starts.tolist()):
             if start + new.shape[2] <= cache.shape[2]:
@@ -175,5 +222,7 @@ class _Interpreter:
 
 def _picked(x: Tensor, axis: int, indices: Tensor, layer: Any) -> Tensor:
     inside = (indices >= 0) & (indices < x.shape[axis])
-    assert bool(inside.all()), f"{layer.name} reads {indices.tolist()} of axis {axis}, which has {x.shape[axis]}"
+    assert bool(inside.all()), (
+        f"{layer.name} reads {indices.tolist()} of axis {axis}, which has {x.shape[axis]}"
+    )
     return x.index_select(axis, indices.long())

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from inplace_builder.capture.capture import any_size
+from inplace_builder.graph.reexport import any_size
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim
@@ -30,10 +30,14 @@ class Arg:
     def make(self, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
         shape = self.sized(sizes)
         if self.dtype.is_floating_point:
-            return (torch.rand(shape, generator=generator) * (self.high - self.low) + self.low).to(self.dtype)
+            return (torch.rand(shape, generator=generator) * (self.high - self.low) + self.low).to(
+                self.dtype
+            )
         if self.dtype == torch.bool:
             return torch.rand(shape, generator=generator) < 0.5
-        return torch.randint(int(self.low), int(self.high), shape, generator=generator).to(self.dtype)
+        return torch.randint(int(self.low), int(self.high), shape, generator=generator).to(
+            self.dtype
+        )
 
     def sized(self, sizes: dict[str, int]) -> tuple[int, ...]:
         return tuple(sizes[extent] if isinstance(extent, str) else extent for extent in self.shape)
@@ -76,21 +80,32 @@ class Case:
 
     @cached_property
     def exported(self) -> torch.export.ExportedProgram:
-        dims: dict[int | str, Any] = {"n": Dim("n", min=N_RANGE[0], max=N_RANGE[1]), "m": Dim("m", min=M_RANGE[0], max=M_RANGE[1])}
-        shapes = tuple({axis: dims[extent] for axis, extent in enumerate(arg.shape) if isinstance(extent, str)} for arg in self.inputs)
+        dims: dict[int | str, Any] = {
+            "n": Dim("n", min=N_RANGE[0], max=N_RANGE[1]),
+            "m": Dim("m", min=M_RANGE[0], max=M_RANGE[1]),
+        }
+        shapes = tuple(
+            {axis: dims[extent] for axis, extent in enumerate(arg.shape) if isinstance(extent, str)}
+            for arg in self.inputs
+        )
         with torch.no_grad(), any_size():
             return torch.export.export(self.module, self.examples(SMALL), dynamic_shapes=(shapes,))
 
     def profile(self) -> dict[str, Range]:
         ends = {"n": N_RANGE, "m": M_RANGE}
         least, most = ({name: ends[name][end] for name in ends} for end in (0, 1))
-        return {f"xs_{i}": (arg.sized(least), arg.sized(SMALL), arg.sized(most)) for i, arg in enumerate(self.inputs)}
+        return {
+            f"xs_{i}": (arg.sized(least), arg.sized(SMALL), arg.sized(most))
+            for i, arg in enumerate(self.inputs)
+        }
 
 
 class Call(nn.Module):
     """A function of tensors as a module; ``parts`` are the modules and parameters it may use."""
 
-    def __init__(self, function: Callable[..., Any], **parts: nn.Module | nn.Parameter | Tensor) -> None:
+    def __init__(
+        self, function: Callable[..., Any], **parts: nn.Module | nn.Parameter | Tensor
+    ) -> None:
         super().__init__()
         self.function = function
         for name, part in parts.items():
@@ -129,11 +144,19 @@ class Batch:
     @cached_property
     def case(self) -> Case:
         """All of them as one."""
-        return Case("together", Together(self.cases), tuple(arg for case in self.cases for arg in case.inputs))
+        return Case(
+            "together",
+            Together(self.cases),
+            tuple(arg for case in self.cases for arg in case.inputs),
+        )
 
-    def run(self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]]:
+    def run(
+        self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+    ) -> dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]]:
         """For each case its inputs and what ``run`` gave for them, at two sizes; see `Case.compare`."""
-        parts: dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]] = {case.name: [] for case in self.cases}
+        parts: dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]] = {
+            case.name: [] for case in self.cases
+        }
         for sizes in (SMALL, LARGE):
             inputs = self.case.examples(sizes)
             found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
@@ -172,6 +195,11 @@ def op(overload: Any, *arguments: Any, name: str = "", **keywords: Any) -> Case:
     return Case(title, Call(call), tuple(inputs))
 
 
-def fn(name: str, function: Callable[..., Any], *inputs: Arg, **parts: nn.Module | nn.Parameter | Tensor) -> Case:
+def fn(
+    name: str,
+    function: Callable[..., Any],
+    *inputs: Arg,
+    **parts: nn.Module | nn.Parameter | Tensor,
+) -> Case:
     """A function of inputs and parts."""
     return Case(name, Call(function, **parts).eval(), inputs)

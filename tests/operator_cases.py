@@ -6,7 +6,14 @@ from placing_cases import PLACINGS
 from torch import nn
 
 aten = torch.ops.aten
-F, H, B16, I32, I64, BOOL = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool
+F, H, B16, I32, I64, BOOL = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
 
 X, Y, Z = Arg(("n", 8)), Arg(("n", 8)), Arg(("n", 4, 8))
 HALF_X, BF16_X = Arg(("n", 8), H), Arg(("n", 8), B16)
@@ -58,7 +65,15 @@ ARITHMETIC = [
 ]
 
 FUNCTIONS = [
-    *(op(overload, POSITIVE) for overload in (aten.log.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default)),
+    *(
+        op(overload, POSITIVE)
+        for overload in (
+            aten.log.default,
+            aten.sqrt.default,
+            aten.rsqrt.default,
+            aten.reciprocal.default,
+        )
+    ),
     *(
         op(overload, X)
         for overload in (
@@ -78,7 +93,16 @@ FUNCTIONS = [
             aten.abs.default,
         )
     ),
-    *(op(overload, BF16_X) for overload in (aten.silu.default, aten.gelu.default, aten.cos.default, aten.neg.default, aten.relu.default)),
+    *(
+        op(overload, BF16_X)
+        for overload in (
+            aten.silu.default,
+            aten.gelu.default,
+            aten.cos.default,
+            aten.neg.default,
+            aten.relu.default,
+        )
+    ),
     op(aten.gelu.default, HALF_X, approximate="tanh", name="gelu-tanh"),
     op(aten.neg.default, WHOLE),
     op(aten.to.dtype, X, B16),
@@ -101,12 +125,21 @@ FUNCTIONS = [
 ]
 
 LOGIC = [
-    *(op(getattr(aten, name).Tensor, WHOLE_32, WHOLE) for name in ("eq", "ne", "gt", "lt", "ge", "le")),
+    *(
+        op(getattr(aten, name).Tensor, WHOLE_32, WHOLE)
+        for name in ("eq", "ne", "gt", "lt", "ge", "le")
+    ),
     *(op(getattr(aten, name).Scalar, X, 0.5) for name in ("eq", "ne", "gt", "lt", "ge", "le")),
     op(aten.eq.Tensor, TRUTH, TRUTH, name="eq-of-bools"),
     op(aten.gt.Scalar, WHOLE_32, 1.5, name="gt-promotes"),
-    *(op(getattr(aten, f"logical_{name}").default, TRUTH, WHOLE_32) for name in ("and", "or", "xor")),
-    *(op(getattr(aten, f"bitwise_{name}").Tensor, TRUTH, Arg((8,), BOOL)) for name in ("and", "or", "xor")),
+    *(
+        op(getattr(aten, f"logical_{name}").default, TRUTH, WHOLE_32)
+        for name in ("and", "or", "xor")
+    ),
+    *(
+        op(getattr(aten, f"bitwise_{name}").Tensor, TRUTH, Arg((8,), BOOL))
+        for name in ("and", "or", "xor")
+    ),
     *(op(getattr(aten, f"__{name}__").Tensor, TRUTH, TRUTH) for name in ("and", "or", "xor")),
     op(aten.logical_not.default, WHOLE_32),
     op(aten.bitwise_not.default, TRUTH),
@@ -143,7 +176,9 @@ SHAPES = [
     op(aten.expand.default, Arg(("n", 1, 8)), [-1, 4, -1]),
     fn("expand-to-unknown", lambda x, y: x.expand(y.shape[0], y.shape[1], -1), Arg((1, 8)), TWO),
     op(aten.expand_as.default, Arg((1, 8)), X),
-    fn("broadcast_to", lambda x: aten.broadcast_to.default(x, [x.shape[0], 4, 8]), Arg(("n", 1, 8))),
+    fn(
+        "broadcast_to", lambda x: aten.broadcast_to.default(x, [x.shape[0], 4, 8]), Arg(("n", 1, 8))
+    ),
     op(aten.repeat.default, X, [2, 1, 3]),
     op(aten.slice.Tensor, X, 1, 2, 7, 2),
     op(aten.slice.Tensor, X, 1, -3, 2**63 - 1, name="slice-from-end"),
@@ -174,9 +209,15 @@ SHAPES = [
     fn("scalar_tensor", lambda x: x + aten.scalar_tensor.default(2.0), X),
     fn("arange", lambda x: torch.arange(x.shape[0]), X),
     fn("arange-start", lambda x: torch.arange(2, x.shape[0] + 2, dtype=I32), X),
-    fn("arange-step", lambda x: torch.arange(0, 3 * x.shape[0], 3) + torch.arange(1, 2, dtype=F), X),
+    fn(
+        "arange-step", lambda x: torch.arange(0, 3 * x.shape[0], 3) + torch.arange(1, 2, dtype=F), X
+    ),
     fn("arange-constant", lambda x: x * torch.arange(8), X),
-    fn("extents", lambda x: torch.full((x.shape[0] * 2 + x.shape[1] // 2 + 1, x.shape[1] % 3 + 1), 1.0), TWO),
+    fn(
+        "extents",
+        lambda x: torch.full((x.shape[0] * 2 + x.shape[1] // 2 + 1, x.shape[1] % 3 + 1), 1.0),
+        TWO,
+    ),
 ]
 
 INDEXING = [
@@ -201,9 +242,24 @@ MATRICES = [
     op(aten.addmm.default, Arg((5,)), X, Arg((8, 5))),
     op(aten.addmm.default, Arg((5,)), X, Arg((8, 5)), beta=0.5, alpha=2, name="addmm-scaled"),
     op(aten.baddbmm.default, Arg(("n", 1, 5)), Z, Arg(("n", 8, 5))),
-    fn("conv1d", lambda x, part: part(x), Arg(("n", 8, 20)), part=nn.Conv1d(8, 6, 3, stride=2, padding=1)),
-    fn("conv1d-groups", lambda x, part: part(x), Arg(("n", 8, "m")), part=nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False)),
-    fn("conv1d-float16", lambda x, part: part(x), Arg(("n", 8, 20), H), part=nn.Conv1d(8, 6, 3).half()),
+    fn(
+        "conv1d",
+        lambda x, part: part(x),
+        Arg(("n", 8, 20)),
+        part=nn.Conv1d(8, 6, 3, stride=2, padding=1),
+    ),
+    fn(
+        "conv1d-groups",
+        lambda x, part: part(x),
+        Arg(("n", 8, "m")),
+        part=nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False),
+    ),
+    fn(
+        "conv1d-float16",
+        lambda x, part: part(x),
+        Arg(("n", 8, 20), H),
+        part=nn.Conv1d(8, 6, 3).half(),
+    ),
 ]
 
 _QKV = [Arg(("n", 4, extent, 8)) for extent in ("m", "m", "m")]
@@ -211,7 +267,14 @@ _SDPA = aten.scaled_dot_product_attention.default
 ATTENTION = [
     op(_SDPA, *_QKV, name="sdpa"),
     op(_SDPA, *_QKV, None, 0.0, True, name="sdpa-causal"),
-    op(_SDPA, Arg((2, 4, "n", 8)), *[Arg((2, 4, "m", 8))] * 2, Arg(("n", "m")), name="sdpa-mask", scale=0.5),
+    op(
+        _SDPA,
+        Arg((2, 4, "n", 8)),
+        *[Arg((2, 4, "m", 8))] * 2,
+        Arg(("n", "m")),
+        name="sdpa-mask",
+        scale=0.5,
+    ),
     op(_SDPA, Arg((2, 4, 3, 8)), *[Arg((2, 4, 3, 8))] * 2, name="sdpa-static"),
     fn(
         "sdpa-bool-mask",
@@ -220,12 +283,23 @@ ATTENTION = [
         *[Arg(("n", 4, 5, 8))] * 2,
         mask=torch.ones(3, 5, dtype=BOOL).tril(2),
     ),
-    op(_SDPA, Arg(("n", 4, "m", 8), B16), *[Arg(("n", 2, "m", 8), B16)] * 2, name="sdpa-grouped-bfloat16", enable_gqa=True),
+    op(
+        _SDPA,
+        Arg(("n", 4, "m", 8), B16),
+        *[Arg(("n", 2, "m", 8), B16)] * 2,
+        name="sdpa-grouped-bfloat16",
+        enable_gqa=True,
+    ),
 ]
 
 NORMALIZATIONS = [
     fn("layer_norm", lambda x, part: part(x), Z, part=nn.LayerNorm(8)),
-    fn("layer_norm-plain", lambda x, part: part(x), Z, part=nn.LayerNorm([4, 8], elementwise_affine=False)),
+    fn(
+        "layer_norm-plain",
+        lambda x, part: part(x),
+        Z,
+        part=nn.LayerNorm([4, 8], elementwise_affine=False),
+    ),
     fn("layer_norm-float16", lambda x, part: part(x), HALF_X, part=nn.LayerNorm(8).half()),
     fn("rms_norm", lambda x, part: part(x), BF16_X, part=nn.RMSNorm(8).to(B16)),
     op(aten.softmax.int, Z, 1),
@@ -256,5 +330,16 @@ REDUCTIONS = [
     fn("topk-smallest", lambda x: list(aten.topk.default(x, 2, 1, False)), Z),
 ]
 
-CASES = [*ARITHMETIC, *FUNCTIONS, *LOGIC, *SHAPES, *INDEXING, *MATRICES, *ATTENTION, *NORMALIZATIONS, *REDUCTIONS, *PLACINGS]
+CASES = [
+    *ARITHMETIC,
+    *FUNCTIONS,
+    *LOGIC,
+    *SHAPES,
+    *INDEXING,
+    *MATRICES,
+    *ATTENTION,
+    *NORMALIZATIONS,
+    *REDUCTIONS,
+    *PLACINGS,
+]
 BATCHES = [Batch(tuple(CASES[first : first + 28])) for first in range(0, len(CASES), 28)]

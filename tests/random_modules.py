@@ -47,7 +47,10 @@ class Composed(nn.Module):
 
     def forward(self, states: Any, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         given = iter(states.values() if isinstance(states, dict) else states)
-        all_states = [self.get_buffer(f"state_{i}") if plan.owned else next(given) for i, plan in enumerate(self.plans)]
+        all_states = [
+            self.get_buffer(f"state_{i}") if plan.owned else next(given)
+            for i, plan in enumerate(self.plans)
+        ]
         seen: list[Tensor] = [self.scale(x)]
         for state, plan in zip(all_states, self.plans, strict=True):
             for count, write in enumerate(plan.writes):
@@ -82,25 +85,37 @@ def _masked(state: Tensor, axis: int, new: Tensor, pos: Tensor) -> None:
 def _decayed(state: Tensor, new: Tensor) -> Tensor:
     if state.dtype is torch.bool:
         return state | new
-    return state * 0.5 + new if state.is_floating_point() else state - new  # TensorRT has no bits of integers
+    return (
+        state * 0.5 + new if state.is_floating_point() else state - new
+    )  # TensorRT has no bits of integers
 
 
 WAYS: dict[str, Way] = {
     "slice": lambda state, axis, new, pos: state.narrow(axis, 3, 1).copy_(new),
     "select": lambda state, axis, new, pos: state.select(axis, -2).copy_(new.squeeze(axis)),
     "index_copy": lambda state, axis, new, pos: state.index_copy_(axis, pos, new),
-    "two": lambda state, axis, new, pos: state.index_copy_(axis, pos + torch.arange(2), torch.cat([new, new], axis)),
+    "two": lambda state, axis, new, pos: state.index_copy_(
+        axis, pos + torch.arange(2), torch.cat([new, new], axis)
+    ),
     "assign": lambda state, axis, new, pos: state.__setitem__(at(axis, pos), new),
-    "scatter": lambda state, axis, new, pos: state.scatter_(axis, pos.view([1] * state.dim()).expand(new.shape), new),
+    "scatter": lambda state, axis, new, pos: state.scatter_(
+        axis, pos.view([1] * state.dim()).expand(new.shape), new
+    ),
     "where": _masked,
-    "window": lambda state, axis, new, pos: state.copy_(torch.cat([state.narrow(axis, 1, state.shape[axis] - 1), new], axis)),
+    "window": lambda state, axis, new, pos: state.copy_(
+        torch.cat([state.narrow(axis, 1, state.shape[axis] - 1), new], axis)
+    ),
     "add": lambda state, axis, new, pos: state.add_(1),
     "decay": lambda state, axis, new, pos: state.copy_(_decayed(state, new)),
     "copy": lambda state, axis, new, pos: state.copy_(new.expand(state.shape)),
     "roll": lambda state, axis, new, pos: state.copy_(state.roll(1, axis)),
     "strided": lambda state, axis, new, pos: state.__setitem__(at(axis, slice(None, None, 2)), new),
-    "shuffled": lambda state, axis, new, pos: state.__setitem__(at(axis, torch.cat([pos, 2 * pos + 1]) % CAPACITY), new),
-    "accumulated": lambda state, axis, new, pos: state.index_put_((*[torch.tensor([0])] * axis, pos), new.flatten()[:1], accumulate=True),
+    "shuffled": lambda state, axis, new, pos: state.__setitem__(
+        at(axis, torch.cat([pos, 2 * pos + 1]) % CAPACITY), new
+    ),
+    "accumulated": lambda state, axis, new, pos: state.index_put_(
+        (*[torch.tensor([0])] * axis, pos), new.flatten()[:1], accumulate=True
+    ),
     "unaliased": lambda state, axis, new, pos: state.copy_((state + 0).index_copy(axis, pos, new)),
 }
 
@@ -137,7 +152,9 @@ class Random:
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor]:
         """The further arguments of a step."""
-        return torch.randint(0, 18, (1,), generator=torch.Generator().manual_seed(step)).float(), torch.tensor([step])
+        return torch.randint(
+            0, 18, (1,), generator=torch.Generator().manual_seed(step)
+        ).float(), torch.tensor([step])
 
 
 @st.composite
@@ -150,16 +167,29 @@ def plans(draw: st.DrawFn, kinds: Sequence[tuple[str, ...]], dtypes: Sequence[to
         extents[0] = 1
     extents[axis] = CAPACITY
     dtype = draw(st.sampled_from(list(dtypes)))
-    ways = [way for way in draw(st.sampled_from(list(kinds))) if not (dtype is torch.bool and way in ("add", "accumulated", "unaliased"))]
+    ways = [
+        way
+        for way in draw(st.sampled_from(list(kinds)))
+        if not (dtype is torch.bool and way in ("add", "accumulated", "unaliased"))
+    ]
     writes = draw(st.lists(st.sampled_from(ways), min_size=1, max_size=3))
-    return Plan(tuple(extents), dtype, axis, tuple(writes), draw(st.booleans()), returned=draw(st.booleans()))
+    return Plan(
+        tuple(extents),
+        dtype,
+        axis,
+        tuple(writes),
+        draw(st.booleans()),
+        returned=draw(st.booleans()),
+    )
 
 
 @st.composite
 def supported(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Random:
     """Modules whose every write is one that a state takes in place, or as a whole."""
     made = draw(st.lists(plans((APPENDS, REPLACES), dtypes), min_size=1, max_size=3))
-    return Random(Composed(made, looks=draw(st.booleans())), draw(st.sampled_from(["tuple", "dict", "list"])))
+    return Random(
+        Composed(made, looks=draw(st.booleans())), draw(st.sampled_from(["tuple", "dict", "list"]))
+    )
 
 
 @st.composite
@@ -167,7 +197,10 @@ def copied(draw: st.DrawFn) -> Random:
     """Modules of which one write is none that a state takes in place: correct, but refused by ``strict``."""
     made = draw(st.lists(plans((APPENDS, REPLACES), DTYPES), max_size=2))
     made.append(draw(plans((EXPLICIT,), (torch.float32, torch.int32, torch.float64))))
-    return Random(Composed(draw(st.permutations(made)), looks=draw(st.booleans())), draw(st.sampled_from(["tuple", "dict"])))
+    return Random(
+        Composed(draw(st.permutations(made)), looks=draw(st.booleans())),
+        draw(st.sampled_from(["tuple", "dict"])),
+    )
 
 
 class Broken(nn.Module):
@@ -212,17 +245,39 @@ def _add(module: Broken, x: Tensor, first: Tensor, *_: Tensor) -> Tensor:
 
 DEFECTS = [
     Defect("branch on a value", _branch, because="torch.export cannot capture Broken"),
-    Defect("inputs that overlap", _add, _parts, r"input \w+ and input \w+ share memory, and the module writes it at .*random_modules.py"),
-    Defect("one tensor as two inputs", _add, lambda: (torch.zeros(4),) * 2, r"input \w+ and input \w+ share memory"),
-    Defect("not contiguous", _add, lambda: (torch.zeros(4, 3).T,), r"has strides \(1, 3\), and the module writes it at .*contiguous"),
-    Defect("expanded", _add, lambda: (torch.zeros(1).expand(3),), "strides|share memory|single memory location"),
+    Defect(
+        "inputs that overlap",
+        _add,
+        _parts,
+        r"input \w+ and input \w+ share memory, and the module writes it at .*random_modules.py",
+    ),
+    Defect(
+        "one tensor as two inputs",
+        _add,
+        lambda: (torch.zeros(4),) * 2,
+        r"input \w+ and input \w+ share memory",
+    ),
+    Defect(
+        "not contiguous",
+        _add,
+        lambda: (torch.zeros(4, 3).T,),
+        r"has strides \(1, 3\), and the module writes it at .*contiguous",
+    ),
+    Defect(
+        "expanded",
+        _add,
+        lambda: (torch.zeros(1).expand(3),),
+        "strides|share memory|single memory location",
+    ),
     Defect(
         "no such type",
         lambda m, x, s: s.copy_(x.to(s.dtype)).to(torch.float32).sum(),
         lambda: (torch.zeros(3).to(torch.float8_e4m3fnuz),),
         "float8_e4m3fnuz, which no engine takes",
     ),
-    Defect("writes a parameter", lambda module, x: module.weight.add_(x).sum(), because="parameter"),
+    Defect(
+        "writes a parameter", lambda module, x: module.weight.add_(x).sum(), because="parameter"
+    ),
     Defect(
         "changes its shape",
         lambda m, x, s: s.unsqueeze_(0).add_(x).sum(),
@@ -230,10 +285,22 @@ DEFECTS = [
         "cannot capture|shape|strides|metadata",
     ),
     Defect(
-        "is not repeatable", lambda m, x, s: s.copy_(s + torch.rand_like(s)).sum(), lambda: (torch.zeros(3),), "differs from the module"
+        "is not repeatable",
+        lambda m, x, s: s.copy_(s + torch.rand_like(s)).sum(),
+        lambda: (torch.zeros(3),),
+        "differs from the module",
     ),
-    Defect("takes an object", lambda m, x, o: x + 1, lambda: (object(),), "cannot capture|takes tensors"),
-    Defect("returns such a type", lambda m, x: x.to(torch.float8_e8m0fnu), because=r"output .*float8_e8m0fnu, which no engine returns"),
+    Defect(
+        "takes an object",
+        lambda m, x, o: x + 1,
+        lambda: (object(),),
+        "cannot capture|takes tensors",
+    ),
+    Defect(
+        "returns such a type",
+        lambda m, x: x.to(torch.float8_e8m0fnu),
+        because=r"output .*float8_e8m0fnu, which no engine returns",
+    ),
 ]
 
 

@@ -72,7 +72,9 @@ ROW_WAYS: dict[str, Callable[[Tensor, int, Tensor, Tensor], object]] = {
 TOKEN_WAYS: dict[str, Callable[[Tensor, int, Tensor, Tensor], object]] = {
     "index_copy": lambda state, axis, x, pos: state.index_copy_(axis, pos, _entry(state, axis, x)),
     "assign": lambda state, axis, x, pos: state.__setitem__(at(axis, pos), _entry(state, axis, x)),
-    "slice": lambda state, axis, x, pos: state.narrow(axis, 2, 1).copy_(_entry(state, axis, x.narrow(axis, 0, 1))),
+    "slice": lambda state, axis, x, pos: state.narrow(axis, 2, 1).copy_(
+        _entry(state, axis, x.narrow(axis, 0, 1))
+    ),
 }
 
 
@@ -89,7 +91,9 @@ class Writes(nn.Module):
             for count, way in enumerate(plan.ways):
                 extents = [1] * len(plan.shape)
                 extents[0 if self.rows else plan.axis] = x.shape[0]
-                (ROW_WAYS if self.rows else TOKEN_WAYS)[way](state, plan.axis, (x * (count + 1)).view(extents), pos)
+                (ROW_WAYS if self.rows else TOKEN_WAYS)[way](
+                    state, plan.axis, (x * (count + 1)).view(extents), pos
+                )
                 seen.append(seen_as(state).sum(plan.axis))
         return tuple(seen)
 
@@ -100,7 +104,12 @@ def _written(draw: st.DrawFn, rows: int, ways: tuple[str, ...]) -> Written:
     axis = draw(st.integers(1, rank - 1))
     extents = [draw(st.integers(2, 3)) for _ in range(rank)]
     extents[0], extents[axis] = rows, CAPACITY
-    chosen = draw(st.one_of(st.lists(st.sampled_from(ways), min_size=1, max_size=3), *([st.just(["whole"])] if rows > 1 else [])))
+    chosen = draw(
+        st.one_of(
+            st.lists(st.sampled_from(ways), min_size=1, max_size=3),
+            *([st.just(["whole"])] if rows > 1 else []),
+        )
+    )
     return Written(tuple(extents), draw(st.sampled_from(DTYPES)), axis, tuple(chosen))
 
 
@@ -112,13 +121,17 @@ def _zeros(plans: tuple[Written, ...]) -> list[Tensor]:
 def rows_of_their_own(draw: st.DrawFn) -> Steps:
     """Every state has an entry for each row, and each row its own position."""
     rows = draw(st.integers(2, 3))
-    made = tuple(draw(st.lists(_written(rows, ("put", "scatter", "where")), min_size=1, max_size=3)))
+    made = tuple(
+        draw(st.lists(_written(rows, ("put", "scatter", "where")), min_size=1, max_size=3))
+    )
     if all(set(plan.ways) == {"whole"} for plan in made):
         made = (*made, Written((rows, CAPACITY), torch.float32, 1, ("put",)))
 
     def inputs(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        return torch.randint(0, 18, (rows,), generator=generator).float(), torch.randint(0, CAPACITY, (rows,), generator=generator)
+        return torch.randint(0, 18, (rows,), generator=generator).float(), torch.randint(
+            0, CAPACITY, (rows,), generator=generator
+        )
 
     return Steps(Writes(made, rows=True), lambda: _zeros(made), inputs)
 
@@ -134,10 +147,15 @@ def varying_tokens(draw: st.DrawFn) -> Steps:
         generator = torch.Generator().manual_seed(step)
         count = 1 + (step + 1) % MOST_TOKENS
         start = int(torch.randint(0, CAPACITY - count, (), generator=generator))
-        return torch.randint(0, 18, (count,), generator=generator).float(), torch.arange(start, start + count)
+        return torch.randint(0, 18, (count,), generator=generator).float(), torch.arange(
+            start, start + count
+        )
 
     tokens = Dim("tokens", min=1, max=MOST_TOKENS)
-    options: dict[str, Any] = {"dynamic_shapes": ([{} for _ in made], {0: tokens}, {0: tokens}), "consecutive": ["pos"]}
+    options: dict[str, Any] = {
+        "dynamic_shapes": ([{} for _ in made], {0: tokens}, {0: tokens}),
+        "consecutive": ["pos"],
+    }
     return Steps(Writes(made, rows=False), lambda: _zeros(made), inputs, options=options)
 
 
@@ -166,7 +184,9 @@ class Attends(nn.Module):
         self.how, width = heads, heads.heads * heads.dim
         torch.manual_seed(0)
         self.queries = nn.ModuleList(nn.Linear(width, width) for _ in range(heads.layers))
-        self.others = nn.ModuleList(nn.Linear(width, 2 * heads.kv_heads * heads.dim) for _ in range(heads.layers))
+        self.others = nn.ModuleList(
+            nn.Linear(width, 2 * heads.kv_heads * heads.dim) for _ in range(heads.layers)
+        )
 
     def forward(self, caches: Any, x: Tensor, pos: Tensor) -> Tensor:
         how = self.how
@@ -196,11 +216,17 @@ class Attends(nn.Module):
             seen = seen & (columns > pos[:, None] - self.how.window)
         if self.how.written == "sdpa":
             mask = seen if self.how.mask == "bool" else torch.where(seen, 0.0, -math.inf)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None], scale=self.how.scale)
+            return F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask[None, None], scale=self.how.scale
+            )
         scores = q @ keys.transpose(2, 3) * (self.how.scale or self.how.dim**-0.5)
         if self.how.written == "capped":
             scores = torch.tanh(scores / 3.0) * 3.0
-        scores = scores.masked_fill(~seen, -math.inf) if self.how.mask == "bool" else scores + torch.where(seen, 0.0, -math.inf)
+        scores = (
+            scores.masked_fill(~seen, -math.inf)
+            if self.how.mask == "bool"
+            else scores + torch.where(seen, 0.0, -math.inf)
+        )
         return scores.softmax(-1) @ values
 
 
@@ -222,18 +248,32 @@ def attending(draw: st.DrawFn) -> Steps:
         stacked=draw(st.booleans()),
     )
     tokens = draw(st.integers(1, 3))
-    varies = tokens > 1 and draw(st.booleans())  # torch.export takes a number of tokens that is 1 in the example for a constant
+    varies = tokens > 1 and draw(
+        st.booleans()
+    )  # torch.export takes a number of tokens that is 1 in the example for a constant
 
     def states() -> Any:
         one = (1, kv_heads, CAPACITY, how.dim)
-        return torch.zeros(how.layers, 2, *one) if how.stacked else [(torch.zeros(one), torch.zeros(one)) for _ in range(how.layers)]
+        return (
+            torch.zeros(how.layers, 2, *one)
+            if how.stacked
+            else [(torch.zeros(one), torch.zeros(one)) for _ in range(how.layers)]
+        )
 
     def inputs(step: int) -> tuple[Tensor, Tensor]:
         count = 1 + (step + 1) % tokens if varies else tokens
         start = step * (CAPACITY - tokens) // STEPS
-        return torch.randn(1, count, how.heads * how.dim, generator=torch.Generator().manual_seed(step)), torch.arange(start, start + count)
+        return torch.randn(
+            1, count, how.heads * how.dim, generator=torch.Generator().manual_seed(step)
+        ), torch.arange(start, start + count)
 
     count = Dim("count", min=1, max=MOST_TOKENS)
     caches: Any = {} if how.stacked else [({}, {}) for _ in range(how.layers)]
     shapes = {"dynamic_shapes": (caches, {1: count}, {0: count})} if varies else {}
-    return Steps(Attends(how), states, inputs, attentions=how.layers, options={"consecutive": ["pos"], **shapes})
+    return Steps(
+        Attends(how),
+        states,
+        inputs,
+        attentions=how.layers,
+        options={"consecutive": ["pos"], **shapes},
+    )

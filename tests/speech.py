@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from inplace_builder.models.silero import CHUNK, OWN, SAMPLE_RATE, load_silero, packaged, renamed
 from numpy.typing import NDArray
+from silero import CHUNK, OWN, SAMPLE_RATE, load_silero, packaged, renamed
 from torch import Tensor
 
 Samples = NDArray[np.float32]
@@ -57,6 +57,8 @@ def package_says(recording: str, weights: str = OWN) -> Tensor:
     """The package's own probabilities over a whole recording, ``[chunks]``."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        found = package_model(weights).audio_forward(torch.from_numpy(recordings()[recording])[None], SAMPLE_RATE)
+        found = package_model(weights).audio_forward(
+            torch.from_numpy(recordings()[recording])[None], SAMPLE_RATE
+        )
     assert isinstance(found, Tensor)
     return found[0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
-from inplace_builder.passes.states import Owner, State
+from inplace_builder.states.state import Owner, State
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
@@ -35,16 +35,28 @@ class Owned:
     """
 
     def __init__(self, capture: ExportedCapture, given: Any, module: nn.Module) -> None:
-        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        names = dict.fromkeys(state.found.argument.name for state in capture.states if state.found.owner is Owner.CALLER)
+        tensors = [
+            leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)
+        ]
+        names = dict.fromkeys(
+            state.found.argument.name
+            for state in capture.states
+            if state.found.owner is Owner.CALLER
+        )
         self._given, self._module = dict(zip(names, tensors, strict=True)), module
 
     def __call__(self, state: State) -> Tensor:
         whole = state.found.argument
-        return self._given[whole.name] if whole.owner is Owner.CALLER else self._module.get_buffer(whole.source)
+        return (
+            self._given[whole.name]
+            if whole.owner is Owner.CALLER
+            else self._module.get_buffer(whole.source)
+        )
 
 
-def compare(module: nn.Module, states: Sequence[Any], inputs: Inputs, *, steps: int = 12, **options: Any) -> ExportedCapture:
+def compare(
+    module: nn.Module, states: Sequence[Any], inputs: Inputs, *, steps: int = 12, **options: Any
+) -> ExportedCapture:
     """Capture ``module``, whose first arguments are its caller-owned states, and run both for some steps.
 
     The graph's states lie in the middle of an arena whose other slots hold noise. Outputs and states must be equal, foreign slots and what
@@ -71,11 +83,16 @@ def compare(module: nn.Module, states: Sequence[Any], inputs: Inputs, *, steps: 
             wanted = eager(*mine, *arguments)
             flat = [leaf for leaf in torch.utils._pytree.tree_leaves(arguments) if leaf is not None]
             found = Interpreter(graph).run(*flat, slots, *arenas)
-            wanted, found = torch.utils._pytree.tree_leaves(wanted), torch.utils._pytree.tree_leaves(found)
+            wanted, found = (
+                torch.utils._pytree.tree_leaves(wanted),
+                torch.utils._pytree.tree_leaves(found),
+            )
             torch.testing.assert_close(found, wanted, msg=f"{{}} in step {step}".format)
             for state, arena, old in zip(capture.states, arenas, before, strict=True):
                 own = owned(state)
-                torch.testing.assert_close(arena[1 : rows + 1], state.bound(own), msg=f"{{}} of {state.name}".format)
+                torch.testing.assert_close(
+                    arena[1 : rows + 1], state.bound(own), msg=f"{{}} of {state.name}".format
+                )
                 assert torch.equal(arena[0], old[0]) and torch.equal(arena[rows + 1], old[rows + 1])
                 same = state.bound(own) == old[1 : rows + 1]
                 assert torch.equal(arena[1 : rows + 1][same], old[1 : rows + 1][same])

@@ -12,12 +12,14 @@ from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
 from inplace.engines import Engine, Finish
 from inplace.errors import Code, RequestError
-from inplace.requests import Request
-from inplace.sequences import SequenceId
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import SequenceId
 from models import CAPACITY
 from torch import Tensor
 
-OUTPUTS = frozenset({"tokens", "text_output", "finish_reason", "next_token", "logits", "sum", "values"})
+OUTPUTS = frozenset(
+    {"tokens", "text_output", "finish_reason", "next_token", "logits", "sum", "values"}
+)
 PATIENCE = 60.0
 FREE = CAPACITY - 8
 """Tokens that fit behind a prompt of 8."""
@@ -70,7 +72,12 @@ class Heard:
 
     @property
     def tokens(self) -> list[int]:
-        return [token for response in self.responses if "tokens" in response for token in response["tokens"][0].tolist()]  # type: ignore[union-attr]
+        return [
+            token
+            for response in self.responses
+            if "tokens" in response
+            for token in response["tokens"][0].tolist()  # type: ignore[union-attr]
+        ]
 
     @property
     def text(self) -> str:
@@ -150,19 +157,36 @@ class Streams:
             texts["text"] = (prompt.encode(),)
         else:
             inputs["input_ids"] = torch.tensor([prompt])
-        return self.send(Request(sequence, start, end, inputs, "r", {"max_tokens": max_tokens, **parameters}), texts, wanted)
+        return self.send(
+            Request(sequence, start, end, inputs, "r", {"max_tokens": max_tokens, **parameters}),
+            texts,
+            wanted,
+        )
 
     def ask(
-        self, sequence: SequenceId, ids: list[int], *, start: bool = False, end: bool = False, **parameters: bool | int | float | str
+        self,
+        sequence: SequenceId,
+        ids: list[int],
+        *,
+        start: bool = False,
+        end: bool = False,
+        **parameters: bool | int | float | str,
     ) -> Heard:
         """A step."""
-        return self.send(Request(sequence, start, end, {"input_ids": torch.tensor([ids])}, "r", parameters))
+        return self.send(
+            Request(sequence, start, end, {"input_ids": torch.tensor([ids])}, "r", parameters)
+        )
 
     def end(self, sequence: SequenceId, **parameters: bool | int | float | str) -> Heard:
         """An END that brings nothing else."""
         return self.send(Request(sequence, False, True, {}, "r", parameters))
 
-    def send(self, request: Request, texts: dict[str, tuple[bytes, ...]] | None = None, wanted: frozenset[str] = OUTPUTS) -> Heard:
+    def send(
+        self,
+        request: Request,
+        texts: dict[str, tuple[bytes, ...]] | None = None,
+        wanted: frozenset[str] = OUTPUTS,
+    ) -> Heard:
         heard = Heard(wanted)
         self.driver.submit([(request, texts or {}, heard)])
         return heard

@@ -64,7 +64,9 @@ class Leak(Operation):
         return [list(inputs[1]), list(inputs[1]), list(inputs[2])]
 
     def launch(self, call: Launch) -> None:
-        x, level, total = (as_tensor(memory, shape) for memory, shape in zip(call.inputs, call.shapes, strict=True))
+        x, level, total = (
+            as_tensor(memory, shape) for memory, shape in zip(call.inputs, call.shapes, strict=True)
+        )
         as_tensor(call.outputs[0], call.shapes[1]).copy_(_leak(x, self.decay, level, total))
 
 

@@ -24,14 +24,18 @@ def tiny_tokenizer() -> Tokenizer:
     )
     text = Path(__file__).parents[1] / "LICENSE"
     tokenizer.train_from_iterator(text.read_text().splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
     assert tokenizer.get_vocab_size() == VOCABULARY
     return tokenizer
 
 
 def save_tokenizer(folder: Path) -> None:
     """As transformers keeps it beside a model."""
-    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(), bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def added(prompt: list[int], tokens: list[int]) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.dtypes import Dtype
 from inplace.operators import attention, update
-from inplace.specs import StateSpec, Update
-from inplace_builder.capture.capture import any_size
+from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import StateSpec, Update
+from inplace_builder.graph.reexport import any_size
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim
@@ -47,7 +47,12 @@ def states(part: str, capacity: int) -> tuple[StateSpec, ...]:
     """Keys and values of every layer, named ``<part>_key_0`` and so on."""
     return tuple(
         StateSpec(
-            name=f"{part}_{what}_{layer}", shape=(HEADS, capacity, DIM), dtype=Dtype.FLOAT32, update=Update.APPEND, axis=1, reset=False
+            name=f"{part}_{what}_{layer}",
+            shape=(HEADS, capacity, DIM),
+            dtype=Dtype.FLOAT32,
+            update=Update.APPEND,
+            axis=1,
+            reset=False,
         )
         for what in ("key", "value")
         for layer in range(LAYERS)
@@ -64,10 +69,15 @@ class Encoder(nn.Module):
         super().__init__()
         self.encoder, self.layers = whisper.model.encoder, whisper.model.decoder.layers
 
-    def forward(self, features: Tensor, slots: Tensor, write_indices: Tensor, cross: list[Tensor]) -> Tensor:
+    def forward(
+        self, features: Tensor, slots: Tensor, write_indices: Tensor, cross: list[Tensor]
+    ) -> Tensor:
         hidden = self.encoder(features).last_hidden_state
         for layer, keys, values in zip(self.layers, cross[:LAYERS], cross[LAYERS:], strict=True):
-            for project, state in ((layer.encoder_attn.k_proj, keys), (layer.encoder_attn.v_proj, values)):
+            for project, state in (
+                (layer.encoder_attn.k_proj, keys),
+                (layer.encoder_attn.v_proj, values),
+            ):
                 rows = project(hidden).view(hidden.shape[0], POSITIONS, HEADS, DIM).transpose(1, 2)
                 update(state, slots, rows, None, write_indices, axis=2)
         assert isinstance(hidden, Tensor)
@@ -101,12 +111,18 @@ class Decoder(nn.Module):
             each = layer.self_attn
             h = layer.self_attn_layer_norm(x)
             caches = own[index], own[LAYERS + index], slots, row_offsets
-            query, key, value = (heads(y) for y in (each.q_proj(h) * each.scaling, each.k_proj(h), each.v_proj(h)))
-            x = x + each.out_proj(attention(query, key, value, *caches, write_indices, scale=1.0).flatten(1))
+            query, key, value = (
+                heads(y) for y in (each.q_proj(h) * each.scaling, each.k_proj(h), each.v_proj(h))
+            )
+            x = x + each.out_proj(
+                attention(query, key, value, *caches, write_indices, scale=1.0).flatten(1)
+            )
             each = layer.encoder_attn
             query = heads(each.q_proj(layer.encoder_attn_layer_norm(x)) * each.scaling)
             caches = cross[index], cross[LAYERS + index], slots, row_offsets
-            seen = attention(query, None, None, *caches, encoded, scale=1.0, append=False, causal=False)
+            seen = attention(
+                query, None, None, *caches, encoded, scale=1.0, append=False, causal=False
+            )
             x = x + each.out_proj(seen.flatten(1))
             x = x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
         logits = self.head(self.decoder.layer_norm(x)[last_tokens])
@@ -134,11 +150,22 @@ def encoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
         exported = torch.export.export(
             Encoder(whisper),
             (torch.zeros(2, MEL, FRAMES), torch.arange(2, dtype=torch.int32), index, _arena(CROSS)),
-            dynamic_shapes=({0: rows}, {0: rows}, {0: rows}, [{0: Dim("slots", min=1)}] * len(CROSS)),
+            dynamic_shapes=(
+                {0: rows},
+                {0: rows},
+                {0: rows},
+                [{0: Dim("slots", min=1)}] * len(CROSS),
+            ),
         )
-    shapes: dict[str, tuple[int, ...]] = {"features": (MEL, FRAMES), "slots": (), "write_indices": ()}
+    shapes: dict[str, tuple[int, ...]] = {
+        "features": (MEL, FRAMES),
+        "slots": (),
+        "write_indices": (),
+    }
     shapes |= {state.name: state.shape for state in CROSS}
-    profile: dict[str, Range] = {name: ((1, *shape), (1, *shape), (MOST_ROWS, *shape)) for name, shape in shapes.items()}
+    profile: dict[str, Range] = {
+        name: ((1, *shape), (1, *shape), (MOST_ROWS, *shape)) for name, shape in shapes.items()
+    }
     return _named(WhisperProgram(exported, ("hidden",), CROSS, (profile,)))
 
 
@@ -151,7 +178,17 @@ def decoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
     with torch.no_grad(), any_size():
         exported = torch.export.export(
             Decoder(whisper),
-            (ids, at, offsets, offsets[1:] - 1, torch.arange(2, dtype=torch.int32), each, each + POSITIONS, _arena(CROSS), _arena(SELF)),
+            (
+                ids,
+                at,
+                offsets,
+                offsets[1:] - 1,
+                torch.arange(2, dtype=torch.int32),
+                each,
+                each + POSITIONS,
+                _arena(CROSS),
+                _arena(SELF),
+            ),
             dynamic_shapes=(
                 *(tokens, tokens, {0: rows + 1}, {0: rows}, {0: rows}, {0: rows}, {0: rows}),
                 *([slots] * len(CROSS), [slots] * len(SELF)),
@@ -163,11 +200,19 @@ def decoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
             return shapes[0], shapes[1], shapes[2]
 
         found = {name: three([(n,) for n in tokens]) for name in ("input_ids", "positions")}
-        found |= {name: three([(n,) for n in rows]) for name in ("last_tokens", "slots", "write_indices", "encoded")}
+        found |= {
+            name: three([(n,) for n in rows])
+            for name in ("last_tokens", "slots", "write_indices", "encoded")
+        }
         found["row_offsets"] = three([(n + 1,) for n in rows])
-        return found | {state.name: three([(n, *state.shape) for n in rows]) for state in (*CROSS, *SELF)}
+        return found | {
+            state.name: three([(n, *state.shape) for n in rows]) for state in (*CROSS, *SELF)
+        }
 
-    decode, prefill = profile((1, 1, MOST_ROWS), (1, 1, MOST_ROWS)), profile((1, 1, 1), (1, 4, CHUNK))
+    decode, prefill = (
+        profile((1, 1, MOST_ROWS), (1, 1, MOST_ROWS)),
+        profile((1, 1, 1), (1, 4, CHUNK)),
+    )
     return _named(WhisperProgram(exported, ("next_token",), (*CROSS, *SELF), (decode, prefill)))
 
 
@@ -188,7 +233,9 @@ Run = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 PROMPT, TOKENS, SEQUENCES = [START, 7, 11, 5], 32, 2
 
 
-def transformers_tokens(whisper: WhisperForConditionalGeneration, features: Tensor) -> list[list[int]]:
+def transformers_tokens(
+    whisper: WhisperForConditionalGeneration, features: Tensor
+) -> list[list[int]]:
     """transformers' greedy tokens after the prompt, from whole forward passes."""
     ids = torch.tensor([PROMPT] * len(features))
     with torch.no_grad():
@@ -202,7 +249,10 @@ def transformers_tokens(whisper: WhisperForConditionalGeneration, features: Tens
 def program_tokens(encode: Run, decode: Run, features: Tensor) -> list[list[int]]:
     """The same by two programs, as a runtime calls them: all rows encoded, prompts one row at a time, then all rows together."""
     rows = len(features)
-    controls = {"slots": torch.arange(rows, dtype=torch.int32), "write_indices": torch.zeros(rows, dtype=torch.int32)}
+    controls = {
+        "slots": torch.arange(rows, dtype=torch.int32),
+        "write_indices": torch.zeros(rows, dtype=torch.int32),
+    }
     empty = {state.name: torch.full((rows, *state.shape), float("nan")) for state in CROSS}
     encoded = encode({"features": features, **controls} | empty, 0)
     cross = {name: encoded[name] for name in empty}
@@ -216,13 +266,17 @@ def program_tokens(encode: Run, decode: Run, features: Tensor) -> list[list[int]
         parts.append(memory)
     memory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for step in range(TOKENS - 1):
-        tokens, memory = _decoded(decode, [[sentence[-1]] for sentence in said], len(PROMPT) + step, memory, 0)
+        tokens, memory = _decoded(
+            decode, [[sentence[-1]] for sentence in said], len(PROMPT) + step, memory, 0
+        )
         for sentence, token in zip(said, tokens, strict=True):
             sentence.append(token)
     return said
 
 
-def _decoded(run: Run, ids: list[list[int]], at: int, memory: dict[str, Tensor], profile: int) -> tuple[list[int], dict[str, Tensor]]:
+def _decoded(
+    run: Run, ids: list[list[int]], at: int, memory: dict[str, Tensor], profile: int
+) -> tuple[list[int], dict[str, Tensor]]:
     """A decoder step of these rows, all at the same position: each row's next token, and the states afterwards."""
     rows, each = len(ids), len(ids[0])
     offsets = torch.arange(rows + 1, dtype=torch.int32) * each

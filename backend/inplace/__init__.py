@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from inplace.direct import Engine
+    from inplace.standalone import Engine
 
 __version__ = "0.1.0"
 
 
 def load(path: "Path | str", *, cuda_graphs: bool = True) -> "Engine":
-    """Load an engine that is called like the module it was built from (`inplace_builder.api.build`).
+    """Load an engine that is called like the module it was built from (`inplace_builder.served.build`).
 
     Args:
         path: its folder.
@@ -24,6 +24,8 @@ def load(path: "Path | str", *, cuda_graphs: bool = True) -> "Engine":
     Raises:
         LoadError: it is missing, damaged, of another version, or its graph is not what its manifest says.
     """
-    from inplace.direct import Engine  # PyTorch and the operators: what only talks to a server does without
+    from inplace.standalone import (
+        Engine,  # PyTorch and the operators: what only talks to a server does without
+    )
 
     return Engine.load(Path(path), cuda_graphs=cuda_graphs)

@@ -17,8 +17,16 @@ import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-BACKEND, SERVE, FRONT = "inplace", "serve", "front"  # as in `inplace.settings`, which takes seconds to import
+BACKEND, SERVE, FRONT = (
+    "inplace",
+    "serve",
+    "front",
+)  # as in `inplace.server.settings`, which takes seconds to import
+
+
 FAILED = "INPLACE-ENGINE_FAILED"
+
+
 TIMEOUT = 15.0
 
 
@@ -37,12 +45,16 @@ def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
         with InferenceServerClient(url) as client:
             index = client.get_model_repository_index(client_timeout=timeout).models
             ready = sorted({model.name for model in index if model.state == "READY"})
-            configs = [client.get_model_config(name, client_timeout=timeout).config for name in ready]
+            configs = [
+                client.get_model_config(name, client_timeout=timeout).config for name in ready
+            ]
     except InferenceServerException as error:
         return {"server": str(error)}
     asked = [config for config in configs if config.backend == BACKEND]
     with ExitStack() as stack:
-        questions = {config.name: stack.enter_context(_Question(url, config)) for config in asked}  # all at once: one may hang
+        questions = {
+            config.name: stack.enter_context(_Question(url, config)) for config in asked
+        }  # all at once: one may hang
         found = {name: question.failure(until, timeout) for name, question in questions.items()}
     return {name: why for name, why in found.items() if why is not None}
 
@@ -65,7 +77,15 @@ class _Question:
         self._answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._answers.put(error))
         try:
-            flags = {} if _is_front(config) else {"sequence_id": secrets.randbits(62) + 1, "sequence_start": True, "sequence_end": True}
+            flags = (
+                {}
+                if _is_front(config)
+                else {
+                    "sequence_id": secrets.randbits(62) + 1,
+                    "sequence_start": True,
+                    "sequence_end": True,
+                }
+            )
             self._client.async_stream_infer(config.name, _inputs(config), **flags)
         except InferenceServerException as error:  # the stream broke at once
             self._answers.put(error)
@@ -102,9 +122,18 @@ def _inputs(config: Any) -> list[InferInput]:
 
 def main() -> int:
     """Entry point; says on standard error what did not answer."""
-    parser = argparse.ArgumentParser(prog="python -m inplace.alive", description=__doc__.partition("\n")[0])
-    parser.add_argument("url", nargs="?", default="127.0.0.1:8001", help="host:port of the gRPC endpoint")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds until every model must have answered")
+    parser = argparse.ArgumentParser(
+        prog="python -m inplace.alive", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "url", nargs="?", default="127.0.0.1:8001", help="host:port of the gRPC endpoint"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        help="seconds until every model must have answered",
+    )
     arguments = parser.parse_args()
     found = failures(arguments.url, arguments.timeout)
     for name, why in found.items():

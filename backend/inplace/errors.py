@@ -12,7 +12,7 @@ class LoadError(InplaceError):
 
 
 class CallError(InplaceError):
-    """A call of `inplace.direct.Engine` is refused; no state was touched. The text names the argument."""
+    """A call of `inplace.standalone.Engine` is refused; no state was touched. The text names the argument."""
 
 
 class Code(StrEnum):
@@ -42,7 +42,11 @@ LONGEST_NAME, LONGEST_WHY = 1600, 4000
 def header(text: str, most: int) -> str:
     """The beginning of a text, as much of it as takes ``most`` bytes in a gRPC header, where all but printable ASCII takes three a byte."""
     for end, character in enumerate(text) if len(text) * 12 > most else ():
-        most -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="surrogatepass"))
+        most -= (
+            1
+            if " " <= character <= "~" and character != "%"
+            else 3 * len(character.encode(errors="surrogatepass"))
+        )
         if most < 0:
             return f"{text[:end]}…"
     return text
@@ -74,4 +78,6 @@ class RequestError(InplaceError):
 
 def failed(error: Exception, after: str = "START again") -> RequestError:
     """What clients hear of a defect in the backend; ``after`` says what to do."""
-    return RequestError(Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); {after}")
+    return RequestError(
+        Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); {after}"
+    )

@@ -1,5 +1,5 @@
 """The file Triton loads as the backend ``inplace``: ``<backend-directory>/inplace/model.py``."""
 
-from inplace.triton import TritonPythonModel
+from inplace.server.backend import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -15,6 +15,8 @@ import torch
 from inplace.errors import LoadError
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
+
+
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "tensorrt_rtx")
 
 

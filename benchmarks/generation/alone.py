@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import torch
-from inplace.instance import ModelInstance
-from inplace.metrics import STEP
-from inplace.requests import Request
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.metrics import STEP
+from inplace.runtime.requests import Request
 
 
 def busy_until_now(instance: ModelInstance) -> float:
@@ -27,7 +27,12 @@ def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> di
     seconds = busy = first = 0.0
     for _ in range(2):
         before, begin = busy_until_now(instance), time.perf_counter()
-        works = [instance.admit(Request(row + 1, True, True, {names[0]: torch.full((1, prompt), 5 + row)})) for row in range(rows)]
+        works = [
+            instance.admit(
+                Request(row + 1, True, True, {names[0]: torch.full((1, prompt), 5 + row)})
+            )
+            for row in range(rows)
+        ]
         while pending := [work for work in works if not work.finished]:
             instance.step(pending)
         first = time.perf_counter() - begin
@@ -39,7 +44,12 @@ def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> di
         for work in works:
             instance.finish(work)
         seconds, busy = time.perf_counter() - begin, busy_until_now(instance) - before
-    return {"seconds": seconds, "first_token_s": first, "tokens_per_second": rows * tokens / seconds, "engine_busy": busy / seconds}
+    return {
+        "seconds": seconds,
+        "first_token_s": first,
+        "tokens_per_second": rows * tokens / seconds,
+        "engine_busy": busy / seconds,
+    }
 
 
 def main(folder: Path, counts: str, prompt: int, tokens: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.dtypes import Dtype
+from inplace.schema.dtypes import Dtype
 from inplace_builder.capture import load_decoder
 from transformers import PreTrainedModel, StoppingCriteria
 
@@ -34,7 +34,9 @@ class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 def measured(model: PreTrainedModel, rows: int, prompt: int, tokens: int) -> dict[str, Any]:
     """Times of the second of two rounds: the first compiles, where transformers does that."""
     generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (rows, prompt), generator=generator).to(model.device)
+    ids = torch.randint(
+        0, model.config.get_text_config().vocab_size, (rows, prompt), generator=generator
+    ).to(model.device)
     for _ in range(2):
         clock, begin = Clock(), time.perf_counter()
         out = model.generate(
@@ -67,4 +69,6 @@ def main(source: Path, dtype: str, device: str, counts: str, prompt: int, tokens
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))
+    main(
+        Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+    )

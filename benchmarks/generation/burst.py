@@ -51,7 +51,9 @@ class Heard:
 
 def request(burst: Burst, stream: int, turn: int) -> Any:
     """One generation, its slot freed when it finishes."""
-    ids = np.array(random.Random(f"{stream} {turn}").choices(range(burst.vocabulary), k=burst.prompt), np.int64)
+    ids = np.array(
+        random.Random(f"{stream} {turn}").choices(range(burst.vocabulary), k=burst.prompt), np.int64
+    )
     message = pb.ModelInferRequest(model_name=burst.model)
     message.inputs.add(name="input_ids", datatype="INT64", shape=[1, len(ids)])
     message.raw_input_contents.append(ids.tobytes())
@@ -77,12 +79,16 @@ async def run(burst: Burst, stub: Any, stream: int) -> list[Heard]:
         while not final:
             response = await call.read()
             if response is grpc.aio.EOF or response.error_message:
-                raise RuntimeError(getattr(response, "error_message", "the server closed the stream"))
+                raise RuntimeError(
+                    getattr(response, "error_message", "the server closed the stream")
+                )
             answer = response.infer_response
             heard.responses.append((time.time(), answer.outputs[0].shape[1]))
             final = answer.parameters["triton_final_response"].bool_param
         if sum(tokens for _, tokens in heard.responses) != burst.tokens:
-            raise RuntimeError(f"stream {stream} was sent {heard.responses}, which are not {burst.tokens} tokens")
+            raise RuntimeError(
+                f"stream {stream} was sent {heard.responses}, which are not {burst.tokens} tokens"
+            )
         found.append(heard)
     await call.done_writing()
     return found
@@ -98,4 +104,6 @@ async def main(burst: Burst) -> list[Heard]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(heard) for heard in asyncio.run(main(Burst(**json.loads(sys.argv[1]))))]))
+    print(
+        json.dumps([asdict(heard) for heard in asyncio.run(main(Burst(**json.loads(sys.argv[1]))))])
+    )

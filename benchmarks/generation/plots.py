@@ -29,14 +29,25 @@ PANELS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
 )
 
 
-def draw_panel(axes: Axes, lines: list[dict[str, Any]], where: tuple[str, ...], divisor: float) -> None:
+def draw_panel(
+    axes: Axes, lines: list[dict[str, Any]], where: tuple[str, ...], divisor: float
+) -> None:
     """A line for each side that was measured; of times the median, and the 99th percentile dashed."""
     for side, (label, colour) in SIDES.items():
         for level, style in (("p50", "-"), ("p99", "--")) if divisor > 1 else (("", "-"),):
             place = (side, *where, level) if level else (side, *where)
-            found = [(line["streams"], seen / divisor) for line in lines if (seen := value(line, place)) is not None]
+            found = [
+                (line["streams"], seen / divisor)
+                for line in lines
+                if (seen := value(line, place)) is not None
+            ]
             if found:
-                axes.plot(*zip(*found, strict=True), "o" + style, color=colour, label=f"{label}, {level}" if level else label)
+                axes.plot(
+                    *zip(*found, strict=True),
+                    "o" + style,
+                    color=colour,
+                    label=f"{label}, {level}" if level else label,
+                )
     axes.set_xlabel("streams at once")
     axes.set_xscale("log", base=2)
     axes.set_xticks(streams := [line["streams"] for line in lines], map(str, streams))
@@ -46,14 +57,19 @@ def draw_panel(axes: Axes, lines: list[dict[str, Any]], where: tuple[str, ...], 
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Write the plot."""
-    figure, grid = plt.subplots(1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), layout="constrained")
+    figure, grid = plt.subplots(
+        1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), layout="constrained"
+    )
     for axes, (title, up, where, divisor) in zip(grid, PANELS, strict=True):
         draw_panel(axes, document["generate"], where, divisor)
         axes.set_title(title, fontsize=10)
         axes.set_ylabel(up)
     model, machine = document["model"], document["machine"]
     on = machine["GPU"] if model["device"] == "cuda" else machine["processor"]
-    figure.suptitle(f"{model['name']}, {model['engine']}, {model['dtype']}, {on}: {document['what']}", fontsize=9)
+    figure.suptitle(
+        f"{model['name']}, {model['engine']}, {model['dtype']}, {on}: {document['what']}",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
-from inplace.dtypes import Dtype
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace_builder.build import VERSION, BuildOptions, decoder_options, write_engine
+from inplace.engines.arena import Arena
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.dtypes import Dtype
 from inplace_builder.capture import capture_decoder, load_decoder
+from inplace_builder.served.build import VERSION, decoder_options, write_engine
+from inplace_builder.served.options import BuildOptions
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -105,7 +106,9 @@ def halved(full: PreTrainedModel) -> PreTrainedModel:
     return half
 
 
-def references(full: PreTrainedModel, half: PreTrainedModel, prompts: list[list[int]]) -> list[Reference]:
+def references(
+    full: PreTrainedModel, half: PreTrainedModel, prompts: list[list[int]]
+) -> list[Reference]:
     """Greedy tokens of the float32 model, and how close each decision was.
 
     All prompts are continued in one padded batch. Where the logits of a prompt alone do not confirm its tokens, it is continued alone.
@@ -115,7 +118,10 @@ def references(full: PreTrainedModel, half: PreTrainedModel, prompts: list[list[
         for row, prompt in enumerate(prompts):
             if _logits(full, prompt, said[row]).argmax(-1).tolist() != said[row]:
                 said[row] = _continued(full, [prompt])[0]
-        return [_reference(full, half, prompt, tokens) for prompt, tokens in zip(prompts, said, strict=True)]
+        return [
+            _reference(full, half, prompt, tokens)
+            for prompt, tokens in zip(prompts, said, strict=True)
+        ]
 
 
 def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
@@ -128,14 +134,28 @@ def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Ten
 
 def _continued(full: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=full.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=full.device)
-    out = full.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = torch.tensor(
+        [[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=full.device
+    )
+    mask = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts],
+        device=full.device,
+    )
+    out = full.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     tokens: list[list[int]] = out[:, longest:].tolist()
     return tokens
 
 
-def _reference(full: PreTrainedModel, half: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Reference:
+def _reference(
+    full: PreTrainedModel, half: PreTrainedModel, prompt: list[int], tokens: list[int]
+) -> Reference:
     logits, rounded = _logits(full, prompt, tokens), _logits(half, prompt, tokens)
     best = logits.topk(2, -1).values
     return Reference(
@@ -160,7 +180,9 @@ class Runner:
     def step(self, parts: dict[int, list[int]], start: bool = False) -> dict[int, int]:
         """Feed each sequence its tokens, in common steps; what each says next."""
         works = {
-            sequence: self.instance.admit(Request(sequence, start, False, {"input_ids": torch.tensor([ids])}))
+            sequence: self.instance.admit(
+                Request(sequence, start, False, {"input_ids": torch.tensor([ids])})
+            )
             for sequence, ids in parts.items()
         }
         while pending := [work for work in works.values() if not work.finished]:
@@ -172,7 +194,9 @@ class Runner:
         return {sequence: int(work.outputs["next_token"]) for sequence, work in works.items()}
 
 
-def prompts_in_parts(prompts: dict[int, list[int]], runner: Runner, rng: random.Random | None) -> dict[int, int]:
+def prompts_in_parts(
+    prompts: dict[int, list[int]], runner: Runner, rng: random.Random | None
+) -> dict[int, int]:
     """Start the sequences with their prompts: whole, or cut at random places, so that rows of different lengths share steps."""
     left = {sequence: list(ids) for sequence, ids in prompts.items()}
     said: dict[int, int] = {}
@@ -183,14 +207,25 @@ def prompts_in_parts(prompts: dict[int, list[int]], runner: Runner, rng: random.
             cut = len(ids) if rng is None else rng.randint(1, len(ids))
             parts[sequence] = ids[:cut]
         said |= runner.step(parts, start=first)
-        left = {sequence: ids[len(parts[sequence]) :] for sequence, ids in left.items() if ids[len(parts[sequence]) :]}
+        left = {
+            sequence: ids[len(parts[sequence]) :]
+            for sequence, ids in left.items()
+            if ids[len(parts[sequence]) :]
+        }
         first = False
     return said
 
 
-def run(runner: Runner, references: dict[int, Reference], forced: bool, rng: random.Random | None) -> dict[int, list[int]]:
+def run(
+    runner: Runner, references: dict[int, Reference], forced: bool, rng: random.Random | None
+) -> dict[int, list[int]]:
     """All sequences together; teacher-forced, each is fed the reference's tokens whatever it says."""
-    said = {sequence: [token] for sequence, token in prompts_in_parts({s: r.prompt for s, r in references.items()}, runner, rng).items()}
+    said = {
+        sequence: [token]
+        for sequence, token in prompts_in_parts(
+            {s: r.prompt for s, r in references.items()}, runner, rng
+        ).items()
+    }
     for place in range(TOKENS - 1):
         feed = {s: [r.tokens[place] if forced else said[s][-1]] for s, r in references.items()}
         for sequence, token in runner.step(feed).items():
@@ -200,10 +235,19 @@ def run(runner: Runner, references: dict[int, Reference], forced: bool, rng: ran
 
 def outcome(wanted: Reference, free: list[int], forced: list[int]) -> Outcome:
     """Count what is equal, excused and not."""
-    equal = next((i for i, (a, b) in enumerate(zip(free, wanted.tokens, strict=True)) if a != b), TOKENS)
+    equal = next(
+        (i for i, (a, b) in enumerate(zip(free, wanted.tokens, strict=True)) if a != b), TOKENS
+    )
     different = [i for i in range(TOKENS) if forced[i] != wanted.tokens[i]]
     excused = sum(wanted.gaps[i] < wanted.errors[i] for i in different)
-    return Outcome(len(wanted.prompt), equal, TOKENS - len(different), excused, len(different) - excused, wanted.eager_half)
+    return Outcome(
+        len(wanted.prompt),
+        equal,
+        TOKENS - len(different),
+        excused,
+        len(different) - excused,
+        wanted.eager_half,
+    )
 
 
 def compare(runner: Runner, references: list[Reference]) -> tuple[list[Outcome], list[Outcome]]:
@@ -258,16 +302,25 @@ def main() -> None:
         capture = capture_decoder(half, decoder_options(options))
         manifest = write_engine(capture, model, options, stage, prepare=lambda: half.to("cuda"))
         stage("continue the prompts with transformers")
-        wanted = references(full.to("cuda"), half, [list(tokenizer(text)["input_ids"]) for text in PROMPTS])
+        wanted = references(
+            full.to("cuda"), half, [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
+        )
         stage("continue them with the engine")
         instance = ModelInstance.open(model / VERSION, idle_timeout=float("inf"))
         arena = instance.arena
         foreign, addresses = poison(arena), arena.addresses()
         alone, together = compare(Runner(instance), wanted)
         moved = arena.addresses() != addresses
-        changed = [name for name, tensor in arena.tensors.items() if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])]
+        changed = [
+            name
+            for name, tensor in arena.tensors.items()
+            if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])
+        ]
     stage("done")
-    result = facts("greedy tokens of a bfloat16 engine against the float32 reference", "python -m benchmarks.gpu.accuracy") | {
+    result = facts(
+        "greedy tokens of a bfloat16 engine against the float32 reference",
+        "python -m benchmarks.gpu.accuracy",
+    ) | {
         "model": "SmolLM2-135M-Instruct",
         "engine": f"inplace-{arguments.alias}",
         "dtype": "bfloat16",

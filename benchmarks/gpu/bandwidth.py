@@ -17,7 +17,13 @@ def bandwidth() -> float:
     Raises:
         subprocess.CalledProcessError: there is no GPU.
     """
-    said = subprocess.run([sys.executable, "-m", "benchmarks.gpu.bandwidth"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.bandwidth"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
     return float(said.split()[-1])
 
 

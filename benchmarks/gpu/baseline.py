@@ -41,7 +41,9 @@ class Decoder:
     def __init__(self, model: LlamaForCausalLM, rows: int, capacity: int, length: int) -> None:
         """Raises ValueError where the caches have no room for the steps between two calls of `rewind`."""
         if length + STEPS > capacity:
-            raise ValueError(f"{STEPS} steps from length {length} do not fit a capacity of {capacity}; give a shorter length")
+            raise ValueError(
+                f"{STEPS} steps from length {length} do not fit a capacity of {capacity}; give a shorter length"
+            )
         self.model, self.length = model, length
         self.cache = static_cache(model, rows, capacity)
         for layer in self.cache.layers:
@@ -53,7 +55,9 @@ class Decoder:
 
     def step(self) -> None:
         """Decode one token a row, greedily."""
-        logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(
+            input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
         self.token.copy_(logits.argmax(-1))
 
     def rewind(self) -> None:
@@ -84,7 +88,9 @@ class Prefill:
         """Fill the empty cache with the prompt, and say the next token."""
         for layer in self.cache.layers:
             layer.cumulative_length.zero_()
-        logits = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(
+            input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
         self.token.copy_(logits.argmax(-1))
 
     def rewind(self) -> None:
@@ -94,7 +100,9 @@ class Prefill:
 def static_cache(model: LlamaForCausalLM, rows: int, capacity: int) -> StaticCache:
     """The static cache of transformers, allocated, zero, its addresses marked static."""
     cache = StaticCache(config=model.config, max_cache_len=capacity)
-    cache.early_initialization(rows, model.config.num_key_value_heads, model.config.head_dim, model.dtype, model.device)
+    cache.early_initialization(
+        rows, model.config.num_key_value_heads, model.config.head_dim, model.dtype, model.device
+    )
     return cache
 
 
@@ -111,7 +119,9 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def microseconds(step: Callable[[], None], rewind: Callable[[], None], steps: int = STEPS, repeats: int = REPEATS) -> list[float]:
+def microseconds(
+    step: Callable[[], None], rewind: Callable[[], None], steps: int = STEPS, repeats: int = REPEATS
+) -> list[float]:
     """Microseconds a step, once each repeat, from CUDA events around ``steps`` of them; ``rewind`` is not timed."""
     times = []
     for _ in range(repeats):
@@ -165,14 +175,20 @@ def measured(what: Measurement, engine: str) -> Measurement:
     """``what`` with its times filled in."""
     model = random_model(what.shape, torch.bfloat16, "cuda")
     torch.manual_seed(0)
-    work = Decoder(model, what.rows, what.capacity, what.length) if what.kind == "decode" else Prefill(model, what.capacity, what.tokens)
+    work = (
+        Decoder(model, what.rows, what.capacity, what.length)
+        if what.kind == "decode"
+        else Prefill(model, what.capacity, what.tokens)
+    )
     ready = prepared(work, engine)
     steps = STEPS // 5 if engine == "hf_static" else STEPS  # 20 to 40 ms each
     times, notes = microseconds(ready.step, work.rewind, steps), []
     if engine == "prefill_compile":
         replays = microseconds(captured(ready.step), work.rewind)
         called, replayed = statistics.median(times), statistics.median(replays)
-        notes.append(f"called {called:.0f} µs, replayed as a CUDA graph {replayed:.0f} µs; the faster counts")
+        notes.append(
+            f"called {called:.0f} µs, replayed as a CUDA graph {replayed:.0f} µs; the faster counts"
+        )
         times = min(times, replays, key=statistics.median)
     if ready.skipped:
         notes.append(f"the compiler made no CUDA graph of {ready.skipped} graphs")
@@ -181,7 +197,10 @@ def measured(what: Measurement, engine: str) -> Measurement:
         us=statistics.median(times),
         us_min=min(times),
         repeats=len(times),
-        memory={"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()},
+        memory={
+            "allocated": torch.cuda.memory_allocated(),
+            "peak": torch.cuda.max_memory_allocated(),
+        },
         build_s=round(ready.seconds, 1),
         notes="; ".join(notes) or None,
         error=None,
@@ -213,7 +232,12 @@ def main() -> None:
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--capacity", type=int, default=1024)
-    parser.add_argument("--length", type=int, default=600, help="positions each sequence holds; for a prefill, tokens of the prompt")
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=600,
+        help="positions each sequence holds; for a prefill, tokens of the prompt",
+    )
     parser.add_argument("--engine", required=True, choices=ENGINES)
     given = parser.parse_args()
     if given.engine == "prefill_compile" and given.rows != 1:
@@ -224,7 +248,9 @@ def main() -> None:
             done = measured(what, given.engine)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        print(json.dumps(replace(what, error=f"{type(error).__name__}: {first}").record()), flush=True)
+        print(
+            json.dumps(replace(what, error=f"{type(error).__name__}: {first}").record()), flush=True
+        )
         raise
     print(json.dumps(done.record()), flush=True)
 

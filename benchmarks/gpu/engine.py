@@ -12,21 +12,24 @@ import time
 from pathlib import Path
 
 import torch
-from inplace.arena import Arena
-from inplace.batcher import Work, form
-from inplace.dtypes import Dtype
+from inplace.engines.arena import Arena
 from inplace.engines.tensorrt import TensorRtEngine
-from inplace.instance import ModelInstance
-from inplace.manifest import Kind, Manifest
-from inplace.requests import Request
-from inplace_builder.build import VERSION, BuildOptions, write_engine
+from inplace.runtime.batcher import Work, form
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Kind, Manifest
 from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.options import BuildOptions
 
 from benchmarks.gpu.measurement import Measurement
 from benchmarks.gpu.shapes import random_model
 
 REPEATS, STEPS = 5, 100
-ENGINES = Path(os.environ["INPLACE_BENCH_ENGINES"]) if "INPLACE_BENCH_ENGINES" in os.environ else None
+ENGINES = (
+    Path(os.environ["INPLACE_BENCH_ENGINES"]) if "INPLACE_BENCH_ENGINES" in os.environ else None
+)
 """Engines built beforehand, side by side, so that the benchmark only has to load them."""
 
 
@@ -36,9 +39,18 @@ def main() -> None:
     parser.add_argument("--shape", required=True)
     parser.add_argument("--alias", default="plugin", choices=("plugin", "copy"))
     parser.add_argument("--capacity", type=int, default=1024)
-    parser.add_argument("--cases", default="1x600", help="rows x positions that each holds, separated by commas")
-    parser.add_argument("--prefill", type=int, default=0, help="also time a prompt of so many tokens")
-    parser.add_argument("--engines", type=Path, default=ENGINES, help="keep what was built here, and take what is kept")
+    parser.add_argument(
+        "--cases", default="1x600", help="rows x positions that each holds, separated by commas"
+    )
+    parser.add_argument(
+        "--prefill", type=int, default=0, help="also time a prompt of so many tokens"
+    )
+    parser.add_argument(
+        "--engines",
+        type=Path,
+        default=ENGINES,
+        help="keep what was built here, and take what is kept",
+    )
     parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
     cases = [tuple(map(int, case.split("x"))) for case in arguments.cases.split(",")]
@@ -49,7 +61,14 @@ def main() -> None:
         before = time.perf_counter()
         if not (place / "model").exists():
             place.mkdir(parents=True, exist_ok=True)
-            build(place, arguments.shape, arguments.alias, most, arguments.capacity, max(arguments.prefill, 1))
+            build(
+                place,
+                arguments.shape,
+                arguments.alias,
+                most,
+                arguments.capacity,
+                max(arguments.prefill, 1),
+            )
             (place / "build_seconds").write_text(str(time.perf_counter() - before))
         if arguments.build_only:
             return
@@ -126,7 +145,9 @@ def report(
     print(json.dumps(found.record()), flush=True)
 
 
-def step_inputs(manifest: Manifest, engine: TensorRtEngine, arena: Arena, lengths: list[int], tokens: list[int]) -> dict[str, torch.Tensor]:
+def step_inputs(
+    manifest: Manifest, engine: TensorRtEngine, arena: Arena, lengths: list[int], tokens: list[int]
+) -> dict[str, torch.Tensor]:
     """The inputs of a step of sequences that hold so many positions and bring so many tokens."""
     instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
     works: list[Work] = []

@@ -54,11 +54,17 @@ class Measurement:
     def __post_init__(self) -> None:
         """Raises ValueError unless there is exactly one of a positive, finite time and an error."""
         if self.kind not in KINDS:
-            raise ValueError(f"a measurement of {self.engine} has kind {self.kind!r}; expected one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"a measurement of {self.engine} has kind {self.kind!r}; expected one of {', '.join(KINDS)}"
+            )
         if (self.us is None) == (self.error is None):
-            raise ValueError(f"a measurement of {self.engine} needs either 'us' or 'error', got us={self.us} and error={self.error!r}")
+            raise ValueError(
+                f"a measurement of {self.engine} needs either 'us' or 'error', got us={self.us} and error={self.error!r}"
+            )
         if self.us is not None and not (math.isfinite(self.us) and self.us > 0):
-            raise ValueError(f"a measurement of {self.engine} says {self.us} µs a step, which is no time")
+            raise ValueError(
+                f"a measurement of {self.engine} says {self.us} µs a step, which is no time"
+            )
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Self:

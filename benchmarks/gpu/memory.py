@@ -26,10 +26,10 @@ def used() -> int:
 
 def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     """Load, step, compare."""
-    from inplace.arena import Arena
     from inplace.engines import ALONE
+    from inplace.engines.arena import Arena
     from inplace.engines.tensorrt import TensorRtEngine
-    from inplace.manifest import Manifest
+    from inplace.schema.served import Manifest
     from inplace.trt import load_tensorrt
 
     from benchmarks.gpu.engine import step_inputs
@@ -51,7 +51,10 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
         if step % (steps // 10) == 0:
             history.append(used() - bare)
     weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])
-    return facts("device memory of a loaded engine against what it counts, and over many steps", "python -m benchmarks.gpu.memory") | {
+    return facts(
+        "device memory of a loaded engine against what it counts, and over many steps",
+        "python -m benchmarks.gpu.memory",
+    ) | {
         "bare_context_bytes": bare,
         "process_bytes": loaded - bare,
         "counted_bytes": counted,
@@ -73,25 +76,51 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--capacity", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--engine", type=Path, help="measure this engine directory, in this process")
+    parser.add_argument(
+        "--engine", type=Path, help="measure this engine directory, in this process"
+    )
     arguments = parser.parse_args()
     if arguments.engine is not None:
         found = measure(arguments.engine, arguments.rows, arguments.steps)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"memory_{arguments.shape}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.out / f"memory_{arguments.shape}.json").write_text(
+            json.dumps(found, indent=1) + "\n"
+        )
         print(json.dumps(found, indent=1))
         return
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--shape", arguments.shape, "--rows", str(arguments.rows), "--steps", str(arguments.steps), "--out", str(arguments.out)]
+        options = [
+            "--shape",
+            arguments.shape,
+            "--rows",
+            str(arguments.rows),
+            "--steps",
+            str(arguments.steps),
+            "--out",
+            str(arguments.out),
+        ]
         code = (
             "import sys; from pathlib import Path; from benchmarks.gpu.engine import build; "
             "build(Path(sys.argv[1]), sys.argv[2], 'plugin', *map(int, sys.argv[3:]))"
         )
         subprocess.run(
-            [sys.executable, "-c", code, folder, arguments.shape, str(arguments.rows), str(arguments.capacity), "128"], check=True
+            [
+                sys.executable,
+                "-c",
+                code,
+                folder,
+                arguments.shape,
+                str(arguments.rows),
+                str(arguments.capacity),
+                "128",
+            ],
+            check=True,
         )
         engine = str(Path(folder) / "model")
-        subprocess.run([sys.executable, "-m", "benchmarks.gpu.memory", "--engine", engine, *options], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu.memory", "--engine", engine, *options],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

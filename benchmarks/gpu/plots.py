@@ -26,7 +26,9 @@ from benchmarks.gpu.measurement import Measurement
 from benchmarks.gpu.report import ENGINES, OURS, Results
 from benchmarks.gpu.shapes import CASES, floor_us
 
-COLOURS = dict(zip(ENGINES, ("#0b6e4f", "#6fb98f", "#c8553d", "#e9a178", "#4f6d9b", "#a3a9b5"), strict=True))
+COLOURS = dict(
+    zip(ENGINES, ("#0b6e4f", "#6fb98f", "#c8553d", "#e9a178", "#4f6d9b", "#a3a9b5"), strict=True)
+)
 DPI = 150
 
 
@@ -75,11 +77,17 @@ def panels(measurements: Sequence[Measurement], axis: Axis) -> list[Panel]:
     for found in measurements:
         if found.kind == "decode" and found.us is not None and found.engine in ENGINES:
             key = (found.shape, *(f"{other} {getattr(found, other)}" for other in others))
-            groups.setdefault(key, {}).setdefault(found.engine, {})[getattr(found, axis.field)] = found
+            groups.setdefault(key, {}).setdefault(found.engine, {})[getattr(found, axis.field)] = (
+                found
+            )
     made = []
     for key, engines in groups.items():
         if max(map(len, engines.values())) > 1:
-            lines = {engine: [engines[engine][at] for at in sorted(engines[engine])] for engine in ENGINES if engine in engines}
+            lines = {
+                engine: [engines[engine][at] for at in sorted(engines[engine])]
+                for engine in ENGINES
+                if engine in engines
+            }
             made.append(Panel(", ".join(key), lines))
     return made
 
@@ -87,10 +95,32 @@ def panels(measurements: Sequence[Measurement], axis: Axis) -> list[Panel]:
 def draw_panel(axes: Axes, panel: Panel, axis: Axis, bandwidth: float) -> None:
     """A line an engine, the floor, microseconds from zero."""
     for engine, line in panel.lines.items():
-        at, times = [getattr(found, axis.field) for found in line], [found.us or 0.0 for found in line]
-        axes.plot(at, times, "o-", color=COLOURS[engine], label=ENGINES[engine], linewidth=2.2 if engine == OURS else 1.4)
-    floors = {getattr(found, axis.field): floor_us(found.shape, found.rows * (found.length + 1), bandwidth) for found in panel.points}
-    axes.plot(sorted(floors), [floors[at] for at in sorted(floors)], label="floor", color="black", linestyle=":", linewidth=1.2)
+        at, times = (
+            [getattr(found, axis.field) for found in line],
+            [found.us or 0.0 for found in line],
+        )
+        axes.plot(
+            at,
+            times,
+            "o-",
+            color=COLOURS[engine],
+            label=ENGINES[engine],
+            linewidth=2.2 if engine == OURS else 1.4,
+        )
+    floors = {
+        getattr(found, axis.field): floor_us(
+            found.shape, found.rows * (found.length + 1), bandwidth
+        )
+        for found in panel.points
+    }
+    axes.plot(
+        sorted(floors),
+        [floors[at] for at in sorted(floors)],
+        label="floor",
+        color="black",
+        linestyle=":",
+        linewidth=1.2,
+    )
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(axis.label)
     axes.set_ylabel("step, µs")
@@ -103,21 +133,40 @@ def draw_panel(axes: Axes, panel: Panel, axis: Axis, bandwidth: float) -> None:
 
 def draw_cases(results: Results, bandwidth: float) -> Figure | None:
     """Bars of every case and engine with the floor across, each case on its own scale; None where no case is measured."""
-    cases = [case for case in CASES if any(found.us is not None for found in results.at(case).values())]
+    cases = [
+        case for case in CASES if any(found.us is not None for found in results.at(case).values())
+    ]
     engines = [engine for engine in ENGINES if any(engine in results.at(case) for case in cases)]
     if not cases:
         return None
-    figure, grid = plt.subplots(1, len(cases), figsize=(2.4 * len(cases), 4.0), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        1, len(cases), figsize=(2.4 * len(cases), 4.0), layout="constrained", squeeze=False
+    )
     for axes, case in zip(grid[0], cases, strict=True):
-        times = {engine: found.us for engine in engines if (found := results.at(case).get(engine)) is not None and found.us is not None}
-        bars = axes.bar([engines.index(engine) for engine in times], list(times.values()), color=[COLOURS[engine] for engine in times])
+        times = {
+            engine: found.us
+            for engine in engines
+            if (found := results.at(case).get(engine)) is not None and found.us is not None
+        }
+        bars = axes.bar(
+            [engines.index(engine) for engine in times],
+            list(times.values()),
+            color=[COLOURS[engine] for engine in times],
+        )
         axes.bar_label(bars, [f"{us:.0f}" for us in times.values()], fontsize=7)
-        axes.axhline(floor_us(case.shape, case.rows * (case.length + 1), bandwidth), color="black", linestyle=":", linewidth=1.2)
+        axes.axhline(
+            floor_us(case.shape, case.rows * (case.length + 1), bandwidth),
+            color="black",
+            linestyle=":",
+            linewidth=1.2,
+        )
         axes.set_xlim(-0.6, len(engines) - 0.4)
         axes.set_xticks([])
         axes.set_title(case.name, fontsize=10)
     grid[0][0].set_ylabel("decode step, µs")
-    handles: list[Artist] = [Patch(color=COLOURS[engine], label=ENGINES[engine]) for engine in engines]
+    handles: list[Artist] = [
+        Patch(color=COLOURS[engine], label=ENGINES[engine]) for engine in engines
+    ]
     handles.append(Line2D([], [], color="black", linestyle=":", label="floor"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     return figure
@@ -130,7 +179,9 @@ def draw(measurements: Sequence[Measurement], bandwidth: float, folder: Path) ->
         written.append(_saved(figure, folder / "gpu_cases.png"))
     for axis in AXES:
         if shown := panels(measurements, axis):
-            figure, grid = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.0), layout="constrained", squeeze=False)
+            figure, grid = plt.subplots(
+                1, len(shown), figsize=(5.2 * len(shown), 4.0), layout="constrained", squeeze=False
+            )
             for axes, panel in zip(grid[0], shown, strict=True):
                 draw_panel(axes, panel, axis, bandwidth)
             written.append(_saved(figure, folder / f"gpu_by_{axis.field}.png"))
@@ -147,7 +198,9 @@ def main() -> None:
     """Draw what the file holds."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("json", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the plots; beside the file unless given")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the plots; beside the file unless given"
+    )
     given = parser.parse_args()
     record = json.loads(given.json.read_text())
     found = [Measurement.of(one) for one in record["measurements"]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.arena import Arena
+from inplace.engines.arena import Arena
 from inplace.engines.tensorrt import TensorRtEngine
 from torch.profiler import ProfilerActivity
 
@@ -37,23 +37,34 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for rows in counts:
             inputs = step_inputs(manifest, engine, arena, [arguments.length] * rows, [1] * rows)
-            found = facts("kernels of one decode step, bfloat16, by PyTorch's profiler", "python -m benchmarks.gpu.profile")
+            found = facts(
+                "kernels of one decode step, bfloat16, by PyTorch's profiler",
+                "python -m benchmarks.gpu.profile",
+            )
             found |= profiled(engine, arena, inputs) | {
                 "shape": arguments.shape,
                 "rows": rows,
                 "capacity": arguments.capacity,
                 "length": arguments.length,
             }
-            (arguments.out / f"profile_{arguments.shape}_b{rows}.json").write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{arguments.shape} B{rows}: {found['step_us']:.0f} us a step, kernels {found['kernel_us']:.0f} us")
+            (arguments.out / f"profile_{arguments.shape}_b{rows}.json").write_text(
+                json.dumps(found, indent=1) + "\n"
+            )
+            print(
+                f"{arguments.shape} B{rows}: {found['step_us']:.0f} us a step, kernels {found['kernel_us']:.0f} us"
+            )
             for kernel in found["kernels"][:14]:
                 print(f"  {kernel['us']:8.1f} us {kernel['count']:6.1f} x {kernel['name'][:90]}")
 
 
-def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def profiled(
+    engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tensor]
+) -> dict[str, Any]:
     """Microseconds and launches of each kernel in one step, and of the step without the profiler."""
     alone = engine.time(inputs, STEPS)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]
+    ) as profile:
         engine.time(inputs, STEPS)
         torch.cuda.synchronize()
     times: dict[str, list[float]] = defaultdict(list)
@@ -62,7 +73,12 @@ def profiled(engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tenso
             times[event.name].append(event.device_time)
     steps = STEPS + 1
     kernels: list[dict[str, Any]] = [
-        {"name": name, "us": sum(found) / steps, "count": len(found) / steps, "each_us": sum(found) / len(found)}
+        {
+            "name": name,
+            "us": sum(found) / steps,
+            "count": len(found) / steps,
+            "each_us": sum(found) / len(found),
+        }
         for name, found in times.items()
     ]
     kernels.sort(key=lambda kernel: -kernel["us"])

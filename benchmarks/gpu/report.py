@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.measurement import LEFT_OUT, Measurement
-from benchmarks.gpu.shapes import CASES, PREFILL_CAPACITY, PREFILL_SHAPE, PREFILL_TOKENS, Case, floor_us
+from benchmarks.gpu.shapes import (
+    CASES,
+    PREFILL_CAPACITY,
+    PREFILL_SHAPE,
+    PREFILL_TOKENS,
+    Case,
+    floor_us,
+)
 
 OURS = "inplace-plugin"
 ENGINES = {
@@ -123,7 +130,10 @@ def report(record: dict[str, Any]) -> str:
         decode_table(results, bandwidth),
     ]
     if PREFILL in results.by:
-        parts += [f"## Prefill, {PREFILL_TOKENS} tokens of one sequence", prefill_table(results, bandwidth)]
+        parts += [
+            f"## Prefill, {PREFILL_TOKENS} tokens of one sequence",
+            prefill_table(results, bandwidth),
+        ]
     if notes := [f"- {_where(found)}: {found.notes}" for found in measurements if found.notes]:
         parts += ["## Notes", "\n".join(notes)]
     if failed := [f"- {_where(found)}: {found.error}" for found in measurements if found.error]:
@@ -138,16 +148,30 @@ def decode_table(results: Results, bandwidth: float) -> str:
     for case in CASES:
         floor = floor_us(case.shape, case.rows * (case.length + 1), bandwidth)
         cells = [_cell(results.at(case).get(engine), floor) for engine in engines]
-        lines.append([f"{case.name}, length {case.length}", *cells, f"{floor:.0f}", str(must(case, results)), str(aim(case, results))])
+        lines.append(
+            [
+                f"{case.name}, length {case.length}",
+                *cells,
+                f"{floor:.0f}",
+                str(must(case, results)),
+                str(aim(case, results)),
+            ]
+        )
     return _table(lines)
 
 
 def prefill_table(results: Results, bandwidth: float) -> str:
     """The prefill, beside its floor (which counts memory only, not arithmetic)."""
-    engines, floor = _engines(results, [PREFILL]), floor_us(PREFILL_SHAPE, PREFILL_TOKENS, bandwidth)
+    engines, floor = (
+        _engines(results, [PREFILL]),
+        floor_us(PREFILL_SHAPE, PREFILL_TOKENS, bandwidth),
+    )
     cells = [_cell(results.by[PREFILL].get(engine), floor) for engine in engines]
     return _table(
-        [["case", *(ENGINES[engine] for engine in engines), "floor"], [f"{PREFILL_SHAPE} c{PREFILL_CAPACITY}", *cells, f"{floor:.0f}"]]
+        [
+            ["case", *(ENGINES[engine] for engine in engines), "floor"],
+            [f"{PREFILL_SHAPE} c{PREFILL_CAPACITY}", *cells, f"{floor:.0f}"],
+        ]
     )
 
 

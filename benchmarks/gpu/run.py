@@ -37,7 +37,9 @@ def run_child(child: Child, logs: Path, limit: float) -> list[Measurement]:
     out, err = logs / f"{child.name}.out", logs / f"{child.name}.err"
     with out.open("w") as stdout, err.open("w") as stderr:
         # a session of its own, so that the compiler processes it starts end with it
-        process = subprocess.Popen(child.command, stdout=stdout, stderr=stderr, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            child.command, stdout=stdout, stderr=stderr, cwd=ROOT, start_new_session=True
+        )
         try:
             code = process.wait(limit)
             problem = None if code == 0 else f"exit status {code}: {_last_line(err)}"
@@ -55,7 +57,11 @@ def run_child(child: Child, logs: Path, limit: float) -> list[Measurement]:
 def completed(child: Child, found: Sequence[Measurement], problem: str) -> list[Measurement]:
     """What a process measured, and an error for each expected measurement that it did not print."""
     seen = {(measurement.engine, measurement.step) for measurement in found}
-    lost = [replace(expected, error=problem) for expected in child.expected if (expected.engine, expected.step) not in seen]
+    lost = [
+        replace(expected, error=problem)
+        for expected in child.expected
+        if (expected.engine, expected.step) not in seen
+    ]
     return [*found, *lost]
 
 
@@ -70,7 +76,9 @@ def kept(path: Path, head: dict[str, Any]) -> list[Measurement]:
     earlier = json.loads(path.read_text())
     for key in ("commit", "machine", "versions"):
         if earlier[key] != head[key]:
-            raise ValueError(f"{path} is of {key} {earlier[key]}, not {head[key]}; run without --resume")
+            raise ValueError(
+                f"{path} is of {key} {earlier[key]}, not {head[key]}; run without --resume"
+            )
     found = [Measurement.of(record) for record in earlier["measurements"]]
     return [measurement for measurement in found if measurement.us is not None]
 
@@ -78,10 +86,20 @@ def kept(path: Path, head: dict[str, Any]) -> list[Measurement]:
 def unmeasured(children: Sequence[Child], measurements: Sequence[Measurement]) -> list[Child]:
     """The processes that should measure something that is not measured yet."""
     seen = {(measurement.engine, measurement.step) for measurement in measurements}
-    return [child for child in children if not all((one.engine, one.step) in seen for one in child.expected)]
+    return [
+        child
+        for child in children
+        if not all((one.engine, one.step) in seen for one in child.expected)
+    ]
 
 
-def run(children: Sequence[Child], out: Path, budget: float, head: dict[str, Any], measured: Sequence[Measurement] = ()) -> dict[str, Any]:
+def run(
+    children: Sequence[Child],
+    out: Path,
+    budget: float,
+    head: dict[str, Any],
+    measured: Sequence[Measurement] = (),
+) -> dict[str, Any]:
     """Run the processes in order until the budget (seconds) is used up, which may cut the last one short.
 
     The record starts with what is ``measured`` already. It is written after each process, so that nothing is lost when the whole run is
@@ -95,21 +113,37 @@ def run(children: Sequence[Child], out: Path, budget: float, head: dict[str, Any
     begin = time.monotonic()
     measurements = list(measured)
     processes: list[dict[str, Any]] = []
-    record = head | {"measurements": [one.record() for one in measurements], "processes": processes, "left_out": []}
+    record = head | {
+        "measurements": [one.record() for one in measurements],
+        "processes": processes,
+        "left_out": [],
+    }
     for index, child in enumerate(children):
         left = budget - (time.monotonic() - begin)
         if left < LEAST_LEFT:
             skipped = children[index:]
             record["left_out"] = [other.name for other in skipped]
-            measurements += [replace(expected, error=LEFT_OUT) for other in skipped for expected in other.expected]
+            measurements += [
+                replace(expected, error=LEFT_OUT)
+                for other in skipped
+                for expected in other.expected
+            ]
             print(f"no time left for {', '.join(record['left_out'])}", flush=True)
         else:
             before = time.monotonic()
             found = run_child(child, logs, min(child.timeout, left))
             seconds = round(time.monotonic() - before, 1)
             measurements += found
-            processes.append({"name": child.name, "command": shlex.join(["python", *child.command[1:]]), "seconds": seconds})
-            said = "; ".join(f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in found)
+            processes.append(
+                {
+                    "name": child.name,
+                    "command": shlex.join(["python", *child.command[1:]]),
+                    "seconds": seconds,
+                }
+            )
+            said = "; ".join(
+                f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in found
+            )
             print(f"{child.name} ({seconds:.0f} s): {said}", flush=True)
         record["measurements"] = [measurement.record() for measurement in measurements]
         (out / NAME).write_text(json.dumps(record, indent=1) + "\n")
@@ -134,15 +168,32 @@ def main() -> None:
     """Run everything. Exit status 1 where our own engine has no number for a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out, and said")
-    parser.add_argument("--resume", action="store_true", help="keep the numbers in --out of the same commit and machine, run the rest")
-    parser.add_argument("--only", default="", help="run only the processes whose name contains this")
+    parser.add_argument(
+        "--budget", type=float, default=480, help="seconds; what does not fit is left out, and said"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the numbers in --out of the same commit and machine, run the rest",
+    )
+    parser.add_argument(
+        "--only", default="", help="run only the processes whose name contains this"
+    )
     given = parser.parse_args()
-    options = ["--budget", f"{given.budget:.0f}", *["--resume"] * given.resume, *["--only", given.only][: 2 * bool(given.only)]]
-    head = facts(WHAT, "python -m benchmarks.gpu.run", options) | {"bandwidth": bandwidth()}  # --out is nobody's concern
+    options = [
+        "--budget",
+        f"{given.budget:.0f}",
+        *["--resume"] * given.resume,
+        *["--only", given.only][: 2 * bool(given.only)],
+    ]
+    head = facts(WHAT, "python -m benchmarks.gpu.run", options) | {
+        "bandwidth": bandwidth()
+    }  # --out is nobody's concern
     children = [child for child in plan() if given.only in child.name]
     if not children:
-        parser.error(f"no process is named like {given.only!r}; there are {', '.join(child.name for child in plan())}")
+        parser.error(
+            f"no process is named like {given.only!r}; there are {', '.join(child.name for child in plan())}"
+        )
     try:
         measured = kept(given.out / NAME, head) if given.resume else []
     except ValueError as error:
@@ -150,7 +201,9 @@ def main() -> None:
     found = run(unmeasured(children, measured), given.out, given.budget, head, measured)
     write_report(found, (given.out / NAME).with_suffix(".md"))
     print(f"{given.out / NAME}\n{(given.out / NAME).with_suffix('.md')}")
-    sys.exit(any(one["engine"] == "inplace-plugin" and "error" in one for one in found["measurements"]))
+    sys.exit(
+        any(one["engine"] == "inplace-plugin" and "error" in one for one in found["measurements"])
+    )
 
 
 if __name__ == "__main__":

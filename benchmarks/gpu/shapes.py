@@ -9,7 +9,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 BFLOAT16_BYTES = 2
 
 
-def _shape(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, theta: float, most: int) -> LlamaConfig:
+def _shape(
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocabulary: int,
+    theta: float,
+    most: int,
+) -> LlamaConfig:
     return LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -77,16 +86,31 @@ PREFILL_SHAPE, PREFILL_CAPACITY, PREFILL_TOKENS = "1b", 1024, 512
 def weight_bytes(shape: str) -> int:
     """Bytes of the weights in bfloat16, the tied embedding once: what every step reads."""
     config = SHAPES[shape]
-    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    hidden, heads, kv_heads = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
     attention = 2 * hidden * (heads + kv_heads) * config.head_dim
     layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
-    return int(BFLOAT16_BYTES * (config.vocab_size * hidden + config.num_hidden_layers * layer + hidden))
+    return int(
+        BFLOAT16_BYTES * (config.vocab_size * hidden + config.num_hidden_layers * layer + hidden)
+    )
 
 
 def cache_bytes(shape: str, positions: int) -> int:
     """Bytes of the keys and values of so many positions, all layers, bfloat16."""
     config = SHAPES[shape]
-    return int(BFLOAT16_BYTES * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim) * positions
+    return (
+        int(
+            BFLOAT16_BYTES
+            * 2
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+        )
+        * positions
+    )
 
 
 def floor_us(shape: str, positions: int, bandwidth: float) -> float:
@@ -105,14 +129,18 @@ def random_model(name: str, dtype: torch.dtype, device: str | torch.device) -> L
     return random_weights(SHAPES[name], dtype, device)
 
 
-def random_weights(config: LlamaConfig, dtype: torch.dtype, device: str | torch.device) -> LlamaForCausalLM:
+def random_weights(
+    config: LlamaConfig, dtype: torch.dtype, device: str | torch.device
+) -> LlamaForCausalLM:
     """`random_model` of any configuration."""
     config = LlamaConfig(**(config.to_dict() | {"dtype": dtype}))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     model.tie_weights()  # to_empty gave the head storage of its own
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # its frequencies were lost on the meta device; they stay float32
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(
+        device
+    )  # its frequencies were lost on the meta device; they stay float32
     source = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(source).manual_seed(0)
     for parameter in model.parameters():

@@ -36,18 +36,41 @@ def run(load: Load) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         export = Path(folder) / "export.json"
-        done = subprocess.run([*command(load), "--profile-export-file", str(export)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command(load), "--profile-export-file", str(export)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if not export.is_file():
-            raise RuntimeError(f"perf_analyzer ended with status {done.returncode}: {(done.stderr + done.stdout).strip()[-800:]}")
+            raise RuntimeError(
+                f"perf_analyzer ended with status {done.returncode}: {(done.stderr + done.stdout).strip()[-800:]}"
+            )
         experiment = json.loads(export.read_text())["experiments"][0]
     return described(*measured(experiment))
 
 
 def command(load: Load) -> list[str]:
     """The command line, as one would type it."""
-    made = ["perf_analyzer", "-m", load.model, "-u", load.url, "-i", "grpc", f"--input-data={load.input_data}"]
+    made = [
+        "perf_analyzer",
+        "-m",
+        load.model,
+        "-u",
+        load.url,
+        "-i",
+        "grpc",
+        f"--input-data={load.input_data}",
+    ]
     # it exports nothing where the throughput of its windows differs by more than this percentage
-    made += ["--measurement-interval", str(int(load.seconds * 1000)), "--max-trials", "4", "--stability-percentage", "50"]
+    made += [
+        "--measurement-interval",
+        str(int(load.seconds * 1000)),
+        "--max-trials",
+        "4",
+        "--stability-percentage",
+        "50",
+    ]
     if load.rate is None:
         made += ["--concurrency-range", str(load.sequences)]
     else:
@@ -55,7 +78,12 @@ def command(load: Load) -> list[str]:
     if load.mode != "unary":
         made.append("--streaming")
     if load.mode == "generate":
-        made += ["--request-parameter", f"max_tokens:{load.max_tokens}:int", "--request-parameter", "ignore_eos:true:bool"]
+        made += [
+            "--request-parameter",
+            f"max_tokens:{load.max_tokens}:int",
+            "--request-parameter",
+            "ignore_eos:true:bool",
+        ]
     return made
 
 

@@ -72,7 +72,14 @@ class Measured:
 class Client:
     """One live sequence at a time, from the lists of the input file in turn."""
 
-    def __init__(self, load: Load, number: int, stub: Any, sequences: list[list[dict[str, Any]]], measured: Measured) -> None:
+    def __init__(
+        self,
+        load: Load,
+        number: int,
+        stub: Any,
+        sequences: list[list[dict[str, Any]]],
+        measured: Measured,
+    ) -> None:
         self.load, self.number, self.stub, self.measured = load, number, stub, measured
         self.sequences = sequences[number % len(sequences) :] + sequences[: number % len(sequences)]
         offset = time.time() - time.perf_counter()
@@ -95,7 +102,10 @@ class Client:
         if self.load.rate is None:
             return itertools.repeat(None)
         between = self.load.sequences / self.load.rate
-        return (self.begin + (count + self.number / self.load.sequences) * between for count in itertools.count())
+        return (
+            self.begin + (count + self.number / self.load.sequences) * between
+            for count in itertools.count()
+        )
 
     def _requests(self) -> Iterator[Any]:
         for sequence in itertools.cycle(self.sequences):
@@ -104,7 +114,9 @@ class Client:
                 over = time.perf_counter() > self.until
                 if over and count == 0:
                     return
-                yield self._request(item, name, start=count == 0, end=count == len(sequence) - 1 or over)
+                yield self._request(
+                    item, name, start=count == 0, end=count == len(sequence) - 1 or over
+                )
                 if over:
                     return
 
@@ -144,7 +156,11 @@ class Client:
             if response.error_message:
                 raise ValueError(response.error_message)
             found = response.infer_response
-            yield sum(output.shape[1] for output in found.outputs if output.name in ("tokens", "next_token"))
+            yield sum(
+                output.shape[1]
+                for output in found.outputs
+                if output.name in ("tokens", "next_token")
+            )
             if found.parameters["triton_final_response"].bool_param:
                 return
 
@@ -181,7 +197,12 @@ async def drive(load: Load) -> Measured:
     measured = Measured()
     async with grpc.aio.insecure_channel(load.url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        await asyncio.gather(*(Client(load, number, stub, sequences, measured).run() for number in range(load.sequences)))
+        await asyncio.gather(
+            *(
+                Client(load, number, stub, sequences, measured).run()
+                for number in range(load.sequences)
+            )
+        )
     return measured
 
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import torch
-from inplace.instance import ModelInstance
-from inplace.requests import Request
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
 
 TOKEN, PROMPT = 5, 16
 
@@ -18,7 +18,10 @@ def median(instance: ModelInstance, rows: int, steps: int) -> float:
     times = []
     for step in range(min(steps, (capacity or steps + 1) - PROMPT)):
         ids = torch.full((1, PROMPT if step == 0 else 1), TOKEN)
-        works = [instance.admit(Request(row + 1, step == 0, False, {"input_ids": ids})) for row in range(rows)]
+        works = [
+            instance.admit(Request(row + 1, step == 0, False, {"input_ids": ids}))
+            for row in range(rows)
+        ]
         begin = time.perf_counter()
         while pending := [work for work in works if not work.finished]:
             instance.step(pending)

@@ -24,7 +24,10 @@ def run(load: Load) -> dict[str, Any]:
     """
     processes = min(load.sequences, max(1, (os.cpu_count() or 2) // 2))
     load = replace(load, begin=time.time() + READY)
-    parts = [load.sequences // processes + (number < load.sequences % processes) for number in range(processes)]
+    parts = [
+        load.sequences // processes + (number < load.sequences % processes)
+        for number in range(processes)
+    ]
     running = []
     for count in parts:
         part = replace(load, sequences=count, rate=load.rate and load.rate * count / load.sequences)
@@ -64,5 +67,6 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
         return {}
     ordered = sorted(seconds)
     return {"mean": statistics.fmean(ordered) * 1e6} | {
-        f"p{level}": ordered[math.ceil(len(ordered) * level / 100) - 1] * 1e6 for level in (50, 90, 99)
+        f"p{level}": ordered[math.ceil(len(ordered) * level / 100) - 1] * 1e6
+        for level in (50, 90, 99)
     }

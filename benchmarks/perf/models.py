@@ -3,7 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from inplace_builder.build import BuildOptions, build_decoder
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
 
 
 def built(source: Path | None, folder: Path, sequences: int) -> tuple[Path, Path]:
@@ -15,5 +16,9 @@ def built(source: Path | None, folder: Path, sequences: int) -> tuple[Path, Path
         source = Path(spec.origin).parent
     step, stream = folder / "step", folder / "stream"
     build_decoder(source, step, BuildOptions(slots=sequences, max_rows=sequences, capacity=512))
-    build_decoder(source, stream, BuildOptions(slots=sequences, max_rows=sequences, capacity=512, serve="stream"))
+    build_decoder(
+        source,
+        stream,
+        BuildOptions(slots=sequences, max_rows=sequences, capacity=512, serve="stream"),
+    )
     return step, stream

@@ -39,4 +39,6 @@ def write_nothing(folder: Path, config: str, output: str, *, decoupled: bool) ->
     """
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(config.replace('backend: "inplace"', 'backend: "python"'))
-    (folder / "1" / "model.py").write_text(SOURCE.replace("OUTPUT", output).replace("DECOUPLED", str(decoupled)))
+    (folder / "1" / "model.py").write_text(
+        SOURCE.replace("OUTPUT", output).replace("DECOUPLED", str(decoupled))
+    )

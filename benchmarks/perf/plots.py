@@ -45,14 +45,46 @@ def _times(field: str) -> dict[str, tuple[tuple[str, ...], float]]:
 
 PANELS = (
     Panel("unary", "Steps, unary", "live sequences", "latency, ms", _times("latency_us")),
-    Panel("unary", "Steps, unary", "live sequences", "requests a second", {"answered": (("requests_per_second",), 1.0)}),
-    Panel("rate", "Steps at a rate", "requests a second, asked for", "latency, ms", _times("latency_us")),
-    Panel("rate", "Steps at a rate", "requests a second, asked for", "answered a second", {"answered": (("requests_per_second",), 1.0)}),
+    Panel(
+        "unary",
+        "Steps, unary",
+        "live sequences",
+        "requests a second",
+        {"answered": (("requests_per_second",), 1.0)},
+    ),
+    Panel(
+        "rate",
+        "Steps at a rate",
+        "requests a second, asked for",
+        "latency, ms",
+        _times("latency_us"),
+    ),
+    Panel(
+        "rate",
+        "Steps at a rate",
+        "requests a second, asked for",
+        "answered a second",
+        {"answered": (("requests_per_second",), 1.0)},
+    ),
     Panel("stream", "Steps over streams", "live sequences", "latency, ms", _times("latency_us")),
-    Panel("stream", "Steps over streams", "live sequences", "requests a second", {"answered": (("requests_per_second",), 1.0)}),
+    Panel(
+        "stream",
+        "Steps over streams",
+        "live sequences",
+        "requests a second",
+        {"answered": (("requests_per_second",), 1.0)},
+    ),
     Panel("generate", "Generations", "live sequences", "first token, ms", _times("first_token_us")),
-    Panel("generate", "Generations", "live sequences", "between tokens, ms", _times("inter_token_us")),
-    Panel("generate", "Generations", "live sequences", "tokens a second", {"said": (("tokens_per_second",), 1.0)}),
+    Panel(
+        "generate", "Generations", "live sequences", "between tokens, ms", _times("inter_token_us")
+    ),
+    Panel(
+        "generate",
+        "Generations",
+        "live sequences",
+        "tokens a second",
+        {"said": (("tokens_per_second",), 1.0)},
+    ),
 )
 
 
@@ -64,7 +96,9 @@ def value(level: Level, where: tuple[str, ...]) -> float | None:
     return found if isinstance(found, int | float) else None
 
 
-def points(levels: Sequence[Level], tool: str, where: tuple[str, ...], divisor: float) -> list[tuple[float, float]]:
+def points(
+    levels: Sequence[Level], tool: str, where: tuple[str, ...], divisor: float
+) -> list[tuple[float, float]]:
     """A line: the levels of one tool in rising order."""
     found = [(level["level"], value(level, where)) for level in levels if level["tool"] == tool]
     return sorted((at, seen / divisor) for at, seen in found if seen is not None)
@@ -75,7 +109,9 @@ def draw_panel(axes: Axes, panel: Panel, levels: Sequence[Level]) -> None:
     for (label, (where, divisor)), colour in zip(panel.lines.items(), COLOURS, strict=False):
         for tool, style in STYLES.items():
             if line := points(levels, tool, where, divisor):
-                axes.plot(*zip(*line, strict=True), "o" + style, color=colour, label=f"{label}, {tool}")
+                axes.plot(
+                    *zip(*line, strict=True), "o" + style, color=colour, label=f"{label}, {tool}"
+                )
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.across)
     axes.set_ylabel(panel.up)
@@ -97,7 +133,9 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
         if not levels:
             continue
         panels = [panel for panel in PANELS if panel.mode == mode]
-        figure, grid = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+        figure, grid = plt.subplots(
+            1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False
+        )
         for axes, panel in zip(grid[0], panels, strict=True):
             draw_panel(axes, panel, levels)
         model, machine = levels[0]["model"], document["machine"]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from google.protobuf import text_format
-from inplace.manifest import Manifest
-from inplace_builder.model_config import Language, model_config
-from inplace_builder.server import Ports, TritonServer
+from inplace.schema.served import Manifest
+from inplace_builder.served.model_config import Language, model_config
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from tritonclient.grpc import model_config_pb2 as pb
 
 from benchmarks.perf.nothing import write_nothing
@@ -18,7 +18,9 @@ Serve = Literal["step", "stream"]
 
 
 @contextmanager
-def served(model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1, nothing: bool = False) -> Iterator[TritonServer]:
+def served(
+    model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1, nothing: bool = False
+) -> Iterator[TritonServer]:
     """Serve it under the name of its manifest.
 
     Args:
@@ -31,7 +33,13 @@ def served(model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1,
     config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
     if config.model_transaction_policy.decoupled != (serve == "stream"):
         language = Language() if serve == "stream" else None
-        config = model_config(manifest, serve=serve, idle_timeout=600.0, queue_delay_microseconds=500, language=language).proto()
+        config = model_config(
+            manifest,
+            serve=serve,
+            idle_timeout=600.0,
+            queue_delay_microseconds=500,
+            language=language,
+        ).proto()
     config.instance_group[0].count = instances
     text = text_format.MessageToString(config)
     with tempfile.TemporaryDirectory() as scratch:

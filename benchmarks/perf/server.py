@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from tritonclient.grpc import InferenceServerClient
 
 FLUSH = 1.2
@@ -40,7 +40,9 @@ class Counters:
         time.sleep(FLUSH)
         with InferenceServerClient(server.grpc_url) as client:
             found = client.get_inference_statistics(model).model_stats[0]
-        with urllib.request.urlopen(f"http://{server.host}:{server.ports.metrics}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(
+            f"http://{server.host}:{server.ports.metrics}/metrics", timeout=10
+        ) as page:
             metrics = page.read().decode()
         times = found.inference_stats
         return cls(
@@ -55,7 +57,9 @@ class Counters:
         )
 
     def __sub__(self, other: "Counters") -> "Counters":
-        return Counters(*(getattr(self, name) - getattr(other, name) for name in Counters.__dataclass_fields__))
+        return Counters(
+            *(getattr(self, name) - getattr(other, name) for name in Counters.__dataclass_fields__)
+        )
 
     def breakdown(self, seconds: float, instances: int = 1) -> dict[str, float]:
         """What these counters, counted over so many seconds of wall clock, say of a request.
@@ -95,12 +99,25 @@ class Counters:
 
 def _metric(page: str, name: str, model: str) -> float:
     """A metric of one model, of all its instances."""
-    found = re.findall(rf'^{name}{{[^}}]*model="{re.escape(model)}"[^}}]*}} (\S+)$', page, re.MULTILINE)
+    found = re.findall(
+        rf'^{name}{{[^}}]*model="{re.escape(model)}"[^}}]*}} (\S+)$', page, re.MULTILINE
+    )
     return sum(map(float, found))
 
 
 def engine_steps(folder: Path, rows: list[int], steps: int = 300) -> list[float]:
     """Microseconds of steps of so many rows in the engine alone, the median of each; in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.perf.engine", str(folder), ",".join(map(str, rows)), str(steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.perf.engine",
+        str(folder),
+        ",".join(map(str, rows)),
+        str(steps),
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [float(line.removeprefix("median ")) for line in said.splitlines() if line.startswith("median ")]
+    return [
+        float(line.removeprefix("median "))
+        for line in said.splitlines()
+        if line.startswith("median ")
+    ]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from driving import prompt
-from inplace.batcher import _counts, follow, form
-from inplace.engines.tensorrt.sizes import Size, decode_sizes, fitting, mixed_sizes
-from inplace.instance import ModelInstance
-from inplace.manifest import Program
-from inplace.requests import Request
-from inplace.specs import Role, TensorSpec
+from inplace.engines.tensorrt.contexts import Size, decode_sizes, fitting, mixed_sizes
+from inplace.runtime.batcher import _counts, follow, form
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, TensorSpec
 from models import SLOTS, Repository, open_instance
 from pydantic import ValidationError
 
@@ -16,7 +16,14 @@ from pydantic import ValidationError
 def program(max_rows: int, chunk: int, max_tokens: int | None = None) -> Program:
     ids = TensorSpec(name="ids", role=Role.TOKENS, dtype="int64", shape=(-1,))  # type: ignore[arg-type]
     return Program(
-        name="step", row_layout="packed", inputs=(ids,), outputs=(), aliases=(), max_rows=max_rows, chunk=chunk, max_tokens=max_tokens
+        name="step",
+        row_layout="packed",
+        inputs=(ids,),
+        outputs=(),
+        aliases=(),
+        max_rows=max_rows,
+        chunk=chunk,
+        max_tokens=max_tokens,
     )
 
 
@@ -30,7 +37,9 @@ def program(max_rows: int, chunk: int, max_tokens: int | None = None) -> Program
         ([100], 8, 4, [4]),
     ],
 )
-def test_every_row_advances_and_the_budget_holds(waiting: list[int], chunk: int, budget: int, counts: list[int]) -> None:
+def test_every_row_advances_and_the_budget_holds(
+    waiting: list[int], chunk: int, budget: int, counts: list[int]
+) -> None:
     assert _counts(waiting, chunk, budget) == counts
     assert sum(counts) <= budget
 
@@ -43,7 +52,8 @@ def test_the_budget_is_rows_times_chunk_unless_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_rows", "chunk", "max_tokens"), [(1, 1, None), (1, 512, None), (3, 8, 9), (8, 128, 512), (64, 1, None), (64, 512, 512)]
+    ("max_rows", "chunk", "max_tokens"),
+    [(1, 1, None), (1, 512, None), (3, 8, 9), (8, 128, 512), (64, 1, None), (64, 512, 512)],
 )
 def test_every_step_fits_a_captured_size(max_rows: int, chunk: int, max_tokens: int | None) -> None:
     made = program(max_rows, chunk, max_tokens)
@@ -68,9 +78,22 @@ def test_a_step_beyond_the_largest_fits_nothing() -> None:
 
 def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repository) -> None:
     instance: ModelInstance = open_instance(repository.path / "llama")
-    chances = [{}, {"temperature": 0.7, "seed": 5}, {"temperature": 1.1, "top_k": 3, "top_p": 0.9, "seed": 2**40}, {}][:SLOTS]
+    chances = [
+        {},
+        {"temperature": 0.7, "seed": 5},
+        {"temperature": 1.1, "top_k": 3, "top_p": 0.9, "seed": 2**40},
+        {},
+    ][:SLOTS]
     works = [
-        instance.admit(Request(f"s{row}", True, False, {"input_ids": torch.tensor([prompt(row, 1 + row)])}, parameters=chance))
+        instance.admit(
+            Request(
+                f"s{row}",
+                True,
+                False,
+                {"input_ids": torch.tensor([prompt(row, 1 + row)])},
+                parameters=chance,
+            )
+        )
         for row, chance in enumerate(chances)
     ]
     while pending := [work for work in works if not work.finished]:
@@ -84,7 +107,11 @@ def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repositor
             work.sequence.length += 1
             work.feed(token)
         wanted = form(instance.program, works)
-        assert (batch.rows, batch.counts, list(batch.inputs)) == (wanted.rows, wanted.counts, list(wanted.inputs))
+        assert (batch.rows, batch.counts, list(batch.inputs)) == (
+            wanted.rows,
+            wanted.counts,
+            list(wanted.inputs),
+        )
         for name, tensor in wanted.inputs.items():
             assert batch.inputs[name].dtype == tensor.dtype, name
             assert torch.equal(batch.inputs[name], tensor), name

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from inplace.dtypes import Dtype
 from inplace.engines.tensorrt.block import Block
-from inplace.engines.tensorrt.sizes import Size
-from inplace.manifest import Program
-from inplace.specs import Role, TensorSpec
+from inplace.engines.tensorrt.contexts import Size
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, TensorSpec
 from torch import Tensor
 
 CONTROLS = {
@@ -18,8 +18,13 @@ PACKED = Program(
     name="step",
     row_layout="packed",
     inputs=(
-        TensorSpec(name="ids", role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=9),
-        *(TensorSpec(name=name, role=role, dtype=dtype) for name, (role, dtype) in CONTROLS.items()),
+        TensorSpec(
+            name="ids", role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=9
+        ),
+        *(
+            TensorSpec(name=name, role=role, dtype=dtype)
+            for name, (role, dtype) in CONTROLS.items()
+        ),
         TensorSpec(name="half", role=Role.ROW, dtype=Dtype.BFLOAT16, shape=(2,)),
     ),
     outputs=(),
@@ -29,7 +34,9 @@ PACKED = Program(
 )
 
 
-def step(ids: list[int], offsets: list[int], slots: list[int], indices: list[int]) -> dict[str, Tensor]:
+def step(
+    ids: list[int], offsets: list[int], slots: list[int], indices: list[int]
+) -> dict[str, Tensor]:
     return {
         "ids": torch.tensor(ids),
         "row_offsets": torch.tensor(offsets, dtype=torch.int32),
@@ -56,7 +63,9 @@ def test_a_decode_step_is_padded_with_null_rows_of_one_token_each(before: bool) 
     }
 
 
-def test_what_a_step_has_from_the_one_before_need_not_be_written_again_and_what_came_between_is() -> None:
+def test_what_a_step_has_from_the_one_before_need_not_be_written_again_and_what_came_between_is() -> (
+    None
+):
     block = Block(PACKED, Size(4, 4), torch.device("cpu"))
     first = step([3, 4], [0, 1, 2], [5, 1], [7, 0])
 

@@ -27,29 +27,68 @@ def error(text: str, status: str | None = None) -> InferenceServerException:
 @pytest.mark.parametrize("code", list(Code))
 @pytest.mark.parametrize("retryable", [False, True])
 @pytest.mark.parametrize("request_id", ["r 1: x", ""])
-def test_the_backends_text_is_read_back_as_it_was_written(code: Code, retryable: bool, request_id: str) -> None:
-    text = RequestError(code, "what: why\nand more", retryable=retryable).wire("a sequence", request_id)
+def test_the_backends_text_is_read_back_as_it_was_written(
+    code: Code, retryable: bool, request_id: str
+) -> None:
+    text = RequestError(code, "what: why\nand more", retryable=retryable).wire(
+        "a sequence", request_id
+    )
     for wire in (text, f"[request id: 7] {text}"):  # Triton may put words before it
         found = parsed(error(wire), "a sequence", request_id)
-        expected = {Code.UNKNOWN_SEQUENCE: SequenceLostError, Code.SHUTDOWN: UnreachableError}.get(code, RefusedError)
+        expected = {Code.UNKNOWN_SEQUENCE: SequenceLostError, Code.SHUTDOWN: UnreachableError}.get(
+            code, RefusedError
+        )
         assert type(found) is expected
-        assert (found.code, found.retryable, found.sequence, found.request) == (code, retryable, "a sequence", request_id)
-        assert (found.message(), found.reason, found.by_backend) == (wire, "what: why\nand more", True)
+        assert (found.code, found.retryable, found.sequence, found.request) == (
+            code,
+            retryable,
+            "a sequence",
+            request_id,
+        )
+        assert (found.message(), found.reason, found.by_backend) == (
+            wire,
+            "what: why\nand more",
+            True,
+        )
 
 
 @pytest.mark.parametrize(
     ("text", "status", "kind", "code", "retryable"),
     [
-        ("failed to connect to all addresses", "UNAVAILABLE", UnreachableError, "UNAVAILABLE", True),
+        (
+            "failed to connect to all addresses",
+            "UNAVAILABLE",
+            UnreachableError,
+            "UNAVAILABLE",
+            True,
+        ),
         ("Deadline Exceeded", "DEADLINE_EXCEEDED", UnreachableError, "DEADLINE_EXCEEDED", True),
         ("Stub process 'm_0_0' is not healthy.", "INTERNAL", UnreachableError, "INTERNAL", True),
         ("Internal error from Core", "INTERNAL", UnreachableError, "INTERNAL", True),
-        ("Server is stopping, scheduler for model has stopped", None, UnreachableError, "UNAVAILABLE", True),
+        (
+            "Server is stopping, scheduler for model has stopped",
+            None,
+            UnreachableError,
+            "UNAVAILABLE",
+            True,
+        ),
         (START, "INVALID_ARGUMENT", SequenceLostError, "UNKNOWN_SEQUENCE", False),
         (START, None, SequenceLostError, "UNKNOWN_SEQUENCE", False),
-        ("unexpected shape for input 'input_ids'", "INVALID_ARGUMENT", RefusedError, "INVALID_ARGUMENT", False),
+        (
+            "unexpected shape for input 'input_ids'",
+            "INVALID_ARGUMENT",
+            RefusedError,
+            "INVALID_ARGUMENT",
+            False,
+        ),
         ("unexpected shape for input 'input_ids'", None, RefusedError, "REFUSED", False),
-        ("Request for unknown model: 'nobody' is not found", "NOT_FOUND", RefusedError, "NOT_FOUND", False),
+        (
+            "Request for unknown model: 'nobody' is not found",
+            "NOT_FOUND",
+            RefusedError,
+            "NOT_FOUND",
+            False,
+        ),
     ],
 )
 def test_other_errors_are_known_by_status_and_words(
@@ -57,14 +96,27 @@ def test_other_errors_are_known_by_status_and_words(
 ) -> None:
     found = parsed(error(text, status), 7, "r")
     assert type(found) is kind
-    assert (found.code, found.retryable, found.sequence, found.request, found.by_backend) == (code, retryable, 7, "r", False)
+    assert (found.code, found.retryable, found.sequence, found.request, found.by_backend) == (
+        code,
+        retryable,
+        7,
+        "r",
+        False,
+    )
 
 
 def test_an_error_of_another_request_of_a_stream_is_told_apart() -> None:
     ours = RequestError(Code.CAPACITY, "full").wire(7, "a1")
-    assert [concerns(error(ours), request) for request in ("a1", "a", "1", "")] == [True, False, False, False]
+    assert [concerns(error(ours), request) for request in ("a1", "a", "1", "")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
     assert concerns(error(RequestError(Code.CAPACITY, "full").wire(7, "")), "")
-    assert [concerns(error("[request id: a1] out of bounds"), request) for request in ("a1", "a")] == [True, False]
+    assert [
+        concerns(error("[request id: a1] out of bounds"), request) for request in ("a1", "a")
+    ] == [True, False]
     assert concerns(error("Socket closed", "UNAVAILABLE"), "a1")
 
 
@@ -77,20 +129,35 @@ def test_a_request_whose_id_was_cut_short_is_known_by_what_is_left_of_it() -> No
 
 
 def test_a_response_without_outputs_says_that_the_server_cancelled_it() -> None:
-    with pytest.raises(InferenceServerException, match="the server cancelled the request") as raised:
+    with pytest.raises(
+        InferenceServerException, match="the server cancelled the request"
+    ) as raised:
         outputs_of(InferResult(service_pb2.ModelInferResponse(id="a1")))
-    assert type(parsed(raised.value, 7, "a1")) is UnreachableError  # the same step is sent again, by START, key and position
+    assert (
+        type(parsed(raised.value, 7, "a1")) is UnreachableError
+    )  # the same step is sent again, by START, key and position
 
 
 def test_an_error_survives_pickling() -> None:
-    found = parsed(error("INPLACE-QUEUE_FULL retryable=1 sequence=7 request=r: full", "UNAVAILABLE"), 7, "r")
+    found = parsed(
+        error("INPLACE-QUEUE_FULL retryable=1 sequence=7 request=r: full", "UNAVAILABLE"), 7, "r"
+    )
     again = pickle.loads(pickle.dumps(found))
     assert type(again) is RefusedError
-    assert (str(again), again.code, again.retryable, again.sequence, again.request) == (str(found), "QUEUE_FULL", True, 7, "r")
+    assert (str(again), again.code, again.retryable, again.sequence, again.request) == (
+        str(found),
+        "QUEUE_FULL",
+        True,
+        7,
+        "r",
+    )
 
 
 def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> None:
-    full, bad = (parsed(error(f"INPLACE-X retryable={flag} sequence=7 request=r: x"), 7, "r") for flag in (1, 0))
+    full, bad = (
+        parsed(error(f"INPLACE-X retryable={flag} sequence=7 request=r: x"), 7, "r")
+        for flag in (1, 0)
+    )
 
     def run(failure: Exception) -> list[float]:
         """The pauses between the tries of what always fails."""
@@ -147,7 +214,9 @@ def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
         (-(2**63), -(2**63)),
     ],
 )
-def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(given: object, travels: object) -> None:
+def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(
+    given: object, travels: object
+) -> None:
     call = Call(7, True, False, {}, sent({"x": given}))
     assert repr(call.arguments("m")["parameters"]) == repr({"x": travels})
 
@@ -156,19 +225,32 @@ def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(given: 
 def test_a_parameter_of_another_type_is_a_type_error_before_anything_is_sent(given: object) -> None:
     ledger = Ledger(7, None, replay=True)
     want = Want({"input_ids": np.array([1])}, parameters={"seed": given})  # type: ignore[dict-item]
-    with pytest.raises(TypeError, match=r"parameter 'seed' is .*; expected a text, a number or a truth value"):
+    with pytest.raises(
+        TypeError, match=r"parameter 'seed' is .*; expected a text, a number or a truth value"
+    ):
         ledger.calls(want, Model(streams=True, tokens=frozenset({"input_ids"}), speaks=False))
     assert not ledger.held
 
 
-def response(tokens: list[int], text: str | None = None, reason: str = "") -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    outputs = {"tokens": np.array(tokens), "finish_reason": np.array([reason.encode()], dtype=object)}
-    return outputs if text is None else outputs | {"text_output": np.array([text.encode()], dtype=object)}
+def response(
+    tokens: list[int], text: str | None = None, reason: str = ""
+) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    outputs = {
+        "tokens": np.array(tokens),
+        "finish_reason": np.array([reason.encode()], dtype=object),
+    }
+    return (
+        outputs
+        if text is None
+        else outputs | {"text_output": np.array([text.encode()], dtype=object)}
+    )
 
 
 def asked(**inputs: object) -> Progress:
     made = {
-        name: np.array(value if name == "input_ids" else [value], dtype=None if name == "input_ids" else object)
+        name: np.array(
+            value if name == "input_ids" else [value], dtype=None if name == "input_ids" else object
+        )
         for name, value in inputs.items()
     }
     return Progress(Want(made, parameters={"max_tokens": 6, "seed": 3}))
@@ -197,7 +279,9 @@ def test_text_is_neither_lost_nor_said_twice() -> None:
         5,
     )  # not 4: it may have begun the character that 5 goes on with
     assert progress.take(response([4], "b")) == Piece([], "", "")
-    assert progress.take(response([5, 6], "\N{GRINNING FACE}")) == Piece([6], "\N{GRINNING FACE}", "")
+    assert progress.take(response([5, 6], "\N{GRINNING FACE}")) == Piece(
+        [6], "\N{GRINNING FACE}", ""
+    )
     assert progress.take(response([7, 8], "xyz", "length")) == Piece([7, 8], "xyz", "length")
     assert (progress.tokens, progress.text) == ([3, 4, 5, 6, 7, 8], "ab\N{GRINNING FACE}xyz")
 
@@ -205,7 +289,11 @@ def test_text_is_neither_lost_nor_said_twice() -> None:
 def test_a_prompt_that_ends_in_half_a_character_is_noticed_and_the_whole_is_said_again() -> None:
     progress = asked(input_ids=[1])
     progress.begin()
-    for token, text in ((3, "a"), (4, " "), (5, "\N{EURO SIGN}")):  # 4 is a space and the first byte of the sign
+    for token, text in (
+        (3, "a"),
+        (4, " "),
+        (5, "\N{EURO SIGN}"),
+    ):  # 4 is a space and the first byte of the sign
         progress.take(response([token], text))
     assert progress.begin()[1].part == [1, 3, 4]
     with pytest.raises(RefusedError) as differs:
@@ -223,7 +311,9 @@ def test_where_stop_texts_may_be_held_back_all_is_said_again_and_compared() -> N
     assert progress.begin() == ([], progress.asked)
     assert progress.take(response([3, 4, 5], "abcd")).text == "d"
     progress.begin()
-    with pytest.raises(RefusedError, match=r"the replay says \[9\] where \[3\] was said") as refused:
+    with pytest.raises(
+        RefusedError, match=r"the replay says \[9\] where \[3\] was said"
+    ) as refused:
         progress.take(response([9], "z"))
     assert (refused.value.code, refused.value.retryable) == ("REPLAY", False)
 

@@ -6,14 +6,21 @@ import pytest
 import torch
 from driving import prompt
 from inplace.errors import Code
-from inplace.requests import Request
+from inplace.runtime.requests import Request
 from models import SLOTS, Repository, greedy
 from streaming import FREE, Deaf, Heard, OpenStreams, Streams, slowed
 
 
 def fetch(driver: Streams, sequence: str, **parameters: str) -> Heard:
     return driver.send(
-        Request(sequence, False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "r", {"fetch": True, **parameters})
+        Request(
+            sequence,
+            False,
+            False,
+            {"input_ids": torch.zeros(1, 0, dtype=torch.int64)},
+            "r",
+            {"fetch": True, **parameters},
+        )
     )
 
 
@@ -32,9 +39,13 @@ def all_of(driver: Streams, sequence: str, first: Heard) -> tuple[list[int], str
         heard = fetch(driver, sequence)
 
 
-def test_what_is_fetched_is_what_would_have_been_sent(streams: OpenStreams, repository: Repository) -> None:
+def test_what_is_fetched_is_what_would_have_been_sent(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams()
-    prompts = {f"s{number}": prompt(number, 5 + number) for number in range(2 * SLOTS)}  # half of them wait for a slot
+    prompts = {
+        f"s{number}": prompt(number, 5 + number) for number in range(2 * SLOTS)
+    }  # half of them wait for a slot
     found: dict[str, tuple[list[int], str]] = {}
 
     def one(name: str) -> None:
@@ -46,20 +57,29 @@ def test_what_is_fetched_is_what_would_have_been_sent(streams: OpenStreams, repo
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found == {name: (greedy(repository.llama, ids, 12), "length") for name, ids in prompts.items()}
+    assert found == {
+        name: (greedy(repository.llama, ids, 12), "length") for name, ids in prompts.items()
+    }
     assert driver.free() == SLOTS
 
 
-def test_what_nobody_fetched_yet_is_kept_until_the_next_request(streams: OpenStreams, repository: Repository) -> None:
+def test_what_nobody_fetched_yet_is_kept_until_the_next_request(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(1, 8)
     first = driver.generate("a", ids, 6, fetch=True).wait()
     while driver.driver.instance.table.find("a").busy:
         pass
-    rest, reason = all_of(driver, "a", fetch(driver, "a"))  # several, where the last token is still on its way to the mailbox
+    rest, reason = all_of(
+        driver, "a", fetch(driver, "a")
+    )  # several, where the last token is still on its way to the mailbox
     assert first.tokens + rest == greedy(repository.llama, ids, 6)
     assert reason == "length"
     fetch(driver, "a").refused(Code.UNKNOWN_SEQUENCE, "nothing that could be fetched")
-    assert driver.ask("a", [3]).next_token == greedy(repository.llama, [*ids, *greedy(repository.llama, ids, 6), 3], 1)[0]
+    assert (
+        driver.ask("a", [3]).next_token
+        == greedy(repository.llama, [*ids, *greedy(repository.llama, ids, 6), 3], 1)[0]
+    )
 
 
 def test_an_end_says_so_to_who_is_fetching(streams: OpenStreams) -> None:
@@ -100,7 +120,10 @@ def test_an_engine_that_fails_is_heard_of_by_who_fetches(streams: OpenStreams) -
         waiting.wait()
         if waiting.error is None:  # it was said before the step that failed
             waiting = fetch(driver, "a").wait()
-    assert waiting.error is not None and waiting.error.code in (Code.ENGINE_FAILED, Code.UNKNOWN_SEQUENCE)
+    assert waiting.error is not None and waiting.error.code in (
+        Code.ENGINE_FAILED,
+        Code.UNKNOWN_SEQUENCE,
+    )
 
 
 @pytest.mark.parametrize(("start", "end"), [(True, False), (False, True), (True, True)])
@@ -112,12 +135,21 @@ def test_what_fetches_neither_starts_nor_ends(streams: OpenStreams, start: bool,
     assert driver.free() == SLOTS
 
 
-def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_goes_on(streams: OpenStreams, repository: Repository) -> None:
+def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_goes_on(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(1, 8)
     with slowed(driver, 0.05):
         first = driver.generate("a", ids, 12, fetch=True).wait()
         lost = Deaf(last=False)
-        request = Request("a", False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "r", {"fetch": True})
+        request = Request(
+            "a",
+            False,
+            False,
+            {"input_ids": torch.zeros(1, 0, dtype=torch.int64)},
+            "r",
+            {"fetch": True},
+        )
         driver.driver.submit([(request, {}, lost)])
         lost.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError")
         rest, reason = all_of(driver, "a", fetch(driver, "a"))

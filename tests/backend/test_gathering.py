@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 from driving import prompt
-from inplace.drivers import runner
+from inplace.drivers import engine_loop as runner
 from inplace.drivers.reply import Outputs
-from inplace.requests import Request
+from inplace.runtime.requests import Request
 from models import SLOTS, Repository, greedy
 from streaming import OUTPUTS, Heard, OpenStreams, Streams, until
 
@@ -37,21 +37,27 @@ def answering(streams: OpenStreams, let_go: threading.Event) -> Streams:
     """A driver that has computed a step of every slot, whose answers cannot be sent yet."""
     driver = streams()
     driver.driver.submit(
-        (Request(f"s{slot}", True, False, {"input_ids": torch.tensor([ids])}), {}, Slow(let_go)) for slot, ids in enumerate(IDS)
+        (Request(f"s{slot}", True, False, {"input_ids": torch.tensor([ids])}), {}, Slow(let_go))
+        for slot, ids in enumerate(IDS)
     )
     until(lambda: driver.driver._senders.behind)
     return driver
 
 
 def test_steps_that_come_while_answers_are_being_sent_share_one(
-    answering: Streams, repository: Repository, let_go: threading.Event, monkeypatch: pytest.MonkeyPatch
+    answering: Streams,
+    repository: Repository,
+    let_go: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runner, "MOST_GATHERING", 60.0)
     said = [answering.ask(f"s{slot}", [3]) for slot in range(SLOTS - 1)]
     time.sleep(0.1)
     assert len(answering.engine.slots) == 1
     let_go.set()
-    assert [heard.next_token for heard in said] == [greedy(repository.llama, [*IDS[slot], 3], 1)[0] for slot in range(SLOTS - 1)]
+    assert [heard.next_token for heard in said] == [
+        greedy(repository.llama, [*IDS[slot], 3], 1)[0] for slot in range(SLOTS - 1)
+    ]
     assert [len(rows) for rows in answering.engine.slots] == [SLOTS, SLOTS - 1]
 
 
@@ -74,7 +80,10 @@ def test_nobody_waits_for_long(answering: Streams, let_go: threading.Event) -> N
 
 
 def test_generations_wait_for_no_step(
-    answering: Streams, repository: Repository, let_go: threading.Event, monkeypatch: pytest.MonkeyPatch
+    answering: Streams,
+    repository: Repository,
+    let_go: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runner, "MOST_GATHERING", 60.0)
     answering.ask("s0", [3])

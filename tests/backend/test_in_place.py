@@ -7,9 +7,10 @@ import psutil
 import pytest
 import torch
 from inplace.drivers.step import StepDriver
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace_builder.build import BuildOptions, build_decoder
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
 from models import VOCABULARY, Repository, open_instance
 from torch import Tensor
 
@@ -22,7 +23,11 @@ WARM = 200
 def deep(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with room for a long decode."""
     path = tmp_path_factory.mktemp("deep") / "deep"
-    build_decoder(repository.llama_folder, path, BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=8))
+    build_decoder(
+        repository.llama_folder,
+        path,
+        BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=8),
+    )
     return path
 
 
@@ -45,7 +50,9 @@ def ask(ids: list[int], *, start: bool = False) -> Request:
     return Request(1, start, False, {"input_ids": torch.tensor([ids])}, parameters={"logits": True})
 
 
-def test_every_step_writes_its_own_rows_and_no_other_bit(deep: Path, repository: Repository) -> None:
+def test_every_step_writes_its_own_rows_and_no_other_bit(
+    deep: Path, repository: Repository
+) -> None:
     """Values (transformers' own logits over the whole text), identity (addresses) and memory (bits, resident bytes)."""
     instance = poisoned(deep)
     driver = StepDriver(instance)
@@ -67,7 +74,9 @@ def test_every_step_writes_its_own_rows_and_no_other_bit(deep: Path, repository:
                 before = shadow[spec.name][slot].narrow(spec.axis, start, len(fed))
                 assert not torch.equal(appended, before)  # the step did write
                 before.copy_(appended)
-                assert torch.equal(now, shadow[spec.name]), f"step {step} wrote {spec.name} outside its rows"
+                assert torch.equal(now, shadow[spec.name]), (
+                    f"step {step} wrote {spec.name} outside its rows"
+                )
             if step in (0, WARM, STEPS - 1):
                 assert torch.isfinite(answer["logits"]).all()
                 with torch.no_grad():
@@ -95,7 +104,12 @@ def test_rows_in_other_slots_are_not_seen_and_not_touched(deep: Path) -> None:
         for step in range(30):
             ids = torch.randint(0, VOCABULARY, (1 + step % 11,), generator=generator).tolist()
             found = drivers[0].run([ask(ids, start=step == 0)])[0]
-            others = [Request(n, step == 0, False, {"input_ids": torch.tensor([[n] * (1 + (step + n) % 5)])}) for n in (2, 3, 4)]
+            others = [
+                Request(
+                    n, step == 0, False, {"input_ids": torch.tensor([[n] * (1 + (step + n) % 5)])}
+                )
+                for n in (2, 3, 4)
+            ]
             answers = drivers[1].run([ask(ids, start=step == 0), *others])
             beside = answers[0]
             assert isinstance(found, dict)
@@ -104,9 +118,16 @@ def test_rows_in_other_slots_are_not_seen_and_not_touched(deep: Path) -> None:
         slot, length = alone.table.find(1).slot, alone.table.find(1).length
         for spec in alone.manifest.states:
             one, many = alone.arena.tensors[spec.name], crowded.arena.tensors[spec.name]
-            assert one.isnan().all(dim=(1, 2, 3)).tolist() == [other != slot for other in range(SLOTS)]
+            assert one.isnan().all(dim=(1, 2, 3)).tolist() == [
+                other != slot for other in range(SLOTS)
+            ]
             assert one[slot, :, length:].isnan().all()
-            torch.testing.assert_close(many[crowded.table.find(1).slot, :, :length], one[slot, :, :length], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                many[crowded.table.find(1).slot, :, :length],
+                one[slot, :, :length],
+                rtol=1e-3,
+                atol=1e-3,
+            )
     finally:
         for driver in drivers:
             driver.close()

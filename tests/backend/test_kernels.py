@@ -35,8 +35,18 @@ def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], says:
     [
         (AttentionSpec(4, 2, 64, 64, 0.125), 64, "key", "append needs key and value"),
         (AttentionSpec(4, 2, 64, 64, 0.125, append=False), 64, "", "without append there are none"),
-        (AttentionSpec(4, 2, 64, 64, 0.125, rotary=64), 64, "", "cos and sin must be given exactly when rotary is not 0; rotary is 64"),
-        (AttentionSpec(4, 2, 64, 64, 0.125), 4096, "", "3 rows over a capacity of 4096 need a workspace of 99840 bytes"),
+        (
+            AttentionSpec(4, 2, 64, 64, 0.125, rotary=64),
+            64,
+            "",
+            "cos and sin must be given exactly when rotary is not 0; rotary is 64",
+        ),
+        (
+            AttentionSpec(4, 2, 64, 64, 0.125),
+            4096,
+            "",
+            "3 rows over a capacity of 4096 need a workspace of 99840 bytes",
+        ),
     ],
 )
 def test_arguments_that_contradict_the_spec_are_refused_before_a_launch(
@@ -79,4 +89,13 @@ def test_a_workspace_is_enough_for_every_smaller_step() -> None:
 def test_entries_that_do_not_divide_over_rows_are_refused() -> None:
     memory, control = Pointer(4096, torch_bool), Pointer(4096, int32)
     with pytest.raises(ValueError, match="7 entries do not divide over 2 rows"):
-        update(UpdateSpec(1, 8, 1), state=memory, slots=control, value=memory, row_offsets=None, write_indices=control, rows=2, units=7)
+        update(
+            UpdateSpec(1, 8, 1),
+            state=memory,
+            slots=control,
+            value=memory,
+            row_offsets=None,
+            write_indices=control,
+            rows=2,
+            units=7,
+        )

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.arena import Arena, available
-from inplace.dtypes import Dtype
 from inplace.engines import load_engine
+from inplace.engines.arena import Arena, available
 from inplace.errors import LoadError
-from inplace.manifest import FILE_NAME, Manifest
-from inplace.specs import StateSpec, Update
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import FILE_NAME, Manifest
+from inplace.schema.specs import StateSpec, Update
 from models import SLOTS, Repository, open_instance
 
 ENGINE = "engine.pt2"
@@ -60,7 +60,10 @@ def test_a_truncated_engine_file_is_named_with_both_sizes(model: Path, keep: int
     path = model / "1" / ENGINE
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
-    assert f"has {len(whole[:keep]):,} bytes, the manifest says {len(whole):,}: it is truncated or replaced" in refusal(model)
+    assert (
+        f"has {len(whole[:keep]):,} bytes, the manifest says {len(whole):,}: it is truncated or replaced"
+        in refusal(model)
+    )
 
 
 @pytest.mark.parametrize("where", [0.0, 0.5, 0.999])
@@ -78,7 +81,12 @@ def test_one_changed_byte_is_found_by_the_checksum(model: Path, where: float) ->
 def test_a_file_that_is_no_program_is_refused_though_its_checksum_is_right(model: Path) -> None:
     content = b"no archive at all"
     (model / "1" / ENGINE).write_bytes(content)
-    edit(model, lambda fields: fields["engine"].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    edit(
+        model,
+        lambda fields: fields["engine"].update(
+            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+        ),
+    )
     assert "cannot be read as a torch.export program" in refusal(model)
 
 
@@ -90,18 +98,29 @@ def test_an_alias_the_manifest_does_not_declare_is_named(model: Path, index: int
     assert says in refusal(model)
 
 
-def test_an_alias_of_a_state_the_graph_does_not_write_is_named(repository: Repository, tmp_path: Path) -> None:
+def test_an_alias_of_a_state_the_graph_does_not_write_is_named(
+    repository: Repository, tmp_path: Path
+) -> None:
     """Two engines of one signature; only one of them writes `count`."""
     model = shutil.copytree(repository.path / "accumulator", tmp_path / "accumulator")
     path = model / "1" / ENGINE
     exported = torch.export.load(path)
     graph = exported.graph
-    idle = [node for node in graph.nodes if node.target is torch.ops.inplace.update.default and node.args[0].name == "count"]
+    idle = [
+        node
+        for node in graph.nodes
+        if node.target is torch.ops.inplace.update.default and node.args[0].name == "count"
+    ]
     assert len(idle) == 1
     graph.erase_node(idle[0])
     torch.export.save(exported, path)
     content = path.read_bytes()
-    edit(model, lambda fields: fields["engine"].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    edit(
+        model,
+        lambda fields: fields["engine"].update(
+            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+        ),
+    )
     assert "the aliases the manifest declares differ in ['count']" in refusal(model)
 
 
@@ -131,11 +150,17 @@ def add_state(fields: dict[str, Any]) -> None:
     fields["states"].append({"name": "more", "shape": [1], "dtype": "float32", "update": "replace"})
 
 
-@pytest.mark.parametrize("change", [rename_input, swap_inputs, drop_input, add_input, swap_states, add_state])
-def test_inputs_other_than_the_graphs_are_listed(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+@pytest.mark.parametrize(
+    "change", [rename_input, swap_inputs, drop_input, add_input, swap_states, add_state]
+)
+def test_inputs_other_than_the_graphs_are_listed(
+    model: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
     def names() -> list[str]:
         manifest = Manifest.load(model / "1")
-        return [spec.name for spec in manifest.program("step").inputs] + [state.name for state in manifest.states]
+        return [spec.name for spec in manifest.program("step").inputs] + [
+            state.name for state in manifest.states
+        ]
 
     found = names()
     edit(model, change)
@@ -144,7 +169,12 @@ def test_inputs_other_than_the_graphs_are_listed(model: Path, change: Callable[[
 
 
 def test_outputs_other_than_the_graphs_are_refused(model: Path) -> None:
-    edit(model, lambda fields: fields["programs"][0]["outputs"].append({"name": "more", "role": "row", "dtype": "float32"}))
+    edit(
+        model,
+        lambda fields: fields["programs"][0]["outputs"].append(
+            {"name": "more", "role": "row", "dtype": "float32"}
+        ),
+    )
     assert "returns" in refusal(model)
 
 
@@ -157,7 +187,10 @@ def test_a_program_that_samples_what_it_does_not_return_is_damaged(model: Path) 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_an_engine_for_a_gpu_is_refused_where_there_is_none(model: Path) -> None:
     edit(model, lambda fields: fields["engine"].update(device="cuda"))
-    assert "was built for a GPU and this machine has none that PyTorch can use; build with --device cpu" in refusal(model)
+    assert (
+        "was built for a GPU and this machine has none that PyTorch can use; build with --device cpu"
+        in refusal(model)
+    )
 
 
 def test_an_engine_without_a_step_is_refused(model: Path) -> None:
@@ -169,7 +202,15 @@ def test_an_engine_without_a_step_is_refused(model: Path) -> None:
 
 # --- the arena ---
 
-CACHE = StateSpec(name="cache", shape=(2, 8), dtype=Dtype.FLOAT32, update=Update.APPEND, axis=1, fill=-1.0, reset=False)
+CACHE = StateSpec(
+    name="cache",
+    shape=(2, 8),
+    dtype=Dtype.FLOAT32,
+    update=Update.APPEND,
+    axis=1,
+    fill=-1.0,
+    reset=False,
+)
 CELL = StateSpec(name="cell", shape=(3,), dtype=Dtype.INT32, update=Update.REPLACE, fill=7)
 
 
@@ -177,12 +218,17 @@ def test_an_arena_too_large_for_memory_is_a_load_error_with_its_bytes() -> None:
     slots = 1 << 50
     with pytest.raises(LoadError) as error:
         Arena((CELL, CACHE), slots, torch.device("cpu"))
-    assert f"the arena of {slots} slots needs {slots * (12 + 64):,} bytes of cpu memory, which could not be allocated (" in str(error.value)
+    assert (
+        f"the arena of {slots} slots needs {slots * (12 + 64):,} bytes of cpu memory, which could not be allocated ("
+        in str(error.value)
+    )
     assert str(error.value).endswith("): build with fewer slots or a smaller capacity")
     assert "\n" not in str(error.value)
 
 
-def test_memory_is_what_the_machine_and_every_control_group_around_the_process_leave(tmp_path: Path) -> None:
+def test_memory_is_what_the_machine_and_every_control_group_around_the_process_leave(
+    tmp_path: Path,
+) -> None:
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     inner = groups / "pod" / "server"
     for folder in (proc / "self", inner):
@@ -192,10 +238,16 @@ def test_memory_is_what_the_machine_and_every_control_group_around_the_process_l
     (proc / "self" / "cgroup").write_text("0::/pod/server\n")
     assert available(proc, groups) == 50 * 1024  # no limit is known
     for folder, most in ((inner, "max"), (inner.parent, "40000")):
-        for name, text in (("memory.max", most), ("memory.current", "30000"), ("memory.stat", "anon 10\ninactive_file 6000")):
+        for name, text in (
+            ("memory.max", most),
+            ("memory.current", "30000"),
+            ("memory.stat", "anon 10\ninactive_file 6000"),
+        ):
             (folder / name).write_text(text + "\n")
     assert available(proc, groups) == 40000 - 30000 + 6000
-    (proc / "self" / "cgroup").write_text("0::/\n")  # as a container sees itself: its own group is the root
+    (proc / "self" / "cgroup").write_text(
+        "0::/\n"
+    )  # as a container sees itself: its own group is the root
     for name in ("memory.max", "memory.current", "memory.stat"):
         (inner.parent / name).rename(groups / name)
     assert available(proc, groups) == 16000

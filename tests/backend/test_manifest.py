@@ -8,23 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.artifacts import EngineFile
-from inplace.direct.manifest import DirectManifest
-from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import FILE_NAME, Alias, Lowering, Manifest, Program
-from inplace.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.artifacts import EngineFile
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import FILE_NAME, Alias, Lowering, Manifest, Program
+from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.standalone import DirectManifest
 from pydantic import ValidationError
 
-CACHE = StateSpec(name="cache", shape=(2, 16, 4), dtype=Dtype.BFLOAT16, update=Update.APPEND, axis=1, reset=False)
+CACHE = StateSpec(
+    name="cache", shape=(2, 16, 4), dtype=Dtype.BFLOAT16, update=Update.APPEND, axis=1, reset=False
+)
 CELL = StateSpec(name="cell", shape=(3,), dtype=Dtype.FLOAT32, update=Update.REPLACE, fill=-1.5)
 WINDOW = StateSpec(name="window", shape=(5,), dtype=Dtype.INT32, update=Update.RING, axis=0)
 
-TOKENS = TensorSpec(name="ids", role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=99)
+TOKENS = TensorSpec(
+    name="ids", role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=99
+)
 SCALE = TensorSpec(name="scale", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(3,))
 SLOTS = TensorSpec(name="slots", role=Role.SLOTS, dtype=Dtype.INT32)
 TOKEN = TensorSpec(name="token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), argmax_of="logits")
-LOGITS = TensorSpec(name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(100,), on_request=True)
+LOGITS = TensorSpec(
+    name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(100,), on_request=True
+)
 
 STEP = Program(
     name="step",
@@ -43,7 +49,9 @@ MANIFEST = Manifest(
     states=(CACHE, CELL, WINDOW),
     programs=(STEP,),
     lowering=(Lowering(state="cache", kind="operator", because="it can"),),
-    engine=EngineFile(kind="torch", file="engine.pt2", bytes=12, sha256="00", device="cpu", dtype=Dtype.BFLOAT16),
+    engine=EngineFile(
+        kind="torch", file="engine.pt2", bytes=12, sha256="00", device="cpu", dtype=Dtype.BFLOAT16
+    ),
     verified="executed",
     built_with={"torch": "2"},
 )
@@ -78,7 +86,7 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
         Manifest.load(tmp_path / "nowhere")
     path = tmp_path / "nowhere" / FILE_NAME
     expected = f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`, or from Python with "
-    assert str(error.value) == expected + "`inplace_builder.api.build`"
+    assert str(error.value) == expected + "`inplace_builder.served.build`"
 
 
 @pytest.mark.parametrize(
@@ -86,11 +94,16 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
     [
         ("engine.json", "is an engine for a server; load it with `inplace serve`"),
         ("1/engine.json", "is an engine for a server"),
-        ("direct.json", "is an engine that is called without a server; load it with `inplace.load`"),
+        (
+            "direct.json",
+            "is an engine that is called without a server; load it with `inplace.load`",
+        ),
         ("front.json", "is the front of a stream model"),
     ],
 )
-def test_a_folder_that_holds_something_else_says_what_it_is(tmp_path: Path, held: str, said: str) -> None:
+def test_a_folder_that_holds_something_else_says_what_it_is(
+    tmp_path: Path, held: str, said: str
+) -> None:
     (tmp_path / held).parent.mkdir(exist_ok=True)
     (tmp_path / held).touch()
     record = DirectManifest if "engine" in held else Manifest
@@ -110,9 +123,15 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [0, 2, 17])
 def test_another_version_names_both_versions(tmp_path: Path, version: int) -> None:
-    fields = json.loads(MANIFEST.model_dump_json()) | {"manifest_version": version, "field_of_the_future": 1}
+    fields = json.loads(MANIFEST.model_dump_json()) | {
+        "manifest_version": version,
+        "field_of_the_future": 1,
+    }
     (tmp_path / FILE_NAME).write_text(json.dumps(fields))
-    with pytest.raises(LoadError, match=f"has manifest version {version}, this runtime reads version 1: build the engine again"):
+    with pytest.raises(
+        LoadError,
+        match=f"has manifest version {version}, this runtime reads version 1: build the engine again",
+    ):
         Manifest.load(tmp_path)
 
 
@@ -124,7 +143,10 @@ def test_another_version_names_both_versions(tmp_path: Path, version: int) -> No
         (MANIFEST.model_dump_json()[:-40], "is no manifest (Invalid JSON: EOF"),
         ("[]", "is no manifest ("),
         ("{}", "is no manifest (manifest_version: Field required)"),
-        ('{"manifest_version": "x"}', "is no manifest (manifest_version: Input should be a valid integer"),
+        (
+            '{"manifest_version": "x"}',
+            "is no manifest (manifest_version: Input should be a valid integer",
+        ),
         ('{"manifest_version": 1}', "is damaged (name: Field required)"),
     ],
 )
@@ -188,11 +210,16 @@ def axis_outside(fields: dict[str, Any]) -> None:
         (no_such_dtype, "states.0.dtype: Input should be 'bool', 'int8'"),
         (other_engine, "engine.kind: Input should be 'torch'"),
         (unverified, "verified: Input should be 'executed'"),
-        (stray_alias, "alias cache_updated@nobody@operator of program step names no state of this engine"),
+        (
+            stray_alias,
+            "alias cache_updated@nobody@operator of program step names no state of this engine",
+        ),
         (axis_outside, "state cache: axis 3 is outside its shape (2, 16, 4)"),
     ],
 )
-def test_a_wrong_field_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str) -> None:
+def test_a_wrong_field_is_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
     fields = json.loads(MANIFEST.model_dump_json())
     change(fields)
     (tmp_path / FILE_NAME).write_text(json.dumps(fields))
@@ -209,13 +236,21 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: Callable[[dict[str, Any]
     ("values", "says"),
     [
         ({"axis": None}, "state cache: an axis belongs to append and ring, not to replace"),
-        ({"update": Update.REPLACE}, "state cache: an axis belongs to append and ring, not to replace"),
+        (
+            {"update": Update.REPLACE},
+            "state cache: an axis belongs to append and ring, not to replace",
+        ),
         ({"axis": -1}, r"state cache: axis -1 is outside its shape \(2, 16, 4\)"),
-        ({"axis": 3, "update": Update.RING}, r"state cache: axis 3 is outside its shape \(2, 16, 4\)"),
+        (
+            {"axis": 3, "update": Update.RING},
+            r"state cache: axis 3 is outside its shape \(2, 16, 4\)",
+        ),
         ({"shape": (2, 0, 4)}, r"state cache: every extent of \(2, 0, 4\) must be at least 1"),
     ],
 )
-def test_an_inconsistent_state_is_a_value_error_that_names_it(values: dict[str, object], says: str) -> None:
+def test_an_inconsistent_state_is_a_value_error_that_names_it(
+    values: dict[str, object], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         StateSpec(**changed(CACHE, **values))
 
@@ -231,18 +266,35 @@ def renamed(spec: TensorSpec, **values: object) -> TensorSpec:
             {"inputs": (TOKENS, renamed(SCALE, name="ids"))},
             r"step: tensor names must differ, got \['ids', 'ids', 'token', 'logits'\]",
         ),
-        ({"outputs": (renamed(TOKEN, name="slots"), LOGITS)}, "program step: tensor names must differ"),
-        ({"inputs": (TOKENS, SLOTS, renamed(SLOTS, name="again"))}, "program step: more than one input has the role slots"),
-        ({"inputs": (SCALE, SLOTS)}, "program step: a packed program needs an input with the role tokens"),
-        ({"row_layout": "rectangular"}, "program step: a rectangular program takes one entry a row and a chunk of 1"),
+        (
+            {"outputs": (renamed(TOKEN, name="slots"), LOGITS)},
+            "program step: tensor names must differ",
+        ),
+        (
+            {"inputs": (TOKENS, SLOTS, renamed(SLOTS, name="again"))},
+            "program step: more than one input has the role slots",
+        ),
+        (
+            {"inputs": (SCALE, SLOTS)},
+            "program step: a packed program needs an input with the role tokens",
+        ),
+        (
+            {"row_layout": "rectangular"},
+            "program step: a rectangular program takes one entry a row and a chunk of 1",
+        ),
         (
             {"row_layout": "rectangular", "inputs": (SCALE, SLOTS)},
             "program step: a rectangular program takes one entry a row and a chunk of 1",
         ),
-        ({"row_layout": "rectangular", "chunk": 1}, "program step: a rectangular program takes one entry a row and a chunk of 1"),
+        (
+            {"row_layout": "rectangular", "chunk": 1},
+            "program step: a rectangular program takes one entry a row and a chunk of 1",
+        ),
     ],
 )
-def test_an_inconsistent_program_is_a_value_error_that_names_it(values: dict[str, object], says: str) -> None:
+def test_an_inconsistent_program_is_a_value_error_that_names_it(
+    values: dict[str, object], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         Program(**changed(STEP, **values))
 
@@ -253,7 +305,10 @@ def test_a_rectangular_program_of_one_entry_a_row_is_consistent() -> None:
 
 
 def test_an_alias_must_name_a_state() -> None:
-    with pytest.raises(ValueError, match="alias cache_updated@cache@operator of program step names no state of this engine"):
+    with pytest.raises(
+        ValueError,
+        match="alias cache_updated@cache@operator of program step names no state of this engine",
+    ):
         Manifest(**changed(MANIFEST, states=(CELL,)))
 
 

@@ -5,15 +5,26 @@ import re
 import time
 from pathlib import Path
 
-import inplace.observer
+import inplace.runtime.observer
 import pytest
 from driving import BAD, Open, ask, watched
 from inplace.drivers import Language, StepDriver
 from inplace.drivers.generation import Reason
 from inplace.errors import Code, RequestError
-from inplace.metrics import ENDED, GENERATIONS, HISTOGRAMS, METRICS, QUEUE, ROWS, STEP, Exporter, Numbers, families
-from inplace.observer import LINES_A_SECOND, Observer, line
-from inplace.sequences import Ended, Sequence
+from inplace.runtime.metrics import (
+    ENDED,
+    GENERATIONS,
+    HISTOGRAMS,
+    METRICS,
+    QUEUE,
+    ROWS,
+    STEP,
+    Exporter,
+    Numbers,
+    families,
+)
+from inplace.runtime.observer import LINES_A_SECOND, Observer, line
+from inplace.runtime.slots import Ended, Sequence
 from models import CHUNK, SLOTS, Repository
 from streaming import OpenStreams, slowed, until
 
@@ -34,7 +45,9 @@ def now(driver: StepDriver) -> dict[tuple[str, str], float]:
         ({"sequences": [1, "1"], "seconds": 0.25}, 'event: sequences=[1, "1"] seconds=0.25'),
     ],
 )
-def test_a_line_says_unmistakably_what_each_field_is(fields: dict[str, object], written: str) -> None:
+def test_a_line_says_unmistakably_what_each_field_is(
+    fields: dict[str, object], written: str
+) -> None:
     assert line("event", **fields) == written
 
 
@@ -63,21 +76,40 @@ def test_a_histogram_counts_what_is_at_or_below_each_bound() -> None:
     for rows in (1, 2, 2, 3, 8, 1000):
         numbers.observe(ROWS, rows)
     found = numbers.now()
-    assert [found[ROWS.buckets.name, bound] for bound in ("1", "2", "4", "8", "256", "+Inf")] == [1, 3, 4, 5, 5, 6]
+    assert [found[ROWS.buckets.name, bound] for bound in ("1", "2", "4", "8", "256", "+Inf")] == [
+        1,
+        3,
+        4,
+        5,
+        5,
+        6,
+    ]
     assert (found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (6, 1016)
 
 
 def test_steps_tokens_and_sequences_are_counted(llama: StepDriver) -> None:
-    llama.run([ask(1, list(range(2 * CHUNK + 3)), start=True), ask(2, [1], start=True)])  # 3 steps, the first of 2 rows
+    llama.run(
+        [ask(1, list(range(2 * CHUNK + 3)), start=True), ask(2, [1], start=True)]
+    )  # 3 steps, the first of 2 rows
     llama.run([ask(1, [3]), ask(2, [4])])
     llama.run([ask(1, [5], end=True), ask(2, [6, 7])])
     llama.run([ask(2, [8], start=True)])
     found = now(llama)
-    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (2 * CHUNK + 3 + 1 + 2 + 1, 3)
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
+        2 * CHUNK + 3 + 1 + 2 + 1,
+        3,
+    )
     assert found["inplace_sequences_started_total", ""] == 3
-    assert {why: found[ENDED.name, why] for why in Ended if found[ENDED.name, why]} == {Ended.END: 1, Ended.START: 1}
+    assert {why: found[ENDED.name, why] for why in Ended if found[ENDED.name, why]} == {
+        Ended.END: 1,
+        Ended.START: 1,
+    }
     assert (found["inplace_sequences_live", ""], found["inplace_slots_free", ""]) == (1, SLOTS - 1)
-    assert (found[STEP.count.name, ""], found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (6, 6, 2 + 1 + 1 + 2 + 2 + 1)
+    assert (found[STEP.count.name, ""], found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (
+        6,
+        6,
+        2 + 1 + 1 + 2 + 2 + 1,
+    )
     assert found[QUEUE.count.name, ""] == 7
     assert 0 < found[STEP.sum.name, ""] < 10
 
@@ -99,15 +131,22 @@ def test_a_failed_step_is_a_step_without_tokens_and_one_error_line_names_its_req
     llama.run([ask(1, [2], end=True), ask("two", [3], start=True)])
     found = now(llama)
     assert found[ENDED.name, Ended.ENGINE_FAILED] == 2
-    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (1, 0)
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
+        1,
+        0,
+    )
     assert found[STEP.count.name, ""] == 2
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert [record.getMessage() for record in errors] == ['engine failed: rows=2 sequences=[1, "two"] requests=["", ""]']
+    assert [record.getMessage() for record in errors] == [
+        'engine failed: rows=2 sequences=[1, "two"] requests=["", ""]'
+    ]
     assert errors[0].exc_info is not None
     assert "out of luck" in str(errors[0].exc_info[1])
 
 
-def test_a_start_that_was_refused_has_ended_what_it_replaces(llama: StepDriver, repository: Repository) -> None:
+def test_a_start_that_was_refused_has_ended_what_it_replaces(
+    llama: StepDriver, repository: Repository
+) -> None:
     llama.run([ask(1, [1], start=True)])
     llama.run([ask(1, BAD, start=True)])
     assert now(llama)[ENDED.name, Ended.START] == 1
@@ -121,7 +160,10 @@ def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: O
     found = talk.driver.instance.observer.numbers.now()
     assert found["inplace_generations_total", "length"] == 2
     assert found["inplace_first_token_seconds_count", ""] == 2
-    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (6, 6)  # the last one said is not fed
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
+        6,
+        6,
+    )  # the last one said is not fed
     assert found["inplace_sequences_live", ""] == 1
 
 
@@ -136,14 +178,18 @@ def test_generations_that_wait_for_a_slot_are_shown(streams: OpenStreams) -> Non
     found = numbers.now()
     assert found["inplace_generations_waiting", ""] == 0
     assert found["inplace_generations_total", "length"] == SLOTS + 3
-    assert found["inplace_queue_seconds_bucket", "0.05"] <= SLOTS  # those that waited are in no small bucket
+    assert (
+        found["inplace_queue_seconds_bucket", "0.05"] <= SLOTS
+    )  # those that waited are in no small bucket
 
 
 def test_reasons_of_generations_are_the_protocols() -> None:
     assert GENERATIONS.values == tuple(Reason)
 
 
-def test_idle_sequences_are_counted_and_logged(repository: Repository, drive: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_sequences_are_counted_and_logged(
+    repository: Repository, drive: Open, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="inplace")
     driver = drive(repository.path / "brief", idle_timeout=0.2)
     driver.run([ask("x y", [1, 2], start=True)])
@@ -156,15 +202,22 @@ def test_idle_sequences_are_counted_and_logged(repository: Repository, drive: Op
     assert "sequence started" not in caplog.text  # at DEBUG
 
 
-def test_starts_and_ends_are_logged_at_debug(llama: StepDriver, caplog: pytest.LogCaptureFixture) -> None:
+def test_starts_and_ends_are_logged_at_debug(
+    llama: StepDriver, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG, logger="inplace")
     llama.run([ask(7, [1, 2], start=True)])
     llama.run([ask(7, [3], end=True)])
     found = [record.getMessage() for record in caplog.records if record.name == "inplace"]
-    assert found == ["sequence started: sequence=7 slot=0", "sequence ended: sequence=7 slot=0 length=3 reason=end"]
+    assert found == [
+        "sequence started: sequence=7 slot=0",
+        "sequence ended: sequence=7 slot=0 length=3 reason=end",
+    ]
 
 
-def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO, logger="inplace")
     clock = [100.0]
     observer = Observer(clock=lambda: clock[0])
@@ -182,10 +235,14 @@ def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(caplog: p
         "more requests refused: count=5",
         'request refused: sequence=late request=- code=CAPACITY retryable=0 because="too many"',
     ]
-    assert observer.numbers.now()["inplace_requests_refused_total", "CAPACITY"] == LINES_A_SECOND + 6
+    assert (
+        observer.numbers.now()["inplace_requests_refused_total", "CAPACITY"] == LINES_A_SECOND + 6
+    )
 
 
-def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO, logger="inplace")
     clock = [100.0]
     observer = Observer(clock=lambda: clock[0])
@@ -226,7 +283,10 @@ def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_t
     observer = Observer(slots=8, state_bytes=100)
     series: dict[str, Kept] = {}
     exporter = Exporter(
-        observer.numbers, {}, lambda metric, labels: series.setdefault(metric.name + "".join(labels.values()), Kept()), 3600
+        observer.numbers,
+        {},
+        lambda metric, labels: series.setdefault(metric.name + "".join(labels.values()), Kept()),
+        3600,
     )
     assert {name: kept.value for name, kept in series.items() if kept.value} == {
         "inplace_slots": 8,
@@ -246,6 +306,6 @@ def test_the_documentation_names_every_metric_every_reason_and_every_line() -> N
     text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     assert all(f"`{metric.name}`" in text for metric in (*METRICS, *HISTOGRAMS))
     assert all(f"`{why}`" in text for why in (*ENDED.values, *GENERATIONS.values))
-    source = (Path(inplace.observer.__file__)).read_text()
+    source = (Path(inplace.runtime.observer.__file__)).read_text()
     for event in re.findall(r'line\(\s*"([a-z ]+)"', source):
         assert f"{event}:" in text, event

@@ -9,7 +9,9 @@ from attention_case import NAN, RAGGED, Case, Options, Row, bits, place
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 1)])
-def test_ragged_rows_attend_over_their_own_cached_length(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+def test_ragged_rows_attend_over_their_own_cached_length(
+    dtype: torch.dtype, heads: int, kv_heads: int
+) -> None:
     Case(RAGGED, heads=heads, kv_heads=kv_heads, dtype=dtype).check()
 
 
@@ -27,13 +29,18 @@ def test_a_row_does_not_depend_on_its_neighbours_its_slot_or_its_place_in_the_st
         alone.query = together.query[first : first + row.tokens]
         assert together.key is not None
         assert together.value is not None
-        alone.key, alone.value = together.key[first : first + row.tokens], together.value[first : first + row.tokens]
+        alone.key, alone.value = (
+            together.key[first : first + row.tokens],
+            together.value[first : first + row.tokens],
+        )
         place(alone.key_state, 3, together.history[index][0], 0)
         place(alone.value_state, 3, together.history[index][1], 0)
         assert torch.equal(alone.run(), out[first : first + row.tokens])
 
 
-@pytest.mark.parametrize("options", [Options(), Options(append=False, causal=False), Options(window=3, ring=True)])
+@pytest.mark.parametrize(
+    "options", [Options(), Options(append=False, causal=False), Options(window=3, ring=True)]
+)
 def test_null_rows_write_nothing_and_give_zero(options: Options) -> None:
     case = Case([Row(-1, 3, 2), Row(1, 5, 2), Row(-1, 0, 1)], options)
     case.query[:2] = NAN
@@ -49,7 +56,9 @@ def test_null_rows_write_nothing_and_give_zero(options: Options) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("rows", [[Row(4, 7, 1), Row(1, 2, 1), Row(2, 9, 5)], [Row(0, 0, 2), Row(1, 1, 3)]])
+@pytest.mark.parametrize(
+    "rows", [[Row(4, 7, 1), Row(1, 2, 1), Row(2, 9, 5)], [Row(0, 0, 2), Row(1, 1, 3)]]
+)
 def test_a_window_hides_what_is_older(dtype: torch.dtype, kv_heads: int, rows: list[Row]) -> None:
     Case(rows, Options(window=3), kv_heads=kv_heads, dtype=dtype).check()
 
@@ -68,12 +77,19 @@ def test_a_window_holds_inside_a_first_prompt_of_heads_of_their_own(tokens: int)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("start", [0, 3, 6, 7, 8, 9, 20, 37])
 def test_a_ring_wraps(start: int, kv_heads: int, dtype: torch.dtype) -> None:
-    rows = [Row(3, start, 1), Row(1, start, 4), Row(5, 2 * start, 2)]  # capacity 8 = window 5 + 4 tokens - 1
+    rows = [
+        Row(3, start, 1),
+        Row(1, start, 4),
+        Row(5, 2 * start, 2),
+    ]  # capacity 8 = window 5 + 4 tokens - 1
     Case(rows, Options(window=5, ring=True), capacity=8, kv_heads=kv_heads, dtype=dtype).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [Options(softcap=0.7), Options(softcap=0.7, window=3), Options(softcap=0.7, causal=False)])
+@pytest.mark.parametrize(
+    "options",
+    [Options(softcap=0.7), Options(softcap=0.7, window=3), Options(softcap=0.7, causal=False)],
+)
 def test_softcap_bounds_the_scores(options: Options, dtype: torch.dtype) -> None:
     capped = Case(RAGGED, options, dtype=dtype).check()
     free = Case(RAGGED, Options(causal=options.causal, window=options.window), dtype=dtype).check()
@@ -87,7 +103,12 @@ def test_without_causality_a_token_sees_its_whole_chunk() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_cross_attention_appends_nothing(heads: int, dtype: torch.dtype) -> None:
-    case = Case([Row(4, 7, 1), Row(0, 1, 3), Row(2, 16, 2)], Options(append=False, causal=False), heads=heads, dtype=dtype)
+    case = Case(
+        [Row(4, 7, 1), Row(0, 1, 3), Row(2, 16, 2)],
+        Options(append=False, causal=False),
+        heads=heads,
+        dtype=dtype,
+    )
     before = bits(case.key_state), bits(case.value_state)
     case.check()
     assert torch.equal(before[0], bits(case.key_state))
@@ -104,7 +125,13 @@ def test_any_step_equals_the_reference(seed: int) -> None:
     rows = []
     for slot in owners:
         tokens = rng.randint(1, chunk)
-        rows.append(Row(slot if rng.random() < 0.9 else -1, rng.randint(0, 30 if ring else capacity - tokens), tokens))
+        rows.append(
+            Row(
+                slot if rng.random() < 0.9 else -1,
+                rng.randint(0, 30 if ring else capacity - tokens),
+                tokens,
+            )
+        )
     options = Options(window=window, ring=ring, softcap=rng.choice([0.0, 0.0, 1.5]))
     heads, kv_heads = rng.choice([(4, 2), (6, 2), (3, 1), (2, 2)])
     Case(rows, options, heads=heads, kv_heads=kv_heads, capacity=capacity, seed=seed).check()
@@ -120,7 +147,9 @@ def test_any_step_equals_the_reference(seed: int) -> None:
         (Row(1, 40, 17), Options(window=4, ring=True), "17 rows do not fit a ring of 16"),
     ],
 )
-def test_an_append_that_does_not_fit_is_an_index_error_and_writes_nothing(row: Row, options: Options, says: str) -> None:
+def test_an_append_that_does_not_fit_is_an_index_error_and_writes_nothing(
+    row: Row, options: Options, says: str
+) -> None:
     case = Case([row], options)
     before = bits(case.key_state), bits(case.value_state)
     with pytest.raises(IndexError, match=says):
@@ -129,7 +158,9 @@ def test_an_append_that_does_not_fit_is_an_index_error_and_writes_nothing(row: R
     assert torch.equal(before[1], bits(case.value_state))
 
 
-@pytest.mark.parametrize("options", [Options(), Options(window=3), Options(softcap=1.5), Options(window=5, ring=True)])
+@pytest.mark.parametrize(
+    "options", [Options(), Options(window=3), Options(softcap=1.5), Options(window=5, ring=True)]
+)
 def test_one_token_of_each_of_several_rows(options: Options) -> None:
     """All appended at once, but where a row is null or goes round a ring."""
     rows = [Row(3, 7, 1), Row(0, 0, 1), Row(5, 15, 1)]

@@ -8,7 +8,9 @@ from inplace.operators import read, update
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 4)])
-def test_read_gathers_the_slots_into_new_memory_and_null_rows_are_zero(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_read_gathers_the_slots_into_new_memory_and_null_rows_are_zero(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     state = torch.randint(1, 2 if dtype is torch.bool else 100, (5, *shape)).to(dtype)
     if dtype.is_floating_point:
         state[[1, 2]] = NAN  # slots nobody asks for
@@ -29,7 +31,11 @@ def test_a_null_row_reads_zero_where_slot_zero_is_nan() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.bool])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 4)])
 def test_replace_writes_whole_slots_in_place(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    state = torch.full((5, *shape), NAN).to(dtype) if dtype.is_floating_point else torch.ones((5, *shape), dtype=dtype)
+    state = (
+        torch.full((5, *shape), NAN).to(dtype)
+        if dtype.is_floating_point
+        else torch.ones((5, *shape), dtype=dtype)
+    )
     value = torch.randint(0, 2, (3, *shape)).to(dtype)
     expected, address = state.clone(), state.data_ptr()
     expected[3], expected[1] = value[0], value[2]
@@ -52,12 +58,18 @@ APPENDED = {  # shape of a slot → the axis that grows, counted with the slot a
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize(("shape", "axis"), APPENDED.values(), ids=APPENDED)
 @pytest.mark.parametrize("ring", [False, True])
-def test_a_packed_append_writes_each_rows_tokens_at_its_index(shape: tuple[int, ...], axis: int, dtype: torch.dtype, ring: bool) -> None:
+def test_a_packed_append_writes_each_rows_tokens_at_its_index(
+    shape: tuple[int, ...], axis: int, dtype: torch.dtype, ring: bool
+) -> None:
     rest = [extent for index, extent in enumerate(shape) if index != axis - 1]
     starts = [6, 13, 2, 0] if ring else [6, 3, 2, 0]
     counts = [2, 5, 1, 8]
     slots = [4, 1, -1, 2]
-    state = torch.full((5, *shape), NAN).to(dtype) if dtype.is_floating_point else torch.full((5, *shape), -7).to(dtype)
+    state = (
+        torch.full((5, *shape), NAN).to(dtype)
+        if dtype.is_floating_point
+        else torch.full((5, *shape), -7).to(dtype)
+    )
     value = torch.randint(0, 100, (sum(counts), *rest)).to(dtype)
     expected, address = state.clone(), state.data_ptr()
     token = 0
@@ -66,7 +78,15 @@ def test_a_packed_append_writes_each_rows_tokens_at_its_index(shape: tuple[int, 
             if slot >= 0:
                 expected[slot].select(axis - 1, (start + offset) % 8).copy_(value[token])
             token += 1
-    update(state, indices(*slots), value, indices(0, 2, 7, 8, 16), indices(*starts), axis=axis, ring=ring)
+    update(
+        state,
+        indices(*slots),
+        value,
+        indices(0, 2, 7, 8, 16),
+        indices(*starts),
+        axis=axis,
+        ring=ring,
+    )
     assert torch.equal(bits(state), bits(expected))
     assert state.data_ptr() == address
     says = "9 rows do not fit a ring of 8" if ring else "rows 0:9 are outside a slot that holds 8"
@@ -77,16 +97,22 @@ def test_a_packed_append_writes_each_rows_tokens_at_its_index(shape: tuple[int, 
 
 @pytest.mark.parametrize(("shape", "axis"), APPENDED.values(), ids=APPENDED)
 @pytest.mark.parametrize("ring", [False, True])
-def test_a_rectangular_append_writes_along_the_axis_of_the_value(shape: tuple[int, ...], axis: int, ring: bool) -> None:
+def test_a_rectangular_append_writes_along_the_axis_of_the_value(
+    shape: tuple[int, ...], axis: int, ring: bool
+) -> None:
     starts = [7, 21, 0] if ring else [5, 2, 0]
     slots = [4, 1, -1]
     state = torch.full((5, *shape), NAN)
-    value = torch.randn(3, *[3 if index == axis - 1 else extent for index, extent in enumerate(shape)])
+    value = torch.randn(
+        3, *[3 if index == axis - 1 else extent for index, extent in enumerate(shape)]
+    )
     expected, address = state.clone(), state.data_ptr()
     for row, (slot, start) in enumerate(zip(slots, starts, strict=True)):
         for offset in range(3):
             if slot >= 0:
-                expected[slot].select(axis - 1, (start + offset) % 8).copy_(value[row].select(axis - 1, offset))
+                expected[slot].select(axis - 1, (start + offset) % 8).copy_(
+                    value[row].select(axis - 1, offset)
+                )
     update(state, indices(*slots), value, None, indices(*starts), axis=axis, ring=ring)
     assert torch.equal(bits(state), bits(expected))
     assert state.data_ptr() == address

@@ -9,16 +9,39 @@ import numpy as np
 import pytest
 import torch
 from inplace.operators import ACTIVATIONS
-from inplace.plugins import OPERATIONS, Argmax, Attention, Linear, Operation, RmsNorm, Update, plugins
+from inplace.plugins import (
+    OPERATIONS,
+    Argmax,
+    Attention,
+    Linear,
+    Operation,
+    RmsNorm,
+    Update,
+    plugins,
+)
 from inplace.trt import load_tensorrt
 
 HALF, INT = torch.bfloat16, torch.int32
-MERGED = Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=64, merged=True)
+MERGED = Attention(
+    heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=64, merged=True
+)
 EXAMPLES: list[Operation] = [
     MERGED,
-    Attention(heads=8, kv_heads=2, dim=96, value_dim=32, scale=0.3, max_rows=9, window=17, ring=True, softcap=30.5),
+    Attention(
+        heads=8,
+        kv_heads=2,
+        dim=96,
+        value_dim=32,
+        scale=0.3,
+        max_rows=9,
+        window=17,
+        ring=True,
+        softcap=30.5,
+    ),
     Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=16),
-    Attention(heads=8, kv_heads=8, dim=64, value_dim=64, scale=1.0, max_rows=9, append=False, causal=False),
+    Attention(
+        heads=8, kv_heads=8, dim=64, value_dim=64, scale=1.0, max_rows=9, append=False, causal=False
+    ),
     Linear(inputs=576, outputs=3072, norm=True, eps=1e-5, activation="silu", gated=True),
     Linear(inputs=576, outputs=960, bias=True, residual=True, activation="gelu_tanh"),
     Linear(inputs=576, outputs=49152, norm=True, eps=1e-6, float_out=True),
@@ -35,10 +58,16 @@ def test_a_plan_gives_back_what_was_built(operation: Operation) -> None:
     owner = plugins(load_tensorrt("tensorrt_rtx"))
     stored = owner.make(operation).get_fields_to_serialize()
     assert {field.type for field in stored} == {owner.tensorrt.api.PluginFieldType.INT32}
-    creators = {creator.name: creator for creator in owner.tensorrt.api.get_plugin_registry().all_creators}
+    creators = {
+        creator.name: creator for creator in owner.tensorrt.api.get_plugin_registry().all_creators
+    }
     again = creators[operation.name].create_plugin("x", stored, None).operation
     assert type(again) is type(operation)
-    rounded = {name: float(np.float32(value)) for name, value in vars(operation).items() if isinstance(value, float)}
+    rounded = {
+        name: float(np.float32(value))
+        for name, value in vars(operation).items()
+        if isinstance(value, float)
+    }
     assert again == replace(operation, **rounded)
 
 
@@ -58,12 +87,25 @@ def test_attention_aliases_both_states() -> None:
     assert [plugin.get_aliased_input(output) for output in range(3)] == [-1, 3, 4]
     assert plugin.num_outputs == 3
     apart = EXAMPLES[1]
-    assert apart.output_shapes([[7, 8, 96], [7, 2, 96], [7, 2, 32], [5, 2, 64, 96], [5, 2, 64, 32], [3], [4], [3]])[0] == [7, 8, 32]
+    assert apart.output_shapes(
+        [[7, 8, 96], [7, 2, 96], [7, 2, 32], [5, 2, 64, 96], [5, 2, 64, 32], [3], [4], [3]]
+    )[0] == [7, 8, 32]
 
 
 def test_attention_on_parts_takes_cos_and_sin_behind_them() -> None:
     parts = EXAMPLES[2]
-    shapes = [[7, 8, 64], [7, 2, 64], [7, 2, 64], [1, 7, 16], [1, 7, 16], [5, 2, 128, 64], [5, 2, 128, 64], [3], [4], [3]]
+    shapes = [
+        [7, 8, 64],
+        [7, 2, 64],
+        [7, 2, 64],
+        [1, 7, 16],
+        [1, 7, 16],
+        [5, 2, 128, 64],
+        [5, 2, 128, 64],
+        [3],
+        [4],
+        [3],
+    ]
     assert parts.input_count == len(shapes)
     assert parts.output_shapes(shapes) == [[7, 8, 64], [5, 2, 128, 64], [5, 2, 128, 64]]
     assert dict(parts.aliases) == {1: 5, 2: 6}
@@ -88,7 +130,9 @@ def test_cross_attention_writes_nothing() -> None:
         (8, HALF, True),
     ],
 )
-def test_attention_takes_one_float_type_and_int32_rows(position: int, dtype: torch.dtype, accepted: bool) -> None:
+def test_attention_takes_one_float_type_and_int32_rows(
+    position: int, dtype: torch.dtype, accepted: bool
+) -> None:
     dtypes = [HALF] * 5 + [INT] * 3 + [HALF] * 3
     assert MERGED.accepts(position, [*dtypes[:position], dtype]) is accepted
 
@@ -132,7 +176,9 @@ def test_attention_appends_after_what_was_read() -> None:
 def test_scratch_memory_is_for_many_tokens_only() -> None:
     layer = EXAMPLES[4]
     assert layer.workspace([(1, 4, 576), (3072, 576), (576,)], [HALF] * 3) == 0
-    assert layer.workspace([(1, 512, 576), (3072, 576), (576,)], [HALF] * 3) >= 512 * (576 + 3072) * 2
+    assert (
+        layer.workspace([(1, 512, 576), (3072, 576), (576,)], [HALF] * 3) >= 512 * (576 + 3072) * 2
+    )
 
 
 def test_a_launch_that_fails_is_counted() -> None:

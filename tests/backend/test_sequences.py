@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from inplace.errors import Code, RequestError
-from inplace.sequences import REMEMBERED, Sequence, SequenceId, SlotTable
+from inplace.runtime.slots import REMEMBERED, Sequence, SequenceId, SlotTable
 
 
 class Clock:
@@ -101,10 +101,14 @@ def test_the_message_tells_a_reclaimed_sequence_from_one_that_never_was(clock: C
     table.reclaim()
     reclaimed = refused(table, "late")
     assert (reclaimed.code, reclaimed.retryable) == (Code.UNKNOWN_SEQUENCE, False)
-    assert str(reclaimed).startswith("no sequence 'late' is live: it was idle for 12 s and its slot was reclaimed (idle timeout 7.5 s);")
+    assert str(reclaimed).startswith(
+        "no sequence 'late' is live: it was idle for 12 s and its slot was reclaimed (idle timeout 7.5 s);"
+    )
     never = refused(table, 5)
     assert never.code is Code.UNKNOWN_SEQUENCE
-    assert str(never).startswith("no sequence 5 is live: it has not started, has ended, or its START was refused;")
+    assert str(never).startswith(
+        "no sequence 5 is live: it has not started, has ended, or its START was refused;"
+    )
     table.end(table.start("late"))  # it came back and ended well
     assert "it has not started, has ended" in str(refused(table, "late"))
 
@@ -150,7 +154,9 @@ class AnyHistory(RuleBasedStateMachine):
         self.fresh = count(1)
 
     def idle(self) -> list[Sequence]:
-        return [s for s in self.live if self.clock.now - self.since[s.id] >= self.TIMEOUT and not s.busy]
+        return [
+            s for s in self.live if self.clock.now - self.since[s.id] >= self.TIMEOUT and not s.busy
+        ]
 
     def forget(self, gone: list[Sequence]) -> None:
         self.live = [sequence for sequence in self.live if sequence not in gone]
@@ -220,4 +226,6 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None)
+TestAnyHistory.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None
+)

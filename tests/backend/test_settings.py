@@ -5,11 +5,11 @@ import logging
 from typing import Any
 
 import pytest
-from inplace.artifacts import EngineFile
-from inplace.dtypes import Dtype
 from inplace.errors import LoadError
-from inplace.manifest import Manifest
-from inplace.settings import MOST_WAITING, Settings
+from inplace.schema.artifacts import EngineFile
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Manifest
+from inplace.server.settings import MOST_WAITING, Settings
 from models import RECTANGULAR
 
 MANIFEST = Manifest(
@@ -18,7 +18,9 @@ MANIFEST = Manifest(
     states=(),
     programs=(RECTANGULAR,),
     lowering=(),
-    engine=EngineFile(kind="torch", file="engine.pt2", bytes=0, sha256="", device="cpu", dtype=Dtype.FLOAT32),
+    engine=EngineFile(
+        kind="torch", file="engine.pt2", bytes=0, sha256="", device="cpu", dtype=Dtype.FLOAT32
+    ),
     verified="executed",
     built_with={},
 )
@@ -37,7 +39,9 @@ def parse(idle: str | None = None, triton_idle: object = None, **changes: object
     if triton_idle is not None:
         config["sequence_batching"]["max_sequence_idle_microseconds"] = triton_idle
     config |= changes
-    return Settings.parse(json.dumps({key: value for key, value in config.items() if value is not None}), MANIFEST)
+    return Settings.parse(
+        json.dumps({key: value for key, value in config.items() if value is not None}), MANIFEST
+    )
 
 
 def test_the_idle_timeout_is_600_seconds_where_nothing_is_said() -> None:
@@ -46,16 +50,24 @@ def test_the_idle_timeout_is_600_seconds_where_nothing_is_said() -> None:
     assert parse(model_transaction_policy=None) == Settings(600.0)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("30", 30.0), ("1", 1.0), ("2.5", 2.5), ("1e3", 1000.0)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("30", 30.0), ("1", 1.0), ("2.5", 2.5), ("1e3", 1000.0)]
+)
 def test_the_idle_timeout_is_taken_as_written(text: str, expected: float) -> None:
     assert parse(text) == Settings(expected)
 
 
-@pytest.mark.parametrize("triton_idle", [5_000_000, "5000000"])  # Triton's JSON has 64-bit numbers as text
-def test_the_idle_timeout_is_never_below_tritons_own_and_a_note_says_so(triton_idle: object) -> None:
+@pytest.mark.parametrize(
+    "triton_idle", [5_000_000, "5000000"]
+)  # Triton's JSON has 64-bit numbers as text
+def test_the_idle_timeout_is_never_below_tritons_own_and_a_note_says_so(
+    triton_idle: object,
+) -> None:
     settings = parse("2.5", triton_idle)
     assert settings.idle_timeout == 5.0
-    assert settings.notes == ("idle_timeout_seconds 2.5 is below Triton's own max_sequence_idle_microseconds 5000000; using 5 s",)
+    assert settings.notes == (
+        "idle_timeout_seconds 2.5 is below Triton's own max_sequence_idle_microseconds 5000000; using 5 s",
+    )
     assert parse("5", triton_idle) == Settings(5.0)
     assert parse("5.5", triton_idle) == Settings(5.5)
 
@@ -70,34 +82,72 @@ def test_where_triton_is_told_nothing_its_own_is_one_second(triton_idle: object)
 def test_an_idle_timeout_that_cannot_be_is_a_load_error(text: str) -> None:
     with pytest.raises(LoadError) as error:
         parse(text)
-    assert str(error.value) == f"config.pbtxt: parameter idle_timeout_seconds is {text!r}; expected a number of seconds above 0"
+    assert (
+        str(error.value)
+        == f"config.pbtxt: parameter idle_timeout_seconds is {text!r}; expected a number of seconds above 0"
+    )
 
 
-@pytest.mark.parametrize(("serve", "decoupled"), [("step", True), ("stream", False), ("stream", None)])
-def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(serve: str, decoupled: bool | None) -> None:
-    with pytest.raises(LoadError, match=rf"config.pbtxt says decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; stream models"):
-        parse(parameters={"serve": {"string_value": serve}}, model_transaction_policy={} if decoupled is None else {"decoupled": decoupled})
+@pytest.mark.parametrize(
+    ("serve", "decoupled"), [("step", True), ("stream", False), ("stream", None)]
+)
+def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(
+    serve: str, decoupled: bool | None
+) -> None:
+    with pytest.raises(
+        LoadError,
+        match=rf"config.pbtxt says decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; stream models",
+    ):
+        parse(
+            parameters={"serve": {"string_value": serve}},
+            model_transaction_policy={} if decoupled is None else {"decoupled": decoupled},
+        )
     assert parse(model_transaction_policy={}) == Settings(600.0)
 
 
 def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() -> None:
-    said = {"serve": "stream", "eos_token_ids": "0, 2", "generation_queue": "5", "idle_timeout_seconds": "2"}
+    said = {
+        "serve": "stream",
+        "eos_token_ids": "0, 2",
+        "generation_queue": "5",
+        "idle_timeout_seconds": "2",
+    }
     parameters = {name: {"string_value": value} for name, value in said.items()}
     decoupled = {"decoupled": True}
-    settings = parse(triton_idle=3602_000_000, parameters=parameters, model_transaction_policy=decoupled)
+    settings = parse(
+        triton_idle=3602_000_000, parameters=parameters, model_transaction_policy=decoupled
+    )
     assert settings == Settings(2.0, "stream", frozenset({0, 2}), 5)
     parameters = {"serve": {"string_value": "stream"}}
-    assert parse(parameters=parameters, model_transaction_policy=decoupled) == Settings(600.0, "stream", frozenset(), MOST_WAITING)
+    assert parse(parameters=parameters, model_transaction_policy=decoupled) == Settings(
+        600.0, "stream", frozenset(), MOST_WAITING
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("serve", "both", r"parameter serve is 'both'; expected one of \['step', 'stream', 'front'\]"),
-        ("eos_token_ids", "2;3", "parameter eos_token_ids is '2;3'; expected whole numbers of at least 0, separated by commas"),
+        (
+            "serve",
+            "both",
+            r"parameter serve is 'both'; expected one of \['step', 'stream', 'front'\]",
+        ),
+        (
+            "eos_token_ids",
+            "2;3",
+            "parameter eos_token_ids is '2;3'; expected whole numbers of at least 0, separated by commas",
+        ),
         ("generation_queue", "-1", "parameter generation_queue is '-1'; expected whole numbers"),
-        ("generation_queue", "5,7", "parameter generation_queue is '5,7'; expected one whole number of at least 0"),
-        ("idle_timeout_second", "5", r"has the parameters \['idle_timeout_second'\], which .* takes \['serve', 'idle_timeout_seconds'"),
+        (
+            "generation_queue",
+            "5,7",
+            "parameter generation_queue is '5,7'; expected one whole number of at least 0",
+        ),
+        (
+            "idle_timeout_second",
+            "5",
+            r"has the parameters \['idle_timeout_second'\], which .* takes \['serve', 'idle_timeout_seconds'",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_is_a_load_error(name: str, text: str, says: str) -> None:
@@ -106,24 +156,37 @@ def test_a_setting_that_cannot_be_is_a_load_error(name: str, text: str, says: st
 
 
 def test_a_model_without_sequence_batching_is_refused() -> None:
-    for changes in ('{"sequence_batching": null}', '{"sequence_batching": null, "dynamic_batching": {}}'):
-        with pytest.raises(LoadError, match=r"config.pbtxt has no sequence_batching: this backend serves sequences"):
+    for changes in (
+        '{"sequence_batching": null}',
+        '{"sequence_batching": null, "dynamic_batching": {}}',
+    ):
+        with pytest.raises(
+            LoadError, match=r"config.pbtxt has no sequence_batching: this backend serves sequences"
+        ):
             parse(**json.loads(changes))
 
 
-@pytest.mark.parametrize(("size", "fits"), [(1, True), (4, True), (0, False), (5, False), (64, False)])
+@pytest.mark.parametrize(
+    ("size", "fits"), [(1, True), (4, True), (0, False), (5, False), (64, False)]
+)
 def test_a_batch_the_engine_was_not_built_for_is_refused(size: int, fits: bool) -> None:
     if fits:
         assert parse(max_batch_size=size) == Settings(600.0)
         return
-    with pytest.raises(LoadError, match=rf"config.pbtxt has max_batch_size {size}, the engine was built for 1 to 4 rows a step"):
+    with pytest.raises(
+        LoadError,
+        match=rf"config.pbtxt has max_batch_size {size}, the engine was built for 1 to 4 rows a step",
+    ):
         parse(max_batch_size=size)
 
 
 def test_the_log_level_is_info_where_nothing_is_said_and_a_level_nobody_knows_is_refused() -> None:
     assert parse().log_level == logging.INFO
     assert parse(parameters={"log_level": {"string_value": "debug"}}).log_level == logging.DEBUG
-    with pytest.raises(LoadError, match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning', 'error'\]"):
+    with pytest.raises(
+        LoadError,
+        match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning', 'error'\]",
+    ):
         parse(parameters={"log_level": {"string_value": "verbose"}})
 
 

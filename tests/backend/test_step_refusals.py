@@ -2,11 +2,25 @@
 
 import pytest
 import torch
-from driving import BAD, Open, add, ask, memory, outputs, prompt, refused, said, same, token, total, watched
+from driving import (
+    BAD,
+    Open,
+    add,
+    ask,
+    memory,
+    outputs,
+    prompt,
+    refused,
+    said,
+    same,
+    token,
+    total,
+    watched,
+)
 from inplace.drivers.step import StepDriver
 from inplace.errors import Code
-from inplace.requests import Request
-from inplace.sequences import SequenceId
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import SequenceId
 from models import CAPACITY, SLOTS, VOCABULARY, Repository
 
 
@@ -15,8 +29,17 @@ def test_one_bad_request_among_good_ones_harms_nobody(repository: Repository, dr
     starts = [ask(seed, prompt(seed, 3 + seed), start=True) for seed in range(1, 5)]
     for driver in (mixed, clean):
         driver.run(starts)
-    good = [ask(1, [5], logits=True), ask(2, prompt(9, 12), logits=True), ask(4, [6], end=True, logits=True)]
-    bad = [ask(3, BAD), ask(99, [1]), ask(98, [1] * (CAPACITY + 1), start=True), Request(97, True, False, {})]
+    good = [
+        ask(1, [5], logits=True),
+        ask(2, prompt(9, 12), logits=True),
+        ask(4, [6], end=True, logits=True),
+    ]
+    bad = [
+        ask(3, BAD),
+        ask(99, [1]),
+        ask(98, [1] * (CAPACITY + 1), start=True),
+        Request(97, True, False, {}),
+    ]
     answers = mixed.run([bad[0], good[0], bad[1], good[1], bad[2], good[2], bad[3]])
     alone = clean.run(good)
     refused(answers[0], Code.VALUE_RANGE, f"holds {VOCABULARY}")
@@ -36,9 +59,15 @@ def test_one_bad_request_among_good_ones_harms_nobody(repository: Repository, dr
         (ask(1, BAD), Code.VALUE_RANGE),
         (ask(1, [-1]), Code.VALUE_RANGE),
         (ask(1, [1] * (CAPACITY - 4)), Code.CAPACITY),
-        (Request(1, False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}), Code.EMPTY_INPUT),
+        (
+            Request(1, False, False, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}),
+            Code.EMPTY_INPUT,
+        ),
         (Request(1, False, False, {"input_ids": torch.zeros(1, 2)}), Code.BAD_DTYPE),
-        (Request(1, False, False, {"input_ids": torch.zeros(2, 2, dtype=torch.int64)}), Code.BAD_SHAPE),
+        (
+            Request(1, False, False, {"input_ids": torch.zeros(2, 2, dtype=torch.int64)}),
+            Code.BAD_SHAPE,
+        ),
         (Request(1, False, False, {}), Code.MISSING_INPUT),
         (ask(1, [1], logits="perhaps"), Code.BAD_PARAMETER),
         (ask(1, [1], position=-1), Code.BAD_PARAMETER),
@@ -52,7 +81,11 @@ def test_a_refused_step_changes_nothing_and_a_good_one_goes_on(
 ) -> None:
     ids = prompt(1, 5)
     llama.run([ask(1, ids, start=True)])
-    before, addresses, steps = memory(llama), llama.instance.arena.addresses(), len(watched(llama).slots)
+    before, addresses, steps = (
+        memory(llama),
+        llama.instance.arena.addresses(),
+        len(watched(llama).slots),
+    )
     refused(llama.run([request_])[0], code)
     assert same(memory(llama), before)
     assert llama.instance.arena.addresses() == addresses
@@ -104,21 +137,39 @@ def test_a_refused_start_with_end_leaves_no_slot(llama: StepDriver) -> None:
 
 @pytest.mark.parametrize("sequence", [0, ""])
 def test_a_request_without_an_id_is_refused(llama: StepDriver, sequence: SequenceId) -> None:
-    refused(llama.run([ask(sequence, [1], start=True)])[0], Code.NO_SEQUENCE_ID, "send a correlation id that is not 0 or empty")
+    refused(
+        llama.run([ask(sequence, [1], start=True)])[0],
+        Code.NO_SEQUENCE_ID,
+        "send a correlation id that is not 0 or empty",
+    )
     assert llama.instance.table.free == SLOTS
 
 
 def test_a_position_must_be_the_cached_length(llama: StepDriver, repository: Repository) -> None:
-    refused(llama.run([ask(1, [1, 2], start=True, position=1)])[0], Code.POSITION, "meant for position 1, the sequence holds 0")
+    refused(
+        llama.run([ask(1, [1, 2], start=True, position=1)])[0],
+        Code.POSITION,
+        "meant for position 1, the sequence holds 0",
+    )
     assert token(llama.run([ask(1, [1, 2], start=True, position=0)])[0]) == said(repository, [1, 2])
     assert token(llama.run([ask(1, [3], position=2)])[0]) == said(repository, [1, 2, 3])
-    refused(llama.run([ask(1, [3], position=2)])[0], Code.POSITION, "meant for position 2, the sequence holds 3")
+    refused(
+        llama.run([ask(1, [3], position=2)])[0],
+        Code.POSITION,
+        "meant for position 2, the sequence holds 3",
+    )
     assert token(llama.run([ask(1, [4], position="3")])[0]) == said(repository, [1, 2, 3, 4])
 
 
-def test_exactly_the_capacity_fits_and_not_one_more(llama: StepDriver, repository: Repository) -> None:
+def test_exactly_the_capacity_fits_and_not_one_more(
+    llama: StepDriver, repository: Repository
+) -> None:
     ids = prompt(1, CAPACITY)
     assert token(llama.run([ask(1, ids[:-1], start=True)])[0]) == said(repository, ids[:-1])
-    refused(llama.run([ask(1, [1, 2])])[0], Code.CAPACITY, f"2 tokens do not fit: the sequence holds {CAPACITY - 1} of {CAPACITY}")
+    refused(
+        llama.run([ask(1, [1, 2])])[0],
+        Code.CAPACITY,
+        f"2 tokens do not fit: the sequence holds {CAPACITY - 1} of {CAPACITY}",
+    )
     assert token(llama.run([ask(1, ids[-1:])])[0]) == said(repository, ids)
     refused(llama.run([ask(1, [1])])[0], Code.CAPACITY, "0 are left")

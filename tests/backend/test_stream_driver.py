@@ -11,18 +11,20 @@ import pytest
 import torch
 from driving import prompt
 from inplace.drivers import Language, StreamDriver, engine_thread
-from inplace.drivers.intake import Intake
-from inplace.drivers.job import Job
+from inplace.drivers.parsing import Intake
+from inplace.drivers.sequence_queues import Job
 from inplace.engines import Finish
 from inplace.errors import Code
-from inplace.requests import Request
+from inplace.runtime.requests import Request
 from models import CAPACITY, CHUNK, SLOTS, Repository, greedy, open_instance
 from streaming import FREE, OUTPUTS, Heard, OpenStreams, Streams, slowed, until
 from vocabulary import tiny_tokenizer
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 40])
-def test_a_generation_is_transformers_own(streams: OpenStreams, repository: Repository, length: int) -> None:
+def test_a_generation_is_transformers_own(
+    streams: OpenStreams, repository: Repository, length: int
+) -> None:
     heard = streams().generate("a", prompt(length, length))
     assert heard.reason == "length"
     assert heard.tokens == greedy(repository.llama, prompt(length, length), 16)
@@ -33,7 +35,10 @@ def test_many_more_generations_than_slots_are_each_what_they_are_alone_and_share
 ) -> None:
     driver = streams()
     prompts = [prompt(seed, 1 + 3 * seed % 40) for seed in range(3 * SLOTS)]
-    said = [driver.generate(f"s{index}", ids, 12 + index % 5, end=True) for index, ids in enumerate(prompts)]
+    said = [
+        driver.generate(f"s{index}", ids, 12 + index % 5, end=True)
+        for index, ids in enumerate(prompts)
+    ]
     for index, heard in enumerate(said):
         assert heard.reason == "length"
         assert heard.tokens == greedy(repository.llama, prompts[index], 12 + index % 5)
@@ -41,7 +46,9 @@ def test_many_more_generations_than_slots_are_each_what_they_are_alone_and_share
     assert driver.free() == SLOTS
 
 
-def test_requests_that_come_together_begin_in_one_step(streams: OpenStreams, repository: Repository) -> None:
+def test_requests_that_come_together_begin_in_one_step(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams()
     prompts = [prompt(seed, 1) for seed in range(SLOTS)]
     said = [Heard(OUTPUTS) for _ in prompts]
@@ -49,11 +56,15 @@ def test_requests_that_come_together_begin_in_one_step(streams: OpenStreams, rep
         (Request(f"s{index}", True, False, {"input_ids": torch.tensor([ids])}), {}, heard)
         for index, (ids, heard) in enumerate(zip(prompts, said, strict=True))
     )
-    assert [[heard.next_token] for heard in said] == [greedy(repository.llama, ids, 1) for ids in prompts]
+    assert [[heard.next_token] for heard in said] == [
+        greedy(repository.llama, ids, 1) for ids in prompts
+    ]
     assert [len(slots) for slots in driver.engine.slots] == [SLOTS]
 
 
-def test_the_engine_is_stepped_on_the_thread_that_is_given(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_stepped_on_the_thread_that_is_given(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     thread, seen = engine_thread(), set[int]()
     loaded = thread.submit(threading.get_ident).result()
     instance = thread.submit(open_instance, repository.path / "llama").result()
@@ -83,13 +94,16 @@ def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(
     monkeypatch.setattr(Intake, "job", job)
     said = [Heard(OUTPUTS) for _ in range(3)]
     driver.driver.submit(
-        (Request(f"s{index}", True, False, {"input_ids": torch.tensor([[5]])}), {}, each) for index, each in enumerate(said)
+        (Request(f"s{index}", True, False, {"input_ids": torch.tensor([[5]])}), {}, each)
+        for index, each in enumerate(said)
     )
     said[1].refused(Code.ENGINE_FAILED, "a defect")
     assert said[0].next_token == said[2].next_token == greedy(repository.llama, [5], 1)[0]
 
 
-def test_random_requests_of_both_protocols_give_every_sequence_its_own_tokens(streams: OpenStreams, repository: Repository) -> None:
+def test_random_requests_of_both_protocols_give_every_sequence_its_own_tokens(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams()
 
     def client(seed: int) -> None:
@@ -99,7 +113,9 @@ def test_random_requests_of_both_protocols_give_every_sequence_its_own_tokens(st
         while len(history) < CAPACITY - 12:
             more = rng.randint(1, 6)
             if rng.random() < 0.6:
-                heard = driver.generate(seed, ids, more, start=start, position=0 if start else len(history) - len(ids))
+                heard = driver.generate(
+                    seed, ids, more, start=start, position=0 if start else len(history) - len(ids)
+                )
                 assert heard.reason == "length"
                 assert heard.tokens == greedy(repository.llama, history, more)
                 history += heard.tokens
@@ -118,11 +134,16 @@ def test_random_requests_of_both_protocols_give_every_sequence_its_own_tokens(st
     assert driver.free() == SLOTS
 
 
-def test_a_seed_says_the_same_alone_and_in_company(streams: OpenStreams, repository: Repository) -> None:
+def test_a_seed_says_the_same_alone_and_in_company(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(5, 21)
     sampling: dict[str, Any] = {"temperature": "0.9", "top_k": 64, "top_p": "0.95"}
     alone = [driver.generate("a", ids, seed=seed, **sampling).wait().tokens for seed in (1, 2)]
-    company = [driver.generate(f"c{index}", ids, seed=seed, end=True, **sampling) for index, seed in enumerate((1, 2, 3, 1, 2, -(2**63)))]
+    company = [
+        driver.generate(f"c{index}", ids, seed=seed, end=True, **sampling)
+        for index, seed in enumerate((1, 2, 3, 1, 2, -(2**63)))
+    ]
     said = [heard.wait().tokens for heard in company]
     assert [said[0], said[3]] == [alone[0]] * 2
     assert [said[1], said[4]] == [alone[1]] * 2
@@ -136,8 +157,13 @@ def test_generations_and_steps_continue_a_sequence_and_the_last_token_is_never_s
     driver, ids = streams(), prompt(1, 9)
     first = driver.generate("a", ids, 5).wait().tokens
     history = ids + first
-    assert driver.ask("a", [7], position=13).wait().error is not None  # one less: the pending token counts
-    assert driver.ask("a", [7, 8], position=14).next_token == greedy(repository.llama, [*history, 7, 8], 1)[0]
+    assert (
+        driver.ask("a", [7], position=13).wait().error is not None
+    )  # one less: the pending token counts
+    assert (
+        driver.ask("a", [7, 8], position=14).next_token
+        == greedy(repository.llama, [*history, 7, 8], 1)[0]
+    )
     history += [7, 8]
     second = driver.generate("a", [9], 4, start=False, position=16).wait().tokens
     assert second == greedy(repository.llama, [*history, 9], 4)
@@ -148,7 +174,9 @@ def test_generations_and_steps_continue_a_sequence_and_the_last_token_is_never_s
     assert driver.free() == SLOTS
 
 
-def test_an_end_token_ends_a_generation_and_may_be_ignored(streams: OpenStreams, repository: Repository) -> None:
+def test_an_end_token_ends_a_generation_and_may_be_ignored(
+    streams: OpenStreams, repository: Repository
+) -> None:
     ids = prompt(3, 8)
     expected = greedy(repository.llama, ids, 16)
     end = expected[6]
@@ -156,17 +184,27 @@ def test_an_end_token_ends_a_generation_and_may_be_ignored(streams: OpenStreams,
     heard = driver.generate("a", ids)
     assert heard.reason == "eos"
     assert heard.tokens == expected[: expected.index(end) + 1]
-    assert heard.text == tiny_tokenizer().decode(ids + heard.tokens[:-1])[len(tiny_tokenizer().decode(ids)) :].rstrip("\ufffd")
+    assert heard.text == tiny_tokenizer().decode(ids + heard.tokens[:-1])[
+        len(tiny_tokenizer().decode(ids)) :
+    ].rstrip("\ufffd")
     assert driver.generate("b", ids, ignore_eos=True).wait().tokens == expected
 
 
-def test_the_text_of_a_start_that_goes_on_is_no_beginning(streams: OpenStreams, repository: Repository) -> None:
+def test_the_text_of_a_start_that_goes_on_is_no_beginning(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, more = streams(Language(tiny_tokenizer())), " Copyright"
     ids = tiny_tokenizer().encode("You may").ids
-    history = [*ids, *greedy(repository.llama, ids, 3), *tiny_tokenizer().encode(more, add_special_tokens=False).ids]
+    history = [
+        *ids,
+        *greedy(repository.llama, ids, 3),
+        *tiny_tokenizer().encode(more, add_special_tokens=False).ids,
+    ]
     for start in (True, False):
         assert driver.generate("a", "You may", 3, sequence_key="mine").reason == "length"
-        heard = driver.generate("a", more, 4, start=start, sequence_key="mine", position=len(ids) + 3)
+        heard = driver.generate(
+            "a", more, 4, start=start, sequence_key="mine", position=len(ids) + 3
+        )
         assert (heard.reason, heard.tokens) == ("length", greedy(repository.llama, history, 4))
 
 
@@ -175,13 +213,19 @@ def test_a_sequence_ends_where_its_slot_does(streams: OpenStreams, repository: R
     heard = driver.generate("a", ids, 1000)
     assert heard.reason == "capacity"
     assert heard.tokens == greedy(repository.llama, ids, FREE)
-    driver.generate("a", [1], 1, start=False).refused(Code.CAPACITY, f"the sequence holds {CAPACITY} of {CAPACITY} positions")
+    driver.generate("a", [1], 1, start=False).refused(
+        Code.CAPACITY, f"the sequence holds {CAPACITY} of {CAPACITY} positions"
+    )
     assert driver.generate("b", ids, FREE).reason == "length"
-    driver.generate("c", prompt(5, CAPACITY), 1).refused(Code.CAPACITY, f"{CAPACITY} tokens and 1 more do not fit")
+    driver.generate("c", prompt(5, CAPACITY), 1).refused(
+        Code.CAPACITY, f"{CAPACITY} tokens and 1 more do not fit"
+    )
     assert driver.generate("c", prompt(5, CAPACITY - 1), 1).reason == "length"
 
 
-def test_prompts_hold_running_generations_up_by_one_chunk_at_most(streams: OpenStreams, repository: Repository) -> None:
+def test_prompts_hold_running_generations_up_by_one_chunk_at_most(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams()
     engine = driver.engine
     with slowed(driver, 0.02):
@@ -189,7 +233,9 @@ def test_prompts_hold_running_generations_up_by_one_chunk_at_most(streams: OpenS
         for heard in running:
             heard.said(2)
         engine.counts.clear()
-        late = [driver.generate(f"p{index}", prompt(90 + index, 40), 2, end=True) for index in range(5)]
+        late = [
+            driver.generate(f"p{index}", prompt(90 + index, 40), 2, end=True) for index in range(5)
+        ]
         for heard in late:
             heard.said(1)
     for index, heard in enumerate(late):
@@ -204,9 +250,14 @@ def test_prompts_hold_running_generations_up_by_one_chunk_at_most(streams: OpenS
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_more_sequences_than_rows_take_turns(streams: OpenStreams, repository: Repository, rows: int) -> None:
+def test_more_sequences_than_rows_take_turns(
+    streams: OpenStreams, repository: Repository, rows: int
+) -> None:
     driver = streams(rows=rows)
-    said = [driver.generate(f"s{index}", prompt(index, 1 + 5 * index), 12, end=True) for index in range(SLOTS)]
+    said = [
+        driver.generate(f"s{index}", prompt(index, 1 + 5 * index), 12, end=True)
+        for index in range(SLOTS)
+    ]
     for index, heard in enumerate(said):
         assert heard.wait().tokens == greedy(repository.llama, prompt(index, 1 + 5 * index), 12)
     assert max(len(slots) for slots in driver.engine.slots) == rows
@@ -215,7 +266,9 @@ def test_more_sequences_than_rows_take_turns(streams: OpenStreams, repository: R
         assert max(after - before for before, after in pairwise(steps)) <= 2 * SLOTS
 
 
-def test_a_response_has_at_least_the_interval_and_the_last_one_the_rest(streams: OpenStreams) -> None:
+def test_a_response_has_at_least_the_interval_and_the_last_one_the_rest(
+    streams: OpenStreams,
+) -> None:
     heard = streams().generate("a", prompt(1, 3), 11, stream_interval=4).wait()
     sizes = [len(response["tokens"][0]) for response in heard.responses]
     assert sum(sizes) == 11
@@ -223,7 +276,9 @@ def test_a_response_has_at_least_the_interval_and_the_last_one_the_rest(streams:
     assert sizes[-1] <= 11 - 4 * (len(sizes) - 1)
 
 
-def test_the_idle_clock_stands_still_while_a_generation_runs_and_goes_on_after_it(streams: OpenStreams) -> None:
+def test_the_idle_clock_stands_still_while_a_generation_runs_and_goes_on_after_it(
+    streams: OpenStreams,
+) -> None:
     driver = streams(idle_timeout=1.5)
     with slowed(driver, 0.1):
         begin = time.monotonic()

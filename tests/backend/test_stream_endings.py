@@ -7,7 +7,7 @@ import torch
 from driving import prompt
 from inplace.drivers import Language
 from inplace.errors import Code
-from inplace.requests import Request
+from inplace.runtime.requests import Request
 from models import CAPACITY, CHUNK, SLOTS, VOCABULARY, Repository, greedy
 from streaming import FREE, Deaf, Heard, OpenStreams, Streams, slowed, until
 from vocabulary import added, tiny_tokenizer
@@ -20,7 +20,9 @@ def full(driver: Streams, slots: int = SLOTS) -> list[Heard]:
     return held
 
 
-def test_an_end_without_inputs_ends_a_running_generation(streams: OpenStreams, repository: Repository) -> None:
+def test_an_end_without_inputs_ends_a_running_generation(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(1, 8)
     with slowed(driver, 0.02):
         heard = driver.generate("a", ids, FREE).said(3)
@@ -33,7 +35,9 @@ def test_an_end_without_inputs_ends_a_running_generation(streams: OpenStreams, r
     driver.end("a").refused(Code.UNKNOWN_SEQUENCE)
 
 
-def test_an_end_with_tokens_is_the_sequence_s_last_step(streams: OpenStreams, repository: Repository) -> None:
+def test_an_end_with_tokens_is_the_sequence_s_last_step(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(2, 8)
     with slowed(driver, 0.02):
         heard = driver.generate("a", ids, FREE).said(3)
@@ -43,7 +47,9 @@ def test_an_end_with_tokens_is_the_sequence_s_last_step(streams: OpenStreams, re
     assert driver.free() == SLOTS
 
 
-def test_a_start_takes_the_sequence_from_a_running_generation(streams: OpenStreams, repository: Repository) -> None:
+def test_a_start_takes_the_sequence_from_a_running_generation(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams()
     with slowed(driver, 0.02):
         first = driver.generate("a", prompt(1, 8), FREE).said(2)
@@ -53,19 +59,30 @@ def test_a_start_takes_the_sequence_from_a_running_generation(streams: OpenStrea
     assert second.tokens == greedy(repository.llama, prompt(2, 9), 5)
 
 
-def test_an_end_also_ends_the_generations_that_wait_behind_the_running_one(streams: OpenStreams) -> None:
+def test_an_end_also_ends_the_generations_that_wait_behind_the_running_one(
+    streams: OpenStreams,
+) -> None:
     driver = streams()
     with slowed(driver, 0.02):
-        heard = [driver.generate("a", prompt(1, 8), FREE).said(1), *(driver.generate("a", [3], 2, start=False) for _ in range(3))]
+        heard = [
+            driver.generate("a", prompt(1, 8), FREE).said(1),
+            *(driver.generate("a", [3], 2, start=False) for _ in range(3)),
+        ]
         driver.end("a").wait()
     assert [one.reason for one in heard] == ["ended"] * 4
     assert [len(one.tokens) for one in heard[1:]] == [0, 0, 0]
 
 
-def test_a_stranger_s_end_and_start_change_nothing(streams: OpenStreams, repository: Repository) -> None:
+def test_a_stranger_s_end_and_start_change_nothing(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(1, 8)
     heard = driver.generate("a", ids, FREE, sequence_key="mine").said(2)
-    strangers = [driver.end("a"), driver.end("a", sequence_key="guess"), driver.generate("a", [1], 1)]
+    strangers = [
+        driver.end("a"),
+        driver.end("a", sequence_key="guess"),
+        driver.generate("a", [1], 1),
+    ]
     assert heard.reason == "length"
     assert heard.tokens == greedy(repository.llama, ids, FREE)
     strangers[0].refused(Code.SEQUENCE_KEY)
@@ -74,7 +91,9 @@ def test_a_stranger_s_end_and_start_change_nothing(streams: OpenStreams, reposit
     assert driver.end("a", sequence_key="mine").wait().error is None
 
 
-def test_the_slot_of_a_cancelled_generation_is_free_within_a_tenth_of_a_second_and_a_step(streams: OpenStreams) -> None:
+def test_the_slot_of_a_cancelled_generation_is_free_within_a_tenth_of_a_second_and_a_step(
+    streams: OpenStreams,
+) -> None:
     driver, took = streams(), list[float]()
     with slowed(driver, 0.02):
         for _ in range(3):
@@ -86,10 +105,15 @@ def test_the_slot_of_a_cancelled_generation_is_free_within_a_tenth_of_a_second_a
     driver.ask("a", [1]).refused(Code.UNKNOWN_SEQUENCE)
 
 
-def test_a_generation_that_waits_can_be_cancelled_and_leaves_the_queue(streams: OpenStreams) -> None:
+def test_a_generation_that_waits_can_be_cancelled_and_leaves_the_queue(
+    streams: OpenStreams,
+) -> None:
     driver = streams()
     full(driver)
-    first, second = driver.generate("w1", prompt(1, 3), 2, end=True), driver.generate("w2", prompt(2, 3), 2, end=True)
+    first, second = (
+        driver.generate("w1", prompt(1, 3), 2, end=True),
+        driver.generate("w2", prompt(2, 3), 2, end=True),
+    )
     first.gone = True
     assert first.reason == "cancelled"
     assert first.tokens == []
@@ -97,7 +121,9 @@ def test_a_generation_that_waits_can_be_cancelled_and_leaves_the_queue(streams: 
     assert second.reason == "length"
 
 
-def test_generations_get_slots_in_the_order_they_came_and_a_step_does_not_pass_them(streams: OpenStreams) -> None:
+def test_generations_get_slots_in_the_order_they_came_and_a_step_does_not_pass_them(
+    streams: OpenStreams,
+) -> None:
     driver = streams()
     full(driver)
     waiting = [driver.generate(f"w{index}", prompt(index, 3), 4, end=True) for index in range(4)]
@@ -114,7 +140,9 @@ def test_a_full_queue_refuses_and_a_waiting_sequence_can_be_ended(streams: OpenS
     driver = streams(most_waiting=2)
     full(driver)
     waiting = [driver.generate(f"w{index}", prompt(index, 3), 4, end=True) for index in range(2)]
-    driver.generate("late", [1], 4).refused(Code.QUEUE_FULL, "2 generations wait for a slot", retryable=True)
+    driver.generate("late", [1], 4).refused(
+        Code.QUEUE_FULL, "2 generations wait for a slot", retryable=True
+    )
     assert driver.generate("held0", [1], 2).reason == "length"  # it has a slot
     again = driver.generate("w0", [1], 1)  # a START takes the place of the one before
     assert waiting[0].reason == "ended"
@@ -127,16 +155,25 @@ def test_a_sequence_has_no_endless_queue(streams: OpenStreams) -> None:
     driver = streams()
     running = driver.generate("a", prompt(1, 8), FREE).said(1)
     steps = [driver.ask("a", [1]) for _ in range(200)]
-    full = [heard for heard in steps if heard.wait().error is not None and heard.error.code is Code.QUEUE_FULL]  # type: ignore[union-attr]
+    full = [
+        heard
+        for heard in steps
+        if (error := heard.wait().error) is not None and error.code is Code.QUEUE_FULL
+    ]
     assert full
     assert running.reason == "length"
 
 
-def test_nor_has_it_one_for_strangers_who_start_and_end_it(streams: OpenStreams, repository: Repository) -> None:
+def test_nor_has_it_one_for_strangers_who_start_and_end_it(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver, ids = streams(), prompt(1, 8)
     with slowed(driver, 0.01):
         running = driver.generate("a", ids, FREE, sequence_key="mine").said(1)
-        strangers = [driver.ask("a", [1], start=True) if number % 2 else driver.end("a") for number in range(400)]
+        strangers = [
+            driver.ask("a", [1], start=True) if number % 2 else driver.end("a")
+            for number in range(400)
+        ]
         running.wait()
     codes = [heard.wait().error.code for heard in strangers]  # type: ignore[union-attr]
     assert codes[:127] == [Code.SEQUENCE_KEY] * 127  # behind the generation itself
@@ -147,11 +184,19 @@ def test_nor_has_it_one_for_strangers_who_start_and_end_it(streams: OpenStreams,
 @pytest.mark.parametrize(
     ("parameters", "code", "says"),
     [
-        ({"max_tokens": 0}, Code.BAD_PARAMETER, "parameter 'max_tokens' is 0; expected a whole number of at least 1"),
+        (
+            {"max_tokens": 0},
+            Code.BAD_PARAMETER,
+            "parameter 'max_tokens' is 0; expected a whole number of at least 1",
+        ),
         ({"max_tokens": "many"}, Code.BAD_PARAMETER, "parameter 'max_tokens' is 'many'"),
         ({"max_tokens": 2.5}, Code.BAD_PARAMETER, "parameter 'max_tokens' is 2.5"),
         ({"stream_interval": 0}, Code.BAD_PARAMETER, "parameter 'stream_interval' is 0"),
-        ({"ignore_eos": "maybe"}, Code.BAD_PARAMETER, "parameter 'ignore_eos' is 'maybe'; expected true or false"),
+        (
+            {"ignore_eos": "maybe"},
+            Code.BAD_PARAMETER,
+            "parameter 'ignore_eos' is 'maybe'; expected true or false",
+        ),
         ({"logits": True}, Code.BAD_PARAMETER, "parameter 'logits' belongs to steps"),
         ({"temperature": "hot"}, Code.BAD_PARAMETER, "parameter 'temperature' is 'hot'"),
         ({"position": 5}, Code.POSITION, "meant for position 5, the sequence holds 0"),
@@ -177,16 +222,26 @@ def test_texts_that_cannot_be_are_refused(streams: OpenStreams) -> None:
         ids = {"input_ids": torch.tensor([[1]])} if inputs else {}
         return driver.send(Request("a", True, False, ids, parameters={"max_tokens": 1}), texts)
 
-    generate({"text": (b"a", b"b")}).refused(Code.BAD_SHAPE, "input 'text' holds 2 texts; expected 1")
+    generate({"text": (b"a", b"b")}).refused(
+        Code.BAD_SHAPE, "input 'text' holds 2 texts; expected 1"
+    )
     generate({"text": (b"\xff",)}).refused(Code.VALUE_RANGE, "input 'text' is no UTF-8 text")
-    generate({"text": (b"a",)}, inputs=True).refused(Code.BAD_PARAMETER, "are both given; send one of them")
+    generate({"text": (b"a",)}, inputs=True).refused(
+        Code.BAD_PARAMETER, "are both given; send one of them"
+    )
     generate({}).refused(Code.MISSING_INPUT, "input 'input_ids' is missing")
     generate({"text": (b"x" * 64 * CAPACITY + b"x",)}).refused(Code.CAPACITY, "does not fit")
-    generate({"text": (b"x",), "stop": (b"",)}).refused(Code.VALUE_RANGE, "a text of 0 characters; expected 1 to 256")
-    generate({"text": (b"x",), "stop": (b"y",) * 17}).refused(Code.BAD_SHAPE, "holds 17 texts; expected at most 16")
+    generate({"text": (b"x",), "stop": (b"",)}).refused(
+        Code.VALUE_RANGE, "a text of 0 characters; expected 1 to 256"
+    )
+    generate({"text": (b"x",), "stop": (b"y",) * 17}).refused(
+        Code.BAD_SHAPE, "holds 17 texts; expected at most 16"
+    )
 
 
-def test_a_failed_step_ends_the_generations_in_it_and_no_others(streams: OpenStreams, repository: Repository) -> None:
+def test_a_failed_step_ends_the_generations_in_it_and_no_others(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams()
     engine = driver.engine
     with slowed(driver, 0.02):
@@ -195,14 +250,20 @@ def test_a_failed_step_ends_the_generations_in_it_and_no_others(streams: OpenStr
         heard.wait()
     heard.refused(Code.ENGINE_FAILED, "no slot is held, START again", retryable=True)
     assert driver.free() == SLOTS
-    assert driver.generate("b", prompt(2, 8), 5).wait().tokens == greedy(repository.llama, prompt(2, 8), 5)
+    assert driver.generate("b", prompt(2, 8), 5).wait().tokens == greedy(
+        repository.llama, prompt(2, 8), 5
+    )
 
 
-def test_a_defect_while_a_request_is_taken_is_told_to_its_client(streams: OpenStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_while_a_request_is_taken_is_told_to_its_client(
+    streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver = streams()
     with monkeypatch.context() as patched:
         patched.setattr("inplace.drivers.senders.CancelWatch.add", lambda *_: 1 // 0)
-        driver.generate("a", [1], 2).refused(Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError: ")
+        driver.generate("a", [1], 2).refused(
+            Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError: "
+        )
     assert driver.generate("a", [1], 2).reason == "length"
 
 
@@ -226,12 +287,18 @@ def test_shutdown_answers_what_runs_waits_and_arrives(streams: OpenStreams) -> N
     late.refused(Code.SHUTDOWN, retryable=True)
 
 
-def test_stop_texts_are_found_across_tokens_and_are_not_said(streams: OpenStreams, repository: Repository) -> None:
+def test_stop_texts_are_found_across_tokens_and_are_not_said(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams(Language(tiny_tokenizer()))
     ids = tiny_tokenizer().encode("Licensed work").ids
     said = greedy(repository.llama, ids, 30)
     text = added(ids, said)
-    at = next(at for at in range(len(text) // 2, len(text) - 4) if text.count(text[at : at + 4]) == 1 and "\ufffd" not in text[at : at + 4])
+    at = next(
+        at
+        for at in range(len(text) // 2, len(text) - 4)
+        if text.count(text[at : at + 4]) == 1 and "\ufffd" not in text[at : at + 4]
+    )
     heard = driver.generate("a", "Licensed work", 30, stop=("never said", text[at : at + 4]))
     assert heard.reason == "stop"
     assert heard.text == text[: text.index(text[at : at + 4])]
@@ -245,7 +312,9 @@ def test_stop_texts_are_found_across_tokens_and_are_not_said(streams: OpenStream
     assert driver.generate("b", "Licensed work", 30, stop=(begun[-6:],)).wait().text == text
 
 
-def test_the_text_is_that_of_the_tokens_however_they_are_grouped(streams: OpenStreams, repository: Repository) -> None:
+def test_the_text_is_that_of_the_tokens_however_they_are_grouped(
+    streams: OpenStreams, repository: Repository
+) -> None:
     driver = streams(Language(tiny_tokenizer()))
     ids = tiny_tokenizer().encode("You may").ids
     expected = added(ids, greedy(repository.llama, ids, 40))
@@ -257,10 +326,14 @@ def test_the_text_is_that_of_the_tokens_however_they_are_grouped(streams: OpenSt
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_and_nothing_to_others(streams: OpenStreams, last: bool) -> None:
+def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_and_nothing_to_others(
+    streams: OpenStreams, last: bool
+) -> None:
     driver = streams()
     deaf = Deaf(last=last)
-    request = Request("deaf", True, True, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": 9})
+    request = Request(
+        "deaf", True, True, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": 9}
+    )
     driver.driver.submit([(request, {}, deaf)])
     other = driver.generate("other", prompt(1, 3), 9, end=True)
     deaf.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError: too large)")
@@ -272,13 +345,24 @@ def test_a_generation_whose_client_cannot_be_answered_is_over(streams: OpenStrea
     driver = streams()
     engine, deaf = driver.engine, Deaf(last=False)
     with slowed(driver, 0.02):
-        request = Request("deaf", True, False, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": FREE, "ignore_eos": True})
+        request = Request(
+            "deaf",
+            True,
+            False,
+            {"input_ids": torch.tensor([[1]])},
+            parameters={"max_tokens": FREE, "ignore_eos": True},
+        )
         driver.driver.submit([(request, {}, deaf)])
         deaf.refused(Code.ENGINE_FAILED)
         until(lambda: driver.free() == SLOTS)
     assert len(engine.slots) < FREE / 2
     until(
-        lambda: driver.driver.instance.observer.numbers.now().get(("inplace_generations_total", "cancelled")) == 1
+        lambda: (
+            driver.driver.instance.observer.numbers.now().get(
+                ("inplace_generations_total", "cancelled")
+            )
+            == 1
+        )
     )  # after its slot is free
 
 
@@ -295,4 +379,7 @@ def test_a_stale_end_leaves_the_next_owner_s_generation(streams: OpenStreams) ->
             heard.wait()
     assert ended.error is None
     assert (new.error, new.reason, len(new.tokens)) == (None, "length", 5)
-    assert stale.error is not None and stale.error.code in (Code.SEQUENCE_KEY, Code.UNKNOWN_SEQUENCE)
+    assert stale.error is not None and stale.error.code in (
+        Code.SEQUENCE_KEY,
+        Code.UNKNOWN_SEQUENCE,
+    )

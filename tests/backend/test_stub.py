@@ -11,15 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 from inplace.errors import LoadError
-from inplace.stub import check_numpy, end_with_server
-from inplace_builder.server import installation
+from inplace.server.stub import check_numpy, end_with_server
+from inplace_builder.tools.tritonserver import installation
 
 STUB = installation().stub
 
 
 def test_the_stub_of_24_10_takes_numpy_1_only() -> None:
     check_numpy(STUB, "1.26.4")
-    with pytest.raises(LoadError, match=r'made for NumPy 1 and sends empty texts with NumPy 2\.5\.2: install "numpy<2"'):
+    with pytest.raises(
+        LoadError,
+        match=r'made for NumPy 1 and sends empty texts with NumPy 2\.5\.2: install "numpy<2"',
+    ):
         check_numpy(STUB, "2.5.2")
 
 
@@ -37,18 +40,20 @@ with subprocess.Popen([sys.executable, "-c", sys.argv[1]]) as child:
 """
 BUSY = """
 import ctypes, os
-from inplace.stub import end_with_server
+from inplace.server.stub import end_with_server
 print(os.getpid(), end_with_server().pid, flush=True)
 ctypes.PyDLL(None).sleep(600)  # with the interpreter's lock: no other thread of Python's runs
 """
 IDLE = """
-from inplace.stub import end_with_server
+from inplace.server.stub import end_with_server
 print(0, end_with_server().pid, flush=True)
 """
 
 
 def test_a_stub_that_waits_with_the_interpreter_s_lock_ends_when_its_server_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", SERVER, BUSY], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, BUSY], stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         stub, guard = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
         assert stub.is_running()
@@ -59,7 +64,9 @@ def test_a_stub_that_waits_with_the_interpreter_s_lock_ends_when_its_server_is_k
 
 
 def test_the_guard_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
-    with subprocess.Popen([sys.executable, "-c", SERVER, IDLE], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, IDLE], stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         _, guard = server.stdout.readline().split()
         assert server.wait(20) == 0
@@ -67,8 +74,13 @@ def test_the_guard_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
             psutil.Process(int(guard)).wait(20)
 
 
-def test_a_guard_that_cannot_be_started_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_guard_that_cannot_be_started_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("shutil.which", lambda _: "/nowhere/python3")
     with caplog.at_level(logging.WARNING, "inplace"):
         assert end_with_server() is None
-    assert "this process stays if the server is killed: its guard did not start (/nowhere/python3 -I -S" in caplog.text
+    assert (
+        "this process stays if the server is killed: its guard did not start (/nowhere/python3 -I -S"
+        in caplog.text
+    )

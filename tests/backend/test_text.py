@@ -3,12 +3,16 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inplace.drivers.text import Detokenizer, Stops, load_tokenizer
 from inplace.errors import LoadError
-from inplace.text import Detokenizer, Stops, load_tokenizer
 from models import VOCABULARY
 from vocabulary import added, save_tokenizer, tiny_tokenizer
 
-WORDS = tiny_tokenizer().encode("Unless required by applicable law, «naïve» 日本語 🙂🙃 or agreed to").ids
+WORDS = (
+    tiny_tokenizer()
+    .encode("Unless required by applicable law, «naïve» 日本語 🙂🙃 or agreed to")
+    .ids
+)
 
 
 def pieces(items: list[int], sizes: list[int]) -> list[list[int]]:
@@ -28,7 +32,9 @@ def pieces(items: list[int], sizes: list[int]) -> list[list[int]]:
 def test_pieces_of_tokens_are_the_text_of_all_of_them(tokens: list[int], sizes: list[int]) -> None:
     context = tiny_tokenizer().encode("Licensed").ids
     detokenizer = Detokenizer(tiny_tokenizer(), context)
-    assert "".join(detokenizer.add(part) for part in pieces(tokens, sizes)) == added(context, tokens)
+    assert "".join(detokenizer.add(part) for part in pieces(tokens, sizes)) == added(
+        context, tokens
+    )
 
 
 def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
@@ -43,7 +49,9 @@ def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3),
 )
-def test_a_text_is_said_up_to_its_first_stop_text_and_wholly_without_one(parts: list[str], texts: list[str]) -> None:
+def test_a_text_is_said_up_to_its_first_stop_text_and_wholly_without_one(
+    parts: list[str], texts: list[str]
+) -> None:
     stops, said, whole = Stops(tuple(texts)), "", ""
     for part in parts:
         whole += part
@@ -64,7 +72,9 @@ def test_what_may_become_a_stop_text_is_held_back_and_said_when_it_does_not() ->
     assert stops.hit
 
 
-def test_a_folder_may_have_no_tokenizer_but_none_that_is_damaged(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_folder_may_have_no_tokenizer_but_none_that_is_damaged(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     folder = tmp_path_factory.mktemp("engine")
     assert load_tokenizer(folder) is None
     save_tokenizer(folder / "tokenizer")
@@ -72,5 +82,7 @@ def test_a_folder_may_have_no_tokenizer_but_none_that_is_damaged(tmp_path_factor
     assert found is not None
     assert found.encode("Licensed work").ids == tiny_tokenizer().encode("Licensed work").ids
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(LoadError, match=r"tokenizer.json cannot be read as a tokenizer .*; build the model again"):
+    with pytest.raises(
+        LoadError, match=r"tokenizer.json cannot be read as a tokenizer .*; build the model again"
+    ):
         load_tokenizer(folder)

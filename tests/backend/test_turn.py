@@ -3,8 +3,8 @@
 import threading
 
 import pytest
-from inplace.drivers import turn as module
-from inplace.drivers.turn import Turn
+from inplace.drivers import senders as module
+from inplace.drivers.senders import Turn
 
 
 def passes(turn: Turn) -> threading.Event:
@@ -19,7 +19,9 @@ def passes(turn: Turn) -> threading.Event:
     return passed
 
 
-def test_who_comes_while_it_is_taken_waits_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_comes_while_it_is_taken_waits_until_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "PATIENCE", 60.0)
     turn = Turn()
     assert passes(turn).wait(10), "nobody has it"

@@ -11,10 +11,14 @@ from benchmarks.record import ROOT, commit, facts, machine
 
 def git(folder: Path, *command: str) -> str:
     name = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
-    return subprocess.run(["git", *name, *command], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *name, *command], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
-def test_a_commit_is_the_one_that_runs_and_says_where_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_is_the_one_that_runs_and_says_where_files_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("COMMIT", raising=False)
     monkeypatch.setattr(record, "ROOT", tmp_path)
     (tmp_path / "file").write_text("one")
@@ -44,6 +48,16 @@ def test_a_result_has_its_command_its_machine_and_its_versions() -> None:
 
 
 def test_a_command_is_kept_without_the_paths_of_its_machine() -> None:
-    typed = ["--model", "/somewhere/built/smollm2", "--out", f"{ROOT}/benchmarks/results/x.json", "--input-data", "a/b.json"]
+    typed = [
+        "--model",
+        "/somewhere/built/smollm2",
+        "--out",
+        f"{ROOT}/benchmarks/results/x.json",
+        "--input-data",
+        "a/b.json",
+    ]
     kept = facts("what", "python -m benchmarks.perf", typed)["command"]
-    assert kept == "python -m benchmarks.perf --model smollm2 --out benchmarks/results/x.json --input-data a/b.json"
+    assert (
+        kept
+        == "python -m benchmarks.perf --model smollm2 --out benchmarks/results/x.json --input-data a/b.json"
+    )

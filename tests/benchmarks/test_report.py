@@ -17,7 +17,16 @@ from benchmarks.gpu.plan import Child, plan
 from benchmarks.gpu.plots import AXES, draw, panels
 from benchmarks.gpu.report import Results, aim, must, report
 from benchmarks.gpu.run import kept, run, run_child, unmeasured
-from benchmarks.gpu.shapes import CASES, LENGTHS, SHAPES, Case, cache_bytes, floor_us, random_weights, weight_bytes
+from benchmarks.gpu.shapes import (
+    CASES,
+    LENGTHS,
+    SHAPES,
+    Case,
+    cache_bytes,
+    floor_us,
+    random_weights,
+    weight_bytes,
+)
 
 BANDWIDTH = 3.02e12
 
@@ -36,7 +45,18 @@ def tiny() -> LlamaForCausalLM:
 
 
 def measured(case: Case, engine: str, us: float) -> Measurement:
-    return Measurement(engine, case.shape, case.rows, case.capacity, case.length, case.rows, "decode", us=us, us_min=us, repeats=5)
+    return Measurement(
+        engine,
+        case.shape,
+        case.rows,
+        case.capacity,
+        case.length,
+        case.rows,
+        "decode",
+        us=us,
+        us_min=us,
+        repeats=5,
+    )
 
 
 def record(measurements: list[Measurement]) -> dict[str, Any]:
@@ -53,7 +73,12 @@ def record(measurements: list[Measurement]) -> dict[str, Any]:
 
 
 def child(code: str, timeout: int = 60) -> Child:
-    return Child("child", (sys.executable, "-c", code), timeout, (described("1b", 8, 4096, 600, "torch_compile"),))
+    return Child(
+        "child",
+        (sys.executable, "-c", code),
+        timeout,
+        (described("1b", 8, 4096, 600, "torch_compile"),),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,7 +91,9 @@ def test_weight_bytes_are_those_of_the_model(shape: str) -> None:
 def test_the_floor_counts_weights_once_and_each_cached_position() -> None:
     assert cache_bytes("135m", 10) == 10 * 30 * 3 * 64 * 2 * 2
     assert floor_us("1b", 0, BANDWIDTH) == pytest.approx(818, abs=1)
-    assert floor_us("1b", 1000, BANDWIDTH) - floor_us("1b", 0, BANDWIDTH) == pytest.approx(cache_bytes("1b", 1000) / 3.02e6)
+    assert floor_us("1b", 1000, BANDWIDTH) - floor_us("1b", 0, BANDWIDTH) == pytest.approx(
+        cache_bytes("1b", 1000) / 3.02e6
+    )
 
 
 def test_random_weights_are_the_same_each_time_tied_and_run() -> None:
@@ -77,7 +104,9 @@ def test_random_weights_are_the_same_each_time_tied_and_run() -> None:
     fresh = LlamaForCausalLM(one.config)
     fresh.load_state_dict(one.state_dict())
     ids = torch.arange(12).view(1, -1)
-    assert torch.equal(fresh(ids).logits, one(ids).logits)  # the rotary frequencies, which no state dict holds, are right too
+    assert torch.equal(
+        fresh(ids).logits, one(ids).logits
+    )  # the rotary frequencies, which no state dict holds, are right too
 
 
 @torch.no_grad()
@@ -155,7 +184,9 @@ def test_every_case_is_planned_for_ours_and_the_peer_and_each_process_once() -> 
             assert (engine, measured(case, engine, 1.0).step) in expected
     assert len(set(expected)) == len(expected)
     assert len({planned.name for planned in children}) == len(children)
-    assert [one.engine for one in children[0].expected] == ["inplace-plugin"] * 2  # ours first: the budget may end the rest
+    assert [one.engine for one in children[0].expected] == [
+        "inplace-plugin"
+    ] * 2  # ours first: the budget may end the rest
 
 
 def test_a_process_that_measures_is_recorded(tmp_path: Path) -> None:
@@ -172,19 +203,21 @@ def test_a_process_that_measures_is_recorded(tmp_path: Path) -> None:
         ("print('{\"engine\": 1}')", 60, "its output is no measurement"),
     ],
 )
-def test_a_process_that_fails_is_recorded_with_its_reason(tmp_path: Path, code: str, limit: float, error: str) -> None:
+def test_a_process_that_fails_is_recorded_with_its_reason(
+    tmp_path: Path, code: str, limit: float, error: str
+) -> None:
     (found,) = run_child(child(code), tmp_path, limit)
     assert found.us is None
     assert error in str(found.error)
 
 
 def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path: Path) -> None:
-    code = (
-        "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read(); import time; time.sleep(600)"
-    )
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read(); import time; time.sleep(600)"
     run_child(child(code), tmp_path, 2)
     pid = (tmp_path / "child.out").read_text().strip()
-    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True, check=False).stdout.strip()
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True, check=False
+    ).stdout.strip()
     assert state == "" or state.startswith("Z")
 
 
@@ -195,14 +228,17 @@ def test_a_failure_does_not_stop_the_run_and_what_has_no_time_is_named(tmp_path:
     assert [process["name"] for process in both["processes"]] == ["child", "later"]
     none = run([broken, later], tmp_path, 0, {})
     assert none["left_out"] == ["child", "later"]
-    assert [found["error"] for found in json.loads((tmp_path / "gpu_decode.json").read_text())["measurements"]] == [
-        "left out: no time left"
-    ] * 2
+    assert [
+        found["error"]
+        for found in json.loads((tmp_path / "gpu_decode.json").read_text())["measurements"]
+    ] == ["left out: no time left"] * 2
 
 
 def test_a_run_is_resumed_only_where_commit_and_machine_are_the_same(tmp_path: Path) -> None:
     done = replace(described("1b", 8, 4096, 600, "torch_compile"), us=2000.0, error=None)
-    other = replace(child("print()"), name="other", expected=(described("1b", 1, 1024, 600, "torch_compile"),))
+    other = replace(
+        child("print()"), name="other", expected=(described("1b", 1, 1024, 600, "torch_compile"),)
+    )
     both = [child(f"print({json.dumps(done.record())!r})"), other]
     facts = record([])
     run(both, tmp_path, 100, facts)
@@ -210,7 +246,9 @@ def test_a_run_is_resumed_only_where_commit_and_machine_are_the_same(tmp_path: P
     assert before == [done]  # the failure of the other is tried again
     assert unmeasured(both, before) == [other]
     assert run([], tmp_path, 100, facts, before)["measurements"] == [done.record()]
-    assert [found["engine"] for found in run([other], tmp_path, 100, facts, before)["measurements"]] == ["torch.compile"] * 2
+    assert [
+        found["engine"] for found in run([other], tmp_path, 100, facts, before)["measurements"]
+    ] == ["torch.compile"] * 2
     with pytest.raises(ValueError, match="is of commit abc, not def"):
         kept(tmp_path / "gpu_decode.json", facts | {"commit": "def"})
     with pytest.raises(ValueError, match="run without --resume first"):
@@ -221,19 +259,25 @@ def test_targets_are_met_up_to_their_limit_and_relative_ones_follow_the_other_ca
     first, long = CASES[0], next(case for case in CASES if case.within is not None)
     assert long.within is not None
     reference = long.within[0]
-    results = Results.of([measured(first, "inplace-plugin", 650.0), measured(first, "torch.compile", 10.0)])
+    results = Results.of(
+        [measured(first, "inplace-plugin", 650.0), measured(first, "torch.compile", 10.0)]
+    )
     assert (must(first, results).met, aim(first, results).met) == (True, False)
     assert must(Case("1b", 8, 4096, must_us=1350), results).met is None
     assert must(long, results).limit is None
     for us, met in ((1050.0, True), (1051.0, False)):
-        both = Results.of([measured(reference, "inplace-plugin", 1000.0), measured(long, "inplace-plugin", us)])
+        both = Results.of(
+            [measured(reference, "inplace-plugin", 1000.0), measured(long, "inplace-plugin", us)]
+        )
         assert must(long, both).met is met
 
 
 def test_the_report_shows_times_failures_and_targets() -> None:
     case = CASES[3]
     failed = replace(measured(CASES[4], "torch.compile", 1.0), us=None, error="out of memory")
-    again = replace(measured(case, "torch.compile", 1.0), us=None, error=LEFT_OUT)  # hides no number
+    again = replace(
+        measured(case, "torch.compile", 1.0), us=None, error=LEFT_OUT
+    )  # hides no number
     left = replace(again, shape="135m", rows=1, tokens=1, capacity=1024)
     times = [measured(case, "inplace-plugin", 1400.0), measured(case, "torch.compile", 8000.0)]
     text = report(record([*times, failed, again, left]))

@@ -12,11 +12,11 @@ from typing import Any
 import inplace
 import pytest
 import torch
-from inplace.direct import Engine
-from inplace.direct.manifest import FILE_NAME, DirectManifest
 from inplace.errors import CallError, LoadError
-from inplace_builder.api import build
+from inplace.schema.standalone import FILE_NAME, DirectManifest
+from inplace.standalone import Engine
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import build
 from torch import Tensor, nn
 
 CAPACITY = 8
@@ -32,11 +32,16 @@ class Step(nn.Module):
         self.project = nn.Linear(4, 4)
         self.register_buffer("count", torch.full((1,), 3, dtype=torch.int64))
 
-    def forward(self, cache: dict[str, Tensor], x: Tensor, positions: Tensor, scale: int = 2) -> dict[str, Any]:
+    def forward(
+        self, cache: dict[str, Tensor], x: Tensor, positions: Tensor, scale: int = 2
+    ) -> dict[str, Any]:
         cache["keys"].index_copy_(1, positions, self.project(x))
         cache["values"].index_copy_(1, positions, x)
         self.count += 1
-        return {"out": (cache["keys"] * cache["values"]).sum(1) * scale, "rest": (self.count.clone(), None)}
+        return {
+            "out": (cache["keys"] * cache["values"]).sum(1) * scale,
+            "rest": (self.count.clone(), None),
+        }
 
 
 def new_cache() -> dict[str, Tensor]:
@@ -87,13 +92,19 @@ def test_two_caches_alternate_at_their_addresses(module: Step, engine: Engine) -
         expected = eager(module, theirs[which], x, positions, count=3 + step)
         # by name, and the dict in another order
         passed = {"values": mine[which]["values"], "keys": mine[which]["keys"]}
-        found = engine(passed, x, positions) if step < 3 else engine(positions=positions, x=x, cache=passed)
+        found = (
+            engine(passed, x, positions)
+            if step < 3
+            else engine(positions=positions, x=x, cache=passed)
+        )
         torch.testing.assert_close(found["out"], expected["out"])
         assert (found["rest"][0].item(), found["rest"][1]) == (4 + step, None)
         assert list(found) == ["out", "rest"]
         for cache, own in zip(mine, theirs, strict=True):
             torch.testing.assert_close(cache, own)
-            assert torch.equal(cache["values"], own["values"]), "what is only copied is equal bit for bit"
+            assert torch.equal(cache["values"], own["values"]), (
+                "what is only copied is equal bit for bit"
+            )
     assert pointers == [[tensor.data_ptr() for tensor in cache.values()] for cache in mine]
     assert held == engine.states["count"].data_ptr()
     assert engine.states["count"].item() == 9
@@ -108,7 +119,12 @@ def test_the_record(folder: Path) -> None:
         "cache['values']": "caller",
         "count": "module",
     }
-    assert [argument.where for argument in manifest.call.arguments] == ["cache['keys']", "cache['values']", "x", "positions"]
+    assert [argument.where for argument in manifest.call.arguments] == [
+        "cache['keys']",
+        "cache['values']",
+        "x",
+        "positions",
+    ]
     assert manifest.call.version == 1
     assert manifest.built_with["verified_calls"] == "6"
 
@@ -130,13 +146,17 @@ def test_saved_and_loaded_in_a_new_process(engine: Engine, tmp_path: Path) -> No
     steps = [inputs(step) for step in range(1, 4)]
     torch.save((cache, steps), tmp_path / "in.pt")
     arguments = [str(tmp_path / name) for name in ("again", "in.pt", "out.pt")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *arguments], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *arguments], check=True, timeout=120
+    )
     out, theirs, states = torch.load(tmp_path / "out.pt")
     for each, found in zip(steps, out, strict=True):
         assert torch.equal(engine(cache, *each)["out"], found)
     assert all(torch.equal(cache[name], theirs[name]) for name in cache)
     assert states["count"].item() == engine.states["count"].item() == 7
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in.pt", "out.pt"], "no draft is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in.pt", "out.pt"], (
+        "no draft is left"
+    )
 
 
 Arguments = dict[str, Any]
@@ -147,20 +167,50 @@ REFUSED: dict[str, tuple[Callable[[Arguments], object], str]] = {
     "unknown": (lambda a: a.update(y=1), "argument y is not known"),
     "structure": (lambda a: a["cache"].pop("keys"), r"nested in another way.*cache\['keys'\]"),
     "no tensor": (lambda a: a.update(x=[1.0]), "argument x is a list, the engine takes a tensor"),
-    "dtype": (lambda a: a.update(positions=a["positions"].int()), r"argument positions is torch\.int32.*torch\.int64; convert"),
-    "state dtype": (lambda a: a["cache"].update(keys=a["cache"]["keys"].double()), r"argument cache\['keys'\] is torch\.float64.*allocate"),
-    "device": (lambda a: a.update(x=a["x"].to("meta")), "argument x lies on meta, the engine runs on cpu"),
-    "rank": (lambda a: a.update(x=a["x"][0]), r"argument x is \[2, 4\], the engine takes \[1, \w+, 4\]"),
-    "extent": (lambda a: a.update(x=a["x"][..., :3]), "argument x has the extent on axis 2 3, the engine was built for 4"),
-    "range": (lambda a: a.update(x=torch.zeros(1, 9, 4)), "argument x has the extent on axis 1 9, the engine was built for 1 to 8"),
-    "two extents": (lambda a: a.update(positions=torch.arange(3)), "argument positions.*which must be that of x, 2"),
-    "state shape": (lambda a: a["cache"].update(values=torch.zeros(1, 9, 4)), r"argument cache\['values'\] has the extent on axis 1 9"),
-    "strides": (lambda a: a["cache"].update(keys=torch.zeros(1, 4, CAPACITY).mT), r"cache\['keys'\] is a state with strides"),
+    "dtype": (
+        lambda a: a.update(positions=a["positions"].int()),
+        r"argument positions is torch\.int32.*torch\.int64; convert",
+    ),
+    "state dtype": (
+        lambda a: a["cache"].update(keys=a["cache"]["keys"].double()),
+        r"argument cache\['keys'\] is torch\.float64.*allocate",
+    ),
+    "device": (
+        lambda a: a.update(x=a["x"].to("meta")),
+        "argument x lies on meta, the engine runs on cpu",
+    ),
+    "rank": (
+        lambda a: a.update(x=a["x"][0]),
+        r"argument x is \[2, 4\], the engine takes \[1, \w+, 4\]",
+    ),
+    "extent": (
+        lambda a: a.update(x=a["x"][..., :3]),
+        "argument x has the extent on axis 2 3, the engine was built for 4",
+    ),
+    "range": (
+        lambda a: a.update(x=torch.zeros(1, 9, 4)),
+        "argument x has the extent on axis 1 9, the engine was built for 1 to 8",
+    ),
+    "two extents": (
+        lambda a: a.update(positions=torch.arange(3)),
+        "argument positions.*which must be that of x, 2",
+    ),
+    "state shape": (
+        lambda a: a["cache"].update(values=torch.zeros(1, 9, 4)),
+        r"argument cache\['values'\] has the extent on axis 1 9",
+    ),
+    "strides": (
+        lambda a: a["cache"].update(keys=torch.zeros(1, 4, CAPACITY).mT),
+        r"cache\['keys'\] is a state with strides",
+    ),
     "one cache twice": (
         lambda a: a["cache"].update(keys=a["cache"]["values"]),
         r"cache\['values'\].*share memory|cache\['keys'\].*share memory",
     ),
-    "input in a state": (lambda a: a.update(x=a["cache"]["keys"][:, 1:3]), r"cache\['keys'\] and argument x share memory"),
+    "input in a state": (
+        lambda a: a.update(x=a["cache"]["keys"][:, 1:3]),
+        r"cache\['keys'\] and argument x share memory",
+    ),
 }
 
 
@@ -173,7 +223,10 @@ def test_a_wrong_call_is_refused_and_changes_nothing(engine: Engine, case: str) 
     with pytest.raises(CallError, match=message) as refused:
         engine(**arguments)
     if "cache[" in str(refused.value) and case != "structure":
-        assert re.search(r"; the module writes it at .*test_api\.py\", line \d+, in forward \(", str(refused.value))
+        assert re.search(
+            r"; the module writes it at .*test_api\.py\", line \d+, in forward \(",
+            str(refused.value),
+        )
     assert not any(tensor.any() for tensor in cache.values())
     assert engine.states["count"].item() == 3
     engine(cache, x, positions)
@@ -183,14 +236,18 @@ def test_a_wrong_call_is_refused_and_changes_nothing(engine: Engine, case: str) 
 class Pair(nn.Module):
     """A tuple, a number that is baked in, and a state that is returned."""
 
-    def forward(self, cache: tuple[Tensor, Tensor], x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, cache: tuple[Tensor, Tensor], x: Tensor, factor: int
+    ) -> tuple[Tensor, Tensor]:
         cache[0].add_(x * factor)
         cache[1].copy_(cache[0])
         return cache[0], x
 
 
 def test_a_tuple_and_a_constant(tmp_path: Path) -> None:
-    engine = build(Pair(), ((torch.zeros(3), torch.zeros(3)), torch.ones(3), 2), path=tmp_path / "pair")
+    engine = build(
+        Pair(), ((torch.zeros(3), torch.zeros(3)), torch.ones(3), 2), path=tmp_path / "pair"
+    )
     assert engine.manifest.built_with["verified_error"] == "0, bit for bit"
     cache = (torch.zeros(3), torch.zeros(3))
     returned, x = engine(cache, torch.ones(3), 2)
@@ -198,13 +255,17 @@ def test_a_tuple_and_a_constant(tmp_path: Path) -> None:
     assert returned.data_ptr() != cache[0].data_ptr(), "a returned state is a snapshot"
     with pytest.raises(CallError, match="argument factor is 3, the engine was built for 2"):
         engine(cache, torch.ones(3), 3)
-    with pytest.raises(CallError, match="4 arguments were passed, the engine takes 3: cache, x, factor"):
+    with pytest.raises(
+        CallError, match="4 arguments were passed, the engine takes 3: cache, x, factor"
+    ):
         engine(cache, torch.ones(3), 2, 2)
     with pytest.raises(CallError, match="nested in another way"):
         engine(list(cache), torch.ones(3), 2)
 
 
-def test_the_graph_is_held_against_the_manifest(folder: Path, engine: Engine, tmp_path: Path) -> None:
+def test_the_graph_is_held_against_the_manifest(
+    folder: Path, engine: Engine, tmp_path: Path
+) -> None:
     path = tmp_path / "changed"
 
     def changed(change: Callable[[Any], object]) -> None:
@@ -219,7 +280,11 @@ def test_the_graph_is_held_against_the_manifest(folder: Path, engine: Engine, tm
     changed(lambda record: record["aliases"].pop())
     with pytest.raises(LoadError, match="must be one for each of the states"):
         inplace.load(path)
-    changed(lambda record: record.update(aliases=[alias.replace("operator", "plugin") for alias in record["aliases"]]))
+    changed(
+        lambda record: record.update(
+            aliases=[alias.replace("operator", "plugin") for alias in record["aliases"]]
+        )
+    )
     with pytest.raises(LoadError, match="updated by operators of a graph of PyTorch"):
         inplace.load(path)
     changed(lambda record: record["call"]["arguments"][2].update(dtype="float64"))
@@ -245,7 +310,9 @@ class Recording(nn.Module):
 
 def test_an_exported_program_and_a_number_that_varies(tmp_path: Path) -> None:
     arguments = (torch.zeros(1, 8, 4), torch.ones(1, 1, 4), 3)
-    exported = torch.export.export(Recording(), arguments, dynamic_shapes=(None, None, torch.export.Dim.DYNAMIC))
+    exported = torch.export.export(
+        Recording(), arguments, dynamic_shapes=(None, None, torch.export.Dim.DYNAMIC)
+    )
     engine = build(exported, path=tmp_path / "recording")
     cache, x = torch.zeros(1, 8, 4), torch.ones(1, 1, 4)
     for position in (5, 2):
@@ -266,9 +333,13 @@ class Noisy(nn.Module):
 
 
 def test_what_does_not_do_the_same_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"(output 0 of call 0|state cache).* differs from the module"):
+    with pytest.raises(
+        BuildError, match=r"(output 0 of call 0|state cache).* differs from the module"
+    ):
         build(Noisy(), (torch.zeros(3), torch.ones(3)), path=tmp_path / "noisy")
-    with pytest.raises(BuildError, match="the module cannot be called 1 times with its example inputs"):
+    with pytest.raises(
+        BuildError, match="the module cannot be called 1 times with its example inputs"
+    ):
         build(Step(), (new_cache(), *inputs(CAPACITY)), path=tmp_path / "beside")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()

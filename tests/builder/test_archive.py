@@ -16,7 +16,9 @@ LAYERS, WIDTH = 16, 2048
 
 def exported(layers: int, width: int) -> torch.export.ExportedProgram:
     """A stack of linear layers without a bias."""
-    module = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(layers)))
+    module = torch.nn.Sequential(
+        *(torch.nn.Linear(width, width, bias=False) for _ in range(layers))
+    )
     with torch.no_grad():
         return torch.export.export(module.eval(), (torch.zeros(1, width),))
 
@@ -36,13 +38,20 @@ def peak_growth(folder: Path) -> None:
     program = exported(LAYERS, WIDTH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     save(program, folder / "engine.pt2")
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, (folder / "engine.pt2").stat().st_size)
+    print(
+        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
+        (folder / "engine.pt2").stat().st_size,
+    )
 
 
 def test_no_copy_of_the_archive_is_held_in_memory(tmp_path: Path) -> None:
     """PyTorch pickles all weights once more while it saves and throws that away: one passing copy is its own, a second would be ours."""
     run = subprocess.run(
-        [sys.executable, "-c", f"import test_archive, pathlib; test_archive.peak_growth(pathlib.Path({str(tmp_path)!r}))"],
+        [
+            sys.executable,
+            "-c",
+            f"import test_archive, pathlib; test_archive.peak_growth(pathlib.Path({str(tmp_path)!r}))",
+        ],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
@@ -70,5 +79,8 @@ def test_the_first_failed_write_is_raised_at_the_end_and_nothing_is_written_afte
 
 
 def test_an_error_of_the_last_buffered_bytes_is_raised_too() -> None:
-    with pytest.raises(OSError, match="No space left on device"), ArchiveFile(Path("/dev/full")) as file:
+    with (
+        pytest.raises(OSError, match="No space left on device"),
+        ArchiveFile(Path("/dev/full")) as file,
+    ):
         file.write(b"few")

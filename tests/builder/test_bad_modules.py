@@ -72,7 +72,10 @@ def test_a_part_written_through_a_view_that_nothing_follows_is_said_or_refused(v
     (state,) = capture_exported(module, arguments).states
     says = "through a transposed view" if view == "t" else f"through the view aten.{view}.default"
     assert state.pattern == "explicit" and says in state.because
-    with pytest.raises(BuildError, match=rf"state cache is read, computed and written back whole: .*{says}.* {LINE}"):
+    with pytest.raises(
+        BuildError,
+        match=rf"state cache is read, computed and written back whole: .*{says}.* {LINE}",
+    ):
         capture_exported(module, arguments, strict=True)
 
 
@@ -81,9 +84,21 @@ def test_an_extent_that_is_to_vary_and_is_1_in_the_example_is_named() -> None:
     tokens = torch.export.Dim("tokens", min=1, max=4)
 
     def capture(count: int) -> ExportedCapture:
-        arguments = (torch.zeros(1, 2, 1, 2, CAPACITY, 8), torch.zeros(1, count, 32), torch.arange(count))
-        return capture_exported(Attends(how), arguments, dynamic_shapes=({}, {1: tokens}, {0: tokens}), consecutive=["pos"])
+        arguments = (
+            torch.zeros(1, 2, 1, 2, CAPACITY, 8),
+            torch.zeros(1, count, 32),
+            torch.arange(count),
+        )
+        return capture_exported(
+            Attends(how),
+            arguments,
+            dynamic_shapes=({}, {1: tokens}, {0: tokens}),
+            consecutive=["pos"],
+        )
 
-    with pytest.raises(BuildError, match="if an extent that is to vary is 1 in the example, give it 2 entries or more"):
+    with pytest.raises(
+        BuildError,
+        match="if an extent that is to vary is 1 in the example, give it 2 entries or more",
+    ):
         capture(1)
     assert len(capture(2).states) == 2

@@ -9,11 +9,13 @@ import torch
 from direct_modules import Recurrent, noise
 from inplace_builder.capture import capture_exported, inline_lifted_buffers, lift_mutated_buffers
 from inplace_builder.errors import BuildError
-from inplace_builder.passes.states import Owner
+from inplace_builder.states.state import Owner
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The given buffer is not writable:UserWarning"
+)  # torch.export.load's own
 
 
 class Nested(nn.Module):
@@ -48,9 +50,13 @@ def test_what_is_written_is_lifted_and_nothing_else() -> None:
         "count": (Owner.MODULE, ()),
         "own": (Owner.CALLER, (4,)),
     }
-    placeholders = [node.name for node in lifted.graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = [
+        node.name for node in lifted.graph_module.graph.nodes if node.op == "placeholder"
+    ]
     assert placeholders == [*lifted.inputs, *(state.name for state in lifted.states)]
-    attributes = {str(node.target) for node in lifted.graph_module.graph.nodes if node.op == "get_attr"}
+    attributes = {
+        str(node.target) for node in lifted.graph_module.graph.nodes if node.op == "get_attr"
+    }
     assert attributes == {"scale"}, "a buffer that is only read stays an attribute"
 
 
@@ -58,13 +64,20 @@ def test_the_lifted_function_mutates_nothing_and_returns_the_new_values() -> Non
     module = Nested()
     lifted = lift_mutated_buffers(module, arguments())
     assert not any(
-        node.target._schema.is_mutable for node in lifted.graph_module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+        node.target._schema.is_mutable
+        for node in lifted.graph_module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
     )
     states = [state.initial.clone() for state in lifted.states]
     own, x = arguments()
     *outputs, cache, count, mine = lifted.graph_module(x, *states)
-    assert all(torch.equal(tensor, state.initial) for tensor, state in zip(states, lifted.states, strict=True))
-    by_source = dict(zip((state.source for state in lifted.states), (cache, count, mine), strict=True))
+    assert all(
+        torch.equal(tensor, state.initial)
+        for tensor, state in zip(states, lifted.states, strict=True)
+    )
+    by_source = dict(
+        zip((state.source for state in lifted.states), (cache, count, mine), strict=True)
+    )
     expected = module(own, x)
     assert len(outputs) == lifted.outputs == 2
     assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
@@ -82,9 +95,13 @@ def test_lifting_leaves_the_module_and_its_values_alone() -> None:
 @pytest.mark.parametrize("rewritten", [False, True], ids=["function", "capture"])
 def test_inlined_again_it_is_a_plain_module_that_holds_its_buffers(rewritten: bool) -> None:
     module, (own, x) = Nested(), arguments()
-    plain = inline_lifted_buffers(capture_exported(module, (own, x)) if rewritten else lift_mutated_buffers(module, (own, x)))
+    plain = inline_lifted_buffers(
+        capture_exported(module, (own, x)) if rewritten else lift_mutated_buffers(module, (own, x))
+    )
     assert type(plain).__mro__[1] is GraphModule
-    assert list(inspect.signature(plain.forward).parameters) == ["x", "own"], "inputs, then the caller's states"
+    assert list(inspect.signature(plain.forward).parameters) == ["x", "own"], (
+        "inputs, then the caller's states"
+    )
     addresses = {name: buffer.data_ptr() for name, buffer in plain.named_buffers()}
     mine, theirs = torch.ones(1, 4) if rewritten else torch.ones(4), torch.ones(4)
     for step in range(4):
@@ -92,7 +109,9 @@ def test_inlined_again_it_is_a_plain_module_that_holds_its_buffers(rewritten: bo
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         assert torch.equal(mine.view(4), theirs)
         for name in ("layer.cache", "count"):
-            assert torch.equal(plain.get_buffer(name).view_as(module.get_buffer(name)), module.get_buffer(name))
+            assert torch.equal(
+                plain.get_buffer(name).view_as(module.get_buffer(name)), module.get_buffer(name)
+            )
     assert addresses == {name: buffer.data_ptr() for name, buffer in plain.named_buffers()}
 
 
@@ -100,9 +119,17 @@ def test_inlined_again_it_is_a_plain_module_that_holds_its_buffers(rewritten: bo
 def test_inlined_again_it_is_exported_saved_and_loaded(rewritten: bool) -> None:
     torch.manual_seed(0)
     module, x = Recurrent().eval(), noise(0, 1, 4)
-    plain = inline_lifted_buffers(capture_exported(module, (x,)) if rewritten else lift_mutated_buffers(module, (x,)))
+    plain = inline_lifted_buffers(
+        capture_exported(module, (x,)) if rewritten else lift_mutated_buffers(module, (x,))
+    )
     program, file = torch.export.export(plain, (x,)), io.BytesIO()
-    assert set(program.graph_signature.inputs_to_buffers.values()) >= {"cell", "window", "count", "seen", "cache"}
+    assert set(program.graph_signature.inputs_to_buffers.values()) >= {
+        "cell",
+        "window",
+        "count",
+        "seen",
+        "cache",
+    }
     torch.export.save(program, file)
     file.seek(0)
     again = torch.export.load(file).module()
@@ -113,7 +140,9 @@ def test_inlined_again_it_is_exported_saved_and_loaded(rewritten: bool) -> None:
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
     for name in ("cell", "window", "count", "seen", "cache"):
-        torch.testing.assert_close(again.get_buffer(name).view_as(module.get_buffer(name)), module.get_buffer(name))
+        torch.testing.assert_close(
+            again.get_buffer(name).view_as(module.get_buffer(name)), module.get_buffer(name)
+        )
 
 
 def test_lifted_and_inlined_and_lifted_again_the_states_are_the_same() -> None:
@@ -148,7 +177,9 @@ def test_states_that_take_each_others_values_are_written_when_all_are_known() ->
         found, expected = plain(x), module(x)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         assert all(torch.equal(plain.get_buffer(name), module.get_buffer(name)) for name in "ab")
-    assert found[0].data_ptr() != plain.get_buffer("a").data_ptr(), "what is returned is no state's own memory"
+    assert found[0].data_ptr() != plain.get_buffer("a").data_ptr(), (
+        "what is returned is no state's own memory"
+    )
 
 
 class Tied(nn.Module):
@@ -171,7 +202,10 @@ def test_one_buffer_under_two_names_is_lifted_once() -> None:
     assert inline_lifted_buffers(lifted)(torch.ones(4))[0].tolist() == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("module", "because"), [(nn.Linear(4, 4), "it has no state to keep"), (nn.Identity(), "it has no state to keep")])
+@pytest.mark.parametrize(
+    ("module", "because"),
+    [(nn.Linear(4, 4), "it has no state to keep"), (nn.Identity(), "it has no state to keep")],
+)
 def test_a_module_without_mutation_has_nothing_to_lift(module: nn.Module, because: Any) -> None:
     with pytest.raises(BuildError, match=because):
         lift_mutated_buffers(module, (torch.ones(4),))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from inplace import __version__
-from inplace.manifest import Manifest
+from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
 from models import Repository, tiny_llama
 from typer.testing import CliRunner
@@ -39,7 +39,9 @@ def inplace(*arguments: str) -> tuple[int, str, str]:
 
 def build(llama: Path, *arguments: str) -> str:
     """A successful build's output."""
-    status, out, err = inplace("build", str(llama), "--capacity", "32", "--chunk", "8", "--slots", "4", *arguments)
+    status, out, err = inplace(
+        "build", str(llama), "--capacity", "32", "--chunk", "8", "--slots", "4", *arguments
+    )
     assert (status, err) == (0, "")
     return out
 
@@ -51,7 +53,13 @@ def words(text: str) -> str:
 
 def test_build_prints_its_stages_in_order_and_what_it_made(llama: Path) -> None:
     out = build(llama, "--output", "repository/tiny")
-    stages = ["load the model", "capture the graph", "write the engine", "verify it against the model", "done"]
+    stages = [
+        "load the model",
+        "capture the graph",
+        "write the engine",
+        "verify it against the model",
+        "done",
+    ]
     assert [line for line in stages if f"✓ {line}" in out] == stages
     assert sorted(stages, key=out.index) == stages
     shown = words(out)
@@ -65,19 +73,30 @@ def test_build_prints_its_stages_in_order_and_what_it_made(llama: Path) -> None:
 
 
 def test_name_puts_the_model_into_the_repository_under_that_name(llama: Path) -> None:
-    assert "written to repository/other" in words(build(llama, "--output", "repository", "--name", "other"))
+    assert "written to repository/other" in words(
+        build(llama, "--output", "repository", "--name", "other")
+    )
     assert Manifest.load(Path("repository/other/1")).name == "other"
     build(llama, "--output", "repository/other", "--name", "other")
     assert [path.name for path in Path("repository").iterdir()] == ["other"]
 
 
 def test_the_options_reach_the_engine(llama: Path) -> None:
-    rows, times = ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"), ("--idle-timeout", "7.5", "--queue-delay-us", "123")
+    rows, times = (
+        ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"),
+        ("--idle-timeout", "7.5", "--queue-delay-us", "123"),
+    )
     build(llama, "--output", "m", *rows, *times, "--instances", "2")
     manifest = Manifest.load(Path("m/1"))
     assert manifest.min_capacity == 16
     program = manifest.program("step")
-    assert (manifest.slots, manifest.capacity, program.max_rows, program.chunk, manifest.engine.dtype) == (4, 32, 3, 8, "bfloat16")
+    assert (
+        manifest.slots,
+        manifest.capacity,
+        program.max_rows,
+        program.chunk,
+        manifest.engine.dtype,
+    ) == (4, 32, 3, 8, "bfloat16")
     config = Path("m/config.pbtxt").read_text()
     assert "max_sequence_idle_microseconds: 7500000" in config
     assert "max_queue_delay_microseconds: 123" in config
@@ -85,7 +104,9 @@ def test_the_options_reach_the_engine(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["llama", "llama/1"])
-def test_inspect_says_everything_of_an_engine(repository: Repository, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_inspect_says_everything_of_an_engine(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
     monkeypatch.chdir(repository.path)
     status, out, err = inplace("inspect", given)
     assert (status, err) == (0, "")
@@ -95,8 +116,14 @@ def test_inspect_says_everything_of_an_engine(repository: Repository, monkeypatc
     assert re.search(r"logits out row float32 \[512\] on request ", shown)
     for name in KEYS:
         assert f"{name}_updated@{name}@operator" in shown
-    assert {"PyTorch", "operators", "themselves,", "bound", "tensor"} <= set(shown.split())  # the reason, wrapped in its column
-    for key, value in {"inplace": __version__, "torch": torch.__version__, "transformers": transformers.__version__}.items():
+    assert {"PyTorch", "operators", "themselves,", "bound", "tensor"} <= set(
+        shown.split()
+    )  # the reason, wrapped in its column
+    for key, value in {
+        "inplace": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }.items():
         assert f" {key} {value} " in shown
     assert " architecture LlamaForCausalLM " in shown
 
@@ -105,15 +132,27 @@ def test_inspect_says_everything_of_an_engine(repository: Repository, monkeypatc
     ("arguments", "text"),
     [
         (["build", "nowhere", "--output", "m"], "error: nowhere does not exist"),
-        (["build", ".", "--output", "m"], "error: . is no model: it holds neither config.json nor a GGUF file"),
-        (["build", ".", "--output", "m", "--slots", "0"], "error: slots is 0; it must be at least 1"),
-        (["build", ".", "--output", "m", "--slots", "2", "--max-batch", "3"], "error: a batch of 3 rows needs as many slots"),
+        (
+            ["build", ".", "--output", "m"],
+            "error: . is no model: it holds neither config.json nor a GGUF file",
+        ),
+        (
+            ["build", ".", "--output", "m", "--slots", "0"],
+            "error: slots is 0; it must be at least 1",
+        ),
+        (
+            ["build", ".", "--output", "m", "--slots", "2", "--max-batch", "3"],
+            "error: a batch of 3 rows needs as many slots",
+        ),
         (
             ["build", ".", "--output", "m", "--dtype", "float16"],
             "error: dtype float16 is not supported on device 'cpu'; choose one of ['float32', 'bf",
         ),
         (["inspect", "nowhere"], "error: nowhere/1/engine.json does not exist"),
-        (["chat", "nowhere", "--url", "127.0.0.1:1"], "error: 127.0.0.1:1 does not serve nowhere: "),
+        (
+            ["chat", "nowhere", "--url", "127.0.0.1:1"],
+            "error: 127.0.0.1:1 does not serve nowhere: ",
+        ),
         pytest.param(["build", "[/nowhere]", "--output", "m"], "error: [/nowhere] does not exist"),
         pytest.param(["build", "[draft]", "--output", "m"], "error: [draft] does not exist"),
     ],

@@ -4,18 +4,28 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from inplace.manifest import Manifest
-from inplace_builder.build import VERSION, BuildOptions, build_decoder
+from inplace.schema.served import Manifest
+from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.options import BuildOptions
 from models import tiny_llama
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX, which compiles without a GPU")
 
 
 @pytest.mark.parametrize("alias", ["copy", "kv_cache_update"])
-def test_a_decoder_is_compiled_into_an_engine_directory(tmp_path: Path, alias: Literal["copy", "kv_cache_update"]) -> None:
+def test_a_decoder_is_compiled_into_an_engine_directory(
+    tmp_path: Path, alias: Literal["copy", "kv_cache_update"]
+) -> None:
     tiny_llama(tmp_path / "llama")
     options = BuildOptions(
-        engine="tensorrt_rtx", device="cuda", compute_capability="8.9", alias=alias, capacity=32, chunk=8, slots=4, max_rows=4
+        engine="tensorrt_rtx",
+        device="cuda",
+        compute_capability="8.9",
+        alias=alias,
+        capacity=32,
+        chunk=8,
+        slots=4,
+        max_rows=4,
     )
     build_decoder(tmp_path / "llama", tmp_path / "model", options)
     manifest = Manifest.load(tmp_path / "model" / VERSION)

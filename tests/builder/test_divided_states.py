@@ -9,10 +9,17 @@ import pytest
 import torch
 from direct_modules import CAPACITY, CASES, Layers, noise
 from exported_decoders import rows_say
-from inplace_builder.api import build, serialize
-from inplace_builder.build import BuildOptions, write_engine
-from inplace_builder.capture import DecoderOptions, RowOptions, capture_exported_decoder, capture_exported_rows, inline_lifted_buffers
+from inplace_builder.capture import (
+    DecoderOptions,
+    RowOptions,
+    capture_exported_decoder,
+    capture_exported_rows,
+    inline_lifted_buffers,
+)
 from inplace_builder.capture.exported import capture_exported
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.standalone.build import build, serialize
 from models import open_instance
 from state_modules import Inputs, compare, operators
 from streams import prompt
@@ -21,12 +28,18 @@ from torch import Tensor, nn
 CASE = next(case for case in CASES if case.name == "layers")
 
 
-def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_found_behind_it(tmp_path: Path) -> None:
+def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_found_behind_it(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(0)
     module = CASE.module().eval()
     engine = build(module, (*CASE.states(), *CASE.inputs(0)), path=tmp_path / "engine", strict=True)
-    assert [state.selects for state in engine.manifest.states] == [((0, layer), (0, which)) for layer in range(2) for which in range(2)]
-    assert all("the attention behind it is causal" in record.because for record in engine.manifest.lowering)
+    assert [state.selects for state in engine.manifest.states] == [
+        ((0, layer), (0, which)) for layer in range(2) for which in range(2)
+    ]
+    assert all(
+        "the attention behind it is causal" in record.because for record in engine.manifest.lowering
+    )
     (mine,), (theirs,) = CASE.states(), CASE.states()
     address = mine.data_ptr()
     for step in range(CAPACITY):
@@ -35,7 +48,9 @@ def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_fo
             expected = module(theirs, *CASE.inputs(step))
         torch.testing.assert_close(engine(mine, *CASE.inputs(step)), expected)
         torch.testing.assert_close(mine, theirs)
-        assert torch.equal(mine[..., :step, :], before[..., :step, :]) and torch.equal(mine[..., step + 1 :, :], before[..., step + 1 :, :])
+        assert torch.equal(mine[..., :step, :], before[..., :step, :]) and torch.equal(
+            mine[..., step + 1 :, :], before[..., step + 1 :, :]
+        )
     assert mine.data_ptr() == address
 
 
@@ -49,7 +64,9 @@ class Owning(nn.Module):
         super().__init__()
         self.mix = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
         self.register_buffer("cells", torch.zeros(3, 1, 4))
-        self.register_buffer("cache", torch.arange(3.0)[None, :, None, None].repeat(1, 1, CAPACITY, 4))
+        self.register_buffer(
+            "cache", torch.arange(3.0)[None, :, None, None].repeat(1, 1, CAPACITY, 4)
+        )
 
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         for layer, mix in enumerate(self.mix):
@@ -68,8 +85,12 @@ def test_a_module_s_own_tensors_stay_whole_for_whoever_looks(tmp_path: Path) -> 
     torch.manual_seed(0)
     eager = Owning()
     engine = build(eager, owning(0), path=tmp_path / "engine", strict=True)
-    patterns = {record.state: record.because.partition(":")[0] for record in engine.manifest.lowering}
-    assert patterns == {"b_cells": "select_scatter"} | {f"b_cache_{layer}": "index_copy" for layer in range(3)}
+    patterns = {
+        record.state: record.because.partition(":")[0] for record in engine.manifest.lowering
+    }
+    assert patterns == {"b_cells": "select_scatter"} | {
+        f"b_cache_{layer}": "index_copy" for layer in range(3)
+    }
     assert {name: tuple(tensor.shape) for name, tensor in engine.states.items()} == {
         "cells": (3, 1, 4),
         "cache": (1, 3, CAPACITY, 4),
@@ -80,7 +101,9 @@ def test_a_module_s_own_tensors_stay_whole_for_whoever_looks(tmp_path: Path) -> 
             expected = reference(*owning(step))
         found = engine(*owning(step))
         torch.testing.assert_close(found, expected)
-        assert found[1].data_ptr() != engine.states["cache"].data_ptr()  # what is returned is a value of its own
+        assert (
+            found[1].data_ptr() != engine.states["cache"].data_ptr()
+        )  # what is returned is a value of its own
         torch.testing.assert_close(dict(engine.states), dict(reference.named_buffers()))
         if step == 2:
             engine.save(tmp_path / "saved")
@@ -92,12 +115,16 @@ def test_a_program_of_such_an_engine_holds_each_tensor_once(tmp_path: Path) -> N
     module = CASE.module().eval()
     engine = build(module, (*CASE.states(), *CASE.inputs(0)), path=tmp_path / "engine")
     program = torch.export.export(engine, (*CASE.states(), *CASE.inputs(0)))
-    (call,) = [node for node in program.graph.nodes if node.target is torch.ops.inplace.execute.default]
+    (call,) = [
+        node for node in program.graph.nodes if node.target is torch.ops.inplace.execute.default
+    ]
     assert len(call.args[4]) == 1
     (mine,), (theirs,) = CASE.states(), CASE.states()
     for step in range(3):
         with torch.no_grad():
-            torch.testing.assert_close(program.module()(mine, *CASE.inputs(step)), module(theirs, *CASE.inputs(step)))
+            torch.testing.assert_close(
+                program.module()(mine, *CASE.inputs(step)), module(theirs, *CASE.inputs(step))
+            )
         torch.testing.assert_close(mine, theirs)
 
 
@@ -105,8 +132,12 @@ def test_who_manages_memory_binds_the_parts() -> None:
     made = serialize(Layers(), (*CASE.states(), *CASE.inputs(0)))
     (cache,) = CASE.states()
     assert [binding.shape for binding in made.states] == [(1, 2, CAPACITY, 8)] * 4
-    assert [record.part(cache).data_ptr() for record in made.records] == [cache[i, j].data_ptr() for i in range(2) for j in range(2)]
-    assert all(torch.equal(made.initial[record.name], record.part(cache)) for record in made.records)
+    assert [record.part(cache).data_ptr() for record in made.records] == [
+        cache[i, j].data_ptr() for i in range(2) for j in range(2)
+    ]
+    assert all(
+        torch.equal(made.initial[record.name], record.part(cache)) for record in made.records
+    )
 
 
 def test_lifted_parts_can_be_put_back() -> None:
@@ -118,7 +149,9 @@ def test_lifted_parts_can_be_put_back() -> None:
     for step in range(4):
         with torch.no_grad():
             torch.testing.assert_close(plain(*owning(step)), module(*owning(step)))
-        assert all(torch.equal(buffers[f"cache_{layer}"], module.cache[:, layer]) for layer in range(3))
+        assert all(
+            torch.equal(buffers[f"cache_{layer}"], module.cache[:, layer]) for layer in range(3)
+        )
 
 
 class Whole(nn.Module):
@@ -140,16 +173,25 @@ class Whole(nn.Module):
         return cache[0]
 
 
-@pytest.mark.parametrize("how", ["looked at whole", "index that varies", "two axes", "written whole"])
+@pytest.mark.parametrize(
+    "how", ["looked at whole", "index that varies", "two axes", "written whole"]
+)
 def test_what_is_not_used_by_layers_alone_stays_one_state(how: str) -> None:
-    capture = compare(Whole(how), [torch.zeros(3, 3, CAPACITY, 4)], lambda step: (noise(step, 3, 1, 4), torch.tensor([step])), steps=6)
+    capture = compare(
+        Whole(how),
+        [torch.zeros(3, 3, CAPACITY, 4)],
+        lambda step: (noise(step, 3, 1, 4), torch.tensor([step])),
+        steps=6,
+    )
     assert [state.name for state in capture.states] == ["cache"]
 
 
 def test_parts_that_lie_closer_than_an_engine_can_be_bound_to_stay_one_state() -> None:
     arguments = (torch.zeros(2, 2, 1, 2, 5, 6), noise(0, 1, 1, 12), torch.tensor([0]))
     assert len(capture_exported(Layers(6), arguments, alignment=16).states) == 4
-    assert len(capture_exported(Layers(6), arguments, alignment=32).states) == 2  # keys and values, 240 bytes apart, together
+    assert (
+        len(capture_exported(Layers(6), arguments, alignment=32).states) == 2
+    )  # keys and values, 240 bytes apart, together
     assert len(capture_exported(Layers(6), arguments, alignment=256).states) == 1
 
 
@@ -166,7 +208,9 @@ class Exchanging(nn.Module):
 
 def test_layers_that_exchange_their_values() -> None:
     inputs: Inputs = lambda step: (noise(step, 1, 1, 4), torch.tensor([step]))  # noqa: E731
-    capture = compare(Exchanging(), [torch.arange(2 * CAPACITY * 4.0).reshape(2, 1, CAPACITY, 4)], inputs)
+    capture = compare(
+        Exchanging(), [torch.arange(2 * CAPACITY * 4.0).reshape(2, 1, CAPACITY, 4)], inputs
+    )
     assert [state.name for state in capture.states] == ["cache_0", "cache_1"]
 
 
@@ -188,7 +232,9 @@ def test_a_row_for_each_sequence(tmp_path: Path) -> None:
     capture = capture_exported_rows(module, options, (*CASE.states(), *CASE.inputs(0)))
     assert operators(capture)["attention"] == 2 and len(capture.states) == 4
     assert {spec.shape for spec in capture.states} == {(2, CAPACITY, 8)}
-    write_engine(capture, tmp_path / "model", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY))  # verified there, against the module
+    write_engine(
+        capture, tmp_path / "model", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY)
+    )  # verified there, against the module
     open_instance(tmp_path / "model")
 
 
@@ -209,11 +255,16 @@ class Decoder(nn.Module):
         x = self.embed(ids) + self.places(positions)
         seen = torch.arange(CAPACITY) <= positions[:, None]
         for layer, project in enumerate(self.projects):
-            query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in project(x).chunk(3, -1))
+            query, key, value = (
+                part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for part in project(x).chunk(3, -1)
+            )
             keys, values = self.cache[layer, 0], self.cache[layer, 1]
             keys.index_copy_(2, positions, key)
             values.index_copy_(2, positions, value)
-            x = x + nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen[None, None]).transpose(1, 2).flatten(2)
+            x = x + nn.functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=seen[None, None]
+            ).transpose(1, 2).flatten(2)
         logits: Tensor = self.head(x)
         return logits
 
@@ -225,9 +276,13 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
     arguments = (torch.zeros(1, 3, dtype=torch.int64), torch.arange(3))
     options = DecoderOptions(max_rows=4, capacity=CAPACITY, chunk=5)
     shapes: Any = ({1: tokens}, {0: tokens})
-    capture = capture_exported_decoder(module, options, arguments, dynamic_shapes=shapes, consecutive=["positions"])
+    capture = capture_exported_decoder(
+        module, options, arguments, dynamic_shapes=shapes, consecutive=["positions"]
+    )
     assert operators(capture)["attention"] == 2
-    write_engine(capture, tmp_path / "model", BuildOptions(slots=4, max_rows=4, capacity=CAPACITY, chunk=5))
+    write_engine(
+        capture, tmp_path / "model", BuildOptions(slots=4, max_rows=4, capacity=CAPACITY, chunk=5)
+    )
     prompts = [prompt(seed, 3 + 2 * seed) for seed in range(4)]
     prompts = [[token % 50 for token in one] for one in prompts]
     found = rows_say(open_instance(tmp_path / "model"), prompts, 8)
@@ -236,7 +291,9 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
         for _ in range(8):
             module.cache.zero_()
             with torch.no_grad():
-                known.append(int(module(torch.tensor([known]), torch.arange(len(known)))[0, -1].argmax()))
+                known.append(
+                    int(module(torch.tensor([known]), torch.arange(len(known)))[0, -1].argmax())
+                )
         assert said == known[len(one) :]
 
 
@@ -258,14 +315,27 @@ class Views(nn.Module):
         self.first.index_copy_(1, pos, x)
         self.values[:, pos] = x * 2
         self.keys[2, :, pos] = x + 1
-        return self.cache.sum((0, 1, 3)) if self.whole else self.first.sum(1) + self.values.amax(1) - self.keys[2].sum(1)
+        return (
+            self.cache.sum((0, 1, 3))
+            if self.whole
+            else self.first.sum(1) + self.values.amax(1) - self.keys[2].sum(1)
+        )
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_views_of_one_buffer_that_a_module_holds_are_that_buffer(whole: bool, tmp_path: Path) -> None:
-    capture = compare(Views(whole=whole), [], lambda step: (noise(step, 1, 1, 4), torch.tensor([step])))
+def test_views_of_one_buffer_that_a_module_holds_are_that_buffer(
+    whole: bool, tmp_path: Path
+) -> None:
+    capture = compare(
+        Views(whole=whole), [], lambda step: (noise(step, 1, 1, 4), torch.tensor([step]))
+    )
     assert {state.found.argument.source for state in capture.states} == {"cache"}
     written = {state.found.selects: state.pattern for state in capture.states}
-    assert whole or (written[(0, 0), (0, 0)] == "index_copy" and written[(0, 1), (0, 2)] == written[(0, 0), (0, 2)] == "index_put")
-    engine = build(Views(whole=whole), (noise(0, 1, 1, 4), torch.tensor([0])), path=tmp_path / "engine")
+    assert whole or (
+        written[(0, 0), (0, 0)] == "index_copy"
+        and written[(0, 1), (0, 2)] == written[(0, 0), (0, 2)] == "index_put"
+    )
+    engine = build(
+        Views(whole=whole), (noise(0, 1, 1, 4), torch.tensor([0])), path=tmp_path / "engine"
+    )
     assert list(engine.states) == ["cache"]

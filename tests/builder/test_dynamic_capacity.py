@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.dtypes import Dtype
 from inplace.errors import LoadError, RequestError
-from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
-from inplace.requests import Request
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Manifest
 from inplace.trt import load_tensorrt
-from inplace_builder.build import VERSION, BuildOptions, build_decoder, decoder_options
 from inplace_builder.capture import capture_decoder, load_decoder
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import choose
+from inplace_builder.served.build import VERSION, build_decoder, decoder_options
+from inplace_builder.served.options import BuildOptions
 from models import greedy, tiny_llama
 
 OPTIONS = BuildOptions(capacity=64, min_capacity=16, chunk=8, slots=4, max_rows=2)
@@ -39,11 +40,15 @@ def opened(folder: Path, capacity: int) -> ModelInstance:
 
 
 @pytest.mark.parametrize("capacity", [16, 23, 64])
-def test_every_capacity_of_the_range_says_the_same_and_takes_its_own_memory(engine: Path, llama: Path, capacity: int) -> None:
+def test_every_capacity_of_the_range_says_the_same_and_takes_its_own_memory(
+    engine: Path, llama: Path, capacity: int
+) -> None:
     model, _ = load_decoder(llama, Dtype.FLOAT32)
     instance = opened(engine, capacity)
     assert all(tensor.shape[2] == capacity for tensor in instance.arena.tensors.values())
-    assert instance.arena.bytes == sum(4 * 4 * tensor[0].numel() for tensor in instance.arena.tensors.values())
+    assert instance.arena.bytes == sum(
+        4 * 4 * tensor[0].numel() for tensor in instance.arena.tensors.values()
+    )
     said: list[int] = []
     while len(PROMPT) + len(said) <= capacity and len(said) < 20:
         ids = said[-1:] or PROMPT
@@ -76,12 +81,20 @@ def test_tensorrts_own_cache_layer_and_copies_refuse_it_with_their_reason(llama:
     model, _ = load_decoder(llama, Dtype.FLOAT32)
     capture = capture_decoder(model, decoder_options(OPTIONS))
     graph, rtx = capture.exported.graph, load_tensorrt("tensorrt_rtx")
-    with pytest.raises(BuildError, match="the capacity of key_states_0 is chosen at load; the layer has a static one"):
+    with pytest.raises(
+        BuildError,
+        match="the capacity of key_states_0 is chosen at load; the layer has a static one",
+    ):
         choose(graph, capture.states, rtx, order=("kv_cache_update",))
-    with pytest.raises(BuildError, match="the capacity of key_states_0 is chosen at load; the scatter needs an extent that is known"):
+    with pytest.raises(
+        BuildError,
+        match="the capacity of key_states_0 is chosen at load; the scatter needs an extent that is known",
+    ):
         choose(graph, capture.states, rtx, order=("copy",))
 
 
 def test_a_range_that_cannot_be_is_refused() -> None:
-    with pytest.raises(BuildError, match="min_capacity is 65; it must be from 1 to the capacity of 64"):
+    with pytest.raises(
+        BuildError, match="min_capacity is 65; it must be from 1 to the capacity of 64"
+    ):
         BuildOptions(capacity=64, min_capacity=65)

@@ -10,8 +10,8 @@ from typing import Any
 import inplace
 import pytest
 import torch
-from inplace.direct import Engine
-from inplace_builder.api import build
+from inplace.standalone import Engine
+from inplace_builder.standalone.build import build
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -33,7 +33,10 @@ class Step(nn.Module):
         cache["keys"][:, start : start + x.shape[1]] = self.project(x)
         cache["values"].mul_(0.5)
         count += 1
-        return {"out": cache["keys"].sum(1) * count + cache["values"], "rest": (x * 2, None, start + 1)}
+        return {
+            "out": cache["keys"].sum(1) * count + cache["values"],
+            "rest": (x * 2, None, start + 1),
+        }
 
 
 def new_cache() -> dict[str, Tensor]:
@@ -51,13 +54,19 @@ STEPS = [inputs(step, 2 + step % 2) for step in range(2, 6)]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("engines") / "step"
-    shapes = ({"keys": None, "values": None}, {1: Dim("tokens", min=2, max=CAPACITY - 1)}, Dim.DYNAMIC)
+    shapes = (
+        {"keys": None, "values": None},
+        {1: Dim("tokens", min=2, max=CAPACITY - 1)},
+        Dim.DYNAMIC,
+    )
     build(Step(), (new_cache(), *inputs(2, 3)), path=path, dynamic_shapes=shapes)
     return path
 
 
 def exported(engine: nn.Module) -> ExportedProgram:
-    shapes = {"args": ({"keys": None, "values": None}, {1: Dim("tokens", min=2, max=4)}, Dim.DYNAMIC)}
+    shapes = {
+        "args": ({"keys": None, "values": None}, {1: Dim("tokens", min=2, max=4)}, Dim.DYNAMIC)
+    }
     return torch.export.export(engine, (new_cache(), *inputs(2, 3)), dynamic_shapes=shapes)
 
 
@@ -66,7 +75,9 @@ def program(folder: Path) -> ExportedProgram:
     return exported(inplace.load(folder))
 
 
-def test_a_program_holds_one_execute_and_what_it_needs(program: ExportedProgram, folder: Path) -> None:
+def test_a_program_holds_one_execute_and_what_it_needs(
+    program: ExportedProgram, folder: Path
+) -> None:
     assert sum(node.target is EXECUTE for node in program.graph.nodes) == 1
     assert {str(node.target) for node in program.graph.nodes if node.op == "call_function"} <= {
         "inplace.execute.default",
@@ -80,11 +91,15 @@ def test_a_program_holds_one_execute_and_what_it_needs(program: ExportedProgram,
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_a_program_does_what_the_engine_does(folder: Path, program: ExportedProgram, decomposed: bool) -> None:
+def test_a_program_does_what_the_engine_does(
+    folder: Path, program: ExportedProgram, decomposed: bool
+) -> None:
     engine = inplace.load(folder)
     if decomposed:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, where it copies its call graph
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # torch's own, where it copies its call graph
             program = program.run_decompositions({})
         assert set(program.graph_signature.buffers_to_mutate.values()) == {"held.inner.count"}
         assert len(program.graph_signature.user_inputs_to_mutate) == 2
@@ -94,15 +109,21 @@ def test_a_program_does_what_the_engine_does(folder: Path, program: ExportedProg
     for index, step in enumerate(STEPS):
         found, expected = module(theirs[index % 2], *step), engine(mine[index % 2], *step)
         assert torch.equal(found["out"], expected["out"])
-        assert torch.equal(found["rest"][0], expected["rest"][0]) and found["rest"][1:] == expected["rest"][1:] == (None, step[1] + 1)
+        assert torch.equal(found["rest"][0], expected["rest"][0]) and found["rest"][1:] == expected[
+            "rest"
+        ][1:] == (None, step[1] + 1)
     for cache, own in zip(theirs, mine, strict=True):
         assert all(torch.equal(cache[name], own[name]) for name in own)
     assert addresses == [tensor.data_ptr() for cache in theirs for tensor in cache.values()]
-    assert module.get_buffer("held.inner.count").item() == engine.states["inner.count"].item() == 3 + len(STEPS)
+    assert (
+        module.get_buffer("held.inner.count").item()
+        == engine.states["inner.count"].item()
+        == 3 + len(STEPS)
+    )
 
 
 NEW_PROCESS = """
-import sys, torch, inplace.direct
+import sys, torch, inplace.standalone
 module = torch.export.load(sys.argv[1]).module()
 cache, steps = torch.load(sys.argv[2])
 out = [module(cache, *step) for step in steps]
@@ -118,12 +139,16 @@ def test_a_saved_program_needs_nothing_but_itself(folder: Path, tmp_path: Path) 
     shutil.rmtree(tmp_path / "engine")
     torch.save((new_cache(), STEPS), tmp_path / "in.pt")
     arguments = [str(tmp_path / name) for name in ("program.pt2", "in.pt", "out.pt")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *arguments], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *arguments], check=True, timeout=120
+    )
     out, theirs, count = torch.load(tmp_path / "out.pt")
     mine = new_cache()
     for step, found in zip(STEPS, out, strict=True):
         expected = engine(mine, *step)
-        assert torch.equal(found["out"], expected["out"]) and torch.equal(found["rest"][0], expected["rest"][0])
+        assert torch.equal(found["out"], expected["out"]) and torch.equal(
+            found["rest"][0], expected["rest"][0]
+        )
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert torch.equal(count, engine.states["inner.count"])
 
@@ -165,11 +190,20 @@ def test_what_an_engine_would_refuse_a_program_refuses(program: ExportedProgram)
 
 
 def test_an_engine_file_that_is_not_the_manifests_is_refused(folder: Path) -> None:
-    text = inplace.load(folder).manifest.model_dump_json(indent=2)  # the same record as another text: nothing is loaded for it yet
+    text = inplace.load(folder).manifest.model_dump_json(
+        indent=2
+    )  # the same record as another text: nothing is loaded for it yet
     cache = new_cache()
     states = [cache["keys"], cache["values"], torch.zeros(1, dtype=torch.int64)]
     with pytest.raises(RuntimeError, match="checksum"):
-        torch.ops.inplace.execute(torch.zeros(9, dtype=torch.uint8), text, [2], [inputs(2, 2)[0]], states, [torch.empty(1, 4)])
+        torch.ops.inplace.execute(
+            torch.zeros(9, dtype=torch.uint8),
+            text,
+            [2],
+            [inputs(2, 2)[0]],
+            states,
+            [torch.empty(1, 4)],
+        )
 
 
 class Selected(nn.Module):
@@ -179,7 +213,9 @@ class Selected(nn.Module):
 
 
 def test_a_result_whose_shape_depends_on_values_is_refused_by_export(tmp_path: Path) -> None:
-    engine = build(Selected(), (torch.zeros(4), torch.tensor([1.0, -1, 2, 3])), path=tmp_path / "selected")
+    engine = build(
+        Selected(), (torch.zeros(4), torch.tensor([1.0, -1, 2, 3])), path=tmp_path / "selected"
+    )
     assert engine(torch.zeros(4), torch.tensor([1.0, 2, 3, -1])).tolist() == [1, 2, 3]
     with pytest.raises(inplace.errors.CallError, match="depends on values"):
         torch.export.export(engine, (torch.zeros(4), torch.ones(4)))

@@ -37,7 +37,9 @@ class Plain(nn.Module):
         tokens = ids.shape[1]
         places = pos[0] + torch.arange(tokens)
         x = self.embedded(ids, places)
-        query, key, value = (part.view(1, tokens, HEADS, DIM).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        query, key, value = (
+            part.view(1, tokens, HEADS, DIM).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+        )
         keys.index_copy_(2, places, key)
         values[:, :, places] = value
         out = self.attend(query, keys, values, places)
@@ -104,31 +106,51 @@ class Counting(Plain):
 
 def capture(module: nn.Module, tokens: int = 3, *, dynamic: bool = True, **options: Any) -> Capture:
     caches = [torch.zeros(1, HEADS, CAPACITY, DIM) for _ in range(2)]
-    arguments = (torch.zeros(1, tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), *caches)
+    arguments = (
+        torch.zeros(1, tokens, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        *caches,
+    )
     shapes = ({1: Dim("tokens", min=1, max=CAPACITY)}, None, None, None) if dynamic else None
-    return capture_exported_decoder(module, options.pop("options", OPTIONS), arguments, dynamic_shapes=shapes, **options)
+    return capture_exported_decoder(
+        module, options.pop("options", OPTIONS), arguments, dynamic_shapes=shapes, **options
+    )
 
 
 @pytest.mark.parametrize("module", [Plain, Capped, Biased, Chosen, Counting])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(module: type[Plain], dynamic: bool) -> None:
+def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
+    module: type[Plain], dynamic: bool
+) -> None:
     found = capture(module(), 3 if dynamic else 1, dynamic=dynamic)
     assert operators(found) == {"attention": 1, "sample": 1}
-    (attention,) = [node for node in found.exported.graph.nodes if node.target is torch.ops.inplace.attention.default]
+    (attention,) = [
+        node
+        for node in found.exported.graph.nodes
+        if node.target is torch.ops.inplace.attention.default
+    ]
     assert attention.kwargs.get("softcap", 0.0) == pytest.approx(module.softcap)
     assert attention.kwargs.get("window", 0) == module.window
     rows = [torch.randint(0, VOCABULARY, (count,)) for count in (4, 9)]
     memory = [torch.full((3, *state.shape), float("nan")) for state in found.states]
     graph, cached = found.exported.module(check_guards=False), [0, 0]
     for counts in ((3, 4), (1, 2), (0, 3)):
-        parts = [row[start : start + count] for row, start, count in zip(rows, cached, counts, strict=True)]
+        parts = [
+            row[start : start + count]
+            for row, start, count in zip(rows, cached, counts, strict=True)
+        ]
         offsets = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
         starts = torch.tensor(cached, dtype=torch.int32)
         whole, number = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
         with torch.no_grad():
             _, logits = graph(
                 torch.cat(parts),
-                torch.cat([torch.arange(start, start + count) for start, count in zip(cached, counts, strict=True)]).int(),
+                torch.cat(
+                    [
+                        torch.arange(start, start + count)
+                        for start, count in zip(cached, counts, strict=True)
+                    ]
+                ).int(),
                 offsets,
                 (offsets[1:] - 1).clamp(min=0),
                 torch.tensor([2, 0], dtype=torch.int32),
@@ -201,7 +223,10 @@ class Floating(Plain):
         (Averaging, r"aten\.mean\.dim works along the tokens at .*self\.scores"),
         (Reversing, r"aten\.flip\.default is not known to treat tokens alone at .*self\.scores"),
         (Numbering, "depends on how many tokens a step has"),
-        (Everything, "not provably causal attention over its own cache: its mask is neither causal nor a sliding window"),
+        (
+            Everything,
+            "not provably causal attention over its own cache: its mask is neither causal nor a sliding window",
+        ),
         (Remembering, r"state last is no cache of an attention, but read at .*self\.scores"),
         (Two, "a decoder returns its scores alone, this module returns 2 outputs"),
         (Floating, "input ids is no tensor of token ids: nothing is embedded with it"),
@@ -213,12 +238,17 @@ def test_what_is_no_decoder_of_packed_rows_is_refused(module: type[Plain], becau
 
 
 def test_a_fixed_number_of_tokens_is_refused() -> None:
-    with pytest.raises(BuildError, match="exported for steps of 3 tokens; export it for one token, or for a dynamic number"):
+    with pytest.raises(
+        BuildError,
+        match="exported for steps of 3 tokens; export it for one token, or for a dynamic number",
+    ):
         capture(Plain(), 3, dynamic=False)
 
 
 def test_a_capacity_beyond_the_proof_is_refused() -> None:
-    with pytest.raises(BuildError, match="a capacity of 17 is more than the 16 positions of the module's caches"):
+    with pytest.raises(
+        BuildError, match="a capacity of 17 is more than the 16 positions of the module's caches"
+    ):
         capture(Plain(), options=DecoderOptions(17, max_rows=4, chunk=4))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
-from inplace_builder.passes.fuse import Fused, fuse
+from inplace_builder.fusion.fuse import Fused, fuse
 from torch.export.graph_signature import InputKind
 from transformers import (
     AutoModelForCausalLM,
@@ -21,14 +21,25 @@ from transformers import (
     Qwen3Config,
 )
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+}
 GROUPED = SIZES | {"num_key_value_heads": 2}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**GROUPED),
-    "llama-tied": LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(
+        **GROUPED, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED),
-    "gemma2": Gemma2Config(**GROUPED, query_pre_attn_scalar=8, sliding_window=64, hidden_activation="gelu_pytorch_tanh"),
+    "gemma2": Gemma2Config(
+        **GROUPED, query_pre_attn_scalar=8, sliding_window=64, hidden_activation="gelu_pytorch_tanh"
+    ),
     "gemma3": Gemma3TextConfig(**GROUPED, query_pre_attn_scalar=8, sliding_window=64),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt_neox": GPTNeoXConfig(**SIZES),
@@ -39,16 +50,33 @@ EXPECTED: dict[str, dict[str, int]] = {
     "llama": FULLY,
     "llama-tied": FULLY,
     "qwen2": FULLY,
-    "qwen3": {"inplace.rotary_attention.default": 2, "inplace.rms_norm.default": 2 * 2, "inplace.linear.default": 4 * 2 + 1},
+    "qwen3": {
+        "inplace.rotary_attention.default": 2,
+        "inplace.rms_norm.default": 2 * 2,
+        "inplace.linear.default": 4 * 2 + 1,
+    },
     "gemma2": FULLY | {"inplace.rms_norm.default": 2 * 2, "aten.type_as.default": 0},
-    "gemma3": {"inplace.rotary_attention.default": 2, "inplace.rms_norm.default": 4 * 2, "inplace.linear.default": 4 * 2 + 1},
-    "gpt2": FULLY | {"aten.layer_norm.default": 2 * 2 + 1, "aten.tanh.default": 0, "aten.add.Tensor": 1, "aten.dropout.default": 0},
-    "gpt_neox": FULLY | {"aten.layer_norm.default": 2 * 2 + 1, "aten.chunk.default": 0, "aten.dropout.default": 0},
+    "gemma3": {
+        "inplace.rotary_attention.default": 2,
+        "inplace.rms_norm.default": 4 * 2,
+        "inplace.linear.default": 4 * 2 + 1,
+    },
+    "gpt2": FULLY
+    | {
+        "aten.layer_norm.default": 2 * 2 + 1,
+        "aten.tanh.default": 0,
+        "aten.add.Tensor": 1,
+        "aten.dropout.default": 0,
+    },
+    "gpt_neox": FULLY
+    | {"aten.layer_norm.default": 2 * 2 + 1, "aten.chunk.default": 0, "aten.dropout.default": 0},
     "phi": FULLY | {"aten.layer_norm.default": 2 + 1, "aten.dropout.default": 0},
 }
 
 
-def run(program: torch.export.ExportedProgram | Fused, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def run(
+    program: torch.export.ExportedProgram | Fused, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
     """Interpret a program's graph; states are mutated in ``inputs``."""
     weights = {}
     for spec in program.graph_signature.input_specs:
@@ -58,7 +86,9 @@ def run(program: torch.export.ExportedProgram | Fused, inputs: dict[str, torch.T
             weights[spec.arg.name] = program.constants[spec.target] if found is None else found
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
-        found = torch.fx.Interpreter(program.graph_module).run(*((weights | inputs)[name] for name in names))
+        found = torch.fx.Interpreter(program.graph_module).run(
+            *((weights | inputs)[name] for name in names)
+        )
     assert isinstance(found, tuple)
     return found
 
@@ -79,9 +109,14 @@ def check_counts(family: str, fused: Fused) -> None:
     assert counts["inplace.argmax.default"] + counts["inplace.sample.default"] == 1
 
 
-def both(capture: Capture, fused: Fused) -> tuple[list[tuple[torch.Tensor, ...]], list[dict[str, torch.Tensor]]]:
+def both(
+    capture: Capture, fused: Fused
+) -> tuple[list[tuple[torch.Tensor, ...]], list[dict[str, torch.Tensor]]]:
     """What the captured and the fused program say of one step, and their states afterwards."""
-    states = {state.name: torch.randn(3, *state.shape).to(state.dtype.as_torch) for state in capture.states}
+    states = {
+        state.name: torch.randn(3, *state.shape).to(state.dtype.as_torch)
+        for state in capture.states
+    }
     rows = {
         "input_ids": torch.tensor([5, 6, 7, 8]),
         "positions": torch.tensor([3, 0, 1, 2], dtype=torch.int32),
@@ -90,7 +125,11 @@ def both(capture: Capture, fused: Fused) -> tuple[list[tuple[torch.Tensor, ...]]
         "slots": torch.tensor([2, 0], dtype=torch.int32),
         "write_indices": torch.tensor([3, 0], dtype=torch.int32),
     }
-    rows |= {spec.name: torch.zeros(2, dtype=spec.dtype.as_torch) for spec in capture.program.inputs if spec.name not in rows}  # greedy
+    rows |= {
+        spec.name: torch.zeros(2, dtype=spec.dtype.as_torch)
+        for spec in capture.program.inputs
+        if spec.name not in rows
+    }  # greedy
     results, memories = [], []
     for program in (capture.exported, fused):
         memory = {name: tensor.clone() for name, tensor in states.items()}
@@ -100,9 +139,12 @@ def both(capture: Capture, fused: Fused) -> tuple[list[tuple[torch.Tensor, ...]]
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "tolerance"), [*((family, torch.bfloat16, 5e-2) for family in FAMILIES), ("llama", torch.float16, 1e-2)]
+    ("family", "dtype", "tolerance"),
+    [*((family, torch.bfloat16, 5e-2) for family in FAMILIES), ("llama", torch.float16, 1e-2)],
 )
-def test_a_half_precision_decoder_is_fused_as_far(family: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_half_precision_decoder_is_fused_as_far(
+    family: str, dtype: torch.dtype, tolerance: float
+) -> None:
     """Transformers casts where it computes in float32; this hides nothing from the pass."""
     capture = captured(family, dtype)
     fused = fuse(capture.exported)
@@ -120,7 +162,9 @@ def test_a_fused_decoder_has_fewer_operators_and_says_the_same(family: str) -> N
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
     for state in capture.states:
-        torch.testing.assert_close(memories[0][state.name], memories[1][state.name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            memories[0][state.name], memories[1][state.name], rtol=1e-4, atol=1e-4
+        )
     check_counts(family, fused)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from inplace.manifest import Program
-from inplace.specs import SAMPLING_ROLES
-from inplace_builder.passes.greedy import without_sampling
+from inplace.schema.served import Program
+from inplace.schema.specs import SAMPLING_ROLES
+from inplace_builder.fusion.fuse import without_sampling
 from lowering import captured, greedy_rows
 from models import accumulator
 
@@ -22,7 +22,9 @@ def test_what_is_left_says_the_most_likely_token() -> None:
     assert targets.count("aten.argmax.default") == 1
     assert "inplace.sample.default" not in targets
     names = {node.name for node in greedy.graph.nodes if node.op == "placeholder"}
-    assert {node.name for node in capture.exported.graph.nodes if node.op == "placeholder"} - names == set(greedy_rows(1))
+    assert {
+        node.name for node in capture.exported.graph.nodes if node.op == "placeholder"
+    } - names == set(greedy_rows(1))
     assert {spec.arg.name for spec in greedy.graph_signature.input_specs} == names
 
 
@@ -39,7 +41,10 @@ def test_a_program_that_samples_has_every_parameter(missing: str) -> None:
     assert program.choices == program.outputs[1].shape[0]
     fields = program.model_dump()
     fields["inputs"] = [spec for spec in fields["inputs"] if spec["role"] != missing]
-    with pytest.raises(ValueError, match=r"an output that is sampled needs inputs of the roles \['temperature', 'top_k'"):
+    with pytest.raises(
+        ValueError,
+        match=r"an output that is sampled needs inputs of the roles \['temperature', 'top_k'",
+    ):
         Program.model_validate(fields)
     fields = program.model_dump()
     fields["outputs"][0]["sampled_from"] = "nobody"
@@ -48,6 +53,10 @@ def test_a_program_that_samples_has_every_parameter(missing: str) -> None:
 
 
 def test_greedy_rows_have_a_type_each() -> None:
-    dtypes = {spec.name: spec.dtype.as_torch for spec in captured("gpt2").program.inputs if spec.role in SAMPLING_ROLES}
+    dtypes = {
+        spec.name: spec.dtype.as_torch
+        for spec in captured("gpt2").program.inputs
+        if spec.role in SAMPLING_ROLES
+    }
     assert {name: tensor.dtype for name, tensor in greedy_rows(2).items()} == dtypes
     assert not any(torch.any(tensor) for tensor in greedy_rows(2).values())

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.instance import ModelInstance
 from inplace.operators import read, update
-from inplace.requests import Request
-from inplace_builder.build import BuildOptions, write_engine
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
 from inplace_builder.errors import BuildError
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
 from models import accumulator, captured, open_instance
 from torch import Tensor
 
@@ -81,14 +82,22 @@ class ReturnsNothing(torch.nn.Module):
         return ()
 
 
-def add(instance: ModelInstance, rows: dict[int, float], *, start: bool = False) -> dict[int, tuple[list[float], int]]:
+def add(
+    instance: ModelInstance, rows: dict[int, float], *, start: bool = False
+) -> dict[int, tuple[list[float], int]]:
     """One step of the accumulator: a value for each sequence, to its sum and count."""
-    requests = [Request(sequence, start, end=False, inputs={"value": torch.full((1, 4), value)}) for sequence, value in rows.items()]
+    requests = [
+        Request(sequence, start, end=False, inputs={"value": torch.full((1, 4), value)})
+        for sequence, value in rows.items()
+    ]
     works = [instance.admit(request) for request in requests]
     instance.step(works)
     for work in works:
         instance.finish(work)
-    return {int(work.request.sequence): (work.outputs["sum"][0].tolist(), int(work.outputs["values"])) for work in works}
+    return {
+        int(work.request.sequence): (work.outputs["sum"][0].tolist(), int(work.outputs["values"]))
+        for work in works
+    }
 
 
 def test_the_accumulator_builds_and_each_sequence_has_its_own_sum(tmp_path: Path) -> None:
@@ -122,13 +131,19 @@ def test_a_module_that_returns_a_state_is_refused() -> None:
 def test_a_state_used_outside_the_operators_is_refused_with_the_module_s_own_line(
     module: torch.nn.Module, operator: str, line: str
 ) -> None:
-    number = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.strip() == line)
+    number = next(
+        n
+        for n, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if text.strip() == line
+    )
     where = f'state total is used by {operator} at "{__file__}", line {number}, in forward ({line})'
     with pytest.raises(BuildError, match=re.escape(where)):
         captured(module)
 
 
-@pytest.mark.parametrize("module", [OnlyReads(), Ignores()], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize(
+    "module", [OnlyReads(), Ignores()], ids=lambda module: type(module).__name__
+)
 def test_a_state_that_is_never_written_is_refused_by_name(module: torch.nn.Module) -> None:
     with pytest.raises(BuildError, match=r"the model never writes \['total'\]"):
         captured(module)
@@ -136,15 +151,30 @@ def test_a_state_that_is_never_written_is_refused_by_name(module: torch.nn.Modul
 
 @pytest.mark.parametrize(
     ("module", "text"),
-    [(Branches(), r"if value\.sum\(\) > 0"), (OtherDtype(), "value is torch.float64, the state is torch.float32")],
+    [
+        (Branches(), r"if value\.sum\(\) > 0"),
+        (OtherDtype(), "value is torch.float64, the state is torch.float32"),
+    ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
-def test_a_module_that_torch_cannot_export_is_refused_with_the_cause(module: torch.nn.Module, text: str) -> None:
-    with pytest.raises(BuildError, match=f"(?s)torch.export cannot capture {type(module).__name__}: .*{text}"):
+def test_a_module_that_torch_cannot_export_is_refused_with_the_cause(
+    module: torch.nn.Module, text: str
+) -> None:
+    with pytest.raises(
+        BuildError, match=f"(?s)torch.export cannot capture {type(module).__name__}: .*{text}"
+    ):
         captured(module)
 
 
-@pytest.mark.parametrize(("module", "count"), [(ReturnsTwo(), 2), (ReturnsNothing(), 0)], ids=lambda value: type(value).__name__)
-def test_a_module_that_returns_more_or_less_than_its_description_names_is_refused(module: torch.nn.Module, count: int) -> None:
-    with pytest.raises(BuildError, match=rf"returns {count} outputs, its description names \['sum'\]"):
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [(ReturnsTwo(), 2), (ReturnsNothing(), 0)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_module_that_returns_more_or_less_than_its_description_names_is_refused(
+    module: torch.nn.Module, count: int
+) -> None:
+    with pytest.raises(
+        BuildError, match=rf"returns {count} outputs, its description names \['sum'\]"
+    ):
         captured(module)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inplace.direct import Engine
-from inplace_builder.api import build
+from inplace.standalone import Engine
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import build
 from random_modules import APPENDS, STEPS, Broken, Defect, Random, copied, supported, unsupported
 from random_steps import Steps, Writes, attending, rows_of_their_own, varying_tokens
 from torch import Tensor
@@ -24,7 +24,11 @@ pytestmark = pytest.mark.timeout(3600)
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
+    return (
+        tensor.contiguous().view(torch.uint8)
+        if tensor.dim()
+        else tensor.reshape(1).view(torch.uint8)
+    )
 
 
 def run_beside_eager(case: Random | Steps, engine: Engine) -> None:
@@ -37,7 +41,9 @@ def run_beside_eager(case: Random | Steps, engine: Engine) -> None:
         before = [tensor.clone() for tensor in own]
         with torch.no_grad():
             expected = eager(theirs, *inputs)
-        torch.testing.assert_close(engine(mine, *inputs), expected, msg=f"{{}} in step {step}".format)
+        torch.testing.assert_close(
+            engine(mine, *inputs), expected, msg=f"{{}} in step {step}".format
+        )
         wanted = [*pytree.tree_leaves(theirs), *(eager.get_buffer(name) for name in engine.states)]
         for one, other, old in zip(own, wanted, before, strict=True):
             torch.testing.assert_close(one, other, msg=f"{{}} of a state after step {step}".format)
@@ -48,16 +54,23 @@ def run_beside_eager(case: Random | Steps, engine: Engine) -> None:
 
 def built(case: Random | Steps, **options: Any) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
-        return build(case.module, (case.states(), *case.inputs(0)), path=Path(folder) / "engine", **options)
+        return build(
+            case.module, (case.states(), *case.inputs(0)), path=Path(folder) / "engine", **options
+        )
 
 
 @given(supported())
 def test_supported_modules_build_and_do_as_in_eager(case: Random) -> None:
     engine = built(case, strict=True)
-    patterns = {record.state: record.because.partition(":")[0] for record in engine.manifest.lowering}
+    patterns = {
+        record.state: record.because.partition(":")[0] for record in engine.manifest.lowering
+    }
     sources = {state.name: state.source for state in engine.manifest.states}
     appended = sum(set(plan.writes) <= set(APPENDS) for plan in case.plans)
-    assert sum(pattern not in ("replace", "window") for pattern in patterns.values()) == appended, (patterns, sources)
+    assert sum(pattern not in ("replace", "window") for pattern in patterns.values()) == appended, (
+        patterns,
+        sources,
+    )
     run_beside_eager(case, engine)
 
 
@@ -67,7 +80,10 @@ def test_rows_at_their_own_positions_and_any_number_of_tokens(case: Steps) -> No
     engine = built(case, strict=True, **case.options)
     assert isinstance(case.module, Writes)
     for record, plan in zip(engine.manifest.lowering, case.module.states, strict=True):
-        assert (record.because.partition(":")[0] == "replace") == ("whole" in plan.ways), (record, plan)
+        assert (record.because.partition(":")[0] == "replace") == ("whole" in plan.ways), (
+            record,
+            plan,
+        )
     run_beside_eager(case, engine)
 
 
@@ -75,15 +91,23 @@ def test_rows_at_their_own_positions_and_any_number_of_tokens(case: Steps) -> No
 @given(attending())
 def test_attention_is_found_however_it_is_written(case: Steps) -> None:
     engine = built(case, strict=True, **case.options)
-    found = [record for record in engine.manifest.lowering if "the attention behind it is" in record.because]
+    found = [
+        record
+        for record in engine.manifest.lowering
+        if "the attention behind it is" in record.because
+    ]
     assert len(found) == 2 * case.attentions, engine.manifest.lowering
     run_beside_eager(case, engine)
 
 
 @settings(max_examples=settings().max_examples // 5)  # two builds each
 @given(copied())
-def test_what_is_written_as_a_whole_is_correct_and_refused_where_that_is_asked_for(case: Random) -> None:
-    with pytest.raises(BuildError, match=r"is read, computed and written back whole: .*random_modules\.py"):
+def test_what_is_written_as_a_whole_is_correct_and_refused_where_that_is_asked_for(
+    case: Random,
+) -> None:
+    with pytest.raises(
+        BuildError, match=r"is read, computed and written back whole: .*random_modules\.py"
+    ):
         built(case, strict=True)
     run_beside_eager(case, built(case))
 
@@ -93,4 +117,9 @@ def test_what_no_engine_can_do_is_refused_with_its_reason(case: tuple[Random, De
     working, defect = case
     module = Broken(working.module, defect.does)
     with tempfile.TemporaryDirectory() as folder, pytest.raises(BuildError, match=defect.because):
-        build(module, (working.states(), *working.inputs(0), *defect.more()), path=Path(folder) / "engine", **defect.options)
+        build(
+            module,
+            (working.states(), *working.inputs(0), *defect.more()),
+            path=Path(folder) / "engine",
+            **defect.options,
+        )

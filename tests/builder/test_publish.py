@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from inplace.manifest import FILE_NAME, Manifest
-from inplace_builder.build import VERSION, BuildOptions, write_engine
-from inplace_builder.engine_files import TORCH_FILE
+from inplace.schema.served import FILE_NAME, Manifest
 from inplace_builder.errors import BuildError
+from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.served.write import TORCH_FILE
 from models import accumulator, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -25,7 +26,10 @@ OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
 def contents(folder: Path) -> dict[str, str]:
     """Every file in a folder, hidden ones included, by its checksum."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @pytest.fixture
@@ -38,7 +42,12 @@ def older(tmp_path: Path) -> Path:
 
 def fails_in_verification(output: Path) -> None:
     capture = accumulator()
-    wrong = replace(capture, reference=lambda requests: {name: value + 1 for name, value in capture.reference(requests).items()})
+    wrong = replace(
+        capture,
+        reference=lambda requests: {
+            name: value + 1 for name, value in capture.reference(requests).items()
+        },
+    )
     with pytest.raises(BuildError, match="differs from the model"):
         write_engine(wrong, output, OPTIONS)
 
@@ -64,7 +73,9 @@ FAILURES = [fails_in_verification, fails_while_writing, is_interrupted]
 
 
 @pytest.mark.parametrize("fail", FAILURES)
-def test_a_failed_build_leaves_the_older_engine_byte_identical(older: Path, fail: Callable[[Path], None]) -> None:
+def test_a_failed_build_leaves_the_older_engine_byte_identical(
+    older: Path, fail: Callable[[Path], None]
+) -> None:
     before = contents(older.parent)
     fail(older)
     assert contents(older.parent) == before
@@ -72,7 +83,9 @@ def test_a_failed_build_leaves_the_older_engine_byte_identical(older: Path, fail
 
 
 @pytest.mark.parametrize("fail", FAILURES)
-def test_a_failed_build_leaves_no_folder_where_there_was_none(tmp_path: Path, fail: Callable[[Path], None]) -> None:
+def test_a_failed_build_leaves_no_folder_where_there_was_none(
+    tmp_path: Path, fail: Callable[[Path], None]
+) -> None:
     fail(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -82,7 +95,11 @@ def test_a_successful_build_replaces_the_older_engine_whole(older: Path) -> None
     assert Manifest.load(older / VERSION).slots == 4
     write_engine(accumulator(), older, BuildOptions(slots=6, max_rows=4, capacity=1))
     assert Manifest.load(older / VERSION).slots == 6
-    assert set(contents(older)) == {"config.pbtxt", f"{VERSION}/{FILE_NAME}", f"{VERSION}/{TORCH_FILE}"}
+    assert set(contents(older)) == {
+        "config.pbtxt",
+        f"{VERSION}/{FILE_NAME}",
+        f"{VERSION}/{TORCH_FILE}",
+    }
     assert list(older.parent.iterdir()) == [older]
 
 
@@ -99,7 +116,9 @@ def break_renames(monkeypatch: pytest.MonkeyPatch, error: BaseException, failing
 
 
 @pytest.mark.parametrize(
-    ("error", "raised"), [(OSError(13, os.strerror(13)), BuildError), (KeyboardInterrupt(), KeyboardInterrupt)], ids=["disk", "interrupt"]
+    ("error", "raised"),
+    [(OSError(13, os.strerror(13)), BuildError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["disk", "interrupt"],
 )
 def test_an_older_engine_is_put_back_when_the_new_one_cannot_take_its_place(
     older: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type[BaseException]
@@ -112,10 +131,14 @@ def test_an_older_engine_is_put_back_when_the_new_one_cannot_take_its_place(
     assert list(older.parent.iterdir()) == [older]
 
 
-def test_an_older_engine_that_cannot_be_put_back_is_kept_and_named(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_engine_that_cannot_be_put_back_is_kept_and_named(
+    older: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(older)
     break_renames(monkeypatch, OSError(13, os.strerror(13)), {2, 3})
-    with pytest.raises(BuildError, match=r"could not be replaced .* nor put back .* there$") as failed:
+    with pytest.raises(
+        BuildError, match=r"could not be replaced .* nor put back .* there$"
+    ) as failed:
         write_engine(accumulator(), older, OPTIONS)
     [kept] = older.parent.iterdir()
     assert f"move {kept} there" in str(failed.value)
@@ -162,12 +185,18 @@ def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
     write_engine(accumulator(), older, OPTIONS)
 
 
-@pytest.mark.parametrize("limit", [20_000, 400_000, 2_000_000], ids=["archive", "end of the archive", "tokenizer"])
-def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize(
+    "limit", [20_000, 400_000, 2_000_000], ids=["archive", "end of the archive", "tokenizer"]
+)
+def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(
+    tmp_path: Path, limit: int
+) -> None:
     """A limit on the size of a file stands for the disk: the write fails in the same place."""
     tiny_llama(tmp_path / "llama")
     words = {f"word{index}": index for index in range(100_000)}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0")))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0"))
+    )
     tokenizer.save_pretrained(tmp_path / "llama")
     output = tmp_path / "repository" / "model"
     output.parent.mkdir()
@@ -175,9 +204,24 @@ def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(tmp_path:
         f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
         "runpy.run_module('inplace_builder', run_name='__main__')"
     )
-    arguments = ["build", str(tmp_path / "llama"), "--output", str(output), "--capacity", "32", "--chunk", "8"]
+    arguments = [
+        "build",
+        str(tmp_path / "llama"),
+        "--output",
+        str(output),
+        "--capacity",
+        "32",
+        "--chunk",
+        "8",
+    ]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", limited, *arguments], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", limited, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 1, run.stderr
     [line] = run.stderr.splitlines()
     assert line.startswith(f"error: {output} cannot be written: ")

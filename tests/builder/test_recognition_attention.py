@@ -18,7 +18,14 @@ HEADS, KV_HEADS, CAPACITY, DIM = 4, 2, 12, 8
 class Block(nn.Module):
     """Projections, caches and attention as models write them."""
 
-    def __init__(self, *, write: str = "index_copy", mask: str = "compare", repeat: str = "expand", window: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        write: str = "index_copy",
+        mask: str = "compare",
+        repeat: str = "expand",
+        window: int = 0,
+    ) -> None:
         super().__init__()
         self.write, self.mask, self.repeat, self.window = write, mask, repeat, window
         self.query = nn.Linear(16, HEADS * DIM)
@@ -33,7 +40,9 @@ class Block(nn.Module):
         for cache, layer in ((keys, self.key), (values, self.value)):
             self.put(cache, places, layer(x).view(1, tokens, KV_HEADS, DIM).transpose(1, 2))
         key, value = self.heads(keys), self.heads(values)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.visible(places), enable_gqa=self.repeat == "gqa")
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.visible(places), enable_gqa=self.repeat == "gqa"
+        )
         return out.transpose(1, 2).reshape(1, tokens, -1)
 
     def put(self, cache: Tensor, places: Tensor, new: Tensor) -> None:
@@ -54,7 +63,11 @@ class Block(nn.Module):
             return cache.repeat_interleave(HEADS // KV_HEADS, 1)
         if self.repeat == "tile":
             return cache.repeat(1, HEADS // KV_HEADS, 1, 1)
-        return cache[:, :, None].expand(1, KV_HEADS, HEADS // KV_HEADS, CAPACITY, DIM).reshape(1, HEADS, CAPACITY, DIM)
+        return (
+            cache[:, :, None]
+            .expand(1, KV_HEADS, HEADS // KV_HEADS, CAPACITY, DIM)
+            .reshape(1, HEADS, CAPACITY, DIM)
+        )
 
     def visible(self, places: Tensor) -> Tensor:
         columns = torch.arange(CAPACITY)
@@ -75,7 +88,9 @@ class Block(nn.Module):
 
 def steps(tokens: int) -> Any:
     def inputs(step: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(step)), torch.tensor([step])
+        return torch.randn(
+            1, tokens, 16, generator=torch.Generator().manual_seed(step)
+        ), torch.tensor([step])
 
     return inputs
 
@@ -86,12 +101,27 @@ def caches() -> list[Tensor]:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("write", ["index_copy", "assign", "slice"])
-@pytest.mark.parametrize("options", [{}, {"mask": "buffer", "repeat": "gqa"}, {"mask": "additive", "repeat": "interleave", "window": 4}])
-def test_attention_behind_caches_is_one_operator(write: str, tokens: int, options: dict[str, Any]) -> None:
-    capture = compare(Block(write=write, **options), caches(), steps(tokens), steps=CAPACITY - tokens + 1)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask": "buffer", "repeat": "gqa"},
+        {"mask": "additive", "repeat": "interleave", "window": 4},
+    ],
+)
+def test_attention_behind_caches_is_one_operator(
+    write: str, tokens: int, options: dict[str, Any]
+) -> None:
+    capture = compare(
+        Block(write=write, **options), caches(), steps(tokens), steps=CAPACITY - tokens + 1
+    )
     assert operators(capture) == {"attention": 1}
     assert all(state.operators == ("attention",) for state in capture.states)
-    (call,) = [node for node in capture.exported.graph.nodes if node.target is torch.ops.inplace.attention.default]
+    (call,) = [
+        node
+        for node in capture.exported.graph.nodes
+        if node.target is torch.ops.inplace.attention.default
+    ]
     assert call.kwargs.get("window", 0) == options.get("window", 0)
 
 
@@ -102,7 +132,9 @@ def test_attention_behind_caches_is_one_operator(write: str, tokens: int, option
         ({"mask": "bias"}, "its mask is a bias"),
     ],
 )
-def test_attention_that_is_not_provably_ours_stays_explicit(options: dict[str, Any], because: str) -> None:
+def test_attention_that_is_not_provably_ours_stays_explicit(
+    options: dict[str, Any], because: str
+) -> None:
     capture = compare(Block(**options), caches(), steps(1), steps=CAPACITY)
     assert operators(capture) == {"update": 2, "read": 2}
     assert all(state.recognised and because in state.because for state in capture.states)
@@ -133,16 +165,22 @@ class Counted(nn.Module):
         self.values[:, :, self.count] = x * 2
         mask = (torch.arange(CAPACITY) <= self.count)[None, None]
         self.count.add_(1)
-        return F.scaled_dot_product_attention(x, self.keys, self.keys if self.shared else self.values, attn_mask=mask)
+        return F.scaled_dot_product_attention(
+            x, self.keys, self.keys if self.shared else self.values, attn_mask=mask
+        )
 
 
 def test_a_module_that_counts_for_itself() -> None:
-    capture = compare(Counted(), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY)
+    capture = compare(
+        Counted(), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY
+    )
     assert operators(capture) == {"attention": 1, "read": 1, "update": 1}
 
 
 def test_one_cache_for_keys_and_values_stays_explicit() -> None:
-    capture = compare(Counted(shared=True), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY)
+    capture = compare(
+        Counted(shared=True), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY
+    )
     assert "attention" not in operators(capture)
     assert any("keys and values are one cache" in state.because for state in capture.states)
 
@@ -154,7 +192,12 @@ def test_a_stock_static_cache_as_transformers_exports_it() -> None:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     model.generation_config.cache_implementation = "static"
@@ -172,9 +215,14 @@ def test_a_stock_static_cache_as_transformers_exports_it() -> None:
     with torch.no_grad():
         wanted = model(tokens).logits
         for step in range(tokens.shape[1]):
-            arguments = {"input_ids": tokens[:, step : step + 1], "cache_position": torch.tensor([step])}
+            arguments = {
+                "input_ids": tokens[:, step : step + 1],
+                "cache_position": torch.tensor([step]),
+            }
             named = [arguments[name] for name in capture.inputs]
-            (logits,) = torch.utils._pytree.tree_leaves(Interpreter(graph).run(*named, torch.tensor([1], dtype=torch.int32), *memory))
+            (logits,) = torch.utils._pytree.tree_leaves(
+                Interpreter(graph).run(*named, torch.tensor([1], dtype=torch.int32), *memory)
+            )
             torch.testing.assert_close(logits[:, -1], wanted[:, step], rtol=1e-4, atol=1e-5)
     for state, arena in zip(capture.states, memory, strict=True):
         assert torch.equal(arena[[0, 2]], torch.cat([state.bound_initial()] * 2)), state.name

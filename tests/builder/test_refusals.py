@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from inplace.dtypes import Dtype
-from inplace_builder.build import BuildOptions, build_decoder
+from inplace.schema.dtypes import Dtype
 from inplace_builder.errors import BuildError
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
 from models import tiny_llama
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +34,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def t5(folder: Path, _: Path) -> Path:
-    transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8).save_pretrained(folder)
+    transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -50,26 +53,42 @@ def bert(folder: Path, _: Path) -> Path:
 def gpt_oss(folder: Path, _: Path) -> Path:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = transformers.GptOssConfig(
-        **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_parameters=rope
+        **SMALL,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        rope_parameters=rope,
     )
     transformers.GptOssForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def llama4(folder: Path, _: Path) -> Path:
-    config = transformers.Llama4TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=64, num_local_experts=1)
+    config = transformers.Llama4TextConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=64, num_local_experts=1
+    )
     transformers.Llama4ForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def bloom(folder: Path, _: Path) -> Path:
-    transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(folder)
+    transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    ).save_pretrained(folder)
     return folder
 
 
 def gptj(folder: Path, _: Path) -> Path:
     config = transformers.GPTJConfig(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1, eos_token_id=2
+        vocab_size=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_positions=64,
+        rotary_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     transformers.GPTJForCausalLM(config).save_pretrained(folder)
     return folder
@@ -91,20 +110,24 @@ def gpt_neo(folder: Path, _: Path) -> Path:
 
 
 def falcon(folder: Path, _: Path) -> Path:
-    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
     transformers.FalconForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def mpt(folder: Path, _: Path) -> Path:
-    transformers.MptForCausalLM(transformers.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)).save_pretrained(
-        folder
-    )
+    transformers.MptForCausalLM(
+        transformers.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    ).save_pretrained(folder)
     return folder
 
 
 def xglm(folder: Path, _: Path) -> Path:
-    config = transformers.XGLMConfig(vocab_size=64, d_model=32, ffn_dim=64, num_layers=1, attention_heads=4)
+    config = transformers.XGLMConfig(
+        vocab_size=64, d_model=32, ffn_dim=64, num_layers=1, attention_heads=4
+    )
     transformers.XGLMForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -198,7 +221,10 @@ Source = Callable[[Path, Path], Path]
         (vit, "holds a 'vit' model, which is no decoder"),
         (bert, "BertSelfAttention is not causal"),
         (gpt_oss, r"GptOssAttention attends with \['s_aux'\]"),
-        (llama4, r"layers of the kind \['chunked_attention'\]; only full_attention and sliding_attention"),
+        (
+            llama4,
+            r"layers of the kind \['chunked_attention'\]; only full_attention and sliding_attention",
+        ),
         (bloom, "BloomForCausalLM does not attend through transformers' attention interface"),
         (gptj, "GPTJForCausalLM does not attend through transformers' attention interface"),
         (gpt_neo, "GPTNeoForCausalLM does not attend through transformers' attention interface"),
@@ -207,7 +233,10 @@ Source = Callable[[Path, Path], Path]
         (xglm, "XGLMForCausalLM does not attend through transformers' attention interface"),
         (empty, "is no model: it holds neither config.json nor a GGUF file"),
         (nonexistent, "nowhere does not exist"),
-        (garbage, "no configuration that transformers can read: .*config.json' is not a valid JSON file"),
+        (
+            garbage,
+            "no configuration that transformers can read: .*config.json' is not a valid JSON file",
+        ),
         (no_object, "no configuration that transformers can read"),
         (unknown, "model type `abacus`"),
         (no_weights, f"the weights in .* cannot be loaded: .*no file named {WEIGHTS}"),
@@ -234,12 +263,18 @@ def test_a_model_that_is_no_buildable_decoder_is_refused_and_nothing_is_written(
 
 def test_a_refused_model_does_not_even_make_the_repository(tmp_path: Path) -> None:
     with pytest.raises(BuildError):
-        build_decoder(empty(tmp_path / "source", tmp_path), tmp_path / "repository" / "model", OPTIONS)
+        build_decoder(
+            empty(tmp_path / "source", tmp_path), tmp_path / "repository" / "model", OPTIONS
+        )
     assert not (tmp_path / "repository").exists()
 
 
-def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_possible(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(BuildError, match=r"capacity of 4097 is more than the 4096 positions .* choose at most 4096"):
+def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_possible(
+    tmp_path: Path, llama: Path
+) -> None:
+    with pytest.raises(
+        BuildError, match=r"capacity of 4097 is more than the 4096 positions .* choose at most 4096"
+    ):
         build_decoder(llama, tmp_path / "model", BuildOptions(capacity=4097))
     assert list(tmp_path.iterdir()) == []
 
@@ -252,7 +287,10 @@ def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_pos
         ({"capacity": 0}, "capacity is 0"),
         ({"chunk": -1}, "chunk is -1"),
         ({"slots": 2, "max_rows": 3}, "a batch of 3 rows needs as many slots; there are 2"),
-        ({"dtype": Dtype.FLOAT16}, "dtype float16 is not supported on device 'cpu'; choose one of .*'float32', 'bfloat16'"),
+        (
+            {"dtype": Dtype.FLOAT16},
+            "dtype float16 is not supported on device 'cpu'; choose one of .*'float32', 'bfloat16'",
+        ),
         ({"dtype": Dtype.INT8}, "dtype int8 is not supported on device 'cpu'"),
         ({"device": "abacus"}, r"device is 'abacus'; choose one of \['cpu', 'cuda'\]"),
         ({"idle_timeout": 0.0}, "idle_timeout is 0.0; it must be a number of seconds above 0"),

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inplace.artifacts import File, Plan, Profile
-from inplace.manifest import Manifest
-from inplace.specs import Update
-from inplace_builder.report import arena_bytes, slots_in
+from inplace.schema.artifacts import File, Plan, Profile
+from inplace.schema.served import Manifest
+from inplace.schema.specs import Update
+from inplace_builder.tools.report import arena_bytes, slots_in
 from models import CAPACITY, SLOTS, Repository, open_instance
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
@@ -15,17 +15,25 @@ SLOT = 2 * LAYERS * KV_HEADS * HEAD_DIM * CAPACITY * 4
 """Keys and values of `models.tiny_llama` in float32."""
 
 
-def test_a_slot_of_a_decoder_is_its_keys_and_values_at_full_capacity(repository: Repository) -> None:
+def test_a_slot_of_a_decoder_is_its_keys_and_values_at_full_capacity(
+    repository: Repository,
+) -> None:
     manifest = Manifest.load(repository.path / "llama" / "1")
     assert manifest.slot_bytes == SLOT
-    assert arena_bytes(manifest, SLOTS) == SLOTS * SLOT == open_instance(repository.path / "llama").arena.bytes
+    assert (
+        arena_bytes(manifest, SLOTS)
+        == SLOTS * SLOT
+        == open_instance(repository.path / "llama").arena.bytes
+    )
 
 
 def test_a_copied_state_counts_twice(repository: Repository) -> None:
     manifest = Manifest.load(repository.path / "llama" / "1")
     [program] = manifest.programs
     first, *rest = program.aliases
-    copied = program.model_copy(update={"aliases": (first.model_copy(update={"kind": "copy"}), *rest)})
+    copied = program.model_copy(
+        update={"aliases": (first.model_copy(update={"kind": "copy"}), *rest)}
+    )
     assert manifest.states[0].update is Update.APPEND
     one = next(state.slot_bytes for state in manifest.states if state.name == first.input)
     assert arena_bytes(manifest.model_copy(update={"programs": (copied,)}), 3) == 3 * (SLOT + one)
@@ -45,13 +53,17 @@ def test_the_engines_files_come_off_the_memory_that_slots_have(repository: Repos
         profiles=(Profile(rows=(1, 1), tokens=(1, 1)),),
         weights=File(file="weights.safetensors", bytes=3 * SLOT, sha256=""),
     )
-    beside = manifest.model_copy(update={"engine": manifest.engine.model_copy(update={"plan": plan})})
+    beside = manifest.model_copy(
+        update={"engine": manifest.engine.model_copy(update={"plan": plan})}
+    )
     assert slots_in(beside, files + 5 * SLOT) == 2
 
 
 def test_inspect_says_how_many_slots_fit(repository: Repository) -> None:
     model = repository.path / "llama"
     inplace = Path(sys.executable).with_name("inplace")
-    found = subprocess.run([inplace, "inspect", model, "--memory", "0.5"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [inplace, "inspect", model, "--memory", "0.5"], capture_output=True, text=True, check=True
+    )
     expected = slots_in(Manifest.load(model / "1"), 2**29)
     assert f"0.5 GiB  at most {expected:,} slots beside the engine" in found.stdout

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace.specs import StateSpec
-from inplace_builder.build import VERSION, BuildOptions, write_engine
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.specs import StateSpec
 from inplace_builder.capture import Capture, RowOptions, capture_exported_rows
+from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.options import BuildOptions
 from torch import Tensor, nn
 from unusual import CAPACITY, STEPS, VISIBLE, attention, caches, numbers, token, written
 
@@ -29,13 +30,18 @@ class Hash(nn.Module):
 
 
 def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
-    capture = capture_exported_rows(Hash(), RowOptions(3, requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),))
+    capture = capture_exported_rows(
+        Hash(), RowOptions(3, requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),)
+    )
     write_engine(capture, tmp_path / "hash", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY))
     instance = ModelInstance.open(tmp_path / "hash" / VERSION)
     own = [Hash() for _ in range(3)]
     for step in range(STEPS):
         given = [torch.tensor([100 * step + row]) for row in range(3)]
-        works = [instance.admit(Request(row + 1, step == 0, False, {"x": x[None]})) for row, x in enumerate(given)]
+        works = [
+            instance.admit(Request(row + 1, step == 0, False, {"x": x[None]}))
+            for row, x in enumerate(given)
+        ]
         instance.step(works)
         for work, x, module in zip(works, given, own, strict=True):
             assert int(work.outputs["output_0"]) == int(module(x))
@@ -49,7 +55,9 @@ class Sees(nn.Module):
         super().__init__()
         self.how = how
 
-    def forward(self, keys: Tensor, values: Tensor, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, keys: Tensor, values: Tensor, x: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
         written(keys, values, x, position)
         match self.how:
             case "causal":
@@ -67,13 +75,18 @@ class Sees(nn.Module):
 @pytest.mark.parametrize("how", ["causal", "blind at first", "biased", "everything", "no softmax"])
 def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path) -> None:
     example = (*caches(), *token(0))
-    capture: Capture = capture_exported_rows(Sees(how), RowOptions(4, positions="position"), example)
+    capture: Capture = capture_exported_rows(
+        Sees(how), RowOptions(4, positions="position"), example
+    )
     write_engine(capture, tmp_path / "rows", BuildOptions(slots=5, max_rows=4, capacity=CAPACITY))
     instance = ModelInstance.open(tmp_path / "rows" / VERSION)
     own = [(Sees(how), caches()) for _ in range(3)]
     for step in range(STEPS):
         inputs = [numbers(7 * step + row, 1, 2, 1, 4) for row in range(3)]
-        works = [instance.admit(Request(row + 1, step == 0, False, {"x": x})) for row, x in enumerate(inputs)]
+        works = [
+            instance.admit(Request(row + 1, step == 0, False, {"x": x}))
+            for row, x in enumerate(inputs)
+        ]
         instance.step(works)
         for work, x, (module, held) in zip(works, inputs, own, strict=True):
             out, keys = module(*held, x, torch.tensor([step]))

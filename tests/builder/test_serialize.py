@@ -8,11 +8,13 @@ import pytest
 import torch
 from direct_modules import CASES, Recurrent, noise
 from inplace.trt import load_tensorrt
-from inplace_builder.api import Serialized, build, serialize
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import Serialized, build, serialize
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The given buffer is not writable:UserWarning"
+)  # torch.export.load's own
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -23,7 +25,10 @@ def recurrent() -> Serialized:
 
 
 def test_mutated_buffers_are_lifted_only_when_asked() -> None:
-    with pytest.raises(BuildError, match=r"mutates its buffers \['cell', .*'cache'\]: pass lift_mutable_buffers=True"):
+    with pytest.raises(
+        BuildError,
+        match=r"mutates its buffers \['cell', .*'cache'\]: pass lift_mutable_buffers=True",
+    ):
         serialize(Recurrent(), (noise(0, 1, 4),))
 
 
@@ -43,8 +48,13 @@ def test_bindings_say_all_that_is_needed(recurrent: Serialized) -> None:
         "b_seen": ("bool", (1, 5)),
         "b_cache": ("float32", (1, 2, 1, 24, 4)),
     }
-    assert [(binding.name, binding.shape) for binding in recurrent.outputs] == [("result_0", (4,)), ("result_1", ())]
-    assert {alias.input for alias in recurrent.aliases} == {binding.name for binding in recurrent.states}
+    assert [(binding.name, binding.shape) for binding in recurrent.outputs] == [
+        ("result_0", (4,)),
+        ("result_1", ()),
+    ]
+    assert {alias.input for alias in recurrent.aliases} == {
+        binding.name for binding in recurrent.states
+    }
     assert recurrent.initial["b_count"].tolist() == [2]
     assert recurrent.plan is None
 
@@ -58,25 +68,43 @@ def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
     for step in range(5):
         x = noise(step, 1, 4)
         with torch.no_grad():
-            found, expected = graph(x, torch.arange(1, dtype=torch.int32), *memory.values()), eager(x)
+            found, expected = (
+                graph(x, torch.arange(1, dtype=torch.int32), *memory.values()),
+                eager(x),
+            )
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
         for state in recurrent.records:
-            torch.testing.assert_close(memory[state.name].view_as(eager.get_buffer(state.source)), eager.get_buffer(state.source))
+            torch.testing.assert_close(
+                memory[state.name].view_as(eager.get_buffer(state.source)),
+                eager.get_buffer(state.source),
+            )
     assert addresses == {name: tensor.data_ptr() for name, tensor in memory.items()}
-    assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), "what was handed out is the caller's own"
+    assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), (
+        "what was handed out is the caller's own"
+    )
 
 
 @pytest.mark.parametrize("name", ["attention", "recurrent", "tokens"])
 def test_plans_for_a_gpu_that_is_not_there(name: str) -> None:
     case, plain = BY_NAME[name], load_tensorrt("tensorrt_rtx").api
     arguments = (*case.states(), *case.inputs(1))
-    made = serialize(case.module(), arguments, lift_mutable_buffers=True, engine="tensorrt_rtx", compute_capability="8.9", **case.options)
+    made = serialize(
+        case.module(),
+        arguments,
+        lift_mutable_buffers=True,
+        engine="tensorrt_rtx",
+        compute_capability="8.9",
+        **case.options,
+    )
     assert made.plan is not None and (made.plan.compute_capability, made.plan.gpu) == ("8.9", "")
     assert made.plan.version == plain.__version__
     kind = "kv_cache_update" if name in ("attention", "tokens") else "copy"
     assert {alias.kind for alias in made.aliases} == {kind}
-    assert all(record.refused[0].startswith("plugin: networks of TensorRT for RTX") for record in made.lowering)
+    assert all(
+        record.refused[0].startswith("plugin: networks of TensorRT for RTX")
+        for record in made.lowering
+    )
     assert "slots" not in {binding.name for binding in made.inputs}
     assert len(made.content) > 1000
 

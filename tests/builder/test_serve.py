@@ -4,16 +4,23 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from inplace.front import FrontFile
-from inplace.settings import MOST_WAITING
-from inplace_builder.build import BuildOptions, build_decoder, write_engine
+from inplace.schema.proxy import FrontFile
+from inplace.server.settings import MOST_WAITING
 from inplace_builder.errors import BuildError
+from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
 from models import CAPACITY, CHUNK, VOCABULARY, accumulator, tiny_llama
 from tritonclient.grpc import model_config_pb2 as pb
 from vocabulary import save_tokenizer
 
-STREAM = BuildOptions(slots=2, max_rows=2, capacity=CAPACITY, chunk=CHUNK, idle_timeout=30.0, serve="stream")
-GENERATED = [("tokens", pb.TYPE_INT64, [-1]), ("text_output", pb.TYPE_STRING, [1]), ("finish_reason", pb.TYPE_STRING, [1])]
+STREAM = BuildOptions(
+    slots=2, max_rows=2, capacity=CAPACITY, chunk=CHUNK, idle_timeout=30.0, serve="stream"
+)
+GENERATED = [
+    ("tokens", pb.TYPE_INT64, [-1]),
+    ("text_output", pb.TYPE_STRING, [1]),
+    ("finish_reason", pb.TYPE_STRING, [1]),
+]
 
 
 def parsed(model: Path) -> pb.ModelConfig:
@@ -37,12 +44,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stream_model_is_decoupled_and_takes_text_or_ids(built: Path) -> None:
     config = parsed(built)
     assert config.model_transaction_policy.decoupled
-    assert [(t.name, t.data_type, list(t.dims), t.optional, t.allow_ragged_batch) for t in config.input] == [
+    assert [
+        (t.name, t.data_type, list(t.dims), t.optional, t.allow_ragged_batch) for t in config.input
+    ] == [
         ("input_ids", pb.TYPE_INT64, [-1], True, True),
         ("text", pb.TYPE_STRING, [1], True, True),
         ("stop", pb.TYPE_STRING, [-1], True, True),
     ]
-    assert outputs(config) == [("next_token", pb.TYPE_INT64, [1]), ("logits", pb.TYPE_FP32, [VOCABULARY]), *GENERATED]
+    assert outputs(config) == [
+        ("next_token", pb.TYPE_INT64, [1]),
+        ("logits", pb.TYPE_FP32, [VOCABULARY]),
+        *GENERATED,
+    ]
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "serve": "stream",
         "idle_timeout_seconds": "30",
@@ -51,7 +64,9 @@ def test_a_stream_model_is_decoupled_and_takes_text_or_ids(built: Path) -> None:
     }
     batching = config.sequence_batching
     assert batching.oldest.max_queue_delay_microseconds == 0  # the backend makes its batches itself
-    assert batching.max_sequence_idle_microseconds == (30 + 3600) * 10**6  # Triton's clock runs while a generation does
+    assert (
+        batching.max_sequence_idle_microseconds == (30 + 3600) * 10**6
+    )  # Triton's clock runs while a generation does
     assert batching.oldest.max_candidate_sequences > STREAM.slots + MOST_WAITING
 
 
@@ -61,12 +76,18 @@ def test_its_front_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
     assert (config.name, config.backend, config.max_batch_size) == ("llama_generate", "inplace", 1)
     assert config.model_transaction_policy.decoupled
     assert not config.HasField("sequence_batching")
-    assert [(tensor.name, tensor.optional) for tensor in config.input] == [("input_ids", True), ("text", True), ("stop", True)]
+    assert [(tensor.name, tensor.optional) for tensor in config.input] == [
+        ("input_ids", True),
+        ("text", True),
+        ("stop", True),
+    ]
     assert outputs(config) == GENERATED
     assert FrontFile.load(front / "1") == FrontFile(model="llama", most=STREAM.slots + MOST_WAITING)
 
 
-def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(tmp_path: Path, built: Path) -> None:
+def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
+    tmp_path: Path, built: Path
+) -> None:
     model = tmp_path / "sums"
     front = tmp_path / "sums_generate"
     options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
@@ -91,7 +112,10 @@ def test_a_folder_that_is_no_front_is_never_replaced(tmp_path: Path) -> None:
     other = tmp_path / "llama_generate" / "notes.txt"
     other.parent.mkdir()
     other.write_text("mine")
-    with pytest.raises(BuildError, match=r"llama_generate is a folder with other files in it.*; a stream model's front is written there"):
+    with pytest.raises(
+        BuildError,
+        match=r"llama_generate is a folder with other files in it.*; a stream model's front is written there",
+    ):
         build_decoder(tmp_path / "nowhere", tmp_path / "llama", STREAM)
     assert other.read_text() == "mine"
     assert not (tmp_path / "llama").exists()

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inplace.instance import ModelInstance
-from inplace.requests import Request
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
 from inplace.trt import load_tensorrt
-from inplace_builder.build import BuildOptions, write_engine
+from inplace_builder.compare import poison, same_bits
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose, compile_network
-from inplace_builder.models import SileroVad, capture_silero, load_silero
-from inplace_builder.models.silero import CHUNK, OWN, SAFETENSORS, packaged
-from inplace_builder.verify import poison, same_bits
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
 from lowering import lowered
 from network_interpreter import interpret
 from safetensors.torch import save_file
+from silero import CHUNK, OWN, SAFETENSORS, SileroVad, capture_silero, load_silero, packaged
 from speech import chunks, package_says, recordings
 from torch import Tensor
 
@@ -29,23 +29,38 @@ LIMIT = 1e-4
 
 
 def memory(slots: int) -> dict[str, Tensor]:
-    return {"context": torch.zeros(slots, 64), "hidden": torch.zeros(slots, 128), "cell": torch.zeros(slots, 128)}
+    return {
+        "context": torch.zeros(slots, 64),
+        "hidden": torch.zeros(slots, 128),
+        "cell": torch.zeros(slots, 128),
+    }
 
 
 def worst(found: dict[str, list[float]], weights: str) -> float:
-    return max(float((torch.tensor(said) - package_says(recording, weights)).abs().max()) for recording, said in found.items())
+    return max(
+        float((torch.tensor(said) - package_says(recording, weights)).abs().max())
+        for recording, said in found.items()
+    )
 
 
 @pytest.mark.parametrize("weights", [OWN, SAFETENSORS])
 def test_the_module_says_what_the_package_says_step_by_step(weights: str) -> None:
-    model, audio = load_silero(packaged(weights)), [chunks(samples) for samples in recordings().values()]
+    model, audio = (
+        load_silero(packaged(weights)),
+        [chunks(samples) for samples in recordings().values()],
+    )
     states = memory(len(audio))
     found: dict[str, list[float]] = {recording: [] for recording in recordings()}
     silence = np.zeros(CHUNK, dtype=np.float32)
     with torch.inference_mode():
         for index in range(max(map(len, audio))):
-            rows = torch.from_numpy(np.stack([chunk[index] if index < len(chunk) else silence for chunk in audio]))
-            slots = torch.tensor([row if index < len(chunk) else -1 for row, chunk in enumerate(audio)], dtype=torch.int32)
+            rows = torch.from_numpy(
+                np.stack([chunk[index] if index < len(chunk) else silence for chunk in audio])
+            )
+            slots = torch.tensor(
+                [row if index < len(chunk) else -1 for row, chunk in enumerate(audio)],
+                dtype=torch.int32,
+            )
             said = model(rows, slots, **states)[:, 0].tolist()
             for row, recording in enumerate(found):
                 if slots[row] >= 0:
@@ -55,14 +70,27 @@ def test_the_module_says_what_the_package_says_step_by_step(weights: str) -> Non
 
 def test_the_package_s_two_sets_of_weights_are_two_models() -> None:
     """Why the weights that `load_silero_vad` runs are the default: the safetensors beside them say something else."""
-    assert worst({recording: package_says(recording, SAFETENSORS).tolist() for recording in recordings()}, OWN) > 0.1
+    assert (
+        worst(
+            {
+                recording: package_says(recording, SAFETENSORS).tolist()
+                for recording in recordings()
+            },
+            OWN,
+        )
+        > 0.1
+    )
 
 
 @pytest.mark.parametrize("weights", [OWN, SAFETENSORS])
 def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path) -> None:
     """Any streams in any step, slots in any order; nothing but their own slots is touched, and nothing moves."""
     folder = tmp_path / "silero-vad"
-    write_engine(capture_silero(load_silero(packaged(weights))), folder, BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1))
+    write_engine(
+        capture_silero(load_silero(packaged(weights))),
+        folder,
+        BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1),
+    )
     instance = ModelInstance.open(folder / "1", slots=STREAMS + FOREIGN)
     arena = instance.arena
     assert [alias.kind for alias in instance.program.aliases] == ["operator"] * 3
@@ -79,7 +107,13 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
         for stream in chosen:
             start = not said[stream]
             chunk = waiting[stream].pop(0)
-            works.append(instance.admit(Request(stream, start, not waiting[stream], {"audio": torch.from_numpy(chunk)[None]})))
+            works.append(
+                instance.admit(
+                    Request(
+                        stream, start, not waiting[stream], {"audio": torch.from_numpy(chunk)[None]}
+                    )
+                )
+            )
         owned = {work.sequence.slot for work in works}
         others = [slot for slot in range(STREAMS + FOREIGN) if slot not in owned]
         before = {name: state[others].clone() for name, state in arena.tensors.items()}
@@ -94,33 +128,54 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
     assert arena.addresses() == addresses
     for stream, name in enumerate(names, 1):
         assert worst({name: said[stream]}, weights) <= LIMIT, f"stream {stream}, {name}"
-    assert all(bool(state[slot].isnan().all()) for state in arena.tensors.values() for slot in range(STREAMS, STREAMS + FOREIGN))
+    assert all(
+        bool(state[slot].isnan().all())
+        for state in arena.tensors.values()
+        for slot in range(STREAMS, STREAMS + FOREIGN)
+    )
 
 
 def test_tensorrt_takes_the_whole_network_with_copied_states() -> None:
     """Compiled with TensorRT for RTX, which cannot run here; what the network says is computed in PyTorch."""
     rtx = load_tensorrt("tensorrt_rtx")
     capture = capture_silero(load_silero(), max_rows=8)
-    assert {record.kind for record in choose(capture.exported.graph, capture.states, rtx, order=("copy",))} == {"copy"}
+    assert {
+        record.kind
+        for record in choose(capture.exported.graph, capture.states, rtx, order=("copy",))
+    } == {"copy"}
     network = lowered(capture, "copy", rtx)
     names = list(recordings())[:3]
     states, said = memory(3), []
     slots = torch.tensor([0, -1, 2], dtype=torch.int32)  # row r is slot r, or no row at all
     steps = list(zip(*(chunks(recordings()[name])[:12] for name in names), strict=True))
     for step in steps:
-        found = interpret(network, {"audio": torch.stack([torch.from_numpy(chunk) for chunk in step]), "slots": slots, **states})
+        found = interpret(
+            network,
+            {
+                "audio": torch.stack([torch.from_numpy(chunk) for chunk in step]),
+                "slots": slots,
+                **states,
+            },
+        )
         states = {name: found[output].clone() for name, output in network.state_outputs.items()}
         said.append(found["probability"][:, 0])
     for row in (0, 2):
-        torch.testing.assert_close(torch.stack(said)[:, row], package_says(names[row])[: len(steps)], rtol=0, atol=LIMIT)
+        torch.testing.assert_close(
+            torch.stack(said)[:, row], package_says(names[row])[: len(steps)], rtol=0, atol=LIMIT
+        )
     assert not any(bool(state[1].any()) for state in states.values())
-    shapes: dict[str, tuple[int, ...]] = {"audio": (CHUNK,), "slots": ()} | {state.name: state.shape for state in capture.states}
+    shapes: dict[str, tuple[int, ...]] = {"audio": (CHUNK,), "slots": ()} | {
+        state.name: state.shape for state in capture.states
+    }
     profile = {name: ((1, *shape), (4, *shape), (8, *shape)) for name, shape in shapes.items()}
     assert compile_network(network, [profile], CompileOptions(("SM89",))).nbytes > 1000
 
 
 def test_weights_that_are_not_the_model_s_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"none\.safetensors does not exist; give silero_vad\.jit or silero_vad_16k\.safetensors"):
+    with pytest.raises(
+        BuildError,
+        match=r"none\.safetensors does not exist; give silero_vad\.jit or silero_vad_16k\.safetensors",
+    ):
         load_silero(tmp_path / "none.safetensors")
     for damaged in (tmp_path / "damaged.safetensors", tmp_path / "damaged.jit"):
         damaged.write_bytes(b"not weights")
@@ -129,7 +184,10 @@ def test_weights_that_are_not_the_model_s_are_refused_by_name(tmp_path: Path) ->
     weights = SileroVad().state_dict()
     weights["conv2.weight"] = weights["conv2.weight"][:, :, :1].contiguous()
     save_file(weights, tmp_path / "other.safetensors")
-    with pytest.raises(BuildError, match=r"conv2\.weight is \[64, 128, 1\] torch\.float32, expected \[64, 128, 3\] torch\.float32 \(1 ten"):
+    with pytest.raises(
+        BuildError,
+        match=r"conv2\.weight is \[64, 128, 1\] torch\.float32, expected \[64, 128, 3\] torch\.float32 \(1 ten",
+    ):
         load_silero(tmp_path / "other.safetensors")
     del weights["conv2.weight"]
     save_file(weights, tmp_path / "fewer.safetensors")
@@ -140,7 +198,9 @@ def test_weights_that_are_not_the_model_s_are_refused_by_name(tmp_path: Path) ->
 def test_the_example_prints_segments_and_its_proof() -> None:
     example = Path(__file__).parents[2] / "examples" / "streaming_vad.py"
     assert len(example.read_text().splitlines()) < 80
-    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(example)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("speech from") >= 3
     assert "states stayed where they were" in done.stdout

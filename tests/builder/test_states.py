@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.specs import Update
-from inplace_builder.api import build
+from inplace.schema.specs import Update
 from inplace_builder.capture import capture_exported, inline_lifted_buffers
-from inplace_builder.capture.functional import exported_program
 from inplace_builder.errors import BuildError
-from inplace_builder.passes.states import Owner
+from inplace_builder.standalone.build import build
+from inplace_builder.states.lift import exported_program
+from inplace_builder.states.state import Owner
 from state_modules import compare, operators
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
@@ -63,11 +63,17 @@ def test_buffers_of_any_rank_and_type() -> None:
     found = {state.found.source: state for state in capture.states}
     assert set(found) == {"hidden", "cellular", "window", "count", "total", "seen", "cache"}
     assert all(state.found.owner is Owner.MODULE for state in capture.states)
-    assert {source for source, state in found.items() if state.pattern == "replace"} == set(found) - {"cache", "window"}
+    assert {source for source, state in found.items() if state.pattern == "replace"} == set(
+        found
+    ) - {"cache", "window"}
     assert found["window"].pattern == "window"
     assert operators(capture)["update"] == 6 + 2, "the cache of two layers is written twice"
     specs = {state.found.source: state.spec() for state in capture.states}
-    assert (specs["count"].fill, specs["count"].shape, specs["count"].update) == (2.0, (), Update.REPLACE)
+    assert (specs["count"].fill, specs["count"].shape, specs["count"].update) == (
+        2.0,
+        (),
+        Update.REPLACE,
+    )
     assert specs["hidden"].shape == (4,), "a batch of one is the slot axis"
     assert specs["window"].shape == (3, 4)
 
@@ -101,7 +107,11 @@ class Exchange(nn.Module):
 
 
 def test_states_exchange_values() -> None:
-    capture = compare(Exchange(), [torch.zeros(1, 3), torch.ones(1, 3), torch.zeros(1, 3)], lambda step: (frame(step, 1),))
+    capture = compare(
+        Exchange(),
+        [torch.zeros(1, 3), torch.ones(1, 3), torch.zeros(1, 3)],
+        lambda step: (frame(step, 1),),
+    )
     assert [state.pattern for state in capture.states] == ["replace"] * 3
 
 
@@ -132,7 +142,11 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("kind", ["dict", "tuple", "dataclass"])
 def test_caches_in_containers(kind: str) -> None:
     keys, values = torch.zeros(1, 4, 2), torch.ones(1, 2)
-    cache: Any = {"dict": {"keys": keys, "values": values}, "tuple": (keys, values), "dataclass": Cache(keys, values)}[kind]
+    cache: Any = {
+        "dict": {"keys": keys, "values": values},
+        "tuple": (keys, values),
+        "dataclass": Cache(keys, values),
+    }[kind]
     capture = compare(Nested(), [cache, [torch.zeros(3)]], lambda step: (frame(step, 1, 2),))
     assert [state.found.owner for state in capture.states] == [Owner.CALLER] * 3
     assert [state.pattern for state in capture.states] == ["select_scatter", "replace", "replace"]
@@ -156,7 +170,9 @@ class Shared(nn.Module):
 
 
 def test_layers_share_a_cache() -> None:
-    capture = compare(Shared(), [], lambda step: (frame(step, 1, 1, 4), torch.tensor([step])), steps=7)
+    capture = compare(
+        Shared(), [], lambda step: (frame(step, 1, 1, 4), torch.tensor([step])), steps=7
+    )
     (state,) = capture.states
     assert state.pattern == "index_copy"
     assert operators(capture)["update"] == 2
@@ -180,7 +196,9 @@ class Overlapping(nn.Module):
 
 
 def test_memory_shared_by_halves_is_refused() -> None:
-    with pytest.raises(BuildError, match=r"buffer \w+ and buffer \w+ share memory.*test_states.py.*self.late.add_"):
+    with pytest.raises(
+        BuildError, match=r"buffer \w+ and buffer \w+ share memory.*test_states.py.*self.late.add_"
+    ):
         capture_exported(Overlapping(), (frame(0, 4),))
 
 

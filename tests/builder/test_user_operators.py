@@ -9,16 +9,16 @@ from typing import Any
 import inplace
 import pytest
 import torch
-from inplace.direct.manifest import DirectManifest
 from inplace.errors import LoadError
-from inplace.manifest import Alias
 from inplace.plugins import Operation, register
+from inplace.schema.served import Alias
+from inplace.schema.standalone import DirectManifest
 from inplace.trt import load_tensorrt
-from inplace_builder import aliases
-from inplace_builder.aliases import declare_alias, made_plugin
-from inplace_builder.api import build
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import build
+from inplace_builder.states import user_operators as aliases
+from inplace_builder.states.user_operators import declare_alias, made_plugin
 from torch import Tensor, nn
 from user_operators import Leak, Leaky, Swapped, leak, make_leak, tick
 
@@ -48,7 +48,9 @@ def run_beside_eager(engine: Any, module: Leaky) -> None:
         found, expected = engine(mine, step(index)), module(theirs, step(index))
         torch.testing.assert_close(found, expected)
         assert torch.equal(mine, theirs)
-        assert all(torch.equal(engine.states[name], module.get_buffer(name)) for name in ("total", "steps"))
+        assert all(
+            torch.equal(engine.states[name], module.get_buffer(name)) for name in ("total", "steps")
+        )
     assert addresses == [mine.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())]
 
 
@@ -65,16 +67,25 @@ def test_one_operator_writes_several_states_where_they_lie(tmp_path: Path) -> No
         "level_updated@level@user",
     ]
     because = {record.state: record.because for record in engine.manifest.lowering}
-    assert "testing::leak writes it in its own memory, as declared at " in because["level"] and "self.total)" in because["level"]
+    assert (
+        "testing::leak writes it in its own memory, as declared at " in because["level"]
+        and "self.total)" in because["level"]
+    )
     run_beside_eager(engine, Leaky())
 
 
 def test_an_operator_that_is_not_declared_works_on_copies(tmp_path: Path) -> None:
     engine = build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
     assert {Alias.parse(alias).kind for alias in engine.manifest.aliases} == {"operator"}
-    assert "aliases are not declared (inplace_builder.aliases.declare_alias)" in engine.manifest.lowering[0].because
+    assert (
+        "aliases are not declared (inplace_builder.declare_alias)"
+        in engine.manifest.lowering[0].because
+    )
     run_beside_eager(engine, Leaky())
-    with pytest.raises(BuildError, match=r"state (level|total) is read, computed and written back whole: testing::leak works on a copy"):
+    with pytest.raises(
+        BuildError,
+        match=r"state (level|total) is read, computed and written back whole: testing::leak works on a copy",
+    ):
         build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "strict", strict=True)
 
 
@@ -98,7 +109,9 @@ def test_versions_are_read_between_the_calls_that_make_them() -> None:
     capture = capture_exported(module, (*(state.clone() for state in states), x))
     assert [state.pattern for state in capture.states] == ["user"] * 3
     assert calls(capture.exported.graph, leak) == 2 and calls(capture.exported.graph, tick) == 1
-    mine = [state.bound(initial.clone()) for state, initial in zip(capture.states, states, strict=True)]
+    mine = [
+        state.bound(initial.clone()) for state, initial in zip(capture.states, states, strict=True)
+    ]
     graph = capture.exported.module()
     for _ in range(4):
         torch.testing.assert_close(graph(x, capture.slots(), *mine), (module(*states, x),))
@@ -135,7 +148,9 @@ class Foreign(nn.Module):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_what_an_operator_cannot_write_in_place_is_said_and_stays_correct(module: nn.Module, because: str, tmp_path: Path) -> None:
+def test_what_an_operator_cannot_write_in_place_is_said_and_stays_correct(
+    module: nn.Module, because: str, tmp_path: Path
+) -> None:
     x = step(1)[0] if isinstance(module, Part) else step(1)
     states = [torch.ones(3, 4), torch.ones(3, 4)][: 1 if isinstance(module, Foreign) else 2]
     mine, theirs = [[state.clone() for state in states] for _ in range(2)]
@@ -167,9 +182,16 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
     register(Swapped)
     found = aliases.Declared(leak, ("level", "total"), make_leak)
     plugin = made_plugin(found, rtx, {"decay": 0.5}, ["x", "level", "total"])
-    assert plugin.num_outputs == 3 and [plugin.get_aliased_input(output) for output in range(3)] == [-1, 1, 2]
-    wrong = aliases.Declared(leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5))
-    with pytest.raises(BuildError, match=r"has the aliases \{1: 2, 2: 1\} \(output: input\), the operator writes \['level', 'total'\]"):
+    assert plugin.num_outputs == 3 and [
+        plugin.get_aliased_input(output) for output in range(3)
+    ] == [-1, 1, 2]
+    wrong = aliases.Declared(
+        leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5)
+    )
+    with pytest.raises(
+        BuildError,
+        match=r"has the aliases \{1: 2, 2: 1\} \(output: input\), the operator writes \['level', 'total'\]",
+    ):
         made_plugin(wrong, rtx, {"decay": 0.5}, ["x", "level", "total"])
     with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):
         made_plugin(aliases.Declared(tick, ("count",), None), rtx, {}, ["count"])
@@ -181,7 +203,10 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
 def test_a_manifest_that_says_another_kind_is_read_back_against_the_graph(tmp_path: Path) -> None:
     build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
     manifest = DirectManifest.load(tmp_path / "leaky")
-    changed = tuple(alias.replace("level@operator", "level@user").replace("level@user", "level@operator") for alias in manifest.aliases)
+    changed = tuple(
+        alias.replace("level@operator", "level@user").replace("level@user", "level@operator")
+        for alias in manifest.aliases
+    )
     manifest.model_copy(update={"aliases": changed}).save(tmp_path / "leaky")
     with pytest.raises(LoadError, match=r"level.* written by an operator of the user's own"):
         inplace.load(tmp_path / "leaky")
@@ -201,7 +226,10 @@ except inplace.errors.LoadError as error:
 def test_an_engine_needs_its_operators_where_it_is_loaded(tmp_path: Path) -> None:
     build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
     tests = str(Path(__file__).parents[1])
-    for how, said in (("with", "loaded torch.Size([3, 4])"), ("without", "import the module that registers the operators")):
+    for how, said in (
+        ("with", "loaded torch.Size([3, 4])"),
+        ("without", "import the module that registers the operators"),
+    ):
         command = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path / "leaky"), how, tests]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         assert said in done.stdout, done.stdout

@@ -9,9 +9,9 @@ import pytest
 import torch
 from direct_modules import noise
 from inplace.errors import CallError
-from inplace_builder.api import build, serialize
 from inplace_builder.capture import RowOptions, capture_exported, capture_exported_rows
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import build, serialize
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -55,9 +55,20 @@ def run_beside_eager(module: nn.Module, engine: Any, capacity: int) -> None:
 
 def test_caches_of_any_capacity_are_updated_where_they_lie(tmp_path: Path) -> None:
     module = Attention()
-    engine = build(module, (*caches(16), *inputs(0)), path=tmp_path / "engine", dynamic_shapes=SHAPES, strict=True)
-    assert [record.because.partition(":")[0] for record in engine.manifest.lowering] == ["index_copy", "index_put"]
-    assert all("the length of its caches varies" in record.because for record in engine.manifest.lowering)
+    engine = build(
+        module,
+        (*caches(16), *inputs(0)),
+        path=tmp_path / "engine",
+        dynamic_shapes=SHAPES,
+        strict=True,
+    )
+    assert [record.because.partition(":")[0] for record in engine.manifest.lowering] == [
+        "index_copy",
+        "index_put",
+    ]
+    assert all(
+        "the length of its caches varies" in record.because for record in engine.manifest.lowering
+    )
     assert engine.manifest.built_with["verified_calls"] == "7"
     engine = inplace.load(tmp_path / "engine")
     for capacity in (4, 16, 17, 64):
@@ -65,10 +76,18 @@ def test_caches_of_any_capacity_are_updated_where_they_lie(tmp_path: Path) -> No
 
 
 def test_a_capacity_outside_the_range_or_two_that_differ_are_refused(tmp_path: Path) -> None:
-    engine = build(Attention(), (*caches(16), *inputs(0)), path=tmp_path / "engine", dynamic_shapes=SHAPES)
-    with pytest.raises(CallError, match=r"keys has the extent on axis 2 65, the engine was built for 4 to 64.*module writes it at"):
+    engine = build(
+        Attention(), (*caches(16), *inputs(0)), path=tmp_path / "engine", dynamic_shapes=SHAPES
+    )
+    with pytest.raises(
+        CallError,
+        match=r"keys has the extent on axis 2 65, the engine was built for 4 to 64.*module writes it at",
+    ):
         engine(*caches(65), *inputs(0))
-    with pytest.raises(CallError, match=r"argument values has the extent on axis 2 9, which must be that of keys, 8"):
+    with pytest.raises(
+        CallError,
+        match=r"argument values has the extent on axis 2 9, which must be that of keys, 8",
+    ):
         engine(caches(8)[0], caches(9)[1], *inputs(0))
     one, other = caches(8)
     with pytest.raises(IndexError, match="outside a slot that holds 8"):
@@ -77,7 +96,9 @@ def test_a_capacity_outside_the_range_or_two_that_differ_are_refused(tmp_path: P
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_a_program_of_such_an_engine_takes_any_capacity_too(tmp_path: Path) -> None:
-    engine = build(Attention(), (*caches(16), *inputs(0)), path=tmp_path / "engine", dynamic_shapes=SHAPES)
+    engine = build(
+        Attention(), (*caches(16), *inputs(0)), path=tmp_path / "engine", dynamic_shapes=SHAPES
+    )
     program = torch.export.export(engine, (*caches(16), *inputs(0)), dynamic_shapes=(SHAPES,))
     torch.export.save(program, tmp_path / "program.pt2")
     run_beside_eager(Attention(), torch.export.load(tmp_path / "program.pt2").module(), 23)
@@ -95,7 +116,10 @@ class Across(nn.Module):
         return cache.sum(1)
 
 
-@pytest.mark.parametrize(("module", "x", "says"), [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "another extent varies")])
+@pytest.mark.parametrize(
+    ("module", "x", "says"),
+    [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "another extent varies")],
+)
 def test_what_is_not_written_along_the_axis_that_varies_is_correct_and_written_whole(
     module: nn.Module, x: tuple[int, ...], says: str, tmp_path: Path
 ) -> None:
@@ -113,10 +137,23 @@ def test_what_is_not_written_along_the_axis_that_varies_is_correct_and_written_w
 def test_where_a_length_cannot_vary_it_is_refused_with_its_reason() -> None:
     arguments = (*caches(16), *inputs(0))
     made = serialize(Attention(), arguments, dynamic_shapes=SHAPES)
-    assert [binding.shape[2] for binding in made.states] == [made.records[0].shape[2]] * 2 and isinstance(made.records[0].shape[2], str)
-    with pytest.raises(BuildError, match=r"argument keys is a state of .*, of which a call chooses an extent: .*engine='torch'"):
-        serialize(Attention(), arguments, dynamic_shapes=SHAPES, engine="tensorrt_rtx", compute_capability="8.9")
+    assert [binding.shape[2] for binding in made.states] == [
+        made.records[0].shape[2]
+    ] * 2 and isinstance(made.records[0].shape[2], str)
+    with pytest.raises(
+        BuildError,
+        match=r"argument keys is a state of .*, of which a call chooses an extent: .*engine='torch'",
+    ):
+        serialize(
+            Attention(),
+            arguments,
+            dynamic_shapes=SHAPES,
+            engine="tensorrt_rtx",
+            compute_capability="8.9",
+        )
     program = torch.export.export(Attention(), arguments, dynamic_shapes=SHAPES)
-    with pytest.raises(BuildError, match="state keys has extents that vary; slots are all of one size"):
+    with pytest.raises(
+        BuildError, match="state keys has extents that vary; slots are all of one size"
+    ):
         capture_exported_rows(program, RowOptions(2, positions="pos"))
     assert [state.found.varies for state in capture_exported(program).states] == [{2}, {2}]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from inplace.dtypes import Dtype
-from inplace.specs import StateSpec, Update
-from inplace_builder.verify import is_inexact, poison, same_bits, written_parts
+from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import StateSpec, Update
+from inplace_builder.compare import is_inexact, poison, same_bits
+from inplace_builder.served.verify import written_parts
 
 
 def test_the_memory_check_allows_exactly_the_appended_positions() -> None:
@@ -15,7 +16,9 @@ def test_the_memory_check_allows_exactly_the_appended_positions() -> None:
         assert (old == old[:1, :, :1]).all(), "whole positions"
         return [position for position in range(spec.shape[1]) if old[0, position, 0]]
 
-    append = StateSpec(name="keys", shape=(2, 6, 3), dtype=Dtype.FLOAT32, update=Update.APPEND, axis=1)
+    append = StateSpec(
+        name="keys", shape=(2, 6, 3), dtype=Dtype.FLOAT32, update=Update.APPEND, axis=1
+    )
     assert allowed(append, 2, 5) == [2, 3, 4]
     ring = StateSpec(name="keys", shape=(2, 6, 3), dtype=Dtype.FLOAT32, update=Update.RING, axis=1)
     assert allowed(ring, 10, 13) == [0, 4, 5]
@@ -38,7 +41,11 @@ def test_the_memory_check_sees_one_flipped_bit_and_is_not_fooled_by_nan() -> Non
 def test_every_type_of_state_can_be_poisoned(dtype: Dtype) -> None:
     memory = torch.zeros(4, dtype=dtype.as_torch)
     poison(memory)
-    assert memory.isnan().all() if is_inexact(memory) else same_bits(memory, torch.full_like(memory, _largest(dtype)))
+    assert (
+        memory.isnan().all()
+        if is_inexact(memory)
+        else same_bits(memory, torch.full_like(memory, _largest(dtype)))
+    )
 
 
 def _largest(dtype: Dtype) -> int:

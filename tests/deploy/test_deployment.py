@@ -25,17 +25,26 @@ VERSIONS = ("1.34", "1.37")
 VALIDATORS = {
     "hadolint": ["hadolint", "--failure-threshold", "info"],
     "compose": ["check-jsonschema", "--builtin-schema", "vendor.compose-spec"],
-    **{f"kubernetes {version}": ["kubernetes-validate", "--strict", "-k", version] for version in VERSIONS},
+    **{
+        f"kubernetes {version}": ["kubernetes-validate", "--strict", "-k", version]
+        for version in VERSIONS
+    },
 }
 FILES = {
     "hadolint": [DEPLOY / "docker/Dockerfile"],
     "compose": [DEPLOY / "compose.yaml", DEPLOY / "compose.gpu.yaml"],
-    **{f"kubernetes {version}": [KUBERNETES / "server.yaml", KUBERNETES / "router.yaml"] for version in VERSIONS},
+    **{
+        f"kubernetes {version}": [KUBERNETES / "server.yaml", KUBERNETES / "router.yaml"]
+        for version in VERSIONS
+    },
 }
 MISTAKES = {
     "hadolint": ("--no-cache-dir", "--no-cache"),  # DL3042
     "compose": ("shm_size: 1gb", "shm_sise: 1gb"),
-    **{f"kubernetes {version}": ("terminationGracePeriodSeconds", "terminationGraceSeconds") for version in VERSIONS},
+    **{
+        f"kubernetes {version}": ("terminationGracePeriodSeconds", "terminationGraceSeconds")
+        for version in VERSIONS
+    },
 }
 
 
@@ -50,7 +59,9 @@ def documents(file: str) -> Iterator[dict[str, Any]]:
 
 
 def resource(file: str, kind: str, name: str) -> dict[str, Any]:
-    [found] = [each for each in documents(file) if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    [found] = [
+        each for each in documents(file) if (each["kind"], each["metadata"]["name"]) == (kind, name)
+    ]
     return found
 
 
@@ -60,7 +71,9 @@ def pod(file: str, kind: str, name: str) -> dict[str, Any]:
 
 
 def bootstrap() -> Bootstrap:
-    return json_format.ParseDict(yaml.safe_load((KUBERNETES / "envoy.yaml").read_text()), Bootstrap())
+    return json_format.ParseDict(
+        yaml.safe_load((KUBERNETES / "envoy.yaml").read_text()), Bootstrap()
+    )
 
 
 @pytest.mark.parametrize("kind", VALIDATORS)
@@ -81,7 +94,10 @@ def test_a_validator_refuses_a_mistake(kind: str, tmp_path: Path) -> None:
 def test_the_image_has_a_python_that_this_package_takes_and_the_locked_versions() -> None:
     text = (DEPLOY / "docker/Dockerfile").read_text()
     assert "FROM nvcr.io/nvidia/tritonserver:24.11-py3\n" in text  # Python 3.12
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"] == ">=3.11"
+    assert (
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+        == ">=3.11"
+    )
     assert "--constraint requirements.lock" in text
     ignored = (DEPLOY / "docker/Dockerfile.dockerignore").read_text().split()
     copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
@@ -92,59 +108,98 @@ def test_the_image_has_a_python_that_this_package_takes_and_the_locked_versions(
 
 def test_what_compose_and_kustomize_mount_exists() -> None:
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    mounts = [mount for service in compose.values() for mount in service.get("volumes", ()) if isinstance(mount, str)]
+    mounts = [
+        mount
+        for service in compose.values()
+        for mount in service.get("volumes", ())
+        if isinstance(mount, str)
+    ]
     assert {mount.partition(":")[0] for mount in mounts if mount.startswith(".")} == {
         "./prometheus",
         "./grafana/provisioning",
         "./grafana/dashboards",
     }
-    assert all((DEPLOY / mount.partition(":")[0]).is_dir() for mount in mounts if mount.startswith("."))
-    assert (DEPLOY / compose["server"]["build"]["context"] / compose["server"]["build"]["dockerfile"]).is_file()
+    assert all(
+        (DEPLOY / mount.partition(":")[0]).is_dir() for mount in mounts if mount.startswith(".")
+    )
+    assert (
+        DEPLOY / compose["server"]["build"]["context"] / compose["server"]["build"]["dockerfile"]
+    ).is_file()
     scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
-    assert [target for job in scraped["scrape_configs"] for each in job["static_configs"] for target in each["targets"]] == ["server:8002"]
+    assert [
+        target
+        for job in scraped["scrape_configs"]
+        for each in job["static_configs"]
+        for target in each["targets"]
+    ] == ["server:8002"]
     assert all((DEPLOY / "prometheus" / file).is_file() for file in scraped["rule_files"])
-    [source] = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    [source] = yaml.safe_load(
+        (DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text()
+    )["datasources"]
     assert source["url"] == "http://prometheus:9090"
-    [provider] = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/inplace.yaml").read_text())["providers"]
+    [provider] = yaml.safe_load(
+        (DEPLOY / "grafana/provisioning/dashboards/inplace.yaml").read_text()
+    )["providers"]
     assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts
     customized = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
-    files = [*customized["resources"], *(file for each in customized["configMapGenerator"] for file in each["files"])]
-    assert sorted(files) == sorted(path.name for path in KUBERNETES.iterdir() if path.name != "kustomization.yaml")
+    files = [
+        *customized["resources"],
+        *(file for each in customized["configMapGenerator"] for file in each["files"]),
+    ]
+    assert sorted(files) == sorted(
+        path.name for path in KUBERNETES.iterdir() if path.name != "kustomization.yaml"
+    )
 
 
 def test_the_router_is_envoys_own_configuration_and_a_mistake_in_it_is_refused() -> None:
     assert len(bootstrap().static_resources.listeners) == 2
-    wrong = yaml.safe_load((KUBERNETES / "envoy.yaml").read_text().replace("hash_policy", "hash_polices"))
+    wrong = yaml.safe_load(
+        (KUBERNETES / "envoy.yaml").read_text().replace("hash_policy", "hash_polices")
+    )
     with pytest.raises(json_format.ParseError, match="hash_polices"):
         json_format.ParseDict(wrong, Bootstrap())
 
 
 def test_every_request_with_a_sequence_goes_to_the_replica_of_its_hash() -> None:
     from envoy.config.cluster.v3.cluster_pb2 import Cluster
-    from envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2 import HttpConnectionManager
+    from envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2 import (
+        HttpConnectionManager,
+    )
 
     resources = bootstrap().static_resources
     clusters = {cluster.name: cluster for cluster in resources.clusters}
     service = resource("server.yaml", "Service", "inplace-server")
     assert service["spec"]["clusterIP"] == "None"  # so that the name is the replicas' addresses
     ports = {port["port"]: port["name"] for port in service["spec"]["ports"]}
-    outside = {port["name"]: port["port"] for port in resource("router.yaml", "Service", "inplace")["spec"]["ports"]}
+    outside = {
+        port["name"]: port["port"]
+        for port in resource("router.yaml", "Service", "inplace")["spec"]["ports"]
+    }
     for listener in resources.listeners:
         manager = HttpConnectionManager()
         assert listener.filter_chains[0].filters[0].typed_config.Unpack(manager)
         [host] = manager.route_config.virtual_hosts
         [route] = host.routes
-        assert [policy.header.header_name for policy in route.route.hash_policy] == ["inplace-sequence"]
+        assert [policy.header.header_name for policy in route.route.hash_policy] == [
+            "inplace-sequence"
+        ]
         assert route.route.timeout.ToTimedelta().total_seconds() == 0  # none
         cluster = clusters[route.route.cluster]
         assert (cluster.type, cluster.lb_policy) == (Cluster.STRICT_DNS, Cluster.RING_HASH)
-        [endpoint] = [each.endpoint for group in cluster.load_assignment.endpoints for each in group.lb_endpoints]
+        [endpoint] = [
+            each.endpoint
+            for group in cluster.load_assignment.endpoints
+            for each in group.lb_endpoints
+        ]
         address = endpoint.address.socket_address
         assert address.address == service["metadata"]["name"]
         assert ports[address.port_value] == listener.name
         assert listener.address.socket_address.port_value == outside[listener.name]
         grpc = listener.name == "grpc"
-        assert ("envoy.extensions.upstreams.http.v3.HttpProtocolOptions" in cluster.typed_extension_protocol_options) == grpc
+        assert (
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+            in cluster.typed_extension_protocol_options
+        ) == grpc
         [check] = cluster.health_checks
         if grpc:  # a replica that shuts down stays for its live sequences, until its port is closed
             assert check.WhichOneof("health_checker") == "tcp_health_check"
@@ -160,14 +215,28 @@ def test_a_replica_is_ready_when_its_models_are_and_drains_before_it_is_killed()
     for probe in ("startupProbe", "readinessProbe"):
         assert server[probe]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
     assert server["livenessProbe"]["exec"]["command"][:3] == ["python3", "-m", "inplace.alive"]
-    assert server["livenessProbe"]["timeoutSeconds"] > float(server["livenessProbe"]["exec"]["command"][-1]) >= TIMEOUT
-    [grace] = [int(argument.partition("=")[2]) for argument in server["args"] if argument.startswith("--exit-timeout-secs=")]
-    assert spec["terminationGracePeriodSeconds"] > server["lifecycle"]["preStop"]["sleep"]["seconds"] + grace
+    assert (
+        server["livenessProbe"]["timeoutSeconds"]
+        > float(server["livenessProbe"]["exec"]["command"][-1])
+        >= TIMEOUT
+    )
+    [grace] = [
+        int(argument.partition("=")[2])
+        for argument in server["args"]
+        if argument.startswith("--exit-timeout-secs=")
+    ]
+    assert (
+        spec["terminationGracePeriodSeconds"]
+        > server["lifecycle"]["preStop"]["sleep"]["seconds"] + grace
+    )
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]
     assert f'"--exit-timeout-secs={grace}"' in (DEPLOY / "docker/Dockerfile").read_text()
     assert int(compose["stop_grace_period"].removesuffix("s")) > grace
     router = pod("router.yaml", "Deployment", "inplace-router")
-    assert router["terminationGracePeriodSeconds"] > router["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert (
+        router["terminationGracePeriodSeconds"]
+        > router["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    )
 
 
 def test_the_dashboards_panels_are_laid_out() -> None:
@@ -177,8 +246,14 @@ def test_the_dashboards_panels_are_laid_out() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        cells = {
+            (place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])
+        }
         assert all(x < 24 for x, _ in cells)
         assert not cells & taken
         taken |= cells
-    assert {variable["name"] for variable in board["templating"]["list"]} == {"datasource", "model", "instance"}
+    assert {variable["name"] for variable in board["templating"]["list"]} == {
+        "datasource",
+        "model",
+        "instance",
+    }

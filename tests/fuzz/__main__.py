@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fuzz.run import fuzz
 from fuzz.server import Watch, built
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 
 from benchmarks.record import facts
 
@@ -29,7 +29,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         repository, log = built(Path(scratch)), Path(scratch) / "log"
         # its sequences are not ended, and tritonserver waits for those it knows of before it stops
-        with TritonServer(repository, Ports(0, 0, 0), log=log, arguments=["--exit-timeout-secs=1"]) as server:
+        with TritonServer(
+            repository, Ports(0, 0, 0), log=log, arguments=["--exit-timeout-secs=1"]
+        ) as server:
             watch, begin = Watch(server), time.monotonic()
             findings = fuzz(server, repository, given.requests, given.seed)
             seconds = time.monotonic() - begin

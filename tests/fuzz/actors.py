@@ -11,7 +11,7 @@ from fuzz.damage import HARMLESS, NOT_FOR, REFUSED, damaged
 from fuzz.web import Web, page
 from fuzz.wire import Array, message, put
 from inplace.errors import Code
-from inplace.sampling import Parameter
+from inplace.runtime.sampling import Parameter
 from models import CAPACITY, VOCABULARY
 
 Server = Unary | Streamed
@@ -68,10 +68,22 @@ class Victim:
         if self.model == "stream" and length + count < CAPACITY and rng.random() < 0.5:
             parameters.pop("logits", None)
             said = rng.randint(1, min(8, CAPACITY - length - count))
-            parameters |= {"max_tokens": said, "ignore_eos": True, "stream_interval": rng.choice((1, 1, 3, 100))}
+            parameters |= {
+                "max_tokens": said,
+                "ignore_eos": True,
+                "stream_interval": rng.choice((1, 1, 3, 100)),
+            }
             count += said
         end = length + count == CAPACITY or rng.random() < 0.05
-        request = message(self.model, tensors, self.id, start=start, end=end, parameters=parameters, id=f"good-{rng.random()}")
+        request = message(
+            self.model,
+            tensors,
+            self.id,
+            start=start,
+            end=end,
+            parameters=parameters,
+            id=f"good-{rng.random()}",
+        )
         how = [rng.choice(self._harmless)] if rng.random() < 0.2 else []
         for name in how:
             HARMLESS[name](request, rng)
@@ -87,7 +99,11 @@ class Victim:
 
     def _tensors(self, count: int) -> dict[str, Array]:
         if self.model != "accumulator":
-            return {"input_ids": np.array([[self.rng.randrange(VOCABULARY) for _ in range(count)]], np.int64)}
+            return {
+                "input_ids": np.array(
+                    [[self.rng.randrange(VOCABULARY) for _ in range(count)]], np.int64
+                )
+            }
         return {"value": np.array([[self.rng.uniform(-1, 1) for _ in range(4)]], np.float32)}
 
     def _parameters(self, length: int) -> dict[str, Parameter]:
@@ -99,7 +115,11 @@ class Victim:
         if rng.random() < 0.2:
             found["logits"] = rng.choice((True, "true", "1"))
         if rng.random() < 0.4:
-            found |= {"temperature": rng.choice(("0.7", "1", 1.5)), "seed": rng.getrandbits(62), "top_k": rng.choice((0, 1, 40))}
+            found |= {
+                "temperature": rng.choice(("0.7", "1", 1.5)),
+                "seed": rng.getrandbits(62),
+                "top_k": rng.choice((0, 1, 40)),
+            }
             found["top_p"] = rng.choice(("0.9", 1.0, "1"))
         return found
 
@@ -113,7 +133,10 @@ class Surfer:
     async def run(self, web: Web, requests: int) -> None:
         """Send so many, one after another."""
         for _ in range(requests):
-            await web.send(page(self.rng, Lane.IDS), leave_after=self.rng.random() * 0.02 if self.rng.random() < 0.1 else None)
+            await web.send(
+                page(self.rng, Lane.IDS),
+                leave_after=self.rng.random() * 0.02 if self.rng.random() < 0.1 else None,
+            )
 
 
 class Lane:
@@ -128,14 +151,27 @@ class Lane:
         """Send so many, one after another."""
         rng = self.rng
         for _ in range(requests):
-            sequence = rng.choice(self.IDS) if rng.random() < 0.99 else rng.getrandbits(62) | 1 << 61
+            sequence = (
+                rng.choice(self.IDS) if rng.random() < 0.99 else rng.getrandbits(62) | 1 << 61
+            )
             start, end = rng.random() < 0.35, rng.random() < 0.25
             model = rng.choice(self.models)
             tensors: dict[str, Array] = {"value": np.ones((1, 4), np.float32)}
             if model != "accumulator":
-                tensors = {"input_ids": np.array([[rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 1, 2, 12)))]], np.int64)}
+                tensors = {
+                    "input_ids": np.array(
+                        [[rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 1, 2, 12)))]],
+                        np.int64,
+                    )
+                }
             request = message(model, tensors, sequence, start=start, end=end)
             if model == "stream" and rng.random() < 0.5:
                 put(request, "max_tokens", rng.choice((1, 3, 20, 1000)))
-            how = damaged(request, rng, over_stream=isinstance(server, Streamed)) if rng.random() < 0.7 else []
-            await server.send(request, how, cancel_after=rng.random() * 0.005 if rng.random() < 0.03 else None)
+            how = (
+                damaged(request, rng, over_stream=isinstance(server, Streamed))
+                if rng.random() < 0.7
+                else []
+            )
+            await server.send(
+                request, how, cancel_after=rng.random() * 0.005 if rng.random() < 0.03 else None
+            )

@@ -47,15 +47,23 @@ class Findings:
 
     def complain(self, what: str, request: Message, how: list[str]) -> None:
         """Note what must not happen."""
-        self.wrong.append(f"{what}\n  after {how}: {text_format.MessageToString(request, as_one_line=True)[:800]}")
+        self.wrong.append(
+            f"{what}\n  after {how}: {text_format.MessageToString(request, as_one_line=True)[:800]}"
+        )
 
     def refused(self, text: str, request: Message, how: list[str]) -> str:
         """Judge an error's text, and return it."""
-        if (ours := OURS.search(text)) is not None and ours[1] in Code.__members__ and ours[1] != Code.ENGINE_FAILED:
+        if (
+            (ours := OURS.search(text)) is not None
+            and ours[1] in Code.__members__
+            and ours[1] != Code.ENGINE_FAILED
+        ):
             self.answers[ours[1]] += 1
         elif TRITONS.search(text):
             self.answers["triton"] += 1
-            self.says.setdefault(re.sub(r"'.*|[^A-Za-z ]+", " ", text.partition("] ")[2] or text)[:30], text[:160])
+            self.says.setdefault(
+                re.sub(r"'.*|[^A-Za-z ]+", " ", text.partition("] ")[2] or text)[:30], text[:160]
+            )
         else:
             self.complain(f"neither a result nor a clear error: {text!r}", request, how)
         return text
@@ -65,7 +73,11 @@ class Findings:
         self.answers["result"] += 1
         for name in ("next_token", "tokens"):
             tokens = answer.get(name, np.zeros((1, 1)))
-            if not (tokens.ndim == 2 and len(tokens) == 1 and set(tokens[0].tolist()) <= set(range(VOCABULARY))):
+            if not (
+                tokens.ndim == 2
+                and len(tokens) == 1
+                and set(tokens[0].tolist()) <= set(range(VOCABULARY))
+            ):
                 self.complain(f"no tokens: {answer}", request, how)
         return answer
 
@@ -77,7 +89,9 @@ class Unary:
         self._infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
         self.findings = findings
 
-    async def send(self, request: Message, how: list[str], cancel_after: float | None = None) -> Results | str:
+    async def send(
+        self, request: Message, how: list[str], cancel_after: float | None = None
+    ) -> Results | str:
         """The outputs, or the text of the refusal; ``cancelled`` where it was."""
         call = self._infer(request, timeout=PATIENCE)
         try:
@@ -89,11 +103,17 @@ class Unary:
             self.findings.answers["cancelled"] += 1
             return "cancelled"
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.CANCELLED:  # Triton cancels all that waits of a sequence with the one that was cancelled
+            if (
+                error.code() is grpc.StatusCode.CANCELLED
+            ):  # Triton cancels all that waits of a sequence with the one that was cancelled
                 self.findings.answers["cancelled with its sequence"] += 1
                 return "cancelled"
             text = error.details() or ""
-            return self.findings.refused(text if error.code() is not grpc.StatusCode.INTERNAL else f"INTERNAL {text}", request, how)
+            return self.findings.refused(
+                text if error.code() is not grpc.StatusCode.INTERNAL else f"INTERNAL {text}",
+                request,
+                how,
+            )
         except (ValueError, KeyError) as error:
             self.findings.complain(f"a result that cannot be read: {error}", request, how)
             return "unreadable"
@@ -110,7 +130,9 @@ class Streamed:
         self._calls: dict[str, Any] = {}
         self.findings = findings
 
-    async def send(self, request: Message, how: list[str], cancel_after: float | None = None) -> Results | str:
+    async def send(
+        self, request: Message, how: list[str], cancel_after: float | None = None
+    ) -> Results | str:
         """All outputs of all responses, or the text of the refusal; ``cancelled`` where it was. Opens another stream if need be."""
         model = request.model_name
         if model not in self._calls:
@@ -130,17 +152,25 @@ class Streamed:
             return "cancelled"
         except asyncio.InvalidStateError:
             del self._calls[model]
-            self.findings.complain(f"the stream had ended before: {await call.code()} {await call.details()}", request, how)
+            self.findings.complain(
+                f"the stream had ended before: {await call.code()} {await call.details()}",
+                request,
+                how,
+            )
             return "unanswered"
         except TimeoutError:
             del self._calls[model]
-            self.findings.complain(f"no answer in {PATIENCE:.0f} s, {len(heard)} responses before", request, how)
+            self.findings.complain(
+                f"no answer in {PATIENCE:.0f} s, {len(heard)} responses before", request, how
+            )
             return "unanswered"
         except (ValueError, KeyError) as error:
             self.findings.complain(f"a result that cannot be read: {error}", request, how)
             return "unreadable"
 
-    async def _answer(self, call: Any, heard: list[Message], request: Message, how: list[str]) -> Results | str:
+    async def _answer(
+        self, call: Any, heard: list[Message], request: Message, how: list[str]
+    ) -> Results | str:
         said: Results = {}
         while True:
             response = await call.read()
@@ -149,10 +179,16 @@ class Streamed:
             heard.append(response)
             if response.error_message:
                 return self.findings.refused(response.error_message, request, how)
-            if not response.infer_response.outputs:  # Triton cancels all that waits of a sequence with the one that was cancelled
+            if (
+                not response.infer_response.outputs
+            ):  # Triton cancels all that waits of a sequence with the one that was cancelled
                 self.findings.answers["cancelled with its sequence"] += 1
                 return "cancelled"
             for name, value in outputs(response.infer_response).items():
-                said[name] = np.concatenate([said[name], value], axis=1) if name == "tokens" and name in said else value
+                said[name] = (
+                    np.concatenate([said[name], value], axis=1)
+                    if name == "tokens" and name in said
+                    else value
+                )
             if response.infer_response.parameters["triton_final_response"].bool_param:
                 return self.findings.result(said, request, how)

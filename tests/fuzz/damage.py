@@ -10,8 +10,32 @@ from tritonclient.grpc import service_pb2 as pb
 
 Damage = Callable[[Message, random.Random], None]
 
-DTYPES = ("BOOL", "INT8", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64", "BYTES", "BF16", "FOO", "", "int64")
-TEXTS = ("", "x", "-", "naïve ☃ \U0001f600", "new\nline", 'quote"\\', "%s%n{}", "\x00\x01", "a" * 5000)
+DTYPES = (
+    "BOOL",
+    "INT8",
+    "INT32",
+    "INT64",
+    "UINT64",
+    "FP16",
+    "FP32",
+    "FP64",
+    "BYTES",
+    "BF16",
+    "FOO",
+    "",
+    "int64",
+)
+TEXTS = (
+    "",
+    "x",
+    "-",
+    "naïve ☃ \U0001f600",
+    "new\nline",
+    'quote"\\',
+    "%s%n{}",
+    "\x00\x01",
+    "a" * 5000,
+)
 NUMBERS = (0, 1, -1, 7, 2**31, 2**32 + 7, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1)
 NAMES = (
     "logits",
@@ -55,7 +79,9 @@ def too_many_values(request: Message, rng: random.Random) -> None:
 
 
 def other_dtype(request: Message, rng: random.Random) -> None:
-    request.inputs[0].datatype = rng.choice([dtype for dtype in DTYPES if dtype != request.inputs[0].datatype])
+    request.inputs[0].datatype = rng.choice(
+        [dtype for dtype in DTYPES if dtype != request.inputs[0].datatype]
+    )
 
 
 def other_shape(request: Message, rng: random.Random) -> None:
@@ -66,7 +92,17 @@ def other_shape(request: Message, rng: random.Random) -> None:
     none, and the Python stub aborts (docs/failures.md).
     """
     count = len(request.raw_input_contents[0]) // 8
-    wrong = [[], [count], [2, count], [1, count, 2], [1, count + 1], [1, -1], [-1, count], [1, 2**59], [2**40, 2**40]]
+    wrong = [
+        [],
+        [count],
+        [2, count],
+        [1, count, 2],
+        [1, count + 1],
+        [1, -1],
+        [-1, count],
+        [1, 2**59],
+        [2**40, 2**40],
+    ]
     request.inputs[0].shape[:] = rng.choice(wrong)
 
 
@@ -89,7 +125,9 @@ def no_input(request: Message, _: random.Random) -> None:
 
 
 def more_inputs(request: Message, rng: random.Random) -> None:
-    request.inputs.add(name=rng.choice(("slots", "write_indices", "x", *TEXTS)), datatype="INT64", shape=[1, 1])
+    request.inputs.add(
+        name=rng.choice(("slots", "write_indices", "x", *TEXTS)), datatype="INT64", shape=[1, 1]
+    )
     request.raw_input_contents.append(bytes(8))
 
 
@@ -153,7 +191,14 @@ def wrong_text(request: Message, rng: random.Random) -> None:
     """A text that is none, or not the only prompt."""
     request.inputs.add(name="text", datatype="BYTES", shape=[1, 1])
     word = b"\x04\x00\x00\x00word"
-    wrong = (b"\x02\x00\x00\x00\xff\xfe", b"\xff\xff\xff\x7fword", b"\x04\x00", b"", word + word, b"\x00\x00\x00\x00")
+    wrong = (
+        b"\x02\x00\x00\x00\xff\xfe",
+        b"\xff\xff\xff\x7fword",
+        b"\x04\x00",
+        b"",
+        word + word,
+        b"\x00\x00\x00\x00",
+    )
     if rng.random() < 0.8:
         del request.inputs[0], request.raw_input_contents[0]
         request.raw_input_contents.append(rng.choice(wrong))
@@ -199,7 +244,13 @@ def typed_contents(request: Message, _: random.Random) -> None:
 
 def named_outputs(request: Message, _: random.Random) -> None:
     generates = "max_tokens" in request.parameters
-    request.outputs.add(name="sum" if request.model_name == "accumulator" else "tokens" if generates else "next_token")
+    request.outputs.add(
+        name="sum"
+        if request.model_name == "accumulator"
+        else "tokens"
+        if generates
+        else "next_token"
+    )
 
 
 def more_contents(request: Message, rng: random.Random) -> None:
@@ -208,7 +259,9 @@ def more_contents(request: Message, rng: random.Random) -> None:
         request.raw_input_contents.append(rng.randbytes(8))
 
 
-HARMLESS: dict[str, Damage] = {f.__name__: f for f in (unknown_parameter, odd_id, typed_contents, named_outputs, more_contents)}
+HARMLESS: dict[str, Damage] = {
+    f.__name__: f for f in (unknown_parameter, odd_id, typed_contents, named_outputs, more_contents)
+}
 """After any one of these a request must be answered as before."""
 
 
@@ -217,7 +270,10 @@ def random_tensor(request: Message, rng: random.Random) -> None:
     del request.inputs[:]
     del request.raw_input_contents[:]
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        shape = [rng.choice((1, 1, 1, 2, 3, 4, 0, -1, 100)) for _ in range(rng.choice((2, 2, 2, 0, 1, 3, 6)))]
+        shape = [
+            rng.choice((1, 1, 1, 2, 3, 4, 0, -1, 100))
+            for _ in range(rng.choice((2, 2, 2, 0, 1, 3, 6)))
+        ]
         shape[:1] = [shape[0] or 1] if shape else []
         name = rng.choice(("input_ids", "value", "slots", "", "text", "stop", "next_token"))
         request.inputs.add(name=name, datatype=rng.choice(DTYPES), shape=shape)
@@ -227,7 +283,13 @@ def random_tensor(request: Message, rng: random.Random) -> None:
 
 
 def random_parameter(request: Message, rng: random.Random) -> None:
-    kinds = (rng.choice(TEXTS), rng.choice(NUMBERS), rng.random() * 10 ** rng.randint(-300, 300), rng.random() < 0.5, float("nan"))
+    kinds = (
+        rng.choice(TEXTS),
+        rng.choice(NUMBERS),
+        rng.random() * 10 ** rng.randint(-300, 300),
+        rng.random() < 0.5,
+        float("nan"),
+    )
     put(request, rng.choice((*NAMES, rng.choice(TEXTS))), rng.choice(kinds))
 
 
@@ -236,7 +298,11 @@ def valueless_parameter(request: Message, rng: random.Random) -> None:
 
 
 def odd_flag(request: Message, rng: random.Random) -> None:
-    put(request, rng.choice(("sequence_start", "sequence_end")), rng.choice((1, 0, "true", 1.0, 2**64 - 1)))
+    put(
+        request,
+        rng.choice(("sequence_start", "sequence_end")),
+        rng.choice((1, 0, "true", 1.0, 2**64 - 1)),
+    )
 
 
 def odd_sequence(request: Message, rng: random.Random) -> None:
@@ -256,7 +322,18 @@ def other_model(request: Message, rng: random.Random) -> None:
 ANY: dict[str, Damage] = (
     REFUSED
     | HARMLESS
-    | {f.__name__: f for f in (random_tensor, random_parameter, valueless_parameter, odd_flag, odd_sequence, no_sequence, other_model)}
+    | {
+        f.__name__: f
+        for f in (
+            random_tensor,
+            random_parameter,
+            valueless_parameter,
+            odd_flag,
+            odd_sequence,
+            no_sequence,
+            other_model,
+        )
+    }
 )
 """All of them; whether a request is refused after several depends."""
 

@@ -10,8 +10,9 @@ import grpc
 import numpy as np
 import psutil
 from fuzz.wire import message
-from inplace_builder.build import BuildOptions, build_decoder, write_engine
-from inplace_builder.server import TritonServer
+from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import TritonServer
 from models import CAPACITY, CHUNK, accumulator, tiny_llama
 from tritonclient.grpc import service_pb2_grpc
 from vocabulary import save_tokenizer
@@ -24,10 +25,16 @@ def built(folder: Path) -> Path:
     repository, source = folder / "repository", folder / "source"
     tiny_llama(source)
     save_tokenizer(source)
-    options = BuildOptions(slots=SLOTS, max_rows=8, capacity=CAPACITY, chunk=CHUNK, idle_timeout=IDLE)
+    options = BuildOptions(
+        slots=SLOTS, max_rows=8, capacity=CAPACITY, chunk=CHUNK, idle_timeout=IDLE
+    )
     build_decoder(source, repository / "llama", options)
     build_decoder(source, repository / "stream", replace(options, serve="stream"))
-    write_engine(accumulator(), repository / "accumulator", BuildOptions(slots=SLOTS, max_rows=4, capacity=1, idle_timeout=IDLE))
+    write_engine(
+        accumulator(),
+        repository / "accumulator",
+        BuildOptions(slots=SLOTS, max_rows=4, capacity=1, idle_timeout=IDLE),
+    )
     return repository
 
 
@@ -47,7 +54,11 @@ class Watch:
         log = self._log()[self.told :]
         if not now:
             return [*found, *(f"the end of the log: {line}" for line in log[-30:])]
-        found += [f"in the log: {line}" for line in log if re.match(r"E\d{4} ", line) or "Traceback" in line or "ENGINE_FAILED" in line]
+        found += [
+            f"in the log: {line}"
+            for line in log
+            if re.match(r"E\d{4} ", line) or "Traceback" in line or "ENGINE_FAILED" in line
+        ]
         time.sleep(IDLE + 0.5)
         one = {"input_ids": np.array([[1]])}
         try:
@@ -55,12 +66,21 @@ class Watch:
                 infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
                 for start in (True, False):
                     for number in range(SLOTS):
-                        infer(message("llama", one, f"new {number}", start=start, end=not start), timeout=30)
+                        infer(
+                            message("llama", one, f"new {number}", start=start, end=not start),
+                            timeout=30,
+                        )
         except grpc.RpcError as error:
             found.append(f"after all sequences have been idle, not all slots are free: {error}")
         time.sleep(1.5)  # the numbers are handed over once a second
-        with urllib.request.urlopen(f"http://{self.server.host}:{self.server.ports.metrics}/metrics", timeout=30) as page:
-            live = re.findall(r"^inplace_(?:sequences_live|generations_waiting)\{.*\} (?!0$).*", page.read().decode(), re.MULTILINE)
+        with urllib.request.urlopen(
+            f"http://{self.server.host}:{self.server.ports.metrics}/metrics", timeout=30
+        ) as page:
+            live = re.findall(
+                r"^inplace_(?:sequences_live|generations_waiting)\{.*\} (?!0$).*",
+                page.read().decode(),
+                re.MULTILINE,
+            )
         return [*found, *(f"after all clients have left: {number}" for number in live)]
 
     def _log(self) -> list[str]:
@@ -71,4 +91,7 @@ class Watch:
         assert self.server.process is not None
         if self.server.process.poll() is not None:
             return []
-        return sorted((child.pid, child.name()) for child in psutil.Process(self.server.process.pid).children(recursive=True))
+        return sorted(
+            (child.pid, child.name())
+            for child in psutil.Process(self.server.process.pid).children(recursive=True)
+        )

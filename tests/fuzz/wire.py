@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from inplace.sampling import Parameter
+from inplace.runtime.sampling import Parameter
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype
@@ -29,7 +29,10 @@ def message(
     for name, array in tensors.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
         request.raw_input_contents.append(array.tobytes())
-    for name, value in ({"sequence_id": sequence, "sequence_start": start, "sequence_end": end} | dict(parameters or {})).items():
+    for name, value in (
+        {"sequence_id": sequence, "sequence_start": start, "sequence_end": end}
+        | dict(parameters or {})
+    ).items():
         put(request, name, value)
     return request
 
@@ -56,8 +59,13 @@ def outputs(response: pb.ModelInferResponse) -> dict[str, Array]:
         ValueError: what the response holds is not what it says.
     """
     if len(response.outputs) != len(response.raw_output_contents):
-        raise ValueError(f"{len(response.outputs)} outputs, {len(response.raw_output_contents)} contents")
-    return {output.name: _array(output, content) for output, content in zip(response.outputs, response.raw_output_contents, strict=True)}
+        raise ValueError(
+            f"{len(response.outputs)} outputs, {len(response.raw_output_contents)} contents"
+        )
+    return {
+        output.name: _array(output, content)
+        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
 
 
 def _array(output: Any, content: bytes) -> Array:

@@ -16,7 +16,9 @@ from operator_cases import BATCHES, CASES
 from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 from engine_runner import PlanRunner  # noqa: E402
 

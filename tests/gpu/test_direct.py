@@ -12,20 +12,22 @@ import inplace
 import pytest
 import torch
 from direct_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
-from inplace.direct import Engine, execute
-from inplace.direct.manifest import FILE_NAME
 from inplace.errors import CallError, LoadError
 from inplace.plugins import plugins, register
+from inplace.schema.standalone import FILE_NAME
+from inplace.standalone import Engine, execute
 from inplace.trt import load_tensorrt
-from inplace_builder import aliases
-from inplace_builder.aliases import declare_alias
-from inplace_builder.api import build, serialize
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import build, serialize
+from inplace_builder.states import user_operators as aliases
+from inplace_builder.states.user_operators import declare_alias
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 from engine_runner import PlanRunner  # noqa: E402
 from user_operators import Leak, Leaky, Swapped, leak, make_leak  # noqa: E402
@@ -49,7 +51,15 @@ def built(case: Case, path: Path, **options: Any) -> tuple[nn.Module, Engine]:
     torch.manual_seed(0)
     module = case.module().eval()
     example = (*case.states(), *case.inputs(1))
-    return module, build(deepcopy(module), example, path=path, engine="tensorrt", optimization_level=1, **case.options, **options)
+    return module, build(
+        deepcopy(module),
+        example,
+        path=path,
+        engine="tensorrt",
+        optimization_level=1,
+        **case.options,
+        **options,
+    )
 
 
 def check_steps(case: Case, module: nn.Module, engine: Engine, steps: int = 14) -> list[Any]:
@@ -79,7 +89,10 @@ def check_steps(case: Case, module: nn.Module, engine: Engine, steps: int = 14) 
     return said
 
 
-@pytest.mark.parametrize(("name", "alias"), [*((case.name, "plugin") for case in CASES), ("attention", "copy"), ("recurrent", "copy")])
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [*((case.name, "plugin") for case in CASES), ("attention", "copy"), ("recurrent", "copy")],
+)
 def test_graphs_on_and_off_do_what_eager_does(name: str, alias: Any, tmp_path: Path) -> None:
     case = BY_NAME[name]
     module, engine = built(case, tmp_path / "engine", alias=alias)
@@ -90,7 +103,9 @@ def test_graphs_on_and_off_do_what_eager_does(name: str, alias: Any, tmp_path: P
     assert captured, "a call that came again was captured"
     launched = check_steps(case, module, inplace.load(tmp_path / "engine", cuda_graphs=False))
     for one, other in zip(replayed, launched, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "graphs on and off give the same bits"
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), (
+            "graphs on and off give the same bits"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +123,10 @@ def test_two_caches_have_a_graph_each(attention: Path) -> None:
     graphs = engine._runner._graphs  # type: ignore[attr-defined]
     assert len(graphs) == 2 and all(graph is not None for graph in graphs.values())
     for name in ("keys", "values"):
-        assert torch.equal(caches[0][0][name], caches[1][0][name]) and caches[0][0][name][:, :, :4].all()
+        assert (
+            torch.equal(caches[0][0][name], caches[1][0][name])
+            and caches[0][0][name][:, :, :4].all()
+        )
         assert not caches[0][0][name][:, :, 4:].any()
     for _ in range(20):  # more caches than graphs are kept
         engine(*cuda(case.states()), *cuda(case.inputs(0)))
@@ -135,14 +153,28 @@ def test_a_call_is_ordered_with_the_callers_stream(attention: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "on the CPU": (lambda c: c.update(keys=c["keys"].cpu()), r"cache\['keys'\] lies on cpu, the engine runs on cuda; allocate"),
+    "on the CPU": (
+        lambda c: c.update(keys=c["keys"].cpu()),
+        r"cache\['keys'\] lies on cpu, the engine runs on cuda; allocate",
+    ),
     "misaligned": (
-        lambda c: c.update(keys=torch.zeros(1 + 16 * CAPACITY, device="cuda")[1:].view(1, 2, CAPACITY, 8)),
+        lambda c: c.update(
+            keys=torch.zeros(1 + 16 * CAPACITY, device="cuda")[1:].view(1, 2, CAPACITY, 8)
+        ),
         r"cache\['keys'\] begins at 0x.*multiples of 256 bytes",
     ),
-    "strides": (lambda c: c.update(keys=torch.zeros(1, 2, 8, CAPACITY, device="cuda").mT), r"cache\['keys'\] is a state with strides"),
-    "dtype": (lambda c: c.update(keys=c["keys"].half()), r"cache\['keys'\] is torch\.float16, the engine was built for torch\.float32"),
-    "shape": (lambda c: c.update(keys=torch.zeros(1, 2, CAPACITY + 1, 8, device="cuda")), r"cache\['keys'\] has the extent on axis 2 25"),
+    "strides": (
+        lambda c: c.update(keys=torch.zeros(1, 2, 8, CAPACITY, device="cuda").mT),
+        r"cache\['keys'\] is a state with strides",
+    ),
+    "dtype": (
+        lambda c: c.update(keys=c["keys"].half()),
+        r"cache\['keys'\] is torch\.float16, the engine was built for torch\.float32",
+    ),
+    "shape": (
+        lambda c: c.update(keys=torch.zeros(1, 2, CAPACITY + 1, 8, device="cuda")),
+        r"cache\['keys'\] has the extent on axis 2 25",
+    ),
     "one twice": (lambda c: c.update(keys=c["values"]), "share memory"),
 }
 
@@ -181,7 +213,7 @@ def test_aliases_are_read_back_against_the_plan(attention: Path, tmp_path: Path)
 
 
 NEW_PROCESS = """
-import sys, torch, inplace.direct
+import sys, torch, inplace.standalone
 module = torch.export.load(sys.argv[1]).module()
 (cache, arguments) = torch.load(sys.argv[2])
 out = [module(cache, *each) for each in arguments]
@@ -189,16 +221,22 @@ torch.save((out, cache), sys.argv[3])
 """
 
 
-def test_a_program_holds_the_plan_and_runs_in_a_new_process(attention: Path, tmp_path: Path) -> None:
+def test_a_program_holds_the_plan_and_runs_in_a_new_process(
+    attention: Path, tmp_path: Path
+) -> None:
     engine, case = inplace.load(attention), BY_NAME["attention"]
     steps = [cuda(case.inputs(step)) for step in range(4)]
     (cache,) = cuda(case.states())
     program = torch.export.export(engine, (cache, *steps[0]))
-    assert sum(node.target is torch.ops.inplace.execute.default for node in program.graph.nodes) == 1
+    assert (
+        sum(node.target is torch.ops.inplace.execute.default for node in program.graph.nodes) == 1
+    )
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save((cache, steps), tmp_path / "in.pt")
     paths = [str(tmp_path / name) for name in ("program.pt2", "in.pt", "out.pt")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *paths], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *paths], check=True, timeout=120
+    )
     out, theirs = torch.load(tmp_path / "out.pt")
     for step, found in zip(steps, out, strict=True):
         assert torch.equal(engine(cache, *step), found)
@@ -217,9 +255,15 @@ def test_states_that_are_held_are_saved(tmp_path: Path) -> None:
     other = inplace.load(tmp_path / "later")
     assert other.states["count"].item() == 5
     for step in range(3, 6):
-        for one, two in zip(tensors(engine(*cuda(case.inputs(step)))), tensors(other(*cuda(case.inputs(step)))), strict=True):
+        for one, two in zip(
+            tensors(engine(*cuda(case.inputs(step)))),
+            tensors(other(*cuda(case.inputs(step)))),
+            strict=True,
+        ):
             assert torch.equal(one, two)
-    assert all(engine.states[name].data_ptr() != other.states[name].data_ptr() for name in engine.states)
+    assert all(
+        engine.states[name].data_ptr() != other.states[name].data_ptr() for name in engine.states
+    )
 
 
 def test_a_module_on_the_gpu_builds_as_well(tmp_path: Path) -> None:
@@ -229,7 +273,9 @@ def test_a_module_on_the_gpu_builds_as_well(tmp_path: Path) -> None:
             return cache + torch.arange(4, device=x.device)
 
     example = (torch.zeros(1, 2, 8, 4, device="cuda"), torch.ones(1, 2, 1, 4, device="cuda"))
-    engine = build(OnDevice(), example, path=tmp_path / "engine", engine="tensorrt", optimization_level=1)
+    engine = build(
+        OnDevice(), example, path=tmp_path / "engine", engine="tensorrt", optimization_level=1
+    )
     cache = torch.zeros(1, 2, 8, 4, device="cuda")
     engine(cache, example[1])
     assert cache[:, :, 3].all() and cache.sum() == 8
@@ -240,19 +286,26 @@ def test_a_module_on_the_gpu_builds_as_well(tmp_path: Path) -> None:
 def test_the_serialized_engine_is_bound_by_whoever_has_the_memory() -> None:
     torch.manual_seed(0)
     eager = Recurrent().eval()
-    made = serialize(deepcopy(eager), (noise(0, 1, 4),), lift_mutable_buffers=True, engine="tensorrt")
+    made = serialize(
+        deepcopy(eager), (noise(0, 1, 4),), lift_mutable_buffers=True, engine="tensorrt"
+    )
     runner = PlanRunner(load_tensorrt("tensorrt"), made.content)
     memory = {name: tensor.cuda() for name, tensor in made.initial.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
     for step in range(4):
         x = noise(step, 1, 4)
-        found = runner.run({"x": x, **memory}, {alias.output: memory[alias.input] for alias in made.aliases})
+        found = runner.run(
+            {"x": x, **memory}, {alias.output: memory[alias.input] for alias in made.aliases}
+        )
         with torch.no_grad():
             expected = eager(x)
         for binding, value in zip(made.outputs, tensors(expected), strict=True):
             close(found[binding.name], value)
         for state in made.records:
-            close(memory[state.name].view_as(eager.get_buffer(state.source)), eager.get_buffer(state.source))
+            close(
+                memory[state.name].view_as(eager.get_buffer(state.source)),
+                eager.get_buffer(state.source),
+            )
     assert addresses == {name: tensor.data_ptr() for name, tensor in memory.items()}
 
 
@@ -274,8 +327,18 @@ def leaks(index: int) -> Tensor:
 @pytest.mark.usefixtures("declared")
 def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -> None:
     module = Leaky()
-    engine = build(Leaky(), (torch.zeros(3, 4), leaks(0)), path=tmp_path / "leaky", engine="tensorrt", optimization_level=1)
-    assert sorted(engine.manifest.aliases) == ["b_steps_updated@b_steps@plugin", "b_total_updated@b_total@user", "level_updated@level@user"]
+    engine = build(
+        Leaky(),
+        (torch.zeros(3, 4), leaks(0)),
+        path=tmp_path / "leaky",
+        engine="tensorrt",
+        optimization_level=1,
+    )
+    assert sorted(engine.manifest.aliases) == [
+        "b_steps_updated@b_steps@plugin",
+        "b_total_updated@b_total@user",
+        "level_updated@level@user",
+    ]
     level, eager = torch.zeros(3, 4, device="cuda"), torch.zeros(3, 4)
     bound = {level.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())}
     with plugins(load_tensorrt("tensorrt")).observed() as seen:
@@ -294,11 +357,17 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
 @pytest.mark.usefixtures("declared")
 def test_a_plugin_that_does_not_keep_its_word_is_refused(tmp_path: Path) -> None:
     example = (torch.zeros(3, 4), leaks(0))
-    aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5))
+    aliases._declared[leak] = aliases.Declared(
+        leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5)
+    )
     with pytest.raises(BuildError, match="has the aliases"):
         build(Leaky(), example, path=tmp_path / "swapped", engine="tensorrt")
-    aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), lambda tensorrt, constants: Leak(decay=0.75))
-    with pytest.raises(BuildError, match=r"(output 0 of|state \w+ after) call \d differs from the module"):
+    aliases._declared[leak] = aliases.Declared(
+        leak, ("level", "total"), lambda tensorrt, constants: Leak(decay=0.75)
+    )
+    with pytest.raises(
+        BuildError, match=r"(output 0 of|state \w+ after) call \d differs from the module"
+    ):
         build(Leaky(), example, path=tmp_path / "other", engine="tensorrt", optimization_level=1)
     aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), None)
     with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):
@@ -307,7 +376,12 @@ def test_a_plugin_that_does_not_keep_its_word_is_refused(tmp_path: Path) -> None
 
 
 def test_a_build_without_its_gpu_is_refused() -> None:
-    with pytest.raises(BuildError, match="only TensorRT for RTX compiles for a GPU that is not there"):
+    with pytest.raises(
+        BuildError, match="only TensorRT for RTX compiles for a GPU that is not there"
+    ):
         serialize(
-            Attention(), (*BY_NAME["attention"].states(), *BY_NAME["attention"].inputs(0)), engine="tensorrt", compute_capability="8.9"
+            Attention(),
+            (*BY_NAME["attention"].states(), *BY_NAME["attention"].inputs(0)),
+            engine="tensorrt",
+            compute_capability="8.9",
         )

@@ -4,24 +4,43 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
-from inplace_builder.build import VERSION, BuildOptions, write_engine
+from inplace.runtime.instance import ModelInstance
+from inplace.schema.served import Manifest
 from inplace_builder.capture import DecoderOptions, capture_exported_decoder
+from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.options import BuildOptions
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
 from exported_decoders import PROMPTS, decoder, exported, rows_say  # noqa: E402
 from models import greedy  # noqa: E402
 
 
-@pytest.mark.parametrize(("family", "dynamic"), [("llama", False), ("gemma2", True), ("gpt2", True)])
-def test_eight_ragged_rows_say_what_generate_says(family: str, dynamic: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "dynamic"), [("llama", False), ("gemma2", True), ("gpt2", True)]
+)
+def test_eight_ragged_rows_say_what_generate_says(
+    family: str, dynamic: bool, tmp_path: Path
+) -> None:
     """At the least capacity of the range that the plan was built for; building has verified both ends."""
     model = decoder(family)
-    capture = capture_exported_decoder(exported(model, dynamic=dynamic), DecoderOptions(capacity=48, max_rows=8, chunk=6, min_capacity=37))
-    options = BuildOptions(device="cuda", engine="tensorrt", alias="plugin", capacity=48, min_capacity=37, chunk=6, slots=9, max_rows=8)
+    capture = capture_exported_decoder(
+        exported(model, dynamic=dynamic),
+        DecoderOptions(capacity=48, max_rows=8, chunk=6, min_capacity=37),
+    )
+    options = BuildOptions(
+        device="cuda",
+        engine="tensorrt",
+        alias="plugin",
+        capacity=48,
+        min_capacity=37,
+        chunk=6,
+        slots=9,
+        max_rows=8,
+    )
     manifest = write_engine(capture, tmp_path / family, options)
     assert {alias.kind for alias in manifest.program("step").aliases} == {"plugin"}
     folder = tmp_path / family / VERSION

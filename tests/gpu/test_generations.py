@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.drivers import Language, StreamDriver
-from inplace.instance import ModelInstance
-from inplace_builder.build import VERSION, BuildOptions, build_decoder
+from inplace.runtime.instance import ModelInstance
+from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.options import BuildOptions
 from models import greedy, late_token, tiny_llama
 from streaming import Streams
 from transformers import LlamaForCausalLM
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
 SLOTS, IDS = 4, [5]
@@ -25,10 +28,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def engine(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source, path = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository") / "llama"
+    source, path = (
+        tmp_path_factory.mktemp("source"),
+        tmp_path_factory.mktemp("repository") / "llama",
+    )
     model.save_pretrained(source)
     build_decoder(
-        source, path, BuildOptions(device="cuda", engine="tensorrt", capacity=64, chunk=8, slots=SLOTS, max_rows=SLOTS, serve="stream")
+        source,
+        path,
+        BuildOptions(
+            device="cuda",
+            engine="tensorrt",
+            capacity=64,
+            chunk=8,
+            slots=SLOTS,
+            max_rows=SLOTS,
+            serve="stream",
+        ),
     )
     return path / VERSION
 
@@ -58,14 +74,23 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[Streams]:
-    driver = StreamDriver(instance, Language(eos=frozenset({late_token(greedy(model, IDS, 40))})), 64)
+    driver = StreamDriver(
+        instance, Language(eos=frozenset({late_token(greedy(model, IDS, 40))})), 64
+    )
     yield Streams(driver)
     driver.close()
 
 
-def test_many_generations_are_each_transformers_own(streams: Streams, model: LlamaForCausalLM, followed: list[int]) -> None:
-    prompts = [[(7 * seed + place) % 64 for place in range(1 + 5 * seed % 21)] for seed in range(4 * SLOTS)]
-    heard = [streams.generate(f"s{index}", ids, 12 + index % 9, end=True, ignore_eos=True) for index, ids in enumerate(prompts)]
+def test_many_generations_are_each_transformers_own(
+    streams: Streams, model: LlamaForCausalLM, followed: list[int]
+) -> None:
+    prompts = [
+        [(7 * seed + place) % 64 for place in range(1 + 5 * seed % 21)] for seed in range(4 * SLOTS)
+    ]
+    heard = [
+        streams.generate(f"s{index}", ids, 12 + index % 9, end=True, ignore_eos=True)
+        for index, ids in enumerate(prompts)
+    ]
     for index, each in enumerate(heard):
         assert each.reason == "length"
         assert each.tokens == greedy(model, prompts[index], 12 + index % 9)
@@ -82,14 +107,19 @@ def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
     heard = streams.generate("a", IDS, 40)
     assert (heard.reason, heard.tokens) == ("eos", said[: end + 1])
     assert len(followed) >= end
-    assert streams.ask("a", [3], position=len(IDS) + end + 1).next_token == greedy(model, [*IDS, *said[: end + 1], 3], 1)[0]
+    assert (
+        streams.ask("a", [3], position=len(IDS) + end + 1).next_token
+        == greedy(model, [*IDS, *said[: end + 1], 3], 1)[0]
+    )
     slot = instance.table.find("a").slot
     for tensor in instance.arena.tensors.values():
         assert tensor[[other for other in range(SLOTS) if other != slot]].isnan().all()
     assert instance.arena.addresses() == addresses
 
 
-def test_slots_of_ended_generations_are_others_at_once(streams: Streams, model: LlamaForCausalLM) -> None:
+def test_slots_of_ended_generations_are_others_at_once(
+    streams: Streams, model: LlamaForCausalLM
+) -> None:
     said = greedy(model, IDS, 40)
     end = said.index(late_token(said))
     heard = [streams.generate(f"s{index}", IDS, 40, end=True) for index in range(10 * SLOTS)]

@@ -13,7 +13,9 @@ from inplace.operators import attention, update
 from kernel_cases import AttentionCase, Row, bits, check_read, check_update
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 DECODE = [Row(4, 7, 1), Row(0, 0, 1), Row(-1, 3, 1), Row(2, 299, 1), Row(5, 256, 1)]
 MIXED = [Row(4, 7, 1), Row(0, 0, 150), Row(-1, 0, 3), Row(3, 5, 0), Row(2, 130, 64), Row(5, 256, 1)]
@@ -21,11 +23,15 @@ STEPS = pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
-def spec(heads: int = 8, kv_heads: int = 2, dim: int = 64, value_dim: int | None = None, **options: Any) -> AttentionSpec:
+def spec(
+    heads: int = 8, kv_heads: int = 2, dim: int = 64, value_dim: int | None = None, **options: Any
+) -> AttentionSpec:
     return replace(AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5), **options)
 
 
-def case(spec: AttentionSpec, rows: list[Row], dtype: torch.dtype, capacity: int = 320, **options: Any) -> AttentionCase:
+def case(
+    spec: AttentionSpec, rows: list[Row], dtype: torch.dtype, capacity: int = 320, **options: Any
+) -> AttentionCase:
     return AttentionCase(spec, rows, capacity=capacity, dtype=dtype, device="cuda", **options)
 
 
@@ -49,8 +55,13 @@ def test_head_dimensions(dim: int, dtype: torch.dtype, rows: list[Row]) -> None:
 
 @STEPS
 @DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "dims"), [(9, 3, (64, 64)), (4, 4, (64, 32)), (71, 1, (64, 64)), (32, 2, (80, 96))])
-def test_groups_and_value_widths(heads: int, kv_heads: int, dims: tuple[int, int], dtype: torch.dtype, rows: list[Row]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dims"),
+    [(9, 3, (64, 64)), (4, 4, (64, 32)), (71, 1, (64, 64)), (32, 2, (80, 96))],
+)
+def test_groups_and_value_widths(
+    heads: int, kv_heads: int, dims: tuple[int, int], dtype: torch.dtype, rows: list[Row]
+) -> None:
     case(spec(heads, kv_heads, *dims, rotary=32), rows, dtype).check()
 
 
@@ -69,10 +80,17 @@ def test_groups_and_value_widths(heads: int, kv_heads: int, dims: tuple[int, int
 )
 def test_options(options: dict[str, Any], dtype: torch.dtype, rows: list[Row]) -> None:
     if "append" in options:
-        rows = [replace(row, start=max(1, row.start)) for row in rows]  # softmax over nothing is undefined
+        rows = [
+            replace(row, start=max(1, row.start)) for row in rows
+        ]  # softmax over nothing is undefined
     case(spec(**options), rows, dtype).check()
     if "ring" in options:  # wrapped: 280 = window 120 + 161 tokens - 1
-        case(spec(**options), [replace(row, start=row.start + 500) for row in rows], dtype, capacity=280).check()
+        case(
+            spec(**options),
+            [replace(row, start=row.start + 500) for row in rows],
+            dtype,
+            capacity=280,
+        ).check()
 
 
 @DTYPES
@@ -85,13 +103,23 @@ def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:
     assert step.workspace is not None
     step.check()
     expected, before = step.expected(), (step.key_state.clone(), step.value_state.clone())
-    step.compare(step.launch(), expected, before)  # again, with what the first launch left in workspace and locks
-    case(spec(8, 2, dim, rotary=dim), [Row(0, held - 513, 512), Row(1, 600, 1)], dtype, capacity=capacity, slots=4).check()
+    step.compare(
+        step.launch(), expected, before
+    )  # again, with what the first launch left in workspace and locks
+    case(
+        spec(8, 2, dim, rotary=dim),
+        [Row(0, held - 513, 512), Row(1, 600, 1)],
+        dtype,
+        capacity=capacity,
+        slots=4,
+    ).check()
 
 
 @DTYPES
 @pytest.mark.parametrize(("pdl", "settled"), [(False, False), (True, False), (True, True)])
-def test_a_captured_launch_replays_on_what_its_memory_then_holds(pdl: bool, settled: bool, dtype: torch.dtype) -> None:
+def test_a_captured_launch_replays_on_what_its_memory_then_holds(
+    pdl: bool, settled: bool, dtype: torch.dtype
+) -> None:
     if pdl and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     first = [Row(0, 1500, 1), Row(1, 3, 1), Row(2, 600, 1), Row(-1, 0, 1)]
@@ -109,7 +137,10 @@ def test_a_captured_launch_replays_on_what_its_memory_then_holds(pdl: bool, sett
             getattr(captured, name).copy_(getattr(step, name))
         for held, new in zip(captured.control, step.control, strict=True):
             held.copy_(new)
-        expected, before = captured.expected(), (captured.key_state.clone(), captured.value_state.clone())
+        expected, before = (
+            captured.expected(),
+            (captured.key_state.clone(), captured.value_state.clone()),
+        )
         captured.out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
@@ -122,7 +153,10 @@ def test_a_captured_mixed_step_replays(pdl: bool) -> None:
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     captured = case(spec(rotary=64), MIXED, torch.bfloat16, pdl=pdl)
     captured.check()
-    expected, before = captured.expected(), (captured.key_state.clone(), captured.value_state.clone())
+    expected, before = (
+        captured.expected(),
+        (captured.key_state.clone(), captured.value_state.clone()),
+    )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(3):
@@ -136,13 +170,25 @@ def test_a_captured_mixed_step_replays(pdl: bool) -> None:
 @STEPS
 @DTYPES
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_the_operator_launches_the_kernels_and_never_synchronises(index_dtype: torch.dtype, dtype: torch.dtype, rows: list[Row]) -> None:
+def test_the_operator_launches_the_kernels_and_never_synchronises(
+    index_dtype: torch.dtype, dtype: torch.dtype, rows: list[Row]
+) -> None:
     step = case(spec(), rows, dtype, capacity=1024)
     expected, before = step.expected(), (step.key_state.clone(), step.value_state.clone())
     slots, offsets, starts = (control.to(index_dtype) for control in step.control)
 
     def run() -> Tensor:
-        return attention(step.query, step.key, step.value, step.key_state, step.value_state, slots, offsets, starts, scale=step.spec.scale)
+        return attention(
+            step.query,
+            step.key,
+            step.value,
+            step.key_state,
+            step.value_state,
+            slots,
+            offsets,
+            starts,
+            scale=step.spec.scale,
+        )
 
     run()
     torch.cuda.synchronize()
@@ -153,25 +199,77 @@ def test_the_operator_launches_the_kernels_and_never_synchronises(index_dtype: t
 
 def test_states_the_kernels_do_not_take_are_refused() -> None:
     step = case(spec(), DECODE, torch.float16)
-    with pytest.raises(TypeError, match=r"query is torch.float32, key_state is torch.float16; they must be the same"):
-        attention(step.query.float(), step.key, step.value, step.key_state, step.value_state, *step.control, scale=1.0)
+    with pytest.raises(
+        TypeError,
+        match=r"query is torch.float32, key_state is torch.float16; they must be the same",
+    ):
+        attention(
+            step.query.float(),
+            step.key,
+            step.value,
+            step.key_state,
+            step.value_state,
+            *step.control,
+            scale=1.0,
+        )
     with pytest.raises(ValueError, match="value_state has strides"):
-        attention(step.query, step.key, step.value, step.key_state, step.value_state.transpose(2, 3), *step.control, scale=1.0)
+        attention(
+            step.query,
+            step.key,
+            step.value,
+            step.key_state,
+            step.value_state.transpose(2, 3),
+            *step.control,
+            scale=1.0,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_updates_and_reads(dtype: torch.dtype) -> None:
-    for shape, axis in [((8,), 1), ((8, 3), 1), ((2, 8, 300), 2), ((2, 3, 8), 3), ((2, 3, 8, 2), 3)]:
-        check_update(shape, axis, [Row(3, 2, 2), Row(-1, 0, 2), Row(0, 5, 2)], dtype, packed=False, device="cuda")
-        check_update(shape, axis, [Row(3, 2, 1), Row(2, 0, 0), Row(-1, 0, 3), Row(0, 1, 7)], dtype, packed=True, device="cuda")
-        check_update(shape, axis, [Row(3, 21, 5), Row(5, 7, 8)], dtype, packed=True, ring=True, device="cuda")
-        check_update(shape, 0, [Row(3, 0, 1), Row(-1, 0, 1), Row(5, 0, 1)], dtype, packed=False, device="cuda")
+    for shape, axis in [
+        ((8,), 1),
+        ((8, 3), 1),
+        ((2, 8, 300), 2),
+        ((2, 3, 8), 3),
+        ((2, 3, 8, 2), 3),
+    ]:
+        check_update(
+            shape,
+            axis,
+            [Row(3, 2, 2), Row(-1, 0, 2), Row(0, 5, 2)],
+            dtype,
+            packed=False,
+            device="cuda",
+        )
+        check_update(
+            shape,
+            axis,
+            [Row(3, 2, 1), Row(2, 0, 0), Row(-1, 0, 3), Row(0, 1, 7)],
+            dtype,
+            packed=True,
+            device="cuda",
+        )
+        check_update(
+            shape, axis, [Row(3, 21, 5), Row(5, 7, 8)], dtype, packed=True, ring=True, device="cuda"
+        )
+        check_update(
+            shape,
+            0,
+            [Row(3, 0, 1), Row(-1, 0, 1), Row(5, 0, 1)],
+            dtype,
+            packed=False,
+            device="cuda",
+        )
         check_read(shape, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_update_operator_equals_the_cpu_one_and_never_synchronises(packed: bool) -> None:
-    state, starts, slots = torch.randn(5, 2, 8, 3), torch.tensor([1, 0, 6]), torch.tensor([3, -1, 0])
+    state, starts, slots = (
+        torch.randn(5, 2, 8, 3),
+        torch.tensor([1, 0, 6]),
+        torch.tensor([3, -1, 0]),
+    )
     value = torch.randn(6, 2, 3) if packed else torch.randn(3, 2, 2, 3)
     offsets = torch.tensor([0, 2, 4, 6]) if packed else None
     expected = state.clone()
@@ -198,7 +296,10 @@ def test_slots_beyond_two_to_the_31_elements(rows: list[Row]) -> None:
         device="cuda",
     )
     expected = small.launch().clone()
-    states = [torch.empty(slots, kv_heads, capacity, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    states = [
+        torch.empty(slots, kv_heads, capacity, dim, dtype=torch.bfloat16, device="cuda")
+        for _ in range(2)
+    ]
     for state, held in zip(states, (small.key_state, small.value_state), strict=True):
         state[slots - 2 :].fill_(float("nan"))
         state[slots - 1].copy_(held[0])

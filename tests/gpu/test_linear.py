@@ -7,7 +7,9 @@ from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear
 from inplace.operators import argmax as reference_argmax
 from inplace.operators import linear as reference_linear
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -35,8 +37,12 @@ def check(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | No
     bias = random(spec.outputs) if spec.bias else None
     norm = random(spec.inputs) if spec.norm else None
     residual = random(tokens, spec.width) if spec.residual else None
-    out = torch.empty((tokens, spec.width), device="cuda", dtype=torch.float32 if spec.float_out else dtype)
-    workspace = torch.empty(max(1, linear_workspace(spec, tokens, dtype.itemsize)), device="cuda", dtype=torch.uint8)
+    out = torch.empty(
+        (tokens, spec.width), device="cuda", dtype=torch.float32 if spec.float_out else dtype
+    )
+    workspace = torch.empty(
+        max(1, linear_workspace(spec, tokens, dtype.itemsize)), device="cuda", dtype=torch.uint8
+    )
     wide = [None if part is None else part.double() for part in (x, weight, bias, norm, residual)]
     expected = reference_linear(*wide, eps=spec.eps, activation=spec.activation, gated=spec.gated)  # type: ignore[arg-type]
     for pdl in (False, True):
@@ -81,7 +87,9 @@ def test_argmax_takes_the_first_of_equals_and_leaves_its_counters_zero() -> None
     locks = torch.zeros(33, device="cuda", dtype=torch.int32)
     workspace = torch.empty(argmax_workspace(33) // 4, device="cuda")
     for pdl in (False, True, True):
-        argmax(scores=scores, out=out, workspace=workspace, locks=locks, rows=33, count=49152, pdl=pdl)
+        argmax(
+            scores=scores, out=out, workspace=workspace, locks=locks, rows=33, count=49152, pdl=pdl
+        )
         assert torch.equal(out, reference_argmax(scores))
         assert int(out[3]) == 70
         assert not locks.any()

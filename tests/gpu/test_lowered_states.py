@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.manifest import Kind
+from inplace.schema.served import Kind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
@@ -16,7 +16,9 @@ from state_cases import SLOTS, STATE_CASES, StateCase
 from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 from engine_runner import PlanRunner  # noqa: E402
 
@@ -37,18 +39,28 @@ def plans(tensorrt: TensorRT) -> Plans:
     def build(case: StateCase, kind: Kind) -> tuple[Lowered, Any]:
         choose(case.exported.graph, case.states, tensorrt, order=(kind,))
         kinds = {state.name: kind for state in case.states}
-        lowered = lower(case.exported, outputs=["out"], states=case.states, kinds=kinds, tensorrt=tensorrt)
-        return lowered, compile_network(lowered, [case.profile()], CompileOptions(optimization_level=1))
+        lowered = lower(
+            case.exported, outputs=["out"], states=case.states, kinds=kinds, tensorrt=tensorrt
+        )
+        return lowered, compile_network(
+            lowered, [case.profile()], CompileOptions(optimization_level=1)
+        )
 
     for case in STATE_CASES:
         _ = case.exported  # torch.export is not made for threads
     with ThreadPoolExecutor(8) as pool:
-        return {(case.name, kind): pool.submit(build, case, kind) for case in STATE_CASES for kind in KINDS}
+        return {
+            (case.name, kind): pool.submit(build, case, kind)
+            for case in STATE_CASES
+            for kind in KINDS
+        }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
-def test_steps_give_what_the_operators_give(tensorrt: TensorRT, plans: Plans, case: StateCase, kind: Kind) -> None:
+def test_steps_give_what_the_operators_give(
+    tensorrt: TensorRT, plans: Plans, case: StateCase, kind: Kind
+) -> None:
     try:
         choose(case.exported.graph, case.states, tensorrt, order=(kind,))
     except BuildError as error:
@@ -56,11 +68,19 @@ def test_steps_give_what_the_operators_give(tensorrt: TensorRT, plans: Plans, ca
     lowered, plan = plans[case.name, kind].result()
     runner = PlanRunner(tensorrt, plan)
 
-    def step(inputs: dict[str, Tensor], memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(
+        inputs: dict[str, Tensor], memory: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         memory = {name: x.cuda() for name, x in memory.items()}
-        in_place = {output: memory[name] for name, output in lowered.state_outputs.items()} if kind == "kv_cache_update" else {}
+        in_place = (
+            {output: memory[name] for name, output in lowered.state_outputs.items()}
+            if kind == "kv_cache_update"
+            else {}
+        )
         found = runner.run(inputs | memory, in_place)
-        return found["out"], memory | {name: found[output] for name, output in lowered.state_outputs.items()}
+        return found["out"], memory | {
+            name: found[output] for name, output in lowered.state_outputs.items()
+        }
 
     case.check(step)
 

@@ -10,19 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.direct import Engine
+from inplace.standalone import Engine
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
-from inplace_builder.direct.call import describe_call
-from inplace_builder.direct.export import alignment, export_for
-from inplace_builder.direct.plan import build_direct_plan
-from inplace_builder.direct.write import write_direct
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.call import alignment, describe_call, export_for
+from inplace_builder.standalone.plan import build_direct_plan
+from inplace_builder.standalone.write import write_direct
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
 pytest.importorskip("hypothesis", reason="needs Hypothesis, which makes the modules")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -39,7 +40,13 @@ Case = Random | Steps
 def examples(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
     """The same ones in every run."""
     found: list[Case] = []
-    few = settings(max_examples=count, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    few = settings(
+        max_examples=count,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
     @few
     @given(strategy)
@@ -63,8 +70,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Engine
     def captured(case: Case) -> tuple[ExportedCapture, Any]:  # torch.export is not made for threads
         options = dict(case.options) if isinstance(case, Steps) else {}
         shapes = options.pop("dynamic_shapes", None)
-        exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt", dynamic_shapes=shapes)
-        capture = capture_exported(exported, strict=True, alignment=alignment("tensorrt"), **options)
+        exported = export_for(
+            case.module, (case.states(), *case.inputs(0)), "tensorrt", dynamic_shapes=shapes
+        )
+        capture = capture_exported(
+            exported, strict=True, alignment=alignment("tensorrt"), **options
+        )
         return capture, describe_call(exported, capture)
 
     def compiled(path: Path, capture: ExportedCapture, call: Any) -> Path:
@@ -75,9 +86,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Engine
 
     captures = [captured(case) for case in cases]
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(compiled, folder / str(index), *capture) for index, capture in enumerate(captures)]
+        futures = [
+            pool.submit(compiled, folder / str(index), *capture)
+            for index, capture in enumerate(captures)
+        ]
     # not before all are built: TensorRT captures what it tries, and CUDA ends a capture when another thread uses the default stream
-    return [(case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)]
+    return [
+        (case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)
+    ]
 
 
 def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Case, Engine]]) -> None:
@@ -98,12 +114,18 @@ def run_beside_eager(title: str, case: Case, engine: Engine) -> None:
         with torch.no_grad():
             expected = eager(theirs, *inputs)
         for one, other in zip(engine(mine, *cuda(inputs)), expected, strict=True):
-            torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3, msg=f"{{}} in step {step} of {title}".format)
+            torch.testing.assert_close(
+                one.cpu(), other, rtol=1e-3, atol=1e-3, msg=f"{{}} in step {step} of {title}".format
+            )
         wanted = [*pytree.tree_leaves(theirs), *(eager.get_buffer(name) for name in engine.states)]
         for one, other, old in zip((tensor.cpu() for tensor in own), wanted, before, strict=True):
-            torch.testing.assert_close(one, other, msg=f"{{}} of a state after step {step} of {title}".format)
+            torch.testing.assert_close(
+                one, other, msg=f"{{}} of a state after step {step} of {title}".format
+            )
             same = other == old
-            assert torch.equal(one[same].contiguous().view(torch.uint8), old[same].contiguous().view(torch.uint8)), title
+            assert torch.equal(
+                one[same].contiguous().view(torch.uint8), old[same].contiguous().view(torch.uint8)
+            ), title
     assert addresses == [tensor.data_ptr() for tensor in own]
 
 
@@ -112,6 +134,7 @@ def test_what_tensorrt_has_no_type_for_is_refused_with_its_reason() -> None:
         exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt")
         capture = capture_exported(exported)
         with pytest.raises(
-            BuildError, match=r"no mechanism can update .*plugin: \w+ is (float64|complex64|int16), which TensorRT .* does not have"
+            BuildError,
+            match=r"no mechanism can update .*plugin: \w+ is (float64|complex64|int16), which TensorRT .* does not have",
         ):
             build_direct_plan(capture, describe_call(exported, capture), "tensorrt")

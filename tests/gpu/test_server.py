@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from inplace.client import Sequence
-from inplace_builder.build import VERSION, BuildOptions, build_decoder
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import greedy, tiny_llama
 from streams import generate
 from transformers import LlamaForCausalLM
@@ -18,9 +19,16 @@ from tritonclient.grpc import InferenceServerClient
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"),
-    pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="needs TensorRT; it is not installed"),
-    pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="needs nvidia-pytriton; it is not installed"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt") is None, reason="needs TensorRT; it is not installed"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("pytriton") is None,
+        reason="needs nvidia-pytriton; it is not installed",
+    ),
 ]
 PROMPTS = [[5, 6, 7], [9], list(range(20, 43)), [1, 2], [100] * 9]
 
@@ -31,10 +39,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -> Iterator[TritonServer]:
+def running(
+    tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM
+) -> Iterator[TritonServer]:
     folder, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
     model.save_pretrained(folder)
-    options = BuildOptions(device="cuda", engine="tensorrt", capacity=64, chunk=8, slots=8, max_rows=8, queue_delay_microseconds=5000)
+    options = BuildOptions(
+        device="cuda",
+        engine="tensorrt",
+        capacity=64,
+        chunk=8,
+        slots=8,
+        max_rows=8,
+        queue_delay_microseconds=5000,
+    )
     build_decoder(folder, repository / "llama", options)
     shutil.copytree(repository / "llama", repository / "elsewhere")
     manifest = repository / "elsewhere" / VERSION / "engine.json"
@@ -44,14 +62,24 @@ def running(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -
     config = repository / "elsewhere" / "config.pbtxt"
     config.write_text(config.read_text().replace('name: "llama"', 'name: "elsewhere"'))
     log = tmp_path_factory.mktemp("server") / "tritonserver.log"
-    with TritonServer(repository, Ports(0, 0, 0), log=log, arguments=["--exit-on-error=false", "--strict-readiness=false"]) as server:
+    with TritonServer(
+        repository,
+        Ports(0, 0, 0),
+        log=log,
+        arguments=["--exit-on-error=false", "--strict-readiness=false"],
+    ) as server:
         yield server
     print(log.read_text()[-4000:])
 
 
-def test_sequences_say_what_transformers_says(running: TritonServer, model: LlamaForCausalLM) -> None:
+def test_sequences_say_what_transformers_says(
+    running: TritonServer, model: LlamaForCausalLM
+) -> None:
     def one(prompt: list[int]) -> list[int]:
-        with InferenceServerClient(running.grpc_url) as client, Sequence(client, "llama") as sequence:
+        with (
+            InferenceServerClient(running.grpc_url) as client,
+            Sequence(client, "llama") as sequence,
+        ):
             return generate(sequence, prompt, 24)
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:

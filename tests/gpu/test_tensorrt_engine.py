@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.arena import Arena
-from inplace.dtypes import Dtype
 from inplace.engines import load_engine
+from inplace.engines.arena import Arena
 from inplace.errors import LoadError
-from inplace.instance import ModelInstance
-from inplace.manifest import Manifest
-from inplace.requests import Request
-from inplace_builder.build import VERSION, BuildOptions, build_decoder, write_engine
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Manifest
+from inplace_builder.served.build import VERSION, build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
 from models import VOCABULARY, accumulator, greedy, tiny_llama
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
 
@@ -31,7 +34,12 @@ def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> Mod
 
     manifest = Manifest.load(model / VERSION)
     arena = Arena(manifest.states, slots or manifest.slots, torch.device("cuda"))
-    return ModelInstance(manifest, arena, TensorRtEngine(model / VERSION, manifest, arena, graphs=graphs), idle_timeout=600.0)
+    return ModelInstance(
+        manifest,
+        arena,
+        TensorRtEngine(model / VERSION, manifest, arena, graphs=graphs),
+        idle_timeout=600.0,
+    )
 
 
 def run(instance: ModelInstance, sequence: int, ids: list[int], *, start: bool = False) -> int:
@@ -59,7 +67,9 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
-def test_a_decoder_builds_verifies_and_says_what_transformers_says(llama: Path, tmp_path: Path, dtype: Dtype, alias: str) -> None:
+def test_a_decoder_builds_verifies_and_says_what_transformers_says(
+    llama: Path, tmp_path: Path, dtype: Dtype, alias: str
+) -> None:
     manifest = build_decoder(llama, tmp_path / "out", options(dtype=dtype, alias=alias))
     assert {entry.kind for entry in manifest.program("step").aliases} == {alias}
     assert {record.kind for record in manifest.lowering} == {alias}
@@ -83,9 +93,15 @@ def test_states_stay_where_they_are_and_foreign_slots_stay_as_they_are(engine: P
     run(instance, 2, [8], start=True)
     held = {instance.table.find(sequence).slot for sequence in (1, 2)}
     foreign = [slot for slot in range(instance.arena.slots) if slot not in held]
-    before = {name: tensor[foreign].clone().view(torch.uint8) for name, tensor in instance.arena.tensors.items()}
+    before = {
+        name: tensor[foreign].clone().view(torch.uint8)
+        for name, tensor in instance.arena.tensors.items()
+    }
     for token in range(40):
-        works = [instance.admit(Request(sequence, False, False, {"input_ids": torch.tensor([[token]])})) for sequence in (1, 2)]
+        works = [
+            instance.admit(Request(sequence, False, False, {"input_ids": torch.tensor([[token]])}))
+            for sequence in (1, 2)
+        ]
         instance.step(works)
         for work in works:
             assert work.error is None
@@ -108,9 +124,14 @@ def test_graphs_on_and_off_say_the_same(engine: Path) -> None:
 def test_any_batch_equals_the_solo_runs(engine: Path) -> None:
     solo = opened(engine)
     prompts = [[3], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [VOCABULARY - 1, 0], [40] * 8]
-    expected = [run(solo, sequence, prompt, start=True) for sequence, prompt in enumerate(prompts, 1)]
+    expected = [
+        run(solo, sequence, prompt, start=True) for sequence, prompt in enumerate(prompts, 1)
+    ]
     together = opened(engine)
-    works = [together.admit(Request(s, True, False, {"input_ids": torch.tensor([p])})) for s, p in enumerate(prompts, 1)]
+    works = [
+        together.admit(Request(s, True, False, {"input_ids": torch.tensor([p])}))
+        for s, p in enumerate(prompts, 1)
+    ]
     while pending := [work for work in works if not work.finished]:
         together.step(pending)
     assert [int(work.outputs["next_token"]) for work in works] == expected
@@ -161,7 +182,9 @@ def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
         ({"gpu": "NVIDIA A100"}, "was built for NVIDIA A100"),
     ],
 )
-def test_a_plan_for_another_machine_is_refused(engine: Path, tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_a_plan_for_another_machine_is_refused(
+    engine: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
     with pytest.raises(LoadError, match=said):
         opened(edited(engine, tmp_path, **change))
 

@@ -4,19 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.dtypes import Dtype
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace_builder.build import BuildOptions, build_decoder
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.dtypes import Dtype
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
 from models import greedy, tiny_llama
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
 def test_a_decoder_builds_and_verifies_on_the_gpu(tmp_path: Path, dtype: Dtype) -> None:
     model = tiny_llama(tmp_path / "llama")
-    build_decoder(tmp_path / "llama", tmp_path / "out", BuildOptions(dtype=dtype, device="cuda", capacity=64, chunk=8))
+    build_decoder(
+        tmp_path / "llama",
+        tmp_path / "out",
+        BuildOptions(dtype=dtype, device="cuda", capacity=64, chunk=8),
+    )
     instance = ModelInstance.open(tmp_path / "out" / "1")
     arena = instance.arena
     addresses = arena.addresses()

@@ -19,15 +19,25 @@ from whisper_programs import (
 )
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+)
 
 from engine_runner import PlanRunner  # noqa: E402
 
 
 def _built(program: WhisperProgram, tensorrt: TensorRT) -> Run:
     kinds = {state.name: "copy" for state in program.states}
-    lowered = lower(program.exported, outputs=program.outputs, states=program.states, kinds=kinds, tensorrt=tensorrt)
-    runner = PlanRunner(tensorrt, compile_network(lowered, program.profiles, CompileOptions(optimization_level=1)))
+    lowered = lower(
+        program.exported,
+        outputs=program.outputs,
+        states=program.states,
+        kinds=kinds,
+        tensorrt=tensorrt,
+    )
+    runner = PlanRunner(
+        tensorrt, compile_network(lowered, program.profiles, CompileOptions(optimization_level=1))
+    )
 
     def run(inputs: dict[str, Tensor], profile: int) -> dict[str, Tensor]:
         runner.profile(profile)
@@ -41,5 +51,14 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     tensorrt, whisper = load_tensorrt("tensorrt"), tiny_whisper()
     features = torch.randn(SEQUENCES, MEL, FRAMES, generator=torch.Generator().manual_seed(1))
     expected = transformers_tokens(whisper, features)
-    assert len(set(expected[0])) > 4, "the tokens of a random model must vary for the comparison to mean anything"
-    assert program_tokens(_built(encoder_program(whisper), tensorrt), _built(decoder_program(whisper), tensorrt), features) == expected
+    assert len(set(expected[0])) > 4, (
+        "the tokens of a random model must vary for the comparison to mean anything"
+    )
+    assert (
+        program_tokens(
+            _built(encoder_program(whisper), tensorrt),
+            _built(decoder_program(whisper), tensorrt),
+            features,
+        )
+        == expected
+    )

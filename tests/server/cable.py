@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import psutil
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 
 CONTROL = 50
 """Bytes that a server says at most without answering a request: HTTP/2 window updates, pings."""
@@ -53,7 +53,9 @@ class Cable:
                 with self._lock:
                     self._open |= {near, far}
                 for source, sink, answers in ((near, far, False), (far, near, True)):
-                    threading.Thread(target=self._forward, args=(source, sink, answers), daemon=True).start()
+                    threading.Thread(
+                        target=self._forward, args=(source, sink, answers), daemon=True
+                    ).start()
 
     def _forward(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with suppress(OSError):
@@ -68,7 +70,12 @@ class Cable:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._listener.close()
         self.cut()
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 from google.protobuf import text_format
-from inplace.settings import IDLE_TIMEOUT
-from inplace_builder.build import BuildOptions, write_engine
-from inplace_builder.server import TritonServer
+from inplace.server.settings import IDLE_TIMEOUT
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import TritonServer
 from models import accumulator
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.grpc import model_config_pb2 as pb
@@ -32,7 +33,9 @@ Answer = tuple[float, int] | str
 def accumulators(repository: Path, changes: dict[str, Callable[[pb.ModelConfig], None]]) -> Path:
     """A repository with an accumulator of four slots for each name, its config.pbtxt changed."""
     built = repository.parent / f"{repository.name}-built"
-    write_engine(accumulator(max_rows=SLOTS), built, BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=1))
+    write_engine(
+        accumulator(max_rows=SLOTS), built, BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=1)
+    )
     for name, change in changes.items():
         shutil.copytree(built, repository / name)
         reconfigure(repository / name, change, name)
@@ -95,14 +98,28 @@ class Stream:
 
     def __init__(self, url: str) -> None:
         self.client = InferenceServerClient(url)
-        self._answers: queue.SimpleQueue[tuple[InferResult | None, InferenceServerException | None]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[
+            tuple[InferResult | None, InferenceServerException | None]
+        ] = queue.SimpleQueue()
         self.client.start_stream(lambda result, error: self._answers.put((result, error)))
 
     def send(
-        self, model: str, sequence: int | str, value: float, *, start: bool = False, end: bool = False, **parameters: str | int | bool
+        self,
+        model: str,
+        sequence: int | str,
+        value: float,
+        *,
+        start: bool = False,
+        end: bool = False,
+        **parameters: str | int | bool,
     ) -> None:
         self.client.async_stream_infer(
-            model, _value(value), sequence_id=sequence, sequence_start=start, sequence_end=end, parameters=parameters or None
+            model,
+            _value(value),
+            sequence_id=sequence,
+            sequence_start=start,
+            sequence_end=end,
+            parameters=parameters or None,
         )
 
     def receive(self, timeout: float = 30.0) -> Answer:
@@ -131,7 +148,9 @@ def stubs(server: TritonServer, model: str) -> list[int]:
     for child in psutil.Process(server.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
             command = child.cmdline()
-            if any("triton_python_backend_stub" in part for part in command[:1]) and any(f"/{model}/" in part for part in command):
+            if any("triton_python_backend_stub" in part for part in command[:1]) and any(
+                f"/{model}/" in part for part in command
+            ):
                 found.append(child.pid)
     return found
 
@@ -158,4 +177,8 @@ def kill(process: int, signal: int) -> None:
 
 def state(client: InferenceServerClient, model: str) -> str:
     """Of a model in the server's repository index: READY, UNLOADING, UNAVAILABLE."""
-    return next(str(entry.state) for entry in client.get_model_repository_index().models if entry.name == model)
+    return next(
+        str(entry.state)
+        for entry in client.get_model_repository_index().models
+        if entry.name == model
+    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inplace_builder.build import BuildOptions, build_decoder
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
 from models import tiny_llama
 from streams import prompt
 from transformers import LlamaForCausalLM
@@ -48,11 +49,20 @@ class Talk:
 
     def __init__(self, url: str, model: str) -> None:
         self.client, self.model = InferenceServerClient(url), model
-        self._answers: queue.SimpleQueue[tuple[InferResult | None, InferenceServerException | None]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[
+            tuple[InferResult | None, InferenceServerException | None]
+        ] = queue.SimpleQueue()
         self.client.start_stream(lambda result, error: self._answers.put((result, error)))
 
     def send(
-        self, sequence: int | str, ids: list[int], max_tokens: int = 0, *, start: bool = False, end: bool = False, **parameters: Parameter
+        self,
+        sequence: int | str,
+        ids: list[int],
+        max_tokens: int = 0,
+        *,
+        start: bool = False,
+        end: bool = False,
+        **parameters: Parameter,
     ) -> None:
         """A generation, where ``max_tokens`` is given, else a step."""
         tensor = InferInput("input_ids", [1, len(ids)], "INT64")
@@ -124,5 +134,12 @@ def build_long(source: Path, model: Path, slots: int, idle_timeout: float = 600.
     build_decoder(
         source,
         model,
-        BuildOptions(slots=slots, max_rows=slots, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=idle_timeout),
+        BuildOptions(
+            slots=slots,
+            max_rows=slots,
+            capacity=CAPACITY,
+            chunk=32,
+            serve="stream",
+            idle_timeout=idle_timeout,
+        ),
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from inplace.dtypes import Dtype
-from inplace.metrics import families
 from inplace.operators import read, update
-from inplace.specs import Role, StateSpec, TensorSpec, Update
+from inplace.runtime.metrics import families
+from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder.capture import Capture, capture_module
 from inplace_builder.capture.capture import control
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from tritonclient.grpc import InferenceServerClient
 
 Found = dict[tuple[str, str], float]
@@ -32,7 +32,9 @@ class Table(torch.nn.Module):
         super().__init__()
         self.register_buffer("table", torch.arange(10.0))
 
-    def forward(self, which: torch.Tensor, slots: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, which: torch.Tensor, slots: torch.Tensor, total: torch.Tensor
+    ) -> torch.Tensor:
         sums = read(total, slots) + self.table[which]
         update(total, slots, sums)
         return sums * 1.0
@@ -41,7 +43,10 @@ class Table(torch.nn.Module):
 def failing() -> Capture:
     return capture_module(
         Table(),
-        inputs=[TensorSpec(name="which", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)), control("slots", Role.SLOTS)],
+        inputs=[
+            TensorSpec(name="which", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)),
+            control("slots", Role.SLOTS),
+        ],
         outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
         states=[StateSpec(name="total", shape=(1,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],
         max_rows=2,
@@ -57,7 +62,9 @@ class Observed:
     repository: Path
 
     def page(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.server.ports.metrics}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.server.ports.metrics}/metrics", timeout=10
+        ) as answer:
             text: str = answer.read().decode()
         return text
 
@@ -80,7 +87,10 @@ class Observed:
         deadline = time.monotonic() + 10.0
         while True:
             found = self.numbers(model, instance)
-            if all(found.get(key) == value for key, value in expected.items()) or time.monotonic() > deadline:
+            if (
+                all(found.get(key) == value for key, value in expected.items())
+                or time.monotonic() > deadline
+            ):
                 return found
             time.sleep(0.1)
 

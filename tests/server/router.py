@@ -30,7 +30,11 @@ class Router(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untyped
 
     def service(self, handler_call_details: Any) -> Any:
         named = dict(handler_call_details.invocation_metadata).get(HEADER)
-        index = zlib.crc32(named.encode()) % len(self._channels) if named is not None else next(self._turn) % len(self._channels)
+        index = (
+            zlib.crc32(named.encode()) % len(self._channels)
+            if named is not None
+            else next(self._turn) % len(self._channels)
+        )
         if named is not None:
             self.routed.setdefault(named, Counter())[index] += 1
         forward = self._channels[index].stream_stream(handler_call_details.method)
@@ -49,7 +53,12 @@ class Router(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untyped
         self._server.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._server.stop(grace=1).wait()
         with contextlib.suppress(Exception):
             for channel in self._channels:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 
@@ -26,7 +26,9 @@ class Served:
         """The events of one HTTP generate_stream request."""
         url = f"http://127.0.0.1:{self.server.ports.http}/v2/models/llama_generate/generate_stream"
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as page:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, json.dumps(body).encode()), timeout=60
+            ) as page:
                 lines = page.read().decode().splitlines()
         except urllib.error.HTTPError as error:  # refused before anything was said
             lines = error.read().decode().splitlines()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from inplace.client import Sequence
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from models import CAPACITY, VOCABULARY, Repository, greedy
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -42,7 +42,15 @@ def send(
 ) -> None:
     tensor = InferInput("input_ids", list(ids.shape), np_to_triton_dtype(ids.dtype))
     tensor.set_data_from_numpy(ids)
-    client.infer("llama", [tensor], sequence_id=sequence, sequence_start=start, sequence_end=end, request_id="r1", parameters=parameters)
+    client.infer(
+        "llama",
+        [tensor],
+        sequence_id=sequence,
+        sequence_start=start,
+        sequence_end=end,
+        request_id="r1",
+        parameters=parameters,
+    )
 
 
 def tokens(*ids: int) -> NDArray[np.generic]:
@@ -52,20 +60,42 @@ def tokens(*ids: int) -> NDArray[np.generic]:
 @pytest.mark.parametrize(
     ("ids", "parameters", "code", "says"),
     [
-        (tokens(1, VOCABULARY), {}, "VALUE_RANGE", f"holds {VOCABULARY}; expected values from 0 to {VOCABULARY - 1}"),
+        (
+            tokens(1, VOCABULARY),
+            {},
+            "VALUE_RANGE",
+            f"holds {VOCABULARY}; expected values from 0 to {VOCABULARY - 1}",
+        ),
         (tokens(-1), {}, "VALUE_RANGE", "holds -1;"),
-        (tokens(*[1] * CAPACITY), {}, "CAPACITY", f"{CAPACITY} tokens do not fit: the sequence holds 5 of {CAPACITY} positions"),
+        (
+            tokens(*[1] * CAPACITY),
+            {},
+            "CAPACITY",
+            f"{CAPACITY} tokens do not fit: the sequence holds 5 of {CAPACITY} positions",
+        ),
         (np.zeros((1, 0), np.int64), {}, "EMPTY_INPUT", "send at least 1 token"),
-        (tokens(1), {"logits": "perhaps"}, "BAD_PARAMETER", "parameter 'logits' is 'perhaps'; expected true or false"),
+        (
+            tokens(1),
+            {"logits": "perhaps"},
+            "BAD_PARAMETER",
+            "parameter 'logits' is 'perhaps'; expected true or false",
+        ),
         (tokens(1), {"position": 17}, "POSITION", "meant for position 17, the sequence holds 5"),
     ],
 )
 def test_ours_names_the_request_and_changes_nothing(
-    client: InferenceServerClient, live: Sequence, ids: NDArray[np.generic], parameters: dict[str, str | int], code: str, says: str
+    client: InferenceServerClient,
+    live: Sequence,
+    ids: NDArray[np.generic],
+    parameters: dict[str, str | int],
+    code: str,
+    says: str,
 ) -> None:
     with pytest.raises(InferenceServerException) as refused:
         send(client, ids, parameters=parameters or None)
-    assert re.search(rf"INPLACE-{code} retryable=0 sequence=victim request=r1: .*{says}", refused.value.message())
+    assert re.search(
+        rf"INPLACE-{code} retryable=0 sequence=victim request=r1: .*{says}", refused.value.message()
+    )
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
@@ -74,13 +104,23 @@ def test_ours_names_the_request_and_changes_nothing(
     [
         (tokens(1), 4242, False, "must specify the START flag"),
         (tokens(1), 0, True, "must specify a non-zero or non-empty correlation ID"),
-        (np.array([[1.5]], np.float32), "victim", False, "data-type is 'FP32', but the model 'llama' expects 'INT64'|expects 'INT64'"),
+        (
+            np.array([[1.5]], np.float32),
+            "victim",
+            False,
+            "data-type is 'FP32', but the model 'llama' expects 'INT64'|expects 'INT64'",
+        ),
         (np.zeros((1, 2, 2), np.int64), "victim", False, "unexpected shape"),
         (np.zeros((2, 3), np.int64), "victim", False, "must specify batch-size 1"),
     ],
 )
 def test_triton_itself_refuses_the_rest(
-    client: InferenceServerClient, live: Sequence, ids: NDArray[np.generic], sequence: int | str, start: bool, says: str
+    client: InferenceServerClient,
+    live: Sequence,
+    ids: NDArray[np.generic],
+    sequence: int | str,
+    start: bool,
+    says: str,
 ) -> None:
     with pytest.raises(InferenceServerException, match=says) as refused:
         send(client, ids, sequence, start=start)
@@ -93,11 +133,15 @@ def test_a_step_after_end_is_refused(client: InferenceServerClient, live: Sequen
         send(client, tokens(1), 31)
 
 
-def test_a_refused_start_leaves_no_slot_and_can_be_repeated(client: InferenceServerClient, live: Sequence) -> None:
+def test_a_refused_start_leaves_no_slot_and_can_be_repeated(
+    client: InferenceServerClient, live: Sequence
+) -> None:
     for attempt in range(20):  # more often than there are slots
         with pytest.raises(InferenceServerException, match="INPLACE-VALUE_RANGE"):
             send(client, tokens(-1), 500 + attempt, start=True)
-    with pytest.raises(InferenceServerException, match=r"INPLACE-UNKNOWN_SEQUENCE .*its START was refused") as unknown:
+    with pytest.raises(
+        InferenceServerException, match=r"INPLACE-UNKNOWN_SEQUENCE .*its START was refused"
+    ) as unknown:
         send(client, tokens(1), 500)
     assert unknown.value.status() == "StatusCode.NOT_FOUND"
     send(client, tokens(1), 500, start=True)
@@ -111,7 +155,9 @@ def test_a_refused_end_still_frees(client: InferenceServerClient, live: Sequence
             send(client, tokens(-1), 600 + attempt, end=True)
 
 
-def test_batch_mates_of_a_bad_request_are_unharmed(client: InferenceServerClient, live: Sequence, repository: Repository) -> None:
+def test_batch_mates_of_a_bad_request_are_unharmed(
+    client: InferenceServerClient, live: Sequence, repository: Repository
+) -> None:
     """Four good streams in step with two that send garbage every time."""
     expected = greedy(repository.llama, PROMPT, 16)
 
@@ -141,14 +187,24 @@ def test_batch_mates_of_a_bad_request_are_unharmed(client: InferenceServerClient
 
 @pytest.mark.parametrize(
     ("field", "sequence"),
-    [(b'"id":"\xff","parameters":{"sequence_id":"victim"}', "victim"), (b'"parameters":{"sequence_id":"\xff","sequence_start":true}', "-")],
+    [
+        (b'"id":"\xff","parameters":{"sequence_id":"victim"}', "victim"),
+        (b'"parameters":{"sequence_id":"\xff","sequence_start":true}', "-"),
+    ],
 )
 def test_an_http_request_with_an_id_that_is_no_text_fails_alone(
-    client: InferenceServerClient, server: TritonServer, repository: Repository, live: Sequence, field: bytes, sequence: str
+    client: InferenceServerClient,
+    server: TritonServer,
+    repository: Repository,
+    live: Sequence,
+    field: bytes,
+    sequence: str,
 ) -> None:
     """gRPC's texts are UTF-8, those of JSON over HTTP may be any bytes."""
     url = f"http://127.0.0.1:{server.ports.http}/v2/models/llama/infer"
-    body = b'{"inputs":[{"name":"input_ids","shape":[1,1],"datatype":"INT64","data":[1]}],%s}' % field
+    body = (
+        b'{"inputs":[{"name":"input_ids","shape":[1,1],"datatype":"INT64","data":[1]}],%s}' % field
+    )
 
     def bad() -> tuple[int, bytes]:
         try:
@@ -169,4 +225,7 @@ def test_an_http_request_with_an_id_that_is_no_text_fails_alone(
     for answer in refused:
         code, text = answer.result()
         assert code == 400, text
-        assert f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: the request cannot be read: 'utf-8'".encode() in text
+        assert (
+            f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: the request cannot be read: 'utf-8'".encode()
+            in text
+        )

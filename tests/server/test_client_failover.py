@@ -9,8 +9,15 @@ import inplace.client.aio
 import numpy as np
 import pytest
 from cable import Cable, killed
-from inplace.client import Client, RefusedError, Retry, Sequence, SequenceLostError, UnreachableError
-from inplace_builder.server import Ports, TritonServer
+from inplace.client import (
+    Client,
+    RefusedError,
+    Retry,
+    Sequence,
+    SequenceLostError,
+    UnreachableError,
+)
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import Repository, greedy
 from streams import generate, prompt
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -22,9 +29,13 @@ SAMPLED = {"temperature": 0.9, "top_k": 64, "top_p": 0.95, "seed": 11}
 
 
 @pytest.fixture(scope="module")
-def second(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def second(
+    repository: Repository, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
     """Another server of the same models; the last test kills it."""
-    with TritonServer(repository.path, Ports(0, 0, 0), log=tmp_path_factory.mktemp("second") / "tritonserver.log") as running:
+    with TritonServer(
+        repository.path, Ports(0, 0, 0), log=tmp_path_factory.mktemp("second") / "tritonserver.log"
+    ) as running:
         yield running
 
 
@@ -32,9 +43,15 @@ def fed(value: float) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]]
     return {"value": np.full(4, value, dtype=np.float32)}
 
 
-def test_a_sequence_that_was_idle_for_too_long_is_replayed(server: TritonServer, repository: Repository) -> None:
+def test_a_sequence_that_was_idle_for_too_long_is_replayed(
+    server: TritonServer, repository: Repository
+) -> None:
     expected = greedy(repository.llama, prompt(3, 7), 8)
-    with Client(server.grpc_url) as client, Sequence(client, "brief") as sequence, Sequence(client, "brief", replay=False) as off:
+    with (
+        Client(server.grpc_url) as client,
+        Sequence(client, "brief") as sequence,
+        Sequence(client, "brief", replay=False) as off,
+    ):
         said = generate(sequence, prompt(3, 7), 4)
         off.tokens([1, 2, 3])
         time.sleep(5.0)
@@ -48,7 +65,11 @@ def test_a_lost_answer_is_not_asked_for_twice_in_the_same_state(
     server: TritonServer, repository: Repository, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = greedy(repository.llama, prompt(4, 5), 10)
-    with caplog.at_level(logging.INFO, "inplace.client"), Cable(server.grpc_url) as cable, Client(cable.url) as client:
+    with (
+        caplog.at_level(logging.INFO, "inplace.client"),
+        Cable(server.grpc_url) as cable,
+        Client(cable.url) as client,
+    ):
         with Sequence(client, "llama") as sequence:
             said = [sequence.tokens(prompt(4, 5))]
             while len(said) < 10:
@@ -59,16 +80,25 @@ def test_a_lost_answer_is_not_asked_for_twice_in_the_same_state(
         with Sequence(client, "accumulator") as sums:
             sums.step(fed(1.0))
             cable.lose_the_next_answer()
-            with pytest.raises(SequenceLostError, match=r"INPLACE-POSITION .*meant for position 1, the sequence holds 2"):
+            with pytest.raises(
+                SequenceLostError,
+                match=r"INPLACE-POSITION .*meant for position 1, the sequence holds 2",
+            ):
                 sums.step(fed(1.0))
     assert caplog.text.count("try 1 failed, the next in") == 3  # each was lost, and each sent again
 
 
-def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(server: TritonServer, repository: Repository) -> None:
+def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
+    server: TritonServer, repository: Repository
+) -> None:
     async def asked() -> None:
-        async with inplace.client.aio.Client(server.grpc_url) as client, inplace.client.aio.Sequence(client, "llama") as sequence:
+        async with (
+            inplace.client.aio.Client(server.grpc_url) as client,
+            inplace.client.aio.Sequence(client, "llama") as sequence,
+        ):
             with pytest.raises(
-                RefusedError, match="model 'llama' is served step by step and generates nothing: build it with --serve stream"
+                RefusedError,
+                match="model 'llama' is served step by step and generates nothing: build it with --serve stream",
             ):
                 await anext(aiter(sequence.generate([1, 2], max_tokens=3)))
             assert await sequence.tokens([1, 2]) == greedy(repository.llama, [1, 2], 1)[0]
@@ -76,13 +106,20 @@ def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(server: T
     with Client(server.grpc_url) as client, Sequence(client, "llama") as sequence:
         with pytest.raises(RefusedError, match="is served step by step"):
             next(sequence.generate([1, 2], max_tokens=3))
-        with pytest.raises(RefusedError, match=r"INPLACE-BAD_PARAMETER .* asks for a generation, this model is served step by step"):
-            sequence.tokens([1, 2], parameters={"max_tokens": 3})  # as who talks to Triton without this client would
+        with pytest.raises(
+            RefusedError,
+            match=r"INPLACE-BAD_PARAMETER .* asks for a generation, this model is served step by step",
+        ):
+            sequence.tokens(
+                [1, 2], parameters={"max_tokens": 3}
+            )  # as who talks to Triton without this client would
         assert sequence.tokens([1, 2]) == greedy(repository.llama, [1, 2], 1)[0]
     asyncio.run(asked())
 
 
-def test_a_lost_answer_to_start_or_end_is_asked_for_again(server: TritonServer, repository: Repository) -> None:
+def test_a_lost_answer_to_start_or_end_is_asked_for_again(
+    server: TritonServer, repository: Repository
+) -> None:
     with Cable(server.grpc_url) as cable, Client(cable.url) as client:
         client.model(cable.url, "llama", 10.0)
         for _ in range(10):  # more often than there are slots
@@ -95,9 +132,15 @@ def test_a_lost_answer_to_start_or_end_is_asked_for_again(server: TritonServer, 
 
 
 def test_a_cut_connection_loses_no_state(server: TritonServer) -> None:
-    with Cable(server.grpc_url) as cable, Client(cable.url) as client, Sequence(client, "accumulator") as sums:
+    with (
+        Cable(server.grpc_url) as cable,
+        Client(cable.url) as client,
+        Sequence(client, "accumulator") as sums,
+    ):
         for count in range(1, 21):
-            assert sums.step(fed(2.0))["sum"].tolist() == [2.0 * count] * 4  # never added twice, never lost
+            assert (
+                sums.step(fed(2.0))["sum"].tolist() == [2.0 * count] * 4
+            )  # never added twice, never lost
             cable.cut()
 
 
@@ -116,7 +159,9 @@ def test_a_sequence_that_triton_forgot_goes_on_where_it_was(server: TritonServer
         assert sums.step(fed(1.0))["sum"].tolist() == [2.0] * 4
 
 
-def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_meanwhile(server: TritonServer, second: TritonServer) -> None:
+def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_meanwhile(
+    server: TritonServer, second: TritonServer
+) -> None:
     with Client(server.grpc_url) as client:
         held = [Sequence(client, "brief") for _ in range(2)]
         for sequence in held:
@@ -136,7 +181,12 @@ def test_errors_say_code_sequence_and_request(server: TritonServer) -> None:
         with pytest.raises(RefusedError) as refused:
             sequence.step({"input_ids": np.array([-1])}, request_id="r7")
         error = refused.value
-        assert (error.code, error.retryable, error.sequence, error.request) == ("VALUE_RANGE", False, "named", "r7")
+        assert (error.code, error.retryable, error.sequence, error.request) == (
+            "VALUE_RANGE",
+            False,
+            "named",
+            "r7",
+        )
         assert error.status() == "StatusCode.INVALID_ARGUMENT"
         with pytest.raises(RefusedError, match="unexpected shape") as refused:
             sequence.step({"input_ids": np.zeros((2, 2), np.int64)})
@@ -162,20 +212,33 @@ def test_sequences_go_on_with_the_same_tokens_when_one_of_two_servers_is_killed(
         sums = {(one := Sequence(impatient, "accumulator")).server: one for _ in both}
         for one in sums.values():
             one.step(fed(1.0))
-        got = [[sequence.tokens(prompt(2, 9), parameters=SAMPLED if index < 2 else None)] for index, sequence in enumerate(sequences)]
+        got = [
+            [sequence.tokens(prompt(2, 9), parameters=SAMPLED if index < 2 else None)]
+            for index, sequence in enumerate(sequences)
+        ]
         assert {sequence.server for sequence in sequences} == set(sums) == both
         for turn in range(11):
             if turn == 5:
                 killed(second)
             for index, sequence in enumerate(sequences):
-                got[index].append(sequence.tokens(got[index][-1:], parameters=SAMPLED if index < 2 else None))
-        assert got == [said, said, greedy(repository.llama, prompt(2, 9), 12), greedy(repository.llama, prompt(2, 9), 12)]
+                got[index].append(
+                    sequence.tokens(got[index][-1:], parameters=SAMPLED if index < 2 else None)
+                )
+        assert got == [
+            said,
+            said,
+            greedy(repository.llama, prompt(2, 9), 12),
+            greedy(repository.llama, prompt(2, 9), 12),
+        ]
         assert {sequence.server for sequence in sequences} == {server.grpc_url}
         assert [sequence.length for sequence in sequences] == [20] * 4
         assert sums[server.grpc_url].step(fed(2.0))["sum"].tolist() == [3.0] * 4
         with pytest.raises(UnreachableError) as gone:
             sums[second.grpc_url].step(fed(2.0))
         assert (gone.value.code, gone.value.sequence) == ("UNAVAILABLE", sums[second.grpc_url].id)
-        assert "its inputs are not tokens, so the client kept none to replay" in gone.value.__notes__[0]
+        assert (
+            "its inputs are not tokens, so the client kept none to replay"
+            in gone.value.__notes__[0]
+        )
         for sequence in (*sequences, *sums.values()):
             sequence.close()

@@ -14,9 +14,17 @@ import numpy as np
 import psutil
 import pytest
 from cable import Cable, killed
-from inplace.client import Client, RefusedError, Retry, Sequence, SequenceLostError, UnreachableError
-from inplace_builder.build import BuildOptions, build_decoder, write_engine
-from inplace_builder.server import Ports, TritonServer
+from inplace.client import (
+    Client,
+    RefusedError,
+    Retry,
+    Sequence,
+    SequenceLostError,
+    UnreachableError,
+)
+from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import accumulator, greedy, tiny_llama
 from streams import prompt
 from talking import AsyncTalker, Talker
@@ -43,9 +51,15 @@ def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
     repository, folder = tmp_path_factory.mktemp("tellers"), tmp_path_factory.mktemp("teller")
     model = tiny_llama(folder)
     save_tokenizer(folder)
-    options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=60.0)
+    options = BuildOptions(
+        slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=60.0
+    )
     build_decoder(folder, repository / MODEL, options)
-    write_engine(accumulator(), repository / "accumulator", BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"))
+    write_engine(
+        accumulator(),
+        repository / "accumulator",
+        BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"),
+    )
     logs = tmp_path_factory.mktemp("logs")
     servers = [TritonServer(repository, Ports(0, 0, 0), log=logs / f"{name}.log") for name in "ab"]
     with ExitStack() as running:
@@ -62,7 +76,9 @@ def talker(request: pytest.FixtureRequest) -> Iterator[Talker]:
 
 
 @contextmanager
-def talking(talker: Talker, urls: list[str], model: str = MODEL, retry: Retry | None = None, **options: Any) -> Iterator[Any]:
+def talking(
+    talker: Talker, urls: list[str], model: str = MODEL, retry: Retry | None = None, **options: Any
+) -> Iterator[Any]:
     """A client with one sequence."""
     client = talker.client(urls, retry)
     sequence = talker.sequence(client, model, **options)
@@ -71,20 +87,26 @@ def talking(talker: Talker, urls: list[str], model: str = MODEL, retry: Retry | 
     talker.wait(client.close())
 
 
-def test_a_generation_says_what_transformers_says_and_the_sequence_goes_on(tellers: Tellers, talker: Talker) -> None:
+def test_a_generation_says_what_transformers_says_and_the_sequence_goes_on(
+    tellers: Tellers, talker: Talker
+) -> None:
     ids = prompt(1, 40)
     with talking(talker, tellers.urls) as sequence:
         generation = sequence.generate(ids, 24, ignore_eos=True)
         pieces = list(talker.pieces(generation))
         expected = greedy(tellers.model, ids, 24)
-        assert [token for piece in pieces for token in piece.tokens] == generation.tokens == expected
+        assert (
+            [token for piece in pieces for token in piece.tokens] == generation.tokens == expected
+        )
         assert "".join(piece.text for piece in pieces) == generation.text == added(ids, expected)
         assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + ["length"]
         assert sequence.length == 64
         history = [*ids, *expected, 7, 8]
         token = talker.wait(sequence.tokens([7, 8]))  # a step, between two generations
         assert [token] == greedy(tellers.model, history, 1)
-        again = sequence.generate([token, 9], 8, ignore_eos=True, stream_interval=8, text=False, end=True)
+        again = sequence.generate(
+            [token, 9], 8, ignore_eos=True, stream_interval=8, text=False, end=True
+        )
         [piece] = talker.pieces(again)
         assert piece.tokens == greedy(tellers.model, [*history, token, 9], 8)
         assert (piece.text, piece.finish_reason) == ("", "length")
@@ -104,20 +126,32 @@ def test_a_text_is_continued_until_a_stop_text(tellers: Tellers, talker: Talker)
         assert sequence.length is None
 
 
-def test_what_is_refused_is_raised_and_the_sequence_is_as_before(tellers: Tellers, talker: Talker) -> None:
+def test_what_is_refused_is_raised_and_the_sequence_is_as_before(
+    tellers: Tellers, talker: Talker
+) -> None:
     ids = prompt(2, 10)
     with talking(talker, tellers.urls, id="teller 7") as sequence:
         said = [talker.wait(sequence.tokens(ids))]
-        for bad, options, code in (([-1], {}, "VALUE_RANGE"), ([1], {"top_k": -1}, "BAD_PARAMETER"), ([1] * CAPACITY, {}, "CAPACITY")):
+        for bad, options, code in (
+            ([-1], {}, "VALUE_RANGE"),
+            ([1], {"top_k": -1}, "BAD_PARAMETER"),
+            ([1] * CAPACITY, {}, "CAPACITY"),
+        ):
             with pytest.raises(RefusedError) as refused:
                 list(talker.pieces(sequence.generate(bad, 8, request_id="r9", **options)))
             assert (refused.value.code, refused.value.retryable) == (code, False)
             assert (refused.value.sequence, refused.value.request) == ("teller 7", "r9")
-        said += [token for piece in talker.pieces(sequence.generate(said, 7, ignore_eos=True)) for token in piece.tokens]
+        said += [
+            token
+            for piece in talker.pieces(sequence.generate(said, 7, ignore_eos=True))
+            for token in piece.tokens
+        ]
         assert said == greedy(tellers.model, ids, 8)
 
 
-def test_a_generation_that_is_left_frees_its_slot_and_the_sequence_can_go_on(tellers: Tellers, talker: Talker) -> None:
+def test_a_generation_that_is_left_frees_its_slot_and_the_sequence_can_go_on(
+    tellers: Tellers, talker: Talker
+) -> None:
     for seed in range(3 * SLOTS):
         ids = prompt(seed, 5)
         with talking(talker, tellers.urls[:1], retry=Retry(attempts=3)) as sequence:
@@ -127,7 +161,9 @@ def test_a_generation_that_is_left_frees_its_slot_and_the_sequence_can_go_on(tel
                 if len(said) > 3:
                     break
             after = sequence.generate([3, 4], 6, ignore_eos=True)
-            assert [token for piece in talker.pieces(after) for token in piece.tokens] == greedy(tellers.model, [*ids, *said, 3, 4], 6)
+            assert [token for piece in talker.pieces(after) for token in piece.tokens] == greedy(
+                tellers.model, [*ids, *said, 3, 4], 6
+            )
 
 
 def cut_at(talker: Talker, generation: Any, count: int, action: Any) -> tuple[list[int], str]:
@@ -143,17 +179,37 @@ def cut_at(talker: Talker, generation: Any, count: int, action: Any) -> tuple[li
     return tokens, text
 
 
-@pytest.mark.parametrize("options", [{"ignore_eos": True}, SAMPLED, SAMPLED | {"stop": ["nothing says this"]}, SAMPLED | {"text": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_eos": True},
+        SAMPLED,
+        SAMPLED | {"stop": ["nothing says this"]},
+        SAMPLED | {"text": False},
+    ],
+)
 @pytest.mark.parametrize("asked", [prompt(3, 21), "You may reproduce"], ids=["ids", "text"])
-def test_a_cut_connection_changes_nothing_that_is_said(tellers: Tellers, talker: Talker, asked: Any, options: dict[str, Any]) -> None:
+def test_a_cut_connection_changes_nothing_that_is_said(
+    tellers: Tellers, talker: Talker, asked: Any, options: dict[str, Any]
+) -> None:
     with talking(talker, tellers.urls) as sequence:
         expected = cut_at(talker, sequence.generate(asked, 200, **options), 0, None)
     with Cable(tellers.urls[0]) as cable, talking(talker, [cable.url]) as sequence:
-        assert cut_at(talker, sequence.generate(asked, 200, **options), random.Random(str(options)).randint(1, 100), cable.cut) == expected
+        assert (
+            cut_at(
+                talker,
+                sequence.generate(asked, 200, **options),
+                random.Random(str(options)).randint(1, 100),
+                cable.cut,
+            )
+            == expected
+        )
         cable.cut()
         after = sequence.generate([5], 4, ignore_eos=True)
         ids = tiny_tokenizer().encode(asked).ids if isinstance(asked, str) else asked
-        assert cut_at(talker, after, 0, None)[0] == greedy(tellers.model, [*ids, *expected[0], 5], 4)
+        assert cut_at(talker, after, 0, None)[0] == greedy(
+            tellers.model, [*ids, *expected[0], 5], 4
+        )
 
 
 def test_a_server_that_hangs_is_left_after_the_timeout(tellers: Tellers, talker: Talker) -> None:
@@ -161,7 +217,10 @@ def test_a_server_that_hangs_is_left_after_the_timeout(tellers: Tellers, talker:
     expected = greedy(tellers.model, ids, 200)
     first = tellers.servers[0]
     assert first.process is not None
-    processes = [psutil.Process(first.process.pid), *psutil.Process(first.process.pid).children(recursive=True)]
+    processes = [
+        psutil.Process(first.process.pid),
+        *psutil.Process(first.process.pid).children(recursive=True),
+    ]
 
     def stop() -> None:
         for process in processes:
@@ -170,9 +229,15 @@ def test_a_server_that_hangs_is_left_after_the_timeout(tellers: Tellers, talker:
     try:
         with talking(talker, tellers.urls, timeout=4.0) as sequence:
             assert sequence.server == first.grpc_url
-            assert cut_at(talker, sequence.generate(ids, 200, ignore_eos=True), 20, stop)[0] == expected
+            assert (
+                cut_at(talker, sequence.generate(ids, 200, ignore_eos=True), 20, stop)[0]
+                == expected
+            )
             assert sequence.server == tellers.urls[1]
-        with talking(talker, tellers.urls[:1], timeout=1.0, retry=Retry(attempts=2)) as sequence, pytest.raises(UnreachableError) as gone:
+        with (
+            talking(talker, tellers.urls[:1], timeout=1.0, retry=Retry(attempts=2)) as sequence,
+            pytest.raises(UnreachableError) as gone,
+        ):
             list(talker.pieces(sequence.generate(ids, 4)))
         assert gone.value.code == "DEADLINE_EXCEEDED"
     finally:
@@ -184,7 +249,9 @@ def test_more_generations_than_slots_wait_their_turn(tellers: Tellers) -> None:
     def told(seed: int) -> None:
         with Sequence(client, MODEL) as sequence:
             generation = sequence.generate(prompt(seed, 6), 30, ignore_eos=True)
-            assert [token for piece in generation for token in piece.tokens] == greedy(tellers.model, prompt(seed, 6), 30)
+            assert [token for piece in generation for token in piece.tokens] == greedy(
+                tellers.model, prompt(seed, 6), 30
+            )
 
     with Client(tellers.urls) as client, ThreadPoolExecutor(6 * SLOTS) as pool:
         list(pool.map(told, range(6 * SLOTS)))
@@ -227,21 +294,30 @@ def test_an_asyncio_caller_that_stops_waiting_loses_nothing(tellers: Tellers) ->
             task = asyncio.create_task(sequence.tokens([1, 2]))
             await asyncio.sleep(0)
             task.cancel()
-            token = await sequence.tokens([3])  # whether the step before it ran is not known: the sequence is as if it had not
+            token = await sequence.tokens(
+                [3]
+            )  # whether the step before it ran is not known: the sequence is as if it had not
             assert [token] == greedy(tellers.model, [*ids, *generation.tokens, 3], 1)
 
     asyncio.run(main())
 
 
-def test_a_stream_model_without_tokens_is_stepped_and_its_loss_is_told(tellers: Tellers, talker: Talker) -> None:
+def test_a_stream_model_without_tokens_is_stepped_and_its_loss_is_told(
+    tellers: Tellers, talker: Talker
+) -> None:
     value = {"value": np.full(4, 2.0, np.float32)}
-    with Cable(tellers.urls[1]) as cable, talking(talker, [cable.url], "accumulator", Retry(attempts=4)) as sequence:
+    with (
+        Cable(tellers.urls[1]) as cable,
+        talking(talker, [cable.url], "accumulator", Retry(attempts=4)) as sequence,
+    ):
         for count in range(1, 8):
             assert talker.wait(sequence.step(value))["sum"].tolist() == [2.0 * count] * 4
             if count < 6:
                 cable.cut()
         cable.lose_the_next_answer()
-        with pytest.raises(SequenceLostError, match=r"the sequence holds 8.*its inputs are not tokens") as lost:
+        with pytest.raises(
+            SequenceLostError, match=r"the sequence holds 8.*its inputs are not tokens"
+        ) as lost:
             talker.wait(sequence.step(value))
         assert not lost.value.retryable
 
@@ -251,7 +327,9 @@ def test_a_synchronous_client_leaves_no_threads_behind(tellers: Tellers) -> None
     with Client(tellers.urls[1]) as client:
         for _ in range(10):
             with Sequence(client, MODEL) as sequence:
-                next(sequence.generate([1, 2], 100, ignore_eos=True))  # left running: cancelled at the end of the block
+                next(
+                    sequence.generate([1, 2], 100, ignore_eos=True)
+                )  # left running: cancelled at the end of the block
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -273,7 +351,13 @@ def test_generations_go_on_when_one_of_two_servers_is_killed(tellers: Tellers) -
             with Sequence(alone, MODEL) as sequence:
                 generation = sequence.generate(asked, 300, **options)
                 assert [len(piece.tokens) for piece in generation]
-                expected.append((generation.tokens, generation.text, [*_said(sequence.generate([5, 6], **turn))]))
+                expected.append(
+                    (
+                        generation.tokens,
+                        generation.text,
+                        [*_said(sequence.generate([5, 6], **turn))],
+                    )
+                )
     clients = [talker.client(tellers.urls) for talker in talkers]
     held = []
     for (asked, options), wanted in zip(asks, expected, strict=True):
@@ -284,7 +368,9 @@ def test_generations_go_on_when_one_of_two_servers_is_killed(tellers: Tellers) -
                 held.append((talker, sequence, generation, talker.pieces(generation), wanted))
     dying = [one for one in held if one[1].server == tellers.urls[0]]
     assert len(dying) == len(held) // 2
-    for _, _, _, pieces, _ in dying[:SLOTS]:  # as many as have slots there run; the others wait for one
+    for _, _, _, pieces, _ in dying[
+        :SLOTS
+    ]:  # as many as have slots there run; the others wait for one
         next(pieces)
     killed(tellers.servers[0])
     for talker, sequence, generation, pieces, (tokens, text, after) in held:
@@ -292,7 +378,11 @@ def test_generations_go_on_when_one_of_two_servers_is_killed(tellers: Tellers) -
             pass
         assert (generation.tokens, generation.text) == (tokens, text)
         assert sequence.server == tellers.urls[1]
-        assert [token for piece in talker.pieces(sequence.generate([5, 6], **turn)) for token in piece.tokens] == after
+        assert [
+            token
+            for piece in talker.pieces(sequence.generate([5, 6], **turn))
+            for token in piece.tokens
+        ] == after
         talker.wait(sequence.close())
     for talker, client in zip(talkers, clients, strict=True):
         talker.wait(client.close())

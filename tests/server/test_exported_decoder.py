@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from exported_decoders import PROMPTS, decoder, exported
 from inplace.client import Sequence
-from inplace_builder.build import BuildOptions, write_engine
 from inplace_builder.capture import DecoderOptions, capture_exported_decoder
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import greedy
 from streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
@@ -23,11 +24,17 @@ MODEL, MOST, CHOSEN, TOKENS = "gemma3", 48, 40, 20
 @pytest.fixture(scope="module")
 def exported_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("exported")
-    capture = capture_exported_decoder(exported(decoder(MODEL), dynamic=False), DecoderOptions(MOST, 8, 6, min_capacity=16))
-    options = BuildOptions(slots=8, max_rows=8, capacity=MOST, min_capacity=16, chunk=6, queue_delay_microseconds=5000)
+    capture = capture_exported_decoder(
+        exported(decoder(MODEL), dynamic=False), DecoderOptions(MOST, 8, 6, min_capacity=16)
+    )
+    options = BuildOptions(
+        slots=8, max_rows=8, capacity=MOST, min_capacity=16, chunk=6, queue_delay_microseconds=5000
+    )
     write_engine(capture, repository / MODEL, options)
     _choose(repository / MODEL / "config.pbtxt", CHOSEN)
-    with TritonServer(repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("log") / "tritonserver.log") as running:
+    with TritonServer(
+        repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("log") / "tritonserver.log"
+    ) as running:
         yield running
 
 
@@ -38,7 +45,10 @@ def _choose(config: Path, capacity: int) -> None:
 
 def test_eight_clients_at_a_time_hear_what_generate_says(exported_server: TritonServer) -> None:
     def stream(prompt: list[int]) -> list[int]:
-        with InferenceServerClient(exported_server.grpc_url) as client, Sequence(client, MODEL) as sequence:
+        with (
+            InferenceServerClient(exported_server.grpc_url) as client,
+            Sequence(client, MODEL) as sequence,
+        ):
             said = [sequence.tokens(prompt)]
             while len(said) < TOKENS:
                 said.append(sequence.tokens(said[-1:]))
@@ -53,7 +63,13 @@ def test_eight_clients_at_a_time_hear_what_generate_says(exported_server: Triton
 
 
 def test_a_sequence_ends_at_the_capacity_that_was_chosen(exported_server: TritonServer) -> None:
-    with InferenceServerClient(exported_server.grpc_url) as client, Sequence(client, MODEL) as sequence:
+    with (
+        InferenceServerClient(exported_server.grpc_url) as client,
+        Sequence(client, MODEL) as sequence,
+    ):
         sequence.tokens([1] * CHOSEN)
-        with pytest.raises(InferenceServerException, match=f"the sequence holds {CHOSEN} of {CHOSEN} positions, 0 are left"):
+        with pytest.raises(
+            InferenceServerException,
+            match=f"the sequence holds {CHOSEN} of {CHOSEN} positions, 0 are left",
+        ):
             sequence.tokens([1])

@@ -9,8 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import FORGOTTEN, Stream, accumulators, add, eventually, gone, kill, reconfigure, state, stub, stubs
-from inplace_builder.server import Ports, TritonServer
+from faults import (
+    FORGOTTEN,
+    Stream,
+    accumulators,
+    add,
+    eventually,
+    gone,
+    kill,
+    reconfigure,
+    state,
+    stub,
+    stubs,
+)
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
@@ -31,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def controlled(folder: Path) -> Iterator[TritonServer]:
     arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
-    with TritonServer(folder / "repository", Ports(0, 0, 0), log=folder / "log", arguments=arguments) as running:
+    with TritonServer(
+        folder / "repository", Ports(0, 0, 0), log=folder / "log", arguments=arguments
+    ) as running:
         yield running
 
 
@@ -74,7 +88,9 @@ def test_an_unloaded_model_loses_its_sequences_but_lives_as_long_as_an_open_stre
         client.load_model("doomed")
         assert len(stubs(controlled, "doomed")) == 2  # and two arenas
         assert FORGOTTEN in str(add(client, "doomed", 1, 1.0, sequence_key="mine"))
-        assert "INPLACE-POSITION" in str(add(client, "doomed", 1, 1.0, start=True, sequence_key="mine", position=1))
+        assert "INPLACE-POSITION" in str(
+            add(client, "doomed", 1, 1.0, start=True, sequence_key="mine", position=1)
+        )
         assert add(client, "doomed", 1, 1.0, start=True, end=True) == (1.0, 1)
     eventually(lambda: gone(old), "the stream's model is gone with the stream")
     assert "unloaded: live=2" in log(controlled)
@@ -89,7 +105,10 @@ def test_a_reload_replaces_a_model_beside_its_live_sequences_and_the_server_surv
     old = stub(controlled, "doomed")
     assert add(client, "doomed", 4, 1.0, start=True) == (1.0, 1)
     client.load_model("doomed")
-    assert add(client, "doomed", 4, 1.0) == (2.0, 2)  # nothing has changed in the repository, so nothing is loaded
+    assert add(client, "doomed", 4, 1.0) == (
+        2.0,
+        2,
+    )  # nothing has changed in the repository, so nothing is loaded
 
     def slower(config: pb.ModelConfig) -> None:
         config.sequence_batching.oldest.max_queue_delay_microseconds = 700
@@ -119,7 +138,9 @@ def test_a_killed_stub_leaves_its_model_ready_and_dead_until_it_is_unloaded_and_
         kill(process, signal.SIGKILL)
         stream.send("doomed", 6, 1.0)
         assert "Stub process 'doomed_0_0' is not healthy" in str(stream.receive())
-    assert "Stub process 'doomed_0_0' is not healthy" in str(add(client, "doomed", 7, 1.0, start=True))
+    assert "Stub process 'doomed_0_0' is not healthy" in str(
+        add(client, "doomed", 7, 1.0, start=True)
+    )
     assert client.is_server_ready()
     assert client.is_model_ready("doomed")
     assert stubs(controlled, "doomed") == []
@@ -133,12 +154,19 @@ def test_a_killed_stub_leaves_its_model_ready_and_dead_until_it_is_unloaded_and_
 
 def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder: Path) -> None:
     """But says that it is not live, and closes HTTP: a liveness probe there kills it. Only an inference tells."""
-    with TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "drained") as server, InferenceServerClient(server.grpc_url) as client:
+    with (
+        TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "drained") as server,
+        InferenceServerClient(server.grpc_url) as client,
+    ):
         assert server.process is not None
         assert add(client, "doomed", 1, 1.0, start=True) == (1.0, 1)
         assert http(server, server.ports.http, "/v2/health/live") == 200
         kill(server.process.pid, signal.SIGTERM)
-        eventually(lambda: "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True)), "it refuses", 10.0)
+        eventually(
+            lambda: "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True)),
+            "it refuses",
+            10.0,
+        )
         for step in range(2, 6):
             assert add(client, "doomed", 1, 1.0) == (float(step), step)
             time.sleep(0.3)
@@ -154,10 +182,14 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder:
         assert time.monotonic() - begin < 15.0  # far below its exit timeout of 30 s
 
 
-def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open_stream(folder: Path) -> None:
+def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open_stream(
+    folder: Path,
+) -> None:
     """So whoever runs it must kill it after a while, as Kubernetes does."""
     arguments = ["--exit-timeout-secs=5"]
-    with TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "hung", arguments=arguments) as server:
+    with TritonServer(
+        folder / "one", Ports(0, 0, 0), log=folder / "hung", arguments=arguments
+    ) as server:
         assert server.process is not None
         with Stream(server.grpc_url) as stream:
             stream.send("doomed", 1, 1.0, start=True)

@@ -18,14 +18,34 @@ pytestmark = pytest.mark.server
 
 def test_http_generates_what_grpc_does(served: Served) -> None:
     ids = tiny_tokenizer().encode("Subject to the terms").ids
-    events = served.events(text="Subject to the terms", max_tokens=20, ignore_eos=True, stream_interval=4)
-    tokens = [token for event in events for token in (event["tokens"] if isinstance(event["tokens"], list) else [event["tokens"]])]
+    events = served.events(
+        text="Subject to the terms", max_tokens=20, ignore_eos=True, stream_interval=4
+    )
+    tokens = [
+        token
+        for event in events
+        for token in (event["tokens"] if isinstance(event["tokens"], list) else [event["tokens"]])
+    ]
     assert tokens == greedy(served.llama, ids, 20)
     assert "".join(event["text_output"] for event in events) == added(ids, tokens)
     assert [event["finish_reason"] for event in events] == [""] * (len(events) - 1) + ["length"]
     assert len(events) <= 5
-    one = served.events(input_ids=[5, 6, 7], max_tokens=3, ignore_eos=True, stream_interval=3, temperature=0.8, seed=3)
-    other = served.events(input_ids=[5, 6, 7], max_tokens=3, ignore_eos=True, stream_interval=3, temperature="0.8", seed=3)
+    one = served.events(
+        input_ids=[5, 6, 7],
+        max_tokens=3,
+        ignore_eos=True,
+        stream_interval=3,
+        temperature=0.8,
+        seed=3,
+    )
+    other = served.events(
+        input_ids=[5, 6, 7],
+        max_tokens=3,
+        ignore_eos=True,
+        stream_interval=3,
+        temperature="0.8",
+        seed=3,
+    )
     assert one == other
 
 
@@ -37,32 +57,55 @@ def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
     assert event["error"].startswith("INPLACE-BAD_PARAMETER retryable=0")
     assert "parameter 'max_tokens' is missing" in event["error"]
     with ThreadPoolExecutor(2 * SLOTS) as pool:
-        said = list(pool.map(lambda seed: served.events(input_ids=prompt(seed, 5), max_tokens=6, ignore_eos=True), range(2 * SLOTS)))
+        said = list(
+            pool.map(
+                lambda seed: served.events(
+                    input_ids=prompt(seed, 5), max_tokens=6, ignore_eos=True
+                ),
+                range(2 * SLOTS),
+            )
+        )
     assert all(events[-1]["finish_reason"] == "length" for events in said)
 
 
 def test_many_http_generations_wait_for_a_slot_and_all_are_served(served: Served) -> None:
     """More of them than the server has threads for a model; 40 at once, with 8 slots, once stopped the front and the model for good."""
     with ThreadPoolExecutor(48) as pool:
-        said = list(pool.map(lambda seed: served.events(input_ids=prompt(seed, 5), max_tokens=30, ignore_eos=True), range(48)))
+        said = list(
+            pool.map(
+                lambda seed: served.events(
+                    input_ids=prompt(seed, 5), max_tokens=30, ignore_eos=True
+                ),
+                range(48),
+            )
+        )
     assert [events[-1]["finish_reason"] for events in said] == ["length"] * 48
     with Stream(served) as stream:
         assert stream.ask("after", [1], end=True).error == ""
 
 
 @pytest.mark.parametrize("parameter", [{"sequence_key": "mine"}, {"position": 3}, {"fetch": True}])
-def test_http_generations_have_no_sequence_to_name(served: Served, parameter: dict[str, Any]) -> None:
+def test_http_generations_have_no_sequence_to_name(
+    served: Served, parameter: dict[str, Any]
+) -> None:
     for _ in range(2 * SLOTS):  # more than would fit, if any kept its slot
         [event] = served.events(text="x", max_tokens=3, **parameter)
         assert "INPLACE-BAD_PARAMETER" in event["error"]
         assert "for clients that name a sequence" in event["error"]
-    assert served.events(input_ids=[1, 2], max_tokens=3, ignore_eos=True)[-1]["finish_reason"] == "length"
+    assert (
+        served.events(input_ids=[1, 2], max_tokens=3, ignore_eos=True)[-1]["finish_reason"]
+        == "length"
+    )
 
 
 def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
     url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
-    body = json.dumps({"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True}).encode()
-    pages = [urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) for _ in range(SLOTS)]
+    body = json.dumps(
+        {"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True}
+    ).encode()
+    pages = [
+        urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) for _ in range(SLOTS)
+    ]
     for page in pages:
         page.readline()
         page.close()
@@ -74,15 +117,23 @@ def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("body", [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"note":"\xff"}'])
-def test_an_http_request_with_bytes_that_are_no_text_is_refused_and_nothing_waits_for_it(served: Served, body: bytes) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"note":"\xff"}'],
+)
+def test_an_http_request_with_bytes_that_are_no_text_is_refused_and_nothing_waits_for_it(
+    served: Served, body: bytes
+) -> None:
     url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
     for _ in range(2 * SLOTS):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
         with refused.value as page:
             assert page.code == 400
-            assert b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: the request cannot be read: 'utf-8'" in page.read()
+            assert (
+                b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: the request cannot be read: 'utf-8'"
+                in page.read()
+            )
     assert served.events(text="x", max_tokens=2, ignore_eos=True)[-1]["finish_reason"] == "length"
 
 
@@ -90,7 +141,10 @@ def test_clients_that_come_and_go_never_stop_the_front(served: Served) -> None:
     """With several responses a request it stood still now and then, after some hundred generations, and the model with it."""
 
     def one(client: int) -> list[str]:
-        said = [served.events(input_ids=prompt(client, 4), max_tokens=24, ignore_eos=True) for _ in range(20)]
+        said = [
+            served.events(input_ids=prompt(client, 4), max_tokens=24, ignore_eos=True)
+            for _ in range(20)
+        ]
         return [events[-1]["finish_reason"] for events in said]
 
     with ThreadPoolExecutor(32) as pool:

@@ -10,7 +10,7 @@ import pytest
 from fuzz.run import SHARE, fuzz
 from fuzz.server import Watch, built
 from fuzz.wire import message
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from tritonclient.grpc import service_pb2_grpc
 
 pytestmark = pytest.mark.server
@@ -32,7 +32,14 @@ def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path:
     answers = findings.answers
     assert answers.total() >= 0.95 * REQUESTS
     assert answers["result"] > 0.5 * SHARE * REQUESTS  # what good clients sent came through
-    assert {"BAD_PARAMETER", "CAPACITY", "EMPTY_INPUT", "UNKNOWN_SEQUENCE", "VALUE_RANGE", "triton"} <= set(answers)
+    assert {
+        "BAD_PARAMETER",
+        "CAPACITY",
+        "EMPTY_INPUT",
+        "UNKNOWN_SEQUENCE",
+        "VALUE_RANGE",
+        "triton",
+    } <= set(answers)
     assert {"page", "page BAD_PARAMETER", "page refused by triton", "left"} <= set(answers)
 
 
@@ -41,7 +48,9 @@ def _batch_of_none(url: str) -> None:
 
     When this fails, the server has learnt to refuse it: `fuzz.damage` may then make such shapes too.
     """
-    request = message("llama", {"input_ids": np.ones((1, 65), np.int64)}, "none", start=True, end=True)
+    request = message(
+        "llama", {"input_ids": np.ones((1, 65), np.int64)}, "none", start=True, end=True
+    )
     request.inputs[0].shape[:] = [0, 65]
     with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
         service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
@@ -53,7 +62,9 @@ def _bytes_that_wrap(url: str) -> None:
 
     When this fails, the server has learnt to refuse it (docs/failures.md): `fuzz.damage` may then make such shapes too.
     """
-    request = message("llama", {"input_ids": np.ones((1, 0), np.int64)}, "none", start=True, end=True)
+    request = message(
+        "llama", {"input_ids": np.ones((1, 0), np.int64)}, "none", start=True, end=True
+    )
     request.inputs[0].shape[:] = [1, 2**61]
     with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
         service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)

@@ -36,7 +36,9 @@ def added_to(ids: list[int], tokens: list[int]) -> str:
     return whole[len(before) :].rstrip("\ufffd")
 
 
-def test_the_example_of_the_documentation_prints_a_text(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_documentation_prints_a_text(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
     code = document.partition("```python\n")[2].partition("```")[0]
     assert "my-model" in code
@@ -55,19 +57,40 @@ def test_a_text_is_its_tokens_with_the_beginning_of_a_text(served: Served) -> No
 def test_three_times_as_many_streams_as_slots_each_say_what_they_say_alone(served: Served) -> None:
     def one(seed: int) -> Answer:
         with Stream(served) as stream:
-            return stream.ask(seed + 1, prompt(seed, 1 + seed * 3), end=True, max_tokens=20 + seed, ignore_eos=True)
+            return stream.ask(
+                seed + 1,
+                prompt(seed, 1 + seed * 3),
+                end=True,
+                max_tokens=20 + seed,
+                ignore_eos=True,
+            )
 
     with ThreadPoolExecutor(3 * SLOTS) as pool:
         answers = list(pool.map(one, range(3 * SLOTS)))
     for seed, answer in enumerate(answers):
-        assert (answer.tokens, answer.error) == (greedy(served.llama, prompt(seed, 1 + seed * 3), 20 + seed), "")
+        assert (answer.tokens, answer.error) == (
+            greedy(served.llama, prompt(seed, 1 + seed * 3), 20 + seed),
+            "",
+        )
 
 
 def test_a_seed_says_the_same_alone_and_in_company(served: Served) -> None:
     def one(number: int) -> list[int]:
         with Stream(served) as stream:
-            sampling: dict[str, Any] = {"temperature": "0.9", "top_k": 64, "top_p": "0.95", "seed": number % 3}
-            return stream.ask(f"seed {number}", prompt(7, 21), end=True, max_tokens=16, ignore_eos=True, **sampling).tokens
+            sampling: dict[str, Any] = {
+                "temperature": "0.9",
+                "top_k": 64,
+                "top_p": "0.95",
+                "seed": number % 3,
+            }
+            return stream.ask(
+                f"seed {number}",
+                prompt(7, 21),
+                end=True,
+                max_tokens=16,
+                ignore_eos=True,
+                **sampling,
+            ).tokens
 
     alone = [one(seed) for seed in range(3)]
     assert len({tuple(said) for said in alone}) == 3
@@ -95,42 +118,81 @@ def test_generations_steps_and_an_end_share_a_sequence(served: Served) -> None:
 def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
     ids = tiny_tokenizer().encode("Derivative Works").ids
     text = added(ids, greedy(served.llama, ids, 40))
-    stop = next(text[at : at + 3] for at in range(8, len(text)) if text.count(text[at : at + 3]) == 1 and "\ufffd" not in text[at : at + 3])
+    stop = next(
+        text[at : at + 3]
+        for at in range(8, len(text))
+        if text.count(text[at : at + 3]) == 1 and "\ufffd" not in text[at : at + 3]
+    )
     with Stream(served) as stream:
-        answer = stream.ask("a", "Derivative Works", end=True, stop=("nowhere", stop), max_tokens=40, ignore_eos=True)
+        answer = stream.ask(
+            "a",
+            "Derivative Works",
+            end=True,
+            stop=("nowhere", stop),
+            max_tokens=40,
+            ignore_eos=True,
+        )
     assert (answer.reason, answer.text) == ("stop", text[: text.index(stop)])
 
 
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"max_tokens": 0}, "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: parameter 'max_tokens' is 0; expected"),
+        (
+            {"max_tokens": 0},
+            "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: parameter 'max_tokens' is 0; expected",
+        ),
         ({"max_tokens": 4, "temperature": "hot"}, "parameter 'temperature' is 'hot'"),
         ({"max_tokens": CAPACITY, "logits": True}, "parameter 'logits' belongs to steps"),
     ],
 )
-def test_a_generation_that_cannot_be_is_refused(served: Served, parameters: dict[str, Any], says: str) -> None:
+def test_a_generation_that_cannot_be_is_refused(
+    served: Served, parameters: dict[str, Any], says: str
+) -> None:
     with Stream(served) as stream:
         assert says in stream.ask("bad", [1, 2], end=True, **parameters).error
-        both = stream.send([ids_input([1]), bytes_input("text", ["x"])], OUTPUTS, "bad", True, True, {"max_tokens": 1})
-        assert "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: inputs 'input_ids' and 'text' are both given" in both.error
+        both = stream.send(
+            [ids_input([1]), bytes_input("text", ["x"])],
+            OUTPUTS,
+            "bad",
+            True,
+            True,
+            {"max_tokens": 1},
+        )
+        assert (
+            "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: inputs 'input_ids' and 'text' are both given"
+            in both.error
+        )
         assert "INPLACE-EMPTY_INPUT" in stream.ask("bad", [], end=True, max_tokens=1).error
-        assert "INPLACE-MISSING_INPUT" in stream.send([bytes_input("stop", ["x"])], OUTPUTS, "bad", True, True, {"max_tokens": 1}).error
+        assert (
+            "INPLACE-MISSING_INPUT"
+            in stream.send(
+                [bytes_input("stop", ["x"])], OUTPUTS, "bad", True, True, {"max_tokens": 1}
+            ).error
+        )
         assert stream.ask("bad", [1, 2], end=True, max_tokens=1).error == ""
 
 
-def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(served: Served) -> None:
+def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(
+    served: Served,
+) -> None:
     value = InferInput("value", [1, 4], "FP32")
     value.set_data_from_numpy(np.full((1, 4), 2, dtype=np.float32))
     with Stream(served, "sums") as stream:
         assert stream.send([value], ("sum",), "s", True, False, {}).step == [2.0] * 4
-        assert "is no language model and generates nothing" in stream.send([value], ("sum",), "s", False, False, {"max_tokens": 1}).error
+        assert (
+            "is no language model and generates nothing"
+            in stream.send([value], ("sum",), "s", False, False, {"max_tokens": 1}).error
+        )
         assert stream.send([value], ("sum",), "s", False, True, {}).step == [4.0] * 4
 
 
 def test_http_infer_is_refused_by_triton(served: Served) -> None:
     url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama/infer"
-    body = {"inputs": [{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": [1]}], "parameters": {"sequence_id": 1}}
+    body = {
+        "inputs": [{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": [1]}],
+        "parameters": {"sequence_id": 1},
+    }
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=20)
     with refused.value as page:
@@ -142,7 +204,11 @@ def test_steps_that_are_sent_ahead_of_their_answers_take_effect_in_order(served:
     ids = prompt(11, 60)
     answers: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     with InferenceServerClient(served.server.grpc_url) as client:
-        client.start_stream(lambda result, error: answers.put((result.get_response().id, int(result.as_numpy("next_token")[0, 0]))))
+        client.start_stream(
+            lambda result, error: answers.put(
+                (result.get_response().id, int(result.as_numpy("next_token")[0, 0]))
+            )
+        )
         for at, token in enumerate(ids):
             client.async_stream_infer(
                 "llama",
@@ -155,9 +221,14 @@ def test_steps_that_are_sent_ahead_of_their_answers_take_effect_in_order(served:
             )
         said = dict(answers.get(timeout=60) for _ in ids)
         client.stop_stream()
-    assert [said[str(at)] for at in range(len(ids))] == [greedy(served.llama, ids[: at + 1], 1)[0] for at in range(len(ids))]
+    assert [said[str(at)] for at in range(len(ids))] == [
+        greedy(served.llama, ids[: at + 1], 1)[0] for at in range(len(ids))
+    ]
 
 
 def test_a_unary_request_is_refused_by_triton(served: Served) -> None:
-    with InferenceServerClient(served.server.grpc_url) as client, pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+    with (
+        InferenceServerClient(served.server.grpc_url) as client,
+        pytest.raises(InferenceServerException, match="UNIMPLEMENTED"),
+    ):
         client.infer("llama", [ids_input([1])], sequence_id=1, sequence_start=True)

@@ -35,18 +35,26 @@ def says(served: Served, history: list[int], max_tokens: int) -> Said:
 def goes_on(served: Served, talk: Talk, sequence: str, history: list[int]) -> None:
     """The live sequence holds this history and nothing else; it is ended."""
     more = [7, 8]
-    found = talk.ask(sequence, more, GENERATION, end=True, sequence_key="mine", position=len(history))
+    found = talk.ask(
+        sequence, more, GENERATION, end=True, sequence_key="mine", position=len(history)
+    )
     assert found == says(served, history + more, GENERATION)
 
 
 @pytest.mark.parametrize("before", [STEP, GENERATION])
 @pytest.mark.parametrize("now", [STEP, GENERATION])
-def test_with_key_and_position_a_start_goes_on_with_the_live_sequence(served: Served, talk: Talk, before: int, now: int) -> None:
+def test_with_key_and_position_a_start_goes_on_with_the_live_sequence(
+    served: Served, talk: Talk, before: int, now: int
+) -> None:
     first = talk.ask("on", IDS, before, start=True, sequence_key="mine")
     assert first == says(served, IDS, before)
-    history = IDS + first.tokens * bool(before)  # what a generation said is the sequence's, its last token still to be fed
+    history = IDS + first.tokens * bool(
+        before
+    )  # what a generation said is the sequence's, its last token still to be fed
     for more in ([3, 4], [5]):
-        found = talk.ask("on", more, now, start=True, sequence_key="mine", position=str(len(history)))
+        found = talk.ask(
+            "on", more, now, start=True, sequence_key="mine", position=str(len(history))
+        )
         history = history + more
         assert found == says(served, history, now)
         assert found != says(served, more, now)  # which a fresh sequence would have said
@@ -55,7 +63,9 @@ def test_with_key_and_position_a_start_goes_on_with_the_live_sequence(served: Se
 
 
 @pytest.mark.parametrize("now", [STEP, GENERATION])
-def test_with_key_position_and_end_it_goes_on_and_ends(served: Served, talk: Talk, now: int) -> None:
+def test_with_key_position_and_end_it_goes_on_and_ends(
+    served: Served, talk: Talk, now: int
+) -> None:
     talk.ask("last", IDS, start=True, sequence_key="mine")
     found = talk.ask("last", [3], now, start=True, end=True, sequence_key="mine", position=len(IDS))
     assert found == says(served, [*IDS, 3], now)
@@ -67,7 +77,9 @@ def test_with_key_position_and_end_it_goes_on_and_ends(served: Served, talk: Tal
 
 @pytest.mark.parametrize("before", [STEP, GENERATION])
 @pytest.mark.parametrize("now", [STEP, GENERATION])
-def test_with_another_position_it_is_refused_and_nothing_changes(served: Served, talk: Talk, before: int, now: int) -> None:
+def test_with_another_position_it_is_refused_and_nothing_changes(
+    served: Served, talk: Talk, before: int, now: int
+) -> None:
     first = talk.ask("wrong", IDS, before, start=True, sequence_key="mine")
     history = IDS + first.tokens * bool(before)
     for position in (1, len(history) - 1, len(history) + 1, 1 << 40):
@@ -83,13 +95,23 @@ def test_with_another_position_it_is_refused_and_nothing_changes(served: Served,
 @pytest.mark.parametrize("now", [STEP, GENERATION])
 def test_with_another_position_and_end_it_is_refused_and_ends(talk: Talk, now: int) -> None:
     talk.ask("wrong", IDS, start=True, sequence_key="mine")
-    assert "INPLACE-POSITION" in talk.ask("wrong", [3], now, start=True, end=True, sequence_key="mine", position=3).error
-    assert "the sequence holds 0;" in talk.ask("wrong", [3], start=True, end=True, sequence_key="mine", position=len(IDS)).error
+    assert (
+        "INPLACE-POSITION"
+        in talk.ask("wrong", [3], now, start=True, end=True, sequence_key="mine", position=3).error
+    )
+    assert (
+        "the sequence holds 0;"
+        in talk.ask(
+            "wrong", [3], start=True, end=True, sequence_key="mine", position=len(IDS)
+        ).error
+    )
 
 
 @pytest.mark.parametrize("now", [STEP, GENERATION])
 @pytest.mark.parametrize("end", [False, True])
-def test_with_another_key_it_is_refused_whatever_its_position_and_nothing_changes(served: Served, talk: Talk, now: int, end: bool) -> None:
+def test_with_another_key_it_is_refused_whatever_its_position_and_nothing_changes(
+    served: Served, talk: Talk, now: int, end: bool
+) -> None:
     first = talk.ask("guarded", IDS, GENERATION, start=True, sequence_key="mine")
     history = IDS + first.tokens
     for key, has in (({"sequence_key": "yours"}, "a sequence_key"), ({}, "no sequence_key")):
@@ -97,9 +119,13 @@ def test_with_another_key_it_is_refused_whatever_its_position_and_nothing_change
             parameters: dict[str, Any] = key | position
             found = talk.ask("guarded", [3], now, start=True, end=end, **parameters)
             assert (found.tokens, found.reason) == ([], "")
-            assert found.error.startswith(f"INPLACE-SEQUENCE_KEY retryable=1 sequence=guarded request=-: the request carries {has}, ")
+            assert found.error.startswith(
+                f"INPLACE-SEQUENCE_KEY retryable=1 sequence=guarded request=-: the request carries {has}, "
+            )
     if end:  # Triton has ended the sequence for all that
-        assert FORGOTTEN in talk.ask("guarded", [7], sequence_key="mine", position=len(history)).error
+        assert (
+            FORGOTTEN in talk.ask("guarded", [7], sequence_key="mine", position=len(history)).error
+        )
         found = talk.ask("guarded", [7], start=True, sequence_key="mine", position=len(history))
         assert found == says(served, [*history, 7], STEP)
         history = [*history, 7]
@@ -120,9 +146,14 @@ def test_with_the_key_but_no_position_above_0_a_fresh_sequence_replaces_the_live
 
 
 @pytest.mark.parametrize("now", [STEP, GENERATION])
-def test_without_a_key_a_start_with_a_position_ends_the_live_sequence_and_is_refused(talk: Talk, now: int) -> None:
+def test_without_a_key_a_start_with_a_position_ends_the_live_sequence_and_is_refused(
+    talk: Talk, now: int
+) -> None:
     talk.ask("open", IDS, start=True)
-    assert "meant for position 9, the sequence holds 0;" in talk.ask("open", [3], now, start=True, position=len(IDS)).error
+    assert (
+        "meant for position 9, the sequence holds 0;"
+        in talk.ask("open", [3], now, start=True, position=len(IDS)).error
+    )
     assert "INPLACE-UNKNOWN_SEQUENCE" in talk.ask("open", [3], end=True).error
 
 

@@ -13,8 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import BLANK, FORGOTTEN, SLOTS, Answer, Stream, accumulators, add, idle_after, kill, stubs
-from inplace_builder.server import Ports, TritonServer
+from faults import (
+    BLANK,
+    FORGOTTEN,
+    SLOTS,
+    Answer,
+    Stream,
+    accumulators,
+    add,
+    idle_after,
+    kill,
+    stubs,
+)
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb
@@ -40,8 +51,12 @@ def _twins(config: pb.ModelConfig) -> None:
 @pytest.fixture(scope="module")
 def accumulating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("lifetimes")
-    repository = accumulators(folder / "repository", {"patient": _patient, "crowd": _crowd, "twins": _twins})
-    with TritonServer(repository, Ports(0, 0, 0), log=folder / "log", arguments=["--exit-timeout-secs=1"]) as running:
+    repository = accumulators(
+        folder / "repository", {"patient": _patient, "crowd": _crowd, "twins": _twins}
+    )
+    with TritonServer(
+        repository, Ports(0, 0, 0), log=folder / "log", arguments=["--exit-timeout-secs=1"]
+    ) as running:
         yield running
 
 
@@ -62,11 +77,16 @@ def free(client: InferenceServerClient, model: str, ids: range, slots: int = SLO
     answers = [add(client, model, number, 1.0, start=True) for number in ids[: slots + 1]]
     for number in ids[: slots + 1]:
         add(client, model, number, 0.0, end=True)
-    assert all(answer == (1.0, 1) or "INPLACE-NO_FREE_SLOT retryable=1" in str(answer) for answer in answers), answers
+    assert all(
+        answer == (1.0, 1) or "INPLACE-NO_FREE_SLOT retryable=1" in str(answer)
+        for answer in answers
+    ), answers
     return answers.count((1.0, 1))
 
 
-def test_a_batch_with_one_bad_request_serves_the_others(client: InferenceServerClient, stream: Stream) -> None:
+def test_a_batch_with_one_bad_request_serves_the_others(
+    client: InferenceServerClient, stream: Stream
+) -> None:
     for number in range(1, 5):
         assert add(client, "patient", number, number, start=True) == (number, 1)
     before = batch_counts(client, "patient").get(4, 0)
@@ -74,10 +94,19 @@ def test_a_batch_with_one_bad_request_serves_the_others(client: InferenceServerC
         stream.send("patient", number, 10.0, position=7 if number == 3 else 1)
     answers = [stream.receive() for _ in range(4)]
     assert batch_counts(client, "patient").get(4, 0) == before + 1  # they were one batch
-    assert [answer for answer in answers if isinstance(answer, tuple)] == [(11.0, 2), (12.0, 2), (14.0, 2)]
+    assert [answer for answer in answers if isinstance(answer, tuple)] == [
+        (11.0, 2),
+        (12.0, 2),
+        (14.0, 2),
+    ]
     (refused,) = [answer for answer in answers if isinstance(answer, str)]
     assert "INPLACE-POSITION retryable=0 sequence=3 " in refused
-    assert [add(client, "patient", number, 0.0, end=True) for number in (1, 2, 3, 4)] == [(11.0, 3), (12.0, 3), (3.0, 2), (14.0, 3)]
+    assert [add(client, "patient", number, 0.0, end=True) for number in (1, 2, 3, 4)] == [
+        (11.0, 3),
+        (12.0, 3),
+        (3.0, 2),
+        (14.0, 3),
+    ]
 
 
 @pytest.mark.parametrize("trial", range(3))
@@ -97,31 +126,51 @@ def test_without_a_key_a_pipelined_end_may_hit_the_next_sequence_of_its_id(
 
 
 @pytest.mark.parametrize("trial", range(3))
-def test_with_keys_a_pipelined_end_ends_its_own_sequence_only(stream: Stream, client: InferenceServerClient, trial: int) -> None:
-    for value, flags, key in ((1.0, "start", "old"), (10.0, "end", "old"), (100.0, "start", "new"), (1000.0, "", "new")):
-        stream.send("patient", "keyed", value, start=flags == "start", end=flags == "end", sequence_key=key)
+def test_with_keys_a_pipelined_end_ends_its_own_sequence_only(
+    stream: Stream, client: InferenceServerClient, trial: int
+) -> None:
+    for value, flags, key in (
+        (1.0, "start", "old"),
+        (10.0, "end", "old"),
+        (100.0, "start", "new"),
+        (1000.0, "", "new"),
+    ):
+        stream.send(
+            "patient", "keyed", value, start=flags == "start", end=flags == "end", sequence_key=key
+        )
     first, end, second, step = (stream.receive() for _ in range(4))
     assert (first, end) == ((1.0, 1), (11.0, 2))
     if isinstance(second, str):  # it overtook the END: nothing was changed, and it may come again
         assert "INPLACE-SEQUENCE_KEY retryable=1 sequence=keyed " in second
         assert isinstance(step, str) and "INPLACE-UNKNOWN_SEQUENCE" in step
-        second, step = (add(client, "patient", "keyed", v, start=v == 100.0, sequence_key="new") for v in (100.0, 1000.0))
+        second, step = (
+            add(client, "patient", "keyed", v, start=v == 100.0, sequence_key="new")
+            for v in (100.0, 1000.0)
+        )
     assert (second, step) == ((100.0, 1), (1100.0, 2))
     assert add(client, "patient", "keyed", 0.0, end=True, sequence_key="new") == (1100.0, 3)
 
 
-def test_a_foreign_end_is_refused_and_the_owner_goes_on_although_triton_has_ended_the_sequence(client: InferenceServerClient) -> None:
+def test_a_foreign_end_is_refused_and_the_owner_goes_on_although_triton_has_ended_the_sequence(
+    client: InferenceServerClient,
+) -> None:
     assert add(client, "patient", 5, 1.0, start=True, sequence_key="mine") == (1.0, 1)
     assert "INPLACE-SEQUENCE_KEY retryable=0" in str(add(client, "patient", 5, 1.0, end=True))
-    assert "INPLACE-SEQUENCE_KEY" in str(add(client, "patient", 5, 1.0, start=True))  # has a place in Triton again, the slot is unchanged
+    assert "INPLACE-SEQUENCE_KEY" in str(
+        add(client, "patient", 5, 1.0, start=True)
+    )  # has a place in Triton again, the slot is unchanged
     assert add(client, "patient", 5, 1.0, sequence_key="mine") == (2.0, 2)
-    assert "INPLACE-SEQUENCE_KEY" in str(add(client, "patient", 5, 1.0, end=True, sequence_key="guess"))
+    assert "INPLACE-SEQUENCE_KEY" in str(
+        add(client, "patient", 5, 1.0, end=True, sequence_key="guess")
+    )
     assert FORGOTTEN in str(add(client, "patient", 5, 1.0, sequence_key="mine"))
     assert add(client, "patient", 5, 1.0, start=True, sequence_key="mine", position=2) == (3.0, 3)
     assert add(client, "patient", 5, 1.0, end=True, sequence_key="mine") == (4.0, 4)
 
 
-def test_a_step_cancelled_while_it_waits_alone_vanishes_and_its_sequence_goes_on(client: InferenceServerClient) -> None:
+def test_a_step_cancelled_while_it_waits_alone_vanishes_and_its_sequence_goes_on(
+    client: InferenceServerClient,
+) -> None:
     assert add(client, "patient", 6, 1.0, start=True) == (1.0, 1)
     assert "DEADLINE_EXCEEDED" in str(add(client, "patient", 6, 50.0, timeout=DELAY / 3))
     time.sleep(DELAY)
@@ -162,14 +211,20 @@ def test_a_cancelled_step_takes_those_behind_it_along_which_hear_nothing_but_tha
 
 
 def test_a_start_cancelled_while_it_waits_holds_no_slot(client: InferenceServerClient) -> None:
-    assert "DEADLINE_EXCEEDED" in str(add(client, "patient", 8, 50.0, start=True, timeout=DELAY / 3))
+    assert "DEADLINE_EXCEEDED" in str(
+        add(client, "patient", 8, 50.0, start=True, timeout=DELAY / 3)
+    )
     time.sleep(DELAY)
-    assert "INPLACE-UNKNOWN_SEQUENCE" in str(add(client, "patient", 8, 1.0))  # Triton believes in it, the backend never heard of it
+    assert "INPLACE-UNKNOWN_SEQUENCE" in str(
+        add(client, "patient", 8, 1.0)
+    )  # Triton believes in it, the backend never heard of it
     assert free(client, "patient", range(60, 70)) == SLOTS
     assert add(client, "patient", 8, 1.0, start=True, end=True) == (1.0, 1)
 
 
-def test_an_end_cancelled_while_it_waits_leaves_its_slot_to_the_idle_clock_or_the_next_start(client: InferenceServerClient) -> None:
+def test_an_end_cancelled_while_it_waits_leaves_its_slot_to_the_idle_clock_or_the_next_start(
+    client: InferenceServerClient,
+) -> None:
     assert add(client, "patient", 9, 1.0, start=True) == (1.0, 1)
     assert "DEADLINE_EXCEEDED" in str(add(client, "patient", 9, 1.0, end=True, timeout=DELAY / 3))
     time.sleep(DELAY)
@@ -179,7 +234,9 @@ def test_an_end_cancelled_while_it_waits_leaves_its_slot_to_the_idle_clock_or_th
     assert free(client, "patient", range(80, 90)) == SLOTS
 
 
-def test_a_sequence_belongs_to_its_id_not_to_the_stream_that_dropped(accumulating: TritonServer, client: InferenceServerClient) -> None:
+def test_a_sequence_belongs_to_its_id_not_to_the_stream_that_dropped(
+    accumulating: TritonServer, client: InferenceServerClient
+) -> None:
     with Stream(accumulating.grpc_url) as dropped:
         dropped.send("twins", "moving", 1.0, start=True)
         assert dropped.receive() == (1.0, 1)
@@ -187,7 +244,9 @@ def test_a_sequence_belongs_to_its_id_not_to_the_stream_that_dropped(accumulatin
     assert add(client, "twins", "moving", 1.0, end=True) == (3.0, 3)
 
 
-def test_a_start_beyond_triton_s_places_waits_in_silence_until_one_is_free(client: InferenceServerClient) -> None:
+def test_a_start_beyond_triton_s_places_waits_in_silence_until_one_is_free(
+    client: InferenceServerClient,
+) -> None:
     for number in range(1, 5):
         assert add(client, "crowd", number, 1.0, start=True) == (1.0, 1)
     waiting: list[Answer] = []
@@ -195,7 +254,9 @@ def test_a_start_beyond_triton_s_places_waits_in_silence_until_one_is_free(clien
     late.start()
     for _ in range(4):  # nobody is idle, and nobody tells the fifth that all slots are taken
         time.sleep(0.1)
-        assert [isinstance(add(client, "crowd", number, 1.0), tuple) for number in range(1, 5)] == [True] * 4
+        assert [isinstance(add(client, "crowd", number, 1.0), tuple) for number in range(1, 5)] == [
+            True
+        ] * 4
     assert waiting == []
     add(client, "crowd", 2, 1.0, end=True)
     late.join(10)
@@ -209,17 +270,23 @@ def test_refused_starts_do_not_fill_triton_s_places(client: InferenceServerClien
     for number in range(100, 108):
         assert add(client, "twins", number, 1.0, start=True) == (1.0, 1)
     for number in range(108, 168):
-        assert "INPLACE-NO_FREE_SLOT retryable=1" in str(add(client, "twins", number, 1.0, start=True, timeout=5.0))
+        assert "INPLACE-NO_FREE_SLOT retryable=1" in str(
+            add(client, "twins", number, 1.0, start=True, timeout=5.0)
+        )
     for number in range(100, 168):
         add(client, "twins", number, 0.0, end=True)
     assert free(client, "twins", range(170, 190), slots=8) == 8
 
 
-def test_two_instances_have_two_arenas_and_a_sequence_stays_in_one(accumulating: TritonServer, client: InferenceServerClient) -> None:
+def test_two_instances_have_two_arenas_and_a_sequence_stays_in_one(
+    accumulating: TritonServer, client: InferenceServerClient
+) -> None:
     assert len(stubs(accumulating, "twins")) == 2
     for number in range(1, 9):
         assert add(client, "twins", number, number, start=True) == (number, 1)
-    assert "INPLACE-NO_FREE_SLOT retryable=1 sequence=9 request=-: all 4 slots" in str(add(client, "twins", 9, 1.0, start=True))
+    assert "INPLACE-NO_FREE_SLOT retryable=1 sequence=9 request=-: all 4 slots" in str(
+        add(client, "twins", 9, 1.0, start=True)
+    )
     for step in range(2, 6):
         for number in range(1, 9):
             assert add(client, "twins", number, number) == (step * number, step)
@@ -233,14 +300,21 @@ def test_two_instances_have_two_arenas_and_a_sequence_stays_in_one(accumulating:
         assert isinstance(add(client, "twins", number, 0.0, end=True), tuple)
 
 
-def test_of_two_instances_another_may_get_the_start_that_should_go_on(client: InferenceServerClient) -> None:
+def test_of_two_instances_another_may_get_the_start_that_should_go_on(
+    client: InferenceServerClient,
+) -> None:
     assert add(client, "twins", 11, 1.0, start=True, sequence_key="mine") == (1.0, 1)
     assert "INPLACE-SEQUENCE_KEY" in str(add(client, "twins", 11, 1.0, end=True))
     found = add(client, "twins", 11, 1.0, start=True, sequence_key="mine", position=1)
-    assert found == (
-        2.0,
-        2,
-    ) or "INPLACE-POSITION retryable=0 sequence=11 request=-: the request was meant for position 1, the sequence holds 0" in str(found)
+    assert (
+        found
+        == (
+            2.0,
+            2,
+        )
+        or "INPLACE-POSITION retryable=0 sequence=11 request=-: the request was meant for position 1, the sequence holds 0"
+        in str(found)
+    )
 
 
 VANISHING = """
@@ -255,7 +329,9 @@ while True:
 """
 
 
-def test_a_killed_client_keeps_its_slots_until_they_are_idle(accumulating: TritonServer, client: InferenceServerClient) -> None:
+def test_a_killed_client_keeps_its_slots_until_they_are_idle(
+    accumulating: TritonServer, client: InferenceServerClient
+) -> None:
     """And what it had under way neither answers nor harms anybody."""
     folder = Path(__file__).parent
     with subprocess.Popen(

@@ -20,10 +20,11 @@ import yaml
 from inplace.alive import failures, lives
 from inplace.client import Sequence
 from inplace.errors import Code, RequestError
-from inplace.manifest import Manifest
-from inplace.metrics import families
-from inplace_builder.build import BuildOptions, build_decoder, write_engine
-from inplace_builder.server import Ports, TritonServer
+from inplace.runtime.metrics import families
+from inplace.schema.served import Manifest
+from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import CAPACITY, CHUNK, Repository
 from observed import Found, Observed, failing
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -36,9 +37,13 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @pytest.fixture(scope="module")
-def observed(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+def observed(
+    repository: Repository, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Observed]:
     path = tmp_path_factory.mktemp("observed")
-    options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=4.0)
+    options = BuildOptions(
+        slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=4.0
+    )
     build_decoder(repository.llama_folder, path / "llama", options)
     build_decoder(repository.llama_folder, path / "talk", replace(options, serve="stream"))
     shutil.rmtree(path / "talk_generate")  # its front has no numbers
@@ -54,10 +59,23 @@ def observed(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -
         yield Observed(server, client, path)
 
 
-def send(client: InferenceServerClient, sequence: int | str, ids: list[int], start: bool = False, end: bool = False) -> None:
+def send(
+    client: InferenceServerClient,
+    sequence: int | str,
+    ids: list[int],
+    start: bool = False,
+    end: bool = False,
+) -> None:
     tensor = InferInput("input_ids", [1, len(ids)], "INT64")
     tensor.set_data_from_numpy(np.array([ids]))
-    client.infer("llama", [tensor], sequence_id=sequence, sequence_start=start, sequence_end=end, request_id="asked")
+    client.infer(
+        "llama",
+        [tensor],
+        sequence_id=sequence,
+        sequence_start=start,
+        sequence_end=end,
+        request_id="asked",
+    )
 
 
 def test_before_any_request_every_number_is_there(observed: Observed) -> None:
@@ -110,14 +128,19 @@ def test_the_numbers_are_what_was_done(observed: Observed) -> None:
     }
     found = observed.settled("llama", expected)
     assert {key: found[key] for key in expected} == expected
-    seconds = [found["inplace_step_seconds_bucket", bound] for bound in _bounds(found, "inplace_step_seconds_bucket")]
+    seconds = [
+        found["inplace_step_seconds_bucket", bound]
+        for bound in _bounds(found, "inplace_step_seconds_bucket")
+    ]
     assert seconds == sorted(seconds)
     assert seconds[-1] == 13
     assert 0 < found["inplace_step_seconds_sum", ""] < 60
 
 
 def test_the_log_says_what_happened_to_whom(observed: Observed) -> None:
-    assert observed.lines(r"I.*inplace llama_0_0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu.*", 1)
+    assert observed.lines(
+        r"I.*inplace llama_0_0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu.*", 1
+    )
     observed.lines(r".*sequence ended: .*reason=idle.*", 1)
     log = observed.log()
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=start" in log
@@ -156,7 +179,9 @@ def test_generations_are_counted(observed: Observed) -> None:
     assert {key: found[key] for key in expected} == expected
 
 
-def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_line(observed: Observed) -> None:
+def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_line(
+    observed: Observed,
+) -> None:
     sequence = Sequence(observed.client, "table", id="doomed")
     assert sequence.step({"which": np.array([3])})["sum"] == [3.0]
     with pytest.raises(InferenceServerException, match="ENGINE_FAILED"):
@@ -165,7 +190,11 @@ def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_li
         sequence.close()
     ended = ("inplace_sequences_ended_total", "engine_failed")
     deadline = time.monotonic() + 10.0
-    while sorted(counts := [observed.numbers("table", instance).get(ended, 0) for instance in ("_0_0", "_0_1")]) != [0, 1]:
+    while sorted(
+        counts := [
+            observed.numbers("table", instance).get(ended, 0) for instance in ("_0_0", "_0_1")
+        ]
+    ) != [0, 1]:
         assert time.monotonic() < deadline, counts
         time.sleep(0.1)
     instance = f"_0_{counts.index(1)}"
@@ -185,7 +214,10 @@ def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_li
 
 def test_series_have_the_model_its_version_its_instance_and_its_process(observed: Observed) -> None:
     labels = [labels for _, labels, _ in observed.samples("table")]
-    assert {(each["version"], each["instance"]) for each in labels} == {("1", "table_0_0"), ("1", "table_0_1")}
+    assert {(each["version"], each["instance"]) for each in labels} == {
+        ("1", "table_0_0"),
+        ("1", "table_0_1"),
+    }
     extra = {metric.label for metric in families()} - {""}
     assert all(set(each) - extra == {"model", "version", "instance", "process"} for each in labels)
 
@@ -203,7 +235,9 @@ def test_a_model_that_is_unloaded_takes_its_series_along(observed: Observed) -> 
 def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
     shown: set[str] = set()
     board = json.loads((DEPLOY / "grafana/dashboards/inplace.json").read_text())
-    expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    expressions = [
+        target["expr"] for panel in board["panels"] for target in panel.get("targets", ())
+    ]
     assert len(expressions) > 20
     for expression in expressions:
         shown |= _selected(promql_parser.parse(expression.replace("$__rate_interval", "1m")))
@@ -215,7 +249,11 @@ def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
 def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -> None:
     groups = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
     served = {name for name, _, _ in observed.samples("llama")}
-    reasons = {labels["reason"] for name, labels, _ in observed.samples("llama") if name == "inplace_sequences_ended_total"}
+    reasons = {
+        labels["reason"]
+        for name, labels, _ in observed.samples("llama")
+        if name == "inplace_sequences_ended_total"
+    }
     for rule in (rule for group in groups for rule in group["rules"]):
         parsed = promql_parser.parse(rule["expr"])
         assert _selected(parsed) <= served
@@ -223,7 +261,12 @@ def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -
 
 
 def test_a_server_whose_models_answer_is_alive(observed: Observed) -> None:
-    found = subprocess.run([sys.executable, "-m", "inplace.alive", observed.server.grpc_url], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "inplace.alive", observed.server.grpc_url],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (found.returncode, found.stderr) == (0, "")
     nobody: Found = {("inplace_sequences_live", ""): 0, ("inplace_slots_free", ""): SLOTS}
     assert observed.settled("llama", nobody).items() >= nobody.items()
@@ -237,17 +280,24 @@ def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:
         send(observed.client, 1 + sequence, [1], end=True)
 
 
-def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_ready(observed: Observed) -> None:
+def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_ready(
+    observed: Observed,
+) -> None:
     stub = observed.stub("talk")
     stub.send_signal(signal.SIGSTOP)
     try:
         assert set(failures(observed.server.grpc_url, timeout=5.0)) == {"talk"}
         assert observed.client.is_model_ready("talk")
         found = subprocess.run(
-            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "5"], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "5"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert found.returncode == 1
-        assert re.fullmatch(r"talk: (no answer within 5 s|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr)
+        assert re.fullmatch(
+            r"talk: (no answer within 5 s|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr
+        )
     finally:
         stub.kill()
 

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
-from inplace_builder.server import Ports, ServerError, TritonServer, environment, install_backend, installation
+from inplace_builder.tools.tritonserver import (
+    Ports,
+    ServerError,
+    TritonServer,
+    environment,
+    install_backend,
+    installation,
+)
 from models import Repository
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -24,7 +31,13 @@ pytestmark = pytest.mark.server
 
 def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) -> None:
     """`inplace install-backend`, then tritonserver as an operator types it."""
-    command = [sys.executable, "-m", "inplace_builder", "install-backend", str(tmp_path / "backends")]
+    command = [
+        sys.executable,
+        "-m",
+        "inplace_builder",
+        "install-backend",
+        str(tmp_path / "backends"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     models = _alone(repository, tmp_path, "llama").parent.parent
     template = TritonServer(models, Ports(0, 0, 0), backends=tmp_path / "backends")
@@ -33,25 +46,48 @@ def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) ->
     try:
         template.process = process
         template.wait_ready()
-        with InferenceServerClient(template.grpc_url) as client, Sequence(client, "llama") as sequence:
+        with (
+            InferenceServerClient(template.grpc_url) as client,
+            Sequence(client, "llama") as sequence,
+        ):
             assert 0 <= sequence.tokens([1, 2, 3]) < 512
     finally:
         template.stop()
 
 
-def test_a_server_that_is_ready_answers_at_every_endpoint(repository: Repository, tmp_path: Path) -> None:
+def test_a_server_that_is_ready_answers_at_every_endpoint(
+    repository: Repository, tmp_path: Path
+) -> None:
     models = _alone(repository, tmp_path, "llama").parent.parent
     with TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log") as server:
-        for port, path in ((server.ports.metrics, "metrics"), (server.ports.http, "v2/health/ready")):
-            with urllib.request.urlopen(f"http://{server.host}:{port}/{path}", timeout=10) as answer:
+        for port, path in (
+            (server.ports.metrics, "metrics"),
+            (server.ports.http, "v2/health/ready"),
+        ):
+            with urllib.request.urlopen(
+                f"http://{server.host}:{port}/{path}", timeout=10
+            ) as answer:
                 assert answer.status == 200
 
 
-@pytest.mark.parametrize("off", [["--allow-metrics=false", "--allow-http=0"], ["--allow-metrics", "False", "--allow-http", "false"]])
-def test_an_endpoint_that_is_turned_off_is_not_waited_for(repository: Repository, tmp_path: Path, off: list[str]) -> None:
+@pytest.mark.parametrize(
+    "off",
+    [
+        ["--allow-metrics=false", "--allow-http=0"],
+        ["--allow-metrics", "False", "--allow-http", "false"],
+    ],
+)
+def test_an_endpoint_that_is_turned_off_is_not_waited_for(
+    repository: Repository, tmp_path: Path, off: list[str]
+) -> None:
     models = _alone(repository, tmp_path, "llama").parent.parent
-    with TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=60) as server:
-        with InferenceServerClient(server.grpc_url) as client, Sequence(client, "llama") as sequence:
+    with TritonServer(
+        models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=60
+    ) as server:
+        with (
+            InferenceServerClient(server.grpc_url) as client,
+            Sequence(client, "llama") as sequence,
+        ):
             sequence.tokens([1, 2, 3])
         for port in (server.ports.metrics, server.ports.http):
             with socket.socket() as probe:
@@ -89,21 +125,37 @@ def test_a_tritonserver_on_path_is_run_with_its_own_backends(
         sequence.tokens([1, 2, 3])
 
 
-def test_a_server_whose_python_is_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_whose_python_is_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = installation().stub
-    other = next(path / found.name for path in sorted(found.parent.parent.iterdir()) if path != found.parent)
+    other = next(
+        path / found.name for path in sorted(found.parent.parent.iterdir()) if path != found.parent
+    )
     root = own_server(tmp_path / "tritonserver", other)
     monkeypatch.setenv("PATH", f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(ServerError, match=rf"runs Python {other.parent.name}, this is Python {found.parent.name}: install this package"):
+    with pytest.raises(
+        ServerError,
+        match=rf"runs Python {other.parent.name}, this is Python {found.parent.name}: install this package",
+    ):
         installation()
     (root / "backends" / "python" / found.name).unlink()
-    with pytest.raises(ServerError, match=r"bin/tritonserver has no Python backend for Python .*: there is no .*backends/python/"):
+    with pytest.raises(
+        ServerError,
+        match=r"bin/tritonserver has no Python backend for Python .*: there is no .*backends/python/",
+    ):
         installation()
 
 
-def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
+def test_inplace_serve_serves_until_it_is_told_to_end(
+    repository: Repository, tmp_path: Path
+) -> None:
     ports = Ports(0, 0, 0).chosen()
-    where = [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}", f"--metrics-port={ports.metrics}"]
+    where = [
+        f"--grpc-port={ports.grpc}",
+        f"--http-port={ports.http}",
+        f"--metrics-port={ports.metrics}",
+    ]
     models = _alone(repository, tmp_path, "brief").parent.parent
     options = [*where, "--model-repository", str(models), "--log-file", str(tmp_path / "log")]
     command = [sys.executable, "-m", "inplace_builder", "serve", *options]
@@ -112,7 +164,9 @@ def test_inplace_serve_serves_until_it_is_told_to_end(repository: Repository, tm
             assert process.stdout is not None
             assert f"gRPC 127.0.0.1:{ports.grpc}" in process.stdout.readline()
             with InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
-                Sequence(client, "brief").tokens([1, 2, 3])  # left alive: Triton waits for it, until it has been idle for 4 s
+                Sequence(client, "brief").tokens(
+                    [1, 2, 3]
+                )  # left alive: Triton waits for it, until it has been idle for 4 s
         finally:
             process.terminate()
         assert process.wait(60) == 0
@@ -125,7 +179,9 @@ def _alone(repository: Repository, tmp_path: Path, name: str = "llama") -> Path:
 
 def _refusal(tmp_path: Path) -> str:
     """What the server says when it cannot load the model."""
-    server = TritonServer(tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", start_timeout=60)
+    server = TritonServer(
+        tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", start_timeout=60
+    )
     with pytest.raises(ServerError, match="tritonserver ended with status 1") as refused, server:
         pass
     return str(refused.value)
@@ -143,11 +199,18 @@ def test_a_missing_engine_file_is_refused(repository: Repository, tmp_path: Path
     assert "engine.pt2 is missing" in _refusal(tmp_path)
 
 
-def test_a_truncated_engine_file_is_refused_and_other_models_are_served(repository: Repository, tmp_path: Path) -> None:
+def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
+    repository: Repository, tmp_path: Path
+) -> None:
     engine = _alone(repository, tmp_path) / "engine.pt2"
     engine.write_bytes(engine.read_bytes()[:1000])
     shutil.copytree(repository.path / "accumulator", tmp_path / "models" / "accumulator")
-    server = TritonServer(tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", arguments=["--exit-on-error=false"])
+    server = TritonServer(
+        tmp_path / "models",
+        Ports(0, 0, 0),
+        log=tmp_path / "log",
+        arguments=["--exit-on-error=false"],
+    )
     server.start()
     try:
         with InferenceServerClient(server.grpc_url) as client:
@@ -158,7 +221,9 @@ def test_a_truncated_engine_file_is_refused_and_other_models_are_served(reposito
                 assert server.process.poll() is None
             assert not client.is_model_ready("llama")
             assert server.log is not None
-            assert "engine.pt2 has 1,000 bytes, the manifest says" in server.log.read_text(errors="replace")
+            assert "engine.pt2 has 1,000 bytes, the manifest says" in server.log.read_text(
+                errors="replace"
+            )
     finally:
         server.stop()
 

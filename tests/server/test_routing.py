@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from inplace.client import ONCE, Client, Sequence, aio
-from inplace_builder.build import BuildOptions, write_engine
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import accumulator
 from router import Router
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -27,10 +28,17 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     repository: Path = tmp_path_factory.mktemp("routed")
     options = BuildOptions(slots=SEQUENCES, max_rows=SEQUENCES, capacity=1)
     write_engine(accumulator(max_rows=SEQUENCES), repository / "unary", options)
-    write_engine(accumulator(max_rows=SEQUENCES), repository / "flow", replace(options, serve="stream"))
+    write_engine(
+        accumulator(max_rows=SEQUENCES), repository / "flow", replace(options, serve="stream")
+    )
     with ExitStack() as stack:
         servers = [
-            stack.enter_context(TritonServer(repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log")) for _ in range(2)
+            stack.enter_context(
+                TritonServer(
+                    repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log"
+                )
+            )
+            for _ in range(2)
         ]
         yield stack.enter_context(Router([server.grpc_url for server in servers]))
 
@@ -39,7 +47,10 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
 def test_the_client_names_the_sequence_to_the_router(router: Router, model: str) -> None:
     router.routed.clear()
     with Client(router.url, retry=ONCE) as client:
-        sequences = [Sequence(client, model, id=f"séquence {number}", replay=False) for number in range(SEQUENCES)]
+        sequences = [
+            Sequence(client, model, id=f"séquence {number}", replay=False)
+            for number in range(SEQUENCES)
+        ]
         for step in range(1, 4):
             for sequence in sequences:
                 assert sequence.step(ONE)["values"] == [step]
@@ -47,7 +58,10 @@ def test_the_client_names_the_sequence_to_the_router(router: Router, model: str)
             sequence.close()
     assert len(router.routed) == SEQUENCES
     assert all(len(servers) == 1 for servers in router.routed.values())
-    assert {index for servers in router.routed.values() for index in servers} == {0, 1}  # both have some
+    assert {index for servers in router.routed.values() for index in servers} == {
+        0,
+        1,
+    }  # both have some
 
 
 @pytest.mark.parametrize("model", ["unary", "flow"])
@@ -56,7 +70,10 @@ def test_so_does_the_asynchronous_client(router: Router, model: str) -> None:
 
     async def scenario() -> None:
         async with aio.Client(router.url, retry=ONCE) as client:
-            sequences = [aio.Sequence(client, model, id=1 + number, replay=False) for number in range(SEQUENCES)]
+            sequences = [
+                aio.Sequence(client, model, id=1 + number, replay=False)
+                for number in range(SEQUENCES)
+            ]
             for step in range(1, 4):
                 for answer in await asyncio.gather(*(sequence.step(ONE) for sequence in sequences)):
                     assert answer["values"] == [step]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from inplace.client import Sequence
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from models import Repository, greedy
 from streams import prompt, split
 from tritonclient.grpc import InferenceServerClient
@@ -17,20 +17,26 @@ pytestmark = pytest.mark.server
 TOKENS = 16
 
 
-def sampled(sequence: Sequence, parts: list[list[int]], **parameters: str | int | bool) -> list[int]:
+def sampled(
+    sequence: Sequence, parts: list[list[int]], **parameters: str | int | bool
+) -> list[int]:
     """The prompt in parts, then each token said; gRPC parameters are no floating-point numbers, so texts spell them."""
     for part in parts[:-1]:
         sequence.tokens(part)
     said: list[int] = []
     ids = parts[-1]
     while len(said) < TOKENS:
-        answer = sequence.step({"input_ids": np.array(ids)}, parameters=parameters, outputs=("next_token",))
+        answer = sequence.step(
+            {"input_ids": np.array(ids)}, parameters=parameters, outputs=("next_token",)
+        )
         ids = [int(answer["next_token"][0])]
         said += ids
     return said
 
 
-def test_a_seed_says_the_same_alone_in_company_and_in_parts(server: TritonServer, repository: Repository) -> None:
+def test_a_seed_says_the_same_alone_in_company_and_in_parts(
+    server: TritonServer, repository: Repository
+) -> None:
     ids = prompt(5, 21)
 
     def stream(seed: int, cut: int) -> list[int]:
@@ -50,20 +56,33 @@ def test_a_seed_says_the_same_alone_in_company_and_in_parts(server: TritonServer
 def test_temperature_zero_is_greedy(client: InferenceServerClient, repository: Repository) -> None:
     ids = prompt(6, 9)
     with Sequence(client, "llama") as sequence:
-        assert sampled(sequence, [ids], temperature=0, top_k=3, seed=8) == greedy(repository.llama, ids, TOKENS)
+        assert sampled(sequence, [ids], temperature=0, top_k=3, seed=8) == greedy(
+            repository.llama, ids, TOKENS
+        )
 
 
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"temperature": "hot"}, "parameter 'temperature' is 'hot'; expected a finite number of at least 0"),
+        (
+            {"temperature": "hot"},
+            "parameter 'temperature' is 'hot'; expected a finite number of at least 0",
+        ),
         ({"temperature": True}, "parameter 'temperature' is True; expected"),
-        ({"temperature": 1, "top_k": -1}, "parameter 'top_k' is -1; expected a whole number from 0"),
-        ({"temperature": 1, "top_p": "1.5"}, "parameter 'top_p' is '1.5'; expected a number above 0, at most 1"),
+        (
+            {"temperature": 1, "top_k": -1},
+            "parameter 'top_k' is -1; expected a whole number from 0",
+        ),
+        (
+            {"temperature": 1, "top_p": "1.5"},
+            "parameter 'top_p' is '1.5'; expected a number above 0, at most 1",
+        ),
         ({"seed": str(2**63)}, f"parameter 'seed' is '{2**63}'; expected a whole number from"),
     ],
 )
-def test_a_bad_parameter_is_named(client: InferenceServerClient, parameters: dict[str, str | int | bool], says: str) -> None:
+def test_a_bad_parameter_is_named(
+    client: InferenceServerClient, parameters: dict[str, str | int | bool], says: str
+) -> None:
     with Sequence(client, "llama") as sequence:
         sequence.tokens([1, 2])
         with pytest.raises(InferenceServerException) as refused:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
-from inplace.dtypes import Dtype
-from inplace_builder.build import TOKENIZER, VERSION, BuildOptions, build_decoder
+from inplace.schema.dtypes import Dtype
 from inplace_builder.capture import load_decoder
-from inplace_builder.chat import Conversation, load_tokenizer
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.served.build import TOKENIZER, VERSION, build_decoder
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.chat import Conversation, load_tokenizer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import greedy
 from streams import batch_counts, generate, split
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -48,7 +49,11 @@ class Served:
 @pytest.fixture(scope="module")
 def served(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     repository = tmp_path_factory.mktemp("smollm2")
-    build_decoder(smollm2_folder, repository / "smollm2", BuildOptions(chunk=32, queue_delay_microseconds=20_000))
+    build_decoder(
+        smollm2_folder,
+        repository / "smollm2",
+        BuildOptions(chunk=32, queue_delay_microseconds=20_000),
+    )
     model, _ = load_decoder(smollm2_folder, Dtype.FLOAT32)
     tokenizer = load_tokenizer(repository / "smollm2" / VERSION / TOKENIZER)
     prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
@@ -71,13 +76,18 @@ def test_one_sequence_alone(served: Served, own_client: InferenceServerClient) -
             assert generate(sequence, ids, TOKENS) == expected
 
 
-def test_eight_sequences_interleaved_in_batches(served: Served, own_client: InferenceServerClient) -> None:
+def test_eight_sequences_interleaved_in_batches(
+    served: Served, own_client: InferenceServerClient
+) -> None:
     before = batch_counts(own_client, "smollm2").get(8, 0)
     gate = threading.Barrier(8)
 
     def stream(number: int) -> None:
         ids, expected = served.prompts[number % 5], served.expected[number % 5]
-        with InferenceServerClient(served.server.grpc_url) as client, Sequence(client, "smollm2") as sequence:
+        with (
+            InferenceServerClient(served.server.grpc_url) as client,
+            Sequence(client, "smollm2") as sequence,
+        ):
             gate.wait()
             assert generate(sequence, ids, TOKENS) == expected
 
@@ -96,7 +106,9 @@ def test_prompts_in_random_chunks(served: Served, own_client: InferenceServerCli
             assert generate(sequence, parts[-1], 16) == expected[:16]
 
 
-def test_a_second_turn_is_what_the_whole_history_would_say(served: Served, own_client: InferenceServerClient) -> None:
+def test_a_second_turn_is_what_the_whole_history_would_say(
+    served: Served, own_client: InferenceServerClient
+) -> None:
     turns = ["What is the capital of France?", "And of Italy? One sentence."]
     history: list[dict[str, str]] = []
     with Sequence(own_client, "smollm2") as sequence:
@@ -104,7 +116,11 @@ def test_a_second_turn_is_what_the_whole_history_would_say(served: Served, own_c
         for turn in turns:
             history.append({"role": "user", "content": turn})
             reply = "".join(conversation.say(turn, max_tokens=24))
-            rendered = str(served.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True))
+            rendered = str(
+                served.tokenizer.apply_chat_template(
+                    history, tokenize=False, add_generation_prompt=True
+                )
+            )
             ids = served.tokenizer(rendered, add_special_tokens=False)["input_ids"]
             said = greedy(served.model, ids, 24)
             end = served.tokenizer.convert_tokens_to_ids("<|im_end|>")

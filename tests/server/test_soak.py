@@ -16,5 +16,12 @@ def test_clients_that_come_go_vanish_and_misbehave_harm_nobody(tmp_path: Path) -
     # memory is only judged by the long one: in some seconds it has not settled
     found = soak(tmp_path, seconds=12, seed=seed, clients=80, songs=60, idle=5.0, growth=1.0)
     assert found.faults == []
-    assert set(found.numbers["came_to_their_end"]) == {"normal", "garbage", "idle", "vanish", "restart", "cancel"}
+    assert set(found.numbers["came_to_their_end"]) == {
+        "normal",
+        "garbage",
+        "idle",
+        "vanish",
+        "restart",
+        "cancel",
+    }
     assert found.numbers["tokens_compared"] > 1000

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from faults import eventually
 from inplace.client import Sequence
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from models import CAPACITY, SLOTS, VOCABULARY, Repository, greedy
 from streams import batch_counts, generate, prompt, retried, split
 from tritonclient.grpc import InferenceServerClient
@@ -21,12 +21,18 @@ pytestmark = pytest.mark.server
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17, 40])
-def test_greedy_tokens_equal_transformers(client: InferenceServerClient, repository: Repository, length: int) -> None:
+def test_greedy_tokens_equal_transformers(
+    client: InferenceServerClient, repository: Repository, length: int
+) -> None:
     with Sequence(client, "llama") as sequence:
-        assert generate(sequence, prompt(length, length), 16) == greedy(repository.llama, prompt(length, length), 16)
+        assert generate(sequence, prompt(length, length), 16) == greedy(
+            repository.llama, prompt(length, length), 16
+        )
 
 
-def test_a_prompt_in_random_parts_is_the_same_prompt(client: InferenceServerClient, repository: Repository) -> None:
+def test_a_prompt_in_random_parts_is_the_same_prompt(
+    client: InferenceServerClient, repository: Repository
+) -> None:
     ids = prompt(1, 40)
     expected = greedy(repository.llama, ids, 8)
     for seed in range(5):
@@ -37,7 +43,9 @@ def test_a_prompt_in_random_parts_is_the_same_prompt(client: InferenceServerClie
             assert generate(sequence, parts[-1], 8) == expected
 
 
-def test_eight_interleaved_sequences_share_batches(client: InferenceServerClient, repository: Repository) -> None:
+def test_eight_interleaved_sequences_share_batches(
+    client: InferenceServerClient, repository: Repository
+) -> None:
     before = batch_counts(client, "llama").get(SLOTS, 0)
     gate = threading.Barrier(SLOTS)
 
@@ -48,19 +56,25 @@ def test_eight_interleaved_sequences_share_batches(client: InferenceServerClient
 
     with ThreadPoolExecutor(SLOTS) as pool:
         results = list(pool.map(stream, range(SLOTS)))
-    assert results == [greedy(repository.llama, prompt(seed, 1 + seed * 4), 24) for seed in range(SLOTS)]
+    assert results == [
+        greedy(repository.llama, prompt(seed, 1 + seed * 4), 24) for seed in range(SLOTS)
+    ]
     assert batch_counts(client, "llama").get(SLOTS, 0) > before
 
 
 def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Repository) -> None:
     """Different secrets, random interleaving, drops and restarts, more sequences than slots."""
-    expected = {seed: greedy(repository.llama, prompt(seed, 5 + seed % 7), 12) for seed in range(32)}
+    expected = {
+        seed: greedy(repository.llama, prompt(seed, 5 + seed % 7), 12) for seed in range(32)
+    }
 
     def stream(seed: int) -> None:
         rng = random.Random(1000 + seed)
         with InferenceServerClient(server.grpc_url) as own:
             for _ in range(3):
-                sequence = Sequence(own, "llama", id=7000 + seed, key="ours")  # the same id again: a restart where it was dropped
+                sequence = Sequence(
+                    own, "llama", id=7000 + seed, key="ours"
+                )  # the same id again: a restart where it was dropped
                 cut = rng.choice([12, 12, rng.randint(1, 11)])
                 said = retried(sequence, prompt(seed, 5 + seed % 7))
                 got = [said]
@@ -71,14 +85,18 @@ def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Reposi
                 if cut == 12 or rng.random() < 0.5:
                     sequence.close()
 
-        with InferenceServerClient(server.grpc_url) as own:  # what was dropped keeps its slot until it is ended
+        with InferenceServerClient(
+            server.grpc_url
+        ) as own:  # what was dropped keeps its slot until it is ended
             Sequence(own, "llama", id=7000 + seed, key="ours").tokens([1], end=True)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(stream, range(32)))
 
 
-def test_start_resets_a_live_sequence(client: InferenceServerClient, repository: Repository) -> None:
+def test_start_resets_a_live_sequence(
+    client: InferenceServerClient, repository: Repository
+) -> None:
     with Sequence(client, "llama", id=77) as first:
         generate(first, prompt(1, 20), 4)
         again = Sequence(client, "llama", id=77, key=first.key)
@@ -95,7 +113,9 @@ def test_logits_come_only_on_request(client: InferenceServerClient, repository: 
         assert answer["logits"].argmax() == answer["next_token"][0]
 
 
-def test_integer_and_text_ids_are_different_sequences(client: InferenceServerClient, repository: Repository) -> None:
+def test_integer_and_text_ids_are_different_sequences(
+    client: InferenceServerClient, repository: Repository
+) -> None:
     expected = {seed: greedy(repository.llama, prompt(seed, 5), 6) for seed in (1, 2)}
     with Sequence(client, "llama", id=99) as number, Sequence(client, "llama", id="99") as text:
         said = {1: [number.tokens(prompt(1, 5))], 2: [text.tokens(prompt(2, 5))]}
@@ -109,7 +129,10 @@ def test_exactly_the_capacity_fits(client: InferenceServerClient, repository: Re
     ids = prompt(4, CAPACITY)
     with Sequence(client, "llama") as sequence:
         assert sequence.tokens(ids) == greedy(repository.llama, ids, 1)[0]
-        with pytest.raises(InferenceServerException, match=rf"INPLACE-CAPACITY .*holds {CAPACITY} of {CAPACITY} positions, 0 are left"):
+        with pytest.raises(
+            InferenceServerException,
+            match=rf"INPLACE-CAPACITY .*holds {CAPACITY} of {CAPACITY} positions, 0 are left",
+        ):
             sequence.tokens([1])
 
 
@@ -129,7 +152,9 @@ def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServer
     seconds = []
     for _ in range(5):  # the fastest counts: other tests run beside this one
         begin = time.monotonic()
-        with pytest.raises(InferenceServerException, match="INPLACE-NO_FREE_SLOT retryable=1 sequence=3 ") as refused:
+        with pytest.raises(
+            InferenceServerException, match="INPLACE-NO_FREE_SLOT retryable=1 sequence=3 "
+        ) as refused:
             late.tokens([1])
         seconds.append(time.monotonic() - begin)
         assert refused.value.status() == "StatusCode.UNAVAILABLE"
@@ -154,13 +179,25 @@ def test_an_idle_slot_is_reclaimed(client: InferenceServerClient, server: Triton
         held[1].tokens([4])
     held[0].close()
     line = re.compile(r"sequence ended: sequence=12 slot=\d length=3 reason=idle")
-    eventually(lambda: server.log is not None and line.search(server.log.read_text(errors="replace")) is not None, "a line of the log")
+    eventually(
+        lambda: (
+            server.log is not None
+            and line.search(server.log.read_text(errors="replace")) is not None
+        ),
+        "a line of the log",
+    )
 
 
-def test_a_thousand_steps_leave_the_server_as_large_as_before(client: InferenceServerClient, server: TritonServer) -> None:
+def test_a_thousand_steps_leave_the_server_as_large_as_before(
+    client: InferenceServerClient, server: TritonServer
+) -> None:
     assert server.process is not None
     processes = psutil.Process(server.process.pid).children(recursive=True)
-    stub = next(child for child in processes if "stub" in child.name() and any("/brief/" in part for part in child.cmdline()))
+    stub = next(
+        child
+        for child in processes
+        if "stub" in child.name() and any("/brief/" in part for part in child.cmdline())
+    )
     resident = {}
     with Sequence(client, "brief") as sequence:
         token = sequence.tokens([1])

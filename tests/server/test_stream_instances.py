@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 from faults import reconfigure, stubs
 from generating import ENDLESS, Said, Talk, build_long, long_llama
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import greedy
 from observed import Found, Observed
 from streams import prompt
@@ -26,7 +26,11 @@ pytestmark = pytest.mark.server
 
 SLOTS, MANY = 8, 12
 BOTH = (0, 1)
-LIVE, FREE, STARTED = (("inplace_sequences_live", ""), ("inplace_slots_free", ""), ("inplace_sequences_started_total", ""))
+LIVE, FREE, STARTED = (
+    ("inplace_sequences_live", ""),
+    ("inplace_slots_free", ""),
+    ("inplace_sequences_started_total", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class Twins:
     def logged(self, event: str, name: str, least: int) -> list[tuple[int, str]]:
         """The instance and the sequence of each such event of sequences whose id begins with a name, in order."""
         pattern = rf".*inplace twins_0_(\d): {event}: sequence=({name}\d+)\b.*"
-        return [(int(instance), of) for line in self.observed.lines(pattern, least) for instance, of in re.findall(pattern, line)]
+        return [
+            (int(instance), of)
+            for line in self.observed.lines(pattern, least)
+            for instance, of in re.findall(pattern, line)
+        ]
 
     def home(self, name: str, sequences: int) -> dict[str, int]:
         """The instance of each sequence."""
@@ -75,14 +83,18 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
 
     reconfigure(path / "twins", double)
     with (
-        TritonServer(path, Ports(0, 0, 0), log=path.parent / "log", arguments=["--exit-timeout-secs=1"]) as server,
+        TritonServer(
+            path, Ports(0, 0, 0), log=path.parent / "log", arguments=["--exit-timeout-secs=1"]
+        ) as server,
         InferenceServerClient(server.grpc_url) as client,
     ):
         assert len(stubs(server, "twins")) == 2
         yield Twins(Observed(server, client, path), llama)
 
 
-def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_they_began(twins: Twins) -> None:
+def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_they_began(
+    twins: Twins,
+) -> None:
     rounds = 4
     before = [twins.now(instance) for instance in BOTH]
 
@@ -93,7 +105,14 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
             parameters = {"position": len(history) - 2} if number else {}
             with twins.talk() as talk:
                 ids = history[-2:] if number else history
-                said = talk.ask(f"many{seed}", ids, 12 + seed, start=not number, end=number == rounds - 1, **parameters)
+                said = talk.ask(
+                    f"many{seed}",
+                    ids,
+                    12 + seed,
+                    start=not number,
+                    end=number == rounds - 1,
+                    **parameters,
+                )
             heard.append((history, said))
             history = [*history, *said.tokens, 5, seed]
         return heard
@@ -114,14 +133,20 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
             instance,
             {
                 STARTED: was[STARTED] + len(own),
-                ("inplace_generations_total", "length"): was["inplace_generations_total", "length"] + rounds * len(own),
-                ("inplace_sequences_ended_total", "end"): was["inplace_sequences_ended_total", "end"] + len(own),
+                ("inplace_generations_total", "length"): was["inplace_generations_total", "length"]
+                + rounds * len(own),
+                ("inplace_sequences_ended_total", "end"): was[
+                    "inplace_sequences_ended_total", "end"
+                ]
+                + len(own),
                 ("inplace_requests_refused_total", "UNKNOWN_SEQUENCE"): 0,
                 LIVE: 0,
                 FREE: SLOTS,
             },
         )
-        assert found["inplace_step_rows_sum", ""] > found["inplace_step_rows_count", ""]  # in company
+        assert (
+            found["inplace_step_rows_sum", ""] > found["inplace_step_rows_count", ""]
+        )  # in company
 
 
 def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins) -> None:
@@ -136,7 +161,14 @@ def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins
         sizes = Counter(home.values())
         assert set(sizes) == set(BOTH)
         for instance in BOTH:
-            twins.settles(instance, {LIVE: sizes[instance], FREE: SLOTS - sizes[instance], cancelled: before[instance][cancelled]})
+            twins.settles(
+                instance,
+                {
+                    LIVE: sizes[instance],
+                    FREE: SLOTS - sizes[instance],
+                    cancelled: before[instance][cancelled],
+                },
+            )
         for name, talk in talks.items():
             if home[name] == 0:
                 talk.drop()

@@ -20,7 +20,7 @@ import pytest
 from faults import FORGOTTEN, eventually, gone, kill, state, stub
 from generating import ENDLESS, PROMPT, SOON, Said, Talk, build_long, long_llama, seconds_until
 from inplace.alive import failures
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import greedy
 from tritonclient.grpc import InferenceServerClient
 from vocabulary import save_tokenizer
@@ -28,7 +28,7 @@ from vocabulary import save_tokenizer
 pytestmark = pytest.mark.server
 
 SLOTS, IDLE = 2, 1.0
-UNANSWERED = 16  # as in `inplace.triton_front`, which only the server's process can import
+UNANSWERED = 16  # as in `inplace.server.generate_proxy`, which only the server's process can import
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,19 @@ class Tellers:
 
 @pytest.fixture(scope="module")
 def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
-    folder, repository = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("stream") / "repository"
+    folder, repository = (
+        tmp_path_factory.mktemp("model"),
+        tmp_path_factory.mktemp("stream") / "repository",
+    )
     model = long_llama(folder)
     save_tokenizer(folder)
     for name, idle in (("teller", 60.0), ("brief", IDLE)):
         build_long(folder, repository / name, SLOTS, idle)
     shutil.rmtree(repository / "brief_generate")
     arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
-    with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments) as server:
+    with TritonServer(
+        repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments
+    ) as server:
         yield Tellers(server, repository, greedy(model, PROMPT, 300))
         server.stop(timeout=5)  # the last test leaves it with a dead generation, which it waits for
 
@@ -93,7 +98,9 @@ talk.hear()
 
 
 @pytest.mark.parametrize("how", ["cancelled", "killed"])
-def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_notice(tellers: Tellers, how: str) -> None:
+def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_notice(
+    tellers: Tellers, how: str
+) -> None:
     with tellers.talk() as witness:
         witness.send("witness", PROMPT, 300, start=True)
         heard = tellers.beginning(witness)
@@ -101,7 +108,9 @@ def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_noti
             folder = Path(__file__).parent
             arguments = [sys.executable, "-c", VANISHING, tellers.server.grpc_url, str(ENDLESS)]
             paths = {"PYTHONPATH": f"{folder}:{folder.parent}"}
-            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=paths) as client:
+            with subprocess.Popen(
+                arguments, stdout=subprocess.PIPE, text=True, env=paths
+            ) as client:
                 assert client.stdout is not None
                 assert int(client.stdout.readline()) >= 5
                 kill(client.pid, signal.SIGKILL)
@@ -126,7 +135,9 @@ def test_a_stream_that_only_stops_asking_hears_its_generation_out(tellers: Telle
 
 
 def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers) -> None:
-    connection = http.client.HTTPConnection(tellers.server.host, tellers.server.ports.http, timeout=30)
+    connection = http.client.HTTPConnection(
+        tellers.server.host, tellers.server.ports.http, timeout=30
+    )
     body = json.dumps({"text": "The License", "max_tokens": ENDLESS, "ignore_eos": True})
     connection.request("POST", "/v2/models/teller_generate/generate_stream", body)
     answer = connection.getresponse()
@@ -144,10 +155,14 @@ def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers
     assert seconds_until(tellers.all_free) < SOON
 
 
-def test_a_client_that_goes_away_while_it_waits_for_the_front_never_gets_a_slot(tellers: Tellers) -> None:
+def test_a_client_that_goes_away_while_it_waits_for_the_front_never_gets_a_slot(
+    tellers: Tellers,
+) -> None:
     nobody = 0  # the front takes requests of no sequence
     with tellers.talk("teller_generate") as first:
-        for _ in range(SLOTS + UNANSWERED):  # these run or wait in the model, so the next one waits in the front
+        for _ in range(
+            SLOTS + UNANSWERED
+        ):  # these run or wait in the model, so the next one waits in the front
             first.send(nobody, PROMPT, ENDLESS)
         tellers.beginning(first)
         with tellers.talk("teller_generate") as impatient:
@@ -189,7 +204,9 @@ def test_a_generation_that_is_dropped_while_it_waits_never_runs(tellers: Tellers
     assert seconds_until(tellers.all_free) < SOON
 
 
-def test_an_end_or_start_takes_a_running_generation_s_sequence_if_it_has_the_key(tellers: Tellers) -> None:
+def test_an_end_or_start_takes_a_running_generation_s_sequence_if_it_has_the_key(
+    tellers: Tellers,
+) -> None:
     with tellers.talk() as owner, tellers.talk() as stranger:
         owner.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
         before = owner.hear(5).tokens
@@ -205,7 +222,9 @@ def test_an_end_or_start_takes_a_running_generation_s_sequence_if_it_has_the_key
         assert found == tellers.expected[: len(found)]
         owner.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
         owner.hear(3)
-        assert stranger.ask("taken", PROMPT, 10, start=True, end=True, sequence_key="mine") == Said(tellers.expected[:10], "length")
+        assert stranger.ask("taken", PROMPT, 10, start=True, end=True, sequence_key="mine") == Said(
+            tellers.expected[:10], "length"
+        )
         assert owner.hear().reason == "ended"
     assert seconds_until(tellers.all_free) < SOON
 
@@ -217,10 +236,13 @@ def test_an_open_stream_does_not_keep_an_idle_sequence(tellers: Tellers) -> None
         time.sleep(IDLE + 0.5)
         assert seconds_until(lambda: tellers.all_free("brief")) < SOON
         for name in ("idle", "held"):
-            assert f"INPLACE-UNKNOWN_SEQUENCE retryable=0 sequence={name} request=-: no sequence '{name}' is live: it was idle" in (
-                talk.ask(name, [1]).error
+            assert (
+                f"INPLACE-UNKNOWN_SEQUENCE retryable=0 sequence={name} request=-: no sequence '{name}' is live: it was idle"
+                in (talk.ask(name, [1]).error)
             )
-        assert talk.ask("idle", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
+        assert talk.ask("idle", PROMPT, 5, start=True, end=True) == Said(
+            tellers.expected[:5], "length"
+        )
 
 
 def test_a_generation_is_not_idle_however_long_it_takes(tellers: Tellers) -> None:
@@ -252,10 +274,14 @@ def test_a_model_that_is_unloaded_finishes_its_generations_first(tellers: Teller
         client.load_model("brief")
     with tellers.talk("brief") as talk:
         assert FORGOTTEN in talk.ask("running", [1]).error
-        assert talk.ask("running", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
+        assert talk.ask("running", PROMPT, 5, start=True, end=True) == Said(
+            tellers.expected[:5], "length"
+        )
 
 
-def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(tellers: Tellers) -> None:
+def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(
+    tellers: Tellers,
+) -> None:
     one = tellers.repository.parent / "one"
     shutil.copytree(tellers.repository / "teller", one / "teller")
     with TritonServer(one, Ports(0, 0, 0), log=one.parent / "one.log") as server:
@@ -264,7 +290,11 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(telle
             talk.send("running", PROMPT, ENDLESS, start=True)
             said = talk.hear(1)
             kill(server.process.pid, signal.SIGTERM)
-            eventually(lambda: "is stopping" in late.ask("late", PROMPT, 5, start=True, end=True).error, "it refuses", 10.0)
+            eventually(
+                lambda: "is stopping" in late.ask("late", PROMPT, 5, start=True, end=True).error,
+                "it refuses",
+                10.0,
+            )
             said.tokens += talk.hear(10).tokens
             assert late.ask("running", [], end=True) == Said([], "step")
             rest = talk.hear()
@@ -275,12 +305,17 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(telle
         assert server.process.wait(60) == 0  # 1 where it gave up waiting for them
 
 
-def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_generations(tellers: Tellers) -> None:
+def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_generations(
+    tellers: Tellers,
+) -> None:
     """Left to itself a stub waits in `send` for ever, with all its memory."""
     repository = tellers.repository.parent / "killed"
     for name in ("teller", "teller_generate"):
         shutil.copytree(tellers.repository / name, repository / name)
-    with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "killed.log") as server, Talk(server.grpc_url, "teller") as talk:
+    with (
+        TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "killed.log") as server,
+        Talk(server.grpc_url, "teller") as talk,
+    ):
         talk.send("first", PROMPT, ENDLESS, start=True)
         talk.send("second", PROMPT, ENDLESS, start=True)
         talk.hear(20)
@@ -294,7 +329,9 @@ def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_gen
         assert not stayed
 
 
-def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_unloaded_nor_loaded(tellers: Tellers) -> None:
+def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_unloaded_nor_loaded(
+    tellers: Tellers,
+) -> None:
     """So a client of generations needs a limit on silence, liveness is a real inference, and the server must be started again."""
     with InferenceServerClient(tellers.server.grpc_url) as client:
         with tellers.talk("brief") as talk:
@@ -311,7 +348,9 @@ def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_
         time.sleep(3.0)
         assert state(client, "brief") == "UNLOADING"  # it waits for a generation that nobody runs
         with tellers.talk() as other:
-            assert other.ask("other", PROMPT, 5, start=True, end=True) == Said(tellers.expected[:5], "length")
+            assert other.ask("other", PROMPT, 5, start=True, end=True) == Said(
+                tellers.expected[:5], "length"
+            )
     assert "Signal" not in (tellers.repository.parent / "log").read_text(errors="replace")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from faults import reconfigure
 from generating import ENDLESS, PROMPT, SOON, Said, Talk, build_long, long_llama, seconds_until
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import greedy
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import model_config_pb2 as pb
@@ -36,12 +36,17 @@ class Forgetting:
 
     def says(self, history: list[int], max_tokens: int = 0) -> Said:
         """What transformers says after a history, as a step or a generation says it."""
-        return Said(greedy(self.llama, history, max_tokens or 1), "length" if max_tokens else "step")
+        return Said(
+            greedy(self.llama, history, max_tokens or 1), "length" if max_tokens else "step"
+        )
 
 
 @pytest.fixture(scope="module")
 def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forgetting]:
-    folder, repository = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("idle") / "repository"
+    folder, repository = (
+        tmp_path_factory.mktemp("model"),
+        tmp_path_factory.mktemp("idle") / "repository",
+    )
     model = long_llama(folder)
     build_long(folder, repository / "hasty", SLOTS, idle_timeout=60.0)
 
@@ -50,7 +55,9 @@ def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forgetting]
 
     reconfigure(repository / "hasty", hasten)
     arguments = ["--model-control-mode=explicit", "--load-model=hasty", "--exit-timeout-secs=1"]
-    with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments) as server:
+    with TritonServer(
+        repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments
+    ) as server:
         with Talk(server.grpc_url, "hasty") as talk:
             talk.send("solo", PROMPT, ENDLESS, start=True, end=True)
             begin, solo = time.monotonic(), talk.hear(1).tokens
@@ -78,15 +85,21 @@ def test_a_generation_that_outlasts_it_says_all_and_a_start_with_key_and_positio
         assert said == Said(forgetting.solo, "length")
         history = PROMPT + said.tokens
         for end in (False, True):
-            assert talk.ask(sequence, [7], now, end=end, sequence_key="mine", position=len(history)) == forgotten(sequence)
+            assert talk.ask(
+                sequence, [7], now, end=end, sequence_key="mine", position=len(history)
+            ) == forgotten(sequence)
         found = talk.ask(sequence, [7], now, start=True, sequence_key="mine", position=len(history))
         more = [7, *found.tokens * bool(now), 8]
-        again = talk.ask(sequence, [8], end=True, sequence_key="mine", position=len(history) + len(more) - 1)  # Triton knows it again
+        again = talk.ask(
+            sequence, [8], end=True, sequence_key="mine", position=len(history) + len(more) - 1
+        )  # Triton knows it again
     assert found == forgetting.says([*history, 7], now)
     assert again == forgetting.says(history + more)
 
 
-def test_a_generation_that_is_shorter_goes_on_without_until_the_clock_runs_out(forgetting: Forgetting) -> None:
+def test_a_generation_that_is_shorter_goes_on_without_until_the_clock_runs_out(
+    forgetting: Forgetting,
+) -> None:
     with forgetting.talk() as talk:
         said = talk.ask("short", PROMPT, 5, start=True, sequence_key="mine")
         step = talk.ask("short", [7], sequence_key="mine")
@@ -95,30 +108,40 @@ def test_a_generation_that_is_shorter_goes_on_without_until_the_clock_runs_out(f
         assert step == forgetting.says(history)
         time.sleep(1.5 * IDLE)
         assert talk.ask("short", [8], sequence_key="mine") == forgotten("short")
-        found = talk.ask("short", [8], start=True, end=True, sequence_key="mine", position=len(history))
+        found = talk.ask(
+            "short", [8], start=True, end=True, sequence_key="mine", position=len(history)
+        )
         assert found == forgetting.says([*history, 8])
 
 
-def test_while_it_runs_triton_refuses_what_has_no_start_and_a_start_that_goes_on_waits_for_it(forgetting: Forgetting) -> None:
+def test_while_it_runs_triton_refuses_what_has_no_start_and_a_start_that_goes_on_waits_for_it(
+    forgetting: Forgetting,
+) -> None:
     history = PROMPT + forgetting.solo
     with forgetting.talk() as talk, forgetting.talk() as other:
         talk.send("running", PROMPT, len(forgetting.solo), start=True, sequence_key="mine")
         said = talk.hear(1).tokens
         time.sleep(1.5 * IDLE)
         for ids, max_tokens, end in (([7], 0, False), ([7], 5, False), ([], 0, True)):
-            assert other.ask("running", ids, max_tokens, end=end, sequence_key="mine") == forgotten("running")
+            assert other.ask("running", ids, max_tokens, end=end, sequence_key="mine") == forgotten(
+                "running"
+            )
         other.send("running", [7], start=True, sequence_key="mine", position=len(history))
         with pytest.raises(queue.Empty):
             other.receive(timeout=0.2)
         rest = talk.hear()
         assert (said + rest.tokens, rest.reason) == (forgetting.solo, "length")
         step = other.hear()
-        last = other.ask("running", [8], start=True, end=True, sequence_key="mine", position=len(history) + 1)
+        last = other.ask(
+            "running", [8], start=True, end=True, sequence_key="mine", position=len(history) + 1
+        )
         assert step == forgetting.says([*history, 7])
         assert last == forgetting.says([*history, 7, 8])
 
 
-def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generation(forgetting: Forgetting) -> None:
+def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generation(
+    forgetting: Forgetting,
+) -> None:
     with forgetting.talk() as talk, forgetting.talk() as other:
         talk.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
         said = talk.hear(1).tokens
@@ -132,7 +155,9 @@ def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generati
         assert (rest.reason, before) == ("ended", forgetting.solo[: len(before)])
 
 
-def test_a_client_that_drops_a_forgotten_generation_frees_its_slot_at_once(forgetting: Forgetting) -> None:
+def test_a_client_that_drops_a_forgotten_generation_frees_its_slot_at_once(
+    forgetting: Forgetting,
+) -> None:
     with forgetting.talk() as probe:
 
         def served() -> bool:

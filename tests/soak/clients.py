@@ -73,8 +73,14 @@ class Performance:
             last = number == len(self.song.turns) - 1
             heard: list[int] = []
             if self.rng.random() < 0.6:
-                generation = {"max_tokens": len(turn.said), "ignore_eos": True, "stream_interval": self.rng.choice((1, 1, 4))}
-                async for _ in self._ask(carry + turn.new, number, heard, start=number == 0, end=last, **generation):
+                generation = {
+                    "max_tokens": len(turn.said),
+                    "ignore_eos": True,
+                    "stream_interval": self.rng.choice((1, 1, 4)),
+                }
+                async for _ in self._ask(
+                    carry + turn.new, number, heard, start=number == 0, end=last, **generation
+                ):
                     yield False
                 if len(heard) < len(turn.said):
                     raise LostError(f"a generation said {len(heard)} tokens of {len(turn.said)}")
@@ -83,7 +89,9 @@ class Performance:
                 ids = carry + turn.new
                 for count in range(len(turn.said)):
                     end = last and count == len(turn.said) - 1
-                    async for _ in self._ask(ids, number, heard, start=number == count == 0, end=end):
+                    async for _ in self._ask(
+                        ids, number, heard, start=number == count == 0, end=end
+                    ):
                         pass
                     ids = carry = heard[-1:]
                     if not end:
@@ -92,11 +100,23 @@ class Performance:
             await asyncio.sleep(self.rng.random() * 0.5)
 
     async def _ask(
-        self, ids: list[int], turn: int, heard: list[int], *, start: bool, end: bool, **parameters: int | bool
+        self,
+        ids: list[int],
+        turn: int,
+        heard: list[int],
+        *,
+        start: bool,
+        end: bool,
+        **parameters: int | bool,
     ) -> AsyncIterator[None]:
         """Send one request; a START again while the server is full. Compares every token."""
         request = self.line.request(
-            ids, self.name, start=start, end=end, parameters=dict(self.song.parameters) | parameters, id=f"{self.name}/{turn}"
+            ids,
+            self.name,
+            start=start,
+            end=end,
+            parameters=dict(self.song.parameters) | parameters,
+            id=f"{self.name}/{turn}",
         )
         until, pause = time.monotonic() + PATIENCE, 0.2
         while True:
@@ -105,7 +125,9 @@ class Performance:
                     heard += tokens
                     self.tally.heard += len(tokens)
                     if not self.song.begins(turn, heard):
-                        self.tally.wrong.append(f"{self.name} turn {turn}: heard {heard}, alone {self.song.turns[turn].said}")
+                        self.tally.wrong.append(
+                            f"{self.name} turn {turn}: heard {heard}, alone {self.song.turns[turn].said}"
+                        )
                         raise LostError("wrong tokens")
                     yield
                 return
@@ -159,7 +181,9 @@ class Client:
                 REFUSED[how](request, rng)
                 try:
                     await line.hear(request)
-                    self.tally.wrong.append(f"{performance.name}: answered although damaged by {how}")
+                    self.tally.wrong.append(
+                        f"{performance.name}: answered although damaged by {how}"
+                    )
                 except RefusedError as error:
                     self.tally.refuse(str(error))
 
@@ -178,8 +202,12 @@ class Client:
             return
         await asyncio.sleep(self.place.idle + LATE)
         try:
-            await performance.line.hear(performance.line.request([1], performance.name, id=performance.name))
-            self.tally.wrong.append(f"{performance.name}: answered after {self.place.idle + LATE:.0f} s of silence")
+            await performance.line.hear(
+                performance.line.request([1], performance.name, id=performance.name)
+            )
+            self.tally.wrong.append(
+                f"{performance.name}: answered after {self.place.idle + LATE:.0f} s of silence"
+            )
         except RefusedError as error:
             self.tally.refuse(str(error))
             if not any(text in str(error) for text in GONE):
@@ -203,7 +231,9 @@ class Client:
             await performance.line.drop()
         line = Line(self.place.url, self.place.model)
         try:
-            again = Performance(line, rng.choice(self.place.songs), performance.name, rng, self.tally)
+            again = Performance(
+                line, rng.choice(self.place.songs), performance.name, rng, self.tally
+            )
             async for _ in again.play():
                 pass
         finally:

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 from fuzz.wire import Message, message, outputs
-from inplace.sampling import Parameter
+from inplace.runtime.sampling import Parameter
 from tritonclient.grpc import service_pb2_grpc
 
 
@@ -29,8 +29,12 @@ class Line:
     def __init__(self, url: str, model: str) -> None:
         self.model = model
         # a connection of its own: that of a client which vanishes is shared with nobody
-        self._channel = grpc.aio.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._call: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel).ModelStreamInfer()
+        self._channel = grpc.aio.insecure_channel(
+            url, options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        self._call: Any = service_pb2_grpc.GRPCInferenceServiceStub(
+            self._channel
+        ).ModelStreamInfer()
 
     def request(
         self,
@@ -44,8 +48,12 @@ class Line:
     ) -> Message:
         """A request that brings these tokens."""
         tensors = {"input_ids": np.array([ids], np.int64)}
-        request = message(self.model, tensors, sequence, start=start, end=end, parameters=parameters, id=id)
-        request.outputs.add(name="tokens" if parameters and "max_tokens" in parameters else "next_token")
+        request = message(
+            self.model, tensors, sequence, start=start, end=end, parameters=parameters, id=id
+        )
+        request.outputs.add(
+            name="tokens" if parameters and "max_tokens" in parameters else "next_token"
+        )
         return request
 
     async def ask(self, request: Message) -> AsyncIterator[list[int]]:
@@ -64,7 +72,12 @@ class Line:
                 if response.error_message:
                     raise RefusedError(response.error_message)
                 found = outputs(response.infer_response)
-                yield [int(token) for name in ("tokens", "next_token") if name in found for token in found[name][0]]
+                yield [
+                    int(token)
+                    for name in ("tokens", "next_token")
+                    if name in found
+                    for token in found[name][0]
+                ]
                 if response.infer_response.parameters["triton_final_response"].bool_param:
                     return
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:

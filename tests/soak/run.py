@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inplace_builder.build import BuildOptions, build_decoder
-from inplace_builder.server import Ports, TritonServer
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from models import open_instance, tiny_llama
 from soak.clients import Client, Place, Tally
 from soak.songs import CAPACITY, Song, songbook
@@ -35,12 +36,23 @@ class Judgement:
 def build(folder: Path, idle: float) -> Path:
     """A repository with a tiny random Llama as a stream model."""
     tiny_llama(folder / "source")
-    options = BuildOptions(slots=SLOTS, max_rows=ROWS, capacity=CAPACITY, chunk=16, idle_timeout=idle, serve="stream")
+    options = BuildOptions(
+        slots=SLOTS, max_rows=ROWS, capacity=CAPACITY, chunk=16, idle_timeout=idle, serve="stream"
+    )
     build_decoder(folder / "source", folder / "repository" / MODEL, options)
     return folder / "repository"
 
 
-def soak(folder: Path, *, seconds: float, seed: int, clients: int, songs: int = 200, idle: float = 8.0, growth: float = 0.02) -> Judgement:
+def soak(
+    folder: Path,
+    *,
+    seconds: float,
+    seed: int,
+    clients: int,
+    songs: int = 200,
+    idle: float = 8.0,
+    growth: float = 0.02,
+) -> Judgement:
     """Run one; the same seed lets the same clients do the same things, in another interleaving.
 
     Args:
@@ -61,7 +73,15 @@ def soak(folder: Path, *, seconds: float, seed: int, clients: int, songs: int = 
     return judgement
 
 
-async def _live(server: TritonServer, book: list[Song], seconds: float, seed: int, clients: int, idle: float, growth: float) -> Judgement:
+async def _live(
+    server: TritonServer,
+    book: list[Song],
+    seconds: float,
+    seed: int,
+    clients: int,
+    idle: float,
+    growth: float,
+) -> Judgement:
     assert server.log is not None
     skip = len(server.log.read_text(errors="replace").splitlines())
     tally, memory = Tally(), Memory(server)
@@ -98,9 +118,13 @@ async def _live(server: TritonServer, book: list[Song], seconds: float, seed: in
     judge = judgement.faults
     judge += tally.wrong + [f"ERROR line of nobody: {line}" for line in unexplained]
     if well < 0.95:
-        judge.append(f"only {well:.1%} of the well-behaved conversations finished: {tally.cut_short[:10]}")
+        judge.append(
+            f"only {well:.1%} of the well-behaved conversations finished: {tally.cut_short[:10]}"
+        )
     if slots != SLOTS or live != 0:
-        judge.append(f"{slots} of {SLOTS} slots are free a second after the idle timeout; the metrics say {live:.0f} live sequences")
+        judge.append(
+            f"{slots} of {SLOTS} slots are free a second after the idle timeout; the metrics say {live:.0f} live sequences"
+        )
     for name, found in memory.growth().items():
         if found["growth"] > growth:
             judge.append(f"the {name}'s resident memory grew by {found['growth']:.1%}: {found}")

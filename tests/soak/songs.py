@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace.sampling import Parameter
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.runtime.sampling import Parameter
 from models import VOCABULARY
 
 CAPACITY = 96
@@ -35,29 +35,44 @@ class Song:
 
 def songbook(instance: ModelInstance, seed: int, songs: int) -> list[Song]:
     """So many conversations, each run alone in an engine of this process."""
-    return [_sung_alone(instance, random.Random(f"{seed} song {number}")) for number in range(songs)]
+    return [
+        _sung_alone(instance, random.Random(f"{seed} song {number}")) for number in range(songs)
+    ]
 
 
 def _sung_alone(instance: ModelInstance, rng: random.Random) -> Song:
     parameters: dict[str, Parameter] = {}
     if rng.random() < 0.5:
-        parameters = {"temperature": rng.choice(("0.7", "1.3")), "seed": rng.getrandbits(60), "top_k": rng.choice((0, 20))}
+        parameters = {
+            "temperature": rng.choice(("0.7", "1.3")),
+            "seed": rng.getrandbits(60),
+            "top_k": rng.choice((0, 20)),
+        }
         parameters["top_p"] = rng.choice(("1", "0.9"))
     turns: list[Turn] = []
     pending: list[int] = []
     for number in range(rng.choice((1, 1, 2, 3))):
-        new = [rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 4, 12, 30)) if number == 0 else rng.randint(1, 5))]
+        new = [
+            rng.randrange(VOCABULARY)
+            for _ in range(rng.choice((1, 4, 12, 30)) if number == 0 else rng.randint(1, 5))
+        ]
         said = [_step(instance, pending + new, number == 0, parameters)]
         for _ in range(rng.randint(2, 19)):
             said.append(_step(instance, said[-1:], False, parameters))
         turns.append(Turn(new, said))
         pending = said[-1:]  # as after a generation: said, but not yet fed
-    instance.finish(instance.admit(Request("alone", False, True, {"input_ids": torch.tensor([[0]])})))
+    instance.finish(
+        instance.admit(Request("alone", False, True, {"input_ids": torch.tensor([[0]])}))
+    )
     return Song(turns, parameters)
 
 
-def _step(instance: ModelInstance, ids: list[int], start: bool, parameters: Mapping[str, Parameter]) -> int:
-    work = instance.admit(Request("alone", start, False, {"input_ids": torch.tensor([ids])}, parameters=parameters))
+def _step(
+    instance: ModelInstance, ids: list[int], start: bool, parameters: Mapping[str, Parameter]
+) -> int:
+    work = instance.admit(
+        Request("alone", start, False, {"input_ids": torch.tensor([ids])}, parameters=parameters)
+    )
     while not work.finished:
         instance.step([work])
     instance.finish(work)

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterable
 
 import psutil
-from inplace_builder.server import TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from soak.line import Line, RefusedError
 
 EVERY = 2.0
@@ -23,7 +23,9 @@ class Memory:
         assert server.process is not None
         parent = psutil.Process(server.process.pid)
         stubs = [child for child in parent.children(recursive=True) if "stub" in child.name()]
-        self.processes = {"server": parent} | {f"stub {number}": stub for number, stub in enumerate(stubs)}
+        self.processes = {"server": parent} | {
+            f"stub {number}": stub for number, stub in enumerate(stubs)
+        }
         self.times: list[float] = []
         self.seen: dict[str, list[int]] = {name: [] for name in self.processes}
 
@@ -41,17 +43,30 @@ class Memory:
         found = {}
         for name, values in self.seen.items():
             fifth = max(1, len(values) // 5)
-            middle, last = statistics.median(values[2 * fifth : 3 * fifth]), statistics.median(values[-fifth:])
-            found[name] = {"middle_mib": middle / MIB, "last_mib": last / MIB, "growth": last / middle - 1}
+            middle, last = (
+                statistics.median(values[2 * fifth : 3 * fifth]),
+                statistics.median(values[-fifth:]),
+            )
+            found[name] = {
+                "middle_mib": middle / MIB,
+                "last_mib": last / MIB,
+                "growth": last / middle - 1,
+            }
         return found
 
 
 def error_lines(server: TritonServer, injected: Iterable[str], skip: int) -> tuple[int, list[str]]:
     """ERROR lines of the server's log after its first ``skip`` lines: how many, and those that name none of these ids."""
     assert server.log is not None
-    lines = [line for line in server.log.read_text(errors="replace").splitlines()[skip:] if re.match(r"E\d{4} ", line)]
+    lines = [
+        line
+        for line in server.log.read_text(errors="replace").splitlines()[skip:]
+        if re.match(r"E\d{4} ", line)
+    ]
     known = set(injected)
-    return len(lines), [line for line in lines if not known.intersection(re.findall(r"[a-z]+-\d+-\d+", line))]
+    return len(lines), [
+        line for line in lines if not known.intersection(re.findall(r"[a-z]+-\d+-\d+", line))
+    ]
 
 
 async def free_slots(server: TritonServer, model: str, slots: int, lines: int = 16) -> int:
@@ -66,7 +81,9 @@ async def free_slots(server: TritonServer, model: str, slots: int, lines: int = 
                     await line.hear(line.request([1], name, start=start, end=not start))
                     held += start
                 except RefusedError as error:
-                    if "INPLACE-" not in str(error) and "must specify the START flag" not in str(error):
+                    if "INPLACE-" not in str(error) and "must specify the START flag" not in str(
+                        error
+                    ):
                         raise
         await line.close()
         return held
@@ -76,6 +93,12 @@ async def free_slots(server: TritonServer, model: str, slots: int, lines: int = 
 
 def metric(server: TritonServer, name: str, model: str) -> float:
     """One of the backend's metrics."""
-    with urllib.request.urlopen(f"http://{server.host}:{server.ports.metrics}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(
+        f"http://{server.host}:{server.ports.metrics}/metrics", timeout=10
+    ) as page:
         text = page.read().decode()
-    return sum(map(float, re.findall(rf'^{name}{{[^}}]*model="{model}"[^}}]*}} (\S+)$', text, re.MULTILINE)))
+    return sum(
+        map(
+            float, re.findall(rf'^{name}{{[^}}]*model="{model}"[^}}]*}} (\S+)$', text, re.MULTILINE)
+        )
+    )

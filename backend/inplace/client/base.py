@@ -13,7 +13,7 @@ from inplace.client.ledger import Ledger
 from inplace.client.progress import Progress
 from inplace.client.want import Want
 from inplace.errors import Code
-from inplace.wire import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
+from inplace.protocol import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
 
 BUSY = ("NO_FREE_SLOT", "QUEUE_FULL")
 """Codes of a server that has no room: another one may."""
@@ -71,7 +71,9 @@ class SequenceBase:
         """The server that has the sequence, or will have it."""
         return self._server
 
-    def _judged(self, error: InferenceServerException, call: Call | None, *, spoke: bool = False) -> ClientError:
+    def _judged(
+        self, error: InferenceServerException, call: Call | None, *, spoke: bool = False
+    ) -> ClientError:
         """The error to raise. Where the server is gone or has no room, the sequence is another one's from here on.
 
         Args:
@@ -106,11 +108,14 @@ def check_streams(sequence: SequenceBase, model: Model) -> None:
         RefusedError: as the model itself would say it.
     """
     if not model.streams:
-        text = (
-            f"model {sequence.model!r} is served step by step and generates nothing: build it with --serve stream, or step it with tokens()"
-        )
+        text = f"model {sequence.model!r} is served step by step and generates nothing: build it with --serve stream, or step it with tokens()"
         raise RefusedError(
-            InferenceServerException(text), code=Code.BAD_PARAMETER, reason=text, retryable=False, sequence=sequence.id, request=""
+            InferenceServerException(text),
+            code=Code.BAD_PARAMETER,
+            reason=text,
+            retryable=False,
+            sequence=sequence.id,
+            request="",
         )
 
 
@@ -144,7 +149,13 @@ class GenerationBase:
 
 
 def generation(
-    prompt: Sequence[int] | Array | str, max_tokens: int, stop: Sequence[str], text: bool, end: bool, request: str, options: Options
+    prompt: Sequence[int] | Array | str,
+    max_tokens: int,
+    stop: Sequence[str],
+    text: bool,
+    end: bool,
+    request: str,
+    options: Options,
 ) -> Want:
     """A generation from what a user gives; the arguments are those of `Sequence.generate`."""
     inputs: dict[str, Array] = {}

@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from inplace.wire import INPUT_IDS, MAX_TOKENS, TEXT_OUTPUT
+from inplace.protocol import INPUT_IDS, MAX_TOKENS, TEXT_OUTPUT
 
 Array = NDArray[np.generic]
+
+
 Parameter = str | int | float | bool
 """A custom parameter. Numbers with a fraction travel as texts: Triton's gRPC endpoint takes no others."""
+
 
 ROUTE = "inplace-sequence"
 """The gRPC metadata by whose hash a router sends every request of a sequence to the same server."""
@@ -39,7 +42,11 @@ class Model:
         """From Triton's ModelConfig message."""
         return cls(
             streams=config.model_transaction_policy.decoupled,
-            tokens=frozenset(tensor.name for tensor in config.input if tensor.allow_ragged_batch or tensor.name == INPUT_IDS),
+            tokens=frozenset(
+                tensor.name
+                for tensor in config.input
+                if tensor.allow_ragged_batch or tensor.name == INPUT_IDS
+            ),
             speaks=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
         )
 
@@ -107,12 +114,16 @@ def sent(parameters: Mapping[str, object]) -> dict[str, str | int | bool]:
     found: dict[str, str | int | bool] = {}
     for name, given in parameters.items():
         value = given.item() if isinstance(given, np.generic) else given
-        if isinstance(value, float) or (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63):
+        if isinstance(value, float) or (
+            isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+        ):
             found[name] = repr(value)
         elif isinstance(value, str | int):
             found[name] = value
         else:
-            raise TypeError(f"parameter {name!r} is {given!r}; expected a text, a number or a truth value")
+            raise TypeError(
+                f"parameter {name!r} is {given!r}; expected a text, a number or a truth value"
+            )
     return found
 
 
@@ -126,4 +137,6 @@ def outputs_of(result: InferResult) -> dict[str, Array]:
     if not result.get_response().outputs:
         text = "the server cancelled the request, with another one of its sequence that somebody else has cancelled"
         raise InferenceServerException(text, "StatusCode.CANCELLED")
-    return {output.name: result.as_numpy(output.name)[0] for output in result.get_response().outputs}
+    return {
+        output.name: result.as_numpy(output.name)[0] for output in result.get_response().outputs
+    }

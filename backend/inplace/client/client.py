@@ -13,6 +13,8 @@ from inplace.client.retry import ONCE, Retry
 from inplace.client.stream import Stream
 
 Connect = Callable[[str], InferenceServerClient]
+
+
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -31,10 +33,18 @@ class Client:
         connect: makes a connection, for TLS or other channel options; plain text if None.
     """
 
-    def __init__(self, servers: str | Iterable[str], *, retry: Retry | None = None, connect: Connect | None = None) -> None:
+    def __init__(
+        self,
+        servers: str | Iterable[str],
+        *,
+        retry: Retry | None = None,
+        connect: Connect | None = None,
+    ) -> None:
         self.endpoints = Endpoints([servers] if isinstance(servers, str) else list(servers))
         self.retry = retry or Retry()
-        self._connect: Connect = connect or (lambda url: InferenceServerClient(url, channel_args=CHANNEL))
+        self._connect: Connect = connect or (
+            lambda url: InferenceServerClient(url, channel_args=CHANNEL)
+        )
         self._connections: dict[str, InferenceServerClient] = {}
         self._models: dict[str, Model] = {}
         self._lock = threading.Lock()
@@ -53,7 +63,9 @@ class Client:
             tritonclient.utils.InferenceServerException: it serves no such model, or does not answer.
         """
         if name not in self._models:
-            self._models[name] = Model.of(self.connection(server).get_model_config(name, client_timeout=timeout).config)
+            self._models[name] = Model.of(
+                self.connection(server).get_model_config(name, client_timeout=timeout).config
+            )
         return self._models[name]
 
     def stream(self, server: str, headers: dict[str, str]) -> Stream:
@@ -69,7 +81,12 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

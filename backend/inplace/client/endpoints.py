@@ -37,7 +37,9 @@ class Endpoints:
 
         def rank(index: int) -> tuple[float, bool, int]:
             failed = self._failed[index]
-            recent = failed if now - failed < AVOIDED else float("-inf")  # of those that failed, the one that failed first
+            recent = (
+                failed if now - failed < AVOIDED else float("-inf")
+            )  # of those that failed, the one that failed first
             return recent, self.urls[index] == other_than, (index - turn) % len(self.urls)
 
         return self.urls[min(range(len(self.urls)), key=rank)]

@@ -8,10 +8,16 @@ from tritonclient.utils import InferenceServerException
 from inplace.errors import LONGEST_NAME, Code, InplaceError, header
 
 _WIRE = re.compile(r"INPLACE-(?P<code>[A-Z_]+) retryable=(?P<retryable>[01]) sequence=")
+
+
 _FORGOTTEN = "must specify the START flag"
 """Triton's own words for a sequence that it does not know."""
+
+
 _NO_ANSWER = {"DEADLINE_EXCEEDED", "UNAVAILABLE", "CANCELLED", "UNKNOWN"}
 """gRPC statuses that say nothing of what the server did with the request."""
+
+
 _DEAD = re.compile(
     r"[Ss]tub process .*is not healthy|Server is stopping|has no available versions|is not ready|Internal error from Core|RST_STREAM"
 )
@@ -31,9 +37,18 @@ class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc]
     """
 
     def __init__(
-        self, error: InferenceServerException, *, code: str, reason: str, retryable: bool, sequence: int | str, request: str
+        self,
+        error: InferenceServerException,
+        *,
+        code: str,
+        reason: str,
+        retryable: bool,
+        sequence: int | str,
+        request: str,
     ) -> None:
-        InferenceServerException.__init__(self, error.message(), error.status(), error.debug_details())
+        InferenceServerException.__init__(
+            self, error.message(), error.status(), error.debug_details()
+        )
         self.args = (error.message(),)
         self.code, self.reason, self.retryable = code, reason, retryable
         self.sequence, self.request = sequence, request
@@ -47,12 +62,27 @@ class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc]
         """The same as the loss of a sequence that cannot be replayed."""
         text = f"{self.message()} (the sequence is lost: {why}; start a new one)"
         error = InferenceServerException(text, self.status(), self.debug_details())
-        return SequenceLostError(error, code=self.code, reason=self.reason, retryable=False, sequence=self.sequence, request=self.request)
+        return SequenceLostError(
+            error,
+            code=self.code,
+            reason=self.reason,
+            retryable=False,
+            sequence=self.sequence,
+            request=self.request,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with its attributes: errors cross process pools."""
         error = InferenceServerException(self.message(), self.status(), self.debug_details())
-        return _restored, (type(self), error, self.code, self.reason, self.retryable, self.sequence, self.request)
+        return _restored, (
+            type(self),
+            error,
+            self.code,
+            self.reason,
+            self.retryable,
+            self.sequence,
+            self.request,
+        )
 
 
 class RefusedError(ClientError):
@@ -67,7 +97,10 @@ class UnreachableError(ClientError):
     """No answer: the connection failed, or nothing came for as long as the timeout says. What the server did is not known."""
 
 
-_KINDS: dict[str, type[ClientError]] = {Code.UNKNOWN_SEQUENCE: SequenceLostError, Code.SHUTDOWN: UnreachableError}
+_KINDS: dict[str, type[ClientError]] = {
+    Code.UNKNOWN_SEQUENCE: SequenceLostError,
+    Code.SHUTDOWN: UnreachableError,
+}
 
 
 def parsed(error: InferenceServerException, sequence: int | str, request: str) -> ClientError:
@@ -95,10 +128,31 @@ def parsed(error: InferenceServerException, sequence: int | str, request: str) -
         )
     status = (error.status() or "").removeprefix("StatusCode.")
     if _FORGOTTEN in text:
-        return SequenceLostError(error, code=Code.UNKNOWN_SEQUENCE, reason=text, retryable=False, sequence=sequence, request=request)
+        return SequenceLostError(
+            error,
+            code=Code.UNKNOWN_SEQUENCE,
+            reason=text,
+            retryable=False,
+            sequence=sequence,
+            request=request,
+        )
     if status in _NO_ANSWER or _DEAD.search(text):
-        return UnreachableError(error, code=status or "UNAVAILABLE", reason=text, retryable=True, sequence=sequence, request=request)
-    return RefusedError(error, code=status or "REFUSED", reason=text, retryable=False, sequence=sequence, request=request)
+        return UnreachableError(
+            error,
+            code=status or "UNAVAILABLE",
+            reason=text,
+            retryable=True,
+            sequence=sequence,
+            request=request,
+        )
+    return RefusedError(
+        error,
+        code=status or "REFUSED",
+        reason=text,
+        retryable=False,
+        sequence=sequence,
+        request=request,
+    )
 
 
 def concerns(error: InferenceServerException, request: str) -> bool:
@@ -115,11 +169,21 @@ def _named(request: str) -> str:
 
 def silent(seconds: float) -> InferenceServerException:
     """Nothing came over a stream for that long."""
-    text = f"no response for {seconds:g} s: the server hangs, or is busy for longer than the timeout"
+    text = (
+        f"no response for {seconds:g} s: the server hangs, or is busy for longer than the timeout"
+    )
     return InferenceServerException(text, "StatusCode.DEADLINE_EXCEEDED")
 
 
 def _restored(
-    kind: type[ClientError], error: InferenceServerException, code: str, reason: str, retryable: bool, sequence: int | str, request: str
+    kind: type[ClientError],
+    error: InferenceServerException,
+    code: str,
+    reason: str,
+    retryable: bool,
+    sequence: int | str,
+    request: str,
 ) -> ClientError:
-    return kind(error, code=code, reason=reason, retryable=retryable, sequence=sequence, request=request)
+    return kind(
+        error, code=code, reason=reason, retryable=retryable, sequence=sequence, request=request
+    )

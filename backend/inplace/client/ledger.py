@@ -9,7 +9,7 @@ from inplace.client.calls import Array, Call, Model, sent
 from inplace.client.errors import ClientError, SequenceLostError, UnreachableError
 from inplace.client.want import Part, Want, advance, extended, joined
 from inplace.errors import Code
-from inplace.wire import INPUT_IDS, POSITION, SEQUENCE_KEY, TEXT_OUTPUT
+from inplace.protocol import INPUT_IDS, POSITION, SEQUENCE_KEY, TEXT_OUTPUT
 
 NOWHERE = 1 << 62
 """A position that no slot can hold."""
@@ -54,7 +54,11 @@ class Ledger:
 
     @property
     def _unkept(self) -> str:
-        return "its inputs are not tokens, so the client kept none to replay" if self._replay else "replay is off"
+        return (
+            "its inputs are not tokens, so the client kept none to replay"
+            if self._replay
+            else "replay is off"
+        )
 
     def calls(self, want: Want, model: Model, past: Sequence[Part] = ()) -> list[Call]:
         """The requests to send now, one after the other; the answer to the last one is what is wanted.
@@ -65,7 +69,14 @@ class Ledger:
             past: what a fresh sequence needs before it, beside the history.
         """
         if self.live:
-            return [self._call(want, model, self.length, start=self._doubtful and bool(self.key and self.length))]
+            return [
+                self._call(
+                    want,
+                    model,
+                    self.length,
+                    start=self._doubtful and bool(self.key and self.length),
+                )
+            ]
         calls: list[Call] = []
         position: int | None = 0
         for part in joined(self._past(past), want):
@@ -76,7 +87,10 @@ class Ledger:
     def sent(self, call: Call, model: Model) -> None:
         """The request is on its way."""
         self.held = True
-        self._last = {name: array[:1] if name in model.tokens else array for name, array in call.inputs.items()}
+        self._last = {
+            name: array[:1] if name in model.tokens else array
+            for name, array in call.inputs.items()
+        }
         if INPUT_IDS in model.tokens:
             self._last = {INPUT_IDS: np.zeros(1, dtype=np.int64)}
 
@@ -99,7 +113,9 @@ class Ledger:
         if want.end:
             self.begin()
         elif self._history is not None:
-            self._history = None if part is None else extended(extended(self._history, part), list(said))
+            self._history = (
+                None if part is None else extended(extended(self._history, part), list(said))
+            )
 
     def failed(self, error: ClientError, call: Call, *, spoke: bool = False) -> ClientError:
         """Judge an error: what is known of the sequence now, and whether the same request may be made again.
@@ -113,16 +129,35 @@ class Ledger:
             The error to raise; ``retryable`` where the same request, made again, may succeed.
         """
         silent, unknown = isinstance(error, UnreachableError), isinstance(error, SequenceLostError)
-        gone = silent and (call.generates or error.by_backend)  # it may have said more than came; or it is being unloaded
-        if unknown and not error.by_backend and not call.start and self.live and self.key and self.length:
+        gone = silent and (
+            call.generates or error.by_backend
+        )  # it may have said more than came; or it is being unloaded
+        if (
+            unknown
+            and not error.by_backend
+            and not call.start
+            and self.live
+            and self.key
+            and self.length
+        ):
             self._doubtful = error.retryable = True  # Triton forgot it, the backend may not have
-        elif unknown or gone or (spoke and error.retryable) or (self._doubtful and error.code == Code.POSITION):
+        elif (
+            unknown
+            or gone
+            or (spoke and error.retryable)
+            or (self._doubtful and error.code == Code.POSITION)
+        ):
             return self.lost(error)
         elif silent:
             self._doubtful = self.live
             if not self.movable:
                 error.add_note(f"The sequence cannot go on elsewhere: {self._unkept}.")
-        elif spoke or call.end or (call.start and not self.live) or (error.code == Code.ENGINE_FAILED and not error.retryable):
+        elif (
+            spoke
+            or call.end
+            or (call.start and not self.live)
+            or (error.code == Code.ENGINE_FAILED and not error.retryable)
+        ):
             self.forget()
         return error
 
@@ -149,8 +184,12 @@ class Ledger:
 
         Triton takes no request without inputs, so it is an END for a position that nothing can hold: it is refused, and ends all the same.
         """
-        start = bool(self.key) and (self._doubtful or not self.live)  # Triton may have forgotten it, and then takes nothing else
-        return self._call(Want(self._last, end=True, parameters={POSITION: NOWHERE}), model, None, start=start)
+        start = bool(self.key) and (
+            self._doubtful or not self.live
+        )  # Triton may have forgotten it, and then takes nothing else
+        return self._call(
+            Want(self._last, end=True, parameters={POSITION: NOWHERE}), model, None, start=start
+        )
 
     def _past(self, more: Sequence[Part] = ()) -> list[Part]:
         past = [part.copy() if isinstance(part, list) else part for part in self._history or []]

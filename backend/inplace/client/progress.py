@@ -9,7 +9,7 @@ from tritonclient.utils import InferenceServerException
 from inplace.client.calls import Array
 from inplace.client.errors import RefusedError
 from inplace.client.want import Part, Want
-from inplace.wire import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
+from inplace.protocol import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
 
 REPLAY = "REPLAY"
 """Code of a replay that does not say what was said before."""
@@ -56,8 +56,13 @@ class Progress:
         self.finish_reason = ""
         self._fed = 0  # of the tokens said, how many are in the prompt of the request under way
         self._again = 0  # of those after them, how many it has said again
-        self._round = self._before = ""  # the text of the request under way, and that of the tokens in its prompt
-        self._whole = self._last_whole = 0, ""  # tokens and text where the text was complete, as far as can be told
+        self._round = self._before = (
+            ""  # the text of the request under way, and that of the tokens in its prompt
+        )
+        self._whole = self._last_whole = (
+            0,
+            "",
+        )  # tokens and text where the text was complete, as far as can be told
 
     def begin(self) -> tuple[list[Part], Want]:
         """What to ask of a server now, and what must go before it: the generation, or the rest of it."""
@@ -66,10 +71,14 @@ class Progress:
         asked, said = self.asked, self.tokens[: self._fed]
         if not said:
             return [], asked
-        rest = replace(asked, parameters=dict(asked.parameters) | {MAX_TOKENS: self._limit - len(said)})
+        rest = replace(
+            asked, parameters=dict(asked.parameters) | {MAX_TOKENS: self._limit - len(said)}
+        )
         if INPUT_IDS in asked.inputs:
             return [], rest.before(said)
-        inputs = {name: array for name, array in asked.inputs.items() if name != TEXT} | {INPUT_IDS: np.array(said, dtype=np.int64)}
+        inputs = {name: array for name, array in asked.inputs.items() if name != TEXT} | {
+            INPUT_IDS: np.array(said, dtype=np.int64)
+        }
         return [asked.inputs[TEXT].item().decode()], replace(rest, inputs=inputs)
 
     @property
@@ -86,7 +95,9 @@ class Progress:
         said, text = tokens_of(outputs), text_of(outputs, TEXT_OUTPUT)
         known = self.tokens[self._fed + self._again :]
         whole = self._before + self._round + text
-        if said[: len(known)] != known[: len(said)] or (len(said) >= len(known) and not whole.startswith(self.text)):
+        if said[: len(known)] != known[: len(said)] or (
+            len(said) >= len(known) and not whole.startswith(self.text)
+        ):
             raise self._differs(said, known[: len(said)])
         self._again, self._round = self._again + len(said), self._round + text
         fresh = said[len(known) :]
@@ -115,7 +126,14 @@ class Progress:
         self._whole = self._last_whole = 0, ""
         text = f"the replay says {said} where {known} was said, or another text: the servers serve different models, or compute differently"
         error = InferenceServerException(text)
-        return RefusedError(error, code=REPLAY, reason=text, retryable=again, sequence="-", request=self.asked.request)
+        return RefusedError(
+            error,
+            code=REPLAY,
+            reason=text,
+            retryable=again,
+            sequence="-",
+            request=self.asked.request,
+        )
 
 
 def tokens_of(outputs: Mapping[str, Array]) -> list[int]:

@@ -47,7 +47,9 @@ class Retry:
         return {
             "stop": stop_after_attempt(self.attempts) | stop_after_delay(self.limit),
             "wait": wait_random_exponential(multiplier=self.first, max=self.longest),
-            "retry": retry_if_exception(lambda error: isinstance(error, ClientError) and error.retryable),
+            "retry": retry_if_exception(
+                lambda error: isinstance(error, ClientError) and error.retryable
+            ),
             "before_sleep": _tell,
             "reraise": True,
         }
@@ -59,4 +61,6 @@ ONCE = Retry(attempts=1)
 
 def _tell(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.info("try %d failed, the next in %.2f s: %s", state.attempt_number, state.upcoming_sleep, error)
+    log.info(
+        "try %d failed, the next in %.2f s: %s", state.attempt_number, state.upcoming_sleep, error
+    )

@@ -18,7 +18,7 @@ from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
 from inplace.client.stream import Stream
 from inplace.client.want import Part, Want
-from inplace.wire import INPUT_IDS
+from inplace.protocol import INPUT_IDS
 
 Result = TypeVar("Result")
 
@@ -81,11 +81,24 @@ class Sequence(SequenceBase):
             UnreachableError: no server answered.
         """
         self._settle()
-        return self._retried(lambda: self._step(Want(inputs, end, parameters or {}, outputs, request_id)))
+        return self._retried(
+            lambda: self._step(Want(inputs, end, parameters or {}, outputs, request_id))
+        )
 
-    def tokens(self, ids: Array | SequenceOf[int], *, end: bool = False, parameters: Mapping[str, Parameter] | None = None) -> int:
+    def tokens(
+        self,
+        ids: Array | SequenceOf[int],
+        *,
+        end: bool = False,
+        parameters: Mapping[str, Parameter] | None = None,
+    ) -> int:
         """Send token ids to a decoder and return the next token it says."""
-        answer = self.step({INPUT_IDS: np.asarray(ids, dtype=np.int64)}, end=end, parameters=parameters, outputs=("next_token",))
+        answer = self.step(
+            {INPUT_IDS: np.asarray(ids, dtype=np.int64)},
+            end=end,
+            parameters=parameters,
+            outputs=("next_token",),
+        )
         return int(answer["next_token"][0])
 
     def generate(
@@ -171,7 +184,11 @@ class Sequence(SequenceBase):
         with self._judging(call):
             connection = self._client.connection(self._server)
             self._ledger.sent(call, model)
-            return outputs_of(connection.infer(**call.arguments(self.model), headers=call.headers, client_timeout=self.timeout))
+            return outputs_of(
+                connection.infer(
+                    **call.arguments(self.model), headers=call.headers, client_timeout=self.timeout
+                )
+            )
 
     def _send(self, call: Call, model: Model) -> None:
         with self._judging(call):
@@ -180,7 +197,9 @@ class Sequence(SequenceBase):
             self._ledger.sent(call, model)
             self._stream.send(call, self.model)
 
-    def _receive(self, call: Call, timeout: float, progress: Progress | None = None) -> dict[str, Array]:
+    def _receive(
+        self, call: Call, timeout: float, progress: Progress | None = None
+    ) -> dict[str, Array]:
         with self._judging(call, progress):
             assert self._stream is not None
             return self._stream.receive(call, timeout)
@@ -220,7 +239,12 @@ class Sequence(SequenceBase):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -263,7 +287,12 @@ class Generation(GenerationBase):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _piece(self) -> Piece:

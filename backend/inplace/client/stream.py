@@ -18,10 +18,16 @@ class Stream:
         close: close the connection with the stream.
     """
 
-    def __init__(self, connection: InferenceServerClient, headers: dict[str, str], *, close: bool) -> None:
-        self._answers: queue.SimpleQueue[tuple[InferResult | None, InferenceServerException | None]] = queue.SimpleQueue()
+    def __init__(
+        self, connection: InferenceServerClient, headers: dict[str, str], *, close: bool
+    ) -> None:
+        self._answers: queue.SimpleQueue[
+            tuple[InferResult | None, InferenceServerException | None]
+        ] = queue.SimpleQueue()
         self._connection, self._close = connection, close
-        connection.start_stream(lambda result, error: self._answers.put((result, error)), headers=headers)
+        connection.start_stream(
+            lambda result, error: self._answers.put((result, error)), headers=headers
+        )
 
     def send(self, call: Call, model: str) -> None:
         """Put a request on its way.

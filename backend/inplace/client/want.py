@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from inplace.client.calls import Array, Model, Parameter
-from inplace.wire import INPUT_IDS, STOP, TEXT
+from inplace.protocol import INPUT_IDS, STOP, TEXT
 
 Part = list[int] | str
 """Of a sequence's history: tokens that follow each other, or a text."""
@@ -47,12 +47,18 @@ class Want:
         return self._of([*self.inputs[INPUT_IDS], *tokens])
 
     def _of(self, tokens: Sequence[int]) -> "Want":
-        return replace(self, inputs=dict(self.inputs) | {INPUT_IDS: np.array(tokens, dtype=np.int64)})
+        return replace(
+            self, inputs=dict(self.inputs) | {INPUT_IDS: np.array(tokens, dtype=np.int64)}
+        )
 
 
 def step_of(part: Part) -> Want:
     """A step that brings tokens or a text."""
-    inputs = {TEXT: np.array([part.encode()], dtype=np.object_)} if isinstance(part, str) else {INPUT_IDS: np.array(part, dtype=np.int64)}
+    inputs = (
+        {TEXT: np.array([part.encode()], dtype=np.object_)}
+        if isinstance(part, str)
+        else {INPUT_IDS: np.array(part, dtype=np.int64)}
+    )
     return Want(inputs, outputs=("next_token",))
 
 
@@ -77,4 +83,6 @@ def extended(history: list[Part], part: Part) -> list[Part]:
 
 def advance(position: int | None, want: Want, model: Model) -> int | None:
     """Where a sequence stands after a request; None where that is not known, as after a text."""
-    return None if position is None or TEXT in want.inputs else position + model.positions(want.inputs)
+    return (
+        None if position is None or TEXT in want.inputs else position + model.positions(want.inputs)
+    )

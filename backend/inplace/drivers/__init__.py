@@ -1,6 +1,6 @@
 """Drivers: how requests reach the one step function. ``step`` answers inside the server's call, ``stream`` from threads of its own."""
 
-from inplace.drivers.intake import Language
+from inplace.drivers.parsing import Language
 from inplace.drivers.step import Answer, StepDriver
 from inplace.drivers.stream import Arrived, StreamDriver, engine_thread
 

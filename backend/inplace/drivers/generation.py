@@ -8,15 +8,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from inplace.drivers.text import Detokenizer, Stops
 from inplace.errors import Code, RequestError
-from inplace.requests import Request
-from inplace.sampling import Parameter, whole
-from inplace.text import Detokenizer, Stops
-from inplace.wire import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL, TEXT
+from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL, TEXT
+from inplace.runtime.requests import Request
+from inplace.runtime.sampling import Parameter, whole
 
 MOST_STOPS, LONGEST_STOP = 16, 256
+
+
 BYTES_A_POSITION = 64
 """Text that is longer than so many bytes for each position a sequence may hold is not tokenized: it would not fit."""
+
+
 MOST = 2**31 - 1
 
 
@@ -55,7 +59,9 @@ class Limits:
             RequestError: BAD_PARAMETER or BAD_SHAPE.
         """
         if request.flag("logits"):
-            raise RequestError(Code.BAD_PARAMETER, "parameter 'logits' belongs to steps; a generation says tokens")
+            raise RequestError(
+                Code.BAD_PARAMETER, "parameter 'logits' belongs to steps; a generation says tokens"
+            )
         return cls(
             max_tokens=_count(request.parameters, MAX_TOKENS),
             ignore_eos=request.flag(IGNORE_EOS),
@@ -70,12 +76,16 @@ def _count(parameters: Mapping[str, Parameter], name: str) -> int:
 
 def _stops(given: tuple[bytes, ...]) -> tuple[str, ...]:
     if len(given) > MOST_STOPS:
-        raise RequestError(Code.BAD_SHAPE, f"input {STOP!r} holds {len(given)} texts; expected at most {MOST_STOPS}")
+        raise RequestError(
+            Code.BAD_SHAPE,
+            f"input {STOP!r} holds {len(given)} texts; expected at most {MOST_STOPS}",
+        )
     texts = tuple(decoded(STOP, text) for text in given)
     for text in texts:
         if not 1 <= len(text) <= LONGEST_STOP:
             raise RequestError(
-                Code.VALUE_RANGE, f"input {STOP!r} holds a text of {len(text)} characters; expected 1 to {LONGEST_STOP} of them"
+                Code.VALUE_RANGE,
+                f"input {STOP!r} holds a text of {len(text)} characters; expected 1 to {LONGEST_STOP} of them",
             )
     return texts
 
@@ -92,19 +102,24 @@ def decoded(name: str, text: bytes) -> str:
         raise RequestError(Code.VALUE_RANGE, f"input {name!r} is no UTF-8 text: {error}") from None
 
 
-def tokenized(tokenizer: Tokenizer | None, given: tuple[bytes, ...], capacity: int | None, *, start: bool) -> Tensor:
+def tokenized(
+    tokenizer: Tokenizer | None, given: tuple[bytes, ...], capacity: int | None, *, start: bool
+) -> Tensor:
     """The token ids of a request's text, ``[1, tokens]``; with the tokens that begin a text where it starts a sequence.
 
     Raises:
         RequestError: BAD_SHAPE, VALUE_RANGE, CAPACITY or EMPTY_INPUT; BAD_PARAMETER without a tokenizer.
     """
     if tokenizer is None:
-        raise RequestError(Code.BAD_PARAMETER, "this model was built without a tokenizer: send 'input_ids'")
+        raise RequestError(
+            Code.BAD_PARAMETER, "this model was built without a tokenizer: send 'input_ids'"
+        )
     if len(given) != 1:
         raise RequestError(Code.BAD_SHAPE, f"input {TEXT!r} holds {len(given)} texts; expected 1")
     if capacity is not None and len(given[0]) > (most := BYTES_A_POSITION * capacity):
         raise RequestError(
-            Code.CAPACITY, f"input {TEXT!r} has {len(given[0])} bytes, more than {most}: it does not fit {capacity} positions"
+            Code.CAPACITY,
+            f"input {TEXT!r} has {len(given[0])} bytes, more than {most}: it does not fit {capacity} positions",
         )
     ids = tokenizer.encode(decoded(TEXT, given[0]), add_special_tokens=start).ids
     if not ids:

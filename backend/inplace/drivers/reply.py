@@ -1,4 +1,7 @@
-"""The way back of one request on a stream: responses in order, a final one on every path, and nothing after it."""
+"""The way back of one request on a stream: responses in order, a final one on every path, and nothing after it.
+
+A generation whose responses are fetched: each request for them has one response.
+"""
 
 import contextlib
 import logging
@@ -12,12 +15,13 @@ import torch
 from torch import Tensor
 
 from inplace.drivers.generation import Reason
+from inplace.drivers.text import Detokenizer
 from inplace.errors import Code, RequestError
-from inplace.text import Detokenizer
-from inplace.wire import FINISH_REASON, TEXT_OUTPUT, TOKENS
+from inplace.protocol import FETCH, FINISH_REASON, TEXT_OUTPUT, TOKENS
 
 Outputs = Mapping[str, Tensor | str]
 """Outputs by name, ``[1, ...]``; a text is a BYTES tensor ``[1, 1]``."""
+
 
 log = logging.getLogger("inplace")
 
@@ -66,16 +70,32 @@ class Reply:
         done: the final response was sent.
     """
 
-    __slots__ = ("_border", "_broken", "_channel", "_detokenizer", "_interval", "_last", "_said", "_turn", "done")
+    __slots__ = (
+        "_border",
+        "_broken",
+        "_channel",
+        "_detokenizer",
+        "_interval",
+        "_last",
+        "_said",
+        "_turn",
+        "done",
+    )
 
-    def __init__(self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None) -> None:
+    def __init__(
+        self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None
+    ) -> None:
         self._channel = channel
         self._interval = interval
         self._detokenizer = detokenizer
         self._said: deque[tuple[int, str | None]] = deque()
         self._last: Last | None = None
-        self._turn = threading.Lock()  # held from when it is queued for a sender until that sender has sent
-        self._border = threading.Lock()  # the final response and `cancelled` exclude each other: asking after it ends the server
+        self._turn = (
+            threading.Lock()
+        )  # held from when it is queued for a sender until that sender has sent
+        self._border = (
+            threading.Lock()
+        )  # the final response and `cancelled` exclude each other: asking after it ends the server
         self._broken = False  # a response could not be sent, so that was its end
         self.done = False
 
@@ -119,7 +139,13 @@ class Reply:
             self._channel.send(self._outputs(said, None), final=False)
             return
         what = last.what
-        outputs = what if isinstance(what, Mapping) else None if isinstance(what, RequestError) else self._outputs(said, last)
+        outputs = (
+            what
+            if isinstance(what, Mapping)
+            else None
+            if isinstance(what, RequestError)
+            else self._outputs(said, last)
+        )
         with self._border:
             try:
                 if isinstance(what, RequestError):
@@ -159,5 +185,103 @@ class Reply:
 
 def give_up(channel: Channel, error: Exception) -> None:
     """Refuse a request whose response could not be made."""
-    with contextlib.suppress(Exception):  # a server takes nothing for a request that it has given up
-        channel.refuse(RequestError(Code.ENGINE_FAILED, f"a response could not be made ({type(error).__name__}: {error})"))
+    with contextlib.suppress(
+        Exception
+    ):  # a server takes nothing for a request that it has given up
+        channel.refuse(
+            RequestError(
+                Code.ENGINE_FAILED,
+                f"a response could not be made ({type(error).__name__}: {error})",
+            )
+        )
+
+
+class Mailbox(Reply):
+    """What a generation says, kept until somebody fetches it.
+
+    For requests that are made from within the server (BLS), as the front makes them. Where such a request has several responses, Triton's
+    Python backend stands still for good as soon as one thread wakes for a response while another is handed the first of its own: the
+    former keeps the iterator's lock and waits for Python's, the latter has Python's and waits for the map of iterators, which the thread
+    that brings the next response keeps while it waits for the iterator's (24.10, ``ResponseIterator::Next``, ``GetResponseIterator``,
+    ``ProcessBLSResponseDecoupled``). With one response a request nobody ever waits in an iterator.
+
+    Args:
+        channel: of the request that began the generation; it has the first response.
+        interval: fewest tokens of a response.
+        detokenizer: as `Reply`'s.
+    """
+
+    __slots__ = ("_fetching", "_lock", "_queued")
+
+    def __init__(
+        self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None
+    ) -> None:
+        super().__init__(channel, interval, detokenizer)
+        self._lock = threading.Lock()
+        self._fetching: Channel | None = channel
+        self._queued = False
+
+    def fetch(self, channel: Channel) -> bool:
+        """Answer this request next. True: the mailbox must be queued for a sender now.
+
+        Raises:
+            RequestError: everything was said, or another request is waiting for more.
+        """
+        with self._lock:
+            if self.done:
+                raise _nothing_to_fetch()
+            if self._fetching is not None:
+                raise RequestError(
+                    Code.QUEUE_FULL,
+                    "another request is fetching what the generation says; wait for its response",
+                    retryable=True,
+                )
+            self._fetching = self._channel = channel
+            return self._due()
+
+    def say(self, token: int, text: str | None) -> bool:
+        """See `Reply.say`."""
+        with self._lock:
+            self._said.append((token, text))
+            return self._due()
+
+    def finish(self, last: Last) -> bool:
+        """See `Reply.finish`."""
+        with self._lock:
+            self._last = last
+            return self._due()
+
+    def send(self) -> bool:
+        """Answer who is fetching, with all that is there."""
+        with self._lock:
+            channel, self._fetching, self._queued = self._fetching, None, False
+            last, said = self._last, list(self._said)
+            self._said.clear()
+            self.done = last is not None
+        assert channel is not None
+        try:
+            if last is not None and isinstance(last.what, RequestError):
+                channel.refuse(last.what)
+            else:
+                channel.send(self._outputs(said, last), final=True)
+        except Exception as error:  # the others must still be served
+            log.exception("a response could not be sent")
+            give_up(channel, error)
+        return False
+
+    def cancelled(self) -> bool:
+        """Never: cancellation does not reach requests that a backend makes. Who fetches ends the sequence."""
+        return False
+
+    def _due(self) -> bool:
+        ready = self._last is not None or len(self._said) >= self._interval
+        due = ready and self._fetching is not None and not self._queued
+        self._queued = self._queued or due
+        return due
+
+
+def _nothing_to_fetch() -> RequestError:
+    return RequestError(
+        Code.UNKNOWN_SEQUENCE,
+        f"the sequence says nothing that could be fetched; begin a generation with {FETCH!r}",
+    )

@@ -1,4 +1,9 @@
-"""Threads beside the engine's: they send what is to be said, and ask whether anybody still listens."""
+"""Threads beside the engine's: they send what is to be said, and ask whether anybody still listens.
+
+Whose turn it is to run Python.
+
+What comes of jobs, until it is handed to the senders once a step.
+"""
 
 import logging
 import queue
@@ -7,18 +12,67 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Generic, TypeVar
 
-from inplace.drivers.reply import Last, Reply
-from inplace.drivers.turn import Turn
+from inplace.drivers.generation import Generation, Reason
+from inplace.drivers.reply import Last, Outputs, Reply
+from inplace.drivers.sequence_queues import Job
+from inplace.errors import RequestError
+from inplace.runtime.observer import Observer
+
+PATIENCE = 0.005
+"""Seconds after which who waits goes on all the same: the engine's thread may come back before a busy machine has woken anybody."""
+
+
+class Turn:
+    """Held by the engine's thread, except while the device computes and while it has nothing to do; others work meanwhile.
+
+    Python hands its interpreter lock to any thread that waits for it. An engine's thread that meets senders with a response in hand gets it
+    after them, once for every call that lets go of it, and the device waits. What is said meanwhile goes with the next response.
+
+    As a context manager it is given up inside the block. The engine's thread alone uses it so, and `take` and `give`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+
+    def take(self) -> None:
+        """The engine's thread goes on; who is in the middle of something may finish it."""
+        self._taken = True
+        self._lock.acquire()
+
+    def give(self) -> None:
+        """The engine's thread waits."""
+        self._taken = False
+        self._lock.release()
+
+    def wait(self) -> None:
+        """Return when the engine's thread waits, or has kept its turn for long. From any other thread, before each piece of work."""
+        if self._taken and self._lock.acquire(timeout=PATIENCE):
+            self._lock.release()
+
+    def __enter__(self) -> None:
+        self.give()
+
+    def __exit__(self, *_: object) -> None:
+        self.take()
+
 
 Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
 
+
 THREADS = 2
 """Sending waits for the server, so one thread sends too little. More than two keep Python's lock from the engine's thread; see `Turn`."""
+
+
 PERIOD = 0.04
 """Seconds between two questions whether a client is still there."""
+
+
 LEAST_PAUSE = 0.005
 
+
 Watched = TypeVar("Watched")
+
 
 log = logging.getLogger("inplace")
 
@@ -35,12 +89,17 @@ class Senders:
         self._told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self._teller = threading.Thread(target=self._tell, name="inplace-tell", daemon=True)
-        self._threads = [threading.Thread(target=self._send, name=f"inplace-send-{index}", daemon=True) for index in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._send, name=f"inplace-send-{index}", daemon=True)
+            for index in range(threads)
+        ]
         self._closed = False
         for thread in (self._teller, *self._threads):
             thread.start()
 
-    def tell(self, said: list[tuple[Reply, int, str | None]], finished: list[tuple[Reply, Last]]) -> None:
+    def tell(
+        self, said: list[tuple[Reply, int, str | None]], finished: list[tuple[Reply, Last]]
+    ) -> None:
         """Add tokens, with the text that each adds (see `Reply.say`), and then how replies end; in the order of the calls."""
         self._told.put((said, finished))
         if self._closed:
@@ -134,3 +193,45 @@ class CancelWatch(Generic[Watched]):
                     self.remove(watched)
                     self._cancelled(watched)
             pause = max(LEAST_PAUSE, PERIOD - (monotonic() - begin))
+
+
+class Outcomes:
+    """Tells the observer at once, and the senders when `tell` is called.
+
+    Args:
+        senders: answer.
+        observer: counts and logs.
+    """
+
+    def __init__(self, senders: Senders, observer: Observer) -> None:
+        self._senders, self._observer = senders, observer
+        self._said: list[tuple[Reply, int, str | None]] = []
+        self._finished: list[tuple[Reply, Last]] = []
+
+    def say(self, job: Job, generation: Generation, text: str | None) -> None:
+        """A generation said its `Generation.token`; ``text`` as in `Reply.say`."""
+        assert generation.token is not None
+        if generation.said == 1:
+            self._observer.spoke(monotonic() - job.checked.request.received)
+        self._said.append((job.reply, generation.token, text))
+
+    def answer(self, job: Job, outputs: Outputs) -> None:
+        """A step was computed."""
+        self._finished.append((job.reply, Last(outputs)))
+
+    def finish(self, job: Job, generation: Generation, reason: Reason) -> None:
+        """A generation has finished."""
+        self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
+        self._finished.append((job.reply, Last(reason, generation.rest())))
+
+    def refuse(self, job: Job, error: RequestError) -> None:
+        """A request is answered with an error."""
+        request = job.checked.request
+        self._observer.refused(request.sequence, request.id, error, end=request.end)
+        self._finished.append((job.reply, Last(error)))
+
+    def tell(self) -> None:
+        """Hand over what has come since the last time."""
+        if self._said or self._finished:
+            self._senders.tell(self._said, self._finished)
+            self._said, self._finished = [], []

@@ -7,21 +7,23 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from inplace.batcher import Work
 from inplace.errors import Code, RequestError, failed
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace.sequences import Ended
-from inplace.wire import MAX_TOKENS
+from inplace.protocol import MAX_TOKENS
+from inplace.runtime.batcher import Work
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import Ended
 
 Answer = dict[str, Tensor] | RequestError
 """What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
 
-NO_GENERATION = (
-    f"parameter {MAX_TOKENS!r} asks for a generation, this model is served step by step: leave it out, or build with --serve stream"
-)
+
+NO_GENERATION = f"parameter {MAX_TOKENS!r} asks for a generation, this model is served step by step: leave it out, or build with --serve stream"
+
+
 LONGEST_PAUSE = 3600.0
 """Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
+
 
 log = logging.getLogger("inplace")
 
@@ -30,7 +32,9 @@ def answered(rows: list[Work], outputs: Mapping[str, Tensor]) -> list[Answer | N
     """What each row of a step is answered with; None where tokens of it are still waiting."""
     parts = {name: tensor.split(1) for name, tensor in outputs.items()}
     return [
-        None if not work.finished else work.error or {name: parts[name][row] for name in parts if name in work.wanted}
+        None
+        if not work.finished
+        else work.error or {name: parts[name][row] for name in parts if name in work.wanted}
         for row, work in enumerate(rows)
     ]
 
@@ -48,7 +52,9 @@ class StepDriver:
         self.instance = instance
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._reclaimer = threading.Thread(target=self._reclaim, name="inplace-reclaim", daemon=True)
+        self._reclaimer = threading.Thread(
+            target=self._reclaim, name="inplace-reclaim", daemon=True
+        )
         self._reclaimer.start()
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
@@ -65,7 +71,9 @@ class StepDriver:
         self._closing.set()
         self._reclaimer.join()
 
-    def _wave(self, waiting: list[tuple[int, Request]], answers: list[Answer | None]) -> list[tuple[int, Request]]:
+    def _wave(
+        self, waiting: list[tuple[int, Request]], answers: list[Answer | None]
+    ) -> list[tuple[int, Request]]:
         """Run the first request of every sequence; returns those that must wait for the next wave.
 
         A server may hand over the END of one sequence and the START of the next in one call, so a START that finds no free slot
@@ -100,7 +108,10 @@ class StepDriver:
 
     def _will_free(self, waiting: list[tuple[int, Request]]) -> bool:
         """Whether some request of this call is the END of a live sequence."""
-        return any(request.end and self.instance.table.get(request.sequence) is not None for _, request in waiting)
+        return any(
+            request.end and self.instance.table.get(request.sequence) is not None
+            for _, request in waiting
+        )
 
     def _steps(self, admitted: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
         """Step until every admitted request is answered; a prompt longer than the chunk takes several steps."""
@@ -117,12 +128,16 @@ class StepDriver:
 
     def _step(self, rows: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
         works = [work for _, work in rows]
-        for (index, work), answer in zip(rows, answered(works, self.instance.step(works)), strict=True):
+        for (index, work), answer in zip(
+            rows, answered(works, self.instance.step(works)), strict=True
+        ):
             if answer is not None:
                 answers[index] = answer
                 self.instance.finish(work)
 
-    def _drop(self, rows: list[tuple[int, Work]], answers: list[Answer | None], error: RequestError) -> None:
+    def _drop(
+        self, rows: list[tuple[int, Work]], answers: list[Answer | None], error: RequestError
+    ) -> None:
         """Answer these rows with an error; their sequences end, for nobody knows where they stand."""
         for index, work in rows:
             answers[index] = error

@@ -5,18 +5,19 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from inplace.drivers.intake import Intake, Language
-from inplace.drivers.job import Job
+from inplace.drivers.engine_loop import Runner
+from inplace.drivers.parsing import Intake, Language
 from inplace.drivers.reply import Channel, Last, Reply
-from inplace.drivers.runner import Runner
 from inplace.drivers.senders import Senders
+from inplace.drivers.sequence_queues import Job
 from inplace.errors import Code, RequestError, failed
-from inplace.instance import ModelInstance
-from inplace.requests import Request
-from inplace.wire import TEXT
+from inplace.protocol import TEXT
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
 
 Arrived = tuple[Request, Mapping[str, tuple[bytes, ...]], Channel]
 """A request, its inputs of BYTES by name, and its way back."""
+
 
 log = logging.getLogger("inplace")
 
@@ -43,7 +44,13 @@ class StreamDriver:
         thread: of one thread, which steps the engine from now on; a new one if None.
     """
 
-    def __init__(self, instance: ModelInstance, language: Language, most_waiting: int, thread: Executor | None = None) -> None:
+    def __init__(
+        self,
+        instance: ModelInstance,
+        language: Language,
+        most_waiting: int,
+        thread: Executor | None = None,
+    ) -> None:
         self.instance = instance
         self._intake = Intake(instance, language)
         self._senders = Senders()
@@ -68,7 +75,9 @@ class StreamDriver:
             except RequestError as error:
                 self.instance.observer.refused(request.sequence, request.id, error, end=request.end)
                 self._senders.tell([], [(Reply(channel), Last(error))])
-            except Exception as error:  # a defect: its client must hear of it, and the others must not
+            except (
+                Exception
+            ) as error:  # a defect: its client must hear of it, and the others must not
                 log.exception("a request could not be taken")
                 self._senders.tell([], [(Reply(channel), Last(failed(error)))])
         if jobs:
@@ -85,4 +94,6 @@ class StreamDriver:
 
 
 def _unloading() -> RequestError:
-    return RequestError(Code.SHUTDOWN, "the model is being unloaded; START again when it is back", retryable=True)
+    return RequestError(
+        Code.SHUTDOWN, "the model is being unloaded; START again when it is back", retryable=True
+    )

@@ -8,6 +8,8 @@ from torch import Tensor
 
 ALONE: AbstractContextManager[object] = nullcontext()
 """For steps beside which nobody else has anything to do."""
+
+
 Finish = Callable[[AbstractContextManager[object]], dict[str, Tensor]]
 """Waits for a step that was launched; to be called once.
 

@@ -29,14 +29,21 @@ def prepack_linears(module: torch.fx.GraphModule) -> int:
             continue
         name = f"packed_{replaced}"
         try:
-            packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-        except RuntimeError:  # a processor without instructions for this type; PyTorch's own product still has it
+            packed_weight = torch.ops.mkldnn._reorder_linear_weight(
+                weight.detach().contiguous(), None
+            )
+        except (
+            RuntimeError
+        ):  # a processor without instructions for this type; PyTorch's own product still has it
             continue
         module.register_buffer(name, packed_weight, persistent=False)
         bias = node.args[2] if len(node.args) > 2 else None
         with module.graph.inserting_before(node):
             packed = module.graph.get_attr(name)
-            product = module.graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (node.args[0], packed, bias, "none", [], ""))
+            product = module.graph.call_function(
+                torch.ops.mkldnn._linear_pointwise.default,
+                (node.args[0], packed, bias, "none", [], ""),
+            )
         node.replace_all_uses_with(product)
         module.graph.erase_node(node)
         replaced += 1

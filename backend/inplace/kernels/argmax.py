@@ -7,11 +7,23 @@ from inplace.kernels.memory import Memory
 
 PARTS = 32
 """Programs a row."""
+
+
 BLOCK = 1024
 
 
 @triton.jit
-def _argmax(scores, out, workspace, locks, count, part, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+def _argmax(
+    scores,
+    out,
+    workspace,
+    locks,
+    count,
+    part,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row, mine = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -41,7 +53,9 @@ def _argmax(scores, out, workspace, locks, count, part, BLOCK: tl.constexpr, PAR
         parts = tl.arange(0, PARTS)
         tops = tl.load(values + parts, volatile=True)
         spots = tl.load(places + parts, volatile=True).to(tl.int32, bitcast=True)
-        tl.store(out + row, tl.min(tl.where(tops == tl.max(tops, 0), spots, 2147483647), 0).to(tl.int64))
+        tl.store(
+            out + row, tl.min(tl.where(tops == tl.max(tops, 0), spots, 2147483647), 0).to(tl.int64)
+        )
 
 
 def argmax_workspace(rows: int) -> int:
@@ -49,7 +63,16 @@ def argmax_workspace(rows: int) -> int:
     return rows * PARTS * 8
 
 
-def argmax(*, scores: Memory, out: Memory, workspace: Memory, locks: Memory, rows: int, count: int, pdl: bool = False) -> None:
+def argmax(
+    *,
+    scores: Memory,
+    out: Memory,
+    workspace: Memory,
+    locks: Memory,
+    rows: int,
+    count: int,
+    pdl: bool = False,
+) -> None:
     """Launch on the current stream.
 
     Args:
@@ -62,4 +85,6 @@ def argmax(*, scores: Memory, out: Memory, workspace: Memory, locks: Memory, row
     """
     part = triton.cdiv(triton.cdiv(count, PARTS), BLOCK) * BLOCK
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
-    _argmax[(rows, PARTS)](scores, out, workspace, locks, count, part, BLOCK=BLOCK, PARTS=PARTS, num_warps=4, **launch)
+    _argmax[(rows, PARTS)](
+        scores, out, workspace, locks, count, part, BLOCK=BLOCK, PARTS=PARTS, num_warps=4, **launch
+    )

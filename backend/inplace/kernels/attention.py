@@ -12,12 +12,20 @@ from inplace.kernels.prefill import append_kernel, prefill_kernel
 
 MAX_DIM = 512
 """Widest head the kernels take."""
+
+
 MAX_SPLITS = 64
 """Most programs that share one row and kv head; a power of two."""
+
+
 MIN_SPLITS = 4
 """Fewest that a long slot is split over, however many rows a step has: one of them may be long."""
+
+
 PROGRAMS = 512
 """Programs that fill a data-centre GPU (an H100 has 132 multiprocessors): splitting further gains nothing."""
+
+
 BLOCK_BYTES = 32 * 1024
 """Keys and values of a decode program's block; at 4 warps a quarter of the registers that a thread can have."""
 
@@ -52,13 +60,21 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} query heads do not divide over {self.kv_heads} kv heads")
+            raise ValueError(
+                f"{self.heads} query heads do not divide over {self.kv_heads} kv heads"
+            )
         if not (1 <= self.dim <= MAX_DIM and 1 <= self.value_dim <= MAX_DIM):
-            raise ValueError(f"head dimensions {self.dim} and {self.value_dim} must be from 1 to {MAX_DIM}")
+            raise ValueError(
+                f"head dimensions {self.dim} and {self.value_dim} must be from 1 to {MAX_DIM}"
+            )
         if self.rotary % 2 or not 0 <= self.rotary <= self.dim:
-            raise ValueError(f"rotary is {self.rotary}; it must be even and at most the head dimension {self.dim}")
+            raise ValueError(
+                f"rotary is {self.rotary}; it must be even and at most the head dimension {self.dim}"
+            )
         if self.window < 0 or self.softcap < 0:
-            raise ValueError(f"window {self.window} and softcap {self.softcap} must not be negative")
+            raise ValueError(
+                f"window {self.window} and softcap {self.softcap} must not be negative"
+            )
 
     @property
     def group(self) -> int:
@@ -110,14 +126,18 @@ def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
     keys = DecodeBlocks.keys
     while keys > 16 and keys * width > BLOCK_BYTES:
         keys //= 2
-    return DecodeBlocks(keys=keys, warps=8 if width >= 1024 else 4, stages=1 if keys == DecodeBlocks.keys else 2)
+    return DecodeBlocks(
+        keys=keys, warps=8 if width >= 1024 else 4, stages=1 if keys == DecodeBlocks.keys else 2
+    )
 
 
 def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBlocks:
     """Blocks for a mixed step; heads of 64 in 16 bits were measured on an H100, 512 tokens."""
     widest = max(_padded(spec.dim), _padded(spec.value_dim))
     if itemsize > 2:
-        return PrefillBlocks(queries=32, keys=32 if widest <= 128 else 16, warps=4 if widest <= 128 else 8, stages=1)
+        return PrefillBlocks(
+            queries=32, keys=32 if widest <= 128 else 16, warps=4 if widest <= 128 else 8, stages=1
+        )
     if widest <= 64:
         return PrefillBlocks(queries=64, keys=128, warps=4, stages=2)
     if widest <= 128:
@@ -140,12 +160,19 @@ def _pairs(spec: AttentionSpec) -> int:
 def _splits(spec: AttentionSpec, rows: int, capacity: int, split: int) -> int:
     """Programs that share one row and kv head of a decode step."""
     reach = min(capacity, spec.window) if spec.window else capacity
-    return max(1, min(MAX_SPLITS, _cdiv(reach, split), max(MIN_SPLITS, _cdiv(PROGRAMS, rows * _pairs(spec)))))
+    return max(
+        1,
+        min(MAX_SPLITS, _cdiv(reach, split), max(MIN_SPLITS, _cdiv(PROGRAMS, rows * _pairs(spec)))),
+    )
 
 
-def attention_workspace(spec: AttentionSpec, tokens: int, rows: int, capacity: int, split: int = DecodeBlocks.split) -> int:
+def attention_workspace(
+    spec: AttentionSpec, tokens: int, rows: int, capacity: int, split: int = DecodeBlocks.split
+) -> int:
     """Bytes of scratch memory (any contents, 16-byte aligned) for every step of at most so many tokens and rows; may be 0."""
-    parts = max((r * _splits(spec, r, capacity, split) for r in range(1, min(rows, tokens) + 1)), default=0)
+    parts = max(
+        (r * _splits(spec, r, capacity, split) for r in range(1, min(rows, tokens) + 1)), default=0
+    )
     alone = all(_splits(spec, r, capacity, split) == 1 for r in range(1, min(rows, tokens) + 1))
     return 0 if alone else parts * spec.heads * (spec.value_dim + 1) * 4
 
@@ -210,10 +237,15 @@ def attention(
     if spec.append != (key is not None and value is not None):
         raise ValueError("append needs key and value; without append there are none")
     if (spec.rotary > 0) != (cos is not None and sin is not None):
-        raise ValueError(f"cos and sin must be given exactly when rotary is not 0; rotary is {spec.rotary}")
+        raise ValueError(
+            f"cos and sin must be given exactly when rotary is not 0; rotary is {spec.rotary}"
+        )
     if tokens == 0 or rows == 0:
         return
-    key, value = key if key is not None else query, value if value is not None else query  # never read where absent
+    key, value = (
+        key if key is not None else query,
+        value if value is not None else query,
+    )  # never read where absent
     cos, sin = cos if cos is not None else query, sin if sin is not None else query
     if tokens == rows:
         launch_decode(
@@ -247,7 +279,9 @@ def launch_decode(
     splits = _splits(spec, rows, capacity, blocks.split)
     if splits > 1 and (workspace is None or locks is None):
         size = attention_workspace(spec, rows, rows, capacity, blocks.split)
-        raise ValueError(f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes, and locks")
+        raise ValueError(
+            f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes, and locks"
+        )
     block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
     decode_kernel[(rows, _pairs(spec), splits)](
         query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, out if workspace is None else workspace,
@@ -282,7 +316,9 @@ def launch_prefill(
     out: Memory, tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Attend in a mixed step whose keys are in their slots, arguments as `attention`; its own function for tuning."""
-    pack = _cdiv(spec.group, _cdiv(spec.group, 16))  # at most 16 heads, packs of about the same size
+    pack = _cdiv(
+        spec.group, _cdiv(spec.group, 16)
+    )  # at most 16 heads, packs of about the same size
     grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * _cdiv(spec.group, pack))
     prefill_kernel[grid](
         query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out, query_stride, capacity, spec.scale, rows,

@@ -50,7 +50,9 @@ def decode_kernel(
     out_at = out + first_head * VALUE_DIM + g[:, None] * VALUE_DIM + e[None, :]
     out_mask = (g < GROUP)[:, None] & (e < VALUE_DIM)[None, :]
     live = slot >= 0
-    start = tl.where(live, start, 0)  # a null row has nothing cached and appends nothing: 0, without a branch between the two loads
+    start = tl.where(
+        live, start, 0
+    )  # a null row has nothing cached and appends nothing: 0, without a branch between the two loads
 
     lower = start * 0
     if WINDOW > 0:
@@ -63,7 +65,9 @@ def decode_kernel(
     active = 1
     if SHARED:
         active = tl.maximum(1, tl.cdiv(start - lower, length))
-    if split >= active:  # split 0 never is: every row has a program that waits, so the kernel ends after the one ahead of it
+    if (
+        split >= active
+    ):  # split 0 never is: every row has a program that waits, so the kernel ends after the one ahead of it
         return
     upper = start if RING else tl.minimum(start, capacity)
     begin = lower
@@ -84,37 +88,67 @@ def decode_kernel(
     one = tl.full((1, 1), 1, tl.int1)
     zero = tl.zeros((1, 1), tl.int32)
     q_at = query + row.to(tl.int64) * query_stride + kv * GROUP * DIM + g[:, None] * DIM
-    q = rotated(q_at, d[None, :], (g < GROUP)[:, None], cos + turn + zero, sin + turn + zero, one, DIM, ROTARY)
+    q = rotated(
+        q_at,
+        d[None, :],
+        (g < GROUP)[:, None],
+        cos + turn + zero,
+        sin + turn + zero,
+        one,
+        DIM,
+        ROTARY,
+    )
     most = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
     if APPEND:  # the last split takes the new token, from registers: what another program appends cannot be seen here
         mine = live & (split == active - 1)
         k_at = key + row.to(tl.int64) * key_stride + kv * DIM + zero
-        k = rotated(k_at, d[None, :], one & mine, cos + turn + zero, sin + turn + zero, one & mine, DIM, ROTARY)
+        k = rotated(
+            k_at,
+            d[None, :],
+            one & mine,
+            cos + turn + zero,
+            sin + turn + zero,
+            one & mine,
+            DIM,
+            ROTARY,
+        )
         k = k.to(key_state.dtype.element_ty)
         v_at = value + row.to(tl.int64) * value_stride + kv * VALUE_DIM + e[None, :]
         v = tl.load(v_at, mask=mine & (e < VALUE_DIM)[None, :], other=0.0)
         entry = start % capacity if RING else start
         write = mine & (block == 0) & (entry < capacity)
         tl.store(keys + entry * DIM + d[None, :], k, mask=write & (d < DIM)[None, :])
-        tl.store(values + entry * VALUE_DIM + e[None, :], v.to(value_state.dtype.element_ty), mask=write & (e < VALUE_DIM)[None, :])
+        tl.store(
+            values + entry * VALUE_DIM + e[None, :],
+            v.to(value_state.dtype.element_ty),
+            mask=write & (e < VALUE_DIM)[None, :],
+        )
         score = scaled(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, SOFTCAP)
         most = tl.where(mine, score, most)
         total = tl.where(mine, 1.0, total)
         acc += v.to(tl.float32)
 
-    hold: tl.constexpr = PDL and key_state.dtype.element_ty.primitive_bitwidth == 16  # registers do not suffice for wider ones
+    hold: tl.constexpr = (
+        PDL and key_state.dtype.element_ty.primitive_bitwidth == 16
+    )  # registers do not suffice for wider ones
     if hold:
         old_k, old_v = held(old_k), held(old_v)
-    most, total, acc = absorb(q, old_k, old_v, g, j, upper, scale, most, total, acc, True, False, 0, True, SOFTCAP)
+    most, total, acc = absorb(
+        q, old_k, old_v, g, j, upper, scale, most, total, acc, True, False, 0, True, SOFTCAP
+    )
     for following in tl.range(begin + BLOCK_N, upper, BLOCK_N, num_stages=STAGES):
         j = following + tl.arange(0, BLOCK_N)
         old_k = entries(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
-        old_v = entries(values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V)
+        old_v = entries(
+            values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
+        )
         if hold and STAGES == 1:
             old_k, old_v = held(old_k), held(old_v)
-        most, total, acc = absorb(q, old_k, old_v, g, j, upper, scale, most, total, acc, True, False, 0, True, SOFTCAP)
+        most, total, acc = absorb(
+            q, old_k, old_v, g, j, upper, scale, most, total, acc, True, False, 0, True, SOFTCAP
+        )
 
     if active == 1:
         total = tl.where(total == 0, 1.0, total)  # nothing cached and nothing appended: 0
@@ -142,8 +176,12 @@ def combine(
     part = (first_head + g) * splits + split
     divisor = tl.where(total == 0, 1.0, total)
     result_at = workspace + part[:, None] * VALUE_DIM + e[None, :]
-    tl.store(result_at, acc / divisor[:, None], mask=(g < GROUP)[:, None] & (e < VALUE_DIM)[None, :])
-    tl.store(logs + part, tl.where(total == 0, float("-inf"), most + tl.log2(divisor)), mask=g < GROUP)
+    tl.store(
+        result_at, acc / divisor[:, None], mask=(g < GROUP)[:, None] & (e < VALUE_DIM)[None, :]
+    )
+    tl.store(
+        logs + part, tl.where(total == 0, float("-inf"), most + tl.log2(divisor)), mask=g < GROUP
+    )
     tl.debug_barrier()  # the stores of every thread come before the one thread's release
     if tl.atomic_add(lock, 1, sem="acq_rel") == active - 1:
         tl.store(lock, 0)
@@ -152,7 +190,9 @@ def combine(
         peak = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         weight = tl.zeros((BLOCK_H,), tl.float32)
         result = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
-        for begin in range(0, active, BLOCK_C):  # both loads of a round are under way together; most steps need one round
+        for begin in range(
+            0, active, BLOCK_C
+        ):  # both loads of a round are under way together; most steps need one round
             c = begin + tl.arange(0, BLOCK_C)
             place = (first_head + h)[None, :] * splits + c[:, None]
             have = ours[None, :] & (c < active)[:, None]
@@ -172,4 +212,8 @@ def combine(
             peak = above
         weight = tl.where(weight == 0, 1.0, weight)
         to = out + (first_head + h)[:, None] * VALUE_DIM + e[None, :]
-        tl.store(to, (result / weight[:, None]).to(out.dtype.element_ty), mask=ours[:, None] & (e < VALUE_DIM)[None, :])
+        tl.store(
+            to,
+            (result / weight[:, None]).to(out.dtype.element_ty),
+            mask=ours[:, None] & (e < VALUE_DIM)[None, :],
+        )

@@ -18,12 +18,20 @@ from inplace.kernels.streaming import activated, few_kernel, gemv_kernel, skinny
 
 FEW_ROWS = 16
 """Most rows that are always streamed."""
+
+
 MOST_ROWS = 64
 """Most rows that are streamed where it pays."""
+
+
 MULTIPROCESSORS = 132
 """Of an H100: fewer programs than that leave some idle."""
+
+
 HOPPER_SHARED = 227 * 1024
 """Bytes of shared memory that a program can have on an H100, for compiling where there is no GPU to ask."""
+
+
 ALIGNMENT = 256
 """Bytes; every part of the workspace starts at a multiple."""
 
@@ -123,7 +131,16 @@ def _epilogue(
     tl.store(out + token * width + n, y.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(*, x: Memory, weight: Memory, out: Memory, tokens: int, width: int, eps: float, pdl: bool = False) -> None:
+def rms_norm(
+    *,
+    x: Memory,
+    weight: Memory,
+    out: Memory,
+    tokens: int,
+    width: int,
+    eps: float,
+    pdl: bool = False,
+) -> None:
     """``inplace::rms_norm`` of ``[tokens, width]``, on the current stream."""
     block = triton.next_power_of_2(width)
     warps = 8 if block >= 2048 else 4 if block >= 256 else 1
@@ -185,17 +202,26 @@ def linear(
         **({"launch_pdl": True} if pdl else {}),
     }
     grid = (triton.cdiv(spec.width, blocks.n),)
-    pointers = (x, weight, *(x if part is None else part for part in (bias, norm, residual)), out)  # x where there is none: never read
+    pointers = (
+        x,
+        weight,
+        *(x if part is None else part for part in (bias, norm, residual)),
+        out,
+    )  # x where there is none: never read
     extents = (spec.inputs, spec.width, spec.eps)
     if isinstance(blocks, Gemv):
         gemv_kernel[grid](*pointers, *extents, **flags)
     elif isinstance(blocks, Few):
         long = spec.inputs > 4 * blocks.k * blocks.warps
         block_m = max(8, triton.next_power_of_2(tokens))
-        few_kernel[grid](*pointers, tokens, *extents, BLOCK_M=block_m, PARTS=blocks.warps, LONG=long, **flags)
+        few_kernel[grid](
+            *pointers, tokens, *extents, BLOCK_M=block_m, PARTS=blocks.warps, LONG=long, **flags
+        )
     else:
         block_m = max(16, triton.next_power_of_2(tokens))
-        skinny_kernel[grid](*pointers, tokens, *extents, BLOCK_M=block_m, STAGES=blocks.stages, **flags)
+        skinny_kernel[grid](
+            *pointers, tokens, *extents, BLOCK_M=block_m, STAGES=blocks.stages, **flags
+        )
 
 
 def streaming_blocks(spec: LinearSpec, tokens: int, itemsize: int) -> Blocks | None:
@@ -209,25 +235,39 @@ def streaming_blocks(spec: LinearSpec, tokens: int, itemsize: int) -> Blocks | N
             return Gemv(4, 256, 2) if spec.inputs <= 1024 else Gemv(8, 512, 2)
         if spec.inputs <= 1024:
             return Gemv(4 if spec.outputs > 1024 else 2, 1024, 2)
-        return Gemv(8, 512, 2) if spec.gated else Gemv(4, 1024, 2) if spec.outputs > 2048 else Gemv(2, 2048, 2)
+        return (
+            Gemv(8, 512, 2)
+            if spec.gated
+            else Gemv(4, 1024, 2)
+            if spec.outputs > 2048
+            else Gemv(2, 2048, 2)
+        )
     if tokens > MOST_ROWS:
         return None
     if itemsize == 4:
         return Skinny(16, 64, 4, 3) if tokens <= FEW_ROWS or spec.float_out else None
     wide = spec.width >= 64 * (MULTIPROCESSORS - 4)
     if tokens > FEW_ROWS:
-        if spec.float_out:  # the head of a language model: cuBLAS would need a kernel more to convert it
+        if (
+            spec.float_out
+        ):  # the head of a language model: cuBLAS would need a kernel more to convert it
             return _fitted(spec, tokens, Skinny(64, 64, 4, 3))
         if spec.gated:  # saves the norm's and the gate's own kernels
             return _fitted(spec, tokens, Skinny(64, 128, 8, 3)) if wide else None
-        return None if spec.norm or spec.inputs > 2048 else _fitted(spec, tokens, Skinny(16, 256, 4, 5))
+        return (
+            None
+            if spec.norm or spec.inputs > 2048
+            else _fitted(spec, tokens, Skinny(16, 256, 4, 5))
+        )
     if wide:
         return _fitted(spec, tokens, Skinny(64, 256, 4, 3) if spec.gated else Skinny(64, 128, 8, 3))
     if spec.inputs <= 1024:
         return Few(16, 32 if tokens > 8 and (spec.gated or spec.norm) else 64, 4)
     if tokens <= 8 and spec.inputs <= 2048 and not spec.gated:
         return Few(16, 128, 4)
-    single = spec.width <= 16 * MULTIPROCESSORS  # one program a multiprocessor: it may take half of the registers
+    single = (
+        spec.width <= 16 * MULTIPROCESSORS
+    )  # one program a multiprocessor: it may take half of the registers
     return Few(16, 64 if single and not (spec.gated or spec.norm) else 32, 8)
 
 
@@ -244,11 +284,17 @@ def _shared_memory() -> int:
     """Bytes that a program can have on the current GPU."""
     if not torch.cuda.is_available():
         return HOPPER_SHARED
-    return int(triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
+    return int(
+        triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())[
+            "max_shared_mem"
+        ]
+    )
 
 
 def _has_epilogue(spec: LinearSpec) -> bool:
-    return spec.gated or spec.activation != "none" or spec.float_out or (spec.residual and spec.bias)
+    return (
+        spec.gated or spec.activation != "none" or spec.float_out or (spec.residual and spec.bias)
+    )
 
 
 def _aligned(size: int) -> int:
@@ -271,7 +317,9 @@ def _library(
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     if norm is not None:
         normed = Pointer(workspace, x.dtype)
-        rms_norm(x=x, weight=norm, out=normed, tokens=tokens, width=spec.inputs, eps=spec.eps, pdl=pdl)
+        rms_norm(
+            x=x, weight=norm, out=normed, tokens=tokens, width=spec.inputs, eps=spec.eps, pdl=pdl
+        )
         workspace += _aligned(tokens * spec.inputs * x.dtype.itemsize)
         x = normed
     source = as_tensor(x, (tokens, spec.inputs))
@@ -282,7 +330,9 @@ def _library(
         if bias is not None:
             torch.addmm(as_tensor(bias, (spec.outputs,)), source, transposed, out=product)
         elif residual is not None and not _has_epilogue(spec):
-            torch.addmm(as_tensor(residual, (tokens, spec.outputs)), source, transposed, out=product)
+            torch.addmm(
+                as_tensor(residual, (tokens, spec.outputs)), source, transposed, out=product
+            )
         else:
             torch.mm(source, transposed, out=product)
     if _has_epilogue(spec):

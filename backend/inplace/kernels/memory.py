@@ -45,12 +45,20 @@ class _Exported:
             torch.int64: "<i8",
             torch.uint8: "|u1",
         }
-        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": kind[dtype], "strides": None, "version": 3}
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": shape,
+            "typestr": kind[dtype],
+            "strides": None,
+            "version": 3,
+        }
 
 
 def as_tensor(memory: Memory, shape: tuple[int, ...]) -> Tensor:
     """A contiguous tensor of this shape over the memory; nothing is copied, and the memory must outlive it."""
     if isinstance(memory, Tensor):
         return memory.view(-1)[: prod(shape)].view(shape)
-    found: Tensor = torch.as_tensor(_Exported(memory.data_ptr(), shape, memory.dtype), device="cuda")
+    found: Tensor = torch.as_tensor(
+        _Exported(memory.data_ptr(), shape, memory.dtype), device="cuda"
+    )
     return found.view(memory.dtype)

@@ -27,7 +27,11 @@ def append_kernel(
     row = tl.sum((ends[None, :] <= t[:, None]).to(tl.int32), 1)
     present = (t < tokens) & (row < rows)
     slot = tl.load(slots + row, mask=present, other=-1)
-    position = tl.load(write_indices + row, mask=present, other=0) + t - tl.load(row_offsets + row, mask=present, other=0)
+    position = (
+        tl.load(write_indices + row, mask=present, other=0)
+        + t
+        - tl.load(row_offsets + row, mask=present, other=0)
+    )
     entry = position % capacity if RING else position
     present &= (slot >= 0) & (entry < capacity)
 
@@ -36,10 +40,25 @@ def append_kernel(
     token = t.to(tl.int64)[:, None]
     to = ((slot.to(tl.int64) * KV_HEADS + kv) * capacity + entry)[:, None]
     mask = present[:, None]
-    k = rotated(key + token * key_stride + kv * DIM, d, mask, cos + token * ROTARY, sin + token * ROTARY, mask, DIM, ROTARY)
+    k = rotated(
+        key + token * key_stride + kv * DIM,
+        d,
+        mask,
+        cos + token * ROTARY,
+        sin + token * ROTARY,
+        mask,
+        DIM,
+        ROTARY,
+    )
     tl.store(key_state + to * DIM + d, k.to(key_state.dtype.element_ty), mask=mask & (d < DIM))
-    v = tl.load(value + token * value_stride + kv * VALUE_DIM + e, mask=mask & (e < VALUE_DIM), other=0.0)
-    tl.store(value_state + to * VALUE_DIM + e, v.to(value_state.dtype.element_ty), mask=mask & (e < VALUE_DIM))
+    v = tl.load(
+        value + token * value_stride + kv * VALUE_DIM + e, mask=mask & (e < VALUE_DIM), other=0.0
+    )
+    tl.store(
+        value_state + to * VALUE_DIM + e,
+        v.to(value_state.dtype.element_ty),
+        mask=mask & (e < VALUE_DIM),
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -59,10 +78,14 @@ def prefill_kernel(
         tl.extra.cuda.gdc_wait()
     span: tl.constexpr = BLOCK_M // PACK
     packs: tl.constexpr = (GROUP + PACK - 1) // PACK
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens of a row see most and are begun first
+    block = (
+        tl.num_programs(0) - 1 - tl.program_id(0)
+    )  # the last tokens of a row see most and are begun first
     kv, pack = tl.program_id(1) // packs, tl.program_id(1) % packs
     r = tl.arange(0, BLOCK_R)
-    sizes = tl.load(row_offsets + r + 1, mask=r < rows, other=0) - tl.load(row_offsets + r, mask=r < rows, other=0)
+    sizes = tl.load(row_offsets + r + 1, mask=r < rows, other=0) - tl.load(
+        row_offsets + r, mask=r < rows, other=0
+    )
     blocks = tl.cdiv(sizes, span)
     row = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
     if row >= rows:
@@ -82,7 +105,11 @@ def prefill_kernel(
     e = tl.arange(0, BLOCK_V)[None, :]
     out_at = out + (packed * (KV_HEADS * GROUP) + (kv * GROUP + g)[:, None]) * VALUE_DIM + e
     if slot < 0:
-        tl.store(out_at, tl.zeros((BLOCK_M, BLOCK_V), out.dtype.element_ty), mask=present & (e < VALUE_DIM))
+        tl.store(
+            out_at,
+            tl.zeros((BLOCK_M, BLOCK_V), out.dtype.element_ty),
+            mask=present & (e < VALUE_DIM),
+        )
         return
 
     cached = start + count if APPEND else start
@@ -100,7 +127,9 @@ def prefill_kernel(
     keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM
     values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_DIM
     q_at = query + packed * query_stride + (kv * GROUP + g)[:, None] * DIM
-    q = rotated(q_at, d, present, cos + packed * ROTARY, sin + packed * ROTARY, present, DIM, ROTARY)
+    q = rotated(
+        q_at, d, present, cos + packed * ROTARY, sin + packed * ROTARY, present, DIM, ROTARY
+    )
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -112,13 +141,49 @@ def prefill_kernel(
         for first_j in tl.range(lower, masked_from, BLOCK_N, num_stages=STAGES):
             j = first_j + tl.arange(0, BLOCK_N)
             k = entries(keys, j, lower, upper, ring_first, capacity, False, RING, DIM, BLOCK_D)
-            v = entries(values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V)
-            most, total, acc = absorb(q, k, v, positions, j, upper, scale, most, total, acc, False, False, 0, False, SOFTCAP)
+            v = entries(
+                values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V
+            )
+            most, total, acc = absorb(
+                q,
+                k,
+                v,
+                positions,
+                j,
+                upper,
+                scale,
+                most,
+                total,
+                acc,
+                False,
+                False,
+                0,
+                False,
+                SOFTCAP,
+            )
     may_see_nothing: tl.constexpr = CAUSAL or WINDOW > 0
     for first_j in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
         j = first_j + tl.arange(0, BLOCK_N)
         k = entries(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
         v = entries(values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V)
-        most, total, acc = absorb(q, k, v, positions, j, upper, scale, most, total, acc, True, CAUSAL, WINDOW, may_see_nothing, SOFTCAP)
+        most, total, acc = absorb(
+            q,
+            k,
+            v,
+            positions,
+            j,
+            upper,
+            scale,
+            most,
+            total,
+            acc,
+            True,
+            CAUSAL,
+            WINDOW,
+            may_see_nothing,
+            SOFTCAP,
+        )
     total = tl.where(total == 0, 1.0, total)  # a token that sees nothing: 0
-    tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=present & (e < VALUE_DIM))
+    tl.store(
+        out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=present & (e < VALUE_DIM)
+    )

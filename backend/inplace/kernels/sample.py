@@ -13,28 +13,55 @@ Compiled without contraction of multiplications and additions, which would round
 import triton
 import triton.language as tl
 
+from inplace.kernels.gumbel import ATANH, COLDEST, EXP2, LN2, LOG2E, LOWEST, PLANE, TWO_THIRDS, UNIT
 from inplace.kernels.memory import Memory
-from inplace.operators.sample import ATANH, COLDEST, EXP2, LN2, LOG2E, LOWEST, PLANE, TWO_THIRDS, UNIT
 
 MOST_PARTS = 32
 """Programs a row; where there are many rows there are enough programs with `FEW_PARTS`."""
+
+
 FEW_PARTS, MANY_ROWS = 8, 9
+
+
 SPAN = 4096
 """Scores the last program reads at a time."""
+
+
 WARPS, REGISTERS = 8, 128
 """So that two programs fit an SM (nothing is spilled): most of them end before the part that needs the registers."""
 
+
 _BLOCK = tl.constexpr(4 * PLANE)
+
+
 _PLANE = tl.constexpr(PLANE)
+
+
 _COLDEST = tl.constexpr(COLDEST)
+
+
 _LN2, _LOG2E = tl.constexpr(LN2), tl.constexpr(LOG2E)
+
+
 _TWO_THIRDS = tl.constexpr(TWO_THIRDS)
+
+
 _A3, _A5, _A7, _A9 = (tl.constexpr(value) for value in ATANH)
+
+
 _E1, _E2, _E3, _E4, _E5, _E6 = (tl.constexpr(value) for value in EXP2)
+
+
 _UNIT, _LOWEST = tl.constexpr(UNIT), tl.constexpr(LOWEST)
+
+
 _NOTHING = tl.constexpr(28.0)
 """e^-28 is less than a unit of weight."""
+
+
 _FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+
+
 _NOWHERE = tl.constexpr(2147483647)
 
 
@@ -126,11 +153,21 @@ def _above(line, count, pivot, top, heat, seed, position, choose, SPAN: tl.const
             number, mass = _weighed(number, mass, v3, pivot, top, heat)
             if choose:
                 nothing = tl.zeros((QUARTER,), tl.int32)
-                b0, b1, b2, b3 = tl.philox(seed, start // 4 + lane, nothing, nothing + position, nothing)
-                best, where = _better(best, where, tl.where(v0 > pivot, _key(v0, b0, heat), float("-inf")), c0)
-                best, where = _better(best, where, tl.where(v1 > pivot, _key(v1, b1, heat), float("-inf")), c1)
-                best, where = _better(best, where, tl.where(v2 > pivot, _key(v2, b2, heat), float("-inf")), c2)
-                best, where = _better(best, where, tl.where(v3 > pivot, _key(v3, b3, heat), float("-inf")), c3)
+                b0, b1, b2, b3 = tl.philox(
+                    seed, start // 4 + lane, nothing, nothing + position, nothing
+                )
+                best, where = _better(
+                    best, where, tl.where(v0 > pivot, _key(v0, b0, heat), float("-inf")), c0
+                )
+                best, where = _better(
+                    best, where, tl.where(v1 > pivot, _key(v1, b1, heat), float("-inf")), c1
+                )
+                best, where = _better(
+                    best, where, tl.where(v2 > pivot, _key(v2, b2, heat), float("-inf")), c2
+                )
+                best, where = _better(
+                    best, where, tl.where(v3 > pivot, _key(v3, b3, heat), float("-inf")), c3
+                )
     _, chosen = _best(best, where)
     return tl.sum(number, 0), tl.sum(mass, 0), chosen
 
@@ -164,7 +201,9 @@ def _filtered(line, count, chosen, top, heat, k, p, seed, position, SPAN: tl.con
     known = False
     done = False
     while not done:
-        number, mass, better = _above(line, count, pivot, top, heat, seed, position, not known, SPAN)
+        number, mass, better = _above(
+            line, count, pivot, top, heat, seed, position, not known, SPAN
+        )
         if not known:
             above, weight, following = number, mass, better
             known = True
@@ -227,7 +266,9 @@ def _sample(
         top, place = _better(top, place, v3, c3)
         if random:
             nothing = tl.zeros((_PLANE,), tl.int32)
-            b0, b1, b2, b3 = tl.philox(seed, start // 4 + lane, nothing, nothing + position, nothing)
+            b0, b1, b2, b3 = tl.philox(
+                seed, start // 4 + lane, nothing, nothing + position, nothing
+            )
             best, where = _better(best, where, _key(v0, b0, heat), c0)
             best, where = _better(best, where, _key(v1, b1, heat), c1)
             best, where = _better(best, where, _key(v2, b2, heat), c2)
@@ -249,14 +290,18 @@ def _sample(
         highest = tl.max(joined, 0)
         if random:
             keys = tl.load(tops + 2 * PARTS + parts, volatile=True)
-            _, chosen = _best(keys, tl.load(tops + 3 * PARTS + parts, volatile=True).to(tl.int32, bitcast=True))
+            _, chosen = _best(
+                keys, tl.load(tops + 3 * PARTS + parts, volatile=True).to(tl.int32, bitcast=True)
+            )
             k, p = tl.load(top_k + row), tl.load(top_p + row)
             if (k <= 0) | (k > count):
                 k = count
             if (k < count) | (p < 1.0):
                 chosen = _filtered(line, count, chosen, highest, heat, k, p, seed, position, SPAN)
         else:
-            _, chosen = _best(joined, tl.load(tops + PARTS + parts, volatile=True).to(tl.int32, bitcast=True))
+            _, chosen = _best(
+                joined, tl.load(tops + PARTS + parts, volatile=True).to(tl.int32, bitcast=True)
+            )
         tl.store(out + row, chosen.to(tl.int64))
 
 

@@ -30,7 +30,9 @@ def scaled(products, scale, SOFTCAP: tl.constexpr):
     """Scores for a softmax of base 2: scaled, soft-capped if asked, times log2(e)."""
     if SOFTCAP > 0:
         ratio = products * (scale / SOFTCAP)
-        small = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2E))  # tanh |z| = (1 - exp(-2 |z|)) / (1 + exp(-2 |z|)), which never overflows
+        small = tl.exp2(
+            tl.abs(ratio) * (-2.0 * LOG2E)
+        )  # tanh |z| = (1 - exp(-2 |z|)) / (1 + exp(-2 |z|)), which never overflows
         bounded = (1.0 - small) / (1.0 + small)
         products = tl.where(ratio < 0, -bounded, bounded) * (SOFTCAP * LOG2E)
     else:
@@ -69,7 +71,14 @@ def held(x):
     Triton copies what is loaded for `tl.dot` to shared memory right after the load, which would serialise loads that could be under
     way together. Not for the interpreter, which has no inline assembly.
     """
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth)
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;",
+        "=r,r",
+        [x],
+        dtype=x.dtype,
+        is_pure=False,
+        pack=32 // x.dtype.primitive_bitwidth,
+    )
 
 
 @triton.jit

@@ -20,7 +20,9 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 0.5 (1 + tanh z) = sigmoid(2 z)
+        x = x * tl.sigmoid(
+            1.5957691216057308 * (x + 0.044715 * x * x * x)
+        )  # 0.5 (1 + tanh z) = sigmoid(2 z)
     return x
 
 
@@ -187,7 +189,12 @@ def few_kernel(
     other = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((PARTS, BLOCK_M), tl.float32)
     for start in tl.range(0, inputs if LONG else 1, 4 * tile, num_stages=1):  # pipelined by hand
-        k1, k2, k3, k4 = start + tile + k, start + 2 * tile + k, start + 3 * tile + k, start + 4 * tile + k
+        k1, k2, k3, k4 = (
+            start + tile + k,
+            start + 2 * tile + k,
+            start + 3 * tile + k,
+            start + 4 * tile + k,
+        )
         v1 = tl.load(lines + k1, mask=present & (k1 < inputs), other=0.0)
         total, other, squares = _multiply(w0, u0, v0, s0, total, other, squares, NORM, GATED, PDL)
         if LONG:
@@ -248,7 +255,11 @@ def skinny_kernel(
     for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         column = start + k
         w = weights(rows, column[None, :], inside[:, None], inputs)
-        value = tl.load(x + m[None, :] * inputs + column[:, None], mask=present[None, :] & (column < inputs)[:, None], other=0.0)
+        value = tl.load(
+            x + m[None, :] * inputs + column[:, None],
+            mask=present[None, :] & (column < inputs)[:, None],
+            other=0.0,
+        )
         if NORM:
             wide = value.to(tl.float32)
             squares += tl.sum(wide * wide, 0)

@@ -25,11 +25,18 @@ class UpdateSpec:
     ring: bool = False
 
     @classmethod
-    def of(cls, state_shape: tuple[int, ...], axis: int, *, append: bool, ring: bool = False) -> "UpdateSpec":
+    def of(
+        cls, state_shape: tuple[int, ...], axis: int, *, append: bool, ring: bool = False
+    ) -> "UpdateSpec":
         """The spec of a state ``[slots, …]`` whose axis ``axis`` (counted with the slot axis) is appended to."""
         if not append:
             return cls(1, 1, _product(state_shape[1:]))
-        return cls(_product(state_shape[1:axis]), state_shape[axis], _product(state_shape[axis + 1 :]), ring)
+        return cls(
+            _product(state_shape[1:axis]),
+            state_shape[axis],
+            _product(state_shape[axis + 1 :]),
+            ring,
+        )
 
 
 def _product(extents: tuple[int, ...]) -> int:
@@ -149,7 +156,9 @@ def update(
     )  # fmt: skip
 
 
-def read(*, state: Memory, slots: Memory, out: Memory, rows: int, size: int, pdl: bool = False) -> None:
+def read(
+    *, state: Memory, slots: Memory, out: Memory, rows: int, size: int, pdl: bool = False
+) -> None:
     """Launch ``inplace::read`` on the current stream: ``out[rows, size]`` becomes the slots of ``state[slots, size]``, null rows 0.
 
     Args:

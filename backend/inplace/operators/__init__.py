@@ -8,13 +8,12 @@ and `qkv_attention`.
 Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
 
-from inplace.operators import qkv_attention  # noqa: F401  registers what only lowering calls
+from inplace.operators import attention as qkv_attention  # noqa: F401  registers what only lowering calls
 from inplace.operators.attention import attention
 from inplace.operators.library import NAMESPACE, written_states
 from inplace.operators.linear import ACTIVATIONS, argmax, linear
-from inplace.operators.read import read
 from inplace.operators.sample import sample
-from inplace.operators.update import update
+from inplace.operators.state import read, update
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,11 +1,18 @@
-"""``inplace::attention``: append this step's keys and values to their slots and attend over what each row has cached."""
+"""``inplace::attention``: append this step's keys and values to their slots and attend over what each row has cached.
+
+``inplace::qkv_attention`` and ``inplace::rotary_attention``: rotary embedding and ``inplace::attention``, on one projection or on parts.
+
+Made by lowering, not by frontends.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from inplace.operators.library import LIBRARY, define
-from inplace.operators.update import write
+from inplace.operators.state import write
 
 define(
     "attention",
@@ -34,8 +41,14 @@ def _attention(
     softcap: float = 0.0,
 ) -> Tensor:
     bounds, owners, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
-    each = bounds == list(range(len(query) + 1)) and min(owners, default=-1) >= 0 and 0 <= min(starts) <= max(starts) < key_state.shape[2]
-    if each and append:  # one token a row, none of which goes round a ring: one call for all rows, for calls are what a small step costs
+    each = (
+        bounds == list(range(len(query) + 1))
+        and min(owners, default=-1) >= 0
+        and 0 <= min(starts) <= max(starts) < key_state.shape[2]
+    )
+    if (
+        each and append
+    ):  # one token a row, none of which goes round a ring: one call for all rows, for calls are what a small step costs
         assert key is not None and value is not None
         key_state[slots, :, write_indices] = key
         value_state[slots, :, write_indices] = value
@@ -51,16 +64,26 @@ def _attention(
             assert key is not None and value is not None
             write(keys, key[first:end].transpose(0, 1), start, 1, ring=ring)
             write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
-        keys, values, offset, mask = _visible(keys, values, start, end - first, cached, causal=causal, window=window, ring=ring)
+        keys, values, offset, mask = _visible(
+            keys, values, start, end - first, cached, causal=causal, window=window, ring=ring
+        )
         out[first:end] = _attend(
-            query[first:end], keys, values, mask, scale, softcap, square=causal and not window and offset == start == 0
+            query[first:end],
+            keys,
+            values,
+            mask,
+            scale,
+            softcap,
+            square=causal and not window and offset == start == 0,
         )
     return out
 
 
 def _attend_one(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """One token ``[heads, dim]`` over all of keys and values ``[kv_heads, length, dim]``."""
-    return F.scaled_dot_product_attention(query[None, :, None], keys[None], values[None], scale=scale, enable_gqa=True)[0, :, 0]
+    return F.scaled_dot_product_attention(
+        query[None, :, None], keys[None], values[None], scale=scale, enable_gqa=True
+    )[0, :, 0]
 
 
 @torch.library.impl(LIBRARY, "attention", "CUDA")
@@ -86,10 +109,14 @@ def _attention_on_gpu(
 
     tokens, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = value_state.shape
-    spec = kernels.AttentionSpec(heads, kv_heads, dim, value_dim, scale, append, causal, window, ring, softcap)
+    spec = kernels.AttentionSpec(
+        heads, kv_heads, dim, value_dim, scale, append, causal, window, ring, softcap
+    )
     for name, tensor in (("query", query), ("value_state", value_state)):
         if tensor.dtype != key_state.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, key_state is {key_state.dtype}; they must be the same")
+            raise TypeError(
+                f"{name} is {tensor.dtype}, key_state is {key_state.dtype}; they must be the same"
+            )
     for name, state in (("key_state", key_state), ("value_state", value_state)):
         if not state.is_contiguous():
             raise ValueError(f"{name} has strides {state.stride()}; a state must be contiguous")
@@ -116,7 +143,9 @@ def _attention_on_gpu(
         write_indices=write_indices.int(),
         out=out,
         workspace=query.new_empty(scratch, dtype=torch.float32) if scratch else None,
-        locks=query.new_zeros(kernels.attention_locks(spec, rows), dtype=torch.int32) if scratch else None,
+        locks=query.new_zeros(kernels.attention_locks(spec, rows), dtype=torch.int32)
+        if scratch
+        else None,
         tokens=tokens,
         rows=rows,
     )
@@ -129,7 +158,15 @@ def _token_strided(x: Tensor) -> Tensor:
 
 
 def _visible(
-    keys: Tensor, values: Tensor, start: int, tokens: int, cached: int, *, causal: bool, window: int, ring: bool
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    tokens: int,
+    cached: int,
+    *,
+    causal: bool,
+    window: int,
+    ring: bool,
 ) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """The part of a slot that some token of the row may see, the position it starts at, and a mask where not all may.
 
@@ -137,7 +174,9 @@ def _visible(
     ``[tokens, length]``, True where attended.
     """
     capacity = keys.shape[1]
-    if ring and cached > capacity:  # wrapped: entry c holds the newest position that is c modulo the capacity
+    if (
+        ring and cached > capacity
+    ):  # wrapped: entry c holds the newest position that is c modulo the capacity
         entries = torch.arange(capacity, device=keys.device)
         positions = cached - 1 - (cached - 1 - entries) % capacity
         offset = 0
@@ -150,19 +189,36 @@ def _visible(
     if not causal and not window:
         return keys, values, offset, None
     rows = torch.arange(start, start + tokens, device=keys.device).unsqueeze(1)
-    mask = positions <= rows if causal else torch.ones((tokens, len(positions)), dtype=torch.bool, device=keys.device)
+    mask = (
+        positions <= rows
+        if causal
+        else torch.ones((tokens, len(positions)), dtype=torch.bool, device=keys.device)
+    )
     if window:
         mask &= positions > rows - window
     return keys, values, offset, mask
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float, *, square: bool) -> Tensor:
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    *,
+    square: bool,
+) -> Tensor:
     """Softmax attention of one row; query ``[tokens, heads, dim]``, keys and values ``[kv_heads, length, dim]``."""
     tokens, heads, dim = query.shape
     if tokens == 1 and mask is None and not softcap:
         return _attend_one(query[0], keys, values, scale)[None]
     kv_heads, group = keys.shape[0], heads // keys.shape[0]
-    grouped = query.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
+    grouped = (
+        query.view(tokens, kv_heads, group, dim)
+        .permute(1, 2, 0, 3)
+        .reshape(kv_heads, group * tokens, dim)
+    )
     if mask is not None:
         mask = mask.repeat(group, 1)
     if tokens == 1 or softcap:
@@ -173,10 +229,18 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
             scores = scores.masked_fill(~mask, float("-inf"))
         out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
     elif square and group == 1 and mask is not None and bool(mask.shape[0] == mask.shape[1]):
-        out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], is_causal=True, scale=scale)[0]
+        out = F.scaled_dot_product_attention(
+            grouped[None], keys[None], values[None], is_causal=True, scale=scale
+        )[0]
     else:
-        out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scale)[0]
-    return out.view(kv_heads, group, tokens, values.shape[2]).permute(2, 0, 1, 3).reshape(tokens, heads, values.shape[2])
+        out = F.scaled_dot_product_attention(
+            grouped[None], keys[None], values[None], attn_mask=mask, scale=scale
+        )[0]
+    return (
+        out.view(kv_heads, group, tokens, values.shape[2])
+        .permute(2, 0, 1, 3)
+        .reshape(tokens, heads, values.shape[2])
+    )
 
 
 @torch.library.register_fake("inplace::attention", lib=LIBRARY)
@@ -198,15 +262,21 @@ def _attention_fake(
     softcap: float = 0.0,
 ) -> Tensor:
     torch._check(
-        query.dim() == 3 and key_state.dim() == 4, lambda: "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]"
+        query.dim() == 3 and key_state.dim() == 4,
+        lambda: "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]",
     )
-    torch._check(append == (key is not None and value is not None), lambda: "append needs key and value; without append there are none")
     torch._check(
-        query.shape[1] % key_state.shape[1] == 0, lambda: f"{query.shape[1]} query heads do not divide over {key_state.shape[1]} kv heads"
+        append == (key is not None and value is not None),
+        lambda: "append needs key and value; without append there are none",
+    )
+    torch._check(
+        query.shape[1] % key_state.shape[1] == 0,
+        lambda: f"{query.shape[1]} query heads do not divide over {key_state.shape[1]} kv heads",
     )
     if key is not None and value is not None:
         torch._check(
-            key.dtype == key_state.dtype and value.dtype == value_state.dtype, lambda: "keys and values must have their state's dtype"
+            key.dtype == key_state.dtype and value.dtype == value_state.dtype,
+            lambda: "keys and values must have their state's dtype",
         )
     return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
 
@@ -272,3 +342,125 @@ def attention(
     )
     assert isinstance(out, Tensor)
     return out
+
+
+define(
+    "qkv_attention",
+    "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, Tensor row_offsets, "
+    "Tensor write_indices, *, int heads, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+)
+
+
+define(
+    "rotary_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, "
+    "Tensor row_offsets, Tensor write_indices, *, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) "
+    "-> Tensor",
+)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding with paired halves (arXiv:2104.09864, as transformers' ``apply_rotary_pos_emb``).
+
+    Args:
+        x: ``[tokens, heads, dim]``.
+        cos, sin: ``[tokens, rotary]``; the first ``rotary`` components are rotated.
+    """
+    rotary = cos.shape[-1]
+    first, second = x[..., :rotary].chunk(2, -1)
+    turned = x[..., :rotary] * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+    return torch.cat([turned, x[..., rotary:]], -1)
+
+
+@torch.library.impl(LIBRARY, "qkv_attention", "CompositeExplicitAutograd")
+def _qkv_attention(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    *rows: Tensor,
+    heads: int,
+    **options: Any,
+) -> Tensor:
+    """`attention` on the output of one merged projection, with the rotary embedding of queries and keys inside.
+
+    Args:
+        qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
+        cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head, or None for no rotation.
+        key_state, value_state, rows: states, slots, row_offsets and write_indices as `attention` takes them.
+        heads: query heads.
+        options: scale, causal, window, ring and softcap of `attention`.
+
+    Returns:
+        ``[..., heads * value_dim]``.
+    """
+    kv_heads, dim, value_dim = key_state.shape[1], key_state.shape[3], value_state.shape[3]
+    parts = qkv.flatten(0, -2).split([heads * dim, kv_heads * dim, kv_heads * value_dim], -1)
+    query, key = parts[0].unflatten(1, (heads, dim)), parts[1].unflatten(1, (kv_heads, dim))
+    value = parts[2].unflatten(1, (kv_heads, value_dim))
+    if cos is not None and sin is not None:
+        query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
+    out = attention(query, key, value, key_state, value_state, *rows, **options)
+    return out.reshape(*qkv.shape[:-1], heads * value_dim)
+
+
+@torch.library.impl(LIBRARY, "rotary_attention", "CompositeExplicitAutograd")
+def _rotary_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *states_and_rows: Tensor,
+    **options: Any,
+) -> Tensor:
+    """`attention` with the rotary embedding of queries and keys inside; cos and sin ``[..., rotary]``, the rest as `attention` takes it."""
+    query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
+    return attention(query, key, value, *states_and_rows, **options)
+
+
+def _check_rotary(cos: Tensor, dim: int) -> None:
+    rotary = cos.shape[-1]
+    torch._check(
+        rotary % 2 == 0 and rotary <= dim,
+        lambda: f"cos must be [..., rotary], even and at most {dim}; got {tuple(cos.shape)}",
+    )
+
+
+@torch.library.register_fake("inplace::rotary_attention", lib=LIBRARY)
+def _rotary_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_state: Tensor,
+    value_state: Tensor,
+    *rows: Tensor,
+    **options: Any,
+) -> Tensor:
+    _check_rotary(cos, query.shape[-1])
+    return query.new_empty((*query.shape[:-1], value_state.shape[3]))
+
+
+@torch.library.register_fake("inplace::qkv_attention", lib=LIBRARY)
+def _qkv_attention_fake(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    *rows: Tensor,
+    heads: int,
+    **options: Any,
+) -> Tensor:
+    kv_heads, dim, value_dim = key_state.shape[1], key_state.shape[3], value_state.shape[3]
+    width = heads * dim + kv_heads * (dim + value_dim)
+    torch._check(
+        qkv.shape[-1] == width, lambda: f"qkv must be [..., {width}], got {tuple(qkv.shape)}"
+    )
+    torch._check((cos is None) == (sin is None), lambda: "cos and sin belong together")
+    if cos is not None:
+        _check_rotary(cos, dim)
+    return qkv.new_empty((*qkv.shape[:-1], heads * value_dim))

@@ -3,7 +3,11 @@
 import torch
 
 NAMESPACE = "inplace"
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # kept for the life of the process: dropping it unregisters the operators
+
+
+LIBRARY = torch.library.Library(
+    NAMESPACE, "DEF"
+)  # kept for the life of the process: dropping it unregisters the operators
 
 
 def define(name: str, schema: str) -> None:
@@ -11,7 +15,9 @@ def define(name: str, schema: str) -> None:
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-VIEWS = frozenset({torch.ops.aten.select.int, torch.ops.aten.narrow.default, torch.ops.aten.slice.Tensor})
+VIEWS = frozenset(
+    {torch.ops.aten.select.int, torch.ops.aten.narrow.default, torch.ops.aten.slice.Tensor}
+)
 """Operators whose result is the memory of their first argument, through which a graph hands a state to an operator of the user's own."""
 
 
@@ -20,8 +26,14 @@ def written_arguments(node: torch.fx.Node) -> list[torch.fx.Node]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     arguments = node.target._schema.arguments
-    passed = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
-    found = [passed.get(argument.name) for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    passed = (
+        dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
+    )
+    found = [
+        passed.get(argument.name)
+        for argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
     return [given for given in found if isinstance(given, torch.fx.Node)]
 
 
@@ -41,4 +53,6 @@ def written_states(graph: torch.fx.Graph, *, own: bool = True) -> tuple[str, ...
             while given.target in VIEWS and isinstance(given.args[0], torch.fx.Node):
                 given = given.args[0]
             written.add(given.name)
-    return tuple(node.name for node in graph.nodes if node.op == "placeholder" and node.name in written)
+    return tuple(
+        node.name for node in graph.nodes if node.op == "placeholder" and node.name in written
+    )

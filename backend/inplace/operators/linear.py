@@ -12,12 +12,17 @@ from inplace.operators.library import LIBRARY, define
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 """What may follow the product; gated layers multiply the activated first half of the rows by the second half."""
 
+
 define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, Tensor? residual=None, *, float eps=0.0, "
     "str activation='none', bool gated=False, bool float_out=False) -> Tensor",
 )
+
+
 define("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
+
+
 define("argmax", "(Tensor scores) -> Tensor")
 
 
@@ -25,7 +30,9 @@ define("argmax", "(Tensor scores) -> Tensor")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last axis (arXiv:1910.07467, eq. 4), computed in float32, in x's dtype."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(
+        x.dtype
+    )
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -68,19 +75,31 @@ def _linear(
 
 @torch.library.register_fake("inplace::linear", lib=LIBRARY)
 def _linear_fake(
-    x: Tensor, weight: Tensor, *others: Tensor | None, activation: str = "none", gated: bool = False, float_out: bool = False, **eps: float
+    x: Tensor,
+    weight: Tensor,
+    *others: Tensor | None,
+    activation: str = "none",
+    gated: bool = False,
+    float_out: bool = False,
+    **eps: float,
 ) -> Tensor:
     torch._check(
-        weight.dim() == 2 and x.shape[-1] == weight.shape[1], lambda: f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
+        weight.dim() == 2 and x.shape[-1] == weight.shape[1],
+        lambda: f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}",
     )
-    torch._check(activation in ACTIVATIONS, lambda: f"activation {activation!r} is none of {ACTIVATIONS}")
+    torch._check(
+        activation in ACTIVATIONS, lambda: f"activation {activation!r} is none of {ACTIVATIONS}"
+    )
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     return x.new_empty((*x.shape[:-1], width), dtype=torch.float32 if float_out else x.dtype)
 
 
 @torch.library.register_fake("inplace::rms_norm", lib=LIBRARY)
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    torch._check(tuple(weight.shape) == (x.shape[-1],), lambda: f"norm weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    torch._check(
+        tuple(weight.shape) == (x.shape[-1],),
+        lambda: f"norm weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}",
+    )
     return torch.empty_like(x)
 
 
@@ -122,7 +141,17 @@ def linear(
     Returns:
         ``[..., out]``, or ``[..., out / 2]`` when gated.
     """
-    out = torch.ops.inplace.linear(x, weight, bias, norm, residual, eps=eps, activation=activation, gated=gated, float_out=float_out)
+    out = torch.ops.inplace.linear(
+        x,
+        weight,
+        bias,
+        norm,
+        residual,
+        eps=eps,
+        activation=activation,
+        gated=gated,
+        float_out=float_out,
+    )
     assert isinstance(out, Tensor)
     return out
 

@@ -20,8 +20,16 @@ from inplace.plugins.sample import Sample
 from inplace.plugins.state import Attention, Update
 from inplace.trt import TensorRT
 
-OPERATIONS: dict[str, type[Operation]] = {**STATELESS, Sample.name: Sample, Attention.name: Attention, Update.name: Update}
+OPERATIONS: dict[str, type[Operation]] = {
+    **STATELESS,
+    Sample.name: Sample,
+    Attention.name: Attention,
+    Update.name: Update,
+}
+
+
 NAMESPACE, PLUGIN_VERSION = "", "1"
+
 
 log = logging.getLogger("inplace")
 
@@ -50,7 +58,9 @@ class Plugins:
         """Let plans with this kind of operation be loaded; once a name."""
         if kind.name not in self._creators:
             self._creators[kind.name] = _creator(self, kind)
-            self.tensorrt.api.get_plugin_registry().register_creator(self._creators[kind.name], NAMESPACE)
+            self.tensorrt.api.get_plugin_registry().register_creator(
+                self._creators[kind.name], NAMESPACE
+            )
 
     def make(self, operation: Operation) -> Any:
         """A plugin object for ``add_plugin_v3``, kept alive."""
@@ -107,16 +117,32 @@ def register(kind: type[Operation]) -> type[Operation]:
 def _plugin_class(owner: Plugins) -> Any:
     api, tensorrt = owner.tensorrt.api, owner.tensorrt
 
-    class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuildV2, api.IPluginV3OneRuntime):  # type: ignore[misc, name-defined]
+    class Plugin(
+        api.IPluginV3,  # type: ignore[misc, name-defined]
+        api.IPluginV3OneCore,  # type: ignore[misc, name-defined]
+        api.IPluginV3OneBuildV2,  # type: ignore[misc, name-defined]
+        api.IPluginV3OneRuntime,  # type: ignore[misc, name-defined]
+    ):
         """One operation as TensorRT sees it."""
 
         def __init__(self, operation: Operation) -> None:
-            for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuildV2, api.IPluginV3OneRuntime):
+            for base in (
+                api.IPluginV3,
+                api.IPluginV3OneCore,
+                api.IPluginV3OneBuildV2,
+                api.IPluginV3OneRuntime,
+            ):
                 base.__init__(self)
             self.operation = operation
-            self.plugin_name, self.plugin_version, self.plugin_namespace = operation.name, PLUGIN_VERSION, NAMESPACE
+            self.plugin_name, self.plugin_version, self.plugin_namespace = (
+                operation.name,
+                PLUGIN_VERSION,
+                NAMESPACE,
+            )
             self.num_outputs = len(operation.output_dtypes([torch.float32] * operation.input_count))
-            self._arrays = [np.array([value], dtype=np.int32) for value in operation.to_fields().values()]  # TensorRT keeps their addresses
+            self._arrays = [
+                np.array([value], dtype=np.int32) for value in operation.to_fields().values()
+            ]  # TensorRT keeps their addresses
             self._locks: torch.Tensor | None = None
             self._pdl: bool | None = None
 
@@ -124,23 +150,36 @@ def _plugin_class(owner: Plugins) -> Any:
             return self
 
         def get_output_data_types(self, inputs: Sequence[Any]) -> list[Any]:
-            return [tensorrt.dtype(dtype) for dtype in self.operation.output_dtypes([tensorrt.torch_dtype(dtype) for dtype in inputs])]
+            return [
+                tensorrt.dtype(dtype)
+                for dtype in self.operation.output_dtypes(
+                    [tensorrt.torch_dtype(dtype) for dtype in inputs]
+                )
+            ]
 
-        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+        def get_output_shapes(
+            self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
+        ) -> list[Any]:
             extents = [[shape[axis] for axis in range(len(shape))] for shape in inputs]
             found = []
             for shape in self.operation.output_shapes(extents):
                 expression = api.DimsExprs(len(shape))
                 for axis, extent in enumerate(shape):
-                    expression[axis] = builder.constant(extent) if isinstance(extent, int) else extent
+                    expression[axis] = (
+                        builder.constant(extent) if isinstance(extent, int) else extent
+                    )
                 found.append(expression)
             return found
 
-        def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
+        def supports_format_combination(
+            self, position: int, tensors: Sequence[Any], inputs: int
+        ) -> bool:
             if tensors[position].desc.format != api.TensorFormat.LINEAR:
                 return False
             try:
-                dtypes = [tensorrt.torch_dtype(tensors[index].desc.type) for index in range(position + 1)]
+                dtypes = [
+                    tensorrt.torch_dtype(tensors[index].desc.type) for index in range(position + 1)
+                ]
             except KeyError:
                 return False
             return self.operation.accepts(position, dtypes)
@@ -156,12 +195,19 @@ def _plugin_class(owner: Plugins) -> Any:
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             shapes = [tuple(tensor.max) for tensor in inputs]
-            return self.operation.workspace(shapes, [tensorrt.torch_dtype(tensor.desc.type) for tensor in inputs])
+            return self.operation.workspace(
+                shapes, [tensorrt.torch_dtype(tensor.desc.type) for tensor in inputs]
+            )
 
         def get_fields_to_serialize(self) -> Any:
             names = self.operation.to_fields()
             kind = api.PluginFieldType.INT32
-            return api.PluginFieldCollection([api.PluginField(name, array, kind) for name, array in zip(names, self._arrays, strict=True)])
+            return api.PluginFieldCollection(
+                [
+                    api.PluginField(name, array, kind)
+                    for name, array in zip(names, self._arrays, strict=True)
+                ]
+            )
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
@@ -173,18 +219,32 @@ def _plugin_class(owner: Plugins) -> Any:
             pass
 
         def enqueue(
-            self, inputs: Sequence[Any], outputs: Sequence[Any], sources: Sequence[int], targets: Sequence[int], workspace: int, stream: int
+            self,
+            inputs: Sequence[Any],
+            outputs: Sequence[Any],
+            sources: Sequence[int],
+            targets: Sequence[int],
+            workspace: int,
+            stream: int,
         ) -> int:
             try:
                 shapes: list[Shape] = [tuple(tensor.dims) for tensor in inputs]
                 with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
                     if self._locks is None:  # the first enqueue warms up and is never captured
-                        self._locks = torch.zeros(max(1, self.operation.locks()), dtype=torch.int32, device="cuda")
+                        self._locks = torch.zeros(
+                            max(1, self.operation.locks()), dtype=torch.int32, device="cuda"
+                        )
                         self._pdl = torch.cuda.get_device_capability() >= (9, 0)
                     call = Launch(
                         shapes=shapes,
-                        inputs=[Pointer(a, tensorrt.torch_dtype(t.type)) for a, t in zip(sources, inputs, strict=True)],
-                        outputs=[Pointer(a, tensorrt.torch_dtype(t.type)) for a, t in zip(targets, outputs, strict=True)],
+                        inputs=[
+                            Pointer(a, tensorrt.torch_dtype(t.type))
+                            for a, t in zip(sources, inputs, strict=True)
+                        ],
+                        outputs=[
+                            Pointer(a, tensorrt.torch_dtype(t.type))
+                            for a, t in zip(targets, outputs, strict=True)
+                        ],
                         workspace=workspace,
                         locks=Pointer(self._locks.data_ptr(), torch.int32),
                         pdl=bool(self._pdl),
@@ -208,12 +268,22 @@ def _creator(owner: Plugins, kind: type[Operation]) -> Any:
 
         def __init__(self) -> None:
             api.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_version, self.plugin_namespace = kind.name, PLUGIN_VERSION, NAMESPACE
+            self.name, self.plugin_version, self.plugin_namespace = (
+                kind.name,
+                PLUGIN_VERSION,
+                NAMESPACE,
+            )
             self._empty = np.array([], dtype=np.int32)
             names = kind.__dataclass_fields__
-            self.field_names = api.PluginFieldCollection([api.PluginField(name, self._empty, api.PluginFieldType.INT32) for name in names])
+            self.field_names = api.PluginFieldCollection(
+                [api.PluginField(name, self._empty, api.PluginFieldType.INT32) for name in names]
+            )
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            return owner.make(kind.from_fields({field.name: int(np.asarray(field.data).reshape(-1)[0]) for field in fields}))
+            return owner.make(
+                kind.from_fields(
+                    {field.name: int(np.asarray(field.data).reshape(-1)[0]) for field in fields}
+                )
+            )
 
     return Creator()

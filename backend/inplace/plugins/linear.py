@@ -40,7 +40,15 @@ class Linear(Operation):
     def spec(self) -> LinearSpec:
         """The same for the kernels."""
         return LinearSpec(
-            self.inputs, self.outputs, self.bias, self.norm, self.residual, self.eps, self.activation, self.gated, self.float_out
+            self.inputs,
+            self.outputs,
+            self.bias,
+            self.norm,
+            self.residual,
+            self.eps,
+            self.activation,
+            self.gated,
+            self.float_out,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
@@ -110,7 +118,15 @@ class RmsNorm(Operation):
     def launch(self, call: Launch) -> None:
         """See `inplace.kernels.linear.rms_norm`."""
         x, weight = call.inputs
-        rms_norm(x=x, weight=weight, out=call.outputs[0], tokens=tokens(call.shapes[0]), width=self.width, eps=self.eps, pdl=call.pdl)
+        rms_norm(
+            x=x,
+            weight=weight,
+            out=call.outputs[0],
+            tokens=tokens(call.shapes[0]),
+            width=self.width,
+            eps=self.eps,
+            pdl=call.pdl,
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,15 @@ class Argmax(Operation):
         """See `inplace.kernels.argmax.argmax`."""
         rows, count = call.shapes[0]
         workspace = Pointer(call.workspace, torch.float32)
-        argmax(scores=call.inputs[0], out=call.outputs[0], workspace=workspace, locks=call.locks, rows=rows, count=count, pdl=call.pdl)
+        argmax(
+            scores=call.inputs[0],
+            out=call.outputs[0],
+            workspace=workspace,
+            locks=call.locks,
+            rows=rows,
+            count=count,
+            pdl=call.pdl,
+        )
 
 
 STATELESS: Mapping[str, type[Operation]] = {kind.name: kind for kind in (Linear, RmsNorm, Argmax)}

@@ -81,12 +81,20 @@ class Operation(ABC):
 
     def to_fields(self) -> dict[str, int]:
         """The dataclass fields as 32-bit integers: TensorRT 10.6 hands Python anything else back changed."""
-        return {field.name: _encoded(getattr(self, field.name), field.metadata.get("choices")) for field in fields(self)}
+        return {
+            field.name: _encoded(getattr(self, field.name), field.metadata.get("choices"))
+            for field in fields(self)
+        }
 
     @classmethod
     def from_fields(cls, values: Mapping[str, int]) -> Self:
         """The inverse of `to_fields`."""
-        return cls(**{f.name: _decoded(values[f.name], f.type, f.metadata.get("choices")) for f in fields(cls)})
+        return cls(
+            **{
+                f.name: _decoded(values[f.name], f.type, f.metadata.get("choices"))
+                for f in fields(cls)
+            }
+        )
 
 
 def tokens(shape: Shape) -> int:

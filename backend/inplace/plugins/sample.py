@@ -10,7 +10,15 @@ from inplace.kernels.memory import Pointer
 from inplace.kernels.sample import sample, sample_workspace
 from inplace.plugins.operation import Launch, Operation, Shape
 
-TYPES = (torch.float32, torch.float32, torch.int32, torch.float32, torch.int64, torch.int32, torch.int64)
+TYPES = (
+    torch.float32,
+    torch.float32,
+    torch.int32,
+    torch.float32,
+    torch.int64,
+    torch.int32,
+    torch.int64,
+)
 """Of scores, temperature, top_k, top_p, seeds and positions, and of the result."""
 
 

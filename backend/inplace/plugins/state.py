@@ -83,7 +83,9 @@ class Attention(Operation):
         end = self.first_state + 5
         if self.first_state + 2 <= position < end:
             return dtypes[position] is torch.int32
-        return end <= position < self.input_count or (dtypes[position] in FLOATS and dtypes[position] is dtypes[0])
+        return end <= position < self.input_count or (
+            dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
+        )
 
     def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
         """Those of the query and of the states."""
@@ -92,7 +94,11 @@ class Attention(Operation):
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Merged: ``[..., heads * value_dim]``; else ``[tokens, heads, value_dim]``; then the states' own."""
         query = inputs[0]
-        out = [*query[:-1], self.heads * self.value_dim] if self.merged else [query[0], self.heads, self.value_dim]
+        out = (
+            [*query[:-1], self.heads * self.value_dim]
+            if self.merged
+            else [query[0], self.heads, self.value_dim]
+        )
         return [out, *(list(inputs[index]) for index in self.aliases.values())]
 
     def _count(self, shape: Shape) -> int:
@@ -101,7 +107,9 @@ class Attention(Operation):
     def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
         """Partial results of split rows."""
         state = shapes[self.first_state]
-        return attention_workspace(self.spec, self._count(shapes[0]), shapes[self.first_state + 2][0], state[2])
+        return attention_workspace(
+            self.spec, self._count(shapes[0]), shapes[self.first_state + 2][0], state[2]
+        )
 
     def locks(self) -> int:
         """What the splits of the widest step count themselves in."""
@@ -195,6 +203,10 @@ class Update(Operation):
             row_offsets=next(bounds) if self.packed else None,
             write_indices=next(bounds) if self.append else None,
             rows=call.shapes[1][0],
-            units=entries[0] if self.packed else entries[0] * entries[self.axis] if self.append else entries[0],
+            units=entries[0]
+            if self.packed
+            else entries[0] * entries[self.axis]
+            if self.append
+            else entries[0],
             pdl=call.pdl,
         )

@@ -1,15 +1,14 @@
 """Capture: from a model to a graph on the ``inplace::`` operators."""
 
-from inplace_builder.capture.buffers import inline_lifted_buffers
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.decoder import DecoderOptions
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.capture.exported_decoder import capture_exported_decoder
 from inplace_builder.capture.exported_rows import RowOptions, capture_exported_rows
-from inplace_builder.capture.functional import Functional, lift_mutated_buffers
-from inplace_builder.capture.huggingface import capture_decoder
-from inplace_builder.capture.loading import load_decoder
+from inplace_builder.capture.huggingface import capture_decoder, load_decoder
+from inplace_builder.capture.inline import inline_lifted_buffers
 from inplace_builder.capture.module import capture_module
+from inplace_builder.states.lift import Functional, lift_mutated_buffers
 
 __all__ = [
     "Capture",

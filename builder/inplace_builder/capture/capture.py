@@ -1,19 +1,17 @@
 """What a frontend hands to the rest of the builder."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from inplace.dtypes import Dtype
-from inplace.manifest import Alias, Lowering, Program
 from inplace.operators import written_states
-from inplace.specs import Role, StateSpec, TensorSpec
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Alias, Lowering, Program
+from inplace.schema.specs import Role, StateSpec, TensorSpec
 from torch import Tensor
 
 from inplace_builder.errors import BuildError
-from inplace_builder.passes.cleanup import remove_no_ops
-from inplace_builder.passes.state_uses import check_state_uses
+from inplace_builder.graph.nodes import check_state_uses, remove_no_ops
 
 Reference = Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]]
 """The original model on one sequence: the client inputs of all its requests so far, in order (no batch axis), to the outputs of
@@ -58,7 +56,9 @@ def described(
             unwritten.
     """
     remove_no_ops(exported)
-    exported._example_inputs = None  # would be saved with the program: example states are as large as slots
+    exported._example_inputs = (
+        None  # would be saved with the program: example states are as large as slots
+    )
     graph = exported.graph
     found = list(exported.graph_signature.user_inputs)
     wanted = [spec.name for spec in program.inputs] + [state.name for state in states]
@@ -66,22 +66,22 @@ def described(
         raise BuildError(f"the captured graph takes {found}, its description says {wanted}")
     if len(exported.graph_signature.user_outputs) != len(program.outputs):
         names = [spec.name for spec in program.outputs]
-        raise BuildError(f"the captured graph returns {len(exported.graph_signature.user_outputs)} outputs, its description names {names}")
+        raise BuildError(
+            f"the captured graph returns {len(exported.graph_signature.user_outputs)} outputs, its description names {names}"
+        )
     names = [state.name for state in states]
     check_state_uses(graph, names)
     written = written_states(graph)
     if unwritten := sorted(set(names) - set(written)):
-        raise BuildError(f"the model never writes {unwritten}: what it only reads is a constant, not a state; make it a buffer")
+        raise BuildError(
+            f"the model never writes {unwritten}: what it only reads is a constant, not a state; make it a buffer"
+        )
     aliases = tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names)
-    because = "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
+    because = (
+        "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
+    )
     lowering = tuple(Lowering(state=name, kind="operator", because=because) for name in names)
     return program.model_copy(update={"aliases": aliases}), lowering
-
-
-def any_size() -> contextlib.AbstractContextManager[None]:
-    """Export without treating an extent of 0 or 1 as special: one graph for one row and for many."""
-    patched: contextlib.AbstractContextManager[None] = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    return patched
 
 
 CONTROL_DTYPE = Dtype.INT32
@@ -93,4 +93,8 @@ def control(name: str, role: Role) -> TensorSpec:
     return TensorSpec(name=name, role=role, dtype=_SAMPLING_DTYPES.get(role, CONTROL_DTYPE))
 
 
-_SAMPLING_DTYPES = {Role.TEMPERATURE: Dtype.FLOAT32, Role.TOP_P: Dtype.FLOAT32, Role.SEED: Dtype.INT64}
+_SAMPLING_DTYPES = {
+    Role.TEMPERATURE: Dtype.FLOAT32,
+    Role.TOP_P: Dtype.FLOAT32,
+    Role.SEED: Dtype.INT64,
+}

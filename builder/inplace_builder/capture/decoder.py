@@ -5,16 +5,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.dtypes import Dtype
-from inplace.manifest import Program
-from inplace.specs import SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Program
+from inplace.schema.specs import SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 
 from inplace_builder.capture.capture import control
 
-CONTROLS = (Role.POSITIONS, Role.ROW_OFFSETS, Role.LAST_TOKENS, Role.SLOTS, Role.WRITE_INDICES, *SAMPLING_ROLES)
+CONTROLS = (
+    Role.POSITIONS,
+    Role.ROW_OFFSETS,
+    Role.LAST_TOKENS,
+    Role.SLOTS,
+    Role.WRITE_INDICES,
+    *SAMPLING_ROLES,
+)
 """What the runtime fills, in the order of the graph's inputs behind the token ids; an input is named like its role."""
+
+
 TOKENS = "input_ids"
 
 
@@ -54,12 +63,27 @@ def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Progra
         name="step",
         row_layout="packed",
         inputs=(
-            TensorSpec(name=TOKENS, role=Role.TOKENS, dtype=Dtype.INT64, shape=(-1,), minimum=0, maximum=tokens - 1),
+            TensorSpec(
+                name=TOKENS,
+                role=Role.TOKENS,
+                dtype=Dtype.INT64,
+                shape=(-1,),
+                minimum=0,
+                maximum=tokens - 1,
+            ),
             *(control(role.value, role) for role in CONTROLS),
         ),
         outputs=(
-            TensorSpec(name="next_token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), sampled_from="logits"),
-            TensorSpec(name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(scores,), on_request=True),
+            TensorSpec(
+                name="next_token",
+                role=Role.ROW,
+                dtype=Dtype.INT64,
+                shape=(1,),
+                sampled_from="logits",
+            ),
+            TensorSpec(
+                name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(scores,), on_request=True
+            ),
         ),
         aliases=(),
         max_rows=options.max_rows,
@@ -153,4 +177,9 @@ class StepExamples:
         """Which extents of `memory` vary."""
         slots, least = Dim("slots", min=1), self.options.range_from
         chosen = None if least is None else Dim("capacity", min=least, max=self.options.capacity)
-        return [{0: slots, 2: chosen} if chosen is not None and state.update is Update.APPEND else {0: slots} for state in self.states]
+        return [
+            {0: slots, 2: chosen}
+            if chosen is not None and state.update is Update.APPEND
+            else {0: slots}
+            for state in self.states
+        ]

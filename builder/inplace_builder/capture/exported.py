@@ -1,29 +1,37 @@
 """Frontend for a user's own module: its states are found, its updates recognised."""
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from inplace.manifest import Alias, Lowering
 from inplace.operators import written_states
-from inplace.specs import StateSpec
+from inplace.schema.served import Alias, Lowering
+from inplace.schema.specs import StateSpec
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
-from inplace_builder.capture.capture import any_size
-from inplace_builder.capture.functional import Functional, example_hint, lift_mutated_buffers
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.passes.cleanup import remove_no_ops
-from inplace_builder.passes.copying import copied_graph
-from inplace_builder.passes.divide import divide
-from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
-from inplace_builder.passes.rewrite import SLOTS, rewrite
-from inplace_builder.passes.state_uses import check_state_uses
-from inplace_builder.passes.states import State, common_rows
-from inplace_builder.passes.user_operators import place_user_operators
+from inplace_builder.graph.nodes import check_state_uses, remove_no_ops
+from inplace_builder.graph.reexport import (
+    Interpreted,
+    any_size,
+    copied,
+    rename_inputs,
+    without_unused,
+)
+from inplace_builder.states.divide import divide
+from inplace_builder.states.lift import (
+    Functional,
+    drop_dead_assertions,
+    example_hint,
+    lift_mutated_buffers,
+    normalise_assignments,
+)
+from inplace_builder.states.rewrite import SLOTS, rewrite
+from inplace_builder.states.state import State, common_rows
+from inplace_builder.states.user_operators import place_user_operators
 
 
 @dataclass(frozen=True)
@@ -93,23 +101,41 @@ def capture_exported(
     Raises:
         BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if ``strict``, a write is not recognised.
     """
-    found = lift_mutated_buffers(module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
+    found = lift_mutated_buffers(
+        module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+    )
     if unknown := sorted(set(consecutive) - set(found.inputs)):
-        raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
+        raise BuildError(
+            f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
+        )
     if SLOTS in (*found.inputs, *(state.name for state in found.states)):
-        raise BuildError(f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name")
+        raise BuildError(
+            f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name"
+        )
     original = copied(found.graph_module)
     normalise_assignments(found.graph_module.graph, found.outputs)
-    found = replace(found, states=divide(found.graph_module, original, found.states, found.outputs, alignment))
+    found = replace(
+        found, states=divide(found.graph_module, original, found.states, found.outputs, alignment)
+    )
     rows = 1
-    made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
+    made = rewrite(
+        found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive)
+    )
     if made is None:
         rows = common_rows(found.states) or 1
-        made = rewrite(found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive))
+        made = rewrite(
+            found.graph_module,
+            found.states,
+            found.outputs,
+            rows=rows,
+            promised=frozenset(consecutive),
+        )
     assert made is not None
     made = place_user_operators(found.graph_module, made)
     if strict and (refused := [state for state in made if not state.recognised]):
-        raise BuildError("; ".join(f"state {state.found.source} is {state.because}" for state in refused))
+        raise BuildError(
+            "; ".join(f"state {state.found.source} is {state.because}" for state in refused)
+        )
     drop_dead_assertions(found.graph_module.graph)
     found = replace(found, graph_module=without_unused(found.graph_module))
     names = [state.name for state in made]
@@ -124,33 +150,15 @@ def capture_exported(
         found.inputs,
         made,
         rows,
-        tuple(Lowering(state=state.name, kind=state.kind, because=f"{state.pattern}: {state.because}") for state in made),
-        tuple(Alias(output=f"{state.name}_updated", input=state.name, kind=state.kind) for state in made),
+        tuple(
+            Lowering(state=state.name, kind=state.kind, because=f"{state.pattern}: {state.because}")
+            for state in made
+        ),
+        tuple(
+            Alias(output=f"{state.name}_updated", input=state.name, kind=state.kind)
+            for state in made
+        ),
     )
-
-
-def copied(module: GraphModule) -> GraphModule:
-    """The same graph and tensors, to keep while the first is rewritten."""
-    return GraphModule(module, copied_graph(module.graph))
-
-
-def without_unused(module: GraphModule) -> GraphModule:
-    """The same graph over the attributes that it still uses: a mask that became `inplace::attention` needs no memory."""
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    return GraphModule({target: torch.fx.graph_module._get_attr(module, target) for target in used}, module.graph)
-
-
-class Interpreted(torch.nn.Module):
-    """Runs a graph node by node, so that an export of it keeps the model's source lines."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__()
-        self.body = graph_module
-
-    def forward(self, *arguments: Any) -> Any:
-        """Run the graph; its arguments and results."""
-        with torch.fx.traceback.preserve_node_meta():
-            return Interpreter(self.body).run(*arguments)
 
 
 def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedProgram:
@@ -162,9 +170,13 @@ def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedPr
     shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
         with torch.no_grad(), any_size():
-            exported = torch.export.export(Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,))
+            exported = torch.export.export(
+                Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,)
+            )
     except Exception as error:
-        raise BuildError(f"torch.export cannot capture the rewritten graph: {brief(error)}{example_hint(found.example_inputs)}") from error
+        raise BuildError(
+            f"torch.export cannot capture the rewritten graph: {brief(error)}{example_hint(found.example_inputs)}"
+        ) from error
     rename_inputs(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
     remove_no_ops(exported)
     exported._example_inputs = None
@@ -174,9 +186,15 @@ def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedPr
 def _examples(found: Functional) -> tuple[Any, ...]:
     """The example inputs, with two entries where an extent that varies is 1, which torch.export takes for a constant in some operators."""
     extents: dict[Any, list[tuple[int, int]]] = {}
-    values = {node.name: node.meta["val"] for node in found.graph_module.graph.nodes if node.op == "placeholder"}
+    values = {
+        node.name: node.meta["val"]
+        for node in found.graph_module.graph.nodes
+        if node.op == "placeholder"
+    }
     for place, name in enumerate(found.inputs):
-        for axis, extent in enumerate(values[name].shape if isinstance(values[name], Tensor) else ()):
+        for axis, extent in enumerate(
+            values[name].shape if isinstance(values[name], Tensor) else ()
+        ):
             if isinstance(extent, torch.SymInt):
                 extents.setdefault(extent.node.expr, []).append((place, axis))
     examples = list(found.example_inputs)
@@ -185,7 +203,9 @@ def _examples(found: Functional) -> tuple[Any, ...]:
         alone = (
             expression.is_Symbol
             and expression not in taken
-            and not any(expression in other.free_symbols for other in extents if other != expression)
+            and not any(
+                expression in other.free_symbols for other in extents if other != expression
+            )
         )
         if alone and expression in found.ranges and found.ranges[expression].upper >= 2:
             for place, axis in places:
@@ -196,12 +216,19 @@ def _examples(found: Functional) -> tuple[Any, ...]:
 
 def _symbols(held: Any) -> set[Any]:
     """The symbols in a tensor's extents."""
-    return {symbol for extent in getattr(held, "shape", ()) if not isinstance(extent, int) for symbol in extent.node.expr.free_symbols}
+    return {
+        symbol
+        for extent in getattr(held, "shape", ())
+        if not isinstance(extent, int)
+        for symbol in extent.node.expr.free_symbols
+    }
 
 
 def _dynamic(found: Functional, states: Sequence[str]) -> tuple[list[Any], list[dict[int, Any]]]:
     """The dynamic extents of the inputs, and of the states in slots, as torch.export found them the first time."""
-    placeholders = {node.name: node for node in found.graph_module.graph.nodes if node.op == "placeholder"}
+    placeholders = {
+        node.name: node for node in found.graph_module.graph.nodes if node.op == "placeholder"
+    }
     named: dict[Any, Any] = {}
     shapes: list[Any] = []
     for name in found.inputs:
@@ -216,7 +243,11 @@ def _dynamic(found: Functional, states: Sequence[str]) -> tuple[list[Any], list[
 def _dims(held: Tensor, found: Functional, named: dict[Any, Any]) -> dict[int, Any]:
     """The extents of a tensor that vary."""
     extents: list[Any] = list(held.shape)
-    return {axis: _dim(extent, found, named) for axis, extent in enumerate(extents) if not isinstance(extent, int)}
+    return {
+        axis: _dim(extent, found, named)
+        for axis, extent in enumerate(extents)
+        if not isinstance(extent, int)
+    }
 
 
 def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:
@@ -225,30 +256,10 @@ def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:
         return Dim.AUTO
     if expression not in named:
         low, high = found.ranges[expression].lower, found.ranges[expression].upper
-        limit = int(high) if getattr(high, "is_Integer", isinstance(high, int)) and int(high) < 2**62 else None
+        limit = (
+            int(high)
+            if getattr(high, "is_Integer", isinstance(high, int)) and int(high) < 2**62
+            else None
+        )
         named[expression] = Dim(str(expression), min=int(low), max=limit)
     return named[expression]
-
-
-def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
-    """Give the placeholders back their names, which a variadic forward loses; whatever else has such a name gets another."""
-    signature, nodes = exported.graph_signature, {node.name: node for node in exported.graph.nodes}
-    inputs = [nodes[name] for name in signature.user_inputs]
-
-    def rename(node: Node, new: str) -> None:
-        signature.replace_all_uses(node.name, new)
-        for spec in signature.input_specs:
-            if spec.arg.name == node.name:
-                spec.arg.name = new
-        node.name = new
-        if node.op == "placeholder":
-            node.target = new
-
-    free = (f"_{number}" for number in itertools.count())
-    taken = {*nodes, *names}
-    for node in nodes.values():
-        if node.name in names:
-            rename(node, next(other for suffix in free if (other := f"{node.name}{suffix}") not in taken))
-    for node, name in zip(inputs, names, strict=True):
-        rename(node, name)
-    exported.graph_module.recompile()

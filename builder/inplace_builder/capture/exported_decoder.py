@@ -9,21 +9,39 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from inplace.dtypes import Dtype
+from inplace.schema.dtypes import Dtype
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from inplace_builder.capture.capture import Capture, Reference, any_size, described
-from inplace_builder.capture.decoder import CONTROLS, TOKENS, Cache, DecoderOptions, StepExamples, cache_states, decoder_program
-from inplace_builder.capture.exported import Interpreted, copied, rename_inputs, without_unused
-from inplace_builder.capture.functional import Functional, lift_mutated_buffers
+from inplace_builder.capture.capture import Capture, Reference, described
+from inplace_builder.capture.decoder import (
+    CONTROLS,
+    TOKENS,
+    Cache,
+    DecoderOptions,
+    StepExamples,
+    cache_states,
+    decoder_program,
+)
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.passes.decoder import Decoder, prove_decoder
-from inplace_builder.passes.divide import divide
-from inplace_builder.passes.emit import dtype, shape
-from inplace_builder.passes.normalise import drop_dead_assertions, normalise_assignments
-from inplace_builder.passes.packed import pack, settle_views
+from inplace_builder.graph.nodes import dtype, shape
+from inplace_builder.graph.reexport import (
+    Interpreted,
+    any_size,
+    copied,
+    rename_inputs,
+    without_unused,
+)
+from inplace_builder.packing.pack import pack, settle_views
+from inplace_builder.packing.prove import Decoder, prove_decoder
+from inplace_builder.states.divide import divide
+from inplace_builder.states.lift import (
+    Functional,
+    drop_dead_assertions,
+    lift_mutated_buffers,
+    normalise_assignments,
+)
 
 MOST_SEEN = 3
 """Sequences of which a reference remembers the caches, beside the last."""
@@ -62,20 +80,28 @@ def capture_exported_decoder(
         BuildError: torch.export cannot capture the module, or it is not proved that tokens of several sequences may lie behind one another:
             an attention that is not causal or windowed over its own cache, an operator that mixes tokens, a state that is no cache.
     """
-    found = lift_mutated_buffers(module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs)
+    found = lift_mutated_buffers(
+        module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+    )
     if unknown := sorted(set(consecutive) - set(found.inputs)):
-        raise BuildError(f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}")
+        raise BuildError(
+            f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
+        )
     graph = found.graph_module.graph
     original = copied(found.graph_module)
     normalise_assignments(graph, found.outputs)
-    found = replace(found, states=divide(found.graph_module, original, found.states, found.outputs, alignment=1))
+    found = replace(
+        found, states=divide(found.graph_module, original, found.states, found.outputs, alignment=1)
+    )
     decoder = prove_decoder(found.graph_module, found.states, found.outputs, frozenset(consecutive))
     caches = _caches(decoder, options)
     states = cache_states(caches, options)
     vocabulary, scores = decoder.vocabulary, int(shape(decoder.logits)[-1])
     reference = _reference(original, found, decoder)
     names = [TOKENS, *(role.value for role in CONTROLS)]
-    packed = pack(decoder, names, [state.name for state in states], [cache.ring(options) for cache in caches])
+    packed = pack(
+        decoder, names, [state.name for state in states], [cache.ring(options) for cache in caches]
+    )
     drop_dead_assertions(packed.graph)
     examples = StepExamples(options, states)
     arguments = (*examples.inputs(), *examples.memory())
@@ -83,12 +109,23 @@ def capture_exported_decoder(
     try:
         settle_views(packed, arguments)
         with torch.no_grad(), any_size():
-            exported = torch.export.export(Interpreted(without_unused(packed)), arguments, dynamic_shapes=shapes)
+            exported = torch.export.export(
+                Interpreted(without_unused(packed)), arguments, dynamic_shapes=shapes
+            )
     except Exception as error:
         raise BuildError(f"torch.export cannot capture the packed graph: {brief(error)}") from error
     rename_inputs(exported, [*names, *(state.name for state in states)])
     program, lowering = described(exported, decoder_program(vocabulary, scores, options), states)
-    return Capture(exported, program, states, options.capacity, caches[0].dtype, lowering, reference, options.range_from)
+    return Capture(
+        exported,
+        program,
+        states,
+        options.capacity,
+        caches[0].dtype,
+        lowering,
+        reference,
+        options.range_from,
+    )
 
 
 def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
@@ -100,7 +137,9 @@ def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
                 f"a capacity of {options.capacity} is more than the {keys[2]} positions of the module's caches, for which its attention "
                 f"was proved; choose at most {keys[2]}, or export it with larger caches"
             )
-        found.append(Cache(keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window))
+        found.append(
+            Cache(keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window)
+        )
     return found
 
 
@@ -110,23 +149,45 @@ def _reference(module: GraphModule, found: Functional, decoder: Decoder) -> Refe
     assert start.source is not None
     ids, source, several = decoder.ids.name, start.source.name, decoder.tokens != 1
     packed_axis = decoder.axes.axes[decoder.ids] if len(shape(decoder.ids)) == 2 else None
-    positions = next((value for name, value in zip(found.inputs, found.example_inputs, strict=True) if name == source), None)
+    positions = next(
+        (
+            value
+            for name, value in zip(found.inputs, found.example_inputs, strict=True)
+            if name == source
+        ),
+        None,
+    )
 
     seen: list[tuple[list[int], list[Tensor]]] = []
     """What caches held after some tokens: a module of one token a step is not stepped through them again."""
 
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         tokens = torch.cat([request[TOKENS] for request in requests])
-        before = (one for one in seen if len(one[0]) < len(tokens) and one[0] == tokens[: len(one[0])].tolist())
-        known, memory = max(before, key=lambda one: len(one[0]), default=([], [state.initial for state in found.states]))
+        before = (
+            one
+            for one in seen
+            if len(one[0]) < len(tokens) and one[0] == tokens[: len(one[0])].tolist()
+        )
+        known, memory = max(
+            before,
+            key=lambda one: len(one[0]),
+            default=([], [state.initial for state in found.states]),
+        )
         scores: Any = None
         for first in range(len(known), len(tokens), len(tokens) if several else 1):
             chunk = tokens if several else tokens[first : first + 1]
             given = {ids: chunk if packed_axis is None else chunk.unsqueeze(1 - packed_axis)}
             if isinstance(positions, Tensor):
                 now = first - start.offset
-                given[source] = torch.arange(now, now + len(chunk), dtype=positions.dtype) if several else torch.full_like(positions, now)
-            arguments = [given.get(name, value) for name, value in zip(found.inputs, found.example_inputs, strict=True)]
+                given[source] = (
+                    torch.arange(now, now + len(chunk), dtype=positions.dtype)
+                    if several
+                    else torch.full_like(positions, now)
+                )
+            arguments = [
+                given.get(name, value)
+                for name, value in zip(found.inputs, found.example_inputs, strict=True)
+            ]
             with torch.no_grad():
                 scores, *memory = module(*arguments, *memory)
         if not several:

@@ -6,20 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.dtypes import Dtype
-from inplace.manifest import Program
-from inplace.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inplace_builder.capture.capture import Capture, any_size, control, described
-from inplace_builder.capture.exported import ExportedCapture, Interpreted, capture_exported, rename_inputs
+from inplace_builder.capture.capture import Capture, control, described
+from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.passes.batching import WRITTEN_OUT  # it also registers what vmap does with the operators on states
-from inplace_builder.passes.rewrite import SLOTS
-from inplace_builder.passes.states import State
+from inplace_builder.graph.reexport import Interpreted, any_size, rename_inputs
+from inplace_builder.packing.vmap_rules import (
+    WRITTEN_OUT,  # it also registers what vmap does with the operators on states
+)
+from inplace_builder.states.rewrite import SLOTS
+from inplace_builder.states.state import State
 
 PRIMES = (9973, 9967, 9949, 9941, 9931, 9929, 9923, 9907, 9901, 9887, 9883, 9871)
 """Numbers of example rows and slots: tracing takes equal extents for one, and a multiple of the first is a number of rows."""
@@ -67,13 +70,17 @@ def capture_exported_rows(
     """
     found = capture_exported(module, example_inputs, kwargs=kwargs)
     if found.rows != 1:
-        raise BuildError(f"the module already steps {found.rows} rows, each at its own position; give one of a single sequence")
+        raise BuildError(
+            f"the module already steps {found.rows} rows, each at its own position; give one of a single sequence"
+        )
     states = tuple(_spec(state, options) for state in found.states)
     capacity = options.requests
     if capacity is None and any(state.update is Update.APPEND for state in found.states):
         ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
         if not ends:
-            raise BuildError("the module appends to its states: name the input that says where (positions), or how often it may (requests)")
+            raise BuildError(
+                "the module appends to its states: name the input that says where (positions), or how often it may (requests)"
+            )
         capacity = min(ends)
     rows = _Rows(found, options)
     program = Program(
@@ -87,21 +94,33 @@ def capture_exported_rows(
     )
     count, slots = Dim("rows", min=1, max=max(2, options.max_rows)), Dim("slots", min=1)
     example_rows, example_slots = _unlike(found.graph_module)
-    arguments = [torch.zeros((example_rows, *spec.shape), dtype=spec.dtype.as_torch) for spec in program.inputs]
-    memory = [torch.full((example_slots, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
+    arguments = [
+        torch.zeros((example_rows, *spec.shape), dtype=spec.dtype.as_torch)
+        for spec in program.inputs
+    ]
+    memory = [
+        torch.full((example_slots, *spec.shape), spec.fill, dtype=spec.dtype.as_torch)
+        for spec in states
+    ]
     shapes = ((*({0: count} for _ in arguments), *({0: slots} for _ in memory)),)
     try:
         with torch.no_grad(), any_size():
             # torch.export would keep what vmap is made of; traced below it, only operators are left
-            traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments, *memory)
+            traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+                *arguments, *memory
+            )
             _free_rows(traced, example_rows)
             examples = (*(x[:2] for x in arguments), *(x[:2] for x in memory))
             exported = torch.export.export(Interpreted(traced), examples, dynamic_shapes=shapes)
     except Exception as error:
         raise BuildError(f"torch.vmap cannot make rows of the module: {brief(error)}") from error
-    rename_inputs(exported, [*(spec.name for spec in program.inputs), *(spec.name for spec in states)])
+    rename_inputs(
+        exported, [*(spec.name for spec in program.inputs), *(spec.name for spec in states)]
+    )
     program, lowering = described(exported, program, states)
-    weights = next((Dtype.of(held.dtype) for held in found.graph_module.parameters()), states[0].dtype)
+    weights = next(
+        (Dtype.of(held.dtype) for held in found.graph_module.parameters()), states[0].dtype
+    )
     return Capture(exported, program, states, capacity, weights, lowering, rows.alone)
 
 
@@ -120,10 +139,18 @@ def _unlike(module: GraphModule) -> tuple[int, int]:
     for node in module.graph.nodes:
         torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), note)
         held = node.meta.get("val")
-        numbers |= {extent for extent in held.shape if isinstance(extent, int)} if isinstance(held, Tensor) else set()
-    free = [prime for prime in PRIMES if not any(number and number % prime == 0 for number in numbers)]
+        numbers |= (
+            {extent for extent in held.shape if isinstance(extent, int)}
+            if isinstance(held, Tensor)
+            else set()
+        )
+    free = [
+        prime for prime in PRIMES if not any(number and number % prime == 0 for number in numbers)
+    ]
     if len(free) < 2:
-        raise BuildError(f"the module has multiples of all but {len(free)} of {list(PRIMES)}, by which rows and slots are told apart")
+        raise BuildError(
+            f"the module has multiples of all but {len(free)} of {list(PRIMES)}, by which rows and slots are told apart"
+        )
     return free[0], free[1]
 
 
@@ -140,21 +167,33 @@ def _free_rows(traced: GraphModule, rows: int) -> None:
             if type(number) is not int or number == 0 or number % rows or abs(number) >= 2**31:
                 return number
             with graph.inserting_before(node):
-                return count if number == rows else graph.call_function(operator.mul, (count, number // rows))
+                return (
+                    count
+                    if number == rows
+                    else graph.call_function(operator.mul, (count, number // rows))
+                )
 
         if node.op == "call_function" and node is not count:
-            node.args, node.kwargs = (torch.fx.node.map_aggregate(given, free) for given in (node.args, node.kwargs))
+            node.args, node.kwargs = (
+                torch.fx.node.map_aggregate(given, free) for given in (node.args, node.kwargs)
+            )
     traced.recompile()
 
 
 def _spec(state: State, options: RowOptions) -> StateSpec:
     """What the manifest says of a state."""
     if state.found.varies:
-        raise BuildError(f"state {state.found.source} has extents that vary; slots are all of one size")
+        raise BuildError(
+            f"state {state.found.source} has extents that vary; slots are all of one size"
+        )
     initial, spec = state.found.initial, state.spec()
     if initial.numel() and not bool((initial == spec.fill).all()):
-        raise BuildError(f"state {state.found.source} begins with different numbers; a fresh slot holds one number everywhere")
-    if spec.update is Update.APPEND and options.positions is None:  # where it writes is known to the module alone
+        raise BuildError(
+            f"state {state.found.source} begins with different numbers; a fresh slot holds one number everywhere"
+        )
+    if (
+        spec.update is Update.APPEND and options.positions is None
+    ):  # where it writes is known to the module alone
         return spec.model_copy(update={"update": Update.REPLACE, "axis": None})
     return spec
 
@@ -174,15 +213,27 @@ class _Rows(torch.nn.Module):
         super().__init__()
         self.body = found.graph_module
         self.original = [found.original]  # not a part of what is traced
-        values = {node.name: node.meta["val"] for node in found.exported.graph.nodes if node.op == "placeholder"}
+        values = {
+            node.name: node.meta["val"]
+            for node in found.exported.graph.nodes
+            if node.op == "placeholder"
+        }
         self.inputs = tuple(_input(name, values[name], options) for name in found.inputs)
         self.shapes = [tuple(values[name].shape) for name in found.inputs]
         returned = found.exported.graph.output_node().args[0]
         assert isinstance(returned, tuple | list)
-        names = options.outputs if options.outputs is not None else tuple(f"output_{place}" for place in range(len(returned)))
+        names = (
+            options.outputs
+            if options.outputs is not None
+            else tuple(f"output_{place}" for place in range(len(returned)))
+        )
         if len(names) != len(returned):
-            raise BuildError(f"the module returns {len(returned)} outputs, {len(names)} names were given: {list(names)}")
-        self.outputs = tuple(_output(name, node.meta["val"]) for name, node in zip(names, returned, strict=True))
+            raise BuildError(
+                f"the module returns {len(returned)} outputs, {len(names)} names were given: {list(names)}"
+            )
+        self.outputs = tuple(
+            _output(name, node.meta["val"]) for name, node in zip(names, returned, strict=True)
+        )
         self.states = found.states
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -194,8 +245,12 @@ class _Rows(torch.nn.Module):
             *inputs, slot = arguments
             shaped = [x.reshape(shape) for x, shape in zip(inputs, self.shapes, strict=True)]
             with torch.fx.traceback.preserve_node_meta():
-                results = torch.utils._pytree.tree_leaves(_Batched(self.body).run(*shaped, slot.reshape(1), *states))
-            return tuple(x.reshape(spec.shape) for x, spec in zip(results, self.outputs, strict=True))
+                results = torch.utils._pytree.tree_leaves(
+                    _Batched(self.body).run(*shaped, slot.reshape(1), *states)
+                )
+            return tuple(
+                x.reshape(spec.shape) for x, spec in zip(results, self.outputs, strict=True)
+            )
 
         found = torch.vmap(one)(*per_row)
         return found if isinstance(found, tuple) else (found,)
@@ -205,14 +260,21 @@ class _Rows(torch.nn.Module):
         held = [state.found.initial.clone() for state in self.states]
         results: list[Tensor] = []
         for index, request in enumerate(requests):
-            inputs = [_alone(spec, shape, request, index) for spec, shape in zip(self.inputs, self.shapes, strict=True)]
+            inputs = [
+                _alone(spec, shape, request, index)
+                for spec, shape in zip(self.inputs, self.shapes, strict=True)
+            ]
             with torch.no_grad():
                 results = torch.utils._pytree.tree_leaves(self.original[0](*inputs, *held))
             held = results[len(self.outputs) :]
-        return {spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)}
+        return {
+            spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)
+        }
 
 
-def _alone(spec: TensorSpec, shape: tuple[int, ...], request: Mapping[str, Tensor], index: int) -> Tensor:
+def _alone(
+    spec: TensorSpec, shape: tuple[int, ...], request: Mapping[str, Tensor], index: int
+) -> Tensor:
     """The module's own input for a sequence's ``index``-th request."""
     if spec.role is Role.WRITE_INDICES:
         return torch.full(shape, index, dtype=spec.dtype.as_torch)
@@ -221,10 +283,14 @@ def _alone(spec: TensorSpec, shape: tuple[int, ...], request: Mapping[str, Tenso
 
 def _input(name: str, held: Any, options: RowOptions) -> TensorSpec:
     if not isinstance(held, Tensor) or any(not isinstance(extent, int) for extent in held.shape):
-        raise BuildError(f"input {name} is no tensor of fixed extents; a row of a step has one entry of every input")
+        raise BuildError(
+            f"input {name} is no tensor of fixed extents; a row of a step has one entry of every input"
+        )
     if name == options.positions:
         if held.numel() != 1 or held.is_floating_point():
-            raise BuildError(f"input {name} {tuple(held.shape)} of {held.dtype} is no position: an integer tensor of one entry")
+            raise BuildError(
+                f"input {name} {tuple(held.shape)} of {held.dtype} is no position: an integer tensor of one entry"
+            )
         return TensorSpec(name=name, role=Role.WRITE_INDICES, dtype=Dtype.of(held.dtype))
     return TensorSpec(name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_of_one(held))
 

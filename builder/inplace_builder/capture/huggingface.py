@@ -3,24 +3,115 @@
 The model's code runs unchanged. Its keys and values pass through `SlotCache.update`, its attention through `slot_attention`, which
 calls ``inplace::attention`` on the layer's states. Everything else in a decoder works token by token, so the tokens of all rows
 are packed behind one another on one axis.
+
+From a model folder to a transformers model.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from inplace.dtypes import Dtype
 from inplace.operators import sample
-from inplace.specs import StateSpec
+from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import StateSpec
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inplace_builder.capture.capture import Capture, Reference, any_size, described
-from inplace_builder.capture.decoder import Cache, DecoderOptions, StepExamples, cache_states, decoder_program
-from inplace_builder.capture.loading import quiet
-from inplace_builder.capture.placing import in_float32
+from inplace_builder.capture.capture import Capture, Reference, described
+from inplace_builder.capture.decoder import (
+    Cache,
+    DecoderOptions,
+    StepExamples,
+    cache_states,
+    decoder_program,
+)
 from inplace_builder.capture.slot_attention import IMPLEMENTATION, SlotCache, current_cache
+from inplace_builder.compare import in_float32
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.reexport import any_size
+
+
+def load_decoder(
+    source: Path, dtype: Dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a decoder from a local folder (safetensors or one GGUF file) or from a GGUF file. Nothing is downloaded.
+
+    Raises:
+        BuildError: there is no model, it is no decoder, or transformers cannot read it.
+    """
+    if not source.exists():
+        raise BuildError(
+            f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file"
+        )
+    folder = source if source.is_dir() else source.parent
+    files = sorted(folder.glob("*.gguf")) if source.is_dir() else [source]
+    where: dict[str, Any] = {"local_files_only": True}
+    if not (folder / "config.json").is_file() or source.is_file():
+        if len(files) != 1 or files[0].suffix != ".gguf":
+            held = (
+                f"{len(files)} GGUF files; name one"
+                if len(files) > 1
+                else "neither config.json nor a GGUF file"
+            )
+            raise BuildError(f"{source} is no model: it holds {held}")
+        where["gguf_file"] = files[0].name
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **where)
+    except (
+        Exception
+    ) as error:  # transformers raises many types for a folder it cannot make sense of
+        raise BuildError(
+            f"{source} has no configuration that transformers can read: {brief(error)}"
+        ) from error
+    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BuildError(
+            f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has no causal language model for it)"
+        )
+    # SDPA has no soft-cap: as the reference of such a model it would be wrong
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    reference = {"attn_implementation": "eager"} if capped else {}
+    try:
+        with quiet():
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype.as_torch, output_loading_info=True, **where, **reference
+            )
+    except Exception as error:
+        raise BuildError(f"the weights in {source} cannot be loaded: {brief(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise BuildError(
+            f"the weights in {source} lack {missing[:3]} ({len(missing)} in all); transformers would fill them with random numbers"
+        )
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+    except Exception:  # a model without a tokenizer is served all the same: its clients send ids
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' and torch's progress bars and advice: what matters is said by our own errors."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(
+                io.StringIO()
+            ):  # transformers' GGUF reader draws its bar whatever it is told
+                yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 class DecoderStep(torch.nn.Module):
@@ -90,7 +181,9 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     except BuildError:
         raise
     except Exception as error:
-        raise BuildError(f"torch.export cannot capture {type(model).__name__}: {brief(error)}") from error
+        raise BuildError(
+            f"torch.export cannot capture {type(model).__name__}: {brief(error)}"
+        ) from error
     finally:
         with quiet():
             model.set_attn_implementation(original)
@@ -115,16 +208,28 @@ def _reference(model: PreTrainedModel) -> Reference:
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         ids = torch.cat([request["input_ids"] for request in requests]).to(model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
+            logits = (
+                model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
+                .logits[0, -1]
+                .float()
+                .cpu()
+            )
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return reference
 
 
-def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions) -> tuple[tuple[StateSpec, ...], list[bool]]:
+def _states(
+    config: transformers.PretrainedConfig, dtype: torch.dtype, options: DecoderOptions
+) -> tuple[tuple[StateSpec, ...], list[bool]]:
     """The key and value states of each layer, and which are rings."""
-    if getattr(config, "num_attention_heads", None) is None or getattr(config, "num_hidden_layers", None) is None:
-        raise BuildError(f"a {config.model_type!r} model has no attention heads; only decoders with a key-value cache are supported")
+    if (
+        getattr(config, "num_attention_heads", None) is None
+        or getattr(config, "num_hidden_layers", None) is None
+    ):
+        raise BuildError(
+            f"a {config.model_type!r} model has no attention heads; only decoders with a key-value cache are supported"
+        )
     layers: int = config.num_hidden_layers
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -133,8 +238,19 @@ def _states(config: transformers.PretrainedConfig, dtype: torch.dtype, options: 
     if types is None:
         types = ["sliding_attention" if window else "full_attention"] * layers
     if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
-        raise BuildError(f"the model has layers of the kind {odd}; only full_attention and sliding_attention are supported")
-    caches = [Cache(heads, dim, dim, Dtype.of(dtype), window=window if kind == "sliding_attention" and window else 0) for kind in types]
+        raise BuildError(
+            f"the model has layers of the kind {odd}; only full_attention and sliding_attention are supported"
+        )
+    caches = [
+        Cache(
+            heads,
+            dim,
+            dim,
+            Dtype.of(dtype),
+            window=window if kind == "sliding_attention" and window else 0,
+        )
+        for kind in types
+    ]
     return cache_states(caches, options), [cache.ring(options) for cache in caches]
 
 
@@ -158,4 +274,6 @@ def _check_interface(model: PreTrainedModel) -> None:
 def _check_layers(graph: torch.fx.Graph, layers: int, kind: str) -> None:
     count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)
     if count != layers:
-        raise BuildError(f"{kind} has {layers} layers, but {count} of them attend through transformers' attention interface")
+        raise BuildError(
+            f"{kind} has {layers} layers, but {count} of them attend through transformers' attention interface"
+        )

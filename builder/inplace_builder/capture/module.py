@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from inplace.dtypes import Dtype
-from inplace.manifest import Program
-from inplace.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 
-from inplace_builder.capture.capture import Capture, any_size, described
+from inplace_builder.capture.capture import Capture, described
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.reexport import any_size
 
 
 def capture_module(
@@ -38,7 +39,9 @@ def capture_module(
     module = module.eval()
     rows = Dim("rows", min=1, max=max_rows)
     arguments = [torch.zeros((2, *spec.shape), dtype=spec.dtype.as_torch) for spec in inputs]
-    tensors = [torch.full((2, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
+    tensors = [
+        torch.full((2, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states
+    ]
     slots = Dim("slots", min=1)
     shapes: tuple[Any, ...] = (*({0: rows} for _ in inputs), *({0: slots} for _ in states))
     try:
@@ -47,12 +50,20 @@ def capture_module(
     except Exception as error:
         raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
     program = Program(
-        name="step", row_layout="rectangular", inputs=tuple(inputs), outputs=tuple(outputs), aliases=(), max_rows=max_rows, chunk=1
+        name="step",
+        row_layout="rectangular",
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        aliases=(),
+        max_rows=max_rows,
+        chunk=1,
     )
     program, lowering = described(exported, program, tuple(states))
 
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        memory = [torch.full((1, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
+        memory = [
+            torch.full((1, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states
+        ]
         results: tuple[Tensor, ...] = ()
         with torch.no_grad():
             for index, request in enumerate(requests):
@@ -60,9 +71,15 @@ def capture_module(
                 results = found if isinstance(found, tuple) else (found,)
         return {spec.name: result[0] for spec, result in zip(outputs, results, strict=True)}
 
-    ends = [spec.shape[spec.axis] for spec in states if spec.update is Update.APPEND and spec.axis is not None]
+    ends = [
+        spec.shape[spec.axis]
+        for spec in states
+        if spec.update is Update.APPEND and spec.axis is not None
+    ]
     weights = next((Dtype.of(p.dtype) for p in module.parameters()), states[0].dtype)
-    return Capture(exported, program, tuple(states), min(ends, default=None), weights, lowering, reference)
+    return Capture(
+        exported, program, tuple(states), min(ends, default=None), weights, lowering, reference
+    )
 
 
 def _alone(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tensor:
@@ -75,4 +92,6 @@ def _alone(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tenso
         case Role.WRITE_INDICES | Role.POSITIONS:
             return torch.full((1,), index, dtype=spec.dtype.as_torch)
         case _:
-            raise BuildError(f"input {spec.name} has the role {spec.role}, which a rectangular program does not take")
+            raise BuildError(
+                f"input {spec.name} has the role {spec.role}, which a rectangular program does not take"
+            )

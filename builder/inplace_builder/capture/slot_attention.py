@@ -39,7 +39,9 @@ class SlotCache(Cache):
         self.slots, self.row_offsets, self.write_indices = slots, row_offsets, write_indices
         self.updated: int | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Note which layer's keys and values come next; ``[1, kv_heads, tokens, dim]`` each, returned as they are."""
         self.updated = layer_idx
         return key_states, value_states
@@ -70,10 +72,16 @@ def slot_attention(
     layer, cache.updated = cache.updated, None
     kind = type(module).__name__
     if layer is None or layer != getattr(module, "layer_idx", layer):
-        raise BuildError(f"{kind} attends without caching its own keys and values (shared or cross-attention layers are not supported)")
+        raise BuildError(
+            f"{kind} attends without caching its own keys and values (shared or cross-attention layers are not supported)"
+        )
     if attention_mask is not None:
-        raise BuildError(f"{kind} brings an attention mask of its own; only causal and sliding-window attention is supported")
-    if unknown := sorted(name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None):
+        raise BuildError(
+            f"{kind} brings an attention mask of its own; only causal and sliding-window attention is supported"
+        )
+    if unknown := sorted(
+        name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None
+    ):
         raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
     if not getattr(module, "is_causal", True):
         raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")

@@ -5,11 +5,12 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from inplace.specs import StateSpec
+from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch import Tensor
 
-from inplace_builder.lower import converters, copying, native, plugins, user
+from inplace_builder.lower import converters, copying, native, plugins
+from inplace_builder.lower import plugins as user
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.mechanisms import Use, Verdict, choose, mechanism
 from inplace_builder.lower.network import Lowered, Network, Program, State
@@ -30,7 +31,14 @@ __all__ = [
     "state_converter",
 ]
 
-_REGISTERED = (converters, copying, native, plugins, user)  # importing them registers what they have
+
+_REGISTERED = (
+    converters,
+    copying,
+    native,
+    plugins,
+    user,
+)  # importing them registers what they have
 
 
 def lower(
@@ -61,5 +69,7 @@ def lower(
     Raises:
         BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names it and the model's own line.
     """
-    network = Network(tensorrt, fused_attention=fused_attention, shapes=shapes or {}, constants=constants or {})
+    network = Network(
+        tensorrt, fused_attention=fused_attention, shapes=shapes or {}, constants=constants or {}
+    )
     return network.lower(exported, outputs, states, kinds or {}, bind)

@@ -2,6 +2,12 @@
 
 Its cost follows the capacity, not the cached length. What lies beyond the cached length never reaches the result, whatever it is: such
 scores are replaced, and such values are replaced by zeros, because a weight of zero times NaN is NaN.
+
+The rows of a step where row r is slot r (*identity placement*), and every row has as many tokens as the others.
+
+The mechanisms ``copy`` and ``kv_cache_update`` work like this: TensorRT updates a whole batch of caches, not chosen slots of an arena.
+The runtime binds the slots it steps, one a row; a decode step has one token a row, a prefill step one row with a chunk. A slot of -1 is
+still a null row: it writes nothing and gives zeros.
 """
 
 from dataclasses import dataclass
@@ -9,9 +15,58 @@ from functools import partial
 
 import torch
 
-from inplace_builder.lower.layers import ITensor
-from inplace_builder.lower.network import Network
-from inplace_builder.lower.rows import INT, Rows
+from inplace_builder.lower.layers import ITensor, Size, expression
+from inplace_builder.lower.network import Network, State
+
+INT = torch.int32
+
+
+def argument(node: torch.fx.Node, name: str) -> object:
+    """An argument of an operator's call by the name its schema gives it."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    position = [each.name for each in node.target._schema.arguments].index(name)
+    return node.args[position] if position < len(node.args) else node.kwargs[name]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step does to each row.
+
+    Attributes:
+        count: number of rows, which is the number of slots.
+        null: ``[rows]`` bool: the row is none.
+        starts: ``[rows]`` int32: cached length before the step.
+    """
+
+    count: Size
+    null: ITensor
+    starts: ITensor
+
+    def null_as(self, ctx: Network, rank: int) -> ITensor:
+        """``null`` with axes of 1 behind it."""
+        return ctx.reshape(self.null, (-1, *(1,) * (rank - 1)))
+
+    def column(self, ctx: Network, x: ITensor) -> ITensor:
+        """``[rows]`` as ``[rows, 1]``."""
+        return ctx.reshape(x, (-1, 1))
+
+
+def rows_of(
+    ctx: Network, states: tuple[State, ...], slots: ITensor, write_indices: ITensor | None
+) -> Rows:
+    """The rows that the arguments of an operator describe; TensorRT is told that these states have a slot a row."""
+    count = ctx.meta(argument(ctx.node, "slots")).shape[0]
+    if not isinstance(count, int):
+        for state in states:
+            state.input.set_dimension_name(0, str(expression(count)))
+
+    def make() -> Rows:
+        null = ctx.less(slots, ctx.scalar(0, ctx.dtype_of(slots), 1))
+        starts = ctx.scalar(0, INT, 1) if write_indices is None else ctx.cast(write_indices, INT)
+        return Rows(count, null, starts)
+
+    return ctx.once((Rows, slots, write_indices), make)
+
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -59,12 +114,32 @@ def visibility(
         group: heads whose queries lie behind one another, see `attend`.
     """
     key = (Visibility, rows.null, rows.starts, capacity, append, causal, window, ring, group)
-    make = partial(_visibility, ctx, rows, query, capacity, append=append, causal=causal, window=window, ring=ring, group=group)
+    make = partial(
+        _visibility,
+        ctx,
+        rows,
+        query,
+        capacity,
+        append=append,
+        causal=causal,
+        window=window,
+        ring=ring,
+        group=group,
+    )
     return ctx.once(key, make)
 
 
 def _visibility(
-    ctx: Network, rows: Rows, query: ITensor, capacity: int, *, append: bool, causal: bool, window: int, ring: bool, group: int
+    ctx: Network,
+    rows: Rows,
+    query: ITensor,
+    capacity: int,
+    *,
+    append: bool,
+    causal: bool,
+    window: int,
+    ring: bool,
+    group: int,
 ) -> Visibility:
     tokens = ctx.extents.of(query)[2]
     starts = rows.column(ctx, rows.starts)
@@ -76,7 +151,9 @@ def _visibility(
     positions = entries
     if ring:  # entry c holds the newest position that is c modulo the capacity; a negative one is not written yet
         newest = ctx.subtract(length, ctx.scalar(1, INT, 2))
-        positions = ctx.subtract(newest, modulo(ctx, ctx.subtract(newest, entries), ctx.scalar(capacity, INT, 2)))
+        positions = ctx.subtract(
+            newest, modulo(ctx, ctx.subtract(newest, entries), ctx.scalar(capacity, INT, 2))
+        )
         written = ctx.invert(ctx.less(positions, ctx.scalar(0, INT, 2)))
     else:
         written = ctx.less(entries, length)
@@ -89,7 +166,10 @@ def _visibility(
     if causal:
         seen = ctx.both(seen, ctx.invert(ctx.elementwise("GREATER", positions, at)))
     if window:
-        seen = ctx.both(seen, ctx.elementwise("GREATER", positions, ctx.subtract(at, ctx.scalar(window, INT, 4))))
+        seen = ctx.both(
+            seen,
+            ctx.elementwise("GREATER", positions, ctx.subtract(at, ctx.scalar(window, INT, 4))),
+        )
     return Visibility(written, seen)
 
 
@@ -98,7 +178,16 @@ def modulo(ctx: Network, x: ITensor, by: ITensor) -> ITensor:
     return ctx.subtract(x, ctx.multiply(ctx.elementwise("FLOOR_DIV", x, by), by))
 
 
-def attend(ctx: Network, query: ITensor, keys: ITensor, values: ITensor, visible: Visibility, *, scale: float, softcap: float) -> ITensor:
+def attend(
+    ctx: Network,
+    query: ITensor,
+    keys: ITensor,
+    values: ITensor,
+    visible: Visibility,
+    *,
+    scale: float,
+    softcap: float,
+) -> ITensor:
     """Softmax attention.
 
     Nothing here has more than four axes, and one product a cache head reads its keys once: the queries of a group lie behind one another.
@@ -118,7 +207,11 @@ def attend(ctx: Network, query: ITensor, keys: ITensor, values: ITensor, visible
     """
     heads, dim = query.shape[1], query.shape[3]
     kv_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
-    values = ctx.select(ctx.reshape(visible.written, (-1, 1, capacity, 1)), values, ctx.scalar(0.0, ctx.dtype_of(values), 4))
+    values = ctx.select(
+        ctx.reshape(visible.written, (-1, 1, capacity, 1)),
+        values,
+        ctx.scalar(0.0, ctx.dtype_of(values), 4),
+    )
     scores = ctx.matmul(ctx.reshape(query, (0, kv_heads, -1, dim)), keys, transpose_b=True)
     scores = ctx.multiply(ctx.cast(scores, torch.float32), ctx.scalar(scale, torch.float32, 4))
     if softcap:

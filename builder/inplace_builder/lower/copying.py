@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from inplace_builder.lower.attention import attend, by_row, modulo, visibility
+from inplace_builder.lower.attention import INT, Rows, attend, by_row, modulo, rows_of, visibility
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, State
 from inplace_builder.lower.registry import state_converter
-from inplace_builder.lower.rows import INT, Rows, rows_of
 
 KIND = "copy"
+
+
 inplace = torch.ops.inplace
 
 
@@ -22,7 +23,9 @@ def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
     """The rows of the state; null rows are zeros."""
     rows = rows_of(ctx, (state,), slots, None)
     rank = len(state.current.shape)
-    return ctx.select(rows.null_as(ctx, rank), ctx.tensor(0, state.spec.dtype.as_torch, rank), state.current)
+    return ctx.select(
+        rows.null_as(ctx, rank), ctx.tensor(0, state.spec.dtype.as_torch, rank), state.current
+    )
 
 
 @state_converter(inplace.update.default, KIND)
@@ -72,8 +75,12 @@ def attention(
     capacity = key_state.spec.shape[1]
     queries = by_row(ctx, query, rows)
     group = queries.shape[1] // key_state.spec.shape[0]
-    visible = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view)
-    return attend(ctx, queries, key_state.current, value_state.current, visible, scale=scale, softcap=softcap)
+    visible = visibility(
+        ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view
+    )
+    return attend(
+        ctx, queries, key_state.current, value_state.current, visible, scale=scale, softcap=softcap
+    )
 
 
 def packed(ctx: Network, value: ITensor, axis: int) -> ITensor:
@@ -102,17 +109,25 @@ def append(ctx: Network, state: State, rows: Rows, new: ITensor, axis: int, *, r
     distance = ctx.subtract(entries, rows.column(ctx, rows.starts))
     if ring:
         distance = modulo(ctx, distance, ctx.scalar(capacity, INT, 2))
-    inside = ctx.both(ctx.less(distance, tokens), ctx.invert(ctx.less(distance, ctx.scalar(0, INT, 2))))
+    inside = ctx.both(
+        ctx.less(distance, tokens), ctx.invert(ctx.less(distance, ctx.scalar(0, INT, 2)))
+    )
     inside = ctx.both(inside, ctx.invert(rows.column(ctx, rows.null)))
     # every entry takes some token, also those that keep what they hold: an index outside would be undefined
-    nearest = ctx.elementwise("MAX", ctx.scalar(0, INT, 2), ctx.elementwise("MIN", distance, ctx.subtract(tokens, ctx.scalar(1, INT, 2))))
+    nearest = ctx.elementwise(
+        "MAX",
+        ctx.scalar(0, INT, 2),
+        ctx.elementwise("MIN", distance, ctx.subtract(tokens, ctx.scalar(1, INT, 2))),
+    )
     first = ctx.multiply(ctx.unsqueezed(ctx.iota(rows.count, INT), [1]), tokens)
     picked = ctx.gather(new, ctx.add(first, nearest), 0)  # [rows, capacity, …]
     order = [0, *range(2, rank)]
     order.insert(axis, 1)
     shape = [1] * rank
     shape[0], shape[axis] = -1, capacity
-    ctx.written(state, ctx.select(ctx.reshape(inside, shape), ctx.permute(picked, order), state.current))
+    ctx.written(
+        state, ctx.select(ctx.reshape(inside, shape), ctx.permute(picked, order), state.current)
+    )
 
 
 _append = append  # where an argument named by the operator hides the function

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.manifest import Kind, Lowering
-from inplace.specs import StateSpec
+from inplace.schema.served import Kind, Lowering
+from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError
-from inplace_builder.passes.state_uses import source_line
+from inplace_builder.graph.nodes import source_line
 
 inplace = torch.ops.inplace
+
+
 ORDER: tuple[Kind, ...] = ("plugin", "kv_cache_update", "copy")
 """The order in which mechanisms are asked."""
+
+
 FIRST_CACHE_LAYER = (10, 15)
 """The TensorRT that first has IKVCacheUpdateLayer."""
 
@@ -54,10 +58,14 @@ class Use:
     @property
     def writes(self) -> bool:
         """Whether it updates the state."""
-        return self.operator == "update" or bool(self.operator.endswith("attention") and self.arguments.get("append", True))
+        return self.operator == "update" or bool(
+            self.operator.endswith("attention") and self.arguments.get("append", True)
+        )
 
 
 Judge = Callable[[Sequence[Use], TensorRT], Verdict]
+
+
 _judges: dict[Kind, Judge] = {}
 
 
@@ -70,7 +78,9 @@ def mechanism(kind: Kind) -> Callable[[Judge], Judge]:
 
     def register(judge: Judge) -> Judge:
         if kind in _judges:
-            raise ValueError(f"mechanism {kind!r} already has the judge {_judges[kind].__qualname__}")
+            raise ValueError(
+                f"mechanism {kind!r} already has the judge {_judges[kind].__qualname__}"
+            )
         _judges[kind] = judge
         return judge
 
@@ -78,7 +88,11 @@ def mechanism(kind: Kind) -> Callable[[Judge], Judge]:
 
 
 def choose(
-    graph: torch.fx.Graph, states: Sequence[StateSpec], tensorrt: TensorRT, *, order: Sequence[Kind] = ORDER
+    graph: torch.fx.Graph,
+    states: Sequence[StateSpec],
+    tensorrt: TensorRT,
+    *,
+    order: Sequence[Kind] = ORDER,
 ) -> tuple[Lowering, ...]:
     """Give every state a mechanism: the first of ``order`` that answers yes.
 
@@ -103,11 +117,18 @@ def choose(
         for kind in order:
             verdict = _judges[kind](group, tensorrt)
             if verdict.ok:
-                found |= {name: Lowering(state=name, kind=kind, because=verdict.because, refused=tuple(refusals)) for name in names}
+                found |= {
+                    name: Lowering(
+                        state=name, kind=kind, because=verdict.because, refused=tuple(refusals)
+                    )
+                    for name in names
+                }
                 break
             refusals.append(f"{kind}: {verdict.because}")
         else:
-            raise BuildError(f"no mechanism can update {' and '.join(names)} with {tensorrt}: {'; '.join(refusals)}")
+            raise BuildError(
+                f"no mechanism can update {' and '.join(names)} with {tensorrt}: {'; '.join(refusals)}"
+            )
     return tuple(found[state.name] for state in states)
 
 
@@ -124,7 +145,11 @@ def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[U
         arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
         for name in taken:
             groups[name].append(Use(node, specs[name], arguments))
-        merged = [use for group in {id(groups[name]): groups[name] for name in taken}.values() for use in group]
+        merged = [
+            use
+            for group in {id(groups[name]): groups[name] for name in taken}.values()
+            for use in group
+        ]
         for name in {use.state.name for use in merged}:
             groups[name] = merged
     if unused := sorted(name for name, uses in groups.items() if not uses):
@@ -138,29 +163,48 @@ def judge_copy(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
     for use in uses:
         dtype = use.state.dtype.as_torch
         if dtype in (torch.int8, torch.uint8) or not tensorrt.has_dtype(dtype):
-            return Verdict(False, f"TensorRT does not select between elements of {use.state.name}, which is {use.state.dtype}")
+            return Verdict(
+                False,
+                f"TensorRT does not select between elements of {use.state.name}, which is {use.state.dtype}",
+            )
         if (because := _chosen_at_load(use)) is not None:
             return Verdict(False, f"{because}; the scatter needs an extent that is known")
         if use.operator not in ("read", "update", "attention"):
-            return Verdict(False, f"it has no converter for {use.node.target}{source_line(use.node)}")
-    return Verdict(True, "the state is copied into a second buffer in each step, and the runtime swaps the two")
+            return Verdict(
+                False, f"it has no converter for {use.node.target}{source_line(use.node)}"
+            )
+    return Verdict(
+        True, "the state is copied into a second buffer in each step, and the runtime swaps the two"
+    )
 
 
 @mechanism("kv_cache_update")
 def judge_kv_cache_update(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
     """A cache as `IKVCacheUpdateLayer` has it: ``[slots, heads, capacity, dim]`` in a float type, appended to once a step."""
     if not tensorrt.is_rtx and tensorrt.version[:2] < FIRST_CACHE_LAYER:
-        return Verdict(False, f"IKVCacheUpdateLayer is in TensorRT 10.15 and later and in TensorRT for RTX, this is {tensorrt}")
+        return Verdict(
+            False,
+            f"IKVCacheUpdateLayer is in TensorRT 10.15 and later and in TensorRT for RTX, this is {tensorrt}",
+        )
     order = {node: place for place, node in enumerate(uses[0].node.graph.nodes)}
     for use in uses:
-        places = [order[other.node] for other in uses if other.writes and other.state.name == use.state.name]
-        because = _no_cache(use) or _no_cache_operator(use, after=all(place < order[use.node] for place in places))
+        places = [
+            order[other.node]
+            for other in uses
+            if other.writes and other.state.name == use.state.name
+        ]
+        because = _no_cache(use) or _no_cache_operator(
+            use, after=all(place < order[use.node] for place in places)
+        )
         if because is not None:
             return Verdict(False, f"{because}{source_line(use.node)}")
     for name in {use.state.name for use in uses}:
         writers = sum(use.writes for use in uses if use.state.name == name)
         if writers > 1:
-            return Verdict(False, f"{name} is updated {writers} times a step; the layer's cache must be an input of the network")
+            return Verdict(
+                False,
+                f"{name} is updated {writers} times a step; the layer's cache must be an input of the network",
+            )
     return Verdict(True, "TensorRT's cache layer updates the bound memory itself")
 
 
@@ -181,7 +225,9 @@ def _no_cache(use: Use) -> str | None:
 
 def _chosen_at_load(use: Use) -> str | None:
     """That the graph leaves the state's capacity open, if it does."""
-    held = next(source.meta["val"] for source in use.node.all_input_nodes if source.name == use.state.name)
+    held = next(
+        source.meta["val"] for source in use.node.all_input_nodes if source.name == use.state.name
+    )
     fixed = all(isinstance(extent, int) for extent in held.shape[1:])
     return None if fixed else f"the capacity of {use.state.name} is chosen at load"
 
@@ -191,7 +237,11 @@ def _no_cache_operator(use: Use, *, after: bool) -> str | None:
     if use.arguments.get("ring"):
         return f"{use.state.name} is a ring; the layer only appends and drops what is beyond the capacity"
     if use.operator == "read":
-        return None if after else f"{use.state.name} is read ahead of its update; TensorRT could update it first"
+        return (
+            None
+            if after
+            else f"{use.state.name} is read ahead of its update; TensorRT could update it first"
+        )
     if use.operator == "update" and use.arguments["write_indices"] is None:
         return f"{use.state.name} is rewritten; the layer only appends"
     if use.operator == "update" and use.arguments["axis"] != 2:

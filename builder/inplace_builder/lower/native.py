@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 
-from inplace_builder.lower.attention import Visibility, attend, by_row, visibility
+from inplace_builder.lower.attention import (
+    INT,
+    Rows,
+    Visibility,
+    attend,
+    by_row,
+    rows_of,
+    visibility,
+)
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, State
 from inplace_builder.lower.registry import state_converter
-from inplace_builder.lower.rows import INT, Rows, rows_of
 
 KIND = "kv_cache_update"
+
+
 inplace = torch.ops.inplace
 
 
@@ -22,7 +31,9 @@ def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
     """The rows of the updated cache; null rows are zeros. A read ahead of the update is refused by the mechanism."""
     rows = rows_of(ctx, (state,), slots, None)
     rank = len(state.current.shape)
-    return ctx.select(rows.null_as(ctx, rank), ctx.tensor(0, state.spec.dtype.as_torch, rank), state.current)
+    return ctx.select(
+        rows.null_as(ctx, rank), ctx.tensor(0, state.spec.dtype.as_torch, rank), state.current
+    )
 
 
 @state_converter(inplace.update.default, KIND)
@@ -68,7 +79,9 @@ def attention(
     kv_heads, capacity = key_state.spec.shape[:2]
     own_layer = ctx.fused_attention and not softcap
     group = 1 if own_layer else queries.shape[1] // kv_heads
-    visible = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view)
+    visible = visibility(
+        ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view
+    )
     keys, values = key_state.current, value_state.current
     if own_layer:
         return fused(ctx, queries, keys, values, visible, scale=scale)
@@ -78,20 +91,34 @@ def attention(
 def append(ctx: Network, state: State, rows: Rows, new: ITensor) -> None:
     """Append ``new``, ``[rows, heads, tokens, dim]``."""
     capacity = ctx.scalar(state.spec.shape[1], INT, 1)
-    layer = ctx.network.add_kv_cache_update(state.current, new, ctx.select(rows.null, capacity, rows.starts), ctx.api.KVCacheMode.LINEAR)
+    layer = ctx.network.add_kv_cache_update(
+        state.current, new, ctx.select(rows.null, capacity, rows.starts), ctx.api.KVCacheMode.LINEAR
+    )
     ctx.written(state, ctx.output(layer))
 
 
 _append = append  # where an argument named by the operator hides the function
 
 
-def fused(ctx: Network, query: ITensor, keys: ITensor, values: ITensor, visible: Visibility, *, scale: float) -> ITensor:
+def fused(
+    ctx: Network,
+    query: ITensor,
+    keys: ITensor,
+    values: ITensor,
+    visible: Visibility,
+    *,
+    scale: float,
+) -> ITensor:
     """TensorRT's attention layer, on `by_row` queries.
 
     It multiplies masked values by zero, so caches must hold no NaN anywhere: the memory is cleared once, when it is allocated.
     """
-    scaled = ctx.as_float32(lambda value: ctx.multiply(value, ctx.scalar(scale, torch.float32, 4)), query)
-    layer = ctx.network.add_attention(scaled, keys, values, ctx.api.AttentionNormalizationOp.SOFTMAX, False)
+    scaled = ctx.as_float32(
+        lambda value: ctx.multiply(value, ctx.scalar(scale, torch.float32, 4)), query
+    )
+    layer = ctx.network.add_attention(
+        scaled, keys, values, ctx.api.AttentionNormalizationOp.SOFTMAX, False
+    )
     if layer is not None:
         layer.mask, layer.decomposable, layer.name = visible.seen, True, ctx.label
     out = ctx.permute(ctx.output(layer), (0, 2, 1, 3))

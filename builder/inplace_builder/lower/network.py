@@ -9,20 +9,26 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from inplace.operators import NAMESPACE
 from inplace.operators.library import VIEWS
-from inplace.specs import StateSpec
+from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError
+from inplace_builder.fusion.fuse import Fused
+from inplace_builder.graph.nodes import source_line
 from inplace_builder.lower.layers import ITensor, Layers
 from inplace_builder.lower.registry import find_converter
-from inplace_builder.passes.fuse import Fused
-from inplace_builder.passes.state_uses import source_line
 
 Program: TypeAlias = torch.export.ExportedProgram | Fused
+
+
 aten = torch.ops.aten
+
+
 Made = TypeVar("Made")
+
+
 CHECKS = frozenset(
     {
         aten._assert_tensor_metadata.default,
@@ -124,7 +130,11 @@ class Network(Layers):
         if node not in self._values and node in self._parameters:
             label, self.label = self.label, node.name
             tensor = self._parameters[node]
-            self._values[node] = self._bound_once(node.name, tensor) if node.name in self._bind else self.constant(tensor)
+            self._values[node] = (
+                self._bound_once(node.name, tensor)
+                if node.name in self._bind
+                else self.constant(tensor)
+            )
             self.label = label
         return self._values[node]
 
@@ -138,7 +148,9 @@ class Network(Layers):
         """
         if name in self.bound_weights:
             if self.bound_weights[name] is not tensor:
-                raise BuildError(f"two weights are to be bound as {name!r}; give one of them another name")
+                raise BuildError(
+                    f"two weights are to be bound as {name!r}; give one of them another name"
+                )
         else:
             self.bound_weights[name] = tensor
             self.keep.append(self._input(name, tensor.dtype, tensor.shape))
@@ -147,7 +159,11 @@ class Network(Layers):
     def _bound_once(self, name: str, tensor: torch.Tensor) -> ITensor:
         """Tied weights are one tensor under several names: bound once."""
         for known, other in self.bound_weights.items():
-            if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape and other.stride() == tensor.stride():
+            if (
+                other.data_ptr() == tensor.data_ptr()
+                and other.shape == tensor.shape
+                and other.stride() == tensor.stride()
+            ):
                 return self.bound(known, other)
         return self.bound(name, tensor)
 
@@ -175,7 +191,12 @@ class Network(Layers):
     # The walk
 
     def lower(
-        self, exported: Program, outputs: Sequence[str], states: Sequence[StateSpec], kinds: Mapping[str, str], bind: Collection[str] = ()
+        self,
+        exported: Program,
+        outputs: Sequence[str],
+        states: Sequence[StateSpec],
+        kinds: Mapping[str, str],
+        bind: Collection[str] = (),
     ) -> Lowered:
         """Lower a whole graph; see `inplace_builder.lower.lower`."""
         self._bind = bind
@@ -193,7 +214,9 @@ class Network(Layers):
             elif node.op == "output":
                 result = node
             elif node.op not in ("placeholder", "get_attr"):
-                raise BuildError(f"{node.op} {node.target}{self.origin} cannot be lowered; capture a graph of operators only")
+                raise BuildError(
+                    f"{node.op} {node.target}{self.origin} cannot be lowered; capture a graph of operators only"
+                )
         assert result is not None
         self._mark_outputs(exported, result, outputs)
         state_outputs = self._mark_states()
@@ -210,12 +233,16 @@ class Network(Layers):
     def _find_parameters(self, exported: Program) -> None:
         for node in exported.graph.find_nodes(op="get_attr"):
             self._parameters[node] = getattr(exported.graph_module, node.target)
-        placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+        placeholders = {
+            node.name: node for node in exported.graph.nodes if node.op == "placeholder"
+        }
         for spec in exported.graph_signature.input_specs:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 assert spec.target is not None
                 found = exported.state_dict.get(spec.target)
-                self._parameters[placeholders[spec.arg.name]] = exported.constants[spec.target] if found is None else found
+                self._parameters[placeholders[spec.arg.name]] = (
+                    exported.constants[spec.target] if found is None else found
+                )
         self._parameters |= {placeholders[name]: tensor for name, tensor in self._constants.items()}
 
     def _placeholder(self, node: Node, spec: StateSpec | None, kinds: Mapping[str, str]) -> Any:
@@ -236,7 +263,9 @@ class Network(Layers):
         sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
         tensor = self.network.add_input(name, self.tensorrt.dtype(dtype), sizes)
         if tensor is None:
-            raise BuildError(f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.log.said(1)}")
+            raise BuildError(
+                f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.log.said(1)}"
+            )
         return tensor
 
     def _call(self, node: Node) -> Any:
@@ -246,8 +275,12 @@ class Network(Layers):
             source, index = node.args
             assert isinstance(source, Node)
             return self._values[source][index]
-        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat | int | float):
-            return node.meta["val"]  # an extent: an expression over those of the inputs, whatever computes it here
+        if isinstance(
+            node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat | int | float
+        ):
+            return node.meta[
+                "val"
+            ]  # an extent: an expression over those of the inputs, whatever computes it here
         if not isinstance(node.target, torch._ops.OpOverload):
             raise BuildError(f"{node.target}{self.origin} is no operator that can be lowered")
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), self.value)
@@ -255,13 +288,15 @@ class Network(Layers):
         if kind == "user" and node.target.namespace != NAMESPACE:
             if node.target in VIEWS:
                 return arguments[0][0]  # it is bound with the extents that the operator takes
-            from inplace_builder.lower.user import call_user_operator
+            from inplace_builder.lower.plugins import call_user_operator
 
             return call_user_operator(self, node, *arguments)
         found = find_converter(node.target, kind)
         if found is None:
             what = "no converter" if kind is None else f"no converter for states of the kind {kind}"
-            raise BuildError(f"operator {node.target} has {what}{self.origin}; register one with inplace_builder.lower.registry")
+            raise BuildError(
+                f"operator {node.target} has {what}{self.origin}; register one with inplace_builder.lower.registry"
+            )
         if found.supports is not None and (because := found.supports(node, self)) is not None:
             raise BuildError(f"operator {node.target} cannot be lowered{self.origin}: {because}")
         args, kwargs = arguments
@@ -269,16 +304,26 @@ class Network(Layers):
 
     def _kind(self, node: Node) -> str | None:
         """The mechanism of the states that an ``inplace::`` operator takes; None where it takes none."""
-        taken = [self._values[source] for source in node.all_input_nodes if isinstance(self._values.get(source), State)]
+        taken = [
+            self._values[source]
+            for source in node.all_input_nodes
+            if isinstance(self._values.get(source), State)
+        ]
         if not taken:
             return None
         target = node.target
         kinds: set[str] = {state.kind for state in taken}
-        if kinds != {"user"} and not (isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE):
-            raise BuildError(f"{target}{self.origin} uses the state {taken[0].spec.name}; only inplace:: operators may")
+        if kinds != {"user"} and not (
+            isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
+        ):
+            raise BuildError(
+                f"{target}{self.origin} uses the state {taken[0].spec.name}; only inplace:: operators may"
+            )
         if len(kinds) > 1:
             named = ", ".join(f"{state.spec.name}: {state.kind}" for state in taken)
-            raise BuildError(f"{target}{self.origin} takes states of different kinds ({named}); give them one")
+            raise BuildError(
+                f"{target}{self.origin} takes states of different kinds ({named}); give them one"
+            )
         return kinds.pop()
 
     def _mark_outputs(self, exported: Program, result: Node, names: Sequence[str]) -> None:
@@ -286,7 +331,9 @@ class Network(Layers):
         specs = [spec.arg for spec in exported.graph_signature.output_specs]
         found = [by_name[spec.name] for spec in specs if not isinstance(spec, ConstantArgument)]
         if len(found) != len(names):
-            raise BuildError(f"the graph returns {len(found)} tensors, its description names {list(names)}")
+            raise BuildError(
+                f"the graph returns {len(found)} tensors, its description names {list(names)}"
+            )
         for node, name in zip(found, names, strict=True):
             if not isinstance(node.meta["val"], torch.Tensor):
                 raise BuildError(f"output {name} is no tensor of the graph; return tensors only")
@@ -308,5 +355,7 @@ class Network(Layers):
         output = layer.get_output(0)
         output.name = name
         if self.dtype_of(output) != dtype:
-            raise BuildError(f"output {name} is {self.dtype_of(output)} in the network and {dtype} in the graph")
+            raise BuildError(
+                f"output {name} is {self.dtype_of(output)} in the network and {dtype} in the graph"
+            )
         self.network.mark_output(output)

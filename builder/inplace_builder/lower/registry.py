@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from inplace_builder.lower.network import Network
 
 Convert = Callable[..., Any]
+
+
 Supports = Callable[[torch.fx.Node, "Network"], str | None]
 """Why a node cannot be lowered; None if it can."""
+
+
 Function = TypeVar("Function", bound=Convert)
 
 
@@ -38,7 +42,9 @@ class Converter:
 _converters: dict[tuple[torch._ops.OpOverload, str | None], Converter] = {}
 
 
-def converter(*overloads: torch._ops.OpOverload, supports: Supports | None = None) -> Callable[[Function], Function]:
+def converter(
+    *overloads: torch._ops.OpOverload, supports: Supports | None = None
+) -> Callable[[Function], Function]:
     """Register the decorated function for these overloads.
 
     Raises:
@@ -47,7 +53,9 @@ def converter(*overloads: torch._ops.OpOverload, supports: Supports | None = Non
     return _register([(overload, None) for overload in overloads], supports)
 
 
-def state_converter(overload: torch._ops.OpOverload, *kinds: str, supports: Supports | None = None) -> Callable[[Function], Function]:
+def state_converter(
+    overload: torch._ops.OpOverload, *kinds: str, supports: Supports | None = None
+) -> Callable[[Function], Function]:
     """Register the decorated function for an operator that takes states of one of these kinds.
 
     Raises:
@@ -66,12 +74,18 @@ def registered(kind: str | None = None) -> frozenset[torch._ops.OpOverload]:
     return frozenset(overload for overload, of in _converters if of == kind)
 
 
-def _register(keys: list[tuple[torch._ops.OpOverload, str | None]], supports: Supports | None) -> Callable[[Function], Function]:
+def _register(
+    keys: list[tuple[torch._ops.OpOverload, str | None]], supports: Supports | None
+) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         for key in keys:
             if key in _converters:
-                which = f"{key[0]}" if key[1] is None else f"{key[0]} for states of the kind {key[1]}"
-                raise ValueError(f"{which} already has the converter {_converters[key].convert.__qualname__}")
+                which = (
+                    f"{key[0]}" if key[1] is None else f"{key[0]} for states of the kind {key[1]}"
+                )
+                raise ValueError(
+                    f"{which} already has the converter {_converters[key].convert.__qualname__}"
+                )
         for key in keys:
             _converters[key] = Converter(function, supports)
         return function

@@ -34,16 +34,29 @@ class Fails:
 def lowered() -> Lowered:
     rtx: TensorRT = load_tensorrt("tensorrt_rtx")
     case = STATE_CASES[0]
-    return lower(case.exported, outputs=["out"], states=case.states, kinds={state.name: "copy" for state in case.states}, tensorrt=rtx)
+    return lower(
+        case.exported,
+        outputs=["out"],
+        states=case.states,
+        kinds={state.name: "copy" for state in case.states},
+        tensorrt=rtx,
+    )
 
 
 INTERNAL = "[checkSanity.cpp::checkSanity::292] Error Code 2: Internal Error (Assertion !overlap(t->start) failed. )"
 
 
 @pytest.mark.parametrize(("failures", "levels"), [(0, [1]), (1, [1, 3]), (2, [1, 3, 5])])
-def test_where_tensorrt_trips_over_itself_it_is_asked_again_at_other_levels(lowered: Lowered, failures: int, levels: list[int]) -> None:
+def test_where_tensorrt_trips_over_itself_it_is_asked_again_at_other_levels(
+    lowered: Lowered, failures: int, levels: list[int]
+) -> None:
     builder = Fails(lowered, *[INTERNAL] * failures)
-    assert compile_network(replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS).nbytes > 1000
+    assert (
+        compile_network(
+            replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS
+        ).nbytes
+        > 1000
+    )
     assert builder.levels == levels
 
 
@@ -55,7 +68,9 @@ def test_what_it_says_at_every_level_is_its_word(lowered: Lowered) -> None:
 
 
 def test_a_network_that_it_refuses_is_refused_at_once(lowered: Lowered) -> None:
-    builder = Fails(lowered, "Error Code 10: Internal Error (Could not find any implementation for node a.)")
+    builder = Fails(
+        lowered, "Error Code 10: Internal Error (Could not find any implementation for node a.)"
+    )
     with pytest.raises(BuildError, match="has no kernel for the whole on this GPU"):
         compile_network(replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS)
     assert builder.levels == [1]

@@ -36,10 +36,20 @@ def test_operators_of_one_network_are_told_apart(rtx: TensorRT) -> None:
     for case in batch.cases:
         for inputs, outputs in found[case.name]:
             case.compare(inputs, outputs)
-    assert compile_network(lowered, [batch.case.profile()], CompileOptions(("SM89",), optimization_level=1)).nbytes > 1000
+    assert (
+        compile_network(
+            lowered, [batch.case.profile()], CompileOptions(("SM89",), optimization_level=1)
+        ).nbytes
+        > 1000
+    )
 
 
 def test_the_table_has_every_converter() -> None:
-    used = {node.target for case in CASES for node in case.exported.graph.nodes if node.op == "call_function"}
+    used = {
+        node.target
+        for case in CASES
+        for node in case.exported.graph.nodes
+        if node.op == "call_function"
+    }
     aten_operators = {overload for overload in registered() if overload.namespace == "aten"}
     assert sorted(map(str, aten_operators - used)) == []

@@ -31,13 +31,24 @@ def rtx() -> TensorRT:
 def test_the_decoder_reads_what_the_encoder_wrote(rtx: TensorRT, kind: str) -> None:
     def built(program: WhisperProgram, written: set[str]) -> Run:
         kinds = {state.name: kind for state in program.states}
-        lowered = lower(program.exported, outputs=program.outputs, states=program.states, kinds=kinds, tensorrt=rtx)
+        lowered = lower(
+            program.exported,
+            outputs=program.outputs,
+            states=program.states,
+            kinds=kinds,
+            tensorrt=rtx,
+        )
         assert set(lowered.state_outputs) == written
-        assert compile_network(lowered, program.profiles, CompileOptions(("SM89", "SM120"))).nbytes > 10_000
+        assert (
+            compile_network(lowered, program.profiles, CompileOptions(("SM89", "SM120"))).nbytes
+            > 10_000
+        )
 
         def run(inputs: dict[str, Tensor], profile: int) -> dict[str, Tensor]:
             found = interpret(lowered, inputs)
-            return found | {name: found[output].clone() for name, output in lowered.state_outputs.items()}
+            return found | {
+                name: found[output].clone() for name, output in lowered.state_outputs.items()
+            }
 
         return run
 

@@ -28,8 +28,15 @@ def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> No
     capture = captured(name)
     expected = {state.name: f"{state.name}_updated" for state in capture.states}
     rings = {state.name for state in capture.states if state.update == "ring"}
-    kinds = {record.state: record.kind for record in choose(capture.exported.graph, capture.states, rtx, order=("kv_cache_update", "copy"))}
-    assert kinds == {state.name: "copy" if state.name in rings else "kv_cache_update" for state in capture.states}
+    kinds = {
+        record.state: record.kind
+        for record in choose(
+            capture.exported.graph, capture.states, rtx, order=("kv_cache_update", "copy")
+        )
+    }
+    assert kinds == {
+        state.name: "copy" if state.name in rings else "kv_cache_update" for state in capture.states
+    }
     for kind in ["copy"] if rings else ["copy", "kv_cache_update"]:
         network = lowered(capture, kind, rtx)
         assert network.state_outputs == expected
@@ -58,13 +65,19 @@ def _steps_agree(capture: Capture, network: Lowered) -> None:
         states = list(expected_memory.values())
         middle = len(states) // 2
         with torch.no_grad():
-            token, logits = module(*(inputs[spec.name] for spec in capture.program.inputs), states[:middle], states[middle:])
+            token, logits = module(
+                *(inputs[spec.name] for spec in capture.program.inputs),
+                states[:middle],
+                states[middle:],
+            )
         found = interpret(network, inputs | memory)
         memory = {name: found[output].clone() for name, output in network.state_outputs.items()}
         assert torch.equal(found["next_token"], token)
         torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
         for name, x in memory.items():
-            torch.testing.assert_close(x, expected_memory[name], rtol=1e-4, atol=1e-4, equal_nan=True)
+            torch.testing.assert_close(
+                x, expected_memory[name], rtol=1e-4, atol=1e-4, equal_nan=True
+            )
 
 
 def _nan(capture: Capture) -> dict[str, Tensor]:
@@ -75,8 +88,16 @@ def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT, llama:
     """What the builder's API lets us read back of the alias before there is an engine: the layer between input and output."""
     network = lowered(llama, "kv_cache_update", rtx).network
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    pairs = {layer.get_input(0).name: layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.KV_CACHE_UPDATE}
-    assert pairs == {f"{part}_states_{layer}": f"{part}_states_{layer}_updated" for part in ("key", "value") for layer in range(2)}
+    pairs = {
+        layer.get_input(0).name: layer.get_output(0).name
+        for layer in layers
+        if layer.type == rtx.api.LayerType.KV_CACHE_UPDATE
+    }
+    assert pairs == {
+        f"{part}_states_{layer}": f"{part}_states_{layer}_updated"
+        for part in ("key", "value")
+        for layer in range(2)
+    }
 
 
 def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT, llama: Capture) -> None:
@@ -85,11 +106,16 @@ def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT, llama: Capture) -> 
 
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
-def test_a_batch_of_one_row_has_as_many_rows_as_slots(rtx: TensorRT, llama: Capture, kind: str) -> None:
+def test_a_batch_of_one_row_has_as_many_rows_as_slots(
+    rtx: TensorRT, llama: Capture, kind: str
+) -> None:
     """Row r is slot r, and the arena may have more slots than the server takes rows: no row may be written to every slot."""
     one, many = (lowered(capture, kind, rtx) for capture in (captured("llama", 1), llama))
     shapes = [
-        {tensor.name: tuple(tensor.shape) for tensor in map(found.network.get_input, range(found.network.num_inputs))}
+        {
+            tensor.name: tuple(tensor.shape)
+            for tensor in map(found.network.get_input, range(found.network.num_inputs))
+        }
         for found in (one, many)
     ]
     assert shapes[0] == shapes[1]
@@ -101,7 +127,9 @@ def test_weights_stand_beside_their_products(rtx: TensorRT, llama: Capture) -> N
     """No layer between a weight and its product, none has more than four axes: what TensorRT 10.6 was seen to build for real models."""
     network = lowered(llama, "copy", rtx).network
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    constants = {layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.CONSTANT}
+    constants = {
+        layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.CONSTANT
+    }
     products = [layer for layer in layers if layer.type == rtx.api.LayerType.MATRIX_MULTIPLY]
     weights = [layer for layer in products if layer.get_input(1).name in constants]
     assert len(weights) == 7 * 2 + 1

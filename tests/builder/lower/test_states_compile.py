@@ -4,7 +4,7 @@ Compiled with TensorRT for RTX, which cannot run here; what the network says is 
 """
 
 import pytest
-from inplace.manifest import Kind
+from inplace.schema.served import Kind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose, compile_network, lower
@@ -28,19 +28,37 @@ def rtx() -> TensorRT:
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
-def test_a_use_of_a_state_compiles_or_is_refused(rtx: TensorRT, case: StateCase, kind: Kind) -> None:
+def test_a_use_of_a_state_compiles_or_is_refused(
+    rtx: TensorRT, case: StateCase, kind: Kind
+) -> None:
     if kind == "kv_cache_update" and case.name in REFUSED:
         with pytest.raises(BuildError, match=REFUSED[case.name]):
             choose(case.exported.graph, case.states, rtx, order=("kv_cache_update",))
         return
-    (choice,) = {record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))}
+    (choice,) = {
+        record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))
+    }
     assert choice == kind
-    lowered = lower(case.exported, outputs=["out"], states=case.states, kinds={s.name: kind for s in case.states}, tensorrt=rtx)
-    assert set(lowered.state_outputs) == (set() if case.name == "cross" else {state.name for state in case.states})
+    lowered = lower(
+        case.exported,
+        outputs=["out"],
+        states=case.states,
+        kinds={s.name: kind for s in case.states},
+        tensorrt=rtx,
+    )
+    assert set(lowered.state_outputs) == (
+        set() if case.name == "cross" else {state.name for state in case.states}
+    )
 
-    def step(inputs: dict[str, Tensor], memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(
+        inputs: dict[str, Tensor], memory: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         found = interpret(lowered, inputs | memory)
-        return found["out"], memory | {name: found[output].clone() for name, output in lowered.state_outputs.items()}
+        return found["out"], memory | {
+            name: found[output].clone() for name, output in lowered.state_outputs.items()
+        }
 
     case.check(step)
-    assert compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120"))).nbytes > 1000
+    assert (
+        compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120"))).nbytes > 1000
+    )

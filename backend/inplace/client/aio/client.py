@@ -23,10 +23,18 @@ class Client:
         connect: makes a connection, for TLS or other channel options; plain text if None.
     """
 
-    def __init__(self, servers: str | Iterable[str], *, retry: Retry | None = None, connect: Connect | None = None) -> None:
+    def __init__(
+        self,
+        servers: str | Iterable[str],
+        *,
+        retry: Retry | None = None,
+        connect: Connect | None = None,
+    ) -> None:
         self.endpoints = Endpoints([servers] if isinstance(servers, str) else list(servers))
         self.retry = retry or Retry()
-        self._connect: Connect = connect or (lambda url: InferenceServerClient(url, channel_args=CHANNEL))
+        self._connect: Connect = connect or (
+            lambda url: InferenceServerClient(url, channel_args=CHANNEL)
+        )
         self._connections: dict[str, InferenceServerClient] = {}
         self._models: dict[str, Model] = {}
 
@@ -55,5 +63,10 @@ class Client:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()

@@ -18,7 +18,7 @@ from inplace.client.errors import ClientError, RefusedError, SequenceLostError, 
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
 from inplace.client.want import Part, Want
-from inplace.wire import INPUT_IDS
+from inplace.protocol import INPUT_IDS
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,14 @@ class Sequence(SequenceBase):
     """
 
     def __init__(
-        self, client: Client, model: str, id: int | str | None = None, timeout: float = 60.0, *, key: str | None = None, replay: bool = True
+        self,
+        client: Client,
+        model: str,
+        id: int | str | None = None,
+        timeout: float = 60.0,
+        *,
+        key: str | None = None,
+        replay: bool = True,
     ) -> None:
         super().__init__(client.endpoints, model, timeout, Ledger(id, key, replay))
         self._client = client
@@ -57,7 +64,13 @@ class Sequence(SequenceBase):
         want = Want(inputs, end, parameters or {}, outputs, request_id)
         return await self._retried(lambda: self._step(want))
 
-    async def tokens(self, ids: Array | SequenceOf[int], *, end: bool = False, parameters: Mapping[str, Parameter] | None = None) -> int:
+    async def tokens(
+        self,
+        ids: Array | SequenceOf[int],
+        *,
+        end: bool = False,
+        parameters: Mapping[str, Parameter] | None = None,
+    ) -> int:
         """Send token ids to a decoder and return the next token it says."""
         inputs = {INPUT_IDS: np.asarray(ids, dtype=np.int64)}
         answer = await self.step(inputs, end=end, parameters=parameters, outputs=("next_token",))
@@ -136,7 +149,11 @@ class Sequence(SequenceBase):
         with self._judging(call):
             connection = self._client.connection(self._server)
             self._ledger.sent(call, model)
-            return outputs_of(await connection.infer(**call.arguments(self.model), headers=call.headers, client_timeout=self.timeout))
+            return outputs_of(
+                await connection.infer(
+                    **call.arguments(self.model), headers=call.headers, client_timeout=self.timeout
+                )
+            )
 
     def _send(self, call: Call, model: Model) -> None:
         if self._stream is None:
@@ -144,7 +161,9 @@ class Sequence(SequenceBase):
         self._ledger.sent(call, model)
         self._stream.send(call, self.model)
 
-    async def _receive(self, call: Call, timeout: float, progress: Progress | None = None) -> dict[str, Array]:
+    async def _receive(
+        self, call: Call, timeout: float, progress: Progress | None = None
+    ) -> dict[str, Array]:
         with self._judging(call, progress):
             assert self._stream is not None
             return await self._stream.receive(call, timeout)
@@ -184,7 +203,12 @@ class Sequence(SequenceBase):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
 
@@ -225,7 +249,12 @@ class Generation(GenerationBase):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def _piece(self) -> Piece:

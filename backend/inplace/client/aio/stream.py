@@ -59,11 +59,16 @@ class Stream:
             yield request
 
     async def _read(self) -> None:
-        ended = InferenceServerException("the stream was closed here, or a request could not be sent", str(grpc.StatusCode.CANCELLED))
+        ended = InferenceServerException(
+            "the stream was closed here, or a request could not be sent",
+            str(grpc.StatusCode.CANCELLED),
+        )
         try:
             async for answer in self._responses:
                 self._answers.put_nowait(answer)
-            ended = InferenceServerException("the server closed the stream", str(grpc.StatusCode.UNAVAILABLE))
+            ended = InferenceServerException(
+                "the server closed the stream", str(grpc.StatusCode.UNAVAILABLE)
+            )
         except grpc.RpcError as error:
             ended = InferenceServerException(error.details(), str(error.code()))
         finally:  # whoever waits must hear of it

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inplace.engines.tensorrt.sizes import Size
-from inplace.manifest import Program
-from inplace.specs import Role, TensorSpec
+from inplace.engines.tensorrt.contexts import Size
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, TensorSpec
 
 ALIGNMENT = 256
 """Bytes; TensorRT wants every binding at a multiple."""
@@ -52,7 +52,11 @@ class Block:
         self._device = torch.zeros(end, dtype=torch.uint8, device=device)
         self._host = self._views(self._pinned, offsets)
         # the same memory for numpy, which keeps the interpreter while it copies: a step must not wait for it once for each input
-        self._arrays = {name: view.numpy() for name, view in self._host.items() if view.dtype is not torch.bfloat16}
+        self._arrays = {
+            name: view.numpy()
+            for name, view in self._host.items()
+            if view.dtype is not torch.bfloat16
+        }
         self._filled: Mapping[str, Tensor] = {}
         self.tensors: Mapping[str, Tensor] = self._views(self._device, offsets)
         self.fill({})
@@ -82,7 +86,14 @@ class Block:
             if source is not None:
                 target[:count] = source.numpy()
             if count < len(target):
-                target[count:] = self._padding(spec, 0 if source is None else int(source[-1]) if spec.role is Role.ROW_OFFSETS else 0)
+                target[count:] = self._padding(
+                    spec,
+                    0
+                    if source is None
+                    else int(source[-1])
+                    if spec.role is Role.ROW_OFFSETS
+                    else 0,
+                )
                 if spec.role is Role.ROW_OFFSETS:
                     self._pad_offsets(target, count)
         self._filled = inputs
@@ -99,7 +110,13 @@ class Block:
             return -1
         if spec.role is Role.ROW_OFFSETS:
             return last
-        return spec.minimum if spec.role in (Role.TOKENS, Role.ROW) and spec.minimum is not None and spec.minimum > 0 else 0
+        return (
+            spec.minimum
+            if spec.role in (Role.TOKENS, Role.ROW)
+            and spec.minimum is not None
+            and spec.minimum > 0
+            else 0
+        )
 
     def _pad_offsets(self, offsets: NDArray[Any], count: int) -> None:
         """Null rows of a decode step own a token each; in a mixed step the last one owns all that pad it."""

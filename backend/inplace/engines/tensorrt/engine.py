@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inplace.arena import Arena
-from inplace.artifacts import Plan
+from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.tensorrt.contexts import Contexts
-from inplace.engines.tensorrt.identity import IdentitySteps
-from inplace.engines.tensorrt.indirect import IndirectSteps
-from inplace.engines.tensorrt.opening import check_native_aliases, open_plan
+from inplace.engines.tensorrt.plan import check_native_aliases, open_plan
+from inplace.engines.tensorrt.steps import IdentitySteps, IndirectSteps
 from inplace.errors import LoadError
-from inplace.manifest import Manifest
+from inplace.schema.artifacts import Plan
+from inplace.schema.served import Manifest
 
 log = logging.getLogger("inplace")
 
@@ -42,10 +41,14 @@ class TensorRtEngine:
             engine loaded and warmed: the plan, code, stacks, graphs; as the driver counts it, so of this GPU's other users too).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, arena: Arena, *, graphs: bool = True) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, arena: Arena, *, graphs: bool = True
+    ) -> None:
         program, plan = manifest.program("step"), manifest.engine.plan
         if plan is None:
-            raise LoadError(f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again")
+            raise LoadError(
+                f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again"
+            )
         path = manifest.engine.checked(folder)
         self._arena, self._addresses = arena, list(arena.addresses().values())
         before = _Use.now()
@@ -57,14 +60,20 @@ class TensorRtEngine:
             weights = _weights(folder, plan)
             contexts = Contexts(opened.tensorrt, engine, plan, weights, opened.log, opened.plugins)
             kind = IdentitySteps if program.identity else IndirectSteps
-            self._steps: IdentitySteps | IndirectSteps = kind(program, arena, contexts, graphs=graphs)
+            self._steps: IdentitySteps | IndirectSteps = kind(
+                program, arena, contexts, graphs=graphs
+            )
             self._steps.warm()
         except torch.cuda.OutOfMemoryError as error:
             raise LoadError(
                 f"{path}: the GPU has too little memory beside the arena of {arena.bytes:,} bytes ({str(error).partition('.')[0]}): "
                 f"build with fewer slots, a smaller capacity or fewer tokens a step"
             ) from error
-        self.memory = {"weights": sum(weight.nbytes for weight in weights.values()), **contexts.memory, **self._steps.memory}
+        self.memory = {
+            "weights": sum(weight.nbytes for weight in weights.values()),
+            **contexts.memory,
+            **self._steps.memory,
+        }
         now = _Use.now()
         self.memory["libraries"] = now.pytorch - before.pytorch - sum(self.memory.values())
         self.memory["driver"] = now.others - before.others
@@ -87,9 +96,18 @@ class TensorRtEngine:
                 stale one is never replayed.
         """
         tensors = self._arena.tensors
-        if not self._steps.moves_states and [tensor.data_ptr() for tensor in tensors.values()] != self._addresses:
-            moved = [name for name, old in zip(tensors, self._addresses, strict=True) if tensors[name].data_ptr() != old]
-            raise RuntimeError(f"states {moved} are no longer at the addresses the engine was bound to; load the engine again")
+        if (
+            not self._steps.moves_states
+            and [tensor.data_ptr() for tensor in tensors.values()] != self._addresses
+        ):
+            moved = [
+                name
+                for name, old in zip(tensors, self._addresses, strict=True)
+                if tensors[name].data_ptr() != old
+            ]
+            raise RuntimeError(
+                f"states {moved} are no longer at the addresses the engine was bound to; load the engine again"
+            )
         return self._steps.launch(inputs, wanted)
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
@@ -118,20 +136,34 @@ def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
     """The plan is the truth: its inputs and outputs must be the manifest's."""
     program = manifest.program("step")
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    modes = {name: "input" if "INPUT" in str(engine.get_tensor_mode(name)) else "output" for name in names}
+    modes = {
+        name: "input" if "INPUT" in str(engine.get_tensor_mode(name)) else "output"
+        for name in names
+    }
     states = {spec.name for spec in manifest.states}
     wanted_in = {spec.name for spec in program.inputs} | states
-    wanted_out = {spec.name for spec in program.outputs} | {alias.output for alias in program.aliases}
+    wanted_out = {spec.name for spec in program.outputs} | {
+        alias.output for alias in program.aliases
+    }
     found_out = {name for name, mode in modes.items() if mode == "output"}
-    missing = sorted((wanted_in - {name for name, mode in modes.items() if mode == "input"}) | (wanted_out - found_out))
+    missing = sorted(
+        (wanted_in - {name for name, mode in modes.items() if mode == "input"})
+        | (wanted_out - found_out)
+    )
     if missing:
-        raise LoadError(f"{path} has no {missing}, which the manifest names (an alias needs its output); build the model again")
+        raise LoadError(
+            f"{path} has no {missing}, which the manifest names (an alias needs its output); build the model again"
+        )
     if extra := sorted(found_out - wanted_out):
-        raise LoadError(f"{path} returns {extra}, which the manifest does not name; build the model again")
+        raise LoadError(
+            f"{path} returns {extra}, which the manifest does not name; build the model again"
+        )
     for state in manifest.states:
         shape = tuple(engine.get_tensor_shape(state.name))[1:]
         if shape != (wanted := manifest.compiled_shape(state)):
-            raise LoadError(f"{path} has state {state.name} as {list(shape)}, the manifest as {list(wanted)}; build the model again")
+            raise LoadError(
+                f"{path} has state {state.name} as {list(shape)}, the manifest as {list(wanted)}; build the model again"
+            )
 
 
 def _weights(folder: Path, plan: Plan) -> dict[str, Tensor]:

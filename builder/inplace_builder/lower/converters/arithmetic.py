@@ -7,23 +7,29 @@ everything that is more than one operation.
 import torch
 from torch.fx import Node
 
-from inplace_builder.lower.extents import Extent
-from inplace_builder.lower.layers import HALF, ITensor, Number
+from inplace_builder.lower.layers import HALF, Extent, ITensor, Number
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
+
+
 Operand = ITensor | Extent | Number
 
 
-def binary(ctx: Network, operation: str, a: Operand, b: Operand, *, dtype: torch.dtype | None = None) -> ITensor:
+def binary(
+    ctx: Network, operation: str, a: Operand, b: Operand, *, dtype: torch.dtype | None = None
+) -> ITensor:
     """An arithmetic operation with PyTorch's type promotion, computed in ``dtype`` (default: the result's)."""
     result = ctx.result().dtype
     rank = len(ctx.result().shape)
     compute = dtype or result
     if compute in HALF and (isinstance(a, int | float) or isinstance(b, int | float)):
         compute = torch.float32
-    return ctx.cast(ctx.elementwise(operation, ctx.tensor(a, compute, rank), ctx.tensor(b, compute, rank)), result)
+    return ctx.cast(
+        ctx.elementwise(operation, ctx.tensor(a, compute, rank), ctx.tensor(b, compute, rank)),
+        result,
+    )
 
 
 def scaled(ctx: Network, x: Operand, factor: Number) -> Operand:
@@ -40,7 +46,9 @@ def scaled(ctx: Network, x: Operand, factor: Number) -> Operand:
 @converter(aten.add.Tensor, aten.add.Scalar)
 def add(ctx: Network, a: Operand, b: Operand, *, alpha: Number = 1) -> ITensor:
     """``a + alpha * b``."""
-    return binary(ctx, "OR" if ctx.result().dtype == torch.bool else "SUM", a, scaled(ctx, b, alpha))
+    return binary(
+        ctx, "OR" if ctx.result().dtype == torch.bool else "SUM", a, scaled(ctx, b, alpha)
+    )
 
 
 @converter(aten.sub.Tensor, aten.sub.Scalar)
@@ -69,7 +77,11 @@ def div(ctx: Network, a: Operand, b: Operand) -> ITensor:
 
 def _rounding(node: Node, ctx: Network) -> str | None:
     mode = node.kwargs.get("rounding_mode")
-    return None if mode in (None, "floor") else f"the rounding mode {mode!r} is not lowered; use 'floor' or none"
+    return (
+        None
+        if mode in (None, "floor")
+        else f"the rounding mode {mode!r} is not lowered; use 'floor' or none"
+    )
 
 
 @converter(aten.div.Tensor_mode, aten.div.Scalar_mode, supports=_rounding)
@@ -106,7 +118,9 @@ def minimum(ctx: Network, a: Operand, b: Operand) -> ITensor:
 
 
 @converter(aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default)
-def clamp(ctx: Network, x: ITensor, low: Operand | None = None, high: Operand | None = None) -> ITensor:
+def clamp(
+    ctx: Network, x: ITensor, low: Operand | None = None, high: Operand | None = None
+) -> ITensor:
     """Not below ``low`` and not above ``high``."""
     if ctx.node.target is aten.clamp_max.default:
         low, high = None, low

@@ -14,7 +14,9 @@ from inplace_builder.lower.registry import converter
 aten = torch.ops.aten
 
 
-def function(compute: Callable[[Network, ITensor], ITensor], *overloads: torch._ops.OpOverload) -> None:
+def function(
+    compute: Callable[[Network, ITensor], ITensor], *overloads: torch._ops.OpOverload
+) -> None:
     """Register a function of one tensor, computed in float32."""
 
     def convert(ctx: Network, x: ITensor) -> ITensor:
@@ -36,9 +38,15 @@ for _name, _overload in {
     "ROUND": aten.round.default,
 }.items():
     function(lambda ctx, x, name=_name: ctx.unary(name, x), _overload)  # type: ignore[misc]
+
+
 for _name, _overload in {"TANH": aten.tanh.default, "SIGMOID": aten.sigmoid.default}.items():
     function(lambda ctx, x, name=_name: ctx.activation(name, x), _overload)  # type: ignore[misc]
+
+
 function(lambda ctx, x: ctx.unary("RECIP", ctx.unary("SQRT", x)), aten.rsqrt.default)
+
+
 function(lambda ctx, x: ctx.multiply(x, ctx.activation("SIGMOID", x)), aten.silu.default)
 
 
@@ -53,12 +61,17 @@ def gelu(ctx: Network, x: ITensor, *, approximate: str = "none") -> ITensor:
     """Gaussian error linear unit (arXiv:1606.08415): exact by the error function, or its tanh approximation."""
 
     def exact(value: ITensor) -> ITensor:
-        cdf = ctx.add(ctx.unary("ERF", ctx.multiply(value, ctx.scalar(math.sqrt(0.5), torch.float32))), ctx.scalar(1.0, torch.float32))
+        cdf = ctx.add(
+            ctx.unary("ERF", ctx.multiply(value, ctx.scalar(math.sqrt(0.5), torch.float32))),
+            ctx.scalar(1.0, torch.float32),
+        )
         return ctx.multiply(ctx.multiply(value, ctx.scalar(0.5, torch.float32)), cdf)
 
     def approximated(value: ITensor) -> ITensor:
         cubed = ctx.multiply(repeated_product(ctx, value, 3), ctx.scalar(0.044715, torch.float32))
-        inner = ctx.multiply(ctx.add(value, cubed), ctx.scalar(math.sqrt(2 / math.pi), torch.float32))
+        inner = ctx.multiply(
+            ctx.add(value, cubed), ctx.scalar(math.sqrt(2 / math.pi), torch.float32)
+        )
         cdf = ctx.add(ctx.activation("TANH", inner), ctx.scalar(1.0, torch.float32))
         return ctx.multiply(ctx.multiply(value, ctx.scalar(0.5, torch.float32)), cdf)
 
@@ -77,7 +90,14 @@ def absolute(ctx: Network, x: ITensor) -> ITensor:
     return ctx.unary("ABS", x)
 
 
-@converter(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.other)
+@converter(
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.to.other,
+)
 def to(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
     """A cast; where the tensor lies is TensorRT's business."""
     return ctx.cast(x, ctx.result().dtype)
@@ -98,7 +118,11 @@ def same(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
 
 
 def _evaluating(node: Node, ctx: Network) -> str | None:
-    return "it drops elements at random (training); call .eval() on the model" if node.args[2] and node.args[1] else None
+    return (
+        "it drops elements at random (training); call .eval() on the model"
+        if node.args[2] and node.args[1]
+        else None
+    )
 
 
 @converter(aten.dropout.default, aten.feature_dropout.default, supports=_evaluating)

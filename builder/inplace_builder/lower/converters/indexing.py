@@ -25,7 +25,9 @@ def index_select(ctx: Network, x: ITensor, dim: int, index: ITensor) -> ITensor:
 
 
 @converter(aten.gather.default)
-def gather(ctx: Network, x: ITensor, dim: int, index: ITensor, *, sparse_grad: bool = False) -> ITensor:
+def gather(
+    ctx: Network, x: ITensor, dim: int, index: ITensor, *, sparse_grad: bool = False
+) -> ITensor:
     """One entry of an axis for each element of ``index``."""
     layer = ctx.network.add_gather_v2(x, index, ctx.api.GatherMode.ELEMENT)
     layer.axis = dim % len(x.shape)
@@ -37,7 +39,11 @@ def _one_index(node: Node, ctx: Network) -> str | None:
     if len(indices) != 1:
         return f"it has {len(indices)} index tensors; only one is lowered"
     dtype = indices[0].meta["val"].dtype  # type: ignore[union-attr]
-    return None if dtype in (torch.int32, torch.int64) else f"it indexes with {dtype}, so its result has no known shape; use where"
+    return (
+        None
+        if dtype in (torch.int32, torch.int64)
+        else f"it indexes with {dtype}, so its result has no known shape; use where"
+    )
 
 
 @converter(aten.index.Tensor, supports=_one_index)

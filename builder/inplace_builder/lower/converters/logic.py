@@ -14,7 +14,9 @@ aten = torch.ops.aten
 def _compared(ctx: Network, a: Operand, b: Operand) -> tuple[ITensor, ITensor]:
     """Both operands in the type PyTorch compares them in."""
     values = [ctx.meta(argument) for argument in ctx.node.args[:2]]
-    dtype = torch.result_type(*(0 if isinstance(value, torch.SymInt) else value for value in values))
+    dtype = torch.result_type(
+        *(0 if isinstance(value, torch.SymInt) else value for value in values)
+    )
     if dtype == torch.bool:
         dtype = torch.int32
     rank = len(ctx.result().shape)
@@ -62,7 +64,11 @@ def le(ctx: Network, a: Operand, b: Operand) -> ITensor:
 def _booleans(node: Node, ctx: Network) -> str | None:
     dtypes = {argument.meta["val"].dtype for argument in node.all_input_nodes}
     logical = "logical" in str(node.target)
-    return None if logical or dtypes == {torch.bool} else f"it takes {sorted(map(str, dtypes))}; only bool is lowered"
+    return (
+        None
+        if logical or dtypes == {torch.bool}
+        else f"it takes {sorted(map(str, dtypes))}; only bool is lowered"
+    )
 
 
 for _name, _overloads in {
@@ -87,7 +93,9 @@ def logical_not(ctx: Network, x: ITensor) -> ITensor:
 def where(ctx: Network, condition: ITensor, yes: Operand, no: Operand) -> ITensor:
     """``yes`` where the condition holds, else ``no``."""
     dtype, rank = ctx.result().dtype, len(ctx.result().shape)
-    return ctx.select(ctx.cast(condition, torch.bool), ctx.tensor(yes, dtype, rank), ctx.tensor(no, dtype, rank))
+    return ctx.select(
+        ctx.cast(condition, torch.bool), ctx.tensor(yes, dtype, rank), ctx.tensor(no, dtype, rank)
+    )
 
 
 @converter(aten.masked_fill.Scalar, aten.masked_fill.Tensor)

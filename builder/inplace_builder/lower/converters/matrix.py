@@ -10,6 +10,8 @@ from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
+
+
 LOWEST = torch.finfo(torch.float32).min
 """Stands for -inf in masked scores: a row that sees nothing then has a finite softmax."""
 
@@ -35,7 +37,9 @@ def matmul(ctx: Network, a: ITensor, b: ITensor) -> ITensor:
 
 
 @converter(aten.addmm.default, aten.baddbmm.default)
-def addmm(ctx: Network, bias: ITensor, a: ITensor, b: ITensor, *, beta: Number = 1, alpha: Number = 1) -> ITensor:
+def addmm(
+    ctx: Network, bias: ITensor, a: ITensor, b: ITensor, *, beta: Number = 1, alpha: Number = 1
+) -> ITensor:
     """``beta * bias + alpha * a @ b``."""
     dtype = ctx.result().dtype
     product = ctx.matmul(a, b)
@@ -47,7 +51,11 @@ def addmm(ctx: Network, bias: ITensor, a: ITensor, b: ITensor, *, beta: Number =
 
 
 def _constant_kernel(node: Node, ctx: Network) -> str | None:
-    return None if ctx.parameter(node.args[1]) is not None else "its kernel is computed; only a parameter is lowered"
+    return (
+        None
+        if ctx.parameter(node.args[1]) is not None
+        else "its kernel is computed; only a parameter is lowered"
+    )
 
 
 @converter(aten.conv1d.default, supports=_constant_kernel)
@@ -68,9 +76,15 @@ def conv1d(
     batched = len(x.shape) == 3
     x = ctx.unsqueezed(ctx.ranked(x, 3), [3])
     plane = ctx.reshape(weight, (*kernel.shape, 1))
-    layer = ctx.added(ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty))
+    layer = ctx.added(
+        ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty)
+    )
     layer.set_input(1, plane)
-    layer.stride_nd, layer.padding_nd, layer.dilation_nd = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
+    layer.stride_nd, layer.padding_nd, layer.dilation_nd = (
+        (stride[0], 1),
+        (padding[0], 0),
+        (dilation[0], 1),
+    )
     layer.num_groups = groups
     found = layer.get_output(0)
     if bias is not None:
@@ -81,7 +95,9 @@ def conv1d(
 
 def _no_dropout(node: Node, ctx: Network) -> str | None:
     dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-    return f"it drops attention at random ({dropout}); call .eval() on the model" if dropout else None
+    return (
+        f"it drops attention at random ({dropout}); call .eval() on the model" if dropout else None
+    )
 
 
 @converter(aten.scaled_dot_product_attention.default, supports=_no_dropout)
@@ -100,7 +116,10 @@ def scaled_dot_product_attention(
     """Softmax attention, scores and softmax in float32; query ``[…, heads, tokens, dim]``."""
     shapes = [ctx.meta(argument).shape for argument in ctx.node.args[:3]]
     if enable_gqa and shapes[0][-3] != shapes[1][-3]:
-        key, value = (_repeated_heads(ctx, x, shape, shapes[0][-3]) for x, shape in ((key, shapes[1]), (value, shapes[2])))
+        key, value = (
+            _repeated_heads(ctx, x, shape, shapes[0][-3])
+            for x, shape in ((key, shapes[1]), (value, shapes[2]))
+        )
     factor = ctx.scalar(scale if scale is not None else shapes[0][-1] ** -0.5, torch.float32)
     scores = ctx.multiply(ctx.cast(ctx.matmul(query, key, transpose_b=True), torch.float32), factor)
     if is_causal:
@@ -115,11 +134,15 @@ def scaled_dot_product_attention(
     return ctx.matmul(ctx.cast(weights, ctx.dtype_of(value)), value)
 
 
-def _repeated_heads(ctx: Network, x: ITensor, shape: Sequence[int | torch.SymInt], heads: int) -> ITensor:
+def _repeated_heads(
+    ctx: Network, x: ITensor, shape: Sequence[int | torch.SymInt], heads: int
+) -> ITensor:
     """``[…, kv_heads, length, dim]`` with each head repeated for the query heads that share it."""
     groups = heads // int(shape[-3])
     apart = ctx.unsqueezed(x, [len(shape) - 2])
     sizes = (*shape[:-2], groups, *shape[-2:])
     stride = [1] * len(sizes)
     stride[-3] = 0
-    return ctx.reshape(ctx.slice(apart, [0] * len(sizes), sizes, stride), (*shape[:-3], heads, *shape[-2:]))
+    return ctx.reshape(
+        ctx.slice(apart, [0] * len(sizes), sizes, stride), (*shape[:-3], heads, *shape[-2:])
+    )

@@ -29,15 +29,29 @@ def layer_norm(
 
 
 @converter(aten.rms_norm.default)
-def rms_norm(ctx: Network, x: ITensor, normalized_shape: Sequence[int], weight: ITensor | None = None, eps: float | None = None) -> ITensor:
+def rms_norm(
+    ctx: Network,
+    x: ITensor,
+    normalized_shape: Sequence[int],
+    weight: ITensor | None = None,
+    eps: float | None = None,
+) -> ITensor:
     """Unit root mean square over the last axes, then scale; ``eps`` defaults to the machine epsilon of the input's type."""
     default = torch.finfo(ctx.dtype_of(x)).eps
     axes = _last(x, normalized_shape)
-    return _scaled(ctx, x, ctx.cast(x, torch.float32), axes, default if eps is None else eps, weight, None)
+    return _scaled(
+        ctx, x, ctx.cast(x, torch.float32), axes, default if eps is None else eps, weight, None
+    )
 
 
 def _scaled(
-    ctx: Network, x: ITensor, value: ITensor, axes: Sequence[int], eps: float, weight: ITensor | None, bias: ITensor | None
+    ctx: Network,
+    x: ITensor,
+    value: ITensor,
+    axes: Sequence[int],
+    eps: float,
+    weight: ITensor | None,
+    bias: ITensor | None,
 ) -> ITensor:
     """``value / sqrt(mean(value²) + eps) * weight + bias``, in the type of ``x``."""
     square = ctx.reduce("AVG", ctx.multiply(value, value), axes, keep=True)
@@ -58,7 +72,9 @@ def _last(x: ITensor, shape: Sequence[int]) -> list[int]:
 @converter(aten.softmax.int, aten._softmax.default)
 def softmax(ctx: Network, x: ITensor, dim: int, *_: object, **__: object) -> ITensor:
     """Softmax along an axis."""
-    return ctx.as_float32(lambda value: ctx.softmax(value, dim % len(x.shape)), x, ctx.result().dtype)
+    return ctx.as_float32(
+        lambda value: ctx.softmax(value, dim % len(x.shape)), x, ctx.result().dtype
+    )
 
 
 @converter(aten.log_softmax.int, aten._log_softmax.default)
@@ -68,6 +84,8 @@ def log_softmax(ctx: Network, x: ITensor, dim: int, *_: object, **__: object) ->
 
     def compute(value: ITensor) -> ITensor:
         shifted = ctx.subtract(value, ctx.reduce("MAX", value, axis, keep=True))
-        return ctx.subtract(shifted, ctx.unary("LOG", ctx.reduce("SUM", ctx.unary("EXP", shifted), axis, keep=True)))
+        return ctx.subtract(
+            shifted, ctx.unary("LOG", ctx.reduce("SUM", ctx.unary("EXP", shifted), axis, keep=True))
+        )
 
     return ctx.as_float32(compute, x, ctx.result().dtype)

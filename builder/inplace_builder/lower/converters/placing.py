@@ -1,17 +1,19 @@
 """Tensors with a part replaced, as functions: what a module computes from a state without writing it there."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from inplace_builder.lower.converters.shape import cut, offset
-from inplace_builder.lower.extents import Size
-from inplace_builder.lower.layers import ITensor, Number
+from inplace_builder.lower.layers import ITensor, Number, Size
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
+
+
 INT = torch.int32
 
 
@@ -20,7 +22,9 @@ def _placed(ctx: Network, base: ITensor, new: ITensor, axis: int, source: ITenso
     taken = ctx.gather(new, ctx.elementwise("MAX", source, ctx.scalar(0, INT, 1)), axis)
     shape = [1] * len(base.shape)
     shape[axis] = -1
-    return ctx.select(ctx.reshape(ctx.invert(ctx.less(source, ctx.scalar(0, INT, 1))), shape), taken, base)
+    return ctx.select(
+        ctx.reshape(ctx.invert(ctx.less(source, ctx.scalar(0, INT, 1))), shape), taken, base
+    )
 
 
 def _counted(ctx: Network, extent: Size, start: Size, step: int, count: Size) -> ITensor:
@@ -30,10 +34,17 @@ def _counted(ctx: Network, extent: Size, start: Size, step: int, count: Size) ->
         source[start : start + count * step : step] = torch.arange(count, dtype=INT)
         return ctx.constant(source)
     distance = ctx.subtract(ctx.iota(extent, INT), ctx.tensor(start, INT, 1))
-    entry = distance if step == 1 else ctx.elementwise("FLOOR_DIV", distance, ctx.scalar(step, INT, 1))
-    inside = ctx.both(ctx.invert(ctx.less(distance, ctx.scalar(0, INT, 1))), ctx.less(entry, ctx.tensor(count, INT, 1)))
+    entry = (
+        distance if step == 1 else ctx.elementwise("FLOOR_DIV", distance, ctx.scalar(step, INT, 1))
+    )
+    inside = ctx.both(
+        ctx.invert(ctx.less(distance, ctx.scalar(0, INT, 1))),
+        ctx.less(entry, ctx.tensor(count, INT, 1)),
+    )
     if step != 1:
-        inside = ctx.both(inside, ctx.equal(ctx.multiply(entry, ctx.scalar(step, INT, 1)), distance))
+        inside = ctx.both(
+            inside, ctx.equal(ctx.multiply(entry, ctx.scalar(step, INT, 1)), distance)
+        )
     return ctx.select(inside, entry, ctx.scalar(-1, INT, 1))
 
 
@@ -41,21 +52,35 @@ def _indexed(ctx: Network, extent: Size, index: ITensor, count: Size, *, wraps: 
     """The `_placed` source of entries at the places in ``index`` ``[count]``; of equal ones the last."""
     index = ctx.cast(index, INT)
     if wraps:
-        index = ctx.select(ctx.less(index, ctx.scalar(0, INT, 1)), ctx.add(index, ctx.tensor(extent, INT, 1)), index)
-    hit = ctx.equal(ctx.unsqueezed(ctx.iota(extent, INT), [1]), ctx.unsqueezed(index, [0]))  # [extent, count]
+        index = ctx.select(
+            ctx.less(index, ctx.scalar(0, INT, 1)),
+            ctx.add(index, ctx.tensor(extent, INT, 1)),
+            index,
+        )
+    hit = ctx.equal(
+        ctx.unsqueezed(ctx.iota(extent, INT), [1]), ctx.unsqueezed(index, [0])
+    )  # [extent, count]
     entry = ctx.unsqueezed(ctx.iota(count, INT), [0])
     return ctx.reduce("MAX", ctx.select(hit, entry, ctx.scalar(-1, INT, 2)), [1], keep=False)
 
 
 @converter(aten.slice_scatter.default)
 def slice_scatter(
-    ctx: Network, base: ITensor, new: ITensor, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1
+    ctx: Network,
+    base: ITensor,
+    new: ITensor,
+    dim: int = 0,
+    start: Size | None = None,
+    end: Size | None = None,
+    step: int = 1,
 ) -> ITensor:
     """``base[start:end:step] = new`` along an axis; the captured graph knows how many entries that is."""
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
     count = ctx.meta(ctx.node.args[1]).shape[dim]
-    return _placed(ctx, base, new, dim, _counted(ctx, shape[dim], offset(shape[dim], start or 0), step, count))
+    return _placed(
+        ctx, base, new, dim, _counted(ctx, shape[dim], offset(shape[dim], start or 0), step, count)
+    )
 
 
 @converter(aten.select_scatter.default)
@@ -63,7 +88,13 @@ def select_scatter(ctx: Network, base: ITensor, new: ITensor, dim: int, index: S
     """``base[index] = new`` along an axis."""
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
-    return _placed(ctx, base, ctx.unsqueezed(new, [dim]), dim, _counted(ctx, shape[dim], offset(shape[dim], index), 1, 1))
+    return _placed(
+        ctx,
+        base,
+        ctx.unsqueezed(new, [dim]),
+        dim,
+        _counted(ctx, shape[dim], offset(shape[dim], index), 1, 1),
+    )
 
 
 @converter(aten.index_copy.default)
@@ -73,7 +104,9 @@ def index_copy(ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITens
     dim %= len(shape)
     places = ctx.meta(ctx.node.args[2]).shape
     count = places[0] if len(places) else 1
-    return _placed(ctx, base, new, dim, _indexed(ctx, shape[dim], ctx.ranked(index, 1), count, wraps=False))
+    return _placed(
+        ctx, base, new, dim, _indexed(ctx, shape[dim], ctx.ranked(index, 1), count, wraps=False)
+    )
 
 
 def _one_place(node: Node, ctx: Network) -> str | None:
@@ -84,12 +117,20 @@ def _one_place(node: Node, ctx: Network) -> str | None:
         return f"it has {len(indices)} index tensors; only one is lowered"
     meta = ctx.meta(indices[0])
     if meta.dtype not in (torch.int32, torch.int64) or meta.dim() > 1:
-        return f"its index is {meta.dtype} of rank {meta.dim()}; integers of rank 0 or 1 are lowered"
+        return (
+            f"its index is {meta.dtype} of rank {meta.dim()}; integers of rank 0 or 1 are lowered"
+        )
     return None
 
 
 @converter(aten.index_put.default, supports=_one_place)
-def index_put(ctx: Network, base: ITensor, indices: Sequence[ITensor | None], new: ITensor, accumulate: bool = False) -> ITensor:
+def index_put(
+    ctx: Network,
+    base: ITensor,
+    indices: Sequence[ITensor | None],
+    new: ITensor,
+    accumulate: bool = False,
+) -> ITensor:
     """``base[:, …, index] = new``; negative places count from the end, the last of equal ones wins."""
     shape = list(ctx.meta(ctx.node.args[0]).shape)
     dim = next(axis for axis, index in enumerate(indices) if index is not None)
@@ -107,25 +148,32 @@ def _elements(node: Node, ctx: Network) -> str | None:
 
 
 @converter(aten.scatter.src, aten.scatter.value, supports=_elements)
-def scatter(ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITensor | Number) -> ITensor:
+def scatter(
+    ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITensor | Number
+) -> ITensor:
     """One element of ``new`` for each element of ``index``, at that place of an axis."""
     shape = ctx.meta(ctx.node.args[2]).shape
     if isinstance(new, int | float):
         new = ctx.expand(ctx.scalar(new, ctx.dtype_of(base), len(shape)), shape)
     else:
         for axis, extent in enumerate(shape):
-            new = cut(ctx, new, [*shape[:axis], *ctx.meta(ctx.node.args[3]).shape[axis:]], axis, 0, extent)
+            new = cut(
+                ctx, new, [*shape[:axis], *ctx.meta(ctx.node.args[3]).shape[axis:]], axis, 0, extent
+            )
     layer = ctx.network.add_scatter(base, ctx.cast(index, INT), new, ctx.api.ScatterMode.ELEMENT)
     layer.axis = dim % len(base.shape)
     return ctx.output(layer)
 
 
 def _known_shifts(node: Node, ctx: Network) -> str | None:
-    shifts, dims = node.args[1], node.args[2] if len(node.args) > 2 else []
+    shifts: Any = node.args[1]
+    dims: Any = node.args[2] if len(node.args) > 2 else []
     if not dims:
         return "it rolls a flattened tensor; give dims"
     extents = ctx.meta(node.args[0]).shape
-    if not all(isinstance(shift, int) for shift in shifts) or not all(isinstance(extents[dim], int) for dim in dims):  # type: ignore[union-attr]
+    if not all(isinstance(shift, int) for shift in shifts) or not all(
+        isinstance(extents[dim], int) for dim in dims
+    ):
         return "it rolls by, or along, an extent that varies"
     return None
 
@@ -138,6 +186,9 @@ def roll(ctx: Network, x: ITensor, shifts: Sequence[int], dims: Sequence[int] = 
         dim %= len(shape)
         first = -shift % shape[dim]
         if first:
-            parts = [cut(ctx, x, shape, dim, first, shape[dim] - first), cut(ctx, x, shape, dim, 0, first)]
+            parts = [
+                cut(ctx, x, shape, dim, first, shape[dim] - first),
+                cut(ctx, x, shape, dim, 0, first),
+            ]
             x = ctx.concatenate(parts, dim)
     return x

@@ -10,28 +10,38 @@ from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
+
+
 MOST = 3840
 """Largest k of TensorRT's TopK layer."""
 
 
-def _reduced(ctx: Network, operation: str, x: ITensor, dims: Sequence[int] | int | None, keep: bool) -> ITensor:
+def _reduced(
+    ctx: Network, operation: str, x: ITensor, dims: Sequence[int] | int | None, keep: bool
+) -> ITensor:
     rank = len(x.shape)
     if isinstance(dims, int):
         dims = [dims]
     result = ctx.result().dtype
     compute = torch.float32 if result in HALF or ctx.dtype_of(x) in HALF else result
-    value = ctx.reduce(operation, ctx.cast(x, compute), [dim % rank for dim in dims or range(rank)], keep=keep)
+    value = ctx.reduce(
+        operation, ctx.cast(x, compute), [dim % rank for dim in dims or range(rank)], keep=keep
+    )
     return ctx.cast(value, result)
 
 
 @converter(aten.mean.dim, aten.mean.default)
-def mean(ctx: Network, x: ITensor, dim: Sequence[int] | None = None, keepdim: bool = False, **_: object) -> ITensor:
+def mean(
+    ctx: Network, x: ITensor, dim: Sequence[int] | None = None, keepdim: bool = False, **_: object
+) -> ITensor:
     """Arithmetic mean."""
     return _reduced(ctx, "AVG", x, dim, keepdim)
 
 
 @converter(aten.sum.dim_IntList, aten.sum.default)
-def sum_(ctx: Network, x: ITensor, dim: Sequence[int] | None = None, keepdim: bool = False, **_: object) -> ITensor:
+def sum_(
+    ctx: Network, x: ITensor, dim: Sequence[int] | None = None, keepdim: bool = False, **_: object
+) -> ITensor:
     """Sum."""
     return _reduced(ctx, "SUM", x, dim, keepdim)
 
@@ -64,9 +74,13 @@ def extremes(ctx: Network, operation: str, x: ITensor, k: int, dim: int) -> tupl
     """The k largest (``MAX``) or smallest (``MIN``) values of an axis in order, in the type of ``x``, and their indices in int64."""
     dtype = ctx.dtype_of(x)
     rank = len(x.shape)
-    value = ctx.ranked(ctx.cast(x, torch.float32) if dtype in HALF else x, 2)  # TopK takes no bfloat16 and no vector
+    value = ctx.ranked(
+        ctx.cast(x, torch.float32) if dtype in HALF else x, 2
+    )  # TopK takes no bfloat16 and no vector
     axis = dim % rank + len(value.shape) - rank
-    layer = ctx.added(ctx.network.add_topk(value, getattr(ctx.api.TopKOperation, operation), k, 1 << axis))
+    layer = ctx.added(
+        ctx.network.add_topk(value, getattr(ctx.api.TopKOperation, operation), k, 1 << axis)
+    )
     values, indices = layer.get_output(0), layer.get_output(1)
     if rank == 1:
         values, indices = (ctx.reshape(output, (k,)) for output in (values, indices))
@@ -115,10 +129,16 @@ def min_dim(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> tuple[
 
 def _small_k(node: Node, ctx: Network) -> str | None:
     k = node.args[1]
-    return None if isinstance(k, int) and 1 <= k <= MOST else f"k is {k}; TensorRT takes a constant from 1 to {MOST}"
+    return (
+        None
+        if isinstance(k, int) and 1 <= k <= MOST
+        else f"k is {k}; TensorRT takes a constant from 1 to {MOST}"
+    )
 
 
 @converter(aten.topk.default, supports=_small_k)
-def topk(ctx: Network, x: ITensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[ITensor, ITensor]:
+def topk(
+    ctx: Network, x: ITensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[ITensor, ITensor]:
     """The k largest or smallest values in order, and their positions."""
     return extremes(ctx, "MAX" if largest else "MIN", x, k, dim)

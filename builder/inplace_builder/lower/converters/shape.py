@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inplace_builder.lower.extents import Size, expression
-from inplace_builder.lower.layers import ITensor, Number
+from inplace_builder.lower.layers import ITensor, Number, Size, expression
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
+
+
 END = 2**62
 """An end beyond this means the end of the axis, as torch.export writes it."""
 
@@ -36,7 +37,9 @@ def reshape(ctx: Network, x: ITensor, *_: object) -> ITensor:
 
 def reshaped(ctx: Network, x: ITensor, before: Sequence[Size], after: Sequence[Size]) -> ITensor:
     """Reshape between known shapes, with as few unknowns as possible: an extent that stays at its place needs no shape tensor."""
-    if len(before) == len(after) and all(expression(a) == expression(b) for a, b in zip(before, after, strict=True)):
+    if len(before) == len(after) and all(
+        expression(a) == expression(b) for a, b in zip(before, after, strict=True)
+    ):
         return x
     sizes = list(after)
     unknown = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
@@ -52,7 +55,9 @@ def permute(ctx: Network, x: ITensor, order: Sequence[int]) -> ITensor:
     return ctx.permute(x, [axis % len(order) for axis in order])
 
 
-@converter(aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.numpy_T.default, aten.mT.default)
+@converter(
+    aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.numpy_T.default, aten.mT.default
+)
 def transpose(ctx: Network, x: ITensor, a: int = -2, b: int = -1) -> ITensor:
     """Exchange two axes."""
     rank = len(x.shape)
@@ -86,10 +91,20 @@ def repeat(ctx: Network, x: ITensor, repeats: Sequence[Size]) -> ITensor:
         apart += [1, size] if axis in repeated else [size]
         target += [times, size] if axis in repeated else [size]
     stride = [int(expression(a) == expression(b)) for a, b in zip(apart, target, strict=True)]
-    return ctx.reshape(ctx.slice(ctx.reshape(x, apart), [0] * len(target), target, stride), ctx.result().shape)
+    return ctx.reshape(
+        ctx.slice(ctx.reshape(x, apart), [0] * len(target), target, stride), ctx.result().shape
+    )
 
 
-def cut(ctx: Network, x: ITensor, shape: Sequence[Size], axis: int, start: Size, size: Size, step: int = 1) -> ITensor:
+def cut(
+    ctx: Network,
+    x: ITensor,
+    shape: Sequence[Size],
+    axis: int,
+    start: Size,
+    size: Size,
+    step: int = 1,
+) -> ITensor:
     """``size`` elements of one axis from ``start``; ``shape`` is that of ``x``."""
     starts: list[Size] = [0] * len(shape)
     sizes, steps = list(shape), [1] * len(shape)
@@ -100,10 +115,25 @@ def cut(ctx: Network, x: ITensor, shape: Sequence[Size], axis: int, start: Size,
 
 
 @converter(aten.slice.Tensor)
-def slice_(ctx: Network, x: ITensor, dim: int = 0, start: Size | None = None, end: Size | None = None, step: int = 1) -> ITensor:
+def slice_(
+    ctx: Network,
+    x: ITensor,
+    dim: int = 0,
+    start: Size | None = None,
+    end: Size | None = None,
+    step: int = 1,
+) -> ITensor:
     """``x[start:end:step]`` along an axis. The captured graph knows how many elements that is."""
     shape = ctx.meta(ctx.node.args[0]).shape
-    return cut(ctx, x, shape, dim % len(shape), offset(shape[dim], start or 0), ctx.result().shape[dim], step)
+    return cut(
+        ctx,
+        x,
+        shape,
+        dim % len(shape),
+        offset(shape[dim], start or 0),
+        ctx.result().shape[dim],
+        step,
+    )
 
 
 def offset(extent: Size, start: Size) -> Size:
@@ -111,7 +141,9 @@ def offset(extent: Size, start: Size) -> Size:
     if isinstance(start, int) and start >= 0:
         return min(start, extent) if isinstance(extent, int) else start
     if isinstance(start, int):
-        return max(extent + start, 0) if isinstance(extent, int) else torch.sym_max(extent + start, 0)
+        return (
+            max(extent + start, 0) if isinstance(extent, int) else torch.sym_max(extent + start, 0)
+        )
     return start
 
 
@@ -131,7 +163,13 @@ def select(ctx: Network, x: ITensor, dim: int, index: Size) -> ITensor:
     return reshaped(ctx, one, (*shape[:dim], 1, *shape[dim + 1 :]), ctx.result().shape)
 
 
-@converter(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, aten.split.sizes)
+@converter(
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.split.sizes,
+)
 def split(ctx: Network, x: ITensor, *_: object, **__: object) -> list[ITensor]:
     """Pieces of an axis; the captured graph knows how long each is."""
     shape = ctx.meta(ctx.node.args[0]).shape
@@ -152,7 +190,10 @@ def unbind(ctx: Network, x: ITensor, dim: int = 0) -> list[ITensor]:
     dim %= len(shape)
     pieces = ctx.node.meta["val"]
     whole = (*shape[:dim], 1, *shape[dim + 1 :])
-    return [reshaped(ctx, cut(ctx, x, shape, dim, index, 1), whole, piece.shape) for index, piece in enumerate(pieces)]
+    return [
+        reshaped(ctx, cut(ctx, x, shape, dim, index, 1), whole, piece.shape)
+        for index, piece in enumerate(pieces)
+    ]
 
 
 @converter(aten.cat.default, aten.concat.default)
@@ -167,7 +208,9 @@ def cat(ctx: Network, parts: Sequence[ITensor], dim: int = 0) -> ITensor:
 def stack(ctx: Network, parts: Sequence[ITensor], dim: int = 0) -> ITensor:
     """Join along a new axis."""
     dim %= len(ctx.result().shape)
-    return ctx.concatenate([ctx.unsqueezed(ctx.cast(part, ctx.result().dtype), [dim]) for part in parts], dim)
+    return ctx.concatenate(
+        [ctx.unsqueezed(ctx.cast(part, ctx.result().dtype), [dim]) for part in parts], dim
+    )
 
 
 def _filled(ctx: Network, value: Number) -> ITensor:
@@ -208,7 +251,11 @@ def scalar_tensor(ctx: Network, value: Number | Size, **_: object) -> ITensor:
 
 def _integers(node: Node, ctx: Network) -> str | None:
     dtype = node.meta["val"].dtype
-    return None if dtype in (torch.int32, torch.int64, torch.float32) else f"it counts in {dtype}; use int64, int32 or float32"
+    return (
+        None
+        if dtype in (torch.int32, torch.int64, torch.float32)
+        else f"it counts in {dtype}; use int64, int32 or float32"
+    )
 
 
 @converter(aten.arange.default, aten.arange.start, aten.arange.start_step, supports=_integers)

@@ -1,0 +1,333 @@
+"""The engine's thread of a stream model: it gives jobs their sequences, runs steps, and says what came of them."""
+
+import logging
+import queue
+import sys
+from collections import deque
+from concurrent.futures import Executor
+from time import monotonic
+
+from inplace.drivers.generation import Generation, Reason
+from inplace.drivers.reply import Mailbox
+from inplace.drivers.scheduler import Flights, Scheduler
+from inplace.drivers.senders import CancelWatch, Outcomes, Senders
+from inplace.drivers.sequence_queues import Job, Lanes, mailbox_of
+from inplace.drivers.step import LONGEST_PAUSE, answered
+from inplace.errors import Code, RequestError, failed
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.slots import Ended, SequenceId
+
+GATHERING, MOST_GATHERING = 0.0001, 0.005
+"""Seconds between two looks whether senders are still behind, and for which a step waits for them at most."""
+
+
+LOOK = 0.05
+"""Seconds between two looks at the idle sequences, at least."""
+
+
+SWITCH = 0.0005
+"""Seconds for which a thread may keep the interpreter while the engine's wants it; Python's own 5 ms are several steps of a fast engine."""
+
+
+Message = list[Job] | Job | None
+"""Jobs that arrived together; one whose client has gone; or that the driver is closed."""
+
+
+log = logging.getLogger("inplace")
+
+
+class Runner:
+    """Runs jobs: those of one sequence one after another, those of different sequences together.
+
+    Args:
+        instance: the model instance; nobody else uses it.
+        senders: answer from threads of their own.
+        most_waiting: generations that may wait for a slot.
+        thread: of one thread, which is the engine's until it is closed.
+    """
+
+    def __init__(
+        self, instance: ModelInstance, senders: Senders, most_waiting: int, thread: Executor
+    ) -> None:
+        self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
+        self._said_by = (
+            instance.program.language[1] if instance.program.language is not None else None
+        )
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._lanes = Lanes(instance.table)
+        self._waiting: deque[Job] = deque()
+        self._scheduler = Scheduler(instance.program)
+        self._flights = Flights(instance, self._scheduler, self._inbox.empty)
+        self._outcomes = Outcomes(senders, instance.observer)
+        self._watch: CancelWatch[Job] = CancelWatch(self._inbox.put, senders.turn)
+        self._next_look = 0.0
+        instance.observer.queue(self._waiting)
+        self._turn = instance.waiting = senders.turn
+        sys.setswitchinterval(SWITCH)
+        self._thread = thread
+        thread.submit(self._run)
+
+    def put(self, jobs: list[Job]) -> None:
+        """Take jobs, which begin together; those of one sequence take effect in the order given. From any thread."""
+        self._inbox.put(jobs)
+
+    def close(self, error: RequestError) -> None:
+        """Answer everything that has not been with this error, and stop."""
+        self._inbox.put(None)
+        self._thread.shutdown()
+        self._watch.close()
+        self._drop(error, Ended.SHUTDOWN)
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            for job in message if isinstance(message, list) else ():
+                self._refuse(job, error)
+        self._outcomes.tell()
+
+    def _run(self) -> None:
+        self._turn.take()
+        try:
+            with self._instance.engine.attached():
+                self._serve()
+        except BaseException:
+            log.exception("the engine's thread has ended")
+            raise
+        finally:
+            self._turn.give()
+
+    def _serve(self) -> None:
+        serving = True
+        while serving:
+            try:
+                serving = self._receive()
+                if monotonic() >= self._next_look:
+                    self._next_look = monotonic() + LOOK
+                    self._instance.table.reclaim()
+                self._admit()
+                if serving and (self._scheduler or self._flights):
+                    self._step()
+                    self._admit()
+            except (
+                Exception
+            ) as error:  # a defect: whoever waits must be told, and the others served
+                log.exception("the stream driver failed")
+                self._drop(failed(error), Ended.ENGINE_FAILED)
+            self._outcomes.tell()
+        self._flights.land()
+
+    def _receive(self) -> bool:
+        """Take what has arrived; wait for it where there is nothing to run yet. False: the driver is closed."""
+        serving = self._take(0.0 if self._scheduler or self._flights else self._pause())
+        until = monotonic() + MOST_GATHERING
+        while serving and self._gathers() and monotonic() < until:
+            serving = self._take(GATHERING)
+        return serving
+
+    def _take(self, seconds: float) -> bool:
+        """Take all that has arrived, and wait for the first of it, if for anything. False: the driver is closed."""
+        while True:
+            try:
+                message = self._waited(seconds) if seconds else self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+            seconds = 0.0
+            if message is None:
+                return False
+            if isinstance(message, list):
+                self._arrived_together(message)
+            else:
+                self._cancelled(message)
+
+    def _waited(self, seconds: float) -> Message:
+        self._outcomes.tell()
+        with self._turn:
+            return self._inbox.get(timeout=seconds)
+
+    def _pause(self) -> float:
+        return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
+
+    def _gathers(self) -> bool:
+        """Whether to wait for more steps, while many are being answered: they come again, and each would make a step alone."""
+        if self._flights or not self._scheduler or not self._senders.behind:
+            return False
+        return not (self._scheduler.full or self._scheduler.generates)
+
+    # Requests of one sequence follow one another
+
+    def _arrived_together(self, jobs: list[Job]) -> None:
+        for place, job in enumerate(jobs):
+            try:
+                self._arrived(job)
+            except Exception as error:
+                for other in jobs[place:]:
+                    if other not in self._lanes:  # the others are told by who catches it
+                        self._refuse(other, failed(error))
+                raise
+
+    def _arrived(self, job: Job) -> None:
+        if job.fetches:
+            self._fetch(job)
+            return
+        if (
+            job.generation is not None
+        ):  # not before: a cancellation that came here ahead of its job would be of nobody
+            self._watch.add(job, job.reply)
+        for other in self._lanes.taken_by(job):
+            assert other.generation is not None
+            self._conclude(other, other.generation, Reason.ENDED)
+        try:
+            first = self._lanes.add(job)
+        except RequestError as error:
+            self._refuse(job, error)
+            return
+        if first:
+            self._next(job.sequence)
+
+    def _fetch(self, job: Job) -> None:
+        """Have a request answered with what the sequence's generation says, or has said."""
+        try:
+            mailbox = mailbox_of(
+                job, self._lanes.of(job.sequence), self._instance.table.get(job.sequence)
+            )
+            if mailbox.fetch(job.reply.channel):
+                self._senders.queue(mailbox)
+        except RequestError as error:
+            self._refuse(job, error)
+
+    def _next(self, sequence: SequenceId) -> None:
+        """Begin the first request of a sequence that can be begun."""
+        while lane := self._lanes.of(sequence):
+            job = lane[0]
+            if self._must_wait(job):
+                if len(self._waiting) < self._most_waiting:
+                    self._waiting.append(job)
+                    return
+                text = f"{len(self._waiting)} generations wait for a slot; send it again later"
+                self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
+            elif self._enter(job):
+                return
+            self._lanes.remove(job)
+
+    def _over(self, job: Job) -> None:
+        """A request has been answered: it is the turn of its sequence's next one."""
+        self._watch.remove(job)
+        if self._lanes.remove(job):
+            self._next(job.sequence)
+
+    # Slots
+
+    def _needs_slot(self, job: Job) -> bool:
+        return (
+            job.checked.request.start
+            and not job.only_ends
+            and self._instance.table.get(job.sequence) is None
+        )
+
+    def _must_wait(self, job: Job) -> bool:
+        """Whether it is a generation that needs a slot and there is none for it."""
+        if job.generation is None or not self._needs_slot(job):
+            return False
+        if not self._instance.table.free:
+            self._instance.table.reclaim()
+        return bool(self._waiting) or not self._instance.table.free
+
+    def _enter(self, job: Job) -> bool:
+        """Give a job its sequence. False: it has been answered instead."""
+        try:
+            if job.only_ends:
+                self._instance.end(job.checked)
+                self._outcomes.answer(job, {})
+                return False
+            if self._waiting and job.generation is None and self._needs_slot(job):
+                text = "every slot is owned, and generations wait for the next; send it again later"
+                raise RequestError(Code.NO_FREE_SLOT, text, retryable=True)
+            job.work = self._instance.enter(job.checked)
+        except RequestError as error:
+            self._refuse(job, error)
+            return False
+        if job.generation is not None:
+            capacity, sequence = self._instance.manifest.capacity, job.work.sequence
+            job.generation.begin(
+                None if capacity is None else capacity - sequence.length - job.work.tokens
+            )
+        self._scheduler.add(job)
+        return True
+
+    def _admit(self) -> None:
+        """Give free slots to the generations that wait for one."""
+        while self._waiting and self._instance.table.free:
+            job = self._waiting.popleft()
+            if not self._enter(job):
+                self._over(job)
+
+    def _cancelled(self, job: Job) -> None:
+        if job not in self._lanes or job.generation is None:
+            return  # it has finished
+        if job.work is not None:
+            self._instance.table.end(job.work.sequence, Ended.CANCELLED)
+        self._conclude(job, job.generation, Reason.CANCELLED)
+
+    # Steps
+
+    def _step(self) -> None:
+        landed = self._flights.next()
+        outputs = landed.outputs
+        said = outputs[self._said_by].numpy().ravel().tolist() if self._said_by in outputs else []
+        steps = any(job.generation is None for job in landed.jobs)
+        answers = answered(landed.rows, outputs) if steps else []
+        say = self._outcomes.say
+        for row, (job, work) in enumerate(zip(landed.jobs, landed.rows, strict=True)):
+            generation = job.generation
+            if work.over:
+                continue
+            if work.error is not None:
+                self._scheduler.remove(job)
+                self._instance.finish(work)
+                self._refuse(job, work.error)
+                self._over(job)
+            elif work.done < work.tokens:
+                continue
+            elif generation is None:
+                self._scheduler.remove(job)
+                self._instance.finish(work)
+                answer = answers[row]
+                assert isinstance(answer, dict)
+                self._outcomes.answer(job, answer)
+                self._over(job)
+            else:
+                text, reason = generation.add(token := said[row])
+                say(job, generation, text)
+                if reason is not None:
+                    self._conclude(job, generation, reason)
+                    continue
+                work.feed(token)
+                if row >= landed.running:
+                    self._scheduler.goes_on(job)
+
+    def _conclude(self, job: Job, generation: Generation, reason: Reason) -> None:
+        """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
+        work = job.work
+        if work is not None:
+            work.over = True
+            self._scheduler.remove(job)
+            work.sequence.pending = generation.token if generation.said else work.pending
+            work.sequence.rest = job.reply if isinstance(job.reply, Mailbox) else None
+            self._instance.finish(work)
+        elif job in self._waiting:
+            self._waiting.remove(job)
+        self._outcomes.finish(job, generation, reason)
+        self._over(job)
+
+    def _refuse(self, job: Job, error: RequestError) -> None:
+        self._watch.remove(job)
+        self._outcomes.refuse(job, error)
+
+    def _drop(self, error: RequestError, why: Ended) -> None:
+        """Answer everything with an error; sequences that were being worked on end."""
+        self._flights.land()
+        jobs = self._lanes.clear()
+        self._waiting.clear()
+        self._scheduler.clear()
+        for job in jobs:
+            self._refuse(job, error)
+            if job.work is not None and self._instance.table.get(job.sequence) is job.work.sequence:
+                self._instance.table.end(job.work.sequence, why)

@@ -1,0 +1,201 @@
+"""``inplace::update``: write the rows of some slots of a state, in place.
+
+``inplace::read``: the rows of some slots of a state.
+"""
+
+import torch
+from torch import Tensor
+
+from inplace.operators.library import LIBRARY, define
+
+define(
+    "update",
+    "(Tensor(a!) state, Tensor slots, Tensor value, Tensor? row_offsets=None, Tensor? write_indices=None, int axis=0, "
+    "bool ring=False) -> ()",
+)
+
+
+@torch.library.impl(LIBRARY, "update", "CompositeExplicitAutograd")
+def _update(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    owners = slots.tolist()
+    if write_indices is None:
+        for row, slot in enumerate(owners):
+            if slot >= 0:
+                state[slot].copy_(value[row])
+        return
+    starts = write_indices.tolist()
+    bounds = range(len(owners) + 1) if row_offsets is None else row_offsets.tolist()
+    for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
+        if slot < 0:
+            continue
+        # packed: the tokens are value's first axis; the slot has them on `axis`
+        new = (
+            value[row]
+            if row_offsets is None
+            else value[bounds[row] : bounds[row + 1]].movedim(0, axis - 1)
+        )
+        write(state[slot], new, start, axis - 1, ring=ring)
+
+
+@torch.library.impl(LIBRARY, "update", "CUDA")
+def _update_on_gpu(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    """The same in a Triton-language kernel: nothing is read on the host, so entries that do not fit a slot are dropped, not refused."""
+    from inplace.kernels import update as kernels  # Triton exists on a GPU only
+
+    if not state.is_contiguous():
+        raise ValueError(f"the state has strides {state.stride()}; it must be contiguous")
+    spec = kernels.UpdateSpec.of(
+        tuple(state.shape), axis, append=write_indices is not None, ring=ring
+    )
+    rows = slots.shape[0]
+    packed = row_offsets is not None and write_indices is not None
+    kernels.update(
+        spec,
+        state=state,
+        slots=slots.int(),
+        value=value.contiguous(),
+        row_offsets=row_offsets.int() if packed and row_offsets is not None else None,
+        write_indices=None if write_indices is None else write_indices.int(),
+        rows=rows,
+        units=value.shape[0]
+        if packed
+        else rows
+        if write_indices is None
+        else rows * value.shape[axis],
+    )
+
+
+def write(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
+    """Copy ``new`` into ``slot`` from ``start`` along ``axis``; a ring goes on at 0 when it reaches the end.
+
+    Raises:
+        IndexError: the rows do not fit. The runtime checks this before a step; an operator never writes beside its slot.
+    """
+    capacity, count = slot.shape[axis], new.shape[axis]
+    if (*new.shape[:axis], *new.shape[axis + 1 :]) != (*slot.shape[:axis], *slot.shape[axis + 1 :]):
+        raise IndexError(
+            f"rows of {tuple(new.shape)} have other extents than their slot {tuple(slot.shape)} beside axis {axis}"
+        )
+    if ring:
+        if count > capacity:
+            raise IndexError(f"{count} rows do not fit a ring of {capacity}")
+        start %= capacity
+        head = min(count, capacity - start)
+        slot.narrow(axis, start, head).copy_(new.narrow(axis, 0, head))
+        if head < count:
+            slot.narrow(axis, 0, count - head).copy_(new.narrow(axis, head, count - head))
+        return
+    if start < 0 or start + count > capacity:
+        raise IndexError(f"rows {start}:{start + count} are outside a slot that holds {capacity}")
+    slot.narrow(axis, start, count).copy_(new)
+
+
+@torch.library.register_fake("inplace::update", lib=LIBRARY)
+def _update_fake(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    torch._check(
+        value.dtype == state.dtype, lambda: f"value is {value.dtype}, the state is {state.dtype}"
+    )
+    if write_indices is not None:
+        torch._check(
+            1 <= axis < state.dim(),
+            lambda: f"axis {axis} is no axis of a slot of {tuple(state.shape)}",
+        )
+    else:
+        torch._check(
+            tuple(value.shape[1:]) == tuple(state.shape[1:]),
+            lambda: (
+                f"value {tuple(value.shape)} must be [rows, ...] with the extents of the state {tuple(state.shape)}"
+            ),
+        )
+
+
+def update(
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    *,
+    axis: int = 0,
+    ring: bool = False,
+) -> None:
+    """Write the rows of these slots, in place.
+
+    Args:
+        state: ``[slots, ...]``, mutated.
+        slots: ``[rows]``, int32 or int64; a row with slot -1 writes nothing.
+        value: without ``write_indices``: ``[rows, ...]``, the whole of each slot. With ``write_indices``: what to append,
+            ``[rows, ...]`` with the new entries on ``axis``; with ``row_offsets`` too, packed ``[tokens, ...]``, where the
+            token axis comes first and stands for ``axis``.
+        row_offsets: ``[rows + 1]``: row r owns ``value[row_offsets[r]:row_offsets[r + 1]]``.
+        write_indices: ``[rows]``: where each row's append starts.
+        axis: the state's axis (counted with the slot axis) that an append grows along.
+        ring: write modulo the extent of ``axis``.
+
+    Raises:
+        IndexError: an append that does not fit its slot (CPU; on a GPU, where nothing is read on the host, what does not fit is dropped).
+    """
+    torch.ops.inplace.update(state, slots, value, row_offsets, write_indices, axis, ring)
+
+
+define("read", "(Tensor state, Tensor slots) -> Tensor")
+
+
+_AS = {
+    torch.uint16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
+}
+"""Types that PyTorch does not index, and those of the same size that it does."""
+
+
+@torch.library.impl(LIBRARY, "read", "CompositeExplicitAutograd")
+def _read(state: Tensor, slots: Tensor) -> Tensor:
+    rows = state.view(_AS.get(state.dtype, state.dtype)).index_select(0, slots.clamp(min=0))
+    null = (slots < 0).view(-1, *[1] * (state.dim() - 1))
+    return rows.masked_fill_(null, 0).view(state.dtype)
+
+
+@torch.library.register_fake("inplace::read", lib=LIBRARY)
+def _read_fake(state: Tensor, slots: Tensor) -> Tensor:
+    torch._check(slots.dim() == 1, lambda: f"slots must be [rows], got {tuple(slots.shape)}")
+    return state.new_empty((slots.shape[0], *state.shape[1:]))
+
+
+def read(state: Tensor, slots: Tensor) -> Tensor:
+    """What the slots hold.
+
+    Args:
+        state: ``[slots, ...]``, any dtype.
+        slots: ``[rows]``, int32 or int64; -1 is a null row, which reads as zeros.
+
+    Returns:
+        ``[rows, ...]``, the state's dtype; a new tensor of the rows' size (never of the arena's).
+    """
+    out = torch.ops.inplace.read(state, slots)
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,5 @@
+"""Engines without a server: called like the module they were built from."""
+
+from inplace.standalone.engine import Engine
+
+__all__ = ["Engine"]

@@ -1,0 +1,207 @@
+"""The graph itself, run by PyTorch on the states that it is handed."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from inplace.engines.prepack import prepack_linears
+from inplace.errors import LoadError
+from inplace.operators import written_states
+from inplace.schema.dtypes import Dtype
+from inplace.schema.extents import symbols
+from inplace.schema.standalone import SLOTS, DirectManifest, Result
+
+
+class TorchGraph:
+    """Runs a ``torch.export`` program on the CPU.
+
+    Args:
+        source: ``engine.pt2``, its path or an open file.
+        manifest: what the program is said to be.
+        title: its name in errors.
+
+    Raises:
+        LoadError: it cannot be read, or it takes, returns or writes something else than the manifest says.
+    """
+
+    def __init__(self, source: Path | IO[bytes], manifest: DirectManifest, title: str) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # the reader warns that its read-only buffers become tensors; nothing writes weights
+                exported = torch.export.load(cast("Any", source))
+        except Exception as error:  # torch.export raises whatever the archive reader raises
+            raise LoadError(
+                f"{title} cannot be read as a torch.export program ({error}); if it has operators of your own, import the module that "
+                f"registers the operators before loading; else build the engine again"
+            ) from error
+        _check_states(exported, manifest, title)
+        _check_call(exported, manifest, title)
+        module = exported.module(check_guards=False)
+        assert isinstance(module, GraphModule)
+        self._graph = _plain(module)
+        self._states = manifest.states
+        self._slots = torch.arange(manifest.rows, dtype=torch.int32)
+
+    def run(self, inputs: Sequence[Any], states: Sequence[Tensor]) -> list[Any]:
+        """Run one step; the states are updated.
+
+        Raises:
+            IndexError: a position, whose value only the graph knows, is outside its state. States written before it stay written.
+        """
+        bound = (
+            tensor if state.leading else tensor.unsqueeze(0)
+            for state, tensor in zip(self._states, states, strict=True)
+        )
+        with torch.no_grad():
+            return list(self._graph(*inputs, self._slots, *bound))
+
+
+def _check_states(
+    exported: torch.export.ExportedProgram, manifest: DirectManifest, title: str
+) -> None:
+    """The graph is the truth: what it takes, and the states it writes, must be the manifest's."""
+    found = list(exported.graph_signature.user_inputs)
+    wanted = (
+        [argument.name for argument in manifest.graph_inputs]
+        + [SLOTS]
+        + [state.name for state in manifest.states]
+    )
+    if found != wanted:
+        raise LoadError(
+            f"{title} takes {found}, the manifest says {wanted}; build the engine again"
+        )
+    written, declared = (
+        set(written_states(exported.graph)),
+        {alias.input for alias in manifest.parsed_aliases},
+    )
+    if written != declared:
+        raise LoadError(
+            f"{title}: the states the graph writes in place and the aliases of the manifest differ in {sorted(written ^ declared)}; "
+            f"build the engine again"
+        )
+    own = set(written_states(exported.graph, own=False))
+    for alias in manifest.parsed_aliases:
+        kind = "user" if alias.input in own else "operator"
+        if alias.kind != kind:
+            what = (
+                "written by an operator of the user's own"
+                if kind == "user"
+                else "updated by operators of a graph of PyTorch"
+            )
+            raise LoadError(
+                f"{title}: state {alias.input} is {what}, the manifest says {alias}; build the engine again"
+            )
+    values = {
+        node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"
+    }
+    for state in manifest.states:
+        value = values[state.name]
+        slot = state.extents[1:] if state.leading else state.extents
+        if (described(value)[1][1:], value.dtype) != (slot, state.dtype.as_torch):
+            raise LoadError(
+                f"{title} has state {state.name} as {value}, the manifest says {state}; build the engine again"
+            )
+
+
+def _check_call(
+    exported: torch.export.ExportedProgram, manifest: DirectManifest, title: str
+) -> None:
+    """Extents, types and ranges of what is passed and returned."""
+    values = {
+        node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"
+    }
+    for argument in manifest.graph_inputs:
+        value = values[argument.name]
+        dtype = argument.dtype.as_torch if argument.dtype is not None else None
+        if isinstance(value, Tensor) != (argument.kind == "tensor") or described(value) != (
+            dtype,
+            argument.shape,
+        ):
+            raise LoadError(
+                f"{title} takes {argument.name} as {value}, the manifest says {argument}; build the engine again"
+            )
+    found = ranges(exported, [argument.shape for argument in manifest.call.arguments])
+    if manifest.call.ranges != found:
+        raise LoadError(
+            f"{title} has the ranges {found}, the manifest says {manifest.call.ranges}; build the engine again"
+        )
+    if results(exported) != manifest.call.results:
+        raise LoadError(
+            f"{title} returns {results(exported)}, the manifest says {manifest.call.results}; build the engine again"
+        )
+
+
+def described(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ...]]:
+    """Type and extents of a graph's value, as the manifest has them."""
+    numbers = value.shape if isinstance(value, Tensor) else (value,)
+    return (value.dtype if isinstance(value, Tensor) else None), tuple(
+        number if isinstance(number, int) else str(number.node.expr) for number in numbers
+    )
+
+
+def ranges(
+    exported: torch.export.ExportedProgram, shapes: Iterable[tuple[int | str, ...]]
+) -> dict[str, tuple[int | None, int | None]]:
+    """What each symbol in these shapes may be."""
+    texts = {
+        symbol
+        for shape in shapes
+        for extent in shape
+        if isinstance(extent, str)
+        for symbol in symbols(extent)
+    }
+    return {
+        str(symbol): _limits(limits)
+        for symbol, limits in exported.range_constraints.items()
+        if str(symbol) in texts
+    }
+
+
+def _limits(limits: Any) -> tuple[int | None, int | None]:
+    low, high = (
+        int(limit) if -(2**62) < limit < 2**62 else None for limit in (limits.lower, limits.upper)
+    )
+    return low, high
+
+
+def results(exported: torch.export.ExportedProgram) -> tuple[Result, ...]:
+    """The leaves of what the graph returns.
+
+    Raises:
+        LoadError: one is of a type that no engine returns.
+    """
+    returned = pytree.tree_leaves(exported.graph.output_node().args[0])
+    found = []
+    for leaf in returned:
+        if not isinstance(leaf, torch.fx.Node):
+            found.append(Result(kind="constant", value=leaf))
+            continue
+        dtype, shape = described(leaf.meta["val"])
+        if dtype is None:
+            found.append(Result(kind="number", shape=shape))
+        else:
+            try:
+                found.append(Result(kind="tensor", dtype=Dtype.of(dtype), shape=shape))
+            except ValueError:
+                raise LoadError(
+                    f"output {leaf} is {dtype}, which no engine returns; convert it"
+                ) from None
+    return tuple(found)
+
+
+def _plain(module: GraphModule) -> GraphModule:
+    """The module taking and returning flat tuples, its weights packed."""
+    module.graph.set_codegen(CodeGen())  # the engine flattens and checks its arguments itself
+    last = module.graph.output_node()
+    last.args = (tuple(pytree.tree_leaves(last.args[0])),)
+    prepack_linears(module)
+    return GraphModule(module, module.graph)

@@ -1,1 +1,0 @@
-"""Building engines that are called without a server; `inplace_builder.api` is the way in."""

@@ -1,0 +1,1 @@
+"""Fusion of operators before a graph is lowered."""

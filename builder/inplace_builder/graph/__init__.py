@@ -1,0 +1,1 @@
+"""Operations on `torch.fx` graphs that every capture route shares."""

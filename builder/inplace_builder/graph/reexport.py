@@ -1,0 +1,72 @@
+"""Exporting a graph again after it was changed."""
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+
+from inplace_builder.graph.nodes import copied_graph
+
+
+def copied(module: GraphModule) -> GraphModule:
+    """The same graph and tensors, to keep while the first is rewritten."""
+    return GraphModule(module, copied_graph(module.graph))
+
+
+def without_unused(module: GraphModule) -> GraphModule:
+    """The same graph over the attributes that it still uses: a mask that became `inplace::attention` needs no memory."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    return GraphModule(
+        {target: torch.fx.graph_module._get_attr(module, target) for target in used}, module.graph
+    )
+
+
+class Interpreted(torch.nn.Module):
+    """Runs a graph node by node, so that an export of it keeps the model's source lines."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        self.body = graph_module
+
+    def forward(self, *arguments: Any) -> Any:
+        """Run the graph; its arguments and results."""
+        with torch.fx.traceback.preserve_node_meta():
+            return Interpreter(self.body).run(*arguments)
+
+
+def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
+    """Give the placeholders back their names, which a variadic forward loses; whatever else has such a name gets another."""
+    signature, nodes = exported.graph_signature, {node.name: node for node in exported.graph.nodes}
+    inputs = [nodes[name] for name in signature.user_inputs]
+
+    def rename(node: Node, new: str) -> None:
+        signature.replace_all_uses(node.name, new)
+        for spec in signature.input_specs:
+            if spec.arg.name == node.name:
+                spec.arg.name = new
+        node.name = new
+        if node.op == "placeholder":
+            node.target = new
+
+    free = (f"_{number}" for number in itertools.count())
+    taken = {*nodes, *names}
+    for node in nodes.values():
+        if node.name in names:
+            rename(
+                node,
+                next(other for suffix in free if (other := f"{node.name}{suffix}") not in taken),
+            )
+    for node, name in zip(inputs, names, strict=True):
+        rename(node, name)
+    exported.graph_module.recompile()
+
+
+def any_size() -> contextlib.AbstractContextManager[None]:
+    """Export without treating an extent of 0 or 1 as special: one graph for one row and for many."""
+    config: Any = torch.fx.experimental._config
+    patched: contextlib.AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
+    return patched

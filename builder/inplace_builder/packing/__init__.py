@@ -1,0 +1,1 @@
+"""From the graph of one sequence to a graph of packed rows."""

@@ -1,0 +1,196 @@
+"""What `torch.vmap` makes of the operators on states: one row of each of a batch of calls becomes a row of one call.
+
+States are never batched: each call has the whole arena, and its rows are slots of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from inplace.operators.library import LIBRARY, NAMESPACE
+from torch import Tensor
+
+inplace = torch.ops.inplace
+
+
+Dims = tuple[int | None, ...]
+
+
+def _rows(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The calls' own entries behind one another: ``[calls, n, …]`` as ``[calls * n, …]``."""
+    each = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return each.reshape(-1, *each.shape[2:])
+
+
+def _own_states(name: str, dims: tuple[int | None, ...]) -> None:
+    if any(dim is not None for dim in dims):
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} of a state that differs between calls: only its slots may"
+        )
+
+
+def _read(info: Any, dims: Dims, state: Tensor, slots: Tensor) -> tuple[Tensor, int]:
+    _own_states("read", dims[:1])
+    found = inplace.read(state, _rows(slots, dims[1], info.batch_size))
+    return found.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _update(
+    info: Any,
+    dims: Dims,
+    state: Tensor,
+    slots: Tensor,
+    value: Tensor,
+    row_offsets: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    axis: int = 0,
+    ring: bool = False,
+) -> tuple[None, None]:
+    _own_states("update", dims[:1])
+    if row_offsets is not None:
+        raise RuntimeError(
+            f"{NAMESPACE}::update of packed rows has no batching rule: it takes rows of different lengths already"
+        )
+    size = info.batch_size
+    starts = None if write_indices is None else _rows(write_indices, dims[4], size)
+    inplace.update(
+        state, _rows(slots, dims[1], size), _rows(value, dims[2], size), None, starts, axis, ring
+    )
+    return None, None
+
+
+def _attention(
+    info: Any,
+    dims: Dims,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    write_indices: Tensor,
+    **options: Any,
+) -> tuple[Tensor, int]:
+    _own_states("attention", dims[3:5])
+    if dims[6] is not None or slots.dim() - (dims[5] is not None) != 1:
+        raise RuntimeError(
+            f"{NAMESPACE}::attention over calls whose rows have different lengths has no batching rule"
+        )
+    size = info.batch_size
+    tokens = [
+        given if given is None else _rows(given, dim, size)
+        for given, dim in zip((query, key, value), dims[:3], strict=True)
+    ]
+    assert tokens[0] is not None
+    each = query.shape[0] if dims[0] is None else query.movedim(dims[0], 0).shape[1]
+    offsets = torch.arange(size + 1, dtype=row_offsets.dtype, device=row_offsets.device) * each
+    rows = (_rows(slots, dims[5], size), offsets, _rows(write_indices, dims[7], size))
+    found = inplace.attention(*tokens, key_state, value_state, *rows, **options)
+    return found.unflatten(0, (size, -1)), 0
+
+
+for _name, _rule in (("read", _read), ("update", _update), ("attention", _attention)):
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _rule, lib=LIBRARY)
+
+
+Pair = Sequence[Tensor]
+
+
+def _lstm_cell(
+    x: Tensor,
+    held: Pair,
+    w_x: Tensor,
+    w_h: Tensor,
+    b_x: Tensor | None = None,
+    b_h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `torch.nn.LSTMCell` documents it."""
+    hidden, cell = held
+    i, f, g, o = (F.linear(x, w_x, b_x) + F.linear(hidden, w_h, b_h)).chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def _gru_cell(
+    x: Tensor,
+    hidden: Tensor,
+    w_x: Tensor,
+    w_h: Tensor,
+    b_x: Tensor | None = None,
+    b_h: Tensor | None = None,
+) -> Tensor:
+    """As `torch.nn.GRUCell` documents it."""
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = (
+        F.linear(x, w_x, b_x).chunk(3, -1),
+        F.linear(hidden, w_h, b_h).chunk(3, -1),
+    )
+    z = (z_x + z_h).sigmoid()
+    n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return (1 - z) * n + z * hidden
+
+
+def _layer_norm(
+    x: Tensor,
+    extents: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    _: bool = True,
+) -> Tensor:
+    """As `torch.nn.LayerNorm` documents it."""
+    axes = list(range(-len(extents), 0))
+    centred = x - x.mean(axes, keepdim=True)
+    scaled = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    scaled = scaled if weight is None else scaled * weight
+    return scaled if bias is None else scaled + bias
+
+
+def _matmul(one: Tensor, other: Tensor) -> Tensor:
+    """As `torch.matmul` documents it, by one batched product: torch's own rule asks for extents that vary here."""
+    a, b = one if one.dim() > 1 else one[None], other if other.dim() > 1 else other[:, None]
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    flat = [x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b)]
+    found = torch.bmm(*flat).reshape(*batch, a.shape[-2], b.shape[-1])
+    found = found if one.dim() > 1 else found.squeeze(-2)
+    return found if other.dim() > 1 else found.squeeze(-1)
+
+
+def _attention_in_words(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As `torch.nn.functional.scaled_dot_product_attention` documents it; a query that may see nothing says 0."""
+    if dropout:
+        raise RuntimeError("attention with dropout is random: call eval() on the module first")
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = _matmul(query, key.transpose(-2, -1)) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        )
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    return _matmul(scores.softmax(-1).masked_fill(blind, 0.0), value)
+
+
+WRITTEN_OUT: dict[Any, Any] = {
+    torch.ops.aten.matmul.default: _matmul,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention_in_words,
+    torch.ops.aten.lstm_cell.default: _lstm_cell,
+    torch.ops.aten.gru_cell.default: _gru_cell,
+    torch.ops.aten.layer_norm.default: _layer_norm,
+}
+"""Operators for which torch has no batching rule, or one that fixes the number of calls."""

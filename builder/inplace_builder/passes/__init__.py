@@ -1,1 +1,0 @@
-"""Passes: from graph to graph, or from graph to a refusal."""

@@ -1,0 +1,1 @@
+"""Engines that a server loads: build, plan, write and verify."""

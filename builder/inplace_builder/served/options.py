@@ -1,0 +1,120 @@
+"""Options of a build for the server."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Kind
+
+from inplace_builder.errors import BuildError
+from inplace_builder.served.write import ENGINES
+
+DTYPES = {
+    "cpu": (Dtype.FLOAT32, Dtype.BFLOAT16),
+    "cuda": (Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32),
+}
+
+
+LONGEST = 1e12
+"""Seconds; Triton keeps its times as 64-bit microseconds."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build for.
+
+    Attributes:
+        dtype: element type of weights and states.
+        device: ``cpu`` or ``cuda``.
+        slots: sequences that can live at the same time.
+        max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
+        capacity: positions a sequence may hold.
+        min_capacity: the least capacity that a deployment may choose (parameter ``capacity`` in config.pbtxt) instead of ``capacity``; None
+            fixes it.
+        chunk: most tokens of one sequence in one step; longer prompts are fed in several.
+        idle_timeout: seconds after its last response at which a sequence loses its slot.
+        step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
+        queue_delay_microseconds: how long the server may hold back a batch that is not full (``step``).
+        instances: processes that serve it, each with weights and ``slots`` slots of its own; see docs/operations.md.
+        serve: the protocol: ``step``, or ``stream`` with generations beside steps; see docs/protocol.md.
+        engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
+        alias: the mechanism that must update every state (TensorRT); None is the first that can.
+        strict: never copy a state (TensorRT).
+        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT for RTX); such an engine is not
+            verified.
+    """
+
+    dtype: Dtype = Dtype.FLOAT32
+    device: Literal["cpu", "cuda"] = "cpu"
+    slots: int = 8
+    max_rows: int = 8
+    capacity: int = 1024
+    chunk: int = 128
+    idle_timeout: float = 600.0
+    queue_delay_microseconds: int = 500
+    step_tokens: int | None = None
+    instances: int = 1
+    serve: Literal["step", "stream"] = "step"
+    engine: Literal["torch", "tensorrt", "tensorrt_rtx"] = "torch"
+    alias: Kind | None = None
+    strict: bool = False
+    compute_capability: str | None = None
+    min_capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_rows", "capacity", "chunk", "instances"):
+            if getattr(self, name) < 1:
+                raise BuildError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.min_capacity is not None and not 1 <= self.min_capacity <= self.capacity:
+            raise BuildError(
+                f"min_capacity is {self.min_capacity}; it must be from 1 to the capacity of {self.capacity}"
+            )
+        if self.max_rows > self.slots:
+            raise BuildError(
+                f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: raise slots or lower the batch"
+            )
+        if self.device not in DTYPES:
+            raise BuildError(f"device is {self.device!r}; choose one of {list(DTYPES)}")
+        if self.dtype not in DTYPES[self.device]:
+            known = [str(dtype) for dtype in DTYPES[self.device]]
+            raise BuildError(
+                f"dtype {self.dtype} is not supported on device {self.device!r}; choose one of {known}"
+            )
+        if not 0 < self.idle_timeout < LONGEST:
+            raise BuildError(
+                f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0 and below {LONGEST:.0e}"
+            )
+        if not 0 <= self.queue_delay_microseconds < LONGEST * 1e6:
+            raise BuildError(
+                f"queue_delay_microseconds is {self.queue_delay_microseconds}; it must be at least 0"
+            )
+        if self.serve not in ("step", "stream"):
+            raise BuildError(f"serve is {self.serve!r}; choose step or stream")
+        self._check_engine()
+        if self.engine == "torch" and self.device == "cuda" and not torch.cuda.is_available():
+            raise BuildError(
+                "an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu"
+            )
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise BuildError(f"engine is {self.engine!r}; choose one of {list(ENGINES)}")
+        if self.engine == "torch" and (self.alias or self.strict or self.compute_capability):
+            raise BuildError(
+                "alias, strict and compute_capability belong to TensorRT engines; the PyTorch engine has no choice of mechanism"
+            )
+        if self.engine != "torch" and self.device != "cuda":
+            raise BuildError(f"a {self.engine} engine runs on a GPU; choose device cuda")
+        if self.step_tokens is not None and self.step_tokens < self.max_rows:
+            raise BuildError(
+                f"step_tokens is {self.step_tokens}; a step of {self.max_rows} rows has at least as many tokens"
+            )
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step."""
+        chosen = (
+            self.step_tokens if self.step_tokens is not None else max(self.max_rows, 4 * self.chunk)
+        )
+        return min(chosen, self.max_rows * self.chunk)

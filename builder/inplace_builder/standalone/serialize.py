@@ -1,0 +1,161 @@
+"""The low-level way: a module as a serialized engine with its states as bindings, for those who manage memory themselves."""
+
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from inplace.schema.artifacts import Plan
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Alias, Kind, Lowering
+from inplace.schema.standalone import SLOTS, DirectState, result_name
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from inplace_builder.capture.exported import capture_exported
+from inplace_builder.errors import BuildError
+from inplace_builder.standalone.call import EngineKind, alignment, describe_call, export_for
+from inplace_builder.standalone.plan import build_direct_plan
+from inplace_builder.standalone.write import direct_states, lowering
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A tensor of an engine.
+
+    Attributes:
+        name: what the engine calls it.
+        dtype: element type.
+        shape: extents; a text is dynamic, an expression in the symbols of `Serialized.ranges`.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Serialized:
+    """A serialized engine and everything that must be known to run it. Nothing was run: nothing is verified.
+
+    Attributes:
+        content: ``torch``: an archive for ``torch.export.load`` whose program takes ``inputs`` and then ``states``, in this order, and
+            returns ``outputs``; else a TensorRT plan.
+        engine: which of them.
+        plan: what the plan was built for; None for ``torch``.
+        inputs: what is passed; a Python number as int64. For ``torch`` the last is ``slots``, int32 ``[rows]``, which is ``arange(rows)``.
+        states: the states, caller-owned and lifted ones. An alias names the output that is the same memory: for a plan bind both to one
+            address; of the kind ``copy`` give the output memory of its own, which holds the new value.
+        outputs: what is returned.
+        aliases: one a state.
+        lowering: how each state is updated, and why.
+        ranges: smallest and largest value of each symbol; None is no limit.
+        records: the states as an engine's manifest has them: whose memory they are and where they come from. Several may be parts of one
+            tensor, under the same source (`DirectState.part`): bind those as views of it, or as tensors of their own.
+        initial: for each state what it held at the build, as it is bound; a copy.
+    """
+
+    content: bytes
+    engine: EngineKind
+    plan: Plan | None
+    inputs: tuple[Binding, ...]
+    states: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    aliases: tuple[Alias, ...]
+    lowering: tuple[Lowering, ...]
+    ranges: Mapping[str, tuple[int | None, int | None]]
+    records: tuple[DirectState, ...]
+    initial: Mapping[str, Tensor]
+
+
+def serialize(
+    module: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] = (),
+    *,
+    lift_mutable_buffers: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+    engine: EngineKind = "torch",
+    dynamic_shapes: Any = None,
+    consecutive: Collection[str] = (),
+    alias: Kind | None = None,
+    strict: bool = False,
+    compute_capability: str | None = None,
+) -> Serialized:
+    """Compile a module that mutates its inputs or buffers, and stop at the serialized engine.
+
+    Args:
+        module, example_inputs, kwargs, engine, dynamic_shapes, consecutive, alias, strict: as `inplace_builder.served.build`.
+        lift_mutable_buffers: make states of the buffers that the module mutates, for the caller to bind. Without it such a module is
+            refused: nobody would hold their values.
+        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT for RTX only).
+
+    Raises:
+        BuildError: as `inplace_builder.served.build`; or buffers are mutated and not lifted.
+        LoadError: the TensorRT that was asked for is not installed.
+    """
+    exported = export_for(
+        module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+    )
+    capture = capture_exported(
+        exported, consecutive=consecutive, strict=strict, alignment=alignment(engine)
+    )
+    call = describe_call(exported, capture)
+    records = direct_states(capture, call)
+    owned = list(dict.fromkeys(state.source for state in records if state.owner == "module"))
+    if owned and not lift_mutable_buffers:
+        raise BuildError(
+            f"the module mutates its buffers {owned}: pass lift_mutable_buffers=True and bind them as states, or let "
+            f"inplace_builder.served.build make an engine that holds them"
+        )
+    plan = None
+    if engine != "torch":
+        plan = build_direct_plan(
+            capture, call, engine, alias=alias, strict=strict, compute_capability=compute_capability
+        )
+    inputs = [
+        Binding(a.name, a.dtype or Dtype.INT64, a.shape)
+        for a in call.arguments
+        if a.kind in ("tensor", "number")
+    ]
+    if plan is None:
+        inputs.append(Binding(SLOTS, Dtype.INT32, (capture.rows,)))
+    initial = {
+        state.name: (
+            state.found.initial
+            if plan is not None and state.kind == "user"
+            else state.bound_initial()
+        ).clone()
+        for state in capture.states
+    }
+    return Serialized(
+        content=_archive(capture.exported) if plan is None else plan.content,
+        engine=engine,
+        plan=None if plan is None else plan.record,
+        inputs=tuple(inputs),
+        states=tuple(
+            Binding(state.name, state.dtype, _bound(state, initial[state.name]))
+            for state in records
+        ),
+        outputs=tuple(
+            Binding(result_name(place), r.dtype, r.shape)
+            for place, r in enumerate(call.results)
+            if r.dtype is not None
+        ),
+        aliases=capture.aliases if plan is None else plan.aliases,
+        lowering=lowering(capture, plan),
+        ranges=call.ranges,
+        records=records,
+        initial=initial,
+    )
+
+
+def _bound(state: DirectState, initial: Tensor) -> tuple[int | str, ...]:
+    """Extents as they are bound: with a slot in front where the tensor has none."""
+    return (*initial.shape[: initial.dim() - len(state.extents)], *state.extents)
+
+
+def _archive(exported: ExportedProgram) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(exported, content)
+    return content.getvalue()

@@ -1,0 +1,101 @@
+"""Write the files of a directly called engine."""
+
+from pathlib import Path
+
+import torch
+from inplace.schema.artifacts import EngineFile, File
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Lowering
+from inplace.schema.standalone import Call, DirectManifest, DirectState
+from inplace.standalone.engine import write_held
+
+from inplace_builder import archive
+from inplace_builder.capture.exported import ExportedCapture
+from inplace_builder.served.write import PLAN_FILE, TORCH_FILE
+from inplace_builder.standalone.call import dtype_of
+from inplace_builder.standalone.plan import DirectPlan
+from inplace_builder.states.state import Owner
+from inplace_builder.versions import built_with
+
+
+def write_direct(
+    folder: Path, capture: ExportedCapture, call: Call, plan: DirectPlan | None
+) -> DirectManifest:
+    """Write a captured module as a graph of PyTorch, or as the plan that was compiled of it.
+
+    Raises:
+        BuildError: a weight has a type that no engine has.
+        OSError: it cannot be written.
+    """
+    weights = next(
+        (tensor for tensor in capture.exported.state_dict.values() if tensor.is_floating_point()),
+        None,
+    )
+    dtype = dtype_of(weights, "a weight") if weights is not None else Dtype.FLOAT32
+    if plan is None:
+        archive.save(capture.exported, folder / TORCH_FILE)
+        engine = EngineFile(
+            kind="torch", **File.of(folder / TORCH_FILE).model_dump(), device="cpu", dtype=dtype
+        )
+    else:
+        (folder / PLAN_FILE).write_bytes(plan.content)
+        engine = EngineFile(
+            kind="tensorrt",
+            **File.of(folder / PLAN_FILE).model_dump(),
+            device="cuda",
+            dtype=dtype,
+            plan=plan.record,
+        )
+    manifest = DirectManifest(
+        states=direct_states(capture, call),
+        aliases=tuple(str(alias) for alias in (capture.aliases if plan is None else plan.aliases)),
+        lowering=lowering(capture, plan),
+        call=call,
+        rows=capture.rows,
+        engine=engine,
+        held=write_held(folder, held_states(capture)),
+        built_with=built_with() | ({} if plan is None else plan.notes),
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def lowering(capture: ExportedCapture, plan: DirectPlan | None) -> tuple[Lowering, ...]:
+    """How each state is updated: the verdict on the module's writes, and for a plan the mechanism."""
+    if plan is None:
+        return capture.lowering
+    found = {record.state: record.because for record in capture.lowering}
+    return tuple(
+        record
+        if record.kind == "user"
+        else record.model_copy(update={"because": f"{found[record.state]}; {record.because}"})
+        for record in plan.lowering
+    )
+
+
+def held_states(capture: ExportedCapture) -> dict[str, torch.Tensor]:
+    """The initial values of the states that the module owns."""
+    owned = (state.found.argument for state in capture.states if state.found.owner is Owner.MODULE)
+    return {tensor.source: tensor.initial for tensor in owned}
+
+
+def direct_states(capture: ExportedCapture, call: Call) -> tuple[DirectState, ...]:
+    """The states as the manifest has them."""
+    passed = {argument.name: argument for argument in call.arguments}
+    return tuple(
+        DirectState(
+            name=state.name,
+            owner="caller" if state.found.owner is Owner.CALLER else "module",
+            source=passed[name].where
+            if (name := state.found.argument.name) in passed
+            else state.found.argument.source,
+            dtype=dtype_of(state.found.initial, state.found.source),
+            shape=passed[name].shape
+            if name in passed
+            else tuple(state.found.argument.initial.shape),
+            selects=state.found.selects,
+            written=state.found.line.strip(),
+            leading=state.leading,
+        )
+        for state in capture.states
+    )

@@ -1,0 +1,480 @@
+"""Which writes into a state are `inplace::update` with an index.
+
+A state's new value as a chain of recognised writes into the state.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from inplace_builder.graph.nodes import AnyNode, as_node, call, shape, value
+from inplace_builder.states.indices import consecutive, constant, one_hot, position_a_row
+from inplace_builder.states.state import Found
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Write:
+    """One recognised write.
+
+    Attributes:
+        node: the new version of the state.
+        base: the version before it.
+        pattern: which pattern it is.
+        axis: the axis of the module's own tensor that is written along.
+        count: entries written, an extent (dynamic ones are symbolic).
+        start: where: a Python number, a symbolic one, or an integer tensor whose first entry it is (``per_row``: entries ``[rows]``).
+        wraps: a negative start counts from the end.
+        ignores: a start outside the axis writes nothing (a mask); otherwise it is an error.
+        value: the tensor, or the number, that is written.
+        extents: what the value is expanded to before ``unsqueeze``; None where it is as wanted.
+        unsqueeze: the axis that the value lacks; None where it has it.
+        per_row: the start differs between rows.
+    """
+
+    node: Node
+    base: Node
+    pattern: str
+    axis: int
+    count: Any
+    start: Any
+    value: Any
+    wraps: bool = False
+    ignores: bool = False
+    extents: tuple[Any, ...] | None = None
+    unsqueeze: int | None = None
+    per_row: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A write that no pattern covers."""
+
+    node: Node
+    base: Node
+    because: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a pattern is asked about a node.
+
+    Attributes:
+        module: the graph's module, for constants.
+        rows: rows of the state's first axis, if it counts them.
+        promised: inputs that the caller promises to be consecutive positions.
+    """
+
+    module: GraphModule
+    rows: int
+    promised: frozenset[str]
+
+
+def recognise(node: AnyNode, question: Question) -> Write | Refusal | None:
+    """The write that makes this version of a state, a refusal with its reason, or None where nothing is written into a part of a tensor."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    pattern = _PATTERNS.get(node.target)
+    return None if pattern is None else pattern(node, question)
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _slice_scatter(node: Node, question: Question) -> Write | Refusal:
+    base, new = node.args[0], node.args[1]
+    assert isinstance(base, Node)
+    axis = _argument(node, 2, "dim", 0) % len(shape(node))
+    start, step = _argument(node, 3, "start", None), _argument(node, 5, "step", 1)
+    if step != 1:
+        return Refusal(node, base, f"a slice of step {step}: an append writes consecutive entries")
+    capacity = shape(base)[axis]
+    start = 0 if start is None else start
+    if isinstance(start, int):
+        if not isinstance(capacity, int):
+            return Refusal(node, base, "a slice of a state whose extent is dynamic")
+        start = min(max(start + capacity if start < 0 else start, 0), capacity)
+    return Write(
+        node,
+        base,
+        "slice_scatter",
+        axis,
+        shape(as_node(new))[axis],
+        start,
+        new,
+        wraps=not isinstance(start, int),
+    )
+
+
+def _select_scatter(node: Node, question: Question) -> Write | Refusal:
+    base, new, axis, index = node.args[0], node.args[1], node.args[2], node.args[3]
+    assert isinstance(base, Node) and isinstance(axis, int)
+    axis %= len(shape(node))
+    if isinstance(index, int) and index < 0:
+        if not isinstance(shape(base)[axis], int):
+            return Refusal(
+                node, base, "an entry counted from the end of a state whose extent is dynamic"
+            )
+        index += shape(base)[axis]
+    return Write(
+        node,
+        base,
+        "select_scatter",
+        axis,
+        1,
+        index,
+        new,
+        wraps=not isinstance(index, int),
+        unsqueeze=axis,
+    )
+
+
+def _index_copy(node: Node, question: Question) -> Write | Refusal:
+    base, axis, index, new = node.args
+    assert isinstance(base, Node) and isinstance(axis, int)
+    axis %= len(shape(node))
+    found = _indexed(
+        node, base, "index_copy", axis, as_node(index), new, None, question, wraps=False
+    )
+    if isinstance(found, Write) and not shape(as_node(new)):  # one entry of a state of one axis
+        return replace(found, extents=(1,))
+    return found
+
+
+def _index_put(node: Node, question: Question) -> Write | Refusal:
+    base, indices, new = node.args[:3]
+    assert isinstance(base, Node) and isinstance(indices, list | tuple)
+    if _argument(node, 3, "accumulate", False):
+        return Refusal(node, base, "index_put that accumulates: an append replaces what was there")
+    given = [(axis, as_node(index)) for axis, index in enumerate(indices) if index is not None]
+    if any(value(index).dtype in (torch.bool, torch.uint8) for _, index in given):
+        return Refusal(
+            node, base, "index_put with a mask: how much it writes is known only at run time"
+        )
+    extents = tuple(shape(base))
+    if len(given) == 1:
+        axis, index = given[0]
+        found = (*extents[:axis], *shape(index), *extents[axis + 1 :])
+        return _indexed(node, base, "index_put", axis, index, new, found, question, wraps=True)
+    if len(given) == 2 and given[0][0] == 0:
+        return _put_in_rows(node, base, given, new, question)
+    return Refusal(
+        node,
+        base,
+        f"index_put with {len(given)} indices on axes {[axis for axis, _ in given]}: an append has one position a row",
+    )
+
+
+def _put_in_rows(
+    node: Node, base: Node, given: list[tuple[int, Node]], new: Any, question: Question
+) -> Write | Refusal:
+    """``state[arange(rows), …, position] = new``: the indexed axes come first in what is written, so ``[rows, …]`` without the axis."""
+    (_, rows), (axis, index) = given
+    extents = tuple(shape(base))
+    order = constant(question.module, rows)
+    # one axis each: a column of rows would be broadcast with the positions to a grid
+    if (
+        order is None
+        or order.dim() != 1
+        or order.tolist() != list(range(extents[0]))
+        or len(shape(index)) != 1
+    ):
+        return Refusal(
+            node,
+            base,
+            "index_put with several indices, of which the first is not every row once in order",
+        )
+    if shape(index)[0] not in (1, extents[0]):
+        return Refusal(
+            node, base, "index_put with a number of positions that is not that of the rows"
+        )
+    found = (extents[0], *extents[1:axis], *extents[axis + 1 :])
+    per_row = shape(index)[0] == extents[0] and extents[0] != 1
+    return Write(
+        node,
+        base,
+        "index_put",
+        axis,
+        1,
+        index,
+        new,
+        wraps=True,
+        extents=found,
+        unsqueeze=axis,
+        per_row=per_row,
+    )
+
+
+def _indexed(
+    node: Node,
+    base: Node,
+    pattern: str,
+    axis: int,
+    index: Node,
+    new: Any,
+    extents: tuple[Any, ...] | None,
+    question: Question,
+    *,
+    wraps: bool,
+) -> Write | Refusal:
+    """A write at the entries of one index along one axis."""
+    if len(shape(index)) > 1:
+        return Refusal(
+            node,
+            base,
+            f"{pattern} with an index of rank {len(shape(index))}: an append has one position a row",
+        )
+    if not consecutive(question.module, index, question.promised):
+        return Refusal(
+            node,
+            base,
+            f"{pattern} at several positions that are not provably consecutive (name an input of positions in consecutive=)",
+        )
+    scalar = not shape(index)
+    missing = axis if scalar and extents is not None else None
+    count = 1 if scalar else shape(index)[0]
+    return Write(
+        node,
+        base,
+        pattern,
+        axis,
+        count,
+        index,
+        new,
+        wraps=wraps,
+        extents=extents,
+        unsqueeze=missing,
+    )
+
+
+def _scatter(node: Node, question: Question) -> Write | Refusal:
+    base, axis, index, new = node.args[:4]
+    assert isinstance(base, Node) and isinstance(axis, int)
+    axis %= len(shape(base))
+    index = as_node(index)
+    wanted = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
+    if shape(index) != wanted:
+        return Refusal(
+            node,
+            base,
+            f"scatter with an index of {tuple(shape(index))}, where one position a row would be {wanted}",
+        )
+    if isinstance(new, Node) and shape(new) != wanted:
+        return Refusal(node, base, "scatter that takes a part of its source")
+    source, per_row = position_a_row(index)
+    if source is None:
+        return Refusal(
+            node,
+            base,
+            "scatter whose index is not one position a row, repeated over the other axes",
+        )
+    per_row = per_row and wanted[0] != 1
+    extents = None if isinstance(new, Node) else wanted
+    return Write(node, base, "scatter", axis, 1, source, new, extents=extents, per_row=per_row)
+
+
+def _where(node: Node, question: Question) -> Write | Refusal | None:
+    mask, yes, no = node.args
+    assert isinstance(mask, Node)
+    for base, new, positive in ((no, yes, True), (yes, no, False)):
+        found = one_hot(mask, base, question.module, positive=positive)
+        if found is None:
+            continue
+        axis, index, per_row = found
+        extents = tuple(
+            1 if place == axis else extent for place, extent in enumerate(shape(as_node(base)))
+        )
+        own = tuple(shape(new)) if isinstance(new, Node) else ()
+        if len(own) >= len(extents) - axis and own[len(own) - len(extents) + axis] != 1:
+            return Refusal(
+                node, as_node(base), "where with a value that differs along the masked axis"
+            )
+        return Write(
+            node,
+            as_node(base),
+            "where",
+            axis,
+            1,
+            index,
+            new,
+            ignores=True,
+            extents=extents,
+            per_row=per_row,
+        )
+    return None
+
+
+def is_window(result: Node, placeholder: Node) -> bool:
+    """Whether a state's new value is the state without its oldest entries, and new ones behind: ``cat([state[n:], new])``."""
+    if (
+        not call(result, aten.cat.default)
+        or not isinstance(result.args[0], list | tuple)
+        or len(result.args[0]) != 2
+    ):
+        return False
+    axis = _argument(result, 1, "dim", 0)
+    kept = result.args[0][0]
+    if (
+        not isinstance(kept, Node)
+        or not call(kept, aten.slice.Tensor)
+        or kept.args[0] is not placeholder
+        or not isinstance(axis, int)
+    ):
+        return False
+    extent = shape(placeholder)[axis]
+    end = _argument(kept, 3, "end", None)
+    whole = end is None or (isinstance(end, int) and end >= extent)
+    return (
+        _argument(kept, 1, "dim", 0) == axis % len(shape(placeholder))
+        and _argument(kept, 4, "step", 1) == 1
+        and whole
+    )
+
+
+def _part(node: Node, question: Question) -> Refusal:
+    base = node.args[0]
+    assert isinstance(base, Node)
+    return Refusal(
+        node,
+        base,
+        f"{str(node.target).split('.')[1]} writes a part of it in a way that no pattern follows",
+    )
+
+
+_PARTS = (
+    aten.index_add.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+    aten.index_reduce.default,
+    aten.masked_scatter.default,
+    aten.put.default,
+    aten.scatter.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)
+"""Operators that change a part of a tensor in a way that an append does not."""
+
+
+_PATTERNS: dict[Any, Callable[[Node, Question], Write | Refusal | None]] = {
+    **dict.fromkeys(_PARTS, _part),
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.index_copy.default: _index_copy,
+    aten.index_put.default: _index_put,
+    aten.scatter.src: _scatter,
+    aten.scatter.value: _scatter,
+    aten.where.self: _where,
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The recognised writes of one state, first to last; none where its whole value is computed anew.
+
+    Attributes:
+        writes: the writes.
+        refused: why the state is rewritten whole although only a part of it was written.
+        window: the whole value is the state shifted by what is new.
+        needs_rows: it would be recognised if the first axis counted rows.
+    """
+
+    writes: tuple[Write, ...] = ()
+    refused: Refusal | None = None
+    window: bool = False
+    needs_rows: bool = False
+
+
+def chain_of(placeholder: Node, result: Node, found: Found, question: Question) -> Chain:
+    """Follow a state's new value back to the state itself, one write at a time."""
+    writes: list[Write] = []
+    current = result
+    while current is not placeholder:
+        if call(current, aten.clone.default):  # the same value
+            current = as_node(current.args[0])
+            result = current if not writes else result
+            continue
+        step = recognise(current, question)
+        if step is None:
+            partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
+            if (
+                partial is None
+                and (turned := _turned(current, question)) is not None
+                and _reaches(turned.base, placeholder)
+            ):
+                because = "a part is written through a transposed view, where an update writes along an axis as it lies in memory"
+                return Chain(refused=Refusal(turned.node, turned.base, because))
+            if partial is None:
+                return Chain(window=is_window(result, placeholder))
+            because = (
+                f"what {partial.pattern} writes into is not the state itself but computed from it"
+            )
+            return Chain(refused=Refusal(partial.node, partial.base, because))
+        if isinstance(step, Refusal):
+            return Chain(refused=step) if _reaches(step.base, placeholder) else Chain()
+        if (misfit := _misfit(step, found, question.rows)) is not None:
+            return Chain(
+                refused=Refusal(step.node, step.base, misfit),
+                needs_rows=step.per_row and question.rows == 1,
+            )
+        writes.append(step)
+        current = step.base
+    return Chain(tuple(reversed(writes)))
+
+
+def chains_of(states: Sequence[Found], outputs: int, question: Question) -> list[Chain]:
+    """The chain of each state of a functional graph, which returns its outputs and then the states' new values."""
+    graph = question.module.graph
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, tuple)
+    return [
+        chain_of(placeholders[state.name], as_node(result), state, question)
+        for state, result in zip(states, returned[outputs:], strict=True)
+    ]
+
+
+def _turned(node: Node, question: Question) -> Write | Refusal | None:
+    """The write whose result this is, with its axes in another order."""
+    source = node
+    while call(source, aten.permute.default, aten.transpose.int, aten.t.default):
+        source = as_node(source.args[0])
+    return None if source is node else recognise(source, question)
+
+
+def _reaches(node: Node, placeholder: Node) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is placeholder:
+            return True
+        pending.extend(source for source in current.all_input_nodes if source not in seen)
+        seen.update(current.all_input_nodes)
+    return False
+
+
+def _misfit(write: Write, found: Found, rows: int) -> str | None:
+    """Why an update cannot say this write, although a pattern recognised it."""
+    if found.varies - {write.axis}:
+        return f"{write.pattern} into a tensor of which another extent varies than the one that is written along"
+    if write.per_row and rows == 1:
+        return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
+    if write.axis == 0 and found.leading(rows) and not is_whole(write, found):
+        return f"{write.pattern} along the first axis, which counts rows"
+    return None
+
+
+def is_whole(write: Write, found: Found) -> bool:
+    """Whether a write covers its axis from end to end."""
+    return (
+        write.axis not in found.varies
+        and isinstance(write.start, int)
+        and write.start == 0
+        and isinstance(write.count, int)
+        and write.count == found.initial.shape[write.axis]
+    )

@@ -9,7 +9,7 @@ from time import monotonic
 
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.reply import Mailbox
-from inplace.drivers.scheduler import Flights, Scheduler
+from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancelWatch, Outcomes, Senders
 from inplace.drivers.sequence_queues import Job, Lanes, mailbox_of
 from inplace.drivers.step import LONGEST_PAUSE, answered
@@ -57,7 +57,7 @@ class Runner:
         self._lanes = Lanes(instance.table)
         self._waiting: deque[Job] = deque()
         self._scheduler = Scheduler(instance.program)
-        self._flights = Flights(instance, self._scheduler, self._inbox.empty)
+        self._flights = StepPipeline(instance, self._scheduler, self._inbox.empty)
         self._outcomes = Outcomes(senders, instance.observer)
         self._watch: CancelWatch[Job] = CancelWatch(self._inbox.put, senders.turn)
         self._next_look = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inplace.drivers.sequence_queues import Job
 from inplace.runtime.batcher import Work
-from inplace.runtime.instance import Flight, ModelInstance
+from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.schema.served import Program
 
 
@@ -103,7 +103,7 @@ def _waiting(job: Job) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
+class StepResult:
     """A step that has been computed.
 
     Attributes:
@@ -119,7 +119,7 @@ class Landed:
     outputs: dict[str, Tensor]
 
 
-class Flights:
+class StepPipeline:
     """Launches steps, and waits for them.
 
     Where the engine goes on by itself and the next step has the same rows, it is launched with what the last one said before anybody looks
@@ -136,12 +136,12 @@ class Flights:
         self, instance: ModelInstance, scheduler: Scheduler, calm: Callable[[], bool]
     ) -> None:
         self._instance, self._scheduler, self._calm = instance, scheduler, calm
-        self._under_way: tuple[list[Job], int, Flight] | None = None
+        self._under_way: tuple[list[Job], int, InFlightStep] | None = None
 
     def __bool__(self) -> bool:
         return self._under_way is not None
 
-    def next(self) -> Landed:
+    def next(self) -> StepResult:
         """Wait for the step that is under way, or for a new one; afterwards the one behind it may be under way."""
         jobs, running, flight = self._under_way or self._launch()
         self._under_way = None
@@ -150,7 +150,7 @@ class Flights:
         if follows and not flight.failed and self._calm():
             self._under_way = jobs, len(jobs), self._instance.follow(flight, outputs)
         self._instance.settle(flight, outputs)
-        return Landed(jobs, running, flight.batch.rows, outputs)
+        return StepResult(jobs, running, flight.batch.rows, outputs)
 
     def land(self) -> None:
         """Wait for a step that nobody wants any more."""
@@ -159,7 +159,7 @@ class Flights:
             self._under_way = None
             self._instance.settle(flight, self._instance.wait(flight))
 
-    def _launch(self) -> tuple[list[Job], int, Flight]:
+    def _launch(self) -> tuple[list[Job], int, InFlightStep]:
         jobs, running, budget = self._scheduler.next()
         return (
             jobs,

@@ -25,7 +25,7 @@ from inplace.schema.specs import Update
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightStep:
     """A step that was launched.
 
     Attributes:
@@ -207,7 +207,7 @@ class ModelInstance:
         self.settle(flight, outputs)
         return outputs
 
-    def launch(self, rows: list[Work], budget: int | None = None) -> Flight:
+    def launch(self, rows: list[Work], budget: int | None = None) -> InFlightStep:
         """Begin one step over at most ``program.max_rows`` rows, each of its own sequence, that brings at most ``budget`` of their tokens.
 
         It must be waited for before the next is launched, and settled before its rows are launched by anything but `follow`.
@@ -220,22 +220,22 @@ class ModelInstance:
         ]
         return self._launched(batch, frozenset().union(*set(ending)))
 
-    def follow(self, flight: Flight, outputs: Mapping[str, Tensor]) -> Flight:
+    def follow(self, flight: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
         """Begin the step after one of single tokens, with the tokens that its rows have said, as if each was `Work.feed` its own."""
         assert self.program.language is not None
         return self._launched(
             follow(self.program, flight.batch, outputs[self.program.language[1]]), flight.wanted
         )
 
-    def _launched(self, batch: Batch, wanted: frozenset[str]) -> Flight:
+    def _launched(self, batch: Batch, wanted: frozenset[str]) -> InFlightStep:
         begin = monotonic()
         try:
             finish: Finish | Exception = self.engine.launch(batch.inputs, wanted)
         except Exception as error:  # its rows are told as if it had been launched
             finish = error
-        return Flight(batch, wanted, begin, finish)
+        return InFlightStep(batch, wanted, begin, finish)
 
-    def wait(self, flight: Flight) -> dict[str, Tensor]:
+    def wait(self, flight: InFlightStep) -> dict[str, Tensor]:
         """Wait for a step.
 
         Where the engine raises, every row has its ``error`` afterwards. A START leaves no slot then, an END has ended; other sequences are
@@ -266,7 +266,7 @@ class ModelInstance:
         finally:
             flight.seconds = monotonic() - flight.begin
 
-    def settle(self, flight: Flight, outputs: Mapping[str, Tensor]) -> None:
+    def settle(self, flight: InFlightStep, outputs: Mapping[str, Tensor]) -> None:
         """Advance the rows of a step that was waited for; those that are over stay as they are."""
         if flight.failed:
             return

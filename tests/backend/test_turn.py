@@ -4,10 +4,10 @@ import threading
 
 import pytest
 from inplace.drivers import senders as module
-from inplace.drivers.senders import Turn
+from inplace.drivers.senders import GilPriority
 
 
-def passes(turn: Turn) -> threading.Event:
+def passes(turn: GilPriority) -> threading.Event:
     """Set when another thread's wait for the turn is over."""
     passed = threading.Event()
 
@@ -23,7 +23,7 @@ def test_who_comes_while_it_is_taken_waits_until_it_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE", 60.0)
-    turn = Turn()
+    turn = GilPriority()
     assert passes(turn).wait(10), "nobody has it"
     turn.take()
     waiting = [passes(turn) for _ in range(3)]
@@ -38,7 +38,7 @@ def test_who_comes_while_it_is_taken_waits_until_it_is_given_up(
 
 
 def test_nobody_waits_for_an_engine_that_never_waits() -> None:
-    turn = Turn()
+    turn = GilPriority()
     turn.take()
     assert passes(turn).wait(10)
     turn.give()

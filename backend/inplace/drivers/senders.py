@@ -22,7 +22,7 @@ PATIENCE = 0.005
 """Seconds after which who waits goes on all the same: the engine's thread may come back before a busy machine has woken anybody."""
 
 
-class Turn:
+class GilPriority:
     """Held by the engine's thread, except while the device computes and while it has nothing to do; others work meanwhile.
 
     Python hands its interpreter lock to any thread that waits for it. An engine's thread that meets senders with a response in hand gets it
@@ -61,7 +61,7 @@ Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
 
 
 THREADS = 2
-"""Sending waits for the server, so one thread sends too little. More than two keep Python's lock from the engine's thread; see `Turn`."""
+"""Sending waits for the server, so one thread sends too little. More than two keep Python's lock from the engine's thread; see `GilPriority`."""
 
 
 PERIOD = 0.04
@@ -85,7 +85,7 @@ class Senders:
     """
 
     def __init__(self, threads: int = THREADS) -> None:
-        self.turn = Turn()
+        self.turn = GilPriority()
         self._told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self._teller = threading.Thread(target=self._tell, name="inplace-tell", daemon=True)
@@ -157,7 +157,7 @@ class CancelWatch(Generic[Watched]):
         turn: is waited for before each question.
     """
 
-    def __init__(self, cancelled: Callable[[Watched], None], turn: Turn) -> None:
+    def __init__(self, cancelled: Callable[[Watched], None], turn: GilPriority) -> None:
         self._cancelled, self._turn = cancelled, turn
         self._watched: dict[Watched, Reply] = {}
         self._closing = threading.Event()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from inplace.engines.arena import Arena
 from inplace.engines.tensorrt import TensorRtEngine
-from inplace.runtime.batcher import Work, form
+from inplace.runtime.batcher import ActiveRequest, form
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
@@ -150,7 +150,7 @@ def step_inputs(
 ) -> dict[str, torch.Tensor]:
     """The inputs of a step of sequences that hold so many positions and bring so many tokens."""
     instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
-    works: list[Work] = []
+    works: list[ActiveRequest] = []
     for row, (length, count) in enumerate(zip(lengths, tokens, strict=True)):
         ids = torch.randint(0, 1000, (1, count))
         work = instance.admit(Request(row + 1, start=True, end=False, inputs={"input_ids": ids}))

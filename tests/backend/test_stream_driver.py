@@ -12,7 +12,7 @@ import torch
 from driving import prompt
 from inplace.drivers import Language, StreamDriver, engine_thread
 from inplace.drivers.parsing import Intake
-from inplace.drivers.sequence_queues import Job
+from inplace.drivers.sequence_queues import StreamRequest
 from inplace.engines import Finish
 from inplace.errors import Code
 from inplace.runtime.requests import Request
@@ -86,7 +86,7 @@ def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(
 ) -> None:
     driver, taken = streams(), Intake.job
 
-    def job(self: Intake, request: Request, *others: Any) -> Job:
+    def job(self: Intake, request: Request, *others: Any) -> StreamRequest:
         if request.sequence == "s1":
             raise ZeroDivisionError("a defect")
         return taken(self, request, *others)

@@ -11,7 +11,7 @@ from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.reply import Mailbox
 from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancelWatch, Outcomes, Senders
-from inplace.drivers.sequence_queues import Job, Lanes, mailbox_of
+from inplace.drivers.sequence_queues import Lanes, StreamRequest, mailbox_of
 from inplace.drivers.step import LONGEST_PAUSE, answered
 from inplace.errors import Code, RequestError, failed
 from inplace.runtime.instance import ModelInstance
@@ -29,7 +29,7 @@ SWITCH = 0.0005
 """Seconds for which a thread may keep the interpreter while the engine's wants it; Python's own 5 ms are several steps of a fast engine."""
 
 
-Message = list[Job] | Job | None
+Message = list[StreamRequest] | StreamRequest | None
 """Jobs that arrived together; one whose client has gone; or that the driver is closed."""
 
 
@@ -55,11 +55,11 @@ class Runner:
         )
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lanes = Lanes(instance.table)
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[StreamRequest] = deque()
         self._scheduler = Scheduler(instance.program)
         self._flights = StepPipeline(instance, self._scheduler, self._inbox.empty)
         self._outcomes = Outcomes(senders, instance.observer)
-        self._watch: CancelWatch[Job] = CancelWatch(self._inbox.put, senders.turn)
+        self._watch: CancelWatch[StreamRequest] = CancelWatch(self._inbox.put, senders.turn)
         self._next_look = 0.0
         instance.observer.queue(self._waiting)
         self._turn = instance.waiting = senders.turn
@@ -67,7 +67,7 @@ class Runner:
         self._thread = thread
         thread.submit(self._run)
 
-    def put(self, jobs: list[Job]) -> None:
+    def put(self, jobs: list[StreamRequest]) -> None:
         """Take jobs, which begin together; those of one sequence take effect in the order given. From any thread."""
         self._inbox.put(jobs)
 
@@ -153,7 +153,7 @@ class Runner:
 
     # Requests of one sequence follow one another
 
-    def _arrived_together(self, jobs: list[Job]) -> None:
+    def _arrived_together(self, jobs: list[StreamRequest]) -> None:
         for place, job in enumerate(jobs):
             try:
                 self._arrived(job)
@@ -163,7 +163,7 @@ class Runner:
                         self._refuse(other, failed(error))
                 raise
 
-    def _arrived(self, job: Job) -> None:
+    def _arrived(self, job: StreamRequest) -> None:
         if job.fetches:
             self._fetch(job)
             return
@@ -182,7 +182,7 @@ class Runner:
         if first:
             self._next(job.sequence)
 
-    def _fetch(self, job: Job) -> None:
+    def _fetch(self, job: StreamRequest) -> None:
         """Have a request answered with what the sequence's generation says, or has said."""
         try:
             mailbox = mailbox_of(
@@ -207,7 +207,7 @@ class Runner:
                 return
             self._lanes.remove(job)
 
-    def _over(self, job: Job) -> None:
+    def _over(self, job: StreamRequest) -> None:
         """A request has been answered: it is the turn of its sequence's next one."""
         self._watch.remove(job)
         if self._lanes.remove(job):
@@ -215,14 +215,14 @@ class Runner:
 
     # Slots
 
-    def _needs_slot(self, job: Job) -> bool:
+    def _needs_slot(self, job: StreamRequest) -> bool:
         return (
             job.checked.request.start
             and not job.only_ends
             and self._instance.table.get(job.sequence) is None
         )
 
-    def _must_wait(self, job: Job) -> bool:
+    def _must_wait(self, job: StreamRequest) -> bool:
         """Whether it is a generation that needs a slot and there is none for it."""
         if job.generation is None or not self._needs_slot(job):
             return False
@@ -230,7 +230,7 @@ class Runner:
             self._instance.table.reclaim()
         return bool(self._waiting) or not self._instance.table.free
 
-    def _enter(self, job: Job) -> bool:
+    def _enter(self, job: StreamRequest) -> bool:
         """Give a job its sequence. False: it has been answered instead."""
         try:
             if job.only_ends:
@@ -259,7 +259,7 @@ class Runner:
             if not self._enter(job):
                 self._over(job)
 
-    def _cancelled(self, job: Job) -> None:
+    def _cancelled(self, job: StreamRequest) -> None:
         if job not in self._lanes or job.generation is None:
             return  # it has finished
         if job.work is not None:
@@ -303,7 +303,7 @@ class Runner:
                 if row >= landed.running:
                     self._scheduler.goes_on(job)
 
-    def _conclude(self, job: Job, generation: Generation, reason: Reason) -> None:
+    def _conclude(self, job: StreamRequest, generation: Generation, reason: Reason) -> None:
         """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
         work = job.work
         if work is not None:
@@ -317,7 +317,7 @@ class Runner:
         self._outcomes.finish(job, generation, reason)
         self._over(job)
 
-    def _refuse(self, job: Job, error: RequestError) -> None:
+    def _refuse(self, job: StreamRequest, error: RequestError) -> None:
         self._watch.remove(job)
         self._outcomes.refuse(job, error)
 

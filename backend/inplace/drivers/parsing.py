@@ -7,12 +7,12 @@ from tokenizers import Tokenizer
 
 from inplace.drivers.generation import Generation, Limits, tokenized
 from inplace.drivers.reply import Channel, Mailbox, Reply
-from inplace.drivers.sequence_queues import Job
+from inplace.drivers.sequence_queues import StreamRequest
 from inplace.drivers.text import CONTEXT, Detokenizer
 from inplace.errors import Code, RequestError
 from inplace.protocol import FETCH, MAX_TOKENS, TEXT, TEXT_OUTPUT
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.requests import Checked, Request
+from inplace.runtime.requests import Request, ValidatedRequest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Intake:
 
     def job(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel
-    ) -> Job:
+    ) -> StreamRequest:
         """A request's job; one that is refused later, in its turn, has the reason with it.
 
         Args:
@@ -57,7 +57,7 @@ class Intake:
         generates = MAX_TOKENS in request.parameters
         bare = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
         if request.end and not request.start and not generates and bare:
-            return Job(Checked(request, key), Reply(channel))
+            return StreamRequest(ValidatedRequest(request, key), Reply(channel))
         try:
             if not generates and request.flag(FETCH):
                 if request.start or request.end:
@@ -65,7 +65,7 @@ class Intake:
                         Code.BAD_PARAMETER,
                         f"{FETCH!r} without {MAX_TOKENS!r} asks for what was said: send neither START nor END",
                     )
-                return Job(Checked(request, key), Reply(channel), fetches=True)
+                return StreamRequest(ValidatedRequest(request, key), Reply(channel), fetches=True)
             if generates and self._names is None:
                 raise RequestError(
                     Code.BAD_PARAMETER,
@@ -79,13 +79,15 @@ class Intake:
                     "this model was built without a tokenizer: it knows no stop texts",
                 )
         except RequestError as error:
-            return Job(Checked(request, key, refusal=error), Reply(channel))
+            return StreamRequest(ValidatedRequest(request, key, refusal=error), Reply(channel))
         checked = self._instance.check(request)
         if limits is None or checked.refusal is not None:
-            return Job(checked, Reply(channel))
+            return StreamRequest(checked, Reply(channel))
         return self._generation(checked, limits, channel)
 
-    def _generation(self, checked: Checked, limits: Limits, channel: Channel) -> Job:
+    def _generation(
+        self, checked: ValidatedRequest, limits: Limits, channel: Channel
+    ) -> StreamRequest:
         assert self._names is not None
         detokenizer = stopper = None
         tokenizer = self._language.tokenizer
@@ -94,7 +96,7 @@ class Intake:
             detokenizer, stopper = (None, made) if limits.stops else (made, None)
         checked = replace(checked, said=1, wanted=frozenset((self._names[1],)))
         kind = Mailbox if checked.request.flag(FETCH) else Reply
-        return Job(
+        return StreamRequest(
             checked,
             kind(channel, limits.interval, detokenizer),
             Generation(limits, self._language.eos, stopper),

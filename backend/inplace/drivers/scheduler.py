@@ -10,8 +10,8 @@ from itertools import islice
 
 from torch import Tensor
 
-from inplace.drivers.sequence_queues import Job
-from inplace.runtime.batcher import Work
+from inplace.drivers.sequence_queues import StreamRequest
+from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.schema.served import Program
 
@@ -32,23 +32,23 @@ class Scheduler:
             program.chunk,
             program.token_budget,
         )
-        self._running: deque[Job] = deque()
-        self._prompts: deque[Job] = deque()
+        self._running: deque[StreamRequest] = deque()
+        self._prompts: deque[StreamRequest] = deque()
         self._prompt_last = False
 
     def __bool__(self) -> bool:
         return bool(self._running or self._prompts)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: StreamRequest) -> None:
         """A job has work."""
         (self._running if _waiting(job) == 1 else self._prompts).append(job)
 
-    def goes_on(self, job: Job) -> None:
+    def goes_on(self, job: StreamRequest) -> None:
         """A job's prompt has been consumed, and it brings one token after the other from now on."""
         self._prompts.remove(job)
         self._running.append(job)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: StreamRequest) -> None:
         """A job has no work any more."""
         for jobs in (self._running, self._prompts):
             if job in jobs:
@@ -70,11 +70,11 @@ class Scheduler:
         self._running.clear()
         self._prompts.clear()
 
-    def repeats(self, rows: list[Job]) -> bool:
+    def repeats(self, rows: list[StreamRequest]) -> bool:
         """Whether the next step has the same rows as the last, none of which has more than one token."""
         return not self._prompts and len(rows) <= self._rows and rows == list(self._running)
 
-    def next(self) -> tuple[list[Job], int, int]:
+    def next(self) -> tuple[list[StreamRequest], int, int]:
         """The rows of the next step; how many of them, the first, bring one token each; and how many tokens it may have."""
         most = self._rows - bool(self._prompts)
         if self._rows == 1 and self._running and self._prompts:  # they take turns
@@ -97,7 +97,7 @@ class Scheduler:
         return rows, running, min(running + prompts, self._budget)
 
 
-def _waiting(job: Job) -> int:
+def _waiting(job: StreamRequest) -> int:
     assert job.work is not None
     return job.work.tokens - job.work.done
 
@@ -113,9 +113,9 @@ class StepResult:
         outputs: see `ModelInstance.wait`.
     """
 
-    jobs: list[Job]
+    jobs: list[StreamRequest]
     running: int
-    rows: list[Work]
+    rows: list[ActiveRequest]
     outputs: dict[str, Tensor]
 
 
@@ -136,7 +136,7 @@ class StepPipeline:
         self, instance: ModelInstance, scheduler: Scheduler, calm: Callable[[], bool]
     ) -> None:
         self._instance, self._scheduler, self._calm = instance, scheduler, calm
-        self._under_way: tuple[list[Job], int, InFlightStep] | None = None
+        self._under_way: tuple[list[StreamRequest], int, InFlightStep] | None = None
 
     def __bool__(self) -> bool:
         return self._under_way is not None
@@ -159,7 +159,7 @@ class StepPipeline:
             self._under_way = None
             self._instance.settle(flight, self._instance.wait(flight))
 
-    def _launch(self) -> tuple[list[Job], int, InFlightStep]:
+    def _launch(self) -> tuple[list[StreamRequest], int, InFlightStep]:
         jobs, running, budget = self._scheduler.next()
         return (
             jobs,
@@ -167,7 +167,7 @@ class StepPipeline:
             self._instance.launch([job.work for job in jobs if job.work is not None], budget),
         )
 
-    def _repeats(self, jobs: list[Job], rows: list[Work]) -> bool:
+    def _repeats(self, jobs: list[StreamRequest], rows: list[ActiveRequest]) -> bool:
         """Whether the next step has the same rows, as far as anybody can know."""
         if not self._instance.ahead or not self._scheduler.repeats(jobs):
             return False

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.reply import Last, Outputs, Reply
-from inplace.drivers.sequence_queues import Job
+from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
 
@@ -208,23 +208,23 @@ class Outcomes:
         self._said: list[tuple[Reply, int, str | None]] = []
         self._finished: list[tuple[Reply, Last]] = []
 
-    def say(self, job: Job, generation: Generation, text: str | None) -> None:
+    def say(self, job: StreamRequest, generation: Generation, text: str | None) -> None:
         """A generation said its `Generation.token`; ``text`` as in `Reply.say`."""
         assert generation.token is not None
         if generation.said == 1:
             self._observer.spoke(monotonic() - job.checked.request.received)
         self._said.append((job.reply, generation.token, text))
 
-    def answer(self, job: Job, outputs: Outputs) -> None:
+    def answer(self, job: StreamRequest, outputs: Outputs) -> None:
         """A step was computed."""
         self._finished.append((job.reply, Last(outputs)))
 
-    def finish(self, job: Job, generation: Generation, reason: Reason) -> None:
+    def finish(self, job: StreamRequest, generation: Generation, reason: Reason) -> None:
         """A generation has finished."""
         self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
         self._finished.append((job.reply, Last(reason, generation.rest())))
 
-    def refuse(self, job: Job, error: RequestError) -> None:
+    def refuse(self, job: StreamRequest, error: RequestError) -> None:
         """A request is answered with an error."""
         request = job.checked.request
         self._observer.refused(request.sequence, request.id, error, end=request.end)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from inplace.drivers.generation import Generation
 from inplace.drivers.reply import Mailbox, Reply, _nothing_to_fetch
 from inplace.errors import Code, RequestError
-from inplace.runtime.batcher import Work
-from inplace.runtime.requests import Checked
+from inplace.runtime.batcher import ActiveRequest
+from inplace.runtime.requests import ValidatedRequest
 from inplace.runtime.slots import Sequence as LiveSequence
 from inplace.runtime.slots import SequenceId, SlotTable
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class StreamRequest:
     """A request of a stream model.
 
     Attributes:
@@ -28,10 +28,10 @@ class Job:
         fetches: it wants what a generation of its sequence has said since, and nothing else.
     """
 
-    checked: Checked
+    checked: ValidatedRequest
     reply: Reply
     generation: Generation | None = None
-    work: Work | None = None
+    work: ActiveRequest | None = None
     fetches: bool = False
 
     @property
@@ -58,16 +58,16 @@ class Lanes:
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
-        self._lanes: dict[SequenceId, deque[Job]] = {}
+        self._lanes: dict[SequenceId, deque[StreamRequest]] = {}
 
-    def __contains__(self, job: Job) -> bool:
+    def __contains__(self, job: StreamRequest) -> bool:
         return job in self.of(job.sequence)
 
-    def of(self, sequence: SequenceId) -> Sequence[Job]:
+    def of(self, sequence: SequenceId) -> Sequence[StreamRequest]:
         """What is under way of one sequence."""
         return self._lanes.get(sequence, ())
 
-    def taken_by(self, job: Job) -> list[Job]:
+    def taken_by(self, job: StreamRequest) -> list[StreamRequest]:
         """The generations, last first, that a START or END takes the sequence from."""
         lane = self.of(job.sequence)
         if not lane or not self._takes(job, lane[0]):
@@ -79,7 +79,7 @@ class Lanes:
             if other.generation is not None and other.checked.key in (None, job.checked.key)
         ]
 
-    def add(self, job: Job) -> bool:
+    def add(self, job: StreamRequest) -> bool:
         """Put a job behind the others of its sequence. True: it is the first.
 
         Raises:
@@ -92,7 +92,7 @@ class Lanes:
         lane.append(job)
         return len(lane) == 1
 
-    def remove(self, job: Job) -> bool:
+    def remove(self, job: StreamRequest) -> bool:
         """A job is no longer under way. True: it was the first."""
         lane = self._lanes[job.sequence]
         first = lane[0] is job
@@ -101,13 +101,13 @@ class Lanes:
             del self._lanes[job.sequence]
         return first
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[StreamRequest]:
         """Nothing is under way any more; what was."""
         jobs = [job for lane in self._lanes.values() for job in lane]
         self._lanes.clear()
         return jobs
 
-    def _takes(self, job: Job, first: Job) -> bool:
+    def _takes(self, job: StreamRequest, first: StreamRequest) -> bool:
         request = job.checked.request
         if not (request.start or request.end):
             return False
@@ -121,7 +121,9 @@ class Lanes:
         return request.end or live.key is None or not request.goes_on
 
 
-def mailbox_of(job: Job, under_way: Iterable[Job], live: LiveSequence | None) -> Mailbox:
+def mailbox_of(
+    job: StreamRequest, under_way: Iterable[StreamRequest], live: LiveSequence | None
+) -> Mailbox:
     """The mailbox that a request may fetch from: of a generation that is under way, or of the last one.
 
     Args:

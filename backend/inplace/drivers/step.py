@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inplace.errors import Code, RequestError, failed
 from inplace.protocol import MAX_TOKENS
-from inplace.runtime.batcher import Work
+from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import Ended
@@ -28,7 +28,7 @@ LONGEST_PAUSE = 3600.0
 log = logging.getLogger("inplace")
 
 
-def answered(rows: list[Work], outputs: Mapping[str, Tensor]) -> list[Answer | None]:
+def answered(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> list[Answer | None]:
     """What each row of a step is answered with; None where tokens of it are still waiting."""
     parts = {name: tensor.split(1) for name, tensor in outputs.items()}
     return [
@@ -79,7 +79,7 @@ class StepDriver:
         A server may hand over the END of one sequence and the START of the next in one call, so a START that finds no free slot
         waits where an END of the same call is about to free one.
         """
-        admitted: list[tuple[int, Work]] = []
+        admitted: list[tuple[int, ActiveRequest]] = []
         later: list[tuple[int, Request]] = []
         seen = set()
         for index, request in waiting:
@@ -100,7 +100,7 @@ class StepDriver:
         self._steps(admitted, answers)
         return later
 
-    def _admit(self, request: Request) -> Work:
+    def _admit(self, request: Request) -> ActiveRequest:
         checked = self.instance.check(request)
         if MAX_TOKENS in request.parameters and checked.refusal is None:
             checked = replace(checked, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATION))
@@ -113,7 +113,9 @@ class StepDriver:
             for _, request in waiting
         )
 
-    def _steps(self, admitted: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
+    def _steps(
+        self, admitted: list[tuple[int, ActiveRequest]], answers: list[Answer | None]
+    ) -> None:
         """Step until every admitted request is answered; a prompt longer than the chunk takes several steps."""
         most = self.instance.program.max_rows
         while admitted:
@@ -126,7 +128,7 @@ class StepDriver:
                 admitted = admitted[most:]
             admitted = [(index, work) for index, work in admitted if not work.finished]
 
-    def _step(self, rows: list[tuple[int, Work]], answers: list[Answer | None]) -> None:
+    def _step(self, rows: list[tuple[int, ActiveRequest]], answers: list[Answer | None]) -> None:
         works = [work for _, work in rows]
         for (index, work), answer in zip(
             rows, answered(works, self.instance.step(works)), strict=True
@@ -136,7 +138,10 @@ class StepDriver:
                 self.instance.finish(work)
 
     def _drop(
-        self, rows: list[tuple[int, Work]], answers: list[Answer | None], error: RequestError
+        self,
+        rows: list[tuple[int, ActiveRequest]],
+        answers: list[Answer | None],
+        error: RequestError,
     ) -> None:
         """Answer these rows with an error; their sequences end, for nobody knows where they stand."""
         for index, work in rows:

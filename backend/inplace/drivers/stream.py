@@ -9,7 +9,7 @@ from inplace.drivers.engine_loop import Runner
 from inplace.drivers.parsing import Intake, Language
 from inplace.drivers.reply import Channel, Last, Reply
 from inplace.drivers.senders import Senders
-from inplace.drivers.sequence_queues import Job
+from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import Code, RequestError, failed
 from inplace.protocol import TEXT
 from inplace.runtime.instance import ModelInstance
@@ -63,7 +63,7 @@ class StreamDriver:
 
         They begin in one step, where there is room; but nobody waits for the texts of those behind to become tokens.
         """
-        jobs: list[Job] = []
+        jobs: list[StreamRequest] = []
         for request, texts, channel in arrived:
             if TEXT in texts and jobs:
                 self._runner.put(jobs)

@@ -21,7 +21,7 @@ NOTHING: tuple[Mapping[str, Tensor], int] = ({}, 0)
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ActiveRequest:
     """An admitted request on its way through one or more steps.
 
     Attributes:
@@ -82,12 +82,12 @@ class Batch:
         inputs: the program's inputs by name, in the program's order, on the host.
     """
 
-    rows: list[Work]
+    rows: list[ActiveRequest]
     counts: list[int]
     inputs: dict[str, Tensor]
 
 
-def form(program: Program, rows: list[Work], budget: int | None = None) -> Batch:
+def form(program: Program, rows: list[ActiveRequest], budget: int | None = None) -> Batch:
     """The next step of these rows, packed behind one another: at most ``program.chunk`` tokens of each.
 
     Args:
@@ -170,7 +170,7 @@ def _counted(end: int) -> NDArray[np.int64]:
     return np.arange(end)
 
 
-def _tokens(spec: TensorSpec, rows: list[Work], counts: list[int]) -> Tensor:
+def _tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int]) -> Tensor:
     """The next tokens of all rows; what sequences said themselves is put together by the run, not by the row."""
     said: list[int] = []
     parts: list[Tensor] = []

@@ -15,9 +15,9 @@ from torch import Tensor
 from inplace.engines import ALONE, Engine, Finish, load_engine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
-from inplace.runtime.batcher import Batch, Work, follow, form
+from inplace.runtime.batcher import ActiveRequest, Batch, follow, form
 from inplace.runtime.observer import Observer
-from inplace.runtime.requests import Checked, Request, checked_inputs
+from inplace.runtime.requests import Request, ValidatedRequest, checked_inputs
 from inplace.runtime.sampling import GREEDY
 from inplace.runtime.slots import Ended, SlotTable
 from inplace.schema.served import Manifest, Program
@@ -105,11 +105,11 @@ class ModelInstance:
         )
         return cls(manifest, arena, load_engine(folder, manifest, arena), idle_timeout)
 
-    def admit(self, request: Request) -> Work:
+    def admit(self, request: Request) -> ActiveRequest:
         """`check` and `enter` in one."""
         return self.enter(self.check(request))
 
-    def check(self, request: Request) -> Checked:
+    def check(self, request: Request) -> ValidatedRequest:
         """Everything that can be found out about a step without looking at its sequence. Safe to call from any thread.
 
         Raises:
@@ -121,7 +121,7 @@ class ModelInstance:
             _check_named(request)
             inputs, tokens = checked_inputs(self.program, request.inputs)
             if not asked:
-                return Checked(request, key, inputs, tokens, wanted=self._always)
+                return ValidatedRequest(request, key, inputs, tokens, wanted=self._always)
             wanted = self._always | {
                 name for name in self._on_request & asked if request.flag(name)
             }
@@ -131,12 +131,12 @@ class ModelInstance:
                     GREEDY  # whatever else it says: steps of such rows only are formed faster
                 )
         except RequestError as error:
-            return Checked(request, key, refusal=error)
-        return Checked(
+            return ValidatedRequest(request, key, refusal=error)
+        return ValidatedRequest(
             request, key, inputs, tokens, position=position, sampling=sampling, wanted=wanted
         )
 
-    def enter(self, checked: Checked) -> Work:
+    def enter(self, checked: ValidatedRequest) -> ActiveRequest:
         """Give a checked request its sequence. After this nothing of the client's can make the step fail.
 
         A START resets: a live sequence of that id ends first; but with the live sequence's key and a position above 0 it is a step of that
@@ -168,7 +168,7 @@ class ModelInstance:
             raise
         sequence.busy = True
         self.observer.admitted(monotonic() - request.received)
-        work = Work(
+        work = ActiveRequest(
             request,
             sequence,
             checked.inputs,
@@ -182,7 +182,7 @@ class ModelInstance:
             sequence.pending = None
         return work
 
-    def end(self, checked: Checked) -> None:
+    def end(self, checked: ValidatedRequest) -> None:
         """End a sequence for a request that brings nothing else.
 
         Raises:
@@ -200,14 +200,14 @@ class ModelInstance:
         """
         return self._appends_only and self.engine.ahead
 
-    def step(self, rows: list[Work], budget: int | None = None) -> dict[str, Tensor]:
+    def step(self, rows: list[ActiveRequest], budget: int | None = None) -> dict[str, Tensor]:
         """Run one step: `launch`, `wait` and `settle`."""
         flight = self.launch(rows, budget)
         outputs = self.wait(flight)
         self.settle(flight, outputs)
         return outputs
 
-    def launch(self, rows: list[Work], budget: int | None = None) -> InFlightStep:
+    def launch(self, rows: list[ActiveRequest], budget: int | None = None) -> InFlightStep:
         """Begin one step over at most ``program.max_rows`` rows, each of its own sequence, that brings at most ``budget`` of their tokens.
 
         It must be waited for before the next is launched, and settled before its rows are launched by anything but `follow`.
@@ -221,7 +221,7 @@ class ModelInstance:
         return self._launched(batch, frozenset().union(*set(ending)))
 
     def follow(self, flight: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
-        """Begin the step after one of single tokens, with the tokens that its rows have said, as if each was `Work.feed` its own."""
+        """Begin the step after one of single tokens, with the tokens that its rows have said, as if each was `ActiveRequest.feed` its own."""
         assert self.program.language is not None
         return self._launched(
             follow(self.program, flight.batch, outputs[self.program.language[1]]), flight.wanted
@@ -286,7 +286,7 @@ class ModelInstance:
                 work.found = (outputs, row)
         self.observer.stepped(flight.seconds, len(flight.batch.rows), tokens - decode, decode)
 
-    def finish(self, work: Work) -> None:
+    def finish(self, work: ActiveRequest) -> None:
         """The request is being answered: an END frees the slot, otherwise the idle clock starts again."""
         sequence = work.sequence
         sequence.busy = False
@@ -297,7 +297,7 @@ class ModelInstance:
         else:
             self.table.answered(sequence)
 
-    def _put_first(self, work: Work, token: int) -> None:
+    def _put_first(self, work: ActiveRequest, token: int) -> None:
         """Feed a pending token before those that the request brings."""
         assert self.program.language is not None
         name = self.program.language[0]
@@ -305,7 +305,7 @@ class ModelInstance:
         work.tokens += 1
         work.pending = token
 
-    def _check_room(self, checked: Checked, length: int) -> None:
+    def _check_room(self, checked: ValidatedRequest, length: int) -> None:
         position, tokens = checked.position, checked.tokens
         if position is not None and position != length:
             raise RequestError(
@@ -322,7 +322,7 @@ class ModelInstance:
                 f"send fewer, or build with a larger capacity",
             )
 
-    def _failed(self, work: Work, error: Exception) -> RequestError:
+    def _failed(self, work: ActiveRequest, error: Exception) -> RequestError:
         """Undo what can be undone of a request whose step failed."""
         kept = (
             self._appends_only

@@ -11,7 +11,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import ALONE, Engine
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
-from inplace.runtime.batcher import Work, form
+from inplace.runtime.batcher import ActiveRequest, form
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import Sequence
 from inplace.schema.served import Manifest, Program
@@ -42,7 +42,7 @@ def warm(engine: Engine, program: Program) -> None:
             ) from error
 
 
-def _null_row(program: Program, tokens: int) -> Work:
+def _null_row(program: Program, tokens: int) -> ActiveRequest:
     inputs = {
         spec.name: torch.full(
             (tokens, *spec.shape[1:]) if spec.role is Role.TOKENS else spec.shape,
@@ -51,7 +51,7 @@ def _null_row(program: Program, tokens: int) -> Work:
         )
         for spec in program.client_inputs
     }
-    return Work(
+    return ActiveRequest(
         Request("", start=True, end=True, inputs=inputs),
         Sequence("", NULL),
         inputs,

@@ -128,7 +128,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Checked:
+class ValidatedRequest:
     """A request and what could be found out about it without looking at its sequence.
 
     Attributes:

@@ -13,7 +13,7 @@ from inplace.engines import load_engine
 from inplace.engines.arena import Arena
 from inplace.errors import LoadError
 from inplace.operators import sample
-from inplace.runtime.batcher import Work
+from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import Parameter
@@ -82,7 +82,7 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
     return judge.worst
 
 
-def _sampled(work: Work, scores: Tensor) -> Tensor:
+def _sampled(work: ActiveRequest, scores: Tensor) -> Tensor:
     """The token that the operator chooses on the CPU from the engine's own scores, which were compared with the model's."""
     wanted = work.sampling
     return sample(
@@ -160,7 +160,7 @@ def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> T
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
 
-def _step_and_compare_memory(instance: ModelInstance, rows: list[Work]) -> None:
+def _step_and_compare_memory(instance: ModelInstance, rows: list[ActiveRequest]) -> None:
     """One step, after which only what these rows wrote may differ, bit for bit."""
     tensors = instance.arena.tensors
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -214,7 +214,7 @@ class _Judge:
         self._precise: Reference | None = None
         self.worst = 0.0
 
-    def heard(self, work: Work, *, compared: bool) -> None:
+    def heard(self, work: ActiveRequest, *, compared: bool) -> None:
         """A request was answered; its outputs are as they should be, or BuildError says which are not."""
         assert isinstance(work.request.sequence, int)
         history = self._history.setdefault(work.request.sequence, [])

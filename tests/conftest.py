@@ -9,7 +9,7 @@ import pytest
 import served
 import torch
 from driving import Open, Watched
-from inplace.drivers import Language, StepDriver, StreamDriver
+from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig
 from inplace.runtime.instance import ModelInstance
 from inplace_builder.served.build import build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -154,7 +154,7 @@ def streams(
     drivers: list[StreamDriver] = []
 
     def opened(
-        language: Language | None = None,
+        language: TokenizerConfig | None = None,
         most_waiting: int = 64,
         idle_timeout: float = 600.0,
         rows: int | None = None,
@@ -171,7 +171,7 @@ def streams(
         instance = ModelInstance(
             manifest, plain.arena, Watched(plain.engine, ahead=request.param), idle_timeout
         )
-        drivers.append(StreamDriver(instance, language or Language(), most_waiting))
+        drivers.append(StreamDriver(instance, language or TokenizerConfig(), most_waiting))
         return Streams(drivers[-1])
 
     yield opened

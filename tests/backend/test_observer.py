@@ -8,7 +8,7 @@ from pathlib import Path
 import inplace.runtime.observer
 import pytest
 from driving import BAD, Open, ask, watched
-from inplace.drivers import Language, StepDriver
+from inplace.drivers import StepDriver, TokenizerConfig
 from inplace.drivers.generation import Reason
 from inplace.errors import Code, RequestError
 from inplace.runtime.metrics import (
@@ -154,7 +154,7 @@ def test_a_start_that_was_refused_has_ended_what_it_replaces(
 
 
 def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: OpenStreams) -> None:
-    talk = streams(Language(eos=frozenset()))
+    talk = streams(TokenizerConfig(eos=frozenset()))
     assert talk.generate(1, [1, 2, 3], 4).reason == "length"
     assert talk.generate(2, [1, 2, 3], 4, end=True, temperature=0).reason == "length"
     found = talk.driver.instance.observer.numbers.now()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from driving import prompt
-from inplace.drivers import Language, StreamDriver, engine_thread
-from inplace.drivers.parsing import Intake
+from inplace.drivers import StreamDriver, TokenizerConfig, engine_thread
+from inplace.drivers.parsing import RequestParser
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.engines import Finish
 from inplace.errors import Code
@@ -75,7 +75,7 @@ def test_the_engine_is_stepped_on_the_thread_that_is_given(
         return launch(*given)
 
     monkeypatch.setattr(instance.engine, "launch", watched)
-    driver = StreamDriver(instance, Language(), 4, thread)
+    driver = StreamDriver(instance, TokenizerConfig(), 4, thread)
     assert Streams(driver).generate("a", [5], 6, end=True).reason == "length"
     driver.close()
     assert seen == {loaded}
@@ -84,14 +84,14 @@ def test_the_engine_is_stepped_on_the_thread_that_is_given(
 def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(
     streams: OpenStreams, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver, taken = streams(), Intake.job
+    driver, taken = streams(), RequestParser.job
 
-    def job(self: Intake, request: Request, *others: Any) -> StreamRequest:
+    def job(self: RequestParser, request: Request, *others: Any) -> StreamRequest:
         if request.sequence == "s1":
             raise ZeroDivisionError("a defect")
         return taken(self, request, *others)
 
-    monkeypatch.setattr(Intake, "job", job)
+    monkeypatch.setattr(RequestParser, "job", job)
     said = [Heard(OUTPUTS) for _ in range(3)]
     driver.driver.submit(
         (Request(f"s{index}", True, False, {"input_ids": torch.tensor([[5]])}), {}, each)
@@ -180,7 +180,7 @@ def test_an_end_token_ends_a_generation_and_may_be_ignored(
     ids = prompt(3, 8)
     expected = greedy(repository.llama, ids, 16)
     end = expected[6]
-    driver = streams(Language(tiny_tokenizer(), frozenset({end})))
+    driver = streams(TokenizerConfig(tiny_tokenizer(), frozenset({end})))
     heard = driver.generate("a", ids)
     assert heard.reason == "eos"
     assert heard.tokens == expected[: expected.index(end) + 1]
@@ -193,7 +193,7 @@ def test_an_end_token_ends_a_generation_and_may_be_ignored(
 def test_the_text_of_a_start_that_goes_on_is_no_beginning(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, more = streams(Language(tiny_tokenizer())), " Copyright"
+    driver, more = streams(TokenizerConfig(tiny_tokenizer())), " Copyright"
     ids = tiny_tokenizer().encode("You may").ids
     history = [
         *ids,

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from driving import prompt
-from inplace.drivers import Language
+from inplace.drivers import TokenizerConfig
 from inplace.errors import Code
 from inplace.runtime.requests import Request
 from models import CAPACITY, CHUNK, SLOTS, VOCABULARY, Repository, greedy
@@ -216,7 +216,7 @@ def test_a_generation_that_cannot_be_is_refused_and_leaves_no_slot(
 
 
 def test_texts_that_cannot_be_are_refused(streams: OpenStreams) -> None:
-    driver = streams(Language(tiny_tokenizer()))
+    driver = streams(TokenizerConfig(tiny_tokenizer()))
 
     def generate(texts: dict[str, tuple[bytes, ...]], inputs: bool = False) -> Heard:
         ids = {"input_ids": torch.tensor([[1]])} if inputs else {}
@@ -290,7 +290,7 @@ def test_shutdown_answers_what_runs_waits_and_arrives(streams: OpenStreams) -> N
 def test_stop_texts_are_found_across_tokens_and_are_not_said(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams(Language(tiny_tokenizer()))
+    driver = streams(TokenizerConfig(tiny_tokenizer()))
     ids = tiny_tokenizer().encode("Licensed work").ids
     said = greedy(repository.llama, ids, 30)
     text = added(ids, said)
@@ -315,7 +315,7 @@ def test_stop_texts_are_found_across_tokens_and_are_not_said(
 def test_the_text_is_that_of_the_tokens_however_they_are_grouped(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams(Language(tiny_tokenizer()))
+    driver = streams(TokenizerConfig(tiny_tokenizer()))
     ids = tiny_tokenizer().encode("You may").ids
     expected = added(ids, greedy(repository.llama, ids, 40))
     for interval in (1, 3, CHUNK, 40):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.drivers import Language, StreamDriver
+from inplace.drivers import StreamDriver, TokenizerConfig
 from inplace.runtime.instance import ModelInstance
 from inplace_builder.served.build import VERSION, build_decoder
 from inplace_builder.served.options import BuildOptions
@@ -75,7 +75,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[Streams]:
     driver = StreamDriver(
-        instance, Language(eos=frozenset({late_token(greedy(model, IDS, 40))})), 64
+        instance, TokenizerConfig(eos=frozenset({late_token(greedy(model, IDS, 40))})), 64
     )
     yield Streams(driver)
     driver.close()

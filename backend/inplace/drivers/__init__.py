@@ -1,7 +1,7 @@
 """Drivers: how requests reach the one step function. ``step`` answers inside the server's call, ``stream`` from threads of its own."""
 
-from inplace.drivers.parsing import Language
+from inplace.drivers.parsing import TokenizerConfig
 from inplace.drivers.step import Answer, StepDriver
 from inplace.drivers.stream import Arrived, StreamDriver, engine_thread
 
-__all__ = ["Answer", "Arrived", "Language", "StepDriver", "StreamDriver", "engine_thread"]
+__all__ = ["Answer", "Arrived", "TokenizerConfig", "StepDriver", "StreamDriver", "engine_thread"]

@@ -11,7 +11,7 @@ from inplace.drivers.generation import Generation, Reason
 from inplace.drivers.reply import Mailbox
 from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancelWatch, Outcomes, Senders
-from inplace.drivers.sequence_queues import Lanes, StreamRequest, mailbox_of
+from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, mailbox_of
 from inplace.drivers.step import LONGEST_PAUSE, answered
 from inplace.errors import Code, RequestError, failed
 from inplace.runtime.instance import ModelInstance
@@ -54,7 +54,7 @@ class Runner:
             instance.program.language[1] if instance.program.language is not None else None
         )
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._lanes = Lanes(instance.table)
+        self._lanes = SequenceQueues(instance.table)
         self._waiting: deque[StreamRequest] = deque()
         self._scheduler = Scheduler(instance.program)
         self._flights = StepPipeline(instance, self._scheduler, self._inbox.empty)

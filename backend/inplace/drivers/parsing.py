@@ -16,7 +16,7 @@ from inplace.runtime.requests import Request, ValidatedRequest
 
 
 @dataclass(frozen=True)
-class Language:
+class TokenizerConfig:
     """What turns a model's tokens into generations.
 
     Attributes:
@@ -28,7 +28,7 @@ class Language:
     eos: frozenset[int] = frozenset()
 
 
-class Intake:
+class RequestParser:
     """Checks requests and makes jobs of them. Safe to call from any thread.
 
     Args:
@@ -36,7 +36,7 @@ class Intake:
         language: for generations.
     """
 
-    def __init__(self, instance: ModelInstance, language: Language) -> None:
+    def __init__(self, instance: ModelInstance, language: TokenizerConfig) -> None:
         self._instance, self._language = instance, language
         self._names = instance.program.language
 

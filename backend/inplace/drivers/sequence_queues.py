@@ -45,11 +45,11 @@ class StreamRequest:
         return self.checked.tokens == 0 and self.checked.refusal is None
 
 
-MOST_BEHIND = 64
+MAX_QUEUED_PER_SEQUENCE = 64
 """Requests of one sequence that may wait behind one another; twice as many where they are STARTs and ENDs."""
 
 
-class Lanes:
+class SequenceQueues:
     """What is under way of each sequence, in order; the first of a lane runs or waits for a slot.
 
     Args:
@@ -86,7 +86,9 @@ class Lanes:
             RequestError: QUEUE_FULL.
         """
         lane = self._lanes.setdefault(job.sequence, deque())
-        if len(lane) >= MOST_BEHIND * (1 + (job.checked.request.start or job.checked.request.end)):
+        if len(lane) >= MAX_QUEUED_PER_SEQUENCE * (
+            1 + (job.checked.request.start or job.checked.request.end)
+        ):
             text = f"{len(lane)} requests of the sequence are waiting; nothing was changed, send it again later"
             raise RequestError(Code.QUEUE_FULL, text, retryable=True)
         lane.append(job)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from inplace.drivers.engine_loop import Runner
-from inplace.drivers.parsing import Intake, Language
+from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.reply import Channel, Last, Reply
 from inplace.drivers.senders import Senders
 from inplace.drivers.sequence_queues import StreamRequest
@@ -47,12 +47,12 @@ class StreamDriver:
     def __init__(
         self,
         instance: ModelInstance,
-        language: Language,
+        language: TokenizerConfig,
         most_waiting: int,
         thread: Executor | None = None,
     ) -> None:
         self.instance = instance
-        self._intake = Intake(instance, language)
+        self._intake = RequestParser(instance, language)
         self._senders = Senders()
         self._runner = Runner(instance, self._senders, most_waiting, thread or engine_thread())
         self._closed = False

@@ -12,7 +12,14 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from inplace.drivers import Answer, Arrived, Language, StepDriver, StreamDriver, engine_thread
+from inplace.drivers import (
+    Answer,
+    Arrived,
+    StepDriver,
+    StreamDriver,
+    TokenizerConfig,
+    engine_thread,
+)
 from inplace.drivers.text import load_tokenizer
 from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.protocol import STOP, TEXT
@@ -98,7 +105,9 @@ def _engine(args: dict[str, str]) -> Served:
     if thread is None:
         return _Steps(StepDriver(instance), metrics)
     return _Streams(
-        StreamDriver(instance, Language(tokenizer, settings.eos), settings.most_waiting, thread),
+        StreamDriver(
+            instance, TokenizerConfig(tokenizer, settings.eos), settings.most_waiting, thread
+        ),
         metrics,
     )
 

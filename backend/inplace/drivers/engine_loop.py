@@ -36,7 +36,7 @@ Message = list[StreamRequest] | StreamRequest | None
 log = logging.getLogger("inplace")
 
 
-class Runner:
+class EngineLoop:
     """Runs jobs: those of one sequence one after another, those of different sequences together.
 
     Args:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from inplace.drivers.engine_loop import Runner
+from inplace.drivers.engine_loop import EngineLoop
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.reply import Channel, Last, Reply
 from inplace.drivers.senders import Senders
@@ -54,7 +54,7 @@ class StreamDriver:
         self.instance = instance
         self._intake = RequestParser(instance, language)
         self._senders = Senders()
-        self._runner = Runner(instance, self._senders, most_waiting, thread or engine_thread())
+        self._runner = EngineLoop(instance, self._senders, most_waiting, thread or engine_thread())
         self._closed = False
         self._closing = threading.Lock()
 

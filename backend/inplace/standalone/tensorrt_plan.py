@@ -80,7 +80,7 @@ class TensorRtPlan:
         self._warm()
 
     def run(self, inputs: Sequence[Any], states: Sequence[Tensor]) -> list[Any]:
-        """See `inplace.standalone.execute.Runner`; runs behind what the caller's stream has queued, and what comes after waits for it."""
+        """See `inplace.standalone.execute.EngineLoop`; runs behind what the caller's stream has queued, and what comes after waits for it."""
         caller, stream = torch.cuda.current_stream(), self._contexts.stream
         given = dict(
             zip((argument.name for argument in self._manifest.graph_inputs), inputs, strict=True)

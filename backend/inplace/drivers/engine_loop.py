@@ -8,10 +8,10 @@ from concurrent.futures import Executor
 from time import monotonic
 
 from inplace.drivers.generation import Generation, Reason
-from inplace.drivers.reply import Mailbox
+from inplace.drivers.reply import BufferedReply
 from inplace.drivers.scheduler import Scheduler, StepPipeline
-from inplace.drivers.senders import CancelWatch, Outcomes, Senders
-from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, mailbox_of
+from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
+from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, find_buffered_reply
 from inplace.drivers.step import LONGEST_PAUSE, answered
 from inplace.errors import Code, RequestError, failed
 from inplace.runtime.instance import ModelInstance
@@ -58,8 +58,10 @@ class EngineLoop:
         self._waiting: deque[StreamRequest] = deque()
         self._scheduler = Scheduler(instance.program)
         self._flights = StepPipeline(instance, self._scheduler, self._inbox.empty)
-        self._outcomes = Outcomes(senders, instance.observer)
-        self._watch: CancelWatch[StreamRequest] = CancelWatch(self._inbox.put, senders.turn)
+        self._outcomes = ResponseBuffer(senders, instance.observer)
+        self._watch: CancellationWatcher[StreamRequest] = CancellationWatcher(
+            self._inbox.put, senders.turn
+        )
         self._next_look = 0.0
         instance.observer.queue(self._waiting)
         self._turn = instance.waiting = senders.turn
@@ -185,7 +187,7 @@ class EngineLoop:
     def _fetch(self, job: StreamRequest) -> None:
         """Have a request answered with what the sequence's generation says, or has said."""
         try:
-            mailbox = mailbox_of(
+            mailbox = find_buffered_reply(
                 job, self._lanes.of(job.sequence), self._instance.table.get(job.sequence)
             )
             if mailbox.fetch(job.reply.channel):
@@ -310,7 +312,7 @@ class EngineLoop:
             work.over = True
             self._scheduler.remove(job)
             work.sequence.pending = generation.token if generation.said else work.pending
-            work.sequence.rest = job.reply if isinstance(job.reply, Mailbox) else None
+            work.sequence.rest = job.reply if isinstance(job.reply, BufferedReply) else None
             self._instance.finish(work)
         elif job in self._waiting:
             self._waiting.remove(job)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from inplace.drivers.generation import Generation, Limits, tokenized
-from inplace.drivers.reply import Channel, Mailbox, Reply
+from inplace.drivers.reply import BufferedReply, Channel, Reply
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.drivers.text import CONTEXT, Detokenizer
 from inplace.errors import Code, RequestError
@@ -95,7 +95,7 @@ class RequestParser:
             made = Detokenizer(tokenizer, checked.inputs[self._names[0]][-CONTEXT:].tolist())
             detokenizer, stopper = (None, made) if limits.stops else (made, None)
         checked = replace(checked, said=1, wanted=frozenset((self._names[1],)))
-        kind = Mailbox if checked.request.flag(FETCH) else Reply
+        kind = BufferedReply if checked.request.flag(FETCH) else Reply
         return StreamRequest(
             checked,
             kind(channel, limits.interval, detokenizer),

@@ -46,7 +46,7 @@ class Channel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Last:
+class FinalResponse:
     """How a request ends.
 
     Attributes:
@@ -89,7 +89,7 @@ class Reply:
         self._interval = interval
         self._detokenizer = detokenizer
         self._said: deque[tuple[int, str | None]] = deque()
-        self._last: Last | None = None
+        self._last: FinalResponse | None = None
         self._turn = (
             threading.Lock()
         )  # held from when it is queued for a sender until that sender has sent
@@ -109,7 +109,7 @@ class Reply:
         self._said.append((token, text))
         return len(self._said) >= self._interval and self._turn.acquire(blocking=False)
 
-    def finish(self, last: Last) -> bool:
+    def finish(self, last: FinalResponse) -> bool:
         """Say how it ends. True: it must be queued for a sender now."""
         self._last = last
         return self._turn.acquire(blocking=False)
@@ -132,7 +132,7 @@ class Reply:
         with self._border:
             return self._broken or (not self.done and self._channel.cancelled())
 
-    def _respond(self, last: Last | None, said: list[tuple[int, str | None]]) -> None:
+    def _respond(self, last: FinalResponse | None, said: list[tuple[int, str | None]]) -> None:
         if self.done or (last is None and not said):
             return
         if last is None:
@@ -167,7 +167,7 @@ class Reply:
     def _fail(self, error: Exception) -> None:
         give_up(self._channel, error)
 
-    def _outputs(self, said: list[tuple[int, str | None]], last: Last | None) -> Outputs:
+    def _outputs(self, said: list[tuple[int, str | None]], last: FinalResponse | None) -> Outputs:
         wanted = self._channel.wanted
         outputs: dict[str, Tensor | str] = {}
         tokens = [token for token, _ in said]
@@ -196,7 +196,7 @@ def give_up(channel: Channel, error: Exception) -> None:
         )
 
 
-class Mailbox(Reply):
+class BufferedReply(Reply):
     """What a generation says, kept until somebody fetches it.
 
     For requests that are made from within the server (BLS), as the front makes them. Where such a request has several responses, Triton's
@@ -245,7 +245,7 @@ class Mailbox(Reply):
             self._said.append((token, text))
             return self._due()
 
-    def finish(self, last: Last) -> bool:
+    def finish(self, last: FinalResponse) -> bool:
         """See `Reply.finish`."""
         with self._lock:
             self._last = last

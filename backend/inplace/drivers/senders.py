@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from inplace.drivers.generation import Generation, Reason
-from inplace.drivers.reply import Last, Outputs, Reply
+from inplace.drivers.reply import FinalResponse, Outputs, Reply
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
@@ -57,7 +57,7 @@ class GilPriority:
         self.take()
 
 
-Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, Last]]]
+Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, FinalResponse]]]
 
 
 THREADS = 2
@@ -98,7 +98,7 @@ class Senders:
             thread.start()
 
     def tell(
-        self, said: list[tuple[Reply, int, str | None]], finished: list[tuple[Reply, Last]]
+        self, said: list[tuple[Reply, int, str | None]], finished: list[tuple[Reply, FinalResponse]]
     ) -> None:
         """Add tokens, with the text that each adds (see `Reply.say`), and then how replies end; in the order of the calls."""
         self._told.put((said, finished))
@@ -149,7 +149,7 @@ class Senders:
                 self.turn.wait()
 
 
-class CancelWatch(Generic[Watched]):
+class CancellationWatcher(Generic[Watched]):
     """Asks each reply every `PERIOD` seconds whether its client has cancelled.
 
     Args:
@@ -195,7 +195,7 @@ class CancelWatch(Generic[Watched]):
             pause = max(LEAST_PAUSE, PERIOD - (monotonic() - begin))
 
 
-class Outcomes:
+class ResponseBuffer:
     """Tells the observer at once, and the senders when `tell` is called.
 
     Args:
@@ -206,7 +206,7 @@ class Outcomes:
     def __init__(self, senders: Senders, observer: Observer) -> None:
         self._senders, self._observer = senders, observer
         self._said: list[tuple[Reply, int, str | None]] = []
-        self._finished: list[tuple[Reply, Last]] = []
+        self._finished: list[tuple[Reply, FinalResponse]] = []
 
     def say(self, job: StreamRequest, generation: Generation, text: str | None) -> None:
         """A generation said its `Generation.token`; ``text`` as in `Reply.say`."""
@@ -217,18 +217,18 @@ class Outcomes:
 
     def answer(self, job: StreamRequest, outputs: Outputs) -> None:
         """A step was computed."""
-        self._finished.append((job.reply, Last(outputs)))
+        self._finished.append((job.reply, FinalResponse(outputs)))
 
     def finish(self, job: StreamRequest, generation: Generation, reason: Reason) -> None:
         """A generation has finished."""
         self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
-        self._finished.append((job.reply, Last(reason, generation.rest())))
+        self._finished.append((job.reply, FinalResponse(reason, generation.rest())))
 
     def refuse(self, job: StreamRequest, error: RequestError) -> None:
         """A request is answered with an error."""
         request = job.checked.request
         self._observer.refused(request.sequence, request.id, error, end=request.end)
-        self._finished.append((job.reply, Last(error)))
+        self._finished.append((job.reply, FinalResponse(error)))
 
     def tell(self) -> None:
         """Hand over what has come since the last time."""

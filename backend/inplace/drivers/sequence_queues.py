@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from inplace.drivers.generation import Generation
-from inplace.drivers.reply import Mailbox, Reply, _nothing_to_fetch
+from inplace.drivers.reply import BufferedReply, Reply, _nothing_to_fetch
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.requests import ValidatedRequest
@@ -123,9 +123,9 @@ class SequenceQueues:
         return request.end or live.key is None or not request.goes_on
 
 
-def mailbox_of(
+def find_buffered_reply(
     job: StreamRequest, under_way: Iterable[StreamRequest], live: LiveSequence | None
-) -> Mailbox:
+) -> BufferedReply:
     """The mailbox that a request may fetch from: of a generation that is under way, or of the last one.
 
     Args:
@@ -136,7 +136,9 @@ def mailbox_of(
     Raises:
         RequestError: SEQUENCE_KEY or UNKNOWN_SEQUENCE.
     """
-    generation = next((other for other in under_way if isinstance(other.reply, Mailbox)), None)
+    generation = next(
+        (other for other in under_way if isinstance(other.reply, BufferedReply)), None
+    )
     if live is not None:
         live.check_key(job.checked.key, start=False)
     elif (
@@ -144,6 +146,6 @@ def mailbox_of(
     ):  # it waits for a slot: others do not learn of it
         raise _nothing_to_fetch()
     found = generation.reply if generation is not None else live.rest if live is not None else None
-    if not isinstance(found, Mailbox):
+    if not isinstance(found, BufferedReply):
         raise _nothing_to_fetch()
     return found

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 from inplace.drivers.engine_loop import EngineLoop
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
-from inplace.drivers.reply import Channel, Last, Reply
+from inplace.drivers.reply import Channel, FinalResponse, Reply
 from inplace.drivers.senders import Senders
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import Code, RequestError, failed
@@ -74,12 +74,12 @@ class StreamDriver:
                 jobs.append(self._intake.job(request, texts, channel))
             except RequestError as error:
                 self.instance.observer.refused(request.sequence, request.id, error, end=request.end)
-                self._senders.tell([], [(Reply(channel), Last(error))])
+                self._senders.tell([], [(Reply(channel), FinalResponse(error))])
             except (
                 Exception
             ) as error:  # a defect: its client must hear of it, and the others must not
                 log.exception("a request could not be taken")
-                self._senders.tell([], [(Reply(channel), Last(failed(error)))])
+                self._senders.tell([], [(Reply(channel), FinalResponse(failed(error)))])
         if jobs:
             self._runner.put(jobs)
 

@@ -9,7 +9,7 @@ import inplace.runtime.observer
 import pytest
 from driving import BAD, Open, ask, watched
 from inplace.drivers import StepDriver, TokenizerConfig
-from inplace.drivers.generation import Reason
+from inplace.drivers.generation import FinishReason
 from inplace.errors import Code, RequestError
 from inplace.runtime.metrics import (
     ENDED,
@@ -184,7 +184,7 @@ def test_generations_that_wait_for_a_slot_are_shown(streams: OpenStreams) -> Non
 
 
 def test_reasons_of_generations_are_the_protocols() -> None:
-    assert GENERATIONS.values == tuple(Reason)
+    assert GENERATIONS.values == tuple(FinishReason)
 
 
 def test_idle_sequences_are_counted_and_logged(

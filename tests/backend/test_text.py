@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inplace.drivers.text import Detokenizer, Stops, load_tokenizer
+from inplace.drivers.text import Detokenizer, StopMatcher, load_tokenizer
 from inplace.errors import LoadError
 from models import VOCABULARY
 from vocabulary import added, save_tokenizer, tiny_tokenizer
@@ -52,7 +52,7 @@ def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
 def test_a_text_is_said_up_to_its_first_stop_text_and_wholly_without_one(
     parts: list[str], texts: list[str]
 ) -> None:
-    stops, said, whole = Stops(tuple(texts)), "", ""
+    stops, said, whole = StopMatcher(tuple(texts)), "", ""
     for part in parts:
         whole += part
         said += stops.add(part)
@@ -66,7 +66,7 @@ def test_a_text_is_said_up_to_its_first_stop_text_and_wholly_without_one(
 
 
 def test_what_may_become_a_stop_text_is_held_back_and_said_when_it_does_not() -> None:
-    stops = Stops(("</done>",))
+    stops = StopMatcher(("</done>",))
     assert [stops.add(part) for part in ("1 <", "/do", "e", " </don")] == ["1 ", "", "</doe", " "]
     assert stops.add("e>…") == ""
     assert stops.hit

@@ -7,7 +7,7 @@ from collections import deque
 from concurrent.futures import Executor
 from time import monotonic
 
-from inplace.drivers.generation import Generation, Reason
+from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.reply import BufferedReply
 from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
@@ -175,7 +175,7 @@ class EngineLoop:
             self._watch.add(job, job.reply)
         for other in self._lanes.taken_by(job):
             assert other.generation is not None
-            self._conclude(other, other.generation, Reason.ENDED)
+            self._conclude(other, other.generation, FinishReason.ENDED)
         try:
             first = self._lanes.add(job)
         except RequestError as error:
@@ -266,7 +266,7 @@ class EngineLoop:
             return  # it has finished
         if job.work is not None:
             self._instance.table.end(job.work.sequence, Ended.CANCELLED)
-        self._conclude(job, job.generation, Reason.CANCELLED)
+        self._conclude(job, job.generation, FinishReason.CANCELLED)
 
     # Steps
 
@@ -305,7 +305,9 @@ class EngineLoop:
                 if row >= landed.running:
                     self._scheduler.goes_on(job)
 
-    def _conclude(self, job: StreamRequest, generation: Generation, reason: Reason) -> None:
+    def _conclude(
+        self, job: StreamRequest, generation: GenerationState, reason: FinishReason
+    ) -> None:
         """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
         work = job.work
         if work is not None:

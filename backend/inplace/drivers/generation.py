@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from inplace.drivers.text import Detokenizer, Stops
+from inplace.drivers.text import Detokenizer, StopMatcher
 from inplace.errors import Code, RequestError
 from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL, TEXT
 from inplace.runtime.requests import Request
@@ -24,7 +24,7 @@ BYTES_A_POSITION = 64
 MOST = 2**31 - 1
 
 
-class Reason(StrEnum):
+class FinishReason(StrEnum):
     """Why a generation finished, as clients read it."""
 
     LENGTH = "length"
@@ -36,7 +36,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class GenerationLimits:
     """What a generation may say.
 
     Attributes:
@@ -52,7 +52,7 @@ class Limits:
     stops: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> "Limits":
+    def parse(cls, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> "GenerationLimits":
         """Read them from a request.
 
         Raises:
@@ -127,13 +127,13 @@ def tokenized(
     return torch.tensor([ids])
 
 
-class Generation:
+class GenerationState:
     """The tokens that one request has said so far.
 
     Args:
         limits: what was asked for.
         eos: end tokens.
-        stopper: turns tokens into text for `Limits.stops`; None where there are none.
+        stopper: turns tokens into text for `GenerationLimits.stops`; None where there are none.
 
     Attributes:
         said: how many tokens.
@@ -142,11 +142,13 @@ class Generation:
 
     __slots__ = ("_eos", "_most", "_stopper", "_stops", "limits", "said", "token")
 
-    def __init__(self, limits: Limits, eos: frozenset[int], stopper: Detokenizer | None) -> None:
+    def __init__(
+        self, limits: GenerationLimits, eos: frozenset[int], stopper: Detokenizer | None
+    ) -> None:
         self.limits = limits
         self._eos: frozenset[int] = frozenset() if limits.ignore_eos else eos
         self._stopper = stopper
-        self._stops = Stops(limits.stops)
+        self._stops = StopMatcher(limits.stops)
         self._most = MOST
         self.said = 0
         self.token: int | None = None
@@ -160,7 +162,7 @@ class Generation:
         """Whether it says two more tokens at least, unless the next one ends it."""
         return self.said + 1 < min(self.limits.max_tokens, self._most)
 
-    def add(self, token: int) -> tuple[str | None, Reason | None]:
+    def add(self, token: int) -> tuple[str | None, FinishReason | None]:
         """The sequence said another token.
 
         Returns:
@@ -170,16 +172,16 @@ class Generation:
         self.token = token
         reason = None
         if token in self._eos:
-            reason = Reason.EOS
+            reason = FinishReason.EOS
         elif self.said == self.limits.max_tokens:
-            reason = Reason.LENGTH
+            reason = FinishReason.LENGTH
         elif self.said == self._most:
-            reason = Reason.CAPACITY
+            reason = FinishReason.CAPACITY
         if self._stopper is None:
-            return "" if reason is Reason.EOS else None, reason
-        piece = self._stops.add("" if reason is Reason.EOS else self._stopper.add([token]))
+            return "" if reason is FinishReason.EOS else None, reason
+        piece = self._stops.add("" if reason is FinishReason.EOS else self._stopper.add([token]))
         if self._stops.hit:
-            return piece, Reason.STOP
+            return piece, FinishReason.STOP
         return (piece + self.rest() if reason is not None else piece), reason
 
     def rest(self) -> str:

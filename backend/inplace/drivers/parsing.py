@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from inplace.drivers.generation import Generation, Limits, tokenized
+from inplace.drivers.generation import GenerationLimits, GenerationState, tokenized
 from inplace.drivers.reply import BufferedReply, Channel, Reply
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.drivers.text import CONTEXT, Detokenizer
@@ -72,7 +72,7 @@ class RequestParser:
                     f"this model is no language model and generates nothing: leave {MAX_TOKENS!r} out",
                 )
             request = self._with_ids(request, texts)
-            limits = Limits.parse(request, texts) if generates else None
+            limits = GenerationLimits.parse(request, texts) if generates else None
             if limits is not None and limits.stops and self._language.tokenizer is None:
                 raise RequestError(
                     Code.BAD_PARAMETER,
@@ -86,7 +86,7 @@ class RequestParser:
         return self._generation(checked, limits, channel)
 
     def _generation(
-        self, checked: ValidatedRequest, limits: Limits, channel: Channel
+        self, checked: ValidatedRequest, limits: GenerationLimits, channel: Channel
     ) -> StreamRequest:
         assert self._names is not None
         detokenizer = stopper = None
@@ -99,7 +99,7 @@ class RequestParser:
         return StreamRequest(
             checked,
             kind(channel, limits.interval, detokenizer),
-            Generation(limits, self._language.eos, stopper),
+            GenerationState(limits, self._language.eos, stopper),
         )
 
     def _with_ids(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inplace.drivers.generation import Reason
+from inplace.drivers.generation import FinishReason
 from inplace.drivers.text import Detokenizer
 from inplace.errors import Code, RequestError
 from inplace.protocol import FETCH, FINISH_REASON, TEXT_OUTPUT, TOKENS
@@ -54,7 +54,7 @@ class FinalResponse:
         rest: text that no token brings.
     """
 
-    what: Reason | RequestError | Outputs
+    what: FinishReason | RequestError | Outputs
     rest: str = ""
 
 

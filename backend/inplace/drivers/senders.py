@@ -12,7 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Generic, TypeVar
 
-from inplace.drivers.generation import Generation, Reason
+from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.reply import FinalResponse, Outputs, Reply
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import RequestError
@@ -208,8 +208,8 @@ class ResponseBuffer:
         self._said: list[tuple[Reply, int, str | None]] = []
         self._finished: list[tuple[Reply, FinalResponse]] = []
 
-    def say(self, job: StreamRequest, generation: Generation, text: str | None) -> None:
-        """A generation said its `Generation.token`; ``text`` as in `Reply.say`."""
+    def say(self, job: StreamRequest, generation: GenerationState, text: str | None) -> None:
+        """A generation said its `GenerationState.token`; ``text`` as in `Reply.say`."""
         assert generation.token is not None
         if generation.said == 1:
             self._observer.spoke(monotonic() - job.checked.request.received)
@@ -219,7 +219,7 @@ class ResponseBuffer:
         """A step was computed."""
         self._finished.append((job.reply, FinalResponse(outputs)))
 
-    def finish(self, job: StreamRequest, generation: Generation, reason: Reason) -> None:
+    def finish(self, job: StreamRequest, generation: GenerationState, reason: FinishReason) -> None:
         """A generation has finished."""
         self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
         self._finished.append((job.reply, FinalResponse(reason, generation.rest())))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from inplace.drivers.generation import Generation
+from inplace.drivers.generation import GenerationState
 from inplace.drivers.reply import BufferedReply, Reply, _nothing_to_fetch
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest
@@ -30,7 +30,7 @@ class StreamRequest:
 
     checked: ValidatedRequest
     reply: Reply
-    generation: Generation | None = None
+    generation: GenerationState | None = None
     work: ActiveRequest | None = None
     fetches: bool = False
 

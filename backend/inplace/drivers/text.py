@@ -69,7 +69,7 @@ class Detokenizer:
         return text
 
 
-class Stops:
+class StopMatcher:
     """Looks for texts that end a generation, across the pieces it comes in.
 
     Args:

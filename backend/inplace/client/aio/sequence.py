@@ -213,7 +213,7 @@ class Sequence(SequenceBase):
 
 
 class Generation(GenerationBase):
-    """What a model says, piece by piece: an asynchronous iterator, made by `Sequence.generate`; see `inplace.client.Generation`.
+    """What a model says, piece by piece: an asynchronous iterator, made by `Sequence.generate`; see `inplace.client.GenerationState`.
 
     A task that is cancelled while it waits for a piece loses none: ask again, or close.
 

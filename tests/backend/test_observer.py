@@ -24,7 +24,7 @@ from inplace.runtime.metrics import (
     families,
 )
 from inplace.runtime.observer import LINES_A_SECOND, Observer, line
-from inplace.runtime.slots import Ended, Sequence
+from inplace.runtime.slots import EndReason, SequenceState
 from models import CHUNK, SLOTS, Repository
 from streaming import OpenStreams, slowed, until
 
@@ -100,9 +100,9 @@ def test_steps_tokens_and_sequences_are_counted(llama: StepDriver) -> None:
         3,
     )
     assert found["inplace_sequences_started_total", ""] == 3
-    assert {why: found[ENDED.name, why] for why in Ended if found[ENDED.name, why]} == {
-        Ended.END: 1,
-        Ended.START: 1,
+    assert {why: found[ENDED.name, why] for why in EndReason if found[ENDED.name, why]} == {
+        EndReason.END: 1,
+        EndReason.START: 1,
     }
     assert (found["inplace_sequences_live", ""], found["inplace_slots_free", ""]) == (1, SLOTS - 1)
     assert (found[STEP.count.name, ""], found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (
@@ -130,7 +130,7 @@ def test_a_failed_step_is_a_step_without_tokens_and_one_error_line_names_its_req
     caplog.clear()
     llama.run([ask(1, [2], end=True), ask("two", [3], start=True)])
     found = now(llama)
-    assert found[ENDED.name, Ended.ENGINE_FAILED] == 2
+    assert found[ENDED.name, EndReason.ENGINE_FAILED] == 2
     assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
         1,
         0,
@@ -149,7 +149,7 @@ def test_a_start_that_was_refused_has_ended_what_it_replaces(
 ) -> None:
     llama.run([ask(1, [1], start=True)])
     llama.run([ask(1, BAD, start=True)])
-    assert now(llama)[ENDED.name, Ended.START] == 1
+    assert now(llama)[ENDED.name, EndReason.START] == 1
     assert now(llama)["inplace_sequences_started_total", ""] == 1
 
 
@@ -197,7 +197,7 @@ def test_idle_sequences_are_counted_and_logged(
     while now(driver)["inplace_slots_free", ""] < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert now(driver)[ENDED.name, Ended.IDLE] == 1
+    assert now(driver)[ENDED.name, EndReason.IDLE] == 1
     assert 'sequence ended: sequence="x y" slot=0 length=2 reason=idle' in caplog.text
     assert "sequence started" not in caplog.text  # at DEBUG
 
@@ -247,9 +247,9 @@ def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(
     clock = [100.0]
     observer = Observer(clock=lambda: clock[0])
     for number in range(LINES_A_SECOND + 3):
-        observer.ended(Sequence(number + 1, slot=0), Ended.IDLE)
+        observer.ended(SequenceState(number + 1, slot=0), EndReason.IDLE)
     clock[0] += 1.0
-    observer.ended(Sequence("late", slot=1), Ended.CANCELLED)
+    observer.ended(SequenceState("late", slot=1), EndReason.CANCELLED)
     assert [record.getMessage() for record in caplog.records[LINES_A_SECOND:]] == [
         "more sequences ended: count=3",
         "sequence ended: sequence=late slot=1 length=0 reason=cancelled",
@@ -293,9 +293,9 @@ def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_t
         "inplace_slots_free": 8,
         "inplace_state_bytes": 100,
     }
-    observer.started(Sequence(1, 0))
-    observer.ended(Sequence(1, 0), Ended.IDLE)
-    observer.started(Sequence(2, 0))
+    observer.started(SequenceState(1, 0))
+    observer.ended(SequenceState(1, 0), EndReason.IDLE)
+    observer.started(SequenceState(2, 0))
     exporter.close()
     assert series["inplace_sequences_started_total"].value == 2
     assert series["inplace_sequences_ended_totalidle"].value == 1

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from inplace.errors import Code, RequestError
-from inplace.runtime.slots import REMEMBERED, Sequence, SequenceId, SlotTable
+from inplace.runtime.slots import REMEMBERED, SequenceId, SequenceState, SlotTable
 
 
 class Clock:
@@ -149,16 +149,16 @@ class AnyHistory(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.table = SlotTable(self.SLOTS, float(self.TIMEOUT), self.clock)
-        self.live: list[Sequence] = []  # the longest idle first
+        self.live: list[SequenceState] = []  # the longest idle first
         self.since: dict[SequenceId, float] = {}
         self.fresh = count(1)
 
-    def idle(self) -> list[Sequence]:
+    def idle(self) -> list[SequenceState]:
         return [
             s for s in self.live if self.clock.now - self.since[s.id] >= self.TIMEOUT and not s.busy
         ]
 
-    def forget(self, gone: list[Sequence]) -> None:
+    def forget(self, gone: list[SequenceState]) -> None:
         self.live = [sequence for sequence in self.live if sequence not in gone]
 
     @rule(seconds=st.integers(0, 4))

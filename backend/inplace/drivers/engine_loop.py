@@ -15,7 +15,7 @@ from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, find_
 from inplace.drivers.step import LONGEST_PAUSE, answered
 from inplace.errors import Code, RequestError, failed
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.slots import Ended, SequenceId
+from inplace.runtime.slots import EndReason, SequenceId
 
 GATHERING, MOST_GATHERING = 0.0001, 0.005
 """Seconds between two looks whether senders are still behind, and for which a step waits for them at most."""
@@ -78,7 +78,7 @@ class EngineLoop:
         self._inbox.put(None)
         self._thread.shutdown()
         self._watch.close()
-        self._drop(error, Ended.SHUTDOWN)
+        self._drop(error, EndReason.SHUTDOWN)
         while not self._inbox.empty():
             message = self._inbox.get()
             for job in message if isinstance(message, list) else ():
@@ -112,7 +112,7 @@ class EngineLoop:
                 Exception
             ) as error:  # a defect: whoever waits must be told, and the others served
                 log.exception("the stream driver failed")
-                self._drop(failed(error), Ended.ENGINE_FAILED)
+                self._drop(failed(error), EndReason.ENGINE_FAILED)
             self._outcomes.tell()
         self._flights.land()
 
@@ -265,7 +265,7 @@ class EngineLoop:
         if job not in self._lanes or job.generation is None:
             return  # it has finished
         if job.work is not None:
-            self._instance.table.end(job.work.sequence, Ended.CANCELLED)
+            self._instance.table.end(job.work.sequence, EndReason.CANCELLED)
         self._conclude(job, job.generation, FinishReason.CANCELLED)
 
     # Steps
@@ -325,7 +325,7 @@ class EngineLoop:
         self._watch.remove(job)
         self._outcomes.refuse(job, error)
 
-    def _drop(self, error: RequestError, why: Ended) -> None:
+    def _drop(self, error: RequestError, why: EndReason) -> None:
         """Answer everything with an error; sequences that were being worked on end."""
         self._flights.land()
         jobs = self._lanes.clear()

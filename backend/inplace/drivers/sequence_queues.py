@@ -12,8 +12,8 @@ from inplace.drivers.reply import BufferedReply, Reply, _nothing_to_fetch
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.requests import ValidatedRequest
-from inplace.runtime.slots import Sequence as LiveSequence
 from inplace.runtime.slots import SequenceId, SlotTable
+from inplace.runtime.slots import SequenceState as LiveSequence
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ from inplace.protocol import MAX_TOKENS
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.runtime.slots import Ended
+from inplace.runtime.slots import EndReason
 
 Answer = dict[str, Tensor] | RequestError
 """What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
@@ -147,7 +147,7 @@ class StepDriver:
         for index, work in rows:
             answers[index] = error
             if self.instance.table.get(work.sequence.id) is work.sequence:
-                self.instance.table.end(work.sequence, Ended.ENGINE_FAILED)
+                self.instance.table.end(work.sequence, EndReason.ENGINE_FAILED)
 
     def _reclaim(self) -> None:
         while not self._closing.wait(self._pause()):

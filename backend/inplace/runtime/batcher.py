@@ -13,7 +13,7 @@ from torch import Tensor
 from inplace.errors import RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import GREEDY, Sampling
-from inplace.runtime.slots import Sequence
+from inplace.runtime.slots import SequenceState
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 
@@ -41,7 +41,7 @@ class ActiveRequest:
     """
 
     request: Request
-    sequence: Sequence
+    sequence: SequenceState
     inputs: Mapping[str, Tensor]
     tokens: int
     before: int

@@ -19,7 +19,7 @@ from inplace.runtime.batcher import ActiveRequest, Batch, follow, form
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, checked_inputs
 from inplace.runtime.sampling import GREEDY
-from inplace.runtime.slots import Ended, SlotTable
+from inplace.runtime.slots import EndReason, SlotTable
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Update
 
@@ -153,7 +153,7 @@ class ModelInstance:
             if request.start and live.key is not None and request.goes_on:
                 request = replace(request, start=False)
             elif request.start:
-                self.table.end(live, Ended.START)
+                self.table.end(live, EndReason.START)
         try:
             if checked.refusal is not None:
                 raise checked.refusal
@@ -334,7 +334,7 @@ class ModelInstance:
             work.sequence.length, work.sequence.pending = work.before, work.pending
             after = "nothing was changed, send it again"
         else:
-            self.table.end(work.sequence, Ended.ENGINE_FAILED)
+            self.table.end(work.sequence, EndReason.ENGINE_FAILED)
             after = (
                 "no slot is held, START again"
                 if work.request.start

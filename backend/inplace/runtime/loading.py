@@ -13,7 +13,7 @@ from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.runtime.batcher import ActiveRequest, form
 from inplace.runtime.requests import Request
-from inplace.runtime.slots import Sequence
+from inplace.runtime.slots import SequenceState
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Role
 
@@ -53,7 +53,7 @@ def _null_row(program: Program, tokens: int) -> ActiveRequest:
     }
     return ActiveRequest(
         Request("", start=True, end=True, inputs=inputs),
-        Sequence("", NULL),
+        SequenceState("", NULL),
         inputs,
         tokens,
         before=0,

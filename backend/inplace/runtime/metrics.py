@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Literal, Protocol
 
 from inplace.errors import Code
-from inplace.runtime.slots import Ended
+from inplace.runtime.slots import EndReason
 
 PERIOD = 1.0
 """Seconds between two hand-overs."""
@@ -88,7 +88,7 @@ ENDED = Metric(
     "counter",
     "Sequences that gave their slot back, by reason.",
     "reason",
-    tuple(Ended),
+    tuple(EndReason),
 )
 
 

@@ -26,7 +26,7 @@ from inplace.runtime.metrics import (
     WAITING,
     Numbers,
 )
-from inplace.runtime.slots import Ended, Sequence, SequenceId
+from inplace.runtime.slots import EndReason, SequenceId, SequenceState
 
 LINES_A_SECOND = 10
 """Refused requests that get a line of the log each second, and ended sequences likewise; all are counted."""
@@ -107,7 +107,7 @@ class Observer:
             _Limited("sequences ended", clock),
         )
 
-    def started(self, sequence: Sequence) -> None:
+    def started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot."""
         self.numbers.add(STARTED)
         self.numbers.add(LIVE)
@@ -115,7 +115,7 @@ class Observer:
         if log.isEnabledFor(logging.DEBUG):
             log.debug(line("sequence started", sequence=sequence.id, slot=sequence.slot))
 
-    def ended(self, sequence: Sequence, why: Ended) -> None:
+    def ended(self, sequence: SequenceState, why: EndReason) -> None:
         """A sequence gave its slot back."""
         self.numbers.add(ENDED, value=why)
         self.numbers.add(LIVE, -1)
@@ -131,8 +131,8 @@ class Observer:
             )
 
         if log.isEnabledFor(logging.DEBUG):
-            log.log(logging.DEBUG if why is Ended.END else logging.INFO, text())
-        elif why is not Ended.END:
+            log.log(logging.DEBUG if why is EndReason.END else logging.INFO, text())
+        elif why is not EndReason.END:
             self._ends.info(text)
 
     def admitted(self, waited: float) -> None:

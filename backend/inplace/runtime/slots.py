@@ -17,7 +17,7 @@ REMEMBERED = 4096
 """How many reclaimed ids are remembered, only to tell a late client what happened to it."""
 
 
-class Ended(StrEnum):
+class EndReason(StrEnum):
     """Why a sequence gave its slot back."""
 
     END = "end"
@@ -31,7 +31,7 @@ class Ended(StrEnum):
 
 
 @dataclass(slots=True)
-class Sequence:
+class SequenceState:
     """One stream of requests and the slot it owns from START to END.
 
     Attributes:
@@ -78,13 +78,13 @@ class Sequence:
         )
 
 
-class Watcher(Protocol):
+class SlotObserver(Protocol):
     """Is told of every sequence that gets a slot, and of every one that loses it."""
 
-    def started(self, sequence: Sequence) -> None:
+    def started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot."""
 
-    def ended(self, sequence: Sequence, why: Ended) -> None:
+    def ended(self, sequence: SequenceState, why: EndReason) -> None:
         """A sequence gave its slot back."""
 
 
@@ -103,14 +103,14 @@ class SlotTable:
         slots: int,
         idle_timeout: float,
         clock: Callable[[], float] = monotonic,
-        watcher: Watcher | None = None,
+        watcher: SlotObserver | None = None,
     ) -> None:
         self.slots = slots
         self.idle_timeout = idle_timeout
         self._clock = clock
         self._watcher = watcher
         self._free = list(range(slots - 1, -1, -1))
-        self._live: OrderedDict[SequenceId, Sequence] = (
+        self._live: OrderedDict[SequenceId, SequenceState] = (
             OrderedDict()
         )  # by last response, the longest idle first
         self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()
@@ -123,11 +123,11 @@ class SlotTable:
         """Slots nobody owns."""
         return len(self._free)
 
-    def get(self, id: SequenceId) -> Sequence | None:
+    def get(self, id: SequenceId) -> SequenceState | None:
         """The live sequence of that id."""
         return self._live.get(id)
 
-    def find(self, id: SequenceId) -> Sequence:
+    def find(self, id: SequenceId) -> SequenceState:
         """The live sequence of that id.
 
         Raises:
@@ -145,7 +145,7 @@ class SlotTable:
             f"no sequence {id!r} is live: {why}; send a request with the START flag",
         )
 
-    def start(self, id: SequenceId, key: bytes | None = None) -> Sequence:
+    def start(self, id: SequenceId, key: bytes | None = None) -> SequenceState:
         """Give a new sequence a slot, and the key that its later requests must carry.
 
         Raises:
@@ -161,24 +161,26 @@ class SlotTable:
                 retryable=True,
             )
         self._reclaimed.pop(id, None)
-        sequence = self._live[id] = Sequence(id, self._free.pop(), key, last_response=self._clock())
+        sequence = self._live[id] = SequenceState(
+            id, self._free.pop(), key, last_response=self._clock()
+        )
         if self._watcher is not None:
             self._watcher.started(sequence)
         return sequence
 
-    def end(self, sequence: Sequence, why: Ended = Ended.END) -> None:
+    def end(self, sequence: SequenceState, why: EndReason = EndReason.END) -> None:
         """Take the slot back."""
         del self._live[sequence.id]
         self._free.append(sequence.slot)
         if self._watcher is not None:
             self._watcher.ended(sequence, why)
 
-    def answered(self, sequence: Sequence) -> None:
+    def answered(self, sequence: SequenceState) -> None:
         """Restart the sequence's idle clock: it was sent a response just now."""
         sequence.last_response = self._clock()
         self._live.move_to_end(sequence.id)
 
-    def reclaim(self) -> list[Sequence]:
+    def reclaim(self) -> list[SequenceState]:
         """End every sequence that has been idle for too long, and return them."""
         now = self._clock()
         idle = []
@@ -188,7 +190,7 @@ class SlotTable:
             if not sequence.busy:
                 idle.append(sequence)
         for sequence in idle:
-            self.end(sequence, Ended.IDLE)
+            self.end(sequence, EndReason.IDLE)
             self._reclaimed[sequence.id] = now - sequence.last_response
             if len(self._reclaimed) > REMEMBERED:
                 self._reclaimed.popitem(last=False)

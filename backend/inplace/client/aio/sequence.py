@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Sequence(SequenceBase):
-    """One sequence of a served model; see `inplace.client.Sequence`. For one task at a time.
+    """One sequence of a served model; see `inplace.client.SequenceState`. For one task at a time.
 
     Args:
         client: the servers.
@@ -59,7 +59,7 @@ class Sequence(SequenceBase):
         outputs: tuple[str, ...] = (),
         request_id: str = "",
     ) -> dict[str, Array]:
-        """Send the sequence's next inputs and wait for what the model says; see `inplace.client.Sequence.step`."""
+        """Send the sequence's next inputs and wait for what the model says; see `inplace.client.SequenceState.step`."""
         await self._settle()
         want = Want(inputs, end, parameters or {}, outputs, request_id)
         return await self._retried(lambda: self._step(want))

@@ -18,7 +18,7 @@ from inplace.runtime.batcher import ActiveRequest, form
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Kind, Manifest
+from inplace.schema.served import AliasKind, Manifest
 from inplace_builder.capture import DecoderOptions, capture_decoder
 from inplace_builder.served.build import VERSION, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -80,7 +80,9 @@ def main() -> None:
             report(arguments, manifest, engine, arena, [0], [arguments.prefill], built)
 
 
-def build(folder: Path, shape: str, alias: Kind, rows: int, capacity: int, chunk: int) -> Manifest:
+def build(
+    folder: Path, shape: str, alias: AliasKind, rows: int, capacity: int, chunk: int
+) -> Manifest:
     """Build a randomly weighted model of this shape for so many rows, each with a slot, verified against transformers on the GPU."""
     model = random_model(shape, torch.bfloat16, "cpu")
     options = BuildOptions(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
@@ -28,15 +28,15 @@ def tensorrt() -> TensorRT:
     return load_tensorrt("tensorrt")
 
 
-KINDS: tuple[Kind, ...] = ("copy", "kv_cache_update")
-Plans = dict[tuple[str, Kind], Future[tuple[Lowered, Any]]]
+KINDS: tuple[AliasKind, ...] = ("copy", "kv_cache_update")
+Plans = dict[tuple[str, AliasKind], Future[tuple[Lowered, Any]]]
 
 
 @pytest.fixture(scope="module")
 def plans(tensorrt: TensorRT) -> Plans:
     """The network and the plan of every case and mechanism."""
 
-    def build(case: StateCase, kind: Kind) -> tuple[Lowered, Any]:
+    def build(case: StateCase, kind: AliasKind) -> tuple[Lowered, Any]:
         choose(case.exported.graph, case.states, tensorrt, order=(kind,))
         kinds = {state.name: kind for state in case.states}
         lowered = lower(
@@ -59,7 +59,7 @@ def plans(tensorrt: TensorRT) -> Plans:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
 def test_steps_give_what_the_operators_give(
-    tensorrt: TensorRT, plans: Plans, case: StateCase, kind: Kind
+    tensorrt: TensorRT, plans: Plans, case: StateCase, kind: AliasKind
 ) -> None:
     try:
         choose(case.exported.graph, case.states, tensorrt, order=(kind,))

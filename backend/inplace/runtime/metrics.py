@@ -23,7 +23,7 @@ PERIOD = 1.0
 log = logging.getLogger("inplace")
 
 
-Kind = Literal["counter", "gauge"]
+MetricKind = Literal["counter", "gauge"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Metric:
     """One metric; with a ``label``, one number for each of its ``values``."""
 
     name: str
-    kind: Kind
+    kind: MetricKind
     help: str
     label: str = ""
     values: tuple[str, ...] = ("",)

@@ -22,7 +22,7 @@ MANIFEST_VERSION: Literal[1] = 1
 FILE_NAME = "engine.json"
 
 
-Kind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
+AliasKind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
 """How a state is updated in place: an ``inplace::`` operator of a PyTorch graph mutates the bound tensor (``operator``); a TensorRT
 plugin's aliased output (``plugin``); TensorRT's own cache layer (``kv_cache_update``); an operator or plugin of the user's own (``user``).
 ``copy`` is not in place: the engine writes a second buffer and the runtime swaps the two."""
@@ -43,7 +43,7 @@ class Alias(Frozen):
 
     output: str
     input: str
-    kind: Kind
+    kind: AliasKind
 
     def __str__(self) -> str:
         return f"{self.output}@{self.input}@{self.kind}"
@@ -68,7 +68,7 @@ class Lowering(Frozen):
     """
 
     state: str
-    kind: Kind
+    kind: AliasKind
     because: str
     refused: tuple[str, ...] = ()
 

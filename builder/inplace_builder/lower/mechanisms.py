@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.schema.served import Kind, Lowering
+from inplace.schema.served import AliasKind, Lowering
 from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
@@ -19,7 +19,7 @@ from inplace_builder.graph.nodes import source_line
 inplace = torch.ops.inplace
 
 
-ORDER: tuple[Kind, ...] = ("plugin", "kv_cache_update", "copy")
+ORDER: tuple[AliasKind, ...] = ("plugin", "kv_cache_update", "copy")
 """The order in which mechanisms are asked."""
 
 
@@ -66,10 +66,10 @@ class Use:
 Judge = Callable[[Sequence[Use], TensorRT], Verdict]
 
 
-_judges: dict[Kind, Judge] = {}
+_judges: dict[AliasKind, Judge] = {}
 
 
-def mechanism(kind: Kind) -> Callable[[Judge], Judge]:
+def mechanism(kind: AliasKind) -> Callable[[Judge], Judge]:
     """Register the decorated function as what answers for a mechanism; it is given every use of states that belong together.
 
     Raises:
@@ -92,7 +92,7 @@ def choose(
     states: Sequence[StateSpec],
     tensorrt: TensorRT,
     *,
-    order: Sequence[Kind] = ORDER,
+    order: Sequence[AliasKind] = ORDER,
 ) -> tuple[Lowering, ...]:
     """Give every state a mechanism: the first of ``order`` that answers yes.
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 
 from inplace_builder.errors import BuildError
 from inplace_builder.served.write import ENGINES
@@ -57,7 +57,7 @@ class BuildOptions:
     instances: int = 1
     serve: Literal["step", "stream"] = "step"
     engine: Literal["torch", "tensorrt", "tensorrt_rtx"] = "torch"
-    alias: Kind | None = None
+    alias: AliasKind | None = None
     strict: bool = False
     compute_capability: str | None = None
     min_capacity: int | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from inplace.engines.tensorrt.contexts import decode_sizes, mixed_sizes
 from inplace.schema.artifacts import Profile
-from inplace.schema.served import Alias, Kind, Lowering, Program
+from inplace.schema.served import Alias, AliasKind, Lowering, Program
 from inplace.schema.specs import Role, StateSpec, Update
 from inplace.trt import TensorRT
 
@@ -56,7 +56,7 @@ def build_plan(
     tensorrt: TensorRT,
     *,
     slots: int,
-    alias: Kind | None = None,
+    alias: AliasKind | None = None,
     strict: bool = False,
     compute_capabilities: tuple[str, ...] = (),
 ) -> Built:
@@ -73,7 +73,7 @@ def build_plan(
     Raises:
         BuildError: no mechanism can update a state, an operator cannot be lowered, or TensorRT cannot compile the network.
     """
-    order: Sequence[Kind] = (
+    order: Sequence[AliasKind] = (
         (alias,) if alias else tuple(kind for kind in ORDER if not (strict and kind == "copy"))
     )
     if strict and alias == "copy":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from inplace.schema.artifacts import EngineFile, File
-from inplace.schema.served import Kind, Lowering, Program
+from inplace.schema.served import AliasKind, Lowering, Program
 from inplace.trt import Flavor
 from torch.export.passes import move_to_device_pass
 
@@ -58,7 +58,7 @@ def write_tensorrt(
     flavor: Flavor,
     *,
     slots: int,
-    alias: Kind | None,
+    alias: AliasKind | None,
     strict: bool,
     compute_capability: str | None,
 ) -> Written:

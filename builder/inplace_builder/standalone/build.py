@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from inplace.errors import LoadError
 from inplace.schema.files import published
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 from inplace.standalone import Engine
 from inplace.standalone.engine import check_target
 from torch.export import ExportedProgram
@@ -38,7 +38,7 @@ def build(
     states: str | Collection[str] = "auto",
     dynamic_shapes: Any = None,
     consecutive: Collection[str] = (),
-    alias: Kind | None = None,
+    alias: AliasKind | None = None,
     strict: bool = False,
     optimization_level: int | None = None,
 ) -> Engine:

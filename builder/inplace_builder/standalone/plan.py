@@ -6,7 +6,7 @@ from typing import Any
 
 from inplace.schema.artifacts import Plan, Profile
 from inplace.schema.extents import evaluate
-from inplace.schema.served import Alias, Kind, Lowering
+from inplace.schema.served import Alias, AliasKind, Lowering
 from inplace.schema.specs import StateSpec
 from inplace.schema.standalone import SLOTS, Call, result_name
 from inplace.trt import Flavor, TensorRT
@@ -43,7 +43,7 @@ def build_direct_plan(
     call: Call,
     flavor: Flavor,
     *,
-    alias: Kind | None = None,
+    alias: AliasKind | None = None,
     strict: bool = False,
     compute_capability: str | None = None,
     optimization_level: int | None = None,
@@ -89,7 +89,7 @@ def lower_direct(
     call: Call,
     tensorrt: TensorRT,
     *,
-    alias: Kind | None = None,
+    alias: AliasKind | None = None,
     strict: bool = False,
 ) -> tuple[Lowered, tuple[Lowering, ...]]:
     """The network of a captured module, each state an input of just its own extents, and how each state is updated.

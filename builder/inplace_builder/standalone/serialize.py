@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from inplace.schema.artifacts import Plan
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Alias, Kind, Lowering
+from inplace.schema.served import Alias, AliasKind, Lowering
 from inplace.schema.standalone import SLOTS, DirectState, result_name
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -78,7 +78,7 @@ def serialize(
     engine: EngineKind = "torch",
     dynamic_shapes: Any = None,
     consecutive: Collection[str] = (),
-    alias: Kind | None = None,
+    alias: AliasKind | None = None,
     strict: bool = False,
     compute_capability: str | None = None,
 ) -> Serialized:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 from inplace.schema.specs import StateSpec, Update
 from inplace.schema.standalone import Selects, indices, part_of
 from torch import Tensor
@@ -106,7 +106,7 @@ class State:
         return self.found.name
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> AliasKind:
         """The kind of its alias in a graph of PyTorch."""
         return "user" if "user" in self.operators else "operator"
 

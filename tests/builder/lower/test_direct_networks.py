@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from direct_modules import CASES, Case, Tokens
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 from inplace.schema.standalone import Call, result_name
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
@@ -44,7 +44,7 @@ def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, Call]:
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_module_compiles_and_computes_what_it_does_in_eager(
-    rtx: TensorRT, case: Case, kind: Kind
+    rtx: TensorRT, case: Case, kind: AliasKind
 ) -> None:
     torch.manual_seed(0)
     eager = case.module().eval()

@@ -7,7 +7,7 @@ import torch
 from inplace.errors import LoadError
 from inplace.operators import read, update
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 from inplace.schema.specs import StateSpec, Update
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
@@ -27,7 +27,7 @@ from state_cases import STATE_CASES
 from torch import Tensor
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
-ORDER: tuple[Kind, ...] = ("kv_cache_update",)
+ORDER: tuple[AliasKind, ...] = ("kv_cache_update",)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ Compiled with TensorRT for RTX, which cannot run here; what the network says is 
 """
 
 import pytest
-from inplace.schema.served import Kind
+from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose, compile_network, lower
@@ -29,7 +29,7 @@ def rtx() -> TensorRT:
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
 def test_a_use_of_a_state_compiles_or_is_refused(
-    rtx: TensorRT, case: StateCase, kind: Kind
+    rtx: TensorRT, case: StateCase, kind: AliasKind
 ) -> None:
     if kind == "kv_cache_update" and case.name in REFUSED:
         with pytest.raises(BuildError, match=REFUSED[case.name]):

@@ -13,7 +13,7 @@ from inplace.schema.artifacts import EngineFile
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import FILE_NAME, Alias, Lowering, Manifest, Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace.schema.standalone import DirectManifest
+from inplace.schema.standalone import StandaloneManifest
 from pydantic import ValidationError
 
 CACHE = StateSpec(
@@ -106,7 +106,7 @@ def test_a_folder_that_holds_something_else_says_what_it_is(
 ) -> None:
     (tmp_path / held).parent.mkdir(exist_ok=True)
     (tmp_path / held).touch()
-    record = DirectManifest if "engine" in held else Manifest
+    record = StandaloneManifest if "engine" in held else Manifest
     with pytest.raises(LoadError, match=re.escape(f"does not exist: {tmp_path} {said}")):
         record.load(tmp_path)
 

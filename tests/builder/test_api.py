@@ -13,7 +13,7 @@ import inplace
 import pytest
 import torch
 from inplace.errors import CallError, LoadError
-from inplace.schema.standalone import FILE_NAME, DirectManifest
+from inplace.schema.standalone import FILE_NAME, StandaloneManifest
 from inplace.standalone import Engine
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
@@ -111,7 +111,7 @@ def test_two_caches_alternate_at_their_addresses(module: Step, engine: Engine) -
 
 
 def test_the_record(folder: Path) -> None:
-    manifest = DirectManifest.load(folder)
+    manifest = StandaloneManifest.load(folder)
     assert [str(alias) for alias in manifest.parsed_aliases] == list(manifest.aliases)
     assert sorted(alias.rpartition("@")[2] for alias in manifest.aliases) == ["operator"] * 3
     assert {state.source: state.owner for state in manifest.states} == {

@@ -12,7 +12,7 @@ import torch
 from inplace.errors import LoadError
 from inplace.plugins import Operation, register
 from inplace.schema.served import Alias
-from inplace.schema.standalone import DirectManifest
+from inplace.schema.standalone import StandaloneManifest
 from inplace.trt import load_tensorrt
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.errors import BuildError
@@ -202,7 +202,7 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
 @pytest.mark.usefixtures("declared")
 def test_a_manifest_that_says_another_kind_is_read_back_against_the_graph(tmp_path: Path) -> None:
     build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
-    manifest = DirectManifest.load(tmp_path / "leaky")
+    manifest = StandaloneManifest.load(tmp_path / "leaky")
     changed = tuple(
         alias.replace("level@operator", "level@user").replace("level@user", "level@operator")
         for alias in manifest.aliases

@@ -84,7 +84,7 @@ class Result(Frozen):
     value: bool | int | float | str | None = None
 
 
-class Call(Frozen):
+class CallSignature(Frozen):
     """How an engine is called.
 
     Attributes:
@@ -108,7 +108,7 @@ class Call(Frozen):
     positional: int
 
 
-class DirectState(Frozen):
+class StandaloneState(Frozen):
     """One state.
 
     Attributes:
@@ -166,7 +166,7 @@ class DirectState(Frozen):
         return part_of(tensor, self.selects)
 
 
-class DirectManifest(Frozen):
+class StandaloneManifest(Frozen):
     """The whole of ``direct.json``.
 
     Attributes:
@@ -182,10 +182,10 @@ class DirectManifest(Frozen):
     """
 
     manifest_version: Literal[1] = 1
-    states: tuple[DirectState, ...]
+    states: tuple[StandaloneState, ...]
     aliases: tuple[str, ...]
     lowering: tuple[Lowering, ...]
-    call: Call
+    call: CallSignature
     rows: int
     engine: EngineFile
     held: File | None
@@ -221,9 +221,9 @@ class DirectManifest(Frozen):
         return self
 
     @cached_property
-    def tensors(self) -> tuple[DirectState, ...]:
+    def tensors(self) -> tuple[StandaloneState, ...]:
         """The tensors that hold the states, each once: the first state of each."""
-        first: dict[tuple[str, str], DirectState] = {}
+        first: dict[tuple[str, str], StandaloneState] = {}
         for state in self.states:
             first.setdefault((state.owner, state.source), state)
         return tuple(first.values())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inplace.errors import CallError
 from inplace.schema.extents import evaluate
-from inplace.schema.standalone import Argument, DirectManifest, DirectState
+from inplace.schema.standalone import Argument, StandaloneManifest, StandaloneState
 
 ALIGNMENT = {"cpu": 1, "cuda": 256}
 """Bytes that the address of a state must be a multiple of: TensorRT takes no other bindings; PyTorch's own allocations are."""
@@ -17,7 +17,7 @@ ALIGNMENT = {"cpu": 1, "cuda": 256}
 class Checks:
     """Checks of one engine's arguments; the manifest says what they must be."""
 
-    def __init__(self, manifest: DirectManifest) -> None:
+    def __init__(self, manifest: StandaloneManifest) -> None:
         self._device = manifest.engine.device
         self._ranges = manifest.call.ranges
         self._lines = {
@@ -140,7 +140,7 @@ def _check_constant(argument: Argument, value: object) -> None:
 
 
 def check_memory(
-    states: Sequence[tuple[DirectState, Tensor]], others: Mapping[str, object]
+    states: Sequence[tuple[StandaloneState, Tensor]], others: Mapping[str, object]
 ) -> None:
     """No state may overlap another tensor of the call: the graph takes each for memory of its own.
 
@@ -158,7 +158,7 @@ def check_memory(
                 f"{state.title} begins at {tensor.data_ptr():#x}, the engine takes states at multiples of {alignment} bytes: "
                 f"allocate it by itself instead of as a part of another tensor{state.line}"
             )
-    named: list[tuple[str, Tensor, DirectState | None]] = [
+    named: list[tuple[str, Tensor, StandaloneState | None]] = [
         (state.title, tensor, state) for state, tensor in states
     ]
     named += [(title, value, None) for title, value in others.items() if isinstance(value, Tensor)]
@@ -168,7 +168,7 @@ def check_memory(
     )
     last_end, last_title = 0, ""
     state_end = 0
-    before: DirectState | None = None  # the state that reaches farthest so far, to state_end
+    before: StandaloneState | None = None  # the state that reaches farthest so far, to state_end
     for start, end, title, owner in spans:
         other = (
             before.title

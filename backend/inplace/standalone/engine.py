@@ -17,7 +17,7 @@ from inplace.errors import CallError, LoadError
 from inplace.schema.artifacts import File
 from inplace.schema.extents import evaluate
 from inplace.schema.files import occupied, published
-from inplace.schema.standalone import FILE_NAME, DirectManifest, Result
+from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest
 from inplace.standalone.checks import Checks, check_memory
 from inplace.standalone.execute import Runner, keep, open_runner
 
@@ -40,7 +40,7 @@ def check_target(target: Path) -> None:
         raise LoadError(reason)
 
 
-def held_tensors(folder: Path, manifest: DirectManifest) -> dict[str, Tensor]:
+def held_tensors(folder: Path, manifest: StandaloneManifest) -> dict[str, Tensor]:
     """The states that the module owned, with the values that were saved.
 
     Raises:
@@ -80,7 +80,7 @@ class Engine(nn.Module):
     """
 
     def __init__(
-        self, folder: Path, manifest: DirectManifest, runner: Runner, held: Mapping[str, Tensor]
+        self, folder: Path, manifest: StandaloneManifest, runner: Runner, held: Mapping[str, Tensor]
     ) -> None:
         super().__init__()
         self.manifest = manifest
@@ -115,7 +115,7 @@ class Engine(nn.Module):
     @classmethod
     def load(cls, folder: Path, *, cuda_graphs: bool = True) -> Self:
         """See `inplace.load`."""
-        manifest = DirectManifest.load(folder)
+        manifest = StandaloneManifest.load(folder)
         path = manifest.engine.checked(folder)
         return cls(
             folder,

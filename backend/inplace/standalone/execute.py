@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inplace.operators.library import LIBRARY, define
-from inplace.schema.standalone import DirectManifest
+from inplace.schema.standalone import StandaloneManifest
 from inplace.standalone.checks import check_memory
 from inplace.standalone.torch_graph import TorchGraph
 
@@ -39,7 +39,7 @@ class Runner(Protocol):
 
 
 def open_runner(
-    source: Path | bytes, manifest: DirectManifest, title: str, *, cuda_graphs: bool
+    source: Path | bytes, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
 ) -> Runner:
     """Load an engine file, given by its path or its content.
 
@@ -70,19 +70,19 @@ KEPT = 8
 """Engines that stay loaded for programs that hold them; the least recently used one goes first."""
 
 
-_loaded: OrderedDict[tuple[str, str], tuple[DirectManifest, Runner]] = OrderedDict()
+_loaded: OrderedDict[tuple[str, str], tuple[StandaloneManifest, Runner]] = OrderedDict()
 
 
-def keep(manifest: DirectManifest, text: str, runner: Runner) -> None:
+def keep(manifest: StandaloneManifest, text: str, runner: Runner) -> None:
     """Let programs that hold this engine run with the one that is loaded already."""
     _loaded[manifest.engine.sha256, text] = manifest, runner
     if len(_loaded) > KEPT:
         _loaded.popitem(last=False)
 
 
-def _opened(engine: Tensor, text: str) -> tuple[DirectManifest, Runner]:
+def _opened(engine: Tensor, text: str) -> tuple[StandaloneManifest, Runner]:
     # The manifest names the checksum of its engine file; a program that was saved carries both.
-    manifest = DirectManifest.model_validate_json(text)
+    manifest = StandaloneManifest.model_validate_json(text)
     key = manifest.engine.sha256, text
     if key not in _loaded:
         content = engine.cpu().numpy().tobytes()

@@ -12,7 +12,7 @@ from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.plan import check_native_aliases, open_plan
 from inplace.errors import LoadError
 from inplace.schema.extents import evaluate
-from inplace.schema.standalone import Argument, DirectManifest, DirectState, result_name
+from inplace.schema.standalone import Argument, StandaloneManifest, StandaloneState, result_name
 from inplace.standalone.checks import ALIGNMENT
 
 GRAPHS = 16
@@ -54,7 +54,7 @@ class TensorRtPlan:
     """
 
     def __init__(
-        self, content: bytes, manifest: DirectManifest, title: str, *, cuda_graphs: bool
+        self, content: bytes, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
     ) -> None:
         if manifest.engine.plan is None:
             raise LoadError(
@@ -255,7 +255,7 @@ class TensorRtPlan:
         )
 
 
-def _fixed(state: DirectState) -> tuple[int, ...]:
+def _fixed(state: StandaloneState) -> tuple[int, ...]:
     """A state's extents: the builder makes no plan of one whose extents vary."""
     return tuple(int(extent) for extent in state.extents)
 

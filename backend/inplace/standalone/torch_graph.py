@@ -16,7 +16,7 @@ from inplace.errors import LoadError
 from inplace.operators import written_states
 from inplace.schema.dtypes import Dtype
 from inplace.schema.extents import symbols
-from inplace.schema.standalone import SLOTS, DirectManifest, Result
+from inplace.schema.standalone import SLOTS, Result, StandaloneManifest
 
 
 class TorchGraph:
@@ -31,7 +31,7 @@ class TorchGraph:
         LoadError: it cannot be read, or it takes, returns or writes something else than the manifest says.
     """
 
-    def __init__(self, source: Path | IO[bytes], manifest: DirectManifest, title: str) -> None:
+    def __init__(self, source: Path | IO[bytes], manifest: StandaloneManifest, title: str) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter(
@@ -66,7 +66,7 @@ class TorchGraph:
 
 
 def _check_states(
-    exported: torch.export.ExportedProgram, manifest: DirectManifest, title: str
+    exported: torch.export.ExportedProgram, manifest: StandaloneManifest, title: str
 ) -> None:
     """The graph is the truth: what it takes, and the states it writes, must be the manifest's."""
     found = list(exported.graph_signature.user_inputs)
@@ -113,7 +113,7 @@ def _check_states(
 
 
 def _check_call(
-    exported: torch.export.ExportedProgram, manifest: DirectManifest, title: str
+    exported: torch.export.ExportedProgram, manifest: StandaloneManifest, title: str
 ) -> None:
     """Extents, types and ranges of what is passed and returned."""
     values = {

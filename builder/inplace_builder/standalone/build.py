@@ -20,10 +20,10 @@ from torch.export import ExportedProgram
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.standalone.call import EngineKind, alignment, describe_call, export_for
-from inplace_builder.standalone.plan import build_direct_plan
+from inplace_builder.standalone.plan import build_standalone_plan
 from inplace_builder.standalone.serialize import Binding, Serialized, serialize
-from inplace_builder.standalone.verify import verify_direct
-from inplace_builder.standalone.write import write_direct
+from inplace_builder.standalone.verify import verify_standalone
+from inplace_builder.standalone.write import write_standalone
 
 __all__ = ["Binding", "EngineKind", "Serialized", "build", "serialize"]
 
@@ -89,14 +89,14 @@ def build(
     plan = (
         None
         if engine == "torch"
-        else build_direct_plan(
+        else build_standalone_plan(
             capture, call, engine, alias=alias, strict=strict, optimization_level=optimization_level
         )
     )
     try:
         with published(target) as folder:
-            manifest = write_direct(folder, capture, call, plan)
-            notes = verify_direct(_loaded(folder), reference, arguments, consecutive)
+            manifest = write_standalone(folder, capture, call, plan)
+            notes = verify_standalone(_loaded(folder), reference, arguments, consecutive)
             manifest.model_copy(update={"built_with": manifest.built_with | notes}).save(folder)
     except OSError as error:
         raise BuildError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
-from inplace.schema.standalone import Argument, Call
+from inplace.schema.standalone import Argument, CallSignature
 from inplace.standalone.checks import ALIGNMENT
 from inplace.standalone.torch_graph import described, ranges, results
 from torch import Tensor
@@ -25,7 +25,7 @@ from inplace_builder.states.lift import exported_program
 from inplace_builder.states.state import State
 
 
-def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
+def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSignature:
     """How the module was called, leaf by leaf."""
     args, named = exported.example_inputs
     signature = exported.module_call_graph[0].signature
@@ -93,7 +93,7 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> Call:
         raise BuildError(
             f"an output cannot be returned by an engine: {brief(error)}; return tensors, numbers and constants"
         ) from error
-    return Call(
+    return CallSignature(
         arguments=tuple(arguments),
         ranges=ranges(capture.exported, [argument.shape for argument in arguments]),
         results=returned,

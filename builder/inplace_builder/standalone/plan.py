@@ -8,7 +8,7 @@ from inplace.schema.artifacts import Plan, Profile
 from inplace.schema.extents import evaluate
 from inplace.schema.served import Alias, AliasKind, Lowering
 from inplace.schema.specs import StateSpec
-from inplace.schema.standalone import SLOTS, Call, result_name
+from inplace.schema.standalone import SLOTS, CallSignature, result_name
 from inplace.trt import Flavor, TensorRT
 
 from inplace_builder.capture.exported import ExportedCapture
@@ -20,7 +20,7 @@ from inplace_builder.states.state import State
 
 
 @dataclass(frozen=True)
-class DirectPlan:
+class StandalonePlan:
     """A compiled module.
 
     Attributes:
@@ -38,16 +38,16 @@ class DirectPlan:
     notes: dict[str, str]
 
 
-def build_direct_plan(
+def build_standalone_plan(
     capture: ExportedCapture,
-    call: Call,
+    call: CallSignature,
     flavor: Flavor,
     *,
     alias: AliasKind | None = None,
     strict: bool = False,
     compute_capability: str | None = None,
     optimization_level: int | None = None,
-) -> DirectPlan:
+) -> StandalonePlan:
     """Lower and compile a captured module.
 
     Args:
@@ -66,7 +66,7 @@ def build_direct_plan(
     """
     target = Target.of(flavor, compute_capability)
     ranges = _ranges(call)
-    lowered, lowering = lower_direct(capture, call, target.tensorrt, alias=alias, strict=strict)
+    lowered, lowering = lower_standalone(capture, call, target.tensorrt, alias=alias, strict=strict)
     kinds = {record.state: record.kind for record in lowering}
     aliases = tuple(
         Alias(output=output, input=state, kind=kinds[state])
@@ -81,12 +81,12 @@ def build_direct_plan(
     used = {name: found for name, found in ranges.items() if name in kept}
     content = bytes(compile_network(lowered, [used] if used else [], options))
     record = target.plan([Profile(rows=(capture.rows,) * 2, tokens=(capture.rows,) * 2)])
-    return DirectPlan(content, record, aliases, lowering, {flavor: record.version})
+    return StandalonePlan(content, record, aliases, lowering, {flavor: record.version})
 
 
-def lower_direct(
+def lower_standalone(
     capture: ExportedCapture,
-    call: Call,
+    call: CallSignature,
     tensorrt: TensorRT,
     *,
     alias: AliasKind | None = None,
@@ -95,7 +95,7 @@ def lower_direct(
     """The network of a captured module, each state an input of just its own extents, and how each state is updated.
 
     Raises:
-        BuildError: as `build_direct_plan`.
+        BuildError: as `build_standalone_plan`.
     """
     _check_leaves(call)
     if strict and alias == "copy":
@@ -148,7 +148,7 @@ def _bound_shape(state: State, spec: StateSpec, rows: int) -> tuple[int, ...]:
     )
 
 
-def _check_leaves(call: Call) -> None:
+def _check_leaves(call: CallSignature) -> None:
     for argument in call.arguments:
         if argument.kind == "state" and any(isinstance(extent, str) for extent in argument.shape):
             raise BuildError(
@@ -166,7 +166,7 @@ def _check_leaves(call: Call) -> None:
             )
 
 
-def _ranges(call: Call) -> dict[str, Range]:
+def _ranges(call: CallSignature) -> dict[str, Range]:
     """Smallest, usual and largest shape of every input with a dynamic extent; usual is the largest, which is what is tuned for."""
     least = {symbol: max(low or 0, 1) for symbol, (low, _) in call.ranges.items()}
     most: Mapping[str, Any] = {

@@ -9,15 +9,15 @@ import torch
 from inplace.schema.artifacts import Plan
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Alias, AliasKind, Lowering
-from inplace.schema.standalone import SLOTS, DirectState, result_name
+from inplace.schema.standalone import SLOTS, StandaloneState, result_name
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.call import EngineKind, alignment, describe_call, export_for
-from inplace_builder.standalone.plan import build_direct_plan
-from inplace_builder.standalone.write import direct_states, lowering
+from inplace_builder.standalone.plan import build_standalone_plan
+from inplace_builder.standalone.write import lowering, standalone_states
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Serialized:
         lowering: how each state is updated, and why.
         ranges: smallest and largest value of each symbol; None is no limit.
         records: the states as an engine's manifest has them: whose memory they are and where they come from. Several may be parts of one
-            tensor, under the same source (`DirectState.part`): bind those as views of it, or as tensors of their own.
+            tensor, under the same source (`StandaloneState.part`): bind those as views of it, or as tensors of their own.
         initial: for each state what it held at the build, as it is bound; a copy.
     """
 
@@ -65,7 +65,7 @@ class Serialized:
     aliases: tuple[Alias, ...]
     lowering: tuple[Lowering, ...]
     ranges: Mapping[str, tuple[int | None, int | None]]
-    records: tuple[DirectState, ...]
+    records: tuple[StandaloneState, ...]
     initial: Mapping[str, Tensor]
 
 
@@ -101,7 +101,7 @@ def serialize(
         exported, consecutive=consecutive, strict=strict, alignment=alignment(engine)
     )
     call = describe_call(exported, capture)
-    records = direct_states(capture, call)
+    records = standalone_states(capture, call)
     owned = list(dict.fromkeys(state.source for state in records if state.owner == "module"))
     if owned and not lift_mutable_buffers:
         raise BuildError(
@@ -110,7 +110,7 @@ def serialize(
         )
     plan = None
     if engine != "torch":
-        plan = build_direct_plan(
+        plan = build_standalone_plan(
             capture, call, engine, alias=alias, strict=strict, compute_capability=compute_capability
         )
     inputs = [
@@ -150,7 +150,7 @@ def serialize(
     )
 
 
-def _bound(state: DirectState, initial: Tensor) -> tuple[int | str, ...]:
+def _bound(state: StandaloneState, initial: Tensor) -> tuple[int | str, ...]:
     """Extents as they are bound: with a slot in front where the tensor has none."""
     return (*initial.shape[: initial.dim() - len(state.extents)], *state.extents)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from inplace.schema.dtypes import Dtype
-from inplace.schema.standalone import Argument, DirectManifest
+from inplace.schema.standalone import Argument, StandaloneManifest
 from inplace.standalone import Engine
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -15,7 +15,7 @@ from inplace_builder.compare import TOLERANCE, is_inexact, same_bits
 from inplace_builder.errors import BuildError, brief
 
 
-def verify_direct(
+def verify_standalone(
     engine: Engine, reference: torch.nn.Module, arguments: Any, promised: Collection[str] = ()
 ) -> dict[str, str]:
     """Call engine and module side by side, each where it runs, on its own copy of the states.
@@ -155,7 +155,7 @@ class _Changes:
         promised: inputs whose integers stay.
     """
 
-    def __init__(self, manifest: DirectManifest, promised: Collection[str]) -> None:
+    def __init__(self, manifest: StandaloneManifest, promised: Collection[str]) -> None:
         self._free = [
             argument.kind == "tensor" and argument.name not in promised
             for argument in manifest.call.arguments

@@ -6,21 +6,21 @@ import torch
 from inplace.schema.artifacts import EngineFile, File
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Lowering
-from inplace.schema.standalone import Call, DirectManifest, DirectState
+from inplace.schema.standalone import CallSignature, StandaloneManifest, StandaloneState
 from inplace.standalone.engine import write_held
 
 from inplace_builder import archive
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.served.write import PLAN_FILE, TORCH_FILE
 from inplace_builder.standalone.call import dtype_of
-from inplace_builder.standalone.plan import DirectPlan
+from inplace_builder.standalone.plan import StandalonePlan
 from inplace_builder.states.state import Owner
 from inplace_builder.versions import built_with
 
 
-def write_direct(
-    folder: Path, capture: ExportedCapture, call: Call, plan: DirectPlan | None
-) -> DirectManifest:
+def write_standalone(
+    folder: Path, capture: ExportedCapture, call: CallSignature, plan: StandalonePlan | None
+) -> StandaloneManifest:
     """Write a captured module as a graph of PyTorch, or as the plan that was compiled of it.
 
     Raises:
@@ -46,8 +46,8 @@ def write_direct(
             dtype=dtype,
             plan=plan.record,
         )
-    manifest = DirectManifest(
-        states=direct_states(capture, call),
+    manifest = StandaloneManifest(
+        states=standalone_states(capture, call),
         aliases=tuple(str(alias) for alias in (capture.aliases if plan is None else plan.aliases)),
         lowering=lowering(capture, plan),
         call=call,
@@ -60,7 +60,7 @@ def write_direct(
     return manifest
 
 
-def lowering(capture: ExportedCapture, plan: DirectPlan | None) -> tuple[Lowering, ...]:
+def lowering(capture: ExportedCapture, plan: StandalonePlan | None) -> tuple[Lowering, ...]:
     """How each state is updated: the verdict on the module's writes, and for a plan the mechanism."""
     if plan is None:
         return capture.lowering
@@ -79,11 +79,11 @@ def held_states(capture: ExportedCapture) -> dict[str, torch.Tensor]:
     return {tensor.source: tensor.initial for tensor in owned}
 
 
-def direct_states(capture: ExportedCapture, call: Call) -> tuple[DirectState, ...]:
+def standalone_states(capture: ExportedCapture, call: CallSignature) -> tuple[StandaloneState, ...]:
     """The states as the manifest has them."""
     passed = {argument.name: argument for argument in call.arguments}
     return tuple(
-        DirectState(
+        StandaloneState(
             name=state.name,
             owner="caller" if state.found.owner is Owner.CALLER else "module",
             source=passed[name].where

@@ -10,12 +10,12 @@ import pytest
 import torch
 from direct_modules import CASES, Case, Tokens
 from inplace.schema.served import AliasKind
-from inplace.schema.standalone import Call, result_name
+from inplace.schema.standalone import CallSignature, result_name
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.call import describe_call, export_for
-from inplace_builder.standalone.plan import build_direct_plan, lower_direct
+from inplace_builder.standalone.plan import build_standalone_plan, lower_standalone
 from network_interpreter import interpret
 from state_modules import Owned
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def rtx() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
-def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, Call]:
+def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, CallSignature]:
     options = dict(case.options)
     exported = export_for(
         module,
@@ -51,9 +51,9 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(
     capture, call = captured(case, deepcopy(eager))
     if kind == "kv_cache_update" and not case.native and case.name != "tokens":
         with pytest.raises(BuildError, match=r"no mechanism can update .*kv_cache_update: "):
-            lower_direct(capture, call, rtx, alias=kind)
+            lower_standalone(capture, call, rtx, alias=kind)
         return
-    lowered, lowering = lower_direct(capture, call, rtx, alias=kind)
+    lowered, lowering = lower_standalone(capture, call, rtx, alias=kind)
     assert {record.kind for record in lowering} == {kind}
     states, memory = (
         case.states(),
@@ -77,7 +77,7 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(
             torch.testing.assert_close(
                 memory[state.name], state.bound(owned(state)), msg=f"{{}} of {state.name}".format
             )
-    plan = build_direct_plan(capture, call, "tensorrt_rtx", alias=kind, compute_capability=GPU)
+    plan = build_standalone_plan(capture, call, "tensorrt_rtx", alias=kind, compute_capability=GPU)
     assert len(plan.content) > 1000 and plan.record.compute_capability == GPU
     assert {str(alias) for alias in plan.aliases} == {
         f"{s.name}_updated@{s.name}@{kind}" for s in capture.states
@@ -102,7 +102,7 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
     with pytest.raises(
         BuildError, match="argument start is a Python number that changes from call to call"
     ):
-        build_direct_plan(*captured(number, Number()), "tensorrt_rtx", compute_capability=GPU)
+        build_standalone_plan(*captured(number, Number()), "tensorrt_rtx", compute_capability=GPU)
     endless = torch.export.Dim("endless", min=1)
     shapes: Any = ({}, {2: endless}, {0: endless})
     known = next(case for case in CASES if case.name == "tokens")
@@ -114,7 +114,7 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         options={"dynamic_shapes": shapes, "consecutive": ["positions"]},
     )
     with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
-        build_direct_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)
+        build_standalone_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)
     wide = Case(
         "wide",
         Tokens,
@@ -125,9 +125,9 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         BuildError,
         match=r"copy: TensorRT does not select between elements of cache, which is float64",
     ):
-        build_direct_plan(*captured(wide, Tokens()), "tensorrt_rtx", compute_capability=GPU)
+        build_standalone_plan(*captured(wide, Tokens()), "tensorrt_rtx", compute_capability=GPU)
     with pytest.raises(BuildError, match="strict refuses the mechanism copy"):
-        build_direct_plan(
+        build_standalone_plan(
             *captured(CASES[0], CASES[0].module()),
             "tensorrt_rtx",
             alias="copy",
@@ -136,4 +136,4 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         )
     if not torch.cuda.is_available():
         with pytest.raises(BuildError, match="PyTorch sees none here"):
-            build_direct_plan(*captured(CASES[0], CASES[0].module()), "tensorrt_rtx")
+            build_standalone_plan(*captured(CASES[0], CASES[0].module()), "tensorrt_rtx")

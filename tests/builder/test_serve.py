@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from inplace.schema.proxy import FrontFile
+from inplace.schema.proxy import ProxyFile
 from inplace.server.settings import MOST_WAITING
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import build_decoder, write_engine
@@ -82,7 +82,7 @@ def test_its_front_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
         ("stop", True),
     ]
     assert outputs(config) == GENERATED
-    assert FrontFile.load(front / "1") == FrontFile(model="llama", most=STREAM.slots + MOST_WAITING)
+    assert ProxyFile.load(front / "1") == ProxyFile(model="llama", most=STREAM.slots + MOST_WAITING)
 
 
 def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
@@ -92,7 +92,7 @@ def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
     front = tmp_path / "sums_generate"
     options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
     (front / "1").mkdir(parents=True)
-    FrontFile(model="sums", most=1).save(front / "1")
+    ProxyFile(model="sums", most=1).save(front / "1")
     write_engine(accumulator(), model, options)
     assert not front.exists()
     assert [(tensor.name, tensor.optional) for tensor in parsed(model).input] == [("value", False)]
@@ -103,9 +103,9 @@ def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
 def test_a_front_of_another_model_is_left_alone(tmp_path: Path) -> None:
     front = tmp_path / "sums_generate"
     (front / "1").mkdir(parents=True)
-    FrontFile(model="other", most=1).save(front / "1")
+    ProxyFile(model="other", most=1).save(front / "1")
     write_engine(accumulator(), tmp_path / "sums", BuildOptions(slots=4, max_rows=4, capacity=1))
-    assert FrontFile.load(front / "1").model == "other"
+    assert ProxyFile.load(front / "1").model == "other"
 
 
 def test_a_folder_that_is_no_front_is_never_replaced(tmp_path: Path) -> None:

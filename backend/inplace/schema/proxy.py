@@ -17,7 +17,7 @@ SUFFIX = "_generate"
 """The front of a model ``name`` is the model ``name_generate``."""
 
 
-class FrontFile(Frozen):
+class ProxyFile(Frozen):
     """A front.
 
     Attributes:

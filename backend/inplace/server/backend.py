@@ -28,7 +28,7 @@ from inplace.runtime.observer import Observer, line
 from inplace.runtime.requests import Request
 from inplace.schema.served import Manifest
 from inplace.server.channel import FLAG_END, FLAG_START, TritonChannel, output, readable, refusal
-from inplace.server.generate_proxy import Front
+from inplace.server.generate_proxy import GenerateProxy
 from inplace.server.reports import TritonMetrics, log_to_triton
 from inplace.server.settings import Settings, served
 from inplace.server.stub import check_numpy, end_with_server
@@ -61,7 +61,7 @@ class TritonPythonModel:
         self._guard = end_with_server()
         try:
             self._served: Served = (
-                Front(args) if served(args["model_config"]) == "front" else _engine(args)
+                GenerateProxy(args) if served(args["model_config"]) == "front" else _engine(args)
             )
         except LoadError as error:
             self._log.stop()

@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 from inplace.errors import Code, RequestError, failed
 from inplace.protocol import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENCE_KEY
 from inplace.runtime.observer import line
-from inplace.schema.proxy import FrontFile
+from inplace.schema.proxy import ProxyFile
 from inplace.server.channel import FLAG_END, FLAG_START, refusal
 
 PERIOD = 0.03
@@ -49,7 +49,7 @@ OWN = (SEQUENCE_KEY, POSITION, FETCH)
 log = logging.getLogger("inplace")
 
 
-class Front:
+class GenerateProxy:
     """Starts a sequence of the stream model for each request, passes its generation on, and ends it.
 
     Cancellation does not cross requests that a backend makes, so a thread asks for it here and ends the sequence and thereby the
@@ -63,7 +63,7 @@ class Front:
     """
 
     def __init__(self, args: dict[str, str]) -> None:
-        file = FrontFile.load(Path(args["model_repository"]) / args["model_version"])
+        file = ProxyFile.load(Path(args["model_repository"]) / args["model_version"])
         self._model = file.model
         self._most = file.most
         self._running: dict[int, _Relay] = {}

@@ -17,10 +17,10 @@ from inplace_builder.served.model_config import Language, model_config
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.served.proxy import (
     MODEL_VERSION,
-    front_occupied,
-    front_of,
-    remove_front,
-    write_front,
+    proxy_occupied,
+    proxy_of,
+    remove_proxy,
+    write_proxy,
 )
 from inplace_builder.served.verify import verify
 from inplace_builder.served.write import Written, write_tensorrt, write_torch
@@ -132,7 +132,7 @@ def write_engine(
     generates = options.serve == "stream" and capture.program.language is not None
     with (
         _published(output) as draft,
-        _published(front_of(output)) if generates else contextlib.nullcontext() as front_draft,
+        _published(proxy_of(output)) if generates else contextlib.nullcontext() as front_draft,
     ):
         folder = draft / VERSION
         stage("write the engine")
@@ -184,9 +184,9 @@ def write_engine(
             manifest.save(folder)
             (draft / "config.pbtxt").write_text(config.text())
             if front_draft is not None and language is not None:
-                write_front(front_draft, manifest, language)
+                write_proxy(front_draft, manifest, language)
     if not generates:
-        remove_front(output)
+        remove_proxy(output)
     return manifest
 
 
@@ -208,7 +208,7 @@ def check_output(output: Path, options: BuildOptions) -> None:
     """BuildError if ``output`` holds something that is not an engine directory, or its front's place something that is no front."""
     if (reason := occupied(output, Path(VERSION, FILE_NAME))) is not None:
         raise BuildError(reason)
-    if options.serve == "stream" and (reason := front_occupied(output)) is not None:
+    if options.serve == "stream" and (reason := proxy_occupied(output)) is not None:
         raise BuildError(reason)
 
 

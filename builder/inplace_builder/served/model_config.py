@@ -208,7 +208,7 @@ def model_config(
     )
 
 
-def front_config(name: str, language: Language) -> ModelConfig:
+def proxy_config(name: str, language: Language) -> ModelConfig:
     """The configuration of a stream model's front: generations without sequences."""
     return ModelConfig(
         name=name,

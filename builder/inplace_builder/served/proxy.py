@@ -6,41 +6,41 @@ from pathlib import Path
 
 from inplace.errors import LoadError
 from inplace.schema.files import occupied
-from inplace.schema.proxy import FILE_NAME, SUFFIX, FrontFile
+from inplace.schema.proxy import FILE_NAME, SUFFIX, ProxyFile
 from inplace.schema.served import Manifest
 from inplace.server.settings import MOST_WAITING
 
-from inplace_builder.served.model_config import Language, front_config
+from inplace_builder.served.model_config import Language, proxy_config
 
 MODEL_VERSION = "1"
 """Triton's model version, the folder that an engine or a front lies in."""
 
 
-def front_of(model: Path) -> Path:
+def proxy_of(model: Path) -> Path:
     """Where the front of a model lies."""
     return model.with_name(model.name + SUFFIX)
 
 
-def front_occupied(model: Path) -> str | None:
+def proxy_occupied(model: Path) -> str | None:
     """Why the front of a model cannot be written; None where it can."""
-    reason = occupied(front_of(model), Path(MODEL_VERSION, FILE_NAME))
+    reason = occupied(proxy_of(model), Path(MODEL_VERSION, FILE_NAME))
     return reason and f"{reason}; a stream model's front is written there"
 
 
-def write_front(draft: Path, manifest: Manifest, language: Language) -> None:
+def write_proxy(draft: Path, manifest: Manifest, language: Language) -> None:
     """Write the front of a model into a draft of its folder.
 
     Raises:
         OSError: it cannot be written.
     """
     (draft / MODEL_VERSION).mkdir()
-    FrontFile(model=manifest.name, most=manifest.slots + MOST_WAITING).save(draft / MODEL_VERSION)
-    (draft / "config.pbtxt").write_text(front_config(manifest.name + SUFFIX, language).text())
+    ProxyFile(model=manifest.name, most=manifest.slots + MOST_WAITING).save(draft / MODEL_VERSION)
+    (draft / "config.pbtxt").write_text(proxy_config(manifest.name + SUFFIX, language).text())
 
 
-def remove_front(model: Path) -> None:
+def remove_proxy(model: Path) -> None:
     """Remove the front of an earlier build, which would now pass requests on to a model that takes none."""
-    front = front_of(model)
+    front = proxy_of(model)
     with contextlib.suppress(LoadError, OSError):
-        if FrontFile.load(front / MODEL_VERSION).model == model.name:
+        if ProxyFile.load(front / MODEL_VERSION).model == model.name:
             shutil.rmtree(front)

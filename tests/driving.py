@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from inplace.drivers.step import Answer, StepDriver
-from inplace.engines import ALONE, Engine, Finish
+from inplace.engines import ALONE, Finish, StepEngine
 from inplace.errors import Code, RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
@@ -45,7 +45,7 @@ class Watched:
         ahead: compute each step when it is launched, and say so.
     """
 
-    def __init__(self, engine: Engine, *, ahead: bool = False) -> None:
+    def __init__(self, engine: StepEngine, *, ahead: bool = False) -> None:
         self._engine, self.ahead = engine, ahead
         self.slots: list[list[int]] = []
         self.counts: list[list[int]] = []

@@ -10,7 +10,7 @@ import torch
 from driving import Watched
 from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
-from inplace.engines import Engine, Finish
+from inplace.engines import Finish, StepEngine
 from inplace.errors import Code, RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
@@ -210,7 +210,7 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE) -> float:
 class _Slow:
     """An engine whose steps take longer."""
 
-    def __init__(self, engine: Engine, seconds: float) -> None:
+    def __init__(self, engine: StepEngine, seconds: float) -> None:
         self.engine, self._seconds, self.ahead = engine, seconds, engine.ahead
 
     def attached(self) -> AbstractContextManager[object]:

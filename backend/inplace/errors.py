@@ -12,7 +12,7 @@ class LoadError(InplaceError):
 
 
 class CallError(InplaceError):
-    """A call of `inplace.standalone.Engine` is refused; no state was touched. The text names the argument."""
+    """A call of `inplace.standalone.StepEngine` is refused; no state was touched. The text names the argument."""
 
 
 class Code(StrEnum):

@@ -1,6 +1,6 @@
 """Engines: what runs a program over state that is bound in place."""
 
-from inplace.engines.base import ALONE, Engine, Finish
+from inplace.engines.base import ALONE, Finish, StepEngine
 from inplace.runtime.loading import load_engine
 
-__all__ = ["ALONE", "Engine", "Finish", "load_engine"]
+__all__ = ["ALONE", "StepEngine", "Finish", "load_engine"]

@@ -18,7 +18,7 @@ returns the wanted outputs by name, ``[rows, ...]``, on the host, the caller's t
 """
 
 
-class Engine(Protocol):
+class StepEngine(Protocol):
     """A loaded program, bound to an arena."""
 
     @property

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from inplace.engines import ALONE, Engine, Finish, load_engine
+from inplace.engines import ALONE, Finish, StepEngine, load_engine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, Batch, follow, form
@@ -64,7 +64,7 @@ class ModelInstance:
         self,
         manifest: Manifest,
         arena: Arena,
-        engine: Engine,
+        engine: StepEngine,
         idle_timeout: float,
         clock: Callable[[], float] = monotonic,
     ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from inplace.engines.arena import Arena
-from inplace.engines.base import ALONE, Engine
+from inplace.engines.base import ALONE, StepEngine
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.runtime.batcher import ActiveRequest, form
@@ -21,7 +21,7 @@ NULL = -1
 """The slot of a null row."""
 
 
-def warm(engine: Engine, program: Program) -> None:
+def warm(engine: StepEngine, program: Program) -> None:
     """Run a program on null rows: one that decodes, as many as fit, and one with a whole chunk.
 
     Raises:
@@ -60,7 +60,7 @@ def _null_row(program: Program, tokens: int) -> ActiveRequest:
     )
 
 
-def load_engine(folder: Path, manifest: Manifest, arena: Arena) -> Engine:
+def load_engine(folder: Path, manifest: Manifest, arena: Arena) -> StepEngine:
     """Load the engine file that the manifest names, whole and unchanged, bind its states to the arena, and warm it.
 
     Raises:

@@ -14,7 +14,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.tensorrt.contexts import Contexts
 from inplace.engines.tensorrt.plan import check_native_aliases, open_plan
-from inplace.engines.tensorrt.steps import IdentitySteps, IndirectSteps
+from inplace.engines.tensorrt.steps import DynamicSlotSteps, StaticSlotSteps
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.served import Manifest
@@ -59,8 +59,8 @@ class TensorRtEngine:
         try:
             weights = _weights(folder, plan)
             contexts = Contexts(opened.tensorrt, engine, plan, weights, opened.log, opened.plugins)
-            kind = IdentitySteps if program.identity else IndirectSteps
-            self._steps: IdentitySteps | IndirectSteps = kind(
+            kind = StaticSlotSteps if program.identity else DynamicSlotSteps
+            self._steps: StaticSlotSteps | DynamicSlotSteps = kind(
                 program, arena, contexts, graphs=graphs
             )
             self._steps.warm()
@@ -111,7 +111,7 @@ class TensorRtEngine:
         return self._steps.launch(inputs, wanted)
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
-        """Microseconds of one step on the GPU, see `IndirectSteps.time`; for benchmarks."""
+        """Microseconds of one step on the GPU, see `DynamicSlotSteps.time`; for benchmarks."""
         return self._steps.time(inputs, count)
 
 

@@ -33,7 +33,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph | None
 
 
-class IndirectSteps:
+class DynamicSlotSteps:
     """Pads a step to a captured size and replays it.
 
     Args:
@@ -225,7 +225,7 @@ def timed(stream: torch.cuda.Stream, work: Callable[[], object], count: int) -> 
 PACKED = (Role.TOKENS, Role.POSITIONS)
 
 
-class IdentitySteps:
+class StaticSlotSteps:
     """Runs a step as one decode step over all slots, and one step for each row with more tokens.
 
     Args:
@@ -353,7 +353,7 @@ class IdentitySteps:
         self._replay()
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
-        """As `IndirectSteps.time`, for a step of one token a row."""
+        """As `DynamicSlotSteps.time`, for a step of one token a row."""
         slots = self._of(inputs, Role.SLOTS)
         self._together(inputs, list(range(len(slots))), slots, list(range(len(slots) + 1)))
         return timed(self._contexts.stream, self._replay, 2 * count)

@@ -11,23 +11,23 @@ import torch
 from inplace.operators import ACTIVATIONS
 from inplace.plugins import (
     OPERATIONS,
-    Argmax,
-    Attention,
-    Linear,
+    ArgmaxOperation,
+    AttentionOperation,
+    LinearOperation,
     Operation,
-    RmsNorm,
-    Update,
+    RmsNormOperation,
+    UpdateOperation,
     plugins,
 )
 from inplace.trt import load_tensorrt
 
 HALF, INT = torch.bfloat16, torch.int32
-MERGED = Attention(
+MERGED = AttentionOperation(
     heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=64, merged=True
 )
 EXAMPLES: list[Operation] = [
     MERGED,
-    Attention(
+    AttentionOperation(
         heads=8,
         kv_heads=2,
         dim=96,
@@ -38,18 +38,22 @@ EXAMPLES: list[Operation] = [
         ring=True,
         softcap=30.5,
     ),
-    Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=16),
-    Attention(
+    AttentionOperation(
+        heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=16
+    ),
+    AttentionOperation(
         heads=8, kv_heads=8, dim=64, value_dim=64, scale=1.0, max_rows=9, append=False, causal=False
     ),
-    Linear(inputs=576, outputs=3072, norm=True, eps=1e-5, activation="silu", gated=True),
-    Linear(inputs=576, outputs=960, bias=True, residual=True, activation="gelu_tanh"),
-    Linear(inputs=576, outputs=49152, norm=True, eps=1e-6, float_out=True),
-    RmsNorm(width=128, eps=1e-6),
-    Argmax(max_rows=9),
-    Update(),
-    Update(axis=2, append=True, packed=True, ring=True, readers=2),
-    Attention(heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, readers=2),
+    LinearOperation(inputs=576, outputs=3072, norm=True, eps=1e-5, activation="silu", gated=True),
+    LinearOperation(inputs=576, outputs=960, bias=True, residual=True, activation="gelu_tanh"),
+    LinearOperation(inputs=576, outputs=49152, norm=True, eps=1e-6, float_out=True),
+    RmsNormOperation(width=128, eps=1e-6),
+    ArgmaxOperation(max_rows=9),
+    UpdateOperation(),
+    UpdateOperation(axis=2, append=True, packed=True, ring=True, readers=2),
+    AttentionOperation(
+        heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, readers=2
+    ),
 ]
 
 
@@ -150,12 +154,12 @@ def test_linear_shapes_and_types() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_survive_a_plan(activation: str) -> None:
-    layer = Linear(inputs=8, outputs=8, activation=activation)
-    assert Linear.from_fields(layer.to_fields()) == layer
+    layer = LinearOperation(inputs=8, outputs=8, activation=activation)
+    assert LinearOperation.from_fields(layer.to_fields()) == layer
 
 
 def test_update_comes_after_what_was_read() -> None:
-    update = Update(axis=1, append=True, readers=2)
+    update = UpdateOperation(axis=1, append=True, readers=2)
     assert update.input_count == 6
     assert dict(update.aliases) == {0: 0}
     dtypes = [torch.int8, INT, torch.int8, INT, torch.float32, torch.bool, torch.int8]

@@ -10,7 +10,7 @@ from driving import Open, add, ask, outputs, prompt, refused, token
 from inplace.errors import Code, RequestError
 from inplace.kernels.gumbel import UNIT, gumbels, kept, philox, uniforms, weights
 from inplace.operators import argmax, sample
-from inplace.plugins import OPERATIONS, Sample
+from inplace.plugins import OPERATIONS, SampleOperation
 from inplace.runtime.sampling import GREEDY, Parameter, Sampling
 from interpreter import needs_interpreter, run_interpreted
 from models import VOCABULARY, Repository
@@ -194,9 +194,9 @@ def test_the_kernel_equals_the_operator_in_the_interpreter() -> None:
 
 
 def test_the_plugin_says_what_it_takes() -> None:
-    plugin = Sample(max_rows=9)
-    assert OPERATIONS[plugin.name] is Sample
-    assert Sample.from_fields(plugin.to_fields()) == plugin
+    plugin = SampleOperation(max_rows=9)
+    assert OPERATIONS[plugin.name] is SampleOperation
+    assert SampleOperation.from_fields(plugin.to_fields()) == plugin
     assert plugin.output_shapes([[5, 700], *[[5]] * 5]) == [[5, 1]]
     assert plugin.locks() == 9
     dtypes = [part.dtype for part in (torch.zeros(1), *row(), torch.zeros(1, dtype=torch.int64))]

@@ -1,22 +1,22 @@
 """TensorRT plugins: the operators of a graph as TensorRT runs them, their states aliased outputs."""
 
 from inplace.plugins.adapter import OPERATIONS, Plugins, plugins, register
-from inplace.plugins.linear import Argmax, Linear, RmsNorm
+from inplace.plugins.linear import ArgmaxOperation, LinearOperation, RmsNormOperation
 from inplace.plugins.operation import Launch, Operation
-from inplace.plugins.sample import Sample
-from inplace.plugins.state import Attention, Update
+from inplace.plugins.sample import SampleOperation
+from inplace.plugins.state import AttentionOperation, UpdateOperation
 
 __all__ = [
     "OPERATIONS",
-    "Argmax",
-    "Attention",
+    "ArgmaxOperation",
+    "AttentionOperation",
     "Launch",
-    "Linear",
+    "LinearOperation",
     "Operation",
     "Plugins",
-    "RmsNorm",
-    "Sample",
-    "Update",
+    "RmsNormOperation",
+    "SampleOperation",
+    "UpdateOperation",
     "plugins",
     "register",
 ]

@@ -16,15 +16,15 @@ import torch
 from inplace.kernels.memory import Pointer
 from inplace.plugins.linear import STATELESS
 from inplace.plugins.operation import Launch, Operation, Shape
-from inplace.plugins.sample import Sample
-from inplace.plugins.state import Attention, Update
+from inplace.plugins.sample import SampleOperation
+from inplace.plugins.state import AttentionOperation, UpdateOperation
 from inplace.trt import TensorRT
 
 OPERATIONS: dict[str, type[Operation]] = {
     **STATELESS,
-    Sample.name: Sample,
-    Attention.name: Attention,
-    Update.name: Update,
+    SampleOperation.name: SampleOperation,
+    AttentionOperation.name: AttentionOperation,
+    UpdateOperation.name: UpdateOperation,
 }
 
 

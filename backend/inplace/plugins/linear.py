@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Linear(Operation):
+class LinearOperation(Operation):
     """``inplace::linear``: inputs x, weight, then bias, norm and residual as far as there are any."""
 
     name: ClassVar[str] = "InplaceLinear"
@@ -90,7 +90,7 @@ class Linear(Operation):
 
 
 @dataclass(frozen=True)
-class RmsNorm(Operation):
+class RmsNormOperation(Operation):
     """``inplace::rms_norm``: inputs x, weight."""
 
     name: ClassVar[str] = "InplaceRmsNorm"
@@ -130,7 +130,7 @@ class RmsNorm(Operation):
 
 
 @dataclass(frozen=True)
-class Argmax(Operation):
+class ArgmaxOperation(Operation):
     """``inplace::argmax``: one input, ``[rows, count]``."""
 
     name: ClassVar[str] = "InplaceArgmax"
@@ -177,4 +177,6 @@ class Argmax(Operation):
         )
 
 
-STATELESS: Mapping[str, type[Operation]] = {kind.name: kind for kind in (Linear, RmsNorm, Argmax)}
+STATELESS: Mapping[str, type[Operation]] = {
+    kind.name: kind for kind in (LinearOperation, RmsNormOperation, ArgmaxOperation)
+}

@@ -23,7 +23,7 @@ TYPES = (
 
 
 @dataclass(frozen=True)
-class Sample(Operation):
+class SampleOperation(Operation):
     """``inplace::sample``: scores ``[rows, count]``, then temperature, top_k, top_p, seeds and positions, ``[rows]`` each."""
 
     name: ClassVar[str] = "InplaceSample"

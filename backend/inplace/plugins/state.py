@@ -14,7 +14,7 @@ from inplace.plugins.operation import Launch, Operation, Shape, tokens
 
 
 @dataclass(frozen=True)
-class Attention(Operation):
+class AttentionOperation(Operation):
     """``inplace::attention`` and ``inplace::qkv_attention``.
 
     Inputs: query, key, value (merged: one tensor with all three; without append: the query alone), then cos and sin when ``rotary``, the
@@ -155,7 +155,7 @@ class Attention(Operation):
 
 
 @dataclass(frozen=True)
-class Update(Operation):
+class UpdateOperation(Operation):
     """``inplace::update``.
 
     Inputs: state, slots, value, then row_offsets (``packed``) and write_indices (``append``), then whatever must have been read

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from inplace.kernels.attention import MAX_DIM
-from inplace.plugins import Argmax, Attention, Linear, Operation, RmsNorm, Sample, Update, plugins
+from inplace.plugins import (
+    ArgmaxOperation,
+    AttentionOperation,
+    LinearOperation,
+    Operation,
+    RmsNormOperation,
+    SampleOperation,
+    UpdateOperation,
+    plugins,
+)
 from inplace.trt import TensorRT
 from torch.fx import Node
 
@@ -78,7 +87,7 @@ def _linear(
         "norm": norm is not None,
         "residual": residual is not None,
     }
-    operation = Linear(inputs=inputs, outputs=outputs, **given, **options)
+    operation = LinearOperation(inputs=inputs, outputs=outputs, **given, **options)
     return _add(
         ctx, operation, [x, weight, *(part for part in (bias, norm, residual) if part is not None)]
     )[0]
@@ -86,17 +95,19 @@ def _linear(
 
 @converter(inplace.rms_norm.default)
 def _rms_norm(ctx: Network, x: ITensor, weight: ITensor, eps: float) -> ITensor:
-    return _add(ctx, RmsNorm(width=ctx.meta(ctx.node.args[1]).shape[0], eps=eps), [x, weight])[0]
+    return _add(
+        ctx, RmsNormOperation(width=ctx.meta(ctx.node.args[1]).shape[0], eps=eps), [x, weight]
+    )[0]
 
 
 @converter(inplace.argmax.default)
 def _argmax(ctx: Network, scores: ITensor) -> ITensor:
-    return _add(ctx, Argmax(max_rows=MOST_ROWS), [scores])[0]
+    return _add(ctx, ArgmaxOperation(max_rows=MOST_ROWS), [scores])[0]
 
 
 @converter(inplace.sample.default)
 def _sample(ctx: Network, scores: ITensor, *parameters: ITensor) -> ITensor:
-    return _add(ctx, Sample(max_rows=MOST_ROWS), [scores, *parameters])[0]
+    return _add(ctx, SampleOperation(max_rows=MOST_ROWS), [scores, *parameters])[0]
 
 
 @state_converter(inplace.attention.default, "plugin")
@@ -157,7 +168,7 @@ def _attend(
     *rows: ITensor,
     **options: Any,
 ) -> ITensor:
-    """An attention plugin; ``options`` are fields of `Attention` that the operator names."""
+    """An attention plugin; ``options`` are fields of `AttentionOperation` that the operator names."""
     controls = [ctx.cast(row, torch.int32) for row in rows]
     given = all(
         control.is_network_input for control in controls
@@ -169,7 +180,7 @@ def _attend(
         if options.get("append", True)
         else []
     )
-    operation = Attention(
+    operation = AttentionOperation(
         kv_heads=kv_heads,
         dim=dim,
         value_dim=value_state.spec.shape[2],
@@ -201,7 +212,7 @@ def _update(
     ring: bool = False,
 ) -> None:
     readers = ctx.readers.pop(state.spec.name, [])
-    operation = Update(
+    operation = UpdateOperation(
         axis=axis,
         append=write_indices is not None,
         packed=row_offsets is not None,

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
-from inplace.client.calls import Call, Model, outputs_of, sent
+from inplace.client.calls import InferRequest, ModelMetadata, outputs_of, sent
 from inplace.client.endpoints import AVOIDED, Endpoints
 from inplace.client.errors import concerns, parsed
 from inplace.client.ledger import Ledger
@@ -217,7 +217,7 @@ def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
 def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(
     given: object, travels: object
 ) -> None:
-    call = Call(7, True, False, {}, sent({"x": given}))
+    call = InferRequest(7, True, False, {}, sent({"x": given}))
     assert repr(call.arguments("m")["parameters"]) == repr({"x": travels})
 
 
@@ -228,7 +228,9 @@ def test_a_parameter_of_another_type_is_a_type_error_before_anything_is_sent(giv
     with pytest.raises(
         TypeError, match=r"parameter 'seed' is .*; expected a text, a number or a truth value"
     ):
-        ledger.calls(want, Model(streams=True, tokens=frozenset({"input_ids"}), speaks=False))
+        ledger.calls(
+            want, ModelMetadata(streams=True, tokens=frozenset({"input_ids"}), speaks=False)
+        )
     assert not ledger.held
 
 

@@ -6,7 +6,7 @@ from typing import TypedDict, cast
 import numpy as np
 from tritonclient.utils import InferenceServerException
 
-from inplace.client.calls import Array, Call, Model, Parameter
+from inplace.client.calls import Array, InferRequest, ModelMetadata, Parameter
 from inplace.client.endpoints import Endpoints
 from inplace.client.errors import ClientError, RefusedError, UnreachableError, parsed
 from inplace.client.ledger import Ledger
@@ -72,7 +72,7 @@ class SequenceBase:
         return self._server
 
     def _judged(
-        self, error: InferenceServerException, call: Call | None, *, spoke: bool = False
+        self, error: InferenceServerException, call: InferRequest | None, *, spoke: bool = False
     ) -> ClientError:
         """The error to raise. Where the server is gone or has no room, the sequence is another one's from here on.
 
@@ -101,7 +101,7 @@ class SequenceBase:
             self._server = server
 
 
-def check_streams(sequence: SequenceBase, model: Model) -> None:
+def check_streams(sequence: SequenceBase, model: ModelMetadata) -> None:
     """Refuse to ask a model for a generation that is served step by step.
 
     Raises:
@@ -130,7 +130,7 @@ class GenerationBase:
     def __init__(self, want: Want, timeout: float) -> None:
         self.timeout = timeout
         self._progress = Progress(want)
-        self._call: Call | None = None  # the request under way
+        self._call: InferRequest | None = None  # the request under way
 
     @property
     def tokens(self) -> list[int]:

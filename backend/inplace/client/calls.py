@@ -24,7 +24,7 @@ ROUTE = "inplace-sequence"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelMetadata:
     """What the server's configuration says of a model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Model:
     speaks: bool
 
     @classmethod
-    def of(cls, config: Any) -> "Model":
+    def of(cls, config: Any) -> "ModelMetadata":
         """From Triton's ModelConfig message."""
         return cls(
             streams=config.model_transaction_policy.decoupled,
@@ -56,7 +56,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Call:
+class InferRequest:
     """One request.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Self
 
 from tritonclient.grpc import InferenceServerClient
 
-from inplace.client.calls import Model
+from inplace.client.calls import ModelMetadata
 from inplace.client.endpoints import Endpoints
 from inplace.client.retry import ONCE, Retry
 from inplace.client.stream import Stream
@@ -46,7 +46,7 @@ class Client:
             lambda url: InferenceServerClient(url, channel_args=CHANNEL)
         )
         self._connections: dict[str, InferenceServerClient] = {}
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ModelMetadata] = {}
         self._lock = threading.Lock()
 
     def connection(self, server: str) -> InferenceServerClient:
@@ -56,14 +56,14 @@ class Client:
                 self._connections[server] = self._connect(server)
             return self._connections[server]
 
-    def model(self, server: str, name: str, timeout: float) -> Model:
+    def model(self, server: str, name: str, timeout: float) -> ModelMetadata:
         """What a model is; the server is asked once.
 
         Raises:
             tritonclient.utils.InferenceServerException: it serves no such model, or does not answer.
         """
         if name not in self._models:
-            self._models[name] = Model.of(
+            self._models[name] = ModelMetadata.of(
                 self.connection(server).get_model_config(name, client_timeout=timeout).config
             )
         return self._models[name]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from inplace.client.calls import Array, Call, Model, sent
+from inplace.client.calls import Array, InferRequest, ModelMetadata, sent
 from inplace.client.errors import ClientError, SequenceLostError, UnreachableError
 from inplace.client.want import Part, Want, advance, extended, joined
 from inplace.errors import Code
@@ -60,7 +60,9 @@ class Ledger:
             else "replay is off"
         )
 
-    def calls(self, want: Want, model: Model, past: Sequence[Part] = ()) -> list[Call]:
+    def calls(
+        self, want: Want, model: ModelMetadata, past: Sequence[Part] = ()
+    ) -> list[InferRequest]:
         """The requests to send now, one after the other; the answer to the last one is what is wanted.
 
         Args:
@@ -77,14 +79,14 @@ class Ledger:
                     start=self._doubtful and bool(self.key and self.length),
                 )
             ]
-        calls: list[Call] = []
+        calls: list[InferRequest] = []
         position: int | None = 0
         for part in joined(self._past(past), want):
             calls.append(self._call(part, model, position, start=not calls))
             position = advance(position, part, model)
         return calls
 
-    def sent(self, call: Call, model: Model) -> None:
+    def sent(self, call: InferRequest, model: ModelMetadata) -> None:
         """The request is on its way."""
         self.held = True
         self._last = {
@@ -94,7 +96,7 @@ class Ledger:
         if INPUT_IDS in model.tokens:
             self._last = {INPUT_IDS: np.zeros(1, dtype=np.int64)}
 
-    def accepted(self, want: Want, model: Model, said: Sequence[int] = ()) -> None:
+    def accepted(self, want: Want, model: ModelMetadata, said: Sequence[int] = ()) -> None:
         """The last of `calls` was answered.
 
         Args:
@@ -117,7 +119,7 @@ class Ledger:
                 None if part is None else extended(extended(self._history, part), list(said))
             )
 
-    def failed(self, error: ClientError, call: Call, *, spoke: bool = False) -> ClientError:
+    def failed(self, error: ClientError, call: InferRequest, *, spoke: bool = False) -> ClientError:
         """Judge an error: what is known of the sequence now, and whether the same request may be made again.
 
         Args:
@@ -161,7 +163,7 @@ class Ledger:
             self.forget()
         return error
 
-    def interrupted(self, call: Call | None) -> None:
+    def interrupted(self, call: InferRequest | None) -> None:
         """The caller stopped waiting for the answer to a step."""
         if call is not None and not call.generates:
             self._doubtful = self.live
@@ -179,7 +181,7 @@ class Ledger:
         if self._history is not None:
             self.live = self._doubtful = False
 
-    def ending(self, model: Model) -> Call:
+    def ending(self, model: ModelMetadata) -> InferRequest:
         """The request that frees what the server may hold.
 
         Triton takes no request without inputs, so it is an END for a position that nothing can hold: it is refused, and ends all the same.
@@ -197,11 +199,13 @@ class Ledger:
             past = extended(past, part)
         return past
 
-    def _call(self, want: Want, model: Model, position: int | None, *, start: bool) -> Call:
+    def _call(
+        self, want: Want, model: ModelMetadata, position: int | None, *, start: bool
+    ) -> InferRequest:
         own: dict[str, str | int] = {SEQUENCE_KEY: self.key} if self.key else {}
         if position is not None:
             own[POSITION] = position
-        return Call(
+        return InferRequest(
             sequence=self.id,
             start=start,
             end=want.end,

@@ -11,7 +11,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from inplace.client.base import GenerationBase, Options, SequenceBase, check_streams, generation
-from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
+from inplace.client.calls import Array, InferRequest, ModelMetadata, Parameter, outputs_of
 from inplace.client.client import Borrowed, Client
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.ledger import Ledger
@@ -144,7 +144,9 @@ class Sequence(SequenceBase):
         raise AssertionError("tenacity returns or raises")
 
     @contextmanager
-    def _judging(self, call: Call | None, progress: Progress | None = None) -> Iterator[None]:
+    def _judging(
+        self, call: InferRequest | None, progress: Progress | None = None
+    ) -> Iterator[None]:
         """What tritonclient raises inside becomes the error to raise."""
         try:
             yield
@@ -159,7 +161,7 @@ class Sequence(SequenceBase):
             self._ledger.interrupted(call)
             raise
 
-    def _known(self) -> Model:
+    def _known(self) -> ModelMetadata:
         with self._judging(None):
             return self._client.model(self._server, self.model, self.timeout)
 
@@ -169,14 +171,16 @@ class Sequence(SequenceBase):
         self._ledger.accepted(want, model)
         return answer
 
-    def _replayed(self, want: Want, model: Model, past: SequenceOf[Part] = ()) -> Call:
+    def _replayed(
+        self, want: Want, model: ModelMetadata, past: SequenceOf[Part] = ()
+    ) -> InferRequest:
         """Send what must go before; returns the request that is left."""
         *before, last = self._ledger.calls(want, model, past)
         for call in before:
             self._exchange(call, model)
         return last
 
-    def _exchange(self, call: Call, model: Model) -> dict[str, Array]:
+    def _exchange(self, call: InferRequest, model: ModelMetadata) -> dict[str, Array]:
         """Send a request and wait for its first response."""
         if model.streams:
             self._send(call, model)
@@ -190,7 +194,7 @@ class Sequence(SequenceBase):
                 )
             )
 
-    def _send(self, call: Call, model: Model) -> None:
+    def _send(self, call: InferRequest, model: ModelMetadata) -> None:
         with self._judging(call):
             if self._stream is None:
                 self._stream = self._client.stream(self._server, call.headers)
@@ -198,7 +202,7 @@ class Sequence(SequenceBase):
             self._stream.send(call, self.model)
 
     def _receive(
-        self, call: Call, timeout: float, progress: Progress | None = None
+        self, call: InferRequest, timeout: float, progress: Progress | None = None
     ) -> dict[str, Array]:
         with self._judging(call, progress):
             assert self._stream is not None

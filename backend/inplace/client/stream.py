@@ -5,7 +5,7 @@ import queue
 from tritonclient.grpc import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
 
-from inplace.client.calls import Array, Call, outputs_of
+from inplace.client.calls import Array, InferRequest, outputs_of
 from inplace.client.errors import concerns, silent
 
 
@@ -29,7 +29,7 @@ class Stream:
             lambda result, error: self._answers.put((result, error)), headers=headers
         )
 
-    def send(self, call: Call, model: str) -> None:
+    def send(self, call: InferRequest, model: str) -> None:
         """Put a request on its way.
 
         Raises:
@@ -42,7 +42,7 @@ class Stream:
                 raise  # the request cannot be sent at all
             raise InferenceServerException(error.message(), "StatusCode.UNAVAILABLE") from error
 
-    def receive(self, call: Call, timeout: float) -> dict[str, Array]:
+    def receive(self, call: InferRequest, timeout: float) -> dict[str, Array]:
         """The outputs of the next response to a request; those to earlier ones are dropped.
 
         Raises:

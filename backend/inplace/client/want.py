@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from inplace.client.calls import Array, Model, Parameter
+from inplace.client.calls import Array, ModelMetadata, Parameter
 from inplace.protocol import INPUT_IDS, STOP, TEXT
 
 Part = list[int] | str
@@ -81,7 +81,7 @@ def extended(history: list[Part], part: Part) -> list[Part]:
     return [*history, part] if part else history
 
 
-def advance(position: int | None, want: Want, model: Model) -> int | None:
+def advance(position: int | None, want: Want, model: ModelMetadata) -> int | None:
     """Where a sequence stands after a request; None where that is not known, as after a text."""
     return (
         None if position is None or TEXT in want.inputs else position + model.positions(want.inputs)

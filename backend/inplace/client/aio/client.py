@@ -6,7 +6,7 @@ from typing import Self
 
 from tritonclient.grpc.aio import InferenceServerClient
 
-from inplace.client.calls import Model
+from inplace.client.calls import ModelMetadata
 from inplace.client.client import CHANNEL
 from inplace.client.endpoints import Endpoints
 from inplace.client.retry import Retry
@@ -36,7 +36,7 @@ class Client:
             lambda url: InferenceServerClient(url, channel_args=CHANNEL)
         )
         self._connections: dict[str, InferenceServerClient] = {}
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ModelMetadata] = {}
 
     def connection(self, server: str) -> InferenceServerClient:
         """The connection to one of the servers, for what Triton offers beside sequences: health, statistics, model control."""
@@ -44,7 +44,7 @@ class Client:
             self._connections[server] = self._connect(server)
         return self._connections[server]
 
-    async def model(self, server: str, name: str, timeout: float) -> Model:
+    async def model(self, server: str, name: str, timeout: float) -> ModelMetadata:
         """What a model is; the server is asked once.
 
         Raises:
@@ -52,7 +52,7 @@ class Client:
         """
         if name not in self._models:
             answer = await self.connection(server).get_model_config(name, client_timeout=timeout)
-            self._models[name] = Model.of(answer.config)
+            self._models[name] = ModelMetadata.of(answer.config)
         return self._models[name]
 
     async def close(self) -> None:

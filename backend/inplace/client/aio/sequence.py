@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 from inplace.client.aio.client import Client
 from inplace.client.aio.stream import Stream
 from inplace.client.base import GenerationBase, Options, SequenceBase, check_streams, generation
-from inplace.client.calls import Array, Call, Model, Parameter, outputs_of
+from inplace.client.calls import Array, InferRequest, ModelMetadata, Parameter, outputs_of
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.ledger import Ledger
 from inplace.client.progress import REPLAY, Piece, Progress
@@ -112,7 +112,9 @@ class Sequence(SequenceBase):
         raise AssertionError("tenacity returns or raises")
 
     @contextmanager
-    def _judging(self, call: Call | None, progress: Progress | None = None) -> Iterator[None]:
+    def _judging(
+        self, call: InferRequest | None, progress: Progress | None = None
+    ) -> Iterator[None]:
         """What tritonclient raises inside becomes the error to raise."""
         try:
             yield
@@ -124,7 +126,7 @@ class Sequence(SequenceBase):
             self._ledger.interrupted(call)
             raise
 
-    async def _known(self) -> Model:
+    async def _known(self) -> ModelMetadata:
         with self._judging(None):
             return await self._client.model(self._server, self.model, self.timeout)
 
@@ -134,14 +136,16 @@ class Sequence(SequenceBase):
         self._ledger.accepted(want, model)
         return answer
 
-    async def _replayed(self, want: Want, model: Model, past: SequenceOf[Part] = ()) -> Call:
+    async def _replayed(
+        self, want: Want, model: ModelMetadata, past: SequenceOf[Part] = ()
+    ) -> InferRequest:
         """Send what must go before; returns the request that is left."""
         *before, last = self._ledger.calls(want, model, past)
         for call in before:
             await self._exchange(call, model)
         return last
 
-    async def _exchange(self, call: Call, model: Model) -> dict[str, Array]:
+    async def _exchange(self, call: InferRequest, model: ModelMetadata) -> dict[str, Array]:
         """Send a request and wait for its first response."""
         if model.streams:
             self._send(call, model)
@@ -155,14 +159,14 @@ class Sequence(SequenceBase):
                 )
             )
 
-    def _send(self, call: Call, model: Model) -> None:
+    def _send(self, call: InferRequest, model: ModelMetadata) -> None:
         if self._stream is None:
             self._stream = Stream(self._client.connection(self._server), call.headers)
         self._ledger.sent(call, model)
         self._stream.send(call, self.model)
 
     async def _receive(
-        self, call: Call, timeout: float, progress: Progress | None = None
+        self, call: InferRequest, timeout: float, progress: Progress | None = None
     ) -> dict[str, Array]:
         with self._judging(call, progress):
             assert self._stream is not None

@@ -8,7 +8,7 @@ import grpc
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from inplace.client.calls import Array, Call, outputs_of
+from inplace.client.calls import Array, InferRequest, outputs_of
 from inplace.client.errors import concerns, silent
 
 
@@ -26,11 +26,11 @@ class Stream:
         self._responses = connection.stream_infer(self._sent(), headers=headers)
         self._reader = asyncio.create_task(self._read())
 
-    def send(self, call: Call, model: str) -> None:
+    def send(self, call: InferRequest, model: str) -> None:
         """Put a request on its way."""
         self._requests.put_nowait(call.arguments(model))
 
-    async def receive(self, call: Call, timeout: float) -> dict[str, Array]:
+    async def receive(self, call: InferRequest, timeout: float) -> dict[str, Array]:
         """The outputs of the next response to a request; those to earlier ones are dropped.
 
         Raises:

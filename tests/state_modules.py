@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
-from inplace_builder.states.state import Owner, State
+from inplace_builder.states.state import CapturedState, Owner
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
@@ -45,7 +45,7 @@ class Owned:
         )
         self._given, self._module = dict(zip(names, tensors, strict=True)), module
 
-    def __call__(self, state: State) -> Tensor:
+    def __call__(self, state: CapturedState) -> Tensor:
         whole = state.found.argument
         return (
             self._given[whole.name]

@@ -30,7 +30,7 @@ from inplace_builder.states.lift import (
     normalise_assignments,
 )
 from inplace_builder.states.rewrite import SLOTS, rewrite
-from inplace_builder.states.state import State, common_rows
+from inplace_builder.states.state import CapturedState, common_rows
 from inplace_builder.states.user_operators import place_user_operators
 
 
@@ -55,7 +55,7 @@ class ExportedCapture:
     graph_module: GraphModule
     original: GraphModule
     inputs: tuple[str, ...]
-    states: tuple[State, ...]
+    states: tuple[CapturedState, ...]
     rows: int
     lowering: tuple[Lowering, ...]
     aliases: tuple[Alias, ...]
@@ -161,7 +161,7 @@ def capture_exported(
     )
 
 
-def _export(found: Functional, states: Sequence[State], rows: int) -> ExportedProgram:
+def _export(found: Functional, states: Sequence[CapturedState], rows: int) -> ExportedProgram:
     """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
     tensors = [torch.cat([state.bound_initial()] * 2) for state in states]

@@ -22,7 +22,7 @@ from inplace_builder.packing.vmap_rules import (
     WRITTEN_OUT,  # it also registers what vmap does with the operators on states
 )
 from inplace_builder.states.rewrite import SLOTS
-from inplace_builder.states.state import State
+from inplace_builder.states.state import CapturedState
 
 PRIMES = (9973, 9967, 9949, 9941, 9931, 9929, 9923, 9907, 9901, 9887, 9883, 9871)
 """Numbers of example rows and slots: tracing takes equal extents for one, and a multiple of the first is a number of rows."""
@@ -180,7 +180,7 @@ def _free_rows(traced: GraphModule, rows: int) -> None:
     traced.recompile()
 
 
-def _spec(state: State, options: RowOptions) -> StateSpec:
+def _spec(state: CapturedState, options: RowOptions) -> StateSpec:
     """What the manifest says of a state."""
     if state.found.varies:
         raise BuildError(

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.states.lift import Functional
 from inplace_builder.states.rewrite import SLOTS
-from inplace_builder.states.state import Found, Owner
+from inplace_builder.states.state import Owner, StateTensor
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ def inline_lifted_buffers(lifted: Functional | ExportedCapture) -> GraphModule:
     return module
 
 
-def _write_back(module: GraphModule, states: tuple[Found, ...], outputs: int) -> None:
+def _write_back(module: GraphModule, states: tuple[StateTensor, ...], outputs: int) -> None:
     """Copy each state's new value into it, when all of them are computed and nothing that is returned is a state's own memory."""
     graph = module.graph
     last = graph.output_node()

@@ -13,14 +13,14 @@ from inplace_builder.lower import converters, copying, native, plugins
 from inplace_builder.lower import plugins as user
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.mechanisms import Use, Verdict, choose, mechanism
-from inplace_builder.lower.network import Lowered, Network, Program, State
+from inplace_builder.lower.network import Lowered, Network, NetworkState, Program
 from inplace_builder.lower.registry import converter, state_converter
 
 __all__ = [
     "CompileOptions",
     "Lowered",
     "Network",
-    "State",
+    "NetworkState",
     "Use",
     "Verdict",
     "choose",

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from inplace_builder.lower.layers import ITensor, Size, expression
-from inplace_builder.lower.network import Network, State
+from inplace_builder.lower.network import Network, NetworkState
 
 INT = torch.int32
 
@@ -52,7 +52,7 @@ class Rows:
 
 
 def rows_of(
-    ctx: Network, states: tuple[State, ...], slots: ITensor, write_indices: ITensor | None
+    ctx: Network, states: tuple[NetworkState, ...], slots: ITensor, write_indices: ITensor | None
 ) -> Rows:
     """The rows that the arguments of an operator describe; TensorRT is told that these states have a slot a row."""
     count = ctx.meta(argument(ctx.node, "slots")).shape[0]

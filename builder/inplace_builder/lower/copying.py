@@ -9,7 +9,7 @@ import torch
 
 from inplace_builder.lower.attention import INT, Rows, attend, by_row, modulo, rows_of, visibility
 from inplace_builder.lower.layers import ITensor
-from inplace_builder.lower.network import Network, State
+from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import state_converter
 
 KIND = "copy"
@@ -19,7 +19,7 @@ inplace = torch.ops.inplace
 
 
 @state_converter(inplace.read.default, KIND)
-def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
+def read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
     """The rows of the state; null rows are zeros."""
     rows = rows_of(ctx, (state,), slots, None)
     rank = len(state.current.shape)
@@ -31,7 +31,7 @@ def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
 @state_converter(inplace.update.default, KIND)
 def update(
     ctx: Network,
-    state: State,
+    state: NetworkState,
     slots: ITensor,
     value: ITensor,
     row_offsets: ITensor | None = None,
@@ -55,8 +55,8 @@ def attention(
     query: ITensor,
     key: ITensor | None,
     value: ITensor | None,
-    key_state: State,
-    value_state: State,
+    key_state: NetworkState,
+    value_state: NetworkState,
     slots: ITensor,
     row_offsets: ITensor,
     write_indices: ITensor,
@@ -91,7 +91,9 @@ def packed(ctx: Network, value: ITensor, axis: int) -> ITensor:
     return ctx.reshape(moved, (-1, *rest))
 
 
-def append(ctx: Network, state: State, rows: Rows, new: ITensor, axis: int, *, ring: bool) -> None:
+def append(
+    ctx: Network, state: NetworkState, rows: Rows, new: ITensor, axis: int, *, ring: bool
+) -> None:
     """Give each entry of the growing axis the new token that belongs there, or leave it.
 
     Args:

@@ -17,7 +17,7 @@ from inplace_builder.lower.attention import (
     visibility,
 )
 from inplace_builder.lower.layers import ITensor
-from inplace_builder.lower.network import Network, State
+from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import state_converter
 
 KIND = "kv_cache_update"
@@ -27,7 +27,7 @@ inplace = torch.ops.inplace
 
 
 @state_converter(inplace.read.default, KIND)
-def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
+def read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
     """The rows of the updated cache; null rows are zeros. A read ahead of the update is refused by the mechanism."""
     rows = rows_of(ctx, (state,), slots, None)
     rank = len(state.current.shape)
@@ -39,7 +39,7 @@ def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
 @state_converter(inplace.update.default, KIND)
 def update(
     ctx: Network,
-    state: State,
+    state: NetworkState,
     slots: ITensor,
     value: ITensor,
     row_offsets: ITensor | None = None,
@@ -58,8 +58,8 @@ def attention(
     query: ITensor,
     key: ITensor | None,
     value: ITensor | None,
-    key_state: State,
-    value_state: State,
+    key_state: NetworkState,
+    value_state: NetworkState,
     slots: ITensor,
     row_offsets: ITensor,
     write_indices: ITensor,
@@ -88,7 +88,7 @@ def attention(
     return attend(ctx, queries, keys, values, visible, scale=scale, softcap=softcap)
 
 
-def append(ctx: Network, state: State, rows: Rows, new: ITensor) -> None:
+def append(ctx: Network, state: NetworkState, rows: Rows, new: ITensor) -> None:
     """Append ``new``, ``[rows, heads, tokens, dim]``."""
     capacity = ctx.scalar(state.spec.shape[1], INT, 1)
     layer = ctx.network.add_kv_cache_update(

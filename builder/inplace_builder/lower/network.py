@@ -42,7 +42,7 @@ CHECKS = frozenset(
 
 
 @dataclass
-class State:
+class NetworkState:
     """A state as converters see it.
 
     Attributes:
@@ -110,7 +110,7 @@ class Network(Layers):
     ) -> None:
         super().__init__(tensorrt)
         self.fused_attention, self._shapes, self._constants = fused_attention, shapes, constants
-        self.states: dict[str, State] = {}
+        self.states: dict[str, NetworkState] = {}
         self.bound_weights: dict[str, torch.Tensor] = {}
         self.keep: list[object] = []
         self.readers: dict[str, list[ITensor]] = {}
@@ -174,7 +174,7 @@ class Network(Layers):
         found: Made = self._made[key]
         return found
 
-    def written(self, state: State, current: ITensor) -> None:
+    def written(self, state: NetworkState, current: ITensor) -> None:
         """Record what a state holds from here on."""
         state.current = current
 
@@ -253,7 +253,7 @@ class Network(Layers):
         if spec is None:
             self.extents.define(tensor, meta.shape)
             return tensor
-        state = State(spec, kinds[spec.name], tensor, tensor)
+        state = NetworkState(spec, kinds[spec.name], tensor, tensor)
         self.states[spec.name] = state
         return state
 
@@ -307,7 +307,7 @@ class Network(Layers):
         taken = [
             self._values[source]
             for source in node.all_input_nodes
-            if isinstance(self._values.get(source), State)
+            if isinstance(self._values.get(source), NetworkState)
         ]
         if not taken:
             return None

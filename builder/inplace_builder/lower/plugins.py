@@ -24,7 +24,7 @@ from torch.fx import Node
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.mechanisms import Use, Verdict, mechanism
-from inplace_builder.lower.network import Network, State
+from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import converter, state_converter
 from inplace_builder.states.user_operators import find_declared, made_plugin
 
@@ -116,7 +116,7 @@ def _attention(
     query: ITensor,
     key: ITensor | None,
     value: ITensor | None,
-    *others: State | ITensor,
+    *others: NetworkState | ITensor,
     **options: Any,
 ) -> ITensor:
     inputs = [part for part in (query, key, value) if part is not None]
@@ -129,7 +129,7 @@ def _qkv_attention(
     qkv: ITensor,
     cos: ITensor | None,
     sin: ITensor | None,
-    *others: State | ITensor,
+    *others: NetworkState | ITensor,
     **options: Any,
 ) -> ITensor:
     rotary = 0 if cos is None else ctx.meta(ctx.node.args[1]).shape[-1]
@@ -151,7 +151,7 @@ def _rotary_attention(
     value: ITensor,
     cos: ITensor,
     sin: ITensor,
-    *others: State | ITensor,
+    *others: NetworkState | ITensor,
     **options: Any,
 ) -> ITensor:
     heads, rotary = ctx.meta(ctx.node.args[0]).shape[1], ctx.meta(ctx.node.args[3]).shape[-1]
@@ -163,8 +163,8 @@ def _rotary_attention(
 def _attend(
     ctx: Network,
     inputs: Sequence[ITensor],
-    key_state: State,
-    value_state: State,
+    key_state: NetworkState,
+    value_state: NetworkState,
     *rows: ITensor,
     **options: Any,
 ) -> ITensor:
@@ -203,7 +203,7 @@ def _attend(
 @state_converter(inplace.update.default, "plugin")
 def _update(
     ctx: Network,
-    state: State,
+    state: NetworkState,
     slots: ITensor,
     value: ITensor,
     row_offsets: ITensor | None = None,
@@ -227,7 +227,7 @@ def _update(
 
 
 @state_converter(inplace.read.default, "plugin")
-def _read(ctx: Network, state: State, slots: ITensor) -> ITensor:
+def _read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
     """A gather of the rows; null rows read as zeros."""
     place = ctx.elementwise("MAX", slots, ctx.scalar(0, ctx.dtype_of(slots), 1))
     found = ctx.gather(state.current, place, 0)
@@ -245,7 +245,7 @@ KIND = "user"
 
 
 @state_converter(inplace.read.default, KIND)
-def read(ctx: Network, state: State, slots: ITensor) -> ITensor:
+def read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
     """The state as the plugin ahead left it."""
     out = ctx.reshape(state.current, ctx.result().shape)
     ctx.readers.setdefault(state.spec.name, []).append(out)
@@ -291,7 +291,9 @@ def call_user_operator(
             )
     plugin = made_plugin(declared, ctx.tensorrt, constants, list(tensors))
     ctx.keep.append(plugin)
-    inputs = [value.current if isinstance(value, State) else value for value in tensors.values()]
+    inputs = [
+        value.current if isinstance(value, NetworkState) else value for value in tensors.values()
+    ]
     layer = ctx.added(ctx.network.add_plugin_v3(inputs, [], plugin))
     first, count = len(schema.returns), len(schema.returns) + len(states)
     if layer.num_outputs != count:
@@ -305,4 +307,4 @@ def call_user_operator(
 
 
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, State) or type(value).__name__ == "ITensor"
+    return isinstance(value, NetworkState) or type(value).__name__ == "ITensor"

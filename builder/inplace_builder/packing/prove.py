@@ -19,7 +19,7 @@ from inplace_builder.states.attention import (
 )
 from inplace_builder.states.indices import evaluate, example, shifted
 from inplace_builder.states.rewrite import written
-from inplace_builder.states.state import Found
+from inplace_builder.states.state import StateTensor
 from inplace_builder.states.writes import Question, chains_of
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def _behind_views(node: Node) -> list[Node]:
 
 
 def prove_decoder(
-    module: GraphModule, states: Sequence[Found], outputs: int, promised: frozenset[str]
+    module: GraphModule, states: Sequence[StateTensor], outputs: int, promised: frozenset[str]
 ) -> Decoder:
     """Find what makes a graph of one sequence a decoder.
 
@@ -177,7 +177,7 @@ def _common(attentions: Sequence[Attention]) -> tuple[Start, Any]:
 def _check_states(
     module: GraphModule,
     values: Mapping[str, Any],
-    states: Sequence[Found],
+    states: Sequence[StateTensor],
     attentions: Sequence[Attention],
     start: Start,
     tokens: Any,
@@ -199,7 +199,9 @@ def _check_states(
         )
 
 
-def _counts_tokens(module: GraphModule, new: Any, state: Found, start: Start, tokens: Any) -> bool:
+def _counts_tokens(
+    module: GraphModule, new: Any, state: StateTensor, start: Start, tokens: Any
+) -> bool:
     """Whether a state is the position of the next step, from 0 on."""
     source = start.source
     assert source is not None

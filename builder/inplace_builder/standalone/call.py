@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.states.lift import exported_program
-from inplace_builder.states.state import State
+from inplace_builder.states.state import CapturedState
 
 
 def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSignature:
@@ -105,7 +105,7 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
 
 
 def _extents(
-    tensor: Tensor, state: State, placeholders: Mapping[str, Node]
+    tensor: Tensor, state: CapturedState, placeholders: Mapping[str, Node]
 ) -> tuple[int | str, ...]:
     """The extents of a tensor that is a state or is divided into some."""
     found: list[int | str] = list(tensor.shape)

@@ -16,7 +16,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
 from inplace_builder.lower.compile import Range, Target
 from inplace_builder.lower.mechanisms import ORDER
-from inplace_builder.states.state import State
+from inplace_builder.states.state import CapturedState
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def lower_standalone(
     return lowered, lowering
 
 
-def _bound_shape(state: State, spec: StateSpec, rows: int) -> tuple[int, ...]:
+def _bound_shape(state: CapturedState, spec: StateSpec, rows: int) -> tuple[int, ...]:
     """What the network has a state as: with its slots; the module's own extents where an operator of the user's own writes it."""
     return (
         tuple(state.found.initial.shape)

@@ -28,7 +28,7 @@ from inplace_builder.states.indices import (
     leaves,
     shifted,
 )
-from inplace_builder.states.state import Found
+from inplace_builder.states.state import StateTensor
 from inplace_builder.states.writes import Chain, Write
 
 aten = torch.ops.aten
@@ -475,7 +475,10 @@ class Explicit:
 
 
 def attentions_behind(
-    module: GraphModule, states: Sequence[Found], chains: Sequence[Chain], promised: frozenset[str]
+    module: GraphModule,
+    states: Sequence[StateTensor],
+    chains: Sequence[Chain],
+    promised: frozenset[str],
 ) -> list[Attention | Explicit]:
     """Every attention of a graph of one row whose keys and values are states that it appends to, each once in a step."""
     appended = {

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.graph.nodes import AnyNode, Emitter, call, value
-from inplace_builder.states.state import Found
+from inplace_builder.states.state import StateTensor
 from inplace_builder.states.writes import Question, recognise
 
 aten = torch.ops.aten
@@ -35,10 +35,10 @@ class _Division:
 def divide(
     module: GraphModule,
     original: GraphModule,
-    states: Sequence[Found],
+    states: Sequence[StateTensor],
     outputs: int,
     alignment: int,
-) -> tuple[Found, ...]:
+) -> tuple[StateTensor, ...]:
     """Divide each state that is used by constant indices on one axis only, where something is written into a part of such a part.
 
     Args:
@@ -68,7 +68,9 @@ def divide(
     return tuple(made)
 
 
-def _division(module: GraphModule, place: int, state: Found, alignment: int) -> _Division | None:
+def _division(
+    module: GraphModule, place: int, state: StateTensor, alignment: int
+) -> _Division | None:
     if state.varies:
         return None
     placeholder, result = _placeholder(module.graph, state.name), _returned(module.graph)[place]
@@ -132,7 +134,7 @@ def _into_a_part(write: AnyNode, versions: set[Node], question: Question) -> boo
     return False
 
 
-def _names(state: Found, axis: int, graphs: Sequence[Graph]) -> list[str]:
+def _names(state: StateTensor, axis: int, graphs: Sequence[Graph]) -> list[str]:
     """Names for the placeholders of the parts, free in every graph."""
     taken = {node.name for graph in graphs for node in graph.nodes}
     found = []
@@ -145,7 +147,7 @@ def _names(state: Found, axis: int, graphs: Sequence[Graph]) -> list[str]:
 
 
 def _divide(
-    module: GraphModule, place: int, state: Found, found: _Division, names: Sequence[str]
+    module: GraphModule, place: int, state: StateTensor, found: _Division, names: Sequence[str]
 ) -> None:
     """Let every use of the tensor use its parts."""
     graph = module.graph
@@ -181,7 +183,9 @@ def _divide(
     graph.erase_node(placeholder)
 
 
-def _wrap(original: GraphModule, place: int, state: Found, axis: int, names: Sequence[str]) -> None:
+def _wrap(
+    original: GraphModule, place: int, state: StateTensor, axis: int, names: Sequence[str]
+) -> None:
     """Let a function take the parts of a tensor, put it together, and return the parts of its new value."""
     graph = original.graph
     placeholder = _placeholder(graph, state.name)

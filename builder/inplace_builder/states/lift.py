@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.nodes import Emitter, call, copied_graph, dtype, shape, source_line
 from inplace_builder.graph.reexport import any_size
-from inplace_builder.states.state import Found, Owner
+from inplace_builder.states.state import Owner, StateTensor
 
 aten = torch.ops.aten
 
@@ -93,7 +93,7 @@ def _through(node: Node, first: Node) -> str:
     return ""
 
 
-def check_extents(state: Found, result: Node, writer: Writer | None) -> None:
+def check_extents(state: StateTensor, result: Node, writer: Writer | None) -> None:
     """BuildError where a state would become another shape; extents that only a call knows are left to it."""
     old, new = tuple(state.initial.shape), tuple(result.meta["val"].shape)
     if (
@@ -105,7 +105,7 @@ def check_extents(state: Found, result: Node, writer: Writer | None) -> None:
         )
 
 
-def check_state(state: Found, written: Writer | None) -> None:
+def check_state(state: StateTensor, written: Writer | None) -> None:
     """BuildError if a state is not contiguous, or of a type that no engine takes."""
     line = "" if written is None else written.line
     if not state.initial.is_contiguous():
@@ -291,7 +291,7 @@ class Functional:
     """
 
     graph_module: GraphModule
-    states: tuple[Found, ...]
+    states: tuple[StateTensor, ...]
     inputs: tuple[str, ...]
     example_inputs: tuple[Any, ...]
     outputs: int
@@ -419,7 +419,7 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
         set(signature.buffers_to_mutate.values()),
         set(signature.user_inputs_to_mutate.values()),
     )
-    found: dict[str, Found] = {}
+    found: dict[str, StateTensor] = {}
     held: dict[str, Any] = {}
     inputs: list[str] = []
     passed: list[Any] = []
@@ -440,7 +440,7 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
                     for axis, extent in enumerate(node.meta["val"].shape)
                     if not isinstance(extent, int)
                 )
-                found[node.name] = Found(node.name, Owner.CALLER, node.name, initial, varies)
+                found[node.name] = StateTensor(node.name, Owner.CALLER, node.name, initial, varies)
             else:
                 inputs.append(node.name)
                 passed.append(leaf)
@@ -454,7 +454,7 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
                 else program.constants[spec.target]
             )
             if spec.kind is InputKind.BUFFER and spec.target in written_buffers:
-                found[spec.target] = Found(
+                found[spec.target] = StateTensor(
                     node.name, Owner.MODULE, spec.target, tensor.detach().clone()
                 )
             else:
@@ -535,7 +535,7 @@ def _reorder(graph: torch.fx.Graph, names: Sequence[str]) -> None:
             first = first.next
 
 
-def _check_declared(states: Sequence[Found], declared: Collection[str]) -> None:
+def _check_declared(states: Sequence[StateTensor], declared: Collection[str]) -> None:
     known = {alias: state for state in states for alias in (state.name, state.source)}
     if unknown := sorted(set(declared) - known.keys()):
         raise BuildError(

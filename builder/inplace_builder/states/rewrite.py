@@ -14,15 +14,15 @@ from torch.fx import Graph, GraphModule, Node
 from inplace_builder.graph.nodes import Emitter, dtype, shape, source_line, value
 from inplace_builder.states.attention import Attention, Explicit, attentions_behind
 from inplace_builder.states.indices import as_tensor
-from inplace_builder.states.state import Found, State, common_rows
+from inplace_builder.states.state import CapturedState, StateTensor, common_rows
 from inplace_builder.states.writes import Chain, Question, Write, chains_of, is_whole
 
 aten = torch.ops.aten
 
 
 def verdict(
-    found: Found, chain: Chain, attended: Sequence[Attention | Explicit], rows: int
-) -> State:
+    found: StateTensor, chain: Chain, attended: Sequence[Attention | Explicit], rows: int
+) -> CapturedState:
     """What is said of a state.
 
     Args:
@@ -34,9 +34,9 @@ def verdict(
     return _with_attention(_of_updates(found, chain, rows), chain, attended)
 
 
-def _of_updates(found: Found, chain: Chain, rows: int) -> State:
+def _of_updates(found: StateTensor, chain: Chain, rows: int) -> CapturedState:
     leading = found.leading(rows)
-    plain = State(
+    plain = CapturedState(
         found,
         leading,
         "replace",
@@ -78,7 +78,7 @@ def _of_updates(found: Found, chain: Chain, rows: int) -> State:
             because=because,
             operators=("update",) * len(chain.writes),
         )
-    return State(
+    return CapturedState(
         found,
         leading,
         " + ".join(patterns),
@@ -89,7 +89,9 @@ def _of_updates(found: Found, chain: Chain, rows: int) -> State:
     )
 
 
-def _with_attention(state: State, chain: Chain, attended: Sequence[Attention | Explicit]) -> State:
+def _with_attention(
+    state: CapturedState, chain: Chain, attended: Sequence[Attention | Explicit]
+) -> CapturedState:
     nodes = {write.node for write in chain.writes}
     for found in attended:
         if isinstance(found, Attention) and nodes & {found.keys.node, found.values.node}:
@@ -139,7 +141,7 @@ class Rewriting:
         """The graph."""
         return self.module.graph
 
-    def update(self, state: Node, found: Found, write: Write) -> None:
+    def update(self, state: Node, found: StateTensor, write: Write) -> None:
         """Put `inplace::update` where the new version was computed."""
         leading = found.leading(self.rows)
         with Emitter(self.graph, write.node).before(write.node) as emit:
@@ -171,7 +173,10 @@ class Rewriting:
             )
 
     def attend(
-        self, found: Attention, states: tuple[Found, Found], placeholders: tuple[Node, Node]
+        self,
+        found: Attention,
+        states: tuple[StateTensor, StateTensor],
+        placeholders: tuple[Node, Node],
     ) -> None:
         """Put `inplace::attention` where the attention was computed: it writes both caches."""
         with Emitter(self.graph, found.node).before(found.node) as emit:
@@ -198,7 +203,7 @@ class Rewriting:
         for node in (found.node, *found.path):
             self.graph.erase_node(node)
 
-    def start(self, emit: Emitter, write: Write, found: Found, state: Node) -> Node:
+    def start(self, emit: Emitter, write: Write, found: StateTensor, state: Node) -> Node:
         """The write indices ``[rows]``, int32."""
         if isinstance(write.start, int):
             return emit.call(aten.full.default, [self.rows], write.start, dtype=torch.int32)
@@ -230,12 +235,12 @@ class Rewriting:
             else emit.call(aten.expand.default, start, [self.rows])
         )
 
-    def read(self, emit: Emitter, state: Node, found: Found) -> Node:
+    def read(self, emit: Emitter, state: Node, found: StateTensor) -> Node:
         """A version of the state in the module's own shape."""
         rows = emit.call(inplace.read.default, state, self.slots)
         return rows if found.leading(self.rows) else emit.call(aten.squeeze.dim, rows, 0)
 
-    def replace(self, state: Node, found: Found, result: Node) -> None:
+    def replace(self, state: Node, found: StateTensor, result: Node) -> None:
         """Write the whole state at the end of the graph."""
         source = result if result.op == "call_function" else state
         with Emitter(self.graph, source).before(self.graph.output_node()) as emit:
@@ -304,12 +309,12 @@ def _expansion(emit: Emitter, write: Write, own: tuple[Any, ...]) -> list[Any] |
 
 def rewrite(
     module: GraphModule,
-    states: Sequence[Found],
+    states: Sequence[StateTensor],
     outputs: int,
     *,
     rows: int,
     promised: frozenset[str],
-) -> tuple[State, ...] | None:
+) -> tuple[CapturedState, ...] | None:
     """Rewrite the graph, in place.
 
     Args:
@@ -385,7 +390,7 @@ def _slots(graph: Graph, before: Node, rows: int) -> Node:
     return slots
 
 
-def _in_slots(placeholder: Node, state: Found, rows: int) -> None:
+def _in_slots(placeholder: Node, state: StateTensor, rows: int) -> None:
     """From here on the placeholder is the state in some slots."""
     extents = shape(placeholder)  # symbolic where they vary
     with value(placeholder).fake_mode:
@@ -394,7 +399,11 @@ def _in_slots(placeholder: Node, state: Found, rows: int) -> None:
 
 
 def _reads(
-    work: Rewriting, placeholder: Node, state: Found, chain: Chain, into_attention: Collection[Node]
+    work: Rewriting,
+    placeholder: Node,
+    state: StateTensor,
+    chain: Chain,
+    into_attention: Collection[Node],
 ) -> None:
     """Let what uses a version of the state read it right after its write, so before the next one; the version itself goes."""
     for write in reversed(chain.writes):
@@ -407,7 +416,7 @@ def _reads(
         work.graph.erase_node(node)
 
 
-def _read_first(work: Rewriting, placeholder: Node, state: Found) -> None:
+def _read_first(work: Rewriting, placeholder: Node, state: StateTensor) -> None:
     """Let what uses the state as it was before the step read it before anything is written."""
     users = [user for user in placeholder.users if placeholder in _plain_arguments(user)]
     if not users:

@@ -21,7 +21,7 @@ class Owner(StrEnum):
 
 
 @dataclass(frozen=True)
-class Found:
+class StateTensor:
     """A tensor that a module mutates.
 
     Attributes:
@@ -43,11 +43,11 @@ class Found:
     varies: frozenset[int] = frozenset()
     line: str = ""
     through: str = ""
-    whole: "Found | None" = None
+    whole: "StateTensor | None" = None
     selects: Selects = ()
 
     @property
-    def argument(self) -> "Found":
+    def argument(self) -> "StateTensor":
         """The tensor as the module has it."""
         return self.whole or self
 
@@ -55,7 +55,7 @@ class Found:
         """Its part of the module's tensor: the same memory."""
         return part_of(tensor, self.selects)
 
-    def at(self, axis: int, index: int, name: str) -> "Found":
+    def at(self, axis: int, index: int, name: str) -> "StateTensor":
         """What lies at an index of it."""
         return replace(
             self,
@@ -76,7 +76,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class State:
+class CapturedState:
     """A state of a rewritten graph, and the verdict on its updates.
 
     Attributes:
@@ -92,7 +92,7 @@ class State:
         axis: the axis of a slot that an append grows along, else None.
     """
 
-    found: Found
+    found: StateTensor
     leading: bool
     pattern: str
     because: str
@@ -145,7 +145,7 @@ class State:
         )
 
 
-def common_rows(states: Sequence[Found]) -> int | None:
+def common_rows(states: Sequence[StateTensor]) -> int | None:
     """The extent of the first axis, where it is the same and more than 1 for every state."""
     extents = {state.initial.shape[0] if state.initial.dim() > 1 else 1 for state in states}
     return extents.pop() if len(extents) == 1 and 1 not in extents else None

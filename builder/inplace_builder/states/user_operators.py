@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import Emitter, call, source_line
-from inplace_builder.states.state import State
+from inplace_builder.states.state import CapturedState
 
 if TYPE_CHECKING:
     from inplace.trt import TensorRT
@@ -155,7 +155,9 @@ class _Version:
     result: Node
 
 
-def place_user_operators(module: GraphModule, states: Sequence[State]) -> tuple[State, ...]:
+def place_user_operators(
+    module: GraphModule, states: Sequence[CapturedState]
+) -> tuple[CapturedState, ...]:
     """Rewrite, in place, what functionalisation made of mutable operators that are not ours.
 
     Where every tensor that an operator writes is a state from its beginning to its end, and the operator is declared, it is called on the
@@ -170,7 +172,7 @@ def place_user_operators(module: GraphModule, states: Sequence[State]) -> tuple[
         return tuple(states)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     chains = {state.name: _chain(placeholders[state.name]) for state in states}
-    owners: dict[Node, dict[int, State]] = {node: {} for node in calls}
+    owners: dict[Node, dict[int, CapturedState]] = {node: {} for node in calls}
     for state in states:
         for version in chains[state.name] or ():
             owners[version.node][version.base] = state
@@ -189,7 +191,7 @@ def place_user_operators(module: GraphModule, states: Sequence[State]) -> tuple[
         }
     ):
         refused |= more
-    verdicts: dict[str, State] = {}
+    verdicts: dict[str, CapturedState] = {}
     for state in states:
         last = _last_call(placeholders[state.name])
         if last is not None:
@@ -273,7 +275,7 @@ def _name(node: Node) -> str:
     return _operator(node)._schema.name
 
 
-def _refusal(node: Node, owners: dict[int, State]) -> str | None:
+def _refusal(node: Node, owners: dict[int, CapturedState]) -> str | None:
     """Why a call cannot be made on the states themselves."""
     declared = find_declared(node.args[0])
     if declared is None:
@@ -293,8 +295,8 @@ def _refusal(node: Node, owners: dict[int, State]) -> str | None:
 
 
 def _verdict(
-    state: State, last: Node, chain: tuple[_Version, ...] | None, refused: dict[Node, str]
-) -> State:
+    state: CapturedState, last: Node, chain: tuple[_Version, ...] | None, refused: dict[Node, str]
+) -> CapturedState:
     if chain is not None and not any(version.node in refused for version in chain):
         names = " and ".join(dict.fromkeys(_name(version.node) for version in reversed(chain)))
         because = f"{names} writes it in its own memory, as declared{source_line(last)}"
@@ -315,7 +317,7 @@ def _verdict(
 
 
 def _in_place(
-    module: GraphModule, node: Node, owners: dict[int, State], placeholders: dict[str, Node]
+    module: GraphModule, node: Node, owners: dict[int, CapturedState], placeholders: dict[str, Node]
 ) -> None:
     """Call the operator on the states, and let what used its results use those."""
     graph, overload = module.graph, _operator(node)
@@ -365,7 +367,7 @@ def _in_place(
                     user.replace_input_with(result, version)
 
 
-def _memory(emit: Emitter, placeholder: Node, state: State, slots: Node) -> Node:
+def _memory(emit: Emitter, placeholder: Node, state: CapturedState, slots: Node) -> Node:
     """The state's own memory in the module's own shape: states are bound alone, row r is slot r."""
     if state.leading:
         return emit.call(aten.narrow.default, placeholder, 0, 0, slots.meta["val"].shape[0])

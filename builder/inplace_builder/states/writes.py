@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from inplace_builder.graph.nodes import AnyNode, as_node, call, shape, value
 from inplace_builder.states.indices import consecutive, constant, one_hot, position_a_row
-from inplace_builder.states.state import Found
+from inplace_builder.states.state import StateTensor
 
 aten = torch.ops.aten
 
@@ -390,7 +390,7 @@ class Chain:
     needs_rows: bool = False
 
 
-def chain_of(placeholder: Node, result: Node, found: Found, question: Question) -> Chain:
+def chain_of(placeholder: Node, result: Node, found: StateTensor, question: Question) -> Chain:
     """Follow a state's new value back to the state itself, one write at a time."""
     writes: list[Write] = []
     current = result
@@ -427,7 +427,7 @@ def chain_of(placeholder: Node, result: Node, found: Found, question: Question) 
     return Chain(tuple(reversed(writes)))
 
 
-def chains_of(states: Sequence[Found], outputs: int, question: Question) -> list[Chain]:
+def chains_of(states: Sequence[StateTensor], outputs: int, question: Question) -> list[Chain]:
     """The chain of each state of a functional graph, which returns its outputs and then the states' new values."""
     graph = question.module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -458,7 +458,7 @@ def _reaches(node: Node, placeholder: Node) -> bool:
     return False
 
 
-def _misfit(write: Write, found: Found, rows: int) -> str | None:
+def _misfit(write: Write, found: StateTensor, rows: int) -> str | None:
     """Why an update cannot say this write, although a pattern recognised it."""
     if found.varies - {write.axis}:
         return f"{write.pattern} into a tensor of which another extent varies than the one that is written along"
@@ -469,7 +469,7 @@ def _misfit(write: Write, found: Found, rows: int) -> str | None:
     return None
 
 
-def is_whole(write: Write, found: Found) -> bool:
+def is_whole(write: Write, found: StateTensor) -> bool:
     """Whether a write covers its axis from end to end."""
     return (
         write.axis not in found.varies

@@ -8,13 +8,13 @@ from inplace_builder.capture.exported_rows import RowOptions, capture_exported_r
 from inplace_builder.capture.huggingface import capture_decoder, load_decoder
 from inplace_builder.capture.inline import inline_lifted_buffers
 from inplace_builder.capture.module import capture_module
-from inplace_builder.states.lift import Functional, lift_mutated_buffers
+from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
 
 __all__ = [
     "Capture",
     "DecoderOptions",
     "ExportedCapture",
-    "Functional",
+    "FunctionalGraph",
     "RowOptions",
     "capture_decoder",
     "capture_exported",

@@ -23,7 +23,7 @@ from inplace_builder.graph.reexport import (
 )
 from inplace_builder.states.divide import divide
 from inplace_builder.states.lift import (
-    Functional,
+    FunctionalGraph,
     drop_dead_assertions,
     example_hint,
     lift_mutated_buffers,
@@ -161,7 +161,7 @@ def capture_exported(
     )
 
 
-def _export(found: Functional, states: Sequence[CapturedState], rows: int) -> ExportedProgram:
+def _export(found: FunctionalGraph, states: Sequence[CapturedState], rows: int) -> ExportedProgram:
     """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
     tensors = [torch.cat([state.bound_initial()] * 2) for state in states]
@@ -183,7 +183,7 @@ def _export(found: Functional, states: Sequence[CapturedState], rows: int) -> Ex
     return exported
 
 
-def _examples(found: Functional) -> tuple[Any, ...]:
+def _examples(found: FunctionalGraph) -> tuple[Any, ...]:
     """The example inputs, with two entries where an extent that varies is 1, which torch.export takes for a constant in some operators."""
     extents: dict[Any, list[tuple[int, int]]] = {}
     values = {
@@ -224,7 +224,9 @@ def _symbols(held: Any) -> set[Any]:
     }
 
 
-def _dynamic(found: Functional, states: Sequence[str]) -> tuple[list[Any], list[dict[int, Any]]]:
+def _dynamic(
+    found: FunctionalGraph, states: Sequence[str]
+) -> tuple[list[Any], list[dict[int, Any]]]:
     """The dynamic extents of the inputs, and of the states in slots, as torch.export found them the first time."""
     placeholders = {
         node.name: node for node in found.graph_module.graph.nodes if node.op == "placeholder"
@@ -240,7 +242,7 @@ def _dynamic(found: Functional, states: Sequence[str]) -> tuple[list[Any], list[
     return shapes, [_dims(placeholders[name].meta["val"], found, named) for name in states]
 
 
-def _dims(held: Tensor, found: Functional, named: dict[Any, Any]) -> dict[int, Any]:
+def _dims(held: Tensor, found: FunctionalGraph, named: dict[Any, Any]) -> dict[int, Any]:
     """The extents of a tensor that vary."""
     extents: list[Any] = list(held.shape)
     return {
@@ -250,7 +252,7 @@ def _dims(held: Tensor, found: Functional, named: dict[Any, Any]) -> dict[int, A
     }
 
 
-def _dim(extent: torch.SymInt, found: Functional, named: dict[Any, Any]) -> Any:
+def _dim(extent: torch.SymInt, found: FunctionalGraph, named: dict[Any, Any]) -> Any:
     expression = extent.node.expr
     if not expression.is_Symbol or expression not in found.ranges:
         return Dim.AUTO

@@ -37,7 +37,7 @@ from inplace_builder.packing.pack import pack, settle_views
 from inplace_builder.packing.prove import Decoder, prove_decoder
 from inplace_builder.states.divide import divide
 from inplace_builder.states.lift import (
-    Functional,
+    FunctionalGraph,
     drop_dead_assertions,
     lift_mutated_buffers,
     normalise_assignments,
@@ -143,7 +143,7 @@ def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
     return found
 
 
-def _reference(module: GraphModule, found: Functional, decoder: Decoder) -> Reference:
+def _reference(module: GraphModule, found: FunctionalGraph, decoder: Decoder) -> Reference:
     """The module itself on one sequence, from empty caches; token by token where it takes no more."""
     start = decoder.attentions[0].start
     assert start.source is not None

@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from inplace_builder.capture.exported import ExportedCapture
-from inplace_builder.states.lift import Functional
+from inplace_builder.states.lift import FunctionalGraph
 from inplace_builder.states.rewrite import SLOTS
 from inplace_builder.states.state import Owner, StateTensor
 
 aten = torch.ops.aten
 
 
-def inline_lifted_buffers(lifted: Functional | ExportedCapture) -> GraphModule:
+def inline_lifted_buffers(lifted: FunctionalGraph | ExportedCapture) -> GraphModule:
     """A plain module that holds its own states again.
 
     Module-owned states become buffers under their old names, updated in place by each call, so `torch.export.export` takes the module and
@@ -28,7 +28,7 @@ def inline_lifted_buffers(lifted: Functional | ExportedCapture) -> GraphModule:
         A module of the inputs, then the caller-owned states, that returns a tuple of the outputs.
     """
     module = deepcopy(lifted.graph_module)
-    if isinstance(lifted, Functional):
+    if isinstance(lifted, FunctionalGraph):
         _write_back(module, lifted.states, lifted.outputs)
         for state in lifted.states:
             if state.owner is Owner.MODULE:

@@ -17,7 +17,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, call, dtype, shape
 from inplace_builder.graph.tokens import VIEWS
 from inplace_builder.packing.prove import Decoder
-from inplace_builder.states.attention import Attention
+from inplace_builder.states.attention import AttentionMatch
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ class _Packing:
             ):
                 node.replace_all_uses_with(self.count)
 
-    def attend(self, found: Attention, keys: Node, values: Node, *, ring: bool) -> None:
+    def attend(self, found: AttentionMatch, keys: Node, values: Node, *, ring: bool) -> None:
         """Put `inplace::attention` in the place of an attention."""
         node, kept_apart = found.node, self.decoder.axes.opaque(found.node)
         assert kept_apart is not None

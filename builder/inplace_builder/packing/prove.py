@@ -11,16 +11,16 @@ from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import CASTS, Emitter, as_node, call, dtype, shape, source_line
 from inplace_builder.graph.tokens import MixesTokensError, TokenAxes, follow_tokens
 from inplace_builder.states.attention import (
-    Attention,
-    Explicit,
+    AttentionMatch,
     Start,
+    UnfusedAttention,
     attentions_behind,
     positions_of,
 )
 from inplace_builder.states.indices import evaluate, example, shifted
 from inplace_builder.states.rewrite import written
 from inplace_builder.states.state import StateTensor
-from inplace_builder.states.writes import Question, chains_of
+from inplace_builder.states.writes import MatchContext, write_chains
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ class Decoder:
     """
 
     module: GraphModule
-    attentions: tuple[Attention, ...]
+    attentions: tuple[AttentionMatch, ...]
     tokens: Any
     ids: Node
     logits: Node
@@ -92,14 +92,14 @@ def prove_decoder(
         raise BuildError(
             f"a decoder returns its scores alone, this module returns {outputs} outputs"
         )
-    chains = chains_of(states, outputs, Question(module, 1, promised))
+    chains = write_chains(states, outputs, MatchContext(module, 1, promised))
     attended = attentions_behind(module, states, chains, promised)
     for found in attended:
-        if isinstance(found, Explicit):
+        if isinstance(found, UnfusedAttention):
             raise BuildError(
                 f"attention{source_line(found.node)} is not provably causal attention over its own cache: {found.because}"
             )
-    attentions = tuple(found for found in attended if isinstance(found, Attention))
+    attentions = tuple(found for found in attended if isinstance(found, AttentionMatch))
     if not attentions:
         raise BuildError(
             "the module has no attention over a cache that it appends to; capture_exported takes any module"
@@ -152,7 +152,7 @@ def prove_decoder(
     return Decoder(module, attentions, tokens, ids, logits, shifts, axes)
 
 
-def _common(attentions: Sequence[Attention]) -> tuple[Start, Any]:
+def _common(attentions: Sequence[AttentionMatch]) -> tuple[Start, Any]:
     """Where all attentions start, and how many tokens they take."""
     starts, tokens = (
         {found.start for found in attentions},
@@ -178,7 +178,7 @@ def _check_states(
     module: GraphModule,
     values: Mapping[str, Any],
     states: Sequence[StateTensor],
-    attentions: Sequence[Attention],
+    attentions: Sequence[AttentionMatch],
     start: Start,
     tokens: Any,
 ) -> None:
@@ -220,7 +220,7 @@ def _counts_tokens(
 
 
 def _operands(
-    module: GraphModule, attentions: Sequence[Attention]
+    module: GraphModule, attentions: Sequence[AttentionMatch]
 ) -> dict[Node, tuple[Sequence[Node], int]]:
     """What each attention takes from this step, ``[1, heads, tokens, dim]`` each."""
     found: dict[Node, tuple[Sequence[Node], int]] = {}

@@ -29,13 +29,13 @@ from inplace_builder.states.indices import (
     shifted,
 )
 from inplace_builder.states.state import StateTensor
-from inplace_builder.states.writes import Chain, Write
+from inplace_builder.states.writes import Write, WriteChain
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Spelled:
+class AttentionPattern:
     """One attention, not yet proved to be ours.
 
     Attributes:
@@ -64,7 +64,7 @@ class Spelled:
     hides: bool = False
 
 
-def spelled(node: Node) -> Spelled | None:
+def match_attention(node: Node) -> AttentionPattern | None:
     """The attention whose result a node is, or None."""
     if call(node, aten.scaled_dot_product_attention.default):
         return _operator(node)
@@ -73,14 +73,14 @@ def spelled(node: Node) -> Spelled | None:
     return None
 
 
-def _operator(node: Node) -> Spelled:
+def _operator(node: Node) -> AttentionPattern:
     named: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False} | dict(
         node.kwargs
     )
     named |= dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False))
     query, keys, values = (as_node(operand) for operand in node.args[:3])
     scale = named.get("scale")
-    return Spelled(
+    return AttentionPattern(
         node,
         (),
         query,
@@ -102,7 +102,7 @@ _QUIET = (*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.defaul
 """What may stand between the parts of a written out attention."""
 
 
-def _written_out(node: Node) -> Spelled | None:
+def _written_out(node: Node) -> AttentionPattern | None:
     """``softmax(cap(Q Kᵀ · scale) + mask) V``; dropout that does nothing, casts and copies may stand between."""
     inside: list[Node] = []
 
@@ -158,7 +158,7 @@ def _written_out(node: Node) -> Spelled | None:
     ):
         return None
     inside.append(turned)
-    return Spelled(
+    return AttentionPattern(
         node,
         tuple(inside),
         query,
@@ -250,7 +250,7 @@ def depends_on_first(
 
 def window_of(
     module: GraphModule,
-    one: Spelled,
+    one: AttentionPattern,
     start: Start,
     tokens: Any,
     capacity: int,
@@ -266,7 +266,7 @@ def window_of(
 
 def _visible(
     module: GraphModule,
-    one: Spelled,
+    one: AttentionPattern,
     start: Start,
     tokens: Any,
     capacity: int,
@@ -330,7 +330,7 @@ def _by_start(start: Start, tokens: int) -> Callable[[int, int], dict[Node, Any]
 
 
 def _by_position(
-    module: GraphModule, one: Spelled, start: Start, tokens: Any, promised: frozenset[str]
+    module: GraphModule, one: AttentionPattern, start: Start, tokens: Any, promised: frozenset[str]
 ) -> Callable[[int, int], dict[Node, Any]]:
     """The positions that a mask is made of, where it says for each token alone, by its position alone, what that token sees.
 
@@ -434,7 +434,7 @@ _HEADS = (
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionMatch:
     """One recognised attention.
 
     Attributes:
@@ -460,7 +460,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Explicit:
+class UnfusedAttention:
     """An attention over caches that stays as it is.
 
     Attributes:
@@ -477,9 +477,9 @@ class Explicit:
 def attentions_behind(
     module: GraphModule,
     states: Sequence[StateTensor],
-    chains: Sequence[Chain],
+    chains: Sequence[WriteChain],
     promised: frozenset[str],
-) -> list[Attention | Explicit]:
+) -> list[AttentionMatch | UnfusedAttention]:
     """Every attention of a graph of one row whose keys and values are states that it appends to, each once in a step."""
     appended = {
         chain.writes[0].node: chain.writes[0]
@@ -492,7 +492,7 @@ def attentions_behind(
 
 def attentions(
     module: GraphModule, appended: Mapping[Node, Write], promised: frozenset[str]
-) -> list[Attention | Explicit]:
+) -> list[AttentionMatch | UnfusedAttention]:
     """Every attention over two caches.
 
     Args:
@@ -500,10 +500,10 @@ def attentions(
         appended: for caches written once in a step, along axis 2 of ``[1, kv_heads, capacity, dim]``: the write by the version it makes.
         promised: inputs that are consecutive positions.
     """
-    found: list[Attention | Explicit] = []
+    found: list[AttentionMatch | UnfusedAttention] = []
     masks: dict[Any, int] = {}
     for node in module.graph.nodes:
-        one = spelled(node)
+        one = match_attention(node)
         if one is None:
             continue
         (keys, key_path), (values, value_path) = (
@@ -518,7 +518,7 @@ def attentions(
                 _attention(module, one, appended[keys], appended[values], path, masks, promised)
             )
         except (UnprovableError, MixesTokensError, UnknownExtentError) as reason:
-            found.append(Explicit(node, (keys, values), str(reason)))
+            found.append(UnfusedAttention(node, (keys, values), str(reason)))
     return found
 
 
@@ -536,13 +536,13 @@ def _behind(
 
 def _attention(
     module: GraphModule,
-    one: Spelled,
+    one: AttentionPattern,
     keys: Write,
     values: Write,
     path: tuple[Node, ...],
     masks: dict[Any, int],
     promised: frozenset[str],
-) -> Attention:
+) -> AttentionMatch:
     require(len(shape(one.query)) == 4, "its query is not [1, heads, tokens, dim]")
     rows, heads, tokens, _ = shape(one.query)
     require(keys.node is not values.node, "keys and values are one cache")
@@ -584,7 +584,7 @@ def _attention(
         masks[key] = window_of(module, one, start, tokens, capacity, promised)
     require(one.scale is not None, "its scale is computed")
     assert one.scale is not None
-    return Attention(
+    return AttentionMatch(
         one.node, path, one.query, keys, values, start, one.scale, masks[key], one.softcap
     )
 

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.graph.nodes import AnyNode, Emitter, call, value
 from inplace_builder.states.state import StateTensor
-from inplace_builder.states.writes import Question, recognise
+from inplace_builder.states.writes import MatchContext, recognise
 
 aten = torch.ops.aten
 
@@ -88,7 +88,9 @@ def _division(
                 return None
             axes.add(axis % len(extents))
             if call(user, aten.select_scatter.default):
-                nested = nested or _into_a_part(user, versions, Question(module, 1, frozenset()))
+                nested = nested or _into_a_part(
+                    user, versions, MatchContext(module, 1, frozenset())
+                )
                 versions.add(user)
                 pending.append(user)
     if not nested or len(axes) != 1 or result not in versions:
@@ -118,7 +120,7 @@ def _axis(user: AnyNode, version: Node) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _into_a_part(write: AnyNode, versions: set[Node], question: Question) -> bool:
+def _into_a_part(write: AnyNode, versions: set[Node], question: MatchContext) -> bool:
     """Whether what is put under an index is what was there, with something written into it."""
     current: AnyNode = write.args[1]
     while (step := recognise(current, question)) is not None:

@@ -122,7 +122,7 @@ def check_state(state: StateTensor, written: Writer | None) -> None:
         ) from None
 
 
-def written_elsewhere(exported: ExportedProgram, made: "Functional") -> str:
+def written_elsewhere(exported: ExportedProgram, made: "FunctionalGraph") -> str:
     """What a module without state may have meant: it writes a copy, or returns what it should have written."""
     for node in exported.graph.nodes:
         for written in written_arguments(node):
@@ -277,7 +277,7 @@ def first_writer(node: Node) -> Node | None:
 
 
 @dataclass(frozen=True)
-class Functional:
+class FunctionalGraph:
     """A module without mutation.
 
     Attributes:
@@ -305,7 +305,7 @@ def lift_mutated_buffers(
     states: str | Collection[str] = "auto",
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
-) -> Functional:
+) -> FunctionalGraph:
     """Export a module, or take an exported one, and lift its states, the inputs and buffers that it mutates, to inputs of a function.
 
     `inplace_builder.inline_lifted_buffers` is the inverse.
@@ -410,7 +410,9 @@ def _adopt_constants(exported: ExportedProgram) -> None:
             spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
-def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]) -> Functional:
+def _lift(
+    program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
+) -> FunctionalGraph:
     """What is mutated becomes an input, everything else of the module an attribute."""
     graph, signature = program.graph_module.graph, program.graph_signature
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -480,7 +482,7 @@ def _lift(program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
     last = graph.output_node()
     graph.erase_node(last)
     graph.output((*outputs, *values.values()))
-    return Functional(
+    return FunctionalGraph(
         GraphModule(held, graph),
         states,
         tuple(inputs),

@@ -12,16 +12,19 @@ from inplace.schema.specs import Update
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.graph.nodes import Emitter, dtype, shape, source_line, value
-from inplace_builder.states.attention import Attention, Explicit, attentions_behind
+from inplace_builder.states.attention import AttentionMatch, UnfusedAttention, attentions_behind
 from inplace_builder.states.indices import as_tensor
 from inplace_builder.states.state import CapturedState, StateTensor, common_rows
-from inplace_builder.states.writes import Chain, Question, Write, chains_of, is_whole
+from inplace_builder.states.writes import MatchContext, Write, WriteChain, is_whole, write_chains
 
 aten = torch.ops.aten
 
 
 def verdict(
-    found: StateTensor, chain: Chain, attended: Sequence[Attention | Explicit], rows: int
+    found: StateTensor,
+    chain: WriteChain,
+    attended: Sequence[AttentionMatch | UnfusedAttention],
+    rows: int,
 ) -> CapturedState:
     """What is said of a state.
 
@@ -34,7 +37,7 @@ def verdict(
     return _with_attention(_of_updates(found, chain, rows), chain, attended)
 
 
-def _of_updates(found: StateTensor, chain: Chain, rows: int) -> CapturedState:
+def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedState:
     leading = found.leading(rows)
     plain = CapturedState(
         found,
@@ -90,14 +93,14 @@ def _of_updates(found: StateTensor, chain: Chain, rows: int) -> CapturedState:
 
 
 def _with_attention(
-    state: CapturedState, chain: Chain, attended: Sequence[Attention | Explicit]
+    state: CapturedState, chain: WriteChain, attended: Sequence[AttentionMatch | UnfusedAttention]
 ) -> CapturedState:
     nodes = {write.node for write in chain.writes}
     for found in attended:
-        if isinstance(found, Attention) and nodes & {found.keys.node, found.values.node}:
+        if isinstance(found, AttentionMatch) and nodes & {found.keys.node, found.values.node}:
             because = f"{state.because}; the attention behind it is causal{f' in a window of {found.window}' if found.window else ''}"
             return replace(state, because=because, operators=("attention",))
-        if isinstance(found, Explicit) and nodes & set(found.versions):
+        if isinstance(found, UnfusedAttention) and nodes & set(found.versions):
             return replace(
                 state,
                 because=f"{state.because}; the attention behind it stays explicit: {found.because}",
@@ -123,7 +126,7 @@ SLOTS = "slots"
 
 
 @dataclass(frozen=True)
-class Rewriting:
+class RewrittenGraph:
     """A graph being rewritten, in the layout of its rows.
 
     Attributes:
@@ -174,7 +177,7 @@ class Rewriting:
 
     def attend(
         self,
-        found: Attention,
+        found: AttentionMatch,
         states: tuple[StateTensor, StateTensor],
         placeholders: tuple[Node, Node],
     ) -> None:
@@ -330,26 +333,26 @@ def rewrite(
     graph = module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     last = graph.output_node()
-    chains = chains_of(states, outputs, Question(module, rows, promised))
+    chains = write_chains(states, outputs, MatchContext(module, rows, promised))
     if rows == 1 and any(chain.needs_rows for chain in chains) and common_rows(states) is not None:
         return None
     attended = attentions_behind(module, states, chains, promised) if rows == 1 else []
     for state in states:
         _in_slots(placeholders[state.name], state, rows)
-    work = Rewriting(module, rows, _slots(graph, placeholders[states[0].name], rows))
+    work = RewrittenGraph(module, rows, _slots(graph, placeholders[states[0].name], rows))
     owners = {
         chain.writes[-1].node: state
         for state, chain in zip(states, chains, strict=True)
         if chain.writes
     }
     for attention in attended:
-        if isinstance(attention, Attention):
+        if isinstance(attention, AttentionMatch):
             pair = owners[attention.keys.node], owners[attention.values.node]
             work.attend(attention, pair, (placeholders[pair[0].name], placeholders[pair[1].name]))
     into_attention = {
         write.node
         for found in attended
-        if isinstance(found, Attention)
+        if isinstance(found, AttentionMatch)
         for write in (found.keys, found.values)
     }
     for state, chain in zip(states, chains, strict=True):
@@ -399,10 +402,10 @@ def _in_slots(placeholder: Node, state: StateTensor, rows: int) -> None:
 
 
 def _reads(
-    work: Rewriting,
+    work: RewrittenGraph,
     placeholder: Node,
     state: StateTensor,
-    chain: Chain,
+    chain: WriteChain,
     into_attention: Collection[Node],
 ) -> None:
     """Let what uses a version of the state read it right after its write, so before the next one; the version itself goes."""
@@ -416,7 +419,7 @@ def _reads(
         work.graph.erase_node(node)
 
 
-def _read_first(work: Rewriting, placeholder: Node, state: StateTensor) -> None:
+def _read_first(work: RewrittenGraph, placeholder: Node, state: StateTensor) -> None:
     """Let what uses the state as it was before the step read it before anything is written."""
     users = [user for user in placeholder.users if placeholder in _plain_arguments(user)]
     if not users:

@@ -51,7 +51,7 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class WriteRefusal:
     """A write that no pattern covers."""
 
     node: Node
@@ -60,7 +60,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Question:
+class MatchContext:
     """What a pattern is asked about a node.
 
     Attributes:
@@ -74,7 +74,7 @@ class Question:
     promised: frozenset[str]
 
 
-def recognise(node: AnyNode, question: Question) -> Write | Refusal | None:
+def recognise(node: AnyNode, question: MatchContext) -> Write | WriteRefusal | None:
     """The write that makes this version of a state, a refusal with its reason, or None where nothing is written into a part of a tensor."""
     if not isinstance(node, Node) or node.op != "call_function":
         return None
@@ -86,18 +86,20 @@ def _argument(node: Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _slice_scatter(node: Node, question: Question) -> Write | Refusal:
+def _slice_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
     base, new = node.args[0], node.args[1]
     assert isinstance(base, Node)
     axis = _argument(node, 2, "dim", 0) % len(shape(node))
     start, step = _argument(node, 3, "start", None), _argument(node, 5, "step", 1)
     if step != 1:
-        return Refusal(node, base, f"a slice of step {step}: an append writes consecutive entries")
+        return WriteRefusal(
+            node, base, f"a slice of step {step}: an append writes consecutive entries"
+        )
     capacity = shape(base)[axis]
     start = 0 if start is None else start
     if isinstance(start, int):
         if not isinstance(capacity, int):
-            return Refusal(node, base, "a slice of a state whose extent is dynamic")
+            return WriteRefusal(node, base, "a slice of a state whose extent is dynamic")
         start = min(max(start + capacity if start < 0 else start, 0), capacity)
     return Write(
         node,
@@ -111,13 +113,13 @@ def _slice_scatter(node: Node, question: Question) -> Write | Refusal:
     )
 
 
-def _select_scatter(node: Node, question: Question) -> Write | Refusal:
+def _select_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
     base, new, axis, index = node.args[0], node.args[1], node.args[2], node.args[3]
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(node))
     if isinstance(index, int) and index < 0:
         if not isinstance(shape(base)[axis], int):
-            return Refusal(
+            return WriteRefusal(
                 node, base, "an entry counted from the end of a state whose extent is dynamic"
             )
         index += shape(base)[axis]
@@ -134,7 +136,7 @@ def _select_scatter(node: Node, question: Question) -> Write | Refusal:
     )
 
 
-def _index_copy(node: Node, question: Question) -> Write | Refusal:
+def _index_copy(node: Node, question: MatchContext) -> Write | WriteRefusal:
     base, axis, index, new = node.args
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(node))
@@ -146,14 +148,16 @@ def _index_copy(node: Node, question: Question) -> Write | Refusal:
     return found
 
 
-def _index_put(node: Node, question: Question) -> Write | Refusal:
+def _index_put(node: Node, question: MatchContext) -> Write | WriteRefusal:
     base, indices, new = node.args[:3]
     assert isinstance(base, Node) and isinstance(indices, list | tuple)
     if _argument(node, 3, "accumulate", False):
-        return Refusal(node, base, "index_put that accumulates: an append replaces what was there")
+        return WriteRefusal(
+            node, base, "index_put that accumulates: an append replaces what was there"
+        )
     given = [(axis, as_node(index)) for axis, index in enumerate(indices) if index is not None]
     if any(value(index).dtype in (torch.bool, torch.uint8) for _, index in given):
-        return Refusal(
+        return WriteRefusal(
             node, base, "index_put with a mask: how much it writes is known only at run time"
         )
     extents = tuple(shape(base))
@@ -163,7 +167,7 @@ def _index_put(node: Node, question: Question) -> Write | Refusal:
         return _indexed(node, base, "index_put", axis, index, new, found, question, wraps=True)
     if len(given) == 2 and given[0][0] == 0:
         return _put_in_rows(node, base, given, new, question)
-    return Refusal(
+    return WriteRefusal(
         node,
         base,
         f"index_put with {len(given)} indices on axes {[axis for axis, _ in given]}: an append has one position a row",
@@ -171,8 +175,8 @@ def _index_put(node: Node, question: Question) -> Write | Refusal:
 
 
 def _put_in_rows(
-    node: Node, base: Node, given: list[tuple[int, Node]], new: Any, question: Question
-) -> Write | Refusal:
+    node: Node, base: Node, given: list[tuple[int, Node]], new: Any, question: MatchContext
+) -> Write | WriteRefusal:
     """``state[arange(rows), …, position] = new``: the indexed axes come first in what is written, so ``[rows, …]`` without the axis."""
     (_, rows), (axis, index) = given
     extents = tuple(shape(base))
@@ -184,13 +188,13 @@ def _put_in_rows(
         or order.tolist() != list(range(extents[0]))
         or len(shape(index)) != 1
     ):
-        return Refusal(
+        return WriteRefusal(
             node,
             base,
             "index_put with several indices, of which the first is not every row once in order",
         )
     if shape(index)[0] not in (1, extents[0]):
-        return Refusal(
+        return WriteRefusal(
             node, base, "index_put with a number of positions that is not that of the rows"
         )
     found = (extents[0], *extents[1:axis], *extents[axis + 1 :])
@@ -218,19 +222,19 @@ def _indexed(
     index: Node,
     new: Any,
     extents: tuple[Any, ...] | None,
-    question: Question,
+    question: MatchContext,
     *,
     wraps: bool,
-) -> Write | Refusal:
+) -> Write | WriteRefusal:
     """A write at the entries of one index along one axis."""
     if len(shape(index)) > 1:
-        return Refusal(
+        return WriteRefusal(
             node,
             base,
             f"{pattern} with an index of rank {len(shape(index))}: an append has one position a row",
         )
     if not consecutive(question.module, index, question.promised):
-        return Refusal(
+        return WriteRefusal(
             node,
             base,
             f"{pattern} at several positions that are not provably consecutive (name an input of positions in consecutive=)",
@@ -252,23 +256,23 @@ def _indexed(
     )
 
 
-def _scatter(node: Node, question: Question) -> Write | Refusal:
+def _scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
     base, axis, index, new = node.args[:4]
     assert isinstance(base, Node) and isinstance(axis, int)
     axis %= len(shape(base))
     index = as_node(index)
     wanted = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
     if shape(index) != wanted:
-        return Refusal(
+        return WriteRefusal(
             node,
             base,
             f"scatter with an index of {tuple(shape(index))}, where one position a row would be {wanted}",
         )
     if isinstance(new, Node) and shape(new) != wanted:
-        return Refusal(node, base, "scatter that takes a part of its source")
+        return WriteRefusal(node, base, "scatter that takes a part of its source")
     source, per_row = position_a_row(index)
     if source is None:
-        return Refusal(
+        return WriteRefusal(
             node,
             base,
             "scatter whose index is not one position a row, repeated over the other axes",
@@ -278,7 +282,7 @@ def _scatter(node: Node, question: Question) -> Write | Refusal:
     return Write(node, base, "scatter", axis, 1, source, new, extents=extents, per_row=per_row)
 
 
-def _where(node: Node, question: Question) -> Write | Refusal | None:
+def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
     mask, yes, no = node.args
     assert isinstance(mask, Node)
     for base, new, positive in ((no, yes, True), (yes, no, False)):
@@ -291,7 +295,7 @@ def _where(node: Node, question: Question) -> Write | Refusal | None:
         )
         own = tuple(shape(new)) if isinstance(new, Node) else ()
         if len(own) >= len(extents) - axis and own[len(own) - len(extents) + axis] != 1:
-            return Refusal(
+            return WriteRefusal(
                 node, as_node(base), "where with a value that differs along the masked axis"
             )
         return Write(
@@ -336,10 +340,10 @@ def is_window(result: Node, placeholder: Node) -> bool:
     )
 
 
-def _part(node: Node, question: Question) -> Refusal:
+def _part(node: Node, question: MatchContext) -> WriteRefusal:
     base = node.args[0]
     assert isinstance(base, Node)
-    return Refusal(
+    return WriteRefusal(
         node,
         base,
         f"{str(node.target).split('.')[1]} writes a part of it in a way that no pattern follows",
@@ -361,7 +365,7 @@ _PARTS = (
 """Operators that change a part of a tensor in a way that an append does not."""
 
 
-_PATTERNS: dict[Any, Callable[[Node, Question], Write | Refusal | None]] = {
+_PATTERNS: dict[Any, Callable[[Node, MatchContext], Write | WriteRefusal | None]] = {
     **dict.fromkeys(_PARTS, _part),
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
@@ -374,7 +378,7 @@ _PATTERNS: dict[Any, Callable[[Node, Question], Write | Refusal | None]] = {
 
 
 @dataclass(frozen=True)
-class Chain:
+class WriteChain:
     """The recognised writes of one state, first to last; none where its whole value is computed anew.
 
     Attributes:
@@ -385,12 +389,14 @@ class Chain:
     """
 
     writes: tuple[Write, ...] = ()
-    refused: Refusal | None = None
+    refused: WriteRefusal | None = None
     window: bool = False
     needs_rows: bool = False
 
 
-def chain_of(placeholder: Node, result: Node, found: StateTensor, question: Question) -> Chain:
+def write_chain(
+    placeholder: Node, result: Node, found: StateTensor, question: MatchContext
+) -> WriteChain:
     """Follow a state's new value back to the state itself, one write at a time."""
     writes: list[Write] = []
     current = result
@@ -408,38 +414,40 @@ def chain_of(placeholder: Node, result: Node, found: StateTensor, question: Ques
                 and _reaches(turned.base, placeholder)
             ):
                 because = "a part is written through a transposed view, where an update writes along an axis as it lies in memory"
-                return Chain(refused=Refusal(turned.node, turned.base, because))
+                return WriteChain(refused=WriteRefusal(turned.node, turned.base, because))
             if partial is None:
-                return Chain(window=is_window(result, placeholder))
+                return WriteChain(window=is_window(result, placeholder))
             because = (
                 f"what {partial.pattern} writes into is not the state itself but computed from it"
             )
-            return Chain(refused=Refusal(partial.node, partial.base, because))
-        if isinstance(step, Refusal):
-            return Chain(refused=step) if _reaches(step.base, placeholder) else Chain()
+            return WriteChain(refused=WriteRefusal(partial.node, partial.base, because))
+        if isinstance(step, WriteRefusal):
+            return WriteChain(refused=step) if _reaches(step.base, placeholder) else WriteChain()
         if (misfit := _misfit(step, found, question.rows)) is not None:
-            return Chain(
-                refused=Refusal(step.node, step.base, misfit),
+            return WriteChain(
+                refused=WriteRefusal(step.node, step.base, misfit),
                 needs_rows=step.per_row and question.rows == 1,
             )
         writes.append(step)
         current = step.base
-    return Chain(tuple(reversed(writes)))
+    return WriteChain(tuple(reversed(writes)))
 
 
-def chains_of(states: Sequence[StateTensor], outputs: int, question: Question) -> list[Chain]:
+def write_chains(
+    states: Sequence[StateTensor], outputs: int, question: MatchContext
+) -> list[WriteChain]:
     """The chain of each state of a functional graph, which returns its outputs and then the states' new values."""
     graph = question.module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     returned = graph.output_node().args[0]
     assert isinstance(returned, tuple)
     return [
-        chain_of(placeholders[state.name], as_node(result), state, question)
+        write_chain(placeholders[state.name], as_node(result), state, question)
         for state, result in zip(states, returned[outputs:], strict=True)
     ]
 
 
-def _turned(node: Node, question: Question) -> Write | Refusal | None:
+def _turned(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
     """The write whose result this is, with its axes in another order."""
     source = node
     while call(source, aten.permute.default, aten.transpose.int, aten.t.default):

@@ -12,7 +12,7 @@ from torch import Tensor
 from inplace_builder.lower import converters, copying, native, plugins
 from inplace_builder.lower import plugins as user
 from inplace_builder.lower.compile import CompileOptions, compile_network
-from inplace_builder.lower.mechanisms import Use, Verdict, choose, mechanism
+from inplace_builder.lower.mechanisms import Eligibility, StateUse, choose, mechanism
 from inplace_builder.lower.network import Lowered, Network, NetworkState, Program
 from inplace_builder.lower.registry import converter, state_converter
 
@@ -21,8 +21,8 @@ __all__ = [
     "Lowered",
     "Network",
     "NetworkState",
-    "Use",
-    "Verdict",
+    "StateUse",
+    "Eligibility",
     "choose",
     "compile_network",
     "converter",

@@ -28,7 +28,7 @@ FIRST_CACHE_LAYER = (10, 15)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Eligibility:
     """A mechanism's answer."""
 
     ok: bool
@@ -36,7 +36,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Use:
+class StateUse:
     """An operator on a state.
 
     Attributes:
@@ -63,20 +63,20 @@ class Use:
         )
 
 
-Judge = Callable[[Sequence[Use], TensorRT], Verdict]
+EligibilityCheck = Callable[[Sequence[StateUse], TensorRT], Eligibility]
 
 
-_judges: dict[AliasKind, Judge] = {}
+_judges: dict[AliasKind, EligibilityCheck] = {}
 
 
-def mechanism(kind: AliasKind) -> Callable[[Judge], Judge]:
+def mechanism(kind: AliasKind) -> Callable[[EligibilityCheck], EligibilityCheck]:
     """Register the decorated function as what answers for a mechanism; it is given every use of states that belong together.
 
     Raises:
         ValueError: the mechanism already has one.
     """
 
-    def register(judge: Judge) -> Judge:
+    def register(judge: EligibilityCheck) -> EligibilityCheck:
         if kind in _judges:
             raise ValueError(
                 f"mechanism {kind!r} already has the judge {_judges[kind].__qualname__}"
@@ -132,10 +132,10 @@ def choose(
     return tuple(found[state.name] for state in states)
 
 
-def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[Use]]:
+def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[StateUse]]:
     """The uses of every state, in groups of states that some operator takes together."""
     specs = {state.name: state for state in states}
-    groups: dict[str, list[Use]] = {state.name: [] for state in states}
+    groups: dict[str, list[StateUse]] = {state.name: [] for state in states}
     for node in graph.nodes:
         taken = [source.name for source in node.all_input_nodes if source.name in specs]
         if node.op != "call_function" or not taken:
@@ -144,7 +144,7 @@ def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[U
         arguments = {argument.name: argument.default_value for argument in schema}
         arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
         for name in taken:
-            groups[name].append(Use(node, specs[name], arguments))
+            groups[name].append(StateUse(node, specs[name], arguments))
         merged = [
             use
             for group in {id(groups[name]): groups[name] for name in taken}.values()
@@ -158,31 +158,31 @@ def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[U
 
 
 @mechanism("copy")
-def judge_copy(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
+def supports_copy(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
     """Any state of a type that TensorRT selects between."""
     for use in uses:
         dtype = use.state.dtype.as_torch
         if dtype in (torch.int8, torch.uint8) or not tensorrt.has_dtype(dtype):
-            return Verdict(
+            return Eligibility(
                 False,
                 f"TensorRT does not select between elements of {use.state.name}, which is {use.state.dtype}",
             )
         if (because := _chosen_at_load(use)) is not None:
-            return Verdict(False, f"{because}; the scatter needs an extent that is known")
+            return Eligibility(False, f"{because}; the scatter needs an extent that is known")
         if use.operator not in ("read", "update", "attention"):
-            return Verdict(
+            return Eligibility(
                 False, f"it has no converter for {use.node.target}{source_line(use.node)}"
             )
-    return Verdict(
+    return Eligibility(
         True, "the state is copied into a second buffer in each step, and the runtime swaps the two"
     )
 
 
 @mechanism("kv_cache_update")
-def judge_kv_cache_update(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
+def supports_kv_cache_update(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
     """A cache as `IKVCacheUpdateLayer` has it: ``[slots, heads, capacity, dim]`` in a float type, appended to once a step."""
     if not tensorrt.is_rtx and tensorrt.version[:2] < FIRST_CACHE_LAYER:
-        return Verdict(
+        return Eligibility(
             False,
             f"IKVCacheUpdateLayer is in TensorRT 10.15 and later and in TensorRT for RTX, this is {tensorrt}",
         )
@@ -197,18 +197,18 @@ def judge_kv_cache_update(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
             use, after=all(place < order[use.node] for place in places)
         )
         if because is not None:
-            return Verdict(False, f"{because}{source_line(use.node)}")
+            return Eligibility(False, f"{because}{source_line(use.node)}")
     for name in {use.state.name for use in uses}:
         writers = sum(use.writes for use in uses if use.state.name == name)
         if writers > 1:
-            return Verdict(
+            return Eligibility(
                 False,
                 f"{name} is updated {writers} times a step; the layer's cache must be an input of the network",
             )
-    return Verdict(True, "TensorRT's cache layer updates the bound memory itself")
+    return Eligibility(True, "TensorRT's cache layer updates the bound memory itself")
 
 
-def _no_cache(use: Use) -> str | None:
+def _no_cache(use: StateUse) -> str | None:
     """Why the state is no cache of the layer."""
     state = use.state
     if len(state.shape) != 3:
@@ -223,7 +223,7 @@ def _no_cache(use: Use) -> str | None:
     return None
 
 
-def _chosen_at_load(use: Use) -> str | None:
+def _chosen_at_load(use: StateUse) -> str | None:
     """That the graph leaves the state's capacity open, if it does."""
     held = next(
         source.meta["val"] for source in use.node.all_input_nodes if source.name == use.state.name
@@ -232,7 +232,7 @@ def _chosen_at_load(use: Use) -> str | None:
     return None if fixed else f"the capacity of {use.state.name} is chosen at load"
 
 
-def _no_cache_operator(use: Use, *, after: bool) -> str | None:
+def _no_cache_operator(use: StateUse, *, after: bool) -> str | None:
     """Why the layer cannot do what the operator does; ``after``: every update of the state comes before it."""
     if use.arguments.get("ring"):
         return f"{use.state.name} is a ring; the layer only appends and drops what is beyond the capacity"

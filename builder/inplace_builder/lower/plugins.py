@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.layers import ITensor
-from inplace_builder.lower.mechanisms import Use, Verdict, mechanism
+from inplace_builder.lower.mechanisms import Eligibility, StateUse, mechanism
 from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import converter, state_converter
 from inplace_builder.states.user_operators import find_declared, made_plugin
@@ -39,23 +39,23 @@ MOST_ROWS = 257
 
 
 @mechanism("plugin")
-def judge_plugin(uses: Sequence[Use], tensorrt: TensorRT) -> Verdict:
+def supports_plugin(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
     """Any state, where TensorRT has plugins with aliased outputs."""
     if tensorrt.is_rtx:
-        return Verdict(False, "networks of TensorRT for RTX take no plugins")
+        return Eligibility(False, "networks of TensorRT for RTX take no plugins")
     if tensorrt.version[:2] < FIRST_VERSION:
-        return Verdict(False, f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt}")
+        return Eligibility(False, f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt}")
     for use in uses:
         if use.operator.endswith("attention") and max(use.state.shape[2:]) > MAX_DIM:
-            return Verdict(
+            return Eligibility(
                 False,
                 f"heads of {use.state.name} are {use.state.shape[2]} wide; the attention kernels take up to {MAX_DIM}",
             )
         if not tensorrt.has_dtype(use.state.dtype.as_torch):
-            return Verdict(
+            return Eligibility(
                 False, f"{use.state.name} is {use.state.dtype}, which {tensorrt} does not have"
             )
-    return Verdict(
+    return Eligibility(
         True,
         "a plugin's output is the state's own memory, any slots in any rows, at a cost that follows the cached length",
     )

@@ -8,7 +8,7 @@ from inplace.schema.specs import Role
 from inplace.trt import TensorRT
 from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
 from inplace_builder.fusion.fuse import without_sampling
-from inplace_builder.lower import Lowered, lower
+from inplace_builder.lower import LoweredNetwork, lower
 from inplace_builder.lower.compile import Range
 from torch import Tensor, manual_seed
 
@@ -74,7 +74,7 @@ def greedy_rows(count: int) -> dict[str, Tensor]:
 
 def lowered(
     capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention: bool = False
-) -> Lowered:
+) -> LoweredNetwork:
     """Its network, with every state of one kind."""
     greedy, _ = without_sampling(
         capture.exported, capture.program

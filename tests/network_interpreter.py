@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from inplace_builder.lower import Lowered
+from inplace_builder.lower import LoweredNetwork
 from torch import Tensor
 
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -39,7 +39,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def interpret(lowered: Lowered, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def interpret(lowered: LoweredNetwork, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs of a network for these inputs.
 
     Raises:

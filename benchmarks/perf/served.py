@@ -8,7 +8,7 @@ from typing import Literal
 
 from google.protobuf import text_format
 from inplace.schema.served import Manifest
-from inplace_builder.served.model_config import Language, model_config
+from inplace_builder.served.model_config import TextSettings, model_config
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -32,7 +32,7 @@ def served(
     """
     config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
     if config.model_transaction_policy.decoupled != (serve == "stream"):
-        language = Language() if serve == "stream" else None
+        language = TextSettings() if serve == "stream" else None
         config = model_config(
             manifest,
             serve=serve,

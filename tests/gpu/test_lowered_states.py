@@ -11,7 +11,7 @@ import torch
 from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
+from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network, lower
 from state_cases import SLOTS, STATE_CASES, StateCase
 from torch import Tensor
 
@@ -29,14 +29,14 @@ def tensorrt() -> TensorRT:
 
 
 KINDS: tuple[AliasKind, ...] = ("copy", "kv_cache_update")
-Plans = dict[tuple[str, AliasKind], Future[tuple[Lowered, Any]]]
+Plans = dict[tuple[str, AliasKind], Future[tuple[LoweredNetwork, Any]]]
 
 
 @pytest.fixture(scope="module")
 def plans(tensorrt: TensorRT) -> Plans:
     """The network and the plan of every case and mechanism."""
 
-    def build(case: StateCase, kind: AliasKind) -> tuple[Lowered, Any]:
+    def build(case: StateCase, kind: AliasKind) -> tuple[LoweredNetwork, Any]:
         choose(case.exported.graph, case.states, tensorrt, order=(kind,))
         kinds = {state.name: kind for state in case.states}
         lowered = lower(

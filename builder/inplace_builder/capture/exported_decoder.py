@@ -34,7 +34,7 @@ from inplace_builder.graph.reexport import (
     without_unused,
 )
 from inplace_builder.packing.pack import pack, settle_views
-from inplace_builder.packing.prove import Decoder, prove_decoder
+from inplace_builder.packing.prove import ProvenDecoder, prove_decoder
 from inplace_builder.states.divide import divide
 from inplace_builder.states.lift import (
     FunctionalGraph,
@@ -128,7 +128,7 @@ def capture_exported_decoder(
     )
 
 
-def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
+def _caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[Cache]:
     found = []
     for one in decoder.attentions:
         keys, values = shape(one.keys.base), shape(one.values.base)
@@ -143,7 +143,7 @@ def _caches(decoder: Decoder, options: DecoderOptions) -> list[Cache]:
     return found
 
 
-def _reference(module: GraphModule, found: FunctionalGraph, decoder: Decoder) -> Reference:
+def _reference(module: GraphModule, found: FunctionalGraph, decoder: ProvenDecoder) -> Reference:
     """The module itself on one sequence, from empty caches; token by token where it takes no more."""
     start = decoder.attentions[0].start
     assert start.source is not None

@@ -13,12 +13,12 @@ from inplace_builder.lower import converters, copying, native, plugins
 from inplace_builder.lower import plugins as user
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.mechanisms import Eligibility, StateUse, choose, mechanism
-from inplace_builder.lower.network import Lowered, Network, NetworkState, Program
+from inplace_builder.lower.network import LoweredNetwork, Network, NetworkState, Program
 from inplace_builder.lower.registry import converter, state_converter
 
 __all__ = [
     "CompileOptions",
-    "Lowered",
+    "LoweredNetwork",
     "Network",
     "NetworkState",
     "StateUse",
@@ -52,7 +52,7 @@ def lower(
     bind: Collection[str] = (),
     shapes: Mapping[str, Sequence[int]] | None = None,
     constants: Mapping[str, Tensor] | None = None,
-) -> Lowered:
+) -> LoweredNetwork:
     """Make the network of a captured graph.
 
     Args:

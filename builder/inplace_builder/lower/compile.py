@@ -13,7 +13,7 @@ from inplace.schema.artifacts import File, Plan, Profile
 from inplace.trt import Flavor, TensorRT, load_tensorrt
 
 from inplace_builder.errors import BuildError
-from inplace_builder.lower.network import Lowered
+from inplace_builder.lower.network import LoweredNetwork
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input in one profile."""
@@ -43,7 +43,9 @@ class CompileOptions:
 
 
 def compile_network(
-    lowered: Lowered, profiles: Sequence[Mapping[str, Range]], options: CompileOptions | None = None
+    lowered: LoweredNetwork,
+    profiles: Sequence[Mapping[str, Range]],
+    options: CompileOptions | None = None,
 ) -> Any:
     """Build the plan (``IHostMemory``, which has the buffer interface).
 
@@ -71,7 +73,7 @@ def compile_network(
 
 
 def _config(
-    lowered: Lowered,
+    lowered: LoweredNetwork,
     profiles: Sequence[Mapping[str, Range]],
     options: CompileOptions,
     level: int | None,
@@ -111,7 +113,7 @@ def _config(
     return config
 
 
-def _explained(lowered: Lowered, said: str) -> str:
+def _explained(lowered: LoweredNetwork, said: str) -> str:
     """What TensorRT's words mean for the model, where they say that it has no kernel for something."""
     found = re.search(
         r"Could not find any implementation for node \{?(?:ForeignNode\[)?([^\]}]+)", said
@@ -140,7 +142,7 @@ def _explained(lowered: Lowered, said: str) -> str:
     )
 
 
-def _inputs(lowered: Lowered) -> dict[str, Any]:
+def _inputs(lowered: LoweredNetwork) -> dict[str, Any]:
     network = lowered.network
     return {
         tensor.name: tensor

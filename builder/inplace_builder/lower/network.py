@@ -64,7 +64,7 @@ class NetworkState:
 
 
 @dataclass
-class Lowered:
+class LoweredNetwork:
     """A network that is ready to be built.
 
     Attributes:
@@ -197,7 +197,7 @@ class Network(Layers):
         states: Sequence[StateSpec],
         kinds: Mapping[str, str],
         bind: Collection[str] = (),
-    ) -> Lowered:
+    ) -> LoweredNetwork:
         """Lower a whole graph; see `inplace_builder.lower.lower`."""
         self._bind = bind
         specs = {state.name: state for state in states}
@@ -220,7 +220,7 @@ class Network(Layers):
         assert result is not None
         self._mark_outputs(exported, result, outputs)
         state_outputs = self._mark_states()
-        return Lowered(
+        return LoweredNetwork(
             network=self.network,
             builder=self.builder,
             inputs=(*inputs, *self.bound_weights),

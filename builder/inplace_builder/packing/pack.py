@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, call, dtype, shape
 from inplace_builder.graph.tokens import VIEWS
-from inplace_builder.packing.prove import Decoder
+from inplace_builder.packing.prove import ProvenDecoder
 from inplace_builder.states.attention import AttentionMatch
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ inplace = torch.ops.inplace
 
 
 def pack(
-    decoder: Decoder, names: Sequence[str], states: Sequence[str], rings: Sequence[bool]
+    decoder: ProvenDecoder, names: Sequence[str], states: Sequence[str], rings: Sequence[bool]
 ) -> GraphModule:
     """Rewrite the graph, in place, to packed rows.
 
@@ -64,7 +64,7 @@ def pack(
 class _Packing:
     """A graph being rewritten. New nodes carry no fake values: the graph is exported again."""
 
-    def __init__(self, decoder: Decoder, made: Mapping[str, Node], ids: str) -> None:
+    def __init__(self, decoder: ProvenDecoder, made: Mapping[str, Node], ids: str) -> None:
         self.decoder, self.graph, self.axes = decoder, decoder.module.graph, decoder.axes.axes
         self.made, self.ids = made, made[ids]
         self.count: AnyNode = None

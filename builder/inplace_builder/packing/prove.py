@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ProvenDecoder:
     """A functional graph of which it is proved that it decodes token by token.
 
     Attributes:
@@ -74,7 +74,7 @@ def _behind_views(node: Node) -> list[Node]:
 
 def prove_decoder(
     module: GraphModule, states: Sequence[StateTensor], outputs: int, promised: frozenset[str]
-) -> Decoder:
+) -> ProvenDecoder:
     """Find what makes a graph of one sequence a decoder.
 
     Args:
@@ -149,7 +149,7 @@ def prove_decoder(
             f"the module's output {tuple(shape(logits))} is not one row of scores a token"
         )
     shifts = {node: shift - start.offset for node, shift in positions.items()}
-    return Decoder(module, attentions, tokens, ids, logits, shifts, axes)
+    return ProvenDecoder(module, attentions, tokens, ids, logits, shifts, axes)
 
 
 def _common(attentions: Sequence[AttentionMatch]) -> tuple[Start, Any]:

@@ -13,7 +13,7 @@ from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, lo
 from inplace_builder.compare import beside_engine
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
-from inplace_builder.served.model_config import Language, model_config
+from inplace_builder.served.model_config import TextSettings, model_config
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.served.proxy import (
     MODEL_VERSION,
@@ -23,7 +23,7 @@ from inplace_builder.served.proxy import (
     write_proxy,
 )
 from inplace_builder.served.verify import verify
-from inplace_builder.served.write import Written, write_tensorrt, write_torch
+from inplace_builder.served.write import WrittenEngine, write_tensorrt, write_torch
 from inplace_builder.versions import built_with
 
 VERSION, TOKENIZER = MODEL_VERSION, TOKENIZER_FOLDER
@@ -168,7 +168,7 @@ def write_engine(
                 update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}}
             )
         language = (
-            Language(eos, text=(folder / TOKENIZER / TOKENIZER_FILE).is_file())
+            TextSettings(eos, text=(folder / TOKENIZER / TOKENIZER_FILE).is_file())
             if generates
             else None
         )
@@ -190,7 +190,7 @@ def write_engine(
     return manifest
 
 
-def _write(capture: Capture, folder: Path, options: BuildOptions) -> Written:
+def _write(capture: Capture, folder: Path, options: BuildOptions) -> WrittenEngine:
     if options.engine == "torch":
         return write_torch(capture, folder, options.device)
     return write_tensorrt(

@@ -141,7 +141,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Language:
+class TextSettings:
     """What the server must know of a model that generates.
 
     Attributes:
@@ -160,7 +160,7 @@ def model_config(
     idle_timeout: float,
     queue_delay_microseconds: int,
     instances: int = 1,
-    language: Language | None = None,
+    language: TextSettings | None = None,
 ) -> ModelConfig:
     """The configuration that serves an engine.
 
@@ -208,7 +208,7 @@ def model_config(
     )
 
 
-def proxy_config(name: str, language: Language) -> ModelConfig:
+def proxy_config(name: str, language: TextSettings) -> ModelConfig:
     """The configuration of a stream model's front: generations without sequences."""
     return ModelConfig(
         name=name,
@@ -222,7 +222,7 @@ def proxy_config(name: str, language: Language) -> ModelConfig:
     )
 
 
-def _texts(language: Language, *, ragged: bool = False) -> tuple[Tensor, ...]:
+def _texts(language: TextSettings, *, ragged: bool = False) -> tuple[Tensor, ...]:
     if not language.text:
         return ()
     return tuple(
@@ -231,7 +231,7 @@ def _texts(language: Language, *, ragged: bool = False) -> tuple[Tensor, ...]:
     )
 
 
-def _generated(language: Language) -> tuple[Tensor, ...]:
+def _generated(language: TextSettings) -> tuple[Tensor, ...]:
     text = (Tensor(TEXT_OUTPUT, pb.TYPE_STRING, (1,)),) if language.text else ()
     return (
         Tensor(TOKENS, pb.TYPE_INT64, (-1,)),

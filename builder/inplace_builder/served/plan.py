@@ -14,7 +14,7 @@ from inplace.trt import TensorRT
 from inplace_builder.capture import Capture
 from inplace_builder.errors import BuildError
 from inplace_builder.fusion.fuse import fuse, without_sampling
-from inplace_builder.lower import Lowered, lower
+from inplace_builder.lower import LoweredNetwork, lower
 from inplace_builder.lower.compile import CompileOptions, Range, compile_network
 from inplace_builder.lower.mechanisms import ORDER, choose
 
@@ -31,7 +31,7 @@ BAKED = 1 << 20
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltPlan:
     """A plan and what belongs to it.
 
     Attributes:
@@ -59,7 +59,7 @@ def build_plan(
     alias: AliasKind | None = None,
     strict: bool = False,
     compute_capabilities: tuple[str, ...] = (),
-) -> Built:
+) -> BuiltPlan:
     """Lower and compile a captured program.
 
     Args:
@@ -110,7 +110,7 @@ def build_plan(
         compute_capabilities=compute_capabilities, plugins="plugin" in kinds.values()
     )
     plan = compile_network(lowered, [_relevant(lowered, found) for found in ranges], options)
-    return Built(plan, lowered.bound_weights, program, lowering, profiles, sum(baked))
+    return BuiltPlan(plan, lowered.bound_weights, program, lowering, profiles, sum(baked))
 
 
 def _profiles(program: Program, slots: int, *, tuned: bool) -> tuple[Profile, ...]:
@@ -186,7 +186,7 @@ def _ranges(
     return found
 
 
-def _relevant(lowered: Lowered, ranges: Mapping[str, Range]) -> dict[str, Range]:
+def _relevant(lowered: LoweredNetwork, ranges: Mapping[str, Range]) -> dict[str, Range]:
     """Only inputs whose shape varies, and that the network kept."""
     network = lowered.network
     inputs = {

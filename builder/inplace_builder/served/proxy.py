@@ -10,7 +10,7 @@ from inplace.schema.proxy import FILE_NAME, SUFFIX, ProxyFile
 from inplace.schema.served import Manifest
 from inplace.server.settings import MOST_WAITING
 
-from inplace_builder.served.model_config import Language, proxy_config
+from inplace_builder.served.model_config import TextSettings, proxy_config
 
 MODEL_VERSION = "1"
 """Triton's model version, the folder that an engine or a front lies in."""
@@ -27,7 +27,7 @@ def proxy_occupied(model: Path) -> str | None:
     return reason and f"{reason}; a stream model's front is written there"
 
 
-def write_proxy(draft: Path, manifest: Manifest, language: Language) -> None:
+def write_proxy(draft: Path, manifest: Manifest, language: TextSettings) -> None:
     """Write the front of a model into a draft of its folder.
 
     Raises:

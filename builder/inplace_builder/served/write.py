@@ -19,7 +19,7 @@ ENGINES = ("torch", "tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenEngine:
     """What was written.
 
     Attributes:
@@ -37,7 +37,7 @@ class Written:
     notes: dict[str, str]
 
 
-def write_torch(capture: Capture, folder: Path, device: Literal["cpu", "cuda"]) -> Written:
+def write_torch(capture: Capture, folder: Path, device: Literal["cpu", "cuda"]) -> WrittenEngine:
     """Write the captured graph itself.
 
     Raises:
@@ -49,7 +49,7 @@ def write_torch(capture: Capture, folder: Path, device: Literal["cpu", "cuda"]) 
     archive.save(exported, folder / TORCH_FILE)
     file = File.of(folder / TORCH_FILE)
     engine = EngineFile(kind="torch", **file.model_dump(), device=device, dtype=capture.dtype)
-    return Written(engine, capture.program, capture.lowering, True, {})
+    return WrittenEngine(engine, capture.program, capture.lowering, True, {})
 
 
 def write_tensorrt(
@@ -61,7 +61,7 @@ def write_tensorrt(
     alias: AliasKind | None,
     strict: bool,
     compute_capability: str | None,
-) -> Written:
+) -> WrittenEngine:
     """Compile the captured graph and write the plan, and beside it the weights that it takes as inputs.
 
     Raises:
@@ -103,4 +103,4 @@ def write_tensorrt(
         kind="tensorrt", **file.model_dump(), device="cuda", dtype=capture.dtype, plan=plan
     )
     notes = {flavor: plan.version, "weights_in_plan_bytes": str(built.baked)}
-    return Written(engine, built.program, built.lowering, target.here, notes)
+    return WrittenEngine(engine, built.program, built.lowering, target.here, notes)

@@ -13,7 +13,7 @@ from inplace.trt import Flavor, TensorRT
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network, lower
+from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network, lower
 from inplace_builder.lower.compile import Range, Target
 from inplace_builder.lower.mechanisms import ORDER
 from inplace_builder.states.state import CapturedState
@@ -91,7 +91,7 @@ def lower_standalone(
     *,
     alias: AliasKind | None = None,
     strict: bool = False,
-) -> tuple[Lowered, tuple[Lowering, ...]]:
+) -> tuple[LoweredNetwork, tuple[Lowering, ...]]:
     """The network of a captured module, each state an input of just its own extents, and how each state is updated.
 
     Raises:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture import Capture
-from inplace_builder.lower import CompileOptions, Lowered, choose, compile_network
+from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network
 from inplace_builder.lower.compile import _explained
 from lowering import DECODERS, VOCABULARY, captured, decoder_profiles, greedy_rows, lowered
 from network_interpreter import interpret
@@ -44,7 +44,7 @@ def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> No
         _steps_agree(capture, network)
 
 
-def _steps_agree(capture: Capture, network: Lowered) -> None:
+def _steps_agree(capture: Capture, network: LoweredNetwork) -> None:
     """Chunks and single tokens of three rows, one of them no row, in memory full of NaN, until every ring has wrapped."""
     module = capture.exported.module()
     expected_memory, memory = _nan(capture), _nan(capture)

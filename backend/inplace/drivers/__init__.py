@@ -4,4 +4,4 @@ from inplace.drivers.parsing import TokenizerConfig
 from inplace.drivers.step import Answer, StepDriver
 from inplace.drivers.stream import Arrived, StreamDriver, engine_thread
 
-__all__ = ["Answer", "Arrived", "TokenizerConfig", "StepDriver", "StreamDriver", "engine_thread"]
+__all__ = ["Answer", "Arrived", "StepDriver", "StreamDriver", "TokenizerConfig", "engine_thread"]

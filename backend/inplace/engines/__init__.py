@@ -3,4 +3,4 @@
 from inplace.engines.base import ALONE, Finish, StepEngine
 from inplace.runtime.loading import load_engine
 
-__all__ = ["ALONE", "StepEngine", "Finish", "load_engine"]
+__all__ = ["ALONE", "Finish", "StepEngine", "load_engine"]

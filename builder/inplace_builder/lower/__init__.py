@@ -18,11 +18,11 @@ from inplace_builder.lower.registry import converter, state_converter
 
 __all__ = [
     "CompileOptions",
+    "Eligibility",
     "LoweredNetwork",
     "Network",
     "NetworkState",
     "StateUse",
-    "Eligibility",
     "choose",
     "compile_network",
     "converter",

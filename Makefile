@@ -37,10 +37,10 @@ perf: .venv/installed ## SmolLM2 served: sequences by concurrency and rate, stre
 	@$(BIN)/python -m benchmarks.perf.plots benchmarks/results/perf.json
 
 soak: .venv/installed ## 10 minutes of 500 clients that come, go, vanish and misbehave; JSON into benchmarks/results
-	@PYTHONPATH=tests $(BIN)/python -m soak --seconds 600 --clients 500 --out benchmarks/results/soak.json
+	@PYTHONPATH=tests:tests/long $(BIN)/python -m soak --seconds 600 --clients 500 --out benchmarks/results/soak.json
 
 fuzz: .venv/installed ## 10 000 random requests against a real server; JSON into benchmarks/results
-	@PYTHONPATH=tests $(BIN)/python -m fuzz --requests 10000 --out benchmarks/results/fuzz.json
+	@PYTHONPATH=tests:tests/long $(BIN)/python -m fuzz --requests 10000 --out benchmarks/results/fuzz.json
 
 gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, benchmark and profile; reports into OUT (build/gpu)
 	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh

@@ -6,18 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import served
 import torch
-from driving import Open, Watched
 from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig
 from inplace.runtime.instance import ModelInstance
 from inplace_builder.served.build import build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import CAPACITY, CHUNK, SLOTS, Repository, accumulator, open_instance, tiny_llama
-from streaming import OpenStreams, Streams
+from support import served
+from support.driving import Open, Watched
+from support.models import (
+    CAPACITY,
+    CHUNK,
+    SLOTS,
+    Repository,
+    accumulator,
+    open_instance,
+    tiny_llama,
+)
+from support.streaming import OpenStreams, Streams
+from support.vocabulary import save_tokenizer
 from tritonclient.grpc import InferenceServerClient
-from vocabulary import save_tokenizer
 
 with contextlib.suppress(ImportError):  # a machine that only runs the tests of a GPU may lack it
     import hypothesis

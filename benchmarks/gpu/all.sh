@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 OUT=${OUT:-build/gpu}
 export COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-export PYTHONPATH=backend:builder:tests${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=backend:builder:tests:tests/long${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
 summary=$OUT/summary.txt
 : >"$summary"

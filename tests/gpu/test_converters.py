@@ -11,8 +11,8 @@ import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, compile_network, lower
-from operator_case import Batch, Case
-from operator_cases import BATCHES, CASES
+from support.operator_case import Batch, Case
+from support.operator_cases import BATCHES, CASES
 from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
 )
 
-from engine_runner import PlanRunner  # noqa: E402
+from support.engine_runner import PlanRunner  # noqa: E402
 
 QUICK = CompileOptions(optimization_level=1)
 Found = dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]] | Exception]

@@ -11,7 +11,6 @@ from typing import Any
 import inplace
 import pytest
 import torch
-from direct_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
 from inplace.errors import CallError, LoadError
 from inplace.plugins import plugins, register
 from inplace.schema.standalone import FILE_NAME
@@ -21,6 +20,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build, serialize
 from inplace_builder.states import user_operators as aliases
 from inplace_builder.states.user_operators import declare_alias
+from support.direct_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
 )
 
-from engine_runner import PlanRunner  # noqa: E402
-from user_operators import Leak, Leaky, Swapped, leak, make_leak  # noqa: E402
+from support.engine_runner import PlanRunner  # noqa: E402
+from support.user_operators import Leak, Leaky, Swapped, leak, make_leak  # noqa: E402
 
 BY_NAME = {case.name: case for case in CASES}
 

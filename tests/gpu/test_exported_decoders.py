@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
-from exported_decoders import PROMPTS, decoder, exported, rows_say  # noqa: E402
-from models import greedy  # noqa: E402
+from support.exported_decoders import PROMPTS, decoder, exported, rows_say  # noqa: E402
+from support.models import greedy  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from inplace.drivers import StreamDriver, TokenizerConfig
 from inplace.runtime.instance import ModelInstance
 from inplace_builder.served.build import VERSION, build_decoder
 from inplace_builder.served.options import BuildOptions
-from models import greedy, late_token, tiny_llama
-from streaming import Streams
+from support.models import greedy, late_token, tiny_llama
+from support.streaming import Streams
 from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from inplace.kernels.attention import AttentionSpec
 from inplace.operators import attention, update
-from kernel_cases import AttentionCase, Row, bits, check_read, check_update
+from support.kernel_cases import AttentionCase, Row, bits, check_read, check_update
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(

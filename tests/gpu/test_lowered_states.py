@@ -12,7 +12,7 @@ from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network, lower
-from state_cases import SLOTS, STATE_CASES, StateCase
+from support.state_cases import SLOTS, STATE_CASES, StateCase
 from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
 )
 
-from engine_runner import PlanRunner  # noqa: E402
+from support.engine_runner import PlanRunner  # noqa: E402
 
 
 @pytest.fixture(scope="module")

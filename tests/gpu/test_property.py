@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from random_modules import STEPS, Random, supported  # noqa: E402
-from random_steps import Steps, attending, rows_of_their_own, varying_tokens  # noqa: E402
+from support.random_modules import STEPS, Random, supported  # noqa: E402
+from support.random_steps import Steps, attending, rows_of_their_own, varying_tokens  # noqa: E402
 
 MODULES, MORE = 40, 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)

@@ -12,8 +12,8 @@ from inplace.client import Sequence
 from inplace_builder.served.build import VERSION, build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import greedy, tiny_llama
-from streams import generate
+from support.models import greedy, tiny_llama
+from support.streams import generate
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient
 

@@ -16,7 +16,7 @@ from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
 from inplace_builder.served.build import VERSION, build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
-from models import VOCABULARY, accumulator, greedy, tiny_llama
+from support.models import VOCABULARY, accumulator, greedy, tiny_llama
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"

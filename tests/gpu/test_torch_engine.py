@@ -9,7 +9,7 @@ from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace_builder.served.build import build_decoder
 from inplace_builder.served.options import BuildOptions
-from models import greedy, tiny_llama
+from support.models import greedy, tiny_llama
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"

@@ -4,8 +4,7 @@ import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.lower import CompileOptions, compile_network, lower
-from torch import Tensor
-from whisper_programs import (
+from support.whisper_programs import (
     FRAMES,
     MEL,
     SEQUENCES,
@@ -17,13 +16,14 @@ from whisper_programs import (
     tiny_whisper,
     transformers_tokens,
 )
+from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
 )
 
-from engine_runner import PlanRunner  # noqa: E402
+from support.engine_runner import PlanRunner  # noqa: E402
 
 
 def _built(program: WhisperProgram, tensorrt: TensorRT) -> Run:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from inplace.client import Sequence
 from inplace_builder.tools.tritonserver import TritonServer
-from models import CAPACITY, VOCABULARY, Repository, greedy
 from numpy.typing import NDArray
+from support.models import CAPACITY, VOCABULARY, Repository, greedy
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 

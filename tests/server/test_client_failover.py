@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import inplace.client.aio
 import numpy as np
 import pytest
-from cable import Cable, killed
 from inplace.client import (
     Client,
     RefusedError,
@@ -18,8 +17,9 @@ from inplace.client import (
     UnreachableError,
 )
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import Repository, greedy
-from streams import generate, prompt
+from support.cable import Cable, killed
+from support.models import Repository, greedy
+from support.streams import generate, prompt
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 

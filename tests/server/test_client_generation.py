@@ -13,7 +13,6 @@ import inplace.client.aio
 import numpy as np
 import psutil
 import pytest
-from cable import Cable, killed
 from inplace.client import (
     Client,
     RefusedError,
@@ -25,11 +24,12 @@ from inplace.client import (
 from inplace_builder.served.build import build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import accumulator, greedy, tiny_llama
-from streams import prompt
-from talking import AsyncTalker, Talker
+from support.cable import Cable, killed
+from support.models import accumulator, greedy, tiny_llama
+from support.streams import prompt
+from support.talking import AsyncTalker, Talker
+from support.vocabulary import added, save_tokenizer, tiny_tokenizer
 from transformers import LlamaForCausalLM
-from vocabulary import added, save_tokenizer, tiny_tokenizer
 
 pytestmark = pytest.mark.server
 

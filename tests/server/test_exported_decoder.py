@@ -5,14 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from exported_decoders import PROMPTS, decoder, exported
 from inplace.client import Sequence
 from inplace_builder.capture import DecoderOptions, capture_exported_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import greedy
-from streams import batch_counts
+from support.exported_decoders import PROMPTS, decoder, exported
+from support.models import greedy
+from support.streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 

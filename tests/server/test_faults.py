@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import (
+from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.faults import (
     FORGOTTEN,
     Stream,
     accumulators,
@@ -22,7 +23,6 @@ from faults import (
     stub,
     stubs,
 )
-from inplace_builder.tools.tritonserver import Ports, TritonServer
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from models import greedy
-from served import CAPACITY, SLOTS, Served, Stream
-from streams import prompt
-from vocabulary import added, tiny_tokenizer
+from support.models import greedy
+from support.served import CAPACITY, SLOTS, Served, Stream
+from support.streams import prompt
+from support.vocabulary import added, tiny_tokenizer
 
 pytestmark = pytest.mark.server
 

@@ -1,4 +1,4 @@
-"""Random requests over gRPC and HTTP against a real tritonserver. Replay: ``PYTHONPATH=tests python -m fuzz --requests 10000 --seed N``."""
+"""Random requests over gRPC and HTTP against a real tritonserver. Replay: ``PYTHONPATH=tests:tests/long python -m fuzz --requests 10000 --seed N``."""
 
 import os
 import random
@@ -20,7 +20,7 @@ REQUESTS = int(os.environ.get("INPLACE_FUZZ_REQUESTS", "2000"))
 
 def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path: Path) -> None:
     seed = int(os.environ.get("INPLACE_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
-    print(f"PYTHONPATH=tests python -m fuzz --requests {REQUESTS} --seed {seed}")
+    print(f"PYTHONPATH=tests:tests/long python -m fuzz --requests {REQUESTS} --seed {seed}")
     repository = built(tmp_path)
     with TritonServer(repository, Ports(0, 0, 0), log=tmp_path / "log") as server:
         watch = Watch(server)

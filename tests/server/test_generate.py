@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import greedy
-from served import CAPACITY, OUTPUTS, SLOTS, Answer, Served, Stream, bytes_input, ids_input
-from streams import prompt
+from support.models import greedy
+from support.served import CAPACITY, OUTPUTS, SLOTS, Answer, Served, Stream, bytes_input, ids_input
+from support.streams import prompt
+from support.vocabulary import added, tiny_tokenizer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
-from vocabulary import added, tiny_tokenizer
 
 pytestmark = pytest.mark.server
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from faults import FORGOTTEN
-from generating import Said, Talk
-from models import greedy
-from served import SLOTS, Served
-from streams import prompt
+from support.faults import FORGOTTEN
+from support.generating import Said, Talk
+from support.models import greedy
+from support.served import SLOTS, Served
+from support.streams import prompt
 
 pytestmark = pytest.mark.server
 

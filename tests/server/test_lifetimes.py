@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import (
+from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.faults import (
     BLANK,
     FORGOTTEN,
     SLOTS,
@@ -25,8 +26,7 @@ from faults import (
     kill,
     stubs,
 )
-from inplace_builder.tools.tritonserver import Ports, TritonServer
-from streams import batch_counts
+from support.streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -319,7 +319,7 @@ def test_of_two_instances_another_may_get_the_start_that_should_go_on(
 
 VANISHING = """
 import sys, time
-from faults import Stream
+from support.faults import Stream
 stream = Stream(sys.argv[1])
 for number in range(1, 5):
     stream.send("crowd", number, 1.0, start=True)
@@ -333,12 +333,12 @@ def test_a_killed_client_keeps_its_slots_until_they_are_idle(
     accumulating: TritonServer, client: InferenceServerClient
 ) -> None:
     """And what it had under way neither answers nor harms anybody."""
-    folder = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     with subprocess.Popen(
         [sys.executable, "-c", VANISHING, accumulating.grpc_url],
         stdout=subprocess.PIPE,
         text=True,
-        env={"PYTHONPATH": f"{folder}:{folder.parent}"},
+        env={"PYTHONPATH": str(tests)},
     ) as vanishing:
         assert vanishing.stdout is not None
         assert vanishing.stdout.readline() == "[(1.0, 1), (1.0, 1), (1.0, 1), (1.0, 1)]\n"

@@ -25,8 +25,8 @@ from inplace.schema.served import Manifest
 from inplace_builder.served.build import build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import CAPACITY, CHUNK, Repository
-from observed import Found, Observed, failing
+from support.models import CAPACITY, CHUNK, Repository
+from support.observed import Found, Observed, failing
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 

@@ -22,7 +22,7 @@ from inplace_builder.tools.tritonserver import (
     install_backend,
     installation,
 )
-from models import Repository
+from support.models import Repository
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 

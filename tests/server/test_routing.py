@@ -12,8 +12,8 @@ from inplace.client import ONCE, Client, Sequence, aio
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import accumulator
-from router import Router
+from support.models import accumulator
+from support.router import Router
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from inplace.client import Sequence
 from inplace_builder.tools.tritonserver import TritonServer
-from models import Repository, greedy
-from streams import prompt, split
+from support.models import Repository, greedy
+from support.streams import prompt, split
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 

@@ -12,8 +12,8 @@ from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from numpy.testing import assert_allclose
 from silero import capture_silero, load_silero
-from speech import Samples, chunks, package_says, recordings
-from streams import batch_counts
+from support.speech import Samples, chunks, package_says, recordings
+from support.streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 

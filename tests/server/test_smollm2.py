@@ -15,8 +15,8 @@ from inplace_builder.served.build import TOKENIZER, VERSION, build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.chat import Conversation, load_tokenizer
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import greedy
-from streams import batch_counts, generate, split
+from support.models import greedy
+from support.streams import batch_counts, generate, split
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tritonclient.grpc import InferenceServerClient
 

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import pytest
-from faults import eventually
 from inplace.client import Sequence
 from inplace_builder.tools.tritonserver import TritonServer
-from models import CAPACITY, SLOTS, VOCABULARY, Repository, greedy
-from streams import batch_counts, generate, prompt, retried, split
+from support.faults import eventually
+from support.models import CAPACITY, SLOTS, VOCABULARY, Repository, greedy
+from support.streams import batch_counts, generate, prompt, retried, split
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 

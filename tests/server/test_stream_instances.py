@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from faults import reconfigure, stubs
-from generating import ENDLESS, Said, Talk, build_long, long_llama
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import greedy
-from observed import Found, Observed
-from streams import prompt
+from support.faults import reconfigure, stubs
+from support.generating import ENDLESS, Said, Talk, build_long, long_llama
+from support.models import greedy
+from support.observed import Found, Observed
+from support.streams import prompt
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb

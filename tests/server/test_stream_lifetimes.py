@@ -17,13 +17,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults import FORGOTTEN, eventually, gone, kill, state, stub
-from generating import ENDLESS, PROMPT, SOON, Said, Talk, build_long, long_llama, seconds_until
 from inplace.alive import failures
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import greedy
+from support.faults import FORGOTTEN, eventually, gone, kill, state, stub
+from support.generating import (
+    ENDLESS,
+    PROMPT,
+    SOON,
+    Said,
+    Talk,
+    build_long,
+    long_llama,
+    seconds_until,
+)
+from support.models import greedy
+from support.vocabulary import save_tokenizer
 from tritonclient.grpc import InferenceServerClient
-from vocabulary import save_tokenizer
 
 pytestmark = pytest.mark.server
 
@@ -89,7 +98,7 @@ def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
 
 VANISHING = """
 import sys
-from generating import Talk
+from support.generating import Talk
 talk = Talk(sys.argv[1], "teller")
 talk.send("vanishing", [5, 6, 7], int(sys.argv[2]), start=True)
 print(len(talk.hear(5).tokens), flush=True)
@@ -105,9 +114,9 @@ def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_noti
         witness.send("witness", PROMPT, 300, start=True)
         heard = tellers.beginning(witness)
         if how == "killed":
-            folder = Path(__file__).parent
+            tests = Path(__file__).parents[1]
             arguments = [sys.executable, "-c", VANISHING, tellers.server.grpc_url, str(ENDLESS)]
-            paths = {"PYTHONPATH": f"{folder}:{folder.parent}"}
+            paths = {"PYTHONPATH": str(tests)}
             with subprocess.Popen(
                 arguments, stdout=subprocess.PIPE, text=True, env=paths
             ) as client:

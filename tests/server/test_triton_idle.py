@@ -9,10 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from faults import reconfigure
-from generating import ENDLESS, PROMPT, SOON, Said, Talk, build_long, long_llama, seconds_until
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from models import greedy
+from support.faults import reconfigure
+from support.generating import (
+    ENDLESS,
+    PROMPT,
+    SOON,
+    Said,
+    Talk,
+    build_long,
+    long_llama,
+    seconds_until,
+)
+from support.models import greedy
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import model_config_pb2 as pb
 

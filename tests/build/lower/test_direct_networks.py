@@ -1,0 +1,139 @@
+"""Modules that are called without a server, as networks: they compile with TensorRT for RTX and compute what eager PyTorch does.
+
+What the networks say is computed in PyTorch, layer by layer; `tests/gpu/test_direct.py` runs them with TensorRT.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from inplace.schema.served import AliasKind
+from inplace.schema.standalone import CallSignature, result_name
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.capture.exported import ExportedCapture, capture_exported
+from inplace_builder.errors import BuildError
+from inplace_builder.standalone.call import describe_call, export_for
+from inplace_builder.standalone.plan import build_standalone_plan, lower_standalone
+from support.direct_modules import CASES, Case, Tokens
+from support.network_interpreter import interpret
+from support.state_modules import Owned
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+GPU = "8.9"
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, CallSignature]:
+    options = dict(case.options)
+    exported = export_for(
+        module,
+        (*case.states(), *case.inputs(1)),
+        "tensorrt_rtx",
+        dynamic_shapes=options.pop("dynamic_shapes", None),
+    )
+    capture = capture_exported(exported, **options)
+    return capture, describe_call(exported, capture)
+
+
+@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_module_compiles_and_computes_what_it_does_in_eager(
+    rtx: TensorRT, case: Case, kind: AliasKind
+) -> None:
+    torch.manual_seed(0)
+    eager = case.module().eval()
+    capture, call = captured(case, deepcopy(eager))
+    if kind == "kv_cache_update" and not case.native and case.name != "tokens":
+        with pytest.raises(BuildError, match=r"no mechanism can update .*kv_cache_update: "):
+            lower_standalone(capture, call, rtx, alias=kind)
+        return
+    lowered, lowering = lower_standalone(capture, call, rtx, alias=kind)
+    assert {record.kind for record in lowering} == {kind}
+    states, memory = (
+        case.states(),
+        {state.name: state.bound_initial().clone() for state in capture.states},
+    )
+    owned = Owned(capture, states, eager)
+    for step in range(6):
+        inputs = case.inputs(step)
+        with torch.no_grad():
+            expected = pytree.tree_leaves(eager(*states, *inputs))
+        found = interpret(lowered, dict(zip(capture.inputs, inputs, strict=True)) | memory)
+        memory = {
+            state.name: found[lowered.state_outputs[state.name]].clone() for state in capture.states
+        }
+        for place, value in enumerate(expected):
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(
+                    found[result_name(place)], value, msg=f"{{}} in step {step}".format
+                )
+        for state in capture.states:
+            torch.testing.assert_close(
+                memory[state.name], state.bound(owned(state)), msg=f"{{}} of {state.name}".format
+            )
+    plan = build_standalone_plan(capture, call, "tensorrt_rtx", alias=kind, compute_capability=GPU)
+    assert len(plan.content) > 1000 and plan.record.compute_capability == GPU
+    assert {str(alias) for alias in plan.aliases} == {
+        f"{s.name}_updated@{s.name}@{kind}" for s in capture.states
+    }
+
+
+class Number(nn.Module):
+    def forward(self, cache: Tensor, x: Tensor, start: int) -> Tensor:
+        cache[:, start : start + 1] = x
+        return cache.sum(1)
+
+
+def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
+    dim = torch.export.Dim.DYNAMIC
+    number = Case(
+        "number",
+        Number,
+        lambda: [torch.zeros(1, 8)],
+        lambda _: (torch.ones(1, 1), 3),
+        options={"dynamic_shapes": ({}, {}, dim)},
+    )
+    with pytest.raises(
+        BuildError, match="argument start is a Python number that changes from call to call"
+    ):
+        build_standalone_plan(*captured(number, Number()), "tensorrt_rtx", compute_capability=GPU)
+    endless = torch.export.Dim("endless", min=1)
+    shapes: Any = ({}, {2: endless}, {0: endless})
+    known = next(case for case in CASES if case.name == "tokens")
+    tokens = Case(
+        "endless",
+        Tokens,
+        known.states,
+        known.inputs,
+        options={"dynamic_shapes": shapes, "consecutive": ["positions"]},
+    )
+    with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
+        build_standalone_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)
+    wide = Case(
+        "wide",
+        Tokens,
+        lambda: [torch.zeros(1, 2, 16, 4, dtype=torch.float64)],
+        lambda s: (torch.ones(1, 2, 1, 4).double(), torch.tensor([s])),
+    )
+    with pytest.raises(
+        BuildError,
+        match=r"copy: TensorRT does not select between elements of cache, which is float64",
+    ):
+        build_standalone_plan(*captured(wide, Tokens()), "tensorrt_rtx", compute_capability=GPU)
+    with pytest.raises(BuildError, match="strict refuses the mechanism copy"):
+        build_standalone_plan(
+            *captured(CASES[0], CASES[0].module()),
+            "tensorrt_rtx",
+            alias="copy",
+            strict=True,
+            compute_capability=GPU,
+        )
+    if not torch.cuda.is_available():
+        with pytest.raises(BuildError, match="PyTorch sees none here"):
+            build_standalone_plan(*captured(CASES[0], CASES[0].module()), "tensorrt_rtx")

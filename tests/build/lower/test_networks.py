@@ -1,0 +1,145 @@
+"""Whole decoders compile, with either mechanism, for GPUs this machine does not have, and their networks compute what the graphs do."""
+
+import pytest
+import torch
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.capture import Capture
+from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network
+from inplace_builder.lower.compile import _explained
+from support.lowering import DECODERS, VOCABULARY, captured, decoder_profiles, greedy_rows, lowered
+from support.network_interpreter import interpret
+from torch import Tensor
+
+GPUS = CompileOptions(("SM89", "SM120"))
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Capture:
+    return captured("llama")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> None:
+    capture = captured(name)
+    expected = {state.name: f"{state.name}_updated" for state in capture.states}
+    rings = {state.name for state in capture.states if state.update == "ring"}
+    kinds = {
+        record.state: record.kind
+        for record in choose(
+            capture.exported.graph, capture.states, rtx, order=("kv_cache_update", "copy")
+        )
+    }
+    assert kinds == {
+        state.name: "copy" if state.name in rings else "kv_cache_update" for state in capture.states
+    }
+    for kind in ["copy"] if rings else ["copy", "kv_cache_update"]:
+        network = lowered(capture, kind, rtx)
+        assert network.state_outputs == expected
+        assert compile_network(network, decoder_profiles(capture), GPUS).nbytes > 10_000
+        _steps_agree(capture, network)
+
+
+def _steps_agree(capture: Capture, network: LoweredNetwork) -> None:
+    """Chunks and single tokens of three rows, one of them no row, in memory full of NaN, until every ring has wrapped."""
+    module = capture.exported.module()
+    expected_memory, memory = _nan(capture), _nan(capture)
+    generator = torch.Generator().manual_seed(0)
+    at = 0
+    for tokens in (8, 1, 5, 1, 8):
+        offsets = torch.arange(4, dtype=torch.int32) * tokens
+        inputs = {
+            "input_ids": torch.randint(0, VOCABULARY, (3 * tokens,), generator=generator),
+            "positions": (torch.arange(tokens, dtype=torch.int32) + at).repeat(3),
+            "row_offsets": offsets,
+            "last_tokens": offsets[1:] - 1,
+            "slots": torch.tensor([0, -1, 2], dtype=torch.int32),
+            "write_indices": torch.full((3,), at, dtype=torch.int32),
+            **greedy_rows(3),
+        }
+        at += tokens
+        states = list(expected_memory.values())
+        middle = len(states) // 2
+        with torch.no_grad():
+            token, logits = module(
+                *(inputs[spec.name] for spec in capture.program.inputs),
+                states[:middle],
+                states[middle:],
+            )
+        found = interpret(network, inputs | memory)
+        memory = {name: found[output].clone() for name, output in network.state_outputs.items()}
+        assert torch.equal(found["next_token"], token)
+        torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
+        for name, x in memory.items():
+            torch.testing.assert_close(
+                x, expected_memory[name], rtol=1e-4, atol=1e-4, equal_nan=True
+            )
+
+
+def _nan(capture: Capture) -> dict[str, Tensor]:
+    return {state.name: torch.full((3, *state.shape), float("nan")) for state in capture.states}
+
+
+def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT, llama: Capture) -> None:
+    """What the builder's API lets us read back of the alias before there is an engine: the layer between input and output."""
+    network = lowered(llama, "kv_cache_update", rtx).network
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    pairs = {
+        layer.get_input(0).name: layer.get_output(0).name
+        for layer in layers
+        if layer.type == rtx.api.LayerType.KV_CACHE_UPDATE
+    }
+    assert pairs == {
+        f"{part}_states_{layer}": f"{part}_states_{layer}_updated"
+        for part in ("key", "value")
+        for layer in range(2)
+    }
+
+
+def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT, llama: Capture) -> None:
+    network = lowered(llama, "kv_cache_update", rtx, fused_attention=True)
+    assert compile_network(network, decoder_profiles(llama), GPUS).nbytes > 10_000
+
+
+@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+def test_a_batch_of_one_row_has_as_many_rows_as_slots(
+    rtx: TensorRT, llama: Capture, kind: str
+) -> None:
+    """Row r is slot r, and the arena may have more slots than the server takes rows: no row may be written to every slot."""
+    one, many = (lowered(capture, kind, rtx) for capture in (captured("llama", 1), llama))
+    shapes = [
+        {
+            tensor.name: tuple(tensor.shape)
+            for tensor in map(found.network.get_input, range(found.network.num_inputs))
+        }
+        for found in (one, many)
+    ]
+    assert shapes[0] == shapes[1]
+    assert all(shape[0] == -1 for shape in shapes[0].values())
+    _steps_agree(llama, one)
+
+
+def test_weights_stand_beside_their_products(rtx: TensorRT, llama: Capture) -> None:
+    """No layer between a weight and its product, none has more than four axes: what TensorRT 10.6 was seen to build for real models."""
+    network = lowered(llama, "copy", rtx).network
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    constants = {
+        layer.get_output(0).name for layer in layers if layer.type == rtx.api.LayerType.CONSTANT
+    }
+    products = [layer for layer in layers if layer.type == rtx.api.LayerType.MATRIX_MULTIPLY]
+    weights = [layer for layer in products if layer.get_input(1).name in constants]
+    assert len(weights) == 7 * 2 + 1
+    assert max(len(tuple(layer.get_output(0).shape)) for layer in layers) <= 4
+
+
+def test_a_kernel_that_is_missing_is_explained(rtx: TensorRT, llama: Capture) -> None:
+    """What TensorRT 10.6 says when it has no kernel, told of the model that was being built."""
+    network = lowered(llama, "copy", rtx)
+    said = "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[unsqueeze...lm_head]}.)"
+    assert _explained(network, "something else") == ""
+    assert "States are updated by copy: another mechanism" in _explained(network, said)
+    assert "the layers from unsqueeze at " in _explained(network, said)

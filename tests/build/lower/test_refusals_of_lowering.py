@@ -1,0 +1,271 @@
+"""What cannot be lowered is refused with its reason and the model's own line."""
+
+import importlib.util
+
+import pytest
+import torch
+from inplace.errors import LoadError
+from inplace.operators import read, update
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import AliasKind
+from inplace.schema.specs import StateSpec, Update
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.errors import BuildError
+from inplace_builder.lower import (
+    choose,
+    compile_network,
+    converter,
+    lower,
+    mechanism,
+    state_converter,
+)
+from inplace_builder.lower.compile import Target
+from inplace_builder.lower.registry import find_converter, registered
+from support.operator_case import Call
+from support.operator_cases import CASES
+from support.state_cases import STATE_CASES
+from torch import Tensor
+
+aten, inplace = torch.ops.aten, torch.ops.inplace
+ORDER: tuple[AliasKind, ...] = ("kv_cache_update",)
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("named", ["abc", "9.9", "8", ""])
+def test_a_gpu_that_tensorrt_does_not_compile_for_is_refused_with_those_it_does(named: str) -> None:
+    with pytest.raises(
+        BuildError,
+        match=rf"compute_capability is '{named}'; TensorRT for RTX 1\.7\S* compiles for .*8\.9, 12\.0",
+    ):
+        Target.of("tensorrt_rtx", named)
+
+
+def _export(
+    function: object, *inputs: Tensor, **parts: torch.nn.Parameter
+) -> torch.export.ExportedProgram:
+    return torch.export.export(Call(function, **parts), inputs)  # type: ignore[arg-type]
+
+
+def test_an_operator_without_converter_is_named_with_its_line(rtx: TensorRT) -> None:
+    class Inverse(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inverse: Tensor = torch.linalg.inv(x)
+            return inverse
+
+    exported = torch.export.export(Inverse(), (torch.eye(3),))
+    with pytest.raises(
+        BuildError,
+        match=r"aten.linalg_inv.* has no converter at .*test_refusals_of_lowering.py.*torch.linalg.inv\(x\)",
+    ):
+        lower(exported, outputs=["out"], tensorrt=rtx)
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "because"),
+    [
+        (
+            lambda x, i: x[i, i],
+            (torch.zeros(3, 3), torch.zeros(2, dtype=torch.int64)),
+            "it has 2 index tensors; only one is lowered",
+        ),
+        (lambda x: torch.dropout(x, 0.5, True), (torch.zeros(3),), "it drops elements at random"),
+        (
+            lambda x: torch.div(x, 3, rounding_mode="trunc"),
+            (torch.ones(3),),
+            "the rounding mode 'trunc' is not lowered",
+        ),
+        (lambda x: x.argmax(), (torch.zeros(3),), "it has no axis"),
+        (
+            lambda x: list(torch.topk(x, 4000)),
+            (torch.zeros(5000),),
+            "k is 4000; TensorRT takes a constant from 1 to 3840",
+        ),
+        (
+            torch.nn.functional.conv1d,
+            (torch.zeros(1, 2, 9), torch.zeros(3, 2, 3)),
+            "its kernel is computed",
+        ),
+        (lambda x, y: x & y, (torch.ones(3, dtype=torch.int32),) * 2, "only bool is lowered"),
+    ],
+)
+def test_a_use_that_has_no_lowering_says_why(
+    rtx: TensorRT, function: object, inputs: tuple[Tensor, ...], because: str
+) -> None:
+    exported = _export(function, *inputs)
+    names = [f"out_{index}" for index in range(len(exported.graph_signature.user_outputs))]
+    with pytest.raises(BuildError, match=because):
+        lower(exported, outputs=names, tensorrt=rtx)
+
+
+def test_types_that_tensorrt_lacks_are_refused(rtx: TensorRT) -> None:
+    with pytest.raises(
+        BuildError, match=r"input xs_0 is torch.float64, which TensorRT does not have"
+    ):
+        lower(
+            _export(lambda x: x + 1, torch.zeros(3, dtype=torch.float64)),
+            outputs=["out"],
+            tensorrt=rtx,
+        )
+
+
+def test_outputs_and_descriptions_must_agree(rtx: TensorRT) -> None:
+    with pytest.raises(
+        BuildError, match=r"the graph returns 1 tensors, its description names \['a', 'b'\]"
+    ):
+        lower(_export(lambda x: x + 1, torch.zeros(3)), outputs=["a", "b"], tensorrt=rtx)
+
+
+def test_a_profile_must_name_every_input_that_varies(rtx: TensorRT) -> None:
+    lowered = lower(CASES[0].exported, outputs=["out"], tensorrt=rtx)
+    with pytest.raises(BuildError, match=r"a profile says nothing of \['xs_0', 'xs_1'\]"):
+        compile_network(lowered, [{}])
+
+
+def test_tensorrts_own_words_are_in_the_error(rtx: TensorRT) -> None:
+    lowered = lower(_export(lambda x: x + 1, torch.zeros(3)), outputs=["out"], tensorrt=rtx)
+    lowered.network.unmark_output(lowered.network.get_output(0))
+    with pytest.raises(BuildError, match=r"cannot build the network: .*output"):
+        compile_network(lowered, [])
+
+
+def test_one_operator_has_one_converter() -> None:
+    with pytest.raises(ValueError, match=r"aten.add.Tensor already has the converter add"):
+        converter(aten.add.Tensor)(lambda ctx, *_: None)
+    with pytest.raises(
+        ValueError,
+        match=r"inplace.read.default for states of the kind copy already has the converter read",
+    ):
+        state_converter(inplace.read.default, "copy")(lambda ctx, *_: None)
+    with pytest.raises(ValueError, match="mechanism 'copy' already has"):
+        mechanism("copy")(lambda uses, tensorrt: pytest.fail("never asked"))
+
+
+def test_a_refused_registration_registers_nothing() -> None:
+    with pytest.raises(ValueError, match=r"aten.add.Tensor"):
+        converter(aten.linalg_inv_ex.default, aten.add.Tensor)(lambda ctx, *_: None)
+    assert find_converter(aten.linalg_inv_ex.default) is None
+    assert aten.add.Tensor in registered()
+
+
+def _memory(dtype: Dtype = Dtype.FLOAT32) -> StateSpec:
+    return StateSpec(name="memory", shape=(2, 8, 4), dtype=dtype, update=Update.APPEND, axis=1)
+
+
+def _graph(step: object, dtype: torch.dtype = torch.float32) -> torch.fx.Graph:
+    class Step(torch.nn.Module):
+        def forward(
+            self,
+            value: Tensor,
+            slots: Tensor,
+            row_offsets: Tensor,
+            write_indices: Tensor,
+            memory: Tensor,
+        ) -> Tensor:
+            step(value, slots, row_offsets, write_indices, memory)  # type: ignore[operator]
+            return value + 1
+
+    control = torch.zeros(2, dtype=torch.int32)
+    inputs = (
+        torch.zeros(2, 2, 4, dtype=dtype),
+        control,
+        torch.arange(3, dtype=torch.int32),
+        control,
+        torch.zeros(2, 2, 8, 4, dtype=dtype),
+    )
+    graph: torch.fx.Graph = torch.export.export(Step(), inputs).graph
+    return graph
+
+
+def _twice(
+    value: Tensor, slots: Tensor, row_offsets: Tensor, write_indices: Tensor, memory: Tensor
+) -> None:
+    update(memory, slots, value, row_offsets, write_indices, axis=2)
+    update(memory, slots, value, row_offsets, write_indices, axis=2)
+
+
+def _read_and_append(
+    value: Tensor, slots: Tensor, row_offsets: Tensor, write_indices: Tensor, memory: Tensor
+) -> None:
+    read(memory, slots)
+    update(memory, slots, value, row_offsets, write_indices, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype", "because"),
+    [
+        (_twice, Dtype.FLOAT32, "is updated 2 times a step"),
+        (_read_and_append, Dtype.FLOAT32, "memory is read ahead of its update"),
+        (
+            lambda v, s, o, w, m: update(m, s, v, o, w, axis=2, ring=True),
+            Dtype.FLOAT32,
+            "memory is a ring",
+        ),
+        (
+            lambda v, s, o, w, m: update(m, s, v, o, w, axis=2),
+            Dtype.INT32,
+            "memory is int32; the layer takes float32",
+        ),
+        (
+            lambda v, s, o, w, m: update(m, s, torch.ones(2, 2, 8, 4)),
+            Dtype.FLOAT32,
+            "memory is rewritten; the layer only appends",
+        ),
+    ],
+)
+def test_the_cache_layer_refuses_what_it_cannot_do(
+    rtx: TensorRT, step: object, dtype: Dtype, because: str
+) -> None:
+    graph = _graph(step, dtype.as_torch)
+    with pytest.raises(
+        BuildError,
+        match=f"no mechanism can update memory with TensorRT for RTX .*kv_cache_update: .*{because}",
+    ):
+        choose(graph, [_memory(dtype)], rtx, order=ORDER)
+
+
+def test_the_choice_keeps_every_answer(rtx: TensorRT) -> None:
+    ring = next(case for case in STATE_CASES if case.name == "ring")
+    records = choose(ring.exported.graph, ring.states, rtx, order=("kv_cache_update", "copy"))
+    assert [(record.state, record.kind) for record in records] == [
+        ("keys", "copy"),
+        ("values", "copy"),
+    ]
+    assert all("second buffer" in record.because for record in records)
+    assert all(
+        refusal.startswith("kv_cache_update: keys is a ring")
+        for record in records
+        for refusal in record.refused
+    )
+
+
+def test_a_state_nobody_uses_is_refused(rtx: TensorRT) -> None:
+    with pytest.raises(BuildError, match=r"never uses the states \['memory'\]"):
+        choose(CASES[0].exported.graph, [_memory()], rtx, order=("copy",))
+
+
+def test_states_of_one_operator_have_one_kind(rtx: TensorRT) -> None:
+    case = STATE_CASES[0]
+    with pytest.raises(
+        BuildError, match=r"takes states of different kinds \(keys: copy, values: kv_cache_update\)"
+    ):
+        lower(
+            case.exported,
+            outputs=["out"],
+            states=case.states,
+            kinds={"keys": "copy", "values": "kv_cache_update"},
+            tensorrt=rtx,
+        )
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here"
+)
+def test_a_tensorrt_that_is_not_installed_is_an_error() -> None:
+    with pytest.raises(
+        LoadError, match=r"TensorRT cannot be imported \(import tensorrt: .*install tensorrt"
+    ):
+        load_tensorrt("tensorrt")

@@ -1,0 +1,64 @@
+"""Every use of a state compiles and computes with the mechanisms that accept it, and the others say why not.
+
+Compiled with TensorRT for RTX, which cannot run here; what the network says is computed in PyTorch. The GPU tests run it with TensorRT.
+"""
+
+import pytest
+from inplace.schema.served import AliasKind
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.errors import BuildError
+from inplace_builder.lower import CompileOptions, choose, compile_network, lower
+from support.network_interpreter import interpret
+from support.state_cases import STATE_CASES, StateCase
+from torch import Tensor
+
+REFUSED = {
+    "ring": "keys is a ring",
+    "packed-first-axis": "memory has rank 3 with its slots",
+    "packed-ring": "memory grows along axis 3",
+    "replace": "memory has rank 3",
+    "replace-int32": "memory has rank 2",
+}
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+@pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
+def test_a_use_of_a_state_compiles_or_is_refused(
+    rtx: TensorRT, case: StateCase, kind: AliasKind
+) -> None:
+    if kind == "kv_cache_update" and case.name in REFUSED:
+        with pytest.raises(BuildError, match=REFUSED[case.name]):
+            choose(case.exported.graph, case.states, rtx, order=("kv_cache_update",))
+        return
+    (choice,) = {
+        record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))
+    }
+    assert choice == kind
+    lowered = lower(
+        case.exported,
+        outputs=["out"],
+        states=case.states,
+        kinds={s.name: kind for s in case.states},
+        tensorrt=rtx,
+    )
+    assert set(lowered.state_outputs) == (
+        set() if case.name == "cross" else {state.name for state in case.states}
+    )
+
+    def step(
+        inputs: dict[str, Tensor], memory: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        found = interpret(lowered, inputs | memory)
+        return found["out"], memory | {
+            name: found[output].clone() for name, output in lowered.state_outputs.items()
+        }
+
+    case.check(step)
+    assert (
+        compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120"))).nbytes > 1000
+    )

@@ -1,0 +1,340 @@
+"""Decoder families, captured from tiny random models and compared with transformers' own greedy decoding."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from inplace.operators import NAMESPACE, written_states
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.served import Manifest
+from inplace.schema.specs import SAMPLING_ROLES, Role, Update
+from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder.served.build import VERSION, build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.served.write import TORCH_FILE
+from support.models import greedy, open_instance
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY, CAPACITY, CHUNK, WINDOW = 128, 96, 8, 12
+RING = WINDOW + CHUNK - 1
+OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
+TOKENS = 40
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GEMMA = SHAPE | {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": WINDOW,
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": False,  # a random tied model repeats its last token
+}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+UNEVEN = ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A configuration, and which of its layers must become rings."""
+
+    config: str
+    changes: Mapping[str, object]
+    rings: tuple[bool, ...] = (False, False)
+
+
+FAMILIES = {
+    "llama": Family("LlamaConfig", SHAPE),
+    "llama_tied": Family("LlamaConfig", SHAPE | {"tie_word_embeddings": True}),
+    "mistral": Family("MistralConfig", SHAPE | {"sliding_window": WINDOW}, (True, True)),
+    "gemma2": Family(
+        "Gemma2Config",
+        GEMMA | {"layer_types": ALTERNATING, "attn_logit_softcapping": 2.0},
+        (True, False, True),
+    ),
+    "gemma3": Family("Gemma3TextConfig", GEMMA | {"layer_types": UNEVEN}, (True, True, False)),
+    "qwen2": Family("Qwen2Config", SHAPE),
+    "qwen3": Family("Qwen3Config", SHAPE | {"head_dim": 8}),
+    "gpt2": Family(
+        "GPT2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built family: transformers' model with eager attention, the folder it was saved in, the engine directory and the program in it."""
+
+    family: Family
+    model: PreTrainedModel
+    source: Path
+    path: Path
+    manifest: Manifest
+    exported: torch.export.ExportedProgram
+
+
+def save(family: Family, folder: Path) -> PreTrainedModel:
+    """A random model of the family, saved in a folder and loaded from it with eager attention."""
+    torch.manual_seed(0)
+    config = getattr(transformers, family.config)(**family.changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+    return model
+
+
+def eager_build(model: PreTrainedModel, output: Path, options: BuildOptions) -> Manifest:
+    """A build whose reference attends eagerly."""
+    return write_engine(
+        capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, options.chunk)),
+        output,
+        options,
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    family, folder, path = (
+        FAMILIES[request.param],
+        tmp_path_factory.mktemp("source"),
+        tmp_path_factory.mktemp("repository") / "model",
+    )
+    model = save(family, folder)
+    # its soft-cap is what the eager attention of the reference has; built from the model here, from its folder in a test of its own
+    manifest = (
+        eager_build(model, path, OPTIONS)
+        if request.param == "gemma2"
+        else build_decoder(folder, path, OPTIONS)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # read-only buffers become tensors
+        exported = torch.export.load(path / VERSION / TORCH_FILE)
+    return Built(family, model, folder, path, manifest, exported)
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return torch.randint(
+        3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+
+
+def generate_together(
+    instance: ModelInstance, prompts: Sequence[list[int]], tokens: int
+) -> list[list[int]]:
+    """Greedy decoding of all prompts at once: while one still feeds its prompt in chunks, the others already decode."""
+    said: list[list[int]] = [[] for _ in prompts]
+
+    def request(index: int) -> Request:
+        ids = said[index][-1:] or prompts[index]
+        return Request(
+            index + 1, start=not said[index], end=False, inputs={"input_ids": torch.tensor([ids])}
+        )
+
+    works = {index: instance.admit(request(index)) for index in range(len(prompts))}
+    while works:
+        instance.step(list(works.values()))
+        for index, work in list(works.items()):
+            if not work.finished:
+                continue
+            instance.finish(work)
+            said[index].append(int(work.outputs["next_token"]))
+            del works[index]
+            if len(said[index]) < tokens:
+                works[index] = instance.admit(request(index))
+    return said
+
+
+def states_of(manifest: Manifest) -> list[str]:
+    return [state.name for state in manifest.states]
+
+
+def test_40_greedy_tokens_of_ragged_rows_equal_transformers_beyond_chunk_and_window_up_to_capacity(
+    built: Built,
+) -> None:
+    prompts = [prompt(1, 5), prompt(2, CAPACITY - TOKENS + 1), prompt(3, CHUNK + 1)]
+    expected = [greedy(built.model, ids, TOKENS) for ids in prompts]
+    assert all(len(set(tokens)) > 5 for tokens in expected), (
+        "the model has settled on a few tokens: it proves nothing"
+    )
+    assert generate_together(open_instance(built.path), prompts, TOKENS) == expected
+
+
+def test_the_tokens_depend_on_the_window(tmp_path: Path) -> None:
+    """The comparison with transformers would notice a window that is ignored."""
+    sliding = save(FAMILIES["mistral"], tmp_path / "sliding")
+    full = save(Family("MistralConfig", SHAPE | {"sliding_window": None}), tmp_path / "full")
+    assert greedy(sliding, prompt(1, 5), TOKENS) != greedy(full, prompt(1, 5), TOKENS)
+
+
+def test_sliding_layers_and_no_others_are_rings_of_the_window_and_the_rest_of_a_chunk(
+    built: Built,
+) -> None:
+    rings = built.family.rings
+    expected = [
+        (Update.RING, RING) if ring else (Update.APPEND, CAPACITY) for ring in (*rings, *rings)
+    ]
+    assert [(state.update, state.shape[1]) for state in built.manifest.states] == expected
+    assert all(state.axis == 1 and not state.reset for state in built.manifest.states)
+
+
+@pytest.mark.parametrize(("window", "ring"), [(25, False), (24, True)])
+def test_a_window_is_a_ring_only_where_that_takes_less_than_the_capacity(
+    tmp_path: Path, window: int, ring: bool
+) -> None:
+    options = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
+    model = save(Family("MistralConfig", SHAPE | {"sliding_window": window}), tmp_path / "source")
+    manifest = build_decoder(tmp_path / "source", tmp_path / "model", options)
+    assert {(state.update, state.shape[1]) for state in manifest.states} == {
+        (Update.RING, 31) if ring else (Update.APPEND, 32)
+    }
+    ids = prompt(5, 9)
+    assert generate_together(open_instance(tmp_path / "model"), [ids], 24) == [
+        greedy(model, ids, 24)
+    ]
+
+
+@pytest.mark.parametrize(("capacity", "rows", "chunk"), [(1, 1, 1), (3, 1, 8), (12, 2, 1)])
+def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers(
+    tmp_path: Path, capacity: int, rows: int, chunk: int
+) -> None:
+    model = save(FAMILIES["llama"], tmp_path / "source")
+    manifest = build_decoder(
+        tmp_path / "source",
+        tmp_path / "model",
+        BuildOptions(slots=rows, max_rows=rows, capacity=capacity, chunk=chunk),
+    )
+    assert (manifest.program("step").max_rows, manifest.program("step").chunk) == (
+        rows,
+        min(chunk, capacity),
+    )
+    prompts = [prompt(6 + row, 1) for row in range(rows)]
+    assert generate_together(open_instance(tmp_path / "model"), prompts, capacity) == [
+        greedy(model, ids, capacity) for ids in prompts
+    ]
+
+
+def test_every_layer_is_one_attention_operator(built: Built) -> None:
+    found = [
+        node
+        for node in built.exported.graph.nodes
+        if node.target is torch.ops.inplace.attention.default
+    ]
+    assert len(found) == built.model.config.num_hidden_layers == len(built.family.rings)
+    assert [node.kwargs.get("ring", False) for node in found] == list(built.family.rings)
+
+
+def test_the_graph_writes_every_state_and_the_manifest_says_so(built: Built) -> None:
+    assert not built.exported.graph_signature.buffers_to_mutate
+    assert list(written_states(built.exported.graph)) == states_of(built.manifest)
+    assert [alias.input for alias in built.manifest.program("step").aliases] == states_of(
+        built.manifest
+    )
+    assert [entry.state for entry in built.manifest.lowering] == states_of(built.manifest)
+
+
+def test_functionalized_by_torch_the_graph_mutates_the_states_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    capture = capture_decoder(
+        save(FAMILIES["mistral"], tmp_path), DecoderOptions(CAPACITY, 3, CHUNK)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch copies its own deprecated tree specs
+        signature = capture.exported.run_decompositions({}).graph_signature
+    assert sorted(signature.user_inputs_to_mutate.values()) == sorted(
+        state.name for state in capture.states
+    )
+    assert not signature.buffers_to_mutate
+
+
+def test_no_metadata_assertion_is_left_in_the_graph(built: Built) -> None:
+    targets = [node.target for node in built.exported.graph.nodes]
+    assert torch.ops.aten.linear.default in targets or torch.ops.aten.addmm.default in targets
+    assert torch.ops.aten._assert_tensor_metadata.default not in targets
+
+
+def test_only_inplace_operators_use_a_state(built: Built) -> None:
+    states = [
+        node
+        for node in built.exported.graph.nodes
+        if node.op == "placeholder" and node.name in states_of(built.manifest)
+    ]
+    assert [node.name for node in states] == states_of(built.manifest)
+    for node in states:
+        assert node.users
+        assert {user.target.namespace for user in node.users} == {NAMESPACE}
+
+
+def test_the_manifest_says_who_fills_each_input_and_which_ids_are_valid(built: Built) -> None:
+    program = built.manifest.program("step")
+    assert {spec.name: spec.role for spec in program.inputs} == {
+        "input_ids": Role.TOKENS,
+        "positions": Role.POSITIONS,
+        "row_offsets": Role.ROW_OFFSETS,
+        "last_tokens": Role.LAST_TOKENS,
+        "slots": Role.SLOTS,
+        "write_indices": Role.WRITE_INDICES,
+        **{role.value: role for role in SAMPLING_ROLES},
+    }
+    [ids] = program.client_inputs
+    assert (ids.minimum, ids.maximum) == (0, VOCABULARY - 1)
+    assert [(spec.name, spec.shape, spec.on_request) for spec in program.outputs] == [
+        ("next_token", (1,), False),
+        ("logits", (VOCABULARY,), True),
+    ]
+
+
+def test_a_tied_embedding_is_written_once(tmp_path: Path) -> None:
+    wide = SHAPE | {"vocab_size": 1024}
+    sizes = []
+    for tied in (False, True):
+        save(
+            Family("LlamaConfig", wide | {"tie_word_embeddings": tied}), tmp_path / f"source{tied}"
+        )
+        sizes.append(
+            build_decoder(
+                tmp_path / f"source{tied}", tmp_path / f"model{tied}", OPTIONS
+            ).engine.bytes
+        )
+    embedding = 1024 * 32 * 4
+    assert sizes[0] - sizes[1] == pytest.approx(embedding, rel=0.05)
+
+
+def test_capture_leaves_the_model_attending_as_before(tmp_path: Path) -> None:
+    model = save(FAMILIES["llama"], tmp_path)
+    before = greedy(model, prompt(7, 9), 8)
+    capture_decoder(model, DecoderOptions(CAPACITY, 2, CHUNK))
+    assert model.config._attn_implementation == "eager"
+    assert greedy(model, prompt(7, 9), 8) == before
+
+
+def test_gemma2_builds_from_its_folder(tmp_path: Path) -> None:
+    save(FAMILIES["gemma2"], tmp_path / "source")
+    build_decoder(tmp_path / "source", tmp_path / "model", OPTIONS)

@@ -1,0 +1,181 @@
+"""The console command."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from inplace import __version__
+from inplace.schema.served import Manifest
+from inplace_builder.__main__ import app
+from support.models import Repository, tiny_llama
+from typer.testing import CliRunner
+
+KEYS = [f"{part}_states_{layer}" for part in ("key", "value") for layer in range(2)]
+SLOT_BYTES = 2 * 2 * (2 * 32 * 16) * 4  # keys and values, layers, heads × capacity × dim, float32
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short relative paths: what is printed is not wrapped in the middle of one."""
+    monkeypatch.chdir(tmp_path)
+
+
+def inplace(*arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def build(llama: Path, *arguments: str) -> str:
+    """A successful build's output."""
+    status, out, err = inplace(
+        "build", str(llama), "--capacity", "32", "--chunk", "8", "--slots", "4", *arguments
+    )
+    assert (status, err) == (0, "")
+    return out
+
+
+def words(text: str) -> str:
+    """A table without its drawing, one space between words."""
+    return re.sub(r"[\s│┃]+", " ", text)
+
+
+def test_build_prints_its_stages_in_order_and_what_it_made(llama: Path) -> None:
+    out = build(llama, "--output", "repository/tiny")
+    stages = [
+        "load the model",
+        "capture the graph",
+        "write the engine",
+        "verify it against the model",
+        "done",
+    ]
+    assert [line for line in stages if f"✓ {line}" in out] == stages
+    assert sorted(stages, key=out.index) == stages
+    shown = words(out)
+    assert "model tiny (torch, float32, cpu)" in shown
+    assert "key_states_0 … value_states_1 (4): [2, 32, 16] float32, append along axis 1" in shown
+    assert f"({SLOT_BYTES:,} bytes), capacity 32" in shown
+    assert f"arena 4 slots, {4 * SLOT_BYTES / 1000:.1f} kB" in shown
+    assert "verified executed, largest relative error" in shown
+    assert "written to repository/tiny" in shown
+    assert Manifest.load(Path("repository/tiny/1")).name == "tiny"
+
+
+def test_name_puts_the_model_into_the_repository_under_that_name(llama: Path) -> None:
+    assert "written to repository/other" in words(
+        build(llama, "--output", "repository", "--name", "other")
+    )
+    assert Manifest.load(Path("repository/other/1")).name == "other"
+    build(llama, "--output", "repository/other", "--name", "other")
+    assert [path.name for path in Path("repository").iterdir()] == ["other"]
+
+
+def test_the_options_reach_the_engine(llama: Path) -> None:
+    rows, times = (
+        ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"),
+        ("--idle-timeout", "7.5", "--queue-delay-us", "123"),
+    )
+    build(llama, "--output", "m", *rows, *times, "--instances", "2")
+    manifest = Manifest.load(Path("m/1"))
+    assert manifest.min_capacity == 16
+    program = manifest.program("step")
+    assert (
+        manifest.slots,
+        manifest.capacity,
+        program.max_rows,
+        program.chunk,
+        manifest.engine.dtype,
+    ) == (4, 32, 3, 8, "bfloat16")
+    config = Path("m/config.pbtxt").read_text()
+    assert "max_sequence_idle_microseconds: 7500000" in config
+    assert "max_queue_delay_microseconds: 123" in config
+    assert "count: 2" in config
+
+
+@pytest.mark.parametrize("given", ["llama", "llama/1"])
+def test_inspect_says_everything_of_an_engine(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(repository.path)
+    status, out, err = inplace("inspect", given)
+    assert (status, err) == (0, "")
+    shown = words(out)
+    assert "program step: packed, at most 8 rows, 8 tokens a row" in shown
+    assert re.search(r"input_ids in tokens int64 \[-1\] 0 … 511 ", shown)
+    assert re.search(r"logits out row float32 \[512\] on request ", shown)
+    for name in KEYS:
+        assert f"{name}_updated@{name}@operator" in shown
+    assert {"PyTorch", "operators", "themselves,", "bound", "tensor"} <= set(
+        shown.split()
+    )  # the reason, wrapped in its column
+    for key, value in {
+        "inplace": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }.items():
+        assert f" {key} {value} " in shown
+    assert " architecture LlamaForCausalLM " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["build", "nowhere", "--output", "m"], "error: nowhere does not exist"),
+        (
+            ["build", ".", "--output", "m"],
+            "error: . is no model: it holds neither config.json nor a GGUF file",
+        ),
+        (
+            ["build", ".", "--output", "m", "--slots", "0"],
+            "error: slots is 0; it must be at least 1",
+        ),
+        (
+            ["build", ".", "--output", "m", "--slots", "2", "--max-batch", "3"],
+            "error: a batch of 3 rows needs as many slots",
+        ),
+        (
+            ["build", ".", "--output", "m", "--dtype", "float16"],
+            "error: dtype float16 is not supported on device 'cpu'; choose one of ['float32', 'bf",
+        ),
+        (["inspect", "nowhere"], "error: nowhere/1/engine.json does not exist"),
+        (
+            ["chat", "nowhere", "--url", "127.0.0.1:1"],
+            "error: 127.0.0.1:1 does not serve nowhere: ",
+        ),
+        pytest.param(["build", "[/nowhere]", "--output", "m"], "error: [/nowhere] does not exist"),
+        pytest.param(["build", "[draft]", "--output", "m"], "error: [draft] does not exist"),
+    ],
+    ids=lambda value: "_".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_on_stderr_and_exit_status_1(arguments: list[str], text: str) -> None:
+    status, out, err = inplace(*arguments)
+    assert status == 1
+    assert err.startswith(text)
+    assert err.count("\n") == 1
+    assert "error" not in out
+    assert list(Path().iterdir()) == []
+
+
+def test_an_unknown_dtype_is_refused_with_the_choices() -> None:
+    status, _, err = inplace("build", ".", "--output", "m", "--dtype", "float8")
+    assert status == 2
+    assert "bfloat16" in err
+
+
+def test_the_installed_command_lists_every_command() -> None:
+    command = Path(sys.executable).with_name("inplace")
+    run = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    found = set(re.findall(r"^│ ([a-z-]+)  ", run.stdout, re.MULTILINE))
+    assert {"build", "inspect", "serve", "install-backend", "chat"} <= found

@@ -1,0 +1,37 @@
+"""Decoders compiled for a GPU that is not there: the whole way to an engine directory, which says that it was never run."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from inplace.schema.served import Manifest
+from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.options import BuildOptions
+from support.models import tiny_llama
+
+pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX, which compiles without a GPU")
+
+
+@pytest.mark.parametrize("alias", ["copy", "kv_cache_update"])
+def test_a_decoder_is_compiled_into_an_engine_directory(
+    tmp_path: Path, alias: Literal["copy", "kv_cache_update"]
+) -> None:
+    tiny_llama(tmp_path / "llama")
+    options = BuildOptions(
+        engine="tensorrt_rtx",
+        device="cuda",
+        compute_capability="8.9",
+        alias=alias,
+        capacity=32,
+        chunk=8,
+        slots=4,
+        max_rows=4,
+    )
+    build_decoder(tmp_path / "llama", tmp_path / "model", options)
+    manifest = Manifest.load(tmp_path / "model" / VERSION)
+    program = manifest.program("step")
+    assert manifest.verified == "compiled_only"
+    assert {entry.kind for entry in program.aliases} == {alias}
+    assert program.choices == 0, "no kernel of TensorRT's own samples"
+    assert program.language == ("input_ids", "next_token")
+    assert {spec.name: spec.argmax_of for spec in program.outputs}["next_token"] == "logits"

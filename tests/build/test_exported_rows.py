@@ -1,0 +1,182 @@
+"""Modules of one sequence, stepped with a row for each of several by ``torch.vmap`` over slots."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inplace.runtime.requests import Request
+from inplace.schema.specs import Role, Update
+from inplace_builder.capture import RowOptions, capture_exported_rows
+from inplace_builder.errors import BuildError
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from support.models import open_instance
+from support.state_modules import operators
+from torch import Tensor, nn
+
+CAPACITY, HEADS, DIM = 12, 2, 4
+
+
+class Recurrent(nn.Module):
+    """An LSTM cell, a window of frames and a count, all in buffers of one sequence."""
+
+    hidden: Tensor
+    cellular: Tensor
+    window: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.gate, self.norm = nn.LSTMCell(4, 4), nn.GRUCell(4, 4), nn.LayerNorm(4)
+        self.register_buffer("hidden", torch.zeros(1, 4))
+        self.register_buffer("cellular", torch.zeros(1, 4))
+        self.register_buffer("window", torch.zeros(3, 4))
+        self.register_buffer("count", torch.full((), 2, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, cell = self.cell(self.norm(x), (self.hidden, self.cellular))
+        self.hidden.copy_(self.gate(x, hidden))
+        self.cellular.copy_(cell)
+        self.window.copy_(torch.cat([self.window[1:], x]))
+        self.count += 1
+        return self.window.mean(0) + hidden[0], self.count.clone()
+
+
+class Attending(nn.Module):
+    """Attention over caches that the caller owns, at a position that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(4, 3 * HEADS * DIM)
+
+    def forward(self, keys: Tensor, values: Tensor, x: Tensor, position: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(1, 1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        keys.index_copy_(2, position, key)
+        values[:, :, position] = value
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=(torch.arange(CAPACITY) <= position)[None, None]
+        )
+        return out.reshape(1, HEADS * DIM)
+
+
+class Counting(Attending):
+    """The same, but it counts for itself; what attends is not SDPA."""
+
+    keys: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, CAPACITY, 4))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.keys.index_copy_(1, self.count, x[:, None])
+        self.count.add_(1)
+        return self.keys.cumsum(1)[:, -1]
+
+
+def caches() -> list[Tensor]:
+    return [torch.zeros(1, HEADS, CAPACITY, DIM) for _ in range(2)]
+
+
+CASES: dict[str, tuple[Any, list[Tensor], RowOptions, dict[str, int]]] = {
+    "recurrent": (
+        Recurrent,
+        [],
+        RowOptions(4, outputs=("mixed", "count")),
+        {"read": 4, "update": 4},
+    ),
+    "attending": (Attending, caches(), RowOptions(4, positions="position"), {"attention": 1}),
+    "counting": (Counting, [], RowOptions(4, requests=CAPACITY), {"read": 2, "update": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_at_their_own_positions_say_what_the_module_says_of_each_alone(
+    name: str, tmp_path: Path
+) -> None:
+    make, states, options, expected = CASES[name]
+    examples = (
+        *states,
+        torch.zeros(1, 4),
+        *([torch.zeros(1, dtype=torch.int64)] if options.positions else []),
+    )
+    capture = capture_exported_rows(make(), options, examples)
+    assert operators(capture) == expected, "each once, for all rows"
+    assert capture.program.row_layout == "rectangular"
+    assert [spec.role for spec in capture.program.inputs] == [
+        Role.ROW,
+        *([Role.WRITE_INDICES] if options.positions else []),
+        Role.SLOTS,
+    ]
+    assert {state.update for state in capture.states} == {
+        Update.APPEND if options.positions else Update.REPLACE
+    }
+    write_engine(capture, tmp_path / name, BuildOptions(slots=5, max_rows=4, capacity=CAPACITY))
+    instance = open_instance(tmp_path / name)
+    alone, seen = [(make(), deepcopy(states)) for _ in range(4)], [0] * 4
+    with torch.no_grad():
+        for step in range(10):
+            rows = [row for row in range(4) if step >= 2 * row and (step + row) % 3]
+            given = {row: torch.randn(1, 4) for row in rows}
+            first = capture.program.inputs[0].name
+            works = {
+                row: instance.admit(Request(row + 1, not seen[row], False, {first: given[row]}))
+                for row in rows
+            }
+            if works:
+                instance.step(list(works.values()))
+            for row, work in works.items():
+                assert work.error is None, work.error
+                module, own = alone[row]
+                wanted = module(
+                    *own, given[row], *([torch.tensor([seen[row]])] if options.positions else [])
+                )
+                for spec, tensor in zip(
+                    capture.program.outputs,
+                    wanted if isinstance(wanted, tuple) else (wanted,),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(
+                        work.outputs[spec.name].reshape(tensor.shape), tensor
+                    )
+                instance.finish(work)
+                seen[row] += 1
+
+
+class Uneven(nn.Module):
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        return self.total * 2
+
+
+def test_what_cannot_be_rows_is_refused() -> None:
+    with pytest.raises(
+        BuildError,
+        match=r"name the input that says where \(positions\), or how often it may \(requests\)",
+    ):
+        capture_exported_rows(Counting(), RowOptions(4), (torch.zeros(1, 4),))
+    with pytest.raises(
+        BuildError,
+        match="state total begins with different numbers; a fresh slot holds one number everywhere",
+    ):
+        capture_exported_rows(Uneven(), RowOptions(4), (torch.zeros(4),))
+    examples = (*caches(), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(BuildError, match="the module returns 1 outputs, 2 names were given"):
+        capture_exported_rows(
+            Attending(), RowOptions(4, positions="position", outputs=("a", "b")), examples
+        )
+    with pytest.raises(BuildError, match=r"input x \(1, 4\) of torch.float32 is no position"):
+        capture_exported_rows(Attending(), RowOptions(4, positions="x"), examples)

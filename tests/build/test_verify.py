@@ -1,0 +1,352 @@
+"""Verification: an engine that does not do what its model does is not written."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from inplace.operators import read, update
+from inplace.operators.state import write
+from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, capture_module
+from inplace_builder.capture.capture import control
+from inplace_builder.compare import TOLERANCE
+from inplace_builder.errors import BuildError
+from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.options import BuildOptions
+from support import lowering
+from support.models import accumulator, captured, tiny_llama
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
+SPARE = 4
+"""A slot that none of the verified sequences owns."""
+
+
+class Sum(torch.nn.Module):
+    """Correct, for numbers of any type: the sum of all values."""
+
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots) + value
+        update(total, slots, sums)
+        return sums
+
+
+class WritesNextSlot(torch.nn.Module):
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots) + value
+        update(total, slots + 1, sums)
+        return sums
+
+
+class WritesAForeignSlotToo(torch.nn.Module):
+    """Its outputs are right; beside its own slots it writes one that belongs to nobody."""
+
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots) + value
+        update(total, slots, sums)
+        update(total, slots.clamp(min=SPARE), sums)
+        return sums
+
+
+class WritesSlotZero(torch.nn.Module):
+    """All rows share slot 0: right for one sequence, wrong for two."""
+
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots * 0) + value
+        update(total, slots * 0, sums)
+        return sums
+
+
+class ForgetsToWriteFirstRow(torch.nn.Module):
+    """A null row where a row should be: nothing foreign is touched, but the first row's sum is lost."""
+
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots) + value
+        update(total, torch.where(slots == 0, -1, slots), sums)
+        return sums
+
+
+class WritesOutsideTheArena(torch.nn.Module):
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots) + value
+        update(total, slots + 100, sums)
+        return sums
+
+
+class Counter(torch.nn.Module):
+    """How many requests there were, in whole numbers."""
+
+    def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
+        counts = read(total, slots) + value
+        update(total, slots, counts)
+        return counts
+
+
+def refused(capture: Capture, folder: Path, text: str, options: BuildOptions = OPTIONS) -> None:
+    """The engine is refused with this text, and there is nothing where it would have been, nor beside it."""
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(BuildError, match=text):
+        write_engine(capture, folder / "model", options)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "module", [WritesNextSlot(), WritesAForeignSlotToo()], ids=lambda module: type(module).__name__
+)
+def test_a_graph_that_writes_a_slot_of_nobody_in_the_step_is_refused(
+    tmp_path: Path, module: torch.nn.Module
+) -> None:
+    refused(captured(module), tmp_path, "changed bytes of state total outside the rows of its step")
+
+
+def test_an_engine_that_samples_for_another_position_is_refused(tmp_path: Path) -> None:
+    capture = lowering.captured("llama")
+    named = {node.name: node for node in capture.exported.graph.nodes}
+    (node,) = capture.exported.graph.find_nodes(
+        op="call_function", target=torch.ops.inplace.sample.default
+    )
+    node.args = (*node.args[:5], named["write_indices"])
+    capture.exported.graph_module.recompile()
+    options = BuildOptions(
+        slots=4, max_rows=lowering.ROWS, capacity=lowering.CAPACITY, chunk=lowering.CHUNK
+    )
+    refused(
+        capture,
+        tmp_path,
+        r"output next_token of sequence [23] after \d+ tokens is \[\d+\], expected \[\d+\]",
+        options,
+    )
+
+
+@pytest.mark.parametrize(
+    "module", [WritesSlotZero(), ForgetsToWriteFirstRow()], ids=lambda module: type(module).__name__
+)
+def test_a_graph_that_mixes_or_loses_rows_is_refused(
+    tmp_path: Path, module: torch.nn.Module
+) -> None:
+    refused(
+        captured(module),
+        tmp_path,
+        r"outside the rows of its step|output sum of sequence \d after \d tokens differs from the model",
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x + 0.01, lambda x: x * float("nan"), lambda x: x[:2]],
+    ids=["more", "nan", "shape"],
+)
+def test_an_engine_whose_numbers_are_not_the_model_s_is_refused(
+    tmp_path: Path, change: object
+) -> None:
+    capture = accumulator()
+
+    def other(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        expected = dict(capture.reference(requests))
+        return expected | {"sum": change(expected["sum"])}  # type: ignore[operator]
+
+    refused(
+        replace(capture, reference=other),
+        tmp_path,
+        "output sum of sequence 1 .*(differs from the model by|the model's is)",
+    )
+
+
+def test_a_whole_number_that_is_off_by_one_is_refused(tmp_path: Path) -> None:
+    capture = accumulator()
+
+    def other(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        expected = dict(capture.reference(requests))
+        return expected | {"values": expected["values"] + 1}
+
+    refused(
+        replace(capture, reference=other),
+        tmp_path,
+        r"output values of sequence 1 after 1 tokens is \[1\], expected \[2\]",
+    )
+
+
+def test_a_decoder_verified_against_other_weights_is_refused(tmp_path: Path) -> None:
+    options = DecoderOptions(capacity=32, max_rows=2, chunk=8)
+    capture = capture_decoder(tiny_llama(tmp_path / "one"), options)
+    other = tiny_llama(tmp_path / "other")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    wrong = replace(capture, reference=capture_decoder(other, options).reference)
+    refused(
+        wrong,
+        tmp_path / "repository",
+        "output logits of sequence 1 .* differs from the model by",
+        BuildOptions(capacity=32, chunk=8),
+    )
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.INT32], ids=["nan", "largest integer"])
+def test_a_state_that_claims_to_need_no_reset_but_is_read_fresh_is_refused(
+    tmp_path: Path, dtype: Dtype
+) -> None:
+    refused(
+        captured(Sum(), reset=False, dtype=dtype),
+        tmp_path,
+        r"output sum of sequence 1 after 1 tokens (differs from the model by nan|is \[)",
+    )
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.INT32])
+def test_the_same_module_builds_where_the_state_is_reset(tmp_path: Path, dtype: Dtype) -> None:
+    manifest = write_engine(captured(Sum(), dtype=dtype), tmp_path / "model", OPTIONS)
+    assert manifest.verified == "executed"
+    assert float(manifest.built_with["verified_error"]) < 1e-6
+    assert (tmp_path / "model" / "config.pbtxt").is_file()
+
+
+def test_an_engine_that_fails_when_it_is_warmed_is_refused(tmp_path: Path) -> None:
+    refused(
+        captured(WritesOutsideTheArena()),
+        tmp_path,
+        r"fails in its first step \(IndexError: index 99 is out of bounds",
+    )
+
+
+RING = 12
+
+
+def sliding_decoder(chunk: int) -> Capture:
+    """A decoder with one layer whose window is a ring of at least `RING` positions."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=RING,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return capture_decoder(
+        MistralForCausalLM(config).eval(), DecoderOptions(capacity=64, max_rows=2, chunk=chunk)
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_a_ring_operator_that_is_wrong_only_once_it_wraps_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    capture = sliding_decoder(chunk)
+    assert {state.shape[1] for state in capture.states} == {RING + chunk - 1}
+    options = BuildOptions(capacity=64, chunk=chunk)
+    write_engine(capture, tmp_path / "right" / "model", options)
+
+    def forgets(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
+        if start < slot.shape[axis]:
+            write(slot, new, start, axis, ring=ring)
+
+    monkeypatch.setattr(sys.modules["inplace.operators.attention"], "write", forgets)
+    refused(
+        capture,
+        tmp_path / "wrong",
+        r"output logits of sequence \d after .* differs from the model",
+        options,
+    )
+
+
+class Latest(torch.nn.Module):
+    """The mean of the last `RING` values."""
+
+    def forward(
+        self, value: Tensor, slots: Tensor, write_indices: Tensor, values: Tensor
+    ) -> Tensor:
+        update(values, slots, value.unsqueeze(1), None, write_indices, axis=1, ring=True)
+        return read(values, slots).mean(1)
+
+
+def test_the_ring_of_a_module_is_followed_once_round(tmp_path: Path) -> None:
+    """The engine forgets to write what has wrapped; the model does not."""
+    capture = capture_module(
+        Latest(),
+        inputs=[
+            TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
+            control("slots", Role.SLOTS),
+            control("write_indices", Role.WRITE_INDICES),
+        ],
+        outputs=[TensorSpec(name="mean", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,))],
+        states=[
+            StateSpec(
+                name="values", shape=(RING, 4), dtype=Dtype.FLOAT32, update=Update.RING, axis=0
+            )
+        ],
+        max_rows=4,
+    )
+    write_engine(capture, tmp_path / "right" / "model", OPTIONS)
+    graph = capture.exported.graph
+    [written] = graph.find_nodes(op="call_function", target=torch.ops.inplace.update.default)
+    with graph.inserting_before(written):
+        beyond = graph.call_function(torch.ops.aten.ge.Scalar, (written.args[4], RING))
+        slots = graph.call_function(
+            torch.ops.aten.masked_fill.Scalar, (written.args[1], beyond, -1)
+        )
+    for node in (beyond, slots):
+        node.meta["val"] = written.args[1].meta["val"]
+    beyond.meta["val"] = beyond.meta["val"].bool()
+    written.update_arg(1, slots)
+    capture.exported.graph_module.recompile()
+    refused(
+        capture,
+        tmp_path / "wrong",
+        f"output mean of sequence 1 after {RING + 1} tokens differs from the model",
+    )
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+def test_a_built_decoder_records_its_error_and_it_is_within_the_tolerance_of_its_type(
+    tmp_path: Path, dtype: Dtype
+) -> None:
+    tiny_llama(tmp_path / "llama")
+    manifest = build_decoder(
+        tmp_path / "llama", tmp_path / "model", BuildOptions(dtype=dtype, capacity=32, chunk=8)
+    )
+    assert manifest.engine.dtype is dtype
+    assert (
+        float(manifest.built_with["verified_error"])
+        < {Dtype.FLOAT32: 1e-5, Dtype.BFLOAT16: 5e-2}[dtype]
+    )
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(1.0, True), (1.2, False)])
+def test_an_error_beyond_the_tolerance_is_judged_by_the_model_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, accepted: bool
+) -> None:
+    """An engine may be as far from the model in float32 as rounding takes the model itself, not farther."""
+    monkeypatch.setitem(TOLERANCE, Dtype.BFLOAT16, 1e-7)
+    model = tiny_llama(tmp_path / "llama").to(torch.bfloat16)
+    capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=2, chunk=8))
+    assert capture.precise is not None
+    precise = capture.precise()
+    assert model.dtype is torch.bfloat16
+
+    def other(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        return {
+            name: value * factor if name == "logits" else value
+            for name, value in precise(requests).items()
+        }
+
+    capture, options = (
+        replace(capture, precise=lambda: other),
+        BuildOptions(dtype=Dtype.BFLOAT16, capacity=32, chunk=8, max_rows=2, slots=4),
+    )
+    if accepted:
+        write_engine(capture, tmp_path / "model", options)
+        return
+    refused(
+        replace(capture, reference=other),
+        tmp_path / "repository",
+        "logits of sequence 1 .* differs from the model by .*, and from the model in float32 by .*, where the model's own rounding",
+        options,
+    )

@@ -1,0 +1,1 @@
+"""What tests share: models, cases, drivers of servers and networks."""

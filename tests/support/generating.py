@@ -1,0 +1,146 @@
+"""Generations over raw gRPC streams, as the tests of their lifetimes drive them: no client library between the test and Triton."""
+
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from inplace_builder.served.build import build_decoder
+from inplace_builder.served.options import BuildOptions
+from transformers import LlamaForCausalLM
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
+from tritonclient.utils import InferenceServerException
+
+from support.models import tiny_llama
+from support.streams import prompt
+
+CAPACITY, ENDLESS = 8000, 7900
+"""Of the models of `build_long`, and tokens of a generation that nobody hears the end of."""
+PROMPT = prompt(1, 20)
+SOON = 4.0
+"""Seconds; without other load a slot is free within 0.2."""
+Parameter = str | int | bool
+OUTPUTS = {True: ("tokens", "finish_reason"), False: ("next_token",)}
+"""What is asked for, by whether the request is a generation."""
+
+
+@dataclass
+class Said:
+    """What one or more responses of a generation said.
+
+    Attributes:
+        tokens: in order.
+        reason: why it finished; empty while it runs.
+        error: the text of an error.
+    """
+
+    tokens: list[int]
+    reason: str = ""
+    error: str = ""
+
+    @property
+    def over(self) -> bool:
+        return bool(self.reason or self.error)
+
+
+class Talk:
+    """One gRPC stream to a stream model, on a connection of its own; a context manager that drops it."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.client, self.model = InferenceServerClient(url), model
+        self._answers: queue.SimpleQueue[
+            tuple[InferResult | None, InferenceServerException | None]
+        ] = queue.SimpleQueue()
+        self.client.start_stream(lambda result, error: self._answers.put((result, error)))
+
+    def send(
+        self,
+        sequence: int | str,
+        ids: list[int],
+        max_tokens: int = 0,
+        *,
+        start: bool = False,
+        end: bool = False,
+        **parameters: Parameter,
+    ) -> None:
+        """A generation, where ``max_tokens`` is given, else a step."""
+        tensor = InferInput("input_ids", [1, len(ids)], "INT64")
+        tensor.set_data_from_numpy(np.array([ids], dtype=np.int64))
+        if max_tokens:
+            parameters = {"max_tokens": max_tokens, "ignore_eos": True, **parameters}
+        outputs = [InferRequestedOutput(name) for name in OUTPUTS[bool(max_tokens)]]
+        self.client.async_stream_infer(
+            self.model,
+            [tensor],
+            sequence_id=sequence,
+            sequence_start=start,
+            sequence_end=end,
+            outputs=outputs,
+            parameters=parameters or None,
+        )
+
+    def receive(self, timeout: float = 60.0) -> Said:
+        """The next response. Raises queue.Empty where none comes."""
+        result, error = self._answers.get(timeout=timeout)
+        if result is None:
+            return Said([], error=str(error))
+        if (step := result.as_numpy("next_token")) is not None:
+            return Said(step[0].tolist(), reason="step")
+        if (tokens := result.as_numpy("tokens")) is None:
+            return Said([], reason="step")  # of an END that brings nothing
+        return Said(tokens[0].tolist(), result.as_numpy("finish_reason")[0, 0].decode())
+
+    def hear(self, tokens: int = 1 << 60, timeout: float = 60.0) -> Said:
+        """One request's responses, until there are so many tokens or it is over."""
+        heard = Said([])
+        while len(heard.tokens) < tokens and not heard.over:
+            said = self.receive(timeout)
+            heard = Said(heard.tokens + said.tokens, said.reason, said.error)
+        return heard
+
+    def ask(self, *arguments: object, **parameters: object) -> Said:
+        """`send` and `hear`."""
+        self.send(*arguments, **parameters)  # type: ignore[arg-type]
+        return self.hear()
+
+    def drop(self) -> None:
+        """Vanish: everything under way is cancelled."""
+        self.client.stop_stream(cancel_requests=True)
+
+    def __enter__(self) -> "Talk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+        self.client.close()
+
+
+def seconds_until(true: Callable[[], bool], limit: float = 60.0) -> float:
+    begin = time.monotonic()
+    while not true():
+        assert time.monotonic() - begin < limit
+        time.sleep(0.005)
+    return time.monotonic() - begin
+
+
+def long_llama(folder: Path) -> LlamaForCausalLM:
+    """A random Llama for `build_long`."""
+    return tiny_llama(folder, max_position_embeddings=CAPACITY)
+
+
+def build_long(source: Path, model: Path, slots: int, idle_timeout: float = 600.0) -> None:
+    """A stream model whose sequences have room for `ENDLESS` tokens."""
+    build_decoder(
+        source,
+        model,
+        BuildOptions(
+            slots=slots,
+            max_rows=slots,
+            capacity=CAPACITY,
+            chunk=32,
+            serve="stream",
+            idle_timeout=idle_timeout,
+        ),
+    )

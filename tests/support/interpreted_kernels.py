@@ -1,0 +1,326 @@
+"""The kernels in Triton's interpreter, on a CPU; `backend/test_kernels.py` runs this file in a process with ``TRITON_INTERPRET=1``.
+
+fp32 and fp16 only: the interpreter's `tl.dot` is wrong for bf16 (Triton 3.6).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from inplace.kernels.attention import AttentionSpec, attention_workspace
+from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
+from inplace.operators import linear as reference_linear
+from inplace.operators.attention import _attention_on_gpu
+from inplace.operators.state import _update_on_gpu
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from support.kernel_cases import AttentionCase, Row, check_read, check_update, rotate
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)  # Triton's own
+
+DECODE = [Row(4, 7, 1), Row(0, 0, 1), Row(-1, 3, 1), Row(2, 47, 1), Row(5, 16, 1)]
+MIXED = [Row(4, 7, 1), Row(0, 0, 21), Row(-1, 0, 3), Row(3, 5, 0), Row(2, 30, 17), Row(5, 16, 1)]
+"""Decode, a prompt, a null row, an empty row, a chunk that continues, decode; more tokens than a block of queries holds."""
+STEPS = pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+
+
+def spec(
+    heads: int = 4, kv_heads: int = 2, dim: int = 32, value_dim: int | None = None, **options: Any
+) -> AttentionSpec:
+    return replace(AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5), **options)
+
+
+@STEPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+def test_head_dimensions(dim: int, dtype: torch.dtype, rows: list[Row]) -> None:
+    AttentionCase(spec(2, 1, dim, rotary=dim // 4 * 2), rows, dtype=dtype).check()
+
+
+@STEPS
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (4, 1), (17, 1), (40, 1)])
+def test_groups_of_any_size(heads: int, kv_heads: int, rows: list[Row]) -> None:
+    AttentionCase(spec(heads, kv_heads, rotary=32), rows).check()
+
+
+@STEPS
+@pytest.mark.parametrize("dims", [(32, 64), (80, 48), (20, 10)])
+def test_values_of_another_width(dims: tuple[int, int], rows: list[Row]) -> None:
+    AttentionCase(spec(4, 2, *dims), rows, dtype=torch.float16).check()
+
+
+@STEPS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 3},
+        {"window": 20},
+        {"softcap": 0.7},
+        {"softcap": 0.7, "window": 5},
+        {"causal": False},
+    ],
+)
+def test_windows_and_soft_caps(options: dict[str, Any], rows: list[Row]) -> None:
+    plain = AttentionCase(spec(), rows).check()
+    changed = AttentionCase(spec(**options), rows).check()
+    same = rows is DECODE and "causal" in options  # one token sees all there is
+    assert same or (plain - changed).abs().max() > 0.01  # the case is one where it matters
+
+
+@pytest.mark.parametrize("start", [0, 3, 9, 31, 32, 33, 100])
+def test_a_ring_wraps(start: int) -> None:
+    options = spec(window=20, ring=True, rotary=16)  # capacity 32 = window 20 + 13 tokens - 1
+    AttentionCase(
+        options, [Row(1, start, 1), Row(3, 2 * start, 1), Row(-1, start, 1)], capacity=32
+    ).check()
+    AttentionCase(
+        options,
+        [Row(3, start, 1), Row(1, start, 13), Row(-1, start, 2), Row(5, 2 * start, 2)],
+        capacity=32,
+    ).check()
+
+
+def test_a_ring_without_a_window_holds_the_newest() -> None:
+    AttentionCase(
+        spec(ring=True), [Row(1, 100, 1), Row(2, 31, 1), Row(3, 3, 1)], capacity=32
+    ).check()
+    AttentionCase(
+        spec(ring=True), [Row(1, 100, 1), Row(2, 31, 1), Row(3, 3, 9)], capacity=32
+    ).check()
+
+
+@STEPS
+@pytest.mark.parametrize("causal", [False, True])
+def test_cross_attention_appends_nothing(causal: bool, rows: list[Row]) -> None:
+    cached = [
+        replace(row, start=max(1, row.start)) for row in rows
+    ]  # softmax over nothing is undefined
+    AttentionCase(spec(append=False, causal=causal), cached, dtype=torch.float16).check()
+
+
+@STEPS
+def test_nothing_cached_gives_zero(rows: list[Row]) -> None:
+    case = AttentionCase(spec(append=False, causal=False), [replace(row, start=0) for row in rows])
+    assert torch.equal(case.launch(), torch.zeros_like(case.out))
+
+
+@pytest.mark.parametrize("start", [0, 127, 128, 129, 513, 1030])
+def test_splits_are_combined_and_leave_the_locks_at_zero(start: int) -> None:
+    case = AttentionCase(
+        spec(6, 2, rotary=32),
+        [Row(3, start, 1), Row(1, 1099 - start, 1), Row(-1, 9, 1)],
+        capacity=1100,
+    )
+    assert case.workspace is not None
+    case.check()
+    expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
+    case.compare(
+        case.launch(), expected, before
+    )  # again, with what the first launch left in workspace and locks
+
+
+def test_splits_of_a_window_and_of_a_ring() -> None:
+    rows = [Row(3, 1090, 1), Row(1, 450, 1), Row(0, 5000, 1)]
+    AttentionCase(spec(window=700), rows[:2], capacity=1100).check()
+    AttentionCase(spec(window=700, ring=True), rows, capacity=710).check()
+
+
+def test_more_splits_than_one_combining_pass_takes() -> None:
+    case = AttentionCase(
+        spec(16, 1, 256), [Row(0, 2500, 1)], capacity=2600, slots=1, dtype=torch.float16
+    )
+    assert attention_workspace(case.spec, 1, 1, 2600) // (16 * 257 * 4) > 4096 // (16 * 256)
+    case.check()
+
+
+def test_masked_and_unmasked_blocks_of_a_long_prompt() -> None:
+    AttentionCase(
+        spec(2, 1), [Row(0, 70, 70), Row(1, 0, 40)], capacity=140, dtype=torch.float16
+    ).check()
+    AttentionCase(
+        spec(2, 1, window=33), [Row(0, 70, 70), Row(1, 0, 40)], capacity=140, dtype=torch.float16
+    ).check()
+
+
+def test_every_row_null_touches_nothing() -> None:
+    for rows in ([Row(-1, 0, 1)] * 3, [Row(-1, 0, 5), Row(-1, 2, 0)]):
+        case = AttentionCase(spec(), rows)
+        case.check()
+        assert torch.equal(case.out, torch.zeros_like(case.out))
+
+
+def test_the_rotation_is_transformers() -> None:
+    case = AttentionCase(spec(rotary=32), DECODE)
+    query, key = apply_rotary_pos_emb(
+        case.query[None].transpose(1, 2),
+        case.key[None].transpose(1, 2),
+        case.cos[None],
+        case.sin[None],
+    )
+    torch.testing.assert_close(rotate(case.query, case.cos, case.sin), query[0].transpose(0, 1))
+    case.check()
+    torch.testing.assert_close(case.key_state[4, :, 7], key[0, :, 0], rtol=1e-6, atol=1e-6)
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(data=st.data())
+def test_any_step_equals_the_reference(data: st.DataObject) -> None:
+    ring = data.draw(st.booleans())
+    window = data.draw(st.integers(1, 24)) if ring else data.draw(st.sampled_from([0, 0, 1, 9, 40]))
+    decode = data.draw(st.booleans())
+    rows = []
+    for slot in data.draw(st.lists(st.integers(-1, 8), min_size=1, max_size=6, unique=True)):
+        tokens = 1 if decode else data.draw(st.integers(0, 17))
+        rows.append(Row(slot, data.draw(st.integers(0, 200 if ring else 40 - tokens)), tokens))
+    if not decode and sum(row.tokens for row in rows) <= len(rows):
+        rows[0] = replace(rows[0], start=min(rows[0].start, 20), tokens=17)
+    heads, kv_heads = data.draw(st.sampled_from([(4, 2), (6, 2), (3, 1), (2, 2), (5, 5)]))
+    dim, value_dim = data.draw(st.sampled_from([(32, 32), (16, 24), (40, 40)]))
+    options = spec(
+        heads,
+        kv_heads,
+        dim,
+        value_dim,
+        window=window,
+        ring=ring,
+        softcap=data.draw(st.sampled_from([0.0, 1.5])),
+        rotary=data.draw(st.sampled_from([0, 8, 16])),
+    )
+    AttentionCase(options, rows, capacity=40, seed=data.draw(st.integers(0, 99))).check()
+
+
+APPEND = [Row(3, 2, 2), Row(-1, 0, 2), Row(0, 5, 2)]
+SHAPES = [((8,), 1), ((8, 3), 1), ((2, 8, 3), 2), ((2, 3, 8), 3), ((2, 3, 8, 2), 3)]
+DTYPES = [torch.float32, torch.float16, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_an_append_along_any_axis(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    check_update(shape, axis, APPEND, dtype, packed=False)
+    check_update(
+        shape, axis, [Row(3, 2, 1), Row(2, 0, 0), Row(-1, 0, 3), Row(0, 1, 7)], dtype, packed=True
+    )
+    check_update(shape, axis, [Row(3, 21, 5), Row(5, 7, 8)], dtype, packed=True, ring=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5, 300)])
+def test_replacing_and_reading_whole_slots(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_update(shape, 0, APPEND, dtype, packed=False)
+    check_read(shape, dtype)
+
+
+@STEPS
+def test_the_operator_for_gpus_equals_the_one_for_cpus(rows: list[Row]) -> None:
+    case = AttentionCase(spec(), rows, capacity=300)
+    control = [x.long() for x in case.control]
+    expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
+    query = (
+        case.query.transpose(0, 1).contiguous().transpose(0, 1)
+    )  # heads outside: not a slice of a projection
+    out = _attention_on_gpu(
+        query,
+        case.key,
+        case.value,
+        case.key_state,
+        case.value_state,
+        *control,
+        scale=case.spec.scale,
+    )
+    case.compare(out, expected, before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_update_for_gpus_equals_the_one_for_cpus(packed: bool) -> None:
+    state, starts, slots = (
+        torch.randn(5, 2, 8, 3),
+        torch.tensor([1, 0, 6]),
+        torch.tensor([3, -1, 0]),
+    )
+    value = torch.randn(2, 6, 3).transpose(0, 1) if packed else torch.randn(3, 2, 2, 3)
+    offsets = torch.tensor([0, 2, 4, 6]) if packed else None
+    expected, replaced = state.clone(), torch.randn(3, 2, 8, 3)
+    torch.ops.inplace.update(expected, slots, value, offsets, starts, 2)
+    _update_on_gpu(state, slots, value, offsets, starts, 2)
+    assert torch.equal(state, expected)
+    torch.ops.inplace.update(expected, slots, replaced)
+    _update_on_gpu(state, slots, replaced)
+    assert torch.equal(state, expected)
+
+
+LINEAR = [
+    LinearSpec(192, 80, norm=True, eps=1e-5),
+    LinearSpec(256, 48, residual=True),
+    LinearSpec(72, 64, norm=True, eps=1e-5, activation="silu", gated=True),
+    LinearSpec(520, 40, bias=True, norm=True, residual=True, eps=1e-5, activation="gelu"),
+    LinearSpec(136, 72, bias=True, activation="gelu_tanh", gated=True, residual=True),
+    LinearSpec(64, 100, norm=True, eps=1e-6, activation="relu", float_out=True),
+]
+
+
+def check_linear(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | None) -> None:
+    """One launch against the operator in float64; what lies beyond the result stays untouched."""
+    torch.manual_seed(0)
+    x, weight = (
+        torch.randn(tokens, spec.inputs).to(dtype),
+        (torch.randn(spec.outputs, spec.inputs) / spec.inputs**0.5).to(dtype),
+    )
+    bias = torch.randn(spec.outputs).to(dtype) if spec.bias else None
+    norm = torch.randn(spec.inputs).to(dtype) if spec.norm else None
+    residual = torch.randn(tokens, spec.width).to(dtype) if spec.residual else None
+    out = torch.full(
+        (tokens + 1, spec.width), float("nan"), dtype=torch.float32 if spec.float_out else dtype
+    )
+    linear(
+        spec,
+        x=x,
+        weight=weight,
+        bias=bias,
+        norm=norm,
+        residual=residual,
+        out=out,
+        workspace=0,
+        tokens=tokens,
+        blocks=blocks,
+    )
+    wide = [None if part is None else part.double() for part in (x, weight, bias, norm, residual)]
+    expected = reference_linear(*wide, eps=spec.eps, activation=spec.activation, gated=spec.gated)  # type: ignore[arg-type]
+    assert float((out[:tokens].double() - expected).norm() / expected.norm()) < (
+        2e-6 if dtype is torch.float32 else 2e-3
+    )
+    assert out[tokens].isnan().all()
+
+
+@pytest.mark.parametrize("spec", LINEAR, ids=lambda spec: f"{spec.inputs}x{spec.outputs}")
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [
+        (1, Gemv(16, 64, 2)),
+        (1, Gemv(8, 512, 4)),
+        (2, Few(16, 16, 2)),
+        (8, Few(32, 32, 4)),
+        (11, Few(16, 64, 4)),
+        (3, Skinny(16, 64, 4, 3)),
+        (40, Skinny(64, 32, 4, 2)),
+        *((tokens, None) for tokens in (1, 2, 16)),
+    ],
+    ids=str,
+)
+def test_a_linear_layer_of_few_rows(tokens: int, blocks: Blocks | None, spec: LinearSpec) -> None:
+    check_linear(spec, tokens, torch.float16, blocks)
+    if blocks is None:
+        check_linear(spec, tokens, torch.float32, blocks)
+
+
+def test_a_head_of_many_rows_is_streamed() -> None:
+    spec = replace(LINEAR[-1], outputs=300)
+    assert isinstance(streaming_blocks(spec, 64, 2), Skinny)
+    check_linear(spec, 33, torch.float16, None)

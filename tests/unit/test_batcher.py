@@ -1,0 +1,117 @@
+"""How many tokens each row of a step brings, and the step that follows one of single tokens."""
+
+import pytest
+import torch
+from inplace.engines.tensorrt.contexts import Size, decode_sizes, fitting, mixed_sizes
+from inplace.runtime.batcher import _counts, follow, form
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, TensorSpec
+from pydantic import ValidationError
+from support.driving import prompt
+from support.models import SLOTS, Repository, open_instance
+
+
+def program(max_rows: int, chunk: int, max_tokens: int | None = None) -> Program:
+    ids = TensorSpec(name="ids", role=Role.TOKENS, dtype="int64", shape=(-1,))  # type: ignore[arg-type]
+    return Program(
+        name="step",
+        row_layout="packed",
+        inputs=(ids,),
+        outputs=(),
+        aliases=(),
+        max_rows=max_rows,
+        chunk=chunk,
+        max_tokens=max_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("waiting", "chunk", "budget", "counts"),
+    [
+        ([5, 1, 9], 8, 24, [5, 1, 8]),
+        ([5, 1, 9], 8, 8, [5, 1, 2]),
+        ([9, 9, 9], 8, 8, [6, 1, 1]),
+        ([1, 1, 1], 8, 3, [1, 1, 1]),
+        ([100], 8, 4, [4]),
+    ],
+)
+def test_every_row_advances_and_the_budget_holds(
+    waiting: list[int], chunk: int, budget: int, counts: list[int]
+) -> None:
+    assert _counts(waiting, chunk, budget) == counts
+    assert sum(counts) <= budget
+
+
+def test_the_budget_is_rows_times_chunk_unless_said() -> None:
+    assert program(4, 8).token_budget == 32
+    assert program(4, 8, 9).token_budget == 9
+    with pytest.raises(ValidationError, match="too few for 4 rows"):
+        program(4, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "chunk", "max_tokens"),
+    [(1, 1, None), (1, 512, None), (3, 8, 9), (8, 128, 512), (64, 1, None), (64, 512, 512)],
+)
+def test_every_step_fits_a_captured_size(max_rows: int, chunk: int, max_tokens: int | None) -> None:
+    made = program(max_rows, chunk, max_tokens)
+    sizes = decode_sizes(made) + mixed_sizes(made)
+    assert len(set(sizes)) == len(sizes)
+    for rows in range(1, max_rows + 1):
+        for tokens in range(rows, min(rows * chunk, made.token_budget) + 1):
+            size = fitting(sizes, rows, tokens)
+            assert size is not None, (rows, tokens)
+            assert size.decode == (rows == tokens)
+            assert size.rows >= rows
+            assert size.tokens >= tokens
+            if not size.decode:
+                assert size.rows > rows  # a null row owns the padding
+
+
+def test_a_step_beyond_the_largest_fits_nothing() -> None:
+    made = program(4, 8)
+    assert fitting(decode_sizes(made) + mixed_sizes(made), 5, 5) is None
+    assert fitting([Size(1, 1)], 1, 2) is None
+
+
+def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repository) -> None:
+    instance: ModelInstance = open_instance(repository.path / "llama")
+    chances = [
+        {},
+        {"temperature": 0.7, "seed": 5},
+        {"temperature": 1.1, "top_k": 3, "top_p": 0.9, "seed": 2**40},
+        {},
+    ][:SLOTS]
+    works = [
+        instance.admit(
+            Request(
+                f"s{row}",
+                True,
+                False,
+                {"input_ids": torch.tensor([prompt(row, 1 + row)])},
+                parameters=chance,
+            )
+        )
+        for row, chance in enumerate(chances)
+    ]
+    while pending := [work for work in works if not work.finished]:
+        instance.step(pending)
+    for work in works:
+        work.feed(7)
+    batch = form(instance.program, works)
+    for said in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
+        batch = follow(instance.program, batch, torch.tensor(said[:SLOTS])[:, None])
+        for work, token in zip(works, said, strict=False):
+            work.sequence.length += 1
+            work.feed(token)
+        wanted = form(instance.program, works)
+        assert (batch.rows, batch.counts, list(batch.inputs)) == (
+            wanted.rows,
+            wanted.counts,
+            list(wanted.inputs),
+        )
+        for name, tensor in wanted.inputs.items():
+            assert batch.inputs[name].dtype == tensor.dtype, name
+            assert torch.equal(batch.inputs[name], tensor), name

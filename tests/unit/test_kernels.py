@@ -1,0 +1,101 @@
+"""The GPU kernels on a CPU, in Triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+from inplace.kernels.attention import AttentionSpec, attention, attention_workspace
+from inplace.kernels.memory import Pointer
+from inplace.kernels.update import UpdateSpec, update
+from support.interpreter import needs_interpreter, run_interpreted
+from torch import bool as torch_bool
+from torch import float16, int32
+
+
+@needs_interpreter
+def test_kernels_equal_the_operators_in_the_interpreter() -> None:
+    run_interpreted("interpreted_kernels.py")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"heads": 5}, "5 query heads do not divide over 2 kv heads"),
+        ({"dim": 513}, "head dimensions 513 and 64 must be from 1 to 512"),
+        ({"rotary": 33}, "rotary is 33; it must be even and at most the head dimension 64"),
+        ({"window": -1}, "window -1 and softcap 0.0 must not be negative"),
+    ],
+)
+def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        replace(AttentionSpec(4, 2, 64, 64, 0.125), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "capacity", "missing", "says"),
+    [
+        (AttentionSpec(4, 2, 64, 64, 0.125), 64, "key", "append needs key and value"),
+        (AttentionSpec(4, 2, 64, 64, 0.125, append=False), 64, "", "without append there are none"),
+        (
+            AttentionSpec(4, 2, 64, 64, 0.125, rotary=64),
+            64,
+            "",
+            "cos and sin must be given exactly when rotary is not 0; rotary is 64",
+        ),
+        (
+            AttentionSpec(4, 2, 64, 64, 0.125),
+            4096,
+            "",
+            "3 rows over a capacity of 4096 need a workspace of 99840 bytes",
+        ),
+    ],
+)
+def test_arguments_that_contradict_the_spec_are_refused_before_a_launch(
+    spec: AttentionSpec, capacity: int, missing: str, says: str
+) -> None:
+    memory, control = Pointer(4096, float16), Pointer(4096, int32)
+    with pytest.raises(ValueError, match=says):
+        attention(
+            spec,
+            query=memory,
+            key=None if missing else memory,
+            value=memory,
+            query_stride=512,
+            key_stride=512,
+            value_stride=512,
+            cos=None,
+            sin=None,
+            key_state=memory,
+            value_state=memory,
+            capacity=capacity,
+            slots=control,
+            row_offsets=control,
+            write_indices=control,
+            out=memory,
+            workspace=None,
+            locks=control,
+            tokens=3,
+            rows=3,
+        )
+
+
+def test_a_workspace_is_enough_for_every_smaller_step() -> None:
+    spec = AttentionSpec(32, 8, 64, 64, 0.125)
+    sizes = [attention_workspace(spec, 64, rows, 4096) for rows in range(1, 65)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 0
+    assert attention_workspace(spec, 64, 64, 128) == 0
+
+
+def test_entries_that_do_not_divide_over_rows_are_refused() -> None:
+    memory, control = Pointer(4096, torch_bool), Pointer(4096, int32)
+    with pytest.raises(ValueError, match="7 entries do not divide over 2 rows"):
+        update(
+            UpdateSpec(1, 8, 1),
+            state=memory,
+            slots=control,
+            value=memory,
+            row_offsets=None,
+            write_indices=control,
+            rows=2,
+            units=7,
+        )

@@ -1,0 +1,269 @@
+"""An engine directory that cannot be served is refused at load, and the error names what is wrong."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inplace.engines import load_engine
+from inplace.engines.arena import Arena, available
+from inplace.errors import LoadError
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import FILE_NAME, Manifest
+from inplace.schema.specs import StateSpec, Update
+from support.models import SLOTS, Repository, open_instance
+
+ENGINE = "engine.pt2"
+
+
+@pytest.fixture
+def model(repository: Repository, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama's model folder, to damage."""
+    return shutil.copytree(repository.path / "llama", tmp_path / "llama")
+
+
+def edit(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest."""
+    path = model / "1" / FILE_NAME
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def refusal(model: Path) -> str:
+    """The text of the LoadError."""
+    manifest = Manifest.load(model / "1")
+    arena = Arena(manifest.states, 2, torch.device("cpu"))
+    with pytest.raises(LoadError) as error:
+        load_engine(model / "1", manifest, arena)
+    assert str(error.value).startswith(str(model / "1" / ENGINE))
+    return str(error.value)
+
+
+def test_an_untouched_engine_loads(model: Path) -> None:
+    assert open_instance(model).arena.slots == SLOTS
+
+
+def test_a_missing_engine_file_is_named(model: Path) -> None:
+    (model / "1" / ENGINE).unlink()
+    assert "is missing; the manifest beside it names it: build the model again" in refusal(model)
+    (model / "1" / ENGINE).mkdir()
+    assert "is missing" in refusal(model)
+
+
+@pytest.mark.parametrize("keep", [0, 1000, -1])
+def test_a_truncated_engine_file_is_named_with_both_sizes(model: Path, keep: int) -> None:
+    path = model / "1" / ENGINE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert (
+        f"has {len(whole[:keep]):,} bytes, the manifest says {len(whole):,}: it is truncated or replaced"
+        in refusal(model)
+    )
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.999])
+def test_one_changed_byte_is_found_by_the_checksum(model: Path, where: float) -> None:
+    path = model / "1" / ENGINE
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+    found, recorded = hashlib.sha256(content).hexdigest(), Manifest.load(model / "1").engine.sha256
+    says = refusal(model)
+    assert f"has the checksum {found[:12]}…, the manifest says {recorded[:12]}…" in says
+    assert says.endswith("changed; build the model again")
+
+
+def test_a_file_that_is_no_program_is_refused_though_its_checksum_is_right(model: Path) -> None:
+    content = b"no archive at all"
+    (model / "1" / ENGINE).write_bytes(content)
+    edit(
+        model,
+        lambda fields: fields["engine"].update(
+            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+        ),
+    )
+    assert "cannot be read as a torch.export program" in refusal(model)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_an_alias_the_manifest_does_not_declare_is_named(model: Path, index: int) -> None:
+    names = [state.name for state in Manifest.load(model / "1").states]
+    edit(model, lambda fields: fields["programs"][0]["aliases"].pop(index))
+    says = f"the states the graph writes in place and the aliases the manifest declares differ in {[names[index]]}; build the model again"
+    assert says in refusal(model)
+
+
+def test_an_alias_of_a_state_the_graph_does_not_write_is_named(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Two engines of one signature; only one of them writes `count`."""
+    model = shutil.copytree(repository.path / "accumulator", tmp_path / "accumulator")
+    path = model / "1" / ENGINE
+    exported = torch.export.load(path)
+    graph = exported.graph
+    idle = [
+        node
+        for node in graph.nodes
+        if node.target is torch.ops.inplace.update.default and node.args[0].name == "count"
+    ]
+    assert len(idle) == 1
+    graph.erase_node(idle[0])
+    torch.export.save(exported, path)
+    content = path.read_bytes()
+    edit(
+        model,
+        lambda fields: fields["engine"].update(
+            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+        ),
+    )
+    assert "the aliases the manifest declares differ in ['count']" in refusal(model)
+
+
+def rename_input(fields: dict[str, Any]) -> None:
+    fields["programs"][0]["inputs"][0]["name"] = "tokens"
+
+
+def swap_inputs(fields: dict[str, Any]) -> None:
+    inputs = fields["programs"][0]["inputs"]
+    inputs[1], inputs[2] = inputs[2], inputs[1]
+
+
+def drop_input(fields: dict[str, Any]) -> None:
+    inputs = fields["programs"][0]["inputs"]
+    inputs.remove(next(spec for spec in inputs if spec["name"] == "last_tokens"))
+
+
+def add_input(fields: dict[str, Any]) -> None:
+    fields["programs"][0]["inputs"].append({"name": "more", "role": "row", "dtype": "float32"})
+
+
+def swap_states(fields: dict[str, Any]) -> None:
+    fields["states"].reverse()
+
+
+def add_state(fields: dict[str, Any]) -> None:
+    fields["states"].append({"name": "more", "shape": [1], "dtype": "float32", "update": "replace"})
+
+
+@pytest.mark.parametrize(
+    "change", [rename_input, swap_inputs, drop_input, add_input, swap_states, add_state]
+)
+def test_inputs_other_than_the_graphs_are_listed(
+    model: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    def names() -> list[str]:
+        manifest = Manifest.load(model / "1")
+        return [spec.name for spec in manifest.program("step").inputs] + [
+            state.name for state in manifest.states
+        ]
+
+    found = names()
+    edit(model, change)
+    assert names() != found
+    assert f"takes {found}, the manifest says {names()}; build the model again" in refusal(model)
+
+
+def test_outputs_other_than_the_graphs_are_refused(model: Path) -> None:
+    edit(
+        model,
+        lambda fields: fields["programs"][0]["outputs"].append(
+            {"name": "more", "role": "row", "dtype": "float32"}
+        ),
+    )
+    assert "returns" in refusal(model)
+
+
+def test_a_program_that_samples_what_it_does_not_return_is_damaged(model: Path) -> None:
+    edit(model, lambda fields: fields["programs"][0]["outputs"].pop(0))
+    with pytest.raises(LoadError, match="is damaged"):
+        Manifest.load(model / "1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_engine_for_a_gpu_is_refused_where_there_is_none(model: Path) -> None:
+    edit(model, lambda fields: fields["engine"].update(device="cuda"))
+    assert (
+        "was built for a GPU and this machine has none that PyTorch can use; build with --device cpu"
+        in refusal(model)
+    )
+
+
+def test_an_engine_without_a_step_is_refused(model: Path) -> None:
+    edit(model, lambda fields: fields["programs"][0].update(name="encode"))
+    manifest = Manifest.load(model / "1")
+    with pytest.raises(LoadError, match=r"the engine has no program 'step', only \['encode'\]"):
+        load_engine(model / "1", manifest, Arena(manifest.states, 2, torch.device("cpu")))
+
+
+# --- the arena ---
+
+CACHE = StateSpec(
+    name="cache",
+    shape=(2, 8),
+    dtype=Dtype.FLOAT32,
+    update=Update.APPEND,
+    axis=1,
+    fill=-1.0,
+    reset=False,
+)
+CELL = StateSpec(name="cell", shape=(3,), dtype=Dtype.INT32, update=Update.REPLACE, fill=7)
+
+
+def test_an_arena_too_large_for_memory_is_a_load_error_with_its_bytes() -> None:
+    slots = 1 << 50
+    with pytest.raises(LoadError) as error:
+        Arena((CELL, CACHE), slots, torch.device("cpu"))
+    assert (
+        f"the arena of {slots} slots needs {slots * (12 + 64):,} bytes of cpu memory, which could not be allocated ("
+        in str(error.value)
+    )
+    assert str(error.value).endswith("): build with fewer slots or a smaller capacity")
+    assert "\n" not in str(error.value)
+
+
+def test_memory_is_what_the_machine_and_every_control_group_around_the_process_leave(
+    tmp_path: Path,
+) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    inner = groups / "pod" / "server"
+    for folder in (proc / "self", inner):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:    50 kB\n")
+    assert available(proc, groups) == 50 * 1024
+    (proc / "self" / "cgroup").write_text("0::/pod/server\n")
+    assert available(proc, groups) == 50 * 1024  # no limit is known
+    for folder, most in ((inner, "max"), (inner.parent, "40000")):
+        for name, text in (
+            ("memory.max", most),
+            ("memory.current", "30000"),
+            ("memory.stat", "anon 10\ninactive_file 6000"),
+        ):
+            (folder / name).write_text(text + "\n")
+    assert available(proc, groups) == 40000 - 30000 + 6000
+    (proc / "self" / "cgroup").write_text(
+        "0::/\n"
+    )  # as a container sees itself: its own group is the root
+    for name in ("memory.max", "memory.current", "memory.stat"):
+        (inner.parent / name).rename(groups / name)
+    assert available(proc, groups) == 16000
+
+
+def test_an_arena_holds_its_fill_and_resets_only_what_asks_for_it_in_place() -> None:
+    arena = Arena((CELL, CACHE), 3, torch.device("cpu"))
+    assert arena.bytes == 3 * (12 + 64)
+    cell, cache = arena.tensors["cell"], arena.tensors["cache"]
+    assert torch.equal(cell, torch.full((3, 3), 7, dtype=torch.int32))
+    assert torch.equal(cache, torch.full((3, 2, 8), -1.0))
+    addresses = arena.addresses()
+    assert addresses == {"cell": cell.data_ptr(), "cache": cache.data_ptr()}
+    cell.fill_(1)
+    cache.fill_(1.0)
+    arena.reset(1)
+    assert cell.tolist() == [[1] * 3, [7] * 3, [1] * 3]
+    assert torch.equal(cache, torch.ones(3, 2, 8))
+    assert arena.addresses() == addresses

@@ -1,0 +1,311 @@
+"""What is counted and written of a model instance's events, without a server."""
+
+import logging
+import re
+import time
+from pathlib import Path
+
+import inplace.runtime.observer
+import pytest
+from inplace.drivers import StepDriver, TokenizerConfig
+from inplace.drivers.generation import FinishReason
+from inplace.errors import Code, RequestError
+from inplace.runtime.metrics import (
+    ENDED,
+    GENERATIONS,
+    HISTOGRAMS,
+    METRICS,
+    QUEUE,
+    ROWS,
+    STEP,
+    Exporter,
+    Numbers,
+    families,
+)
+from inplace.runtime.observer import LINES_A_SECOND, Observer, line
+from inplace.runtime.slots import EndReason, SequenceState
+from support.driving import BAD, Open, ask, watched
+from support.models import CHUNK, SLOTS, Repository
+from support.streaming import OpenStreams, slowed, until
+
+REFUSAL = RequestError(Code.CAPACITY, "too many")
+
+
+def now(driver: StepDriver) -> dict[tuple[str, str], float]:
+    return driver.instance.observer.numbers.now()
+
+
+@pytest.mark.parametrize(
+    ("fields", "written"),
+    [
+        ({"sequence": 12, "slot": 0}, "event: sequence=12 slot=0"),
+        ({"sequence": "12"}, 'event: sequence="12"'),  # another sequence than 12
+        ({"sequence": "stream-7.a/b:c"}, "event: sequence=stream-7.a/b:c"),
+        ({"sequence": 'a "b"\nsequence=3'}, r'event: sequence="a \"b\"\nsequence=3"'),
+        ({"sequences": [1, "1"], "seconds": 0.25}, 'event: sequences=[1, "1"] seconds=0.25'),
+    ],
+)
+def test_a_line_says_unmistakably_what_each_field_is(
+    fields: dict[str, object], written: str
+) -> None:
+    assert line("event", **fields) == written
+
+
+def test_every_number_is_there_before_anything_has_happened(llama: StepDriver) -> None:
+    found = now(llama)
+    assert set(found) == {(metric.name, value) for metric in families() for value in metric.values}
+    arena = llama.instance.arena
+    assert {key: value for key, value in found.items() if value} == {
+        ("inplace_slots", ""): SLOTS,
+        ("inplace_slots_free", ""): SLOTS,
+        ("inplace_state_bytes", ""): arena.bytes,
+    }
+
+
+def test_names_are_what_prometheus_asks_for() -> None:
+    for metric in METRICS:
+        assert re.fullmatch(r"inplace_[a-z_]+", metric.name)
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
+        assert metric.help.endswith(".")
+    assert all(list(histogram.bounds) == sorted(set(histogram.bounds)) for histogram in HISTOGRAMS)
+    assert len({metric.name for metric in families()}) == len(list(families()))
+
+
+def test_a_histogram_counts_what_is_at_or_below_each_bound() -> None:
+    numbers = Numbers()
+    for rows in (1, 2, 2, 3, 8, 1000):
+        numbers.observe(ROWS, rows)
+    found = numbers.now()
+    assert [found[ROWS.buckets.name, bound] for bound in ("1", "2", "4", "8", "256", "+Inf")] == [
+        1,
+        3,
+        4,
+        5,
+        5,
+        6,
+    ]
+    assert (found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (6, 1016)
+
+
+def test_steps_tokens_and_sequences_are_counted(llama: StepDriver) -> None:
+    llama.run(
+        [ask(1, list(range(2 * CHUNK + 3)), start=True), ask(2, [1], start=True)]
+    )  # 3 steps, the first of 2 rows
+    llama.run([ask(1, [3]), ask(2, [4])])
+    llama.run([ask(1, [5], end=True), ask(2, [6, 7])])
+    llama.run([ask(2, [8], start=True)])
+    found = now(llama)
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
+        2 * CHUNK + 3 + 1 + 2 + 1,
+        3,
+    )
+    assert found["inplace_sequences_started_total", ""] == 3
+    assert {why: found[ENDED.name, why] for why in EndReason if found[ENDED.name, why]} == {
+        EndReason.END: 1,
+        EndReason.START: 1,
+    }
+    assert (found["inplace_sequences_live", ""], found["inplace_slots_free", ""]) == (1, SLOTS - 1)
+    assert (found[STEP.count.name, ""], found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (
+        6,
+        6,
+        2 + 1 + 1 + 2 + 2 + 1,
+    )
+    assert found[QUEUE.count.name, ""] == 7
+    assert 0 < found[STEP.sum.name, ""] < 10
+
+
+def test_the_wait_for_a_place_is_the_queue_time(llama: StepDriver) -> None:
+    late = ask(1, [1], start=True)
+    time.sleep(0.03)
+    llama.run([late])
+    assert now(llama)[QUEUE.buckets.name, "0.02"] == 0
+    assert 0.03 <= now(llama)[QUEUE.sum.name, ""] < 5
+
+
+def test_a_failed_step_is_a_step_without_tokens_and_one_error_line_names_its_requests(
+    llama: StepDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama.run([ask(1, [1], start=True)])
+    watched(llama).fail_at = 1
+    caplog.clear()
+    llama.run([ask(1, [2], end=True), ask("two", [3], start=True)])
+    found = now(llama)
+    assert found[ENDED.name, EndReason.ENGINE_FAILED] == 2
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
+        1,
+        0,
+    )
+    assert found[STEP.count.name, ""] == 2
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [record.getMessage() for record in errors] == [
+        'engine failed: rows=2 sequences=[1, "two"] requests=["", ""]'
+    ]
+    assert errors[0].exc_info is not None
+    assert "out of luck" in str(errors[0].exc_info[1])
+
+
+def test_a_start_that_was_refused_has_ended_what_it_replaces(
+    llama: StepDriver, repository: Repository
+) -> None:
+    llama.run([ask(1, [1], start=True)])
+    llama.run([ask(1, BAD, start=True)])
+    assert now(llama)[ENDED.name, EndReason.START] == 1
+    assert now(llama)["inplace_sequences_started_total", ""] == 1
+
+
+def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: OpenStreams) -> None:
+    talk = streams(TokenizerConfig(eos=frozenset()))
+    assert talk.generate(1, [1, 2, 3], 4).reason == "length"
+    assert talk.generate(2, [1, 2, 3], 4, end=True, temperature=0).reason == "length"
+    found = talk.driver.instance.observer.numbers.now()
+    assert found["inplace_generations_total", "length"] == 2
+    assert found["inplace_first_token_seconds_count", ""] == 2
+    assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
+        6,
+        6,
+    )  # the last one said is not fed
+    assert found["inplace_sequences_live", ""] == 1
+
+
+def test_generations_that_wait_for_a_slot_are_shown(streams: OpenStreams) -> None:
+    talk = streams()
+    numbers = talk.driver.instance.observer.numbers
+    with slowed(talk, 0.02):
+        running = [talk.generate(1 + number, [1, 2], 40, end=True) for number in range(SLOTS)]
+        late = [talk.generate(100 + number, [3], 1, end=True) for number in range(3)]
+        until(lambda: numbers.now()["inplace_generations_waiting", ""] == 3)
+        assert all(heard.reason == "length" for heard in [*running, *late])
+    found = numbers.now()
+    assert found["inplace_generations_waiting", ""] == 0
+    assert found["inplace_generations_total", "length"] == SLOTS + 3
+    assert (
+        found["inplace_queue_seconds_bucket", "0.05"] <= SLOTS
+    )  # those that waited are in no small bucket
+
+
+def test_reasons_of_generations_are_the_protocols() -> None:
+    assert GENERATIONS.values == tuple(FinishReason)
+
+
+def test_idle_sequences_are_counted_and_logged(
+    repository: Repository, drive: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="inplace")
+    driver = drive(repository.path / "brief", idle_timeout=0.2)
+    driver.run([ask("x y", [1, 2], start=True)])
+    deadline = time.monotonic() + 10.0
+    while now(driver)["inplace_slots_free", ""] < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert now(driver)[ENDED.name, EndReason.IDLE] == 1
+    assert 'sequence ended: sequence="x y" slot=0 length=2 reason=idle' in caplog.text
+    assert "sequence started" not in caplog.text  # at DEBUG
+
+
+def test_starts_and_ends_are_logged_at_debug(
+    llama: StepDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="inplace")
+    llama.run([ask(7, [1, 2], start=True)])
+    llama.run([ask(7, [3], end=True)])
+    found = [record.getMessage() for record in caplog.records if record.name == "inplace"]
+    assert found == [
+        "sequence started: sequence=7 slot=0",
+        "sequence ended: sequence=7 slot=0 length=3 reason=end",
+    ]
+
+
+def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="inplace")
+    clock = [100.0]
+    observer = Observer(clock=lambda: clock[0])
+    for number in range(LINES_A_SECOND + 5):
+        observer.refused(number + 1, f"r{number}", REFUSAL, end=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f'request refused: sequence={number + 1} request=r{number} code=CAPACITY retryable=0 because="too many"'
+        for number in range(LINES_A_SECOND)
+    ]
+    clock[0] += 1.0
+    observer.refused("late", "", REFUSAL, end=True)
+    said = [record.getMessage() for record in caplog.records[LINES_A_SECOND:]]
+    assert said == [
+        "more requests refused: count=5",
+        'request refused: sequence=late request=- code=CAPACITY retryable=0 because="too many"',
+    ]
+    assert (
+        observer.numbers.now()["inplace_requests_refused_total", "CAPACITY"] == LINES_A_SECOND + 6
+    )
+
+
+def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="inplace")
+    clock = [100.0]
+    observer = Observer(clock=lambda: clock[0])
+    for number in range(LINES_A_SECOND + 3):
+        observer.ended(SequenceState(number + 1, slot=0), EndReason.IDLE)
+    clock[0] += 1.0
+    observer.ended(SequenceState("late", slot=1), EndReason.CANCELLED)
+    assert [record.getMessage() for record in caplog.records[LINES_A_SECOND:]] == [
+        "more sequences ended: count=3",
+        "sequence ended: sequence=late slot=1 length=0 reason=cancelled",
+    ]
+    assert observer.numbers.now()["inplace_sequences_ended_total", "idle"] == LINES_A_SECOND + 3
+
+
+def test_an_end_that_only_frees_is_no_refusal() -> None:
+    observer = Observer()
+    position = RequestError(Code.POSITION, "elsewhere")
+    observer.refused(1, "r", position, end=True)
+    assert observer.numbers.now()["inplace_requests_refused_total", "POSITION"] == 0
+    observer.refused(1, "r", position, end=False)
+    assert observer.numbers.now()["inplace_requests_refused_total", "POSITION"] == 1
+
+
+class Kept:
+    """A series that remembers its value."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def increment(self, value: float) -> None:
+        self.value += value
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_the_end() -> None:
+    observer = Observer(slots=8, state_bytes=100)
+    series: dict[str, Kept] = {}
+    exporter = Exporter(
+        observer.numbers,
+        {},
+        lambda metric, labels: series.setdefault(metric.name + "".join(labels.values()), Kept()),
+        3600,
+    )
+    assert {name: kept.value for name, kept in series.items() if kept.value} == {
+        "inplace_slots": 8,
+        "inplace_slots_free": 8,
+        "inplace_state_bytes": 100,
+    }
+    observer.started(SequenceState(1, 0))
+    observer.ended(SequenceState(1, 0), EndReason.IDLE)
+    observer.started(SequenceState(2, 0))
+    exporter.close()
+    assert series["inplace_sequences_started_total"].value == 2
+    assert series["inplace_sequences_ended_totalidle"].value == 1
+    assert series["inplace_slots_free"].value == 7
+
+
+def test_the_documentation_names_every_metric_every_reason_and_every_line() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    assert all(f"`{metric.name}`" in text for metric in (*METRICS, *HISTOGRAMS))
+    assert all(f"`{why}`" in text for why in (*ENDED.values, *GENERATIONS.values))
+    source = (Path(inplace.runtime.observer.__file__)).read_text()
+    for event in re.findall(r'line\(\s*"([a-z ]+)"', source):
+        assert f"{event}:" in text, event

@@ -1,0 +1,197 @@
+"""What config.pbtxt may say, as Triton hands it over."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from inplace.errors import LoadError
+from inplace.schema.artifacts import EngineFile
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Manifest
+from inplace.server.settings import MOST_WAITING, Settings
+from support.models import RECTANGULAR
+
+MANIFEST = Manifest(
+    name="model",
+    slots=8,
+    states=(),
+    programs=(RECTANGULAR,),
+    lowering=(),
+    engine=EngineFile(
+        kind="torch", file="engine.pt2", bytes=0, sha256="", device="cpu", dtype=Dtype.FLOAT32
+    ),
+    verified="executed",
+    built_with={},
+)
+
+
+def parse(idle: str | None = None, triton_idle: object = None, **changes: object) -> Settings:
+    """Settings of a configuration as the builder writes it, with these changes; None removes a key."""
+    config: dict[str, Any] = {
+        "max_batch_size": 4,
+        "sequence_batching": {"oldest": {"max_candidate_sequences": 8}},
+        "model_transaction_policy": {"decoupled": False},
+        "parameters": {"EXECUTION_ENV_PATH": {"string_value": "env"}},
+    }
+    if idle is not None:
+        config["parameters"]["idle_timeout_seconds"] = {"string_value": idle}
+    if triton_idle is not None:
+        config["sequence_batching"]["max_sequence_idle_microseconds"] = triton_idle
+    config |= changes
+    return Settings.parse(
+        json.dumps({key: value for key, value in config.items() if value is not None}), MANIFEST
+    )
+
+
+def test_the_idle_timeout_is_600_seconds_where_nothing_is_said() -> None:
+    assert parse() == Settings(600.0)
+    assert parse(parameters=None) == Settings(600.0)
+    assert parse(model_transaction_policy=None) == Settings(600.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("30", 30.0), ("1", 1.0), ("2.5", 2.5), ("1e3", 1000.0)]
+)
+def test_the_idle_timeout_is_taken_as_written(text: str, expected: float) -> None:
+    assert parse(text) == Settings(expected)
+
+
+@pytest.mark.parametrize(
+    "triton_idle", [5_000_000, "5000000"]
+)  # Triton's JSON has 64-bit numbers as text
+def test_the_idle_timeout_is_never_below_tritons_own_and_a_note_says_so(
+    triton_idle: object,
+) -> None:
+    settings = parse("2.5", triton_idle)
+    assert settings.idle_timeout == 5.0
+    assert settings.notes == (
+        "idle_timeout_seconds 2.5 is below Triton's own max_sequence_idle_microseconds 5000000; using 5 s",
+    )
+    assert parse("5", triton_idle) == Settings(5.0)
+    assert parse("5.5", triton_idle) == Settings(5.5)
+
+
+@pytest.mark.parametrize("triton_idle", [None, 0, "0"])
+def test_where_triton_is_told_nothing_its_own_is_one_second(triton_idle: object) -> None:
+    assert parse("0.5", triton_idle).idle_timeout == 1.0
+    assert "max_sequence_idle_microseconds 1000000; using 1 s" in parse("0.5", triton_idle).notes[0]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "", "nan", "inf", "-inf", "1e999"])
+def test_an_idle_timeout_that_cannot_be_is_a_load_error(text: str) -> None:
+    with pytest.raises(LoadError) as error:
+        parse(text)
+    assert (
+        str(error.value)
+        == f"config.pbtxt: parameter idle_timeout_seconds is {text!r}; expected a number of seconds above 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("serve", "decoupled"), [("step", True), ("stream", False), ("stream", None)]
+)
+def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(
+    serve: str, decoupled: bool | None
+) -> None:
+    with pytest.raises(
+        LoadError,
+        match=rf"config.pbtxt says decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; stream models",
+    ):
+        parse(
+            parameters={"serve": {"string_value": serve}},
+            model_transaction_policy={} if decoupled is None else {"decoupled": decoupled},
+        )
+    assert parse(model_transaction_policy={}) == Settings(600.0)
+
+
+def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() -> None:
+    said = {
+        "serve": "stream",
+        "eos_token_ids": "0, 2",
+        "generation_queue": "5",
+        "idle_timeout_seconds": "2",
+    }
+    parameters = {name: {"string_value": value} for name, value in said.items()}
+    decoupled = {"decoupled": True}
+    settings = parse(
+        triton_idle=3602_000_000, parameters=parameters, model_transaction_policy=decoupled
+    )
+    assert settings == Settings(2.0, "stream", frozenset({0, 2}), 5)
+    parameters = {"serve": {"string_value": "stream"}}
+    assert parse(parameters=parameters, model_transaction_policy=decoupled) == Settings(
+        600.0, "stream", frozenset(), MOST_WAITING
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "serve",
+            "both",
+            r"parameter serve is 'both'; expected one of \['step', 'stream', 'front'\]",
+        ),
+        (
+            "eos_token_ids",
+            "2;3",
+            "parameter eos_token_ids is '2;3'; expected whole numbers of at least 0, separated by commas",
+        ),
+        ("generation_queue", "-1", "parameter generation_queue is '-1'; expected whole numbers"),
+        (
+            "generation_queue",
+            "5,7",
+            "parameter generation_queue is '5,7'; expected one whole number of at least 0",
+        ),
+        (
+            "idle_timeout_second",
+            "5",
+            r"has the parameters \['idle_timeout_second'\], which .* takes \['serve', 'idle_timeout_seconds'",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_be_is_a_load_error(name: str, text: str, says: str) -> None:
+    with pytest.raises(LoadError, match=says):
+        parse(parameters={name: {"string_value": text}})
+
+
+def test_a_model_without_sequence_batching_is_refused() -> None:
+    for changes in (
+        '{"sequence_batching": null}',
+        '{"sequence_batching": null, "dynamic_batching": {}}',
+    ):
+        with pytest.raises(
+            LoadError, match=r"config.pbtxt has no sequence_batching: this backend serves sequences"
+        ):
+            parse(**json.loads(changes))
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [(1, True), (4, True), (0, False), (5, False), (64, False)]
+)
+def test_a_batch_the_engine_was_not_built_for_is_refused(size: int, fits: bool) -> None:
+    if fits:
+        assert parse(max_batch_size=size) == Settings(600.0)
+        return
+    with pytest.raises(
+        LoadError,
+        match=rf"config.pbtxt has max_batch_size {size}, the engine was built for 1 to 4 rows a step",
+    ):
+        parse(max_batch_size=size)
+
+
+def test_the_log_level_is_info_where_nothing_is_said_and_a_level_nobody_knows_is_refused() -> None:
+    assert parse().log_level == logging.INFO
+    assert parse(parameters={"log_level": {"string_value": "debug"}}).log_level == logging.DEBUG
+    with pytest.raises(
+        LoadError,
+        match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning', 'error'\]",
+    ):
+        parse(parameters={"log_level": {"string_value": "verbose"}})
+
+
+def test_a_capacity_is_taken_as_written() -> None:
+    assert parse().capacity is None
+    assert parse(parameters={"capacity": {"string_value": "512"}}).capacity == 512
+    with pytest.raises(LoadError, match="parameter capacity is '-1'; expected whole numbers"):
+        parse(parameters={"capacity": {"string_value": "-1"}})

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.engines import load_engine
 from inplace.engines.arena import Arena
 from inplace.errors import LoadError
 from inplace.runtime.instance import ModelInstance
+from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.engines import load_engine
 from inplace.engines.arena import Arena, available
 from inplace.errors import LoadError
+from inplace.runtime.loading import load_engine
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import FILE_NAME, Manifest
 from inplace.schema.specs import StateSpec, Update

@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 
 import pytest
 import torch
-from inplace.engines import Finish, load_engine
+from inplace.engines import Finish
 from inplace.engines.arena import Arena
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
+from inplace.runtime.loading import load_engine
 from inplace.schema.served import Manifest
 from support.models import CHUNK, SLOTS, Repository
 from torch import Tensor

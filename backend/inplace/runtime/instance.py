@@ -12,10 +12,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from inplace.engines import ALONE, Finish, StepEngine, load_engine
+from inplace.engines import ALONE, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, Batch, follow, form
+from inplace.runtime.loading import load_engine
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, checked_inputs
 from inplace.runtime.sampling import GREEDY

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from inplace.engines import load_engine
 from inplace.engines.arena import Arena
 from inplace.errors import LoadError
 from inplace.operators import sample
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
+from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import Parameter
 from inplace.schema.served import Manifest

@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-fast check format bench perf soak fuzz gpu clean
+.PHONY: help demo test test-full test-fast check format docs bench perf soak fuzz gpu clean
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -29,6 +29,13 @@ check: .venv/installed ## ruff and mypy --strict
 format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
+.venv/docs: requirements-docs.lock .venv/installed
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -q -r requirements-docs.lock
+	@touch $@
+
+docs: .venv/docs ## the documentation with the API reference, into build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
 	@$(BIN)/python -m benchmarks.cpu_decode
 
@@ -46,4 +53,5 @@ gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, be
 	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh
 
 clean: ## remove what was built (the environment stays)
-	rm -rf model_repository build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -r {} +
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def load(path: "Path | str", *, cuda_graphs: bool = True) -> "Engine":
-    """Load an engine that is called like the module it was built from (`inplace_builder.served.build`).
+    """Load an engine that is called like the module it was built from (`inplace_builder.build`).
 
     Args:
         path: its folder.

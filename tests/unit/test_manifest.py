@@ -86,7 +86,7 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
         Manifest.load(tmp_path / "nowhere")
     path = tmp_path / "nowhere" / FILE_NAME
     expected = f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`, or from Python with "
-    assert str(error.value) == expected + "`inplace_builder.served.build`"
+    assert str(error.value) == expected + "`inplace_builder.build`"
 
 
 @pytest.mark.parametrize(

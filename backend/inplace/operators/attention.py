@@ -306,8 +306,10 @@ def attention(
 
     Args:
         query: ``[tokens, heads, dim]``.
-        key, value: ``[tokens, kv_heads, dim]``; None exactly when ``append`` is False (cross-attention).
-        key_state, value_state: ``[slots, kv_heads, capacity, dim]``, mutated when ``append``.
+        key: ``[tokens, kv_heads, dim]``; None exactly when ``append`` is False (cross-attention).
+        value: as ``key``.
+        key_state: ``[slots, kv_heads, capacity, dim]``, mutated when ``append``.
+        value_state: as ``key_state``.
         slots: ``[rows]``, int32 or int64; -1 is a null row: it writes nothing and its tokens' output is 0.
         row_offsets: ``[rows + 1]``.
         write_indices: ``[rows]``: each row's cached length before the step, where its append starts.

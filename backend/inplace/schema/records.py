@@ -72,7 +72,7 @@ def _what(folder: Path) -> str:
         for name, what in OTHERS.items():
             if (held / name).is_file():
                 return f"{folder} {what}"
-    return f"{folder} is no engine directory; build one with `inplace build`, or from Python with `inplace_builder.served.build`"
+    return f"{folder} is no engine directory; build one with `inplace build`, or from Python with `inplace_builder.build`"
 
 
 def _first(error: ValidationError) -> str:

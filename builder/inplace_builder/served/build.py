@@ -114,7 +114,9 @@ def write_engine(
 
     Args:
         capture: what a frontend captured.
-        output, options, stage: as in `build_decoder`.
+        output: as in `build_decoder`.
+        options: as in `build_decoder`.
+        stage: as in `build_decoder`.
         notes: what else to record in ``built_with``.
         extras: writes further files into the version folder.
         prepare: called before verification, when nothing needs the captured weights any more: the place to move the model that they

@@ -1,7 +1,4 @@
-"""Build an engine from a user's own module, to be called without a server.
-
-``inplace_builder.served.build`` is the module of server builds, so the function is ``inplace_builder.served.build``.
-"""
+"""Build an engine from a user's own module, to be called without a server."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -54,7 +51,9 @@ def build(
         kwargs: keyword arguments.
         engine: ``torch``, which runs on the CPU; ``tensorrt``, built for the GPU of this machine and run there; ``tensorrt_rtx``, the same
             with TensorRT for RTX.
-        states, dynamic_shapes, consecutive: see `capture_exported`.
+        states: as in `capture_exported`.
+        dynamic_shapes: as in `capture_exported`.
+        consecutive: as in `capture_exported`.
         alias: the mechanism that must update every state (TensorRT); None is the first that can.
         strict: refuse what copies a state: a write that no pattern covers, and the mechanism ``copy``.
         optimization_level: how long TensorRT searches for fast kernels, from 0 to 5; None is its own choice, 3.

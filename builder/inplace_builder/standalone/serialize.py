@@ -85,13 +85,20 @@ def serialize(
     """Compile a module that mutates its inputs or buffers, and stop at the serialized engine.
 
     Args:
-        module, example_inputs, kwargs, engine, dynamic_shapes, consecutive, alias, strict: as `inplace_builder.served.build`.
+        module: as in `inplace_builder.build`.
+        example_inputs: as in `inplace_builder.build`.
+        kwargs: as in `inplace_builder.build`.
+        engine: as in `inplace_builder.build`.
+        dynamic_shapes: as in `inplace_builder.build`.
+        consecutive: as in `inplace_builder.build`.
+        alias: as in `inplace_builder.build`.
+        strict: as in `inplace_builder.build`.
         lift_mutable_buffers: make states of the buffers that the module mutates, for the caller to bind. Without it such a module is
             refused: nobody would hold their values.
         compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT for RTX only).
 
     Raises:
-        BuildError: as `inplace_builder.served.build`; or buffers are mutated and not lifted.
+        BuildError: as in `inplace_builder.build`; or buffers are mutated and not lifted.
         LoadError: the TensorRT that was asked for is not installed.
     """
     exported = export_for(
@@ -106,7 +113,7 @@ def serialize(
     if owned and not lift_mutable_buffers:
         raise BuildError(
             f"the module mutates its buffers {owned}: pass lift_mutable_buffers=True and bind them as states, or let "
-            f"inplace_builder.served.build make an engine that holds them"
+            f"inplace_builder.build make an engine that holds them"
         )
     plan = None
     if engine != "torch":

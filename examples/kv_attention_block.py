@@ -52,7 +52,7 @@ def main() -> None:
         print("aliases (output@input@kind):", *engine.manifest.aliases)
         for verdict in engine.manifest.lowering:
             print(
-                f"{verdict.state}: {verdict.because.partition(' at ')[0]} … {verdict.because.rpartition('; ')[2]}"
+                f"{verdict.state}: {verdict.reason.partition(' at ')[0]} … {verdict.reason.rpartition('; ')[2]}"
             )
         mine, eager = (
             torch.randn(2, 2, 1, KV_HEADS, CAPACITY, DIM) for _ in range(2)

@@ -22,7 +22,7 @@ def busy_until_now(instance: ModelInstance) -> float:
 
 def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> dict[str, float]:
     """Seconds, and the share of them that the engine was busy, of the second of two rounds."""
-    names = instance.program.language
+    names = instance.program.decoder_io
     assert names is not None
     seconds = busy = first = 0.0
     for _ in range(2):

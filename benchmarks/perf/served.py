@@ -45,7 +45,7 @@ def served(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository" / manifest.name
         if nothing:
-            names = manifest.program("step").language
+            names = manifest.program("step").decoder_io
             assert names is not None
             write_nothing(folder, text, names[1], decoupled=serve == "stream")
         else:

@@ -32,6 +32,6 @@ def test_a_decoder_is_compiled_into_an_engine_directory(
     program = manifest.program("step")
     assert manifest.verified == "compiled_only"
     assert {entry.kind for entry in program.aliases} == {alias}
-    assert program.choices == 0, "no kernel of TensorRT's own samples"
-    assert program.language == ("input_ids", "next_token")
+    assert program.vocab_size == 0, "no kernel of TensorRT's own samples"
+    assert program.decoder_io == ("input_ids", "next_token")
     assert {spec.name: spec.argmax_of for spec in program.outputs}["next_token"] == "logits"

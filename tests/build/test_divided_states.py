@@ -38,7 +38,7 @@ def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_fo
         ((0, layer), (0, which)) for layer in range(2) for which in range(2)
     ]
     assert all(
-        "the attention behind it is causal" in record.because for record in engine.manifest.lowering
+        "the attention behind it is causal" in record.reason for record in engine.manifest.lowering
     )
     (mine,), (theirs,) = CASE.states(), CASE.states()
     address = mine.data_ptr()
@@ -86,7 +86,7 @@ def test_a_module_s_own_tensors_stay_whole_for_whoever_looks(tmp_path: Path) -> 
     eager = Owning()
     engine = build(eager, owning(0), path=tmp_path / "engine", strict=True)
     patterns = {
-        record.state: record.because.partition(":")[0] for record in engine.manifest.lowering
+        record.state: record.reason.partition(":")[0] for record in engine.manifest.lowering
     }
     assert patterns == {"b_cells": "select_scatter"} | {
         f"b_cache_{layer}": "index_copy" for layer in range(3)

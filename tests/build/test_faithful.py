@@ -335,7 +335,7 @@ def test_a_part_that_no_pattern_follows_is_said_to_be_copied_and_refused_where_c
             strict=True,
         )
     engine = build(Of(step), (torch.zeros(state), numbers(0, *given)), path=tmp_path / "engine")
-    assert says in engine.manifest.lowering[0].because
+    assert says in engine.manifest.lowering[0].reason
     mine, theirs = torch.zeros(state), torch.zeros(state)
     for index in range(4):
         engine(mine, numbers(index, *given))

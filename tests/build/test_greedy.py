@@ -38,7 +38,7 @@ def test_a_graph_that_samples_nothing_stays_as_it_is() -> None:
 @pytest.mark.parametrize("missing", SAMPLING_ROLES)
 def test_a_program_that_samples_has_every_parameter(missing: str) -> None:
     program = captured("gpt2").program
-    assert program.choices == program.outputs[1].shape[0]
+    assert program.vocab_size == program.outputs[1].shape[0]
     fields = program.model_dump()
     fields["inputs"] = [spec for spec in fields["inputs"] if spec["role"] != missing]
     with pytest.raises(

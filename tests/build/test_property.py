@@ -72,7 +72,7 @@ def built(case: Random | Steps, **options: Any) -> Engine:
 def test_supported_modules_build_and_do_as_in_eager(case: Random) -> None:
     engine = built(case, strict=True)
     patterns = {
-        record.state: record.because.partition(":")[0] for record in engine.manifest.lowering
+        record.state: record.reason.partition(":")[0] for record in engine.manifest.lowering
     }
     sources = {state.name: state.source for state in engine.manifest.states}
     appended = sum(set(plan.writes) <= set(APPENDS) for plan in case.plans)
@@ -89,7 +89,7 @@ def test_rows_at_their_own_positions_and_any_number_of_tokens(case: Steps) -> No
     engine = built(case, strict=True, **case.options)
     assert isinstance(case.module, Writes)
     for record, plan in zip(engine.manifest.lowering, case.module.states, strict=True):
-        assert (record.because.partition(":")[0] == "replace") == ("whole" in plan.ways), (
+        assert (record.reason.partition(":")[0] == "replace") == ("whole" in plan.ways), (
             record,
             plan,
         )
@@ -103,7 +103,7 @@ def test_attention_is_found_however_it_is_written(case: Steps) -> None:
     found = [
         record
         for record in engine.manifest.lowering
-        if "the attention behind it is" in record.because
+        if "the attention behind it is" in record.reason
     ]
     assert len(found) == 2 * case.attentions, engine.manifest.lowering
     run_beside_eager(case, engine)

@@ -172,7 +172,7 @@ def test_what_no_pattern_covers_is_refused_with_its_line_and_stays_correct(
     assert because in found.because
     assert recognised_modules.__file__ in found.because
     assert operators(capture)["update"] == 1
-    assert capture.lowering[0].because.startswith("explicit: ")
+    assert capture.lowering[0].reason.startswith("explicit: ")
     with pytest.raises(BuildError, match="state cache is read, computed and written back whole"):
         capture_exported(module, (torch.zeros(state), *inputs(0)), strict=True)
 

@@ -66,7 +66,7 @@ def test_one_operator_writes_several_states_where_they_lie(tmp_path: Path) -> No
         "b_total_updated@b_total@user",
         "level_updated@level@user",
     ]
-    because = {record.state: record.because for record in engine.manifest.lowering}
+    because = {record.state: record.reason for record in engine.manifest.lowering}
     assert (
         "testing::leak writes it in its own memory, as declared at " in because["level"]
         and "self.total)" in because["level"]
@@ -79,7 +79,7 @@ def test_an_operator_that_is_not_declared_works_on_copies(tmp_path: Path) -> Non
     assert {Alias.parse(alias).kind for alias in engine.manifest.aliases} == {"operator"}
     assert (
         "aliases are not declared (inplace_builder.declare_alias)"
-        in engine.manifest.lowering[0].because
+        in engine.manifest.lowering[0].reason
     )
     run_beside_eager(engine, Leaky())
     with pytest.raises(
@@ -155,7 +155,7 @@ def test_what_an_operator_cannot_write_in_place_is_said_and_stays_correct(
     states = [torch.ones(3, 4), torch.ones(3, 4)][: 1 if isinstance(module, Foreign) else 2]
     mine, theirs = [[state.clone() for state in states] for _ in range(2)]
     engine = build(module, (*states, x), path=tmp_path / "engine")
-    assert any(because in record.because for record in engine.manifest.lowering)
+    assert any(because in record.reason for record in engine.manifest.lowering)
     for _ in range(3):
         torch.testing.assert_close(engine(*mine, x), module(*theirs, x))
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))

@@ -62,12 +62,12 @@ def test_caches_of_any_capacity_are_updated_where_they_lie(tmp_path: Path) -> No
         dynamic_shapes=SHAPES,
         strict=True,
     )
-    assert [record.because.partition(":")[0] for record in engine.manifest.lowering] == [
+    assert [record.reason.partition(":")[0] for record in engine.manifest.lowering] == [
         "index_copy",
         "index_put",
     ]
     assert all(
-        "the length of its caches varies" in record.because for record in engine.manifest.lowering
+        "the length of its caches varies" in record.reason for record in engine.manifest.lowering
     )
     assert engine.manifest.built_with["verified_calls"] == "7"
     engine = inplace.load(tmp_path / "engine")
@@ -126,7 +126,7 @@ def test_what_is_not_written_along_the_axis_that_varies_is_correct_and_written_w
     shapes: Any = ({1: CAPACITY}, {}, {})
     arguments = (torch.zeros(1, 8, 3), noise(0, *x), torch.tensor([1]))
     engine = build(module, arguments, path=tmp_path / "engine", dynamic_shapes=shapes)
-    assert says in engine.manifest.lowering[0].because
+    assert says in engine.manifest.lowering[0].reason
     mine, theirs = torch.zeros(1, 11, 3), torch.zeros(1, 11, 3)
     for step in range(3):
         further = noise(step, *x), torch.tensor([step])

@@ -48,7 +48,7 @@ MANIFEST = Manifest(
     capacity=16,
     states=(CACHE, CELL, WINDOW),
     programs=(STEP,),
-    lowering=(Lowering(state="cache", kind="operator", because="it can"),),
+    lowering=(Lowering(state="cache", kind="operator", reason="it can"),),
     engine=EngineFile(
         kind="torch", file="engine.pt2", bytes=12, sha256="00", device="cpu", dtype=Dtype.BFLOAT16
     ),

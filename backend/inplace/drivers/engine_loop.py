@@ -51,7 +51,7 @@ class EngineLoop:
     ) -> None:
         self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
         self._said_by = (
-            instance.program.language[1] if instance.program.language is not None else None
+            instance.program.decoder_io[1] if instance.program.decoder_io is not None else None
         )
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lanes = SequenceQueues(instance.table)

@@ -38,7 +38,7 @@ class RequestParser:
 
     def __init__(self, instance: ModelInstance, language: TokenizerConfig) -> None:
         self._instance, self._language = instance, language
-        self._names = instance.program.language
+        self._names = instance.program.decoder_io
 
     def job(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel

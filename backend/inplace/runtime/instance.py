@@ -223,9 +223,9 @@ class ModelInstance:
 
     def follow(self, flight: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
         """Begin the step after one of single tokens, with the tokens that its rows have said, as if each was `ActiveRequest.feed` its own."""
-        assert self.program.language is not None
+        assert self.program.decoder_io is not None
         return self._launched(
-            follow(self.program, flight.batch, outputs[self.program.language[1]]), flight.wanted
+            follow(self.program, flight.batch, outputs[self.program.decoder_io[1]]), flight.wanted
         )
 
     def _launched(self, batch: Batch, wanted: frozenset[str]) -> InFlightStep:
@@ -300,8 +300,8 @@ class ModelInstance:
 
     def _put_first(self, work: ActiveRequest, token: int) -> None:
         """Feed a pending token before those that the request brings."""
-        assert self.program.language is not None
-        name = self.program.language[0]
+        assert self.program.decoder_io is not None
+        name = self.program.decoder_io[0]
         work.inputs = {name: torch.cat([torch.tensor([token]), work.inputs[name]])}
         work.tokens += 1
         work.pending = token

@@ -113,8 +113,8 @@ class Request:
         """
         if not SAMPLING & self.parameters.keys():
             return GREEDY
-        if program.choices:
-            return Sampling.parse(self.parameters, program.choices)
+        if program.vocab_size:
+            return Sampling.parse(self.parameters, program.vocab_size)
         temperature = self.parameters.get("temperature")
         if (
             temperature is not None

@@ -12,7 +12,14 @@ from inplace.errors import LoadError
 class Frozen(BaseModel):
     """Base of all records: immutable, and a field nobody knows is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        ser_json_inf_nan="constants",
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, which copies cached properties too; of another record they may be wrong."""
@@ -53,7 +60,7 @@ def read(record: type[Record], path: Path, version: int) -> Record:
             f"build the engine again with this version of inplace, or serve it with the one that built it"
         )
     try:
-        return record.model_validate_json(text)
+        return record.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         raise LoadError(f"{path} is damaged ({_first(error)}); build the engine again") from error
 

@@ -28,8 +28,8 @@ plugin's aliased output (``plugin``); TensorRT's own cache layer (``kv_cache_upd
 ``copy`` is not in place: the engine writes a second buffer and the runtime swaps the two."""
 
 
-IDENTITY = frozenset({"kv_cache_update", "copy"})
-"""Kinds for which row r of a step must be slot r."""
+ROW_IS_SLOT_KINDS = frozenset({"kv_cache_update", "copy"})
+"""Kinds that update slot r from row r: row r of a step must be slot r."""
 
 
 class Alias(Frozen):
@@ -63,13 +63,13 @@ class Lowering(Frozen):
     Attributes:
         state: the state's name.
         kind: the chosen mechanism.
-        because: why it was chosen.
-        refused: what was tried before it, each as ``kind: because``.
+        reason: why it was chosen; ``because`` in the file.
+        refused: mechanisms tried before it, each as ``kind: reason``.
     """
 
     state: str
     kind: AliasKind
-    because: str
+    reason: str = Field(validation_alias="because", serialization_alias="because")
     refused: tuple[str, ...] = ()
 
 
@@ -103,9 +103,9 @@ class Program(Frozen):
         return self.max_tokens if self.max_tokens is not None else self.max_rows * self.chunk
 
     @property
-    def identity(self) -> bool:
+    def rows_are_slots(self) -> bool:
         """Whether row r of a step must be slot r."""
-        return any(alias.kind in IDENTITY for alias in self.aliases)
+        return any(alias.kind in ROW_IS_SLOT_KINDS for alias in self.aliases)
 
     @cached_property
     def client_inputs(self) -> tuple[TensorSpec, ...]:
@@ -113,8 +113,8 @@ class Program(Frozen):
         return tuple(spec for spec in self.inputs if spec.role in CLIENT_ROLES)
 
     @cached_property
-    def choices(self) -> int:
-        """How many scores an output is sampled from; 0 where none is."""
+    def vocab_size(self) -> int:
+        """The number of scores that an output is sampled from; 0 if no output is sampled."""
         scores = {spec.name: spec.shape for spec in self.outputs}
         return next(
             (
@@ -126,9 +126,12 @@ class Program(Frozen):
         )
 
     @cached_property
-    def language(self) -> tuple[str, str] | None:
-        """The input that takes token ids and the output that says the next one, by name; None where a program is no language model."""
-        said = [
+    def decoder_io(self) -> tuple[str, str] | None:
+        """The names of the input of token ids and of the output with the next token.
+
+        None if the program is not a language model.
+        """
+        chosen = [
             spec.name
             for spec in self.outputs
             if (spec.sampled_from or spec.argmax_of) and spec.shape == (1,)
@@ -139,7 +142,9 @@ class Program(Frozen):
             if spec.role is Role.TOKENS and spec.dtype is Dtype.INT64 and spec.shape == (-1,)
         ]
         return (
-            (taken[0], said[0]) if len(said) == len(taken) == len(self.client_inputs) == 1 else None
+            (taken[0], chosen[0])
+            if len(chosen) == len(taken) == len(self.client_inputs) == 1
+            else None
         )
 
     @model_validator(mode="after")
@@ -169,7 +174,7 @@ class Program(Frozen):
             if roles.count(role) > 1:
                 raise ValueError(f"program {self.name}: more than one input has the role {role}")
         if 0 < len(set(SAMPLING_ROLES) & set(roles)) < len(SAMPLING_ROLES) or (
-            self.choices > 0
+            self.vocab_size > 0
         ) != (Role.TEMPERATURE in roles):
             raise ValueError(
                 f"program {self.name}: an output that is sampled needs inputs of the roles {[str(r) for r in SAMPLING_ROLES]}"

@@ -80,7 +80,7 @@ def described(
     because = (
         "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
     )
-    lowering = tuple(Lowering(state=name, kind="operator", because=because) for name in names)
+    lowering = tuple(Lowering(state=name, kind="operator", reason=because) for name in names)
     return program.model_copy(update={"aliases": aliases}), lowering
 
 

@@ -151,7 +151,7 @@ def capture_exported(
         made,
         rows,
         tuple(
-            Lowering(state=state.name, kind=state.kind, because=f"{state.pattern}: {state.because}")
+            Lowering(state=state.name, kind=state.kind, reason=f"{state.pattern}: {state.because}")
             for state in made
         ),
         tuple(

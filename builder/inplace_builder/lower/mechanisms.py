@@ -119,7 +119,7 @@ def choose(
             if verdict.ok:
                 found |= {
                     name: Lowering(
-                        state=name, kind=kind, because=verdict.because, refused=tuple(refusals)
+                        state=name, kind=kind, reason=verdict.because, refused=tuple(refusals)
                     )
                     for name in names
                 }

@@ -131,7 +131,7 @@ def write_engine(
         raise BuildError(
             f"a batch of {capture.program.max_rows} rows needs as many slots; there are {options.slots}: raise slots or lower the batch"
         )
-    generates = options.serve == "stream" and capture.program.language is not None
+    generates = options.serve == "stream" and capture.program.decoder_io is not None
     with (
         _published(output) as draft,
         _published(proxy_of(output)) if generates else contextlib.nullcontext() as front_draft,

@@ -121,7 +121,7 @@ def _profiles(program: Program, slots: int, *, tuned: bool) -> tuple[Profile, ..
         slots: most slots of an arena.
         tuned: whether TensorRT tunes layers by the number of rows.
     """
-    if program.identity:
+    if program.rows_are_slots:
         decode = Profile(rows=(1, slots), tokens=(1, slots))
         return (
             (decode, Profile(rows=(1, 1), tokens=(2, program.chunk)))
@@ -163,11 +163,11 @@ def _ranges(
 ) -> dict[str, Range]:
     """Smallest, usual and largest shape of every input in a profile. Usual is the largest that will be: that is what is tuned."""
     usual = Profile(
-        rows=(1, min(profile.rows[1], slots) if program.identity else profile.rows[1]),
+        rows=(1, min(profile.rows[1], slots) if program.rows_are_slots else profile.rows[1]),
         tokens=(
             1,
             min(profile.tokens[1], slots)
-            if program.identity and profile.rows == profile.tokens
+            if program.rows_are_slots and profile.rows == profile.tokens
             else profile.tokens[1],
         ),
     )
@@ -180,8 +180,8 @@ def _ranges(
         more = spec.role is Role.ROW_OFFSETS
         found[spec.name] = ((low + more, *rest), (most + more, *rest), (high + more, *rest))
     for state, smallest in zip(states, least, strict=True):
-        low, high = profile.rows if program.identity else (1, max(slots, SPARE_SLOTS))
-        most = usual.rows[1] if program.identity else slots
+        low, high = profile.rows if program.rows_are_slots else (1, max(slots, SPARE_SLOTS))
+        most = usual.rows[1] if program.rows_are_slots else slots
         found[state.name] = ((low, *smallest), (most, *state.shape), (high, *state.shape))
     return found
 

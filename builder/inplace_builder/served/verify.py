@@ -134,7 +134,7 @@ def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
             }
             parameters: dict[str, Parameter] = {
                 **everything,
-                **(SAMPLED[sequence] if program.choices else {}),
+                **(SAMPLED[sequence] if program.vocab_size else {}),
             }
             requests.append(
                 Request(

@@ -64,11 +64,11 @@ def lowering(capture: ExportedCapture, plan: StandalonePlan | None) -> tuple[Low
     """How each state is updated: the verdict on the module's writes, and for a plan the mechanism."""
     if plan is None:
         return capture.lowering
-    found = {record.state: record.because for record in capture.lowering}
+    found = {record.state: record.reason for record in capture.lowering}
     return tuple(
         record
         if record.kind == "user"
-        else record.model_copy(update={"because": f"{found[record.state]}; {record.because}"})
+        else record.model_copy(update={"reason": f"{found[record.state]}; {record.reason}"})
         for record in plan.lowering
     )
 

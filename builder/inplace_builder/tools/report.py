@@ -92,7 +92,7 @@ def details(manifest: Manifest, folder: Path, memory: float | None = None) -> It
         aliases = Table(title="aliases: output@input@kind, and why this mechanism")
         aliases.add_column("alias", no_wrap=True)
         aliases.add_column("because")
-        reasons = {entry.state: entry.because for entry in manifest.lowering}
+        reasons = {entry.state: entry.reason for entry in manifest.lowering}
         for because, group in groupby(program.aliases, key=lambda alias: reasons[alias.input]):
             listed = [str(alias) for alias in group]
             aliases.add_row(

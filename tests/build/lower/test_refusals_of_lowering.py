@@ -234,7 +234,7 @@ def test_the_choice_keeps_every_answer(rtx: TensorRT) -> None:
         ("keys", "copy"),
         ("values", "copy"),
     ]
-    assert all("second buffer" in record.because for record in records)
+    assert all("second buffer" in record.reason for record in records)
     assert all(
         refusal.startswith("kv_cache_update: keys is a ring")
         for record in records

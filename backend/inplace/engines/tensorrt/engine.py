@@ -59,7 +59,7 @@ class TensorRtEngine:
         try:
             weights = _weights(folder, plan)
             contexts = Contexts(opened.tensorrt, engine, plan, weights, opened.log, opened.plugins)
-            kind = StaticSlotSteps if program.identity else DynamicSlotSteps
+            kind = StaticSlotSteps if program.rows_are_slots else DynamicSlotSteps
             self._steps: StaticSlotSteps | DynamicSlotSteps = kind(
                 program, arena, contexts, graphs=graphs
             )

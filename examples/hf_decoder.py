@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace_builder.capture import DecoderOptions, capture_exported_decoder
+from inplace_builder import DecoderOptions, capture_exported_decoder
 from inplace_builder.served.build import VERSION, write_engine
 from inplace_builder.served.options import BuildOptions
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,7 +13,7 @@ from inplace.client import Client, Sequence
 from inplace.operators import read, update
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture import capture_module
+from inplace_builder import capture_module
 from inplace_builder.capture.capture import control
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions

@@ -17,8 +17,7 @@ import torch
 from inplace.operators import read, update
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture.capture import Capture, control
-from inplace_builder.capture.module import capture_module
+from inplace_builder.capture.capture import Capture, capture_module, control
 from inplace_builder.errors import BuildError, brief
 from safetensors.torch import load_file
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from inplace.schema.dtypes import Dtype
-from inplace_builder.capture import load_decoder
+from inplace_builder import load_decoder
 from transformers import PreTrainedModel, StoppingCriteria
 
 from benchmarks.perf.generator import percentiles

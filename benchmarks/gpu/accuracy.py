@@ -23,7 +23,7 @@ from inplace.engines.arena import Arena
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
-from inplace_builder.capture import capture_decoder, load_decoder
+from inplace_builder import capture_decoder, load_decoder
 from inplace_builder.served.build import VERSION, decoder_options, write_engine
 from inplace_builder.served.options import BuildOptions
 from torch import Tensor

@@ -19,7 +19,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import AliasKind, Manifest
-from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder import DecoderOptions, capture_decoder
 from inplace_builder.served.build import VERSION, write_engine
 from inplace_builder.served.options import BuildOptions
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inplace_builder.capture import Capture, capture_module
+    from inplace_builder.capture.capture import Capture, capture_module
     from inplace_builder.capture.decoder import DecoderOptions
     from inplace_builder.capture.exported import ExportedCapture, capture_exported
     from inplace_builder.capture.exported_decoder import capture_exported_decoder
@@ -37,7 +37,7 @@ _HOMES = {
     "capture_exported": "capture.exported",
     "capture_exported_decoder": "capture.exported_decoder",
     "capture_exported_rows": "capture.exported_rows",
-    "capture_module": "capture.module",
+    "capture_module": "capture.capture",
     "declare_alias": "states.user_operators",
     "inline_lifted_buffers": "capture.inline",
     "load_decoder": "capture.huggingface",

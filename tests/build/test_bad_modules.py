@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace_builder.capture import ExportedCapture, capture_exported
+from inplace_builder import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
 from support.random_modules import CAPACITY
 from support.random_steps import Attends, Heads

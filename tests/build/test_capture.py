@@ -13,7 +13,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.served import Manifest
 from inplace.schema.specs import SAMPLING_ROLES, Role, Update
-from inplace_builder.capture import DecoderOptions, capture_decoder
+from inplace_builder import DecoderOptions, capture_decoder
 from inplace_builder.served.build import VERSION, build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.served.write import TORCH_FILE

@@ -7,7 +7,7 @@ from typing import Any
 import inplace
 import pytest
 import torch
-from inplace_builder.capture import (
+from inplace_builder import (
     DecoderOptions,
     RowOptions,
     capture_exported_decoder,

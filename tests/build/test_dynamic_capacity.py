@@ -10,7 +10,7 @@ from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
 from inplace.trt import load_tensorrt
-from inplace_builder.capture import capture_decoder, load_decoder
+from inplace_builder import capture_decoder, load_decoder
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import choose
 from inplace_builder.served.build import VERSION, build_decoder, decoder_options

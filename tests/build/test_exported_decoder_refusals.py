@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inplace_builder.capture import Capture, DecoderOptions, capture_exported_decoder
+from inplace_builder import Capture, DecoderOptions, capture_exported_decoder
 from inplace_builder.errors import BuildError
 from support.state_modules import operators
 from torch import Tensor, nn

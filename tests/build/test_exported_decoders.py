@@ -7,7 +7,7 @@ import pytest
 import torch
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Update
-from inplace_builder.capture import (
+from inplace_builder import (
     Capture,
     DecoderOptions,
     capture_decoder,

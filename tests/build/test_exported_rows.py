@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from inplace.runtime.requests import Request
 from inplace.schema.specs import Role, Update
-from inplace_builder.capture import RowOptions, capture_exported_rows
+from inplace_builder import RowOptions, capture_exported_rows
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
+from inplace_builder import Capture, DecoderOptions, capture_decoder
 from inplace_builder.fusion.fuse import Fused, fuse
 from torch.export.graph_signature import InputKind
 from transformers import (

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.specs import StateSpec
-from inplace_builder.capture import Capture, RowOptions, capture_exported_rows
+from inplace_builder import Capture, RowOptions, capture_exported_rows
 from inplace_builder.served.build import VERSION, write_engine
 from inplace_builder.served.options import BuildOptions
 from support.unusual import CAPACITY, STEPS, VISIBLE, attention, caches, numbers, token, written

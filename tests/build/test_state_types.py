@@ -6,7 +6,7 @@ import pytest
 import torch
 from inplace.operators import read
 from inplace.schema.dtypes import Dtype
-from inplace_builder.capture import RowOptions, capture_exported_rows
+from inplace_builder import RowOptions, capture_exported_rows
 from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from inplace.schema.specs import Update
-from inplace_builder.capture import capture_exported, inline_lifted_buffers
+from inplace_builder import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.states.lift import exported_program

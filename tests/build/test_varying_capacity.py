@@ -8,7 +8,7 @@ import inplace
 import pytest
 import torch
 from inplace.errors import CallError
-from inplace_builder.capture import RowOptions, capture_exported, capture_exported_rows
+from inplace_builder import RowOptions, capture_exported, capture_exported_rows
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build, serialize
 from support.direct_modules import noise

@@ -11,7 +11,7 @@ from inplace.operators import read, update
 from inplace.operators.state import write
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, capture_module
+from inplace_builder import Capture, DecoderOptions, capture_decoder, capture_module
 from inplace_builder.capture.capture import control
 from inplace_builder.compare import TOLERANCE
 from inplace_builder.errors import BuildError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.served import Manifest
-from inplace_builder.capture import DecoderOptions, capture_exported_decoder
+from inplace_builder import DecoderOptions, capture_exported_decoder
 from inplace_builder.served.build import VERSION, write_engine
 from inplace_builder.served.options import BuildOptions
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
-from inplace_builder.capture import DecoderOptions, capture_exported_decoder
+from inplace_builder import DecoderOptions, capture_exported_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from inplace.client import Sequence
 from inplace.schema.dtypes import Dtype
-from inplace_builder.capture import load_decoder
+from inplace_builder import load_decoder
 from inplace_builder.served.build import TOKENIZER, VERSION, build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.chat import Conversation, load_tokenizer

@@ -6,7 +6,7 @@ import torch
 import transformers
 from inplace.schema.specs import Role
 from inplace.trt import TensorRT
-from inplace_builder.capture import Capture, DecoderOptions, capture_decoder
+from inplace_builder import Capture, DecoderOptions, capture_decoder
 from inplace_builder.fusion.fuse import without_sampling
 from inplace_builder.lower import LoweredNetwork, lower
 from inplace_builder.lower.compile import Range

@@ -9,7 +9,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture import Capture, capture_module
+from inplace_builder import Capture, capture_module
 from inplace_builder.capture.capture import control
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,7 +13,7 @@ from inplace.operators import read, update
 from inplace.runtime.metrics import families
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture import Capture, capture_module
+from inplace_builder import Capture, capture_module
 from inplace_builder.capture.capture import control
 from inplace_builder.tools.tritonserver import TritonServer
 from tritonclient.grpc import InferenceServerClient

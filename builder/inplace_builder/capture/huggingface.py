@@ -11,16 +11,18 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from inplace.operators import sample
+from inplace.operators import attention, sample
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import StateSpec
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache as TransformersCache
 
 from inplace_builder.capture.capture import Capture, Reference, described
 from inplace_builder.capture.decoder import (
@@ -30,7 +32,6 @@ from inplace_builder.capture.decoder import (
     cache_states,
     decoder_program,
 )
-from inplace_builder.capture.slot_attention import IMPLEMENTATION, SlotCache, current_cache
 from inplace_builder.compare import in_float32
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.reexport import any_size
@@ -112,6 +113,99 @@ def quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+IMPLEMENTATION = "inplace"
+"""The name under which transformers knows `slot_attention`."""
+
+
+class SlotCache(TransformersCache):
+    """A cache that keeps nothing: the keys and values it is given go on to the attention function, which appends them.
+
+    Args:
+        key_states, value_states: one state a layer, ``[slots, kv_heads, capacity, dim]``.
+        slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
+        rings: for each layer whether its states are rings.
+    """
+
+    def __init__(
+        self,
+        key_states: Sequence[Tensor],
+        value_states: Sequence[Tensor],
+        slots: Tensor,
+        row_offsets: Tensor,
+        write_indices: Tensor,
+        rings: Sequence[bool],
+    ) -> None:
+        super().__init__(layers=[])
+        self.key_states, self.value_states, self.rings = key_states, value_states, rings
+        self.slots, self.row_offsets, self.write_indices = slots, row_offsets, write_indices
+        self.updated: int | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Note which layer's keys and values come next; ``[1, kv_heads, tokens, dim]`` each, returned as they are."""
+        self.updated = layer_idx
+        return key_states, value_states
+
+
+current_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
+"""The cache of the step that is being traced: transformers does not hand it to attention functions."""
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer; query ``[1, heads, tokens, dim]``.
+
+    Raises:
+        BuildError: the layer attends in a way that ``inplace::attention`` does not have.
+    """
+    cache = current_cache.get()
+    layer, cache.updated = cache.updated, None
+    kind = type(module).__name__
+    if layer is None or layer != getattr(module, "layer_idx", layer):
+        raise BuildError(
+            f"{kind} attends without caching its own keys and values (shared or cross-attention layers are not supported)"
+        )
+    if attention_mask is not None:
+        raise BuildError(
+            f"{kind} brings an attention mask of its own; only causal and sliding-window attention is supported"
+        )
+    if unknown := sorted(
+        name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None
+    ):
+        raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
+    if not getattr(module, "is_causal", True):
+        raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
+    out = attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cache.key_states[layer],
+        cache.value_states[layer],
+        cache.slots,
+        cache.row_offsets,
+        cache.write_indices,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=sliding_window or 0,
+        ring=cache.rings[layer],
+        softcap=softcap or 0.0,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, slot_attention)
 
 
 class DecoderStep(torch.nn.Module):

@@ -9,7 +9,9 @@ from inplace.schema.files import StrandedError, occupied, published
 from inplace.schema.served import FILE_NAME, Manifest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inplace_builder.capture import Capture, DecoderOptions, capture_decoder, load_decoder
+from inplace_builder.capture.capture import Capture
+from inplace_builder.capture.decoder import DecoderOptions
+from inplace_builder.capture.huggingface import capture_decoder, load_decoder
 from inplace_builder.compare import beside_engine
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target

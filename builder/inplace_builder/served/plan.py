@@ -11,7 +11,7 @@ from inplace.schema.served import Alias, AliasKind, Lowering, Program
 from inplace.schema.specs import Role, StateSpec, Update
 from inplace.trt import TensorRT
 
-from inplace_builder.capture import Capture
+from inplace_builder.capture.capture import Capture
 from inplace_builder.errors import BuildError
 from inplace_builder.fusion.fuse import fuse, without_sampling
 from inplace_builder.lower import LoweredNetwork, lower

@@ -21,8 +21,7 @@ from inplace.schema.served import Manifest
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 
-from inplace_builder.capture import Capture
-from inplace_builder.capture.capture import Reference
+from inplace_builder.capture.capture import Capture, Reference
 from inplace_builder.compare import TOLERANCE, _relative, poison, same_bits
 from inplace_builder.errors import BuildError
 

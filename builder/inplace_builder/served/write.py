@@ -10,7 +10,7 @@ from inplace.trt import Flavor
 from torch.export.passes import move_to_device_pass
 
 from inplace_builder import archive
-from inplace_builder.capture import Capture
+from inplace_builder.capture.capture import Capture
 
 TORCH_FILE, PLAN_FILE, WEIGHTS_FILE = "engine.pt2", "engine.plan", "weights.safetensors"
 

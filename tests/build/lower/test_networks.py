@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
-from inplace_builder.capture import Capture
+from inplace_builder import Capture
 from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network
 from inplace_builder.lower.compile import _explained
 from support.lowering import DECODERS, VOCABULARY, captured, decoder_profiles, greedy_rows, lowered

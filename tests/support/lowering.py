@@ -72,9 +72,7 @@ def greedy_rows(count: int) -> dict[str, Tensor]:
     }
 
 
-def lowered(
-    capture: Capture, kind: str, tensorrt: TensorRT, *, fused_attention: bool = False
-) -> LoweredNetwork:
+def lowered(capture: Capture, kind: str, tensorrt: TensorRT) -> LoweredNetwork:
     """Its network, with every state of one kind."""
     greedy, _ = without_sampling(
         capture.exported, capture.program
@@ -85,7 +83,6 @@ def lowered(
         states=capture.states,
         kinds={state.name: kind for state in capture.states},
         tensorrt=tensorrt,
-        fused_attention=fused_attention,
     )
 
 

@@ -48,7 +48,6 @@ def lower(
     states: Sequence[StateSpec] = (),
     kinds: Mapping[str, str] | None = None,
     tensorrt: TensorRT,
-    fused_attention: bool = False,
     bind: Collection[str] = (),
     shapes: Mapping[str, Sequence[int]] | None = None,
     constants: Mapping[str, Tensor] | None = None,
@@ -61,7 +60,6 @@ def lower(
         states: which of its inputs are states.
         kinds: for each state the mechanism that updates it.
         tensorrt: what to make it with.
-        fused_attention: lower attention of the kind ``kv_cache_update`` to TensorRT's attention layer, not to plain layers.
         bind: names of weights that become inputs of the network instead of constants of the plan.
         shapes: what states are bound with, where all their extents are known.
         constants: inputs that are always these tensors, so that the network does not have them.
@@ -69,7 +67,5 @@ def lower(
     Raises:
         BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names it and the model's own line.
     """
-    network = Network(
-        tensorrt, fused_attention=fused_attention, shapes=shapes or {}, constants=constants or {}
-    )
+    network = Network(tensorrt, shapes=shapes or {}, constants=constants or {})
     return network.lower(exported, outputs, states, kinds or {}, bind)

@@ -7,15 +7,7 @@ from typing import Any
 
 import torch
 
-from inplace_builder.lower.attention import (
-    INT,
-    Rows,
-    Visibility,
-    attend,
-    by_row,
-    rows_of,
-    visibility,
-)
+from inplace_builder.lower.attention import INT, Rows, attend, by_row, rows_of, visibility
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import state_converter
@@ -77,14 +69,11 @@ def attention(
             _append(ctx, state, rows, by_row(ctx, new, rows))
     queries = by_row(ctx, query, rows)
     kv_heads, capacity = key_state.spec.shape[:2]
-    own_layer = ctx.fused_attention and not softcap
-    group = 1 if own_layer else queries.shape[1] // kv_heads
+    group = queries.shape[1] // kv_heads
     visible = visibility(
         ctx, rows, queries, capacity, append=append, ring=ring, group=group, **view
     )
     keys, values = key_state.current, value_state.current
-    if own_layer:
-        return fused(ctx, queries, keys, values, visible, scale=scale)
     return attend(ctx, queries, keys, values, visible, scale=scale, softcap=softcap)
 
 
@@ -98,28 +87,3 @@ def append(ctx: Network, state: NetworkState, rows: Rows, new: ITensor) -> None:
 
 
 _append = append  # where an argument named by the operator hides the function
-
-
-def fused(
-    ctx: Network,
-    query: ITensor,
-    keys: ITensor,
-    values: ITensor,
-    visible: Visibility,
-    *,
-    scale: float,
-) -> ITensor:
-    """TensorRT's attention layer, on `by_row` queries.
-
-    It multiplies masked values by zero, so caches must hold no NaN anywhere: the memory is cleared once, when it is allocated.
-    """
-    scaled = ctx.as_float32(
-        lambda value: ctx.multiply(value, ctx.scalar(scale, torch.float32, 4)), query
-    )
-    layer = ctx.network.add_attention(
-        scaled, keys, values, ctx.api.AttentionNormalizationOp.SOFTMAX, False
-    )
-    if layer is not None:
-        layer.mask, layer.decomposable, layer.name = visible.seen, True, ctx.label
-    out = ctx.permute(ctx.output(layer), (0, 2, 1, 3))
-    return ctx.reshape(out, (-1, query.shape[1], values.shape[3]))

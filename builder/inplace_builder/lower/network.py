@@ -92,7 +92,6 @@ class Network(Layers):
     Attributes:
         node: the node that is being lowered.
         states: the states by name.
-        fused_attention: lower attention of the kind ``kv_cache_update`` to TensorRT's attention layer.
         bound_weights: weights that became network inputs, see `bound`.
         keep: objects that must live until the network has been built and run, for converters to append to.
         readers: for each state what was read of it since it was last written, for a writer to come after.
@@ -104,12 +103,11 @@ class Network(Layers):
         self,
         tensorrt: TensorRT,
         *,
-        fused_attention: bool = False,
         shapes: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
         constants: Mapping[str, torch.Tensor] = types.MappingProxyType({}),
     ) -> None:
         super().__init__(tensorrt)
-        self.fused_attention, self._shapes, self._constants = fused_attention, shapes, constants
+        self._shapes, self._constants = shapes, constants
         self.states: dict[str, NetworkState] = {}
         self.bound_weights: dict[str, torch.Tensor] = {}
         self.keep: list[object] = []

@@ -100,11 +100,6 @@ def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT, llama:
     }
 
 
-def test_attention_can_be_tensorrts_own_layer(rtx: TensorRT, llama: Capture) -> None:
-    network = lowered(llama, "kv_cache_update", rtx, fused_attention=True)
-    assert compile_network(network, decoder_profiles(llama), GPUS).nbytes > 10_000
-
-
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
 def test_a_batch_of_one_row_has_as_many_rows_as_slots(
     rtx: TensorRT, llama: Capture, kind: str

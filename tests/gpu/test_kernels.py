@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from inplace.kernels.attention import AttentionSpec
-from inplace.operators import attention, update
-from support.kernel_cases import AttentionCase, Row, bits, check_read, check_update
+from inplace.operators import attention, read, update
+from support.kernel_cases import AttentionCase, Row, bits, check_update
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -225,7 +225,7 @@ def test_states_the_kernels_do_not_take_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_updates_and_reads(dtype: torch.dtype) -> None:
+def test_updates(dtype: torch.dtype) -> None:
     for shape, axis in [
         ((8,), 1),
         ((8, 3), 1),
@@ -260,7 +260,14 @@ def test_updates_and_reads(dtype: torch.dtype) -> None:
             packed=False,
             device="cuda",
         )
-        check_read(shape, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(8,), (2, 8, 300)])
+def test_the_read_operator_equals_the_cpu_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    state = torch.randint(1, 2 if dtype is torch.bool else 100, (5, *shape)).to(dtype)
+    slots = torch.tensor([4, -1, 0, 4], dtype=torch.int32)
+    assert torch.equal(read(state.cuda(), slots.cuda()).cpu(), read(state, slots))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from inplace.kernels.attention import AttentionSpec, attention, attention_locks, attention_workspace
-from inplace.kernels.update import UpdateSpec, read, update
+from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import attention as reference_attention
 from torch import Tensor
 
@@ -250,17 +250,3 @@ def check_update(
         units=sum(counts) if axis else len(rows),
     )
     assert torch.equal(bits(state.cpu()), bits(expected))
-
-
-def check_read(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
-    """`read` against the operator; the slots nobody asks for, and slot 0 behind the null row, differ from zero."""
-    state = torch.randint(
-        1,
-        2 if dtype is torch.bool else 100,
-        (5, *shape),
-        generator=torch.Generator().manual_seed(0),
-    ).to(dtype)
-    slots = torch.tensor([4, -1, 0, 4], dtype=torch.int32)
-    out = torch.ones(4, *shape, dtype=dtype, device=device)
-    read(state=state.to(device), slots=slots.to(device), out=out, rows=4, size=state[0].numel())
-    assert torch.equal(out.cpu(), torch.ops.inplace.read(state, slots))

@@ -1,4 +1,4 @@
-"""Writing and reading the slots of a state on a GPU, for any rank and dtype: a slot is ``[outer, axis, inner]`` elements."""
+"""Write the slots of a state on a GPU, for any rank and dtype: a slot is ``[outer, axis, inner]`` elements."""
 
 from dataclasses import dataclass
 
@@ -83,19 +83,6 @@ def update_kernel(
     tl.store(state + to, new, mask=(element < size) & (entry >= 0) & (entry < EXTENT))
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def read_kernel(state, slots, out, size, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Program (row, block of its slot's elements)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    slot = tl.load(slots + row).to(tl.int64)
-    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.load(state + slot * size + element, mask=(element < size) & (slot >= 0), other=0)
-    tl.store(out + row.to(tl.int64) * size + element, found, mask=element < size)
-
-
 def _raw(memory: Memory) -> Memory:
     """The same memory as integers of its element size: a copy must not know floats (a NaN keeps its payload) or booleans."""
     dtype = _INTEGERS.get(memory.dtype.itemsize)
@@ -153,24 +140,4 @@ def update(
         rows, count, blocks, OUTER=spec.outer, EXTENT=spec.extent, INNER=spec.inner,
         PACKED=packed, APPEND=write_indices is not None, RING=spec.ring, BLOCK=_block(size), BLOCK_R=triton.next_power_of_2(rows),
         PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
-
-
-def read(
-    *, state: Memory, slots: Memory, out: Memory, rows: int, size: int, pdl: bool = False
-) -> None:
-    """Launch ``inplace::read`` on the current stream: ``out[rows, size]`` becomes the slots of ``state[slots, size]``, null rows 0.
-
-    Args:
-        state, out: contiguous, elements of 1, 2, 4 or 8 bytes.
-        slots: int32 ``[rows]``.
-        rows: rows of the step.
-        size: elements of a slot.
-        pdl: as in `inplace.kernels.attention`.
-    """
-    if rows == 0 or size == 0:
-        return
-    blocks = triton.cdiv(size, _block(size))
-    read_kernel[(rows * blocks,)](
-        _raw(state), slots, _raw(out), size, blocks, BLOCK=_block(size), PDL=pdl, num_warps=4, launch_pdl=pdl
     )  # fmt: skip

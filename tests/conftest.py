@@ -151,7 +151,7 @@ def drive(loaded: Opened) -> Iterator[Open]:
         driver.close()
 
 
-@pytest.fixture(params=[False, True], ids=["waited-for", "ahead"])
+@pytest.fixture(params=[False, True], ids=["waited-for", "overlaps"])
 def streams(
     repository: Repository, loaded: Opened, request: pytest.FixtureRequest
 ) -> Iterator[OpenStreams]:
@@ -177,7 +177,7 @@ def streams(
         program = program.model_copy(update={"max_rows": rows or program.max_rows})
         manifest = plain.manifest.model_copy(update={"programs": (program,)})
         instance = ModelInstance(
-            manifest, plain.arena, Watched(plain.engine, ahead=request.param), idle_timeout
+            manifest, plain.arena, Watched(plain.engine, overlaps=request.param), idle_timeout
         )
         drivers.append(StreamDriver(instance, language or TokenizerConfig(), most_waiting))
         return Streams(drivers[-1])

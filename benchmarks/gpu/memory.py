@@ -26,7 +26,7 @@ def used() -> int:
 
 def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     """Load, step, compare."""
-    from inplace.engines import ALONE
+    from inplace.engines import NO_OTHER_THREADS
     from inplace.engines.arena import Arena
     from inplace.engines.tensorrt import TensorRtEngine
     from inplace.schema.served import Manifest
@@ -42,12 +42,12 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
     engine = TensorRtEngine(folder / "1", manifest, arena)
     inputs = step_inputs(manifest, engine, arena, [600] * rows, [1] * rows)
-    engine.launch(inputs, {"next_token"})(ALONE)
+    engine.launch(inputs, {"next_token"})(NO_OTHER_THREADS)
     torch.cuda.synchronize()
     loaded, counted = used(), sum(engine.memory.values()) + arena.bytes
     history = []
     for step in range(steps):
-        engine.launch(inputs, {"next_token"})(ALONE)
+        engine.launch(inputs, {"next_token"})(NO_OTHER_THREADS)
         if step % (steps // 10) == 0:
             history.append(used() - bare)
     weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])

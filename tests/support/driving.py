@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from inplace.drivers.step import Answer, StepDriver
-from inplace.engines import ALONE, Finish, StepEngine
+from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.errors import Code, RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
@@ -43,25 +43,25 @@ class Watched:
 
     Args:
         engine: the real one.
-        ahead: compute each step when it is launched, and say so.
+        overlaps: compute each step when it is launched, as an engine whose steps overlap.
     """
 
-    def __init__(self, engine: StepEngine, *, ahead: bool = False) -> None:
-        self._engine, self.ahead = engine, ahead
+    def __init__(self, engine: StepEngine, *, overlaps: bool = False) -> None:
+        self._engine, self.overlaps = engine, overlaps
         self.slots: list[list[int]] = []
         self.counts: list[list[int]] = []
         self.fail_at = 0  # the step, counted from now, that fails; 0 is none
 
-    def attached(self) -> AbstractContextManager[object]:
-        return self._engine.attached()
+    def on_stream(self) -> AbstractContextManager[object]:
+        return self._engine.on_stream()
 
     def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         self.slots.append(inputs["slots"].tolist())
         if "row_offsets" in inputs:
             self.counts.append(inputs["row_offsets"].diff().tolist())
         launched = self._engine.launch(inputs, wanted)
-        if self.ahead:
-            launched = done(launched(ALONE))
+        if self.overlaps:
+            launched = done(launched(NO_OTHER_THREADS))
         self.fail_at -= 1
         return lost(launched) if self.fail_at == 0 else launched
 

@@ -212,10 +212,10 @@ class _Slow:
     """An engine whose steps take longer."""
 
     def __init__(self, engine: StepEngine, seconds: float) -> None:
-        self.engine, self._seconds, self.ahead = engine, seconds, engine.ahead
+        self.engine, self._seconds, self.overlaps = engine, seconds, engine.overlaps
 
-    def attached(self) -> AbstractContextManager[object]:
-        return self.engine.attached()
+    def on_stream(self) -> AbstractContextManager[object]:
+        return self.engine.on_stream()
 
     def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         launched = self.engine.launch(inputs, wanted)

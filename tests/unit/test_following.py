@@ -8,7 +8,7 @@ from inplace.runtime.requests import Request
 from support.models import SLOTS, Repository, greedy, late_token
 from support.streaming import OUTPUTS, Heard, OpenStreams, slowed, until
 
-pytestmark = pytest.mark.parametrize("streams", [True], indirect=True, ids=["ahead"])
+pytestmark = pytest.mark.parametrize("streams", [True], indirect=True, ids=["overlaps"])
 
 IDS, OTHER = [5], [9]
 

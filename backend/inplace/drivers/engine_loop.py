@@ -88,7 +88,7 @@ class EngineLoop:
     def _run(self) -> None:
         self._turn.take()
         try:
-            with self._instance.engine.attached():
+            with self._instance.engine.on_stream():
                 self._serve()
         except BaseException:
             log.exception("the engine's thread has ended")

@@ -61,7 +61,7 @@ class StepDriver:
         """Answer every request, in order; requests of one sequence take effect in the order given."""
         answers: list[Answer | None] = [None] * len(requests)
         waiting = list(enumerate(requests))
-        with self._lock, self.instance.engine.attached():
+        with self._lock, self.instance.engine.on_stream():
             while waiting:
                 waiting = self._wave(waiting, answers)
         return [answer for answer in answers if answer is not None]

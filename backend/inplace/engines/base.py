@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-ALONE: AbstractContextManager[object] = nullcontext()
+NO_OTHER_THREADS: AbstractContextManager[object] = nullcontext()
 """For steps beside which nobody else has anything to do."""
 
 
@@ -22,10 +22,10 @@ class StepEngine(Protocol):
     """A loaded program, bound to an arena."""
 
     @property
-    def ahead(self) -> bool:
+    def overlaps(self) -> bool:
         """Whether steps compute by themselves once they are launched, in the order they were launched in."""
 
-    def attached(self) -> AbstractContextManager[object]:
+    def on_stream(self) -> AbstractContextManager[object]:
         """For a thread that steps again and again: what it does to states inside is in order with its steps."""
 
     def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:

@@ -12,7 +12,7 @@ from torch.fx.graph import CodeGen
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.engines.arena import Arena
-from inplace.engines.base import ALONE, Finish
+from inplace.engines.base import NO_OTHER_THREADS, Finish
 from inplace.engines.prepack import prepack_linears
 from inplace.errors import LoadError
 from inplace.operators import written_states
@@ -31,7 +31,7 @@ class TorchEngine:
         LoadError: the file cannot be read, or what its graph takes, returns or writes is not what the manifest says.
     """
 
-    ahead = False
+    overlaps = False
 
     def __init__(self, path: Path, manifest: Manifest, arena: Arena) -> None:
         self._program = manifest.program("step")
@@ -95,9 +95,9 @@ class TorchEngine:
                 f"{sorted(written ^ declared)}; build the model again"
             )
 
-    def attached(self) -> AbstractContextManager[object]:
+    def on_stream(self) -> AbstractContextManager[object]:
         """See `Engine.attached`: everything runs where its caller does."""
-        return ALONE
+        return NO_OTHER_THREADS
 
     def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         """See `Engine.launch`."""

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from inplace.engines import ALONE, Finish, StepEngine
+from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, Batch, follow, form
@@ -75,7 +75,7 @@ class ModelInstance:
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
         self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
-        self.waiting = ALONE
+        self.waiting = NO_OTHER_THREADS
         self._always = frozenset(spec.name for spec in self.program.outputs if not spec.on_request)
         self._on_request = frozenset(spec.name for spec in self.program.outputs if spec.on_request)
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
@@ -199,7 +199,7 @@ class ModelInstance:
 
         The engine goes on by itself then, and what such a row writes lies beyond the cached length of its sequence, where nobody reads.
         """
-        return self._appends_only and self.engine.ahead
+        return self._appends_only and self.engine.overlaps
 
     def step(self, rows: list[ActiveRequest], budget: int | None = None) -> dict[str, Tensor]:
         """Run one step: `launch`, `wait` and `settle`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from inplace.engines.arena import Arena
-from inplace.engines.base import ALONE, StepEngine
+from inplace.engines.base import NO_OTHER_THREADS, StepEngine
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.runtime.batcher import ActiveRequest, form
@@ -35,7 +35,7 @@ def warm(engine: StepEngine, program: Program) -> None:
         try:
             engine.launch(
                 form(program, [_null_row(program, tokens) for _ in range(rows)]).inputs, names
-            )(ALONE)
+            )(NO_OTHER_THREADS)
         except Exception as error:  # whatever the program throws is why the model cannot be served
             raise LoadError(
                 f"the engine fails in its first step ({type(error).__name__}: {error}); build the model again"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inplace.engines.base import ALONE
+from inplace.engines.base import NO_OTHER_THREADS
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.served import Program
@@ -116,7 +116,7 @@ class Contexts:
         """Have the thread enqueue on `stream` inside the block, behind what it has enqueued on the stream it comes from."""
         caller = torch.cuda.current_stream()
         if caller == self.stream:
-            return ALONE
+            return NO_OTHER_THREADS
         self.stream.wait_stream(caller)
         return torch.cuda.stream(self.stream)
 

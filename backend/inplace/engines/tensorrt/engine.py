@@ -79,14 +79,14 @@ class TensorRtEngine:
         self.memory["driver"] = now.others - before.others
         log.info("%s: plan bound on %s, device memory %s", path.name, plan.gpu, self.memory)
 
-    def attached(self) -> AbstractContextManager[object]:
+    def on_stream(self) -> AbstractContextManager[object]:
         """See `Engine.attached`: the stream that steps run on is the thread's."""
         return self._steps.entered()
 
     @property
-    def ahead(self) -> bool:
+    def overlaps(self) -> bool:
         """See `Engine`."""
-        return self._steps.ahead
+        return self._steps.overlaps
 
     def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
         """See `Engine.launch`.

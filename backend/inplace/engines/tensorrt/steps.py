@@ -48,7 +48,7 @@ class DynamicSlotSteps:
         entered: see `Contexts.entered`.
     """
 
-    moves_states, ahead = False, True
+    moves_states, overlaps = False, True
 
     def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
         self._program, self._arena, self._contexts, self._graphs = program, arena, contexts, graphs
@@ -240,7 +240,7 @@ class StaticSlotSteps:
         entered: see `Contexts.entered`.
     """
 
-    ahead = False
+    overlaps = False
 
     def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
         self._program, self._arena, self._contexts, self._capture = program, arena, contexts, graphs

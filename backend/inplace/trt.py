@@ -1,6 +1,6 @@
-"""TensorRT, whichever flavour is installed: the one module that imports it.
+"""The one module that imports TensorRT, or TensorRT for RTX where only that is installed.
 
-Both flavours, TensorRT and TensorRT for RTX, offer the same network API with small differences; `TensorRT` holds the imported module
+Both have the same network API with small differences; `TensorRT` holds the imported module
 together with what differs. Their modules are untyped, so their objects have the type ``Any`` here.
 """
 
@@ -34,23 +34,23 @@ class TensorRT:
 
     @cached_property
     def version(self) -> tuple[int, ...]:
-        """For example ``(10, 6, 0)``. TensorRT for RTX counts on its own: 1.7 has the API of TensorRT 11."""
+        """For example ``(10, 6, 0)``. TensorRT for RTX has its own: 1.7 is the API of TensorRT 11."""
         return tuple(int(part) for part in re.findall(r"\d+", self.api.__version__))
 
     @property
     def is_rtx(self) -> bool:
-        """Whether this is TensorRT for RTX: compiles on a CPU for GPUs it is told, has no plugins."""
+        """Whether this is TensorRT for RTX, which compiles on a CPU for given GPUs; no plugins."""
         return self.flavor == "tensorrt_rtx"
 
     def __str__(self) -> str:
         return f"{'TensorRT for RTX' if self.is_rtx else 'TensorRT'} {self.api.__version__}"
 
     def log(self) -> "Log":
-        """A place for what this TensorRT says."""
+        """A new collector of this TensorRT's errors."""
         return Log(self.api)
 
     def strongly_typed(self) -> int:
-        """Creation flags of a network in which every type is as written (the only networks that TensorRT 11 and RTX have)."""
+        """Creation flags of a strongly typed network, the only kind in TensorRT 11 and RTX."""
         return 1 << int(self.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
     @cached_property
@@ -68,12 +68,20 @@ class TensorRT:
         }
 
     def dtype(self, dtype: torch.dtype) -> Any:
-        """TensorRT's element type for PyTorch's; KeyError for a type that TensorRT does not have (float64, complex, …)."""
+        """TensorRT's element type for PyTorch's.
+
+        Raises:
+            KeyError: TensorRT has no such type (float64, complex, …).
+        """
         return self._dtypes[dtype]
 
     def torch_dtype(self, dtype: Any) -> torch.dtype:
-        """PyTorch's element type for TensorRT's; KeyError for fp8 and smaller."""
-        return {theirs: ours for ours, theirs in self._dtypes.items()}[dtype]
+        """PyTorch's element type for TensorRT's.
+
+        Raises:
+            KeyError: fp8 and smaller.
+        """
+        return {trt: torch_dtype for torch_dtype, trt in self._dtypes.items()}[dtype]
 
     def has_dtype(self, dtype: torch.dtype) -> bool:
         """Whether tensors of a network may have this element type."""
@@ -81,10 +89,7 @@ class TensorRT:
 
 
 class Log:
-    """What TensorRT says of its errors.
-
-    Errors are collected by an error recorder; the logger, which would print them too, is TensorRT's own and says only what is an internal
-    error.
+    """Collects TensorRT's errors with an error recorder, so that an exception can contain them.
 
     Attributes:
         logger: for builders and runtimes; prints internal errors only.
@@ -125,11 +130,11 @@ class Log:
         self._recorder = Recorder()
 
     def watch(self, source: Any) -> Any:
-        """Collect the errors of a builder, network, runtime, engine or context; returns it."""
+        """Collect the errors of a builder, network, runtime, engine or context, and return it."""
         source.error_recorder = self._recorder
         return source
 
-    def said(self, count: int = 3) -> str:
+    def last_errors(self, count: int = 3) -> str:
         """The last errors in one line."""
         return " / ".join(self.errors[-count:]) or "it gave no reason"
 
@@ -150,5 +155,6 @@ def load_tensorrt(flavor: Flavor | None = None) -> TensorRT:
         except (ImportError, OSError) as error:
             reasons.append(f"import {name}: {error}")
     raise LoadError(
-        f"TensorRT cannot be imported ({'; '.join(reasons)}); install tensorrt, or tensorrt-rtx-cu13, which compiles for RTX GPUs"
+        f"TensorRT cannot be imported ({'; '.join(reasons)}); install tensorrt, or "
+        "tensorrt-rtx-cu13, which compiles for RTX GPUs"
     )

@@ -66,10 +66,10 @@ def compile_network(
         )
         if plan is not None:
             return plan
-        said = log.said()
-        if not BROKEN.search(said):
+        errors = log.last_errors()
+        if not BROKEN.search(errors):
             break
-    raise BuildError(f"{tensorrt} cannot build the network: {said}{_explained(lowered, said)}")
+    raise BuildError(f"{tensorrt} cannot build the network: {errors}{_explained(lowered, errors)}")
 
 
 def _config(
@@ -95,7 +95,7 @@ def _config(
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, name in enumerate(options.compute_capabilities):
             if not config.set_compute_capability(getattr(api.ComputeCapability, name), index):
-                raise BuildError(f"{tensorrt} does not compile for {name}: {log.said()}")
+                raise BuildError(f"{tensorrt} does not compile for {name}: {log.last_errors()}")
     unknown = {name for name, tensor in _inputs(lowered).items() if -1 in tuple(tensor.shape)}
     for ranges in profiles:
         if missing := sorted(unknown - set(ranges)):
@@ -109,7 +109,7 @@ def _config(
                     f"{tensorrt} refused the range {shapes} of input {name}: {error}"
                 ) from error
         if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {log.said()}")
+            raise BuildError(f"{tensorrt} refused the profile {dict(ranges)}: {log.last_errors()}")
     return config
 
 

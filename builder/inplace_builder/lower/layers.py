@@ -187,7 +187,7 @@ class Layers:
         """
         if layer is None:
             raise BuildError(
-                f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {self.log.said(1)}"
+                f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {self.log.last_errors(1)}"
             )
         count = self._names[self.label] = self._names.get(self.label, 0) + 1
         layer.name = self.label if count == 1 else f"{self.label}.{count}"

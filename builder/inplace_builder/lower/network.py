@@ -262,7 +262,7 @@ class Network(Layers):
         tensor = self.network.add_input(name, self.tensorrt.dtype(dtype), sizes)
         if tensor is None:
             raise BuildError(
-                f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.log.said(1)}"
+                f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.log.last_errors(1)}"
             )
         return tensor
 

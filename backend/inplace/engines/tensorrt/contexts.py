@@ -61,14 +61,14 @@ class Contexts:
                 tensorrt.api.ExecutionContextAllocationStrategy.USER_MANAGED
             )
             if context is None:
-                raise LoadError(f"{tensorrt} cannot make an execution context: {log.said()}")
+                raise LoadError(f"{tensorrt} cannot make an execution context: {log.last_errors()}")
             context.set_device_memory(self._scratch.data_ptr(), size)
             if index and not context.set_optimization_profile_async(index, self.stream.cuda_stream):
-                raise LoadError(f"{tensorrt} refused profile {index}: {log.said()}")
+                raise LoadError(f"{tensorrt} refused profile {index}: {log.last_errors()}")
             for name, tensor in weights.items():
                 if not context.set_tensor_address(name, tensor.data_ptr()):
                     raise LoadError(
-                        f"{tensorrt} refused the address of weight {name}: {log.said()}"
+                        f"{tensorrt} refused the address of weight {name}: {log.last_errors()}"
                     )
             self._contexts.append(context)
         self.stream.synchronize()
@@ -148,7 +148,7 @@ class Contexts:
 
     def _said(self) -> str:
         failed = list(self._plugins.errors)[-1:] if self._plugins is not None else []
-        return " / ".join([*failed, self._log.said()])
+        return " / ".join([*failed, self._log.last_errors()])
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def open_plan(title: str, read: Callable[[], bytes], plan: Plan) -> OpenPlan:
     engine = runtime.deserialize_cuda_engine(read())
     if engine is None:
         raise LoadError(
-            f"{title} cannot be read by {tensorrt}: {log.said()}; build the model again"
+            f"{title} cannot be read by {tensorrt}: {log.last_errors()}; build the model again"
         )
     return OpenPlan(tensorrt, engine, log, plugins, runtime)
 

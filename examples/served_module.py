@@ -14,7 +14,7 @@ from inplace.operators import read, update
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder import capture_module
-from inplace_builder.capture.capture import control
+from inplace_builder.capture.capture import control_input
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -40,7 +40,7 @@ def main() -> None:
         Smoother(),
         inputs=[
             TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,)),
-            control("slots", Role.SLOTS),
+            control_input("slots", Role.SLOTS),
         ],
         outputs=[TensorSpec(name="smoothed", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
         states=[StateSpec(name="mean", shape=(1,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],

@@ -17,7 +17,7 @@ import torch
 from inplace.operators import read, update
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture.capture import Capture, capture_module, control
+from inplace_builder.capture.capture import Capture, capture_module, control_input
 from inplace_builder.errors import BuildError, brief
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ def capture_silero(model: SileroVad, *, max_rows: int = 64) -> Capture:
         model,
         inputs=[
             TensorSpec(name="audio", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(CHUNK,)),
-            control("slots", Role.SLOTS),
+            control_input("slots", Role.SLOTS),
         ],
         outputs=[TensorSpec(name="probability", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
         states=[

@@ -10,7 +10,7 @@ from inplace.schema.specs import Update
 from inplace_builder import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
-from inplace_builder.states.lift import exported_program
+from inplace_builder.states.lift import export_module
 from inplace_builder.states.state import Owner
 from support.state_modules import compare, operators
 from torch import Tensor, nn
@@ -252,7 +252,7 @@ def test_an_exported_program_serves_as_well() -> None:
 def test_an_exported_program_stays_where_it_is_when_the_builder_moves_its_copy() -> None:
     """Without a copy of everything, which Python's copying of torch's trees warns about."""
     program = torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),))
-    moved = move_to_device_pass(exported_program(program, (), None, None), "meta")
+    moved = move_to_device_pass(export_module(program, (), None, None), "meta")
     assert all(tensor.is_meta for tensor in moved.state_dict.values())
     assert not any(tensor.is_meta for tensor in program.state_dict.values())
 

@@ -18,7 +18,7 @@ from inplace_builder.capture.exported import capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.states import user_operators as aliases
-from inplace_builder.states.user_operators import declare_alias, made_plugin
+from inplace_builder.states.user_operators import declare_alias, make_plugin
 from support.user_operators import Leak, Leaky, Swapped, leak, make_leak, tick
 from torch import Tensor, nn
 
@@ -180,21 +180,21 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
     rtx = load_tensorrt("tensorrt_rtx")  # its networks take no plugins; the objects are the same
     register(Leak)
     register(Swapped)
-    found = aliases.Declared(leak, ("level", "total"), make_leak)
-    plugin = made_plugin(found, rtx, {"decay": 0.5}, ["x", "level", "total"])
+    found = aliases.DeclaredOperator(leak, ("level", "total"), make_leak)
+    plugin = make_plugin(found, rtx, {"decay": 0.5}, ["x", "level", "total"])
     assert plugin.num_outputs == 3 and [
         plugin.get_aliased_input(output) for output in range(3)
     ] == [-1, 1, 2]
-    wrong = aliases.Declared(
+    wrong = aliases.DeclaredOperator(
         leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5)
     )
     with pytest.raises(
         BuildError,
         match=r"has the aliases \{1: 2, 2: 1\} \(output: input\), the operator writes \['level', 'total'\]",
     ):
-        made_plugin(wrong, rtx, {"decay": 0.5}, ["x", "level", "total"])
+        make_plugin(wrong, rtx, {"decay": 0.5}, ["x", "level", "total"])
     with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):
-        made_plugin(aliases.Declared(tick, ("count",), None), rtx, {}, ["count"])
+        make_plugin(aliases.DeclaredOperator(tick, ("count",), None), rtx, {}, ["count"])
     with pytest.raises(ValueError, match="a plugin is named 'TestingLeak' already"):
         register(type("Other", (Operation,), {"name": "TestingLeak"}))
 

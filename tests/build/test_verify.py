@@ -12,7 +12,7 @@ from inplace.operators.state import write
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, DecoderOptions, capture_decoder, capture_module
-from inplace_builder.capture.capture import control
+from inplace_builder.capture.capture import control_input
 from inplace_builder.compare import TOLERANCE
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import build_decoder, write_engine
@@ -273,8 +273,8 @@ def test_the_ring_of_a_module_is_followed_once_round(tmp_path: Path) -> None:
         Latest(),
         inputs=[
             TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
-            control("slots", Role.SLOTS),
-            control("write_indices", Role.WRITE_INDICES),
+            control_input("slots", Role.SLOTS),
+            control_input("write_indices", Role.WRITE_INDICES),
         ],
         outputs=[TensorSpec(name="mean", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,))],
         states=[

@@ -357,19 +357,19 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
 @pytest.mark.usefixtures("declared")
 def test_a_plugin_that_does_not_keep_its_word_is_refused(tmp_path: Path) -> None:
     example = (torch.zeros(3, 4), leaks(0))
-    aliases._declared[leak] = aliases.Declared(
+    aliases._declared[leak] = aliases.DeclaredOperator(
         leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5)
     )
     with pytest.raises(BuildError, match="has the aliases"):
         build(Leaky(), example, path=tmp_path / "swapped", engine="tensorrt")
-    aliases._declared[leak] = aliases.Declared(
+    aliases._declared[leak] = aliases.DeclaredOperator(
         leak, ("level", "total"), lambda tensorrt, constants: Leak(decay=0.75)
     )
     with pytest.raises(
         BuildError, match=r"(output 0 of|state \w+ after) call \d differs from the module"
     ):
         build(Leaky(), example, path=tmp_path / "other", engine="tensorrt", optimization_level=1)
-    aliases._declared[leak] = aliases.Declared(leak, ("level", "total"), None)
+    aliases._declared[leak] = aliases.DeclaredOperator(leak, ("level", "total"), None)
     with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):
         build(Leaky(), example, path=tmp_path / "none", engine="tensorrt")
     assert not list(tmp_path.iterdir())

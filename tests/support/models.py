@@ -10,7 +10,7 @@ from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, capture_module
-from inplace_builder.capture.capture import control
+from inplace_builder.capture.capture import control_input
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +102,7 @@ def accumulator(max_rows: int = 4) -> Capture:
         Accumulator(),
         inputs=[
             TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
-            control("slots", Role.SLOTS),
+            control_input("slots", Role.SLOTS),
         ],
         outputs=[
             TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
@@ -129,7 +129,7 @@ def captured(
         module,
         inputs=[
             TensorSpec(name="value", role=Role.ROW, dtype=dtype, shape=(4,)),
-            control("slots", Role.SLOTS),
+            control_input("slots", Role.SLOTS),
         ],
         outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=dtype, shape=(4,))],
         states=[

@@ -14,7 +14,7 @@ from inplace.runtime.metrics import families
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, capture_module
-from inplace_builder.capture.capture import control
+from inplace_builder.capture.capture import control_input
 from inplace_builder.tools.tritonserver import TritonServer
 from tritonclient.grpc import InferenceServerClient
 
@@ -45,7 +45,7 @@ def failing() -> Capture:
         Table(),
         inputs=[
             TensorSpec(name="which", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)),
-            control("slots", Role.SLOTS),
+            control_input("slots", Role.SLOTS),
         ],
         outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
         states=[StateSpec(name="total", shape=(1,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],

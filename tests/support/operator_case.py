@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from inplace_builder.graph.reexport import any_size
+from inplace_builder.graph.reexport import size_oblivious
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim
@@ -88,7 +88,7 @@ class Case:
             {axis: dims[extent] for axis, extent in enumerate(arg.shape) if isinstance(extent, str)}
             for arg in self.inputs
         )
-        with torch.no_grad(), any_size():
+        with torch.no_grad(), size_oblivious():
             return torch.export.export(self.module, self.examples(SMALL), dynamic_shapes=(shapes,))
 
     def profile(self) -> dict[str, Range]:

@@ -9,7 +9,7 @@ import torch
 from inplace.operators import attention, read, update
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import StateSpec, Update
-from inplace_builder.graph.reexport import any_size
+from inplace_builder.graph.reexport import size_oblivious
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim
@@ -168,7 +168,7 @@ class StateCase:
         arguments = self.inputs(2, (0,) * ROWS) | {
             state.name: torch.zeros(ROWS, *state.shape, dtype=self.dtype) for state in self.states
         }
-        with torch.no_grad(), any_size():
+        with torch.no_grad(), size_oblivious():
             return torch.export.export(self.module, (), arguments, dynamic_shapes=shapes)
 
     def check(

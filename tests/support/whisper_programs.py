@@ -8,7 +8,7 @@ import torch
 from inplace.operators import attention, update
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import StateSpec, Update
-from inplace_builder.graph.reexport import any_size
+from inplace_builder.graph.reexport import size_oblivious
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim
@@ -146,7 +146,7 @@ def _arena(specs: tuple[StateSpec, ...]) -> list[Tensor]:
 def encoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
     rows = Dim("rows", min=1, max=MOST_ROWS)
     index = torch.zeros(2, dtype=torch.int32)
-    with torch.no_grad(), any_size():
+    with torch.no_grad(), size_oblivious():
         exported = torch.export.export(
             Encoder(whisper),
             (torch.zeros(2, MEL, FRAMES), torch.arange(2, dtype=torch.int32), index, _arena(CROSS)),
@@ -175,7 +175,7 @@ def decoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
     offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
     ids, at = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
     each = torch.zeros(2, dtype=torch.int32)
-    with torch.no_grad(), any_size():
+    with torch.no_grad(), size_oblivious():
         exported = torch.export.export(
             Decoder(whisper),
             (

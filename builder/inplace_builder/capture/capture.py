@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import check_state_uses, remove_no_ops
-from inplace_builder.graph.reexport import any_size
+from inplace_builder.graph.reexport import size_oblivious
 
 Reference = Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]]
 """The original model on one sequence: the client inputs of all its requests so far, in order (no batch axis), to the outputs of
@@ -49,7 +49,7 @@ class Capture:
     precise: Callable[[], Reference] | None = None
 
 
-def described(
+def complete_program(
     exported: torch.export.ExportedProgram, program: Program, states: tuple[StateSpec, ...]
 ) -> tuple[Program, tuple[Lowering, ...]]:
     """Clean the graph, check it against its description, and complete the program with the aliases read off the graph.
@@ -91,7 +91,7 @@ CONTROL_DTYPE = Dtype.INT32
 """Element type of everything the runtime fills in: what TensorRT's own cache layer takes, and enough for any position."""
 
 
-def control(name: str, role: Role) -> TensorSpec:
+def control_input(name: str, role: Role) -> TensorSpec:
     """The description of an input that the runtime fills."""
     return TensorSpec(name=name, role=role, dtype=_SAMPLING_DTYPES.get(role, CONTROL_DTYPE))
 
@@ -133,7 +133,7 @@ def capture_module(
     slots = Dim("slots", min=1)
     shapes: tuple[Any, ...] = (*({0: rows} for _ in inputs), *({0: slots} for _ in states))
     try:
-        with torch.no_grad(), any_size():
+        with torch.no_grad(), size_oblivious():
             exported = torch.export.export(module, (*arguments, *tensors), dynamic_shapes=shapes)
     except Exception as error:
         raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
@@ -146,7 +146,7 @@ def capture_module(
         max_rows=max_rows,
         chunk=1,
     )
-    program, lowering = described(exported, program, tuple(states))
+    program, lowering = complete_program(exported, program, tuple(states))
 
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         memory = [

@@ -11,9 +11,9 @@ from inplace.schema.specs import SAMPLING_ROLES, Role, StateSpec, TensorSpec, Up
 from torch import Tensor
 from torch.export import Dim
 
-from inplace_builder.capture.capture import control
+from inplace_builder.capture.capture import control_input
 
-CONTROLS = (
+CONTROL_ROLES = (
     Role.POSITIONS,
     Role.ROW_OFFSETS,
     Role.LAST_TOKENS,
@@ -24,7 +24,7 @@ CONTROLS = (
 """What the runtime fills, in the order of the graph's inputs behind the token ids; an input is named like its role."""
 
 
-TOKENS = "input_ids"
+TOKEN_IDS = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Progra
         row_layout="packed",
         inputs=(
             TensorSpec(
-                name=TOKENS,
+                name=TOKEN_IDS,
                 role=Role.TOKENS,
                 dtype=Dtype.INT64,
                 shape=(-1,),
                 minimum=0,
                 maximum=tokens - 1,
             ),
-            *(control(role.value, role) for role in CONTROLS),
+            *(control_input(role.value, role) for role in CONTROL_ROLES),
         ),
         outputs=(
             TensorSpec(
@@ -93,7 +93,7 @@ def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Progra
 
 
 @dataclass(frozen=True)
-class Cache:
+class LayerCache:
     """The keys and values that a layer keeps.
 
     Attributes:
@@ -117,7 +117,7 @@ class Cache:
         return bool(self.window) and self.window + options.chunk - 1 < options.capacity
 
 
-def cache_states(caches: Sequence[Cache], options: DecoderOptions) -> tuple[StateSpec, ...]:
+def cache_states(caches: Sequence[LayerCache], options: DecoderOptions) -> tuple[StateSpec, ...]:
     """The states of all layers: the keys of each, then the values of each."""
     return tuple(
         StateSpec(
@@ -158,7 +158,10 @@ class StepExamples:
             offsets[1:] - 1,
             torch.arange(2, dtype=torch.int32),
             torch.zeros(2, dtype=torch.int32),
-            *(torch.zeros(2, dtype=control("", role).dtype.as_torch) for role in SAMPLING_ROLES),
+            *(
+                torch.zeros(2, dtype=control_input("", role).dtype.as_torch)
+                for role in SAMPLING_ROLES
+            ),
         )
 
     def memory(self) -> list[Tensor]:

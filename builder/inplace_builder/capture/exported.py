@@ -15,11 +15,11 @@ from torch.fx import GraphModule
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.nodes import check_state_uses, remove_no_ops
 from inplace_builder.graph.reexport import (
-    Interpreted,
-    any_size,
-    copied,
+    InterpretedModule,
+    copy_module,
     rename_inputs,
-    without_unused,
+    size_oblivious,
+    without_unused_attributes,
 )
 from inplace_builder.states.divide import divide
 from inplace_builder.states.lift import (
@@ -112,7 +112,7 @@ def capture_exported(
         raise BuildError(
             f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name"
         )
-    original = copied(found.graph_module)
+    original = copy_module(found.graph_module)
     normalise_assignments(found.graph_module.graph, found.outputs)
     found = replace(
         found, states=divide(found.graph_module, original, found.states, found.outputs, alignment)
@@ -137,7 +137,7 @@ def capture_exported(
             "; ".join(f"state {state.found.source} is {state.because}" for state in refused)
         )
     drop_dead_assertions(found.graph_module.graph)
-    found = replace(found, graph_module=without_unused(found.graph_module))
+    found = replace(found, graph_module=without_unused_attributes(found.graph_module))
     names = [state.name for state in made]
     check_state_uses(found.graph_module.graph, names)
     exported = _export(found, made, rows)
@@ -169,9 +169,9 @@ def _export(found: FunctionalGraph, states: Sequence[CapturedState], rows: int) 
     inputs, memory = _dynamic(found, [state.name for state in states])
     shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
-        with torch.no_grad(), any_size():
+        with torch.no_grad(), size_oblivious():
             exported = torch.export.export(
-                Interpreted(found.graph_module), arguments, dynamic_shapes=(shapes,)
+                InterpretedModule(found.graph_module), arguments, dynamic_shapes=(shapes,)
             )
     except Exception as error:
         raise BuildError(

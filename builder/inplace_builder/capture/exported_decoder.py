@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from inplace_builder.capture.capture import Capture, Reference, described
+from inplace_builder.capture.capture import Capture, Reference, complete_program
 from inplace_builder.capture.decoder import (
-    CONTROLS,
-    TOKENS,
-    Cache,
+    CONTROL_ROLES,
+    TOKEN_IDS,
     DecoderOptions,
+    LayerCache,
     StepExamples,
     cache_states,
     decoder_program,
@@ -27,11 +27,11 @@ from inplace_builder.capture.decoder import (
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.nodes import dtype, shape
 from inplace_builder.graph.reexport import (
-    Interpreted,
-    any_size,
-    copied,
+    InterpretedModule,
+    copy_module,
     rename_inputs,
-    without_unused,
+    size_oblivious,
+    without_unused_attributes,
 )
 from inplace_builder.packing.pack import pack, settle_views
 from inplace_builder.packing.prove import ProvenDecoder, prove_decoder
@@ -88,7 +88,7 @@ def capture_exported_decoder(
             f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
         )
     graph = found.graph_module.graph
-    original = copied(found.graph_module)
+    original = copy_module(found.graph_module)
     normalise_assignments(graph, found.outputs)
     found = replace(
         found, states=divide(found.graph_module, original, found.states, found.outputs, alignment=1)
@@ -98,7 +98,7 @@ def capture_exported_decoder(
     states = cache_states(caches, options)
     vocabulary, scores = decoder.vocabulary, int(shape(decoder.logits)[-1])
     reference = _reference(original, found, decoder)
-    names = [TOKENS, *(role.value for role in CONTROLS)]
+    names = [TOKEN_IDS, *(role.value for role in CONTROL_ROLES)]
     packed = pack(
         decoder, names, [state.name for state in states], [cache.ring(options) for cache in caches]
     )
@@ -108,14 +108,18 @@ def capture_exported_decoder(
     shapes = ((*examples.input_shapes(), *examples.memory_shapes()),)
     try:
         settle_views(packed, arguments)
-        with torch.no_grad(), any_size():
+        with torch.no_grad(), size_oblivious():
             exported = torch.export.export(
-                Interpreted(without_unused(packed)), arguments, dynamic_shapes=shapes
+                InterpretedModule(without_unused_attributes(packed)),
+                arguments,
+                dynamic_shapes=shapes,
             )
     except Exception as error:
         raise BuildError(f"torch.export cannot capture the packed graph: {brief(error)}") from error
     rename_inputs(exported, [*names, *(state.name for state in states)])
-    program, lowering = described(exported, decoder_program(vocabulary, scores, options), states)
+    program, lowering = complete_program(
+        exported, decoder_program(vocabulary, scores, options), states
+    )
     return Capture(
         exported,
         program,
@@ -128,7 +132,7 @@ def capture_exported_decoder(
     )
 
 
-def _caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[Cache]:
+def _caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[LayerCache]:
     found = []
     for one in decoder.attentions:
         keys, values = shape(one.keys.base), shape(one.values.base)
@@ -138,7 +142,9 @@ def _caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[Cache]:
                 f"was proved; choose at most {keys[2]}, or export it with larger caches"
             )
         found.append(
-            Cache(keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window)
+            LayerCache(
+                keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window
+            )
         )
     return found
 
@@ -162,7 +168,7 @@ def _reference(module: GraphModule, found: FunctionalGraph, decoder: ProvenDecod
     """What caches held after some tokens: a module of one token a step is not stepped through them again."""
 
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        tokens = torch.cat([request[TOKENS] for request in requests])
+        tokens = torch.cat([request[TOKEN_IDS] for request in requests])
         before = (
             one
             for one in seen

@@ -14,10 +14,10 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inplace_builder.capture.capture import Capture, control, described
+from inplace_builder.capture.capture import Capture, complete_program, control_input
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.reexport import Interpreted, any_size, rename_inputs
+from inplace_builder.graph.reexport import InterpretedModule, rename_inputs, size_oblivious
 from inplace_builder.packing.vmap_rules import (
     WRITTEN_OUT,  # it also registers what vmap does with the operators on states
 )
@@ -86,7 +86,7 @@ def capture_exported_rows(
     program = Program(
         name="step",
         row_layout="rectangular",
-        inputs=(*rows.inputs, control(SLOTS, Role.SLOTS)),
+        inputs=(*rows.inputs, control_input(SLOTS, Role.SLOTS)),
         outputs=rows.outputs,
         aliases=(),
         max_rows=options.max_rows,
@@ -104,20 +104,22 @@ def capture_exported_rows(
     ]
     shapes = ((*({0: count} for _ in arguments), *({0: slots} for _ in memory)),)
     try:
-        with torch.no_grad(), any_size():
+        with torch.no_grad(), size_oblivious():
             # torch.export would keep what vmap is made of; traced below it, only operators are left
             traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
                 *arguments, *memory
             )
             _free_rows(traced, example_rows)
             examples = (*(x[:2] for x in arguments), *(x[:2] for x in memory))
-            exported = torch.export.export(Interpreted(traced), examples, dynamic_shapes=shapes)
+            exported = torch.export.export(
+                InterpretedModule(traced), examples, dynamic_shapes=shapes
+            )
     except Exception as error:
         raise BuildError(f"torch.vmap cannot make rows of the module: {brief(error)}") from error
     rename_inputs(
         exported, [*(spec.name for spec in program.inputs), *(spec.name for spec in states)]
     )
-    program, lowering = described(exported, program, states)
+    program, lowering = complete_program(exported, program, states)
     weights = next(
         (Dtype.of(held.dtype) for held in found.graph_module.parameters()), states[0].dtype
     )

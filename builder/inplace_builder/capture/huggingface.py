@@ -24,17 +24,17 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache as TransformersCache
 
-from inplace_builder.capture.capture import Capture, Reference, described
+from inplace_builder.capture.capture import Capture, Reference, complete_program
 from inplace_builder.capture.decoder import (
-    Cache,
     DecoderOptions,
+    LayerCache,
     StepExamples,
     cache_states,
     decoder_program,
 )
 from inplace_builder.compare import in_float32
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.reexport import any_size
+from inplace_builder.graph.reexport import size_oblivious
 
 
 def load_decoder(
@@ -266,7 +266,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         model.set_attn_implementation(IMPLEMENTATION)
     try:
         _check_interface(model)
-        with quiet(), torch.no_grad(), any_size():
+        with quiet(), torch.no_grad(), size_oblivious():
             exported = torch.export.export(
                 DecoderStep(model, rings),
                 (*examples.inputs(), memory[:layers], memory[layers:]),
@@ -283,7 +283,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
             model.set_attn_implementation(original)
     _check_layers(exported.graph, layers, type(model).__name__)
     description = decoder_program(config.vocab_size, config.vocab_size, options)
-    program, lowering = described(exported, description, states)
+    program, lowering = complete_program(exported, description, states)
     rounded = model.dtype in (torch.float16, torch.bfloat16)
     return Capture(
         exported=exported,
@@ -336,7 +336,7 @@ def _states(
             f"the model has layers of the kind {odd}; only full_attention and sliding_attention are supported"
         )
     caches = [
-        Cache(
+        LayerCache(
             heads,
             dim,
             dim,

@@ -18,7 +18,7 @@ from torch.fx import Node
 from inplace_builder.fusion.patterns import flattened
 from inplace_builder.fusion.rewriter import Rewriter
 from inplace_builder.graph.nodes import RESHAPES as VIEWS
-from inplace_builder.graph.nodes import AnyNode, call, one_user, operands
+from inplace_builder.graph.nodes import AnyNode, is_call, only_user, operand_orders
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
@@ -53,8 +53,8 @@ def linear_rows(node: AnyNode, after: Sequence[Node] = ()) -> tuple[Node, Tensor
         not ``[tokens, heads, dim]``.
     """
     before: list[Node] = []
-    while not call(node, inplace.linear.default):
-        if not call(node, *VIEWS, *PICKS):
+    while not is_call(node, inplace.linear.default):
+        if not is_call(node, *VIEWS, *PICKS):
             return None
         before.insert(0, node)
         node = node.args[0]
@@ -142,11 +142,11 @@ def rotation(node: AnyNode) -> Rotation | None:
     ``x[..., :rotary]`` and puts ``x[..., rotary:]`` behind it.
     """
     views: list[Node] = []
-    while call(node, *VIEWS):
+    while is_call(node, *VIEWS):
         views.insert(0, node)
         node = node.args[0]
     if (
-        call(node, aten.cat.default)
+        is_call(node, aten.cat.default)
         and len(node.args[0]) == 2
         and node.args[1:] in ((-1,), (node.meta["val"].dim() - 1,))
     ):
@@ -154,8 +154,8 @@ def rotation(node: AnyNode) -> Rotation | None:
         found = _whole(turned)
         if (
             found is None
-            or not call(found[0], aten.slice.Tensor)
-            or not call(rest, aten.slice.Tensor)
+            or not is_call(found[0], aten.slice.Tensor)
+            or not is_call(rest, aten.slice.Tensor)
         ):
             return None
         x: AnyNode = found[0].args[0]
@@ -170,10 +170,10 @@ def rotation(node: AnyNode) -> Rotation | None:
 
 def _whole(node: AnyNode) -> tuple[Node, Node, Node] | None:
     """``x``, cos and sin of a rotation of all components."""
-    for first, second in operands(node, aten.add.Tensor):
-        for x, cos in operands(first, aten.mul.Tensor):
-            for turned, sin in operands(second, aten.mul.Tensor):
-                if isinstance(x, Node) and _is_turned(turned, x) and one_user(first) is node:
+    for first, second in operand_orders(node, aten.add.Tensor):
+        for x, cos in operand_orders(first, aten.mul.Tensor):
+            for turned, sin in operand_orders(second, aten.mul.Tensor):
+                if isinstance(x, Node) and _is_turned(turned, x) and only_user(first) is node:
                     cosines, sines = _table(cos, x), _table(sin, x)
                     if (
                         cosines is not None
@@ -186,21 +186,21 @@ def _whole(node: AnyNode) -> tuple[Node, Node, Node] | None:
 
 def _is_turned(node: AnyNode, x: AnyNode) -> bool:
     """``cat([-x[..., half:], x[..., :half]], -1)``."""
-    if not call(node, aten.cat.default):
+    if not is_call(node, aten.cat.default):
         return False
     rank, extent = x.meta["val"].dim(), x.meta["val"].shape[-1]
     if node.args[1:] not in ((-1,), (rank - 1,)) or len(node.args[0]) != 2 or extent % 2:
         return False
     negated, first = node.args[0]
     return (
-        call(negated, aten.neg.default)
+        is_call(negated, aten.neg.default)
         and _is_part(negated.args[0], x, extent // 2, extent)
         and _is_part(first, x, 0, extent // 2)
     )
 
 
 def _is_part(node: AnyNode, x: AnyNode, start: int, end: int) -> bool:
-    if not call(node, aten.slice.Tensor) or node.args[0] is not x:
+    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x:
         return False
     dim, found_start, found_end = (*node.args[1:4], None, None)[:3]
     step = node.args[4:]
@@ -211,7 +211,10 @@ def _is_part(node: AnyNode, x: AnyNode, start: int, end: int) -> bool:
 
 def _table(node: AnyNode, x: AnyNode) -> AnyNode:
     """The table ``[1, tokens, dim]`` behind its broadcast over heads; None if it does not broadcast so."""
-    if not call(node, aten.unsqueeze.default) or node.args[1] not in (1, -3 + x.meta["val"].dim()):
+    if not is_call(node, aten.unsqueeze.default) or node.args[1] not in (
+        1,
+        -3 + x.meta["val"].dim(),
+    ):
         return None
     table = node.args[0]
     return (
@@ -226,7 +229,7 @@ class AttentionRewriter(Rewriter):
 
     def attention(self, node: AnyNode) -> None:
         """Attention whose queries and keys are rotated, or whose queries, keys and values are projections of the same tokens."""
-        if not call(node, inplace.attention.default):
+        if not is_call(node, inplace.attention.default):
             return
         query, key, value, key_state, value_state, *rows = node.args
         if key is None or node.kwargs.get("append") is False:
@@ -331,7 +334,7 @@ class AttentionRewriter(Rewriter):
 
     def _behind(self, node: AnyNode) -> AnyNode:
         """The linear layer behind views and norms of single use."""
-        while call(node, *VIEWS, *PICKS, inplace.rms_norm.default):
+        while is_call(node, *VIEWS, *PICKS, inplace.rms_norm.default):
             node = node.args[0]
         return node
 

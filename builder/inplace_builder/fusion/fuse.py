@@ -30,7 +30,15 @@ from inplace_builder.fusion.patterns import (
     same_shape,
     written_gelu,
 )
-from inplace_builder.graph.nodes import CASTS, AnyNode, call, copied_graph, one_user, operands, skip
+from inplace_builder.graph.nodes import (
+    CASTS,
+    AnyNode,
+    copy_graph,
+    is_call,
+    only_user,
+    operand_orders,
+    without_casts,
+)
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
@@ -40,7 +48,7 @@ def fuse(exported: ExportedProgram) -> "Fused":
 
     Weights made here (merged or transposed) are ``get_attr`` nodes of the graph.
     """
-    graph = copied_graph(exported.graph)
+    graph = copy_graph(exported.graph)
     module = torch.fx.GraphModule(exported.graph_module, graph)
     _Fusion(exported, module).run()
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())
@@ -74,9 +82,9 @@ class Fused:
         for node in self.graph.nodes:
             weight = (
                 node.args[1]
-                if call(node, inplace.linear.default)
+                if is_call(node, inplace.linear.default)
                 else node.args[0]
-                if call(node, aten.embedding.default)
+                if is_call(node, aten.embedding.default)
                 else None
             )
             if isinstance(weight, Node):
@@ -140,9 +148,9 @@ class _Fusion(AttentionRewriter):
             )
             self.replace(node, self.insert(node, inplace.rms_norm.default, (x, weight, eps), {}))
             return
-        for scale, product in operands(node, aten.mul.Tensor):
+        for scale, product in operand_orders(node, aten.mul.Tensor):
             weight, offset = self._norm_weight(scale)
-            found = normalized(skip(product))
+            found = normalized(without_casts(product))
             if weight is None or found is None:
                 continue
             x, eps = found
@@ -153,10 +161,10 @@ class _Fusion(AttentionRewriter):
                 continue
             last = node
             if last.meta["val"].dtype != x.meta["val"].dtype:
-                after = one_user(last)
+                after = only_user(last)
                 if (
                     after is None
-                    or not call(after, *CASTS)
+                    or not is_call(after, *CASTS)
                     or after.meta["val"].dtype != x.meta["val"].dtype
                 ):
                     continue
@@ -171,18 +179,18 @@ class _Fusion(AttentionRewriter):
 
     def _norm_weight(self, node: AnyNode) -> tuple[AnyNode, float]:
         """The parameter behind a scale, and what is added to it (Gemma's norms scale with 1 + weight)."""
-        found = skip(node)
+        found = without_casts(node)
         if found in self.weights:
             return found, 0.0
         if isinstance(found, Node) and found.target is aten.add.Tensor:
             for one, other in (found.args[:2], found.args[1::-1]):
-                inner = skip(one)
+                inner = without_casts(one)
                 if inner in self.weights and isinstance(other, int | float):
                     return inner, float(other)
         return None, 0.0
 
     def _linear(self, node: AnyNode) -> None:
-        if not call(node, aten.linear.default) or node.args[1] not in self.weights:
+        if not is_call(node, aten.linear.default) or node.args[1] not in self.weights:
             return
         x, weight, *rest = node.args
         bias = rest[0] if rest else None
@@ -195,7 +203,7 @@ class _Fusion(AttentionRewriter):
 
     def _transposed_linear(self, node: AnyNode) -> None:
         """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed."""
-        if not call(node, aten.addmm.default) or len(node.args) != 3 or node.kwargs:
+        if not is_call(node, aten.addmm.default) or len(node.args) != 3 or node.kwargs:
             return
         bias, x, weight = node.args
         if bias not in self.weights or weight not in self.weights or self.weights[bias].dim() != 1:
@@ -203,7 +211,7 @@ class _Fusion(AttentionRewriter):
         tensor = self.weights[weight]
         turned = self.weight(("transposed", weight), node, tensor.t)
         flat = (
-            call(x, aten.view.default, aten.reshape.default)
+            is_call(x, aten.view.default, aten.reshape.default)
             and x.args[0].meta["val"].shape[-1] == tensor.shape[0]
         )
         new = self.insert(
@@ -214,7 +222,7 @@ class _Fusion(AttentionRewriter):
             tensor.shape[1],
         )
         for user in list(node.users) if flat else ():  # the tokens were flattened for addmm only
-            if call(user, aten.view.default, aten.reshape.default) and same_shape(
+            if is_call(user, aten.view.default, aten.reshape.default) and same_shape(
                 user.meta["val"], new.meta["val"]
             ):
                 self.replace(user, new)
@@ -227,16 +235,16 @@ class _Fusion(AttentionRewriter):
 
     def _gate(self, node: AnyNode) -> None:
         """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""
-        for activated, up in operands(node, aten.mul.Tensor):
+        for activated, up in operand_orders(node, aten.mul.Tensor):
             kind = activation(activated)
-            if kind is None or one_user(activated) is not node:
+            if kind is None or only_user(activated) is not node:
                 continue
             gate = activated.args[0]
             if not (self.plain(gate) and self.plain(up) and gate.args[0] is up.args[0]):
                 continue
             if (
-                one_user(gate) is not activated
-                or one_user(up) is not node
+                only_user(gate) is not activated
+                or only_user(up) is not node
                 or (gate.args[2] is None) != (up.args[2] is None)
             ):
                 continue
@@ -254,11 +262,11 @@ class _Fusion(AttentionRewriter):
 
     def _normed(self, node: AnyNode) -> None:
         """A norm in front of linear layers only goes into them."""
-        if not call(node, inplace.rms_norm.default):
+        if not is_call(node, inplace.rms_norm.default):
             return
         users = list(node.users)
         through = [
-            user for user in users if call(user, inplace.linear.default) and user.args[0] is node
+            user for user in users if is_call(user, inplace.linear.default) and user.args[0] is node
         ]
         if (
             len(through) != len(users)
@@ -277,16 +285,16 @@ class _Fusion(AttentionRewriter):
 
     def _picked(self, node: AnyNode) -> AnyNode:
         """The head of a language model: norm, pick of each row's last token, linear. The pick can come first."""
-        index = one_user(node)
-        if index is None or not call(index, aten.index.Tensor):
+        index = only_user(node)
+        if index is None or not is_call(index, aten.index.Tensor):
             return None
         indices = index.args[1]
         if any(i is None for i in indices[-1:]) or len(indices) >= node.meta["val"].dim():
             return None
-        head = one_user(index)
+        head = only_user(index)
         return (
             head
-            if head is not None and call(head, inplace.linear.default) and head.args[0] is index
+            if head is not None and is_call(head, inplace.linear.default) and head.args[0] is index
             else None
         )
 
@@ -304,7 +312,7 @@ class _Fusion(AttentionRewriter):
         if (
             source is not None
             and self._open(source)
-            and one_user(source) is node
+            and only_user(source) is node
             and not source.kwargs.get("gated")
         ):
             new = self.insert(
@@ -316,10 +324,10 @@ class _Fusion(AttentionRewriter):
             )
             self.replace(node, new)
             return
-        for residual, product in operands(node, aten.add.Tensor):
+        for residual, product in operand_orders(node, aten.add.Tensor):
             if (
                 not self._open(product)
-                or one_user(product) is not node
+                or only_user(product) is not node
                 or not isinstance(residual, Node)
             ):
                 continue
@@ -344,14 +352,14 @@ class _Fusion(AttentionRewriter):
 
     def _head(self, node: AnyNode) -> None:
         """Scores that are turned to float32 are float32 from the start; the extents of 1 around them go."""
-        if not call(node, aten.to.dtype) or node.meta["val"].dtype != torch.float32:
+        if not is_call(node, aten.to.dtype) or node.meta["val"].dtype != torch.float32:
             return
         source = node.args[0]
         squeezed = (
             source.args[0]
-            if call(source, aten.select.int)
+            if is_call(source, aten.select.int)
             and source.args[1:] == (0, 0)
-            and one_user(source) is node
+            and only_user(source) is node
             else source
         )
         if (
@@ -380,7 +388,7 @@ class _Fusion(AttentionRewriter):
 
     def _argmax(self, node: AnyNode) -> None:
         if (
-            call(node, aten.argmax.default)
+            is_call(node, aten.argmax.default)
             and node.args[1:] == (-1, True)
             and node.args[0].meta["val"].dim() == 2
         ):
@@ -396,7 +404,7 @@ class _Fusion(AttentionRewriter):
         """A linear layer that could still take an activation or a residual."""
         return (
             isinstance(node, Node)
-            and call(node, inplace.linear.default)
+            and is_call(node, inplace.linear.default)
             and len(node.args) < 5
             and (node.kwargs.get("activation", "none") == "none" or bool(node.kwargs.get("gated")))
         )
@@ -407,7 +415,7 @@ def without_sampling(exported: ExportedProgram, program: Program) -> tuple[Fused
 
     A graph that samples nothing is copied as it is.
     """
-    graph = copied_graph(exported.graph)
+    graph = copy_graph(exported.graph)
     module = torch.fx.GraphModule(exported.graph_module, graph)
     for node in graph.find_nodes(op="call_function", target=inplace.sample.default):
         with graph.inserting_before(node):

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from inplace_builder.graph.nodes import AnyNode, call
+from inplace_builder.graph.nodes import AnyNode, is_call
 
 inplace = torch.ops.inplace
 
@@ -80,7 +80,7 @@ class Rewriter:
         """A linear layer that nothing was fused into yet, with weights of ours."""
         return (
             isinstance(node, Node)
-            and call(node, inplace.linear.default)
+            and is_call(node, inplace.linear.default)
             and len(node.args) == 3
             and not node.kwargs
             and node.args[1] in self.weights

@@ -52,7 +52,7 @@ RESHAPES = (
 )
 
 
-def call(node: AnyNode, *targets: object) -> bool:
+def is_call(node: AnyNode, *targets: object) -> bool:
     """Whether it is a call of one of these operators."""
     return (
         isinstance(node, Node)
@@ -61,21 +61,21 @@ def call(node: AnyNode, *targets: object) -> bool:
     )
 
 
-def operands(node: AnyNode, target: object) -> Iterator[tuple[AnyNode, AnyNode]]:
+def operand_orders(node: AnyNode, target: object) -> Iterator[tuple[AnyNode, AnyNode]]:
     """The two operands of a commutative operator, in both orders; none for another node."""
-    if call(node, target) and len(node.args) == 2 and not node.kwargs:
+    if is_call(node, target) and len(node.args) == 2 and not node.kwargs:
         yield node.args[0], node.args[1]
         yield node.args[1], node.args[0]
 
 
-def skip(node: AnyNode) -> AnyNode:
+def without_casts(node: AnyNode) -> AnyNode:
     """What stands before casts."""
-    while call(node, *CASTS):
+    while is_call(node, *CASTS):
         node = node.args[0]
     return node
 
 
-def one_user(node: AnyNode) -> AnyNode:
+def only_user(node: AnyNode) -> AnyNode:
     """The only user, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -113,7 +113,7 @@ def _changes_nothing(node: torch.fx.Node) -> bool:
     return bool(before.dtype == after.dtype and before.device == after.device and not copies)
 
 
-def copied_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
     """A copy whose nodes have the same names.
 
     ``copy.deepcopy`` makes ``input_1`` of ``input``, ``id_1`` of ``id``: names of Python's own, and of many a module's arguments, by which

@@ -9,15 +9,15 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
-from inplace_builder.graph.nodes import copied_graph
+from inplace_builder.graph.nodes import copy_graph
 
 
-def copied(module: GraphModule) -> GraphModule:
+def copy_module(module: GraphModule) -> GraphModule:
     """The same graph and tensors, to keep while the first is rewritten."""
-    return GraphModule(module, copied_graph(module.graph))
+    return GraphModule(module, copy_graph(module.graph))
 
 
-def without_unused(module: GraphModule) -> GraphModule:
+def without_unused_attributes(module: GraphModule) -> GraphModule:
     """The same graph over the attributes that it still uses: a mask that became `inplace::attention` needs no memory."""
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     return GraphModule(
@@ -25,7 +25,7 @@ def without_unused(module: GraphModule) -> GraphModule:
     )
 
 
-class Interpreted(torch.nn.Module):
+class InterpretedModule(torch.nn.Module):
     """Runs a graph node by node, so that an export of it keeps the model's source lines."""
 
     def __init__(self, graph_module: GraphModule) -> None:
@@ -65,7 +65,7 @@ def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
     exported.graph_module.recompile()
 
 
-def any_size() -> contextlib.AbstractContextManager[None]:
+def size_oblivious() -> contextlib.AbstractContextManager[None]:
     """Export without treating an extent of 0 or 1 as special: one graph for one row and for many."""
     config: Any = torch.fx.experimental._config
     patched: contextlib.AbstractContextManager[None] = config.patch(backed_size_oblivious=True)

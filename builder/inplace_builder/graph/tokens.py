@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from inplace_builder.graph.nodes import AnyNode, call, shape, value
+from inplace_builder.graph.nodes import AnyNode, is_call, shape, value
 
 
 class MixesTokensError(Exception):
@@ -131,7 +131,7 @@ def of_the_step(work: TokenAxes, node: Node) -> int | None:
         return None
     counted = [axis for axis, extent in enumerate(shape(node)) if work.counts(extent)]
     source = node.args[0]
-    if call(node, aten.expand.default) and isinstance(source, Node) and len(counted) == 1:
+    if is_call(node, aten.expand.default) and isinstance(source, Node) and len(counted) == 1:
         before = counted[0] - (len(shape(node)) - len(shape(source)))
         if before < 0 or is_one(shape(source)[before]):
             return counted[0]
@@ -293,7 +293,7 @@ def _joined(work: TokenAxes, node: AnyNode) -> int:
         assert isinstance(part, Node)
         work.move(node, part, axis)
     along = _option(node, 1, "dim", 0) % len(shape(node))
-    if call(node, aten.stack.default):
+    if is_call(node, aten.stack.default):
         return axis + int(along <= axis)
     if along == axis:
         raise MixesTokensError(node, "joins along the tokens")
@@ -475,9 +475,9 @@ def _axis(work: TokenAxes, node: Node) -> int | None:
         for operand in operands:
             work.move(node, operand, axis)
         return axis
-    if call(node, operator.getitem):
+    if is_call(node, operator.getitem):
         return work.axes.get(first(node))
-    if call(node, aten.sym_size.int) or not isinstance(value(node), Tensor | tuple | list):
+    if is_call(node, aten.sym_size.int) or not isinstance(value(node), Tensor | tuple | list):
         return None
     if not any(operand in work.axes for operand in node.all_input_nodes):
         return of_the_step(work, node)

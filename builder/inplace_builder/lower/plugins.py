@@ -26,7 +26,7 @@ from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.mechanisms import Eligibility, StateUse, mechanism
 from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import converter, state_converter
-from inplace_builder.states.user_operators import find_declared, made_plugin
+from inplace_builder.states.user_operators import find_declared, make_plugin
 
 inplace = torch.ops.inplace
 
@@ -289,7 +289,7 @@ def call_user_operator(
                 f"state {state.spec.name} is read ahead of {node.target}{ctx.origin}, which writes it, and TensorRT could run the plugin "
                 f"first; let the operator return what is read, or build with engine='torch'"
             )
-    plugin = made_plugin(declared, ctx.tensorrt, constants, list(tensors))
+    plugin = make_plugin(declared, ctx.tensorrt, constants, list(tensors))
     ctx.keep.append(plugin)
     inputs = [
         value.current if isinstance(value, NetworkState) else value for value in tensors.values()

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, call, dtype, shape
+from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, dtype, is_call, shape
 from inplace_builder.graph.tokens import VIEWS
 from inplace_builder.packing.prove import ProvenDecoder
 from inplace_builder.states.attention import AttentionMatch
@@ -91,7 +91,7 @@ class _Packing:
             self._replace(node, new)
         for node in list(self.graph.nodes):
             if (
-                call(node, aten.sym_size.int)
+                is_call(node, aten.sym_size.int)
                 and node is not self.count
                 and self.decoder.axes.counts(node.meta["val"])
             ):
@@ -133,7 +133,8 @@ class _Packing:
             by_token = self.graph.call_function(aten.unsqueeze.default, (out, 0))
             by_head = self.graph.call_function(aten.transpose.int, (by_token, 1, 2))
         for user in list(node.users):
-            if call(user, aten.transpose.int) and {place % 4 for place in user.args[1:]} == {1, 2}:  # type: ignore[operator]
+            exchanged: list[Any] = list(user.args[1:])
+            if is_call(user, aten.transpose.int) and {axis % 4 for axis in exchanged} == {1, 2}:
                 self._replace(user, by_token)
         self._replace(node, by_head)
 
@@ -155,7 +156,7 @@ class _Packing:
             axis = self.axes.get(node)
             if axis is None or node.op != "call_function" or "val" not in node.meta:
                 continue
-            if call(node, *VIEWS):
+            if is_call(node, *VIEWS):
                 node.target = aten.view.default
                 node.args = (
                     node.args[0],
@@ -164,7 +165,7 @@ class _Packing:
                         for place, extent in enumerate(shape(node))
                     ],
                 )
-            elif call(node, aten.expand.default):
+            elif is_call(node, aten.expand.default):
                 sizes = node.args[1]
                 assert isinstance(sizes, list | tuple)
                 node.args = (
@@ -177,7 +178,7 @@ class _Packing:
         for node in list(self.graph.nodes):
             if "val" not in node.meta:
                 continue
-            if call(node, aten.slice.Tensor) and node in self.axes:
+            if is_call(node, aten.slice.Tensor) and node in self.axes:
                 source, along = (
                     as_node(node.args[0]),
                     int(node.args[1]) if len(node.args) > 1 else 0,
@@ -185,7 +186,7 @@ class _Packing:
                 if along % len(shape(node)) == self.axes[node]:
                     self._replace(node, source)
             elif (
-                call(node, aten.clone.default)
+                is_call(node, aten.clone.default)
                 and node.kwargs.get("memory_format") is torch.contiguous_format
                 and node in self.axes
             ):
@@ -199,11 +200,13 @@ class _Packing:
         axis = self.axes[head]
         top: Node = head
         while (
-            call(top, *_BETWEEN_HEAD_AND_SCORES)
+            is_call(top, *_BETWEEN_HEAD_AND_SCORES)
             and len(tokens := [node for node in top.all_input_nodes if node in self.axes]) == 1
         ):
             top = tokens[0]
-        if call(top, aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+        if is_call(
+            top, aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default
+        ):
             source = next(node for node in top.all_input_nodes if node in self.axes)
             with self.graph.inserting_before(top):
                 top.replace_input_with(source, self._last(source))
@@ -229,10 +232,10 @@ class _Packing:
 
 def _copies(node: Node) -> bool:
     """Whether a node is its operand in other memory."""
-    if call(node, *CASTS):
+    if is_call(node, *CASTS):
         return dtype(node) == dtype(as_node(node.args[0])) and "device" not in node.kwargs
-    return call(node, aten.clone.default, aten.alias.default) or (
-        call(node, aten.dropout.default) and node.args[2] is False
+    return is_call(node, aten.clone.default, aten.alias.default) or (
+        is_call(node, aten.dropout.default) and node.args[2] is False
     )
 
 
@@ -241,7 +244,7 @@ class _Views(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
-        if not call(n, aten.view.default):
+        if not is_call(n, aten.view.default):
             return super().run_node(n)
         try:
             return super().run_node(n)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.nodes import CASTS, Emitter, as_node, call, dtype, shape, source_line
+from inplace_builder.graph.nodes import CASTS, Emitter, as_node, dtype, is_call, shape, source_line
 from inplace_builder.graph.tokens import MixesTokensError, TokenAxes, follow_tokens
 from inplace_builder.states.attention import (
     AttentionMatch,
@@ -51,7 +51,9 @@ class ProvenDecoder:
     def vocabulary(self) -> int:
         """Token ids that its embeddings have rows for."""
         tables = [
-            user.args[0] for user in _behind_views(self.ids) if call(user, aten.embedding.default)
+            user.args[0]
+            for user in _behind_views(self.ids)
+            if is_call(user, aten.embedding.default)
         ]
         if not tables:
             raise BuildError(
@@ -66,7 +68,9 @@ def _behind_views(node: Node) -> list[Node]:
     for user in node.users:
         found += (
             _behind_views(user)
-            if call(user, aten.view.default, aten.reshape.default, aten.unsqueeze.default, *CASTS)
+            if is_call(
+                user, aten.view.default, aten.reshape.default, aten.unsqueeze.default, *CASTS
+            )
             else [user]
         )
     return found
@@ -232,10 +236,10 @@ def _operands(
 
 def _every_token(scores: Node, tokens: Any) -> tuple[Node, int | None]:
     """The scores of every token where a module returns those of the last one only, and the axis along which it takes them."""
-    if call(scores, aten.select.int) and scores.args[2] == -1:
+    if is_call(scores, aten.select.int) and scores.args[2] == -1:
         return as_node(scores.args[0]), int(scores.args[1]) % len(shape(as_node(scores.args[0])))  # type: ignore[arg-type]
     if (
-        call(scores, aten.slice.Tensor)
+        is_call(scores, aten.slice.Tensor)
         and len(scores.args) > 2
         and scores.args[2] == -1
         and not isinstance(tokens, int)

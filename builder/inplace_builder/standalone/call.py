@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.states.lift import exported_program
+from inplace_builder.states.lift import export_module
 from inplace_builder.states.state import CapturedState
 
 
@@ -154,7 +154,7 @@ def export_for(
     Raises:
         BuildError: it cannot be exported, has no example inputs, or lies on a GPU while the engine runs on the CPU.
     """
-    exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
+    exported = export_module(module, example_inputs, dynamic_shapes, kwargs)
     if exported.example_inputs is None:
         raise BuildError(
             "the exported program has no example inputs, which the engine is verified with; export it anew"

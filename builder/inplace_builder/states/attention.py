@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, call, dtype, shape, value
+from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, dtype, is_call, shape, value
 from inplace_builder.graph.tokens import MixesTokensError, follow_tokens
 from inplace_builder.states.indices import (
     UnknownExtentError,
@@ -66,9 +66,9 @@ class AttentionPattern:
 
 def match_attention(node: Node) -> AttentionPattern | None:
     """The attention whose result a node is, or None."""
-    if call(node, aten.scaled_dot_product_attention.default):
+    if is_call(node, aten.scaled_dot_product_attention.default):
         return _operator(node)
-    if call(node, aten.matmul.default):
+    if is_call(node, aten.matmul.default):
         return _written_out(node)
     return None
 
@@ -107,15 +107,15 @@ def _written_out(node: Node) -> AttentionPattern | None:
     inside: list[Node] = []
 
     def through(current: AnyNode) -> AnyNode:
-        while call(current, *_QUIET) or (
-            call(current, aten.dropout.default) and current.args[2] is False
+        while is_call(current, *_QUIET) or (
+            is_call(current, aten.dropout.default) and current.args[2] is False
         ):
             inside.append(current)
             current = current.args[0]
         return current
 
     weights = through(node.args[0])
-    if not call(weights, aten.softmax.int, aten._softmax.default) or weights.args[1] not in (
+    if not is_call(weights, aten.softmax.int, aten._softmax.default) or weights.args[1] not in (
         -1,
         len(shape(weights)) - 1,
     ):
@@ -123,7 +123,7 @@ def _written_out(node: Node) -> AttentionPattern | None:
     inside.append(weights)
     scores, mask, hides = _masked(through(weights.args[0]), inside)
     factor, steps = 1.0, []
-    while call(
+    while is_call(
         scores := through(scores),
         aten.mul.Tensor,
         aten.div.Tensor,
@@ -138,21 +138,21 @@ def _written_out(node: Node) -> AttentionPattern | None:
         scores = scores.args[0]
     softcap = 0.0
     for step in reversed(steps):
-        if call(step, aten.tanh.default):
+        if is_call(step, aten.tanh.default):
             if softcap:
                 return None
             softcap, before, factor = math.nan, factor, 1.0
         else:
             by = step.args[1]
-            factor = factor * by if call(step, aten.mul.Tensor, aten.mul.Scalar) else factor / by
+            factor = factor * by if is_call(step, aten.mul.Tensor, aten.mul.Scalar) else factor / by
     if softcap:
         softcap, factor = factor, before * factor
-    if not call(scores, aten.matmul.default):
+    if not is_call(scores, aten.matmul.default):
         return None
     inside.append(scores)
     query, turned = scores.args
     if (
-        not call(turned, aten.transpose.int)
+        not is_call(turned, aten.transpose.int)
         or {place % 4 for place in turned.args[1:]} != {2, 3}
         or len(shape(turned)) != 4
     ):
@@ -174,15 +174,15 @@ def _written_out(node: Node) -> AttentionPattern | None:
 
 def _masked(scores: AnyNode, inside: list[Node]) -> tuple[AnyNode, Node | None, bool]:
     """The scores before their mask, the mask, and whether it is True for what is hidden."""
-    if call(scores, aten.add.Tensor) and isinstance(scores.args[1], Node) and not scores.kwargs:
+    if is_call(scores, aten.add.Tensor) and isinstance(scores.args[1], Node) and not scores.kwargs:
         inside.append(scores)
         one, other = scores.args
         behind = _is_scores(one)
         return (one, other, False) if behind else (other, one, False)
-    if call(scores, aten.masked_fill.Scalar) and scores.args[2] <= _hidden(scores):
+    if is_call(scores, aten.masked_fill.Scalar) and scores.args[2] <= _hidden(scores):
         inside.append(scores)
         return scores.args[0], scores.args[1], True
-    if call(scores, aten.where.ScalarOther) and scores.args[2] <= _hidden(scores):
+    if is_call(scores, aten.where.ScalarOther) and scores.args[2] <= _hidden(scores):
         inside.append(scores)
         return scores.args[1], scores.args[0], False
     return scores, None, False
@@ -193,9 +193,9 @@ def _hidden(scores: Node) -> float:
 
 
 def _is_scores(node: AnyNode) -> bool:
-    while call(node, *_QUIET, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default):
+    while is_call(node, *_QUIET, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default):
         node = node.args[0]
-    return call(node, aten.matmul.default)
+    return is_call(node, aten.matmul.default)
 
 
 MOST_MASK_ELEMENTS = 2**28
@@ -375,7 +375,7 @@ def positions_of(
     found, others = dict[Node, int](), set[Node]()
     while pending:
         node = pending.pop()
-        if node in seen or call(node, aten.sym_size.int):
+        if node in seen or is_call(node, aten.sym_size.int):
             continue
         seen.add(node)
         if _counts_from(module, node, source, tokens, promised):
@@ -527,7 +527,7 @@ def _behind(
 ) -> tuple[Node | None, tuple[Node, ...]]:
     path: list[Node] = []
     while isinstance(operand, Node) and operand not in appended:
-        if not call(operand, *_HEADS):
+        if not is_call(operand, *_HEADS):
             return None, ()
         path.append(operand)
         operand = operand.args[0]

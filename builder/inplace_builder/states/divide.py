@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from inplace_builder.graph.nodes import AnyNode, Emitter, call, value
+from inplace_builder.graph.nodes import AnyNode, Emitter, is_call, value
 from inplace_builder.states.state import StateTensor
 from inplace_builder.states.writes import MatchContext, recognise
 
@@ -87,7 +87,7 @@ def _division(
             if axis is None:
                 return None
             axes.add(axis % len(extents))
-            if call(user, aten.select_scatter.default):
+            if is_call(user, aten.select_scatter.default):
                 nested = nested or _into_a_part(
                     user, versions, MatchContext(module, 1, frozenset())
                 )
@@ -107,12 +107,12 @@ def _division(
 def _axis(user: AnyNode, version: Node) -> int | None:
     """The axis of a use that has a constant index there; None for any other use."""
     found: AnyNode = None
-    if call(user, aten.select.int) and isinstance(user.args[2], int):
+    if is_call(user, aten.select.int) and isinstance(user.args[2], int):
         found = user.args[1]
-    elif call(user, aten.unbind.int):
+    elif is_call(user, aten.unbind.int):
         found = user.args[1] if len(user.args) > 1 else 0
     elif (
-        call(user, aten.select_scatter.default)
+        is_call(user, aten.select_scatter.default)
         and user.args[0] is version is not user.args[1]
         and isinstance(user.args[3], int)
     ):
@@ -125,11 +125,11 @@ def _into_a_part(write: AnyNode, versions: set[Node], question: MatchContext) ->
     current: AnyNode = write.args[1]
     while (step := recognise(current, question)) is not None:
         current = step.base
-        if call(current, aten.select.int) and current.args[0] in versions:
+        if is_call(current, aten.select.int) and current.args[0] in versions:
             return tuple(current.args[1:]) == tuple(write.args[2:])
         if (
-            call(current, operator.getitem)
-            and call(current.args[0], aten.unbind.int)
+            is_call(current, operator.getitem)
+            and is_call(current.args[0], aten.unbind.int)
             and current.args[0].args[0] in versions
         ):
             return bool(current.args[1] == write.args[3])
@@ -163,11 +163,11 @@ def _divide(
             base, new, _, index = node.args
             parts[node] = list(parts[base])
             parts[node][index] = new
-        elif call(node, aten.select.int) and node.args[0] in parts:
+        elif is_call(node, aten.select.int) and node.args[0] in parts:
             node.replace_all_uses_with(parts[node.args[0]][node.args[2]])
         elif (
-            call(node, operator.getitem)
-            and call(node.args[0], aten.unbind.int)
+            is_call(node, operator.getitem)
+            and is_call(node.args[0], aten.unbind.int)
             and node.args[0].args[0] in parts
         ):
             node.replace_all_uses_with(parts[node.args[0].args[0]][node.args[1]])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from inplace_builder.graph.nodes import AnyNode, Emitter, as_node, call, dtype, shape, value
+from inplace_builder.graph.nodes import AnyNode, Emitter, as_node, dtype, is_call, shape, value
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ def leaves(node: Node) -> set[Node] | None:
     pending, seen, found = [node], {node}, set[Node]()
     while pending:
         current = pending.pop()
-        if call(current, aten.sym_size.int):
+        if is_call(current, aten.sym_size.int):
             continue
         if current.op == "placeholder":
             found.add(current)
@@ -93,7 +93,7 @@ def evaluate(
 
     def resolve(source: Node) -> Any:
         if source not in known:
-            if call(source, aten.sym_size.int):
+            if is_call(source, aten.sym_size.int):
                 known[source] = extent(value(source), sizes or {})
             elif source.op == "get_attr":
                 known[source] = torch.fx.graph_module._get_attr(module, str(source.target))
@@ -141,17 +141,17 @@ def shifted(node: AnyNode) -> Node | None:
 def _shifts(node: Node, source: Node) -> bool:
     if node is source:
         return True
-    if not call(node, *_SHIFTS) or node.kwargs.get("alpha", 1) != 1:
+    if not is_call(node, *_SHIFTS) or node.kwargs.get("alpha", 1) != 1:
         return False
-    if call(node, aten.to.dtype, aten._to_copy.default) and dtype(node) not in (
+    if is_call(node, aten.to.dtype, aten._to_copy.default) and dtype(node) not in (
         torch.int32,
         torch.int64,
     ):
         return False
     dependent = [operand for operand in node.all_input_nodes if source in (leaves(operand) or ())]
-    if call(node, aten.arange.start):  # from a start to that start plus a constant
+    if is_call(node, aten.arange.start):  # from a start to that start plus a constant
         return all(_shifts(operand, source) for operand in dependent)
-    subtracted = call(node, aten.sub.Tensor, operator.sub) and node.args[0] not in dependent
+    subtracted = is_call(node, aten.sub.Tensor, operator.sub) and node.args[0] not in dependent
     once = len(dependent) == 1 and sum(argument is dependent[0] for argument in node.args) == 1
     return once and not subtracted and _shifts(dependent[0], source)
 
@@ -191,7 +191,7 @@ SIZES = (1, 2, 3, 4, 7, 16)
 def _counted(module: GraphModule, index: Node) -> bool:
     """Whether an index of a dynamic number of entries is a start plus 0, 1, 2, …: additions and counting alone, and right in examples."""
     source = shifted(index)
-    if source is None or not all(call(node, *_COUNTING) for node in _between(index, source)):
+    if source is None or not all(is_call(node, *_COUNTING) for node in _between(index, source)):
         return False
     symbol = str(shape(index)[0])
     return first_only(module, index, source, {symbol: 3}) and all(
@@ -210,7 +210,7 @@ def _between(node: Node, source: Node) -> set[Node]:
         for operand in pending.pop().all_input_nodes:
             if operand is not source and operand not in seen and operand.op == "call_function":
                 seen.add(operand)
-                if not call(operand, aten.sym_size.int):
+                if not is_call(operand, aten.sym_size.int):
                     pending.append(operand)
     return seen
 
@@ -268,7 +268,7 @@ def as_tensor(emit: Emitter, number: AnyNode) -> Node | None:
     """A Python or symbolic number of the graph as an integer tensor ``[1]``; None where it cannot be one without the host."""
     if isinstance(number, int):
         return emit.call(aten.full.default, [1], number, dtype=torch.int32)
-    if call(number, aten.item.default, aten._local_scalar_dense.default) and dtype(
+    if is_call(number, aten.item.default, aten._local_scalar_dense.default) and dtype(
         number.args[0]
     ) in (torch.int32, torch.int64):
         return emit.call(aten.reshape.default, number.args[0], [1])
@@ -277,7 +277,7 @@ def as_tensor(emit: Emitter, number: AnyNode) -> Node | None:
         (operator.sub, aten.sub.Tensor),
         (operator.mul, aten.mul.Tensor),
     ):
-        if call(number, function):
+        if is_call(number, function):
             first, second = (as_tensor(emit, argument) for argument in number.args)
             return None if first is None or second is None else emit.call(target, first, second)
     if isinstance(number, Node) and isinstance(value(number), torch.SymInt):
@@ -314,7 +314,7 @@ def evaluated(node: Node, known: dict[Node, Any]) -> Any:
 def position_a_row(index: Node) -> tuple[Node | None, bool]:
     """The tensor that an index repeats: one entry, or one for each entry of the first axis only."""
     current = index
-    while call(
+    while is_call(
         current,
         aten.expand.default,
         aten.unsqueeze.default,
@@ -329,7 +329,7 @@ def position_a_row(index: Node) -> tuple[Node | None, bool]:
             return current, False
         before = as_node(current.args[0])
         varying = [extent for extent in shape(before) if extent != 1]
-        if call(current, aten.view.default, aten.reshape.default) and varying != [
+        if is_call(current, aten.view.default, aten.reshape.default) and varying != [
             extent for extent in extents if extent != 1
         ]:
             return None, False
@@ -362,9 +362,9 @@ def one_hot(
     ):
         return None
     compared = mask
-    while call(compared, *_SPREADS):
+    while is_call(compared, *_SPREADS):
         compared = as_node(compared.args[0])
-    if not call(compared, aten.eq.Tensor, aten.ne.Tensor):
+    if not is_call(compared, aten.eq.Tensor, aten.ne.Tensor):
         return None
     for entries, position in (
         (compared.args[0], compared.args[1]),

@@ -22,8 +22,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.nodes import Emitter, call, copied_graph, dtype, shape, source_line
-from inplace_builder.graph.reexport import any_size
+from inplace_builder.graph.nodes import Emitter, copy_graph, dtype, is_call, shape, source_line
+from inplace_builder.graph.reexport import size_oblivious
 from inplace_builder.states.state import Owner, StateTensor
 
 aten = torch.ops.aten
@@ -314,7 +314,7 @@ def lift_mutated_buffers(
         BuildError: torch.export cannot capture the module; ``states`` names something else than what is mutated; two tensors of which one
             is mutated overlap in memory; a state is not contiguous.
     """
-    exported = exported_program(module, example_inputs, dynamic_shapes, kwargs)
+    exported = export_module(module, example_inputs, dynamic_shapes, kwargs)
     _adopt_constants(exported)
     check_sharing(exported)
     writers = first_writers(exported)
@@ -336,7 +336,7 @@ def lift_mutated_buffers(
     return made
 
 
-def exported_program(
+def export_module(
     module: torch.nn.Module | ExportedProgram,
     example_inputs: Sequence[Any],
     dynamic_shapes: Any,
@@ -352,7 +352,7 @@ def exported_program(
     plain: Callable[[], AbstractContextManager[None]] = nullcontext
     failures: list[Exception] = []
     for mode in (
-        any_size,
+        size_oblivious,
         plain,
     ):  # an extent of 1 stays dynamic where it can; a position passed as a number needs the usual rules
         try:
@@ -384,7 +384,7 @@ def example_hint(example_inputs: Sequence[Any]) -> str:
 def _copied(program: ExportedProgram) -> ExportedProgram:
     return ExportedProgram(
         root=program.graph_module,
-        graph=copied_graph(program.graph),
+        graph=copy_graph(program.graph),
         graph_signature=deepcopy(program.graph_signature),
         state_dict=dict(program.state_dict),
         range_constraints=program.range_constraints,
@@ -560,9 +560,11 @@ def normalise_assignments(graph: Graph, outputs: int) -> None:
     assert isinstance(last, tuple)
     returned = set(last[:outputs])
     for node in list(graph.nodes):
-        if call(node, aten._assert_tensor_metadata.default):
+        if is_call(node, aten._assert_tensor_metadata.default):
             graph.erase_node(node)
-        elif call(node, aten.copy.default, aten.fill.Tensor, aten.fill.Scalar, aten.zero.default):
+        elif is_call(
+            node, aten.copy.default, aten.fill.Tensor, aten.fill.Scalar, aten.zero.default
+        ):
             old, new = node.args[0], node.args[1] if len(node.args) > 1 else 0
             with Emitter(graph, node).before(node) as emit:
                 assigned = _assigned(emit, old, new)
@@ -589,7 +591,7 @@ def _fresh(node: Node) -> bool:
 
 def _writes_it(user: Node, node: Node) -> bool:
     """Whether a user only writes a value into something else."""
-    into = call(user, *_INTO) and user.args[1] is node and user.args[0] is not node
+    into = is_call(user, *_INTO) and user.args[1] is node and user.args[0] is not node
     return (
         into or user.op == "output"
     )  # what is returned was asked for above, and a state takes a copy
@@ -636,7 +638,7 @@ def drop_dead_assertions(graph: Graph) -> None:
 
 
 def _assertion(node: Node) -> bool:
-    return call(
+    return is_call(
         node,
         aten._assert_scalar.default,
         aten.sym_constrain_range.default,

@@ -19,7 +19,7 @@ from torch._higher_order_ops.auto_functionalize import (
 from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.nodes import Emitter, call, source_line
+from inplace_builder.graph.nodes import Emitter, is_call, source_line
 from inplace_builder.states.state import CapturedState
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ of a class that was registered with `inplace.plugins.register`."""
 
 
 @dataclass(frozen=True)
-class Declared:
+class DeclaredOperator:
     """A declared operator.
 
     Attributes:
@@ -45,12 +45,12 @@ class Declared:
     plugin: PluginMaker | None
 
 
-_declared: dict[torch._ops.OpOverload, Declared] = {}
+_declared: dict[torch._ops.OpOverload, DeclaredOperator] = {}
 
 
 def declare_alias(
     operator: torch._ops.OpOverload, *, plugin: PluginMaker | None = None
-) -> Declared:
+) -> DeclaredOperator:
     """Declare that an operator writes the tensors that its schema marks (``Tensor(a!)``) in their own memory, and only those.
 
     Engines hand it the states themselves, of the module's own shapes; the alias has the kind ``user``. That it does what was declared is
@@ -86,19 +86,22 @@ def declare_alias(
         raise BuildError(
             f"{operator} returns memory of an argument; return nothing, or new tensors"
         )
-    declared = Declared(operator, tuple(argument.name for argument in written), plugin)
+    declared = DeclaredOperator(operator, tuple(argument.name for argument in written), plugin)
     if _declared.setdefault(operator, declared) != declared:
         raise BuildError(f"{operator} is declared already, with another plugin; declare it once")
     return declared
 
 
-def find_declared(operator: object) -> Declared | None:
+def find_declared(operator: object) -> DeclaredOperator | None:
     """The declaration of an operator, if there is one."""
     return _declared.get(operator) if isinstance(operator, torch._ops.OpOverload) else None
 
 
-def made_plugin(
-    declared: Declared, tensorrt: "TensorRT", constants: Mapping[str, Any], inputs: list[str]
+def make_plugin(
+    declared: DeclaredOperator,
+    tensorrt: "TensorRT",
+    constants: Mapping[str, Any],
+    inputs: list[str],
 ) -> Any:
     """The plugin of one call, its aliases compared with the declaration.
 
@@ -211,7 +214,7 @@ def place_user_operators(
 
 def _update_of(placeholder: Node) -> Node | None:
     """The one update, of the whole, that a state has."""
-    updates = [user for user in placeholder.users if call(user, inplace.update.default)]
+    updates = [user for user in placeholder.users if is_call(user, inplace.update.default)]
     whole = len(updates) == 1 and len(updates[0].args) == 3
     return updates[0] if whole else None
 
@@ -230,7 +233,7 @@ def _last_call(placeholder: Node) -> Node | None:
 
 
 def _without(node: Any, target: Any) -> Node | None:
-    found = node.args[0] if isinstance(node, Node) and call(node, target) else node
+    found = node.args[0] if isinstance(node, Node) and is_call(node, target) else node
     return found if isinstance(found, Node) else None
 
 
@@ -255,7 +258,7 @@ def _chain(placeholder: Node) -> tuple[_Version, ...] | None:
         tuple(versions)
         if versions
         and read is not None
-        and call(read, inplace.read.default)
+        and is_call(read, inplace.read.default)
         and read.args[0] is placeholder
         else None
     )
@@ -322,7 +325,7 @@ def _in_place(
     """Call the operator on the states, and let what used its results use those."""
     graph, overload = module.graph, _operator(node)
     declared = find_declared(overload)
-    assert isinstance(declared, Declared)
+    assert isinstance(declared, DeclaredOperator)
     slots = placeholders[SLOTS]
     with Emitter(graph, node).before(node) as emit:
         memory = {
@@ -352,10 +355,10 @@ def _in_place(
             for user in list(result.users):
                 written = (
                     next(iter(user.users))
-                    if call(user, aten.unsqueeze.default) and len(user.users) == 1
+                    if is_call(user, aten.unsqueeze.default) and len(user.users) == 1
                     else user
                 )
-                if call(written, inplace.update.default) and written.args[0] is placeholder:
+                if is_call(written, inplace.update.default) and written.args[0] is placeholder:
                     graph.erase_node(written)
                     if written is not user:
                         graph.erase_node(user)

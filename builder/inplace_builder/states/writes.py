@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from inplace_builder.graph.nodes import AnyNode, as_node, call, shape, value
+from inplace_builder.graph.nodes import AnyNode, as_node, is_call, shape, value
 from inplace_builder.states.indices import consecutive, constant, one_hot, position_a_row
 from inplace_builder.states.state import StateTensor
 
@@ -316,7 +316,7 @@ def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
 def is_window(result: Node, placeholder: Node) -> bool:
     """Whether a state's new value is the state without its oldest entries, and new ones behind: ``cat([state[n:], new])``."""
     if (
-        not call(result, aten.cat.default)
+        not is_call(result, aten.cat.default)
         or not isinstance(result.args[0], list | tuple)
         or len(result.args[0]) != 2
     ):
@@ -325,7 +325,7 @@ def is_window(result: Node, placeholder: Node) -> bool:
     kept = result.args[0][0]
     if (
         not isinstance(kept, Node)
-        or not call(kept, aten.slice.Tensor)
+        or not is_call(kept, aten.slice.Tensor)
         or kept.args[0] is not placeholder
         or not isinstance(axis, int)
     ):
@@ -401,7 +401,7 @@ def write_chain(
     writes: list[Write] = []
     current = result
     while current is not placeholder:
-        if call(current, aten.clone.default):  # the same value
+        if is_call(current, aten.clone.default):  # the same value
             current = as_node(current.args[0])
             result = current if not writes else result
             continue
@@ -450,7 +450,7 @@ def write_chains(
 def _turned(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
     """The write whose result this is, with its axes in another order."""
     source = node
-    while call(source, aten.permute.default, aten.transpose.int, aten.t.default):
+    while is_call(source, aten.permute.default, aten.transpose.int, aten.t.default):
         source = as_node(source.args[0])
     return None if source is node else recognise(source, question)
 

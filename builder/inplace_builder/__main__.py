@@ -1,66 +1,46 @@
-"""The console command ``inplace``: build, inspect, serve, chat."""
+"""The console command ``inplace``: build, inspect, serve, chat.
+
+Every install has this command. Each subcommand imports what it needs when it runs, so ``inplace --help``
+is quick, and a subcommand whose packages are not installed names the extra that brings them.
+"""
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
-from enum import StrEnum
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from inplace import __version__
 from inplace.errors import InplaceError
-from inplace.schema.dtypes import Dtype
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-app = typer.Typer(
-    help="Models that keep state between requests, updated in place, on Triton Inference Server.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+from inplace_builder.choices import Device, EngineKind, Mechanism, Precision, Protocol
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 console = Console()
 
 
-class Device(StrEnum):
-    """Where an engine runs."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Precision(StrEnum):
-    """Element types of decoders; float16 on a GPU only."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+def _print_version(requested: bool) -> None:
+    if requested:
+        console.print(f"inplace {__version__}", highlight=False)
+        raise typer.Exit
 
 
-class EngineKind(StrEnum):
-    """What runs a program."""
-
-    TORCH = "torch"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt_rtx"
-
-
-class Protocol(StrEnum):
-    """How a model is served."""
-
-    STEP = "step"
-    STREAM = "stream"
-
-
-class Mechanism(StrEnum):
-    """How TensorRT updates a state."""
-
-    PLUGIN = "plugin"
-    KV_CACHE_UPDATE = "kv_cache_update"
-    COPY = "copy"
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Models that keep state between requests, updated in place, on Triton Inference Server."""
 
 
 @app.command()
@@ -76,16 +56,16 @@ def build(
     ],
     dtype: Annotated[
         Precision, typer.Option(help="Element type of weights and states.")
-    ] = Precision.FLOAT32,
+    ] = "float32",
     device: Annotated[
         Device | None,
         typer.Option(help="Where it runs; default: cpu for torch, cuda for TensorRT."),
     ] = None,
-    engine: Annotated[EngineKind, typer.Option(help="What runs it.")] = EngineKind.TORCH,
+    engine: Annotated[EngineKind, typer.Option(help="What runs it.")] = "torch",
     alias: Annotated[
         Mechanism | None,
         typer.Option(
-            help="Insist on how states are updated (TensorRT); default: the first that can."
+            help="Require this way of updating states (TensorRT); default: the first possible one."
         ),
     ] = None,
     strict: Annotated[
@@ -99,29 +79,37 @@ def build(
     ] = None,
     slots: Annotated[int, typer.Option(help="Sequences that can live at the same time.")] = 8,
     max_batch: Annotated[
-        int | None, typer.Option(help="Most sequences in one step; default: the slots, at most 8.")
+        int | None,
+        typer.Option(
+            help="Maximum number of sequences in one step; default: the slots, at most 8."
+        ),
     ] = None,
     capacity: Annotated[int, typer.Option(help="Positions a sequence may hold.")] = 1024,
     min_capacity: Annotated[
         int | None,
         typer.Option(
-            help="The least capacity that config.pbtxt may choose instead; default: it is fixed."
+            help="Smallest capacity that config.pbtxt may set instead; default: it is fixed."
         ),
     ] = None,
     chunk: Annotated[
         int,
-        typer.Option(help="Most tokens of one sequence in one step; longer prompts take several."),
+        typer.Option(
+            help="Maximum number of tokens of one sequence in one step; longer prompts take several."
+        ),
     ] = 128,
     step_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens of all sequences in one step; default: four chunks."),
+        typer.Option(
+            help="Maximum number of tokens of all sequences in one step; default: four chunks."
+        ),
     ] = None,
     serve: Annotated[
         Protocol,
         typer.Option(
-            help="step: unary requests of one step each; stream: gRPC streams and HTTP generate_stream, whole generations."
+            help="step: unary requests of one step each; "
+            "stream: gRPC streams and HTTP generate_stream, whole generations."
         ),
-    ] = Protocol.STEP,
+    ] = "step",
     name: Annotated[
         str | None,
         typer.Option(help="The model's name; then --output is the repository it is written into."),
@@ -139,20 +127,18 @@ def build(
     ] = 1,
 ) -> None:
     """Build a decoder into a model repository, verified against transformers before it is written."""
-    from inplace_builder.served.build import build_decoder
-    from inplace_builder.served.options import BuildOptions
-    from inplace_builder.tools.report import summary
+    with _errors("build", "builder"):
+        from inplace.schema.dtypes import Dtype
 
-    with _errors():
-        options = BuildOptions(
-            dtype=Dtype(dtype.value),
-            device=device.value
-            if device is not None
-            else "cpu"
-            if engine is EngineKind.TORCH
-            else "cuda",
-            engine=engine.value,
-            alias=alias.value if alias is not None else None,
+        from inplace_builder.served.build import build_decoder
+        from inplace_builder.served.options import BuildOptions
+        from inplace_builder.tools.report import summary
+
+        build_options = BuildOptions(
+            dtype=Dtype(dtype),
+            device=device or ("cpu" if engine == "torch" else "cuda"),
+            engine=engine,
+            alias=alias,
             strict=strict,
             compute_capability=compute_capability,
             step_tokens=step_tokens,
@@ -164,42 +150,53 @@ def build(
             idle_timeout=idle_timeout,
             queue_delay_microseconds=queue_delay_us,
             instances=instances,
-            serve=serve.value,
+            serve=serve,
         )
         target = output if name is None or output.name == name else output / name
-        columns = (
-            SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console) as progress:
-            last: list[int] = []
-
-            def stage(what: str) -> None:
-                for task in last:
-                    progress.update(progress.tasks[task].id, total=1, completed=1)
-                last[:] = [progress.add_task(what, total=None)]
-
-            manifest = build_decoder(model, target, options, stage)
+        with _stages() as stage:
+            manifest = build_decoder(model, target, build_options, stage)
             stage("done")
-            progress.update(progress.tasks[last[0]].id, total=1, completed=1)
         console.print(summary(manifest, target))
         console.print(f"written to {target}", soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def _stages() -> Iterator[Callable[[str], None]]:
+    """Yield a callback that begins a stage and marks the one before it as done."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+
+        def finish() -> None:
+            for task in progress.task_ids[-1:]:
+                progress.update(task, total=1, completed=1)
+
+        def begin(stage: str) -> None:
+            finish()
+            progress.add_task(stage, total=None)
+
+        yield begin
+        finish()
 
 
 @app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(help="An engine directory, or a model of a repository.")],
     memory: Annotated[
-        float | None, typer.Option(help="GiB of memory of which to say how many slots they hold.")
+        float | None, typer.Option(help="Also print how many slots fit into this many GiB.")
     ] = None,
 ) -> None:
-    """Say what an engine directory is: programs, states, aliases, memory, limits, and what built it."""
-    from inplace.schema.served import FILE_NAME, Manifest
+    """Describe an engine directory: programs, states, aliases, memory, limits, what built it."""
+    with _errors("inspect", "runtime"):
+        from inplace.schema.served import FILE_NAME, Manifest
 
-    from inplace_builder.tools.report import details
+        from inplace_builder.tools.report import details
 
-    with _errors():
         folder = model if (model / FILE_NAME).is_file() else model / "1"
         for part in details(Manifest.load(folder), folder, memory):
             console.print(part)
@@ -222,13 +219,16 @@ def serve(
         int, typer.Option(help="Port of /metrics; 0 chooses a free one.")
     ] = 8002,
     log_file: Annotated[
-        Path | None, typer.Option(help="Where the server's own output goes; default: here.")
+        Path | None, typer.Option(help="File for the server's own output; default: the terminal.")
     ] = None,
 ) -> None:
-    """Serve a model repository with tritonserver until interrupted. Further arguments go to tritonserver as they are."""
-    from inplace_builder.tools.tritonserver import Ports, TritonServer
+    """Serve a model repository with tritonserver until interrupted.
 
-    with _errors():
+    Further arguments are passed to tritonserver.
+    """
+    with _errors("serve", "server"):
+        from inplace_builder.tools.tritonserver import Ports, TritonServer
+
         server = TritonServer(
             model_repository,
             Ports(grpc=grpc_port, http=http_port, metrics=metrics_port),
@@ -238,9 +238,10 @@ def serve(
         )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with contextlib.suppress(KeyboardInterrupt), server:
-            web, metrics = server.ports.http, server.ports.metrics
+            http, metrics = server.ports.http, server.ports.metrics
             console.print(
-                f"serving {model_repository}: gRPC {server.grpc_url}, HTTP {host}:{web}, metrics {host}:{metrics}",
+                f"serving {model_repository}: gRPC {server.grpc_url}, HTTP {host}:{http}, "
+                f"metrics {host}:{metrics}",
                 soft_wrap=True,
             )
             assert server.process is not None
@@ -254,12 +255,13 @@ def install_backend(
     ],
 ) -> None:
     """Write a backend directory for your own tritonserver command line."""
-    from inplace_builder.tools.tritonserver import environment, install_backend
+    with _errors("install-backend", "server"):
+        from inplace_builder.tools.tritonserver import environment, install_backend
 
-    with _errors():
         install_backend(directory)
         console.print(
-            f"tritonserver --backend-directory={directory} --model-repository=…\nwith LD_LIBRARY_PATH={environment()['LD_LIBRARY_PATH']}",
+            f"tritonserver --backend-directory={directory} --model-repository=…\n"
+            f"with LD_LIBRARY_PATH={environment()['LD_LIBRARY_PATH']}",
             soft_wrap=True,
         )
 
@@ -269,60 +271,83 @@ def chat(
     model: Annotated[
         Path,
         typer.Argument(
-            help="The model in its repository: its name, and its tokenizer, are taken from there."
+            help="The model in its repository; gives the model's name and its tokenizer."
         ),
     ],
     url: Annotated[
         str, typer.Option(help="host:port of the server's gRPC endpoint.")
     ] = "127.0.0.1:8001",
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a reply.")] = 256,
     say: Annotated[
         list[str] | None,
         typer.Option(
-            help="Say this instead of asking at the prompt; may be repeated, a turn each."
+            help="A user's turn to send instead of asking at the prompt; may be repeated."
         ),
     ] = None,
 ) -> None:
-    """Talk to a served decoder. The whole conversation is one sequence: no turn sends what was said before."""
-    from inplace.client import Client, Sequence
-    from tritonclient.utils import InferenceServerException
+    """Talk to a served decoder.
 
-    from inplace_builder.served.build import TOKENIZER, VERSION
-    from inplace_builder.tools.chat import Conversation, load_tokenizer
+    The whole conversation is one sequence: each turn sends only what is new.
+    """
+    with _errors("chat", "builder"):
+        from inplace.client import Client, Sequence
+        from tritonclient.utils import InferenceServerException
 
-    name = model.resolve().name
-    with _errors(), Client(url) as client, Sequence(client, name) as sequence:
-        try:
-            client.model(url, name, timeout=10.0)
-        except InferenceServerException as error:
-            raise InplaceError(
-                f"{url} does not serve {name}: {error}; start a server with `inplace serve`, or name another --url"
-            ) from None
-        conversation = Conversation(sequence, load_tokenizer(model / VERSION / TOKENIZER), system)
-        for turn in say if say else _typed():
-            if say:
-                console.print(f"[bold]>[/] {turn}")
-            for piece in conversation.say(turn, max_tokens):
-                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-            console.print()
+        from inplace_builder.served.build import TOKENIZER, VERSION
+        from inplace_builder.tools.chat import Conversation, load_tokenizer
+
+        name = model.resolve().name
+        with Client(url) as client, Sequence(client, name) as sequence:
+            try:
+                client.model(url, name, timeout=10.0)
+            except InferenceServerException as error:
+                raise InplaceError(
+                    f"{url} does not serve {name}: {error}; start a server with `inplace serve`, "
+                    "or name another --url"
+                ) from None
+            tokenizer = load_tokenizer(model / VERSION / TOKENIZER)
+            conversation = Conversation(sequence, tokenizer, system)
+            for turn in say if say else _typed_turns():
+                if say:
+                    console.print(f"[bold]>[/] {turn}")
+                for piece in conversation.say(turn, max_tokens):
+                    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+                console.print()
 
 
-def _typed() -> Iterator[str]:
-    """What the user types, until an empty line or the end of input."""
+def _typed_turns() -> Iterator[str]:
+    """Read turns at the prompt until an empty line or the end of input."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while text := console.input("[bold]>[/] ").strip():
             yield text
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Our own errors are messages, not tracebacks."""
+def _errors(command: str, extra: str) -> Iterator[None]:
+    """Print this project's errors as one line instead of a traceback, and exit with status 1.
+
+    Args:
+        command: the subcommand, for the message about a package that is not installed.
+        extra: the extra of this distribution that brings what the subcommand imports.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "inplace", "inplace_builder"):
+            raise
+        _fail(
+            f"`inplace {command}` needs the package {package}, which is not installed: "
+            f"install inplace-triton[{extra}]"
+        )
     except InplaceError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-        raise typer.Exit(1) from None
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(Text.assemble(("error: ", "red"), message), soft_wrap=True)
+    raise typer.Exit(1) from None
 
 
 def main() -> None:

@@ -173,9 +173,55 @@ def test_an_unknown_dtype_is_refused_with_the_choices() -> None:
     assert "bfloat16" in err
 
 
+COMMAND = Path(sys.executable).with_name("inplace")
+
+
 def test_the_installed_command_lists_every_command() -> None:
-    command = Path(sys.executable).with_name("inplace")
-    run = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+    run = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
-    found = set(re.findall(r"^│ ([a-z-]+)  ", run.stdout, re.MULTILINE))
-    assert {"build", "inspect", "serve", "install-backend", "chat"} <= found
+    listed = set(re.findall(r"^│ ([a-z-]+)  ", run.stdout, re.MULTILINE))
+    assert {"build", "inspect", "serve", "install-backend", "chat"} <= listed
+
+
+def test_the_version_is_the_packages() -> None:
+    assert inplace("--version") == (0, f"inplace {__version__}\n", "")
+
+
+def without(packages: list[str], *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of the command where packages are not installed."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({packages})); "
+        "from inplace_builder.__main__ import main"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; main()", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.returncode, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("torch", ["build", ".", "--output", "m"], "builder"),
+        ("transformers", ["build", ".", "--output", "m"], "builder"),
+        ("torch", ["inspect", "m"], "runtime"),
+        ("tritonclient", ["serve"], "server"),
+        ("tritonclient", ["install-backend", "m"], "server"),
+        ("tokenizers", ["chat", "m"], "builder"),
+    ],
+)
+def test_a_command_whose_packages_are_missing_names_the_extra_that_brings_them(
+    package: str, arguments: list[str], extra: str
+) -> None:
+    assert without([package], *arguments) == (
+        1,
+        f"error: `inplace {arguments[0]}` needs the package {package}, which is not installed: "
+        f"install inplace-triton[{extra}]\n",
+    )
+
+
+def test_help_needs_no_package_of_any_extra() -> None:
+    assert without(["torch", "transformers", "tritonclient", "pydantic"], "--help") == (0, "")

@@ -1,14 +1,14 @@
 """Options of a build for the server."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import AliasKind
 
+from inplace_builder.choices import Device, EngineKind, Protocol
 from inplace_builder.errors import BuildError
-from inplace_builder.served.write import ENGINES
 
 DTYPES = {
     "cpu": (Dtype.FLOAT32, Dtype.BFLOAT16),
@@ -46,7 +46,7 @@ class BuildOptions:
     """
 
     dtype: Dtype = Dtype.FLOAT32
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     slots: int = 8
     max_rows: int = 8
     capacity: int = 1024
@@ -55,8 +55,8 @@ class BuildOptions:
     queue_delay_microseconds: int = 500
     step_tokens: int | None = None
     instances: int = 1
-    serve: Literal["step", "stream"] = "step"
-    engine: Literal["torch", "tensorrt", "tensorrt_rtx"] = "torch"
+    serve: Protocol = "step"
+    engine: EngineKind = "torch"
     alias: AliasKind | None = None
     strict: bool = False
     compute_capability: str | None = None
@@ -98,8 +98,10 @@ class BuildOptions:
             )
 
     def _check_engine(self) -> None:
-        if self.engine not in ENGINES:
-            raise BuildError(f"engine is {self.engine!r}; choose one of {list(ENGINES)}")
+        if self.engine not in get_args(EngineKind):
+            raise BuildError(
+                f"engine is {self.engine!r}; choose one of {list(get_args(EngineKind))}"
+            )
         if self.engine == "torch" and (self.alias or self.strict or self.compute_capability):
             raise BuildError(
                 "alias, strict and compute_capability belong to TensorRT engines; the PyTorch engine has no choice of mechanism"

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from inplace.schema.artifacts import EngineFile, File
 from inplace.schema.served import AliasKind, Lowering, Program
@@ -11,11 +10,9 @@ from torch.export.passes import move_to_device_pass
 
 from inplace_builder import archive
 from inplace_builder.capture.capture import Capture
+from inplace_builder.choices import Device
 
 TORCH_FILE, PLAN_FILE, WEIGHTS_FILE = "engine.pt2", "engine.plan", "weights.safetensors"
-
-
-ENGINES = ("torch", "tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class WrittenEngine:
     notes: dict[str, str]
 
 
-def write_torch(capture: Capture, folder: Path, device: Literal["cpu", "cuda"]) -> WrittenEngine:
+def write_torch(capture: Capture, folder: Path, device: Device) -> WrittenEngine:
     """Write the captured graph itself.
 
     Raises:

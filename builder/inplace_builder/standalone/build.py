@@ -15,8 +15,9 @@ from inplace.standalone.engine import check_target
 from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
+from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.standalone.call import EngineKind, alignment, describe_call, export_for
+from inplace_builder.standalone.call import alignment, describe_call, export_for
 from inplace_builder.standalone.plan import build_standalone_plan
 from inplace_builder.standalone.serialize import Binding, Serialized, serialize
 from inplace_builder.standalone.verify import verify_standalone

@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from inplace_builder.capture.exported import ExportedCapture
+from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.states.lift import export_module
 from inplace_builder.states.state import CapturedState
@@ -131,9 +132,6 @@ def dtype_of(tensor: Tensor, title: str) -> Dtype:
         raise BuildError(
             f"{title} is {tensor.dtype}, which no engine takes; the types are {[str(dtype) for dtype in Dtype]}"
         ) from None
-
-
-EngineKind = Literal["torch", "tensorrt", "tensorrt_rtx"]
 
 
 def alignment(engine: EngineKind) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
+from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError
-from inplace_builder.standalone.call import EngineKind, alignment, describe_call, export_for
+from inplace_builder.standalone.call import alignment, describe_call, export_for
 from inplace_builder.standalone.plan import build_standalone_plan
 from inplace_builder.standalone.write import lowering, standalone_states
 

@@ -94,7 +94,8 @@ def installation() -> Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(
-            "no tritonserver on PATH and no nvidia-pytriton in this environment: `pip install nvidia-pytriton`"
+            "there is no tritonserver on PATH and the package nvidia-pytriton is not installed: "
+            "install inplace-triton[server]"
         )
     package = Path(spec.origin).parent
     root, version = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,0 +1,21 @@
+"""What a build can choose between.
+
+The command line lists these without loading PyTorch, so this module imports nothing.
+"""
+
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+"""Where an engine runs."""
+
+EngineKind = Literal["torch", "tensorrt", "tensorrt_rtx"]
+"""What runs an engine: PyTorch, TensorRT, or TensorRT for RTX."""
+
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Element types of a served model's weights and states; float16 on a GPU only."""
+
+Protocol = Literal["step", "stream"]
+"""How a model is served: unary requests of one step, or gRPC streams with whole generations."""
+
+Mechanism = Literal["plugin", "kv_cache_update", "copy"]
+"""How TensorRT updates a state; see `inplace.schema.served.AliasKind`."""

@@ -17,7 +17,7 @@ from inplace.runtime.requests import Request
 
 def busy_until_now(instance: ModelInstance) -> float:
     """Seconds that steps have taken."""
-    return instance.observer.numbers.now()[STEP.sum.name, ""]
+    return instance.observer.metrics.snapshot()[STEP.sum.name, ""]
 
 
 def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> dict[str, float]:
@@ -36,7 +36,7 @@ def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> di
         while pending := [work for work in works if not work.finished]:
             instance.step(pending)
         first = time.perf_counter() - begin
-        said = [int(work.found[0][names[1]][work.found[1]]) for work in works]
+        said = [int(work.outputs[names[1]]) for work in works]
         for _ in range(tokens - 1):
             for work, token in zip(works, said, strict=True):
                 work.feed(token)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from inplace.engines.arena import Arena
 from inplace.engines.tensorrt import TensorRtEngine
-from inplace.runtime.batcher import ActiveRequest, form
+from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
@@ -158,7 +158,7 @@ def step_inputs(
         work = instance.admit(Request(row + 1, start=True, end=False, inputs={"input_ids": ids}))
         work.sequence.length = length
         works.append(work)
-    return form(manifest.program("step"), works).inputs
+    return form_batch(manifest.program("step"), works).inputs
 
 
 if __name__ == "__main__":

@@ -95,7 +95,10 @@ def add(
     for work in works:
         instance.finish(work)
     return {
-        int(work.request.sequence): (work.outputs["sum"][0].tolist(), int(work.outputs["values"]))
+        int(work.request.sequence_id): (
+            work.outputs["sum"][0].tolist(),
+            int(work.outputs["values"]),
+        )
         for work in works
     }
 

@@ -62,13 +62,13 @@ def instance(engine: Path) -> ModelInstance:
 def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each step that was launched ahead."""
     found: list[int] = []
-    follow = ModelInstance.follow
+    follow = ModelInstance.launch_next
 
     def counted(self, flight, outputs):  # type: ignore[no-untyped-def]
         found.append(len(flight.batch.rows))
         return follow(self, flight, outputs)
 
-    monkeypatch.setattr(ModelInstance, "follow", counted)
+    monkeypatch.setattr(ModelInstance, "launch_next", counted)
     return found
 
 

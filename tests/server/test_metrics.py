@@ -20,7 +20,7 @@ import yaml
 from inplace.alive import failures, lives
 from inplace.client import Sequence
 from inplace.errors import Code, RequestError
-from inplace.runtime.metrics import families
+from inplace.runtime.metrics import exported_metrics
 from inplace.schema.served import Manifest
 from inplace_builder.served.build import build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -80,7 +80,9 @@ def send(
 
 def test_before_any_request_every_number_is_there(observed: Observed) -> None:
     found = observed.numbers("llama")
-    assert set(found) == {(metric.name, value) for metric in families() for value in metric.values}
+    assert set(found) == {
+        (metric.name, value) for metric in exported_metrics() for value in metric.label_values
+    }
     manifest = Manifest.load(observed.repository / "llama" / "1")
     assert {key: value for key, value in found.items() if value} == {
         ("inplace_slots", ""): SLOTS,
@@ -218,7 +220,7 @@ def test_series_have_the_model_its_version_its_instance_and_its_process(observed
         ("1", "table_0_0"),
         ("1", "table_0_1"),
     }
-    extra = {metric.label for metric in families()} - {""}
+    extra = {metric.label for metric in exported_metrics()} - {""}
     assert all(set(each) - extra == {"model", "version", "instance", "process"} for each in labels)
 
 
@@ -242,7 +244,7 @@ def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
     for expression in expressions:
         shown |= _selected(promql_parser.parse(expression.replace("$__rate_interval", "1m")))
     served = {name for name, _, _ in observed.samples("llama")}
-    assert served == {metric.name for metric in families()}
+    assert served == {metric.name for metric in exported_metrics()}
     assert shown == served
 
 

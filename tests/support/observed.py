@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from inplace.operators import read, update
-from inplace.runtime.metrics import families
+from inplace.runtime.metrics import exported_metrics
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, capture_module
@@ -75,7 +75,7 @@ class Observed:
                 yield name, labels, float(value)
 
     def numbers(self, model: str, instance: str = "_0_0") -> Found:
-        own = {metric.name: metric.label for metric in families()}
+        own = {metric.name: metric.label for metric in exported_metrics()}
         return {
             (name, labels.get(own[name], "")): value
             for name, labels, value in self.samples(model)

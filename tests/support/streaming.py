@@ -193,7 +193,7 @@ class Streams:
         return heard
 
     def free(self) -> int:
-        return self.driver.instance.table.free
+        return self.driver.instance.table.num_free
 
 
 OpenStreams = Callable[..., Streams]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inplace.engines.tensorrt.contexts import Size, decode_sizes, fitting, mixed_sizes
-from inplace.runtime.batcher import _counts, follow, form
+from inplace.runtime.batcher import form_batch, next_decode_batch, schedule_tokens
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.served import Program
@@ -40,7 +40,7 @@ def program(max_rows: int, chunk: int, max_tokens: int | None = None) -> Program
 def test_every_row_advances_and_the_budget_holds(
     waiting: list[int], chunk: int, budget: int, counts: list[int]
 ) -> None:
-    assert _counts(waiting, chunk, budget) == counts
+    assert schedule_tokens(waiting, chunk, budget) == counts
     assert sum(counts) <= budget
 
 
@@ -100,16 +100,16 @@ def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repositor
         instance.step(pending)
     for work in works:
         work.feed(7)
-    batch = form(instance.program, works)
+    batch = form_batch(instance.program, works)
     for said in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
-        batch = follow(instance.program, batch, torch.tensor(said[:SLOTS])[:, None])
+        batch = next_decode_batch(instance.program, batch, torch.tensor(said[:SLOTS])[:, None])
         for work, token in zip(works, said, strict=False):
             work.sequence.length += 1
             work.feed(token)
-        wanted = form(instance.program, works)
-        assert (batch.rows, batch.counts, list(batch.inputs)) == (
+        wanted = form_batch(instance.program, works)
+        assert (batch.rows, batch.num_scheduled_tokens, list(batch.inputs)) == (
             wanted.rows,
-            wanted.counts,
+            wanted.num_scheduled_tokens,
             list(wanted.inputs),
         )
         for name, tensor in wanted.inputs.items():

@@ -18,11 +18,11 @@ from inplace.runtime.metrics import (
     QUEUE,
     ROWS,
     STEP,
-    Exporter,
-    Numbers,
-    families,
+    MetricsExporter,
+    MetricValues,
+    exported_metrics,
 )
-from inplace.runtime.observer import LINES_A_SECOND, Observer, line
+from inplace.runtime.observer import MAX_LINES_PER_SECOND, Observer, log_line
 from inplace.runtime.slots import EndReason, SequenceState
 from support.driving import BAD, Open, ask, watched
 from support.models import CHUNK, SLOTS, Repository
@@ -32,7 +32,7 @@ REFUSAL = RequestError(Code.CAPACITY, "too many")
 
 
 def now(driver: StepDriver) -> dict[tuple[str, str], float]:
-    return driver.instance.observer.numbers.now()
+    return driver.instance.observer.metrics.snapshot()
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,14 @@ def now(driver: StepDriver) -> dict[tuple[str, str], float]:
 def test_a_line_says_unmistakably_what_each_field_is(
     fields: dict[str, object], written: str
 ) -> None:
-    assert line("event", **fields) == written
+    assert log_line("event", **fields) == written
 
 
 def test_every_number_is_there_before_anything_has_happened(llama: StepDriver) -> None:
     found = now(llama)
-    assert set(found) == {(metric.name, value) for metric in families() for value in metric.values}
+    assert set(found) == {
+        (metric.name, value) for metric in exported_metrics() for value in metric.label_values
+    }
     arena = llama.instance.arena
     assert {key: value for key, value in found.items() if value} == {
         ("inplace_slots", ""): SLOTS,
@@ -68,14 +70,14 @@ def test_names_are_what_prometheus_asks_for() -> None:
         assert metric.name.endswith("_total") == (metric.kind == "counter")
         assert metric.help.endswith(".")
     assert all(list(histogram.bounds) == sorted(set(histogram.bounds)) for histogram in HISTOGRAMS)
-    assert len({metric.name for metric in families()}) == len(list(families()))
+    assert len({metric.name for metric in exported_metrics()}) == len(list(exported_metrics()))
 
 
 def test_a_histogram_counts_what_is_at_or_below_each_bound() -> None:
-    numbers = Numbers()
+    numbers = MetricValues()
     for rows in (1, 2, 2, 3, 8, 1000):
         numbers.observe(ROWS, rows)
-    found = numbers.now()
+    found = numbers.snapshot()
     assert [found[ROWS.buckets.name, bound] for bound in ("1", "2", "4", "8", "256", "+Inf")] == [
         1,
         3,
@@ -157,7 +159,7 @@ def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: O
     talk = streams(TokenizerConfig(eos=frozenset()))
     assert talk.generate(1, [1, 2, 3], 4).reason == "length"
     assert talk.generate(2, [1, 2, 3], 4, end=True, temperature=0).reason == "length"
-    found = talk.driver.instance.observer.numbers.now()
+    found = talk.driver.instance.observer.metrics.snapshot()
     assert found["inplace_generations_total", "length"] == 2
     assert found["inplace_first_token_seconds_count", ""] == 2
     assert (found["inplace_tokens_total", "prefill"], found["inplace_tokens_total", "decode"]) == (
@@ -169,13 +171,13 @@ def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: O
 
 def test_generations_that_wait_for_a_slot_are_shown(streams: OpenStreams) -> None:
     talk = streams()
-    numbers = talk.driver.instance.observer.numbers
+    numbers = talk.driver.instance.observer.metrics
     with slowed(talk, 0.02):
         running = [talk.generate(1 + number, [1, 2], 40, end=True) for number in range(SLOTS)]
         late = [talk.generate(100 + number, [3], 1, end=True) for number in range(3)]
-        until(lambda: numbers.now()["inplace_generations_waiting", ""] == 3)
+        until(lambda: numbers.snapshot()["inplace_generations_waiting", ""] == 3)
         assert all(heard.reason == "length" for heard in [*running, *late])
-    found = numbers.now()
+    found = numbers.snapshot()
     assert found["inplace_generations_waiting", ""] == 0
     assert found["inplace_generations_total", "length"] == SLOTS + 3
     assert (
@@ -184,7 +186,7 @@ def test_generations_that_wait_for_a_slot_are_shown(streams: OpenStreams) -> Non
 
 
 def test_reasons_of_generations_are_the_protocols() -> None:
-    assert GENERATIONS.values == tuple(FinishReason)
+    assert GENERATIONS.label_values == tuple(FinishReason)
 
 
 def test_idle_sequences_are_counted_and_logged(
@@ -221,22 +223,23 @@ def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(
     caplog.set_level(logging.INFO, logger="inplace")
     clock = [100.0]
     observer = Observer(clock=lambda: clock[0])
-    for number in range(LINES_A_SECOND + 5):
-        observer.refused(number + 1, f"r{number}", REFUSAL, end=False)
+    for number in range(MAX_LINES_PER_SECOND + 5):
+        observer.request_refused(number + 1, f"r{number}", REFUSAL, end=False)
     said = [record.getMessage() for record in caplog.records]
     assert said == [
         f'request refused: sequence={number + 1} request=r{number} code=CAPACITY retryable=0 because="too many"'
-        for number in range(LINES_A_SECOND)
+        for number in range(MAX_LINES_PER_SECOND)
     ]
     clock[0] += 1.0
-    observer.refused("late", "", REFUSAL, end=True)
-    said = [record.getMessage() for record in caplog.records[LINES_A_SECOND:]]
+    observer.request_refused("late", "", REFUSAL, end=True)
+    said = [record.getMessage() for record in caplog.records[MAX_LINES_PER_SECOND:]]
     assert said == [
         "more requests refused: count=5",
         'request refused: sequence=late request=- code=CAPACITY retryable=0 because="too many"',
     ]
     assert (
-        observer.numbers.now()["inplace_requests_refused_total", "CAPACITY"] == LINES_A_SECOND + 6
+        observer.metrics.snapshot()["inplace_requests_refused_total", "CAPACITY"]
+        == MAX_LINES_PER_SECOND + 6
     )
 
 
@@ -246,24 +249,27 @@ def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(
     caplog.set_level(logging.INFO, logger="inplace")
     clock = [100.0]
     observer = Observer(clock=lambda: clock[0])
-    for number in range(LINES_A_SECOND + 3):
-        observer.ended(SequenceState(number + 1, slot=0), EndReason.IDLE)
+    for number in range(MAX_LINES_PER_SECOND + 3):
+        observer.sequence_ended(SequenceState(number + 1, slot=0), EndReason.IDLE)
     clock[0] += 1.0
-    observer.ended(SequenceState("late", slot=1), EndReason.CANCELLED)
-    assert [record.getMessage() for record in caplog.records[LINES_A_SECOND:]] == [
+    observer.sequence_ended(SequenceState("late", slot=1), EndReason.CANCELLED)
+    assert [record.getMessage() for record in caplog.records[MAX_LINES_PER_SECOND:]] == [
         "more sequences ended: count=3",
         "sequence ended: sequence=late slot=1 length=0 reason=cancelled",
     ]
-    assert observer.numbers.now()["inplace_sequences_ended_total", "idle"] == LINES_A_SECOND + 3
+    assert (
+        observer.metrics.snapshot()["inplace_sequences_ended_total", "idle"]
+        == MAX_LINES_PER_SECOND + 3
+    )
 
 
 def test_an_end_that_only_frees_is_no_refusal() -> None:
     observer = Observer()
     position = RequestError(Code.POSITION, "elsewhere")
-    observer.refused(1, "r", position, end=True)
-    assert observer.numbers.now()["inplace_requests_refused_total", "POSITION"] == 0
-    observer.refused(1, "r", position, end=False)
-    assert observer.numbers.now()["inplace_requests_refused_total", "POSITION"] == 1
+    observer.request_refused(1, "r", position, end=True)
+    assert observer.metrics.snapshot()["inplace_requests_refused_total", "POSITION"] == 0
+    observer.request_refused(1, "r", position, end=False)
+    assert observer.metrics.snapshot()["inplace_requests_refused_total", "POSITION"] == 1
 
 
 class Kept:
@@ -280,10 +286,10 @@ class Kept:
 
 
 def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_the_end() -> None:
-    observer = Observer(slots=8, state_bytes=100)
+    observer = Observer(num_slots=8, state_bytes=100)
     series: dict[str, Kept] = {}
-    exporter = Exporter(
-        observer.numbers,
+    exporter = MetricsExporter(
+        observer.metrics,
         {},
         lambda metric, labels: series.setdefault(metric.name + "".join(labels.values()), Kept()),
         3600,
@@ -293,9 +299,9 @@ def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_t
         "inplace_slots_free": 8,
         "inplace_state_bytes": 100,
     }
-    observer.started(SequenceState(1, 0))
-    observer.ended(SequenceState(1, 0), EndReason.IDLE)
-    observer.started(SequenceState(2, 0))
+    observer.sequence_started(SequenceState(1, 0))
+    observer.sequence_ended(SequenceState(1, 0), EndReason.IDLE)
+    observer.sequence_started(SequenceState(2, 0))
     exporter.close()
     assert series["inplace_sequences_started_total"].value == 2
     assert series["inplace_sequences_ended_totalidle"].value == 1
@@ -305,7 +311,7 @@ def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_t
 def test_the_documentation_names_every_metric_every_reason_and_every_line() -> None:
     text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     assert all(f"`{metric.name}`" in text for metric in (*METRICS, *HISTOGRAMS))
-    assert all(f"`{why}`" in text for why in (*ENDED.values, *GENERATIONS.values))
+    assert all(f"`{why}`" in text for why in (*ENDED.label_values, *GENERATIONS.label_values))
     source = (Path(inplace.runtime.observer.__file__)).read_text()
     for event in re.findall(r'line\(\s*"([a-z ]+)"', source):
         assert f"{event}:" in text, event

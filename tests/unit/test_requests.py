@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from inplace.errors import Code, InplaceError, RequestError
-from inplace.runtime.requests import Request, checked_inputs
+from inplace.runtime.requests import Request, validate_inputs
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
@@ -38,13 +38,13 @@ GOOD = {
 
 def refusal(program: Program, inputs: Mapping[str, Tensor]) -> RequestError:
     with pytest.raises(RequestError) as error:
-        checked_inputs(program, inputs)
+        validate_inputs(program, inputs)
     assert not error.value.retryable
     return error.value
 
 
 def test_good_inputs_lose_their_batch_axis_and_stay_where_they_are() -> None:
-    inputs, tokens = checked_inputs(PACKED, GOOD | {"nobody asked": torch.zeros(1)})
+    inputs, tokens = validate_inputs(PACKED, GOOD | {"nobody asked": torch.zeros(1)})
     assert tokens == 3
     assert set(inputs) == {"ids", "frames", "bias"}
     for name, tensor in inputs.items():
@@ -53,7 +53,7 @@ def test_good_inputs_lose_their_batch_axis_and_stay_where_they_are() -> None:
 
 
 def test_a_rectangular_request_brings_one_token() -> None:
-    inputs, tokens = checked_inputs(RECTANGULAR, {"value": torch.ones(1, 4)})
+    inputs, tokens = validate_inputs(RECTANGULAR, {"value": torch.ones(1, 4)})
     assert tokens == 1
     assert inputs["value"].shape == (4,)
 

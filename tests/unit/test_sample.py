@@ -10,7 +10,7 @@ from inplace.errors import Code, RequestError
 from inplace.kernels.gumbel import UNIT, gumbels, kept, philox, uniforms, weights
 from inplace.operators import argmax, sample
 from inplace.plugins import OPERATIONS, SampleOperation
-from inplace.runtime.sampling import GREEDY, Parameter, Sampling
+from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
 from support.driving import Open, add, ask, outputs, prompt, refused, token
 from support.interpreter import needs_interpreter, run_interpreted
 from support.models import VOCABULARY, Repository
@@ -212,22 +212,25 @@ def test_the_plugin_says_what_it_takes() -> None:
     ("parameters", "expected"),
     [
         ({}, GREEDY),
-        ({"temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": -5}, Sampling(0.7, 40, 0.9, -5)),
+        (
+            {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": -5},
+            SamplingParams(0.7, 40, 0.9, -5),
+        ),
         (
             {"temperature": "0.7", "top_k": "40", "top_p": "1", "seed": "-9223372036854775808"},
-            Sampling(0.7, 40, 1.0, -(2**63)),
+            SamplingParams(0.7, 40, 1.0, -(2**63)),
         ),
         (
             {"temperature": 1, "top_k": 99, "top_p": 1, "seed": 2**63 - 1},
-            Sampling(1.0, 99, 1.0, 2**63 - 1),
+            SamplingParams(1.0, 99, 1.0, 2**63 - 1),
         ),
-        ({"temperature": "1e-2", "top_p": ".5"}, Sampling(0.01, 0, 0.5, 0)),
+        ({"temperature": "1e-2", "top_p": ".5"}, SamplingParams(0.01, 0, 0.5, 0)),
     ],
 )
 def test_parameters_are_numbers_or_texts_that_spell_them(
-    parameters: dict[str, Parameter], expected: Sampling
+    parameters: dict[str, Parameter], expected: SamplingParams
 ) -> None:
-    assert Sampling.parse(parameters, 99) == expected
+    assert SamplingParams.parse(parameters, 99) == expected
 
 
 @pytest.mark.parametrize(
@@ -260,7 +263,7 @@ def test_parameters_are_numbers_or_texts_that_spell_them(
 )
 def test_a_bad_parameter_is_refused_by_name(name: str, value: Parameter) -> None:
     with pytest.raises(RequestError, match=f"^parameter '{name}' is .*; expected a ") as error:
-        Sampling.parse({name: value}, 99)
+        SamplingParams.parse({name: value}, 99)
     assert (error.value.code, error.value.retryable) == (Code.BAD_PARAMETER, False)
 
 
@@ -327,5 +330,5 @@ def test_an_engine_that_samples_nothing_says_so(repository: Repository, drive: O
     request = add(1, 1.0, start=True)
     hot, cold = (replace(request, parameters={"temperature": heat}) for heat in (0.5, 0))
     answers = driver.run([hot])
-    refused(answers[0], Code.BAD_PARAMETER, "this engine samples nothing")
+    refused(answers[0], Code.BAD_PARAMETER, "this engine does not sample")
     outputs(driver.run([cold])[0])

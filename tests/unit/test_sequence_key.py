@@ -7,7 +7,7 @@ import pytest
 from inplace.drivers.step import Answer, StepDriver
 from inplace.errors import Code, RequestError
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.requests import LONGEST_KEY, Request
+from inplace.runtime.requests import MAX_KEY_LENGTH, Request
 from support.driving import (
     BAD,
     add,
@@ -58,7 +58,7 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
     assert same(memory(owned), before)
     assert len(watched(owned).slots) == steps
     assert owned.instance.table.find(1) == sequence
-    assert owned.instance.table.free == SLOTS - 1
+    assert owned.instance.table.num_free == SLOTS - 1
     assert token(owned.run([ask(1, [7], position=5, sequence_key="mine")])[0]) == said(
         repository, [*IDS, 7]
     )
@@ -93,7 +93,7 @@ def test_the_owner_ends_and_restarts_as_ever(owned: StepDriver, repository: Repo
     refused(
         owned.run([ask(1, BAD, end=True, sequence_key="mine")])[0], Code.VALUE_RANGE
     )  # a refused END still frees
-    assert owned.instance.table.free == SLOTS
+    assert owned.instance.table.num_free == SLOTS
     assert token(owned.run([ask(1, [6], start=True)])[0]) == said(
         repository, [6]
     )  # the id is anybody's again
@@ -120,7 +120,7 @@ def test_a_sequence_without_a_key_takes_any_start_but_no_step_that_was_meant_for
         (7, "7"),
         ("7", 7),
         ("å∂", "å∂"),
-        ("k" * LONGEST_KEY, "k" * LONGEST_KEY),
+        ("k" * MAX_KEY_LENGTH, "k" * MAX_KEY_LENGTH),
         ("\ud800", "\ud800"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_whole_number_is_the_key_of_its_digits(
     ("value", "is_"),
     [
         ("", "has 0 characters"),
-        ("k" * (LONGEST_KEY + 1), "has 257 characters"),
+        ("k" * (MAX_KEY_LENGTH + 1), "has 257 characters"),
         (True, "is a bool"),
         (9.2e18, "is a float"),
     ],
@@ -150,13 +150,13 @@ def test_what_is_no_key_is_refused_and_changes_nothing(
         f"parameter 'sequence_key' {is_}; ",
     )
     refused(owned.run([ask(2, [7], start=True, sequence_key=value)])[0], Code.BAD_PARAMETER)
-    assert owned.instance.table.free == SLOTS - 1
+    assert owned.instance.table.num_free == SLOTS - 1
     assert token(owned.run([ask(1, [7], sequence_key="mine")])[0]) == said(repository, [*IDS, 7])
 
 
 def test_the_key_is_kept_nowhere(owned: StepDriver) -> None:
-    key = Request(1, False, False, {}, parameters={"sequence_key": "mine"}).key()
-    assert owned.instance.table.find(1).key == key
+    key = Request(1, False, False, {}, parameters={"sequence_key": "mine"}).key_digest()
+    assert owned.instance.table.find(1).key_digest == key
     assert key is not None and len(key) == 32
     assert "mine" not in repr(owned.instance.table.find(1))
 
@@ -176,9 +176,9 @@ def test_a_start_with_the_key_and_a_position_goes_on_with_the_live_sequence(
     refused(again([8], "?"), Code.BAD_PARAMETER)
     refused(again(BAD, 7), Code.VALUE_RANGE)
     assert token(again([9], 7, end=True)) == said(repository, [*IDS, 7, 8, 9])
-    assert owned.instance.table.free == SLOTS
+    assert owned.instance.table.num_free == SLOTS
     refused(again([9], 8), Code.POSITION, "meant for position 8, the sequence holds 0")
-    assert owned.instance.table.free == SLOTS
+    assert owned.instance.table.num_free == SLOTS
 
 
 def test_a_start_with_a_position_but_no_key_resets_and_is_refused(llama: StepDriver) -> None:
@@ -186,7 +186,7 @@ def test_a_start_with_a_position_but_no_key_resets_and_is_refused(llama: StepDri
     refused(
         llama.run([ask(1, [7], start=True, position=5)])[0], Code.POSITION, "the sequence holds 0"
     )
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
 
 
 def test_a_failing_engine_after_going_on_leaves_the_sequence_as_it_was(

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from inplace.errors import Code, RequestError
-from inplace.runtime.slots import REMEMBERED, SequenceId, SequenceState, SlotTable
+from inplace.runtime.slots import MAX_RECLAIMED_IDS, SequenceId, SequenceState, SlotTable
 
 
 class Clock:
@@ -35,14 +35,14 @@ def test_a_sequence_keeps_its_slot_from_start_to_end(clock: Clock) -> None:
     table = SlotTable(2, 10.0, clock)
     one, two = table.start(1), table.start("1")
     assert {one.slot, two.slot} == {0, 1}
-    assert (len(table), table.free) == (2, 0)
+    assert (len(table), table.num_free) == (2, 0)
     assert table.find(1) is table.get(1) is one
     assert table.find("1") is two
-    table.answered(one)
+    table.touch(one)
     assert table.find(1).slot == one.slot
     table.end(one)
     assert table.get(1) is None
-    assert (len(table), table.free) == (1, 1)
+    assert (len(table), table.num_free) == (1, 1)
     assert table.start(3).slot == one.slot
 
 
@@ -71,14 +71,14 @@ def test_reclaim_ends_the_longest_idle_first_and_only_those_past_the_timeout(clo
     for name in ("a", "b", "c", "d"):
         table.start(name)
         clock.now += 1.0
-    table.answered(table.find("a"))  # now the youngest: idle since 1004
-    assert table.reclaim() == []
+    table.touch(table.find("a"))  # now the youngest: idle since 1004
+    assert table.reclaim_idle() == []
     clock.now = 1012.0
-    assert [sequence.id for sequence in table.reclaim()] == ["b", "c"]
-    assert (len(table), table.free) == (2, 2)
+    assert [sequence.id for sequence in table.reclaim_idle()] == ["b", "c"]
+    assert (len(table), table.num_free) == (2, 2)
     clock.now = 1014.0
-    assert [sequence.id for sequence in table.reclaim()] == ["d", "a"]
-    assert table.reclaim() == []
+    assert [sequence.id for sequence in table.reclaim_idle()] == ["d", "a"]
+    assert table.reclaim_idle() == []
 
 
 def test_a_busy_sequence_is_not_reclaimed_and_does_not_shield_the_others(clock: Clock) -> None:
@@ -86,7 +86,7 @@ def test_a_busy_sequence_is_not_reclaimed_and_does_not_shield_the_others(clock: 
     busy, idle = table.start(1), table.start(2)
     busy.busy = True
     clock.now += 100.0
-    assert table.reclaim() == [idle]
+    assert table.reclaim_idle() == [idle]
     assert table.find(1) is busy
     table.start(3)
     assert refused(table, 4, start=True).code is Code.NO_FREE_SLOT
@@ -98,7 +98,7 @@ def test_the_message_tells_a_reclaimed_sequence_from_one_that_never_was(clock: C
     table = SlotTable(1, 7.5, clock)
     table.start("late")
     clock.now += 12.0
-    table.reclaim()
+    table.reclaim_idle()
     reclaimed = refused(table, "late")
     assert (reclaimed.code, reclaimed.retryable) == (Code.UNKNOWN_SEQUENCE, False)
     assert str(reclaimed).startswith(
@@ -115,13 +115,13 @@ def test_the_message_tells_a_reclaimed_sequence_from_one_that_never_was(clock: C
 
 def test_only_so_many_reclaimed_ids_are_remembered(clock: Clock) -> None:
     table = SlotTable(1, 1.0, clock)
-    for number in range(1, REMEMBERED + 2):
+    for number in range(1, MAX_RECLAIMED_IDS + 2):
         table.start(number)
         clock.now += 1.0
-        table.reclaim()
+        table.reclaim_idle()
     assert "has not started" in str(refused(table, 1))
     assert "was reclaimed" in str(refused(table, 2))
-    assert "was reclaimed" in str(refused(table, REMEMBERED + 1))
+    assert "was reclaimed" in str(refused(table, MAX_RECLAIMED_IDS + 1))
 
 
 def test_next_expiry_is_that_of_the_longest_idle(clock: Clock) -> None:
@@ -131,12 +131,12 @@ def test_next_expiry_is_that_of_the_longest_idle(clock: Clock) -> None:
     clock.now += 4.0
     table.start(2)
     assert table.next_expiry() == 6.0
-    table.answered(first)
+    table.touch(first)
     clock.now += 1.0
     assert table.next_expiry() == 9.0  # of 2
     clock.now += 50.0
     assert table.next_expiry() == 0.0
-    table.reclaim()
+    table.reclaim_idle()
     assert table.next_expiry() == 10.0
 
 
@@ -184,7 +184,7 @@ class AnyHistory(RuleBasedStateMachine):
     def answer(self, which: int) -> None:
         sequence = self.live.pop(which % len(self.live))
         sequence.busy = False
-        self.table.answered(sequence)
+        self.table.touch(sequence)
         self.live.append(sequence)
         self.since[sequence.id] = self.clock.now
 
@@ -204,7 +204,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule()
     def reclaim(self) -> None:
         expected = self.idle()
-        assert self.table.reclaim() == expected
+        assert self.table.reclaim_idle() == expected
         self.forget(expected)
         for sequence in expected:
             assert "was reclaimed" in str(refused(self.table, sequence.id))
@@ -215,7 +215,7 @@ class AnyHistory(RuleBasedStateMachine):
         assert len(set(slots)) == len(slots)
         assert set(slots) <= set(range(self.SLOTS))
         assert len(self.table) == len(self.live)
-        assert self.table.free == self.SLOTS - len(self.live)
+        assert self.table.num_free == self.SLOTS - len(self.live)
         for sequence in self.live:
             assert self.table.find(sequence.id) is sequence
 

@@ -126,7 +126,7 @@ def test_a_start_before_the_end_that_frees_its_slot_waits_for_it(
     llama.run([ask(n + 1, [1], start=True) for n in range(SLOTS)])
     answers = llama.run([ask("late", [1, 2], start=True), ask(1, [3], end=True)])
     assert token(answers[0]) == said(repository, [1, 2])
-    assert llama.instance.table.free == 0
+    assert llama.instance.table.num_free == 0
 
 
 def test_the_drivers_own_thread_reclaims_an_idle_slot(
@@ -135,9 +135,9 @@ def test_the_drivers_own_thread_reclaims_an_idle_slot(
     caplog.set_level(logging.INFO, logger="inplace")
     driver = drive(repository.path / "brief", idle_timeout=0.4)
     driver.run([ask("quiet", [1, 2, 3], start=True)])
-    assert driver.instance.table.free == 1
+    assert driver.instance.table.num_free == 1
     deadline = time.monotonic() + 10.0
-    while driver.instance.table.free < 2:
+    while driver.instance.table.num_free < 2:
         assert time.monotonic() < deadline, "the slot was never reclaimed"
         time.sleep(0.02)
     refused(

@@ -43,7 +43,7 @@ def test_where_states_are_rewritten_a_failed_step_ends_its_sequences_and_no_othe
             Code.ENGINE_FAILED,
             "the engine failed (RuntimeError: out of luck); the sequence has ended, START it again",
         )
-    assert (len(sums.instance.table), sums.instance.table.free) == (1, 3)
+    assert (len(sums.instance.table), sums.instance.table.num_free) == (1, 3)
     refused(sums.run([add(1, 1.0)])[0], Code.UNKNOWN_SEQUENCE)
     assert total(sums.run([add(3, 3.0)])[0]) == ([6.0] * 4, 2)
     assert [
@@ -67,7 +67,7 @@ def test_a_defect_of_the_driver_itself_answers_its_rows_and_leaves_no_sequence_b
 ) -> None:
     sums.run([add(1, 1.0, start=True), add(2, 2.0, start=True)])
     with monkeypatch.context() as patched:
-        patched.setattr("inplace.runtime.instance.form", lambda *_: 1 // 0)
+        patched.setattr("inplace.runtime.instance.form_batch", lambda *_: 1 // 0)
         for answer in sums.run([add(1, 1.0), add(3, 1.0, start=True)]):
             refused(
                 answer,
@@ -75,16 +75,18 @@ def test_a_defect_of_the_driver_itself_answers_its_rows_and_leaves_no_sequence_b
                 "the backend failed (ZeroDivisionError: integer division or modulo by zero); START again",
             )
     assert "the step driver failed" in caplog.text
-    assert sums.instance.table.free == 3
+    assert sums.instance.table.num_free == 3
     assert total(sums.run([add(2, 2.0)])[0]) == ([4.0] * 4, 2)
 
 
 def test_a_request_that_cannot_be_taken_fails_alone(
     sums: StepDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = sums.instance.check
+    check = sums.instance.validate
     monkeypatch.setattr(
-        sums.instance, "check", lambda request: 1 // 0 if request.sequence == 1 else check(request)
+        sums.instance,
+        "validate",
+        lambda request: 1 // 0 if request.sequence_id == 1 else check(request),
     )
     one, two = sums.run([add(1, 1.0, start=True), add(2, 2.0, start=True)])
     refused(one, Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError")
@@ -101,17 +103,17 @@ def test_a_failed_end_has_ended_and_says_so(llama: StepDriver) -> None:
         "the sequence has ended, START it again",
         retryable=False,
     )
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
 
 
 def test_a_failed_start_leaves_no_slot(llama: StepDriver) -> None:
     watched(llama).fail_at = 1
     refused(llama.run([ask(1, [1, 2], start=True)])[0], Code.ENGINE_FAILED, retryable=True)
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
 
 
 def test_a_failed_start_can_be_sent_again(llama: StepDriver, repository: Repository) -> None:
     watched(llama).fail_at = 1
     refused(llama.run([ask(1, [1, 2], start=True)])[0], Code.ENGINE_FAILED, retryable=True)
     assert token(llama.run([ask(1, [1, 2], start=True)])[0]) == said(repository, [1, 2])
-    assert llama.instance.table.free == SLOTS - 1
+    assert llama.instance.table.num_free == SLOTS - 1

@@ -97,7 +97,7 @@ def test_a_refused_step_changes_nothing_and_a_good_one_goes_on(
 def test_a_refused_start_leaves_no_slot(llama: StepDriver, repository: Repository) -> None:
     for attempt in range(2 * SLOTS):
         refused(llama.run([ask(100 + attempt, BAD, start=True)])[0], Code.VALUE_RANGE)
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
     refused(llama.run([ask(100, [1])])[0], Code.UNKNOWN_SEQUENCE, "its START was refused")
     assert token(llama.run([ask(100, [1], start=True)])[0]) == said(repository, [1])
 
@@ -105,7 +105,7 @@ def test_a_refused_start_leaves_no_slot(llama: StepDriver, repository: Repositor
 def test_a_refused_start_on_a_live_id_ends_it(llama: StepDriver, repository: Repository) -> None:
     llama.run([ask(1, prompt(1, 5), start=True)])
     refused(llama.run([ask(1, BAD, start=True)])[0], Code.VALUE_RANGE)
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
     refused(llama.run([ask(1, [1])])[0], Code.UNKNOWN_SEQUENCE)
     assert token(llama.run([ask(1, [1], start=True)])[0]) == said(repository, [1])
 
@@ -113,7 +113,7 @@ def test_a_refused_start_on_a_live_id_ends_it(llama: StepDriver, repository: Rep
 def test_a_start_on_a_live_id_resets_it_without_a_second_slot(sums: StepDriver) -> None:
     sums.run([add(1, 5.0, start=True), add(2, 1.0, start=True)])
     assert total(sums.run([add(1, 2.0, start=True)])[0]) == ([2.0] * 4, 1)
-    assert (len(sums.instance.table), sums.instance.table.free) == (2, 2)
+    assert (len(sums.instance.table), sums.instance.table.num_free) == (2, 2)
     assert total(sums.run([add(2, 1.0)])[0]) == ([2.0] * 4, 2)
 
 
@@ -122,7 +122,7 @@ def test_a_refused_end_frees(repository: Repository, drive: Open) -> None:
     for attempt in range(5):
         assert token(driver.run([ask(1 + attempt, [3], start=True)])[0]) == said(repository, [3])
         refused(driver.run([ask(1 + attempt, BAD, end=True)])[0], Code.VALUE_RANGE)
-        assert driver.instance.table.free == 2
+        assert driver.instance.table.num_free == 2
     driver.run([ask(1, [1], start=True), ask(2, [2], start=True)])
     answers = driver.run([ask(1, BAD, end=True), ask(3, [4], start=True)])
     refused(answers[0], Code.VALUE_RANGE)
@@ -132,7 +132,7 @@ def test_a_refused_end_frees(repository: Repository, drive: Open) -> None:
 def test_a_refused_start_with_end_leaves_no_slot(llama: StepDriver) -> None:
     refused(llama.run([ask(1, BAD, start=True, end=True)])[0], Code.VALUE_RANGE)
     assert token(llama.run([ask(1, [1], start=True, end=True)])[0]) >= 0
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
 
 
 @pytest.mark.parametrize("sequence", [0, ""])
@@ -142,7 +142,7 @@ def test_a_request_without_an_id_is_refused(llama: StepDriver, sequence: Sequenc
         Code.NO_SEQUENCE_ID,
         "send a correlation id that is not 0 or empty",
     )
-    assert llama.instance.table.free == SLOTS
+    assert llama.instance.table.num_free == SLOTS
 
 
 def test_a_position_must_be_the_cached_length(llama: StepDriver, repository: Repository) -> None:

@@ -87,7 +87,7 @@ def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(
     driver, taken = streams(), RequestParser.job
 
     def job(self: RequestParser, request: Request, *others: Any) -> StreamRequest:
-        if request.sequence == "s1":
+        if request.sequence_id == "s1":
             raise ZeroDivisionError("a defect")
         return taken(self, request, *others)
 

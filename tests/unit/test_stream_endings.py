@@ -275,7 +275,7 @@ def test_shutdown_answers_what_runs_waits_and_arrives(streams: OpenStreams) -> N
         behind = driver.ask("r0", [1])
         held[0].said(1)
         driver.driver.close()
-    numbers = driver.driver.instance.observer.numbers.now()
+    numbers = driver.driver.instance.observer.metrics.snapshot()
     assert numbers["inplace_sequences_ended_total", "shutdown"] >= 1
     assert numbers["inplace_sequences_ended_total", "engine_failed"] == 0
     answers = [*held, *waiting, behind]
@@ -358,7 +358,7 @@ def test_a_generation_whose_client_cannot_be_answered_is_over(streams: OpenStrea
     assert len(engine.slots) < FREE / 2
     until(
         lambda: (
-            driver.driver.instance.observer.numbers.now().get(
+            driver.driver.instance.observer.metrics.snapshot().get(
                 ("inplace_generations_total", "cancelled")
             )
             == 1

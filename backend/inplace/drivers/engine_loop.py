@@ -63,8 +63,8 @@ class EngineLoop:
             self._inbox.put, senders.turn
         )
         self._next_look = 0.0
-        instance.observer.queue(self._waiting)
-        self._turn = instance.waiting = senders.turn
+        instance.observer.watch_waiting(self._waiting)
+        self._turn = instance.gil_released = senders.turn
         sys.setswitchinterval(SWITCH)
         self._thread = thread
         thread.submit(self._run)
@@ -103,7 +103,7 @@ class EngineLoop:
                 serving = self._receive()
                 if monotonic() >= self._next_look:
                     self._next_look = monotonic() + LOOK
-                    self._instance.table.reclaim()
+                    self._instance.table.reclaim_idle()
                 self._admit()
                 if serving and (self._scheduler or self._flights):
                     self._step()
@@ -228,35 +228,35 @@ class EngineLoop:
         """Whether it is a generation that needs a slot and there is none for it."""
         if job.generation is None or not self._needs_slot(job):
             return False
-        if not self._instance.table.free:
-            self._instance.table.reclaim()
-        return bool(self._waiting) or not self._instance.table.free
+        if not self._instance.table.num_free:
+            self._instance.table.reclaim_idle()
+        return bool(self._waiting) or not self._instance.table.num_free
 
     def _enter(self, job: StreamRequest) -> bool:
         """Give a job its sequence. False: it has been answered instead."""
         try:
             if job.only_ends:
-                self._instance.end(job.checked)
+                self._instance.end_sequence(job.checked)
                 self._outcomes.answer(job, {})
                 return False
             if self._waiting and job.generation is None and self._needs_slot(job):
                 text = "every slot is owned, and generations wait for the next; send it again later"
                 raise RequestError(Code.NO_FREE_SLOT, text, retryable=True)
-            job.work = self._instance.enter(job.checked)
+            job.work = self._instance.admit_validated(job.checked)
         except RequestError as error:
             self._refuse(job, error)
             return False
         if job.generation is not None:
             capacity, sequence = self._instance.manifest.capacity, job.work.sequence
             job.generation.begin(
-                None if capacity is None else capacity - sequence.length - job.work.tokens
+                None if capacity is None else capacity - sequence.length - job.work.num_tokens
             )
         self._scheduler.add(job)
         return True
 
     def _admit(self) -> None:
         """Give free slots to the generations that wait for one."""
-        while self._waiting and self._instance.table.free:
+        while self._waiting and self._instance.table.num_free:
             job = self._waiting.popleft()
             if not self._enter(job):
                 self._over(job)
@@ -279,14 +279,14 @@ class EngineLoop:
         say = self._outcomes.say
         for row, (job, work) in enumerate(zip(landed.jobs, landed.rows, strict=True)):
             generation = job.generation
-            if work.over:
+            if work.dropped:
                 continue
             if work.error is not None:
                 self._scheduler.remove(job)
                 self._instance.finish(work)
                 self._refuse(job, work.error)
                 self._over(job)
-            elif work.done < work.tokens:
+            elif work.num_computed_tokens < work.num_tokens:
                 continue
             elif generation is None:
                 self._scheduler.remove(job)
@@ -311,10 +311,12 @@ class EngineLoop:
         """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
         work = job.work
         if work is not None:
-            work.over = True
+            work.dropped = True
             self._scheduler.remove(job)
-            work.sequence.pending = generation.token if generation.said else work.pending
-            work.sequence.rest = job.reply if isinstance(job.reply, BufferedReply) else None
+            work.sequence.pending_token = (
+                generation.token if generation.said else work.pending_token
+            )
+            work.sequence.driver_state = job.reply if isinstance(job.reply, BufferedReply) else None
             self._instance.finish(work)
         elif job in self._waiting:
             self._waiting.remove(job)

@@ -12,7 +12,7 @@ from inplace.drivers.text import Detokenizer, StopMatcher
 from inplace.errors import Code, RequestError
 from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL, TEXT
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import Parameter, whole
+from inplace.runtime.sampling import Parameter, parse_integer
 
 MOST_STOPS, LONGEST_STOP = 16, 256
 
@@ -71,7 +71,7 @@ class GenerationLimits:
 
 
 def _count(parameters: Mapping[str, Parameter], name: str) -> int:
-    return whole(parameters, name, 1, MOST, "a whole number of at least 1", default=1)
+    return parse_integer(parameters, name, 1, MOST, "a whole number of at least 1", default=1)
 
 
 def _stops(given: tuple[bytes, ...]) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class RequestParser:
         Raises:
             RequestError: its key cannot be read: it changes nothing, whatever flags it has.
         """
-        key = request.key()
+        key = request.key_digest()
         generates = MAX_TOKENS in request.parameters
         bare = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
         if request.end and not request.start and not generates and bare:
@@ -80,7 +80,7 @@ class RequestParser:
                 )
         except RequestError as error:
             return StreamRequest(ValidatedRequest(request, key, refusal=error), Reply(channel))
-        checked = self._instance.check(request)
+        checked = self._instance.validate(request)
         if limits is None or checked.refusal is not None:
             return StreamRequest(checked, Reply(channel))
         return self._generation(checked, limits, channel)
@@ -94,7 +94,7 @@ class RequestParser:
         if tokenizer is not None and (limits.stops or TEXT_OUTPUT in channel.wanted):
             made = Detokenizer(tokenizer, checked.inputs[self._names[0]][-CONTEXT:].tolist())
             detokenizer, stopper = (None, made) if limits.stops else (made, None)
-        checked = replace(checked, said=1, wanted=frozenset((self._names[1],)))
+        checked = replace(checked, min_new_tokens=1, requested_outputs=frozenset((self._names[1],)))
         kind = BufferedReply if checked.request.flag(FETCH) else Reply
         return StreamRequest(
             checked,
@@ -112,7 +112,7 @@ class RequestParser:
                 f"inputs {self._names[0]!r} and {TEXT!r} are both given; send one of them",
             )
         begins = (
-            request.start and not request.goes_on
+            request.start and not request.continues_sequence
         )  # a START that names a position goes on with a live sequence or is refused
         ids = tokenized(
             self._language.tokenizer, texts[TEXT], self._instance.manifest.capacity, start=begins

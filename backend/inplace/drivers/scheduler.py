@@ -99,7 +99,7 @@ class Scheduler:
 
 def _waiting(job: StreamRequest) -> int:
     assert job.work is not None
-    return job.work.tokens - job.work.done
+    return job.work.num_tokens - job.work.num_computed_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,8 @@ class StepPipeline:
         follows = self._repeats(jobs, flight.batch.rows)  # while the device computes
         outputs = self._instance.wait(flight)
         if follows and not flight.failed and self._calm():
-            self._under_way = jobs, len(jobs), self._instance.follow(flight, outputs)
-        self._instance.settle(flight, outputs)
+            self._under_way = jobs, len(jobs), self._instance.launch_next(flight, outputs)
+        self._instance.advance(flight, outputs)
         return StepResult(jobs, running, flight.batch.rows, outputs)
 
     def land(self) -> None:
@@ -157,7 +157,7 @@ class StepPipeline:
         if self._under_way is not None:
             _, _, flight = self._under_way
             self._under_way = None
-            self._instance.settle(flight, self._instance.wait(flight))
+            self._instance.advance(flight, self._instance.wait(flight))
 
     def _launch(self) -> tuple[list[StreamRequest], int, InFlightStep]:
         jobs, running, budget = self._scheduler.next()
@@ -169,8 +169,8 @@ class StepPipeline:
 
     def _repeats(self, jobs: list[StreamRequest], rows: list[ActiveRequest]) -> bool:
         """Whether the next step has the same rows, as far as anybody can know."""
-        if not self._instance.ahead or not self._scheduler.repeats(jobs):
+        if not self._instance.overlaps or not self._scheduler.repeats(jobs):
             return False
         return all(
             job.generation is not None and job.generation.goes_on for job in jobs
-        ) and not any(work.over for work in rows)
+        ) and not any(work.dropped for work in rows)

@@ -212,7 +212,7 @@ class ResponseBuffer:
         """A generation said its `GenerationState.token`; ``text`` as in `Reply.say`."""
         assert generation.token is not None
         if generation.said == 1:
-            self._observer.spoke(monotonic() - job.checked.request.received)
+            self._observer.first_token(monotonic() - job.checked.request.arrival_time)
         self._said.append((job.reply, generation.token, text))
 
     def answer(self, job: StreamRequest, outputs: Outputs) -> None:
@@ -221,13 +221,17 @@ class ResponseBuffer:
 
     def finish(self, job: StreamRequest, generation: GenerationState, reason: FinishReason) -> None:
         """A generation has finished."""
-        self._observer.generated(job.sequence, job.checked.request.id, reason, generation.said)
+        self._observer.generation_finished(
+            job.sequence, job.checked.request.request_id, reason, generation.said
+        )
         self._finished.append((job.reply, FinalResponse(reason, generation.rest())))
 
     def refuse(self, job: StreamRequest, error: RequestError) -> None:
         """A request is answered with an error."""
         request = job.checked.request
-        self._observer.refused(request.sequence, request.id, error, end=request.end)
+        self._observer.request_refused(
+            request.sequence_id, request.request_id, error, end=request.end
+        )
         self._finished.append((job.reply, FinalResponse(error)))
 
     def tell(self) -> None:

@@ -37,12 +37,12 @@ class StreamRequest:
     @property
     def sequence(self) -> SequenceId:
         """The correlation id."""
-        return self.checked.request.sequence
+        return self.checked.request.sequence_id
 
     @property
     def only_ends(self) -> bool:
         """It is an END that brings nothing to compute."""
-        return self.checked.tokens == 0 and self.checked.refusal is None
+        return self.checked.num_tokens == 0 and self.checked.refusal is None
 
 
 MAX_QUEUED_PER_SEQUENCE = 64
@@ -76,7 +76,8 @@ class SequenceQueues:
         return [
             other
             for other in reversed(lane)
-            if other.generation is not None and other.checked.key in (None, job.checked.key)
+            if other.generation is not None
+            and other.checked.key_digest in (None, job.checked.key_digest)
         ]
 
     def add(self, job: StreamRequest) -> bool:
@@ -115,12 +116,15 @@ class SequenceQueues:
             return False
         live = self._table.get(job.sequence)
         if live is None:
-            return first.checked.key is None or first.checked.key == job.checked.key
+            return (
+                first.checked.key_digest is None
+                or first.checked.key_digest == job.checked.key_digest
+            )
         try:
-            live.check_key(job.checked.key, start=request.start)
+            live.check_key(job.checked.key_digest, start=request.start)
         except RequestError:
             return False
-        return request.end or live.key is None or not request.goes_on
+        return request.end or live.key_digest is None or not request.continues_sequence
 
 
 def find_buffered_reply(
@@ -140,12 +144,18 @@ def find_buffered_reply(
         (other for other in under_way if isinstance(other.reply, BufferedReply)), None
     )
     if live is not None:
-        live.check_key(job.checked.key, start=False)
+        live.check_key(job.checked.key_digest, start=False)
     elif (
-        generation is None or generation.checked.key != job.checked.key
+        generation is None or generation.checked.key_digest != job.checked.key_digest
     ):  # it waits for a slot: others do not learn of it
         raise _nothing_to_fetch()
-    found = generation.reply if generation is not None else live.rest if live is not None else None
+    found = (
+        generation.reply
+        if generation is not None
+        else live.driver_state
+        if live is not None
+        else None
+    )
     if not isinstance(found, BufferedReply):
         raise _nothing_to_fetch()
     return found

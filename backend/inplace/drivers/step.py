@@ -34,7 +34,8 @@ def answered(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> list[A
     return [
         None
         if not work.finished
-        else work.error or {name: parts[name][row] for name in parts if name in work.wanted}
+        else work.error
+        or {name: parts[name][row] for name in parts if name in work.requested_outputs}
         for row, work in enumerate(rows)
     ]
 
@@ -83,10 +84,10 @@ class StepDriver:
         later: list[tuple[int, Request]] = []
         seen = set()
         for index, request in waiting:
-            if request.sequence in seen:
+            if request.sequence_id in seen:
                 later.append((index, request))
                 continue
-            seen.add(request.sequence)
+            seen.add(request.sequence_id)
             try:
                 admitted.append((index, self._admit(request)))
             except RequestError as error:
@@ -101,15 +102,15 @@ class StepDriver:
         return later
 
     def _admit(self, request: Request) -> ActiveRequest:
-        checked = self.instance.check(request)
+        checked = self.instance.validate(request)
         if MAX_TOKENS in request.parameters and checked.refusal is None:
             checked = replace(checked, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATION))
-        return self.instance.enter(checked)
+        return self.instance.admit_validated(checked)
 
     def _will_free(self, waiting: list[tuple[int, Request]]) -> bool:
         """Whether some request of this call is the END of a live sequence."""
         return any(
-            request.end and self.instance.table.get(request.sequence) is not None
+            request.end and self.instance.table.get(request.sequence_id) is not None
             for _, request in waiting
         )
 
@@ -152,7 +153,7 @@ class StepDriver:
     def _reclaim(self) -> None:
         while not self._closing.wait(self._pause()):
             with self._lock:
-                self.instance.table.reclaim()
+                self.instance.table.reclaim_idle()
 
     def _pause(self) -> float:
         with self._lock:

@@ -73,7 +73,9 @@ class StreamDriver:
                     raise _unloading()
                 jobs.append(self._intake.job(request, texts, channel))
             except RequestError as error:
-                self.instance.observer.refused(request.sequence, request.id, error, end=request.end)
+                self.instance.observer.request_refused(
+                    request.sequence_id, request.request_id, error, end=request.end
+                )
                 self._senders.tell([], [(Reply(channel), FinalResponse(error))])
             except (
                 Exception

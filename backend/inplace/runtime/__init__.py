@@ -1,1 +1,1 @@
-"""One model instance: slots, sequences, requests, batches and metrics. Knows nothing of tritonserver."""
+"""One model instance: slots, sequences, requests, batches and metrics; without tritonserver."""

@@ -1,4 +1,4 @@
-"""The batcher: from admitted requests to the tensors of one step."""
+"""The batcher: from admitted requests to the input tensors of one step, and back to responses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,114 +12,148 @@ from torch import Tensor
 
 from inplace.errors import RequestError
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import GREEDY, Sampling
+from inplace.runtime.sampling import GREEDY, SamplingParams
 from inplace.runtime.slots import SequenceState
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 
-NOTHING: tuple[Mapping[str, Tensor], int] = ({}, 0)
+NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)
 
 
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
-    """An admitted request on its way through one or more steps.
+    """An admitted request: a row of one or more steps.
 
     Attributes:
-        request: what was asked.
-        sequence: whose slot it works on.
-        inputs: the checked tensors, without a batch axis.
-        tokens: how many tokens they bring.
-        before: the sequence's length when it was admitted.
-        sampling: how its next token is chosen.
-        wanted: the outputs to compute when its tokens are consumed.
-        done: tokens that steps have consumed.
-        pending: the token of an earlier generation that goes in front of ``inputs``, as part of them.
-        token: the one token to feed instead of ``inputs``: what the sequence itself has said. Only where a program is a language model.
-        found: what the last of its steps returned for all rows, by output name, ``[rows, ...]``; and which of them it was.
+        request: the client's request.
+        sequence: the sequence whose slot it uses.
+        inputs: the validated tensors, without the batch axis.
+        num_tokens: how many tokens it feeds.
+        start_length: the sequence's length when the request was admitted.
+        sampling_params: how its next token is chosen.
+        requested_outputs: names of the outputs to compute once all its tokens are consumed.
+        num_computed_tokens: tokens that steps have consumed.
+        pending_token: the sequence's pending token, which is the first of ``inputs`` then.
+        decode_token: a generated token to feed instead of ``inputs``; only in a language model.
+        step_outputs: outputs of its last step for all rows, ``[rows, ...]``, and its row.
         error: why the engine could not finish it.
-        over: nobody waits for it any more: what a step that is under way still brings is dropped.
+        dropped: its client has its answer already; a step in flight must not change it any more.
     """
 
     request: Request
     sequence: SequenceState
     inputs: Mapping[str, Tensor]
-    tokens: int
-    before: int
-    sampling: Sampling = GREEDY
-    wanted: frozenset[str] = frozenset()
-    done: int = 0
-    pending: int | None = None
-    token: int | None = None
-    found: tuple[Mapping[str, Tensor], int] = NOTHING
+    num_tokens: int
+    start_length: int
+    sampling_params: SamplingParams = GREEDY
+    requested_outputs: frozenset[str] = frozenset()
+    num_computed_tokens: int = 0
+    pending_token: int | None = None
+    decode_token: int | None = None
+    step_outputs: tuple[Mapping[str, Tensor], int] = NO_OUTPUTS
     error: RequestError | None = None
-    over: bool = False
+    dropped: bool = False
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that no step has consumed yet."""
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def finished(self) -> bool:
-        """It can be answered: every token was consumed, or the engine failed."""
-        return self.done == self.tokens or self.error is not None
+        """Whether it can be answered: all tokens are consumed, or the engine has failed."""
+        return self.num_computed_tokens == self.num_tokens or self.error is not None
 
     @property
     def outputs(self) -> dict[str, Tensor]:
-        """What it wanted to know, by output name, ``[1, ...]``; empty until its tokens are consumed."""
-        tensors, row = self.found
+        """The requested outputs, ``[1, ...]``; empty until all its tokens are consumed."""
+        tensors, row = self.step_outputs
         return {
-            name: tensor[row : row + 1] for name, tensor in tensors.items() if name in self.wanted
+            name: tensor[row : row + 1]
+            for name, tensor in tensors.items()
+            if name in self.requested_outputs
         }
 
     def feed(self, token: int) -> None:
-        """Go on with the token that was said."""
-        self.token, self.tokens, self.done = token, 1, 0
+        """Continue with a generated token: the next step decodes it."""
+        self.decode_token, self.num_tokens, self.num_computed_tokens = token, 1, 0
+
+
+Answer = dict[str, Tensor] | RequestError
+"""The answer to a request: its outputs by name, ``[1, ...]``, or why it was refused."""
+
+
+def split_outputs(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> list[Answer | None]:
+    """The answer of each row of a step; None for a row that still has tokens to consume.
+
+    The same as `ActiveRequest.outputs` of each row, with one call into PyTorch for each output.
+
+    Args:
+        rows: the rows of the step.
+        outputs: the outputs of the step by name, ``[rows, ...]``.
+    """
+    parts = {name: tensor.split(1) for name, tensor in outputs.items()}
+    return [
+        None
+        if not active.finished
+        else active.error
+        or {name: parts[name][row] for name in parts if name in active.requested_outputs}
+        for row, active in enumerate(rows)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: some rows, each with its next tokens.
+    """The rows of one step and its inputs.
 
     Attributes:
-        rows: the work of each row.
-        counts: how many tokens each row brings.
+        rows: the request of each row.
+        num_scheduled_tokens: how many tokens of each row the step consumes.
         inputs: the program's inputs by name, in the program's order, on the host.
     """
 
     rows: list[ActiveRequest]
-    counts: list[int]
+    num_scheduled_tokens: list[int]
     inputs: dict[str, Tensor]
 
 
-def form(program: Program, rows: list[ActiveRequest], budget: int | None = None) -> Batch:
-    """The next step of these rows, packed behind one another: at most ``program.chunk`` tokens of each.
+def form_batch(
+    program: Program, rows: list[ActiveRequest], token_budget: int | None = None
+) -> Batch:
+    """Form the next step of some rows: their tokens are packed, at most ``program.chunk`` of a row.
 
     Args:
-        program: what runs.
-        rows: at most as many as it takes.
-        budget: most tokens of all of them, at least their number; None is ``program.token_budget``.
+        program: the program that runs.
+        rows: at most ``program.max_rows`` of them.
+        token_budget: most tokens of the whole step, at least one a row; None for
+            ``program.token_budget``.
     """
-    waiting = [work.tokens - work.done for work in rows]
-    counts = _counts(waiting, program.chunk, program.token_budget if budget is None else budget)
-    lengths = np.array([work.sequence.length for work in rows], dtype=np.int64)
-    if counts is waiting:
-        offsets, positions, next_positions = _counted(len(rows) + 1), lengths, lengths + 1
+    waiting = [active.num_waiting_tokens for active in rows]
+    budget = program.token_budget if token_budget is None else token_budget
+    counts = schedule_tokens(waiting, program.chunk, budget)
+    lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
+    if counts is waiting:  # one token a row
+        offsets, positions, next_positions = _arange(len(rows) + 1), lengths, lengths + 1
     else:
         each = np.array(counts, dtype=np.int64)
         offsets = np.concatenate(([0], np.cumsum(each)))
-        positions = np.repeat(lengths - offsets[:-1], each) + _counted(int(offsets[-1]))
+        positions = np.repeat(lengths - offsets[:-1], each) + _arange(int(offsets[-1]))
         next_positions = lengths + each
-    # what a row that still has tokens waiting says is dropped: it need not pay for choosing at random
-    sampling = [
-        work.sampling if left == count else GREEDY
-        for work, left, count in zip(rows, waiting, counts, strict=True)
+    # The token of a row with more tokens waiting is not used, so it need not be sampled.
+    sampling_params = [
+        active.sampling_params if left == count else GREEDY
+        for active, left, count in zip(rows, waiting, counts, strict=True)
     ]
-    greedy = all(each is GREEDY for each in sampling)
+    greedy = all(params is GREEDY for params in sampling_params)
     inputs: dict[str, Tensor] = {}
     values: NDArray[Any]
     for spec in program.inputs:
         match spec.role:
             case Role.TOKENS:
-                inputs[spec.name] = _tokens(spec, rows, counts)
+                inputs[spec.name] = _pack_tokens(spec, rows, counts)
                 continue
             case Role.ROW:
-                inputs[spec.name] = torch.stack([work.inputs[spec.name] for work in rows])
+                inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
                 continue
             case Role.POSITIONS:
                 values = positions
@@ -128,73 +162,86 @@ def form(program: Program, rows: list[ActiveRequest], budget: int | None = None)
             case Role.LAST_TOKENS:
                 values = offsets[1:] - 1
             case Role.SLOTS:
-                values = np.array([work.sequence.slot for work in rows])
+                values = np.array([active.sequence.slot for active in rows])
             case Role.WRITE_INDICES:
                 values = lengths
             case Role.NEXT_POSITIONS:
                 values = next_positions
-            case _:  # named as the attributes of `Sampling`
-                chosen = (
-                    [getattr(GREEDY, spec.role)] * len(rows)
-                    if greedy
-                    else [getattr(each, spec.role) for each in sampling]
-                )
-                values = np.array(chosen, dtype=spec.dtype.value)
+            case _:  # the other roles are named as the fields of `SamplingParams`
+                values = _sampling_values(spec, sampling_params, greedy=greedy)
         inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
     return Batch(rows, counts, inputs)
 
 
-ADVANCING = (Role.POSITIONS, Role.WRITE_INDICES, Role.NEXT_POSITIONS)
+ADVANCING_ROLES = (Role.POSITIONS, Role.WRITE_INDICES, Role.NEXT_POSITIONS)
 
 
-def follow(program: Program, batch: Batch, said: Tensor) -> Batch:
-    """The step after one of single tokens: the same rows, each with the token that it has said.
+def next_decode_batch(program: Program, batch: Batch, tokens: Tensor) -> Batch:
+    """Form the decode step after ``batch``: the same rows, each with the token it has sampled.
 
     Args:
-        program: what runs; a language model.
-        batch: the step before.
-        said: the token of each row, ``[rows, 1]``.
+        program: the program that runs, a language model.
+        batch: the step before, in which each row has one token.
+        tokens: the sampled token of each row, ``[rows, 1]``.
     """
-    found = dict(batch.inputs)
+    inputs = dict(batch.inputs)
     for spec in program.inputs:
         if spec.role is Role.TOKENS:
-            found[spec.name] = said.flatten().to(spec.dtype.as_torch)
-        elif spec.role in ADVANCING:
-            found[spec.name] = torch.from_numpy(found[spec.name].numpy() + 1)
-    return Batch(batch.rows, batch.counts, found)
+            inputs[spec.name] = tokens.flatten().to(spec.dtype.as_torch)
+        elif spec.role in ADVANCING_ROLES:
+            inputs[spec.name] = torch.from_numpy(inputs[spec.name].numpy() + 1)
+    return Batch(batch.rows, batch.num_scheduled_tokens, inputs)
 
 
-@cache
-def _counted(end: int) -> NDArray[np.int64]:
-    """0, 1, …; to be read only. Kept, for `numpy.arange` hands the interpreter over to threads that wait for it."""
-    return np.arange(end)
+def schedule_tokens(waiting: list[int], chunk: int, token_budget: int) -> list[int]:
+    """How many tokens of each row a step consumes: one each, then more in order of the rows.
 
-
-def _tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int]) -> Tensor:
-    """The next tokens of all rows; what sequences said themselves is put together by the run, not by the row."""
-    said: list[int] = []
-    parts: list[Tensor] = []
-    for work, count in zip(rows, counts, strict=True):
-        if work.token is not None:
-            said.append(work.token)
-            continue
-        if said:
-            parts.append(torch.from_numpy(np.array(said)))
-            said = []
-        tensor = work.inputs[spec.name]
-        parts.append(tensor if count == tensor.shape[0] else tensor[work.done : work.done + count])
-    if said:
-        parts.append(torch.from_numpy(np.array(said)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _counts(waiting: list[int], chunk: int, budget: int) -> list[int]:
-    """How many of its waiting tokens each row brings: at least one each, then as many as the budget allows, in order."""
+    Args:
+        waiting: the number of waiting tokens of each row, at least 1; returned as it is where a
+            row has no more than one.
+        chunk: most tokens of a row.
+        token_budget: most tokens of all rows, at least one a row.
+    """
     if max(waiting) == 1:
         return waiting
-    counts, left = [], budget - len(waiting)
+    counts, left = [], token_budget - len(waiting)
     for tokens in waiting:
         more = min(tokens, chunk, 1 + left) - 1
         left -= more
         counts.append(1 + more)
     return counts
+
+
+@cache
+def _arange(end: int) -> NDArray[np.int64]:
+    """0, 1, …; read-only. Cached, because `numpy.arange` lets other threads take the GIL."""
+    return np.arange(end)
+
+
+def _pack_tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int]) -> Tensor:
+    """The next tokens of all rows, ``[tokens, ...]``; adjacent decode tokens make one tensor."""
+    decode_tokens: list[int] = []
+    parts: list[Tensor] = []
+    for active, count in zip(rows, counts, strict=True):
+        if active.decode_token is not None:
+            decode_tokens.append(active.decode_token)
+            continue
+        if decode_tokens:
+            parts.append(torch.from_numpy(np.array(decode_tokens)))
+            decode_tokens = []
+        tensor, begin = active.inputs[spec.name], active.num_computed_tokens
+        parts.append(tensor if count == tensor.shape[0] else tensor[begin : begin + count])
+    if decode_tokens:
+        parts.append(torch.from_numpy(np.array(decode_tokens)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sampling_values(
+    spec: TensorSpec, sampling_params: list[SamplingParams], *, greedy: bool
+) -> NDArray[Any]:
+    """One field of the sampling parameters of all rows; ``greedy`` if every row is `GREEDY`."""
+    if greedy:
+        values = [getattr(GREEDY, spec.role)] * len(sampling_params)
+    else:
+        values = [getattr(params, spec.role) for params in sampling_params]
+    return np.array(values, dtype=spec.dtype.value)

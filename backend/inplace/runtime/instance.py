@@ -1,9 +1,7 @@
-"""A model instance: one engine, its arena and its sequences. The step that every driver uses is here.
-
-A step between its launch and what comes of it.
-"""
+"""A model instance: one engine, its arena and its sequences. All drivers run steps through it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -15,11 +13,10 @@ from torch import Tensor
 from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
-from inplace.runtime.batcher import ActiveRequest, Batch, follow, form
+from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
 from inplace.runtime.loading import load_engine
 from inplace.runtime.observer import Observer
-from inplace.runtime.requests import Request, ValidatedRequest, checked_inputs
-from inplace.runtime.sampling import GREEDY
+from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.slots import EndReason, SlotTable
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Update
@@ -27,38 +24,45 @@ from inplace.schema.specs import Update
 
 @dataclass(slots=True)
 class InFlightStep:
-    """A step that was launched.
+    """A step that has been launched and not waited for.
 
     Attributes:
         batch: its rows and inputs.
-        wanted: the outputs that are read.
-        begin: when, in monotonic seconds.
-        finish: waits for it; or why it could not be launched.
-        seconds: from then until it was waited for.
+        requested_outputs: names of the outputs that are read.
+        launch_time: when it was launched, in monotonic seconds.
+        finish: waits for it; an exception if it could not be launched.
+        seconds: from its launch until it was waited for.
         failed: the engine raised.
     """
 
     batch: Batch
-    wanted: frozenset[str]
-    begin: float
+    requested_outputs: frozenset[str]
+    launch_time: float
     finish: Finish | Exception
     seconds: float = 0.0
     failed: bool = False
 
 
 class ModelInstance:
-    """Admits requests, runs steps and keeps the sequences. Not thread-safe: its driver holds a lock.
+    """Admits requests, runs steps and keeps the sequences.
+
+    The life of a request: `admit`, `step` until it is finished, `finish`. A driver may take the
+    first apart into `validate` and `admit_validated`, and a step into `launch`, `wait` and
+    `advance`, to overlap the step with its own work. Not thread-safe, except `validate`.
 
     Args:
-        manifest: what the engine is.
-        arena: the memory its states live in; the engine is bound to it.
-        engine: what runs a step.
+        manifest: describes the engine.
+        arena: the memory of its states; the engine is bound to it.
+        engine: runs a step.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds.
 
     Attributes:
-        observer: is told what happens.
-        waiting: handed to the engine, which enters it while it waits.
+        program: the program of a step.
+        observer: counts and logs what happens.
+        table: the live sequences.
+        gil_released: entered by the engine while it waits for the device, so that other threads
+            can run Python meanwhile.
     """
 
     def __init__(
@@ -75,9 +79,10 @@ class ModelInstance:
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
         self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
-        self.waiting = NO_OTHER_THREADS
-        self._always = frozenset(spec.name for spec in self.program.outputs if not spec.on_request)
-        self._on_request = frozenset(spec.name for spec in self.program.outputs if spec.on_request)
+        self.gil_released: AbstractContextManager[object] = NO_OTHER_THREADS
+        outputs = self.program.outputs
+        self._default_outputs = frozenset(spec.name for spec in outputs if not spec.on_request)
+        self._optional_outputs = frozenset(spec.name for spec in outputs if spec.on_request)
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
     @classmethod
@@ -93,264 +98,296 @@ class ModelInstance:
 
         Args:
             folder: the engine directory, ``model_repository/<name>/1``.
-            manifest: its manifest, where it was read already or a capacity was chosen from its range (`Manifest.at_capacity`).
-            slots: sequences to have room for, where it is not what the manifest says.
+            manifest: its manifest, if it has been loaded or its capacity was chosen
+                (`Manifest.at_capacity`).
+            slots: sequences that can live at the same time; None for what the manifest says.
             idle_timeout: seconds after its last response at which a sequence loses its slot.
 
         Raises:
             LoadError: the engine cannot be loaded here, or there is not enough memory.
         """
         manifest = manifest or Manifest.load(folder)
-        arena = Arena(
-            manifest.states, slots or manifest.slots, torch.device(manifest.engine.device)
-        )
+        device = torch.device(manifest.engine.device)
+        arena = Arena(manifest.states, slots or manifest.slots, device)
         return cls(manifest, arena, load_engine(folder, manifest, arena), idle_timeout)
 
+    # Requests
+
     def admit(self, request: Request) -> ActiveRequest:
-        """`check` and `enter` in one."""
-        return self.enter(self.check(request))
+        """Admit a request: `validate` and `admit_validated`."""
+        return self.admit_validated(self.validate(request))
 
-    def check(self, request: Request) -> ValidatedRequest:
-        """Everything that can be found out about a step without looking at its sequence. Safe to call from any thread.
+    def validate(self, request: Request) -> ValidatedRequest:
+        """Check everything about a request that does not depend on its sequence. Thread-safe.
 
         Raises:
-            RequestError: its key cannot be read: it changes nothing, whatever flags it has.
+            RequestError: its ``sequence_key`` is invalid. Other errors are the ``refusal`` of what
+                is returned, because START and END of such a request still take effect.
         """
-        asked = request.parameters.keys()
-        key = request.key() if asked else None
+        names = request.parameters.keys()
+        key_digest = request.key_digest() if names else None
         try:
-            _check_named(request)
-            inputs, tokens = checked_inputs(self.program, request.inputs)
-            if not asked:
-                return ValidatedRequest(request, key, inputs, tokens, wanted=self._always)
-            wanted = self._always | {
-                name for name in self._on_request & asked if request.flag(name)
+            _check_sequence_id(request)
+            inputs, num_tokens = validate_inputs(self.program, request.inputs)
+            validated = ValidatedRequest(
+                request, key_digest, inputs, num_tokens, requested_outputs=self._default_outputs
+            )
+            if not names:
+                return validated
+            validated.requested_outputs |= {
+                name for name in self._optional_outputs & names if request.flag(name)
             }
-            sampling, position = request.sampling(self.program), request.position()
-            if sampling.temperature == 0:
-                sampling = (
-                    GREEDY  # whatever else it says: steps of such rows only are formed faster
-                )
+            sampling_params = request.sampling_params(self.program)
+            if sampling_params.temperature > 0:  # else GREEDY itself: its batches form faster
+                validated.sampling_params = sampling_params
+            validated.position = request.position()
         except RequestError as error:
-            return ValidatedRequest(request, key, refusal=error)
-        return ValidatedRequest(
-            request, key, inputs, tokens, position=position, sampling=sampling, wanted=wanted
-        )
+            return ValidatedRequest(request, key_digest, refusal=error)
+        return validated
 
-    def enter(self, checked: ValidatedRequest) -> ActiveRequest:
-        """Give a checked request its sequence. After this nothing of the client's can make the step fail.
+    def admit_validated(self, validated: ValidatedRequest) -> ActiveRequest:
+        """Give a request its sequence; after this, only the engine can make it fail.
 
-        A START resets: a live sequence of that id ends first; but with the live sequence's key and a position above 0 it is a step of that
-        sequence (Triton forgets sequences that are alive here, and then takes nothing but a START). A refused START leaves no slot, a
-        refused END still frees; any other refused request, and any that is refused for its key, changes nothing.
+        A START resets: a live sequence with its id ends. But with the key of the live sequence and
+        a position above 0 it continues that sequence, because Triton forgets sequences that are
+        alive here and then accepts only a START. A refused START leaves no slot, a refused END
+        frees its slot; every other refusal, and one for the key, changes nothing.
 
         Raises:
-            RequestError: with the reason.
+            RequestError: why it is refused.
         """
-        request = checked.request
-        live = self.table.get(request.sequence)
-        if live is not None:
-            live.check_key(checked.key, start=request.start)
-            if request.start and live.key is not None and request.goes_on:
-                request = replace(request, start=False)
-            elif request.start:
-                self.table.end(live, EndReason.START)
+        request = self._apply_start(validated)
         try:
-            if checked.refusal is not None:
-                raise checked.refusal
-            sequence = None if request.start else self.table.find(request.sequence)
-            self._check_room(checked, sequence.position if sequence is not None else 0)
+            if validated.refusal is not None:
+                raise validated.refusal
+            sequence = None if request.start else self.table.find(request.sequence_id)
+            self._check_fits(validated, sequence.position if sequence is not None else 0)
             if sequence is None:
-                sequence = self.table.start(request.sequence, checked.key)
+                sequence = self.table.start(request.sequence_id, validated.key_digest)
                 self.arena.reset(sequence.slot)
         except RequestError:
-            if request.end and (live := self.table.get(request.sequence)) is not None:
+            live = self.table.get(request.sequence_id)
+            if request.end and live is not None:
                 self.table.end(live)
             raise
         sequence.busy = True
-        self.observer.admitted(monotonic() - request.received)
-        work = ActiveRequest(
+        self.observer.request_admitted(monotonic() - request.arrival_time)
+        active = ActiveRequest(
             request,
             sequence,
-            checked.inputs,
-            checked.tokens,
+            validated.inputs,
+            validated.num_tokens,
             sequence.length,
-            checked.sampling,
-            checked.wanted,
+            validated.sampling_params,
+            validated.requested_outputs,
         )
-        if sequence.pending is not None:
-            self._put_first(work, sequence.pending)
-            sequence.pending = None
-        return work
+        self._prepend_pending_token(active)
+        return active
 
-    def end(self, checked: ValidatedRequest) -> None:
-        """End a sequence for a request that brings nothing else.
+    def end_sequence(self, validated: ValidatedRequest) -> None:
+        """End the sequence of an END that has no tokens.
 
         Raises:
             RequestError: UNKNOWN_SEQUENCE or SEQUENCE_KEY.
         """
-        live = self.table.find(checked.request.sequence)
-        live.check_key(checked.key, start=False)
+        live = self.table.find(validated.request.sequence_id)
+        live.check_key(validated.key_digest, start=False)
         self.table.end(live)
 
-    @property
-    def ahead(self) -> bool:
-        """Whether a step may be launched for rows that turn out to be over.
-
-        The engine goes on by itself then, and what such a row writes lies beyond the cached length of its sequence, where nobody reads.
-        """
-        return self._appends_only and self.engine.overlaps
-
-    def step(self, rows: list[ActiveRequest], budget: int | None = None) -> dict[str, Tensor]:
-        """Run one step: `launch`, `wait` and `settle`."""
-        flight = self.launch(rows, budget)
-        outputs = self.wait(flight)
-        self.settle(flight, outputs)
-        return outputs
-
-    def launch(self, rows: list[ActiveRequest], budget: int | None = None) -> InFlightStep:
-        """Begin one step over at most ``program.max_rows`` rows, each of its own sequence, that brings at most ``budget`` of their tokens.
-
-        It must be waited for before the next is launched, and settled before its rows are launched by anything but `follow`.
-        """
-        batch = form(self.program, rows, budget)
-        ending = [
-            work.wanted
-            for work, count in zip(rows, batch.counts, strict=True)
-            if work.done + count == work.tokens
-        ]
-        return self._launched(batch, frozenset().union(*set(ending)))
-
-    def follow(self, flight: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
-        """Begin the step after one of single tokens, with the tokens that its rows have said, as if each was `ActiveRequest.feed` its own."""
-        assert self.program.decoder_io is not None
-        return self._launched(
-            follow(self.program, flight.batch, outputs[self.program.decoder_io[1]]), flight.wanted
-        )
-
-    def _launched(self, batch: Batch, wanted: frozenset[str]) -> InFlightStep:
-        begin = monotonic()
-        try:
-            finish: Finish | Exception = self.engine.launch(batch.inputs, wanted)
-        except Exception as error:  # its rows are told as if it had been launched
-            finish = error
-        return InFlightStep(batch, wanted, begin, finish)
-
-    def wait(self, flight: InFlightStep) -> dict[str, Tensor]:
-        """Wait for a step.
-
-        Where the engine raises, every row has its ``error`` afterwards. A START leaves no slot then, an END has ended; other sequences are
-        as they were before their requests where states only append (what lies beyond the cached length is never read), and have
-        ended where states are rewritten, or where tokens that they said themselves have been fed.
-
-        Returns:
-            What the rows that finish with it want to know, by output name, ``[rows, ...]``; entries of other rows mean nothing. Nothing
-            where the engine raised.
-        """
-        try:
-            if isinstance(flight.finish, Exception):
-                raise flight.finish
-            return flight.finish(self.waiting)
-        except (
-            Exception
-        ) as error:  # whatever the engine throws must reach the clients, not the server
-            failed = [work for work in flight.batch.rows if not work.over]
-            flight.failed = True
-            self.observer.failed(
-                monotonic() - flight.begin,
-                [(work.sequence.id, work.request.id) for work in failed],
-                error,
-            )
-            for work in failed:
-                work.error = self._failed(work, error)
-            return {}
-        finally:
-            flight.seconds = monotonic() - flight.begin
-
-    def settle(self, flight: InFlightStep, outputs: Mapping[str, Tensor]) -> None:
-        """Advance the rows of a step that was waited for; those that are over stay as they are."""
-        if flight.failed:
-            return
-        tokens = decode = 0
-        for row, (work, count) in enumerate(
-            zip(flight.batch.rows, flight.batch.counts, strict=True)
-        ):
-            if work.over:
-                continue
-            sequence = work.sequence
-            tokens += count
-            if work.tokens == 1 and sequence.length:
-                decode += 1
-            sequence.length += count
-            work.done += count
-            if work.done == work.tokens:
-                work.found = (outputs, row)
-        self.observer.stepped(flight.seconds, len(flight.batch.rows), tokens - decode, decode)
-
-    def finish(self, work: ActiveRequest) -> None:
-        """The request is being answered: an END frees the slot, otherwise the idle clock starts again."""
-        sequence = work.sequence
+    def finish(self, active: ActiveRequest) -> None:
+        """Finish a request that is being answered: free the slot of an END, else start its clock."""
+        sequence = active.sequence
         sequence.busy = False
         if self.table.get(sequence.id) is not sequence:
             return  # it ended when the engine failed
-        if work.request.end:
+        if active.request.end:
             self.table.end(sequence)
         else:
-            self.table.answered(sequence)
+            self.table.touch(sequence)
 
-    def _put_first(self, work: ActiveRequest, token: int) -> None:
-        """Feed a pending token before those that the request brings."""
-        assert self.program.decoder_io is not None
-        name = self.program.decoder_io[0]
-        work.inputs = {name: torch.cat([torch.tensor([token]), work.inputs[name]])}
-        work.tokens += 1
-        work.pending = token
+    def _apply_start(self, validated: ValidatedRequest) -> Request:
+        """Check the key; end the live sequence that a START replaces.
 
-    def _check_room(self, checked: ValidatedRequest, length: int) -> None:
-        position, tokens = checked.position, checked.tokens
+        Returns:
+            The request, without its START flag if it continues the live sequence.
+        """
+        request = validated.request
+        live = self.table.get(request.sequence_id)
+        if live is None:
+            return request
+        live.check_key(validated.key_digest, start=request.start)
+        if request.start and live.key_digest is not None and request.continues_sequence:
+            return replace(request, start=False)
+        if request.start:
+            self.table.end(live, EndReason.START)
+        return request
+
+    def _check_fits(self, validated: ValidatedRequest, length: int) -> None:
+        position, num_tokens = validated.position, validated.num_tokens
         if position is not None and position != length:
             raise RequestError(
                 Code.POSITION,
-                f"the request was meant for position {position}, the sequence holds {length}; an earlier request or its answer was "
-                f"lost: send what is missing, or START again",
+                f"the request was meant for position {position}, the sequence holds {length}; an"
+                f" earlier request or its answer was lost: send what is missing, or START again",
             )
-        capacity = self.manifest.capacity
-        if capacity is not None and length + tokens + checked.said > capacity:
-            more = f" and {checked.said} more" if checked.said else ""
+        capacity, new = self.manifest.capacity, validated.min_new_tokens
+        if capacity is not None and length + num_tokens + new > capacity:
             raise RequestError(
                 Code.CAPACITY,
-                f"{tokens} tokens{more} do not fit: the sequence holds {length} of {capacity} positions, {capacity - length} are left; "
-                f"send fewer, or build with a larger capacity",
+                f"{num_tokens} tokens{f' and {new} more' if new else ''} do not fit: the sequence"
+                f" holds {length} of {capacity} positions, {capacity - length} are left; send"
+                f" fewer, or build with a larger capacity",
             )
 
-    def _failed(self, work: ActiveRequest, error: Exception) -> RequestError:
-        """Undo what can be undone of a request whose step failed."""
-        kept = (
-            self._appends_only
-            and not work.request.start
-            and not work.request.end
-            and work.token is None
+    def _prepend_pending_token(self, active: ActiveRequest) -> None:
+        """Feed the sequence's pending token, if it has one, before the tokens of the request."""
+        token = active.sequence.pending_token
+        if token is None:
+            return
+        assert self.program.decoder_io is not None
+        name = self.program.decoder_io[0]
+        active.inputs = {name: torch.cat([torch.tensor([token]), active.inputs[name]])}
+        active.num_tokens += 1
+        active.pending_token = token
+        active.sequence.pending_token = None
+
+    # Steps
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched for rows that may turn out to have finished before it.
+
+        The engine must run launched steps by itself. What the step writes for such a row lies
+        beyond the cached length of its sequence, where nothing is read, if states only append.
+        """
+        return self._appends_only and self.engine.overlaps
+
+    def step(self, rows: list[ActiveRequest], token_budget: int | None = None) -> dict[str, Tensor]:
+        """Run one step: `launch`, `wait` and `advance`."""
+        step = self.launch(rows, token_budget)
+        outputs = self.wait(step)
+        self.advance(step, outputs)
+        return outputs
+
+    def launch(self, rows: list[ActiveRequest], token_budget: int | None = None) -> InFlightStep:
+        """Launch a step.
+
+        The step before must have been waited for. If it has not been advanced, its rows may only be
+        launched by `launch_next`.
+
+        Args:
+            rows: at most ``program.max_rows`` requests of different sequences.
+            token_budget: as in `form_batch`.
+        """
+        batch = form_batch(self.program, rows, token_budget)
+        requested = {
+            active.requested_outputs
+            for active, count in zip(rows, batch.num_scheduled_tokens, strict=True)
+            if active.num_waiting_tokens == count
+        }
+        return self._launch(batch, frozenset().union(*requested))
+
+    def launch_next(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
+        """Launch the decode step after ``step``, as if each row was fed the token it has sampled.
+
+        Args:
+            step: a step that was waited for; each row has one token.
+            outputs: its outputs, with the sampled tokens.
+        """
+        assert self.program.decoder_io is not None
+        tokens = outputs[self.program.decoder_io[1]]
+        batch = next_decode_batch(self.program, step.batch, tokens)
+        return self._launch(batch, step.requested_outputs)
+
+    def _launch(self, batch: Batch, requested_outputs: frozenset[str]) -> InFlightStep:
+        launch_time = monotonic()
+        try:
+            finish: Finish | Exception = self.engine.launch(batch.inputs, requested_outputs)
+        except Exception as error:  # raised in `wait`, like an error of the step itself
+            finish = error
+        return InFlightStep(batch, requested_outputs, launch_time, finish)
+
+    def wait(self, step: InFlightStep) -> dict[str, Tensor]:
+        """Wait for a step that is in flight.
+
+        If the engine raises, every row that is not dropped has its ``error`` afterwards. A START
+        leaves no slot then and an END has ended. Other sequences are as they were before their
+        requests if states only append (nothing reads beyond the cached length); they have ended if
+        states are rewritten, or if generated tokens have been fed.
+
+        Returns:
+            The requested outputs by name, ``[rows, ...]``; rows with tokens left to consume hold
+            arbitrary values. Empty if the engine raised.
+        """
+        try:
+            if isinstance(step.finish, Exception):
+                raise step.finish
+            return step.finish(self.gil_released)
+        except Exception as error:  # of any type: it goes to the clients, not to the server
+            step.failed = True
+            rows = [active for active in step.batch.rows if not active.dropped]
+            self.observer.step_failed(
+                monotonic() - step.launch_time,
+                [(active.sequence.id, active.request.request_id) for active in rows],
+                error,
+            )
+            for active in rows:
+                active.error = self._roll_back(active, error)
+            return {}
+        finally:
+            step.seconds = monotonic() - step.launch_time
+
+    def advance(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> None:
+        """Advance the rows of a step that was waited for, except those that are dropped."""
+        if step.failed:
+            return
+        batch = step.batch
+        num_tokens = num_decode_tokens = 0
+        for row, active in enumerate(batch.rows):
+            if active.dropped:
+                continue
+            sequence, count = active.sequence, batch.num_scheduled_tokens[row]
+            num_tokens += count
+            if active.num_tokens == 1 and sequence.length:
+                num_decode_tokens += 1
+            sequence.length += count
+            active.num_computed_tokens += count
+            if active.num_computed_tokens == active.num_tokens:
+                active.step_outputs = (outputs, row)
+        num_prefill_tokens = num_tokens - num_decode_tokens
+        self.observer.step_finished(
+            step.seconds, len(batch.rows), num_prefill_tokens, num_decode_tokens
         )
-        if kept:
-            work.sequence.length, work.sequence.pending = work.before, work.pending
-            after = "nothing was changed, send it again"
+
+    def _roll_back(self, active: ActiveRequest, error: Exception) -> RequestError:
+        """Restore the sequence of a request whose step failed, or end it; what its client reads."""
+        request, sequence = active.request, active.sequence
+        restored = (
+            self._appends_only
+            and not request.start
+            and not request.end
+            and active.decode_token is None
+        )
+        if restored:
+            sequence.length, sequence.pending_token = active.start_length, active.pending_token
+            advice = "nothing was changed, send it again"
         else:
-            self.table.end(work.sequence, EndReason.ENGINE_FAILED)
-            after = (
+            self.table.end(sequence, EndReason.ENGINE_FAILED)
+            advice = (
                 "no slot is held, START again"
-                if work.request.start
+                if request.start
                 else "the sequence has ended, START it again"
             )
         text = str(error).partition("\n")[0]
         return RequestError(
             Code.ENGINE_FAILED,
-            f"the engine failed ({type(error).__name__}: {text}); {after}",
-            retryable=kept or work.request.start,
+            f"the engine failed ({type(error).__name__}: {text}); {advice}",
+            retryable=restored or request.start,
         )
 
 
-def _check_named(request: Request) -> None:
-    if request.sequence in (0, ""):
+def _check_sequence_id(request: Request) -> None:
+    if request.sequence_id in (0, ""):
         raise RequestError(
             Code.NO_SEQUENCE_ID,
             "the request names no sequence; send a correlation id that is not 0 or empty",

@@ -1,8 +1,12 @@
-"""What is counted of a model instance, and the thread that hands it to the server's metrics once a second.
+"""The metrics of a model instance, and the thread that exports them to the server once a second.
 
-A call into the server costs some 20 µs, so nothing on the path of a request makes one: events change plain numbers, and what has changed
-since the last second is handed over. Histograms are counted the same way and handed over as the series that Prometheus makes of a
-histogram (``_bucket`` with ``le``, ``_sum``, ``_count``), for the server can only observe values one by one.
+A call into Triton's metrics costs about 20 µs, so the path of a request makes none: events change
+plain numbers, and the exporter thread passes on what has changed. Triton's own histograms take one
+observation a call, so ours are counted here too and exported as the counters that Prometheus makes
+of a histogram: ``_bucket`` with the label ``le``, ``_sum`` and ``_count``.
+
+To add a metric: define it here, list it in `METRICS` or `HISTOGRAMS`, change it in
+`inplace.runtime.observer`, and describe it in docs/operations.md.
 """
 
 import logging
@@ -16,8 +20,8 @@ from typing import Literal, Protocol
 from inplace.errors import Code
 from inplace.runtime.slots import EndReason
 
-PERIOD = 1.0
-"""Seconds between two hand-overs."""
+EXPORT_INTERVAL = 1.0
+"""Seconds between two exports."""
 
 
 log = logging.getLogger("inplace")
@@ -28,21 +32,31 @@ MetricKind = Literal["counter", "gauge"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; with a ``label``, one number for each of its ``values``."""
+    """A counter or a gauge.
+
+    Attributes:
+        name: as it appears in ``/metrics``.
+        kind: counters only grow.
+        help: one sentence, shown in ``/metrics``.
+        label: the label that splits it into several numbers; empty for one number.
+        label_values: the values of that label, all of them.
+    """
 
     name: str
     kind: MetricKind
     help: str
     label: str = ""
-    values: tuple[str, ...] = ("",)
+    label_values: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of observations up to each of some bounds.
+    """A histogram with fixed buckets.
 
     Attributes:
-        bounds: in rising order; what is beyond the last is counted under ``+Inf``.
+        name: as it appears in ``/metrics``, without a suffix.
+        help: one sentence, shown in ``/metrics``.
+        bounds: upper bounds of the buckets, rising; larger values are in the bucket ``+Inf``.
     """
 
     name: str
@@ -51,18 +65,18 @@ class Histogram:
 
     @property
     def buckets(self) -> Metric:
-        """Observations at or below each bound, cumulative."""
+        """The number of observations at or below each bound."""
         bounds = tuple(f"{bound:g}" for bound in self.bounds)
         return Metric(f"{self.name}_bucket", "counter", self.help, "le", (*bounds, "+Inf"))
 
     @property
     def sum(self) -> Metric:
-        """What the observations add up to."""
+        """The sum of all observations."""
         return Metric(f"{self.name}_sum", "counter", self.help)
 
     @property
     def count(self) -> Metric:
-        """How many observations there are."""
+        """The number of observations."""
         return Metric(f"{self.name}_count", "counter", self.help)
 
 
@@ -107,7 +121,8 @@ PREFILL, DECODE = "prefill", "decode"
 TOKENS = Metric(
     "inplace_tokens_total",
     "counter",
-    "Tokens that steps have consumed: prefill, or decode where a request brings one token to a sequence that holds some already.",
+    "Tokens that steps have consumed: prefill, or decode where a request brings one token to a"
+    " sequence that holds some already.",
     "phase",
     (PREFILL, DECODE),
 )
@@ -203,120 +218,122 @@ METRICS = (
 HISTOGRAMS = (QUEUE, FIRST_TOKEN, STEP, ROWS)
 
 
-def families() -> Iterator[Metric]:
-    """Everything that appears in the server's metrics."""
+def exported_metrics() -> Iterator[Metric]:
+    """Everything that appears in ``/metrics``: metrics, and the counters of each histogram."""
     yield from METRICS
     for histogram in HISTOGRAMS:
         yield from (histogram.buckets, histogram.sum, histogram.count)
 
 
-class Numbers:
-    """The present values of one instance's metrics; may be used from several threads."""
+class MetricValues:
+    """The current values of one instance's metrics. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values = {(metric.name, value): 0.0 for metric in METRICS for value in metric.values}
+        self._values = {
+            (metric.name, value): 0.0 for metric in METRICS for value in metric.label_values
+        }
         self._counts = {
             histogram.name: [0] * (len(histogram.bounds) + 1) for histogram in HISTOGRAMS
         }
         self._sums = {histogram.name: 0.0 for histogram in HISTOGRAMS}
-        self._read: dict[tuple[str, str], Callable[[], float]] = {}
+        self._functions: dict[tuple[str, str], Callable[[], float]] = {}
 
-    def watch(self, gauge: Metric, read: Callable[[], float]) -> None:
-        """Let a gauge be what ``read`` returns when it is looked at, from another thread."""
-        self._read[gauge.name, ""] = read
+    def set_function(self, gauge: Metric, function: Callable[[], float]) -> None:
+        """Read a gauge from ``function`` at every snapshot, on the exporter's thread."""
+        self._functions[gauge.name, ""] = function
 
-    def add(self, metric: Metric, amount: float = 1, value: str = "") -> None:
-        """Let a counter or a gauge grow (a gauge may shrink); ``value`` is that of the metric's label."""
+    def add(self, metric: Metric, amount: float = 1, label_value: str = "") -> None:
+        """Add to a counter, or to a gauge, whose amount may be negative."""
         with self._lock:
-            self._values[metric.name, value] += amount
+            self._values[metric.name, label_value] += amount
 
     def observe(self, histogram: Histogram, value: float) -> None:
-        """Count one observation."""
+        """Add one observation to a histogram."""
         with self._lock:
             self._counts[histogram.name][bisect_left(histogram.bounds, value)] += 1
             self._sums[histogram.name] += value
 
-    def now(self) -> dict[tuple[str, str], float]:
-        """Every number by the metric's name and its label's value, histograms as the series they are handed over as."""
+    def snapshot(self) -> dict[tuple[str, str], float]:
+        """All values of `exported_metrics`, by the metric's name and the value of its label."""
         with self._lock:
-            found = self._values | {key: read() for key, read in self._read.items()}
+            values = self._values | {key: read() for key, read in self._functions.items()}
             for histogram in HISTOGRAMS:
                 cumulative = list(accumulate(self._counts[histogram.name]))
                 buckets = histogram.buckets
-                found |= {
+                values |= {
                     (buckets.name, bound): count
-                    for bound, count in zip(buckets.values, cumulative, strict=True)
+                    for bound, count in zip(buckets.label_values, cumulative, strict=True)
                 }
-                found[histogram.count.name, ""] = cumulative[-1]
-                found[histogram.sum.name, ""] = self._sums[histogram.name]
-        return found
+                values[histogram.count.name, ""] = cumulative[-1]
+                values[histogram.sum.name, ""] = self._sums[histogram.name]
+        return values
 
 
-class Series(Protocol):
-    """One number in the server's metrics."""
+class TimeSeries(Protocol):
+    """One number in the server's metrics: a metric with one set of labels."""
 
     def increment(self, value: float) -> None:
-        """Let a counter grow."""
+        """Add to a counter."""
 
     def set(self, value: float) -> None:
-        """Give a gauge its value."""
+        """Set a gauge."""
 
 
-class Exporter:
-    """Hands the numbers to the server when it is made, and from then on what has changed once a second, from a thread of its own.
+class MetricsExporter:
+    """Exports all values when it is created, and what has changed once a second from a thread.
 
     Args:
-        numbers: what to hand over.
-        labels: of every series: model, version, instance.
-        series: makes a series of the server's: a metric and its labels.
-        period: seconds between two hand-overs.
+        values: what to export.
+        labels: labels of every time series: model, version, instance.
+        make_series: makes a time series of the server from a metric and its labels.
+        interval: seconds between two exports.
     """
 
     def __init__(
         self,
-        numbers: Numbers,
+        values: MetricValues,
         labels: Mapping[str, str],
-        series: Callable[[Metric, Mapping[str, str]], Series],
-        period: float = PERIOD,
+        make_series: Callable[[Metric, Mapping[str, str]], TimeSeries],
+        interval: float = EXPORT_INTERVAL,
     ) -> None:
-        self._numbers = numbers
-        self._kinds = {metric.name: metric.kind for metric in families()}
+        self._values = values
+        self._kinds = {metric.name: metric.kind for metric in exported_metrics()}
         self._series = {
-            (metric.name, value): series(
+            (metric.name, value): make_series(
                 metric, {**labels, metric.label: value} if metric.label else labels
             )
-            for metric in families()
-            for value in metric.values
+            for metric in exported_metrics()
+            for value in metric.label_values
         }
-        self._last = dict.fromkeys(self._series, 0.0)
-        self._period = period
+        self._exported = dict.fromkeys(self._series, 0.0)
+        self._interval = interval
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inplace-metrics", daemon=True)
-        self.flush()  # a model that is ready must not say for a second that it has no slots
+        self.export()  # so that a model that has just loaded does not show 0 slots for a second
         self._thread.start()
 
-    def flush(self) -> None:
-        """Hand over what has changed since the last time. Not to be called while the thread runs."""
-        for key, value in self._numbers.now().items():
-            last = self._last[key]
-            if value != last:
+    def export(self) -> None:
+        """Export the values that have changed since the last time. Not while the thread runs."""
+        for key, value in self._values.snapshot().items():
+            exported = self._exported[key]
+            if value != exported:
                 if self._kinds[key[0]] == "gauge":
                     self._series[key].set(value)
                 else:
-                    self._series[key].increment(value - last)
-                self._last[key] = value
+                    self._series[key].increment(value - exported)
+                self._exported[key] = value
 
     def close(self) -> None:
-        """Hand over the rest and let go of the series; the server forgets them."""
+        """Stop the thread, export the last values and drop the series; the server forgets them."""
         self._closing.set()
         self._thread.join()
-        self.flush()
+        self.export()
         self._series.clear()
 
     def _run(self) -> None:
         try:
-            while not self._closing.wait(self._period):
-                self.flush()
-        except Exception:  # the server's own errors: serving goes on, its numbers stand still
-            log.exception("metrics are handed over no more")
+            while not self._closing.wait(self._interval):
+                self.export()
+        except Exception:  # an error of the server: the model is served on, its metrics stand still
+            log.exception("metrics are not exported any more")

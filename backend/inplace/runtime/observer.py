@@ -1,4 +1,4 @@
-"""What happens to the sequences and requests of a model instance, as numbers and as lines of the log."""
+"""Metrics and log lines for the events of a model instance."""
 
 import json
 import logging
@@ -24,187 +24,192 @@ from inplace.runtime.metrics import (
     STEP,
     TOKENS,
     WAITING,
-    Numbers,
+    MetricValues,
 )
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
 
-LINES_A_SECOND = 10
-"""Refused requests that get a line of the log each second, and ended sequences likewise; all are counted."""
+MAX_LINES_PER_SECOND = 10
+"""Log lines a second for refused requests, and as many for ended sequences; all are counted."""
 
 
-PLAIN = re.compile(r"(?!\d+$)[\w.:/+-]+")
+PLAIN_WORD = re.compile(r"(?!\d+$)[\w.:/+-]+")
+"""Text that a log line shows without quotes: one word that is not a number."""
 
 
 log = logging.getLogger("inplace")
 
 
-def line(event: str, **fields: object) -> str:
-    """A line of the log: the event, then ``key=value`` for each field.
+def log_line(event: str, **fields: object) -> str:
+    """Format a log line: the event, then ``key=value`` for each field.
 
-    A text is written as it is where it is one word that is no number, else as a JSON string: ids come from clients, and the text ``"12"``
-    is another sequence than the number 12.
+    Text other than a plain word is written as a JSON string. Ids come from clients, and the text
+    ``"12"`` is a different sequence than the number 12.
     """
-    return " ".join([f"{event}:", *(f"{name}={_written(value)}" for name, value in fields.items())])
+    values = (f"{name}={_format_value(value)}" for name, value in fields.items())
+    return " ".join([f"{event}:", *values])
 
 
-def _written(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return (
-        str(value)
-        if isinstance(value, int) or (isinstance(value, str) and PLAIN.fullmatch(value))
-        else json.dumps(value)
-    )
+    plain = isinstance(value, int) or (isinstance(value, str) and PLAIN_WORD.fullmatch(value))
+    return str(value) if plain else json.dumps(value)
 
 
-class _Limited:
-    """Lines of one kind, of which the log takes so many a second.
+class _RateLimitedLog:
+    """Logs lines of one kind at INFO, at most `MAX_LINES_PER_SECOND`, and counts the others.
 
     Args:
-        kind: what is said of those that were left out.
+        kind: names the lines in the count of those that were not logged.
         clock: monotonic seconds.
     """
 
     def __init__(self, kind: str, clock: Callable[[], float]) -> None:
         self._kind, self._clock = kind, clock
-        self._second, self._logged, self._silent = clock(), 0, 0
+        self._window_start, self._num_logged, self._num_suppressed = clock(), 0, 0
 
-    def info(self, text: Callable[[], str]) -> None:
-        """Log a line, if there is room for it."""
+    def info(self, make_line: Callable[[], str]) -> None:
+        """Log a line, unless too many were logged in this second; ``make_line`` is called then."""
         now = self._clock()
-        if now - self._second >= 1.0:
-            if self._silent:
-                log.info(line(f"more {self._kind}", count=self._silent))
-            self._second, self._logged, self._silent = now, 0, 0
-        if self._logged == LINES_A_SECOND:
-            self._silent += 1
+        if now - self._window_start >= 1.0:
+            if self._num_suppressed:
+                log.info(log_line(f"more {self._kind}", count=self._num_suppressed))
+            self._window_start, self._num_logged, self._num_suppressed = now, 0, 0
+        if self._num_logged == MAX_LINES_PER_SECOND:
+            self._num_suppressed += 1
             return
-        self._logged += 1
-        log.info(text())
+        self._num_logged += 1
+        log.info(make_line())
 
 
 class Observer:
-    """Is told of every event of one model instance. Its calls cost a few microseconds and may come from any thread.
+    """Counts and logs the events of one model instance. Thread-safe; a call takes microseconds.
 
-    Starts and ends that a client asked for are logged at DEBUG, sequences that ended otherwise and refused requests at INFO, failures of
-    the engine at ERROR.
+    Levels: DEBUG for the starts and ends that clients ask for, INFO for sequences that end
+    otherwise and for refused requests, ERROR for failed steps.
 
     Args:
-        slots: of the instance.
-        state_bytes: of its arena.
+        num_slots: slots of the instance.
+        state_bytes: bytes of its arena.
         clock: monotonic seconds.
+
+    Attributes:
+        metrics: the values of the instance's metrics.
     """
 
     def __init__(
-        self, slots: int = 0, state_bytes: int = 0, clock: Callable[[], float] = monotonic
+        self, num_slots: int = 0, state_bytes: int = 0, clock: Callable[[], float] = monotonic
     ) -> None:
-        self.numbers = Numbers()
-        self.numbers.add(SLOTS, slots)
-        self.numbers.add(SLOTS_FREE, slots)
-        self.numbers.add(STATE_BYTES, state_bytes)
-        self._refusals, self._ends = (
-            _Limited("requests refused", clock),
-            _Limited("sequences ended", clock),
-        )
+        self.metrics = MetricValues()
+        self.metrics.add(SLOTS, num_slots)
+        self.metrics.add(SLOTS_FREE, num_slots)
+        self.metrics.add(STATE_BYTES, state_bytes)
+        self._refusal_log = _RateLimitedLog("requests refused", clock)
+        self._end_log = _RateLimitedLog("sequences ended", clock)
 
-    def started(self, sequence: SequenceState) -> None:
+    def sequence_started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot."""
-        self.numbers.add(STARTED)
-        self.numbers.add(LIVE)
-        self.numbers.add(SLOTS_FREE, -1)
+        self.metrics.add(STARTED)
+        self.metrics.add(LIVE)
+        self.metrics.add(SLOTS_FREE, -1)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug(line("sequence started", sequence=sequence.id, slot=sequence.slot))
+            log.debug(log_line("sequence started", sequence=sequence.id, slot=sequence.slot))
 
-    def ended(self, sequence: SequenceState, why: EndReason) -> None:
+    def sequence_ended(self, sequence: SequenceState, reason: EndReason) -> None:
         """A sequence gave its slot back."""
-        self.numbers.add(ENDED, value=why)
-        self.numbers.add(LIVE, -1)
-        self.numbers.add(SLOTS_FREE)
+        self.metrics.add(ENDED, label_value=reason)
+        self.metrics.add(LIVE, -1)
+        self.metrics.add(SLOTS_FREE)
 
-        def text() -> str:
-            return line(
+        def make_line() -> str:
+            return log_line(
                 "sequence ended",
                 sequence=sequence.id,
                 slot=sequence.slot,
                 length=sequence.length,
-                reason=why,
+                reason=reason,
             )
 
         if log.isEnabledFor(logging.DEBUG):
-            log.log(logging.DEBUG if why is EndReason.END else logging.INFO, text())
-        elif why is not EndReason.END:
-            self._ends.info(text)
+            log.log(logging.DEBUG if reason is EndReason.END else logging.INFO, make_line())
+        elif reason is not EndReason.END:
+            self._end_log.info(make_line)
 
-    def admitted(self, waited: float) -> None:
-        """A request was given its sequence, so many seconds after it had arrived."""
-        self.numbers.observe(QUEUE, waited)
+    def request_admitted(self, queue_seconds: float) -> None:
+        """A request was given its sequence, ``queue_seconds`` after it had arrived."""
+        self.metrics.observe(QUEUE, queue_seconds)
 
-    def queue(self, waiting: Sized) -> None:
-        """Generations wait in this queue, now and later."""
-        self.numbers.watch(WAITING, lambda: len(waiting))
+    def watch_waiting(self, waiting: Sized) -> None:
+        """Report the length of this queue, now and later, as the generations that wait."""
+        self.metrics.set_function(WAITING, lambda: len(waiting))
 
-    def spoke(self, waited: float) -> None:
-        """A generation said its first token, so many seconds after it had arrived."""
-        self.numbers.observe(FIRST_TOKEN, waited)
+    def first_token(self, seconds: float) -> None:
+        """A generation has its first token, ``seconds`` after its request had arrived."""
+        self.metrics.observe(FIRST_TOKEN, seconds)
 
-    def generated(self, sequence: SequenceId, request: str, why: str, tokens: int) -> None:
-        """A generation finished."""
-        self.numbers.add(GENERATIONS, value=why)
+    def generation_finished(
+        self, sequence_id: SequenceId, request_id: str, finish_reason: str, num_tokens: int
+    ) -> None:
+        """A generation finished with ``num_tokens`` tokens."""
+        self.metrics.add(GENERATIONS, label_value=finish_reason)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
-                line(
+                log_line(
                     "generation finished",
-                    sequence=sequence,
-                    request=request or "-",
-                    reason=why,
-                    tokens=tokens,
+                    sequence=sequence_id,
+                    request=request_id or "-",
+                    reason=finish_reason,
+                    tokens=num_tokens,
                 )
             )
 
-    def refused(
-        self, sequence: SequenceId, request: str, error: RequestError, *, end: bool
+    def request_refused(
+        self, sequence_id: SequenceId, request_id: str, error: RequestError, *, end: bool
     ) -> None:
-        """A request is answered with an error; ``end`` where it was an END.
+        """A request is answered with an error; ``end`` if it has the END flag.
 
-        An END that is refused for its position is passed over: it has freed the slot, and is how a client ends a sequence without a step.
+        An END refused with POSITION is not counted: it has freed the slot, and it is how a client
+        ends a sequence without a step.
         """
         if end and error.code is Code.POSITION:
             return
-        self.numbers.add(REFUSED, value=error.code)
+        self.metrics.add(REFUSED, label_value=error.code)
         if error.code is Code.ENGINE_FAILED:
-            return  # `failed` has a line for all of them
-        self._refusals.info(
-            lambda: line(
+            return  # `step_failed` logs one line for all rows
+        self._refusal_log.info(
+            lambda: log_line(
                 "request refused",
-                sequence=sequence,
-                request=request or "-",
+                sequence=sequence_id,
+                request=request_id or "-",
                 code=error.code,
                 retryable=int(error.retryable),
                 because=str(error),
             )
         )
 
-    def stepped(self, seconds: float, rows: int, prefill: int, decode: int) -> None:
-        """The engine ran a step of so many rows, which consumed so many tokens."""
-        self.numbers.observe(STEP, seconds)
-        self.numbers.observe(ROWS, rows)
-        self.numbers.add(TOKENS, prefill, PREFILL)
-        self.numbers.add(TOKENS, decode, DECODE)
+    def step_finished(
+        self, seconds: float, num_rows: int, num_prefill_tokens: int, num_decode_tokens: int
+    ) -> None:
+        """The engine ran a step."""
+        self.metrics.observe(STEP, seconds)
+        self.metrics.observe(ROWS, num_rows)
+        self.metrics.add(TOKENS, num_prefill_tokens, PREFILL)
+        self.metrics.add(TOKENS, num_decode_tokens, DECODE)
 
-    def failed(
+    def step_failed(
         self, seconds: float, rows: Collection[tuple[SequenceId, str]], error: Exception
     ) -> None:
         """The engine raised in a step.
 
         Args:
             seconds: how long the step took.
-            rows: the sequence and the request of each row.
-            error: what it raised.
+            rows: the sequence id and the request id of each row.
+            error: what the engine raised.
         """
-        self.numbers.observe(STEP, seconds)
-        self.numbers.observe(ROWS, len(rows))
+        self.metrics.observe(STEP, seconds)
+        self.metrics.observe(ROWS, len(rows))
         sequences, requests = [sequence for sequence, _ in rows], [request for _, request in rows]
         log.error(
-            line("engine failed", rows=len(rows), sequences=sequences, requests=requests),
+            log_line("engine failed", rows=len(rows), sequences=sequences, requests=requests),
             exc_info=error,
         )

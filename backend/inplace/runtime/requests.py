@@ -1,4 +1,4 @@
-"""What a client asked for, free of Triton's types, and the checks that need nothing but the program's description."""
+"""Requests without Triton's types, and the checks that need only the program's description."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,17 +9,16 @@ from torch import Tensor
 
 from inplace.errors import Code, RequestError
 from inplace.protocol import POSITION, SEQUENCE_KEY
-from inplace.runtime.sampling import GREEDY, Parameter, Sampling
+from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
 from inplace.runtime.slots import SequenceId
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 
-SAMPLING = frozenset(field.name for field in fields(Sampling))
-"""The parameters that say how a token is chosen."""
+SAMPLING_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 
 
-LONGEST_KEY = 256
-"""Characters a ``sequence_key`` may have."""
+MAX_KEY_LENGTH = 256
+"""Characters of a ``sequence_key``."""
 
 
 @dataclass(slots=True)
@@ -27,24 +26,24 @@ class Request:
     """One request of one sequence.
 
     Attributes:
-        sequence: the correlation id.
+        sequence_id: the correlation id.
         start, end: the sequence flags.
-        inputs: host tensors by input name, still with the batch axis of 1.
-        id: the client's request id, for error texts and logs.
-        parameters: the request's custom parameters.
-        received: when it arrived here, in monotonic seconds.
+        inputs: host tensors by input name, with the batch axis of 1.
+        request_id: the client's request id, for errors and logs.
+        parameters: the request's parameters.
+        arrival_time: when it arrived at the backend, in monotonic seconds.
     """
 
-    sequence: SequenceId
+    sequence_id: SequenceId
     start: bool
     end: bool
     inputs: Mapping[str, Tensor]
-    id: str = ""
+    request_id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    received: float = field(default_factory=monotonic)
+    arrival_time: float = field(default_factory=monotonic)
 
     def flag(self, name: str) -> bool:
-        """A boolean parameter; False where the client sent none.
+        """A boolean parameter; False if absent.
 
         Raises:
             RequestError: BAD_PARAMETER, it is neither true nor false.
@@ -59,10 +58,10 @@ class Request:
         )
 
     def position(self) -> int | None:
-        """The parameter ``position``: the cached length the client believes in; None where it sent none.
+        """The parameter ``position``: the sequence's length as the client knows it; None if absent.
 
         Raises:
-            RequestError: BAD_PARAMETER, it is no whole number of at least 0.
+            RequestError: BAD_PARAMETER, it is not a whole number of at least 0.
         """
         value = self.parameters.get(POSITION)
         if value is None:
@@ -70,144 +69,154 @@ class Request:
         if isinstance(value, bool) or not (str(value).isascii() and str(value).isdigit()):
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameter 'position' is {value!r}; expected a whole number of at least 0",
+                f"parameter {POSITION!r} is {value!r}; expected a whole number of at least 0",
             )
         return int(value)
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it names a position other than 0, which no START can mean that wants a fresh slot."""
+    def continues_sequence(self) -> bool:
+        """Whether its position is not 0, so that even a START continues a live sequence."""
         return self.parameters.get(POSITION, 0) not in (0, "0")
 
-    def key(self) -> bytes | None:
-        """SHA-256 of the parameter ``sequence_key``, a text or a whole number (the same as its digits); None where none was sent.
+    def key_digest(self) -> bytes | None:
+        """SHA-256 of the parameter ``sequence_key``; None if absent.
 
-        The key itself is kept nowhere, and appears in no error text.
+        A whole number is the same key as the text of its digits. The key itself is not kept and
+        appears in no error.
 
         Raises:
-            RequestError: BAD_PARAMETER, it is neither, is empty or is longer than `LONGEST_KEY`.
+            RequestError: BAD_PARAMETER, it is neither text nor a whole number, or is empty or
+                longer than `MAX_KEY_LENGTH`.
         """
         value = self.parameters.get(SEQUENCE_KEY)
         if value is None:
             return None
-        expected = f"expected a text of 1 to {LONGEST_KEY} characters, or a whole number"
+        expected = f"expected a text of 1 to {MAX_KEY_LENGTH} characters, or a whole number"
         if isinstance(value, bool | float):
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameter 'sequence_key' is a {type(value).__name__}; {expected}",
+                f"parameter {SEQUENCE_KEY!r} is a {type(value).__name__}; {expected}",
             )
         text = str(value)
-        if not 1 <= len(text) <= LONGEST_KEY:
+        if not 1 <= len(text) <= MAX_KEY_LENGTH:
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameter 'sequence_key' has {len(text)} characters; {expected}",
+                f"parameter {SEQUENCE_KEY!r} has {len(text)} characters; {expected}",
             )
         return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
-    def sampling(self, program: Program) -> Sampling:
-        """How the request wants its next token chosen.
+    def sampling_params(self, program: Program) -> SamplingParams:
+        """How its next token is chosen; greedy if it has no sampling parameter.
 
         Raises:
-            RequestError: BAD_PARAMETER, see `Sampling.parse`; or the program says the most likely token only, and the request has a
-                temperature above 0.
+            RequestError: BAD_PARAMETER, as `SamplingParams.parse`; or it has a temperature above 0
+                and the program computes the most likely token only.
         """
-        if not SAMPLING & self.parameters.keys():
+        if not SAMPLING_PARAMETERS & self.parameters.keys():
             return GREEDY
         if program.vocab_size:
-            return Sampling.parse(self.parameters, program.vocab_size)
+            return SamplingParams.parse(self.parameters, program.vocab_size)
         temperature = self.parameters.get("temperature")
-        if (
-            temperature is not None
-            and Sampling.parse({"temperature": temperature}, 0).temperature > 0
-        ):
+        if temperature is None:
+            return GREEDY
+        if SamplingParams.parse({"temperature": temperature}, 0).temperature > 0:
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameter 'temperature' is {temperature!r}; this engine samples nothing: send 0 or leave it out, or build one that does",
+                f"parameter 'temperature' is {temperature!r}; this engine does not sample: send 0"
+                f" or leave it out, or build an engine that samples",
             )
         return GREEDY
 
 
 @dataclass(slots=True)
 class ValidatedRequest:
-    """A request and what could be found out about it without looking at its sequence.
+    """A request and everything that is known of it without its sequence.
 
     Attributes:
-        request: what was asked.
-        key: digest of its ``sequence_key``.
-        inputs: the checked tensors, without a batch axis.
-        tokens: how many tokens they bring.
-        said: how many tokens beyond them must fit at least.
-        position: the number of tokens that the client believes in.
-        sampling: how its next token is chosen.
-        wanted: the outputs to compute.
+        request: the request.
+        key_digest: digest of its ``sequence_key``.
+        inputs: the validated tensors, without the batch axis.
+        num_tokens: how many tokens they have.
+        min_new_tokens: how many generated tokens must fit after them.
+        position: the parameter ``position``; None if absent.
+        sampling_params: how its next token is chosen.
+        requested_outputs: names of the outputs to compute.
         refusal: why it is refused; its START and END take effect all the same.
     """
 
     request: Request
-    key: bytes | None = None
+    key_digest: bytes | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    said: int = 0
+    num_tokens: int = 0
+    min_new_tokens: int = 0
     position: int | None = None
-    sampling: Sampling = GREEDY
-    wanted: frozenset[str] = frozenset()
+    sampling_params: SamplingParams = GREEDY
+    requested_outputs: frozenset[str] = frozenset()
     refusal: RequestError | None = None
 
 
-def checked_inputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """The client's tensors without their batch axis, and how many tokens they bring (1 for a rectangular program).
+def validate_inputs(
+    program: Program, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], int]:
+    """The client's tensors without their batch axis, and the number of their tokens.
+
+    A request of a rectangular program has one token.
 
     Raises:
         RequestError: MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT or VALUE_RANGE.
     """
-    checked: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    validated: dict[str, Tensor] = {}
+    num_tokens: dict[str, int] = {}
     for spec in program.client_inputs:
         tensor = inputs.get(spec.name)
         if tensor is None:
             raise RequestError(
                 Code.MISSING_INPUT,
-                f"input {spec.name!r} is missing; this model takes {[s.name for s in program.client_inputs]}",
+                f"input {spec.name!r} is missing; this model takes"
+                f" {[s.name for s in program.client_inputs]}",
             )
-        checked[spec.name] = _checked(spec, tensor)
+        validated[spec.name] = _validate_tensor(spec, tensor)
         if spec.role is Role.TOKENS:
-            counts[spec.name] = checked[spec.name].shape[0]
-    if len(set(counts.values())) > 1:
+            num_tokens[spec.name] = validated[spec.name].shape[0]
+    if len(set(num_tokens.values())) > 1:
         raise RequestError(
             Code.BAD_SHAPE,
-            f"inputs of one request must bring the same number of tokens, got {counts}",
+            f"inputs of one request must have the same number of tokens, got {num_tokens}",
         )
-    return checked, next(iter(counts.values()), 1)
+    return validated, next(iter(num_tokens.values()), 1)
 
 
-def _checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
+def _validate_tensor(spec: TensorSpec, tensor: Tensor) -> Tensor:
     if tensor.dtype != spec.dtype.as_torch:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise RequestError(Code.BAD_DTYPE, f"input {spec.name!r} is {dtype}; expected {spec.dtype}")
+    shape, has_tokens = tensor.shape, spec.role is Role.TOKENS
+    rest, extents = (spec.shape[1:], shape[2:]) if has_tokens else (spec.shape, shape[1:])
+    if len(shape) < 1 + has_tokens or shape[0] != 1 or extents != rest:
+        expected = [1, *("tokens" if extent == -1 else extent for extent in spec.shape)]
         raise RequestError(
-            Code.BAD_DTYPE,
-            f"input {spec.name!r} is {str(tensor.dtype).removeprefix('torch.')}; expected {spec.dtype}",
-        )
-    shape, tokens = tensor.shape, spec.role is Role.TOKENS
-    rest, extents = (spec.shape[1:], shape[2:]) if tokens else (spec.shape, shape[1:])
-    if len(shape) < 1 + tokens or shape[0] != 1 or extents != rest:
-        wanted = [1, *("tokens" if extent == -1 else extent for extent in spec.shape)]
-        raise RequestError(
-            Code.BAD_SHAPE, f"input {spec.name!r} has the shape {list(shape)}; expected {wanted}"
+            Code.BAD_SHAPE,
+            f"input {spec.name!r} has the shape {list(shape)}; expected {expected}",
         )
     tensor = tensor[0]
-    if tokens and tensor.shape[0] == 0:
+    if has_tokens and tensor.shape[0] == 0:
         raise RequestError(Code.EMPTY_INPUT, f"input {spec.name!r} is empty; send at least 1 token")
-    if spec.minimum is not None or spec.maximum is not None:
-        low, high = (
-            (tensor.item(),) * 2
-            if tensor.numel() == 1
-            else (bound.item() for bound in tensor.aminmax())
-        )
-        above = spec.minimum is None or low >= spec.minimum  # in these words NaN is outside
-        below = spec.maximum is None or high <= spec.maximum
-        if not (above and below):
-            wrong = high if above else low
-            raise RequestError(
-                Code.VALUE_RANGE,
-                f"input {spec.name!r} holds {wrong}; expected values from {spec.minimum} to {spec.maximum}",
-            )
+    _check_values(spec, tensor)
     return tensor
+
+
+def _check_values(spec: TensorSpec, tensor: Tensor) -> None:
+    if spec.minimum is None and spec.maximum is None:
+        return
+    if tensor.numel() == 1:
+        low = high = tensor.item()
+    else:
+        low, high = (bound.item() for bound in tensor.aminmax())
+    low_fits = spec.minimum is None or low >= spec.minimum  # False for NaN
+    high_fits = spec.maximum is None or high <= spec.maximum
+    if not (low_fits and high_fits):
+        raise RequestError(
+            Code.VALUE_RANGE,
+            f"input {spec.name!r} holds {high if low_fits else low}; expected values from"
+            f" {spec.minimum} to {spec.maximum}",
+        )

@@ -1,4 +1,4 @@
-"""How a request wants its next token chosen."""
+"""How a request's next token is chosen: temperature, top-k, top-p and seed."""
 
 import math
 import re
@@ -11,27 +11,30 @@ import torch
 from inplace.errors import Code, RequestError
 
 Parameter = bool | int | float | str
+"""The value of a request parameter in Triton."""
 
 
-WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 
 
-SEEDS = torch.iinfo(torch.int64)
+INT64 = torch.iinfo(torch.int64)
 
 
-HOTTEST = torch.finfo(torch.float32).max
+MAX_TEMPERATURE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """The parameters of `inplace.operators.sample` for one row.
+class SamplingParams:
+    """The arguments of `inplace.operators.sample` for one row.
+
+    The fields are named as the request parameters and as the roles of the program's inputs.
 
     Attributes:
-        temperature: what scores are divided by; 0 takes the largest score.
-        top_k: keep so many of the largest scores; 0 keeps all.
+        temperature: divides the scores; 0 takes the token with the largest score.
+        top_k: keep this many of the largest scores; 0 keeps all.
         top_p: of those, keep the largest that together have this probability; 1 keeps all.
         seed: of the random numbers, which depend on it and on the token's position alone.
     """
@@ -42,44 +45,52 @@ class Sampling:
     seed: int = 0
 
     @classmethod
-    def parse(cls, parameters: Mapping[str, Parameter], scores: int) -> Self:
-        """The sampling that a request's parameters ask for; greedy where they name no temperature.
+    def parse(cls, parameters: Mapping[str, Parameter], vocab_size: int) -> Self:
+        """Read the sampling parameters of a request; absent ones have their default.
 
         Args:
-            parameters: of the request: JSON numbers, or texts that spell them (Triton's gRPC clients send no floating-point numbers).
-            scores: how many scores there are to choose from.
+            parameters: the request's parameters: JSON numbers, or numbers as text (Triton's gRPC
+                clients cannot send floating-point parameters).
+            vocab_size: the number of scores.
 
         Raises:
-            RequestError: BAD_PARAMETER, one of them is no number or outside its range; also where the temperature is 0.
+            RequestError: BAD_PARAMETER, one of them is not a number or out of range. All are
+                checked, also where the temperature is 0.
         """
         return cls(
-            temperature=_decimal(
-                parameters, "temperature", 0.0, 0.0, HOTTEST, "a finite number of at least 0"
+            temperature=_parse_number(
+                parameters,
+                "temperature",
+                0.0,
+                0.0,
+                MAX_TEMPERATURE,
+                "a finite number of at least 0",
             ),
-            top_k=whole(
+            top_k=parse_integer(
                 parameters,
                 "top_k",
                 0,
-                scores,
-                f"a whole number from 0 (all) to {scores}, the size of the vocabulary",
+                vocab_size,
+                f"a whole number from 0 (all) to {vocab_size}, the size of the vocabulary",
             ),
-            top_p=_decimal(
+            top_p=_parse_number(
                 parameters, "top_p", 1.0, math.ulp(0.0), 1.0, "a number above 0, at most 1 (all)"
             ),
-            seed=whole(
+            seed=parse_integer(
                 parameters,
                 "seed",
-                SEEDS.min,
-                SEEDS.max,
-                "a whole number from -2^63 to 2^63 - 1 (a larger one arrives as a floating-point number)",
+                INT64.min,
+                INT64.max,
+                "a whole number from -2^63 to 2^63 - 1 (a larger one arrives as a floating-point"
+                " number)",
             ),
         )
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
-def _decimal(
+def _parse_number(
     parameters: Mapping[str, Parameter],
     name: str,
     default: float,
@@ -89,17 +100,17 @@ def _decimal(
 ) -> float:
     value = parameters.get(name, default)
     if isinstance(value, bool) or (isinstance(value, str) and not DECIMAL.fullmatch(value)):
-        raise _refused(name, value, expected)
+        raise _bad_parameter(name, value, expected)
     try:
-        found = float(value)
-    except OverflowError:  # a whole number beyond any floating-point number
-        raise _refused(name, value, expected) from None
-    if not low <= found <= high:  # in these words NaN is outside
-        raise _refused(name, value, expected)
-    return found
+        number = float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        raise _bad_parameter(name, value, expected) from None
+    if not low <= number <= high:  # also true for NaN
+        raise _bad_parameter(name, value, expected)
+    return number
 
 
-def whole(
+def parse_integer(
     parameters: Mapping[str, Parameter],
     name: str,
     low: int,
@@ -107,19 +118,27 @@ def whole(
     expected: str,
     default: int = 0,
 ) -> int:
-    """A whole number among a request's parameters, from ``low`` to ``high``; a JSON number or a text that spells it.
+    """Read an integer parameter, sent as a JSON number or as text.
+
+    Args:
+        parameters: the request's parameters.
+        name: of the parameter.
+        low: smallest value allowed.
+        high: largest value allowed.
+        expected: describes the allowed values, for the error.
+        default: the value of an absent parameter.
 
     Raises:
-        RequestError: BAD_PARAMETER, with what was expected.
+        RequestError: BAD_PARAMETER.
     """
     value = parameters.get(name, default)
-    if isinstance(value, bool | float) or (isinstance(value, str) and not WHOLE.fullmatch(value)):
-        raise _refused(name, value, expected)
-    found = int(value)
-    if not low <= found <= high:
-        raise _refused(name, value, expected)
-    return found
+    if isinstance(value, bool | float) or (isinstance(value, str) and not INTEGER.fullmatch(value)):
+        raise _bad_parameter(name, value, expected)
+    integer = int(value)
+    if not low <= integer <= high:
+        raise _bad_parameter(name, value, expected)
+    return integer
 
 
-def _refused(name: str, value: object, expected: str) -> RequestError:
+def _bad_parameter(name: str, value: object, expected: str) -> RequestError:
     return RequestError(Code.BAD_PARAMETER, f"parameter {name!r} is {value!r}; expected {expected}")

@@ -1,4 +1,4 @@
-"""Sequences and the slots they own."""
+"""Live sequences and the slots they own."""
 
 import hmac
 from collections import OrderedDict
@@ -11,10 +11,16 @@ from typing import Protocol
 from inplace.errors import Code, RequestError
 
 SequenceId = int | str
+"""A correlation id: a number or a text."""
 
 
-REMEMBERED = 4096
-"""How many reclaimed ids are remembered, only to tell a late client what happened to it."""
+MAX_RECLAIMED_IDS = 4096
+"""Reclaimed ids that are remembered, so that a late client is told why its sequence is gone."""
+
+
+RECLAIM_INTERVAL, MAX_RECLAIM_DELAY = 0.05, 3600.0
+"""Shortest and longest time between two searches for idle sequences, in seconds. A thread cannot
+wait arbitrarily long, whatever the idle timeout is."""
 
 
 class EndReason(StrEnum):
@@ -27,161 +33,177 @@ class EndReason(StrEnum):
     ENGINE_FAILED = "engine_failed"
     CANCELLED = "cancelled"
     SHUTDOWN = "shutdown"
-    """The model was unloaded while a request of it was under way."""
+    """The model was unloaded while a request of the sequence was running."""
 
 
 @dataclass(slots=True)
 class SequenceState:
-    """One stream of requests and the slot it owns from START to END.
+    """A live sequence and the slot that it owns from START to END.
 
     Attributes:
         id: the correlation id.
         slot: its row of the arena.
-        key: digest of the key that its START set; None where it set none.
-        length: positions its slot holds (the cached length).
-        pending: the last token that a generation said: it belongs to the sequence, and is fed before the tokens of its next request.
-        last_response: when it was last answered, by the table's clock, in seconds.
-        busy: a step of it is under way; it is not reclaimed then.
-        rest: what a driver keeps with it until its next request.
+        key_digest: digest of the ``sequence_key`` of its START; None without one.
+        length: positions that its slot holds (the cached length).
+        pending_token: the last token of a generation, which no step has consumed yet. It belongs to
+            the sequence and is fed before the tokens of the next request.
+        last_response: when it was last answered, in seconds of the table's clock.
+        busy: a request of it is running, so it is not reclaimed.
+        driver_state: what a driver keeps with it until its next request.
     """
 
     id: SequenceId
     slot: int
-    key: bytes | None = None
+    key_digest: bytes | None = None
     length: int = 0
-    pending: int | None = None
+    pending_token: int | None = None
     last_response: float = 0.0
     busy: bool = False
-    rest: object = None
+    driver_state: object = None
 
     @property
     def position(self) -> int:
-        """How many tokens (or entries) the sequence has, the pending one included."""
-        return self.length + (self.pending is not None)
+        """How many tokens (or entries) the sequence has, with the pending token."""
+        return self.length + (self.pending_token is not None)
 
-    def check_key(self, key: bytes | None, *, start: bool) -> None:
-        """Refuse a request that was not meant for this sequence, or not sent by its owner. Takes the same time whatever differs.
+    def check_key(self, key_digest: bytes | None, *, start: bool) -> None:
+        """Refuse a request whose key is not the sequence's. Takes the same time for every key.
 
-        A sequence without a key is open to any START, but not to a step or END that carries one: that was meant for another sequence.
+        A sequence without a key accepts any START, but no step or END with a key: such a request
+        was meant for another sequence.
+
+        Args:
+            key_digest: digest of the request's ``sequence_key``.
+            start: whether the request has the START flag.
 
         Raises:
-            RequestError: SEQUENCE_KEY; retryable for a START, which may follow when the live sequence has ended.
+            RequestError: SEQUENCE_KEY; retryable for a START, which succeeds once the live sequence
+                has ended.
         """
-        if hmac.compare_digest(self.key or b"", key or b"") or (start and self.key is None):
+        if hmac.compare_digest(self.key_digest or b"", key_digest or b""):
             return
-        kept = "none" if self.key is None else "another" if key else "one"
+        if start and self.key_digest is None:
+            return
+        expected = "none" if self.key_digest is None else "another" if key_digest else "one"
         raise RequestError(
             Code.SEQUENCE_KEY,
-            f"the request carries {'a' if key else 'no'} sequence_key, the START of the live sequence {self.id!r} set {kept}; nothing was "
-            f"changed: send what its START sent, or use an id of your own",
+            f"the request carries {'a' if key_digest else 'no'} sequence_key, the START of the live"
+            f" sequence {self.id!r} set {expected}; nothing was changed: send the key of its START,"
+            f" or use another id",
             retryable=start,
         )
 
 
 class SlotObserver(Protocol):
-    """Is told of every sequence that gets a slot, and of every one that loses it."""
+    """Receives an event for every sequence that gets or loses a slot."""
 
-    def started(self, sequence: SequenceState) -> None:
+    def sequence_started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot."""
 
-    def ended(self, sequence: SequenceState, why: EndReason) -> None:
+    def sequence_ended(self, sequence: SequenceState, reason: EndReason) -> None:
         """A sequence gave its slot back."""
 
 
 class SlotTable:
-    """Which sequence owns which slot. A slot is owned by at most one live sequence.
+    """Which sequence owns which slot. A slot has at most one owner. Not thread-safe.
 
     Args:
-        slots: how many there are.
+        num_slots: slots of the arena.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
-        clock: monotonic seconds; a test may drive it.
-        watcher: is told of starts and ends.
+        clock: monotonic seconds.
+        observer: is told of starts and ends.
     """
 
     def __init__(
         self,
-        slots: int,
+        num_slots: int,
         idle_timeout: float,
         clock: Callable[[], float] = monotonic,
-        watcher: SlotObserver | None = None,
+        observer: SlotObserver | None = None,
     ) -> None:
-        self.slots = slots
+        self.num_slots = num_slots
         self.idle_timeout = idle_timeout
         self._clock = clock
-        self._watcher = watcher
-        self._free = list(range(slots - 1, -1, -1))
-        self._live: OrderedDict[SequenceId, SequenceState] = (
-            OrderedDict()
-        )  # by last response, the longest idle first
-        self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()
+        self._observer = observer
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._live: OrderedDict[SequenceId, SequenceState] = OrderedDict()  # longest idle first
+        self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()  # seconds they were idle
 
     def __len__(self) -> int:
+        """The number of live sequences."""
         return len(self._live)
 
     @property
-    def free(self) -> int:
-        """Slots nobody owns."""
+    def num_free(self) -> int:
+        """Slots without an owner."""
         return len(self._free)
 
     def get(self, id: SequenceId) -> SequenceState | None:
-        """The live sequence of that id."""
+        """The live sequence with this id; None without one."""
         return self._live.get(id)
 
     def find(self, id: SequenceId) -> SequenceState:
-        """The live sequence of that id.
+        """The live sequence with this id.
 
         Raises:
-            RequestError: UNKNOWN_SEQUENCE, and whether it was reclaimed.
+            RequestError: UNKNOWN_SEQUENCE; the text says whether it was reclaimed.
         """
         sequence = self._live.get(id)
         if sequence is not None:
             return sequence
         if (idle := self._reclaimed.get(id)) is not None:
-            why = f"it was idle for {idle:.0f} s and its slot was reclaimed (idle timeout {self.idle_timeout:g} s)"
+            reason = (
+                f"it was idle for {idle:.0f} s and its slot was reclaimed"
+                f" (idle timeout {self.idle_timeout:g} s)"
+            )
         else:
-            why = "it has not started, has ended, or its START was refused"
+            reason = "it has not started, has ended, or its START was refused"
         raise RequestError(
             Code.UNKNOWN_SEQUENCE,
-            f"no sequence {id!r} is live: {why}; send a request with the START flag",
+            f"no sequence {id!r} is live: {reason}; send a request with the START flag",
         )
 
-    def start(self, id: SequenceId, key: bytes | None = None) -> SequenceState:
-        """Give a new sequence a slot, and the key that its later requests must carry.
+    def start(self, id: SequenceId, key_digest: bytes | None = None) -> SequenceState:
+        """Give a new sequence a slot; idle sequences are reclaimed if there is none.
+
+        Args:
+            id: the correlation id; no live sequence has it.
+            key_digest: digest of the key that its later requests must carry; None for no key.
 
         Raises:
             RequestError: NO_FREE_SLOT, retryable.
         """
         assert id not in self._live
         if not self._free:
-            self.reclaim()
+            self.reclaim_idle()
         if not self._free:
             raise RequestError(
                 Code.NO_FREE_SLOT,
-                f"all {self.slots} slots are owned by live sequences; retry when one has ended, or build with more slots",
+                f"all {self.num_slots} slots are owned by live sequences; retry when one has ended,"
+                f" or build with more slots",
                 retryable=True,
             )
         self._reclaimed.pop(id, None)
-        sequence = self._live[id] = SequenceState(
-            id, self._free.pop(), key, last_response=self._clock()
-        )
-        if self._watcher is not None:
-            self._watcher.started(sequence)
+        sequence = SequenceState(id, self._free.pop(), key_digest, last_response=self._clock())
+        self._live[id] = sequence
+        if self._observer is not None:
+            self._observer.sequence_started(sequence)
         return sequence
 
-    def end(self, sequence: SequenceState, why: EndReason = EndReason.END) -> None:
-        """Take the slot back."""
+    def end(self, sequence: SequenceState, reason: EndReason = EndReason.END) -> None:
+        """End a live sequence and free its slot."""
         del self._live[sequence.id]
         self._free.append(sequence.slot)
-        if self._watcher is not None:
-            self._watcher.ended(sequence, why)
+        if self._observer is not None:
+            self._observer.sequence_ended(sequence, reason)
 
-    def answered(self, sequence: SequenceState) -> None:
-        """Restart the sequence's idle clock: it was sent a response just now."""
+    def touch(self, sequence: SequenceState) -> None:
+        """Restart the idle clock of a sequence that has just been answered."""
         sequence.last_response = self._clock()
         self._live.move_to_end(sequence.id)
 
-    def reclaim(self) -> list[SequenceState]:
-        """End every sequence that has been idle for too long, and return them."""
+    def reclaim_idle(self) -> list[SequenceState]:
+        """End every sequence that has been idle for the timeout, and return them."""
         now = self._clock()
         idle = []
         for sequence in self._live.values():
@@ -192,12 +214,16 @@ class SlotTable:
         for sequence in idle:
             self.end(sequence, EndReason.IDLE)
             self._reclaimed[sequence.id] = now - sequence.last_response
-            if len(self._reclaimed) > REMEMBERED:
+            if len(self._reclaimed) > MAX_RECLAIMED_IDS:
                 self._reclaimed.popitem(last=False)
         return idle
 
     def next_expiry(self) -> float:
-        """Seconds until some live sequence may have been idle for too long; the whole timeout if there is none."""
+        """Seconds until the next live sequence may expire; the idle timeout if none is live."""
         for sequence in self._live.values():
             return max(0.0, sequence.last_response + self.idle_timeout - self._clock())
         return self.idle_timeout
+
+    def reclaim_delay(self) -> float:
+        """Seconds for which a thread may wait before it calls `reclaim_idle` again."""
+        return min(max(RECLAIM_INTERVAL, self.next_expiry()), MAX_RECLAIM_DELAY)

@@ -24,7 +24,7 @@ from inplace.drivers.text import load_tokenizer
 from inplace.errors import Code, LoadError, RequestError, failed
 from inplace.protocol import STOP, TEXT
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.observer import Observer, line
+from inplace.runtime.observer import Observer, log_line
 from inplace.runtime.requests import Request
 from inplace.schema.served import Manifest
 from inplace.server.channel import FLAG_END, FLAG_START, TritonChannel, output, readable, refusal
@@ -91,10 +91,10 @@ def _engine(args: dict[str, str]) -> Served:
     for note in settings.notes:
         log.warning("%s", note)
     log.setLevel(settings.log_level)
-    metrics = TritonMetrics(instance.observer.numbers, args)
+    metrics = TritonMetrics(instance.observer.metrics, args)
     device = manifest.engine.device
     log.info(
-        line(
+        log_line(
             "ready",
             slots=manifest.slots,
             slot_bytes=manifest.slot_bytes,
@@ -133,7 +133,7 @@ class _Steps:
 
     def close(self) -> None:
         self._driver.close()
-        log.info(line("unloaded", live=len(self._driver.instance.table)))
+        log.info(log_line("unloaded", live=len(self._driver.instance.table)))
         self._metrics.close()
 
 
@@ -165,7 +165,7 @@ class _Streams:
     def close(self) -> None:
         live = len(self._driver.instance.table)
         self._driver.close()
-        log.info(line("unloaded", live=live))
+        log.info(log_line("unloaded", live=live))
         self._metrics.close()
 
 
@@ -191,11 +191,11 @@ def _parse(
     ) as error:  # UnicodeDecodeError among them: over HTTP ids and names may be any bytes
         return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
     return Request(
-        sequence=sequence,
+        sequence_id=sequence,
         start=bool(flags & FLAG_START),
         end=bool(flags & FLAG_END),
         inputs=inputs,
-        id=named,
+        request_id=named,
         parameters=parameters,
     )
 
@@ -218,6 +218,6 @@ def _response(request: Any, answer: Answer, observer: Observer) -> Any:
 
 def _tell(observer: Observer, request: Any, error: RequestError) -> None:
     end = bool(request.flags() & FLAG_END)
-    observer.refused(
+    observer.request_refused(
         readable(request.correlation_id), str(readable(request.request_id)), error, end=end
     )

@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 
 from inplace.errors import Code, RequestError, failed
 from inplace.protocol import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENCE_KEY
-from inplace.runtime.observer import line
+from inplace.runtime.observer import log_line
 from inplace.schema.proxy import ProxyFile
 from inplace.server.channel import FLAG_END, FLAG_START, refusal
 
@@ -74,7 +74,7 @@ class GenerateProxy:
         self._pool = ThreadPoolExecutor(file.most, thread_name_prefix="inplace-front")
         self._watch = threading.Thread(target=self._look, name="inplace-front-cancel", daemon=True)
         self._watch.start()
-        log.info(line("ready", front_of=self._model))
+        log.info(log_line("ready", front_of=self._model))
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Pass each request on, on a thread of its own."""
@@ -299,10 +299,10 @@ class _Relay:
             for response in self._kept.keep(list(request.exec(decoupled=True))):
                 if response.has_error():
                     log.debug(
-                        line("front", sequence=self.sequence, refused=response.error().message())
+                        log_line("front", sequence=self.sequence, refused=response.error().message())
                     )
         except Exception as error:  # the stream model is gone, and its sequences with it
-            log.info(line("front", sequence=self.sequence, not_ended=str(error)))
+            log.info(log_line("front", sequence=self.sequence, not_ended=str(error)))
 
 
 def _nothing() -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from inplace.runtime.metrics import Exporter, Metric, Numbers
+from inplace.runtime.metrics import Metric, MetricsExporter, MetricValues
 
 log = logging.getLogger("inplace")
 
@@ -59,7 +59,7 @@ class TritonMetrics:
         args: what Triton hands to ``initialize``.
     """
 
-    def __init__(self, numbers: Numbers, args: Mapping[str, str]) -> None:
+    def __init__(self, numbers: MetricValues, args: Mapping[str, str]) -> None:
         self._families: dict[str, Any] = {}
         labels = {
             "model": args["model_name"],
@@ -69,7 +69,7 @@ class TritonMetrics:
                 os.getpid()
             ),  # two processes of one model live side by side while it is reloaded, see `TritonMetrics`
         }
-        self._exporter = Exporter(numbers, labels, self._series)
+        self._exporter = MetricsExporter(numbers, labels, self._series)
 
     def close(self) -> None:
         """Hand over the last numbers; then the server forgets the series."""

@@ -83,7 +83,7 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
 
 def _sampled(work: ActiveRequest, scores: Tensor) -> Tensor:
     """The token that the operator chooses on the CPU from the engine's own scores, which were compared with the model's."""
-    wanted = work.sampling
+    wanted = work.sampling_params
     return sample(
         scores,
         torch.tensor([wanted.temperature]),
@@ -215,15 +215,15 @@ class _Judge:
 
     def heard(self, work: ActiveRequest, *, compared: bool) -> None:
         """A request was answered; its outputs are as they should be, or BuildError says which are not."""
-        assert isinstance(work.request.sequence, int)
-        history = self._history.setdefault(work.request.sequence, [])
+        assert isinstance(work.request.sequence_id, int)
+        history = self._history.setdefault(work.request.sequence_id, [])
         history.append(dict(work.inputs))
         if not compared:
             return
         expected = self._capture.reference(history)
         for spec in self._outputs:
             found, wanted = work.outputs[spec.name][0], expected[spec.name]
-            where = f"output {spec.name} of sequence {work.request.sequence} after {work.sequence.length} tokens"
+            where = f"output {spec.name} of sequence {work.request.sequence_id} after {work.sequence.length} tokens"
             if found.shape != wanted.shape:
                 raise BuildError(
                     f"{where} has the shape {tuple(found.shape)}, the model's is {tuple(wanted.shape)}; it is not written"

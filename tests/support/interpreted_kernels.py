@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, on a CPU; `backend/test_kernels.py` runs this file in a process with ``TRITON_INTERPRET=1``.
+"""The kernels in Triton's interpreter, on a CPU; `unit/test_kernels.py` runs this file in a process with ``TRITON_INTERPRET=1``.
 
 fp32 and fp16 only: the interpreter's `tl.dot` is wrong for bf16 (Triton 3.6).
 """

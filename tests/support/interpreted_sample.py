@@ -1,4 +1,4 @@
-"""The sampling kernel in Triton's interpreter; `backend/test_sample.py` runs this file in a process with ``TRITON_INTERPRET=1``."""
+"""The sampling kernel in Triton's interpreter; `unit/test_sample.py` runs this file in a process with ``TRITON_INTERPRET=1``."""
 
 import pytest
 import torch

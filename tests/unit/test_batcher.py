@@ -1,16 +1,11 @@
-"""How many tokens each row of a step brings, and the step that follows one of single tokens."""
+"""How many tokens each row of a step brings, and the captured sizes that steps fit."""
 
 import pytest
-import torch
 from inplace.engines.tensorrt.contexts import Size, decode_sizes, fitting, mixed_sizes
-from inplace.runtime.batcher import form_batch, next_decode_batch, schedule_tokens
-from inplace.runtime.instance import ModelInstance
-from inplace.runtime.requests import Request
+from inplace.runtime.batcher import schedule_tokens
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 from pydantic import ValidationError
-from support.driving import prompt
-from support.models import SLOTS, Repository, open_instance
 
 
 def program(max_rows: int, chunk: int, max_tokens: int | None = None) -> Program:
@@ -74,44 +69,3 @@ def test_a_step_beyond_the_largest_fits_nothing() -> None:
     made = program(4, 8)
     assert fitting(decode_sizes(made) + mixed_sizes(made), 5, 5) is None
     assert fitting([Size(1, 1)], 1, 2) is None
-
-
-def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repository) -> None:
-    instance: ModelInstance = open_instance(repository.path / "llama")
-    chances = [
-        {},
-        {"temperature": 0.7, "seed": 5},
-        {"temperature": 1.1, "top_k": 3, "top_p": 0.9, "seed": 2**40},
-        {},
-    ][:SLOTS]
-    works = [
-        instance.admit(
-            Request(
-                f"s{row}",
-                True,
-                False,
-                {"input_ids": torch.tensor([prompt(row, 1 + row)])},
-                parameters=chance,
-            )
-        )
-        for row, chance in enumerate(chances)
-    ]
-    while pending := [work for work in works if not work.finished]:
-        instance.step(pending)
-    for work in works:
-        work.feed(7)
-    batch = form_batch(instance.program, works)
-    for said in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
-        batch = next_decode_batch(instance.program, batch, torch.tensor(said[:SLOTS])[:, None])
-        for work, token in zip(works, said, strict=False):
-            work.sequence.length += 1
-            work.feed(token)
-        wanted = form_batch(instance.program, works)
-        assert (batch.rows, batch.num_scheduled_tokens, list(batch.inputs)) == (
-            wanted.rows,
-            wanted.num_scheduled_tokens,
-            list(wanted.inputs),
-        )
-        for name, tensor in wanted.inputs.items():
-            assert batch.inputs[name].dtype == tensor.dtype, name
-            assert torch.equal(batch.inputs[name], tensor), name

@@ -1,8 +1,6 @@
 """Choosing tokens: the random numbers, what may be chosen, how often, and that nothing but seed and position matters."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +9,7 @@ from inplace.kernels.gumbel import UNIT, gumbels, kept, philox, uniforms, weight
 from inplace.operators import argmax, sample
 from inplace.plugins import OPERATIONS, SampleOperation
 from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
-from support.driving import Open, add, ask, outputs, prompt, refused, token
 from support.interpreter import needs_interpreter, run_interpreted
-from support.models import VOCABULARY, Repository
 from torch import Tensor
 
 
@@ -265,70 +261,3 @@ def test_a_bad_parameter_is_refused_by_name(name: str, value: Parameter) -> None
     with pytest.raises(RequestError, match=f"^parameter '{name}' is .*; expected a ") as error:
         SamplingParams.parse({name: value}, 99)
     assert (error.value.code, error.value.retryable) == (Code.BAD_PARAMETER, False)
-
-
-# --- in a step ---
-
-HOT: dict[str, Any] = {"temperature": 2.0, "top_k": 100, "top_p": 0.95, "seed": 11}
-
-
-def test_the_token_depends_on_seed_and_position_not_on_row_batch_or_chunk(
-    repository: Repository, drive: Open
-) -> None:
-    ids = prompt(3, 20)
-    alone = drive(repository.path / "llama")
-    [first] = alone.run([ask(1, ids, start=True, **HOT)])  # in chunks of 8
-    expected = token(first)
-    alone.run([ask(2, ids[:1], start=True)])
-    others = [
-        ask(10 + other, prompt(other, 5), start=True, **HOT, logits=True) for other in range(3)
-    ]
-    alone.run([ask(3, ids[:13], start=True, temperature=0.3)])
-    for part, request in enumerate([*others, ask(3, ids[13:], **HOT)]):  # another slot, another cut
-        [answer] = alone.run([request])
-        if part == 3:
-            assert token(answer) == expected
-    alone.run([ask(4, ids[:19], start=True)])
-    together = alone.run([ask(2, [5], **HOT), ask(4, ids[19:], **HOT), ask(10, [7], **HOT)])
-    assert token(together[1]) == expected
-    said = {
-        seed: token(alone.run([ask(20, ids, start=True, **(HOT | {"seed": seed}))])[0])
-        for seed in range(12)
-    }
-    assert len(set(said.values())) > 3
-
-
-def test_the_token_is_the_operator_s_choice_from_the_scores(
-    repository: Repository, drive: Open
-) -> None:
-    driver = drive(repository.path / "llama")
-    for start, ids in ((True, prompt(1, 11)), (False, [4]), (False, [9, 9])):
-        [answer] = driver.run([ask(1, ids, start=start, **HOT, logits=True)])
-        found = driver.instance.table.find(1).length
-        assert outputs(answer)["next_token"] == sample(
-            outputs(answer)["logits"], *row(2.0, 100, 0.95, 11, found)
-        )
-
-
-def test_a_bad_parameter_changes_nothing_and_harms_no_batch_mate(
-    repository: Repository, drive: Open
-) -> None:
-    driver = drive(repository.path / "llama")
-    ids = prompt(2, 6)
-    driver.run([ask(1, ids, start=True), ask(2, ids, start=True)])
-    bad, good = driver.run([ask(1, [3], temperature=0.5, top_k=VOCABULARY + 1), ask(2, [3])])
-    refused(
-        bad,
-        Code.BAD_PARAMETER,
-        f"parameter 'top_k' is {VOCABULARY + 1}; expected a whole number from 0 (all) to {VOCABULARY}",
-    )
-    assert token(driver.run([ask(1, [3])])[0]) == token(good)
-
-
-def test_an_engine_that_samples_nothing_says_so(repository: Repository, drive: Open) -> None:
-    driver = drive(repository.path / "accumulator")
-    request = add(1, 1.0, start=True)
-    hot, cold = (replace(request, parameters={"temperature": heat}) for heat in (0.5, 0))
-    answers = driver.run([hot])
-    refused(answers[0], Code.BAD_PARAMETER, "this engine does not sample")
-    outputs(driver.run([cold])[0])

@@ -71,7 +71,7 @@ def test_a_part_written_through_a_view_that_nothing_follows_is_said_or_refused(v
     module, arguments = Writes(VIEWS[view]), (torch.zeros(4, 4), torch.ones(4))
     (state,) = capture_exported(module, arguments).states
     says = "through a transposed view" if view == "t" else f"through the view aten.{view}.default"
-    assert state.pattern == "explicit" and says in state.because
+    assert state.pattern == "explicit" and says in state.reason
     with pytest.raises(
         BuildError,
         match=rf"state cache is read, computed and written back whole: .*{says}.* {LINE}",

@@ -80,7 +80,7 @@ def test_the_lifted_function_mutates_nothing_and_returns_the_new_values() -> Non
         zip((state.source for state in lifted.states), (cache, count, mine), strict=True)
     )
     expected = module(own, x)
-    assert len(outputs) == lifted.outputs == 2
+    assert len(outputs) == lifted.num_outputs == 2
     assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
     assert torch.equal(by_source["layer.cache"], module.layer.get_buffer("cache"))
     assert torch.equal(by_source["count"], module.count) and torch.equal(by_source["own"], own)

@@ -329,8 +329,8 @@ def test_views_of_one_buffer_that_a_module_holds_are_that_buffer(
     capture = compare(
         Views(whole=whole), [], lambda step: (noise(step, 1, 1, 4), torch.tensor([step]))
     )
-    assert {state.found.argument.source for state in capture.states} == {"cache"}
-    written = {state.found.selects: state.pattern for state in capture.states}
+    assert {state.tensor.module_tensor.source for state in capture.states} == {"cache"}
+    written = {state.tensor.selects: state.pattern for state in capture.states}
     assert whole or (
         written[(0, 0), (0, 0)] == "index_copy"
         and written[(0, 1), (0, 2)] == written[(0, 0), (0, 2)] == "index_put"

@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Any, list[Tensor], RowOptions, dict[str, int]]] = {
         {"read": 4, "update": 4},
     ),
     "attending": (Attending, caches(), RowOptions(4, positions="position"), {"attention": 1}),
-    "counting": (Counting, [], RowOptions(4, requests=CAPACITY), {"read": 2, "update": 2}),
+    "counting": (Counting, [], RowOptions(4, max_requests=CAPACITY), {"read": 2, "update": 2}),
 }
 
 

@@ -78,13 +78,13 @@ def test_an_append_is_one_update(
 
     capture = compare(module, [torch.zeros(1, 2, CAPACITY, 4, dtype=dtype)], inputs)
     (state,) = capture.states
-    assert (state.pattern, state.update, state.axis, state.leading) == (
+    assert (state.pattern, state.update, state.axis, state.has_slot_axis) == (
         pattern,
         Update.APPEND,
         1,
         True,
     )
-    assert recognised_modules.__file__ in state.because
+    assert recognised_modules.__file__ in state.reason
     assert operators(capture) == {"update": 1, "read": 1}
 
 
@@ -98,7 +98,7 @@ def test_positions_are_as_in_eager(module: nn.Module) -> None:
         lambda step: (token(step, *ONE), position(step)),
         steps=CAPACITY,
     )
-    assert capture.states[0].recognised
+    assert capture.states[0].is_matched
     assert operators(capture)["update"] == 1
 
 
@@ -141,7 +141,7 @@ def test_a_part_of_a_part_is_one_update_of_the_outer_part() -> None:
     )
     (state,) = capture.states
     assert (state.pattern, state.axis) == ("slice_scatter", 0)
-    assert state.because.startswith("the outermost part")
+    assert state.reason.startswith("the outermost part")
     assert operators(capture)["update"] == 1
 
 
@@ -169,8 +169,8 @@ def test_what_no_pattern_covers_is_refused_with_its_line_and_stays_correct(
     capture = compare(module, [torch.zeros(state)], inputs)
     (found,) = capture.states
     assert found.pattern == "explicit"
-    assert because in found.because
-    assert recognised_modules.__file__ in found.because
+    assert because in found.reason
+    assert recognised_modules.__file__ in found.reason
     assert operators(capture)["update"] == 1
     assert capture.lowering[0].reason.startswith("explicit: ")
     with pytest.raises(BuildError, match="state cache is read, computed and written back whole"):
@@ -181,7 +181,7 @@ def test_positions_are_consecutive_where_the_caller_says_so() -> None:
     def inputs(step: int) -> tuple[Any, ...]:
         return token(step, *TWO), torch.tensor([step, step + 1])
 
-    assert not compare(Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs).states[0].recognised
+    assert not compare(Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs).states[0].is_matched
     capture = compare(Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs, consecutive=["pos"])
     assert capture.states[0].pattern == "index_copy"
     with pytest.raises(BuildError, match=r"consecutive names \['where'\]"):

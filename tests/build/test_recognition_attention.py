@@ -137,7 +137,7 @@ def test_attention_that_is_not_provably_ours_stays_explicit(
 ) -> None:
     capture = compare(Block(**options), caches(), steps(1), steps=CAPACITY)
     assert operators(capture) == {"update": 2, "read": 2}
-    assert all(state.recognised and because in state.because for state in capture.states)
+    assert all(state.is_matched and because in state.reason for state in capture.states)
 
 
 def test_tiled_heads_are_no_grouped_heads() -> None:
@@ -182,7 +182,7 @@ def test_one_cache_for_keys_and_values_stays_explicit() -> None:
         Counted(shared=True), [], lambda step: (torch.randn(1, KV_HEADS, 1, DIM),), steps=CAPACITY
     )
     assert "attention" not in operators(capture)
-    assert any("keys and values are one cache" in state.because for state in capture.states)
+    assert any("keys and values are one cache" in state.reason for state in capture.states)
 
 
 def test_a_stock_static_cache_as_transformers_exports_it() -> None:

@@ -31,7 +31,7 @@ class Hash(nn.Module):
 
 def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
     capture = capture_exported_rows(
-        Hash(), RowOptions(3, requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),)
+        Hash(), RowOptions(3, max_requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),)
     )
     write_engine(capture, tmp_path / "hash", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY))
     instance = ModelInstance.open(tmp_path / "hash" / VERSION)

@@ -60,15 +60,15 @@ class Recurrent(nn.Module):
 
 def test_buffers_of_any_rank_and_type() -> None:
     capture = compare(Recurrent(), [], lambda step: (frame(step, 1, 4),))
-    found = {state.found.source: state for state in capture.states}
+    found = {state.tensor.source: state for state in capture.states}
     assert set(found) == {"hidden", "cellular", "window", "count", "total", "seen", "cache"}
-    assert all(state.found.owner is Owner.MODULE for state in capture.states)
+    assert all(state.tensor.owner is Owner.MODULE for state in capture.states)
     assert {source for source, state in found.items() if state.pattern == "replace"} == set(
         found
     ) - {"cache", "window"}
     assert found["window"].pattern == "window"
     assert operators(capture)["update"] == 6 + 2, "the cache of two layers is written twice"
-    specs = {state.found.source: state.spec() for state in capture.states}
+    specs = {state.tensor.source: state.spec() for state in capture.states}
     assert (specs["count"].fill, specs["count"].shape, specs["count"].update) == (
         2.0,
         (),
@@ -148,7 +148,7 @@ def test_caches_in_containers(kind: str) -> None:
         "dataclass": Cache(keys, values),
     }[kind]
     capture = compare(Nested(), [cache, [torch.zeros(3)]], lambda step: (frame(step, 1, 2),))
-    assert [state.found.owner for state in capture.states] == [Owner.CALLER] * 3
+    assert [state.tensor.owner for state in capture.states] == [Owner.CALLER] * 3
     assert [state.pattern for state in capture.states] == ["select_scatter", "replace", "replace"]
 
 

@@ -156,4 +156,4 @@ def test_where_a_length_cannot_vary_it_is_refused_with_its_reason() -> None:
         BuildError, match="state keys has extents that vary; slots are all of one size"
     ):
         capture_exported_rows(program, RowOptions(2, positions="pos"))
-    assert [state.found.varies for state in capture_exported(program).states] == [{2}, {2}]
+    assert [state.tensor.dynamic_axes for state in capture_exported(program).states] == [{2}, {2}]

@@ -327,8 +327,8 @@ def test_an_error_beyond_the_tolerance_is_judged_by_the_model_in_float32(
     monkeypatch.setitem(TOLERANCE, Dtype.BFLOAT16, 1e-7)
     model = tiny_llama(tmp_path / "llama").to(torch.bfloat16)
     capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=2, chunk=8))
-    assert capture.precise is not None
-    precise = capture.precise()
+    assert capture.float32_reference is not None
+    precise = capture.float32_reference()
     assert model.dtype is torch.bfloat16
 
     def other(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -338,7 +338,7 @@ def test_an_error_beyond_the_tolerance_is_judged_by_the_model_in_float32(
         }
 
     capture, options = (
-        replace(capture, precise=lambda: other),
+        replace(capture, float32_reference=lambda: other),
         BuildOptions(dtype=Dtype.BFLOAT16, capacity=32, chunk=8, max_rows=2, slots=4),
     )
     if accepted:

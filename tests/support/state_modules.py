@@ -39,14 +39,14 @@ class Owned:
             leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, Tensor)
         ]
         names = dict.fromkeys(
-            state.found.argument.name
+            state.tensor.module_tensor.name
             for state in capture.states
-            if state.found.owner is Owner.CALLER
+            if state.tensor.owner is Owner.CALLER
         )
         self._given, self._module = dict(zip(names, tensors, strict=True)), module
 
     def __call__(self, state: CapturedState) -> Tensor:
-        whole = state.found.argument
+        whole = state.tensor.module_tensor
         return (
             self._given[whole.name]
             if whole.owner is Owner.CALLER

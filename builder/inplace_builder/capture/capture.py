@@ -34,7 +34,7 @@ class Capture:
         dtype: the element type of the weights.
         lowering: how each state is updated.
         reference: the original model, to verify against.
-        precise: makes the same model in float32, to tell what its own rounding does from what an engine does wrong; None where its weights
+        float32_reference: makes the same model in float32, to tell what its own rounding does from what an engine does wrong; None where its weights
             are not rounded, or where it cannot be had.
     """
 
@@ -46,7 +46,7 @@ class Capture:
     lowering: tuple[Lowering, ...]
     reference: Reference
     min_capacity: int | None = None
-    precise: Callable[[], Reference] | None = None
+    float32_reference: Callable[[], Reference] | None = None
 
 
 def complete_program(

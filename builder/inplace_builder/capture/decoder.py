@@ -46,7 +46,7 @@ class DecoderOptions:
     min_capacity: int | None = None
 
     @property
-    def range_from(self) -> int | None:
+    def dynamic_min_capacity(self) -> int | None:
         """The least capacity of a range; None where there is only one."""
         return None if self.min_capacity == self.capacity else self.min_capacity
 
@@ -178,7 +178,7 @@ class StepExamples:
 
     def memory_shapes(self) -> list[dict[int, Any]]:
         """Which extents of `memory` vary."""
-        slots, least = Dim("slots", min=1), self.options.range_from
+        slots, least = Dim("slots", min=1), self.options.dynamic_min_capacity
         chosen = None if least is None else Dim("capacity", min=least, max=self.options.capacity)
         return [
             {0: slots, 2: chosen}

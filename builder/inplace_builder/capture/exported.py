@@ -61,7 +61,7 @@ class ExportedCapture:
     aliases: tuple[Alias, ...]
 
     @property
-    def specs(self) -> tuple[StateSpec, ...]:
+    def state_specs(self) -> tuple[StateSpec, ...]:
         """The manifest's description of the states."""
         return tuple(state.spec() for state in self.states)
 
@@ -113,28 +113,33 @@ def capture_exported(
             f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name"
         )
     original = copy_module(found.graph_module)
-    normalise_assignments(found.graph_module.graph, found.outputs)
+    normalise_assignments(found.graph_module.graph, found.num_outputs)
     found = replace(
-        found, states=divide(found.graph_module, original, found.states, found.outputs, alignment)
+        found,
+        states=divide(found.graph_module, original, found.states, found.num_outputs, alignment),
     )
     rows = 1
     made = rewrite(
-        found.graph_module, found.states, found.outputs, rows=rows, promised=frozenset(consecutive)
+        found.graph_module,
+        found.states,
+        found.num_outputs,
+        rows=rows,
+        promised=frozenset(consecutive),
     )
     if made is None:
         rows = common_rows(found.states) or 1
         made = rewrite(
             found.graph_module,
             found.states,
-            found.outputs,
+            found.num_outputs,
             rows=rows,
             promised=frozenset(consecutive),
         )
     assert made is not None
     made = place_user_operators(found.graph_module, made)
-    if strict and (refused := [state for state in made if not state.recognised]):
+    if strict and (refused := [state for state in made if not state.is_matched]):
         raise BuildError(
-            "; ".join(f"state {state.found.source} is {state.because}" for state in refused)
+            "; ".join(f"state {state.tensor.source} is {state.reason}" for state in refused)
         )
     drop_dead_assertions(found.graph_module.graph)
     found = replace(found, graph_module=without_unused_attributes(found.graph_module))
@@ -151,7 +156,7 @@ def capture_exported(
         made,
         rows,
         tuple(
-            Lowering(state=state.name, kind=state.kind, reason=f"{state.pattern}: {state.because}")
+            Lowering(state=state.name, kind=state.kind, reason=f"{state.pattern}: {state.reason}")
             for state in made
         ),
         tuple(
@@ -207,7 +212,11 @@ def _examples(found: FunctionalGraph) -> tuple[Any, ...]:
                 expression in other.free_symbols for other in extents if other != expression
             )
         )
-        if alone and expression in found.ranges and found.ranges[expression].upper >= 2:
+        if (
+            alone
+            and expression in found.range_constraints
+            and found.range_constraints[expression].upper >= 2
+        ):
             for place, axis in places:
                 if examples[place].shape[axis] == 1:
                     examples[place] = torch.cat([examples[place]] * 2, axis)
@@ -254,10 +263,13 @@ def _dims(held: Tensor, found: FunctionalGraph, named: dict[Any, Any]) -> dict[i
 
 def _dim(extent: torch.SymInt, found: FunctionalGraph, named: dict[Any, Any]) -> Any:
     expression = extent.node.expr
-    if not expression.is_Symbol or expression not in found.ranges:
+    if not expression.is_Symbol or expression not in found.range_constraints:
         return Dim.AUTO
     if expression not in named:
-        low, high = found.ranges[expression].lower, found.ranges[expression].upper
+        low, high = (
+            found.range_constraints[expression].lower,
+            found.range_constraints[expression].upper,
+        )
         limit = (
             int(high)
             if getattr(high, "is_Integer", isinstance(high, int)) and int(high) < 2**62

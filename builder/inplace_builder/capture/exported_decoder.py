@@ -89,11 +89,14 @@ def capture_exported_decoder(
         )
     graph = found.graph_module.graph
     original = copy_module(found.graph_module)
-    normalise_assignments(graph, found.outputs)
+    normalise_assignments(graph, found.num_outputs)
     found = replace(
-        found, states=divide(found.graph_module, original, found.states, found.outputs, alignment=1)
+        found,
+        states=divide(found.graph_module, original, found.states, found.num_outputs, alignment=1),
     )
-    decoder = prove_decoder(found.graph_module, found.states, found.outputs, frozenset(consecutive))
+    decoder = prove_decoder(
+        found.graph_module, found.states, found.num_outputs, frozenset(consecutive)
+    )
     caches = _caches(decoder, options)
     states = cache_states(caches, options)
     vocabulary, scores = decoder.vocabulary, int(shape(decoder.logits)[-1])
@@ -128,7 +131,7 @@ def capture_exported_decoder(
         caches[0].dtype,
         lowering,
         reference,
-        options.range_from,
+        options.dynamic_min_capacity,
     )
 
 
@@ -153,8 +156,8 @@ def _reference(module: GraphModule, found: FunctionalGraph, decoder: ProvenDecod
     """The module itself on one sequence, from empty caches; token by token where it takes no more."""
     start = decoder.attentions[0].start
     assert start.source is not None
-    ids, source, several = decoder.ids.name, start.source.name, decoder.tokens != 1
-    packed_axis = decoder.axes.axes[decoder.ids] if len(shape(decoder.ids)) == 2 else None
+    ids, source, several = decoder.ids.name, start.source.name, decoder.num_tokens != 1
+    packed_axis = decoder.token_axes.axis_of[decoder.ids] if len(shape(decoder.ids)) == 2 else None
     positions = next(
         (
             value

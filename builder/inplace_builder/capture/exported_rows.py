@@ -36,13 +36,13 @@ class RowOptions:
         max_rows: most sequences in one step, at least 2.
         positions: the input that says where the sequence is, an integer tensor of one entry: the runtime fills it with the number of
             requests so far. None where the module counts for itself or does not care.
-        requests: most requests of one sequence; None is what the states that are appended to have room for.
+        max_requests: most requests of one sequence; None is what the states that are appended to have room for.
         outputs: names of the outputs; None is ``output_0``, ….
     """
 
     max_rows: int
     positions: str | None = None
-    requests: int | None = None
+    max_requests: int | None = None
     outputs: tuple[str, ...] | None = None
 
 
@@ -74,7 +74,7 @@ def capture_exported_rows(
             f"the module already steps {found.rows} rows, each at its own position; give one of a single sequence"
         )
     states = tuple(_spec(state, options) for state in found.states)
-    capacity = options.requests
+    capacity = options.max_requests
     if capacity is None and any(state.update is Update.APPEND for state in found.states):
         ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
         if not ends:
@@ -184,14 +184,14 @@ def _free_rows(traced: GraphModule, rows: int) -> None:
 
 def _spec(state: CapturedState, options: RowOptions) -> StateSpec:
     """What the manifest says of a state."""
-    if state.found.varies:
+    if state.tensor.dynamic_axes:
         raise BuildError(
-            f"state {state.found.source} has extents that vary; slots are all of one size"
+            f"state {state.tensor.source} has extents that vary; slots are all of one size"
         )
-    initial, spec = state.found.initial, state.spec()
+    initial, spec = state.tensor.initial, state.spec()
     if initial.numel() and not bool((initial == spec.fill).all()):
         raise BuildError(
-            f"state {state.found.source} begins with different numbers; a fresh slot holds one number everywhere"
+            f"state {state.tensor.source} begins with different numbers; a fresh slot holds one number everywhere"
         )
     if (
         spec.update is Update.APPEND and options.positions is None
@@ -259,7 +259,7 @@ class _Rows(torch.nn.Module):
 
     def alone(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The last of a sequence's requests, from the beginning, by the module itself: nothing of it was rewritten yet."""
-        held = [state.found.initial.clone() for state in self.states]
+        held = [state.tensor.initial.clone() for state in self.states]
         results: list[Tensor] = []
         for index, request in enumerate(requests):
             inputs = [

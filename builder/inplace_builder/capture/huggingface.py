@@ -293,8 +293,8 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         dtype=Dtype.of(model.dtype),
         lowering=lowering,
         reference=_reference(model),
-        min_capacity=options.range_from,
-        precise=(lambda: _reference(in_float32(model))) if rounded else None,
+        min_capacity=options.dynamic_min_capacity,
+        float32_reference=(lambda: _reference(in_float32(model))) if rounded else None,
     )
 
 

@@ -29,17 +29,17 @@ def inline_lifted_buffers(lifted: FunctionalGraph | ExportedCapture) -> GraphMod
     """
     module = deepcopy(lifted.graph_module)
     if isinstance(lifted, FunctionalGraph):
-        _write_back(module, lifted.states, lifted.outputs)
+        _write_back(module, lifted.states, lifted.num_outputs)
         for state in lifted.states:
             if state.owner is Owner.MODULE:
                 _hold(module, state.name, state.source, state.initial.clone())
     else:
         wholes: dict[str, Tensor] = {}
         for part in lifted.states:
-            whole = part.found.argument
+            whole = part.tensor.module_tensor
             if whole.owner is Owner.MODULE:
                 held = wholes.setdefault(whole.source, whole.initial.clone())
-                _hold(module, part.name, part.found.source.translate(_NO_INDEX), part.bound(held))
+                _hold(module, part.name, part.tensor.source.translate(_NO_INDEX), part.bound(held))
         _hold(module, SLOTS, f"_{SLOTS}", lifted.slots())
     _placeholders_first(module)
     module.recompile()

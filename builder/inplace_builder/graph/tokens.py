@@ -41,8 +41,8 @@ class TokenAxes:
             the result have.
 
     Attributes:
-        axes: the token axis of each tensor that has one.
-        moved: for a graph of one token, operands whose token axis must be exchanged with another axis (of extent 1) before this use.
+        axis_of: the token axis of each tensor that has one.
+        transposed: for a graph of one token, operands whose token axis must be exchanged with another axis (of extent 1) before this use.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class TokenAxes:
         opaque: Mapping[Node, tuple[Sequence[Node], int]] | None = None,
     ) -> None:
         self.tokens = tokens
-        self.axes: dict[Node, int] = dict(seeds)
-        self.moved: dict[tuple[Node, Node], tuple[int, int]] = {}
+        self.axis_of: dict[Node, int] = dict(seeds)
+        self.transposed: dict[tuple[Node, Node], tuple[int, int]] = {}
         self._seeds = frozenset(seeds)
         self._opaque = dict(opaque or {})
 
@@ -66,37 +66,37 @@ class TokenAxes:
         """The operands of an operator that mixes tokens as it should, and their token axis; None for any other."""
         return self._opaque.get(node)
 
-    def counts(self, extent: Any) -> bool:
+    def is_token_count(self, extent: Any) -> bool:
         """Whether an extent is the number of tokens."""
         return str(extent) == str(self.tokens)
 
-    def place(self, node: Node, operand: AnyNode, rank: int) -> int | None:
+    def axis_in(self, node: Node, operand: AnyNode, rank: int) -> int | None:
         """The token axis of an operand, in a result of this rank to which it is broadcast."""
-        axis = self.axes.get(operand)
+        axis = self.axis_of.get(operand)
         return None if axis is None else axis + rank - len(shape(operand))
 
-    def move(self, node: Node, operand: Node, axis: int) -> None:
+    def align(self, node: Node, operand: Node, axis: int) -> None:
         """Let an operand have its token axis here; MixesTokensError where it cannot."""
-        own = self.axes.get(operand)
+        own = self.axis_of.get(operand)
         if own == axis:
             return
         if own is None or axis < 0 or self.tokens != 1 or not is_one(shape(operand)[axis]):
             raise MixesTokensError(node, "takes tokens along different axes")
-        self.moved[node, operand] = (own, axis)
+        self.transposed[node, operand] = (own, axis)
 
-    def keeps(self, node: Node, axis: int, *touched: int) -> None:
+    def check_untouched(self, node: Node, axis: int, *touched: int) -> None:
         """MixesTokensError where an operator works along the token axis."""
         rank = len(shape(node.args[0])) if isinstance(node.args[0], Node) else 0
         if axis in [place % rank for place in touched]:
             raise MixesTokensError(node, "works along the tokens")
 
-    def reshaped(self, node: Node, source: Node, axis: int) -> int:
+    def axis_after_view(self, node: Node, source: Node, axis: int) -> int:
         """Where a view puts the token axis: an axis as long, with as many elements before it and behind."""
         before, after = shape(source), shape(node)
         found = [
             place
             for place, extent in enumerate(after)
-            if self.counts(extent)
+            if self.is_token_count(extent)
             and _product(after[:place]) == _product(before[:axis])
             and _product(after[place + 1 :]) == _product(before[axis + 1 :])
         ]
@@ -129,7 +129,7 @@ def of_the_step(work: TokenAxes, node: Node) -> int | None:
     """A tensor that is made of no token: the same in every step, or one that is spread over the tokens."""
     if not any(isinstance(value(operand), torch.SymInt) for operand in node.all_input_nodes):
         return None
-    counted = [axis for axis, extent in enumerate(shape(node)) if work.counts(extent)]
+    counted = [axis for axis, extent in enumerate(shape(node)) if work.is_token_count(extent)]
     source = node.args[0]
     if is_call(node, aten.expand.default) and isinstance(source, Node) and len(counted) == 1:
         before = counted[0] - (len(shape(node)) - len(shape(source)))
@@ -145,13 +145,13 @@ def pointwise(work: TokenAxes, node: AnyNode) -> int | None:
     if any(isinstance(value(operand), torch.SymInt) for operand in node.all_input_nodes):
         raise MixesTokensError(node, "depends on how many tokens a step has")
     places = [
-        place for operand in operands if (place := work.place(node, operand, rank)) is not None
+        place for operand in operands if (place := work.axis_in(node, operand, rank)) is not None
     ]
     wanted = 1 if 1 in places else places[0]
     for operand in operands:
         inside = wanted - rank + len(shape(operand))
-        if operand in work.axes:
-            work.move(node, operand, inside)
+        if operand in work.axis_of:
+            work.align(node, operand, inside)
         elif inside >= 0 and not is_one(shape(operand)[inside]):
             raise MixesTokensError(node, "takes a tensor that differs between the tokens of a step")
     return wanted
@@ -159,7 +159,7 @@ def pointwise(work: TokenAxes, node: AnyNode) -> int | None:
 
 def _same(work: TokenAxes, node: AnyNode) -> int | None:
     """One operand, changed entry by entry; others give a type only."""
-    return work.axes.get(first(node))
+    return work.axis_of.get(first(node))
 
 
 def first(node: AnyNode) -> Node:
@@ -172,28 +172,28 @@ def first(node: AnyNode) -> Node:
 def _onlyfirst(work: TokenAxes, node: AnyNode) -> int:
     """The token axis of the first operand; it must be the only one that has tokens."""
     source = first(node)
-    if source not in work.axes or any(
-        operand in work.axes for operand in node.all_input_nodes if operand is not source
+    if source not in work.axis_of or any(
+        operand in work.axis_of for operand in node.all_input_nodes if operand is not source
     ):
         raise MixesTokensError(node, "takes tokens where it has weights")
-    return work.axes[source]
+    return work.axis_of[source]
 
 
 def _linear(work: TokenAxes, node: AnyNode) -> int:
     axis = _onlyfirst(work, node)
-    work.keeps(node, axis, -1)
+    work.check_untouched(node, axis, -1)
     return axis
 
 
 def _normalized(work: TokenAxes, node: AnyNode) -> int:
     axis = _onlyfirst(work, node)
-    work.keeps(node, axis, *range(-len(node.args[1]), 0))
+    work.check_untouched(node, axis, *range(-len(node.args[1]), 0))
     return axis
 
 
 def _addmm(work: TokenAxes, node: AnyNode) -> int:
     bias, x, weight = node.args[:3]
-    if work.axes.get(x) != 0 or bias in work.axes or weight in work.axes:
+    if work.axis_of.get(x) != 0 or bias in work.axis_of or weight in work.axis_of:
         raise MixesTokensError(node, "takes tokens where it has weights")
     return 0
 
@@ -201,10 +201,10 @@ def _addmm(work: TokenAxes, node: AnyNode) -> int:
 def _matmul(work: TokenAxes, node: AnyNode) -> int:
     x, y = node.args[:2]
     assert isinstance(x, Node) and isinstance(y, Node)
-    rank, (given, other) = len(shape(node)), ((x, y) if x in work.axes else (y, x))
-    if other in work.axes or min(len(shape(x)), len(shape(y))) < 2:
+    rank, (given, other) = len(shape(node)), ((x, y) if x in work.axis_of else (y, x))
+    if other in work.axis_of or min(len(shape(x)), len(shape(y))) < 2:
         raise MixesTokensError(node, "multiplies tokens with tokens")
-    axis, summed = work.axes[given] - len(shape(given)), -1 if given is x else -2
+    axis, summed = work.axis_of[given] - len(shape(given)), -1 if given is x else -2
     if axis == summed:
         raise MixesTokensError(node, "sums over the tokens")
     if axis < -2 and len(shape(other)) >= -axis and not is_one(shape(other)[axis]):
@@ -219,13 +219,13 @@ def _option(node: AnyNode, position: int, name: str, default: Any) -> Any:
 def _along(work: TokenAxes, node: AnyNode) -> int:
     """An operator along one axis that keeps all axes."""
     axis = _onlyfirst(work, node)
-    work.keeps(node, axis, _option(node, 1, "dim", -1))
+    work.check_untouched(node, axis, _option(node, 1, "dim", -1))
     return axis
 
 
 def _split(work: TokenAxes, node: AnyNode) -> int:
     axis = _onlyfirst(work, node)
-    work.keeps(node, axis, _option(node, 2, "dim", 0))
+    work.check_untouched(node, axis, _option(node, 2, "dim", 0))
     return axis
 
 
@@ -235,39 +235,39 @@ def _reduced(work: TokenAxes, node: AnyNode) -> int:
     if over is None or over == []:
         raise MixesTokensError(node, "works along the tokens")
     places = sorted(place % rank for place in (over if isinstance(over, list | tuple) else [over]))
-    work.keeps(node, axis, *places)
+    work.check_untouched(node, axis, *places)
     return (
         axis if _option(node, 2, "keepdim", False) else axis - sum(place < axis for place in places)
     )
 
 
 def _transposed(work: TokenAxes, node: AnyNode) -> int:
-    axis, rank = work.axes[first(node)], len(shape(node))
+    axis, rank = work.axis_of[first(node)], len(shape(node))
     one, other = (node.args[1] % rank, node.args[2] % rank) if len(node.args) > 2 else (0, rank - 1)
     return int({one: other, other: one}.get(axis, axis))
 
 
 def _permuted(work: TokenAxes, node: AnyNode) -> int:
     order = [place % len(shape(node)) for place in node.args[1]]
-    return order.index(work.axes[first(node)])
+    return order.index(work.axis_of[first(node)])
 
 
 def _unsqueezed(work: TokenAxes, node: AnyNode) -> int:
-    axis = work.axes[first(node)]
+    axis = work.axis_of[first(node)]
     return axis + int(node.args[1] % len(shape(node)) <= axis)
 
 
 def _squeezed(work: TokenAxes, node: AnyNode) -> int:
-    axis, rank = work.axes[first(node)], len(shape(first(node)))
+    axis, rank = work.axis_of[first(node)], len(shape(first(node)))
     given = node.args[1]
     places = [place % rank for place in (given if isinstance(given, list | tuple) else [given])]
-    work.keeps(node, axis, *places)
+    work.check_untouched(node, axis, *places)
     gone = [place for place in places if place < axis and is_one(shape(first(node))[place])]
     return axis - len(gone)
 
 
 def _sliced(work: TokenAxes, node: AnyNode) -> int:
-    axis, source = work.axes[first(node)], first(node)
+    axis, source = work.axis_of[first(node)], first(node)
     along = _option(node, 1, "dim", 0) % len(shape(source))
     whole = (
         str(shape(node)[along]) == str(shape(source)[along]) and _option(node, 4, "step", 1) == 1
@@ -281,17 +281,17 @@ def _sliced(work: TokenAxes, node: AnyNode) -> int:
 
 def _selected(work: TokenAxes, node: AnyNode) -> int:
     axis, along = _onlyfirst(work, node), node.args[1] % len(shape(first(node)))
-    work.keeps(node, axis, along)
+    work.check_untouched(node, axis, along)
     return axis - int(along < axis)
 
 
 def _joined(work: TokenAxes, node: AnyNode) -> int:
     parts = node.args[0]
     assert isinstance(parts, list | tuple)
-    axis = next(work.axes[part] for part in parts if part in work.axes)
+    axis = next(work.axis_of[part] for part in parts if part in work.axis_of)
     for part in parts:
         assert isinstance(part, Node)
-        work.move(node, part, axis)
+        work.align(node, part, axis)
     along = _option(node, 1, "dim", 0) % len(shape(node))
     if is_call(node, aten.stack.default):
         return axis + int(along <= axis)
@@ -301,38 +301,38 @@ def _joined(work: TokenAxes, node: AnyNode) -> int:
 
 
 def _expanded(work: TokenAxes, node: AnyNode) -> int:
-    axis: int = work.axes[first(node)] + len(shape(node)) - len(shape(first(node)))
-    if not work.counts(shape(node)[axis]):
+    axis: int = work.axis_of[first(node)] + len(shape(node)) - len(shape(first(node)))
+    if not work.is_token_count(shape(node)[axis]):
         raise MixesTokensError(node, "repeats tokens")
     return axis
 
 
 def _repeated(work: TokenAxes, node: AnyNode) -> int:
-    axis: int = work.axes[first(node)] + len(shape(node)) - len(shape(first(node)))
+    axis: int = work.axis_of[first(node)] + len(shape(node)) - len(shape(first(node)))
     if node.args[1][axis] != 1:
         raise MixesTokensError(node, "repeats tokens")
     return axis
 
 
 def _viewed(work: TokenAxes, node: AnyNode) -> int:
-    return work.reshaped(node, first(node), work.axes[first(node)])
+    return work.axis_after_view(node, first(node), work.axis_of[first(node)])
 
 
 def _embedded(work: TokenAxes, node: AnyNode) -> int:
     weight, index = node.args[:2]
-    if weight in work.axes or index not in work.axes:
+    if weight in work.axis_of or index not in work.axis_of:
         raise MixesTokensError(node, "takes tokens where it has weights")
-    return work.axes[index]
+    return work.axis_of[index]
 
 
 def _indexed(work: TokenAxes, node: AnyNode) -> int:
     """A fixed table at one index of tokens."""
     table, indices = node.args[0], node.args[1]
     given = [(place, index) for place, index in enumerate(indices) if index is not None]
-    if table in work.axes or len(given) != 1 or given[0][1] not in work.axes:
+    if table in work.axis_of or len(given) != 1 or given[0][1] not in work.axis_of:
         raise MixesTokensError(node, "picks entries in a way that has no rule")
     place, index = given[0]
-    return place + work.axes[index]
+    return place + work.axis_of[index]
 
 
 def _made(work: TokenAxes, node: AnyNode) -> int | None:
@@ -462,10 +462,10 @@ def follow_tokens(
                 needed.add(operand)
                 pending.append(operand)
     for node in graph.nodes:
-        if node in needed and node not in work.axes and node.op == "call_function":
+        if node in needed and node not in work.axis_of and node.op == "call_function":
             axis = _axis(work, node)
             if axis is not None:
-                work.axes[node] = axis
+                work.axis_of[node] = axis
     return work
 
 
@@ -473,13 +473,13 @@ def _axis(work: TokenAxes, node: Node) -> int | None:
     if (kept_apart := work.opaque(node)) is not None:
         operands, axis = kept_apart
         for operand in operands:
-            work.move(node, operand, axis)
+            work.align(node, operand, axis)
         return axis
     if is_call(node, operator.getitem):
-        return work.axes.get(first(node))
+        return work.axis_of.get(first(node))
     if is_call(node, aten.sym_size.int) or not isinstance(value(node), Tensor | tuple | list):
         return None
-    if not any(operand in work.axes for operand in node.all_input_nodes):
+    if not any(operand in work.axis_of for operand in node.all_input_nodes):
         return of_the_step(work, node)
     rule = RULES.get(node.target)
     if (

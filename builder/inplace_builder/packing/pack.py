@@ -47,7 +47,7 @@ def pack(
     work.inputs(old[-1])
     for layer, (found, ring) in enumerate(zip(decoder.attentions, rings, strict=True)):
         work.attend(found, made[states[layer]], made[states[len(rings) + layer]], ring=ring)
-    if decoder.tokens == 1:
+    if decoder.num_tokens == 1:
         work.widen()
     work.tidy()
     work.choose()
@@ -65,7 +65,11 @@ class _Packing:
     """A graph being rewritten. New nodes carry no fake values: the graph is exported again."""
 
     def __init__(self, decoder: ProvenDecoder, made: Mapping[str, Node], ids: str) -> None:
-        self.decoder, self.graph, self.axes = decoder, decoder.module.graph, decoder.axes.axes
+        self.decoder, self.graph, self.axes = (
+            decoder,
+            decoder.module.graph,
+            decoder.token_axes.axis_of,
+        )
         self.made, self.ids = made, made[ids]
         self.count: AnyNode = None
         self.became: dict[Node, Node] = {}
@@ -93,18 +97,18 @@ class _Packing:
             if (
                 is_call(node, aten.sym_size.int)
                 and node is not self.count
-                and self.decoder.axes.counts(node.meta["val"])
+                and self.decoder.token_axes.is_token_count(node.meta["val"])
             ):
                 node.replace_all_uses_with(self.count)
 
     def attend(self, found: AttentionMatch, keys: Node, values: Node, *, ring: bool) -> None:
         """Put `inplace::attention` in the place of an attention."""
-        node, kept_apart = found.node, self.decoder.axes.opaque(found.node)
+        node, kept_apart = found.node, self.decoder.token_axes.opaque(found.node)
         assert kept_apart is not None
         with self.graph.inserting_before(node):
             packed = []
             for operand in kept_apart[0]:
-                moved = self.decoder.axes.moved.get((node, operand))
+                moved = self.decoder.token_axes.transposed.get((node, operand))
                 source = (
                     operand
                     if moved is None
@@ -145,7 +149,7 @@ class _Packing:
 
     def widen(self) -> None:
         """Of a graph of one token make one of many: where it says 1 and means the tokens, say how many there are."""
-        for (node, before), (one, other) in self.decoder.axes.moved.items():
+        for (node, before), (one, other) in self.decoder.token_axes.transposed.items():
             operand = self.became.get(before, before)
             if operand in node.all_input_nodes:
                 with self.graph.inserting_before(node):

@@ -32,20 +32,20 @@ class ProvenDecoder:
     Attributes:
         module: the graph.
         attentions: one a layer, in order.
-        tokens: how many tokens a step has: 1, or a dynamic extent.
+        num_tokens: how many tokens a step has: 1, or a dynamic extent.
         ids: the placeholder of token ids.
         logits: the scores of each token.
         positions: tensors ``[tokens]`` of positions, each with what it adds to a token's own.
-        axes: where each tensor has its tokens.
+        token_axes: where each tensor has its tokens.
     """
 
     module: GraphModule
     attentions: tuple[AttentionMatch, ...]
-    tokens: Any
+    num_tokens: Any
     ids: Node
     logits: Node
     positions: Mapping[Node, int]
-    axes: TokenAxes
+    token_axes: TokenAxes
 
     @property
     def vocabulary(self) -> int:
@@ -101,7 +101,7 @@ def prove_decoder(
     for found in attended:
         if isinstance(found, UnfusedAttention):
             raise BuildError(
-                f"attention{source_line(found.node)} is not provably causal attention over its own cache: {found.because}"
+                f"attention{source_line(found.node)} is not provably causal attention over its own cache: {found.reason}"
             )
     attentions = tuple(found for found in attended if isinstance(found, AttentionMatch))
     if not attentions:
@@ -145,9 +145,9 @@ def prove_decoder(
             f"tokens of several sequences cannot lie behind one another: {error}{source_line(error.node)}"
         ) from error
     if (
-        logits not in axes.axes
-        or len(shape(logits)) - axes.axes[logits] != 2
-        or (last is not None and last != axes.axes[logits])
+        logits not in axes.axis_of
+        or len(shape(logits)) - axes.axis_of[logits] != 2
+        or (last is not None and last != axes.axis_of[logits])
     ):
         raise BuildError(
             f"the module's output {tuple(shape(logits))} is not one row of scores a token"

@@ -247,7 +247,7 @@ class _Judge:
         error = _relative(found, wanted)
         if not error <= self._tolerance:
             said = f"{where} differs from the model by {error:.1e}, more than {self._tolerance:.0e}"
-            if self._capture.precise is None:
+            if self._capture.float32_reference is None:
                 raise BuildError(f"{said}; the engine is not written")
             truth = self._in_float32(history)[name]
             own, model = _relative(found, truth), _relative(wanted, truth)
@@ -260,6 +260,6 @@ class _Judge:
 
     def _in_float32(self, history: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
         if self._precise is None:
-            assert self._capture.precise is not None
-            self._precise = self._capture.precise()
+            assert self._capture.float32_reference is not None
+            self._precise = self._capture.float32_reference()
         return self._precise(history)

@@ -45,7 +45,7 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
         raise BuildError(
             f"torch.export took {len(specs)} of {len(leaves)} arguments; pass each tensor of a call as an argument of its own"
         )
-    states = {state.found.argument.name: state for state in capture.states}
+    states = {state.tensor.module_tensor.name: state for state in capture.states}
     placeholders = {
         node.name: node for node in capture.exported.graph.nodes if node.op == "placeholder"
     }
@@ -110,10 +110,10 @@ def _extents(
 ) -> tuple[int | str, ...]:
     """The extents of a tensor that is a state or is divided into some."""
     found: list[int | str] = list(tensor.shape)
-    if state.found.varies:  # then it is not divided
+    if state.tensor.dynamic_axes:  # then it is not divided
         in_slots = described(placeholders[state.name].meta["val"])[1]
-        for axis in state.found.varies:
-            found[axis] = in_slots[axis + (not state.leading)]
+        for axis in state.tensor.dynamic_axes:
+            found[axis] = in_slots[axis + (not state.has_slot_axis)]
     return tuple(found)
 
 

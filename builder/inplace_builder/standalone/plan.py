@@ -106,7 +106,7 @@ def lower_standalone(
     declared = {state.name for state in capture.states if state.kind == "user"}
     chosen = choose(
         capture.exported.graph,
-        [spec for spec in capture.specs if spec.name not in declared],
+        [spec for spec in capture.state_specs if spec.name not in declared],
         tensorrt,
         order=order,
     )
@@ -125,12 +125,12 @@ def lower_standalone(
             for place, result in enumerate(call.results)
             if result.kind == "tensor"
         ],
-        states=capture.specs,
+        states=capture.state_specs,
         kinds={record.state: record.kind for record in lowering},
         tensorrt=tensorrt,
         shapes={
             state.name: _bound_shape(state, spec, capture.rows)
-            for state, spec in zip(capture.states, capture.specs, strict=True)
+            for state, spec in zip(capture.states, capture.state_specs, strict=True)
         },
         constants={SLOTS: capture.slots()},
     )
@@ -142,9 +142,9 @@ def lower_standalone(
 def _bound_shape(state: CapturedState, spec: StateSpec, rows: int) -> tuple[int, ...]:
     """What the network has a state as: with its slots; the module's own extents where an operator of the user's own writes it."""
     return (
-        tuple(state.found.initial.shape)
+        tuple(state.tensor.initial.shape)
         if state.kind == "user"
-        else (rows if state.leading else 1, *spec.shape)
+        else (rows if state.has_slot_axis else 1, *spec.shape)
     )
 
 

@@ -130,7 +130,7 @@ def serialize(
         inputs.append(Binding(SLOTS, Dtype.INT32, (capture.rows,)))
     initial = {
         state.name: (
-            state.found.initial
+            state.tensor.initial
             if plan is not None and state.kind == "user"
             else state.bound_initial()
         ).clone()

@@ -75,7 +75,9 @@ def lowering(capture: ExportedCapture, plan: StandalonePlan | None) -> tuple[Low
 
 def held_states(capture: ExportedCapture) -> dict[str, torch.Tensor]:
     """The initial values of the states that the module owns."""
-    owned = (state.found.argument for state in capture.states if state.found.owner is Owner.MODULE)
+    owned = (
+        state.tensor.module_tensor for state in capture.states if state.tensor.owner is Owner.MODULE
+    )
     return {tensor.source: tensor.initial for tensor in owned}
 
 
@@ -85,17 +87,17 @@ def standalone_states(capture: ExportedCapture, call: CallSignature) -> tuple[St
     return tuple(
         StandaloneState(
             name=state.name,
-            owner="caller" if state.found.owner is Owner.CALLER else "module",
+            owner="caller" if state.tensor.owner is Owner.CALLER else "module",
             source=passed[name].where
-            if (name := state.found.argument.name) in passed
-            else state.found.argument.source,
-            dtype=dtype_of(state.found.initial, state.found.source),
+            if (name := state.tensor.module_tensor.name) in passed
+            else state.tensor.module_tensor.source,
+            dtype=dtype_of(state.tensor.initial, state.tensor.source),
             shape=passed[name].shape
             if name in passed
-            else tuple(state.found.argument.initial.shape),
-            selects=state.found.selects,
-            written=state.found.line.strip(),
-            leading=state.leading,
+            else tuple(state.tensor.module_tensor.initial.shape),
+            selects=state.tensor.selects,
+            written=state.tensor.first_write.strip(),
+            leading=state.has_slot_axis,
         )
         for state in capture.states
     )

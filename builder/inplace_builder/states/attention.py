@@ -40,7 +40,7 @@ class AttentionPattern:
 
     Attributes:
         node: its result.
-        inside: what else it is made of, last first.
+        inner_nodes: what else it is made of, last first.
         query, keys, values: operands; ``[batch, heads, tokens or positions, dim]``.
         mask: what is added to the scores or says what is seen; ``hides`` where it is True for what is not seen.
         causal: the operator's own causal mask.
@@ -51,7 +51,7 @@ class AttentionPattern:
     """
 
     node: Node
-    inside: tuple[Node, ...]
+    inner_nodes: tuple[Node, ...]
     query: Node
     keys: Node
     values: Node
@@ -61,7 +61,7 @@ class AttentionPattern:
     softcap: float = 0.0
     grouped: bool = False
     dropout: Any = 0.0
-    hides: bool = False
+    mask_hides: bool = False
 
 
 def match_attention(node: Node) -> AttentionPattern | None:
@@ -168,7 +168,7 @@ def _written_out(node: Node) -> AttentionPattern | None:
         False,
         factor,
         softcap=softcap,
-        hides=hides,
+        mask_hides=hides,
     )
 
 
@@ -316,7 +316,7 @@ def _visible(
             -1, count, capacity
         )
         require(bool((spread == spread[:1]).all()), "its mask differs between heads")
-        return ~spread[0] if one.hides else spread[0]
+        return ~spread[0] if one.mask_hides else spread[0]
 
     return visible, starts
 
@@ -343,7 +343,7 @@ def _by_position(
     seeds, others = positions_of(module, [mask], source, tokens, promised, {})
     require(not others, "its mask depends on more than the position it writes at")
     axes = follow_tokens(module.graph, [mask], tokens, dict.fromkeys(seeds, 0))
-    require(axes.axes.get(mask) == len(shape(mask)) - 2, "its mask has no row for each token")
+    require(axes.axis_of.get(mask) == len(shape(mask)) - 2, "its mask has no row for each token")
     return lambda first, count: {
         seed: torch.arange(first, first + count) + shift - start.offset
         for seed, shift in seeds.items()
@@ -466,12 +466,12 @@ class UnfusedAttention:
     Attributes:
         node: the call.
         versions: the caches' versions that it reads.
-        because: why.
+        reason: why.
     """
 
     node: Node
     versions: tuple[Node, ...]
-    because: str
+    reason: str
 
 
 def attentions_behind(
@@ -485,7 +485,7 @@ def attentions_behind(
         chain.writes[0].node: chain.writes[0]
         for state, chain in zip(states, chains, strict=True)
         if len(chain.writes) == 1
-        and is_cache(chain.writes[0], state.slot_shape(1), leading=state.leading(1))
+        and is_cache(chain.writes[0], state.slot_shape(1), leading=state.has_slot_axis(1))
     }
     return attentions(module, appended, promised) if appended else []
 
@@ -512,7 +512,7 @@ def attentions(
         )
         if keys is None or values is None:
             continue
-        path = (*one.inside, *key_path, *value_path)
+        path = (*one.inner_nodes, *key_path, *value_path)
         try:
             found.append(
                 _attention(module, one, appended[keys], appended[values], path, masks, promised)
@@ -579,7 +579,7 @@ def _attention(
         start == _start(module, values, tokens, promised),
         "keys and values are written at different positions",
     )
-    key = (one.mask, one.causal, one.hides, start, str(tokens), capacity)
+    key = (one.mask, one.causal, one.mask_hides, start, str(tokens), capacity)
     if key not in masks:
         masks[key] = window_of(module, one, start, tokens, capacity, promised)
     require(one.scale is not None, "its scale is computed")
@@ -628,7 +628,7 @@ def is_cache(write: Write, slot: tuple[int, ...], *, leading: bool) -> bool:
         leading
         and len(slot) == 3
         and write.axis == 2
-        and not write.ignores
+        and not write.skips_out_of_range
         and not write.per_row
         and isinstance(value(write.node), Tensor)
     )

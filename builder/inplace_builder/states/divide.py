@@ -63,7 +63,7 @@ def divide(
         _divide(module, place + outputs, state, found, names)
         _wrap(original, place + outputs, state, found.axis, names)
         made[place : place + 1] = [
-            state.at(found.axis, index, name) for index, name in enumerate(names)
+            state.select(found.axis, index, name) for index, name in enumerate(names)
         ]  # each may be divided again
     return tuple(made)
 
@@ -71,7 +71,7 @@ def divide(
 def _division(
     module: GraphModule, place: int, state: StateTensor, alignment: int
 ) -> _Division | None:
-    if state.varies:
+    if state.dynamic_axes:
         return None
     placeholder, result = _placeholder(module.graph, state.name), _returned(module.graph)[place]
     extents = tuple(state.initial.shape)

@@ -54,11 +54,11 @@ class Writer:
 
     Attributes:
         line: the module's line, as `source_line` has it.
-        through: a part of the input was written through a view that no pattern follows: in words, with the line; else empty.
+        unmatched_view: a part of the input was written through a view that no pattern follows: in words, with the line; else empty.
     """
 
     line: str
-    through: str
+    unmatched_view: str
 
 
 def first_writers(exported: ExportedProgram) -> dict[str, Writer]:
@@ -286,16 +286,16 @@ class FunctionalGraph:
         states: in the order of the placeholders.
         inputs: names of the placeholders before them.
         example_inputs: a tensor or a number for each of them.
-        outputs: how many outputs stand before the states' values.
-        ranges: what torch.export found of each dynamic extent.
+        num_outputs: how many outputs stand before the states' values.
+        range_constraints: what torch.export found of each dynamic extent.
     """
 
     graph_module: GraphModule
     states: tuple[StateTensor, ...]
     inputs: tuple[str, ...]
     example_inputs: tuple[Any, ...]
-    outputs: int
-    ranges: Mapping[Any, Any]
+    num_outputs: int
+    range_constraints: Mapping[Any, Any]
 
 
 def lift_mutated_buffers(
@@ -473,7 +473,11 @@ def _lift(
         check_extents(state, result, writers.get(state.name))
         check_state(state, writers.get(state.name))
     states = tuple(
-        replace(state, line=writers[state.name].line, through=writers[state.name].through)
+        replace(
+            state,
+            first_write=writers[state.name].line,
+            unmatched_view=writers[state.name].unmatched_view,
+        )
         if state.name in writers
         else state
         for state in states

@@ -38,7 +38,7 @@ def verdict(
 
 
 def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedState:
-    leading = found.leading(rows)
+    leading = found.has_slot_axis(rows)
     plain = CapturedState(
         found,
         leading,
@@ -48,20 +48,20 @@ def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedSta
         Update.REPLACE,
         None,
     )
-    if chain.refused is not None:
-        refused = chain.refused
+    if chain.refusal is not None:
+        refused = chain.refusal
         because = (
-            f"read, computed and written back whole: {refused.because}{source_line(refused.node)}"
+            f"read, computed and written back whole: {refused.reason}{source_line(refused.node)}"
         )
-        return replace(plain, pattern="explicit", because=because)
-    if chain.window:
+        return replace(plain, pattern="explicit", reason=because)
+    if chain.is_window:
         because = "a window that drops its oldest entries: moved as the module moves it, for a ring would change the order that others see"
-        return replace(plain, pattern="window", because=because)
-    if not chain.writes and found.through:
+        return replace(plain, pattern="window", reason=because)
+    if not chain.writes and found.unmatched_view:
         return replace(
             plain,
             pattern="explicit",
-            because=f"read, computed and written back whole: {found.through}",
+            reason=f"read, computed and written back whole: {found.unmatched_view}",
         )
     if not chain.writes:
         return plain
@@ -78,7 +78,7 @@ def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedSta
         return replace(
             plain,
             pattern=" + ".join(patterns),
-            because=because,
+            reason=because,
             operators=("update",) * len(chain.writes),
         )
     return CapturedState(
@@ -98,12 +98,12 @@ def _with_attention(
     nodes = {write.node for write in chain.writes}
     for found in attended:
         if isinstance(found, AttentionMatch) and nodes & {found.keys.node, found.values.node}:
-            because = f"{state.because}; the attention behind it is causal{f' in a window of {found.window}' if found.window else ''}"
-            return replace(state, because=because, operators=("attention",))
+            because = f"{state.reason}; the attention behind it is causal{f' in a window of {found.window}' if found.window else ''}"
+            return replace(state, reason=because, operators=("attention",))
         if isinstance(found, UnfusedAttention) and nodes & set(found.versions):
             return replace(
                 state,
-                because=f"{state.because}; the attention behind it stays explicit: {found.because}",
+                reason=f"{state.reason}; the attention behind it stays explicit: {found.reason}",
             )
     return state
 
@@ -146,7 +146,7 @@ class RewrittenGraph:
 
     def update(self, state: Node, found: StateTensor, write: Write) -> None:
         """Put `inplace::update` where the new version was computed."""
-        leading = found.leading(self.rows)
+        leading = found.has_slot_axis(self.rows)
         with Emitter(self.graph, write.node).before(write.node) as emit:
             new = written(emit, write)
             if not leading:
@@ -156,7 +156,7 @@ class RewrittenGraph:
                 return
             start = self.start(emit, write, found, state)
             slots = self.slots
-            if write.ignores:
+            if write.skips_out_of_range:
                 fits = emit.call(
                     aten.logical_and.default,
                     emit.call(aten.ge.Scalar, start, 0),
@@ -196,7 +196,9 @@ class RewrittenGraph:
                 self.slots,
                 _one_row(emit, found.query),
                 # a negative start is an error here: the masks were compared for the starts that fit
-                self.start(emit, replace(found.keys, wraps=False), states[0], placeholders[0]),
+                self.start(
+                    emit, replace(found.keys, wraps_negative=False), states[0], placeholders[0]
+                ),
                 scale=found.scale,
                 window=found.window,
                 softcap=found.softcap,
@@ -211,9 +213,9 @@ class RewrittenGraph:
         if isinstance(write.start, int):
             return emit.call(aten.full.default, [self.rows], write.start, dtype=torch.int32)
         capacity: Any = found.initial.shape[write.axis]
-        if write.axis in found.varies:
+        if write.axis in found.dynamic_axes:
             capacity = emit.call(
-                aten.sym_size.int, state, write.axis + (not found.leading(self.rows))
+                aten.sym_size.int, state, write.axis + (not found.has_slot_axis(self.rows))
             )
         start: Node | None
         if isinstance(value(write.start), torch.Tensor):
@@ -223,7 +225,7 @@ class RewrittenGraph:
         else:
             start = as_tensor(emit, write.start)
         assert start is not None
-        if write.wraps:
+        if write.wraps_negative:
             below = emit.call(aten.lt.Scalar, start, 0)
             start = emit.call(
                 aten.where.self, below, emit.call(aten.add.Scalar, start, capacity), start
@@ -241,7 +243,7 @@ class RewrittenGraph:
     def read(self, emit: Emitter, state: Node, found: StateTensor) -> Node:
         """A version of the state in the module's own shape."""
         rows = emit.call(inplace.read.default, state, self.slots)
-        return rows if found.leading(self.rows) else emit.call(aten.squeeze.dim, rows, 0)
+        return rows if found.has_slot_axis(self.rows) else emit.call(aten.squeeze.dim, rows, 0)
 
     def replace(self, state: Node, found: StateTensor, result: Node) -> None:
         """Write the whole state at the end of the graph."""
@@ -252,7 +254,7 @@ class RewrittenGraph:
                 state,
                 self.slots,
                 result
-                if found.leading(self.rows)
+                if found.has_slot_axis(self.rows)
                 else emit.call(aten.unsqueeze.default, result, 0),
             )
 
@@ -275,36 +277,41 @@ def written(emit: Emitter, write: Write) -> Node:
     """The value of a write with all axes of the module's own tensor."""
     kind = dtype(write.base)
     if not isinstance(write.value, Node) or not isinstance(value(write.value), torch.Tensor):
-        extents = list(write.extents or ())
+        extents = list(write.value_shape or ())
         new = emit.call(aten.full.default, extents, write.value, dtype=kind)
     else:
         new = write.value
         if dtype(new) != kind:
             new = emit.call(aten.to.dtype, new, kind)
-        while write.extents is not None and len(shape(new)) > len(
-            write.extents
+        while write.value_shape is not None and len(shape(new)) > len(
+            write.value_shape
         ):  # PyTorch ignores leading extents of 1
             new = emit.call(aten.squeeze.dim, new, 0)
-        if write.extents is not None and (sizes := _expansion(emit, write, shape(new))) is not None:
+        if (
+            write.value_shape is not None
+            and (sizes := _expansion(emit, write, shape(new))) is not None
+        ):
             new = emit.call(aten.expand.default, new, sizes)
     return (
-        new if write.unsqueeze is None else emit.call(aten.unsqueeze.default, new, write.unsqueeze)
+        new
+        if write.missing_axis is None
+        else emit.call(aten.unsqueeze.default, new, write.missing_axis)
     )
 
 
 def _expansion(emit: Emitter, write: Write, own: tuple[Any, ...]) -> list[Any] | None:
     """What a value of these extents is expanded to; None where it has them. A dynamic extent is the number of positions."""
-    assert write.extents is not None
-    before = [1] * (len(write.extents) - len(own)) + list(own)
+    assert write.value_shape is not None
+    before = [1] * (len(write.value_shape) - len(own)) + list(own)
     sizes: list[Any] = []
-    for wanted, extent in zip(write.extents, before, strict=True):
+    for wanted, extent in zip(write.value_shape, before, strict=True):
         if isinstance(wanted, int):
             sizes.append(wanted)
         elif isinstance(extent, int):
             sizes.append(emit.call(aten.sym_size.int, write.start, 0))
         else:
             sizes.append(-1)  # functionalisation has broadcast them once: they are equal
-    same = len(own) == len(write.extents) and all(
+    same = len(own) == len(write.value_shape) and all(
         size == -1 or _is(extent, size) for size, extent in zip(sizes, own, strict=True)
     )
     return None if same else sizes
@@ -397,7 +404,7 @@ def _in_slots(placeholder: Node, state: StateTensor, rows: int) -> None:
     """From here on the placeholder is the state in some slots."""
     extents = shape(placeholder)  # symbolic where they vary
     with value(placeholder).fake_mode:
-        slot = extents[1:] if state.leading(rows) else extents
+        slot = extents[1:] if state.has_slot_axis(rows) else extents
         placeholder.meta["val"] = torch.empty((rows + 1, *slot), dtype=state.initial.dtype)
 
 

@@ -29,9 +29,9 @@ class StateTensor:
         owner: whose memory it is.
         source: the input's name, or the buffer's qualified name.
         initial: what it held at capture, in the module's own shape.
-        varies: axes of which a call chooses the extent (of the caller's tensors only).
-        line: the module's line that writes it first, as `source_line` has it.
-        through: where a part of it is written through a view that no pattern follows: which, in words; else empty.
+        dynamic_axes: axes of which a call chooses the extent (of the caller's tensors only).
+        first_write: the module's line that writes it first, as `source_line` has it.
+        unmatched_view: where a part of it is written through a view that no pattern follows: which, in words; else empty.
         whole: the tensor that it is a part of; None where it is one of its own.
         selects: axis and index of each `Tensor.select` that makes the part of the whole: a view that is contiguous, as the whole is.
     """
@@ -40,39 +40,41 @@ class StateTensor:
     owner: Owner
     source: str
     initial: Tensor
-    varies: frozenset[int] = frozenset()
-    line: str = ""
-    through: str = ""
+    dynamic_axes: frozenset[int] = frozenset()
+    first_write: str = ""
+    unmatched_view: str = ""
     whole: "StateTensor | None" = None
     selects: Selects = ()
 
     @property
-    def argument(self) -> "StateTensor":
+    def module_tensor(self) -> "StateTensor":
         """The tensor as the module has it."""
         return self.whole or self
 
-    def part(self, tensor: Tensor) -> Tensor:
+    def select_from(self, tensor: Tensor) -> Tensor:
         """Its part of the module's tensor: the same memory."""
         return part_of(tensor, self.selects)
 
-    def at(self, axis: int, index: int, name: str) -> "StateTensor":
+    def select(self, axis: int, index: int, name: str) -> "StateTensor":
         """What lies at an index of it."""
         return replace(
             self,
             name=name,
             source=f"{self.source}{indices(((axis, index),))}",
             initial=self.initial.select(axis, index),
-            whole=self.argument,
+            whole=self.module_tensor,
             selects=(*self.selects, (axis, index)),
         )
 
-    def leading(self, rows: int) -> bool:
+    def has_slot_axis(self, rows: int) -> bool:
         """Whether its first axis already counts rows, so that it serves as the slot axis; otherwise one is put in front of it."""
         return (self.initial.dim() > 1 and self.initial.shape[0] == rows) or rows > 1
 
     def slot_shape(self, rows: int) -> tuple[int, ...]:
         """Extents of one slot."""
-        return tuple(self.initial.shape[1:]) if self.leading(rows) else tuple(self.initial.shape)
+        return (
+            tuple(self.initial.shape[1:]) if self.has_slot_axis(rows) else tuple(self.initial.shape)
+        )
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,22 @@ class CapturedState:
     """A state of a rewritten graph, and the verdict on its updates.
 
     Attributes:
-        found: where it comes from.
-        leading: the module's own first axis is the slot axis, so the tensor is bound as it is; else the runtime binds
+        tensor: where it comes from.
+        has_slot_axis: the module's own first axis is the slot axis, so the tensor is bound as it is; else the runtime binds
             ``tensor.unsqueeze(0)``. Both are the tensor's own memory.
         pattern: the recognised patterns in order (``slice_scatter``, ``index_copy``, …); ``replace`` for a state whose whole value is
             computed anew, ``window`` where that value is the state moved on by new entries, ``explicit`` where the module writes a part in
             a way that no pattern covers.
-        because: in words, with the module's line where a pattern was refused.
+        reason: in words, with the module's line where a pattern was refused.
         operators: the operators that write it, in order: ``update``, ``attention``, or ``user`` for one of the user's own.
         update: what the manifest says of it.
         axis: the axis of a slot that an append grows along, else None.
     """
 
-    found: StateTensor
-    leading: bool
+    tensor: StateTensor
+    has_slot_axis: bool
     pattern: str
-    because: str
+    reason: str
     operators: tuple[str, ...]
     update: Update
     axis: int | None
@@ -103,7 +105,7 @@ class CapturedState:
     @property
     def name(self) -> str:
         """The graph's placeholder."""
-        return self.found.name
+        return self.tensor.name
 
     @property
     def kind(self) -> AliasKind:
@@ -111,22 +113,22 @@ class CapturedState:
         return "user" if "user" in self.operators else "operator"
 
     @property
-    def recognised(self) -> bool:
+    def is_matched(self) -> bool:
         """Whether no part of the state is rewritten that the module did not write."""
         return self.pattern != "explicit"
 
     def bound(self, tensor: Tensor) -> Tensor:
         """What a runtime binds for the tensor as the module has it: the same memory."""
-        part = self.found.part(tensor)
-        return part if self.leading else part.unsqueeze(0)
+        part = self.tensor.select_from(tensor)
+        return part if self.has_slot_axis else part.unsqueeze(0)
 
     def bound_initial(self) -> Tensor:
         """What is bound, with the values at capture."""
-        return self.bound(self.found.argument.initial)
+        return self.bound(self.tensor.module_tensor.initial)
 
     def spec(self) -> StateSpec:
         """The manifest's description; ``fill`` is the initial value where one number says it (else the initial tensor must be copied)."""
-        initial = self.found.initial
+        initial = self.tensor.initial
         slot = self.bound_initial()
         first = initial.reshape(-1)[0].item() if initial.numel() else 0.0
         uniform = bool((initial == first).all()) and (

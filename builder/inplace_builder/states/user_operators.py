@@ -306,7 +306,7 @@ def _verdict(
         return replace(
             state,
             pattern="user",
-            because=because,
+            reason=because,
             operators=("user",) * len(chain),
             update=Update.REPLACE,
             axis=None,
@@ -315,7 +315,7 @@ def _verdict(
     return replace(
         state,
         pattern="explicit",
-        because=f"read, computed and written back whole: {_name(last)} {because}{source_line(last)}",
+        reason=f"read, computed and written back whole: {_name(last)} {because}{source_line(last)}",
     )
 
 
@@ -365,13 +365,13 @@ def _in_place(
             others = [user for user in result.users if user.target is not auto_functionalized_v2]
             if others:
                 rows = emit.call(inplace.read.default, placeholder, slots)
-                version = rows if state.leading else emit.call(aten.squeeze.dim, rows, 0)
+                version = rows if state.has_slot_axis else emit.call(aten.squeeze.dim, rows, 0)
                 for user in others:
                     user.replace_input_with(result, version)
 
 
 def _memory(emit: Emitter, placeholder: Node, state: CapturedState, slots: Node) -> Node:
     """The state's own memory in the module's own shape: states are bound alone, row r is slot r."""
-    if state.leading:
+    if state.has_slot_axis:
         return emit.call(aten.narrow.default, placeholder, 0, 0, slots.meta["val"].shape[0])
     return emit.call(aten.select.int, placeholder, 0, 0)

@@ -28,11 +28,11 @@ class Write:
         axis: the axis of the module's own tensor that is written along.
         count: entries written, an extent (dynamic ones are symbolic).
         start: where: a Python number, a symbolic one, or an integer tensor whose first entry it is (``per_row``: entries ``[rows]``).
-        wraps: a negative start counts from the end.
-        ignores: a start outside the axis writes nothing (a mask); otherwise it is an error.
+        wraps_negative: a negative start counts from the end.
+        skips_out_of_range: a start outside the axis writes nothing (a mask); otherwise it is an error.
         value: the tensor, or the number, that is written.
-        extents: what the value is expanded to before ``unsqueeze``; None where it is as wanted.
-        unsqueeze: the axis that the value lacks; None where it has it.
+        value_shape: what the value is expanded to before ``unsqueeze``; None where it is as wanted.
+        missing_axis: the axis that the value lacks; None where it has it.
         per_row: the start differs between rows.
     """
 
@@ -43,10 +43,10 @@ class Write:
     count: Any
     start: Any
     value: Any
-    wraps: bool = False
-    ignores: bool = False
-    extents: tuple[Any, ...] | None = None
-    unsqueeze: int | None = None
+    wraps_negative: bool = False
+    skips_out_of_range: bool = False
+    value_shape: tuple[Any, ...] | None = None
+    missing_axis: int | None = None
     per_row: bool = False
 
 
@@ -56,7 +56,7 @@ class WriteRefusal:
 
     node: Node
     base: Node
-    because: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class MatchContext:
     Attributes:
         module: the graph's module, for constants.
         rows: rows of the state's first axis, if it counts them.
-        promised: inputs that the caller promises to be consecutive positions.
+        assume_consecutive: inputs that the caller promises to be consecutive positions.
     """
 
     module: GraphModule
     rows: int
-    promised: frozenset[str]
+    assume_consecutive: frozenset[str]
 
 
 def recognise(node: AnyNode, question: MatchContext) -> Write | WriteRefusal | None:
@@ -109,7 +109,7 @@ def _slice_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
         shape(as_node(new))[axis],
         start,
         new,
-        wraps=not isinstance(start, int),
+        wraps_negative=not isinstance(start, int),
     )
 
 
@@ -131,8 +131,8 @@ def _select_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
         1,
         index,
         new,
-        wraps=not isinstance(index, int),
-        unsqueeze=axis,
+        wraps_negative=not isinstance(index, int),
+        missing_axis=axis,
     )
 
 
@@ -144,7 +144,7 @@ def _index_copy(node: Node, question: MatchContext) -> Write | WriteRefusal:
         node, base, "index_copy", axis, as_node(index), new, None, question, wraps=False
     )
     if isinstance(found, Write) and not shape(as_node(new)):  # one entry of a state of one axis
-        return replace(found, extents=(1,))
+        return replace(found, value_shape=(1,))
     return found
 
 
@@ -207,9 +207,9 @@ def _put_in_rows(
         1,
         index,
         new,
-        wraps=True,
-        extents=found,
-        unsqueeze=axis,
+        wraps_negative=True,
+        value_shape=found,
+        missing_axis=axis,
         per_row=per_row,
     )
 
@@ -233,7 +233,7 @@ def _indexed(
             base,
             f"{pattern} with an index of rank {len(shape(index))}: an append has one position a row",
         )
-    if not consecutive(question.module, index, question.promised):
+    if not consecutive(question.module, index, question.assume_consecutive):
         return WriteRefusal(
             node,
             base,
@@ -250,9 +250,9 @@ def _indexed(
         count,
         index,
         new,
-        wraps=wraps,
-        extents=extents,
-        unsqueeze=missing,
+        wraps_negative=wraps,
+        value_shape=extents,
+        missing_axis=missing,
     )
 
 
@@ -279,7 +279,7 @@ def _scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
         )
     per_row = per_row and wanted[0] != 1
     extents = None if isinstance(new, Node) else wanted
-    return Write(node, base, "scatter", axis, 1, source, new, extents=extents, per_row=per_row)
+    return Write(node, base, "scatter", axis, 1, source, new, value_shape=extents, per_row=per_row)
 
 
 def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
@@ -306,8 +306,8 @@ def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
             1,
             index,
             new,
-            ignores=True,
-            extents=extents,
+            skips_out_of_range=True,
+            value_shape=extents,
             per_row=per_row,
         )
     return None
@@ -383,14 +383,14 @@ class WriteChain:
 
     Attributes:
         writes: the writes.
-        refused: why the state is rewritten whole although only a part of it was written.
-        window: the whole value is the state shifted by what is new.
+        refusal: why the state is rewritten whole although only a part of it was written.
+        is_window: the whole value is the state shifted by what is new.
         needs_rows: it would be recognised if the first axis counted rows.
     """
 
     writes: tuple[Write, ...] = ()
-    refused: WriteRefusal | None = None
-    window: bool = False
+    refusal: WriteRefusal | None = None
+    is_window: bool = False
     needs_rows: bool = False
 
 
@@ -414,18 +414,18 @@ def write_chain(
                 and _reaches(turned.base, placeholder)
             ):
                 because = "a part is written through a transposed view, where an update writes along an axis as it lies in memory"
-                return WriteChain(refused=WriteRefusal(turned.node, turned.base, because))
+                return WriteChain(refusal=WriteRefusal(turned.node, turned.base, because))
             if partial is None:
-                return WriteChain(window=is_window(result, placeholder))
+                return WriteChain(is_window=is_window(result, placeholder))
             because = (
                 f"what {partial.pattern} writes into is not the state itself but computed from it"
             )
-            return WriteChain(refused=WriteRefusal(partial.node, partial.base, because))
+            return WriteChain(refusal=WriteRefusal(partial.node, partial.base, because))
         if isinstance(step, WriteRefusal):
-            return WriteChain(refused=step) if _reaches(step.base, placeholder) else WriteChain()
+            return WriteChain(refusal=step) if _reaches(step.base, placeholder) else WriteChain()
         if (misfit := _misfit(step, found, question.rows)) is not None:
             return WriteChain(
-                refused=WriteRefusal(step.node, step.base, misfit),
+                refusal=WriteRefusal(step.node, step.base, misfit),
                 needs_rows=step.per_row and question.rows == 1,
             )
         writes.append(step)
@@ -468,11 +468,11 @@ def _reaches(node: Node, placeholder: Node) -> bool:
 
 def _misfit(write: Write, found: StateTensor, rows: int) -> str | None:
     """Why an update cannot say this write, although a pattern recognised it."""
-    if found.varies - {write.axis}:
+    if found.dynamic_axes - {write.axis}:
         return f"{write.pattern} into a tensor of which another extent varies than the one that is written along"
     if write.per_row and rows == 1:
         return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
-    if write.axis == 0 and found.leading(rows) and not is_whole(write, found):
+    if write.axis == 0 and found.has_slot_axis(rows) and not is_whole(write, found):
         return f"{write.pattern} along the first axis, which counts rows"
     return None
 
@@ -480,7 +480,7 @@ def _misfit(write: Write, found: StateTensor, rows: int) -> str | None:
 def is_whole(write: Write, found: StateTensor) -> bool:
     """Whether a write covers its axis from end to end."""
     return (
-        write.axis not in found.varies
+        write.axis not in found.dynamic_axes
         and isinstance(write.start, int)
         and write.start == 0
         and isinstance(write.count, int)

@@ -93,7 +93,7 @@ def test_an_extent_that_is_to_vary_and_is_1_in_the_example_is_named() -> None:
             Attends(how),
             arguments,
             dynamic_shapes=({}, {1: tokens}, {0: tokens}),
-            consecutive=["pos"],
+            assume_consecutive=["pos"],
         )
 
     with pytest.raises(

@@ -277,7 +277,7 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
     options = DecoderOptions(max_rows=4, capacity=CAPACITY, chunk=5)
     shapes: Any = ({1: tokens}, {0: tokens})
     capture = capture_exported_decoder(
-        module, options, arguments, dynamic_shapes=shapes, consecutive=["positions"]
+        module, options, arguments, dynamic_shapes=shapes, assume_consecutive=["positions"]
     )
     assert operators(capture)["attention"] == 2
     write_engine(

@@ -253,5 +253,7 @@ def test_a_capacity_beyond_the_proof_is_refused() -> None:
 
 
 def test_promises_name_inputs() -> None:
-    with pytest.raises(BuildError, match=r"consecutive names \['position'\], which are no inputs"):
-        capture(Plain(), consecutive=["position"])
+    with pytest.raises(
+        BuildError, match=r"assume_consecutive names \['position'\], which are no inputs"
+    ):
+        capture(Plain(), assume_consecutive=["position"])

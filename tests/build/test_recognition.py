@@ -182,11 +182,13 @@ def test_positions_are_consecutive_where_the_caller_says_so() -> None:
         return token(step, *TWO), torch.tensor([step, step + 1])
 
     assert not compare(Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs).states[0].is_matched
-    capture = compare(Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs, consecutive=["pos"])
+    capture = compare(
+        Promised(), [torch.zeros(1, 2, CAPACITY, 4)], inputs, assume_consecutive=["pos"]
+    )
     assert capture.states[0].pattern == "index_copy"
-    with pytest.raises(BuildError, match=r"consecutive names \['where'\]"):
+    with pytest.raises(BuildError, match=r"assume_consecutive names \['where'\]"):
         capture_exported(
-            Promised(), (torch.zeros(1, 2, CAPACITY, 4), *inputs(0)), consecutive=["where"]
+            Promised(), (torch.zeros(1, 2, CAPACITY, 4), *inputs(0)), assume_consecutive=["where"]
         )
 
 
@@ -200,7 +202,7 @@ def test_a_dynamic_number_of_tokens() -> None:
         Promised(),
         [torch.zeros(1, 2, CAPACITY, 4)],
         inputs,
-        consecutive=["pos"],
+        assume_consecutive=["pos"],
         dynamic_shapes=({}, {2: tokens}, {0: tokens}),
     )
     assert capture.states[0].pattern == "index_copy"

@@ -185,7 +185,10 @@ CASES = [
         Tokens,
         lambda: [torch.zeros(1, 2, CAPACITY, 4)],
         _tokens,
-        options={"dynamic_shapes": ({}, {2: COUNT}, {0: COUNT}), "consecutive": ["positions"]},
+        options={
+            "dynamic_shapes": ({}, {2: COUNT}, {0: COUNT}),
+            "assume_consecutive": ["positions"],
+        },
     ),
     Case(
         "unaliased",

@@ -155,7 +155,7 @@ def varying_tokens(draw: st.DrawFn) -> Steps:
     tokens = Dim("tokens", min=1, max=MOST_TOKENS)
     options: dict[str, Any] = {
         "dynamic_shapes": ([{} for _ in made], {0: tokens}, {0: tokens}),
-        "consecutive": ["pos"],
+        "assume_consecutive": ["pos"],
     }
     return Steps(Writes(made, rows=False), lambda: _zeros(made), inputs, options=options)
 
@@ -276,5 +276,5 @@ def attending(draw: st.DrawFn) -> Steps:
         states,
         inputs,
         attentions=how.layers,
-        options={"consecutive": ["pos"], **shapes},
+        options={"assume_consecutive": ["pos"], **shapes},
     )

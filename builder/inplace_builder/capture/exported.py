@@ -77,7 +77,7 @@ def capture_exported(
     states: str | Collection[str] = "auto",
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
-    consecutive: Collection[str] = (),
+    assume_consecutive: Collection[str] = (),
     strict: bool = False,
     alignment: int = 1,
 ) -> ExportedCapture:
@@ -94,7 +94,7 @@ def capture_exported(
         states: ``auto``, or the names of exactly the inputs and buffers that are states, to have that checked.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: its keyword arguments.
-        consecutive: integer inputs ``[n]`` that are always consecutive positions (``cache_position``): the caller's promise.
+        assume_consecutive: integer inputs ``[n]`` that are always consecutive positions (``cache_position``): the caller's promise.
         strict: refuse a module of which a part of a state is written in a way that no pattern covers.
         alignment: bytes that the address of a state must be a multiple of; a tensor whose parts lie closer stays one state.
 
@@ -104,9 +104,9 @@ def capture_exported(
     found = lift_mutated_buffers(
         module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )
-    if unknown := sorted(set(consecutive) - set(found.inputs)):
+    if unknown := sorted(set(assume_consecutive) - set(found.inputs)):
         raise BuildError(
-            f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
+            f"assume_consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
         )
     if SLOTS in (*found.inputs, *(state.name for state in found.states)):
         raise BuildError(
@@ -124,7 +124,7 @@ def capture_exported(
         found.states,
         found.num_outputs,
         rows=rows,
-        promised=frozenset(consecutive),
+        assume_consecutive=frozenset(assume_consecutive),
     )
     if made is None:
         rows = common_rows(found.states) or 1
@@ -133,7 +133,7 @@ def capture_exported(
             found.states,
             found.num_outputs,
             rows=rows,
-            promised=frozenset(consecutive),
+            assume_consecutive=frozenset(assume_consecutive),
         )
     assert made is not None
     made = place_user_operators(found.graph_module, made)

@@ -54,7 +54,7 @@ def capture_exported_decoder(
     *,
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
-    consecutive: Collection[str] = (),
+    assume_consecutive: Collection[str] = (),
 ) -> Capture:
     """Capture a decoder of one sequence for an engine that steps several, each at its own position.
 
@@ -71,7 +71,7 @@ def capture_exported_decoder(
         example_inputs: positional arguments of the module, as for torch.export.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: keyword arguments of the module.
-        consecutive: integer inputs ``[tokens]`` that are always consecutive positions: the caller's promise.
+        assume_consecutive: integer inputs ``[tokens]`` that are always consecutive positions: the caller's promise.
 
     Returns:
         What `capture_decoder` returns for a Hugging Face model: the same inputs, outputs and roles, for every engine and the server.
@@ -83,9 +83,9 @@ def capture_exported_decoder(
     found = lift_mutated_buffers(
         module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )
-    if unknown := sorted(set(consecutive) - set(found.inputs)):
+    if unknown := sorted(set(assume_consecutive) - set(found.inputs)):
         raise BuildError(
-            f"consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
+            f"assume_consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
         )
     graph = found.graph_module.graph
     original = copy_module(found.graph_module)
@@ -95,7 +95,7 @@ def capture_exported_decoder(
         states=divide(found.graph_module, original, found.states, found.num_outputs, alignment=1),
     )
     decoder = prove_decoder(
-        found.graph_module, found.states, found.num_outputs, frozenset(consecutive)
+        found.graph_module, found.states, found.num_outputs, frozenset(assume_consecutive)
     )
     caches = _caches(decoder, options)
     states = cache_states(caches, options)

@@ -77,7 +77,10 @@ def _behind_views(node: Node) -> list[Node]:
 
 
 def prove_decoder(
-    module: GraphModule, states: Sequence[StateTensor], outputs: int, promised: frozenset[str]
+    module: GraphModule,
+    states: Sequence[StateTensor],
+    outputs: int,
+    assume_consecutive: frozenset[str],
 ) -> ProvenDecoder:
     """Find what makes a graph of one sequence a decoder.
 
@@ -85,7 +88,7 @@ def prove_decoder(
         module: takes the inputs and then the states, returns ``outputs`` outputs and then the states' new values.
         states: in the order of the placeholders.
         outputs: outputs of the module.
-        promised: inputs that are consecutive positions.
+        assume_consecutive: inputs that are consecutive positions.
 
     Raises:
         BuildError: something about it is not, or not provably, what packed rows need; names it, with the module's line.
@@ -96,8 +99,8 @@ def prove_decoder(
         raise BuildError(
             f"a decoder returns its scores alone, this module returns {outputs} outputs"
         )
-    chains = write_chains(states, outputs, MatchContext(module, 1, promised))
-    attended = attentions_behind(module, states, chains, promised)
+    chains = write_chains(states, outputs, MatchContext(module, 1, assume_consecutive))
+    attended = attentions_behind(module, states, chains, assume_consecutive)
     for found in attended:
         if isinstance(found, UnfusedAttention):
             raise BuildError(
@@ -121,7 +124,9 @@ def prove_decoder(
     inside = {node: sources for node, (sources, _) in operands.items()}
     logits, last = _every_token(as_node(returned[0]), tokens)
     assert start.source is not None
-    positions, others = positions_of(module, [logits], start.source, tokens, promised, inside)
+    positions, others = positions_of(
+        module, [logits], start.source, tokens, assume_consecutive, inside
+    )
     if start.source in others:
         raise BuildError(
             f"the module uses {start.source.name} other than as the positions of its tokens"

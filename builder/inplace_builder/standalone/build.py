@@ -35,7 +35,7 @@ def build(
     engine: EngineKind = "torch",
     states: str | Collection[str] = "auto",
     dynamic_shapes: Any = None,
-    consecutive: Collection[str] = (),
+    assume_consecutive: Collection[str] = (),
     alias: AliasKind | None = None,
     strict: bool = False,
     optimization_level: int | None = None,
@@ -54,7 +54,7 @@ def build(
             with TensorRT for RTX.
         states: as in `capture_exported`.
         dynamic_shapes: as in `capture_exported`.
-        consecutive: as in `capture_exported`.
+        assume_consecutive: as in `capture_exported`.
         alias: the mechanism that must update every state (TensorRT); None is the first that can.
         strict: refuse what copies a state: a write that no pattern covers, and the mechanism ``copy``.
         optimization_level: how long TensorRT searches for fast kernels, from 0 to 5; None is its own choice, 3.
@@ -83,7 +83,11 @@ def build(
     arguments = deepcopy(given)  # (args, kwargs), where the module takes them
     reference = _reference(module)
     capture = capture_exported(
-        exported, states=states, consecutive=consecutive, strict=strict, alignment=alignment(engine)
+        exported,
+        states=states,
+        assume_consecutive=assume_consecutive,
+        strict=strict,
+        alignment=alignment(engine),
     )
     call = describe_call(exported, capture)
     plan = (
@@ -96,7 +100,7 @@ def build(
     try:
         with published(target) as folder:
             manifest = write_standalone(folder, capture, call, plan)
-            notes = verify_standalone(_loaded(folder), reference, arguments, consecutive)
+            notes = verify_standalone(_loaded(folder), reference, arguments, assume_consecutive)
             manifest.model_copy(update={"built_with": manifest.built_with | notes}).save(folder)
     except OSError as error:
         raise BuildError(

@@ -78,7 +78,7 @@ def serialize(
     kwargs: Mapping[str, Any] | None = None,
     engine: EngineKind = "torch",
     dynamic_shapes: Any = None,
-    consecutive: Collection[str] = (),
+    assume_consecutive: Collection[str] = (),
     alias: AliasKind | None = None,
     strict: bool = False,
     compute_capability: str | None = None,
@@ -91,7 +91,7 @@ def serialize(
         kwargs: as in `inplace_builder.build`.
         engine: as in `inplace_builder.build`.
         dynamic_shapes: as in `inplace_builder.build`.
-        consecutive: as in `inplace_builder.build`.
+        assume_consecutive: as in `inplace_builder.build`.
         alias: as in `inplace_builder.build`.
         strict: as in `inplace_builder.build`.
         lift_mutable_buffers: make states of the buffers that the module mutates, for the caller to bind. Without it such a module is
@@ -106,7 +106,7 @@ def serialize(
         module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )
     capture = capture_exported(
-        exported, consecutive=consecutive, strict=strict, alignment=alignment(engine)
+        exported, assume_consecutive=assume_consecutive, strict=strict, alignment=alignment(engine)
     )
     call = describe_call(exported, capture)
     records = standalone_states(capture, call)

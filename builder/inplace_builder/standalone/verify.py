@@ -16,7 +16,10 @@ from inplace_builder.errors import BuildError, brief
 
 
 def verify_standalone(
-    engine: Engine, reference: torch.nn.Module, arguments: Any, promised: Collection[str] = ()
+    engine: Engine,
+    reference: torch.nn.Module,
+    arguments: Any,
+    assume_consecutive: Collection[str] = (),
 ) -> dict[str, str]:
     """Call engine and module side by side, each where it runs, on its own copy of the states.
 
@@ -28,7 +31,7 @@ def verify_standalone(
         engine: as it was loaded from its files.
         reference: a copy of the module, whose buffers change as the engine's states do.
         arguments: ``(args, kwargs)`` of the build; not changed.
-        promised: inputs whose numbers stay as they are, consecutive ones.
+        assume_consecutive: inputs whose numbers stay as they are, consecutive ones.
 
     Returns:
         What to record of it.
@@ -55,7 +58,7 @@ def verify_standalone(
             )
 
     for index, (asked, given) in enumerate(
-        _calls(_Changes(engine.manifest, promised), reference, theirs, mine)
+        _calls(_Changes(engine.manifest, assume_consecutive), reference, theirs, mine)
     ):
         calls += 1
         before = pytree.tree_leaves(deepcopy(given))
@@ -152,12 +155,12 @@ class _Changes:
 
     Args:
         manifest: of the engine.
-        promised: inputs whose integers stay.
+        assume_consecutive: inputs whose integers stay.
     """
 
-    def __init__(self, manifest: StandaloneManifest, promised: Collection[str]) -> None:
+    def __init__(self, manifest: StandaloneManifest, assume_consecutive: Collection[str]) -> None:
         self._free = [
-            argument.kind == "tensor" and argument.name not in promised
+            argument.kind == "tensor" and argument.name not in assume_consecutive
             for argument in manifest.call.arguments
         ]
         self._arguments, self._ranges = manifest.call.arguments, manifest.call.ranges

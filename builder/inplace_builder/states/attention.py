@@ -21,10 +21,10 @@ from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, dtype, is_call,
 from inplace_builder.graph.tokens import MixesTokensError, follow_tokens
 from inplace_builder.states.indices import (
     UnknownExtentError,
-    consecutive,
     evaluate,
     example,
     first_only,
+    is_consecutive,
     leaves,
     shifted,
 )
@@ -236,11 +236,11 @@ def first_position(module: GraphModule, node: Node, source: Node, tokens: Any) -
 
 
 def depends_on_first(
-    module: GraphModule, node: Node, source: Node, tokens: Any, promised: frozenset[str]
+    module: GraphModule, node: Node, source: Node, tokens: Any, assume_consecutive: frozenset[str]
 ) -> bool:
-    """Whether a node depends on the first entry of a source alone; others of a promised one follow from it."""
+    """Whether a node depends on the first entry of a source alone; others of a assume_consecutive one follow from it."""
     held = value(source)
-    if source.name in promised and isinstance(held, Tensor) and held.dim() == 1:
+    if source.name in assume_consecutive and isinstance(held, Tensor) and held.dim() == 1:
         return True
     try:
         return first_only(module, node, source, {str(tokens): 4})
@@ -254,14 +254,14 @@ def window_of(
     start: Start,
     tokens: Any,
     capacity: int,
-    promised: frozenset[str],
+    assume_consecutive: frozenset[str],
 ) -> int:
     """The window of a causal attention, 0 where it sees all positions up to its own.
 
     Raises:
         UnprovableError: it sees something else, or it is not proved what it sees.
     """
-    return _window(*_visible(module, one, start, tokens, capacity, promised), capacity)
+    return _window(*_visible(module, one, start, tokens, capacity, assume_consecutive), capacity)
 
 
 def _visible(
@@ -270,7 +270,7 @@ def _visible(
     start: Start,
     tokens: Any,
     capacity: int,
-    promised: frozenset[str],
+    assume_consecutive: frozenset[str],
 ) -> tuple[Callable[[int], Tensor], list[int]]:
     """What tokens may see, ``[tokens, capacity]``, by the position of the first of them; and the positions to ask for."""
     starts = (
@@ -288,7 +288,7 @@ def _visible(
     require(not one.causal, "it has a mask and is causal")
     mask = one.mask
     if not isinstance(tokens, int):
-        given = _by_position(module, one, start, tokens, promised)
+        given = _by_position(module, one, start, tokens, assume_consecutive)
     else:
         found = leaves(mask)
         require(
@@ -296,7 +296,7 @@ def _visible(
             "its mask depends on more than the position it writes at",
         )
         if found and start.source is not None:
-            first = depends_on_first(module, mask, start.source, tokens, promised)
+            first = depends_on_first(module, mask, start.source, tokens, assume_consecutive)
             require(first, "its mask depends on more than the first of several numbers")
         given = _by_start(start, tokens)
     require(
@@ -330,7 +330,11 @@ def _by_start(start: Start, tokens: int) -> Callable[[int, int], dict[Node, Any]
 
 
 def _by_position(
-    module: GraphModule, one: AttentionPattern, start: Start, tokens: Any, promised: frozenset[str]
+    module: GraphModule,
+    one: AttentionPattern,
+    start: Start,
+    tokens: Any,
+    assume_consecutive: frozenset[str],
 ) -> Callable[[int, int], dict[Node, Any]]:
     """The positions that a mask is made of, where it says for each token alone, by its position alone, what that token sees.
 
@@ -340,7 +344,7 @@ def _by_position(
     assert mask is not None
     require(source is not None, "it is written at a fixed place and has a dynamic number of tokens")
     assert source is not None
-    seeds, others = positions_of(module, [mask], source, tokens, promised, {})
+    seeds, others = positions_of(module, [mask], source, tokens, assume_consecutive, {})
     require(not others, "its mask depends on more than the position it writes at")
     axes = follow_tokens(module.graph, [mask], tokens, dict.fromkeys(seeds, 0))
     require(axes.axis_of.get(mask) == len(shape(mask)) - 2, "its mask has no row for each token")
@@ -355,7 +359,7 @@ def positions_of(
     results: Iterable[Node],
     source: Node,
     tokens: Any,
-    promised: frozenset[str],
+    assume_consecutive: frozenset[str],
     inside: Mapping[Node, Sequence[Node]],
 ) -> tuple[dict[Node, int], set[Node]]:
     """The tensors ``[tokens]`` of consecutive positions through which nodes depend on the source of positions.
@@ -365,7 +369,7 @@ def positions_of(
         results: the nodes.
         source: what the positions of a step start from.
         tokens: how many there are.
-        promised: inputs that are consecutive positions.
+        assume_consecutive: inputs that are consecutive positions.
         inside: for some nodes, which operands to look at.
 
     Returns:
@@ -378,7 +382,7 @@ def positions_of(
         if node in seen or is_call(node, aten.sym_size.int):
             continue
         seen.add(node)
-        if _counts_from(module, node, source, tokens, promised):
+        if _counts_from(module, node, source, tokens, assume_consecutive):
             found[node] = first_position(module, node, source, tokens)
         elif node.op == "placeholder":
             others.add(node)
@@ -388,7 +392,7 @@ def positions_of(
 
 
 def _counts_from(
-    module: GraphModule, node: Node, source: Node, tokens: Any, promised: frozenset[str]
+    module: GraphModule, node: Node, source: Node, tokens: Any, assume_consecutive: frozenset[str]
 ) -> bool:
     held = value(node)
     if (
@@ -397,7 +401,7 @@ def _counts_from(
         or [str(e) for e in held.shape] != [str(tokens)]
     ):
         return False
-    if shifted(node) is not source or not consecutive(module, node, promised):
+    if shifted(node) is not source or not is_consecutive(module, node, assume_consecutive):
         return False
     return node is source or not isinstance(tokens, int) or first_only(module, node, source, {})
 
@@ -478,7 +482,7 @@ def attentions_behind(
     module: GraphModule,
     states: Sequence[StateTensor],
     chains: Sequence[WriteChain],
-    promised: frozenset[str],
+    assume_consecutive: frozenset[str],
 ) -> list[AttentionMatch | UnfusedAttention]:
     """Every attention of a graph of one row whose keys and values are states that it appends to, each once in a step."""
     appended = {
@@ -487,18 +491,18 @@ def attentions_behind(
         if len(chain.writes) == 1
         and is_cache(chain.writes[0], state.slot_shape(1), leading=state.has_slot_axis(1))
     }
-    return attentions(module, appended, promised) if appended else []
+    return attentions(module, appended, assume_consecutive) if appended else []
 
 
 def attentions(
-    module: GraphModule, appended: Mapping[Node, Write], promised: frozenset[str]
+    module: GraphModule, appended: Mapping[Node, Write], assume_consecutive: frozenset[str]
 ) -> list[AttentionMatch | UnfusedAttention]:
     """Every attention over two caches.
 
     Args:
         module: the functional graph.
         appended: for caches written once in a step, along axis 2 of ``[1, kv_heads, capacity, dim]``: the write by the version it makes.
-        promised: inputs that are consecutive positions.
+        assume_consecutive: inputs that are consecutive positions.
     """
     found: list[AttentionMatch | UnfusedAttention] = []
     masks: dict[Any, int] = {}
@@ -515,7 +519,9 @@ def attentions(
         path = (*one.inner_nodes, *key_path, *value_path)
         try:
             found.append(
-                _attention(module, one, appended[keys], appended[values], path, masks, promised)
+                _attention(
+                    module, one, appended[keys], appended[values], path, masks, assume_consecutive
+                )
             )
         except (UnprovableError, MixesTokensError, UnknownExtentError) as reason:
             found.append(UnfusedAttention(node, (keys, values), str(reason)))
@@ -541,7 +547,7 @@ def _attention(
     values: Write,
     path: tuple[Node, ...],
     masks: dict[Any, int],
-    promised: frozenset[str],
+    assume_consecutive: frozenset[str],
 ) -> AttentionMatch:
     require(len(shape(one.query)) == 4, "its query is not [1, heads, tokens, dim]")
     rows, heads, tokens, _ = shape(one.query)
@@ -574,14 +580,14 @@ def _attention(
             "its heads are not those cached",
         )
     capacity = shape(keys.node)[2]
-    start = _start(module, keys, tokens, promised)
+    start = _start(module, keys, tokens, assume_consecutive)
     require(
-        start == _start(module, values, tokens, promised),
+        start == _start(module, values, tokens, assume_consecutive),
         "keys and values are written at different positions",
     )
     key = (one.mask, one.causal, one.mask_hides, start, str(tokens), capacity)
     if key not in masks:
-        masks[key] = window_of(module, one, start, tokens, capacity, promised)
+        masks[key] = window_of(module, one, start, tokens, capacity, assume_consecutive)
     require(one.scale is not None, "its scale is computed")
     assert one.scale is not None
     return AttentionMatch(
@@ -608,7 +614,9 @@ def _repeats(
     return heads == group * kv_heads and torch.equal(found, wanted)
 
 
-def _start(module: GraphModule, write: Write, tokens: Any, promised: frozenset[str]) -> Start:
+def _start(
+    module: GraphModule, write: Write, tokens: Any, assume_consecutive: frozenset[str]
+) -> Start:
     """Where a write starts, as a placeholder plus a number (or a number alone)."""
     if isinstance(write.start, int):
         return Start(None, write.start)
@@ -616,7 +624,7 @@ def _start(module: GraphModule, write: Write, tokens: Any, promised: frozenset[s
     if source is None:
         raise UnprovableError("where it writes is more than a position plus a constant")
     require(
-        depends_on_first(module, write.start, source, tokens, promised),
+        depends_on_first(module, write.start, source, tokens, assume_consecutive),
         "where it writes depends on more than the first of several numbers",
     )
     return Start(source, first_position(module, write.start, source, tokens))

@@ -156,13 +156,13 @@ def _shifts(node: Node, source: Node) -> bool:
     return once and not subtracted and _shifts(dependent[0], source)
 
 
-def consecutive(module: GraphModule, index: Node, promised: frozenset[str]) -> bool:
+def is_consecutive(module: GraphModule, index: Node, assume_consecutive: frozenset[str]) -> bool:
     """Whether an index of n entries is always ``s, s + 1, …, s + n - 1`` for some s."""
     extents = shape(index)
     if len(extents) > 1:
         return False
     if extents and not isinstance(extents[0], int):
-        return _promised(index, promised) or _counted(module, index)
+        return _is_assumed_consecutive(index, assume_consecutive) or _counted(module, index)
     if value(index).numel() == 1:
         return True
     fixed, source = constant(module, index), shifted(index)
@@ -175,7 +175,7 @@ def consecutive(module: GraphModule, index: Node, promised: frozenset[str]) -> b
     ):
         return all(_steps_by_one(_at(module, index, source, start, {})) for start in (0, 5))
     return (
-        _promised(source, promised)
+        _is_assumed_consecutive(source, assume_consecutive)
         and shape(source) == extents
         and _steps_by_one(_at(module, index, source, 0, {}))
     )
@@ -237,8 +237,8 @@ def _is_one(extent: Any) -> bool:
     return isinstance(extent, int) and extent == 1
 
 
-def _promised(node: Node, promised: frozenset[str]) -> bool:
-    return shifted(node) is node and node.name in promised and len(shape(node)) == 1
+def _is_assumed_consecutive(node: Node, assume_consecutive: frozenset[str]) -> bool:
+    return shifted(node) is node and node.name in assume_consecutive and len(shape(node)) == 1
 
 
 def _at(

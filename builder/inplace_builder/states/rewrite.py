@@ -323,7 +323,7 @@ def rewrite(
     outputs: int,
     *,
     rows: int,
-    promised: frozenset[str],
+    assume_consecutive: frozenset[str],
 ) -> tuple[CapturedState, ...] | None:
     """Rewrite the graph, in place.
 
@@ -332,7 +332,7 @@ def rewrite(
         states: in the order of the placeholders.
         outputs: outputs of the module.
         rows: 1, or the extent of the first axis of every state.
-        promised: inputs that are consecutive positions.
+        assume_consecutive: inputs that are consecutive positions.
 
     Returns:
         What became of each state; None, with the graph untouched, where ``rows`` is 1 and some state would be recognised with more.
@@ -340,10 +340,10 @@ def rewrite(
     graph = module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     last = graph.output_node()
-    chains = write_chains(states, outputs, MatchContext(module, rows, promised))
+    chains = write_chains(states, outputs, MatchContext(module, rows, assume_consecutive))
     if rows == 1 and any(chain.needs_rows for chain in chains) and common_rows(states) is not None:
         return None
-    attended = attentions_behind(module, states, chains, promised) if rows == 1 else []
+    attended = attentions_behind(module, states, chains, assume_consecutive) if rows == 1 else []
     for state in states:
         _in_slots(placeholders[state.name], state, rows)
     work = RewrittenGraph(module, rows, _slots(graph, placeholders[states[0].name], rows))

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from inplace_builder.graph.nodes import AnyNode, as_node, is_call, shape, value
-from inplace_builder.states.indices import consecutive, constant, one_hot, position_a_row
+from inplace_builder.states.indices import constant, is_consecutive, one_hot, position_a_row
 from inplace_builder.states.state import StateTensor
 
 aten = torch.ops.aten
@@ -233,11 +233,11 @@ def _indexed(
             base,
             f"{pattern} with an index of rank {len(shape(index))}: an append has one position a row",
         )
-    if not consecutive(question.module, index, question.assume_consecutive):
+    if not is_consecutive(question.module, index, question.assume_consecutive):
         return WriteRefusal(
             node,
             base,
-            f"{pattern} at several positions that are not provably consecutive (name an input of positions in consecutive=)",
+            f"{pattern} at several positions that are not provably consecutive (name an input of positions in assume_consecutive=)",
         )
     scalar = not shape(index)
     missing = axis if scalar and extents is not None else None

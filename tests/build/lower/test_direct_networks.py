@@ -111,7 +111,7 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         Tokens,
         known.states,
         known.inputs,
-        options={"dynamic_shapes": shapes, "consecutive": ["positions"]},
+        options={"dynamic_shapes": shapes, "assume_consecutive": ["positions"]},
     )
     with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
         build_standalone_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)

@@ -34,7 +34,7 @@ def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_fo
     torch.manual_seed(0)
     module = CASE.module().eval()
     engine = build(module, (*CASE.states(), *CASE.inputs(0)), path=tmp_path / "engine", strict=True)
-    assert [state.selects for state in engine.manifest.states] == [
+    assert [state.selection for state in engine.manifest.states] == [
         ((0, layer), (0, which)) for layer in range(2) for which in range(2)
     ]
     assert all(
@@ -132,11 +132,11 @@ def test_who_manages_memory_binds_the_parts() -> None:
     made = serialize(Layers(), (*CASE.states(), *CASE.inputs(0)))
     (cache,) = CASE.states()
     assert [binding.shape for binding in made.states] == [(1, 2, CAPACITY, 8)] * 4
-    assert [record.part(cache).data_ptr() for record in made.records] == [
+    assert [record.view(cache).data_ptr() for record in made.records] == [
         cache[i, j].data_ptr() for i in range(2) for j in range(2)
     ]
     assert all(
-        torch.equal(made.initial[record.name], record.part(cache)) for record in made.records
+        torch.equal(made.initial[record.name], record.view(cache)) for record in made.records
     )
 
 

@@ -87,7 +87,7 @@ def test_a_program_holds_one_execute_and_what_it_needs(
     }, "beside it only the memory of its results"
     (file,) = program.constants.values()
     assert bytes(file.numpy()) == (folder / "engine.pt2").read_bytes()
-    assert program.state_dict["held.inner.count"].tolist() == [3]
+    assert program.state_dict["owned.inner.count"].tolist() == [3]
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
@@ -101,7 +101,7 @@ def test_a_program_does_what_the_engine_does(
                 "ignore", FutureWarning
             )  # torch's own, where it copies its call graph
             program = program.run_decompositions({})
-        assert set(program.graph_signature.buffers_to_mutate.values()) == {"held.inner.count"}
+        assert set(program.graph_signature.buffers_to_mutate.values()) == {"owned.inner.count"}
         assert len(program.graph_signature.user_inputs_to_mutate) == 2
     module = program.module()
     mine, theirs = [new_cache(), new_cache()], [new_cache(), new_cache()]
@@ -116,7 +116,7 @@ def test_a_program_does_what_the_engine_does(
         assert all(torch.equal(cache[name], own[name]) for name in own)
     assert addresses == [tensor.data_ptr() for cache in theirs for tensor in cache.values()]
     assert (
-        module.get_buffer("held.inner.count").item()
+        module.get_buffer("owned.inner.count").item()
         == engine.states["inner.count"].item()
         == 3 + len(STEPS)
     )
@@ -127,7 +127,7 @@ import sys, torch, inplace.standalone
 module = torch.export.load(sys.argv[1]).module()
 cache, steps = torch.load(sys.argv[2])
 out = [module(cache, *step) for step in steps]
-torch.save((out, cache, module.get_buffer("held.inner.count")), sys.argv[3])
+torch.save((out, cache, module.get_buffer("owned.inner.count")), sys.argv[3])
 assert "inplace_builder" not in sys.modules
 """
 

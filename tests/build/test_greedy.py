@@ -48,7 +48,9 @@ def test_a_program_that_samples_has_every_parameter(missing: str) -> None:
         Program.model_validate(fields)
     fields = program.model_dump()
     fields["outputs"][0]["sampled_from"] = "nobody"
-    with pytest.raises(ValueError, match="next_token is sampled from 'nobody', which is no output"):
+    with pytest.raises(
+        ValueError, match="next_token is sampled from 'nobody', which is not an output"
+    ):
         Program.model_validate(fields)
 
 

@@ -137,7 +137,7 @@ def test_an_older_engine_that_cannot_be_put_back_is_kept_and_named(
     before = contents(older)
     break_renames(monkeypatch, OSError(13, os.strerror(13)), {2, 3})
     with pytest.raises(
-        BuildError, match=r"could not be replaced .* nor put back .* there$"
+        BuildError, match=r"could not be replaced .* nor restored .* there$"
     ) as failed:
         write_engine(accumulator(), older, OPTIONS)
     [kept] = older.parent.iterdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 from inplace.schema.proxy import ProxyFile
-from inplace.server.settings import MOST_WAITING
+from inplace.server.settings import MAX_WAITING
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import build_decoder, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -60,14 +60,14 @@ def test_a_stream_model_is_decoupled_and_takes_text_or_ids(built: Path) -> None:
         "serve": "stream",
         "idle_timeout_seconds": "30",
         "eos_token_ids": "2,5",
-        "generation_queue": str(MOST_WAITING),
+        "generation_queue": str(MAX_WAITING),
     }
     batching = config.sequence_batching
     assert batching.oldest.max_queue_delay_microseconds == 0  # the backend makes its batches itself
     assert (
         batching.max_sequence_idle_microseconds == (30 + 3600) * 10**6
     )  # Triton's clock runs while a generation does
-    assert batching.oldest.max_candidate_sequences > STREAM.slots + MOST_WAITING
+    assert batching.oldest.max_candidate_sequences > STREAM.slots + MAX_WAITING
 
 
 def test_its_front_has_no_sequences_and_passes_tensors_on_as_they_are(built: Path) -> None:
@@ -82,7 +82,9 @@ def test_its_front_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
         ("stop", True),
     ]
     assert outputs(config) == GENERATED
-    assert ProxyFile.load(front / "1") == ProxyFile(model="llama", most=STREAM.slots + MOST_WAITING)
+    assert ProxyFile.load(front / "1") == ProxyFile(
+        model="llama", max_requests=STREAM.slots + MAX_WAITING
+    )
 
 
 def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
@@ -92,7 +94,7 @@ def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
     front = tmp_path / "sums_generate"
     options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
     (front / "1").mkdir(parents=True)
-    ProxyFile(model="sums", most=1).save(front / "1")
+    ProxyFile(model="sums", max_requests=1).save(front / "1")
     write_engine(accumulator(), model, options)
     assert not front.exists()
     assert [(tensor.name, tensor.optional) for tensor in parsed(model).input] == [("value", False)]
@@ -103,7 +105,7 @@ def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
 def test_a_front_of_another_model_is_left_alone(tmp_path: Path) -> None:
     front = tmp_path / "sums_generate"
     (front / "1").mkdir(parents=True)
-    ProxyFile(model="other", most=1).save(front / "1")
+    ProxyFile(model="other", max_requests=1).save(front / "1")
     write_engine(accumulator(), tmp_path / "sums", BuildOptions(slots=4, max_rows=4, capacity=1))
     assert ProxyFile.load(front / "1").model == "other"
 

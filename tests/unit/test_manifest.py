@@ -71,8 +71,20 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded == MANIFEST
     loaded.save(tmp_path)
     assert (tmp_path / FILE_NAME).read_text() == MANIFEST.model_dump_json(indent=1) + "\n"
-    with pytest.raises(ValidationError, match="must say the capacity"):
+    with pytest.raises(
+        ValidationError, match="the manifest must have a capacity, because states append"
+    ):
         Manifest(**changed(MANIFEST, capacity=None))
+
+
+def test_a_file_has_the_field_names_of_its_version_and_no_others(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path)
+    fields = json.loads((tmp_path / FILE_NAME).read_text())
+    assert list(fields["lowering"][0]) == ["state", "kind", "because", "refused"]
+    fields["lowering"][0]["reason"] = fields["lowering"][0].pop("because")
+    (tmp_path / FILE_NAME).write_text(json.dumps(fields))
+    with pytest.raises(LoadError, match=r"is damaged \(lowering.0.because: Field required\)"):
+        Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("fill", [float("inf"), float("-inf")])
@@ -85,7 +97,7 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path / "nowhere")
     path = tmp_path / "nowhere" / FILE_NAME
-    expected = f"{path} does not exist: {path.parent} is no engine directory; build one with `inplace build`, or from Python with "
+    expected = f"{path} does not exist: {path.parent} is not an engine directory; build one with `inplace build`, or from Python with "
     assert str(error.value) == expected + "`inplace_builder.build`"
 
 
@@ -98,7 +110,7 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
             "direct.json",
             "is an engine that is called without a server; load it with `inplace.load`",
         ),
-        ("front.json", "is the front of a stream model"),
+        ("front.json", "is the generate proxy of a stream model"),
     ],
 )
 def test_a_folder_that_holds_something_else_says_what_it_is(
@@ -138,14 +150,14 @@ def test_another_version_names_both_versions(tmp_path: Path, version: int) -> No
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is no manifest (Invalid JSON: EOF"),
-        ("not json", "is no manifest (Invalid JSON"),
-        (MANIFEST.model_dump_json()[:-40], "is no manifest (Invalid JSON: EOF"),
-        ("[]", "is no manifest ("),
-        ("{}", "is no manifest (manifest_version: Field required)"),
+        ("", "is not a manifest (Invalid JSON: EOF"),
+        ("not json", "is not a manifest (Invalid JSON"),
+        (MANIFEST.model_dump_json()[:-40], "is not a manifest (Invalid JSON: EOF"),
+        ("[]", "is not a manifest ("),
+        ("{}", "is not a manifest (manifest_version: Field required)"),
         (
             '{"manifest_version": "x"}',
-            "is no manifest (manifest_version: Input should be a valid integer",
+            "is not a manifest (manifest_version: Input should be a valid integer",
         ),
         ('{"manifest_version": 1}', "is damaged (name: Field required)"),
     ],

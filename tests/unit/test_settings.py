@@ -9,7 +9,7 @@ from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
-from inplace.server.settings import MOST_WAITING, Settings
+from inplace.server.settings import MAX_WAITING, Settings
 from support.models import RECTANGULAR
 
 MANIFEST = Manifest(
@@ -120,7 +120,7 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
     assert settings == Settings(2.0, "stream", frozenset({0, 2}), 5)
     parameters = {"serve": {"string_value": "stream"}}
     assert parse(parameters=parameters, model_transaction_policy=decoupled) == Settings(
-        600.0, "stream", frozenset(), MOST_WAITING
+        600.0, "stream", frozenset(), MAX_WAITING
     )
 
 

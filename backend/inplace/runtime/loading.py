@@ -26,7 +26,7 @@ def load_engine(folder: Path, manifest: Manifest, arena: Arena) -> StepEngine:
             built for another machine; or the engine fails in its first step.
     """
     if manifest.engine.kind == "torch":
-        engine = TorchEngine(manifest.engine.checked(folder), manifest, arena)
+        engine = TorchEngine(manifest.engine.verified(folder), manifest, arena)
         warm_up(engine, manifest.program("step"))
         return engine
     from inplace.engines.tensorrt import TensorRtEngine  # imports TensorRT

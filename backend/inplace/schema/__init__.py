@@ -1,1 +1,1 @@
-"""What is on disk: the files beside an engine, and the types they are made of."""
+"""What is on disk: the manifests of engines, and the records they are made of."""

@@ -1,5 +1,6 @@
-"""The files of an engine, as the manifest records them."""
+"""The files beside a manifest, and what the manifest records of them."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal, Self
 
@@ -7,17 +8,16 @@ from pydantic import Field
 
 from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
-from inplace.schema.files import sha256
-from inplace.schema.records import Frozen
+from inplace.schema.records import Record
 
 
-class File(Frozen):
+class File(Record):
     """A file beside the manifest.
 
     Attributes:
         file: its name.
         bytes: its size.
-        sha256: its checksum, hexadecimal.
+        sha256: its SHA-256 checksum, hexadecimal.
     """
 
     file: str
@@ -26,14 +26,14 @@ class File(Frozen):
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """The record of a file that was just written."""
-        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+        """Record a file that was just written."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=_sha256(path))
 
-    def checked(self, folder: Path) -> Path:
-        """The file's path.
+    def verified(self, folder: Path) -> Path:
+        """Check the file in ``folder`` and return its path.
 
         Raises:
-            LoadError: it has not the size and the checksum that were recorded.
+            LoadError: the file is missing, or its size or checksum is not the recorded one.
         """
         path = folder / self.file
         if not path.is_file():
@@ -43,41 +43,52 @@ class File(Frozen):
         size = path.stat().st_size
         if size != self.bytes:
             raise LoadError(
-                f"{path} has {size:,} bytes, the manifest says {self.bytes:,}: it is truncated or replaced; build the model again"
+                f"{path} has {size:,} bytes, the manifest says {self.bytes:,}: "
+                "it is truncated or replaced; build the model again"
             )
-        if (found := sha256(path)) != self.sha256:
+        checksum = _sha256(path)
+        if checksum != self.sha256:
             raise LoadError(
-                f"{path} has the checksum {found[:12]}…, the manifest says {self.sha256[:12]}…: changed; build the model again"
+                f"{path} has the checksum {checksum[:12]}…, the manifest says "
+                f"{self.sha256[:12]}…: it was changed; build the model again"
             )
         return path
 
 
-class Profile(Frozen):
-    """A range of steps a plan is tuned for.
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Profile(Record):
+    """A range of step sizes that a TensorRT plan is tuned for.
 
     Attributes:
-        rows: fewest and most rows.
-        tokens: fewest and most tokens; the same as the rows in a program that takes one entry a row.
+        rows: smallest and largest number of rows.
+        tokens: smallest and largest number of tokens; equal to ``rows`` in a program that takes
+            one entry a row.
     """
 
     rows: tuple[int, int]
     tokens: tuple[int, int]
 
-    def holds(self, rows: int, tokens: int) -> bool:
-        """Whether a step of this size may run in it."""
+    def covers(self, rows: int, tokens: int) -> bool:
+        """Whether a step of this size can run in the profile."""
         return self.rows[0] <= rows <= self.rows[1] and self.tokens[0] <= tokens <= self.tokens[1]
 
 
-class Plan(Frozen):
-    """What a TensorRT plan needs beside itself.
+class Plan(Record):
+    """What a TensorRT plan needs to run.
 
     Attributes:
         flavor: the package it was built with.
-        version: that package's version; a plan runs with no other.
-        gpu: name of the GPU it was built on; empty where it was compiled for ``compute_capability`` without one.
-        compute_capability: of the GPU it runs on, for example ``9.0``.
+        version: that package's version; no other version can run the plan.
+        gpu: name of the GPU it was built on; empty if it was compiled for
+            ``compute_capability`` without a GPU.
+        compute_capability: that of the GPU it runs on, for example ``9.0``.
         profiles: in the plan's order.
-        weights: weights that the plan does not hold but takes as inputs (safetensors): one copy for all profiles.
+        weights: weights that the plan takes as inputs instead of holding them (safetensors), so
+            that all profiles share one copy.
     """
 
     flavor: Literal["tensorrt", "tensorrt_rtx"]
@@ -89,13 +100,13 @@ class Plan(Frozen):
 
 
 class EngineFile(File):
-    """The file with the compiled graph, and what it needs.
+    """The file with the compiled graph.
 
     Attributes:
-        kind: which engine class loads it.
+        kind: the engine class that loads it.
         device: where it runs.
         dtype: the element type of its weights.
-        plan: for TensorRT.
+        plan: only for TensorRT.
     """
 
     kind: Literal["torch", "tensorrt"]

@@ -7,7 +7,10 @@ import torch
 
 
 class Dtype(StrEnum):
-    """Element types a tensor of an engine may have; the values are PyTorch's names. Triton and TensorRT have fewer."""
+    """Element types that a tensor of an engine may have, with PyTorch's names.
+
+    Triton and TensorRT have fewer.
+    """
 
     BOOL = "bool"
     INT8 = "int8"
@@ -27,12 +30,12 @@ class Dtype(StrEnum):
 
     @property
     def as_torch(self) -> torch.dtype:
-        """The same type as PyTorch has it."""
+        """PyTorch's dtype."""
         return _TORCH[self.value]
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Self:
-        """The member for a PyTorch dtype; ValueError for a type no engine may use."""
+        """The member for a PyTorch dtype; ValueError for a type that engines do not support."""
         return cls(str(dtype).removeprefix("torch."))
 
 

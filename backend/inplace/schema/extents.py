@@ -1,4 +1,8 @@
-"""Extents of dynamic tensors as the manifest records them: integers, or texts such as ``s0 + 1`` in the symbols of a call."""
+"""Extents of tensors with dynamic shapes.
+
+The manifest records an extent as an integer or as an expression such as ``s0 + 1``. Its symbols
+have a value in each call.
+"""
 
 import ast
 import operator
@@ -24,7 +28,7 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def symbols(text: str) -> frozenset[str]:
-    """The symbols in an expression."""
+    """The names of the symbols in an expression."""
     names = {
         node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)
     }
@@ -32,10 +36,14 @@ def symbols(text: str) -> frozenset[str]:
 
 
 def evaluate(extent: int | str, known: Mapping[str, Any]) -> Any:
-    """The value of an extent for these values of its symbols, which may be symbolic themselves.
+    """Evaluate an extent.
+
+    Args:
+        extent: an integer or an expression.
+        known: the values of the symbols: integers or `torch.SymInt`.
 
     Raises:
-        ValueError: a symbol is not known, or the text has an operation that no extent has.
+        ValueError: the expression has an unknown symbol or an unsupported operation.
     """
     if isinstance(extent, int):
         return extent
@@ -57,8 +65,8 @@ def _value(node: ast.AST, known: Mapping[str, Any], text: str) -> Any:
         case ast.Call(func=ast.Name(id=name), args=[first, *rest], keywords=[]) if (
             name in _FUNCTIONS and rest
         ):
-            found = _value(first, known, text)
+            value = _value(first, known, text)
             for other in rest:
-                found = _FUNCTIONS[name](found, _value(other, known, text))
-            return found
+                value = _FUNCTIONS[name](value, _value(other, known, text))
+            return value
     raise ValueError(f"{ast.unparse(node)} in the extent {text} is not known")

@@ -1,44 +1,28 @@
-"""``front.json``: what the front of a stream model must know (`inplace.server.generate_proxy`)."""
+"""``front.json``: the file of a generate proxy (`inplace.server.generate_proxy`)."""
 
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from inplace.schema.records import Frozen, read
+from inplace.schema.records import RecordFile
 
 FILE_NAME = "front.json"
 
 
-VERSION: Literal[1] = 1
-
-
 SUFFIX = "_generate"
-"""The front of a model ``name`` is the model ``name_generate``."""
+"""The generate proxy of the model ``name`` is the model ``name_generate``."""
 
 
-class ProxyFile(Frozen):
-    """A front.
+class ProxyFile(RecordFile):
+    """The contents of ``front.json``.
 
     Attributes:
-        manifest_version: of this format.
-        model: the stream model.
-        most: requests that are passed on at the same time; more wait.
+        model: the stream model that requests are passed on to.
+        max_requests: requests that run or wait at the same time; more are refused. ``most`` in
+            the file.
     """
 
-    manifest_version: Literal[1] = VERSION
+    file_name: ClassVar[str] = FILE_NAME
+    manifest_version: Literal[1] = 1
     model: str
-    most: int = Field(ge=1)
-
-    def save(self, folder: Path) -> None:
-        """Write ``front.json`` into ``folder``."""
-        (folder / FILE_NAME).write_text(self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read ``front.json`` from ``folder``.
-
-        Raises:
-            LoadError: it is missing, damaged, or of another version.
-        """
-        return read(cls, folder / FILE_NAME, VERSION)
+    max_requests: int = Field(ge=1, validation_alias="most", serialization_alias="most")

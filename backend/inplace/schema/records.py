@@ -1,16 +1,19 @@
-"""What the manifest's records have in common: they never change, and a damaged file is refused in one line."""
+"""The base of the records that an engine directory holds as JSON files."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inplace.errors import LoadError
 
 
-class Frozen(BaseModel):
-    """Base of all records: immutable, and a field nobody knows is an error."""
+class Record(BaseModel):
+    """A part of a manifest: immutable, and an unknown field is an error.
+
+    A field whose name in the file differs from its name in Python has an alias.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -22,68 +25,97 @@ class Frozen(BaseModel):
     )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, which copies cached properties too; of another record they may be wrong."""
+        """Copy a record, without its cached properties: pydantic copies them, and they may change.
+
+        Args:
+            update: fields with other values, which are not validated.
+            deep: whether to copy nested records too.
+        """
         copied = super().model_copy(update=update, deep=deep)
         for name in set(copied.__dict__) - set(type(self).model_fields):
             del copied.__dict__[name]
         return copied
 
 
-Record = TypeVar("Record", bound=Frozen)
-
-
 class _Version(BaseModel):
     manifest_version: int
 
 
-def read(record: type[Record], path: Path, version: int) -> Record:
-    """Read a record from a JSON file of the given ``manifest_version``.
+class RecordFile(Record):
+    """A record that is a file of its own.
 
-    Raises:
-        LoadError: the file is missing, no such record, or of another version.
+    Attributes:
+        file_name: the file's name in an engine directory.
+        manifest_version: the version of the file's format, in each subclass a `Literal` with a
+            default; another version is refused.
     """
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise LoadError(f"{path} does not exist: {_what(path.parent)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    try:
-        found = _Version.model_validate_json(text).manifest_version
-    except ValidationError as error:
-        raise LoadError(
-            f"{path} is no manifest ({_first(error)}); build the engine again"
-        ) from error
-    if found != version:
-        raise LoadError(
-            f"{path} has manifest version {found}, this runtime reads version {version}: "
-            f"build the engine again with this version of inplace, or serve it with the one that built it"
-        )
-    try:
-        return record.model_validate_json(text, by_alias=True, by_name=False)
-    except ValidationError as error:
-        raise LoadError(f"{path} is damaged ({_first(error)}); build the engine again") from error
+
+    file_name: ClassVar[str]
+    manifest_version: int
+
+    def save(self, folder: Path) -> None:
+        """Write the file into ``folder``."""
+        (folder / self.file_name).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the file from ``folder``.
+
+        Raises:
+            LoadError: the file is missing or damaged, or has another version.
+        """
+        path = folder / cls.file_name
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            raise LoadError(f"{path} does not exist: {_describe(folder)}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise LoadError(f"{path} cannot be read: {error}") from error
+        try:
+            version = _Version.model_validate_json(text).manifest_version
+        except ValidationError as error:
+            raise LoadError(
+                f"{path} is not a manifest ({_first_error(error)}); build the engine again"
+            ) from error
+        supported = cls.model_fields["manifest_version"].default
+        if version != supported:
+            raise LoadError(
+                f"{path} has manifest version {version}, this runtime reads version {supported}: "
+                "build the engine again with this version of inplace, "
+                "or serve it with the one that built it"
+            )
+        try:
+            return cls.model_validate_json(text, by_alias=True, by_name=False)
+        except ValidationError as error:
+            raise LoadError(
+                f"{path} is damaged ({_first_error(error)}); build the engine again"
+            ) from error
 
 
-OTHERS = {
-    "engine.json": "is an engine for a server; load it with `inplace serve`, and look at it with `inplace inspect`",
+CONTENTS = {
+    "engine.json": "is an engine for a server; load it with `inplace serve`, "
+    "and look at it with `inplace inspect`",
     "direct.json": "is an engine that is called without a server; load it with `inplace.load`",
-    "front.json": "is the front of a stream model, which has no engine of its own; look at the model it is named after",
+    "front.json": "is the generate proxy of a stream model and has no engine of its own; "
+    "look at the model that it is named after",
 }
-"""What a folder is, by the record it holds."""
+"""What a folder is, by the file it holds."""
 
 
-def _what(folder: Path) -> str:
-    """What a folder is that does not hold the record that was looked for, and what to do with it."""
-    for held in (folder, folder / "1"):
-        for name, what in OTHERS.items():
-            if (held / name).is_file():
-                return f"{folder} {what}"
-    return f"{folder} is no engine directory; build one with `inplace build`, or from Python with `inplace_builder.build`"
+def _describe(folder: Path) -> str:
+    """What a folder without the expected file is, and what to do with it."""
+    for place in (folder, folder / "1"):
+        for name, description in CONTENTS.items():
+            if (place / name).is_file():
+                return f"{folder} {description}"
+    return (
+        f"{folder} is not an engine directory; build one with `inplace build`, "
+        "or from Python with `inplace_builder.build`"
+    )
 
 
-def _first(error: ValidationError) -> str:
-    """The first complaint of a validation, in one line."""
+def _first_error(error: ValidationError) -> str:
+    """The first error of a validation, in one line."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+    location = ".".join(str(part) for part in first["loc"])
+    return f"{location}: {first['msg']}" if location else first["msg"]

@@ -1,43 +1,44 @@
-"""The manifest (``engine.json``): everything the runtime needs to know of an engine, and nothing it could guess.
+"""The manifest of a served engine (``engine.json``): the contract between builder and runtime.
 
-It is the contract between builder and runtime. Tensor shapes leave out the batch: a state's ``shape`` is that of one slot,
-an input's that of one request.
+Shapes leave out the batch: a state's ``shape`` is that of one slot, an input's that of one
+request.
 """
 
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.dtypes import Dtype
-from inplace.schema.records import Frozen, read
+from inplace.schema.records import Record, RecordFile
 from inplace.schema.specs import CLIENT_ROLES, SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
-
-MANIFEST_VERSION: Literal[1] = 1
-
 
 FILE_NAME = "engine.json"
 
 
 AliasKind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
-"""How a state is updated in place: an ``inplace::`` operator of a PyTorch graph mutates the bound tensor (``operator``); a TensorRT
-plugin's aliased output (``plugin``); TensorRT's own cache layer (``kv_cache_update``); an operator or plugin of the user's own (``user``).
-``copy`` is not in place: the engine writes a second buffer and the runtime swaps the two."""
+"""The mechanism that updates a state.
+
+- ``operator``: an ``inplace::`` operator of a PyTorch graph mutates the bound tensor.
+- ``plugin``: a TensorRT plugin with an aliased output.
+- ``kv_cache_update``: TensorRT's own cache layer.
+- ``user``: an operator or plugin of the user's own.
+- ``copy``: not in place; the engine writes a second buffer and the runtime swaps the two.
+"""
 
 
 ROW_IS_SLOT_KINDS = frozenset({"kv_cache_update", "copy"})
 """Kinds that update slot r from row r: row r of a step must be slot r."""
 
 
-class Alias(Frozen):
-    """The record that an output is an input's own memory.
+class Alias(Record):
+    """An output that shares its memory with an input.
 
     Attributes:
         output: the output's name.
-        input: the state it is bound to.
+        input: the name of the state.
         kind: the mechanism.
     """
 
@@ -50,14 +51,14 @@ class Alias(Frozen):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of ``str``; ValueError where the text is no such record."""
+        """The inverse of ``str``; ValueError if the text is not an alias."""
         parts = text.split("@")
         if len(parts) != 3:
             raise ValueError(f"alias {text!r} is not output@input@kind")
         return cls.model_validate(dict(zip(("output", "input", "kind"), parts, strict=True)))
 
 
-class Lowering(Frozen):
+class Lowering(Record):
     """How one state's update was lowered, and why.
 
     Attributes:
@@ -73,19 +74,19 @@ class Lowering(Frozen):
     refused: tuple[str, ...] = ()
 
 
-class Program(Frozen):
+class Program(Record):
     """One callable of an engine.
 
     Attributes:
         name: for example ``step``.
-        row_layout: ``packed``, rows of different token counts lie behind one another on one axis; ``rectangular``, every
-            row has one entry of each input.
-        inputs: in the order of the graph's placeholders, states excluded.
-        outputs: in the order the graph returns them.
-        aliases: one a state that the program writes.
-        max_rows: most rows of one step.
-        chunk: most tokens of one row in one step (1 for ``rectangular``).
-        max_tokens: most tokens of all rows of a step together; None is ``max_rows * chunk``.
+        row_layout: ``packed``: rows with different numbers of tokens are packed on one axis.
+            ``rectangular``: every row has one entry of each input.
+        inputs: in the order of the graph's placeholders, without the states.
+        outputs: in the graph's order.
+        aliases: one for each state that the program writes.
+        max_rows: maximum rows of a step.
+        chunk: maximum tokens of one row in a step; 1 for ``rectangular``.
+        max_tokens: maximum tokens of a step, over all rows; None is ``max_rows * chunk``.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Program(Frozen):
 
     @property
     def token_budget(self) -> int:
-        """Most tokens of one step."""
+        """Maximum tokens of a step."""
         return self.max_tokens if self.max_tokens is not None else self.max_rows * self.chunk
 
     @property
@@ -109,7 +110,7 @@ class Program(Frozen):
 
     @cached_property
     def client_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs a request carries; the runtime fills the others."""
+        """The inputs that a request carries; the runtime fills the others."""
         return tuple(spec for spec in self.inputs if spec.role in CLIENT_ROLES)
 
     @cached_property
@@ -148,36 +149,40 @@ class Program(Frozen):
         )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_tensors(self) -> Self:
         names = [spec.name for spec in (*self.inputs, *self.outputs)]
         if len(set(names)) != len(names):
             raise ValueError(f"program {self.name}: tensor names must differ, got {names}")
+        outputs = {output.name for output in self.outputs}
         for spec in (*self.inputs, *self.outputs):
             if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != (spec.role is Role.TOKENS):
                 raise ValueError(
-                    f"program {self.name}: -1 stands first in the shape of a tokens input and nowhere else, got {spec}"
+                    f"program {self.name}: the shape of a tokens input starts with -1, "
+                    f"and no other extent is -1; got {spec}"
                 )
-            if spec.argmax_of is not None and spec.argmax_of not in {
-                output.name for output in self.outputs
-            }:
+            if spec.argmax_of is not None and spec.argmax_of not in outputs:
                 raise ValueError(
-                    f"program {self.name}: output {spec.name} is the argmax of {spec.argmax_of!r}, which is no output"
+                    f"program {self.name}: output {spec.name} is the argmax of "
+                    f"{spec.argmax_of!r}, which is not an output"
                 )
-            if spec.sampled_from is not None and spec.sampled_from not in {
-                output.name for output in self.outputs
-            }:
+            if spec.sampled_from is not None and spec.sampled_from not in outputs:
                 raise ValueError(
-                    f"program {self.name}: output {spec.name} is sampled from {spec.sampled_from!r}, which is no output"
+                    f"program {self.name}: output {spec.name} is sampled from "
+                    f"{spec.sampled_from!r}, which is not an output"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
         roles = [spec.role for spec in self.inputs]
         for role in set(Role) - CLIENT_ROLES:
             if roles.count(role) > 1:
                 raise ValueError(f"program {self.name}: more than one input has the role {role}")
-        if 0 < len(set(SAMPLING_ROLES) & set(roles)) < len(SAMPLING_ROLES) or (
-            self.vocab_size > 0
-        ) != (Role.TEMPERATURE in roles):
+        sampling_roles = set(SAMPLING_ROLES) & set(roles)
+        if sampling_roles != (set(SAMPLING_ROLES) if self.vocab_size else set()):
             raise ValueError(
-                f"program {self.name}: an output that is sampled needs inputs of the roles {[str(r) for r in SAMPLING_ROLES]}"
+                f"program {self.name}: an output that is sampled needs inputs of the roles "
+                f"{[str(role) for role in SAMPLING_ROLES]}"
             )
         if self.row_layout == "rectangular" and (Role.TOKENS in roles or self.chunk != 1):
             raise ValueError(
@@ -185,7 +190,8 @@ class Program(Frozen):
             )
         if self.max_tokens is not None and self.max_tokens < self.max_rows:
             raise ValueError(
-                f"program {self.name}: {self.max_tokens} tokens a step are too few for {self.max_rows} rows"
+                f"program {self.name}: {self.max_tokens} tokens a step are too few for "
+                f"{self.max_rows} rows"
             )
         if self.row_layout == "packed" and Role.TOKENS not in roles:
             raise ValueError(
@@ -194,24 +200,25 @@ class Program(Frozen):
         return self
 
 
-class Manifest(Frozen):
-    """The whole of ``engine.json``.
+class Manifest(RecordFile):
+    """The contents of ``engine.json``.
 
     Attributes:
-        manifest_version: version of this format; another one is refused.
         name: the model's name.
-        slots: sequences the arena has room for.
-        capacity: positions a sequence may hold; None where nothing grows.
-        min_capacity: the least capacity that may be chosen when the engine is loaded, of at most ``capacity``; None where it is fixed.
+        slots: number of slots of the arena.
+        capacity: maximum positions of a sequence; None if no state grows.
+        min_capacity: the smallest capacity that may be chosen when the engine is loaded; None if
+            the capacity is fixed.
         states: every state, in arena order.
-        programs: what the engine can do.
+        programs: what the engine can run.
         lowering: how each state's update was lowered.
         engine: the compiled graph.
-        verified: ``executed``: the engine was run against the captured model before it was written; ``compiled_only``: it was
-            compiled where it could not be run.
+        verified: ``executed``: the engine was run against the captured model before it was
+            written. ``compiled_only``: it was compiled on a machine that cannot run it.
         built_with: versions and options of the build.
     """
 
+    file_name: ClassVar[str] = FILE_NAME
     manifest_version: Literal[1] = 1
     name: str
     slots: int = Field(ge=1)
@@ -232,18 +239,20 @@ class Manifest(Frozen):
                 f"state names must differ, got {[state.name for state in self.states]}"
             )
         if self.capacity is None and any(state.update is Update.APPEND for state in self.states):
-            raise ValueError("states that append have an end: the manifest must say the capacity")
+            raise ValueError("the manifest must have a capacity, because states append")
         if self.min_capacity is not None:
             if self.capacity is None or self.min_capacity > self.capacity:
                 raise ValueError(
-                    f"a capacity from {self.min_capacity} to {self.capacity} cannot be chosen"
+                    f"min_capacity {self.min_capacity} must be at most the capacity {self.capacity}"
                 )
-            if odd := [
+            if other := [
                 state.name
                 for state in self.states
                 if self._grows(state) and state.shape[state.axis or 0] != self.capacity
             ]:
-                raise ValueError(f"the capacity can be chosen, but states {odd} have another one")
+                raise ValueError(
+                    f"states {other} must be as long as the capacity, which is chosen at load"
+                )
         for program in self.programs:
             for alias in program.aliases:
                 if alias.input not in known:
@@ -257,31 +266,33 @@ class Manifest(Frozen):
         return self
 
     def _grows(self, state: StateSpec) -> bool:
-        """Whether a state is as long as the capacity that is chosen at load."""
+        """Whether the length of a state is the capacity that is chosen at load."""
         return self.min_capacity is not None and state.update is Update.APPEND
 
     def compiled_shape(self, state: StateSpec) -> tuple[int, ...]:
-        """The extents that the engine's graph has for a slot of a state; -1 is chosen at load."""
+        """The shape of a slot in the engine's graph; -1 is the capacity that is chosen at load."""
         return tuple(
             -1 if self._grows(state) and axis == state.axis else extent
             for axis, extent in enumerate(state.shape)
         )
 
     def at_capacity(self, capacity: int) -> Self:
-        """The same engine with states of this capacity.
+        """The manifest of the same engine with states of this capacity.
 
         Raises:
-            LoadError: the engine was not built for it.
+            LoadError: the engine was not built for this capacity.
         """
         if capacity == self.capacity:
             return self
         if self.min_capacity is None or self.capacity is None:
             raise LoadError(
-                f"the engine was built for a capacity of {self.capacity}, not {capacity}: build it with a range of capacities"
+                f"the engine was built for a capacity of {self.capacity}, not {capacity}: "
+                "build it with a range of capacities"
             )
         if not self.min_capacity <= capacity <= self.capacity:
             raise LoadError(
-                f"a capacity of {capacity} is outside the {self.min_capacity} to {self.capacity} the engine was built for"
+                f"the capacity {capacity} is outside the range that the engine was built for, "
+                f"{self.min_capacity} to {self.capacity}"
             )
         states = tuple(
             state.model_copy(
@@ -297,27 +308,14 @@ class Manifest(Frozen):
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of state one sequence holds."""
+        """Bytes of state of one sequence."""
         return sum(state.slot_bytes for state in self.states)
 
     def program(self, name: str) -> Program:
-        """The program of that name; LoadError if there is none."""
+        """The program of this name; LoadError if there is none."""
         for program in self.programs:
             if program.name == name:
                 return program
         raise LoadError(
             f"the engine has no program {name!r}, only {[p.name for p in self.programs]}"
         )
-
-    def save(self, folder: Path) -> None:
-        """Write ``engine.json`` into ``folder``."""
-        (folder / FILE_NAME).write_text(self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read ``engine.json`` from an engine directory.
-
-        Raises:
-            LoadError: it is missing, not a manifest, or of another version.
-        """
-        return read(cls, folder / FILE_NAME, MANIFEST_VERSION)

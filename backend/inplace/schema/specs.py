@@ -1,4 +1,7 @@
-"""What the tensors of a program are: states, and what a step takes and returns. Shapes leave out the batch."""
+"""The tensors of a program: its states, and the inputs and outputs of a step.
+
+Shapes leave out the batch.
+"""
 
 from enum import StrEnum
 from math import prod
@@ -7,65 +10,71 @@ from typing import Self
 from pydantic import model_validator
 
 from inplace.schema.dtypes import Dtype
-from inplace.schema.records import Frozen
+from inplace.schema.records import Record
 
 
 class Update(StrEnum):
-    """How a step changes a state."""
+    """How a step updates a state."""
 
     APPEND = "append"
-    """Rows are written along one axis at the sequence's write index; what was written stays."""
+    """Writes rows along one axis at the sequence's write index, and keeps the earlier ones."""
     RING = "ring"
-    """The same, modulo the length of that axis: the newest rows replace the oldest."""
+    """Like ``append``, modulo the length of that axis: new rows overwrite the oldest."""
     REPLACE = "replace"
-    """The whole slot is rewritten in each step."""
+    """Rewrites the whole slot in each step."""
 
 
 class Role(StrEnum):
-    """What an input of a program carries, and therefore who fills it."""
+    """What an input of a program carries, which also says who fills it: client or runtime."""
 
     TOKENS = "tokens"
-    """From the client: a variable number of entries a request, packed along axis 0 over all rows of a step."""
+    """From the client: any number of entries a request, packed along axis 0 over the rows."""
     ROW = "row"
-    """From the client: one entry of a fixed shape a request."""
+    """From the client: one entry of fixed shape a request."""
     POSITIONS = "positions"
     """From the runtime, ``[tokens]``: each token's position in its sequence."""
     ROW_OFFSETS = "row_offsets"
-    """From the runtime, ``[rows + 1]``: row r owns tokens ``row_offsets[r]:row_offsets[r + 1]``."""
+    """From the runtime, ``[rows + 1]``: row r has tokens ``row_offsets[r]:row_offsets[r + 1]``."""
     LAST_TOKENS = "last_tokens"
-    """From the runtime, ``[rows]``: the index of each row's last token in the packed axis."""
+    """From the runtime, ``[rows]``: the index of each row's last token on the packed axis."""
     SLOTS = "slots"
     """From the runtime, ``[rows]``: the slot of each row; -1 is a null row."""
     WRITE_INDICES = "write_indices"
-    """From the runtime, ``[rows]``: the cached length of each row before the step, where its append starts."""
+    """From the runtime, ``[rows]``: cached length before the step, where the append starts."""
     NEXT_POSITIONS = "next_positions"
-    """From the runtime, ``[rows]``: the cached length of each row after the step, which is the position of the token it chooses."""
+    """From the runtime, ``[rows]``: cached length after the step, the sampled token's position."""
     TEMPERATURE = "temperature"
-    """From the runtime, ``[rows]``, like the next three what each request asks for, see `inplace.runtime.sampling`; 0 where it chooses no token."""
+    """From the runtime, ``[rows]``: a request's sampling parameter (`inplace.runtime.sampling`).
+
+    0 in a row that samples no token.
+    """
     TOP_K = "top_k"
+    """From the runtime, ``[rows]``: as ``temperature``."""
     TOP_P = "top_p"
+    """From the runtime, ``[rows]``: as ``temperature``."""
     SEED = "seed"
+    """From the runtime, ``[rows]``: as ``temperature``."""
 
 
 CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
 
 
 SAMPLING_ROLES = (Role.TEMPERATURE, Role.TOP_K, Role.TOP_P, Role.SEED, Role.NEXT_POSITIONS)
-"""What `inplace.operators.sample` takes beside scores, in its order."""
+"""The inputs of `inplace.operators.sample` besides the scores, in its order."""
 
 
-class StateSpec(Frozen):
+class StateSpec(Record):
     """One state tensor of a model.
 
     Attributes:
-        name: the state's name, also that of the graph's input it is bound to.
-        shape: extent of one slot, without the slot axis.
+        name: the state's name, and the name of the graph input that it is bound to.
+        shape: shape of one slot, without the slot axis.
         dtype: element type.
-        update: how a step changes it.
+        update: how a step updates it.
         axis: for ``append`` and ``ring``, the axis of ``shape`` that grows; None for ``replace``.
-        fill: the value a fresh slot holds.
-        reset: whether a slot must be refilled when a sequence starts. False only where the program provably never reads
-            what the sequence has not written itself.
+        fill: the value that a fresh slot holds.
+        reset: whether a slot is refilled when a sequence starts. False only if the program
+            provably never reads what the sequence has not written itself.
     """
 
     name: str
@@ -92,22 +101,26 @@ class StateSpec(Frozen):
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes one slot of this state takes."""
+        """Bytes of one slot of this state."""
         return prod(self.shape) * self.dtype.as_torch.itemsize
 
 
-class TensorSpec(Frozen):
+class TensorSpec(Record):
     """One input or output of a program.
 
     Attributes:
-        name: name of the graph's placeholder (inputs) and of the server's tensor (where a client sees it).
+        name: name of the graph's placeholder (inputs), and of the server's tensor if clients see
+            it.
         role: what it carries.
         dtype: element type.
-        shape: extent for one request; -1 (only first, only for ``tokens``) is the number of tokens.
-        minimum, maximum: inclusive limits of the values a client may send; None is no limit.
-        on_request: an output that is only sent when the request has a parameter of its name with the value true.
-        argmax_of: an integer output that is the index of the largest value of this other output.
-        sampled_from: an integer output that `inplace.operators.sample` chooses from the scores in this other output, as the request asks.
+        shape: shape for one request; -1, only first and only with the role ``tokens``, is the
+            number of tokens.
+        minimum, maximum: inclusive limits of the values that a client may send; None is no limit.
+        on_request: an output that is sent only if the request has a parameter of its name with
+            the value true.
+        argmax_of: the output whose largest value this integer output is the index of.
+        sampled_from: the output with the scores that `inplace.operators.sample` samples this
+            integer output from.
     """
 
     name: str

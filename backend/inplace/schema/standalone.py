@@ -1,62 +1,60 @@
-"""The manifest of an engine that is called directly (``direct.json``): its states, its aliases, and how it is called.
+"""The manifest of a standalone engine (``direct.json``).
 
-A server's engine takes requests, whose tensors have roles; this one takes what its module took. So it has a manifest of its own, and a
-directory is either the one or the other.
+A served engine takes requests whose tensors have roles. A standalone engine takes the arguments of
+its module, so it has a manifest of its own. A directory holds one of the two.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from inplace.schema.artifacts import EngineFile, File
 from inplace.schema.dtypes import Dtype
-from inplace.schema.records import Frozen, read
+from inplace.schema.records import Record, RecordFile
 from inplace.schema.served import Alias, Lowering
-
-DIRECT_VERSION: Literal[1] = 1
-
 
 FILE_NAME = "direct.json"
 
 
 SLOTS = "slots"
-"""The graph's input between the module's own and the states."""
+"""The graph input between the module's arguments and the states."""
 
 
-Selects = tuple[tuple[int, int], ...]
-"""Axis and index of each `Tensor.select` that makes a part of a tensor."""
+Selection = tuple[tuple[int, int], ...]
+"""The arguments (axis, index) of successive calls of `Tensor.select`, which make a view."""
 
 
-def part_of(tensor: Tensor, selects: Selects) -> Tensor:
-    """The part of a tensor: the same memory."""
-    for axis, index in selects:
+def select_view(tensor: Tensor, selection: Selection) -> Tensor:
+    """The selected view of a tensor."""
+    for axis, index in selection:
         tensor = tensor.select(axis, index)
     return tensor
 
 
-def indices(selects: Selects) -> str:
-    """A part as Python spells it: ``[2][0]``."""
-    return "".join(f"[{':, ' * axis}{index}]" for axis, index in selects)
+def format_selection(selection: Selection) -> str:
+    """A selection as Python code, for example ``[2][0]``."""
+    return "".join(f"[{':, ' * axis}{index}]" for axis, index in selection)
 
 
-def result_name(place: int) -> str:
-    """What a plan calls its ``place``-th result."""
-    return f"result_{place}"
+def result_name(index: int) -> str:
+    """The name of a result in a TensorRT plan."""
+    return f"result_{index}"
 
 
-class Argument(Frozen):
+class Argument(Record):
     """One leaf of the module's arguments.
 
     Attributes:
-        where: as the caller writes it: ``cache['keys']``.
+        where: the argument as the caller writes it, for example ``cache['keys']``.
         name: the graph's placeholder; empty for a constant, which the graph does not take.
-        kind: ``state``, the caller's memory, updated in place; ``tensor``; ``number``, a Python integer; ``constant``, which was the same
-            value at the build.
-        dtype, shape: of a tensor; an extent that is a text is dynamic, and equal texts are equal extents.
+        kind: ``state``: the caller's memory, updated in place. ``tensor``. ``number``: a Python
+            integer. ``constant``: must have the value that it had at the build.
+        dtype: of a tensor.
+        shape: of a tensor, or the one value of a number; a text is a dynamic extent
+            (`inplace.schema.extents`).
         value: of a constant.
     """
 
@@ -68,13 +66,16 @@ class Argument(Frozen):
     value: bool | int | float | str | None = None
 
 
-class Result(Frozen):
+class Result(Record):
     """One leaf of what the module returns.
 
     Attributes:
-        kind: ``tensor``; ``number``, a Python number that the graph computes; ``constant``, the same in every call.
-        dtype, shape: of a tensor; a text is an expression (`inplace.schema.extents`) in the symbols of the arguments' shapes, and one that
-            names another symbol depends on the values of tensors.
+        kind: ``tensor``. ``number``: a Python number that the graph computes. ``constant``: the
+            same in every call.
+        dtype: of a tensor.
+        shape: of a tensor, or the one value of a number; a text is an expression in the symbols of
+            the arguments' shapes (`inplace.schema.extents`). An expression with another symbol
+            depends on the values of tensors.
         value: of a constant.
     """
 
@@ -84,42 +85,46 @@ class Result(Frozen):
     value: bool | int | float | str | None = None
 
 
-class CallSignature(Frozen):
+class CallSignature(Record):
     """How an engine is called.
 
     Attributes:
-        version: of this record.
+        version: version of this record.
         arguments: the leaves of ``(args, kwargs)``.
-        ranges: smallest and largest value of each symbol in the arguments' shapes; None is no limit.
-        results: the leaves of what is returned.
-        inputs: PyTorch's serialized tree of ``(args, kwargs)``.
-        outputs: PyTorch's serialized tree of what is returned.
-        parameters: names of the module's parameters, as far as they were given.
-        positional: how many of them were given by position.
+        ranges: smallest and largest value of each symbol in the arguments' shapes; None is no
+            limit.
+        results: the leaves of the returned value.
+        in_spec: the pytree of ``(args, kwargs)``, serialized by PyTorch; ``inputs`` in the file.
+        out_spec: the pytree of the returned value, serialized; ``outputs`` in the file.
+        parameters: the names of the module's parameters that were passed at the build.
+        positional: how many of them were passed by position.
     """
 
     version: Literal[1] = 1
     arguments: tuple[Argument, ...]
     ranges: dict[str, tuple[int | None, int | None]]
     results: tuple[Result, ...]
-    inputs: str
-    outputs: str
+    in_spec: str = Field(validation_alias="inputs", serialization_alias="inputs")
+    out_spec: str = Field(validation_alias="outputs", serialization_alias="outputs")
     parameters: tuple[str, ...]
     positional: int
 
 
-class StandaloneState(Frozen):
-    """One state.
+class StandaloneState(Record):
+    """A state: a tensor that a call updates in place, or a view of one.
 
     Attributes:
         name: the graph's placeholder.
-        owner: ``caller``: an argument; ``module``: a buffer, held by the engine.
-        source: where the caller passes it, or the buffer's qualified name.
+        owner: ``caller``: an argument. ``module``: a buffer, which the engine owns.
+        source: the argument as the caller writes it, or the buffer's qualified name.
         dtype: element type.
-        shape: the extents of that tensor, as of `Argument`: a text is one that a call chooses.
-        selects: where the state is a part of it, several having one source: axis and index of each `Tensor.select` that makes the part.
-        written: the line of the module that writes it first, for errors: ``at "file", line 3, in forward (code)``.
-        leading: its first axis is the slot axis; else the graph takes ``unsqueeze(0)`` of it. All of these are the tensor's own memory.
+        shape: shape of the tensor; a text is a dynamic extent, as in `Argument`.
+        selection: the view of the tensor that is the state, if several states share one tensor;
+            ``selects`` in the file.
+        written_at: the line of the module that writes the state first, for errors:
+            ``at "file", line 3, in forward (code)``. ``written`` in the file.
+        has_slot_axis: whether the first axis is the slot axis; otherwise the graph takes
+            ``unsqueeze(0)`` of the state. ``leading`` in the file.
     """
 
     name: str
@@ -127,60 +132,63 @@ class StandaloneState(Frozen):
     source: str
     dtype: Dtype
     shape: tuple[int | str, ...]
-    selects: Selects = ()
-    written: str = ""
-    leading: bool
+    selection: Selection = Field(
+        default=(), validation_alias="selects", serialization_alias="selects"
+    )
+    written_at: str = Field(default="", validation_alias="written", serialization_alias="written")
+    has_slot_axis: bool = Field(validation_alias="leading", serialization_alias="leading")
 
     @property
-    def extents(self) -> tuple[int | str, ...]:
-        """The state's own."""
-        found = list(self.shape)
-        for axis, _ in self.selects:
-            del found[axis]
-        return tuple(found)
+    def view_shape(self) -> tuple[int | str, ...]:
+        """The shape of the state itself."""
+        extents = list(self.shape)
+        for axis, _ in self.selection:
+            del extents[axis]
+        return tuple(extents)
 
     @property
-    def title(self) -> str:
-        """How an error names it."""
-        name = f"{self.source}{indices(self.selects)}"
+    def label(self) -> str:
+        """What errors call the state."""
+        name = f"{self.source}{format_selection(self.selection)}"
         return f"argument {name}" if self.owner == "caller" else f"the engine's state {name}"
 
     @property
-    def line(self) -> str:
-        """What an error about the caller's tensor ends with."""
-        return f"; the module writes it {self.written}" if self.written else ""
+    def write_note(self) -> str:
+        """The end of an error about the caller's tensor: the line that writes it."""
+        return f"; the module writes it {self.written_at}" if self.written_at else ""
 
-    def takes(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the type and, but for those that a call chooses, the extents."""
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the element type and, apart from dynamic extents, the shape."""
         return (
             tensor.dtype == self.dtype.as_torch
             and tensor.dim() == len(self.shape)
             and all(
-                isinstance(wanted, str) or extent == wanted
-                for extent, wanted in zip(tensor.shape, self.shape, strict=True)
+                isinstance(expected, str) or extent == expected
+                for extent, expected in zip(tensor.shape, self.shape, strict=True)
             )
         )
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """The state in the tensor that it is, or is a part of: the same memory."""
-        return part_of(tensor, self.selects)
+    def view(self, tensor: Tensor) -> Tensor:
+        """The state's view of its tensor."""
+        return select_view(tensor, self.selection)
 
 
-class StandaloneManifest(Frozen):
-    """The whole of ``direct.json``.
+class StandaloneManifest(RecordFile):
+    """The contents of ``direct.json``.
 
     Attributes:
-        manifest_version: version of this format; another one is refused.
         states: in the order of the graph's placeholders.
-        aliases: ``output@input@kind``, one a state.
+        aliases: ``output@input@kind``, one for each state.
         lowering: how each state's update was lowered, and why.
         call: how the engine is called.
         rows: rows of a step; row r is slot r.
         engine: the compiled graph.
-        held: the values of the states that the module owns; None where it owns none.
-        built_with: versions, and what verification found.
+        owned: the file with the values of the states that the engine owns; None if it owns none.
+            ``held`` in the file.
+        built_with: versions, and the results of verification.
     """
 
+    file_name: ClassVar[str] = FILE_NAME
     manifest_version: Literal[1] = 1
     states: tuple[StandaloneState, ...]
     aliases: tuple[str, ...]
@@ -188,75 +196,67 @@ class StandaloneManifest(Frozen):
     call: CallSignature
     rows: int
     engine: EngineFile
-    held: File | None
+    owned: File | None = Field(validation_alias="held", serialization_alias="held")
     built_with: dict[str, str]
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_states(self) -> Self:
         names = [state.name for state in self.states]
         if sorted(alias.input for alias in self.parsed_aliases) != sorted(names):
             raise ValueError(
-                f"the aliases {list(self.aliases)} must be one for each of the states {names}"
+                f"each of the states {names} must have one alias, got {list(self.aliases)}"
             )
         passed = [argument.where for argument in self.call.arguments if argument.kind == "state"]
         if sorted(passed) != sorted(
             {state.source for state in self.states if state.owner == "caller"}
         ):
             raise ValueError(f"the arguments {passed} must be the states that the caller owns")
+        if (self.owned is None) == any(state.owner == "module" for state in self.states):
+            raise ValueError(
+                "a manifest must have a file of owned states if and only if the module owns states"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_selections(self) -> Self:
         for state in self.states:
             extents = list(state.shape)
-            for axis, index in state.selects:
+            for axis, index in state.selection:
                 if (
                     not 0 <= axis < len(extents)
                     or not isinstance(extent := extents.pop(axis), int)
                     or not 0 <= index < extent
                 ):
                     raise ValueError(
-                        f"state {state.name} is {state.selects} of a tensor {state.shape}, which has no such part"
+                        f"state {state.name}: the selection {state.selection} is outside "
+                        f"its tensor of shape {state.shape}"
                     )
-        if (self.held is None) == any(state.owner == "module" for state in self.states):
-            raise ValueError(
-                "states that the module owns have a file with their values, and nothing else has"
-            )
         return self
 
     @cached_property
-    def tensors(self) -> tuple[StandaloneState, ...]:
-        """The tensors that hold the states, each once: the first state of each."""
+    def bases(self) -> tuple[StandaloneState, ...]:
+        """The first state of each tensor: states may be views of one tensor."""
         first: dict[tuple[str, str], StandaloneState] = {}
         for state in self.states:
             first.setdefault((state.owner, state.source), state)
         return tuple(first.values())
 
-    def bound(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The states, each in the tensor that holds it; ``tensors`` as in `tensors`."""
-        held = {
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The states as views of their tensors, which are in the order of `bases`."""
+        by_source = {
             (state.owner, state.source): tensor
-            for state, tensor in zip(self.tensors, tensors, strict=True)
+            for state, tensor in zip(self.bases, tensors, strict=True)
         }
-        return [state.part(held[state.owner, state.source]) for state in self.states]
+        return [state.view(by_source[state.owner, state.source]) for state in self.states]
 
     @property
     def parsed_aliases(self) -> tuple[Alias, ...]:
-        """The aliases as records."""
+        """`aliases`, parsed."""
         return tuple(Alias.parse(text) for text in self.aliases)
 
     @property
     def graph_inputs(self) -> tuple[Argument, ...]:
-        """The arguments that the graph takes before ``slots`` and the states."""
+        """The arguments that the graph takes before ``slots`` and the states, in its order."""
         return tuple(
             argument for argument in self.call.arguments if argument.kind in ("tensor", "number")
         )
-
-    def save(self, folder: Path) -> None:
-        """Write ``direct.json`` into ``folder``."""
-        (folder / FILE_NAME).write_text(self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read ``direct.json``.
-
-        Raises:
-            LoadError: it is missing, not a manifest, or of another version.
-        """
-        return read(cls, folder / FILE_NAME, DIRECT_VERSION)

@@ -106,7 +106,7 @@ def _engine(args: dict[str, str]) -> Served:
         return _Steps(StepDriver(instance), metrics)
     return _Streams(
         StreamDriver(
-            instance, TokenizerConfig(tokenizer, settings.eos), settings.most_waiting, thread
+            instance, TokenizerConfig(tokenizer, settings.eos), settings.max_waiting, thread
         ),
         metrics,
     )

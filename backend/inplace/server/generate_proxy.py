@@ -65,13 +65,13 @@ class GenerateProxy:
     def __init__(self, args: dict[str, str]) -> None:
         file = ProxyFile.load(Path(args["model_repository"]) / args["model_version"])
         self._model = file.model
-        self._most = file.most
+        self._most = file.max_requests
         self._running: dict[int, _Relay] = {}
         self._kept = _Kept()
         self._turns = threading.BoundedSemaphore(UNANSWERED), threading.BoundedSemaphore(FETCHING)
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="inplace-front-end")
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(file.most, thread_name_prefix="inplace-front")
+        self._pool = ThreadPoolExecutor(file.max_requests, thread_name_prefix="inplace-front")
         self._watch = threading.Thread(target=self._look, name="inplace-front-cancel", daemon=True)
         self._watch.start()
         log.info(log_line("ready", front_of=self._model))
@@ -299,7 +299,9 @@ class _Relay:
             for response in self._kept.keep(list(request.exec(decoupled=True))):
                 if response.has_error():
                     log.debug(
-                        log_line("front", sequence=self.sequence, refused=response.error().message())
+                        log_line(
+                            "front", sequence=self.sequence, refused=response.error().message()
+                        )
                     )
         except Exception as error:  # the stream model is gone, and its sequences with it
             log.info(log_line("front", sequence=self.sequence, not_ended=str(error)))

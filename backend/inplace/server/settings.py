@@ -33,7 +33,7 @@ TRITON_IDLE_MICROSECONDS = 1_000_000
 """``max_sequence_idle_microseconds`` where config.pbtxt says nothing (Triton's model_config.proto)."""
 
 
-MOST_WAITING = 256
+MAX_WAITING = 256
 """Generations that may wait for a slot where config.pbtxt says nothing."""
 
 
@@ -65,7 +65,7 @@ class Settings:
     idle_timeout: float
     serve: Serve = "step"
     eos: frozenset[int] = frozenset()
-    most_waiting: int = MOST_WAITING
+    max_waiting: int = MAX_WAITING
     capacity: int | None = None
     log_level: int = logging.INFO
     notes: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Settings:
             idle,
             serve,
             frozenset(_whole(config, EOS)),
-            most_waiting=MOST_WAITING if waiting is None else waiting,
+            max_waiting=MAX_WAITING if waiting is None else waiting,
             capacity=capacity,
             log_level=LEVELS[level],
             notes=notes,

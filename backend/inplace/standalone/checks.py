@@ -21,7 +21,7 @@ class Checks:
         self._device = manifest.engine.device
         self._ranges = manifest.call.ranges
         self._lines = {
-            state.source: state.line for state in manifest.tensors if state.owner == "caller"
+            state.source: state.write_note for state in manifest.bases if state.owner == "caller"
         }
 
     def check(self, arguments: Sequence[Argument], given: Sequence[object]) -> dict[str, Any]:
@@ -155,11 +155,11 @@ def check_memory(
         alignment = ALIGNMENT[tensor.device.type]
         if tensor.data_ptr() % alignment:
             raise CallError(
-                f"{state.title} begins at {tensor.data_ptr():#x}, the engine takes states at multiples of {alignment} bytes: "
-                f"allocate it by itself instead of as a part of another tensor{state.line}"
+                f"{state.label} begins at {tensor.data_ptr():#x}, the engine takes states at multiples of {alignment} bytes: "
+                f"allocate it by itself instead of as a part of another tensor{state.write_note}"
             )
     named: list[tuple[str, Tensor, StandaloneState | None]] = [
-        (state.title, tensor, state) for state, tensor in states
+        (state.label, tensor, state) for state, tensor in states
     ]
     named += [(title, value, None) for title, value in others.items() if isinstance(value, Tensor)]
     spans = sorted(
@@ -171,7 +171,7 @@ def check_memory(
     before: StandaloneState | None = None  # the state that reaches farthest so far, to state_end
     for start, end, title, owner in spans:
         other = (
-            before.title
+            before.label
             if before is not None and start < state_end
             else last_title
             if owner is not None and start < last_end
@@ -181,7 +181,7 @@ def check_memory(
             written = owner or before
             assert written is not None
             raise CallError(
-                f"{other} and {title} share memory, and one of them is a state, which the call writes: pass a copy of one{written.line}"
+                f"{other} and {title} share memory, and one of them is a state, which the call writes: pass a copy of one{written.write_note}"
             )
         if end > last_end:
             last_end, last_title = end, title

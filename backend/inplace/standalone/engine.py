@@ -16,39 +16,39 @@ from torch.utils import _pytree as pytree
 from inplace.errors import CallError, LoadError
 from inplace.schema.artifacts import File
 from inplace.schema.extents import evaluate
-from inplace.schema.files import occupied, published
+from inplace.schema.publish import publish, replace_conflict
 from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest
 from inplace.standalone.checks import Checks, check_memory
 from inplace.standalone.execute import Runner, keep, open_runner
 
-HELD_FILE = "states.pt"
+STATES_FILE = "states.pt"
 
 
-def write_held(folder: Path, states: Mapping[str, Tensor]) -> File | None:
+def write_owned_states(folder: Path, states: Mapping[str, Tensor]) -> File | None:
     """Write the values of the states that an engine holds; None where it holds none."""
     if not states:
         return None
     torch.save(
-        {name: tensor.detach().clone() for name, tensor in states.items()}, folder / HELD_FILE
+        {name: tensor.detach().clone() for name, tensor in states.items()}, folder / STATES_FILE
     )
-    return File.of(folder / HELD_FILE)
+    return File.of(folder / STATES_FILE)
 
 
-def check_target(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """LoadError if ``target`` holds something that is not an engine to replace."""
-    if (reason := occupied(target, Path(FILE_NAME))) is not None:
+    if (reason := replace_conflict(target, Path(FILE_NAME))) is not None:
         raise LoadError(reason)
 
 
-def held_tensors(folder: Path, manifest: StandaloneManifest) -> dict[str, Tensor]:
+def load_owned_states(folder: Path, manifest: StandaloneManifest) -> dict[str, Tensor]:
     """The states that the module owned, with the values that were saved.
 
     Raises:
         LoadError: the file is missing, changed, or holds something else.
     """
-    if manifest.held is None:
+    if manifest.owned is None:
         return {}
-    path = manifest.held.checked(folder)
+    path = manifest.owned.verified(folder)
     found = torch.load(path, weights_only=True, map_location=manifest.engine.device)
     wanted = {
         state.source: (state.shape, state.dtype.as_torch)
@@ -84,12 +84,12 @@ class Engine(nn.Module):
     ) -> None:
         super().__init__()
         self.manifest = manifest
-        self.held = nn.Module()
+        self.owned = nn.Module()
         for source, tensor in held.items():
-            _register(self.held, source, tensor)
+            _register(self.owned, source, tensor)
         self._folder, self._runner, self._checks = folder, runner, Checks(manifest)
-        self._inputs = _tree(manifest.call.inputs, folder)
-        self._outputs = _tree(manifest.call.outputs, folder)
+        self._inputs = _tree(manifest.call.in_spec, folder)
+        self._outputs = _tree(manifest.call.out_spec, folder)
         if (self._inputs.num_leaves, self._outputs.num_leaves) != (
             len(manifest.call.arguments),
             len(manifest.call.results),
@@ -109,19 +109,19 @@ class Engine(nn.Module):
     @property
     def states(self) -> Mapping[str, Tensor]:
         """The states that it holds, by the buffer's name; they may be written (``.zero_()``), never replaced."""
-        owned = [state.source for state in self.manifest.tensors if state.owner == "module"]
-        return MappingProxyType({source: self.held.get_buffer(source) for source in owned})
+        owned = [state.source for state in self.manifest.bases if state.owner == "module"]
+        return MappingProxyType({source: self.owned.get_buffer(source) for source in owned})
 
     @classmethod
     def load(cls, folder: Path, *, cuda_graphs: bool = True) -> Self:
         """See `inplace.load`."""
         manifest = StandaloneManifest.load(folder)
-        path = manifest.engine.checked(folder)
+        path = manifest.engine.verified(folder)
         return cls(
             folder,
             manifest,
             open_runner(path, manifest, str(path), cuda_graphs=cuda_graphs),
-            held_tensors(folder, manifest),
+            load_owned_states(folder, manifest),
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,11 +139,11 @@ class Engine(nn.Module):
         }
         inputs = [given[argument.where] for argument in self.manifest.graph_inputs]
         tensors = [
-            given[state.source] if state.owner == "caller" else self.held.get_buffer(state.source)
-            for state in self.manifest.tensors
+            given[state.source] if state.owner == "caller" else self.owned.get_buffer(state.source)
+            for state in self.manifest.bases
         ]
-        for state, tensor in zip(self.manifest.tensors, tensors, strict=True):
-            if state.owner == "module" and not state.takes(tensor):
+        for state, tensor in zip(self.manifest.bases, tensors, strict=True):
+            if state.owner == "module" and not state.matches(tensor):
                 raise CallError(
                     f"the engine's state {state.source} has become {list(tensor.shape)} {tensor.dtype}, the engine was built for "
                     f"{list(state.shape)} {state.dtype}: an engine cannot be converted (half(), to()); build it from the converted module"
@@ -151,7 +151,7 @@ class Engine(nn.Module):
         if torch.compiler.is_compiling():  # torch.export too
             found = self._operator(inputs, tensors, known)
         else:
-            states = self.manifest.bound(tensors)
+            states = self.manifest.views(tensors)
             named = list(zip(self.manifest.states, states, strict=True))
             check_memory(
                 named,
@@ -201,11 +201,13 @@ class Engine(nn.Module):
             OSError: it cannot be written; what stood there stands.
         """
         target = Path(path)
-        check_target(target)
-        source = self.manifest.engine.checked(self._folder)
-        with published(target) as folder:
+        check_replaceable(target)
+        source = self.manifest.engine.verified(self._folder)
+        with publish(target) as folder:
             shutil.copyfile(source, folder / source.name)
-            self.manifest.model_copy(update={"held": write_held(folder, self.states)}).save(folder)
+            self.manifest.model_copy(
+                update={"owned": write_owned_states(folder, self.states)}
+            ).save(folder)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call, in the order of the manifest, whichever way each argument was passed."""

@@ -114,8 +114,8 @@ def _execute(
         next(whole) if argument.kind == "number" else next(tensors)
         for argument in record.graph_inputs
     ]
-    for state, tensor in zip(record.tensors, states, strict=True):
-        if not state.takes(tensor) or tensor.device.type != record.engine.device:
+    for state, tensor in zip(record.bases, states, strict=True):
+        if not state.matches(tensor) or tensor.device.type != record.engine.device:
             raise RuntimeError(
                 f"state {state.source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, the engine has {state}"
             )
@@ -123,7 +123,7 @@ def _execute(
             raise RuntimeError(
                 f"state {state.source} has strides {tensor.stride()}; it must be contiguous"
             )
-    parts = record.bound(states)
+    parts = record.views(states)
     check_memory(
         list(zip(record.states, parts, strict=True)),
         {

@@ -257,7 +257,7 @@ class TensorRtPlan:
 
 def _fixed(state: StandaloneState) -> tuple[int, ...]:
     """A state's extents: the builder makes no plan of one whose extents vary."""
-    return tuple(int(extent) for extent in state.extents)
+    return tuple(int(extent) for extent in state.view_shape)
 
 
 def _bindable(tensor: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class TorchGraph:
             IndexError: a position, whose value only the graph knows, is outside its state. States written before it stay written.
         """
         bound = (
-            tensor if state.leading else tensor.unsqueeze(0)
+            tensor if state.has_slot_axis else tensor.unsqueeze(0)
             for state, tensor in zip(self._states, states, strict=True)
         )
         with torch.no_grad():
@@ -105,8 +105,8 @@ def _check_states(
     }
     for state in manifest.states:
         value = values[state.name]
-        slot = state.extents[1:] if state.leading else state.extents
-        if (described(value)[1][1:], value.dtype) != (slot, state.dtype.as_torch):
+        slot = state.view_shape[1:] if state.has_slot_axis else state.view_shape
+        if (dtype_and_shape(value)[1][1:], value.dtype) != (slot, state.dtype.as_torch):
             raise LoadError(
                 f"{title} has state {state.name} as {value}, the manifest says {state}; build the engine again"
             )
@@ -122,25 +122,25 @@ def _check_call(
     for argument in manifest.graph_inputs:
         value = values[argument.name]
         dtype = argument.dtype.as_torch if argument.dtype is not None else None
-        if isinstance(value, Tensor) != (argument.kind == "tensor") or described(value) != (
+        if isinstance(value, Tensor) != (argument.kind == "tensor") or dtype_and_shape(value) != (
             dtype,
             argument.shape,
         ):
             raise LoadError(
                 f"{title} takes {argument.name} as {value}, the manifest says {argument}; build the engine again"
             )
-    found = ranges(exported, [argument.shape for argument in manifest.call.arguments])
+    found = symbol_ranges(exported, [argument.shape for argument in manifest.call.arguments])
     if manifest.call.ranges != found:
         raise LoadError(
             f"{title} has the ranges {found}, the manifest says {manifest.call.ranges}; build the engine again"
         )
-    if results(exported) != manifest.call.results:
+    if result_records(exported) != manifest.call.results:
         raise LoadError(
-            f"{title} returns {results(exported)}, the manifest says {manifest.call.results}; build the engine again"
+            f"{title} returns {result_records(exported)}, the manifest says {manifest.call.results}; build the engine again"
         )
 
 
-def described(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ...]]:
+def dtype_and_shape(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ...]]:
     """Type and extents of a graph's value, as the manifest has them."""
     numbers = value.shape if isinstance(value, Tensor) else (value,)
     return (value.dtype if isinstance(value, Tensor) else None), tuple(
@@ -148,7 +148,7 @@ def described(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ...]]:
     )
 
 
-def ranges(
+def symbol_ranges(
     exported: torch.export.ExportedProgram, shapes: Iterable[tuple[int | str, ...]]
 ) -> dict[str, tuple[int | None, int | None]]:
     """What each symbol in these shapes may be."""
@@ -173,7 +173,7 @@ def _limits(limits: Any) -> tuple[int | None, int | None]:
     return low, high
 
 
-def results(exported: torch.export.ExportedProgram) -> tuple[Result, ...]:
+def result_records(exported: torch.export.ExportedProgram) -> tuple[Result, ...]:
     """The leaves of what the graph returns.
 
     Raises:
@@ -185,7 +185,7 @@ def results(exported: torch.export.ExportedProgram) -> tuple[Result, ...]:
         if not isinstance(leaf, torch.fx.Node):
             found.append(Result(kind="constant", value=leaf))
             continue
-        dtype, shape = described(leaf.meta["val"])
+        dtype, shape = dtype_and_shape(leaf.meta["val"])
         if dtype is None:
             found.append(Result(kind="number", shape=shape))
         else:

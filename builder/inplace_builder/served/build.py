@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inplace.drivers.text import TOKENIZER_FILE, TOKENIZER_FOLDER
-from inplace.schema.files import StrandedError, occupied, published
+from inplace.schema.publish import RestoreError, publish, replace_conflict
 from inplace.schema.served import FILE_NAME, Manifest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -210,7 +210,7 @@ def _write(capture: Capture, folder: Path, options: BuildOptions) -> WrittenEngi
 
 def check_output(output: Path, options: BuildOptions) -> None:
     """BuildError if ``output`` holds something that is not an engine directory, or its front's place something that is no front."""
-    if (reason := occupied(output, Path(VERSION, FILE_NAME))) is not None:
+    if (reason := replace_conflict(output, Path(VERSION, FILE_NAME))) is not None:
         raise BuildError(reason)
     if options.serve == "stream" and (reason := proxy_occupied(output)) is not None:
         raise BuildError(reason)
@@ -218,10 +218,10 @@ def check_output(output: Path, options: BuildOptions) -> None:
 
 @contextlib.contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """`published`, with its errors as BuildErrors and those of the block as they are."""
+    """`publish`, with its errors as BuildErrors and those of the block as they are."""
     with contextlib.ExitStack() as stack:
         with _disk_errors(output):
-            draft = stack.enter_context(published(output))
+            draft = stack.enter_context(publish(output))
         yield draft
         with _disk_errors(output):
             stack.close()
@@ -232,7 +232,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
     """A failed write as a BuildError."""
     try:
         yield
-    except StrandedError as error:
+    except RestoreError as error:
         raise BuildError(str(error)) from error
     except OSError as error:
         raise BuildError(

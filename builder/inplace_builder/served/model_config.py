@@ -8,7 +8,7 @@ from inplace.protocol import FINISH_REASON, STOP, TEXT, TEXT_OUTPUT, TOKENS
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Role, TensorSpec
-from inplace.server.settings import EOS, IDLE_TIMEOUT, MOST_WAITING, QUEUE, SERVE
+from inplace.server.settings import EOS, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
 from tritonclient.grpc import model_config_pb2 as pb
 
 from inplace_builder.errors import BuildError
@@ -183,7 +183,7 @@ def model_config(
     if language is not None:
         inputs += _texts(language, ragged=True)
         outputs += _generated(language)
-        parameters |= {QUEUE: str(MOST_WAITING)} | (
+        parameters |= {QUEUE: str(MAX_WAITING)} | (
             {EOS: ",".join(map(str, language.eos))} if language.eos else {}
         )
     names = [tensor.name for tensor in (*inputs, *outputs)]

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from inplace.errors import LoadError
-from inplace.schema.files import occupied
 from inplace.schema.proxy import FILE_NAME, SUFFIX, ProxyFile
+from inplace.schema.publish import replace_conflict
 from inplace.schema.served import Manifest
-from inplace.server.settings import MOST_WAITING
+from inplace.server.settings import MAX_WAITING
 
 from inplace_builder.served.model_config import TextSettings, proxy_config
 
@@ -23,7 +23,7 @@ def proxy_of(model: Path) -> Path:
 
 def proxy_occupied(model: Path) -> str | None:
     """Why the front of a model cannot be written; None where it can."""
-    reason = occupied(proxy_of(model), Path(MODEL_VERSION, FILE_NAME))
+    reason = replace_conflict(proxy_of(model), Path(MODEL_VERSION, FILE_NAME))
     return reason and f"{reason}; a stream model's front is written there"
 
 
@@ -34,7 +34,9 @@ def write_proxy(draft: Path, manifest: Manifest, language: TextSettings) -> None
         OSError: it cannot be written.
     """
     (draft / MODEL_VERSION).mkdir()
-    ProxyFile(model=manifest.name, most=manifest.slots + MOST_WAITING).save(draft / MODEL_VERSION)
+    ProxyFile(model=manifest.name, max_requests=manifest.slots + MAX_WAITING).save(
+        draft / MODEL_VERSION
+    )
     (draft / "config.pbtxt").write_text(proxy_config(manifest.name + SUFFIX, language).text())
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from inplace.errors import LoadError
-from inplace.schema.files import published
+from inplace.schema.publish import publish
 from inplace.schema.served import AliasKind
 from inplace.standalone import Engine
-from inplace.standalone.engine import check_target
+from inplace.standalone.engine import check_replaceable
 from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
@@ -65,7 +65,7 @@ def build(
     """
     target = Path(path)
     try:
-        check_target(target)
+        check_replaceable(target)
     except LoadError as error:
         raise BuildError(str(error)) from error
     if engine == "torch" and alias is not None:
@@ -98,7 +98,7 @@ def build(
         )
     )
     try:
-        with published(target) as folder:
+        with publish(target) as folder:
             manifest = write_standalone(folder, capture, call, plan)
             notes = verify_standalone(_loaded(folder), reference, arguments, assume_consecutive)
             manifest.model_copy(update={"built_with": manifest.built_with | notes}).save(folder)

@@ -11,7 +11,7 @@ from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
 from inplace.schema.standalone import Argument, CallSignature
 from inplace.standalone.checks import ALIGNMENT
-from inplace.standalone.torch_graph import described, ranges, results
+from inplace.standalone.torch_graph import dtype_and_shape, result_records, symbol_ranges
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
@@ -63,7 +63,9 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
         value = leaf if state else placeholders[spec.arg.name].meta["val"]
         if isinstance(leaf, Tensor):
             kind: Literal["state", "tensor"] = "state" if state else "tensor"
-            extents = described(value)[1] if state is None else _extents(leaf, state, placeholders)
+            extents = (
+                dtype_and_shape(value)[1] if state is None else _extents(leaf, state, placeholders)
+            )
             arguments.append(
                 Argument(
                     where=title,
@@ -75,7 +77,9 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
             )
         elif isinstance(value, torch.SymInt):
             arguments.append(
-                Argument(where=title, name=spec.arg.name, kind="number", shape=described(value)[1])
+                Argument(
+                    where=title, name=spec.arg.name, kind="number", shape=dtype_and_shape(value)[1]
+                )
             )
         else:
             raise BuildError(
@@ -89,17 +93,17 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
             f"(torch.export.register_dataclass), or pass and return dicts and tuples"
         ) from error
     try:
-        returned = results(capture.exported)
+        returned = result_records(capture.exported)
     except (LoadError, ValueError) as error:
         raise BuildError(
             f"an output cannot be returned by an engine: {brief(error)}; return tensors, numbers and constants"
         ) from error
     return CallSignature(
         arguments=tuple(arguments),
-        ranges=ranges(capture.exported, [argument.shape for argument in arguments]),
+        ranges=symbol_ranges(capture.exported, [argument.shape for argument in arguments]),
         results=returned,
-        inputs=trees[0],
-        outputs=trees[1],
+        in_spec=trees[0],
+        out_spec=trees[1],
         parameters=parameters,
         positional=len(args),
     )
@@ -111,7 +115,7 @@ def _extents(
     """The extents of a tensor that is a state or is divided into some."""
     found: list[int | str] = list(tensor.shape)
     if state.tensor.dynamic_axes:  # then it is not divided
-        in_slots = described(placeholders[state.name].meta["val"])[1]
+        in_slots = dtype_and_shape(placeholders[state.name].meta["val"])[1]
         for axis in state.tensor.dynamic_axes:
             found[axis] = in_slots[axis + (not state.has_slot_axis)]
     return tuple(found)

@@ -160,7 +160,7 @@ def serialize(
 
 def _bound(state: StandaloneState, initial: Tensor) -> tuple[int | str, ...]:
     """Extents as they are bound: with a slot in front where the tensor has none."""
-    return (*initial.shape[: initial.dim() - len(state.extents)], *state.extents)
+    return (*initial.shape[: initial.dim() - len(state.view_shape)], *state.view_shape)
 
 
 def _archive(exported: ExportedProgram) -> bytes:

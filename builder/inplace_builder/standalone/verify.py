@@ -169,7 +169,7 @@ class _Changes:
             (
                 extent
                 for state in manifest.states
-                for extent in state.extents
+                for extent in state.view_shape
                 if isinstance(extent, int) and extent > 1
             ),
             default=1,

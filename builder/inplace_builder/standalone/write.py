@@ -7,7 +7,7 @@ from inplace.schema.artifacts import EngineFile, File
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Lowering
 from inplace.schema.standalone import CallSignature, StandaloneManifest, StandaloneState
-from inplace.standalone.engine import write_held
+from inplace.standalone.engine import write_owned_states
 
 from inplace_builder import archive
 from inplace_builder.capture.exported import ExportedCapture
@@ -53,7 +53,7 @@ def write_standalone(
         call=call,
         rows=capture.rows,
         engine=engine,
-        held=write_held(folder, held_states(capture)),
+        owned=write_owned_states(folder, held_states(capture)),
         built_with=built_with() | ({} if plan is None else plan.notes),
     )
     manifest.save(folder)
@@ -95,9 +95,9 @@ def standalone_states(capture: ExportedCapture, call: CallSignature) -> tuple[St
             shape=passed[name].shape
             if name in passed
             else tuple(state.tensor.module_tensor.initial.shape),
-            selects=state.tensor.selects,
-            written=state.tensor.first_write.strip(),
-            leading=state.has_slot_axis,
+            selection=state.tensor.selects,
+            written_at=state.tensor.first_write.strip(),
+            has_slot_axis=state.has_slot_axis,
         )
         for state in capture.states
     )

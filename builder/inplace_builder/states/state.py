@@ -7,7 +7,7 @@ from enum import StrEnum
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import AliasKind
 from inplace.schema.specs import StateSpec, Update
-from inplace.schema.standalone import Selects, indices, part_of
+from inplace.schema.standalone import Selection, format_selection, select_view
 from torch import Tensor
 
 
@@ -44,7 +44,7 @@ class StateTensor:
     first_write: str = ""
     unmatched_view: str = ""
     whole: "StateTensor | None" = None
-    selects: Selects = ()
+    selects: Selection = ()
 
     @property
     def module_tensor(self) -> "StateTensor":
@@ -53,14 +53,14 @@ class StateTensor:
 
     def select_from(self, tensor: Tensor) -> Tensor:
         """Its part of the module's tensor: the same memory."""
-        return part_of(tensor, self.selects)
+        return select_view(tensor, self.selects)
 
     def select(self, axis: int, index: int, name: str) -> "StateTensor":
         """What lies at an index of it."""
         return replace(
             self,
             name=name,
-            source=f"{self.source}{indices(((axis, index),))}",
+            source=f"{self.source}{format_selection(((axis, index),))}",
             initial=self.initial.select(axis, index),
             whole=self.module_tensor,
             selects=(*self.selects, (axis, index)),

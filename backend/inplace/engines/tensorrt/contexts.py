@@ -88,7 +88,7 @@ class Contexts:
             RuntimeError: no profile holds the size, or TensorRT or a plugin failed.
         """
         index = next(
-            (i for i, profile in enumerate(self._plan.profiles) if profile.holds(rows, tokens)),
+            (i for i, profile in enumerate(self._plan.profiles) if profile.covers(rows, tokens)),
             None,
         )
         if index is None:

@@ -49,7 +49,7 @@ class TensorRtEngine:
             raise LoadError(
                 f"{folder}: the manifest says nothing of the TensorRT plan it names; build the model again"
             )
-        path = manifest.engine.checked(folder)
+        path = manifest.engine.verified(folder)
         self._arena, self._addresses = arena, list(arena.addresses().values())
         before = _Use.now()
         self._plan = opened = open_plan(str(path), path.read_bytes, plan)
@@ -171,4 +171,4 @@ def _weights(folder: Path, plan: Plan) -> dict[str, Tensor]:
         return {}
     from safetensors.torch import load_file
 
-    return load_file(plan.weights.checked(folder), device="cuda")
+    return load_file(plan.weights.verified(folder), device="cuda")

@@ -34,7 +34,7 @@ class TensorRT:
 
     @cached_property
     def version(self) -> tuple[int, ...]:
-        """For example ``(10, 6, 0)``. TensorRT for RTX has its own: 1.7 is the API of TensorRT 11."""
+        """For example ``(10, 6, 0)``. TensorRT for RTX 1.7 has the API of TensorRT 11."""
         return tuple(int(part) for part in re.findall(r"\d+", self.api.__version__))
 
     @property

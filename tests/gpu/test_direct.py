@@ -341,7 +341,7 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
     ]
     level, eager = torch.zeros(3, 4, device="cuda"), torch.zeros(3, 4)
     bound = {level.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())}
-    with plugins(load_tensorrt("tensorrt")).observed() as seen:
+    with plugins(load_tensorrt("tensorrt")).observe_aliases() as seen:
         engine(level, leaks(0).cuda())
     assert bound == seen, "the plugins were handed the states' own memory, each of them"
     module(eager, leaks(0))

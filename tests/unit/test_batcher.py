@@ -1,7 +1,6 @@
-"""How many tokens each row of a step brings, and the captured sizes that steps fit."""
+"""How many tokens of each row a step computes."""
 
 import pytest
-from inplace.engines.tensorrt.contexts import Size, decode_sizes, fitting, mixed_sizes
 from inplace.runtime.batcher import schedule_tokens
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
@@ -44,28 +43,3 @@ def test_the_budget_is_rows_times_chunk_unless_said() -> None:
     assert program(4, 8, 9).token_budget == 9
     with pytest.raises(ValidationError, match="too few for 4 rows"):
         program(4, 8, 3)
-
-
-@pytest.mark.parametrize(
-    ("max_rows", "chunk", "max_tokens"),
-    [(1, 1, None), (1, 512, None), (3, 8, 9), (8, 128, 512), (64, 1, None), (64, 512, 512)],
-)
-def test_every_step_fits_a_captured_size(max_rows: int, chunk: int, max_tokens: int | None) -> None:
-    made = program(max_rows, chunk, max_tokens)
-    sizes = decode_sizes(made) + mixed_sizes(made)
-    assert len(set(sizes)) == len(sizes)
-    for rows in range(1, max_rows + 1):
-        for tokens in range(rows, min(rows * chunk, made.token_budget) + 1):
-            size = fitting(sizes, rows, tokens)
-            assert size is not None, (rows, tokens)
-            assert size.decode == (rows == tokens)
-            assert size.rows >= rows
-            assert size.tokens >= tokens
-            if not size.decode:
-                assert size.rows > rows  # a null row owns the padding
-
-
-def test_a_step_beyond_the_largest_fits_nothing() -> None:
-    made = program(4, 8)
-    assert fitting(decode_sizes(made) + mixed_sizes(made), 5, 5) is None
-    assert fitting([Size(1, 1)], 1, 2) is None

@@ -1,4 +1,4 @@
-"""Engines: what runs a program over state that is bound in place."""
+"""Engines: each runs a program over states that are bound in place."""
 
 from inplace.engines.base import NO_OTHER_THREADS, Finish, StepEngine
 

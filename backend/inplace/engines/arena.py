@@ -16,9 +16,9 @@ class Arena:
     """All slots of all states, at addresses that never change.
 
     Args:
-        states: what to hold.
-        slots: sequences to have room for.
-        device: where.
+        states: the states of the model.
+        slots: how many sequences to have room for.
+        device: where to allocate.
 
     Raises:
         LoadError: the device has not enough free memory.
@@ -33,22 +33,18 @@ class Arena:
         tensors: dict[str, Tensor] = {}
         needed = slots * sum(spec.slot_bytes for spec in states)
         try:
-            if device.type == "cpu" and needed > (left := available()):
-                raise MemoryError(
-                    f"{left:,} are available"
-                )  # the kernel would grant it and kill the process when it is used
+            # Linux grants more memory than there is, and kills the process when it is used.
+            if device.type == "cpu" and needed > (left := available_memory()):
+                raise MemoryError(f"{left:,} are available")
             for spec in states:
                 tensor = torch.empty((slots, *spec.shape), dtype=spec.dtype.as_torch, device=device)
-                tensors[spec.name] = tensor.fill_(
-                    spec.fill
-                )  # also commits the pages: memory does not grow while serving
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch reports exhausted host memory as a RuntimeError
+                # Filling also commits the pages, so memory does not grow while serving.
+                tensors[spec.name] = tensor.fill_(spec.fill)
+        except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError for host memory
+            reason = str(error).partition("\n")[0]
             raise LoadError(
                 f"the arena of {slots} slots needs {needed:,} bytes of {device.type} memory, which "
-                f"could not be allocated ({str(error).partition(chr(10))[0]}): build with fewer slots or a smaller capacity"
+                f"could not be allocated ({reason}): build with fewer slots or a smaller capacity"
             ) from error
         self._tensors = tensors
         self.tensors: Mapping[str, Tensor] = MappingProxyType(tensors)
@@ -63,45 +59,45 @@ class Arena:
         return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
     def rebind(self, name: str, tensor: Tensor) -> None:
-        """Say that a state now lies in another tensor of its shape: only for engines that copy it (kind ``copy``)."""
+        """Replace a state's tensor by another of its shape: for engines with the kind ``copy``."""
         self._tensors[name] = tensor
 
     def reset(self, slot: int) -> None:
-        """Make a slot fresh for a new sequence: refill the states that need it (``StateSpec.reset``)."""
+        """Refill a slot for a new sequence, in the states that need it (``StateSpec.reset``)."""
         for spec in self.specs:
             if spec.reset:
                 self.tensors[spec.name][slot].fill_(spec.fill)
 
 
-def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes of host memory that this process could use now.
 
-    The least of what the kernel estimates for the machine (``MemAvailable``, proc(5)) and what the control groups that the process is in
-    leave it (version 2: ``memory.max`` less ``memory.current``, but for ``inactive_file``, the file cache that can be dropped): a container
-    is killed at its own limit, far below the machine's.
+    The smallest of the kernel's estimate for the machine (``MemAvailable``, proc(5)) and of what
+    each control group of the process has left: a container is killed at its own limit, far below
+    the machine's. A group (cgroup v2) has ``memory.max`` less ``memory.current``, plus
+    ``inactive_file``, file cache that the kernel can drop.
     """
-    found = [1 << 62]
+    limits = [1 << 62]
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
+            limits.append(int(line.split()[1]) * 1024)
     with contextlib.suppress(OSError):
         path = next(
             line[3:]
             for line in [*(proc / "self/cgroup").read_text().splitlines(), "0::/"]
             if line.startswith("0::")
         )
-        inside = groups / path.lstrip("/")
-        for group in (inside, *inside.parents):
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # the root has no such files, and "max" is no number
-                most, used = (
+        innermost = cgroups / path.lstrip("/")
+        for group in (innermost, *innermost.parents):
+            # The root group has no such files, and "max" is not a number.
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (
                     int((group / name).read_text()) for name in ("memory.max", "memory.current")
                 )
                 statistics = dict(
                     line.split() for line in (group / "memory.stat").read_text().splitlines()
                 )
-                found.append(most - used + int(statistics.get("inactive_file", 0)))
-            if group == groups:
+                limits.append(limit - used + int(statistics.get("inactive_file", 0)))
+            if group == cgroups:
                 break
-    return min(found)
+    return min(limits)

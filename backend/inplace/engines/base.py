@@ -1,4 +1,4 @@
-"""What every engine can do."""
+"""The protocol of engines: what runs one step of a program."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -7,31 +7,39 @@ from typing import Protocol
 from torch import Tensor
 
 NO_OTHER_THREADS: AbstractContextManager[object] = nullcontext()
-"""For steps beside which nobody else has anything to do."""
+"""Passed to a `Finish` where no other thread waits for the GIL."""
 
 
 Finish = Callable[[AbstractContextManager[object]], dict[str, Tensor]]
-"""Waits for a step that was launched; to be called once.
+"""Waits for a launched step. Called once.
 
-It is given what to enter while there is nothing to do in Python, or everything: where the device computes by itself, or the whole step. It
-returns the wanted outputs by name, ``[rows, ...]``, on the host, the caller's to keep. States are written in the arena, never returned.
+Its argument is entered while the engine waits for the device, or during the whole step where the
+CPU computes: the caller gives up its priority for the GIL in it. Returns the requested outputs by
+name, ``[rows, ...]``, on the host, in memory that the caller may keep. States are written in the
+arena and never returned.
 """
 
 
 class StepEngine(Protocol):
-    """A loaded program, bound to an arena."""
+    """A loaded program that is bound to an arena."""
 
     @property
     def overlaps(self) -> bool:
-        """Whether steps compute by themselves once they are launched, in the order they were launched in."""
+        """Whether launched steps run without the caller's thread, in the order of their launches.
+
+        Only then can the caller prepare the next step while one runs.
+        """
 
     def on_stream(self) -> AbstractContextManager[object]:
-        """For a thread that steps again and again: what it does to states inside is in order with its steps."""
+        """Make the engine's CUDA stream the thread's stream inside the block.
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
-        """Begin a step. The one before must have been waited for.
+        What the thread does to states inside is ordered with its steps. Does nothing on the CPU.
+        """
+
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
+        """Begin a step. The step before must have been waited for.
 
         Args:
-            inputs: the program's inputs by name, on the host, all of them.
-            wanted: names of the outputs that somebody will read; the others need not leave the device.
+            inputs: all inputs of the program by name, on the host.
+            requested: names of the outputs to return; the others may stay on the device.
         """

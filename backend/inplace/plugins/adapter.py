@@ -40,7 +40,7 @@ class Plugins:
     Attributes:
         errors: what the last launches raised, oldest first.
         failures: how many launches have raised. TensorRT 10.6 takes a step for done of which a Python plugin failed.
-        seen: while `observed`, the address of each aliased input that a launch was handed.
+        seen: while `observe_aliases`, the address of each aliased input that a launch was handed.
     """
 
     def __init__(self, tensorrt: TensorRT) -> None:
@@ -69,7 +69,7 @@ class Plugins:
         return plugin
 
     @contextlib.contextmanager
-    def observed(self) -> Iterator[set[int]]:
+    def observe_aliases(self) -> Iterator[set[int]]:
         """Collect the addresses of aliased inputs that launches see inside the block; a moved output raises in the launch."""
         self.seen = set()
         try:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inplace.engines.tensorrt.contexts import Contexts
-from inplace.engines.tensorrt.plan import check_native_aliases, open_plan
+from inplace.engines.tensorrt.plan import ExecutionContexts, check_native_aliases, open_plan
 from inplace.errors import LoadError
 from inplace.schema.extents import evaluate
 from inplace.schema.standalone import Argument, StandaloneManifest, StandaloneState, result_name
@@ -64,10 +63,7 @@ class TensorRtPlan:
         self._opened = open_plan(title, lambda: content, manifest.engine.plan)
         self._names = self._check_names()
         check_native_aliases(title, self._opened.engine, manifest.parsed_aliases)
-        opened = self._opened
-        self._contexts = Contexts(
-            opened.tensorrt, opened.engine, manifest.engine.plan, {}, opened.log, opened.plugins
-        )
+        self._contexts = ExecutionContexts(self._opened, manifest.engine.plan, {})
         aliases = {alias.input: alias for alias in manifest.parsed_aliases}
         self._outputs = {alias.input: alias.output for alias in aliases.values()}
         self._second = {
@@ -165,7 +161,7 @@ class TensorRtPlan:
             addresses[self._outputs[state.name]] = self._second.get(state.name, tensor).data_ptr()
         tensors = {name: tensor for name, tensor in tensors.items() if name in self._names}
         rows = self._manifest.rows
-        self._contexts.run(rows, rows, tensors, addresses)
+        self._contexts.enqueue(rows, rows, tensors, addresses)
         for state, tensor in zip(self._manifest.states, states, strict=True):
             if state.name in self._second:
                 tensor.copy_(self._second[state.name])
@@ -219,7 +215,10 @@ class TensorRtPlan:
         }
         try:
             torch.cuda.synchronize()
-            with torch.cuda.stream(self._contexts.stream), self._contexts.observed() as seen:
+            with (
+                torch.cuda.stream(self._contexts.stream),
+                self._contexts.observe_aliases() as aliased,
+            ):
                 self._launched(inputs, states)
             self._contexts.stream.synchronize()
         except RuntimeError as error:
@@ -231,7 +230,7 @@ class TensorRtPlan:
             tensor.data_ptr(): state.name
             for state, tensor in zip(self._manifest.states, states, strict=True)
         }
-        handed = {at[address] for address in seen if address in at}
+        handed = {at[address] for address in aliased if address in at}
         if missing := sorted(
             name for name, kind in kinds.items() if kind == "plugin" and name not in handed
         ):

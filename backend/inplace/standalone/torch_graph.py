@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from inplace.engines.prepack import prepack_linears
+from inplace.engines.torch_engine import prepack_linears
 from inplace.errors import LoadError
 from inplace.operators import written_states
 from inplace.schema.dtypes import Dtype

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.engines.tensorrt.contexts import decode_sizes, mixed_sizes
+from inplace.engines.tensorrt.steps import decode_sizes, mixed_sizes
 from inplace.schema.artifacts import Profile
 from inplace.schema.served import Alias, AliasKind, Lowering, Program
 from inplace.schema.specs import Role, StateSpec, Update

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.engines.arena import Arena, available
+from inplace.engines.arena import Arena, available_memory
 from inplace.errors import LoadError
 from inplace.runtime.loading import load_engine
 from inplace.schema.dtypes import Dtype
@@ -188,7 +188,7 @@ def test_a_program_that_samples_what_it_does_not_return_is_damaged(model: Path) 
 def test_an_engine_for_a_gpu_is_refused_where_there_is_none(model: Path) -> None:
     edit(model, lambda fields: fields["engine"].update(device="cuda"))
     assert (
-        "was built for a GPU and this machine has none that PyTorch can use; build with --device cpu"
+        "was built for a GPU and PyTorch finds none on this machine; build with --device cpu"
         in refusal(model)
     )
 
@@ -234,9 +234,9 @@ def test_memory_is_what_the_machine_and_every_control_group_around_the_process_l
     for folder in (proc / "self", inner):
         folder.mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:    50 kB\n")
-    assert available(proc, groups) == 50 * 1024
+    assert available_memory(proc, groups) == 50 * 1024
     (proc / "self" / "cgroup").write_text("0::/pod/server\n")
-    assert available(proc, groups) == 50 * 1024  # no limit is known
+    assert available_memory(proc, groups) == 50 * 1024  # no limit is known
     for folder, most in ((inner, "max"), (inner.parent, "40000")):
         for name, text in (
             ("memory.max", most),
@@ -244,13 +244,13 @@ def test_memory_is_what_the_machine_and_every_control_group_around_the_process_l
             ("memory.stat", "anon 10\ninactive_file 6000"),
         ):
             (folder / name).write_text(text + "\n")
-    assert available(proc, groups) == 40000 - 30000 + 6000
+    assert available_memory(proc, groups) == 40000 - 30000 + 6000
     (proc / "self" / "cgroup").write_text(
         "0::/\n"
     )  # as a container sees itself: its own group is the root
     for name in ("memory.max", "memory.current", "memory.stat"):
         (inner.parent / name).rename(groups / name)
-    assert available(proc, groups) == 16000
+    assert available_memory(proc, groups) == 16000
 
 
 def test_an_arena_holds_its_fill_and_resets_only_what_asks_for_it_in_place() -> None:

@@ -1,148 +1,359 @@
-"""Steps of programs whose rows may be any slots: one CUDA graph for each captured size, valid for life.
+"""Steps of a TensorRT plan: padded to a captured size, replayed as a CUDA graph.
 
-Steps of programs in which row r must be slot r: TensorRT's own cache layer, and copied states.
-
-A decode step always has a row for every slot; the rows of slots that take no part are null rows. A row with several tokens runs alone,
-with its slot's part of every state bound as a state of one slot. A state of the kind ``copy`` has two buffers: a decode step reads one
-and writes the other, then they change places, so there is a captured graph for each order.
+`DynamicSlotSteps` runs programs whose rows may use any slots. `StaticSlotSteps` runs programs in
+which row r must be slot r: TensorRT's own cache layer, and copied states.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
-from inplace.engines.tensorrt.block import Block
-from inplace.engines.tensorrt.contexts import Contexts, Size, decode_sizes, fitting, mixed_sizes
+from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.errors import LoadError
 from inplace.schema.served import Program
-from inplace.schema.specs import Role
+from inplace.schema.specs import Role, TensorSpec
+
+DECODE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of captured decode steps; a step is padded to the next."""
+
+
+MIN_MIXED_TOKENS = 16
+"""Tokens of the smallest captured mixed step."""
+
+
+ALIGNMENT = 256
+"""Bytes; TensorRT requires every binding at a multiple."""
+
+
+PACKED_ROLES = (Role.TOKENS, Role.POSITIONS)
+"""Roles of inputs with an entry for each token."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The size of a step.
+
+    Attributes:
+        rows: how many rows it has.
+        tokens: tokens of all rows together: ``rows`` in a decode step, more in a mixed step.
+    """
+
+    rows: int
+    tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has exactly one token."""
+        return self.rows == self.tokens
+
+
+def step_size(program: Program, inputs: Mapping[str, Tensor]) -> StepSize:
+    """The size of the step that has these inputs."""
+    rows = next(len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.SLOTS)
+    tokens = next(
+        (len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.TOKENS), rows
+    )
+    return StepSize(rows, tokens)
+
+
+def decode_sizes(program: Program) -> list[StepSize]:
+    """The decode steps to capture, smallest first; the largest has every row."""
+    rows = [count for count in DECODE_ROWS if count < program.max_rows]
+    return [StepSize(count, count) for count in (*rows, program.max_rows)]
+
+
+def mixed_sizes(program: Program) -> list[StepSize]:
+    """The mixed steps to capture, smallest first.
+
+    Each has one row more than a step can have: a null row that owns the padding tokens.
+    """
+    if program.chunk == 1:
+        return []
+    rows, tokens = program.max_rows + 1, MIN_MIXED_TOKENS
+    while tokens <= rows:
+        tokens *= 2
+    counts = [tokens]
+    while counts[-1] < program.token_budget:
+        counts.append(min(2 * counts[-1], max(program.token_budget, rows + 1)))
+    return [StepSize(rows, count) for count in counts]
+
+
+def smallest_fit(sizes: list[StepSize], step: StepSize) -> StepSize | None:
+    """The first of these sizes that a step fits into; a decode step fits only a decode size."""
+    for size in sizes:
+        if (
+            size.is_decode == step.is_decode
+            and size.rows >= step.rows
+            and size.tokens >= step.tokens
+        ):
+            return size
+    return None
+
+
+class InputBuffers:
+    """The inputs of one captured size.
+
+    All lie in one pinned buffer on the host and one buffer on the device, so a step uploads them
+    with one copy.
+
+    Args:
+        program: the program whose inputs they are.
+        size: the captured size.
+        device: where the device buffer is.
+
+    Attributes:
+        tensors: the device tensors by name; their addresses never change.
+    """
+
+    def __init__(self, program: Program, size: StepSize, device: torch.device) -> None:
+        self._program, self._size = program, size
+        offsets, end = [], 0
+        for spec in program.inputs:
+            offsets.append(end)
+            count = torch.Size(self._shape(spec)).numel() * spec.dtype.as_torch.itemsize
+            end += -(-max(count, 1) // ALIGNMENT) * ALIGNMENT
+        self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(end, dtype=torch.uint8, device=device)
+        self._host = self._views(self._pinned, offsets)
+        # NumPy views of the pinned buffer: NumPy keeps the GIL while it copies a few numbers, so
+        # a step need not wait for it once for each input.
+        self._arrays = _numpy_views(self._host)
+        self._filled: Mapping[str, Tensor] = {}
+        self.tensors: Mapping[str, Tensor] = self._views(self._device, offsets)
+        self.fill({})
+
+    def _shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        match spec.role:
+            case Role.TOKENS:
+                return (self._size.tokens, *spec.shape[1:])
+            case Role.POSITIONS:
+                return (self._size.tokens,)
+            case Role.ROW_OFFSETS:
+                return (self._size.rows + 1,)
+            case _:
+                return (self._size.rows, *spec.shape)
+
+    def _views(self, memory: Tensor, offsets: list[int]) -> dict[str, Tensor]:
+        views = {}
+        for spec, offset in zip(self._program.inputs, offsets, strict=True):
+            shape, dtype = self._shape(spec), spec.dtype.as_torch
+            count = torch.Size(shape).numel() * dtype.itemsize
+            views[spec.name] = memory[offset : offset + count].view(dtype).view(shape)
+        return views
+
+    def fill(self, inputs: Mapping[str, Tensor]) -> None:
+        """Write a step's inputs into the pinned buffer and pad them with null rows.
+
+        Inputs that are not given are padding throughout. A tensor that the step before had too is
+        not written again: callers never change a tensor that they have passed.
+        """
+        previous, self._filled = self._filled, {}
+        for spec in self._program.inputs:
+            target, source = self._arrays.get(spec.name), inputs.get(spec.name)
+            if source is not None and source is previous.get(spec.name):
+                continue
+            if target is None:
+                self._fill_bfloat16(spec, source)
+                continue
+            count = 0 if source is None else source.shape[0]
+            if source is not None:
+                target[:count] = source.numpy()
+            if count < len(target):
+                is_offsets = spec.role is Role.ROW_OFFSETS
+                last_offset = int(source[-1]) if is_offsets and source is not None else 0
+                target[count:] = self._padding(spec, last_offset)
+                if is_offsets:
+                    self._pad_offsets(target, count)
+        self._filled = inputs
+
+    def _fill_bfloat16(self, spec: TensorSpec, source: Tensor | None) -> None:
+        """Fill an input of a type that NumPy does not have."""
+        target, count = self._host[spec.name], 0 if source is None else source.shape[0]
+        if source is not None:
+            target[:count].copy_(source)
+        target[count:].fill_(self._padding(spec, 0))
+
+    def _padding(self, spec: TensorSpec, last_offset: int) -> int:
+        if spec.role is Role.SLOTS:
+            return -1
+        if spec.role is Role.ROW_OFFSETS:
+            return last_offset
+        if spec.role in (Role.TOKENS, Role.ROW):
+            return max(spec.minimum or 0, 0)
+        return 0
+
+    def _pad_offsets(self, offsets: NDArray[Any], count: int) -> None:
+        """Give each null row of a decode step one token, and the last of a mixed step the rest."""
+        if self._size.is_decode:
+            offsets[count:] = np.arange(count, len(offsets))
+        else:
+            offsets[-1] = self._size.tokens
+
+    def upload(self) -> None:
+        """Copy the pinned buffer to the device, on the current stream."""
+        self._device.copy_(self._pinned, non_blocking=True)
+
+
+def _numpy_views(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """NumPy arrays over the same memory, without tensors of a type that NumPy does not have."""
+    return {
+        name: tensor.numpy()
+        for name, tensor in tensors.items()
+        if tensor.dtype is not torch.bfloat16
+    }
+
+
+@contextlib.contextmanager
+def _first_step() -> Iterator[None]:
+    """Raise what goes wrong in the block as a LoadError, but for exhausted device memory."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LoadError(
+            f"the engine fails in its first step: {error}; build the model again"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
-class _Captured:
-    """A size that is ready to run."""
+class CapturedStep:
+    """A size that is ready to run.
 
-    size: Size
-    block: Block
+    Attributes:
+        size: the size.
+        inputs: its inputs.
+        graph: its CUDA graph; None where steps are launched kernel by kernel.
+    """
+
+    size: StepSize
+    inputs: InputBuffers
     graph: torch.cuda.CUDAGraph | None
 
 
 class DynamicSlotSteps:
-    """Pads a step to a captured size and replays it.
+    """Pads a step to a captured size and replays its CUDA graph.
 
     Args:
-        program: what runs.
+        program: the program to run.
         arena: its states.
-        contexts: the plan's.
-        graphs: capture; False launches every step anew.
+        contexts: the execution contexts of its plan.
+        graphs: whether to capture; False launches every step kernel by kernel.
 
     Attributes:
-        memory: bytes of device memory: ``steps``.
-        moves_states: never; states stay where they were bound.
-        entered: see `Contexts.entered`.
+        memory: bytes of device memory by what they are for: ``steps``.
+        moves_states: False: states stay where they were bound.
+        on_stream: `ExecutionContexts.on_stream`.
+        overlaps: True, see `inplace.engines.base.StepEngine`.
     """
 
     moves_states, overlaps = False, True
 
-    def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
+    def __init__(
+        self, program: Program, arena: Arena, contexts: ExecutionContexts, *, graphs: bool
+    ) -> None:
         self._program, self._arena, self._contexts, self._graphs = program, arena, contexts, graphs
         self._sizes = decode_sizes(program) + mixed_sizes(program)
-        most = max(size.rows for size in self._sizes)
+        max_rows = max(size.rows for size in self._sizes)
         self._outputs = {
-            spec.name: torch.empty((most, *spec.shape), dtype=spec.dtype.as_torch, device="cuda")
+            spec.name: torch.empty(
+                (max_rows, *spec.shape), dtype=spec.dtype.as_torch, device="cuda"
+            )
             for spec in program.outputs
         }
-        self._always = [spec.name for spec in program.outputs if not spec.on_request]
+        self._downloaded = [spec.name for spec in program.outputs if not spec.on_request]
         self._host = {
             name: torch.empty(
                 self._outputs[name].shape, dtype=self._outputs[name].dtype, pin_memory=True
             )
-            for name in self._always
+            for name in self._downloaded
         }
-        # the same memory for numpy, see `Block`
-        self._arrays = {
-            name: tensor.numpy()
-            for name, tensor in self._host.items()
-            if tensor.dtype is not torch.bfloat16
-        }
-        self._captured: dict[Size, _Captured] = {}
-        self.entered = contexts.entered
+        self._arrays = _numpy_views(self._host)  # see `InputBuffers`
+        self._captured: dict[StepSize, CapturedStep] = {}
+        self.on_stream = contexts.on_stream
         self._aliases = {
             alias.output: arena.tensors[alias.input].data_ptr() for alias in program.aliases
         }
         self.memory: dict[str, int] = {}
 
-    def warm(self) -> None:
-        """Run every size once with null rows only, compare the aliases that plugins see, and capture.
+    def warm_up(self) -> None:
+        """Run every size once with null rows only, compare the aliases of plugins, and capture.
 
         Raises:
-            LoadError: the engine fails, or a state that the manifest says a plugin aliases is not what any plugin was handed.
+            LoadError: the engine fails, or no plugin got the memory of a state that the manifest
+                says a plugin aliases.
         """
         device = self._contexts.stream.device
-        try:
-            for size in reversed(
-                self._sizes
-            ):  # the largest first: whatever libraries allocate on first use fits the rest
-                block = Block(self._program, size, device)
-                with torch.cuda.stream(self._contexts.stream), self._contexts.observed() as seen:
-                    self._enqueue(size, block)
+        with _first_step():
+            # The largest size comes first: what libraries allocate for it is enough for the rest.
+            for size in reversed(self._sizes):
+                inputs = InputBuffers(self._program, size, device)
+                with (
+                    torch.cuda.stream(self._contexts.stream),
+                    self._contexts.observe_aliases() as addresses,
+                ):
+                    self._enqueue(size, inputs)
                 self._contexts.stream.synchronize()
-                self._check_aliases(seen)
+                self._check_aliases(addresses)
                 graph = (
-                    self._contexts.capture(lambda s=size, b=block: self._enqueue(s, b))
+                    self._contexts.capture(partial(self._enqueue, size, inputs))
                     if self._graphs
                     else None
                 )
-                self._captured[size] = _Captured(size, block, graph)
-        except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            raise LoadError(
-                f"the engine fails in its first step: {error}; build the model again"
-            ) from error
+                self._captured[size] = CapturedStep(size, inputs, graph)
         tensors = [
             *self._outputs.values(),
             *(
                 tensor
-                for found in self._captured.values()
-                for tensor in found.block.tensors.values()
+                for captured in self._captured.values()
+                for tensor in captured.inputs.tensors.values()
             ),
         ]
         self.memory = {"steps": sum(tensor.nbytes for tensor in tensors)}
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
-        """See `Engine.launch`."""
-        rows, tokens = step_size(self._program, inputs)
-        size = fitting(self._sizes, rows, tokens)
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
+        """Launch a step, see `inplace.engines.base.StepEngine.launch`.
+
+        Raises:
+            RuntimeError: no captured size fits, or TensorRT or a plugin failed.
+        """
+        step = step_size(self._program, inputs)
+        size = smallest_fit(self._sizes, step)
         if size is None:
             raise RuntimeError(
-                f"a step of {rows} rows and {tokens} tokens is larger than the engine was built for"
+                f"a step of {step.rows} rows and {step.tokens} tokens is larger than the engine "
+                "was built for"
             )
-        found = self._captured[size]
-        found.block.fill(inputs)
-        with self.entered():
-            if found.graph is not None:
-                found.graph.replay()
-            else:
-                self._enqueue(size, found.block)
-        return partial(self._finish, rows, wanted)
+        captured = self._captured[size]
+        captured.inputs.fill(inputs)
+        with self.on_stream():
+            self._replay(captured)
+        return partial(self._finish, step.rows, requested)
 
     def _finish(
-        self, rows: int, wanted: Collection[str], waiting: AbstractContextManager[object]
+        self, rows: int, requested: Collection[str], while_waiting: AbstractContextManager[object]
     ) -> dict[str, Tensor]:
-        with waiting:
+        with while_waiting:
             self._contexts.stream.synchronize()
-        late = {name: self._outputs[name][:rows].cpu() for name in wanted if name not in self._host}
-        return late | {name: self._kept(name, rows) for name in self._always if name in wanted}
+        on_request = {
+            name: self._outputs[name][:rows].cpu() for name in requested if name not in self._host
+        }
+        return on_request | {
+            name: self._host_copy(name, rows) for name in self._downloaded if name in requested
+        }
 
-    def _kept(self, name: str, rows: int) -> Tensor:
-        """A copy of what was downloaded."""
+    def _host_copy(self, name: str, rows: int) -> Tensor:
+        """A copy of a downloaded output, which the next step overwrites."""
         array = self._arrays.get(name)
         return (
             self._host[name][:rows].clone()
@@ -151,100 +362,97 @@ class DynamicSlotSteps:
         )
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
-        """Microseconds of one step, the mean of ``count`` back to back, uploads and downloads included: for benchmarks.
+        """Microseconds of one step, the mean of ``count`` back to back; for benchmarks.
 
-        The steps repeat: each appends where the one before did.
+        Uploads and downloads are included. The steps repeat: each appends where the one before did.
         """
-        size = fitting(self._sizes, *step_size(self._program, inputs))
+        size = smallest_fit(self._sizes, step_size(self._program, inputs))
         assert size is not None
-        found = self._captured[size]
-        found.block.fill(inputs)
-        return timed(
-            self._contexts.stream,
-            lambda: (
-                found.graph.replay()
-                if found.graph is not None
-                else self._enqueue(size, found.block)
-            ),
-            count,
-        )
+        captured = self._captured[size]
+        captured.inputs.fill(inputs)
+        return timed(self._contexts.stream, partial(self._replay, captured), count)
 
-    def _enqueue(self, size: Size, block: Block) -> None:
-        block.upload()
+    def _replay(self, captured: CapturedStep) -> None:
+        if captured.graph is not None:
+            captured.graph.replay()
+        else:
+            self._enqueue(captured.size, captured.inputs)
+
+    def _enqueue(self, size: StepSize, inputs: InputBuffers) -> None:
+        inputs.upload()
         outputs = {name: tensor[: size.rows] for name, tensor in self._outputs.items()}
-        self._contexts.run(
+        self._contexts.enqueue(
             size.rows,
             size.tokens,
-            {**block.tensors, **self._arena.tensors, **outputs},
+            {**inputs.tensors, **self._arena.tensors, **outputs},
             self._aliases,
         )
-        for name in self._always:
+        for name in self._downloaded:
             self._host[name][: size.rows].copy_(outputs[name], non_blocking=True)
 
-    def _check_aliases(self, seen: set[int]) -> None:
+    def _check_aliases(self, addresses: set[int]) -> None:
         declared = {
             self._arena.tensors[alias.input].data_ptr(): str(alias)
             for alias in self._program.aliases
             if alias.kind == "plugin"
         }
-        if missing := sorted(name for address, name in declared.items() if address not in seen):
+        if missing := sorted(alias for at, alias in declared.items() if at not in addresses):
             raise LoadError(
-                f"no plugin of the plan was handed the memory of {missing}, which the manifest declares; build the model again"
+                f"no plugin of the plan got the memory of {missing}, which the manifest declares; "
+                "build the model again"
             )
-        if extra := seen - declared.keys():
+        if extra := addresses - declared.keys():
             raise LoadError(
-                f"the plan updates {len(extra)} buffers in place that the manifest does not declare; build the model again"
+                f"the plan updates {len(extra)} buffers in place that the manifest does not "
+                "declare; build the model again"
             )
 
 
-def step_size(program: Program, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Rows and tokens of a step, from its inputs."""
-    from inplace.schema.specs import Role
-
-    rows = next(len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.SLOTS)
-    tokens = next(
-        (len(inputs[spec.name]) for spec in program.inputs if spec.role is Role.TOKENS), rows
-    )
-    return rows, tokens
-
-
-def timed(stream: torch.cuda.Stream, work: Callable[[], object], count: int) -> float:
-    """Microseconds of one call's work on the stream, the mean of ``count`` enqueued back to back."""
+def timed(stream: torch.cuda.Stream, enqueue: Callable[[], object], count: int) -> float:
+    """Microseconds that ``enqueue()`` takes on the stream, the mean of ``count`` back to back."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
-        work()
+        enqueue()
         begin.record()
         for _ in range(count):
-            work()
+            enqueue()
         end.record()
     end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
     return milliseconds / count * 1e3
 
 
-PACKED = (Role.TOKENS, Role.POSITIONS)
-
-
 class StaticSlotSteps:
     """Runs a step as one decode step over all slots, and one step for each row with more tokens.
 
+    A decode step has a row for every slot; slots that take no part are null rows. A row with
+    several tokens runs by itself, with its slot of every state bound as a state of one slot.
+
+    A state of the kind ``copy`` has two buffers. A decode step reads one and writes the other, then
+    they swap, so there is a captured graph for each order.
+
     Args:
-        program: what runs.
+        program: the program to run.
         arena: its states.
-        contexts: the plan's.
-        graphs: capture decode steps; False launches every step anew.
+        contexts: the execution contexts of its plan.
+        graphs: whether to capture decode steps; False launches every step kernel by kernel.
 
     Attributes:
-        memory: bytes of device memory: ``steps``, and ``copies``, the second buffers.
-        moves_states: whether states change places with their second buffer.
-        entered: see `Contexts.entered`.
+        memory: bytes of device memory by what they are for: ``steps``, and ``copies``, the second
+            buffers.
+        moves_states: whether states swap with their second buffers.
+        on_stream: `ExecutionContexts.on_stream`.
+        overlaps: False, see `inplace.engines.base.StepEngine`.
     """
 
     overlaps = False
 
-    def __init__(self, program: Program, arena: Arena, contexts: Contexts, *, graphs: bool) -> None:
+    def __init__(
+        self, program: Program, arena: Arena, contexts: ExecutionContexts, *, graphs: bool
+    ) -> None:
         self._program, self._arena, self._contexts, self._capture = program, arena, contexts, graphs
-        self._size = Size(arena.slots, arena.slots)
+        self._size = StepSize(arena.slots, arena.slots)
+        self._names = {spec.role: spec.name for spec in program.inputs}
         self._copied = {alias.input for alias in program.aliases if alias.kind == "copy"}
         first = dict(arena.tensors)
         second = {
@@ -252,93 +460,87 @@ class StaticSlotSteps:
             for name, tensor in first.items()
         }
         self._buffers = (first, second)
-        self._turn = 0
+        self._current = 0
         self.moves_states = bool(self._copied)
-        self.entered = contexts.entered
+        self.on_stream = contexts.on_stream
         self._outputs = {
             spec.name: torch.empty(
                 (arena.slots, *spec.shape), dtype=spec.dtype.as_torch, device="cuda"
             )
             for spec in program.outputs
         }
-        self._block = Block(program, self._size, contexts.stream.device)
+        self._inputs = InputBuffers(program, self._size, contexts.stream.device)
         self._graphs: list[torch.cuda.CUDAGraph | None] = []
         copies = sum(second[name].nbytes for name in self._copied)
         steps = sum(
-            tensor.nbytes for tensor in (*self._outputs.values(), *self._block.tensors.values())
+            tensor.nbytes for tensor in (*self._outputs.values(), *self._inputs.tensors.values())
         )
         self.memory = {"copies": copies, "steps": steps}
 
-    def warm(self) -> None:
+    def warm_up(self) -> None:
         """Run a decode step of null rows in each order of the buffers, and capture it.
 
         Raises:
             LoadError: the engine fails.
         """
-        try:
-            for turn in range(2 if self._copied else 1):
-                self._block.fill({})
+        with _first_step():
+            for current in range(2 if self._copied else 1):
+                self._inputs.fill({})
                 with torch.cuda.stream(self._contexts.stream):
-                    self._decode(turn)
+                    self._enqueue_decode(current)
                 self._contexts.stream.synchronize()
                 self._graphs.append(
-                    self._contexts.capture(lambda t=turn: self._decode(t))
+                    self._contexts.capture(partial(self._enqueue_decode, current))
                     if self._capture
                     else None
                 )
-        except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            raise LoadError(
-                f"the engine fails in its first step: {error}; build the model again"
-            ) from error
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
-        """See `Engine.launch`."""
-        return partial(self._step, inputs, wanted)
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
+        """Prepare a step, see `inplace.engines.base.StepEngine.launch`; it runs when finished."""
+        return partial(self._step, inputs, requested)
 
     def _step(
         self,
         inputs: Mapping[str, Tensor],
-        wanted: Collection[str],
-        waiting: AbstractContextManager[object],
+        requested: Collection[str],
+        while_waiting: AbstractContextManager[object],
     ) -> dict[str, Tensor]:
-        slots = self._of(inputs, Role.SLOTS)
-        bounds = (
-            self._of(inputs, Role.ROW_OFFSETS)
-            if self._has(Role.ROW_OFFSETS)
+        slots = self._values(inputs, Role.SLOTS)
+        offsets = (
+            self._values(inputs, Role.ROW_OFFSETS)
+            if Role.ROW_OFFSETS in self._names
             else list(range(len(slots) + 1))
         )
-        single = [row for row in range(len(slots)) if bounds[row + 1] - bounds[row] == 1]
-        found: dict[str, Tensor] = {
+        decoding = [row for row in range(len(slots)) if offsets[row + 1] - offsets[row] == 1]
+        results: dict[str, Tensor] = {
             spec.name: torch.empty((len(slots), *spec.shape), dtype=spec.dtype.as_torch)
             for spec in self._program.outputs
-            if spec.name in wanted
+            if spec.name in requested
         }
-        with waiting, self.entered():
-            for row in sorted(set(range(len(slots))) - set(single)):
-                outputs = self._alone(inputs, row, slots[row], bounds[row], bounds[row + 1])
-                for name, target in found.items():
-                    target[row] = outputs[name][0].cpu()
-            if single:
-                self._together(inputs, single, slots, bounds)
-                places = [slots[row] for row in single]
-                for name, target in found.items():
-                    target[single] = self._outputs[name].cpu()[places]
+        with while_waiting, self.on_stream():
+            for row in sorted(set(range(len(slots))) - set(decoding)):
+                outputs = self._prefill(inputs, row, slots[row], offsets[row], offsets[row + 1])
+                for name, result in results.items():
+                    result[row] = outputs[name][0].cpu()
+            if decoding:
+                self._decode(inputs, decoding, slots, offsets)
+                places = [slots[row] for row in decoding]
+                for name, result in results.items():
+                    result[decoding] = self._outputs[name].cpu()[places]
         self._contexts.stream.synchronize()
-        return found
+        return results
 
-    def _together(
-        self, inputs: Mapping[str, Tensor], rows: list[int], slots: list[int], bounds: list[int]
+    def _decode(
+        self, inputs: Mapping[str, Tensor], rows: list[int], slots: list[int], offsets: list[int]
     ) -> None:
-        """One decode step; row r of the step becomes row ``slots[r]``."""
+        """Run one decode step; row r of the request becomes row ``slots[r]`` of it."""
         places = torch.tensor([slots[row] for row in rows])
-        tokens = torch.tensor([bounds[row] for row in rows])
-        spread: dict[str, Tensor] = {}
+        tokens = torch.tensor([offsets[row] for row in rows])
+        scattered: dict[str, Tensor] = {}
         for spec in self._program.inputs:
             source = inputs[spec.name]
             if spec.role in (Role.ROW_OFFSETS, Role.LAST_TOKENS):
-                spread[spec.name] = torch.arange(
+                scattered[spec.name] = torch.arange(
                     self._size.rows + (spec.role is Role.ROW_OFFSETS), dtype=source.dtype
                 )
                 continue
@@ -347,47 +549,48 @@ class StaticSlotSteps:
                 -1 if spec.role is Role.SLOTS else 0,
                 dtype=source.dtype,
             )
-            target[places] = source[tokens] if spec.role in PACKED else source[rows]
-            spread[spec.name] = target
-        self._block.fill(spread)
+            target[places] = source[tokens] if spec.role in PACKED_ROLES else source[rows]
+            scattered[spec.name] = target
+        self._inputs.fill(scattered)
         self._replay()
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """As `DynamicSlotSteps.time`, for a step of one token a row."""
-        slots = self._of(inputs, Role.SLOTS)
-        self._together(inputs, list(range(len(slots))), slots, list(range(len(slots) + 1)))
+        slots = self._values(inputs, Role.SLOTS)
+        self._decode(inputs, list(range(len(slots))), slots, list(range(len(slots) + 1)))
         return timed(self._contexts.stream, self._replay, 2 * count)
 
     def _replay(self) -> None:
-        graph = self._graphs[self._turn]
+        graph = self._graphs[self._current]
         if graph is None:
-            self._decode(self._turn)
+            self._enqueue_decode(self._current)
         else:
             graph.replay()
         if self._copied:
-            self._turn = 1 - self._turn
+            self._current = 1 - self._current
             for name in self._copied:
-                self._arena.rebind(name, self._buffers[self._turn][name])
+                self._arena.rebind(name, self._buffers[self._current][name])
 
-    def _decode(self, turn: int) -> None:
-        self._block.upload()
-        now, then = self._buffers[turn], self._buffers[1 - turn if self._copied else turn]
-        aliases = {alias.output: then[alias.input].data_ptr() for alias in self._program.aliases}
-        self._contexts.run(
+    def _enqueue_decode(self, current: int) -> None:
+        self._inputs.upload()
+        read, written = self._read_and_written(current)
+        aliases = {alias.output: written[alias.input].data_ptr() for alias in self._program.aliases}
+        self._contexts.enqueue(
             self._size.rows,
             self._size.tokens,
-            {**self._block.tensors, **now, **self._outputs},
+            {**self._inputs.tensors, **read, **self._outputs},
             aliases,
         )
 
-    def _alone(
+    def _read_and_written(self, current: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The states that a step reads and writes; the same where nothing is copied."""
+        return self._buffers[current], self._buffers[1 - current if self._copied else current]
+
+    def _prefill(
         self, inputs: Mapping[str, Tensor], row: int, slot: int, start: int, end: int
     ) -> dict[str, Tensor]:
-        """A row of several tokens, its slot bound as a state of one slot."""
-        now, then = (
-            self._buffers[self._turn],
-            self._buffers[1 - self._turn if self._copied else self._turn],
-        )
+        """Run one row of several tokens, its slot bound as a state of one slot."""
+        read, written = self._read_and_written(self._current)
         tensors: dict[str, Tensor] = {}
         for spec in self._program.inputs:
             source = inputs[spec.name]
@@ -404,20 +607,16 @@ class StaticSlotSteps:
                     value = source[row : row + 1]
             tensors[spec.name] = value.to("cuda")
         outputs = {name: tensor[:1] for name, tensor in self._outputs.items()}
-        states = {name: tensor[slot : slot + 1] for name, tensor in now.items()}
+        states = {name: tensor[slot : slot + 1] for name, tensor in read.items()}
         aliases = {
-            alias.output: then[alias.input][slot].data_ptr() for alias in self._program.aliases
+            alias.output: written[alias.input][slot].data_ptr() for alias in self._program.aliases
         }
-        self._contexts.run(1, end - start, {**tensors, **states, **outputs}, aliases)
+        self._contexts.enqueue(1, end - start, {**tensors, **states, **outputs}, aliases)
         for name in self._copied:
-            now[name][slot].copy_(then[name][slot])
+            read[name][slot].copy_(written[name][slot])
         return outputs
 
-    def _has(self, role: Role) -> bool:
-        return any(spec.role is role for spec in self._program.inputs)
-
-    def _of(self, inputs: Mapping[str, Tensor], role: Role) -> list[int]:
-        found: list[int] = next(
-            inputs[spec.name] for spec in self._program.inputs if spec.role is role
-        ).tolist()
-        return found
+    def _values(self, inputs: Mapping[str, Tensor], role: Role) -> list[int]:
+        """The numbers in the input with this role."""
+        values: list[int] = inputs[self._names[role]].tolist()
+        return values

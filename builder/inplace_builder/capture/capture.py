@@ -155,7 +155,9 @@ def capture_module(
         results: tuple[Tensor, ...] = ()
         with torch.no_grad():
             for index, request in enumerate(requests):
-                found = module(*(_alone(spec, request, index) for spec in inputs), *memory)
+                found = module(
+                    *(_reference_input(spec, request, index) for spec in inputs), *memory
+                )
                 results = found if isinstance(found, tuple) else (found,)
         return {spec.name: result[0] for spec, result in zip(outputs, results, strict=True)}
 
@@ -170,7 +172,7 @@ def capture_module(
     )
 
 
-def _alone(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tensor:
+def _reference_input(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tensor:
     """The input of a sequence that is alone in slot 0, at its ``index``-th request."""
     match spec.role:
         case Role.ROW:

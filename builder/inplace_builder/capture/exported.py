@@ -21,7 +21,7 @@ from inplace_builder.graph.reexport import (
     size_oblivious,
     without_unused_attributes,
 )
-from inplace_builder.states.divide import divide
+from inplace_builder.states.divide import divide_states
 from inplace_builder.states.lift import (
     FunctionalGraph,
     drop_dead_assertions,
@@ -29,9 +29,9 @@ from inplace_builder.states.lift import (
     lift_mutated_buffers,
     normalise_assignments,
 )
-from inplace_builder.states.rewrite import SLOTS, rewrite
+from inplace_builder.states.rewrite import SLOTS, rewrite_updates
 from inplace_builder.states.state import CapturedState, common_rows
-from inplace_builder.states.user_operators import place_user_operators
+from inplace_builder.states.user_operators import apply_user_operators
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,12 @@ def capture_exported(
     normalise_assignments(found.graph_module.graph, found.num_outputs)
     found = replace(
         found,
-        states=divide(found.graph_module, original, found.states, found.num_outputs, alignment),
+        states=divide_states(
+            found.graph_module, original, found.states, found.num_outputs, alignment
+        ),
     )
     rows = 1
-    made = rewrite(
+    made = rewrite_updates(
         found.graph_module,
         found.states,
         found.num_outputs,
@@ -128,7 +130,7 @@ def capture_exported(
     )
     if made is None:
         rows = common_rows(found.states) or 1
-        made = rewrite(
+        made = rewrite_updates(
             found.graph_module,
             found.states,
             found.num_outputs,
@@ -136,7 +138,7 @@ def capture_exported(
             assume_consecutive=frozenset(assume_consecutive),
         )
     assert made is not None
-    made = place_user_operators(found.graph_module, made)
+    made = apply_user_operators(found.graph_module, made)
     if strict and (refused := [state for state in made if not state.is_matched]):
         raise BuildError(
             "; ".join(f"state {state.tensor.source} is {state.reason}" for state in refused)
@@ -170,8 +172,8 @@ def _export(found: FunctionalGraph, states: Sequence[CapturedState], rows: int) 
     """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
     tensors = [torch.cat([state.bound_initial()] * 2) for state in states]
-    arguments = (*_examples(found), torch.arange(rows, dtype=torch.int32), *tensors)
-    inputs, memory = _dynamic(found, [state.name for state in states])
+    arguments = (*_example_arguments(found), torch.arange(rows, dtype=torch.int32), *tensors)
+    inputs, memory = _dynamic_shapes(found, [state.name for state in states])
     shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
         with torch.no_grad(), size_oblivious():
@@ -188,7 +190,7 @@ def _export(found: FunctionalGraph, states: Sequence[CapturedState], rows: int) 
     return exported
 
 
-def _examples(found: FunctionalGraph) -> tuple[Any, ...]:
+def _example_arguments(found: FunctionalGraph) -> tuple[Any, ...]:
     """The example inputs, with two entries where an extent that varies is 1, which torch.export takes for a constant in some operators."""
     extents: dict[Any, list[tuple[int, int]]] = {}
     values = {
@@ -233,7 +235,7 @@ def _symbols(held: Any) -> set[Any]:
     }
 
 
-def _dynamic(
+def _dynamic_shapes(
     found: FunctionalGraph, states: Sequence[str]
 ) -> tuple[list[Any], list[dict[int, Any]]]:
     """The dynamic extents of the inputs, and of the states in slots, as torch.export found them the first time."""
@@ -247,11 +249,13 @@ def _dynamic(
         if isinstance(held, torch.SymInt):
             shapes.append(Dim.DYNAMIC)
             continue
-        shapes.append(_dims(held, found, named) or None)
-    return shapes, [_dims(placeholders[name].meta["val"], found, named) for name in states]
+        shapes.append(_dynamic_extents(held, found, named) or None)
+    return shapes, [
+        _dynamic_extents(placeholders[name].meta["val"], found, named) for name in states
+    ]
 
 
-def _dims(held: Tensor, found: FunctionalGraph, named: dict[Any, Any]) -> dict[int, Any]:
+def _dynamic_extents(held: Tensor, found: FunctionalGraph, named: dict[Any, Any]) -> dict[int, Any]:
     """The extents of a tensor that vary."""
     extents: list[Any] = list(held.shape)
     return {

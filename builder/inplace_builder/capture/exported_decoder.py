@@ -33,9 +33,9 @@ from inplace_builder.graph.reexport import (
     size_oblivious,
     without_unused_attributes,
 )
-from inplace_builder.packing.pack import pack, settle_views
+from inplace_builder.packing.pack import pack_rows, relax_views
 from inplace_builder.packing.prove import ProvenDecoder, prove_decoder
-from inplace_builder.states.divide import divide
+from inplace_builder.states.divide import divide_states
 from inplace_builder.states.lift import (
     FunctionalGraph,
     drop_dead_assertions,
@@ -43,7 +43,7 @@ from inplace_builder.states.lift import (
     normalise_assignments,
 )
 
-MOST_SEEN = 3
+MAX_CACHED_SEQUENCES = 3
 """Sequences of which a reference remembers the caches, beside the last."""
 
 
@@ -92,17 +92,19 @@ def capture_exported_decoder(
     normalise_assignments(graph, found.num_outputs)
     found = replace(
         found,
-        states=divide(found.graph_module, original, found.states, found.num_outputs, alignment=1),
+        states=divide_states(
+            found.graph_module, original, found.states, found.num_outputs, alignment=1
+        ),
     )
     decoder = prove_decoder(
         found.graph_module, found.states, found.num_outputs, frozenset(assume_consecutive)
     )
-    caches = _caches(decoder, options)
+    caches = _layer_caches(decoder, options)
     states = cache_states(caches, options)
     vocabulary, scores = decoder.vocabulary, int(shape(decoder.logits)[-1])
     reference = _reference(original, found, decoder)
     names = [TOKEN_IDS, *(role.value for role in CONTROL_ROLES)]
-    packed = pack(
+    packed = pack_rows(
         decoder, names, [state.name for state in states], [cache.ring(options) for cache in caches]
     )
     drop_dead_assertions(packed.graph)
@@ -110,7 +112,7 @@ def capture_exported_decoder(
     arguments = (*examples.inputs(), *examples.memory())
     shapes = ((*examples.input_shapes(), *examples.memory_shapes()),)
     try:
-        settle_views(packed, arguments)
+        relax_views(packed, arguments)
         with torch.no_grad(), size_oblivious():
             exported = torch.export.export(
                 InterpretedModule(without_unused_attributes(packed)),
@@ -135,7 +137,7 @@ def capture_exported_decoder(
     )
 
 
-def _caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[LayerCache]:
+def _layer_caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[LayerCache]:
     found = []
     for one in decoder.attentions:
         keys, values = shape(one.keys.base), shape(one.values.base)
@@ -200,7 +202,7 @@ def _reference(module: GraphModule, found: FunctionalGraph, decoder: ProvenDecod
             with torch.no_grad():
                 scores, *memory = module(*arguments, *memory)
         if not several:
-            seen[:] = [*seen[-MOST_SEEN:], (tokens.tolist(), memory)]
+            seen[:] = [*seen[-MAX_CACHED_SEQUENCES:], (tokens.tolist(), memory)]
         last = scores.reshape(-1, scores.shape[-1])[-1].float()
         return {"next_token": last.argmax(-1, keepdim=True), "logits": last}
 

@@ -19,12 +19,12 @@ from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.reexport import InterpretedModule, rename_inputs, size_oblivious
 from inplace_builder.packing.vmap_rules import (
-    WRITTEN_OUT,  # it also registers what vmap does with the operators on states
+    DECOMPOSITIONS,  # it also registers what vmap does with the operators on states
 )
 from inplace_builder.states.rewrite import SLOTS
 from inplace_builder.states.state import CapturedState
 
-PRIMES = (9973, 9967, 9949, 9941, 9931, 9929, 9923, 9907, 9901, 9887, 9883, 9871)
+EXAMPLE_PRIMES = (9973, 9967, 9949, 9941, 9931, 9929, 9923, 9907, 9901, 9887, 9883, 9871)
 """Numbers of example rows and slots: tracing takes equal extents for one, and a multiple of the first is a number of rows."""
 
 
@@ -73,7 +73,7 @@ def capture_exported_rows(
         raise BuildError(
             f"the module already steps {found.rows} rows, each at its own position; give one of a single sequence"
         )
-    states = tuple(_spec(state, options) for state in found.states)
+    states = tuple(_row_spec(state, options) for state in found.states)
     capacity = options.max_requests
     if capacity is None and any(state.update is Update.APPEND for state in found.states):
         ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
@@ -82,7 +82,7 @@ def capture_exported_rows(
                 "the module appends to its states: name the input that says where (positions), or how often it may (requests)"
             )
         capacity = min(ends)
-    rows = _Rows(found, options)
+    rows = _RowsModule(found, options)
     program = Program(
         name="step",
         row_layout="rectangular",
@@ -93,7 +93,7 @@ def capture_exported_rows(
         chunk=1,
     )
     count, slots = Dim("rows", min=1, max=max(2, options.max_rows)), Dim("slots", min=1)
-    example_rows, example_slots = _unlike(found.graph_module)
+    example_rows, example_slots = _unused_primes(found.graph_module)
     arguments = [
         torch.zeros((example_rows, *spec.shape), dtype=spec.dtype.as_torch)
         for spec in program.inputs
@@ -109,7 +109,7 @@ def capture_exported_rows(
             traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
                 *arguments, *memory
             )
-            _free_rows(traced, example_rows)
+            _make_rows_dynamic(traced, example_rows)
             examples = (*(x[:2] for x in arguments), *(x[:2] for x in memory))
             exported = torch.export.export(
                 InterpretedModule(traced), examples, dynamic_shapes=shapes
@@ -126,7 +126,7 @@ def capture_exported_rows(
     return Capture(exported, program, states, capacity, weights, lowering, rows.alone)
 
 
-def _unlike(module: GraphModule) -> tuple[int, int]:
+def _unused_primes(module: GraphModule) -> tuple[int, int]:
     """Two primes of which no number in the module's graph is a multiple.
 
     Raises:
@@ -147,16 +147,18 @@ def _unlike(module: GraphModule) -> tuple[int, int]:
             else set()
         )
     free = [
-        prime for prime in PRIMES if not any(number and number % prime == 0 for number in numbers)
+        prime
+        for prime in EXAMPLE_PRIMES
+        if not any(number and number % prime == 0 for number in numbers)
     ]
     if len(free) < 2:
         raise BuildError(
-            f"the module has multiples of all but {len(free)} of {list(PRIMES)}, by which rows and slots are told apart"
+            f"the module has multiples of all but {len(free)} of {list(EXAMPLE_PRIMES)}, by which rows and slots are told apart"
         )
     return free[0], free[1]
 
 
-def _free_rows(traced: GraphModule, rows: int) -> None:
+def _make_rows_dynamic(traced: GraphModule, rows: int) -> None:
     """Let the graph ask for the number of rows wherever a batching rule of torch's wrote down that of the example, ``rows``."""
     graph = traced.graph
     graph.eliminate_dead_code()  # questions about extents, which would fix them
@@ -182,7 +184,7 @@ def _free_rows(traced: GraphModule, rows: int) -> None:
     traced.recompile()
 
 
-def _spec(state: CapturedState, options: RowOptions) -> StateSpec:
+def _row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
     """What the manifest says of a state."""
     if state.tensor.dynamic_axes:
         raise BuildError(
@@ -200,15 +202,15 @@ def _spec(state: CapturedState, options: RowOptions) -> StateSpec:
     return spec
 
 
-class _Batched(Interpreter):
+class _DecomposingInterpreter(Interpreter):
     """Runs a graph under `torch.vmap`; operators without a batching rule are written out."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run one operator."""
-        return super().call_function(WRITTEN_OUT.get(target, target), args, kwargs)
+        return super().call_function(DECOMPOSITIONS.get(target, target), args, kwargs)
 
 
-class _Rows(torch.nn.Module):
+class _RowsModule(torch.nn.Module):
     """The module over rows: ``forward(*inputs [rows, …], slots [rows], *states [slots, …])``."""
 
     def __init__(self, found: ExportedCapture, options: RowOptions) -> None:
@@ -220,7 +222,7 @@ class _Rows(torch.nn.Module):
             for node in found.exported.graph.nodes
             if node.op == "placeholder"
         }
-        self.inputs = tuple(_input(name, values[name], options) for name in found.inputs)
+        self.inputs = tuple(_input_spec(name, values[name], options) for name in found.inputs)
         self.shapes = [tuple(values[name].shape) for name in found.inputs]
         returned = found.exported.graph.output_node().args[0]
         assert isinstance(returned, tuple | list)
@@ -234,7 +236,7 @@ class _Rows(torch.nn.Module):
                 f"the module returns {len(returned)} outputs, {len(names)} names were given: {list(names)}"
             )
         self.outputs = tuple(
-            _output(name, node.meta["val"]) for name, node in zip(names, returned, strict=True)
+            _output_spec(name, node.meta["val"]) for name, node in zip(names, returned, strict=True)
         )
         self.states = found.states
 
@@ -248,7 +250,7 @@ class _Rows(torch.nn.Module):
             shaped = [x.reshape(shape) for x, shape in zip(inputs, self.shapes, strict=True)]
             with torch.fx.traceback.preserve_node_meta():
                 results = torch.utils._pytree.tree_leaves(
-                    _Batched(self.body).run(*shaped, slot.reshape(1), *states)
+                    _DecomposingInterpreter(self.body).run(*shaped, slot.reshape(1), *states)
                 )
             return tuple(
                 x.reshape(spec.shape) for x, spec in zip(results, self.outputs, strict=True)
@@ -263,7 +265,7 @@ class _Rows(torch.nn.Module):
         results: list[Tensor] = []
         for index, request in enumerate(requests):
             inputs = [
-                _alone(spec, shape, request, index)
+                _reference_input(spec, shape, request, index)
                 for spec, shape in zip(self.inputs, self.shapes, strict=True)
             ]
             with torch.no_grad():
@@ -274,7 +276,7 @@ class _Rows(torch.nn.Module):
         }
 
 
-def _alone(
+def _reference_input(
     spec: TensorSpec, shape: tuple[int, ...], request: Mapping[str, Tensor], index: int
 ) -> Tensor:
     """The module's own input for a sequence's ``index``-th request."""
@@ -283,7 +285,7 @@ def _alone(
     return request[spec.name].reshape(shape)
 
 
-def _input(name: str, held: Any, options: RowOptions) -> TensorSpec:
+def _input_spec(name: str, held: Any, options: RowOptions) -> TensorSpec:
     if not isinstance(held, Tensor) or any(not isinstance(extent, int) for extent in held.shape):
         raise BuildError(
             f"input {name} is no tensor of fixed extents; a row of a step has one entry of every input"
@@ -294,16 +296,20 @@ def _input(name: str, held: Any, options: RowOptions) -> TensorSpec:
                 f"input {name} {tuple(held.shape)} of {held.dtype} is no position: an integer tensor of one entry"
             )
         return TensorSpec(name=name, role=Role.WRITE_INDICES, dtype=Dtype.of(held.dtype))
-    return TensorSpec(name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_of_one(held))
+    return TensorSpec(
+        name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_shape_without_batch(held)
+    )
 
 
-def _output(name: str, held: Any) -> TensorSpec:
+def _output_spec(name: str, held: Any) -> TensorSpec:
     if not isinstance(held, Tensor):
         raise BuildError(f"output {name} is {held!r}, which is no tensor")
-    return TensorSpec(name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_of_one(held))
+    return TensorSpec(
+        name=name, role=Role.ROW, dtype=Dtype.of(held.dtype), shape=_shape_without_batch(held)
+    )
 
 
-def _of_one(held: Tensor) -> tuple[int, ...]:
+def _shape_without_batch(held: Tensor) -> tuple[int, ...]:
     """The extents of one request: without a batch of one; at least one axis."""
     extents = tuple(held.shape)
     return (extents[1:] if len(extents) > 1 and extents[0] == 1 else extents) or (1,)

@@ -32,15 +32,17 @@ def inline_lifted_buffers(lifted: FunctionalGraph | ExportedCapture) -> GraphMod
         _write_back(module, lifted.states, lifted.num_outputs)
         for state in lifted.states:
             if state.owner is Owner.MODULE:
-                _hold(module, state.name, state.source, state.initial.clone())
+                _make_buffer(module, state.name, state.source, state.initial.clone())
     else:
         wholes: dict[str, Tensor] = {}
         for part in lifted.states:
             whole = part.tensor.module_tensor
             if whole.owner is Owner.MODULE:
                 held = wholes.setdefault(whole.source, whole.initial.clone())
-                _hold(module, part.name, part.tensor.source.translate(_NO_INDEX), part.bound(held))
-        _hold(module, SLOTS, f"_{SLOTS}", lifted.slots())
+                _make_buffer(
+                    module, part.name, part.tensor.source.translate(_NO_INDEX), part.bound(held)
+                )
+        _make_buffer(module, SLOTS, f"_{SLOTS}", lifted.slots())
     _placeholders_first(module)
     module.recompile()
     return module
@@ -73,7 +75,7 @@ _NO_INDEX = str.maketrans({"[": "_", "]": "", ":": "", ",": "", " ": ""})
 """Makes the name of a buffer of that of a part: ``cache[3]`` is ``cache_3``."""
 
 
-def _hold(module: GraphModule, name: str, target: str, tensor: Tensor) -> None:
+def _make_buffer(module: GraphModule, name: str, target: str, tensor: Tensor) -> None:
     """Let the module hold what was passed."""
     node = next(
         node for node in module.graph.nodes if node.op == "placeholder" and node.name == name

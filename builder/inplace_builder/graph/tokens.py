@@ -125,7 +125,7 @@ Rule = Callable[[TokenAxes, AnyNode], int | None]
 """Where an operator's result has its tokens, if at all."""
 
 
-def of_the_step(work: TokenAxes, node: Node) -> int | None:
+def _axis_without_token_operands(work: TokenAxes, node: Node) -> int | None:
     """A tensor that is made of no token: the same in every step, or one that is spread over the tokens."""
     if not any(isinstance(value(operand), torch.SymInt) for operand in node.all_input_nodes):
         return None
@@ -138,7 +138,7 @@ def of_the_step(work: TokenAxes, node: Node) -> int | None:
     raise MixesTokensError(node, "depends on how many tokens a step has")
 
 
-def pointwise(work: TokenAxes, node: AnyNode) -> int | None:
+def _pointwise(work: TokenAxes, node: AnyNode) -> int | None:
     """Operands are broadcast and combined entry by entry."""
     rank = len(shape(node))
     operands = [operand for operand in node.all_input_nodes if isinstance(value(operand), Tensor)]
@@ -159,19 +159,19 @@ def pointwise(work: TokenAxes, node: AnyNode) -> int | None:
 
 def _same(work: TokenAxes, node: AnyNode) -> int | None:
     """One operand, changed entry by entry; others give a type only."""
-    return work.axis_of.get(first(node))
+    return work.axis_of.get(first_operand(node))
 
 
-def first(node: AnyNode) -> Node:
+def first_operand(node: AnyNode) -> Node:
     """The first operand."""
     source = node.args[0]
     assert isinstance(source, Node)
     return source
 
 
-def _onlyfirst(work: TokenAxes, node: AnyNode) -> int:
+def _axis_of_only_first(work: TokenAxes, node: AnyNode) -> int:
     """The token axis of the first operand; it must be the only one that has tokens."""
-    source = first(node)
+    source = first_operand(node)
     if source not in work.axis_of or any(
         operand in work.axis_of for operand in node.all_input_nodes if operand is not source
     ):
@@ -180,13 +180,13 @@ def _onlyfirst(work: TokenAxes, node: AnyNode) -> int:
 
 
 def _linear(work: TokenAxes, node: AnyNode) -> int:
-    axis = _onlyfirst(work, node)
+    axis = _axis_of_only_first(work, node)
     work.check_untouched(node, axis, -1)
     return axis
 
 
 def _normalized(work: TokenAxes, node: AnyNode) -> int:
-    axis = _onlyfirst(work, node)
+    axis = _axis_of_only_first(work, node)
     work.check_untouched(node, axis, *range(-len(node.args[1]), 0))
     return axis
 
@@ -218,19 +218,19 @@ def _option(node: AnyNode, position: int, name: str, default: Any) -> Any:
 
 def _along(work: TokenAxes, node: AnyNode) -> int:
     """An operator along one axis that keeps all axes."""
-    axis = _onlyfirst(work, node)
+    axis = _axis_of_only_first(work, node)
     work.check_untouched(node, axis, _option(node, 1, "dim", -1))
     return axis
 
 
 def _split(work: TokenAxes, node: AnyNode) -> int:
-    axis = _onlyfirst(work, node)
+    axis = _axis_of_only_first(work, node)
     work.check_untouched(node, axis, _option(node, 2, "dim", 0))
     return axis
 
 
 def _reduced(work: TokenAxes, node: AnyNode) -> int:
-    axis, rank = _onlyfirst(work, node), len(shape(first(node)))
+    axis, rank = _axis_of_only_first(work, node), len(shape(first_operand(node)))
     over = _option(node, 1, "dim", None)
     if over is None or over == []:
         raise MixesTokensError(node, "works along the tokens")
@@ -242,32 +242,32 @@ def _reduced(work: TokenAxes, node: AnyNode) -> int:
 
 
 def _transposed(work: TokenAxes, node: AnyNode) -> int:
-    axis, rank = work.axis_of[first(node)], len(shape(node))
+    axis, rank = work.axis_of[first_operand(node)], len(shape(node))
     one, other = (node.args[1] % rank, node.args[2] % rank) if len(node.args) > 2 else (0, rank - 1)
     return int({one: other, other: one}.get(axis, axis))
 
 
 def _permuted(work: TokenAxes, node: AnyNode) -> int:
     order = [place % len(shape(node)) for place in node.args[1]]
-    return order.index(work.axis_of[first(node)])
+    return order.index(work.axis_of[first_operand(node)])
 
 
 def _unsqueezed(work: TokenAxes, node: AnyNode) -> int:
-    axis = work.axis_of[first(node)]
+    axis = work.axis_of[first_operand(node)]
     return axis + int(node.args[1] % len(shape(node)) <= axis)
 
 
 def _squeezed(work: TokenAxes, node: AnyNode) -> int:
-    axis, rank = work.axis_of[first(node)], len(shape(first(node)))
+    axis, rank = work.axis_of[first_operand(node)], len(shape(first_operand(node)))
     given = node.args[1]
     places = [place % rank for place in (given if isinstance(given, list | tuple) else [given])]
     work.check_untouched(node, axis, *places)
-    gone = [place for place in places if place < axis and is_one(shape(first(node))[place])]
+    gone = [place for place in places if place < axis and is_one(shape(first_operand(node))[place])]
     return axis - len(gone)
 
 
 def _sliced(work: TokenAxes, node: AnyNode) -> int:
-    axis, source = work.axis_of[first(node)], first(node)
+    axis, source = work.axis_of[first_operand(node)], first_operand(node)
     along = _option(node, 1, "dim", 0) % len(shape(source))
     whole = (
         str(shape(node)[along]) == str(shape(source)[along]) and _option(node, 4, "step", 1) == 1
@@ -280,7 +280,7 @@ def _sliced(work: TokenAxes, node: AnyNode) -> int:
 
 
 def _selected(work: TokenAxes, node: AnyNode) -> int:
-    axis, along = _onlyfirst(work, node), node.args[1] % len(shape(first(node)))
+    axis, along = _axis_of_only_first(work, node), node.args[1] % len(shape(first_operand(node)))
     work.check_untouched(node, axis, along)
     return axis - int(along < axis)
 
@@ -301,21 +301,25 @@ def _joined(work: TokenAxes, node: AnyNode) -> int:
 
 
 def _expanded(work: TokenAxes, node: AnyNode) -> int:
-    axis: int = work.axis_of[first(node)] + len(shape(node)) - len(shape(first(node)))
+    axis: int = (
+        work.axis_of[first_operand(node)] + len(shape(node)) - len(shape(first_operand(node)))
+    )
     if not work.is_token_count(shape(node)[axis]):
         raise MixesTokensError(node, "repeats tokens")
     return axis
 
 
 def _repeated(work: TokenAxes, node: AnyNode) -> int:
-    axis: int = work.axis_of[first(node)] + len(shape(node)) - len(shape(first(node)))
+    axis: int = (
+        work.axis_of[first_operand(node)] + len(shape(node)) - len(shape(first_operand(node)))
+    )
     if node.args[1][axis] != 1:
         raise MixesTokensError(node, "repeats tokens")
     return axis
 
 
 def _viewed(work: TokenAxes, node: AnyNode) -> int:
-    return work.axis_after_view(node, first(node), work.axis_of[first(node)])
+    return work.axis_after_view(node, first_operand(node), work.axis_of[first_operand(node)])
 
 
 def _embedded(work: TokenAxes, node: AnyNode) -> int:
@@ -337,7 +341,7 @@ def _indexed(work: TokenAxes, node: AnyNode) -> int:
 
 def _made(work: TokenAxes, node: AnyNode) -> int | None:
     """A constant in the type of a tensor."""
-    return of_the_step(work, node) if len(node.all_input_nodes) > 1 else None
+    return _axis_without_token_operands(work, node) if len(node.all_input_nodes) > 1 else None
 
 
 _SAME = (
@@ -379,9 +383,9 @@ VIEWS = (
 """Operators that only say the extents anew."""
 
 
-RULES: dict[Any, Rule] = {
+_RULES: dict[Any, Rule] = {
     **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys(_POINTWISE, pointwise),
+    **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys((aten.new_ones.default, aten.new_zeros.default, aten.new_full.default), _made),
     aten.linear.default: _linear,
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _normalized),
@@ -424,10 +428,10 @@ RULES: dict[Any, Rule] = {
     aten.embedding.default: _embedded,
     aten.index.Tensor: _indexed,
 }
-"""An operator without a rule that has torch's tag ``pointwise`` has the rule `pointwise`."""
+"""An operator without a rule that has torch's tag ``_pointwise`` has the rule `_pointwise`."""
 
 
-def follow_tokens(
+def propagate_token_axes(
     graph: Graph,
     results: Collection[Node],
     tokens: Any,
@@ -463,31 +467,31 @@ def follow_tokens(
                 pending.append(operand)
     for node in graph.nodes:
         if node in needed and node not in work.axis_of and node.op == "call_function":
-            axis = _axis(work, node)
+            axis = _result_axis(work, node)
             if axis is not None:
                 work.axis_of[node] = axis
     return work
 
 
-def _axis(work: TokenAxes, node: Node) -> int | None:
+def _result_axis(work: TokenAxes, node: Node) -> int | None:
     if (kept_apart := work.opaque(node)) is not None:
         operands, axis = kept_apart
         for operand in operands:
             work.align(node, operand, axis)
         return axis
     if is_call(node, operator.getitem):
-        return work.axis_of.get(first(node))
+        return work.axis_of.get(first_operand(node))
     if is_call(node, aten.sym_size.int) or not isinstance(value(node), Tensor | tuple | list):
         return None
     if not any(operand in work.axis_of for operand in node.all_input_nodes):
-        return of_the_step(work, node)
-    rule = RULES.get(node.target)
+        return _axis_without_token_operands(work, node)
+    rule = _RULES.get(node.target)
     if (
         rule is None
         and isinstance(node.target, torch._ops.OpOverload)
         and torch.Tag.pointwise in node.target.tags
     ):
-        rule = pointwise
+        rule = _pointwise
     if rule is None:
         raise MixesTokensError(node, "is not known to treat tokens alone")
     return rule(work, node)

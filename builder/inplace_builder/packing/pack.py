@@ -25,7 +25,7 @@ aten = torch.ops.aten
 inplace = torch.ops.inplace
 
 
-def pack(
+def pack_rows(
     decoder: ProvenDecoder, names: Sequence[str], states: Sequence[str], rings: Sequence[bool]
 ) -> GraphModule:
     """Rewrite the graph, in place, to packed rows.
@@ -195,7 +195,7 @@ class _Packing:
                 and node in self.axes
             ):
                 node.target, node.kwargs = aten.contiguous.default, {}
-            elif _copies(node) and node in self.axes:
+            elif _is_copy(node) and node in self.axes:
                 self._replace(node, as_node(node.args[0]))
 
     def choose(self) -> None:
@@ -234,7 +234,7 @@ class _Packing:
         return self.graph.call_function(aten.index.Tensor, (source, index))
 
 
-def _copies(node: Node) -> bool:
+def _is_copy(node: Node) -> bool:
     """Whether a node is its operand in other memory."""
     if is_call(node, *CASTS):
         return dtype(node) == dtype(as_node(node.args[0])) and "device" not in node.kwargs
@@ -243,7 +243,7 @@ def _copies(node: Node) -> bool:
     )
 
 
-class _Views(Interpreter):
+class _ViewsAsNeeded(Interpreter):
     """Runs a graph, and lets what is a view of one token, but none of several, be a copy."""
 
     def run_node(self, n: Node) -> Any:
@@ -257,10 +257,10 @@ class _Views(Interpreter):
             return super().run_node(n)
 
 
-def settle_views(module: GraphModule, arguments: Sequence[Tensor]) -> None:
+def relax_views(module: GraphModule, arguments: Sequence[Tensor]) -> None:
     """Let every view that is none for these arguments be a ``reshape``, in place."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _Views(module).run(*(mode.from_tensor(argument) for argument in arguments))
+        _ViewsAsNeeded(module).run(*(mode.from_tensor(argument) for argument in arguments))
     module.recompile()
 
 

@@ -9,18 +9,18 @@ from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import CASTS, Emitter, as_node, dtype, is_call, shape, source_line
-from inplace_builder.graph.tokens import MixesTokensError, TokenAxes, follow_tokens
+from inplace_builder.graph.tokens import MixesTokensError, TokenAxes, propagate_token_axes
 from inplace_builder.states.attention import (
     AttentionMatch,
-    Start,
+    StartPosition,
     UnfusedAttention,
-    attentions_behind,
-    positions_of,
+    find_position_tensors,
+    match_cache_attentions,
 )
-from inplace_builder.states.indices import evaluate, example, shifted
-from inplace_builder.states.rewrite import written
+from inplace_builder.states.indices import evaluate, example_positions, shifted_source
+from inplace_builder.states.rewrite import expanded_value
 from inplace_builder.states.state import StateTensor
-from inplace_builder.states.writes import MatchContext, write_chains
+from inplace_builder.states.writes import MatchContext, find_write_chains
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ class ProvenDecoder:
         """Token ids that its embeddings have rows for."""
         tables = [
             user.args[0]
-            for user in _behind_views(self.ids)
+            for user in _users_past_views(self.ids)
             if is_call(user, aten.embedding.default)
         ]
         if not tables:
@@ -62,12 +62,12 @@ class ProvenDecoder:
         return min(int(shape(as_node(table))[0]) for table in tables)
 
 
-def _behind_views(node: Node) -> list[Node]:
+def _users_past_views(node: Node) -> list[Node]:
     """The users of a tensor, through views and casts."""
     found = []
     for user in node.users:
         found += (
-            _behind_views(user)
+            _users_past_views(user)
             if is_call(
                 user, aten.view.default, aten.reshape.default, aten.unsqueeze.default, *CASTS
             )
@@ -99,8 +99,8 @@ def prove_decoder(
         raise BuildError(
             f"a decoder returns its scores alone, this module returns {outputs} outputs"
         )
-    chains = write_chains(states, outputs, MatchContext(module, 1, assume_consecutive))
-    attended = attentions_behind(module, states, chains, assume_consecutive)
+    chains = find_write_chains(states, outputs, MatchContext(module, 1, assume_consecutive))
+    attended = match_cache_attentions(module, states, chains, assume_consecutive)
     for found in attended:
         if isinstance(found, UnfusedAttention):
             raise BuildError(
@@ -111,7 +111,7 @@ def prove_decoder(
         raise BuildError(
             "the module has no attention over a cache that it appends to; capture_exported takes any module"
         )
-    start, tokens = _common(attentions)
+    start, tokens = _common_start(attentions)
     _check_states(
         module,
         dict(zip((state.name for state in states), returned[outputs:], strict=True)),
@@ -120,11 +120,11 @@ def prove_decoder(
         start,
         tokens,
     )
-    operands = _operands(module, attentions)
+    operands = _attention_operands(module, attentions)
     inside = {node: sources for node, (sources, _) in operands.items()}
-    logits, last = _every_token(as_node(returned[0]), tokens)
+    logits, last = _scores_of_every_token(as_node(returned[0]), tokens)
     assert start.source is not None
-    positions, others = positions_of(
+    positions, others = find_position_tensors(
         module, [logits], start.source, tokens, assume_consecutive, inside
     )
     if start.source in others:
@@ -138,11 +138,11 @@ def prove_decoder(
         )
     (ids,) = others
     try:
-        axes = follow_tokens(
+        axes = propagate_token_axes(
             module.graph,
             [logits],
             tokens,
-            dict.fromkeys(positions, 0) | {ids: _axis_of_ids(ids, tokens)},
+            dict.fromkeys(positions, 0) | {ids: _token_axis_of_ids(ids, tokens)},
             operands,
         )
     except MixesTokensError as error:
@@ -161,7 +161,7 @@ def prove_decoder(
     return ProvenDecoder(module, attentions, tokens, ids, logits, shifts, axes)
 
 
-def _common(attentions: Sequence[AttentionMatch]) -> tuple[Start, Any]:
+def _common_start(attentions: Sequence[AttentionMatch]) -> tuple[StartPosition, Any]:
     """Where all attentions start, and how many tokens they take."""
     starts, tokens = (
         {found.start for found in attentions},
@@ -188,7 +188,7 @@ def _check_states(
     values: Mapping[str, Any],
     states: Sequence[StateTensor],
     attentions: Sequence[AttentionMatch],
-    start: Start,
+    start: StartPosition,
     tokens: Any,
 ) -> None:
     """Every state is a cache, or counts the positions of the sequence, or is never read."""
@@ -198,7 +198,7 @@ def _check_states(
         node = placeholders[state.name]
         if node in caches or all(user.op == "output" for user in node.users):
             continue
-        if node is start.source and _counts_tokens(
+        if node is start.source and _is_position_counter(
             module, values[state.name], state, start, tokens
         ):
             continue
@@ -208,38 +208,42 @@ def _check_states(
         )
 
 
-def _counts_tokens(
-    module: GraphModule, new: Any, state: StateTensor, start: Start, tokens: Any
+def _is_position_counter(
+    module: GraphModule, new: Any, state: StateTensor, start: StartPosition, tokens: Any
 ) -> bool:
     """Whether a state is the position of the next step, from 0 on."""
     source = start.source
     assert source is not None
     if (
         not isinstance(new, Node)
-        or shifted(new) is not source
+        or shifted_source(new) is not source
         or not bool((state.initial + start.offset == 0).all())
     ):
         return False
     count = tokens if isinstance(tokens, int) else 3
     return bool(
         (
-            evaluate(module, new, {source: example(source, 5)}, {str(tokens): count}) == 5 + count
+            evaluate(module, new, {source: example_positions(source, 5)}, {str(tokens): count})
+            == 5 + count
         ).all()
     )
 
 
-def _operands(
+def _attention_operands(
     module: GraphModule, attentions: Sequence[AttentionMatch]
 ) -> dict[Node, tuple[Sequence[Node], int]]:
     """What each attention takes from this step, ``[1, heads, tokens, dim]`` each."""
     found: dict[Node, tuple[Sequence[Node], int]] = {}
     for one in attentions:
         with Emitter(module.graph, one.node).before(one.node) as emit:
-            found[one.node] = ((one.query, written(emit, one.keys), written(emit, one.values)), 2)
+            found[one.node] = (
+                (one.query, expanded_value(emit, one.keys), expanded_value(emit, one.values)),
+                2,
+            )
     return found
 
 
-def _every_token(scores: Node, tokens: Any) -> tuple[Node, int | None]:
+def _scores_of_every_token(scores: Node, tokens: Any) -> tuple[Node, int | None]:
     """The scores of every token where a module returns those of the last one only, and the axis along which it takes them."""
     if is_call(scores, aten.select.int) and scores.args[2] == -1:
         return as_node(scores.args[0]), int(scores.args[1]) % len(shape(as_node(scores.args[0])))  # type: ignore[arg-type]
@@ -253,7 +257,7 @@ def _every_token(scores: Node, tokens: Any) -> tuple[Node, int | None]:
     return scores, None
 
 
-def _axis_of_ids(ids: Node, tokens: Any) -> int:
+def _token_axis_of_ids(ids: Node, tokens: Any) -> int:
     extents = shape(ids)
     counted = [axis for axis, extent in enumerate(extents) if str(extent) == str(tokens)]
     if (

@@ -17,13 +17,13 @@ inplace = torch.ops.inplace
 Dims = tuple[int | None, ...]
 
 
-def _rows(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def _fold_calls(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The calls' own entries behind one another: ``[calls, n, …]`` as ``[calls * n, …]``."""
     each = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return each.reshape(-1, *each.shape[2:])
 
 
-def _own_states(name: str, dims: tuple[int | None, ...]) -> None:
+def _check_states_shared(name: str, dims: tuple[int | None, ...]) -> None:
     if any(dim is not None for dim in dims):
         raise RuntimeError(
             f"{NAMESPACE}::{name} of a state that differs between calls: only its slots may"
@@ -31,8 +31,8 @@ def _own_states(name: str, dims: tuple[int | None, ...]) -> None:
 
 
 def _read(info: Any, dims: Dims, state: Tensor, slots: Tensor) -> tuple[Tensor, int]:
-    _own_states("read", dims[:1])
-    found = inplace.read(state, _rows(slots, dims[1], info.batch_size))
+    _check_states_shared("read", dims[:1])
+    found = inplace.read(state, _fold_calls(slots, dims[1], info.batch_size))
     return found.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -47,15 +47,21 @@ def _update(
     axis: int = 0,
     ring: bool = False,
 ) -> tuple[None, None]:
-    _own_states("update", dims[:1])
+    _check_states_shared("update", dims[:1])
     if row_offsets is not None:
         raise RuntimeError(
             f"{NAMESPACE}::update of packed rows has no batching rule: it takes rows of different lengths already"
         )
     size = info.batch_size
-    starts = None if write_indices is None else _rows(write_indices, dims[4], size)
+    starts = None if write_indices is None else _fold_calls(write_indices, dims[4], size)
     inplace.update(
-        state, _rows(slots, dims[1], size), _rows(value, dims[2], size), None, starts, axis, ring
+        state,
+        _fold_calls(slots, dims[1], size),
+        _fold_calls(value, dims[2], size),
+        None,
+        starts,
+        axis,
+        ring,
     )
     return None, None
 
@@ -73,20 +79,20 @@ def _attention(
     write_indices: Tensor,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    _own_states("attention", dims[3:5])
+    _check_states_shared("attention", dims[3:5])
     if dims[6] is not None or slots.dim() - (dims[5] is not None) != 1:
         raise RuntimeError(
             f"{NAMESPACE}::attention over calls whose rows have different lengths has no batching rule"
         )
     size = info.batch_size
     tokens = [
-        given if given is None else _rows(given, dim, size)
+        given if given is None else _fold_calls(given, dim, size)
         for given, dim in zip((query, key, value), dims[:3], strict=True)
     ]
     assert tokens[0] is not None
     each = query.shape[0] if dims[0] is None else query.movedim(dims[0], 0).shape[1]
     offsets = torch.arange(size + 1, dtype=row_offsets.dtype, device=row_offsets.device) * each
-    rows = (_rows(slots, dims[5], size), offsets, _rows(write_indices, dims[7], size))
+    rows = (_fold_calls(slots, dims[5], size), offsets, _fold_calls(write_indices, dims[7], size))
     found = inplace.attention(*tokens, key_state, value_state, *rows, **options)
     return found.unflatten(0, (size, -1)), 0
 
@@ -157,7 +163,7 @@ def _matmul(one: Tensor, other: Tensor) -> Tensor:
     return found if other.dim() > 1 else found.squeeze(-1)
 
 
-def _attention_in_words(
+def _sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -186,9 +192,9 @@ def _attention_in_words(
     return _matmul(scores.softmax(-1).masked_fill(blind, 0.0), value)
 
 
-WRITTEN_OUT: dict[Any, Any] = {
+DECOMPOSITIONS: dict[Any, Any] = {
     torch.ops.aten.matmul.default: _matmul,
-    torch.ops.aten.scaled_dot_product_attention.default: _attention_in_words,
+    torch.ops.aten.scaled_dot_product_attention.default: _sdpa,
     torch.ops.aten.lstm_cell.default: _lstm_cell,
     torch.ops.aten.gru_cell.default: _gru_cell,
     torch.ops.aten.layer_norm.default: _layer_norm,

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from inplace_builder.graph.nodes import CASTS, AnyNode, as_node, dtype, is_call, shape, value
-from inplace_builder.graph.tokens import MixesTokensError, follow_tokens
+from inplace_builder.graph.tokens import MixesTokensError, propagate_token_axes
 from inplace_builder.states.indices import (
     UnknownExtentError,
+    depends_on_first_entry,
     evaluate,
-    example,
-    first_only,
+    example_positions,
     is_consecutive,
-    leaves,
-    shifted,
+    shifted_source,
+    source_placeholders,
 )
 from inplace_builder.states.state import StateTensor
 from inplace_builder.states.writes import Write, WriteChain
@@ -67,13 +67,13 @@ class AttentionPattern:
 def match_attention(node: Node) -> AttentionPattern | None:
     """The attention whose result a node is, or None."""
     if is_call(node, aten.scaled_dot_product_attention.default):
-        return _operator(node)
+        return _match_sdpa(node)
     if is_call(node, aten.matmul.default):
-        return _written_out(node)
+        return _match_explicit(node)
     return None
 
 
-def _operator(node: Node) -> AttentionPattern:
+def _match_sdpa(node: Node) -> AttentionPattern:
     named: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False} | dict(
         node.kwargs
     )
@@ -98,16 +98,16 @@ def _operator(node: Node) -> AttentionPattern:
     )
 
 
-_QUIET = (*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default)
+_TRANSPARENT = (*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default)
 """What may stand between the parts of a written out attention."""
 
 
-def _written_out(node: Node) -> AttentionPattern | None:
+def _match_explicit(node: Node) -> AttentionPattern | None:
     """``softmax(cap(Q Kᵀ · scale) + mask) V``; dropout that does nothing, casts and copies may stand between."""
     inside: list[Node] = []
 
     def through(current: AnyNode) -> AnyNode:
-        while is_call(current, *_QUIET) or (
+        while is_call(current, *_TRANSPARENT) or (
             is_call(current, aten.dropout.default) and current.args[2] is False
         ):
             inside.append(current)
@@ -121,7 +121,7 @@ def _written_out(node: Node) -> AttentionPattern | None:
     ):
         return None
     inside.append(weights)
-    scores, mask, hides = _masked(through(weights.args[0]), inside)
+    scores, mask, hides = _split_mask(through(weights.args[0]), inside)
     factor, steps = 1.0, []
     while is_call(
         scores := through(scores),
@@ -172,37 +172,37 @@ def _written_out(node: Node) -> AttentionPattern | None:
     )
 
 
-def _masked(scores: AnyNode, inside: list[Node]) -> tuple[AnyNode, Node | None, bool]:
+def _split_mask(scores: AnyNode, inside: list[Node]) -> tuple[AnyNode, Node | None, bool]:
     """The scores before their mask, the mask, and whether it is True for what is hidden."""
     if is_call(scores, aten.add.Tensor) and isinstance(scores.args[1], Node) and not scores.kwargs:
         inside.append(scores)
         one, other = scores.args
         behind = _is_scores(one)
         return (one, other, False) if behind else (other, one, False)
-    if is_call(scores, aten.masked_fill.Scalar) and scores.args[2] <= _hidden(scores):
+    if is_call(scores, aten.masked_fill.Scalar) and scores.args[2] <= _lowest(scores):
         inside.append(scores)
         return scores.args[0], scores.args[1], True
-    if is_call(scores, aten.where.ScalarOther) and scores.args[2] <= _hidden(scores):
+    if is_call(scores, aten.where.ScalarOther) and scores.args[2] <= _lowest(scores):
         inside.append(scores)
         return scores.args[1], scores.args[0], False
     return scores, None, False
 
 
-def _hidden(scores: Node) -> float:
+def _lowest(scores: Node) -> float:
     return float(torch.finfo(scores.meta["val"].dtype).min)
 
 
 def _is_scores(node: AnyNode) -> bool:
-    while is_call(node, *_QUIET, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default):
+    while is_call(node, *_TRANSPARENT, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default):
         node = node.args[0]
     return is_call(node, aten.matmul.default)
 
 
-MOST_MASK_ELEMENTS = 2**28
+MAX_MASK_ELEMENTS = 2**28
 """Elements of all masks that are evaluated for one proof; 16384 positions."""
 
 
-BLOCK = 256
+MASK_BLOCK = 256
 """Positions for which a mask is evaluated at a time."""
 
 
@@ -211,7 +211,7 @@ class UnprovableError(Exception):
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPosition:
     """Where a step begins.
 
     Attributes:
@@ -229,13 +229,13 @@ def require(holds: bool, because: str) -> None:
         raise UnprovableError(because)
 
 
-def first_position(module: GraphModule, node: Node, source: Node, tokens: Any) -> int:
+def start_offset(module: GraphModule, node: Node, source: Node, tokens: Any) -> int:
     """What a start adds to its source."""
-    first = evaluate(module, node, {source: example(source, 0)}, {str(tokens): 4})
+    first = evaluate(module, node, {source: example_positions(source, 0)}, {str(tokens): 4})
     return int(first.reshape(-1)[0]) if isinstance(first, Tensor) else int(first)
 
 
-def depends_on_first(
+def follows_from_first_entry(
     module: GraphModule, node: Node, source: Node, tokens: Any, assume_consecutive: frozenset[str]
 ) -> bool:
     """Whether a node depends on the first entry of a source alone; others of a assume_consecutive one follow from it."""
@@ -243,15 +243,15 @@ def depends_on_first(
     if source.name in assume_consecutive and isinstance(held, Tensor) and held.dim() == 1:
         return True
     try:
-        return first_only(module, node, source, {str(tokens): 4})
+        return depends_on_first_entry(module, node, source, {str(tokens): 4})
     except (IndexError, RuntimeError):  # another entry is an index of something
         return False
 
 
-def window_of(
+def prove_window(
     module: GraphModule,
     one: AttentionPattern,
-    start: Start,
+    start: StartPosition,
     tokens: Any,
     capacity: int,
     assume_consecutive: frozenset[str],
@@ -261,13 +261,15 @@ def window_of(
     Raises:
         UnprovableError: it sees something else, or it is not proved what it sees.
     """
-    return _window(*_visible(module, one, start, tokens, capacity, assume_consecutive), capacity)
+    return _window_of(
+        *_visibility(module, one, start, tokens, capacity, assume_consecutive), capacity
+    )
 
 
-def _visible(
+def _visibility(
     module: GraphModule,
     one: AttentionPattern,
-    start: Start,
+    start: StartPosition,
     tokens: Any,
     capacity: int,
     assume_consecutive: frozenset[str],
@@ -276,7 +278,7 @@ def _visible(
     starts = (
         list(range(capacity - tokens + 1))
         if isinstance(tokens, int)
-        else list(range(0, capacity, BLOCK))
+        else list(range(0, capacity, MASK_BLOCK))
     )
     if start.source is None:
         starts = [start.offset]
@@ -288,24 +290,24 @@ def _visible(
     require(not one.causal, "it has a mask and is causal")
     mask = one.mask
     if not isinstance(tokens, int):
-        given = _by_position(module, one, start, tokens, assume_consecutive)
+        given = _mask_inputs_by_position(module, one, start, tokens, assume_consecutive)
     else:
-        found = leaves(mask)
+        found = source_placeholders(mask)
         require(
             found is not None and found <= {start.source},
             "its mask depends on more than the position it writes at",
         )
         if found and start.source is not None:
-            first = depends_on_first(module, mask, start.source, tokens, assume_consecutive)
+            first = follows_from_first_entry(module, mask, start.source, tokens, assume_consecutive)
             require(first, "its mask depends on more than the first of several numbers")
-        given = _by_start(start, tokens)
+        given = _mask_inputs_by_start(start, tokens)
     require(
-        capacity * capacity * (tokens if isinstance(tokens, int) else 1) <= MOST_MASK_ELEMENTS,
+        capacity * capacity * (tokens if isinstance(tokens, int) else 1) <= MAX_MASK_ELEMENTS,
         "its mask is too large to be proved",
     )
 
     def visible(first: int) -> Tensor:
-        count = tokens if isinstance(tokens, int) else min(BLOCK, capacity - first)
+        count = tokens if isinstance(tokens, int) else min(MASK_BLOCK, capacity - first)
         held = evaluate(module, mask, given(first, count), {str(tokens): count})
         if held.is_floating_point():
             hidden = held <= torch.finfo(held.dtype).min
@@ -321,18 +323,20 @@ def _visible(
     return visible, starts
 
 
-def _by_start(start: Start, tokens: int) -> Callable[[int, int], dict[Node, Any]]:
+def _mask_inputs_by_start(
+    start: StartPosition, tokens: int
+) -> Callable[[int, int], dict[Node, Any]]:
     """The mask's source for a step at this position."""
     source = start.source
     return lambda first, count: (
-        {} if source is None else {source: example(source, first - start.offset)}
+        {} if source is None else {source: example_positions(source, first - start.offset)}
     )
 
 
-def _by_position(
+def _mask_inputs_by_position(
     module: GraphModule,
     one: AttentionPattern,
-    start: Start,
+    start: StartPosition,
     tokens: Any,
     assume_consecutive: frozenset[str],
 ) -> Callable[[int, int], dict[Node, Any]]:
@@ -344,9 +348,9 @@ def _by_position(
     assert mask is not None
     require(source is not None, "it is written at a fixed place and has a dynamic number of tokens")
     assert source is not None
-    seeds, others = positions_of(module, [mask], source, tokens, assume_consecutive, {})
+    seeds, others = find_position_tensors(module, [mask], source, tokens, assume_consecutive, {})
     require(not others, "its mask depends on more than the position it writes at")
-    axes = follow_tokens(module.graph, [mask], tokens, dict.fromkeys(seeds, 0))
+    axes = propagate_token_axes(module.graph, [mask], tokens, dict.fromkeys(seeds, 0))
     require(axes.axis_of.get(mask) == len(shape(mask)) - 2, "its mask has no row for each token")
     return lambda first, count: {
         seed: torch.arange(first, first + count) + shift - start.offset
@@ -354,7 +358,7 @@ def _by_position(
     }
 
 
-def positions_of(
+def find_position_tensors(
     module: GraphModule,
     results: Iterable[Node],
     source: Node,
@@ -382,8 +386,8 @@ def positions_of(
         if node in seen or is_call(node, aten.sym_size.int):
             continue
         seen.add(node)
-        if _counts_from(module, node, source, tokens, assume_consecutive):
-            found[node] = first_position(module, node, source, tokens)
+        if _is_position_tensor(module, node, source, tokens, assume_consecutive):
+            found[node] = start_offset(module, node, source, tokens)
         elif node.op == "placeholder":
             others.add(node)
         else:
@@ -391,7 +395,7 @@ def positions_of(
     return found, others
 
 
-def _counts_from(
+def _is_position_tensor(
     module: GraphModule, node: Node, source: Node, tokens: Any, assume_consecutive: frozenset[str]
 ) -> bool:
     held = value(node)
@@ -401,12 +405,16 @@ def _counts_from(
         or [str(e) for e in held.shape] != [str(tokens)]
     ):
         return False
-    if shifted(node) is not source or not is_consecutive(module, node, assume_consecutive):
+    if shifted_source(node) is not source or not is_consecutive(module, node, assume_consecutive):
         return False
-    return node is source or not isinstance(tokens, int) or first_only(module, node, source, {})
+    return (
+        node is source
+        or not isinstance(tokens, int)
+        or depends_on_first_entry(module, node, source, {})
+    )
 
 
-def _window(visible: Callable[[int], Tensor], starts: list[int], capacity: int) -> int:
+def _window_of(visible: Callable[[int], Tensor], starts: list[int], capacity: int) -> int:
     """0 for causal attention, else the window; every position is looked at."""
     last = visible(starts[-1])
     widest = int(last[-1].sum())
@@ -423,7 +431,7 @@ def _window(visible: Callable[[int], Tensor], starts: list[int], capacity: int) 
     return window
 
 
-_HEADS = (
+_HEAD_VIEWS = (
     aten.unsqueeze.default,
     aten.expand.default,
     aten.view.default,
@@ -457,7 +465,7 @@ class AttentionMatch:
     query: Node
     keys: Write
     values: Write
-    start: Start
+    start: StartPosition
     scale: float
     window: int
     softcap: float
@@ -478,7 +486,7 @@ class UnfusedAttention:
     reason: str
 
 
-def attentions_behind(
+def match_cache_attentions(
     module: GraphModule,
     states: Sequence[StateTensor],
     chains: Sequence[WriteChain],
@@ -489,12 +497,12 @@ def attentions_behind(
         chain.writes[0].node: chain.writes[0]
         for state, chain in zip(states, chains, strict=True)
         if len(chain.writes) == 1
-        and is_cache(chain.writes[0], state.slot_shape(1), leading=state.has_slot_axis(1))
+        and appends_to_cache(chain.writes[0], state.slot_shape(1), leading=state.has_slot_axis(1))
     }
-    return attentions(module, appended, assume_consecutive) if appended else []
+    return match_attentions(module, appended, assume_consecutive) if appended else []
 
 
-def attentions(
+def match_attentions(
     module: GraphModule, appended: Mapping[Node, Write], assume_consecutive: frozenset[str]
 ) -> list[AttentionMatch | UnfusedAttention]:
     """Every attention over two caches.
@@ -511,15 +519,15 @@ def attentions(
         if one is None:
             continue
         (keys, key_path), (values, value_path) = (
-            _behind(one.keys, appended),
-            _behind(one.values, appended),
+            _find_cache(one.keys, appended),
+            _find_cache(one.values, appended),
         )
         if keys is None or values is None:
             continue
         path = (*one.inner_nodes, *key_path, *value_path)
         try:
             found.append(
-                _attention(
+                _prove_attention(
                     module, one, appended[keys], appended[values], path, masks, assume_consecutive
                 )
             )
@@ -528,19 +536,19 @@ def attentions(
     return found
 
 
-def _behind(
+def _find_cache(
     operand: AnyNode, appended: Mapping[Node, Write]
 ) -> tuple[Node | None, tuple[Node, ...]]:
     path: list[Node] = []
     while isinstance(operand, Node) and operand not in appended:
-        if not is_call(operand, *_HEADS):
+        if not is_call(operand, *_HEAD_VIEWS):
             return None, ()
         path.append(operand)
         operand = operand.args[0]
     return (operand, tuple(path)) if isinstance(operand, Node) else (None, ())
 
 
-def _attention(
+def _prove_attention(
     module: GraphModule,
     one: AttentionPattern,
     keys: Write,
@@ -572,22 +580,22 @@ def _attention(
     )
     for write, operand in ((keys, one.keys), (values, one.values)):
         require(
-            _alone(write.node, path, one.node),
+            _has_no_other_user(write.node, path, one.node),
             f"the written {write.node.name} is used beside the attention",
         )
         require(
-            _repeats(module, write.node, operand, heads, grouped=one.grouped),
+            _repeats_heads(module, write.node, operand, heads, grouped=one.grouped),
             "its heads are not those cached",
         )
     capacity = shape(keys.node)[2]
-    start = _start(module, keys, tokens, assume_consecutive)
+    start = _start_position(module, keys, tokens, assume_consecutive)
     require(
-        start == _start(module, values, tokens, assume_consecutive),
+        start == _start_position(module, values, tokens, assume_consecutive),
         "keys and values are written at different positions",
     )
     key = (one.mask, one.causal, one.mask_hides, start, str(tokens), capacity)
     if key not in masks:
-        masks[key] = window_of(module, one, start, tokens, capacity, assume_consecutive)
+        masks[key] = prove_window(module, one, start, tokens, capacity, assume_consecutive)
     require(one.scale is not None, "its scale is computed")
     assert one.scale is not None
     return AttentionMatch(
@@ -595,14 +603,14 @@ def _attention(
     )
 
 
-def _alone(version: Node, path: tuple[Node, ...], node: Node) -> bool:
+def _has_no_other_user(version: Node, path: tuple[Node, ...], node: Node) -> bool:
     inside = {*path, node}
     return all(user in inside or user.op == "output" for user in version.users) and all(
         user in inside for part in path for user in part.users
     )
 
 
-def _repeats(
+def _repeats_heads(
     module: GraphModule, version: Node, operand: Node, heads: int, *, grouped: bool
 ) -> bool:
     """Whether attended head h is cached head ``h // (heads / kv_heads)``, on numbers that differ everywhere."""
@@ -614,23 +622,23 @@ def _repeats(
     return heads == group * kv_heads and torch.equal(found, wanted)
 
 
-def _start(
+def _start_position(
     module: GraphModule, write: Write, tokens: Any, assume_consecutive: frozenset[str]
-) -> Start:
+) -> StartPosition:
     """Where a write starts, as a placeholder plus a number (or a number alone)."""
     if isinstance(write.start, int):
-        return Start(None, write.start)
-    source = shifted(write.start)
+        return StartPosition(None, write.start)
+    source = shifted_source(write.start)
     if source is None:
         raise UnprovableError("where it writes is more than a position plus a constant")
     require(
-        depends_on_first(module, write.start, source, tokens, assume_consecutive),
+        follows_from_first_entry(module, write.start, source, tokens, assume_consecutive),
         "where it writes depends on more than the first of several numbers",
     )
-    return Start(source, first_position(module, write.start, source, tokens))
+    return StartPosition(source, start_offset(module, write.start, source, tokens))
 
 
-def is_cache(write: Write, slot: tuple[int, ...], *, leading: bool) -> bool:
+def appends_to_cache(write: Write, slot: tuple[int, ...], *, leading: bool) -> bool:
     """Whether a write appends to a cache ``[1, kv_heads, capacity, dim]`` as `inplace::attention` has it."""
     return (
         leading

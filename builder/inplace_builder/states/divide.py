@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.graph.nodes import AnyNode, Emitter, is_call, value
 from inplace_builder.states.state import StateTensor
-from inplace_builder.states.writes import MatchContext, recognise
+from inplace_builder.states.writes import MatchContext, match_write
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ class _Division:
     versions: frozenset[Node]
 
 
-def divide(
+def divide_states(
     module: GraphModule,
     original: GraphModule,
     states: Sequence[StateTensor],
@@ -59,9 +59,9 @@ def divide(
         if found is None:
             place += 1
             continue
-        names = _names(state, found.axis, (module.graph, original.graph))
-        _divide(module, place + outputs, state, found, names)
-        _wrap(original, place + outputs, state, found.axis, names)
+        names = _part_names(state, found.axis, (module.graph, original.graph))
+        _use_parts(module, place + outputs, state, found, names)
+        _take_parts(original, place + outputs, state, found.axis, names)
         made[place : place + 1] = [
             state.select(found.axis, index, name) for index, name in enumerate(names)
         ]  # each may be divided again
@@ -83,12 +83,12 @@ def _division(
         for user in version.users:
             if user.op == "output":
                 continue
-            axis = _axis(user, version)
+            axis = _constant_index_axis(user, version)
             if axis is None:
                 return None
             axes.add(axis % len(extents))
             if is_call(user, aten.select_scatter.default):
-                nested = nested or _into_a_part(
+                nested = nested or _writes_into_part(
                     user, versions, MatchContext(module, 1, frozenset())
                 )
                 versions.add(user)
@@ -104,7 +104,7 @@ def _division(
     )
 
 
-def _axis(user: AnyNode, version: Node) -> int | None:
+def _constant_index_axis(user: AnyNode, version: Node) -> int | None:
     """The axis of a use that has a constant index there; None for any other use."""
     found: AnyNode = None
     if is_call(user, aten.select.int) and isinstance(user.args[2], int):
@@ -120,10 +120,10 @@ def _axis(user: AnyNode, version: Node) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _into_a_part(write: AnyNode, versions: set[Node], question: MatchContext) -> bool:
+def _writes_into_part(write: AnyNode, versions: set[Node], question: MatchContext) -> bool:
     """Whether what is put under an index is what was there, with something written into it."""
     current: AnyNode = write.args[1]
-    while (step := recognise(current, question)) is not None:
+    while (step := match_write(current, question)) is not None:
         current = step.base
         if is_call(current, aten.select.int) and current.args[0] in versions:
             return tuple(current.args[1:]) == tuple(write.args[2:])
@@ -136,7 +136,7 @@ def _into_a_part(write: AnyNode, versions: set[Node], question: MatchContext) ->
     return False
 
 
-def _names(state: StateTensor, axis: int, graphs: Sequence[Graph]) -> list[str]:
+def _part_names(state: StateTensor, axis: int, graphs: Sequence[Graph]) -> list[str]:
     """Names for the placeholders of the parts, free in every graph."""
     taken = {node.name for graph in graphs for node in graph.nodes}
     found = []
@@ -148,7 +148,7 @@ def _names(state: StateTensor, axis: int, graphs: Sequence[Graph]) -> list[str]:
     return found
 
 
-def _divide(
+def _use_parts(
     module: GraphModule, place: int, state: StateTensor, found: _Division, names: Sequence[str]
 ) -> None:
     """Let every use of the tensor use its parts."""
@@ -185,7 +185,7 @@ def _divide(
     graph.erase_node(placeholder)
 
 
-def _wrap(
+def _take_parts(
     original: GraphModule, place: int, state: StateTensor, axis: int, names: Sequence[str]
 ) -> None:
     """Let a function take the parts of a tensor, put it together, and return the parts of its new value."""

@@ -42,10 +42,10 @@ _SHIFTS = (
 """What an index may go through and still be its source plus constants, where the source is an operand once and never subtracted."""
 
 
-MOST_NODES = 200
+MAX_INDEX_NODES = 200
 
 
-def leaves(node: Node) -> set[Node] | None:
+def source_placeholders(node: Node) -> set[Node] | None:
     """The placeholders whose values a node is computed from; None where it is random or larger than anyone would prove.
 
     Dynamic extents are no values: a node may depend on them beside its leaves.
@@ -59,7 +59,7 @@ def leaves(node: Node) -> set[Node] | None:
             found.add(current)
         elif current.op == "call_function":
             tags = getattr(current.target, "tags", ())
-            if torch.Tag.nondeterministic_seeded in tags or len(seen) > MOST_NODES:
+            if torch.Tag.nondeterministic_seeded in tags or len(seen) > MAX_INDEX_NODES:
                 return None
         for source in current.all_input_nodes:
             if source not in seen:
@@ -116,9 +116,13 @@ def extent(size: Any, sizes: Mapping[str, int]) -> int:
     return sizes[str(size)]
 
 
-def constant(module: GraphModule, node: AnyNode) -> Tensor | None:
+def constant_tensor(module: GraphModule, node: AnyNode) -> Tensor | None:
     """The tensor a node always is, or None."""
-    if not isinstance(node, Node) or not isinstance(value(node), Tensor) or leaves(node) != set():
+    if (
+        not isinstance(node, Node)
+        or not isinstance(value(node), Tensor)
+        or source_placeholders(node) != set()
+    ):
         return None
     if any(not isinstance(size, int) for size in shape(node)):
         return None
@@ -129,16 +133,16 @@ def constant(module: GraphModule, node: AnyNode) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def shifted(node: AnyNode) -> Node | None:
+def shifted_source(node: AnyNode) -> Node | None:
     """The placeholder that an index is, but for added constants and views; None where that is not certain."""
-    found = leaves(node) if isinstance(node, Node) else None
+    found = source_placeholders(node) if isinstance(node, Node) else None
     if found is None or len(found) != 1:
         return None
     (source,) = found
-    return source if isinstance(node, Node) and _shifts(node, source) else None
+    return source if isinstance(node, Node) and _is_shift(node, source) else None
 
 
-def _shifts(node: Node, source: Node) -> bool:
+def _is_shift(node: Node, source: Node) -> bool:
     if node is source:
         return True
     if not is_call(node, *_SHIFTS) or node.kwargs.get("alpha", 1) != 1:
@@ -148,12 +152,16 @@ def _shifts(node: Node, source: Node) -> bool:
         torch.int64,
     ):
         return False
-    dependent = [operand for operand in node.all_input_nodes if source in (leaves(operand) or ())]
+    dependent = [
+        operand
+        for operand in node.all_input_nodes
+        if source in (source_placeholders(operand) or ())
+    ]
     if is_call(node, aten.arange.start):  # from a start to that start plus a constant
-        return all(_shifts(operand, source) for operand in dependent)
+        return all(_is_shift(operand, source) for operand in dependent)
     subtracted = is_call(node, aten.sub.Tensor, operator.sub) and node.args[0] not in dependent
     once = len(dependent) == 1 and sum(argument is dependent[0] for argument in node.args) == 1
-    return once and not subtracted and _shifts(dependent[0], source)
+    return once and not subtracted and _is_shift(dependent[0], source)
 
 
 def is_consecutive(module: GraphModule, index: Node, assume_consecutive: frozenset[str]) -> bool:
@@ -162,49 +170,51 @@ def is_consecutive(module: GraphModule, index: Node, assume_consecutive: frozens
     if len(extents) > 1:
         return False
     if extents and not isinstance(extents[0], int):
-        return _is_assumed_consecutive(index, assume_consecutive) or _counted(module, index)
+        return _is_assumed_consecutive(index, assume_consecutive) or _counts_up(module, index)
     if value(index).numel() == 1:
         return True
-    fixed, source = constant(module, index), shifted(index)
+    fixed, source = constant_tensor(module, index), shifted_source(index)
     if fixed is not None or source is None:
         return fixed is not None and _steps_by_one(fixed)
     if (
         not isinstance(value(source), Tensor)
         or _is_one(value(source).numel())
-        or first_only(module, index, source, {})
+        or depends_on_first_entry(module, index, source, {})
     ):
-        return all(_steps_by_one(_at(module, index, source, start, {})) for start in (0, 5))
+        return all(_steps_by_one(_index_at(module, index, source, start, {})) for start in (0, 5))
     return (
         _is_assumed_consecutive(source, assume_consecutive)
         and shape(source) == extents
-        and _steps_by_one(_at(module, index, source, 0, {}))
+        and _steps_by_one(_index_at(module, index, source, 0, {}))
     )
 
 
 _COUNTING = (*_SHIFTS, aten.arange.default, aten.arange.start_step, aten.sym_size.int)
 
 
-SIZES = (1, 2, 3, 4, 7, 16)
+EXAMPLE_SIZES = (1, 2, 3, 4, 7, 16)
 """Numbers of tokens for which an index that counts them is looked at; that it counts is clear from the operators it is made of."""
 
 
-def _counted(module: GraphModule, index: Node) -> bool:
+def _counts_up(module: GraphModule, index: Node) -> bool:
     """Whether an index of a dynamic number of entries is a start plus 0, 1, 2, …: additions and counting alone, and right in examples."""
-    source = shifted(index)
-    if source is None or not all(is_call(node, *_COUNTING) for node in _between(index, source)):
+    source = shifted_source(index)
+    if source is None or not all(
+        is_call(node, *_COUNTING) for node in _nodes_between(index, source)
+    ):
         return False
     symbol = str(shape(index)[0])
-    return first_only(module, index, source, {symbol: 3}) and all(
+    return depends_on_first_entry(module, index, source, {symbol: 3}) and all(
         torch.equal(
-            _at(module, index, source, start, {symbol: n}).diff(),
+            _index_at(module, index, source, start, {symbol: n}).diff(),
             torch.ones(n - 1, dtype=torch.int64),
         )
         for start in (0, 5)
-        for n in SIZES
+        for n in EXAMPLE_SIZES
     )
 
 
-def _between(node: Node, source: Node) -> set[Node]:
+def _nodes_between(node: Node, source: Node) -> set[Node]:
     pending, seen = [node], {node}
     while pending:
         for operand in pending.pop().all_input_nodes:
@@ -215,12 +225,14 @@ def _between(node: Node, source: Node) -> set[Node]:
     return seen
 
 
-def first_only(module: GraphModule, node: Node, source: Node, sizes: Mapping[str, int]) -> bool:
+def depends_on_first_entry(
+    module: GraphModule, node: Node, source: Node, sizes: Mapping[str, int]
+) -> bool:
     """Whether only the first entry of a source matters: the others may be anything."""
     held = value(source)
     if not isinstance(held, Tensor) or _is_one(held.numel()):
         return True
-    plain = example(source, 5, sizes)
+    plain = example_positions(source, 5, sizes)
     other = plain.clone()
     other.view(-1)[1:] = 1000 - plain.view(-1)[1:]
     try:
@@ -238,18 +250,20 @@ def _is_one(extent: Any) -> bool:
 
 
 def _is_assumed_consecutive(node: Node, assume_consecutive: frozenset[str]) -> bool:
-    return shifted(node) is node and node.name in assume_consecutive and len(shape(node)) == 1
+    return (
+        shifted_source(node) is node and node.name in assume_consecutive and len(shape(node)) == 1
+    )
 
 
-def _at(
+def _index_at(
     module: GraphModule, index: Node, source: Node, start: int, sizes: Mapping[str, int]
 ) -> Tensor:
-    found = evaluate(module, index, {source: example(source, start, sizes)}, sizes)
+    found = evaluate(module, index, {source: example_positions(source, start, sizes)}, sizes)
     assert isinstance(found, Tensor)
     return found
 
 
-def example(source: Node, start: int, sizes: Mapping[str, int] | None = None) -> Any:
+def example_positions(source: Node, start: int, sizes: Mapping[str, int] | None = None) -> Any:
     """A value of an index's source: consecutive positions from ``start``; a dynamic extent that is not among ``sizes`` is 4."""
     held = value(source)
     if not isinstance(held, Tensor):
@@ -264,7 +278,7 @@ def _steps_by_one(index: Tensor) -> bool:
     return bool((index.diff() == 1).all())
 
 
-def as_tensor(emit: Emitter, number: AnyNode) -> Node | None:
+def number_as_tensor(emit: Emitter, number: AnyNode) -> Node | None:
     """A Python or symbolic number of the graph as an integer tensor ``[1]``; None where it cannot be one without the host."""
     if isinstance(number, int):
         return emit.call(aten.full.default, [1], number, dtype=torch.int32)
@@ -278,7 +292,7 @@ def as_tensor(emit: Emitter, number: AnyNode) -> Node | None:
         (operator.mul, aten.mul.Tensor),
     ):
         if is_call(number, function):
-            first, second = (as_tensor(emit, argument) for argument in number.args)
+            first, second = (number_as_tensor(emit, argument) for argument in number.args)
             return None if first is None or second is None else emit.call(target, first, second)
     if isinstance(number, Node) and isinstance(value(number), torch.SymInt):
         return emit.call(
@@ -289,7 +303,7 @@ def as_tensor(emit: Emitter, number: AnyNode) -> Node | None:
     return None
 
 
-_SPREADS = (
+_BROADCASTS = (
     aten.unsqueeze.default,
     aten.view.default,
     aten.reshape.default,
@@ -311,7 +325,7 @@ def evaluated(node: Node, known: dict[Node, Any]) -> Any:
     return known[node]
 
 
-def position_a_row(index: Node) -> tuple[Node | None, bool]:
+def repeated_positions(index: Node) -> tuple[Node | None, bool]:
     """The tensor that an index repeats: one entry, or one for each entry of the first axis only."""
     current = index
     while is_call(
@@ -341,19 +355,19 @@ def position_a_row(index: Node) -> tuple[Node | None, bool]:
     stays = (
         len(shape(current)) == 1
         and shape(current)[0] == shape(index)[0]
-        and _stays_first(index, current)
+        and _repeats_along_first_axis(index, current)
     )
     return (current, True) if stays else (None, False)
 
 
-def _stays_first(index: Node, source: Node) -> bool:
+def _repeats_along_first_axis(index: Node, source: Node) -> bool:
     """Evaluate the repetition on distinct numbers: entry [r, …] must be the r-th."""
     rows = shape(source)[0]
     found = evaluated(index, {source: torch.arange(rows)})
     return bool((found == torch.arange(rows).reshape(-1, *[1] * (found.dim() - 1))).all())
 
 
-def one_hot(
+def match_one_hot(
     mask: Node, base: AnyNode, module: GraphModule, *, positive: bool
 ) -> tuple[int, Node, bool] | None:
     """The axis and the position of a mask that is ``arange(extent) == position``, spread over the other axes."""
@@ -362,7 +376,7 @@ def one_hot(
     ):
         return None
     compared = mask
-    while is_call(compared, *_SPREADS):
+    while is_call(compared, *_BROADCASTS):
         compared = as_node(compared.args[0])
     if not is_call(compared, aten.eq.Tensor, aten.ne.Tensor):
         return None
@@ -370,7 +384,7 @@ def one_hot(
         (compared.args[0], compared.args[1]),
         (compared.args[1], compared.args[0]),
     ):
-        order, where = constant(module, entries), as_node(position)
+        order, where = constant_tensor(module, entries), as_node(position)
         if (
             order is None
             or value(where).is_floating_point()
@@ -379,14 +393,14 @@ def one_hot(
             continue
         rows = value(where).numel()
         for axis, extent in enumerate(shape(base)):
-            if order.reshape(-1).tolist() == list(range(extent)) and _spreads(
+            if order.reshape(-1).tolist() == list(range(extent)) and _is_one_hot(
                 mask, compared, base, entries, where, axis, positive=positive
             ):
                 return axis, where, rows > 1
     return None
 
 
-def _spreads(
+def _is_one_hot(
     mask: Node,
     compared: Node,
     base: Node,

@@ -49,7 +49,7 @@ FOLLOWED = frozenset(
 
 
 @dataclass(frozen=True)
-class Writer:
+class FirstWriter:
     """The first operator that writes an input.
 
     Attributes:
@@ -61,16 +61,16 @@ class Writer:
     unmatched_view: str
 
 
-def first_writers(exported: ExportedProgram) -> dict[str, Writer]:
+def find_first_writers(exported: ExportedProgram) -> dict[str, FirstWriter]:
     """For each input and buffer that is written the operator that does it, in the graph before functionalisation."""
-    found: dict[str, Writer] = {}
+    found: dict[str, FirstWriter] = {}
     for node in exported.graph.nodes:
         if node.op == "placeholder" and (first := first_writer(node)) is not None:
-            found[node.name] = Writer(source_line(first), _through(node, first))
+            found[node.name] = FirstWriter(source_line(first), _unmatched_view(node, first))
     return found
 
 
-def _through(node: Node, first: Node) -> str:
+def _unmatched_view(node: Node, first: Node) -> str:
     """Whether only a part was written, and through what."""
     for written in written_arguments(first):
         steps = []
@@ -93,7 +93,7 @@ def _through(node: Node, first: Node) -> str:
     return ""
 
 
-def check_extents(state: StateTensor, result: Node, writer: Writer | None) -> None:
+def check_shape_kept(state: StateTensor, result: Node, writer: FirstWriter | None) -> None:
     """BuildError where a state would become another shape; extents that only a call knows are left to it."""
     old, new = tuple(state.initial.shape), tuple(result.meta["val"].shape)
     if (
@@ -105,7 +105,7 @@ def check_extents(state: StateTensor, result: Node, writer: Writer | None) -> No
         )
 
 
-def check_state(state: StateTensor, written: Writer | None) -> None:
+def check_state_supported(state: StateTensor, written: FirstWriter | None) -> None:
     """BuildError if a state is not contiguous, or of a type that no engine takes."""
     line = "" if written is None else written.line
     if not state.initial.is_contiguous():
@@ -122,7 +122,7 @@ def check_state(state: StateTensor, written: Writer | None) -> None:
         ) from None
 
 
-def written_elsewhere(exported: ExportedProgram, made: "FunctionalGraph") -> str:
+def explain_stateless(exported: ExportedProgram, made: "FunctionalGraph") -> str:
     """What a module without state may have meant: it writes a copy, or returns what it should have written."""
     for node in exported.graph.nodes:
         for written in written_arguments(node):
@@ -156,7 +156,7 @@ NEW_VERSIONS = frozenset(
 """Operators that return their first argument with something written into it."""
 
 
-def check_sharing(exported: ExportedProgram) -> None:
+def merge_shared_buffers(exported: ExportedProgram) -> None:
     """Make one of buffers that are one tensor or parts of one; refuse memory shared in any other way once it is written.
 
     Functionalisation takes every input for memory of its own, so what is written through one name would be missing under the other.
@@ -169,18 +169,18 @@ def check_sharing(exported: ExportedProgram) -> None:
         written = first_writer(first) or first_writer(second)
         held = bool(first.meta.get("buffer") and second.meta.get("buffer"))
         whole, part = (first, second) if a.numel() >= b.numel() else (second, first)
-        path = _path(tensors[whole], tensors[part])
+        path = _select_path(tensors[whole], tensors[part])
         if held and path is not None and (written is not None or not path):
             _merge(exported, whole, part, path)
             merged.add(part)
         elif written is not None:
             raise BuildError(
-                f"{_title(first)} and {_title(second)} share memory, and the module writes it{source_line(written)}: keep one tensor and "
+                f"{_describe_input(first)} and {_describe_input(second)} share memory, and the module writes it{source_line(written)}: keep one tensor and "
                 f"take views of it in forward, or give each memory of its own"
             )
 
 
-def _title(node: Node) -> str:
+def _describe_input(node: Node) -> str:
     return f"buffer {node.meta['buffer']}" if node.meta.get("buffer") else f"input {node.name}"
 
 
@@ -224,7 +224,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a_start < b_end and b_start < a_end
 
 
-def _path(whole: Tensor, part: Tensor) -> list[int] | None:
+def _select_path(whole: Tensor, part: Tensor) -> list[int] | None:
     """The indices on the first axes that make one tensor of another, ``whole[2, 0]``; None where it is no such part."""
     axes = whole.dim() - part.dim()
     apart = part.data_ptr() - whole.data_ptr()
@@ -316,8 +316,8 @@ def lift_mutated_buffers(
     """
     exported = export_module(module, example_inputs, dynamic_shapes, kwargs)
     _adopt_constants(exported)
-    check_sharing(exported)
-    writers = first_writers(exported)
+    merge_shared_buffers(exported)
+    writers = find_first_writers(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own deprecations
@@ -331,7 +331,7 @@ def lift_mutated_buffers(
         _check_declared(made.states, {states} if isinstance(states, str) else set(states))
     if not made.states:
         raise BuildError(
-            f"the module mutates none of its inputs and buffers: it has no state to keep{written_elsewhere(exported, made)}"
+            f"the module mutates none of its inputs and buffers: it has no state to keep{explain_stateless(exported, made)}"
         )
     return made
 
@@ -348,7 +348,7 @@ def export_module(
         BuildError: torch.export cannot capture it.
     """
     if isinstance(module, ExportedProgram):
-        return _copied(module)
+        return _copy_program(module)
     plain: Callable[[], AbstractContextManager[None]] = nullcontext
     failures: list[Exception] = []
     for mode in (
@@ -381,7 +381,7 @@ def example_hint(example_inputs: Sequence[Any]) -> str:
     return "; if an extent that is to vary is 1 in the example, give it 2 entries or more: torch.export often takes a 1 for a constant"
 
 
-def _copied(program: ExportedProgram) -> ExportedProgram:
+def _copy_program(program: ExportedProgram) -> ExportedProgram:
     return ExportedProgram(
         root=program.graph_module,
         graph=copy_graph(program.graph),
@@ -411,7 +411,7 @@ def _adopt_constants(exported: ExportedProgram) -> None:
 
 
 def _lift(
-    program: ExportedProgram, examples: Any, writers: Mapping[str, Writer]
+    program: ExportedProgram, examples: Any, writers: Mapping[str, FirstWriter]
 ) -> FunctionalGraph:
     """What is mutated becomes an input, everything else of the module an attribute."""
     graph, signature = program.graph_module.graph, program.graph_signature
@@ -461,17 +461,17 @@ def _lift(
                 )
             else:
                 held[spec.target] = tensor
-                _as_attribute(graph, node, spec.target)
+                _make_attribute(graph, node, spec.target)
         else:
             raise BuildError(
                 f"input {spec.arg.name} is a {spec.kind.name.lower()}, which an engine cannot hold; pass tensors only"
             )
-    held |= _branches(program, held)
+    held |= _subgraphs(program, held)
     outputs, values = _outputs(program)
     states = tuple(found[key] for key in values)
     for state, result in zip(states, values.values(), strict=True):
-        check_extents(state, result, writers.get(state.name))
-        check_state(state, writers.get(state.name))
+        check_shape_kept(state, result, writers.get(state.name))
+        check_state_supported(state, writers.get(state.name))
     states = tuple(
         replace(
             state,
@@ -482,7 +482,7 @@ def _lift(
         else state
         for state in states
     )
-    _reorder(graph, [*inputs, *(state.name for state in states)])
+    _order_placeholders(graph, [*inputs, *(state.name for state in states)])
     last = graph.output_node()
     graph.erase_node(last)
     graph.output((*outputs, *values.values()))
@@ -517,13 +517,13 @@ def _outputs(program: ExportedProgram) -> tuple[list[Any], dict[str, Any]]:
     return outputs, values
 
 
-def _branches(program: ExportedProgram, held: Collection[str]) -> dict[str, Any]:
+def _subgraphs(program: ExportedProgram, held: Collection[str]) -> dict[str, Any]:
     """What the graph holds beside what it is ``held`` now: the branches of torch.cond and the like."""
     names = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"} - set(held)
     return {name: torch.fx.graph_module._get_attr(program.graph_module, name) for name in names}
 
 
-def _as_attribute(graph: torch.fx.Graph, node: Node, target: str) -> None:
+def _make_attribute(graph: torch.fx.Graph, node: Node, target: str) -> None:
     with graph.inserting_before(node):
         read = graph.create_node("get_attr", target, name=f"{node.name}_")
     read.meta.update(node.meta)
@@ -531,7 +531,7 @@ def _as_attribute(graph: torch.fx.Graph, node: Node, target: str) -> None:
     graph.erase_node(node)
 
 
-def _reorder(graph: torch.fx.Graph, names: Sequence[str]) -> None:
+def _order_placeholders(graph: torch.fx.Graph, names: Sequence[str]) -> None:
     """Put the placeholders first, in this order."""
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     first = next(iter(graph.nodes))
@@ -573,7 +573,8 @@ def normalise_assignments(graph: Graph, outputs: int) -> None:
             with Emitter(graph, node).before(node) as emit:
                 assigned = _assigned(emit, old, new)
                 if node in returned or (
-                    not _fresh(assigned) and any(not _writes_it(user, node) for user in node.users)
+                    not _is_new_memory(assigned)
+                    and any(not _only_stores(user, node) for user in node.users)
                 ):
                     assigned = emit.call(
                         aten.clone.default, assigned, memory_format=torch.contiguous_format
@@ -586,14 +587,14 @@ def normalise_assignments(graph: Graph, outputs: int) -> None:
 _INTO = (aten.slice_scatter.default, aten.select_scatter.default)
 
 
-def _fresh(node: Node) -> bool:
+def _is_new_memory(node: Node) -> bool:
     """Whether it is memory of its own, laid out as a new tensor is: else views would not be those of the old one."""
     made = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
     alone = made and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
     return alone and bool(node.meta["val"].is_contiguous())
 
 
-def _writes_it(user: Node, node: Node) -> bool:
+def _only_stores(user: Node, node: Node) -> bool:
     """Whether a user only writes a value into something else."""
     into = is_call(user, *_INTO) and user.args[1] is node and user.args[0] is not node
     return (

@@ -12,15 +12,25 @@ from inplace.schema.specs import Update
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.graph.nodes import Emitter, dtype, shape, source_line, value
-from inplace_builder.states.attention import AttentionMatch, UnfusedAttention, attentions_behind
-from inplace_builder.states.indices import as_tensor
+from inplace_builder.states.attention import (
+    AttentionMatch,
+    UnfusedAttention,
+    match_cache_attentions,
+)
+from inplace_builder.states.indices import number_as_tensor
 from inplace_builder.states.state import CapturedState, StateTensor, common_rows
-from inplace_builder.states.writes import MatchContext, Write, WriteChain, is_whole, write_chains
+from inplace_builder.states.writes import (
+    MatchContext,
+    Write,
+    WriteChain,
+    covers_axis,
+    find_write_chains,
+)
 
 aten = torch.ops.aten
 
 
-def verdict(
+def describe_state(
     found: StateTensor,
     chain: WriteChain,
     attended: Sequence[AttentionMatch | UnfusedAttention],
@@ -34,10 +44,10 @@ def verdict(
         attended: the attentions of the whole module, rewritten or left explicit.
         rows: rows of a step.
     """
-    return _with_attention(_of_updates(found, chain, rows), chain, attended)
+    return _add_attention(_describe_updates(found, chain, rows), chain, attended)
 
 
-def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedState:
+def _describe_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedState:
     leading = found.has_slot_axis(rows)
     plain = CapturedState(
         found,
@@ -66,7 +76,7 @@ def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedSta
     if not chain.writes:
         return plain
     patterns = tuple(dict.fromkeys(write.pattern for write in chain.writes))
-    part = any(isinstance(write.value, Node) and _scatters(write.value) for write in chain.writes)
+    part = any(isinstance(write.value, Node) and _is_scatter(write.value) for write in chain.writes)
     what = (
         "the outermost part that the module writes into is written"
         if part
@@ -74,7 +84,7 @@ def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedSta
     )
     because = f"{what}: {', '.join(patterns)}{source_line(chain.writes[0].node)}"
     axes = {write.axis - leading for write in chain.writes}
-    if len(axes) > 1 or any(is_whole(write, found) for write in chain.writes):
+    if len(axes) > 1 or any(covers_axis(write, found) for write in chain.writes):
         return replace(
             plain,
             pattern=" + ".join(patterns),
@@ -92,7 +102,7 @@ def _of_updates(found: StateTensor, chain: WriteChain, rows: int) -> CapturedSta
     )
 
 
-def _with_attention(
+def _add_attention(
     state: CapturedState, chain: WriteChain, attended: Sequence[AttentionMatch | UnfusedAttention]
 ) -> CapturedState:
     nodes = {write.node for write in chain.writes}
@@ -108,7 +118,7 @@ def _with_attention(
     return state
 
 
-def _scatters(node: Node) -> bool:
+def _is_scatter(node: Node) -> bool:
     """Whether a written value is itself an old part with something written into it."""
     return node.target in (
         aten.slice_scatter.default,
@@ -148,10 +158,10 @@ class RewrittenGraph:
         """Put `inplace::update` where the new version was computed."""
         leading = found.has_slot_axis(self.rows)
         with Emitter(self.graph, write.node).before(write.node) as emit:
-            new = written(emit, write)
+            new = expanded_value(emit, write)
             if not leading:
                 new = emit.call(aten.unsqueeze.default, new, 0)
-            if is_whole(write, found):
+            if covers_axis(write, found):
                 emit.call(inplace.update.default, state, self.slots, new)
                 return
             start = self.start(emit, write, found, state)
@@ -190,8 +200,8 @@ class RewrittenGraph:
             out = emit.call(
                 inplace.attention.default,
                 packed(found.query),
-                packed(written(emit, found.keys)),
-                packed(written(emit, found.values)),
+                packed(expanded_value(emit, found.keys)),
+                packed(expanded_value(emit, found.values)),
                 *placeholders,
                 self.slots,
                 _one_row(emit, found.query),
@@ -220,10 +230,10 @@ class RewrittenGraph:
         start: Node | None
         if isinstance(value(write.start), torch.Tensor):
             start = emit.call(aten.reshape.default, write.start, [-1])
-            if not write.per_row and not _is(shape(start)[0], 1):
+            if not write.per_row and not _is_exactly(shape(start)[0], 1):
                 start = emit.call(aten.slice.Tensor, start, 0, 0, 1)
         else:
-            start = as_tensor(emit, write.start)
+            start = number_as_tensor(emit, write.start)
         assert start is not None
         if write.wraps_negative:
             below = emit.call(aten.lt.Scalar, start, 0)
@@ -236,7 +246,7 @@ class RewrittenGraph:
             )
         return (
             start
-            if _is(shape(start)[0], self.rows)
+            if _is_exactly(shape(start)[0], self.rows)
             else emit.call(aten.expand.default, start, [self.rows])
         )
 
@@ -268,12 +278,12 @@ def _one_row(emit: Emitter, query: Node) -> Node:
     return emit.call(aten.mul.Tensor, ends, emit.call(aten.sym_size.int, query, 2))
 
 
-def _is(extent: object, wanted: int) -> bool:
+def _is_exactly(extent: object, wanted: int) -> bool:
     """Whether an extent is certainly this number; a dynamic one is not, whatever it was in the example."""
     return isinstance(extent, int) and extent == wanted
 
 
-def written(emit: Emitter, write: Write) -> Node:
+def expanded_value(emit: Emitter, write: Write) -> Node:
     """The value of a write with all axes of the module's own tensor."""
     kind = dtype(write.base)
     if not isinstance(write.value, Node) or not isinstance(value(write.value), torch.Tensor):
@@ -312,12 +322,12 @@ def _expansion(emit: Emitter, write: Write, own: tuple[Any, ...]) -> list[Any] |
         else:
             sizes.append(-1)  # functionalisation has broadcast them once: they are equal
     same = len(own) == len(write.value_shape) and all(
-        size == -1 or _is(extent, size) for size, extent in zip(sizes, own, strict=True)
+        size == -1 or _is_exactly(extent, size) for size, extent in zip(sizes, own, strict=True)
     )
     return None if same else sizes
 
 
-def rewrite(
+def rewrite_updates(
     module: GraphModule,
     states: Sequence[StateTensor],
     outputs: int,
@@ -340,13 +350,15 @@ def rewrite(
     graph = module.graph
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     last = graph.output_node()
-    chains = write_chains(states, outputs, MatchContext(module, rows, assume_consecutive))
+    chains = find_write_chains(states, outputs, MatchContext(module, rows, assume_consecutive))
     if rows == 1 and any(chain.needs_rows for chain in chains) and common_rows(states) is not None:
         return None
-    attended = attentions_behind(module, states, chains, assume_consecutive) if rows == 1 else []
+    attended = (
+        match_cache_attentions(module, states, chains, assume_consecutive) if rows == 1 else []
+    )
     for state in states:
-        _in_slots(placeholders[state.name], state, rows)
-    work = RewrittenGraph(module, rows, _slots(graph, placeholders[states[0].name], rows))
+        _add_slot_axis(placeholders[state.name], state, rows)
+    work = RewrittenGraph(module, rows, _add_slots_input(graph, placeholders[states[0].name], rows))
     owners = {
         chain.writes[-1].node: state
         for state, chain in zip(states, chains, strict=True)
@@ -375,7 +387,7 @@ def rewrite(
     )
     last.args = ((*returned[:outputs], *kept),)
     for state, chain in zip(states, chains, strict=True):
-        _reads(work, placeholders[state.name], state, chain, into_attention)
+        _read_versions(work, placeholders[state.name], state, chain, into_attention)
     returned = last.args[0]
     assert isinstance(returned, tuple)
     last.args = (returned[:outputs],)
@@ -383,15 +395,16 @@ def rewrite(
         if isinstance(result, Node):
             work.replace(placeholders[state.name], state, result)
     for state in states:
-        _read_first(work, placeholders[state.name], state)
+        _read_old_value(work, placeholders[state.name], state)
     made = tuple(
-        verdict(state, chain, attended, rows) for state, chain in zip(states, chains, strict=True)
+        describe_state(state, chain, attended, rows)
+        for state, chain in zip(states, chains, strict=True)
     )
     graph.eliminate_dead_code()
     return made
 
 
-def _slots(graph: Graph, before: Node, rows: int) -> Node:
+def _add_slots_input(graph: Graph, before: Node, rows: int) -> Node:
     with graph.inserting_before(before):
         slots = graph.placeholder(SLOTS)
     mode = before.meta["val"].fake_mode
@@ -400,7 +413,7 @@ def _slots(graph: Graph, before: Node, rows: int) -> Node:
     return slots
 
 
-def _in_slots(placeholder: Node, state: StateTensor, rows: int) -> None:
+def _add_slot_axis(placeholder: Node, state: StateTensor, rows: int) -> None:
     """From here on the placeholder is the state in some slots."""
     extents = shape(placeholder)  # symbolic where they vary
     with value(placeholder).fake_mode:
@@ -408,7 +421,7 @@ def _in_slots(placeholder: Node, state: StateTensor, rows: int) -> None:
         placeholder.meta["val"] = torch.empty((rows + 1, *slot), dtype=state.initial.dtype)
 
 
-def _reads(
+def _read_versions(
     work: RewrittenGraph,
     placeholder: Node,
     state: StateTensor,
@@ -426,7 +439,7 @@ def _reads(
         work.graph.erase_node(node)
 
 
-def _read_first(work: RewrittenGraph, placeholder: Node, state: StateTensor) -> None:
+def _read_old_value(work: RewrittenGraph, placeholder: Node, state: StateTensor) -> None:
     """Let what uses the state as it was before the step read it before anything is written."""
     users = [user for user in placeholder.users if placeholder in _plain_arguments(user)]
     if not users:
@@ -435,17 +448,17 @@ def _read_first(work: RewrittenGraph, placeholder: Node, state: StateTensor) -> 
     with Emitter(work.graph, users[0]).before(first) as emit:
         old = work.read(emit, placeholder, state)
     for user in users:
-        if _STATES.get(user.target) is None:
+        if _STATE_ARGUMENTS.get(user.target) is None:
             user.replace_input_with(placeholder, old)
         else:
-            states = _STATES[user.target]
+            states = _STATE_ARGUMENTS[user.target]
             user.args = tuple(
                 old if given is placeholder and place not in states else given
                 for place, given in enumerate(user.args)
             )
 
 
-_STATES: dict[object, tuple[int, ...]] = {
+_STATE_ARGUMENTS: dict[object, tuple[int, ...]] = {
     inplace.read.default: (0,),
     inplace.update.default: (0,),
     inplace.attention.default: (3, 4),
@@ -455,7 +468,7 @@ _STATES: dict[object, tuple[int, ...]] = {
 
 def _plain_arguments(node: Node) -> list[object]:
     """The arguments of a node that are not states in slots."""
-    states = _STATES.get(node.target)
+    states = _STATE_ARGUMENTS.get(node.target)
     return (
         list(node.all_input_nodes)
         if states is None

@@ -158,7 +158,7 @@ class _Version:
     result: Node
 
 
-def place_user_operators(
+def apply_user_operators(
     module: GraphModule, states: Sequence[CapturedState]
 ) -> tuple[CapturedState, ...]:
     """Rewrite, in place, what functionalisation made of mutable operators that are not ours.
@@ -180,7 +180,7 @@ def place_user_operators(
         for version in chains[state.name] or ():
             owners[version.node][version.base] = state
     refused = {
-        node: because for node in calls if (because := _refusal(node, owners[node])) is not None
+        node: because for node in calls if (because := _why_copies(node, owners[node])) is not None
     }
     while (
         more
@@ -198,7 +198,7 @@ def place_user_operators(
     for state in states:
         last = _last_call(placeholders[state.name])
         if last is not None:
-            verdicts[state.name] = _verdict(state, last, chains[state.name], refused)
+            verdicts[state.name] = _describe(state, last, chains[state.name], refused)
     for node in calls:
         if node in refused:
             node.args, node.target = (
@@ -206,7 +206,7 @@ def place_user_operators(
                 auto_functionalized_v2_dense,
             )  # traced into copies and the operator when exported
         else:
-            _in_place(module, node, owners[node], placeholders)
+            _call_in_place(module, node, owners[node], placeholders)
     graph.eliminate_dead_code()
     module.recompile()
     return tuple(verdicts.get(state.name, state) for state in states)
@@ -222,7 +222,7 @@ def _update_of(placeholder: Node) -> Node | None:
 def _last_call(placeholder: Node) -> Node | None:
     """The functional call whose result a state becomes."""
     update = _update_of(placeholder)
-    result = None if update is None else _without(update.args[2], aten.unsqueeze.default)
+    result = None if update is None else _strip(update.args[2], aten.unsqueeze.default)
     if (
         result is None
         or result.target is not operator.getitem
@@ -232,7 +232,7 @@ def _last_call(placeholder: Node) -> Node | None:
     return result.args[0] if result.args[0].target is auto_functionalized_v2 else None
 
 
-def _without(node: Any, target: Any) -> Node | None:
+def _strip(node: Any, target: Any) -> Node | None:
     found = node.args[0] if isinstance(node, Node) and is_call(node, target) else node
     return found if isinstance(found, Node) else None
 
@@ -240,7 +240,7 @@ def _without(node: Any, target: Any) -> Node | None:
 def _chain(placeholder: Node) -> tuple[_Version, ...] | None:
     """The calls that make a state's new value of its old one, last first; None where something else has a part in it."""
     update = _update_of(placeholder)
-    current = None if update is None else _without(update.args[2], aten.unsqueeze.default)
+    current = None if update is None else _strip(update.args[2], aten.unsqueeze.default)
     versions: list[_Version] = []
     while current is not None and current.target is operator.getitem:
         node, index = current.args
@@ -253,7 +253,7 @@ def _chain(placeholder: Node) -> tuple[_Version, ...] | None:
         base = index - _first(node)
         versions.append(_Version(node, base, current))
         current = node.kwargs["_all_bases"][base]  # type: ignore[index, assignment]
-    read = _without(current, aten.squeeze.dim)
+    read = _strip(current, aten.squeeze.dim)
     return (
         tuple(versions)
         if versions
@@ -278,7 +278,7 @@ def _name(node: Node) -> str:
     return _operator(node)._schema.name
 
 
-def _refusal(node: Node, owners: dict[int, CapturedState]) -> str | None:
+def _why_copies(node: Node, owners: dict[int, CapturedState]) -> str | None:
     """Why a call cannot be made on the states themselves."""
     declared = find_declared(node.args[0])
     if declared is None:
@@ -297,7 +297,7 @@ def _refusal(node: Node, owners: dict[int, CapturedState]) -> str | None:
     return None
 
 
-def _verdict(
+def _describe(
     state: CapturedState, last: Node, chain: tuple[_Version, ...] | None, refused: dict[Node, str]
 ) -> CapturedState:
     if chain is not None and not any(version.node in refused for version in chain):
@@ -319,7 +319,7 @@ def _verdict(
     )
 
 
-def _in_place(
+def _call_in_place(
     module: GraphModule, node: Node, owners: dict[int, CapturedState], placeholders: dict[str, Node]
 ) -> None:
     """Call the operator on the states, and let what used its results use those."""

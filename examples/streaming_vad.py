@@ -14,7 +14,8 @@ import torch
 from inplace.errors import InplaceError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from silero import CHUNK, CONTEXT, SAMPLE_RATE, capture_silero, load_silero
 
@@ -29,7 +30,7 @@ def open_model(folder: Path) -> ModelInstance:
         folder,
         BuildOptions(slots=STREAMS, max_rows=STREAMS, capacity=1),
     )
-    return ModelInstance.open(folder / VERSION)
+    return ModelInstance.open(folder / MODEL_VERSION)
 
 
 def listen(path: Path) -> torch.Tensor:

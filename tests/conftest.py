@@ -9,7 +9,8 @@ import pytest
 import torch
 from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig
 from inplace.runtime.instance import ModelInstance
-from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support import served

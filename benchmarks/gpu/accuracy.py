@@ -24,7 +24,9 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace_builder import capture_decoder, load_decoder
-from inplace_builder.served.build import VERSION, decoder_options, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import decoder_options
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -306,7 +308,7 @@ def main() -> None:
             full.to("cuda"), half, [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
         )
         stage("continue them with the engine")
-        instance = ModelInstance.open(model / VERSION, idle_timeout=float("inf"))
+        instance = ModelInstance.open(model / MODEL_VERSION, idle_timeout=float("inf"))
         arena = instance.arena
         foreign, addresses = poison(arena), arena.addresses()
         alone, together = compare(Runner(instance), wanted)

@@ -20,7 +20,8 @@ from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import AliasKind, Manifest
 from inplace_builder import DecoderOptions, capture_decoder
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 
 from benchmarks.gpu.measurement import Measurement
@@ -96,7 +97,7 @@ def build(
         engine="tensorrt",
         alias=alias,
     )
-    capture = capture_decoder(model, DecoderOptions(capacity, rows, chunk, options.most_tokens))
+    capture = capture_decoder(model, DecoderOptions(capacity, rows, chunk, options.max_tokens))
     model.to("cuda")  # the reference of the verification
     return write_engine(capture, folder / "model", options)
 
@@ -104,9 +105,9 @@ def build(
 def opened(place: Path) -> tuple[Manifest, Arena, TensorRtEngine]:
     """Load what `build` wrote; states hold random numbers."""
     torch.cuda.empty_cache()
-    manifest = Manifest.load(place / "model" / VERSION)
+    manifest = Manifest.load(place / "model" / MODEL_VERSION)
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    engine = TensorRtEngine(place / "model" / VERSION, manifest, arena)
+    engine = TensorRtEngine(place / "model" / MODEL_VERSION, manifest, arena)
     for tensor in arena.tensors.values():
         tensor.normal_()
     torch.cuda.synchronize()

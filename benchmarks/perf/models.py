@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from inplace_builder.served.build import build_decoder
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from google.protobuf import text_format
 from inplace.schema.served import Manifest
 from inplace_builder.served.model_config import TextSettings, model_config
+from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -32,14 +33,8 @@ def served(
     """
     config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
     if config.model_transaction_policy.decoupled != (serve == "stream"):
-        language = TextSettings() if serve == "stream" else None
-        config = model_config(
-            manifest,
-            serve=serve,
-            idle_timeout=600.0,
-            queue_delay_microseconds=500,
-            language=language,
-        ).proto()
+        text_settings = TextSettings() if serve == "stream" else None
+        config = model_config(manifest, BuildOptions(serve=serve), text_settings).proto()
     config.instance_group[0].count = instances
     text = text_format.MessageToString(config)
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from inplace_builder.capture.huggingface import capture_decoder, load_decoder
     from inplace_builder.capture.inline import inline_lifted_buffers
     from inplace_builder.errors import BuildError
-    from inplace_builder.served.build import build_decoder, write_engine
+    from inplace_builder.served.build import write_engine
+    from inplace_builder.served.decoder import build_decoder
     from inplace_builder.served.options import BuildOptions
     from inplace_builder.standalone.build import build
     from inplace_builder.standalone.serialize import Serialized, serialize
@@ -32,7 +33,7 @@ _HOMES = {
     "RowOptions": "capture.exported_rows",
     "Serialized": "standalone.serialize",
     "build": "standalone.build",
-    "build_decoder": "served.build",
+    "build_decoder": "served.decoder",
     "capture_decoder": "capture.huggingface",
     "capture_exported": "capture.exported",
     "capture_exported_decoder": "capture.exported_decoder",

@@ -130,7 +130,7 @@ def build(
     with _errors("build", "builder"):
         from inplace.schema.dtypes import Dtype
 
-        from inplace_builder.served.build import build_decoder
+        from inplace_builder.served.decoder import build_decoder
         from inplace_builder.served.options import BuildOptions
         from inplace_builder.tools.report import summary
 
@@ -292,9 +292,10 @@ def chat(
     """
     with _errors("chat", "builder"):
         from inplace.client import Client, Sequence
+        from inplace.drivers.text import TOKENIZER_FOLDER
         from tritonclient.utils import InferenceServerException
 
-        from inplace_builder.served.build import TOKENIZER, VERSION
+        from inplace_builder.served.model_config import MODEL_VERSION
         from inplace_builder.tools.chat import Conversation, load_tokenizer
 
         name = model.resolve().name
@@ -306,7 +307,7 @@ def chat(
                     f"{url} does not serve {name}: {error}; start a server with `inplace serve`, "
                     "or name another --url"
                 ) from None
-            tokenizer = load_tokenizer(model / VERSION / TOKENIZER)
+            tokenizer = load_tokenizer(model / MODEL_VERSION / TOKENIZER_FOLDER)
             conversation = Conversation(sequence, tokenizer, system)
             for turn in say if say else _typed_turns():
                 if say:

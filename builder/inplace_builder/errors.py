@@ -1,13 +1,21 @@
-"""What a build can fail with."""
+"""Errors of a build."""
 
 from inplace.errors import InplaceError
 
 
 class BuildError(InplaceError):
-    """The model cannot be built; nothing was written. The text says what was found, what was expected and what to do."""
+    """The model cannot be built, and nothing was written.
+
+    The message says what is wrong, what was expected and what to do.
+    """
+
+
+def rejected(reason: str) -> BuildError:
+    """The error of an engine that was built and fails verification."""
+    return BuildError(f"{reason}; the engine is not written")
 
 
 def brief(error: BaseException) -> str:
-    """An error of somebody else's in one line."""
+    """The type and the first line of another library's error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:500]

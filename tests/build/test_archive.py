@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace_builder.archive import ArchiveFile, save
+from inplace_builder.engine_files import ArchiveFile, save_archive
 
 LAYERS, WIDTH = 16, 2048
 
@@ -25,7 +25,7 @@ def exported(layers: int, width: int) -> torch.export.ExportedProgram:
 
 def test_what_is_saved_loads_and_computes_the_same(tmp_path: Path) -> None:
     program = exported(2, 8)
-    save(program, tmp_path / "engine.pt2")
+    save_archive(program, tmp_path / "engine.pt2")
     value = torch.randn(1, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # read-only buffers become tensors
@@ -37,7 +37,7 @@ def peak_growth(folder: Path) -> None:
     """Print by how many bytes saving raised the most memory this process ever held, and the size of the file."""
     program = exported(LAYERS, WIDTH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    save(program, folder / "engine.pt2")
+    save_archive(program, folder / "engine.pt2")
     print(
         (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
         (folder / "engine.pt2").stat().st_size,

@@ -14,9 +14,11 @@ from inplace.runtime.requests import Request
 from inplace.schema.served import Manifest
 from inplace.schema.specs import SAMPLING_ROLES, Role, Update
 from inplace_builder import DecoderOptions, capture_decoder
-from inplace_builder.served.build import VERSION, build_decoder, write_engine
+from inplace_builder.engine_files import TORCH_FILE
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.served.write import TORCH_FILE
 from support.models import greedy, open_instance
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -135,7 +137,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # read-only buffers become tensors
-        exported = torch.export.load(path / VERSION / TORCH_FILE)
+        exported = torch.export.load(path / MODEL_VERSION / TORCH_FILE)
     return Built(family, model, folder, path, manifest, exported)
 
 

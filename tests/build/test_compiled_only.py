@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 from inplace.schema.served import Manifest
-from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import tiny_llama
 
@@ -28,7 +29,7 @@ def test_a_decoder_is_compiled_into_an_engine_directory(
         max_rows=4,
     )
     build_decoder(tmp_path / "llama", tmp_path / "model", options)
-    manifest = Manifest.load(tmp_path / "model" / VERSION)
+    manifest = Manifest.load(tmp_path / "model" / MODEL_VERSION)
     program = manifest.program("step")
     assert manifest.verified == "compiled_only"
     assert {entry.kind for entry in program.aliases} == {alias}

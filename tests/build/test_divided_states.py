@@ -17,7 +17,8 @@ from inplace_builder import (
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.standalone.build import build, serialize
+from inplace_builder.standalone.build import build
+from inplace_builder.standalone.serialize import serialize
 from support.direct_modules import CAPACITY, CASES, Layers, noise
 from support.exported_decoders import rows_say
 from support.models import open_instance

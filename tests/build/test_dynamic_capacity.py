@@ -12,8 +12,9 @@ from inplace.schema.served import Manifest
 from inplace.trt import load_tensorrt
 from inplace_builder import capture_decoder, load_decoder
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import choose
-from inplace_builder.served.build import VERSION, build_decoder, decoder_options
+from inplace_builder.lower import choose_mechanisms
+from inplace_builder.served.decoder import build_decoder, decoder_options
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import greedy, tiny_llama
 
@@ -32,7 +33,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repository") / "llama"
     build_decoder(llama, path, OPTIONS)
-    return path / VERSION
+    return path / MODEL_VERSION
 
 
 def opened(folder: Path, capacity: int) -> ModelInstance:
@@ -87,12 +88,12 @@ def test_tensorrts_own_cache_layer_and_copies_refuse_it_with_their_reason(llama:
         BuildError,
         match="the capacity of key_states_0 is chosen at load; the layer has a static one",
     ):
-        choose(graph, capture.states, rtx, order=("kv_cache_update",))
+        choose_mechanisms(graph, capture.states, rtx, order=("kv_cache_update",))
     with pytest.raises(
         BuildError,
         match="the capacity of key_states_0 is chosen at load; the scatter needs an extent that is known",
     ):
-        choose(graph, capture.states, rtx, order=("copy",))
+        choose_mechanisms(graph, capture.states, rtx, order=("copy",))
 
 
 def test_a_range_that_cannot_be_is_refused() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from inplace_builder import Capture, DecoderOptions, capture_decoder
-from inplace_builder.fusion.fuse import Fused, fuse
+from inplace_builder.fusion.fuse import fuse
+from inplace_builder.graph.program import GraphProgram
 from torch.export.graph_signature import InputKind
 from transformers import (
     AutoModelForCausalLM,
@@ -75,7 +76,7 @@ EXPECTED: dict[str, dict[str, int]] = {
 
 
 def run(
-    program: torch.export.ExportedProgram | Fused, inputs: dict[str, torch.Tensor]
+    program: torch.export.ExportedProgram | GraphProgram, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """Interpret a program's graph; states are mutated in ``inputs``."""
     weights = {}
@@ -102,7 +103,7 @@ def captured(family: str, dtype: torch.dtype = torch.float32) -> Capture:
     return capture_decoder(model.to(dtype), DecoderOptions(capacity=32, max_rows=4, chunk=8))
 
 
-def check_counts(family: str, fused: Fused) -> None:
+def check_counts(family: str, fused: GraphProgram) -> None:
     counts = Counter(str(node.target) for node in fused.graph.nodes if node.op == "call_function")
     assert {name: counts[name] for name in EXPECTED[family]} == EXPECTED[family], counts
     assert not counts["aten.linear.default"]
@@ -110,7 +111,7 @@ def check_counts(family: str, fused: Fused) -> None:
 
 
 def both(
-    capture: Capture, fused: Fused
+    capture: Capture, fused: GraphProgram
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[dict[str, torch.Tensor]]]:
     """What the captured and the fused program say of one step, and their states afterwards."""
     states = {

@@ -3,7 +3,7 @@
 import pytest
 from google.protobuf import text_format
 from inplace.server.settings import IDLE_TIMEOUT, SERVE
-from inplace_builder.served.model_config import CANDIDATES
+from inplace_builder.served.model_config import MAX_CANDIDATE_SEQUENCES
 from support.models import SLOTS, VOCABULARY, Repository
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -52,7 +52,11 @@ def test_sequences_are_batched_oldest_with_far_more_candidates_than_slots(
     llama: pb.ModelConfig,
 ) -> None:
     assert llama.sequence_batching.WhichOneof("strategy_choice") == "oldest"
-    assert llama.sequence_batching.oldest.max_candidate_sequences == CANDIDATES > 100 * SLOTS
+    assert (
+        llama.sequence_batching.oldest.max_candidate_sequences
+        == MAX_CANDIDATE_SEQUENCES
+        > 100 * SLOTS
+    )
     assert llama.sequence_batching.oldest.max_queue_delay_microseconds == 20_000
 
 
@@ -72,7 +76,7 @@ def test_the_idle_timeout_reaches_the_server_and_the_backend(
     }
     assert (brief.max_batch_size, brief.sequence_batching.oldest.max_candidate_sequences) == (
         2,
-        CANDIDATES,
+        MAX_CANDIDATE_SEQUENCES,
     )
 
 

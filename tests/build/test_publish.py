@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import transformers
 from inplace.schema.served import FILE_NAME, Manifest
+from inplace_builder.engine_files import TORCH_FILE
 from inplace_builder.errors import BuildError
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.served.write import TORCH_FILE
 from support.models import accumulator, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -91,14 +92,14 @@ def test_a_failed_build_leaves_no_folder_where_there_was_none(
 
 
 def test_a_successful_build_replaces_the_older_engine_whole(older: Path) -> None:
-    (older / VERSION / "stale.txt").write_text("of the older build")
-    assert Manifest.load(older / VERSION).slots == 4
+    (older / MODEL_VERSION / "stale.txt").write_text("of the older build")
+    assert Manifest.load(older / MODEL_VERSION).slots == 4
     write_engine(accumulator(), older, BuildOptions(slots=6, max_rows=4, capacity=1))
-    assert Manifest.load(older / VERSION).slots == 6
+    assert Manifest.load(older / MODEL_VERSION).slots == 6
     assert set(contents(older)) == {
         "config.pbtxt",
-        f"{VERSION}/{FILE_NAME}",
-        f"{VERSION}/{TORCH_FILE}",
+        f"{MODEL_VERSION}/{FILE_NAME}",
+        f"{MODEL_VERSION}/{TORCH_FILE}",
     }
     assert list(older.parent.iterdir()) == [older]
 
@@ -153,7 +154,7 @@ def test_the_written_folder_can_be_read_by_a_server_of_another_user(older: Path)
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_engine(accumulator(), tmp_path / "model", OPTIONS)
-    assert Manifest.load(tmp_path / "model" / VERSION).name == "model"
+    assert Manifest.load(tmp_path / "model" / MODEL_VERSION).name == "model"
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
-    left = older.with_name(".model.old") / VERSION
+    left = older.with_name(".model.old") / MODEL_VERSION
     left.mkdir(parents=True)
     (left / FILE_NAME).write_text("{}")
     write_engine(accumulator(), older, OPTIONS)

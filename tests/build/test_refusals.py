@@ -9,7 +9,7 @@ import torch
 import transformers
 from inplace.schema.dtypes import Dtype
 from inplace_builder.errors import BuildError
-from inplace_builder.served.build import build_decoder
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from safetensors.torch import load_file, save_file
 from support.models import tiny_llama

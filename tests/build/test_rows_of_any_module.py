@@ -9,7 +9,8 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.specs import StateSpec
 from inplace_builder import Capture, RowOptions, capture_exported_rows
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.unusual import CAPACITY, STEPS, VISIBLE, attention, caches, numbers, token, written
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
         Hash(), RowOptions(3, max_requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),)
     )
     write_engine(capture, tmp_path / "hash", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY))
-    instance = ModelInstance.open(tmp_path / "hash" / VERSION)
+    instance = ModelInstance.open(tmp_path / "hash" / MODEL_VERSION)
     own = [Hash() for _ in range(3)]
     for step in range(STEPS):
         given = [torch.tensor([100 * step + row]) for row in range(3)]
@@ -79,7 +80,7 @@ def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path
         Sees(how), RowOptions(4, positions="position"), example
     )
     write_engine(capture, tmp_path / "rows", BuildOptions(slots=5, max_rows=4, capacity=CAPACITY))
-    instance = ModelInstance.open(tmp_path / "rows" / VERSION)
+    instance = ModelInstance.open(tmp_path / "rows" / MODEL_VERSION)
     own = [(Sees(how), caches()) for _ in range(3)]
     for step in range(STEPS):
         inputs = [numbers(7 * step + row, 1, 2, 1, 4) for row in range(3)]

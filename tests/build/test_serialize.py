@@ -8,7 +8,8 @@ import pytest
 import torch
 from inplace.trt import load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.standalone.build import Serialized, build, serialize
+from inplace_builder.standalone.build import build
+from inplace_builder.standalone.serialize import Serialized, serialize
 from support.direct_modules import CASES, Recurrent, noise
 from torch import Tensor, nn
 

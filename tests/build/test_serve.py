@@ -7,7 +7,8 @@ from google.protobuf import text_format
 from inplace.schema.proxy import ProxyFile
 from inplace.server.settings import MAX_WAITING
 from inplace_builder.errors import BuildError
-from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support.models import CAPACITY, CHUNK, VOCABULARY, accumulator, tiny_llama
 from support.vocabulary import save_tokenizer
@@ -116,7 +117,7 @@ def test_a_folder_that_is_no_front_is_never_replaced(tmp_path: Path) -> None:
     other.write_text("mine")
     with pytest.raises(
         BuildError,
-        match=r"llama_generate is a folder with other files in it.*; a stream model's front is written there",
+        match=r"llama_generate is a folder with other files in it.*; a stream model's generate proxy is written there",
     ):
         build_decoder(tmp_path / "nowhere", tmp_path / "llama", STREAM)
     assert other.read_text() == "mine"

@@ -11,9 +11,9 @@ import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.trt import load_tensorrt
-from inplace_builder.compare import poison, same_bits
+from inplace_builder.compare import fill_with_sentinel, same_bits
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import CompileOptions, choose, compile_network
+from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_network
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from safetensors.torch import save_file
@@ -95,7 +95,7 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
     arena = instance.arena
     assert [alias.kind for alias in instance.program.aliases] == ["operator"] * 3
     for state in arena.tensors.values():
-        poison(state)
+        fill_with_sentinel(state)
     addresses = arena.addresses()
     rng = random.Random(0)
     names = [*recordings(), *rng.choices(list(recordings()), k=STREAMS - len(recordings()))]
@@ -141,7 +141,9 @@ def test_tensorrt_takes_the_whole_network_with_copied_states() -> None:
     capture = capture_silero(load_silero(), max_rows=8)
     assert {
         record.kind
-        for record in choose(capture.exported.graph, capture.states, rtx, order=("copy",))
+        for record in choose_mechanisms(
+            capture.exported.graph, capture.states, rtx, order=("copy",)
+        )
     } == {"copy"}
     network = lowered(capture, "copy", rtx)
     names = list(recordings())[:3]

@@ -10,7 +10,8 @@ import torch
 from inplace.errors import CallError
 from inplace_builder import RowOptions, capture_exported, capture_exported_rows
 from inplace_builder.errors import BuildError
-from inplace_builder.standalone.build import build, serialize
+from inplace_builder.standalone.build import build
+from inplace_builder.standalone.serialize import serialize
 from support.direct_modules import noise
 from torch import Tensor, nn
 from torch.export import Dim

@@ -15,7 +15,8 @@ from inplace_builder import Capture, DecoderOptions, capture_decoder, capture_mo
 from inplace_builder.capture.capture import control_input
 from inplace_builder.compare import TOLERANCE
 from inplace_builder.errors import BuildError
-from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support import lowering
 from support.models import accumulator, captured, tiny_llama

@@ -4,7 +4,7 @@ import pytest
 import torch
 from inplace.schema.dtypes import Dtype
 from inplace.schema.specs import StateSpec, Update
-from inplace_builder.compare import is_inexact, poison, same_bits
+from inplace_builder.compare import fill_with_sentinel, is_inexact, same_bits
 from inplace_builder.served.verify import written_parts
 
 
@@ -28,7 +28,7 @@ def test_the_memory_check_allows_exactly_the_appended_positions() -> None:
 
 def test_the_memory_check_sees_one_flipped_bit_and_is_not_fooled_by_nan() -> None:
     memory = torch.empty(8)
-    poison(memory)
+    fill_with_sentinel(memory)
     assert same_bits(memory, memory.clone())
     other = memory.clone()
     other.view(torch.int32)[3] ^= 1
@@ -40,7 +40,7 @@ def test_the_memory_check_sees_one_flipped_bit_and_is_not_fooled_by_nan() -> Non
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_every_type_of_state_can_be_poisoned(dtype: Dtype) -> None:
     memory = torch.zeros(4, dtype=dtype.as_torch)
-    poison(memory)
+    fill_with_sentinel(memory)
     assert (
         memory.isnan().all()
         if is_inexact(memory)

@@ -17,7 +17,8 @@ from inplace.schema.standalone import FILE_NAME
 from inplace.standalone import Engine, execute
 from inplace.trt import load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.standalone.build import build, serialize
+from inplace_builder.standalone.build import build
+from inplace_builder.standalone.serialize import serialize
 from inplace_builder.states import user_operators as aliases
 from inplace_builder.states.user_operators import declare_alias
 from support.direct_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise

@@ -7,7 +7,8 @@ import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.served import Manifest
 from inplace_builder import DecoderOptions, capture_exported_decoder
-from inplace_builder.served.build import VERSION, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +44,7 @@ def test_eight_ragged_rows_say_what_generate_says(
     )
     manifest = write_engine(capture, tmp_path / family, options)
     assert {alias.kind for alias in manifest.program("step").aliases} == {"plugin"}
-    folder = tmp_path / family / VERSION
+    folder = tmp_path / family / MODEL_VERSION
     instance = ModelInstance.open(folder, Manifest.load(folder).at_capacity(37))
     addresses = instance.arena.addresses()
     assert rows_say(instance, PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from inplace.drivers import StreamDriver, TokenizerConfig
 from inplace.runtime.instance import ModelInstance
-from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import greedy, late_token, tiny_llama
 from support.streaming import Streams
@@ -46,7 +47,7 @@ def engine(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
             serve="stream",
         ),
     )
-    return path / VERSION
+    return path / MODEL_VERSION
 
 
 @pytest.fixture

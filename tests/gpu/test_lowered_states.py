@@ -11,7 +11,13 @@ import torch
 from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network, lower
+from inplace_builder.lower import (
+    CompileOptions,
+    LoweredNetwork,
+    choose_mechanisms,
+    compile_network,
+    lower,
+)
 from support.state_cases import SLOTS, STATE_CASES, StateCase
 from torch import Tensor
 
@@ -37,7 +43,7 @@ def plans(tensorrt: TensorRT) -> Plans:
     """The network and the plan of every case and mechanism."""
 
     def build(case: StateCase, kind: AliasKind) -> tuple[LoweredNetwork, Any]:
-        choose(case.exported.graph, case.states, tensorrt, order=(kind,))
+        choose_mechanisms(case.exported.graph, case.states, tensorrt, order=(kind,))
         kinds = {state.name: kind for state in case.states}
         lowered = lower(
             case.exported, outputs=["out"], states=case.states, kinds=kinds, tensorrt=tensorrt
@@ -62,7 +68,7 @@ def test_steps_give_what_the_operators_give(
     tensorrt: TensorRT, plans: Plans, case: StateCase, kind: AliasKind
 ) -> None:
     try:
-        choose(case.exported.graph, case.states, tensorrt, order=(kind,))
+        choose_mechanisms(case.exported.graph, case.states, tensorrt, order=(kind,))
     except BuildError as error:
         pytest.skip(str(error))
     lowered, plan = plans[case.name, kind].result()

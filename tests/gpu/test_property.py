@@ -13,9 +13,10 @@ import torch
 from inplace.standalone import Engine
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
+from inplace_builder.lower.compile import Target
 from inplace_builder.standalone.call import alignment, describe_call, export_for
-from inplace_builder.standalone.plan import build_standalone_plan
-from inplace_builder.standalone.write import write_standalone
+from inplace_builder.standalone.plan import build_plan
+from inplace_builder.standalone.write import write_files
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -79,11 +80,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Engine
         return capture, describe_call(exported, capture)
 
     def compiled(path: Path, capture: ExportedCapture, call: Any) -> Path:
-        plan = build_standalone_plan(
-            capture, call, "tensorrt", alias="plugin", optimization_level=1
-        )
+        target = Target.of("tensorrt")
+        plan = build_plan(capture, call, target, alias="plugin", optimization_level=1)
         path.mkdir()
-        write_standalone(path, capture, call, plan)
+        write_files(path, capture, call, plan)
         return path
 
     captures = [captured(case) for case in cases]
@@ -139,4 +139,4 @@ def test_what_tensorrt_has_no_type_for_is_refused_with_its_reason() -> None:
             BuildError,
             match=r"no mechanism can update .*plugin: \w+ is (float64|complex64|int16), which TensorRT .* does not have",
         ):
-            build_standalone_plan(capture, describe_call(exported, capture), "tensorrt")
+            build_plan(capture, describe_call(exported, capture), Target.of("tensorrt"))

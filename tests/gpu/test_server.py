@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from inplace.client import Sequence
-from inplace_builder.served.build import VERSION, build_decoder
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.models import greedy, tiny_llama
@@ -55,7 +56,7 @@ def running(
     )
     build_decoder(folder, repository / "llama", options)
     shutil.copytree(repository / "llama", repository / "elsewhere")
-    manifest = repository / "elsewhere" / VERSION / "engine.json"
+    manifest = repository / "elsewhere" / MODEL_VERSION / "engine.json"
     fields = json.loads(manifest.read_text())
     fields["engine"]["plan"]["gpu"] = "NVIDIA A100"
     manifest.write_text(json.dumps(fields))

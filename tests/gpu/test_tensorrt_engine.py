@@ -14,7 +14,9 @@ from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
-from inplace_builder.served.build import VERSION, build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import VOCABULARY, accumulator, greedy, tiny_llama
 
@@ -32,12 +34,12 @@ def options(**changes: Any) -> BuildOptions:
 def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> ModelInstance:
     from inplace.engines.tensorrt import TensorRtEngine
 
-    manifest = Manifest.load(model / VERSION)
+    manifest = Manifest.load(model / MODEL_VERSION)
     arena = Arena(manifest.states, slots or manifest.slots, torch.device("cuda"))
     return ModelInstance(
         manifest,
         arena,
-        TensorRtEngine(model / VERSION, manifest, arena, graphs=graphs),
+        TensorRtEngine(model / MODEL_VERSION, manifest, arena, graphs=graphs),
         idle_timeout=600.0,
     )
 
@@ -167,7 +169,7 @@ def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
 
     copy = tmp_path / "edited"
     shutil.copytree(model, copy)
-    path = copy / VERSION / "engine.json"
+    path = copy / MODEL_VERSION / "engine.json"
     fields = json.loads(path.read_text())
     fields["engine"]["plan"].update(engine)
     path.write_text(json.dumps(fields))
@@ -193,7 +195,7 @@ def test_a_truncated_plan_and_changed_weights_are_refused(engine: Path, tmp_path
     for name in ("engine.plan", "weights.safetensors"):
         copy = tmp_path / name
         shutil.copytree(engine, copy)
-        path = copy / VERSION / name
+        path = copy / MODEL_VERSION / name
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(LoadError, match="truncated"):
             opened(copy)
@@ -206,8 +208,8 @@ def test_a_plan_that_is_none_is_refused(engine: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(engine, copy)
     content = b"no plan at all"
-    (copy / VERSION / "engine.plan").write_bytes(content)
-    path = copy / VERSION / "engine.json"
+    (copy / MODEL_VERSION / "engine.plan").write_bytes(content)
+    path = copy / MODEL_VERSION / "engine.json"
     fields = json.loads(path.read_text())
     fields["engine"].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     path.write_text(json.dumps(fields))
@@ -220,7 +222,7 @@ def test_an_alias_that_the_plan_does_not_have_is_refused(engine: Path, tmp_path:
 
     copy = tmp_path / "copy"
     shutil.copytree(engine, copy)
-    path = copy / VERSION / "engine.json"
+    path = copy / MODEL_VERSION / "engine.json"
     fields = json.loads(path.read_text())
     fields["programs"][0]["aliases"][0]["output"] = "nobody"
     path.write_text(json.dumps(fields))
@@ -229,12 +231,12 @@ def test_an_alias_that_the_plan_does_not_have_is_refused(engine: Path, tmp_path:
 
 
 def test_an_arena_larger_than_the_gpu_is_refused(engine: Path) -> None:
-    manifest = Manifest.load(engine / VERSION)
+    manifest = Manifest.load(engine / MODEL_VERSION)
     with pytest.raises(LoadError, match="fewer slots"):
         Arena(manifest.states, 1 << 34, torch.device("cuda"))
 
 
 def test_load_engine_takes_a_plan(engine: Path) -> None:
-    manifest = Manifest.load(engine / VERSION)
+    manifest = Manifest.load(engine / MODEL_VERSION)
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    load_engine(engine / VERSION, manifest, arena)
+    load_engine(engine / MODEL_VERSION, manifest, arena)

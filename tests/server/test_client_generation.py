@@ -21,7 +21,8 @@ from inplace.client import (
     SequenceLostError,
     UnreachableError,
 )
-from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.cable import Cable, killed

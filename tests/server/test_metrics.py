@@ -22,7 +22,8 @@ from inplace.client import Sequence
 from inplace.errors import Code, RequestError
 from inplace.runtime.metrics import exported_metrics
 from inplace.schema.served import Manifest
-from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.models import CAPACITY, CHUNK, Repository

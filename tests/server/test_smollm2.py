@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
+from inplace.drivers.text import TOKENIZER_FOLDER
 from inplace.schema.dtypes import Dtype
 from inplace_builder import load_decoder
-from inplace_builder.served.build import TOKENIZER, VERSION, build_decoder
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.chat import Conversation, load_tokenizer
 from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -55,7 +57,7 @@ def served(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         BuildOptions(chunk=32, queue_delay_microseconds=20_000),
     )
     model, _ = load_decoder(smollm2_folder, Dtype.FLOAT32)
-    tokenizer = load_tokenizer(repository / "smollm2" / VERSION / TOKENIZER)
+    tokenizer = load_tokenizer(repository / "smollm2" / MODEL_VERSION / TOKENIZER_FOLDER)
     prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
     expected = [greedy(model, ids, TOKENS) for ids in prompts]
     with TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "smollm2.log") as server:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inplace_builder.served.build import build_decoder
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult

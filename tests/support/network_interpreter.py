@@ -56,7 +56,7 @@ def interpret(lowered: LoweredNetwork, inputs: Mapping[str, Tensor]) -> dict[str
         given = [layer.get_input(each) for each in range(layer.num_inputs)]
         outputs = [layer.get_output(each) for each in range(layer.num_outputs)]
         if layer.type == context.api.LayerType.CONSTANT:
-            results = [context.baked[outputs[0].name]]
+            results = [context.constant_values[outputs[0].name]]
         else:
             results = interpreter.run(
                 layer, [None if x is None else found[x.name] for x in given], outputs[0]

@@ -32,7 +32,7 @@ from inplace_builder.capture.decoder import (
     cache_states,
     decoder_program,
 )
-from inplace_builder.compare import in_float32
+from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.reexport import size_oblivious
 
@@ -294,7 +294,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         lowering=lowering,
         reference=_reference(model),
         min_capacity=options.dynamic_min_capacity,
-        float32_reference=(lambda: _reference(in_float32(model))) if rounded else None,
+        float32_reference=(lambda: _reference(float32_copy(model))) if rounded else None,
     )
 
 

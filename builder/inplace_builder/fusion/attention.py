@@ -1,8 +1,8 @@
-"""Fuse what surrounds attention: projections, their views, and rotary embedding.
+"""Fuse what surrounds attention: the projections, the views between them, rotary embedding.
 
-Which outputs of a linear layer a query, key or value is made of: found by running the views between them on numbers.
-
-Recognise rotary position embeddings (arXiv:2104.09864) with paired halves, as transformers writes them.
+Rotary position embeddings (arXiv:2104.09864) are matched with paired halves, as transformers
+writes them. Which outputs of a linear layer make up a query, key or value is found by running the
+views between the two on consecutive numbers.
 """
 
 import operator
@@ -18,12 +18,17 @@ from torch.fx import Node
 from inplace_builder.fusion.patterns import flattened
 from inplace_builder.fusion.rewriter import Rewriter
 from inplace_builder.graph.nodes import RESHAPES as VIEWS
-from inplace_builder.graph.nodes import AnyNode, is_call, only_user, operand_orders
+from inplace_builder.graph.nodes import (
+    AnyNode,
+    is_call,
+    only_user,
+    operand_orders,
+)
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
 
-PICKS = (
+SELECTIONS = (
     aten.split.Tensor,
     aten.split.sizes,
     aten.split_with_sizes.default,
@@ -34,11 +39,11 @@ PICKS = (
     aten.unflatten.int,
     operator.getitem,
 )
-"""Operators beside `VIEWS` that only choose and order what is there."""
+"""Operators beside `VIEWS` that only select and order elements."""
 
 
 TOKENS = 3
-"""Tokens of the example that is run; any number other than 1."""
+"""Tokens of the example that views are run on; any number other than 1."""
 
 
 def linear_rows(node: AnyNode, after: Sequence[Node] = ()) -> tuple[Node, Tensor] | None:
@@ -49,74 +54,70 @@ def linear_rows(node: AnyNode, after: Sequence[Node] = ()) -> tuple[Node, Tensor
         after: views of ``node``, in order, to follow first.
 
     Returns:
-        The layer and int64 ``[heads, dim]``: rows of its weight; None if something else than views stands between, or if what they give is
-        not ``[tokens, heads, dim]``.
+        The layer and int64 ``[heads, dim]``: rows of its weight. None if anything but views is
+        between the two, or if the views do not give ``[tokens, heads, dim]``.
     """
     before: list[Node] = []
     while not is_call(node, inplace.linear.default):
-        if not is_call(node, *VIEWS, *PICKS):
+        if not is_call(node, *VIEWS, *SELECTIONS):
             return None
         before.insert(0, node)
         node = node.args[0]
-    numbers = _numbers(node)
-    found = None if numbers is None else _run([*before, *after], numbers, _tokens(node))
+    positions = _run_views(node, [*before, *after])
     width = node.meta["val"].shape[-1]
-    if found is None or found.dim() != 3 or len(found) != TOKENS:
+    if positions is None:
         return None
-    rows = found[0]
-    every_token_alike = torch.equal(found, rows + torch.arange(TOKENS)[:, None, None] * width)
-    return (node, rows) if every_token_alike else None
+    rows = positions[0]
+    offsets = torch.arange(TOKENS)[:, None, None] * width
+    return (node, rows) if torch.equal(positions, rows + offsets) else None
 
 
 def keeps_heads(node: AnyNode, views: Sequence[Node]) -> bool:
-    """Whether these views of ``[..., tokens, dim]`` give ``[tokens, heads, dim]`` with every head whole."""
-    numbers = _numbers(node)
-    found = None if numbers is None else _run(views, numbers, _tokens(node))
+    """Whether views of ``[..., tokens, dim]`` give ``[tokens, heads, dim]`` with whole heads."""
+    positions = _run_views(node, views)
     dim = node.meta["val"].shape[-1]
-    if found is None or found.dim() != 3 or len(found) != TOKENS or found.shape[-1] != dim:
+    if positions is None or positions.shape[-1] != dim:
         return False
-    return torch.equal(found % dim, torch.arange(dim).expand_as(found))
+    return torch.equal(positions % dim, torch.arange(dim).expand_as(positions))
 
 
-def _tokens(node: AnyNode) -> str | None:
-    """The one unknown extent of a tensor, as it is written."""
-    unknown = {str(size) for size in node.meta["val"].shape if not isinstance(size, int)}
-    return unknown.pop() if len(unknown) == 1 else None
+def _run_views(node: AnyNode, views: Sequence[Node]) -> Tensor | None:
+    """Run views on the numbers 0, 1, 2, … in the shape of a tensor with `TOKENS` tokens.
 
-
-def _numbers(node: AnyNode) -> Tensor | None:
-    """0, 1, 2, … in the shape of the tensor, with `TOKENS` tokens."""
-    if _tokens(node) is None:
+    Returns:
+        int64 ``[TOKENS, heads, dim]``: the position in the tensor that each element comes from.
+        None if the views give another shape, or an argument of them depends on more than the
+        number of tokens.
+    """
+    shape = node.meta["val"].shape
+    symbols = {str(size) for size in shape if not isinstance(size, int)}
+    if len(symbols) != 1:
         return None
-    shape = [size if isinstance(size, int) else TOKENS for size in node.meta["val"].shape]
-    return torch.arange(torch.Size(shape).numel()).view(shape)
+    (tokens,) = symbols
+    sizes = [size if isinstance(size, int) else TOKENS for size in shape]
+    value: Any = torch.arange(torch.Size(sizes).numel()).view(sizes)
 
-
-def _run(views: Sequence[Node], value: Any, tokens: str | None) -> Tensor | None:
-    """Apply views to a value; None where one has an argument that depends on more than the number of tokens."""
-
-    def known(argument: Any) -> Any:
+    def concrete(argument: Any) -> Any:
         size = argument.meta["val"] if isinstance(argument, Node) else argument
-        if isinstance(size, torch.SymInt):
-            if str(size) != tokens:
-                raise _UnknownError
+        if isinstance(size, torch.SymInt) and str(size) == tokens:
             return TOKENS
-        if isinstance(argument, Node):
-            raise _UnknownError
+        if isinstance(size, torch.SymInt) or isinstance(argument, Node):
+            raise _UnknownArgumentError
         return argument
 
     for view in views:
         assert callable(view.target)
         try:
-            args, kwargs = torch.fx.node.map_aggregate((view.args[1:], view.kwargs), known)
-        except _UnknownError:
+            args, kwargs = torch.fx.node.map_aggregate((view.args[1:], view.kwargs), concrete)
+        except _UnknownArgumentError:
             return None
         value = view.target(value, *args, **kwargs)
-    return value if isinstance(value, Tensor) else None
+    fits = isinstance(value, Tensor) and value.dim() == 3 and len(value) == TOKENS
+    return value if fits else None
 
 
-class _UnknownError(Exception):
-    """An argument is not known."""
+class _UnknownArgumentError(Exception):
+    """An argument of a view depends on more than the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ class Rotation:
     """A rotation of heads, or of their first components.
 
     Attributes:
-        x: what is rotated.
+        x: the tensor that is rotated.
         cos, sin: ``[..., tokens, rotary]``.
-        views: what looks at the result until the node that was asked about, in order.
+        views: views of the rotated tensor, in order.
     """
 
     x: Node
@@ -135,180 +136,195 @@ class Rotation:
     views: tuple[Node, ...]
 
 
-def rotation(node: AnyNode) -> Rotation | None:
-    """The rotation behind a node, through views; None if there is none.
+def match_rotation(node: AnyNode) -> Rotation | None:
+    """Match a rotation, through views of its result.
 
-    The pattern is ``x * cos + cat(-x[..., half:], x[..., :half]) * sin``. A partial rotation (GPT-NeoX, Phi) does so with
-    ``x[..., :rotary]`` and puts ``x[..., rotary:]`` behind it.
+    The pattern is ``x * cos + cat(-x[..., half:], x[..., :half]) * sin``. A partial rotation
+    (GPT-NeoX, Phi) applies it to ``x[..., :rotary]`` and concatenates ``x[..., rotary:]``.
     """
     views: list[Node] = []
     while is_call(node, *VIEWS):
         views.insert(0, node)
         node = node.args[0]
-    if (
+    match = _match_partial(node) if _is_pair(node) else _match_whole(node)
+    return None if match is None else Rotation(*match, tuple(views))
+
+
+def _is_pair(node: AnyNode) -> bool:
+    """Whether it concatenates two tensors along their last axis."""
+    return (
         is_call(node, aten.cat.default)
         and len(node.args[0]) == 2
         and node.args[1:] in ((-1,), (node.meta["val"].dim() - 1,))
+    )
+
+
+def _match_partial(node: AnyNode) -> tuple[Node, Node, Node] | None:
+    """``x``, cos and sin of a rotation of the first components."""
+    rotated, rest = node.args[0]
+    match = _match_whole(rotated)
+    if (
+        match is None
+        or not is_call(match[0], aten.slice.Tensor)
+        or not is_call(rest, aten.slice.Tensor)
     ):
-        turned, rest = node.args[0]
-        found = _whole(turned)
-        if (
-            found is None
-            or not is_call(found[0], aten.slice.Tensor)
-            or not is_call(rest, aten.slice.Tensor)
-        ):
-            return None
-        x: AnyNode = found[0].args[0]
-        rotary = found[1].meta["val"].shape[-1]
-        extent = x.meta["val"].shape[-1]
-        if _is_part(found[0], x, 0, rotary) and _is_part(rest, x, rotary, extent):
-            return Rotation(x, found[1], found[2], tuple(views))
         return None
-    found = _whole(node)
-    return None if found is None else Rotation(*found, tuple(views))
-
-
-def _whole(node: AnyNode) -> tuple[Node, Node, Node] | None:
-    """``x``, cos and sin of a rotation of all components."""
-    for first, second in operand_orders(node, aten.add.Tensor):
-        for x, cos in operand_orders(first, aten.mul.Tensor):
-            for turned, sin in operand_orders(second, aten.mul.Tensor):
-                if isinstance(x, Node) and _is_turned(turned, x) and only_user(first) is node:
-                    cosines, sines = _table(cos, x), _table(sin, x)
-                    if (
-                        cosines is not None
-                        and sines is not None
-                        and cosines.meta["val"].shape[-1] == x.meta["val"].shape[-1]
-                    ):
-                        return x, cosines, sines
+    part, cos, sin = match
+    x: AnyNode = part.args[0]
+    rotary, extent = cos.meta["val"].shape[-1], x.meta["val"].shape[-1]
+    if _is_slice(part, x, 0, rotary) and _is_slice(rest, x, rotary, extent):
+        return x, cos, sin
     return None
 
 
-def _is_turned(node: AnyNode, x: AnyNode) -> bool:
+def _match_whole(node: AnyNode) -> tuple[Node, Node, Node] | None:
+    """``x``, cos and sin of a rotation of all components."""
+    for first, second in operand_orders(node, aten.add.Tensor):
+        for x, cos in operand_orders(first, aten.mul.Tensor):
+            for half_turned, sin in operand_orders(second, aten.mul.Tensor):
+                if (
+                    not isinstance(x, Node)
+                    or not _is_half_turned(half_turned, x)
+                    or only_user(first) is not node
+                ):
+                    continue
+                cosines, sines = _table(cos, x), _table(sin, x)
+                if (
+                    cosines is not None
+                    and sines is not None
+                    and cosines.meta["val"].shape[-1] == x.meta["val"].shape[-1]
+                ):
+                    return x, cosines, sines
+    return None
+
+
+def _is_half_turned(node: AnyNode, x: AnyNode) -> bool:
     """``cat([-x[..., half:], x[..., :half]], -1)``."""
-    if not is_call(node, aten.cat.default):
-        return False
-    rank, extent = x.meta["val"].dim(), x.meta["val"].shape[-1]
-    if node.args[1:] not in ((-1,), (rank - 1,)) or len(node.args[0]) != 2 or extent % 2:
+    extent = x.meta["val"].shape[-1]
+    if not _is_pair(node) or extent % 2:
         return False
     negated, first = node.args[0]
     return (
         is_call(negated, aten.neg.default)
-        and _is_part(negated.args[0], x, extent // 2, extent)
-        and _is_part(first, x, 0, extent // 2)
+        and _is_slice(negated.args[0], x, extent // 2, extent)
+        and _is_slice(first, x, 0, extent // 2)
     )
 
 
-def _is_part(node: AnyNode, x: AnyNode, start: int, end: int) -> bool:
+def _is_slice(node: AnyNode, x: AnyNode, start: int, end: int) -> bool:
+    """``x[..., start:end]``."""
     if not is_call(node, aten.slice.Tensor) or node.args[0] is not x:
         return False
-    dim, found_start, found_end = (*node.args[1:4], None, None)[:3]
+    dim, slice_start, slice_end = (*node.args[1:4], None, None)[:3]
     step = node.args[4:]
     rank, extent = x.meta["val"].dim(), x.meta["val"].shape[-1]
-    bounds = (found_start or 0, extent if found_end is None else min(found_end, extent))
+    bounds = (slice_start or 0, extent if slice_end is None else min(slice_end, extent))
     return (dim or 0) in (-1, rank - 1) and bounds == (start, end) and step in ((), (1,))
 
 
 def _table(node: AnyNode, x: AnyNode) -> AnyNode:
-    """The table ``[1, tokens, dim]`` behind its broadcast over heads; None if it does not broadcast so."""
+    """The table ``[1, tokens, dim]`` that is broadcast over heads; None if it is not."""
     if not is_call(node, aten.unsqueeze.default) or node.args[1] not in (
         1,
         -3 + x.meta["val"].dim(),
     ):
         return None
     table = node.args[0]
-    return (
-        table
-        if isinstance(table, Node) and table.meta["val"].dim() == x.meta["val"].dim() - 1
-        else None
-    )
+    fits = isinstance(table, Node) and table.meta["val"].dim() == x.meta["val"].dim() - 1
+    return table if fits else None
 
 
 class AttentionRewriter(Rewriter):
     """Makes ``qkv_attention`` and ``rotary_attention`` of ``inplace::attention``."""
 
-    def attention(self, node: AnyNode) -> None:
-        """Attention whose queries and keys are rotated, or whose queries, keys and values are projections of the same tokens."""
+    def fuse_attention(self, node: AnyNode) -> None:
+        """Fuse attention with the rotation of its queries and keys, and with its projections.
+
+        The projections become one linear layer if they are of the same tokens.
+        """
         if not is_call(node, inplace.attention.default):
             return
         query, key, value, key_state, value_state, *rows = node.args
         if key is None or node.kwargs.get("append") is False:
             return
-        turned = [rotation(part) for part in (query, key)]
-        one, other = turned
-        if one is not None or other is not None:
-            if one is None or other is None or one.cos is not other.cos or one.sin is not other.sin:
-                return
-            typed = all(
-                part.meta["val"].dtype == node.args[0].meta["val"].dtype
-                for part in (one.cos, one.sin)
-            )
-            if not typed or not all(keeps_heads(each.x, each.views) for each in (one, other)):
-                return
+        rotations = match_rotation(query), match_rotation(key)
+        if any(rotations) and not self._rotates_both(node, *rotations):
+            return
+        rotated_query, rotated_key = rotations
         parts = [
-            linear_rows(each.x, each.views) if each else linear_rows(part)
-            for each, part in zip(turned, (query, key), strict=True)
+            linear_rows(rotation.x, rotation.views) if rotation else linear_rows(part)
+            for rotation, part in zip(rotations, (query, key), strict=True)
         ]
         parts.append(linear_rows(value))
-        qkv = (
-            self._projected([part for part in parts if part is not None], node)
-            if all(parts)
-            else None
-        )
+        projections = [part for part in parts if part is not None]
+        qkv = self._merged_projection(projections, node) if len(projections) == 3 else None
         if qkv is not None:
-            self._qkv(node, qkv, one)
-        elif one is not None and other is not None:
+            self._replace_by_qkv_attention(node, qkv, rotated_query)
+        elif rotated_query is not None and rotated_key is not None:
             options = {name: option for name, option in node.kwargs.items() if name != "append"}
-            before = [self._replayed(each, node) for each in (one, other)]
-            args = (*before, value, one.cos, one.sin, key_state, value_state, *rows)
+            unrotated = [self._unrotated(each, node) for each in (rotated_query, rotated_key)]
+            tables = (rotated_query.cos, rotated_query.sin)
+            args = (*unrotated, value, *tables, key_state, value_state, *rows)
             with self.graph.inserting_before(node):
                 new = self.graph.call_function(inplace.rotary_attention.default, args, options)
             new.meta.update(node.meta)
             self.replace(node, new)
             self.graph.erase_node(node)
-            self._merge([self._behind(part) for part in (*before, value)])
+            self._merge_linears([self._source_linear(part) for part in (*unrotated, value)])
 
-    def _projected(self, parts: Sequence[tuple[Node, torch.Tensor]], before: AnyNode) -> AnyNode:
-        """One linear layer that gives queries, keys and values behind one another; None if they are not of the same tokens."""
+    def _rotates_both(self, node: AnyNode, query: Rotation | None, key: Rotation | None) -> bool:
+        """Whether query and key are rotated alike, by tables of their own type, as whole heads."""
+        if query is None or key is None or query.cos is not key.cos or query.sin is not key.sin:
+            return False
+        dtype = node.args[0].meta["val"].dtype
+        typed = all(table.meta["val"].dtype == dtype for table in (query.cos, query.sin))
+        return typed and all(keeps_heads(each.x, each.views) for each in (query, key))
+
+    def _merged_projection(
+        self, parts: Sequence[tuple[Node, torch.Tensor]], before: AnyNode
+    ) -> AnyNode:
+        """One linear layer whose outputs are queries, keys and values.
+
+        Args:
+            parts: for each of the three the layer and the rows of its weight.
+            before: where to insert it.
+
+        Returns:
+            The layer; None if the parts are not projections of the same tokens.
+        """
         first = parts[0][0]
         for layer, _ in parts:
             if (
-                not self.plain(layer)
+                not self.is_unfused_linear(layer)
                 or layer.args[0] is not first.args[0]
                 or (layer.args[2] is None) != (first.args[2] is None)
             ):
                 return None
-        picks = [rows.flatten() for _, rows in parts]
-        whole = torch.arange(first.meta["val"].shape[-1])
-        if all(layer is first for layer, _ in parts) and torch.equal(torch.cat(picks), whole):
+        rows = [rows.flatten() for _, rows in parts]
+        all_rows = torch.arange(first.meta["val"].shape[-1])
+        if all(layer is first for layer, _ in parts) and torch.equal(torch.cat(rows), all_rows):
             return first
-        found: list[AnyNode] = []
+        weights: list[AnyNode] = []
         for place in (1, 2):
             sources = [layer.args[place] for layer, _ in parts]
             if sources[0] is None:
-                found.append(None)
+                weights.append(None)
                 continue
-            key = ("rows", *sources, *(pick.numpy().tobytes() for pick in picks))
-            found.append(
-                self.weight(
-                    key,
-                    before,
-                    partial(_picked, [self.weights[source] for source in sources], picks),
-                )
-            )
-        return self.insert(
-            before, inplace.linear.default, (first.args[0], *found), {}, sum(map(len, picks))
-        )
+            key = ("rows", *sources, *(each.numpy().tobytes() for each in rows))
+            tensors = [self.weights[source] for source in sources]
+            weights.append(self.weight(key, before, partial(_concatenated_rows, tensors, rows)))
+        args, width = (first.args[0], *weights), sum(map(len, rows))
+        return self.insert(before, inplace.linear.default, args, {}, width)
 
-    def _qkv(self, node: AnyNode, qkv: AnyNode, turned: Rotation | None) -> None:
+    def _replace_by_qkv_attention(
+        self, node: AnyNode, qkv: AnyNode, rotation: Rotation | None
+    ) -> None:
         heads, value_state = node.args[0].meta["val"].shape[1], node.args[4]
         options = {name: option for name, option in node.kwargs.items() if name != "append"}
         out_width = heads * value_state.meta["val"].shape[3]
-        cos, sin = (turned.cos, turned.sin) if turned is not None else (None, None)
-        args = (qkv, cos, sin, *node.args[3:])
-        new = self.insert(
-            node, inplace.qkv_attention.default, args, {"heads": heads, **options}, out_width
-        )
+        cos, sin = (rotation.cos, rotation.sin) if rotation is not None else (None, None)
+        args, options = (qkv, cos, sin, *node.args[3:]), {"heads": heads, **options}
+        new = self.insert(node, inplace.qkv_attention.default, args, options, out_width)
         for user in list(node.users):
             end = flattened(user, out_width)
             if end is not None and end.meta["val"].dim() == new.meta["val"].dim():
@@ -322,25 +338,25 @@ class AttentionRewriter(Rewriter):
             self.replace(node, shaped)
         self.graph.erase_node(node)
 
-    def _replayed(self, turned: Rotation, before: AnyNode) -> AnyNode:
-        """What was rotated, seen through the views of the rotated."""
-        found: AnyNode = turned.x
-        for view in turned.views:
+    def _unrotated(self, rotation: Rotation, before: AnyNode) -> AnyNode:
+        """What was rotated, with the views of the rotated tensor applied to it."""
+        result: AnyNode = rotation.x
+        for view in rotation.views:
             with self.graph.inserting_before(before):
-                again = self.graph.call_function(view.target, (found, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
+                again = self.graph.call_function(view.target, (result, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
             again.meta.update(view.meta)
-            found = again
-        return found
+            result = again
+        return result
 
-    def _behind(self, node: AnyNode) -> AnyNode:
-        """The linear layer behind views and norms of single use."""
-        while is_call(node, *VIEWS, *PICKS, inplace.rms_norm.default):
+    def _source_linear(self, node: AnyNode) -> AnyNode:
+        """The node before views and norms."""
+        while is_call(node, *VIEWS, *SELECTIONS, inplace.rms_norm.default):
             node = node.args[0]
         return node
 
-    def _merge(self, layers: Sequence[AnyNode]) -> None:
-        """Linear layers of the same tokens become one and slices of it."""
-        if len(set(layers)) != len(layers) or not all(self.plain(layer) for layer in layers):
+    def _merge_linears(self, layers: Sequence[AnyNode]) -> None:
+        """Linear layers of the same tokens become slices of one layer."""
+        if len(set(layers)) != len(layers) or not all(map(self.is_unfused_linear, layers)):
             return
         x, bias = layers[0].args[0], layers[0].args[2]
         if any(
@@ -349,18 +365,18 @@ class AttentionRewriter(Rewriter):
             return
         first = next(node for node in self.graph.nodes if node in layers)
         widths = [layer.meta["val"].shape[-1] for layer in layers]
-        merged = self.insert(
-            first, inplace.linear.default, (x, *self.merged(layers, first)), {}, sum(widths)
-        )
+        args = (x, *self.concatenate_weights(layers, first))
+        merged = self.insert(first, inplace.linear.default, args, {}, sum(widths))
         last, start = merged.meta["val"].dim() - 1, 0
         for layer, width in zip(layers, widths, strict=True):
-            part = self.insert(
-                first, aten.slice.Tensor, (merged, last, start, start + width), {}, width
-            )
+            bounds = (last, start, start + width)
+            part = self.insert(first, aten.slice.Tensor, (merged, *bounds), {}, width)
             self.replace(layer, part)
             start += width
 
 
-def _picked(tensors: Sequence[torch.Tensor], picks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of several tensors behind one another."""
-    return torch.cat([tensor[pick] for tensor, pick in zip(tensors, picks, strict=True)])
+def _concatenated_rows(
+    tensors: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The given rows of each tensor, concatenated."""
+    return torch.cat([tensor[each] for tensor, each in zip(tensors, rows, strict=True)])

@@ -1,207 +1,154 @@
-"""Fuse neighbours for the ``plugin`` mechanism: fewer kernels a step, each nearer to the weights' bandwidth.
+"""Rewrite a captured graph for the kernels of a mechanism.
 
-A decode step of a small model is bound by the number of its kernels, not by what they compute. A transformer layer in PyTorch is some
-thirty of them; after this pass it is five: norm + merged QKV projection, RoPE + append + attention, output projection + residual,
-norm + gate and up projection + activation, down projection + residual.
+``fuse`` merges neighbours for the ``plugin`` mechanism. A decode step of a small model is bound by
+the number of its kernels, not by their work. A transformer layer in PyTorch is about thirty of
+them; after fusion it is five: norm + QKV projection; RoPE + append + attention; output projection +
+residual; norm + gate and up projection + activation; down projection + residual. Every rewrite is
+local and keeps what is computed; only roundings between the fused operators disappear.
 
-Every rewrite is local and keeps what is computed; only roundings between the fused operators go.
-
-Take sampling out of a graph, for mechanisms whose engines have no kernel for it: what is left says the most likely token.
+``without_sampling`` replaces sampling by argmax for mechanisms that have no kernel for it.
 """
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from inplace.schema.served import Program
 from inplace.schema.specs import SAMPLING_ROLES, TensorSpec
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from torch.fx import Node
 
 from inplace_builder.fusion.attention import AttentionRewriter
 from inplace_builder.fusion.patterns import (
     activation,
-    does_nothing,
-    normalized,
+    has_no_effect,
+    match_rms_norm,
+    match_tanh_gelu,
     same_shape,
-    written_gelu,
 )
 from inplace_builder.graph.nodes import (
     CASTS,
     AnyNode,
-    copy_graph,
     is_call,
     only_user,
     operand_orders,
     without_casts,
 )
+from inplace_builder.graph.program import GraphProgram
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
 
-def fuse(exported: ExportedProgram) -> "Fused":
-    """A copy of the program with neighbours fused into ``inplace::linear``, ``rms_norm``, ``qkv_attention`` and ``argmax``.
+def fuse(exported: ExportedProgram) -> GraphProgram:
+    """A copy fused into ``inplace::linear``, ``rms_norm``, ``qkv_attention`` and ``argmax``.
 
     Weights made here (merged or transposed) are ``get_attr`` nodes of the graph.
     """
-    graph = copy_graph(exported.graph)
-    module = torch.fx.GraphModule(exported.graph_module, graph)
-    _Fusion(exported, module).run()
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.is_impure())
-    graph.lint()
-    module.recompile()
-    return Fused(
-        graph, module, _signature(exported, graph), exported.state_dict, exported.constants
-    )
+    program = GraphProgram.copy_of(exported)
+    _Fusion(program).run()
+    program.recompile()
+    return program
 
 
-@dataclass(frozen=True)
-class Fused:
-    """What lowering needs of a program. No ``ExportedProgram``: those may not hold ``get_attr`` nodes.
+def bindable_weights(program: GraphProgram) -> frozenset[str]:
+    """Names of the weights that the runtime binds, so that the plan does not hold them.
 
-    Attributes:
-        graph: its placeholders are those of the program it was made from.
-        graph_module: owns the weights made here.
-        graph_signature: which placeholder is what, with the names that the outputs have now.
-        state_dict, constants: the program's weights.
+    These are the matrices of linear layers and embeddings.
     """
-
-    graph: torch.fx.Graph
-    graph_module: torch.fx.GraphModule
-    graph_signature: ExportGraphSignature
-    state_dict: Mapping[str, torch.Tensor]
-    constants: Mapping[str, Any]
-
-    def bindable(self) -> frozenset[str]:
-        """Names of the weights that the runtime should bind rather than the plan hold: matrices of linear layers and embeddings."""
-        found = set()
-        for node in self.graph.nodes:
-            weight = (
-                node.args[1]
-                if is_call(node, inplace.linear.default)
-                else node.args[0]
-                if is_call(node, aten.embedding.default)
-                else None
-            )
-            if isinstance(weight, Node):
-                found.add(weight.name)
-        return frozenset(found)
-
-
-def _signature(exported: ExportedProgram, graph: torch.fx.Graph) -> ExportGraphSignature:
-    signature: ExportGraphSignature = copy.deepcopy(exported.graph_signature)
-    (output,) = graph.find_nodes(op="output")
-    for spec, node in zip(signature.output_specs, output.args[0], strict=True):
-        spec.arg = TensorArgument(name=node.name)
-    return signature
+    weights = [
+        *(node.args[1] for node in program.graph.nodes if is_call(node, inplace.linear.default)),
+        *(node.args[0] for node in program.graph.nodes if is_call(node, aten.embedding.default)),
+    ]
+    return frozenset(weight.name for weight in weights if isinstance(weight, Node))
 
 
 class _Fusion(AttentionRewriter):
     def run(self) -> None:
+        """Apply every rewrite to every node, one rewrite after the other."""
         for rewrite in (
-            self._tidy,
-            self._norm,
-            self._linear,
-            self._transposed_linear,
-            self._gate,
-            self.attention,
-            self._normed,
-            self._after,
-            self._head,
-            self._argmax,
+            self._remove_no_effect,
+            self._fuse_norm,
+            self._fuse_linear,
+            self._fuse_transposed_linear,
+            self._fuse_gate,
+            self.fuse_attention,
+            self._fuse_norm_into_linear,
+            self._fuse_epilogue,
+            self._fuse_float32_scores,
+            self._fuse_argmax,
         ):
             for node in list(self.graph.nodes):
-                if node.op == "call_function" and (node.users or rewrite == self.attention):
+                if node.op == "call_function" and (node.users or rewrite == self.fuse_attention):
                     rewrite(node)
             self.graph.eliminate_dead_code(
                 lambda node: node.op in ("placeholder", "output") or node.is_impure()
             )
 
-    # Rewrites
-
-    def _tidy(self, node: AnyNode) -> None:
-        """Operators that do nothing go; GELU that is written out becomes one operator."""
-        if does_nothing(node):
+    def _remove_no_effect(self, node: AnyNode) -> None:
+        """Remove operators without effect; GELU that is written out becomes one operator."""
+        if has_no_effect(node):
             node.replace_all_uses_with(node.args[0])
-            self.graph.erase_node(node)  # dropout counts as random, so nothing else would
+            self.graph.erase_node(node)  # dead-code elimination keeps dropout: it counts as random
             return
-        x = written_gelu(node)
+        x = match_tanh_gelu(node)
         if x is not None:
             self.replace(node, self.insert(node, aten.gelu.default, (x,), {"approximate": "tanh"}))
 
-    def _norm(self, node: AnyNode) -> None:
-        """``weight * (x * rsqrt(mean(x²) + eps))`` with or without casts, also with ``1 + weight``."""
-        if (
-            node.target is aten.rms_norm.default
-            and len(node.args) > 2
-            and node.args[2] in self.weights
-        ):
-            x, _, weight = node.args[:3]
-            eps = (
-                node.args[3]
-                if len(node.args) > 3 and node.args[3] is not None
-                else torch.finfo(x.meta["val"].dtype).eps
-            )
-            self.replace(node, self.insert(node, inplace.rms_norm.default, (x, weight, eps), {}))
+    def _fuse_norm(self, node: AnyNode) -> None:
+        """``weight * (x * rsqrt(mean(x²) + eps))``, with or without casts, also ``1 + weight``."""
+        if node.target is aten.rms_norm.default:
+            self._fuse_norm_operator(node)
             return
         for scale, product in operand_orders(node, aten.mul.Tensor):
             weight, offset = self._norm_weight(scale)
-            found = normalized(without_casts(product))
-            if weight is None or found is None:
+            match = match_rms_norm(without_casts(product))
+            if weight is None or match is None:
                 continue
-            x, eps = found
-            if (
-                len(self.weights[weight].shape) != 1
-                or self.weights[weight].shape[0] != x.meta["val"].shape[-1]
-            ):
+            x, eps = match
+            if self.weights[weight].shape != x.meta["val"].shape[-1:]:
                 continue
             last = node
             if last.meta["val"].dtype != x.meta["val"].dtype:
-                after = only_user(last)
-                if (
-                    after is None
-                    or not is_call(after, *CASTS)
-                    or after.meta["val"].dtype != x.meta["val"].dtype
-                ):
+                cast = only_user(last)
+                if not is_call(cast, *CASTS) or cast.meta["val"].dtype != x.meta["val"].dtype:
                     continue
-                last = after
+                last = cast
             if offset:
-                tensor = self.weights[weight]
-                weight = self.weight(
-                    ("offset", weight, offset), last, partial(torch.add, tensor.float(), offset)
-                )
+                shifted = partial(torch.add, self.weights[weight].float(), offset)
+                weight = self.weight(("offset", weight, offset), last, shifted)
             self.replace(last, self.insert(last, inplace.rms_norm.default, (x, weight, eps), {}))
             return
 
+    def _fuse_norm_operator(self, node: AnyNode) -> None:
+        """``aten.rms_norm`` with a weight."""
+        x, _, weight, eps = (*node.args, None, None)[:4]
+        if weight not in self.weights:
+            return
+        if eps is None:
+            eps = torch.finfo(x.meta["val"].dtype).eps
+        self.replace(node, self.insert(node, inplace.rms_norm.default, (x, weight, eps), {}))
+
     def _norm_weight(self, node: AnyNode) -> tuple[AnyNode, float]:
-        """The parameter behind a scale, and what is added to it (Gemma's norms scale with 1 + weight)."""
-        found = without_casts(node)
-        if found in self.weights:
-            return found, 0.0
-        if isinstance(found, Node) and found.target is aten.add.Tensor:
-            for one, other in (found.args[:2], found.args[1::-1]):
-                inner = without_casts(one)
-                if inner in self.weights and isinstance(other, int | float):
-                    return inner, float(other)
+        """The weight behind a scale, and what is added to it (Gemma scales with 1 + weight)."""
+        scale = without_casts(node)
+        if scale in self.weights:
+            return scale, 0.0
+        for one, other in operand_orders(scale, aten.add.Tensor):
+            if without_casts(one) in self.weights and isinstance(other, int | float):
+                return without_casts(one), float(other)
         return None, 0.0
 
-    def _linear(self, node: AnyNode) -> None:
-        if not is_call(node, aten.linear.default) or node.args[1] not in self.weights:
+    def _fuse_linear(self, node: AnyNode) -> None:
+        """``aten.linear`` with weights of the model."""
+        if not is_call(node, aten.linear.default):
             return
-        x, weight, *rest = node.args
-        bias = rest[0] if rest else None
-        if bias is not None and bias not in self.weights:
+        x, weight, bias = (*node.args, None)[:3]
+        if weight not in self.weights or (bias is not None and bias not in self.weights):
             return
-        new = self.insert(
-            node, inplace.linear.default, (x, weight, bias), {}, node.meta["val"].shape[-1]
-        )
+        width = node.meta["val"].shape[-1]
+        new = self.insert(node, inplace.linear.default, (x, weight, bias), {}, width)
         self.replace(node, new)
 
-    def _transposed_linear(self, node: AnyNode) -> None:
+    def _fuse_transposed_linear(self, node: AnyNode) -> None:
         """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed."""
         if not is_call(node, aten.addmm.default) or len(node.args) != 3 or node.kwargs:
             return
@@ -209,18 +156,13 @@ class _Fusion(AttentionRewriter):
         if bias not in self.weights or weight not in self.weights or self.weights[bias].dim() != 1:
             return
         tensor = self.weights[weight]
-        turned = self.weight(("transposed", weight), node, tensor.t)
+        transposed = self.weight(("transposed", weight), node, tensor.t)
         flat = (
             is_call(x, aten.view.default, aten.reshape.default)
             and x.args[0].meta["val"].shape[-1] == tensor.shape[0]
         )
-        new = self.insert(
-            node,
-            inplace.linear.default,
-            (x.args[0] if flat else x, turned, bias),
-            {},
-            tensor.shape[1],
-        )
+        args = (x.args[0] if flat else x, transposed, bias)
+        new = self.insert(node, inplace.linear.default, args, {}, tensor.shape[1])
         for user in list(node.users) if flat else ():  # the tokens were flattened for addmm only
             if is_call(user, aten.view.default, aten.reshape.default) and same_shape(
                 user.meta["val"], new.meta["val"]
@@ -233,14 +175,18 @@ class _Fusion(AttentionRewriter):
             new = again
         self.replace(node, new)
 
-    def _gate(self, node: AnyNode) -> None:
+    def _fuse_gate(self, node: AnyNode) -> None:
         """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""
         for activated, up in operand_orders(node, aten.mul.Tensor):
             kind = activation(activated)
             if kind is None or only_user(activated) is not node:
                 continue
             gate = activated.args[0]
-            if not (self.plain(gate) and self.plain(up) and gate.args[0] is up.args[0]):
+            if not (
+                self.is_unfused_linear(gate)
+                and self.is_unfused_linear(up)
+                and gate.args[0] is up.args[0]
+            ):
                 continue
             if (
                 only_user(gate) is not activated
@@ -248,85 +194,67 @@ class _Fusion(AttentionRewriter):
                 or (gate.args[2] is None) != (up.args[2] is None)
             ):
                 continue
-            weight, bias = self.merged([gate, up], node)
+            args = (gate.args[0], *self.concatenate_weights([gate, up], node))
+            options = {"activation": kind, "gated": True}
             width = node.meta["val"].shape[-1]
-            new = self.insert(
-                node,
-                inplace.linear.default,
-                (gate.args[0], weight, bias),
-                {"activation": kind, "gated": True},
-                width,
-            )
-            self.replace(node, new)
+            self.replace(node, self.insert(node, inplace.linear.default, args, options, width))
             return
 
-    def _normed(self, node: AnyNode) -> None:
-        """A norm in front of linear layers only goes into them."""
+    def _fuse_norm_into_linear(self, node: AnyNode) -> None:
+        """A norm that only one linear layer reads becomes part of that layer."""
         if not is_call(node, inplace.rms_norm.default):
             return
-        users = list(node.users)
-        through = [
-            user for user in users if is_call(user, inplace.linear.default) and user.args[0] is node
-        ]
-        if (
-            len(through) != len(users)
-            or len(users) > 1
-            or any(len(user.args) > 3 and user.args[3] is not None for user in users)
+        user = only_user(node)
+        if not (
+            is_call(user, inplace.linear.default)
+            and user.args[0] is node
+            and (len(user.args) < 4 or user.args[3] is None)
         ):
-            picked = self._picked(node)
-            if picked is None:
+            user = self._head_of(node)
+            if user is None:
                 return
-            users = [picked]
         x, weight, eps = node.args
-        for user in users:
-            source = x if user.args[0] is node else self._repicked(user, x)
-            user.args = (source, *user.args[1:3], weight)
-            user.kwargs = {**user.kwargs, "eps": eps}
+        source = x if user.args[0] is node else self._index_before_norm(user, x)
+        user.args = (source, *user.args[1:3], weight)
+        user.kwargs = {**user.kwargs, "eps": eps}
 
-    def _picked(self, node: AnyNode) -> AnyNode:
-        """The head of a language model: norm, pick of each row's last token, linear. The pick can come first."""
-        index = only_user(node)
+    def _head_of(self, norm: AnyNode) -> AnyNode:
+        """The head of a language model, where it follows norm and pick of each row's last token.
+
+        The pick can come before the norm.
+        """
+        index = only_user(norm)
         if index is None or not is_call(index, aten.index.Tensor):
             return None
         indices = index.args[1]
-        if any(i is None for i in indices[-1:]) or len(indices) >= node.meta["val"].dim():
+        if any(i is None for i in indices[-1:]) or len(indices) >= norm.meta["val"].dim():
             return None
         head = only_user(index)
-        return (
-            head
-            if head is not None and is_call(head, inplace.linear.default) and head.args[0] is index
-            else None
-        )
+        return head if is_call(head, inplace.linear.default) and head.args[0] is index else None
 
-    def _repicked(self, head: AnyNode, x: AnyNode) -> AnyNode:
+    def _index_before_norm(self, head: AnyNode, x: AnyNode) -> AnyNode:
         index = head.args[0]
         with self.graph.inserting_before(index):
             moved = self.graph.call_function(aten.index.Tensor, (x, index.args[1]))
         moved.meta.update(index.meta)
         return moved
 
-    def _after(self, node: AnyNode) -> None:
-        """A residual added to a linear layer, or an activation after it, goes into it."""
+    def _fuse_epilogue(self, node: AnyNode) -> None:
+        """A residual added to a linear layer, or an activation after it, becomes part of it."""
         kind = activation(node)
-        source = node.args[0] if kind is not None else None
+        source: AnyNode = node.args[0] if kind is not None else None
         if (
-            source is not None
-            and self._open(source)
+            self._accepts_epilogue(source)
             and only_user(source) is node
             and not source.kwargs.get("gated")
         ):
-            new = self.insert(
-                node,
-                inplace.linear.default,
-                source.args,
-                {**source.kwargs, "activation": kind},
-                node.meta["val"].shape[-1],
-            )
+            options, width = {**source.kwargs, "activation": kind}, node.meta["val"].shape[-1]
+            new = self.insert(node, inplace.linear.default, source.args, options, width)
             self.replace(node, new)
             return
         for residual, product in operand_orders(node, aten.add.Tensor):
             if (
-                not self._open(product)
+                not self._accepts_epilogue(product)
                 or only_user(product) is not node
                 or not isinstance(residual, Node)
             ):
@@ -336,49 +264,38 @@ class _Fusion(AttentionRewriter):
                 not isinstance(other, torch.Tensor)
                 or meta.dtype != other.dtype
                 or not same_shape(meta, other)
-                or node.kwargs
             ):
                 continue
             x, weight, bias, norm = (*product.args, None, None)[:4]
-            new = self.insert(
-                node,
-                inplace.linear.default,
-                (x, weight, bias, norm, residual),
-                dict(product.kwargs),
-                meta.shape[-1],
-            )
+            args = (x, weight, bias, norm, residual)
+            options = dict(product.kwargs)
+            new = self.insert(node, inplace.linear.default, args, options, meta.shape[-1])
             self.replace(node, new)
             return
 
-    def _head(self, node: AnyNode) -> None:
-        """Scores that are turned to float32 are float32 from the start; the extents of 1 around them go."""
+    def _fuse_float32_scores(self, node: AnyNode) -> None:
+        """Scores that are cast to float32 are float32 from the start, without axes of extent 1."""
         if not is_call(node, aten.to.dtype) or node.meta["val"].dtype != torch.float32:
             return
         source = node.args[0]
-        squeezed = (
-            source.args[0]
-            if is_call(source, aten.select.int)
+        selected = (
+            is_call(source, aten.select.int)
             and source.args[1:] == (0, 0)
             and only_user(source) is node
-            else source
         )
+        linear = source.args[0] if selected else source
         if (
-            not self._open(squeezed)
-            or len(squeezed.users) != 1
-            or squeezed.kwargs.get("gated")
-            or len(squeezed.args) > 4
+            not self._accepts_epilogue(linear)
+            or len(linear.users) != 1
+            or linear.kwargs.get("gated")
+            or len(linear.args) > 4
         ):
             return
-        kwargs = {**squeezed.kwargs, "float_out": True}
+        options, width = {**linear.kwargs, "float_out": True}, linear.meta["val"].shape[-1]
         new = self.insert(
-            squeezed,
-            inplace.linear.default,
-            squeezed.args,
-            kwargs,
-            squeezed.meta["val"].shape[-1],
-            torch.float32,
+            linear, inplace.linear.default, linear.args, options, width, torch.float32
         )
-        if squeezed is source:
+        if not selected:
             self.replace(node, new)
             return
         with self.graph.inserting_before(node):
@@ -386,22 +303,22 @@ class _Fusion(AttentionRewriter):
         flat.meta.update(node.meta)
         self.replace(node, flat)
 
-    def _argmax(self, node: AnyNode) -> None:
-        if (
-            is_call(node, aten.argmax.default)
-            and node.args[1:] == (-1, True)
-            and node.args[0].meta["val"].dim() == 2
+    def _fuse_argmax(self, node: AnyNode) -> None:
+        """``argmax(scores, -1, keepdim=True)`` of ``[rows, vocabulary]`` scores."""
+        if not is_call(node, aten.argmax.default) or node.args[1:] != (-1, True):
+            return
+        scores = node.args[0]
+        dtype = scores.meta["val"].dtype
+        if scores.meta["val"].dim() == 2 and dtype in (
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
         ):
-            scores = node.args[0]
-            if scores.meta["val"].dtype in (torch.float32, torch.float16, torch.bfloat16):
-                self.replace(
-                    node, self.insert(node, inplace.argmax.default, (scores,), {}, 1, torch.int64)
-                )
+            new = self.insert(node, inplace.argmax.default, (scores,), {}, 1, torch.int64)
+            self.replace(node, new)
 
-    # Questions
-
-    def _open(self, node: AnyNode) -> bool:
-        """A linear layer that could still take an activation or a residual."""
+    def _accepts_epilogue(self, node: AnyNode) -> bool:
+        """Whether it is a linear layer that could still take an activation or a residual."""
         return (
             isinstance(node, Node)
             and is_call(node, inplace.linear.default)
@@ -410,40 +327,38 @@ class _Fusion(AttentionRewriter):
         )
 
 
-def without_sampling(exported: ExportedProgram, program: Program) -> tuple[Fused, Program]:
-    """A copy of the graph with argmax in the place of ``inplace::sample`` and without its parameters, and the description of that.
+def without_sampling(exported: ExportedProgram, program: Program) -> tuple[GraphProgram, Program]:
+    """A copy of the graph with argmax instead of ``inplace::sample``, and its description.
 
-    A graph that samples nothing is copied as it is.
+    The inputs that only sampling needs are removed. A graph that does not sample is copied as it
+    is.
     """
-    graph = copy_graph(exported.graph)
-    module = torch.fx.GraphModule(exported.graph_module, graph)
+    greedy = GraphProgram.copy_of(exported)
+    graph = greedy.graph
     for node in graph.find_nodes(op="call_function", target=inplace.sample.default):
         with graph.inserting_before(node):
             largest = graph.call_function(aten.argmax.default, (node.args[0], -1, True))
         largest.meta.update(node.meta)
         node.replace_all_uses_with(largest)
         graph.erase_node(node)
-    gone = {spec.name for spec in program.inputs if spec.role in SAMPLING_ROLES}
+    removed = {spec.name for spec in program.inputs if spec.role in SAMPLING_ROLES}
     for node in graph.find_nodes(op="placeholder"):
-        if node.name in gone:
+        if node.name in removed:
             graph.erase_node(node)
-    graph.lint()
-    module.recompile()
-    signature = copy.deepcopy(exported.graph_signature)
-    signature.input_specs = [spec for spec in signature.input_specs if spec.arg.name not in gone]
-    (output,) = graph.find_nodes(op="output")
-    for spec, node in zip(signature.output_specs, output.args[0], strict=True):
-        spec.arg = TensorArgument(name=node.name)
+    greedy.graph_signature.input_specs = [
+        spec for spec in greedy.graph_signature.input_specs if spec.arg.name not in removed
+    ]
+    greedy.recompile()
     description = program.model_copy(
         update={
-            "inputs": tuple(spec for spec in program.inputs if spec.name not in gone),
-            "outputs": tuple(_largest(spec) for spec in program.outputs),
+            "inputs": tuple(spec for spec in program.inputs if spec.name not in removed),
+            "outputs": tuple(_greedy_output(spec) for spec in program.outputs),
         }
     )
-    return Fused(graph, module, signature, exported.state_dict, exported.constants), description
+    return greedy, description
 
 
-def _largest(spec: TensorSpec) -> TensorSpec:
+def _greedy_output(spec: TensorSpec) -> TensorSpec:
     if spec.sampled_from is None:
         return spec
     return spec.model_copy(update={"argmax_of": spec.sampled_from, "sampled_from": None})

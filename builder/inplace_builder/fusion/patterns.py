@@ -1,4 +1,4 @@
-"""What transformers writes as several operators and is one thing: norms, activations, operators that do nothing."""
+"""Patterns that models write as several operators: norms, activations, operators without effect."""
 
 import math
 
@@ -17,7 +17,7 @@ from inplace_builder.graph.nodes import (
 aten = torch.ops.aten
 
 
-GATES: dict[object, str] = {
+ACTIVATIONS: dict[object, str] = {
     aten.silu.default: "silu",
     aten.relu.default: "relu",
     aten.gelu.default: "gelu",
@@ -27,16 +27,20 @@ GATES: dict[object, str] = {
 SCALARS = (int, float)
 
 
-def does_nothing(node: AnyNode) -> bool:
-    """Dropout outside of training, and casts to the type that is there."""
+def has_no_effect(node: AnyNode) -> bool:
+    """Whether it is dropout outside of training, or a cast to the type that its input has."""
     if is_call(node, aten.dropout.default):
         return node.args[2] is False
     return is_call(node, *CASTS) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
 
 
-def normalized(node: AnyNode) -> tuple[AnyNode, float] | None:
-    """``x`` and eps if the node is ``x * rsqrt(mean(x²) + eps)``, in float32 or x's own type."""
-    for wide, inverse in operand_orders(node, aten.mul.Tensor):
+def match_rms_norm(node: AnyNode) -> tuple[AnyNode, float] | None:
+    """Match ``x * rsqrt(mean(x²) + eps)``, in float32 or in the type of ``x``.
+
+    Returns:
+        ``x`` and ``eps``, or None.
+    """
+    for x, inverse in operand_orders(node, aten.mul.Tensor):
         if not is_call(inverse, aten.rsqrt.default):
             continue
         shifted = inverse.args[0]
@@ -49,17 +53,15 @@ def normalized(node: AnyNode) -> tuple[AnyNode, float] | None:
             or mean.args[2:] != (True,)
         ):
             continue
-        square = mean.args[0]
-        squared = (
-            is_call(square, aten.pow.Tensor_Scalar)
-            and square.args[1] == 2
-            and square.args[0] is wide
-        )
-        if squared or (
-            is_call(square, aten.mul.Tensor) and square.args[0] is wide and square.args[1] is wide
-        ):
-            return without_casts(wide), float(shifted.args[1])
+        if _is_square(mean.args[0], x):
+            return without_casts(x), float(shifted.args[1])
     return None
+
+
+def _is_square(node: AnyNode, x: AnyNode) -> bool:
+    if is_call(node, aten.pow.Tensor_Scalar):
+        return node.args[0] is x and bool(node.args[1] == 2)
+    return is_call(node, aten.mul.Tensor) and node.args[0] is x and node.args[1] is x
 
 
 def activation(node: AnyNode) -> str | None:
@@ -68,49 +70,54 @@ def activation(node: AnyNode) -> str | None:
         return None
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return GATES.get(node.target)
+    return ACTIVATIONS.get(node.target)
 
 
-def written_gelu(node: AnyNode) -> AnyNode:
-    """``x`` if the node is ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))``, GELU's approximation (arXiv:1606.08415) written out; or None."""
-    for half, bent in operand_orders(node, aten.mul.Tensor):
-        x = _times(half, 0.5)
-        turned = _plus(bent, 1.0)
-        if x is None or not is_call(turned, aten.tanh.default):
+def match_tanh_gelu(node: AnyNode) -> AnyNode:
+    """Match ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))``, GELU's approximation (arXiv:1606.08415).
+
+    Returns:
+        ``x``, or None.
+    """
+    for half, shifted in operand_orders(node, aten.mul.Tensor):
+        x = _multiplied(half, 0.5)
+        tanh = _added(shifted, 1.0)
+        if x is None or not is_call(tanh, aten.tanh.default):
             continue
-        for one, cubic in operand_orders(
-            _times(turned.args[0], math.sqrt(2 / math.pi)), aten.add.Tensor
-        ):
-            cube = _times(cubic, 0.044715)
+        inner = _multiplied(tanh.args[0], math.sqrt(2 / math.pi))
+        for one, cubic in operand_orders(inner, aten.add.Tensor):
+            cube = _multiplied(cubic, 0.044715)
             if one is x and is_call(cube, aten.pow.Tensor_Scalar) and cube.args == (x, 3):
                 return x
     return None
 
 
-def _times(node: AnyNode, factor: float) -> AnyNode:
-    return next(
-        (
-            a
-            for a, b in operand_orders(node, aten.mul.Tensor)
-            if isinstance(b, SCALARS) and math.isclose(b, factor)
-        ),
-        None,
-    )
+def _multiplied(node: AnyNode, factor: float) -> AnyNode:
+    """What a node multiplies by this factor; None if it does not."""
+    for x, scalar in operand_orders(node, aten.mul.Tensor):
+        if isinstance(scalar, SCALARS) and math.isclose(scalar, factor):
+            return x
+    return None
 
 
-def _plus(node: AnyNode, term: float) -> AnyNode:
-    return next(
-        (
-            a
-            for a, b in operand_orders(node, aten.add.Tensor)
-            if isinstance(b, SCALARS) and b == term
-        ),
-        None,
-    )
+def _added(node: AnyNode, term: float) -> AnyNode:
+    """What a node adds this term to; None if it does not."""
+    for x, scalar in operand_orders(node, aten.add.Tensor):
+        if isinstance(scalar, SCALARS) and scalar == term:
+            return x
+    return None
 
 
 def flattened(node: AnyNode, width: int) -> AnyNode:
-    """The node at which the attention's output ``[tokens, heads, dim]`` has become ``[..., heads * dim]``, following single views."""
+    """The node at which attention's output ``[tokens, heads, dim]`` is ``[..., heads * dim]``.
+
+    Args:
+        node: a user of that output; views with one user are followed from there.
+        width: ``heads * dim``.
+
+    Returns:
+        The node, or None.
+    """
     current: AnyNode = node
     while current is not None and is_call(
         current,
@@ -126,7 +133,7 @@ def flattened(node: AnyNode, width: int) -> AnyNode:
 
 
 def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all extents are equal; compared as written, which adds no guard to the graph."""
+    """Whether all extents are equal; compared as texts, which adds no guard to the graph."""
     return one.dim() == other.dim() and all(
         str(a) == str(b) for a, b in zip(one.shape, other.shape, strict=True)
     )

@@ -1,19 +1,25 @@
-"""Lowering: a captured graph becomes a TensorRT network whose states are inputs and, where written, outputs.
+"""Lowering: a captured graph becomes a TensorRT network, and the network a plan.
 
-`lower` walks the graph; every operator has a converter (`registry`, `converters`), an operator on states one for each mechanism.
+States are inputs of the network and, where they are written, also outputs. `lower` walks the graph;
+every operator has a converter, an operator on states one for each mechanism.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-
-from inplace.schema.specs import StateSpec
-from inplace.trt import TensorRT
-from torch import Tensor
-
-from inplace_builder.lower import converters, copying, native, plugins
-from inplace_builder.lower import plugins as user
+from inplace_builder.lower import copy_states, kv_cache_update, plugins, static_slots
 from inplace_builder.lower.compile import CompileOptions, compile_network
-from inplace_builder.lower.mechanisms import Eligibility, StateUse, choose, mechanism
-from inplace_builder.lower.network import LoweredNetwork, Network, NetworkState, Program
+from inplace_builder.lower.converters import (
+    arithmetic,
+    functions,
+    indexing,
+    logic,
+    matrix,
+    normalization,
+    placing,
+    reduction,
+    shape,
+)
+from inplace_builder.lower.lowering import LoweredNetwork, lower
+from inplace_builder.lower.mechanisms import Eligibility, StateUse, choose_mechanisms, mechanism
+from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.registry import converter, state_converter
 
 __all__ = [
@@ -23,7 +29,7 @@ __all__ = [
     "Network",
     "NetworkState",
     "StateUse",
-    "choose",
+    "choose_mechanisms",
     "compile_network",
     "converter",
     "lower",
@@ -32,40 +38,19 @@ __all__ = [
 ]
 
 
-_REGISTERED = (
-    converters,
-    copying,
-    native,
+CONVERTER_MODULES = (
+    arithmetic,
+    functions,
+    indexing,
+    logic,
+    matrix,
+    normalization,
+    placing,
+    reduction,
+    shape,
+    static_slots,
+    copy_states,
+    kv_cache_update,
     plugins,
-    user,
-)  # importing them registers what they have
-
-
-def lower(
-    exported: Program,
-    *,
-    outputs: Sequence[str],
-    states: Sequence[StateSpec] = (),
-    kinds: Mapping[str, str] | None = None,
-    tensorrt: TensorRT,
-    bind: Collection[str] = (),
-    shapes: Mapping[str, Sequence[int]] | None = None,
-    constants: Mapping[str, Tensor] | None = None,
-) -> LoweredNetwork:
-    """Make the network of a captured graph.
-
-    Args:
-        exported: the graph, in torch.export's training IR, or fused.
-        outputs: names for what it returns, in order.
-        states: which of its inputs are states.
-        kinds: for each state the mechanism that updates it.
-        tensorrt: what to make it with.
-        bind: names of weights that become inputs of the network instead of constants of the plan.
-        shapes: what states are bound with, where all their extents are known.
-        constants: inputs that are always these tensors, so that the network does not have them.
-
-    Raises:
-        BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names it and the model's own line.
-    """
-    network = Network(tensorrt, shapes=shapes or {}, constants=constants or {})
-    return network.lower(exported, outputs, states, kinds or {}, bind)
+)
+"""All modules with converters; importing them registers their converters and mechanisms."""

@@ -1,10 +1,12 @@
-"""The layers that converters are made of: each call adds one step of a network, checked, named, and with PyTorch's meaning.
+"""Layers and extents: what converters build a network from.
 
-Networks are strongly typed: a layer never casts, so every cast is one of ours. Extents are Python integers where they are known;
-``torch.SymInt`` where they are an expression over the extents of the network's inputs; layers for the latter are added once, when a
-shape that cannot be written with a single unknown needs them.
+Every method of `Layers` adds one step of a network: checked, named, and with PyTorch's meaning.
+Networks are strongly typed, so a layer never casts: every cast is one of ours.
 
-Dynamic extents: expressions over the extents of the network's inputs, turned into shape tensors when a layer needs one.
+An extent is a Python integer where it is known, a ``torch.SymInt`` where it is an expression over
+the extents of the network's inputs, and an `AxisExtent` where it is read from a tensor. A shape
+with more than one extent that is not known becomes a shape tensor; `Extents` adds the layers that
+compute it, each once.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,17 +31,20 @@ OPERATIONS = {
     sympy.Max: "MAX",
     sympy.Min: "MIN",
 }
+"""Operations of extents, as members of TensorRT's ElementWiseOperation."""
 
 
-class Measured:
-    """The extent of some tensor's axis, asked of the tensor itself."""
+class AxisExtent:
+    """The extent of a tensor's axis, read from the tensor at run time."""
 
     def __init__(self, tensor: Any, axis: int) -> None:
         self.tensor, self.axis = tensor, axis
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Measured) and other.tensor is self.tensor and other.axis == self.axis
+            isinstance(other, AxisExtent)
+            and other.tensor is self.tensor
+            and other.axis == self.axis
         )
 
     def __hash__(self) -> int:
@@ -50,12 +55,12 @@ Size: TypeAlias = int | torch.SymInt
 """An extent as the captured graph has it."""
 
 
-Extent: TypeAlias = int | torch.SymInt | Measured
+Extent: TypeAlias = int | torch.SymInt | AxisExtent
 """How many elements an axis has."""
 
 
 class Extents:
-    """What each symbol of the graph stands for, and the layers that compute extents from them.
+    """The symbols of a graph, and the layers that compute extents from them.
 
     A symbol is the extent of some input's axis. Every layer made here is made once.
     """
@@ -63,26 +68,26 @@ class Extents:
     def __init__(self, layers: "Layers") -> None:
         self._layers = layers
         self._sources: dict[sympy.Symbol, tuple[Any, int]] = {}
-        self._known: dict[Any, Any] = {}
+        self._computed: dict[Any, Any] = {}
 
     def define(self, tensor: Any, shape: Sequence[int | torch.SymInt]) -> None:
-        """The extents of a network input name symbols."""
+        """Use the axes of a network input as the values of the symbols in its shape."""
         for axis, extent in enumerate(shape):
             if isinstance(extent, torch.SymInt) and isinstance(expression(extent), sympy.Symbol):
                 self._sources.setdefault(expression(extent), (tensor, axis))
 
     def of(self, x: Any) -> list[Extent]:
-        """The extents of a tensor: integers, and `Measured` where they are not known."""
-        return [size if size >= 0 else Measured(x, axis) for axis, size in enumerate(x.shape)]
+        """The extents of a tensor: integers, and `AxisExtent` where they are not known."""
+        return [size if size >= 0 else AxisExtent(x, axis) for axis, size in enumerate(x.shape)]
 
     def tensor(self, extent: Extent) -> Any:
         """An extent as an int64 tensor of shape ``[1]``.
 
         Raises:
-            BuildError: it is no expression over the extents of inputs.
+            BuildError: it is not an expression over the extents of inputs.
         """
-        if isinstance(extent, Measured):
-            return self._measured(extent.tensor, extent.axis)
+        if isinstance(extent, AxisExtent):
+            return self._read(extent.tensor, extent.axis)
         if isinstance(extent, int):
             return self._layers.scalar(extent, INT, 1)
         return self._evaluate(expression(extent))
@@ -90,52 +95,59 @@ class Extents:
     def shape(self, sizes: Sequence[Extent]) -> Any:
         """Extents as one int64 tensor of shape ``[len(sizes)]``."""
         key = tuple(
-            size if isinstance(size, int | Measured) else expression(size) for size in sizes
+            size if isinstance(size, int | AxisExtent) else expression(size) for size in sizes
         )
-        if key not in self._known:
-            self._known[key] = self._layers.concatenate([self.tensor(size) for size in sizes], 0)
-        return self._known[key]
+        if key not in self._computed:
+            self._computed[key] = self._layers.concatenate([self.tensor(size) for size in sizes], 0)
+        return self._computed[key]
 
-    def _measured(self, tensor: Any, axis: int) -> Any:
-        key = (Measured(tensor, -1), axis)
-        if key not in self._known:
+    def _read(self, tensor: Any, axis: int) -> Any:
+        key = AxisExtent(tensor, axis)
+        if key not in self._computed:
             layers = self._layers
             shape = layers.cast(layers.output(layers.network.add_shape(tensor)), INT)
-            self._known[key] = layers.slice(shape, [axis], [1])
-        return self._known[key]
+            self._computed[key] = layers.slice(shape, [axis], [1])
+        return self._computed[key]
 
-    def _evaluate(self, wanted: sympy.Expr) -> Any:
-        if wanted in self._known:
-            return self._known[wanted]
+    def _evaluate(self, extent: sympy.Expr) -> Any:
+        if extent not in self._computed:
+            self._computed[extent] = self._add(extent)
+        return self._computed[extent]
+
+    def _add(self, extent: sympy.Expr) -> Any:
+        """Add the layers of an expression.
+
+        Raises:
+            BuildError: it has an operation or a symbol that is not known here.
+        """
         layers = self._layers
-        if isinstance(wanted, sympy.Integer | int):
-            found = layers.scalar(int(wanted), INT, 1)
-        elif isinstance(wanted, sympy.Symbol):
-            if wanted not in self._sources:
+        where = f"{layers.label}{layers.origin}"
+        if isinstance(extent, sympy.Integer | int):
+            return layers.scalar(int(extent), INT, 1)
+        if isinstance(extent, sympy.Symbol):
+            if extent not in self._sources:
                 raise BuildError(
-                    f"{layers.label}{layers.origin}: the extent {wanted} is that of no input; only extents of inputs may vary"
+                    f"{where}: the extent {extent} is not the extent of any input; "
+                    f"only extents of inputs may vary"
                 )
-            found = self._measured(*self._sources[wanted])
-        elif isinstance(wanted, Mod):
-            value, by = (self._evaluate(part) for part in wanted.args)
-            found = layers.subtract(
-                value, layers.multiply(layers.elementwise("FLOOR_DIV", value, by), by)
-            )
-        elif wanted.func in OPERATIONS:
-            found, *others = (self._evaluate(part) for part in wanted.args)
+            return self._read(*self._sources[extent])
+        if isinstance(extent, Mod):
+            value, by = (self._evaluate(part) for part in extent.args)
+            multiple = layers.multiply(layers.elementwise("FLOOR_DIV", value, by), by)
+            return layers.subtract(value, multiple)
+        if extent.func in OPERATIONS:
+            result, *others = (self._evaluate(part) for part in extent.args)
             for other in others:
-                found = layers.elementwise(OPERATIONS[wanted.func], found, other)
-        else:
-            where = f"{layers.label}{layers.origin}"
-            raise BuildError(
-                f"{where}: the extent {wanted} has an operation ({wanted.func.__name__}) that is not lowered"
-            )
-        self._known[wanted] = found
-        return found
+                result = layers.elementwise(OPERATIONS[extent.func], result, other)
+            return result
+        raise BuildError(
+            f"{where}: the extent {extent} has an operation ({extent.func.__name__}) "
+            f"that is not lowered"
+        )
 
 
 def expression(extent: Size) -> Any:
-    """An extent as sympy has it. Comparing these, unlike comparing SymInts, adds no guard to the graph."""
+    """An extent as a sympy expression; comparing SymInts instead would add guards to the graph."""
     return sympy.Integer(extent) if isinstance(extent, int) else extent.node.expr
 
 
@@ -147,6 +159,11 @@ Number: TypeAlias = int | float | bool
 
 
 HALF = frozenset({torch.float16, torch.bfloat16})
+"""Element types of 16 bits."""
+
+
+MASKED_SCORE = torch.finfo(torch.float32).min
+"""Replaces masked attention scores. Unlike -inf it gives a finite softmax if all are masked."""
 
 
 class Layers:
@@ -154,10 +171,15 @@ class Layers:
 
     Attributes:
         tensorrt: the TensorRT it is made with.
+        api: TensorRT's module.
+        log: the errors that TensorRT reports.
+        builder: TensorRT's builder.
         network: TensorRT's own object, for layers that have no method here.
         label: name of what is being lowered; the names of its layers start with it.
-        origin: where the model's source has it; becomes the layers' metadata.
-        baked: what each constant tensor holds, by its name; TensorRT reads their memory when it builds, not when they are added.
+        origin: the line of the model's source; becomes the layers' metadata.
+        extents: the layers that compute extents.
+        constant_values: the value of each constant, by the name of its tensor. TensorRT reads this
+            memory when it builds the plan, not when the constant is added.
     """
 
     def __init__(self, tensorrt: TensorRT) -> None:
@@ -167,19 +189,18 @@ class Layers:
         self.network = self.builder.create_network(tensorrt.strongly_typed())
         self.label, self.origin = "network", ""
         self.extents = Extents(self)
-        self.baked: dict[str, torch.Tensor] = {}
+        self.constant_values: dict[str, torch.Tensor] = {}
         self._scalars: dict[tuple[type, Number, torch.dtype, int], ITensor] = {}
         self._ranked: dict[tuple[str, int], ITensor] = {}
         self._names: dict[str, int] = {}
 
     @property
     def constants(self) -> Sequence[torch.Tensor]:
-        """The constants of the network so far; one that stands in several shapes counts once."""
-        return tuple(
-            {(value.data_ptr(), value.nbytes): value for value in self.baked.values()}.values()
-        )
+        """The constants of the network so far; one that is used in several shapes counts once."""
+        values = self.constant_values.values()
+        return tuple({(value.data_ptr(), value.nbytes): value for value in values}.values())
 
-    def added(self, layer: Any) -> Any:
+    def checked(self, layer: Any) -> Any:
         """Check and name a layer that was just added.
 
         Raises:
@@ -191,14 +212,13 @@ class Layers:
             )
         count = self._names[self.label] = self._names.get(self.label, 0) + 1
         layer.name = self.label if count == 1 else f"{self.label}.{count}"
-        layer.metadata = self.origin.strip().replace(
-            '"', "'"
-        )  # with a double quote TensorRT 10.6 cannot generate a kernel
+        # with a double quote in it TensorRT 10.6 cannot generate a kernel
+        layer.metadata = self.origin.strip().replace('"', "'")
         return layer
 
     def output(self, layer: Any) -> ITensor:
         """The only output of a layer that was just added."""
-        return self.added(layer).get_output(0)
+        return self.checked(layer).get_output(0)
 
     def dtype_of(self, x: ITensor) -> torch.dtype:
         """Element type of a tensor, as PyTorch has it."""
@@ -207,7 +227,7 @@ class Layers:
     # Constants
 
     def constant(self, value: torch.Tensor) -> ITensor:
-        """A constant; its memory is kept until the network goes.
+        """A constant; its memory is kept as long as the network.
 
         Raises:
             BuildError: TensorRT has no such element type.
@@ -217,14 +237,15 @@ class Layers:
             value = value.float()
         if not self.tensorrt.has_dtype(value.dtype):
             raise BuildError(
-                f"{self.label}{self.origin}: a constant is {value.dtype}, which TensorRT does not have; convert the model"
+                f"{self.label}{self.origin}: a constant is {value.dtype}, which TensorRT does not "
+                f"have; convert the model"
             )
         value = value.cpu().contiguous()
         weights = self.api.Weights(
             self.tensorrt.dtype(value.dtype), value.data_ptr(), value.numel()
         )
         tensor = self.output(self.network.add_constant(tuple(value.shape), weights))
-        self.baked[tensor.name] = value
+        self.constant_values[tensor.name] = value
         return tensor
 
     def scalar(self, value: Number, dtype: torch.dtype, rank: int = 0) -> ITensor:
@@ -235,12 +256,15 @@ class Layers:
         return self._scalars[key]
 
     def tensor(self, value: ITensor | Extent | float, dtype: torch.dtype, rank: int = 0) -> ITensor:
-        """A tensor, number or extent as a tensor of this element type and at least this rank (ones in front)."""
-        if isinstance(value, torch.SymInt | Measured):
+        """A tensor, number or extent as a tensor of an element type and at least a rank.
+
+        Axes of extent 1 are added in front.
+        """
+        if isinstance(value, torch.SymInt | AxisExtent):
             value = self.reshape(self.extents.tensor(value), [])
         elif isinstance(value, int | float):
             return self.scalar(value, dtype, rank)
-        return self.ranked(self.cast(value, dtype), rank)
+        return self.expand_rank(self.cast(value, dtype), rank)
 
     # Types
 
@@ -250,19 +274,26 @@ class Layers:
         if own == dtype:
             return x
         if dtype == torch.bool:
-            return self.invert(self.equal(x, self.scalar(0, own, len(x.shape))))
+            return self.logical_not(self.equal(x, self.scalar(0, own, len(x.shape))))
         return self.output(self.network.add_cast(x, self.tensorrt.dtype(dtype)))
 
     def as_float32(
         self, compute: Callable[[ITensor], ITensor], x: ITensor, dtype: torch.dtype | None = None
     ) -> ITensor:
-        """``compute`` in float32, rounded once to ``dtype`` (default: that of ``x``), as PyTorch's kernels compute for half types."""
+        """``compute`` in float32, rounded once to ``dtype`` (default: the type of ``x``).
+
+        PyTorch's kernels compute so for half types.
+        """
         return self.cast(compute(self.cast(x, torch.float32)), dtype or self.dtype_of(x))
 
     # Shapes
 
     def reshape(self, x: ITensor, sizes: Sequence[Extent]) -> ITensor:
-        """Reshape; -1 at most once and only where the others are integers, 0 keeps the extent that ``x`` has at that place."""
+        """Reshape to ``sizes``.
+
+        -1 may occur once, and only where the others are integers; 0 keeps the extent that ``x`` has
+        on that axis.
+        """
         static = sum(not isinstance(size, int) or size == -1 for size in sizes) <= 1
         shape = None if static else self.extents.shape(sizes)
         layer = self.network.add_shuffle(x)
@@ -272,18 +303,20 @@ class Layers:
             layer.set_input(1, shape)
         return self.output(layer)
 
-    def ranked(self, x: ITensor, rank: int) -> ITensor:
+    def expand_rank(self, x: ITensor, rank: int) -> ITensor:
         """With extents of 1 in front, up to this rank."""
         missing = rank - len(x.shape)
         if missing <= 0:
             return x
-        if x.name in self.baked:  # a weight stands beside its product, with no layer between them
+        if x.name in self.constant_values:  # so that no layer is between a weight and its product
             if (x.name, rank) not in self._ranked:
-                self._ranked[x.name, rank] = self.constant(self.baked[x.name][(None,) * missing])
+                self._ranked[x.name, rank] = self.constant(
+                    self.constant_values[x.name][(None,) * missing]
+                )
             return self._ranked[x.name, rank]
-        return self.unsqueezed(x, range(missing))
+        return self.unsqueeze(x, range(missing))
 
-    def unsqueezed(self, x: ITensor, axes: Sequence[int]) -> ITensor:
+    def unsqueeze(self, x: ITensor, axes: Sequence[int]) -> ITensor:
         """With extents of 1 at these axes of the result."""
         sizes = list(self.extents.of(x))
         for axis in sorted(axes):
@@ -305,9 +338,9 @@ class Layers:
         size: Sequence[Extent],
         stride: Sequence[int] | None = None,
     ) -> ITensor:
-        """``size`` elements a axis from ``start``; a stride of 0 repeats one."""
+        """``size`` elements of each axis from ``start``; a stride of 0 repeats one element."""
         stride = tuple(stride or (1,) * len(size))
-        zeros = (0,) * len(size)  # stands for what an input of the layer gives
+        zeros = (0,) * len(size)  # a placeholder for what an input of the layer gives
         inputs = {
             index: self.extents.shape(extents)
             for index, extents in ((1, start), (2, size))
@@ -322,7 +355,7 @@ class Layers:
 
     def expand(self, x: ITensor, sizes: Sequence[Extent]) -> ITensor:
         """Repeat axes of extent 1 so that ``x`` has these sizes."""
-        x = self.ranked(x, len(sizes))
+        x = self.expand_rank(x, len(sizes))
         stride = [
             0 if own == 1 and size != 1 else 1
             for own, size in zip(x.shape, map(_known, sizes), strict=True)
@@ -338,7 +371,10 @@ class Layers:
         return self.output(layer)
 
     def gather(self, x: ITensor, indices: ITensor, axis: int) -> ITensor:
-        """``x`` at these indices of an axis; the axes of ``indices`` stand in its place. Indices must lie within it."""
+        """``x`` at these indices of an axis, which the axes of ``indices`` replace.
+
+        Indices must lie within the axis.
+        """
         return self.output(self.network.add_gather(x, indices, axis))
 
     def iota(self, count: Extent, dtype: torch.dtype = torch.int32) -> ITensor:
@@ -353,15 +389,15 @@ class Layers:
             layer.set_input(index, tensor)
         return self.output(layer)
 
-    # Arithmetic: operands of one element type; ranks are matched, extents of 1 broadcast
+    # Arithmetic: operands have one element type; ranks are matched, extents of 1 broadcast
 
     def elementwise(self, operation: str, a: ITensor, b: ITensor) -> ITensor:
         """A member of TensorRT's ElementWiseOperation."""
         rank = max(len(a.shape), len(b.shape))
         return self.output(
             self.network.add_elementwise(
-                self.ranked(a, rank),
-                self.ranked(b, rank),
+                self.expand_rank(a, rank),
+                self.expand_rank(b, rank),
                 getattr(self.api.ElementWiseOperation, operation),
             )
         )
@@ -386,11 +422,11 @@ class Layers:
         """Whether smaller."""
         return self.elementwise("LESS", a, b)
 
-    def both(self, a: ITensor, b: ITensor) -> ITensor:
+    def logical_and(self, a: ITensor, b: ITensor) -> ITensor:
         """Logical and."""
         return self.elementwise("AND", a, b)
 
-    def invert(self, x: ITensor) -> ITensor:
+    def logical_not(self, x: ITensor) -> ITensor:
         """Logical not."""
         return self.unary("NOT", x)
 
@@ -406,7 +442,7 @@ class Layers:
         """``yes`` where the condition holds, else ``no``."""
         rank = max(len(x.shape) for x in (condition, yes, no))
         return self.output(
-            self.network.add_select(*(self.ranked(x, rank) for x in (condition, yes, no)))
+            self.network.add_select(*(self.expand_rank(x, rank) for x in (condition, yes, no)))
         )
 
     def reduce(self, operation: str, x: ITensor, axes: Sequence[int], *, keep: bool) -> ITensor:
@@ -429,7 +465,7 @@ class Layers:
         flip = kind.TRANSPOSE if transpose_b else kind.NONE
         return self.output(
             self.network.add_matrix_multiply(
-                self.ranked(a, rank), kind.NONE, self.ranked(b, rank), flip
+                self.expand_rank(a, rank), kind.NONE, self.expand_rank(b, rank), flip
             )
         )
 

@@ -1,6 +1,8 @@
-"""Which mechanism updates which state: candidates in order, each answers yes or no, because.
+"""Which mechanism updates which state.
 
-States that one operator takes together (the keys and values of a layer) are updated by one mechanism.
+Each mechanism has an eligibility check, registered with `mechanism`. `choose_mechanisms` asks them
+in order of preference. States that one operator takes together, for example the keys and values of
+a layer, get the same mechanism.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,30 +16,22 @@ from inplace.trt import TensorRT
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.nodes import source_line
 
-inplace = torch.ops.inplace
-
-
-ORDER: tuple[AliasKind, ...] = ("plugin", "kv_cache_update", "copy")
-"""The order in which mechanisms are asked."""
-
-
-FIRST_CACHE_LAYER = (10, 15)
-"""The TensorRT that first has IKVCacheUpdateLayer."""
+PREFERENCE: tuple[AliasKind, ...] = ("plugin", "kv_cache_update", "copy")
+"""Mechanisms in order of preference."""
 
 
 @dataclass(frozen=True)
 class Eligibility:
-    """A mechanism's answer."""
+    """Whether a mechanism can update states, and the reason."""
 
     ok: bool
-    because: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class StateUse:
-    """An operator on a state.
+    """A call of an operator on a state.
 
     Attributes:
         node: the call.
@@ -51,7 +45,7 @@ class StateUse:
 
     @property
     def operator(self) -> str:
-        """Its name without the library: ``read``, ``update``, ``attention``."""
+        """The operator's name without its library: ``read``, ``update``, ``attention``."""
         name: str = self.node.target._schema.name  # type: ignore[union-attr]
         return name.partition("::")[2]
 
@@ -62,78 +56,111 @@ class StateUse:
             self.operator.endswith("attention") and self.arguments.get("append", True)
         )
 
+    @property
+    def has_dynamic_capacity(self) -> bool:
+        """Whether the graph leaves the state's capacity open, to be chosen when it is loaded."""
+        (placeholder,) = (
+            source for source in self.node.all_input_nodes if source.name == self.state.name
+        )
+        return any(not isinstance(extent, int) for extent in placeholder.meta["val"].shape[1:])
+
 
 EligibilityCheck = Callable[[Sequence[StateUse], TensorRT], Eligibility]
+"""Takes every use of the states that belong together."""
 
 
-_judges: dict[AliasKind, EligibilityCheck] = {}
+_checks: dict[AliasKind, EligibilityCheck] = {}
 
 
 def mechanism(kind: AliasKind) -> Callable[[EligibilityCheck], EligibilityCheck]:
-    """Register the decorated function as what answers for a mechanism; it is given every use of states that belong together.
+    """Register the decorated function as the eligibility check of a mechanism.
 
     Raises:
         ValueError: the mechanism already has one.
     """
 
-    def register(judge: EligibilityCheck) -> EligibilityCheck:
-        if kind in _judges:
+    def register(check: EligibilityCheck) -> EligibilityCheck:
+        if kind in _checks:
             raise ValueError(
-                f"mechanism {kind!r} already has the judge {_judges[kind].__qualname__}"
+                f"mechanism {kind!r} already has the check {_checks[kind].__qualname__}"
             )
-        _judges[kind] = judge
-        return judge
+        _checks[kind] = check
+        return check
 
     return register
 
 
-def choose(
+def candidates(alias: AliasKind | None, *, strict: bool) -> tuple[AliasKind, ...]:
+    """The mechanisms that a build allows, in order of preference.
+
+    Args:
+        alias: the only mechanism allowed; None allows all.
+        strict: do not allow ``copy``.
+
+    Raises:
+        BuildError: ``copy`` is demanded and refused.
+    """
+    if strict and alias == "copy":
+        raise BuildError(
+            "strict refuses the mechanism copy, which alias asks for; drop one of them"
+        )
+    if alias is not None:
+        return (alias,)
+    return tuple(kind for kind in PREFERENCE if not (strict and kind == "copy"))
+
+
+def choose_mechanisms(
     graph: torch.fx.Graph,
     states: Sequence[StateSpec],
     tensorrt: TensorRT,
     *,
-    order: Sequence[AliasKind] = ORDER,
+    order: Sequence[AliasKind] = PREFERENCE,
 ) -> tuple[Lowering, ...]:
-    """Give every state a mechanism: the first of ``order`` that answers yes.
+    """Give every state the first mechanism that can update it.
 
     Args:
-        graph: the graph that is to be lowered.
+        graph: the graph to lower.
         states: its states.
-        tensorrt: what it is to be lowered with.
-        order: the candidates; one name to insist on a mechanism.
+        tensorrt: the TensorRT to lower it with.
+        order: the mechanisms to try; see `candidates`.
 
     Returns:
-        One record a state, with the answers of the mechanisms asked.
+        One record for each state, with the reasons of the mechanisms that were tried before.
 
     Raises:
-        BuildError: every candidate refuses a state; has all their reasons.
+        BuildError: no mechanism can update a state; has the reasons of all.
     """
-    if unknown := sorted(set(order) - set(_judges)):
-        raise BuildError(f"there is no mechanism {unknown[0]!r}; choose from {sorted(_judges)}")
-    found: dict[str, Lowering] = {}
-    for group in _together(graph, states):
-        refusals: list[str] = []
-        names = sorted({use.state.name for use in group})
-        for kind in order:
-            verdict = _judges[kind](group, tensorrt)
-            if verdict.ok:
-                found |= {
-                    name: Lowering(
-                        state=name, kind=kind, reason=verdict.because, refused=tuple(refusals)
-                    )
-                    for name in names
-                }
-                break
-            refusals.append(f"{kind}: {verdict.because}")
-        else:
-            raise BuildError(
-                f"no mechanism can update {' and '.join(names)} with {tensorrt}: {'; '.join(refusals)}"
-            )
-    return tuple(found[state.name] for state in states)
+    if unknown := sorted(set(order) - set(_checks)):
+        raise BuildError(f"there is no mechanism {unknown[0]!r}; choose from {sorted(_checks)}")
+    records: dict[str, Lowering] = {}
+    for group in _groups(graph, states):
+        records |= _choose_for_group(group, tensorrt, order)
+    return tuple(records[state.name] for state in states)
 
 
-def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[StateUse]]:
-    """The uses of every state, in groups of states that some operator takes together."""
+def _choose_for_group(
+    group: Sequence[StateUse], tensorrt: TensorRT, order: Sequence[AliasKind]
+) -> dict[str, Lowering]:
+    """The records of states that get the same mechanism, by their names."""
+    names = sorted({use.state.name for use in group})
+    refused: list[str] = []
+    for kind in order:
+        eligibility = _checks[kind](group, tensorrt)
+        if eligibility.ok:
+            return {
+                name: Lowering(
+                    state=name, kind=kind, reason=eligibility.reason, refused=tuple(refused)
+                )
+                for name in names
+            }
+        refused.append(f"{kind}: {eligibility.reason}")
+    raise BuildError(
+        f"no mechanism can update {' and '.join(names)} with {tensorrt}: {'; '.join(refused)}"
+    )
+
+
+def _groups(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[StateUse]]:
+    """The uses of all states, grouped so that states that one operator takes are together."""
     specs = {state.name: state for state in states}
     groups: dict[str, list[StateUse]] = {state.name: [] for state in states}
     for node in graph.nodes:
@@ -145,107 +172,10 @@ def _together(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[S
         arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
         for name in taken:
             groups[name].append(StateUse(node, specs[name], arguments))
-        merged = [
-            use
-            for group in {id(groups[name]): groups[name] for name in taken}.values()
-            for use in group
-        ]
+        distinct = {id(groups[name]): groups[name] for name in taken}
+        merged = [use for group in distinct.values() for use in group]
         for name in {use.state.name for use in merged}:
             groups[name] = merged
     if unused := sorted(name for name, uses in groups.items() if not uses):
         raise BuildError(f"the graph never uses the states {unused}; leave them out")
     return list({id(group): group for group in groups.values()}.values())
-
-
-@mechanism("copy")
-def supports_copy(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
-    """Any state of a type that TensorRT selects between."""
-    for use in uses:
-        dtype = use.state.dtype.as_torch
-        if dtype in (torch.int8, torch.uint8) or not tensorrt.has_dtype(dtype):
-            return Eligibility(
-                False,
-                f"TensorRT does not select between elements of {use.state.name}, which is {use.state.dtype}",
-            )
-        if (because := _chosen_at_load(use)) is not None:
-            return Eligibility(False, f"{because}; the scatter needs an extent that is known")
-        if use.operator not in ("read", "update", "attention"):
-            return Eligibility(
-                False, f"it has no converter for {use.node.target}{source_line(use.node)}"
-            )
-    return Eligibility(
-        True, "the state is copied into a second buffer in each step, and the runtime swaps the two"
-    )
-
-
-@mechanism("kv_cache_update")
-def supports_kv_cache_update(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
-    """A cache as `IKVCacheUpdateLayer` has it: ``[slots, heads, capacity, dim]`` in a float type, appended to once a step."""
-    if not tensorrt.is_rtx and tensorrt.version[:2] < FIRST_CACHE_LAYER:
-        return Eligibility(
-            False,
-            f"IKVCacheUpdateLayer is in TensorRT 10.15 and later and in TensorRT for RTX, this is {tensorrt}",
-        )
-    order = {node: place for place, node in enumerate(uses[0].node.graph.nodes)}
-    for use in uses:
-        places = [
-            order[other.node]
-            for other in uses
-            if other.writes and other.state.name == use.state.name
-        ]
-        because = _no_cache(use) or _no_cache_operator(
-            use, after=all(place < order[use.node] for place in places)
-        )
-        if because is not None:
-            return Eligibility(False, f"{because}{source_line(use.node)}")
-    for name in {use.state.name for use in uses}:
-        writers = sum(use.writes for use in uses if use.state.name == name)
-        if writers > 1:
-            return Eligibility(
-                False,
-                f"{name} is updated {writers} times a step; the layer's cache must be an input of the network",
-            )
-    return Eligibility(True, "TensorRT's cache layer updates the bound memory itself")
-
-
-def _no_cache(use: StateUse) -> str | None:
-    """Why the state is no cache of the layer."""
-    state = use.state
-    if len(state.shape) != 3:
-        return f"{state.name} has rank {len(state.shape) + 1} with its slots; the layer takes [slots, heads, capacity, dim]"
-    if state.axis != 1:
-        grows = "does not grow" if state.axis is None else f"grows along axis {state.axis + 1}"
-        return f"{state.name} {grows}; the layer appends along axis 2"
-    if state.dtype.as_torch not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{state.name} is {state.dtype}; the layer takes float32, float16 and bfloat16"
-    if (because := _chosen_at_load(use)) is not None:
-        return f"{because}; the layer has a static one"
-    return None
-
-
-def _chosen_at_load(use: StateUse) -> str | None:
-    """That the graph leaves the state's capacity open, if it does."""
-    held = next(
-        source.meta["val"] for source in use.node.all_input_nodes if source.name == use.state.name
-    )
-    fixed = all(isinstance(extent, int) for extent in held.shape[1:])
-    return None if fixed else f"the capacity of {use.state.name} is chosen at load"
-
-
-def _no_cache_operator(use: StateUse, *, after: bool) -> str | None:
-    """Why the layer cannot do what the operator does; ``after``: every update of the state comes before it."""
-    if use.arguments.get("ring"):
-        return f"{use.state.name} is a ring; the layer only appends and drops what is beyond the capacity"
-    if use.operator == "read":
-        return (
-            None
-            if after
-            else f"{use.state.name} is read ahead of its update; TensorRT could update it first"
-        )
-    if use.operator == "update" and use.arguments["write_indices"] is None:
-        return f"{use.state.name} is rewritten; the layer only appends"
-    if use.operator == "update" and use.arguments["axis"] != 2:
-        return f"{use.state.name} is appended to along axis {use.arguments['axis']}; the layer appends along axis 2"
-    if use.operator not in ("update", "attention"):
-        return f"it has no converter for {use.node.target}"
-    return None

@@ -1,6 +1,7 @@
-"""Converters of the ``plugin`` mechanism: operators become plugins of ours, states their aliased outputs.
+"""The mechanisms ``plugin`` and ``user``: operators become plugins with aliased outputs.
 
-Converters of the kind ``user``: an operator of the user's own becomes the plugin that was declared for it.
+``plugin`` uses the plugins of this project. ``user`` uses the plugin that the user has declared for
+an operator of their own.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from inplace.plugins import (
     plugins,
 )
 from inplace.trt import TensorRT
-from torch.fx import Node
 
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.layers import ITensor
@@ -31,11 +31,12 @@ from inplace_builder.states.user_operators import find_declared, make_plugin
 inplace = torch.ops.inplace
 
 
-FIRST_VERSION = (10, 3)
+MIN_VERSION = (10, 3)
+"""The first TensorRT with plugins whose outputs may alias inputs."""
 
 
-MOST_ROWS = 257
-"""Rows that the counters of a plugin are made for: one null row more than the largest batch."""
+MAX_ROWS = 257
+"""Rows that a plugin's counters have room for: one null row more than the largest batch."""
 
 
 @mechanism("plugin")
@@ -43,13 +44,14 @@ def supports_plugin(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility
     """Any state, where TensorRT has plugins with aliased outputs."""
     if tensorrt.is_rtx:
         return Eligibility(False, "networks of TensorRT for RTX take no plugins")
-    if tensorrt.version[:2] < FIRST_VERSION:
+    if tensorrt.version[:2] < MIN_VERSION:
         return Eligibility(False, f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt}")
     for use in uses:
         if use.operator.endswith("attention") and max(use.state.shape[2:]) > MAX_DIM:
             return Eligibility(
                 False,
-                f"heads of {use.state.name} are {use.state.shape[2]} wide; the attention kernels take up to {MAX_DIM}",
+                f"heads of {use.state.name} are {use.state.shape[2]} wide; "
+                f"the attention kernels take up to {MAX_DIM}",
             )
         if not tensorrt.has_dtype(use.state.dtype.as_torch):
             return Eligibility(
@@ -57,17 +59,19 @@ def supports_plugin(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility
             )
     return Eligibility(
         True,
-        "a plugin's output is the state's own memory, any slots in any rows, at a cost that follows the cached length",
+        "a plugin's output is the state's own memory, any slots in any rows, "
+        "at a cost that follows the cached length",
     )
 
 
 def _add(ctx: Network, operation: Operation, inputs: Sequence[ITensor]) -> list[ITensor]:
+    """Add a plugin; its outputs."""
     owner = plugins(ctx.tensorrt)
     if len(inputs) != operation.input_count:
         raise BuildError(
             f"{operation.name} takes {operation.input_count} inputs, got {len(inputs)}{ctx.origin}"
         )
-    layer = ctx.added(ctx.network.add_plugin_v3(list(inputs), [], owner.make(operation)))
+    layer = ctx.checked(ctx.network.add_plugin_v3(list(inputs), [], owner.make(operation)))
     return [layer.get_output(index) for index in range(layer.num_outputs)]
 
 
@@ -82,32 +86,27 @@ def _linear(
     **options: Any,
 ) -> ITensor:
     outputs, inputs = ctx.meta(ctx.node.args[1]).shape
-    given: dict[str, Any] = {
-        "bias": bias is not None,
-        "norm": norm is not None,
-        "residual": residual is not None,
-    }
-    operation = LinearOperation(inputs=inputs, outputs=outputs, **given, **options)
-    return _add(
-        ctx, operation, [x, weight, *(part for part in (bias, norm, residual) if part is not None)]
-    )[0]
+    optional = {"bias": bias, "norm": norm, "residual": residual}
+    present: dict[str, Any] = {name: part is not None for name, part in optional.items()}
+    operation = LinearOperation(inputs=inputs, outputs=outputs, **present, **options)
+    parts = [part for part in optional.values() if part is not None]
+    return _add(ctx, operation, [x, weight, *parts])[0]
 
 
 @converter(inplace.rms_norm.default)
 def _rms_norm(ctx: Network, x: ITensor, weight: ITensor, eps: float) -> ITensor:
-    return _add(
-        ctx, RmsNormOperation(width=ctx.meta(ctx.node.args[1]).shape[0], eps=eps), [x, weight]
-    )[0]
+    operation = RmsNormOperation(width=ctx.meta(ctx.node.args[1]).shape[0], eps=eps)
+    return _add(ctx, operation, [x, weight])[0]
 
 
 @converter(inplace.argmax.default)
 def _argmax(ctx: Network, scores: ITensor) -> ITensor:
-    return _add(ctx, ArgmaxOperation(max_rows=MOST_ROWS), [scores])[0]
+    return _add(ctx, ArgmaxOperation(max_rows=MAX_ROWS), [scores])[0]
 
 
 @converter(inplace.sample.default)
 def _sample(ctx: Network, scores: ITensor, *parameters: ITensor) -> ITensor:
-    return _add(ctx, SampleOperation(max_rows=MOST_ROWS), [scores, *parameters])[0]
+    return _add(ctx, SampleOperation(max_rows=MAX_ROWS), [scores, *parameters])[0]
 
 
 @state_converter(inplace.attention.default, "plugin")
@@ -168,11 +167,10 @@ def _attend(
     *rows: ITensor,
     **options: Any,
 ) -> ITensor:
-    """An attention plugin; ``options`` are fields of `AttentionOperation` that the operator names."""
+    """Add an attention plugin; ``options`` are fields of `AttentionOperation`."""
     controls = [ctx.cast(row, torch.int32) for row in rows]
-    given = all(
-        control.is_network_input for control in controls
-    )  # not computed or converted by a kernel of the step
+    # no kernel of the step computes or converts them
+    are_inputs = all(control.is_network_input for control in controls)
     kv_heads, _, dim = key_state.spec.shape
     names = (key_state.spec.name, value_state.spec.name)
     readers = (
@@ -184,19 +182,19 @@ def _attend(
         kv_heads=kv_heads,
         dim=dim,
         value_dim=value_state.spec.shape[2],
-        max_rows=MOST_ROWS,
-        settled=given and not (key_state.written or value_state.written),
+        max_rows=MAX_ROWS,
+        settled=are_inputs and not (key_state.written or value_state.written),
         readers=len(readers),
         **options,
     )
     out, *states = _add(
         ctx, operation, [*inputs, key_state.current, value_state.current, *controls, *readers]
     )
-    if not states:  # it only reads them: a writer comes after it
+    if not states:  # it only reads them: the next writer must run after it
         for name in names:
             ctx.readers.setdefault(name, []).append(out)
     for state, current in zip((key_state, value_state), states, strict=False):
-        ctx.written(state, current)
+        ctx.update_state(state, current)
     return out
 
 
@@ -223,87 +221,104 @@ def _update(
         ctx.cast(part, torch.int32) for part in (row_offsets, write_indices) if part is not None
     ]
     inputs = [state.current, ctx.cast(slots, torch.int32), value, *rows, *readers]
-    ctx.written(state, _add(ctx, operation, inputs)[0])
+    ctx.update_state(state, _add(ctx, operation, inputs)[0])
 
 
 @state_converter(inplace.read.default, "plugin")
 def _read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
-    """A gather of the rows; null rows read as zeros."""
-    place = ctx.elementwise("MAX", slots, ctx.scalar(0, ctx.dtype_of(slots), 1))
-    found = ctx.gather(state.current, place, 0)
-    dtype = ctx.dtype_of(found)
-    live = ctx.invert(ctx.less(slots, ctx.scalar(0, ctx.dtype_of(slots), 1)))
-    rank = len(found.shape)
-    out = ctx.select(
-        ctx.reshape(live, [-1, *(1 for _ in range(rank - 1))]), found, ctx.scalar(0, dtype, rank)
-    )
+    """Gather the rows; null rows read as zeros."""
+    zero = ctx.scalar(0, ctx.dtype_of(slots), 1)
+    rows = ctx.gather(state.current, ctx.elementwise("MAX", slots, zero), 0)
+    rank = len(rows.shape)
+    live = ctx.reshape(ctx.logical_not(ctx.less(slots, zero)), [-1, *(1,) * (rank - 1)])
+    out = ctx.select(live, rows, ctx.scalar(0, ctx.dtype_of(rows), rank))
     ctx.readers.setdefault(state.spec.name, []).append(out)
     return out
 
 
-KIND = "user"
-
-
-@state_converter(inplace.read.default, KIND)
-def read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
-    """The state as the plugin ahead left it."""
+@state_converter(inplace.read.default, "user")
+def _read_user_state(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
+    """The state as the last plugin left it."""
     out = ctx.reshape(state.current, ctx.result().shape)
     ctx.readers.setdefault(state.spec.name, []).append(out)
     return out
 
 
-def call_user_operator(
-    ctx: Network, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+def add_user_operator(
+    ctx: Network,
+    operator: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    """Add the plugin of an operator that is handed states.
+    """Add the plugin of a user's operator that takes states; the operator's results.
+
+    Args:
+        ctx: the network.
+        operator: the operator.
+        args, kwargs: its arguments, as a converter takes them.
 
     Raises:
-        BuildError: it is not declared, has no plugin, aliases something else than it writes, or writes a state that was read before:
-            TensorRT knows no order between the two.
+        BuildError: the operator is not declared, has no plugin, aliases something else than it
+            writes, or writes a state that was read before: TensorRT knows no order between the two.
     """
-    declared = find_declared(node.target)
+    declared = find_declared(operator)
     if declared is None:
         raise BuildError(
-            f"{node.target}{ctx.origin} writes a state and is not declared; call inplace_builder.declare_alias"
+            f"{operator}{ctx.origin} writes a state and is not declared; "
+            f"call inplace_builder.declare_alias"
         )
     schema = declared.operator._schema
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    tensors = {name: value for name, value in given.items() if _is_tensor(value)}
+    names = [argument.name for argument in schema.arguments]
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    tensors = {name: value for name, value in arguments.items() if _is_tensor(value)}
     constants = {
-        argument.name: given.get(argument.name, argument.default_value)
+        argument.name: arguments.get(argument.name, argument.default_value)
         for argument in schema.arguments
         if argument.name not in tensors
     }
-    if nested := [
-        name
-        for name, value in constants.items()
-        if isinstance(value, list | tuple) and any(_is_tensor(x) for x in value)
-    ]:
+    if nested := [name for name, value in constants.items() if _holds_tensors(value)]:
         raise BuildError(
-            f"{node.target}{ctx.origin} takes lists of tensors ({nested}), which a plugin has no inputs for"
+            f"{operator}{ctx.origin} takes lists of tensors ({nested}), "
+            f"which a plugin has no inputs for"
         )
-    states = {name: tensors[name] for name in declared.written}
-    for state in states.values():
-        if ctx.readers.pop(state.spec.name, None):
-            raise BuildError(
-                f"state {state.spec.name} is read ahead of {node.target}{ctx.origin}, which writes it, and TensorRT could run the plugin "
-                f"first; let the operator return what is read, or build with engine='torch'"
-            )
+    states: list[NetworkState] = [tensors[name] for name in declared.written]
+    _check_unread(ctx, operator, states)
     plugin = make_plugin(declared, ctx.tensorrt, constants, list(tensors))
-    ctx.keep.append(plugin)
+    ctx.keep_alive.append(plugin)
     inputs = [
         value.current if isinstance(value, NetworkState) else value for value in tensors.values()
     ]
-    layer = ctx.added(ctx.network.add_plugin_v3(inputs, [], plugin))
-    first, count = len(schema.returns), len(schema.returns) + len(states)
-    if layer.num_outputs != count:
+    layer = ctx.checked(ctx.network.add_plugin_v3(inputs, [], plugin))
+    num_results = len(schema.returns)
+    if layer.num_outputs != num_results + len(states):
         raise BuildError(
-            f"the plugin of {node.target} has {layer.num_outputs} outputs, the operator's results and written states are {count}"
+            f"the plugin of {operator} has {layer.num_outputs} outputs, "
+            f"the operator's results and written states are {num_results + len(states)}"
         )
-    outputs = [layer.get_output(index) for index in range(count)]
-    for state, current in zip(states.values(), outputs[first:], strict=True):
-        ctx.written(state, current)
-    return outputs[0] if first == 1 else outputs[:first]
+    outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
+    for state, current in zip(states, outputs[num_results:], strict=True):
+        ctx.update_state(state, current)
+    return outputs[0] if num_results == 1 else outputs[:num_results]
+
+
+def _check_unread(
+    ctx: Network, operator: torch._ops.OpOverload, states: Sequence[NetworkState]
+) -> None:
+    """Raise BuildError if a state was read since it was last written.
+
+    A user's plugin takes no inputs that would order it after the readers.
+    """
+    for state in states:
+        if ctx.readers.pop(state.spec.name, None):
+            raise BuildError(
+                f"state {state.spec.name} is read before {operator}{ctx.origin} writes it, and "
+                f"TensorRT could run the plugin first; let the operator return what is read, or "
+                f"build with engine='torch'"
+            )
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, list | tuple) and any(_is_tensor(item) for item in value)
 
 
 def _is_tensor(value: object) -> bool:

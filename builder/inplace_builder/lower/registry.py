@@ -1,26 +1,27 @@
 """Which function lowers which operator.
 
-Keys are exact overloads: ``aten.add.Tensor`` and ``aten.add.Scalar`` are different operators. An operator of the ``inplace::`` library
-that takes states has one converter a mechanism (a *kind*, see `mechanisms`).
+Keys are exact overloads: ``aten.add.Tensor`` and ``aten.add.Scalar`` are different operators. An
+operator of the ``inplace::`` library that takes states has one converter for each mechanism (a
+*kind*, see `mechanisms`).
 
-A converter is called as ``convert(ctx, *args, **kwargs)`` with the arguments of the node: tensors as TensorRT tensors, states as
-`State`, dynamic extents as ``torch.SymInt``, everything else as it stands in the graph. It returns what the operator returns.
+A converter is called as ``convert(ctx, *args, **kwargs)`` with the arguments of the node: tensors
+as TensorRT tensors, states as `NetworkState`, dynamic extents as ``torch.SymInt``, everything else
+as it is in the graph. It returns what the operator returns.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from inplace_builder.lower.network import Network
+from inplace_builder.lower.network import Network
 
 Convert = Callable[..., Any]
 
 
-Supports = Callable[[torch.fx.Node, "Network"], str | None]
-"""Why a node cannot be lowered; None if it can."""
+Validator = Callable[[torch.fx.Node, Network], str | None]
+"""Returns why a node cannot be lowered, or None where it can."""
 
 
 Function = TypeVar("Function", bound=Convert)
@@ -32,62 +33,64 @@ class Converter:
 
     Attributes:
         convert: adds the layers.
-        supports: says why a node cannot be converted, or None.
+        validator: checks a node before it is converted; None where every node can be.
     """
 
     convert: Convert
-    supports: Supports | None = None
+    validator: Validator | None = None
 
 
 _converters: dict[tuple[torch._ops.OpOverload, str | None], Converter] = {}
 
 
 def converter(
-    *overloads: torch._ops.OpOverload, supports: Supports | None = None
+    *overloads: torch._ops.OpOverload, validator: Validator | None = None
 ) -> Callable[[Function], Function]:
     """Register the decorated function for these overloads.
 
     Raises:
         ValueError: one of them already has a converter.
     """
-    return _register([(overload, None) for overload in overloads], supports)
+    return _register([(overload, None) for overload in overloads], validator)
 
 
 def state_converter(
-    overload: torch._ops.OpOverload, *kinds: str, supports: Supports | None = None
+    overload: torch._ops.OpOverload, *kinds: str, validator: Validator | None = None
 ) -> Callable[[Function], Function]:
-    """Register the decorated function for an operator that takes states of one of these kinds.
+    """Register the decorated function for an operator on states of one of these kinds.
 
     Raises:
         ValueError: one of them already has a converter.
     """
-    return _register([(overload, kind) for kind in kinds], supports)
+    return _register([(overload, kind) for kind in kinds], validator)
 
 
 def find_converter(overload: torch._ops.OpOverload, kind: str | None = None) -> Converter | None:
-    """The converter of an operator, for states of this kind where it takes any; None if there is none."""
+    """The converter of an operator, or None.
+
+    Args:
+        overload: the operator.
+        kind: the mechanism of the states that it takes; None where it takes none.
+    """
     return _converters.get((overload, kind))
 
 
 def registered(kind: str | None = None) -> frozenset[torch._ops.OpOverload]:
     """Every operator that has a converter for this kind."""
-    return frozenset(overload for overload, of in _converters if of == kind)
+    return frozenset(overload for overload, its_kind in _converters if its_kind == kind)
 
 
 def _register(
-    keys: list[tuple[torch._ops.OpOverload, str | None]], supports: Supports | None
+    keys: list[tuple[torch._ops.OpOverload, str | None]], validator: Validator | None
 ) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
+        for overload, kind in keys:
+            if (existing := _converters.get((overload, kind))) is not None:
+                which = f"{overload}" if kind is None else f"{overload} for states of kind {kind}"
+                name = existing.convert.__qualname__
+                raise ValueError(f"{which} already has the converter {name}")
         for key in keys:
-            if key in _converters:
-                which = (
-                    f"{key[0]}" if key[1] is None else f"{key[0]} for states of the kind {key[1]}"
-                )
-                raise ValueError(
-                    f"{which} already has the converter {_converters[key].convert.__qualname__}"
-                )
-        for key in keys:
-            _converters[key] = Converter(function, supports)
+            _converters[key] = Converter(function, validator)
         return function
 
     return register

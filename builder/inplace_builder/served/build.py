@@ -1,240 +1,132 @@
-"""The build: load, capture, write, verify, publish. What fails leaves nothing behind and what stood there before untouched."""
+"""Build an engine for a server: plan, write, verify, publish.
+
+A build that fails leaves nothing behind, and what was at its place before is not touched.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inplace.drivers.text import TOKENIZER_FILE, TOKENIZER_FOLDER
-from inplace.schema.publish import RestoreError, publish, replace_conflict
 from inplace.schema.served import FILE_NAME, Manifest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inplace_builder.capture.capture import Capture
-from inplace_builder.capture.decoder import DecoderOptions
-from inplace_builder.capture.huggingface import capture_decoder, load_decoder
-from inplace_builder.compare import beside_engine
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
-from inplace_builder.served.model_config import TextSettings, model_config
+from inplace_builder.publish import check_target, disk_errors, publish_engine
+from inplace_builder.served.model_config import MODEL_VERSION, TextSettings, model_config
 from inplace_builder.served.options import BuildOptions
+from inplace_builder.served.plan import ServedPlan, build_plan
 from inplace_builder.served.proxy import (
-    MODEL_VERSION,
-    proxy_occupied,
-    proxy_of,
+    check_proxy_target,
+    proxy_folder,
     remove_proxy,
     write_proxy,
 )
 from inplace_builder.served.verify import verify
-from inplace_builder.served.write import WrittenEngine, write_tensorrt, write_torch
-from inplace_builder.versions import built_with
-
-VERSION, TOKENIZER = MODEL_VERSION, TOKENIZER_FOLDER
-
+from inplace_builder.served.write import write_files
 
 Stage = Callable[[str], None]
-"""Called with what begins now; a progress display."""
-
-
-def build_decoder(
-    source: Path, output: Path, options: BuildOptions, stage: Stage = lambda _: None
-) -> Manifest:
-    """Build a Hugging Face decoder into ``output``, a model of a Triton repository.
-
-    Args:
-        source: a local model folder (safetensors, or one GGUF file), or a GGUF file.
-        output: the folder to write; its name is the model's. An engine directory there is replaced, anything else refused.
-        options: what to build for.
-        stage: told what begins.
-
-    Raises:
-        BuildError: with nothing written.
-        LoadError: TensorRT is not installed.
-    """
-    check_output(output, options)
-    if options.engine != "torch":
-        Target.of(options.engine, options.compute_capability)
-    stage("load the model")
-    model, tokenizer = load_decoder(source, options.dtype)
-    stage("capture the graph")
-    capture = capture_decoder(model, decoder_options(options))
-
-    def extras(folder: Path) -> None:
-        if tokenizer is None:
-            return
-        try:
-            tokenizer.save_pretrained(folder / TOKENIZER)
-        except (
-            Exception
-        ) as error:  # the tokenizers library has no type of its own for a failed write
-            raise (
-                error if isinstance(error, OSError) else OSError(f"{TOKENIZER}: {error}")
-            ) from error
-
-    notes = {"source": source.name, "architecture": type(model).__name__}
-    eos = end_tokens(model, tokenizer)
-    return write_engine(
-        capture,
-        output,
-        options,
-        stage,
-        notes,
-        extras,
-        lambda: beside_engine(model, options.device),
-        eos,
-    )
-
-
-def end_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[int, ...]:
-    """The tokens that end what a model says: those of its generation configuration, or else its tokenizer's."""
-    config = model.generation_config
-    found = config.eos_token_id if config is not None else None
-    if found is None and tokenizer is not None:
-        found = tokenizer.eos_token_id
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
-
-
-def decoder_options(options: BuildOptions) -> DecoderOptions:
-    """What a decoder is captured for."""
-    chunk = min(options.chunk, options.min_capacity or options.capacity)
-    most = min(options.most_tokens, options.max_rows * chunk)
-    return DecoderOptions(options.capacity, options.max_rows, chunk, most, options.min_capacity)
+"""Called with the name of each stage as it begins, for a progress display."""
 
 
 def write_engine(
     capture: Capture,
-    output: Path,
+    output: Path | str,
     options: BuildOptions,
     stage: Stage = lambda _: None,
     notes: dict[str, str] | None = None,
     extras: Callable[[Path], None] = lambda _: None,
     prepare: Callable[[], object] = lambda: None,
-    eos: tuple[int, ...] = (),
+    eos_token_ids: tuple[int, ...] = (),
 ) -> Manifest:
-    """Write a captured model as an engine directory, verify it as it was written, and only then put it in its place.
+    """Write a captured model as an engine directory, verify it, and publish it.
 
     Args:
-        capture: what a frontend captured.
-        output: as in `build_decoder`.
-        options: as in `build_decoder`.
-        stage: as in `build_decoder`.
+        capture: the captured model.
+        output: the folder to write, a model of a Triton repository; its name is the model's. An
+            engine directory there is replaced, anything else refused.
+        options: what to build for.
+        stage: called with the name of each stage as it begins.
         notes: what else to record in ``built_with``.
         extras: writes further files into the version folder.
-        prepare: called before verification, when nothing needs the captured weights any more: the place to move the model that they
-            share their memory with to the device of the engine, so that the reference runs there too.
-        eos: tokens that end a generation.
+        prepare: called before verification, when nothing needs the captured weights any more: the
+            place to move the model, whose memory they are, to the engine's device, so that the
+            reference runs there too.
+        eos_token_ids: tokens that end a generation.
 
     Raises:
         BuildError: it cannot be written, or it does not do what the captured model does.
+        LoadError: TensorRT is not installed.
     """
+    output = Path(output)
     check_output(output, options)
     if capture.program.max_rows > options.slots:
         raise BuildError(
-            f"a batch of {capture.program.max_rows} rows needs as many slots; there are {options.slots}: raise slots or lower the batch"
+            f"a batch of {capture.program.max_rows} rows needs as many slots; there are "
+            f"{options.slots}: raise slots or lower the batch"
         )
     generates = options.serve == "stream" and capture.program.decoder_io is not None
-    with (
-        _published(output) as draft,
-        _published(proxy_of(output)) if generates else contextlib.nullcontext() as front_draft,
-    ):
-        folder = draft / VERSION
+    with _drafts(output, with_proxy=generates) as (draft, proxy_draft):
+        folder = draft / MODEL_VERSION
         stage("write the engine")
-        with _disk_errors(output):
+        with disk_errors(output):
             folder.mkdir()
-            written = _write(capture, folder, options)
+            plan = _plan(capture, options)
+            manifest = write_files(folder, output.name, capture, options, plan)
             extras(folder)
-        manifest = Manifest(
-            name=output.name,
-            slots=options.slots,
-            capacity=capture.capacity,
-            min_capacity=capture.min_capacity,
-            states=capture.states,
-            programs=(written.program,),
-            lowering=written.lowering,
-            engine=written.engine,
-            verified="executed" if written.verifiable else "compiled_only",
-            built_with=built_with() | written.notes | (notes or {}),
-        )
-        if written.verifiable:
+        manifest = _with_notes(manifest, notes or {})
+        if _runs_here(manifest):
             stage("verify it against the model")
             prepare()
-            least = (
-                manifest
-                if manifest.min_capacity is None
-                else manifest.at_capacity(manifest.min_capacity)
-            )
-            error = max(
-                verify(folder, chosen, capture)
-                for chosen in ((manifest,) if least is manifest else (least, manifest))
-            )
-            manifest = manifest.model_copy(
-                update={"built_with": manifest.built_with | {"verified_error": f"{error:.1e}"}}
-            )
-        language = (
-            TextSettings(eos, text=(folder / TOKENIZER / TOKENIZER_FILE).is_file())
-            if generates
-            else None
-        )
-        config = model_config(
-            manifest,
-            serve=options.serve,
-            idle_timeout=options.idle_timeout,
-            queue_delay_microseconds=options.queue_delay_microseconds,
-            instances=options.instances,
-            language=language,
-        )
-        with _disk_errors(output):
+            manifest = _with_notes(manifest, verify(folder, manifest, capture))
+            manifest = manifest.model_copy(update={"verified": "executed"})
+        text = None
+        if generates:
+            has_tokenizer = (folder / TOKENIZER_FOLDER / TOKENIZER_FILE).is_file()
+            text = TextSettings(eos_token_ids, has_tokenizer)
+        config = model_config(manifest, options, text)
+        with disk_errors(output):
             manifest.save(folder)
             (draft / "config.pbtxt").write_text(config.text())
-            if front_draft is not None and language is not None:
-                write_proxy(front_draft, manifest, language)
+            if proxy_draft is not None and text is not None:
+                write_proxy(proxy_draft, manifest, text)
     if not generates:
         remove_proxy(output)
     return manifest
 
 
-def _write(capture: Capture, folder: Path, options: BuildOptions) -> WrittenEngine:
+@contextlib.contextmanager
+def _drafts(output: Path, *, with_proxy: bool) -> Iterator[tuple[Path, Path | None]]:
+    """Drafts of the model and of its proxy, published together."""
+    with publish_engine(output) as draft:
+        if not with_proxy:
+            yield draft, None
+            return
+        with publish_engine(proxy_folder(output)) as proxy_draft:
+            yield draft, proxy_draft
+
+
+def _plan(capture: Capture, options: BuildOptions) -> ServedPlan | None:
     if options.engine == "torch":
-        return write_torch(capture, folder, options.device)
-    return write_tensorrt(
-        capture,
-        folder,
-        options.engine,
-        slots=options.slots,
-        alias=options.alias,
-        strict=options.strict,
-        compute_capability=options.compute_capability,
+        return None
+    target = Target.of(options.engine, options.compute_capability)
+    return build_plan(
+        capture, target, slots=options.slots, alias=options.alias, strict=options.strict
     )
 
 
+def _runs_here(manifest: Manifest) -> bool:
+    """Whether the engine was built for a device that this machine has."""
+    return manifest.engine.plan is None or manifest.engine.plan.gpu != ""
+
+
+def _with_notes(manifest: Manifest, notes: dict[str, str]) -> Manifest:
+    return manifest.model_copy(update={"built_with": manifest.built_with | notes})
+
+
 def check_output(output: Path, options: BuildOptions) -> None:
-    """BuildError if ``output`` holds something that is not an engine directory, or its front's place something that is no front."""
-    if (reason := replace_conflict(output, Path(VERSION, FILE_NAME))) is not None:
-        raise BuildError(reason)
-    if options.serve == "stream" and (reason := proxy_occupied(output)) is not None:
-        raise BuildError(reason)
-
-
-@contextlib.contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """`publish`, with its errors as BuildErrors and those of the block as they are."""
-    with contextlib.ExitStack() as stack:
-        with _disk_errors(output):
-            draft = stack.enter_context(publish(output))
-        yield draft
-        with _disk_errors(output):
-            stack.close()
-
-
-@contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    """A failed write as a BuildError."""
-    try:
-        yield
-    except RestoreError as error:
-        raise BuildError(str(error)) from error
-    except OSError as error:
-        raise BuildError(
-            f"{output} cannot be written: {error}; free space there or choose another place (nothing was left behind)"
-        ) from error
+    """Raise BuildError if the places of the model or its proxy are taken by something else."""
+    check_target(output, Path(MODEL_VERSION, FILE_NAME))
+    if options.serve == "stream":
+        check_proxy_target(output)

@@ -1,4 +1,4 @@
-"""config.pbtxt: what the server must know of a model, as dataclasses, written through Triton's own protobuf schema."""
+"""config.pbtxt as dataclasses, written through Triton's own protobuf schema."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,18 +12,27 @@ from inplace.server.settings import EOS, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
 from tritonclient.grpc import model_config_pb2 as pb
 
 from inplace_builder.errors import BuildError
+from inplace_builder.served.options import BuildOptions
 
 BACKEND = "inplace"
 
 
-CANDIDATES = 16384
-"""Sequences that Triton accepts at the same time. With all of them taken a START waits in Triton, in silence, where the backend would have
-refused it or put it into a queue of its own. A sequence that the backend refused, or whose client vanished, holds its place until it is
-idle for too long, so there must be far more than slots. 65536 cost the server 50 MB and no measurable time."""
+MODEL_VERSION = "1"
+"""Triton's version of a model: the folder of an engine, or of a generate proxy."""
 
 
-LONGEST_GENERATION = 3600
-"""Seconds. Triton's idle clock runs while a generation does: after a longer one Triton has forgotten its sequence."""
+MAX_CANDIDATE_SEQUENCES = 16384
+"""Sequences that Triton accepts at the same time.
+
+If all are taken, a START waits in Triton without an answer, where the backend would refuse or queue
+it. A sequence that the backend refused, or whose client vanished, keeps its place until Triton's
+idle timeout, so there must be far more places than slots. 65536 cost the server 50 MB and no
+measurable time.
+"""
+
+
+MAX_GENERATION_SECONDS = 3600
+"""Triton's idle clock runs during a generation; it forgets the sequence of a longer one."""
 
 
 TRITON_TYPES = {
@@ -43,7 +52,15 @@ TRITON_TYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of the server's model; ``dims`` without the batch axis, ``type`` Triton's."""
+    """An input or output of the server's model.
+
+    Attributes:
+        name: its name.
+        type: its data type, one of Triton's enum.
+        dims: its shape without the batch axis.
+        ragged: requests of one batch may have different shapes.
+        optional: a request may leave it out.
+    """
 
     name: str
     type: int
@@ -53,10 +70,15 @@ class Tensor:
 
     @classmethod
     def of(cls, spec: TensorSpec, *, optional: bool = False) -> "Tensor":
-        """The server's view of a program's tensor; BuildError where Triton has no such type."""
+        """The server's view of a program's tensor.
+
+        Raises:
+            BuildError: Triton has no such type.
+        """
         if spec.dtype not in TRITON_TYPES:
             raise BuildError(
-                f"{spec.name} is {spec.dtype}, which Triton has no type for: convert it in the module (view_as_real, to)"
+                f"{spec.name} is {spec.dtype}, which Triton has no type for: "
+                f"convert it in the module (view_as_real, to)"
             )
         return cls(
             spec.name,
@@ -69,10 +91,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class SequenceBatching:
-    """Strategy Oldest.
+    """Triton's sequence batcher with the strategy Oldest.
 
     Attributes:
-        candidates: sequences Triton accepts at the same time.
+        candidates: sequences that Triton accepts at the same time.
         idle_microseconds: Triton's own idle timeout.
         queue_delay_microseconds: how long a batch that is not full may wait for more rows.
     """
@@ -87,8 +109,12 @@ class ModelConfig:
     """One config.pbtxt.
 
     Attributes:
+        name: the model's name.
+        max_batch_size: most requests of one batch.
+        inputs, outputs: its tensors.
         sequence_batching: None in a model without sequences.
         decoupled: a request may have any number of responses.
+        device: ``cpu`` or ``cuda``.
         parameters: for the backend, see `inplace.server.settings`.
         instances: processes that serve it.
     """
@@ -142,79 +168,74 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What the server must know of a model that generates.
+    """Settings of a model that generates.
 
     Attributes:
-        eos: end tokens.
-        text: there is a tokenizer beside the engine.
+        eos_token_ids: tokens that end a generation.
+        has_tokenizer: there is a tokenizer beside the engine, so requests may be texts.
     """
 
-    eos: tuple[int, ...] = ()
-    text: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    has_tokenizer: bool = False
 
 
 def model_config(
-    manifest: Manifest,
-    *,
-    serve: str,
-    idle_timeout: float,
-    queue_delay_microseconds: int,
-    instances: int = 1,
-    language: TextSettings | None = None,
+    manifest: Manifest, options: BuildOptions, text: TextSettings | None = None
 ) -> ModelConfig:
     """The configuration that serves an engine.
 
     Args:
         manifest: the engine.
-        serve: ``step`` or ``stream``.
-        idle_timeout: seconds after its last response at which a sequence loses its slot.
-        queue_delay_microseconds: how long the server may hold back a batch that is not full; a stream model makes its batches itself.
-        instances: processes that serve it, each with an engine and slots of its own.
-        language: of a model that generates, for ``stream``.
+        options: how it is served: ``serve``, ``idle_timeout``, ``queue_delay_microseconds`` and
+            ``instances``.
+        text: of a model that generates, which is served as ``stream``.
 
     Raises:
-        BuildError: a tensor of the model has a name that the generate protocol needs.
+        BuildError: a tensor of the model has a name of the generate protocol.
     """
     program = manifest.program("step")
-    stream = serve == "stream"
-    inputs = tuple(Tensor.of(spec, optional=language is not None) for spec in program.client_inputs)
+    stream = options.serve == "stream"
+    inputs = tuple(Tensor.of(spec, optional=text is not None) for spec in program.client_inputs)
     outputs = tuple(Tensor.of(spec) for spec in program.outputs)
-    parameters = {SERVE: serve, IDLE_TIMEOUT: f"{idle_timeout:g}"}
-    if language is not None:
-        inputs += _texts(language, ragged=True)
-        outputs += _generated(language)
-        parameters |= {QUEUE: str(MAX_WAITING)} | (
-            {EOS: ",".join(map(str, language.eos))} if language.eos else {}
-        )
+    parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:g}"}
+    if text is not None:
+        inputs += _text_inputs(text, ragged=True)
+        outputs += _generation_outputs(text)
+        parameters[QUEUE] = str(MAX_WAITING)
+        if text.eos_token_ids:
+            parameters[EOS] = ",".join(map(str, text.eos_token_ids))
     names = [tensor.name for tensor in (*inputs, *outputs)]
     if shared := sorted({name for name in names if names.count(name) > 1}):
         raise BuildError(
-            f"{shared} are names of the generate protocol and of tensors of this model: give those others"
+            f"{shared} are names of the generate protocol and of tensors of this model: "
+            f"rename the tensors"
         )
+    idle_seconds = options.idle_timeout + (MAX_GENERATION_SECONDS if stream else 0)
     return ModelConfig(
         name=manifest.name,
         max_batch_size=program.max_rows,
         inputs=inputs,
         outputs=outputs,
         sequence_batching=SequenceBatching(
-            candidates=CANDIDATES,
-            idle_microseconds=int((idle_timeout + (LONGEST_GENERATION if stream else 0)) * 1e6),
-            queue_delay_microseconds=0 if stream else queue_delay_microseconds,
+            candidates=MAX_CANDIDATE_SEQUENCES,
+            idle_microseconds=int(idle_seconds * 1e6),
+            # a stream model forms its batches itself
+            queue_delay_microseconds=0 if stream else options.queue_delay_microseconds,
         ),
         decoupled=stream,
         device=manifest.engine.device,
         parameters=parameters,
-        instances=instances,
+        instances=options.instances,
     )
 
 
-def proxy_config(name: str, language: TextSettings) -> ModelConfig:
-    """The configuration of a stream model's front: generations without sequences."""
+def proxy_config(name: str, text: TextSettings) -> ModelConfig:
+    """The configuration of a stream model's generate proxy: generations without sequences."""
     return ModelConfig(
         name=name,
-        max_batch_size=1,  # so that tensors have the stream model's shapes and are passed on as they are
-        inputs=(Tensor("input_ids", pb.TYPE_INT64, (-1,), optional=True), *_texts(language)),
-        outputs=_generated(language),
+        max_batch_size=1,  # tensors then have the stream model's shapes and are forwarded as they are
+        inputs=(Tensor("input_ids", pb.TYPE_INT64, (-1,), optional=True), *_text_inputs(text)),
+        outputs=_generation_outputs(text),
         sequence_batching=None,
         decoupled=True,
         device="cpu",
@@ -222,8 +243,8 @@ def proxy_config(name: str, language: TextSettings) -> ModelConfig:
     )
 
 
-def _texts(language: TextSettings, *, ragged: bool = False) -> tuple[Tensor, ...]:
-    if not language.text:
+def _text_inputs(text: TextSettings, *, ragged: bool = False) -> tuple[Tensor, ...]:
+    if not text.has_tokenizer:
         return ()
     return tuple(
         Tensor(name, pb.TYPE_STRING, dims, ragged, optional=True)
@@ -231,10 +252,10 @@ def _texts(language: TextSettings, *, ragged: bool = False) -> tuple[Tensor, ...
     )
 
 
-def _generated(language: TextSettings) -> tuple[Tensor, ...]:
-    text = (Tensor(TEXT_OUTPUT, pb.TYPE_STRING, (1,)),) if language.text else ()
+def _generation_outputs(text: TextSettings) -> tuple[Tensor, ...]:
+    text_output = (Tensor(TEXT_OUTPUT, pb.TYPE_STRING, (1,)),) if text.has_tokenizer else ()
     return (
         Tensor(TOKENS, pb.TYPE_INT64, (-1,)),
-        *text,
+        *text_output,
         Tensor(FINISH_REASON, pb.TYPE_STRING, (1,)),
     )

@@ -1,4 +1,4 @@
-"""Options of a build for the server."""
+"""Options of a build for a server."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -14,10 +14,11 @@ DTYPES = {
     "cpu": (Dtype.FLOAT32, Dtype.BFLOAT16),
     "cuda": (Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32),
 }
+"""Element types of weights and states, by device."""
 
 
-LONGEST = 1e12
-"""Seconds; Triton keeps its times as 64-bit microseconds."""
+MAX_SECONDS = 1e12
+"""Triton keeps times as 64-bit numbers of microseconds."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,27 @@ class BuildOptions:
         slots: sequences that can live at the same time.
         max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
         capacity: positions a sequence may hold.
-        min_capacity: the least capacity that a deployment may choose (parameter ``capacity`` in config.pbtxt) instead of ``capacity``; None
-            fixes it.
+        min_capacity: the least capacity that a deployment may choose (parameter ``capacity`` in
+            config.pbtxt) instead of ``capacity``; None fixes it.
         chunk: most tokens of one sequence in one step; longer prompts are fed in several.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
-        step_tokens: most tokens of one step; None is four chunks, and at least a token a row.
-        queue_delay_microseconds: how long the server may hold back a batch that is not full (``step``).
-        instances: processes that serve it, each with weights and ``slots`` slots of its own; see docs/operations.md.
-        serve: the protocol: ``step``, or ``stream`` with generations beside steps; see docs/protocol.md.
+        step_tokens: most tokens of one step; None is four chunks, and at least one token for each
+            row.
+        queue_delay_microseconds: how long the server may hold back a batch that is not full
+            (``step``).
+        instances: processes that serve the model, each with weights and ``slots`` slots of its own;
+            see docs/operations.md.
+        serve: the protocol: ``step``, or ``stream`` with generations beside steps; see
+            docs/protocol.md.
         engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
-        alias: the mechanism that must update every state (TensorRT); None is the first that can.
+        alias: the only mechanism allowed to update states (TensorRT); None takes the first that
+            can.
         strict: never copy a state (TensorRT).
-        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT for RTX); such an engine is not
-            verified.
+        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT
+            for RTX); such an engine is not verified.
+
+    Raises:
+        BuildError: an option is out of range, or options do not fit together.
     """
 
     dtype: Dtype = Dtype.FLOAT32
@@ -63,39 +72,54 @@ class BuildOptions:
     min_capacity: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_device()
+        self._check_serving()
+        self._check_engine()
+        if self.engine == "torch" and self.device == "cuda" and not torch.cuda.is_available():
+            raise BuildError(
+                "an engine for a GPU is built and verified on one, and PyTorch sees none here; "
+                "choose device cpu"
+            )
+
+    def _check_sizes(self) -> None:
         for name in ("slots", "max_rows", "capacity", "chunk", "instances"):
             if getattr(self, name) < 1:
                 raise BuildError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.min_capacity is not None and not 1 <= self.min_capacity <= self.capacity:
             raise BuildError(
-                f"min_capacity is {self.min_capacity}; it must be from 1 to the capacity of {self.capacity}"
+                f"min_capacity is {self.min_capacity}; "
+                f"it must be from 1 to the capacity of {self.capacity}"
             )
         if self.max_rows > self.slots:
             raise BuildError(
-                f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: raise slots or lower the batch"
+                f"a batch of {self.max_rows} rows needs as many slots; there are {self.slots}: "
+                f"raise slots or lower the batch"
             )
+
+    def _check_device(self) -> None:
         if self.device not in DTYPES:
             raise BuildError(f"device is {self.device!r}; choose one of {list(DTYPES)}")
         if self.dtype not in DTYPES[self.device]:
             known = [str(dtype) for dtype in DTYPES[self.device]]
             raise BuildError(
-                f"dtype {self.dtype} is not supported on device {self.device!r}; choose one of {known}"
+                f"dtype {self.dtype} is not supported on device {self.device!r}; "
+                f"choose one of {known}"
             )
-        if not 0 < self.idle_timeout < LONGEST:
+
+    def _check_serving(self) -> None:
+        if not 0 < self.idle_timeout < MAX_SECONDS:
             raise BuildError(
-                f"idle_timeout is {self.idle_timeout}; it must be a number of seconds above 0 and below {LONGEST:.0e}"
+                f"idle_timeout is {self.idle_timeout}; "
+                f"it must be a number of seconds above 0 and below {MAX_SECONDS:.0e}"
             )
-        if not 0 <= self.queue_delay_microseconds < LONGEST * 1e6:
+        if not 0 <= self.queue_delay_microseconds < MAX_SECONDS * 1e6:
             raise BuildError(
-                f"queue_delay_microseconds is {self.queue_delay_microseconds}; it must be at least 0"
+                f"queue_delay_microseconds is {self.queue_delay_microseconds}; "
+                f"it must be at least 0"
             )
         if self.serve not in ("step", "stream"):
             raise BuildError(f"serve is {self.serve!r}; choose step or stream")
-        self._check_engine()
-        if self.engine == "torch" and self.device == "cuda" and not torch.cuda.is_available():
-            raise BuildError(
-                "an engine for a GPU is built and verified on one, and PyTorch sees none here; choose device cpu"
-            )
 
     def _check_engine(self) -> None:
         if self.engine not in get_args(EngineKind):
@@ -104,19 +128,21 @@ class BuildOptions:
             )
         if self.engine == "torch" and (self.alias or self.strict or self.compute_capability):
             raise BuildError(
-                "alias, strict and compute_capability belong to TensorRT engines; the PyTorch engine has no choice of mechanism"
+                "alias, strict and compute_capability belong to TensorRT engines; "
+                "the PyTorch engine has no choice of mechanism"
             )
         if self.engine != "torch" and self.device != "cuda":
             raise BuildError(f"a {self.engine} engine runs on a GPU; choose device cuda")
         if self.step_tokens is not None and self.step_tokens < self.max_rows:
             raise BuildError(
-                f"step_tokens is {self.step_tokens}; a step of {self.max_rows} rows has at least as many tokens"
+                f"step_tokens is {self.step_tokens}; "
+                f"a step of {self.max_rows} rows has at least as many tokens"
             )
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of the largest step."""
-        chosen = (
-            self.step_tokens if self.step_tokens is not None else max(self.max_rows, 4 * self.chunk)
-        )
-        return min(chosen, self.max_rows * self.chunk)
+        tokens = self.step_tokens
+        if tokens is None:
+            tokens = max(self.max_rows, 4 * self.chunk)
+        return min(tokens, self.max_rows * self.chunk)

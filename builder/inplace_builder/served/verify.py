@@ -1,108 +1,150 @@
-"""Verification: a built engine is run, as the server will run it, against the model it was captured from.
+"""Verify a served engine: run it as the server will, against the model it was captured from.
 
-Three sequences of different lengths go through ragged steps, prompts cross a chunk, and every byte that no request may touch is
-NaN before the first step, including what a fresh slot holds where the engine claims not to need it reset.
+Three sequences of different lengths go through ragged steps, and prompts cross a chunk. Every byte
+that no request may touch is NaN before the first step, also what a fresh slot holds where the
+engine claims that it needs no reset.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from inplace.engines.arena import Arena
-from inplace.errors import LoadError
 from inplace.operators import sample
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import Parameter
-from inplace.schema.served import Manifest
+from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 
 from inplace_builder.capture.capture import Capture, Reference
-from inplace_builder.compare import TOLERANCE, _relative, poison, same_bits
-from inplace_builder.errors import BuildError
+from inplace_builder.compare import (
+    TOLERANCE,
+    fill_with_sentinel,
+    relative_error,
+    same_bits,
+)
+from inplace_builder.errors import rejected
+from inplace_builder.publish import load_errors
 
-ROUNDING = 2.0
-"""Where it is larger and the model can be run in float32: how much farther from that than the model itself an output may be."""
+MAX_ROUNDING_RATIO = 2.0
+"""How much farther than the model an output may be from the model in float32.
+
+Applied where an output's error exceeds the tolerance and the model can be run in float32.
+"""
 
 
-SEQUENCES = 3
+NUM_SEQUENCES = 3
 
 
-SAMPLED: tuple[Mapping[str, Parameter], ...] = (
+SAMPLING: tuple[Mapping[str, Parameter], ...] = (
     {},
     {"temperature": 1.3, "seed": -3},
     {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5},
 )
-"""How each sequence wants its tokens chosen, where the engine samples: greedily, from all scores, from few of them."""
+"""Sampling parameters of each sequence: greedy, from all scores, from few of them."""
 
 
-FOREIGN = 2
-"""Slots beside those of the three sequences, which nothing may touch."""
+SPARE_SLOTS = 2
+"""Slots of the arena that no sequence owns and nothing may touch."""
 
 
-def verify(folder: Path, manifest: Manifest, capture: Capture) -> float:
+COMPARED_ROUNDS = 4
+"""Rounds at the start and at the end whose outputs are compared."""
+
+
+def verify(folder: Path, manifest: Manifest, capture: Capture) -> dict[str, str]:
     """Run the engine in ``folder`` against the captured model.
 
+    An engine whose capacity is chosen at load is run with the smallest and with the largest one.
+
     Returns:
-        The largest relative error of an output.
+        The largest relative error of an output, as the manifest records it.
 
     Raises:
-        BuildError: the engine cannot be loaded or fails, an output differs by more than rounding explains, a byte outside the written rows
-            changed, or a state moved.
+        BuildError: the engine cannot be loaded or fails, an output differs by more than rounding
+            explains, a byte outside the written rows changed, or a state moved.
     """
-    arena = Arena(manifest.states, SEQUENCES + FOREIGN, torch.device(manifest.engine.device))
-    try:
+    chosen = [manifest]
+    if manifest.min_capacity is not None and manifest.min_capacity != manifest.capacity:
+        chosen.insert(0, manifest.at_capacity(manifest.min_capacity))
+    error = max(_verify_at_capacity(folder, each, capture) for each in chosen)
+    return {"verified_error": f"{error:.1e}"}
+
+
+def _verify_at_capacity(folder: Path, manifest: Manifest, capture: Capture) -> float:
+    """The largest relative error of an output."""
+    device = torch.device(manifest.engine.device)
+    arena = Arena(manifest.states, NUM_SEQUENCES + SPARE_SLOTS, device)
+    with load_errors():
         engine = load_engine(folder, manifest, arena)
-    except LoadError as error:
-        raise BuildError(f"{error}; the engine is not written") from error
     instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
     for tensor in arena.tensors.values():
-        poison(tensor)
+        fill_with_sentinel(tensor)
     addresses = arena.addresses()
-    judge = _Judge(capture, manifest)
-    for requests, compared in _rounds(manifest):
-        works = [instance.admit(request) for request in requests]
-        while pending := [work for work in works if not work.finished]:
-            for first in range(0, len(pending), instance.program.max_rows):
-                _step_and_compare_memory(
-                    instance, pending[first : first + instance.program.max_rows]
-                )
-        for work in works:
-            judge.heard(work, compared=compared)
-            instance.finish(work)
-    if arena.addresses() != addresses and not any(
-        alias.kind == "copy" for alias in instance.program.aliases
-    ):
-        raise BuildError("the engine moved a state: its address changed while stepping")
-    return judge.worst
-
-
-def _sampled(work: ActiveRequest, scores: Tensor) -> Tensor:
-    """The token that the operator chooses on the CPU from the engine's own scores, which were compared with the model's."""
-    wanted = work.sampling_params
-    return sample(
-        scores,
-        torch.tensor([wanted.temperature]),
-        torch.tensor([wanted.top_k], dtype=torch.int32),
-        torch.tensor([wanted.top_p]),
-        torch.tensor([wanted.seed]),
-        torch.tensor([work.sequence.length], dtype=torch.int32),
-    )[0]
+    max_rows = instance.program.max_rows
+    comparison = _OutputComparison(capture, manifest)
+    for requests, is_compared in _rounds(manifest):
+        active = [instance.admit(request) for request in requests]
+        while unfinished := [request for request in active if not request.finished]:
+            for first in range(0, len(unfinished), max_rows):
+                _step_and_compare_memory(instance, unfinished[first : first + max_rows])
+        for request in active:
+            comparison.add(request)
+            if is_compared:
+                comparison.compare(request)
+            instance.finish(request)
+    swaps_buffers = any(alias.kind == "copy" for alias in instance.program.aliases)
+    if arena.addresses() != addresses and not swaps_buffers:
+        raise rejected("the engine moved a state: its address changed while stepping")
+    return comparison.max_error
 
 
 def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
     """Requests that arrive together, and whether their outputs are compared.
 
-    The third sequence joins late, lengths and positions differ in every step, and the first sequence goes once round every ring.
-    Where a request brings one entry that takes a request for each, of which the reference, which begins anew each time, follows only
-    the last: those that read what has wrapped.
+    The third sequence joins late, lengths and positions differ in every step, and the first
+    sequence wraps around every ring. Where a request has one entry, wrapping takes a request for
+    each entry. The reference starts anew for each comparison, so then only the first and the last
+    rounds are compared; the last ones read what has wrapped.
     """
     program = manifest.program("step")
-    room = manifest.capacity if manifest.capacity is not None else 1 << 30
+    capacity = manifest.capacity if manifest.capacity is not None else 1 << 30
+    token_counts = _token_counts(manifest, program, capacity)
+    on_request = {spec.name: True for spec in program.outputs if spec.on_request}
+    generator = torch.Generator().manual_seed(0)
+    lengths = [0] * NUM_SEQUENCES
+    num_rounds = max(map(len, token_counts))
+    for index, counts in enumerate(itertools.zip_longest(*token_counts, fillvalue=0)):
+        requests = []
+        for sequence, count in enumerate(counts):
+            tokens = min(count, capacity - lengths[sequence])
+            if tokens < 1:
+                continue
+            inputs = {
+                spec.name: random_input(spec, tokens, generator) for spec in program.client_inputs
+            }
+            sampling = SAMPLING[sequence] if program.vocab_size else {}
+            requests.append(
+                Request(
+                    sequence + 1,
+                    start=lengths[sequence] == 0,
+                    end=False,
+                    inputs=inputs,
+                    parameters={**on_request, **sampling},
+                )
+            )
+            lengths[sequence] += tokens
+        is_compared = index < COMPARED_ROUNDS or index >= num_rounds - COMPARED_ROUNDS
+        yield requests, is_compared
+
+
+def _token_counts(manifest: Manifest, program: Program, capacity: int) -> list[list[int]]:
+    """For each sequence the tokens of its requests, one request in each round."""
     ring = max(
         (
             state.shape[state.axis]
@@ -112,40 +154,10 @@ def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
         default=0,
     )
     if program.row_layout == "packed":
-        long = min(
-            max(program.chunk, ring) + 3, max(1, room - 3)
-        )  # across a chunk, and once round every ring
-        plans = [[1, 1, long, 1], [5, 1, 2, 1], [0, long, 1, 2]]
-    else:
-        plans = [[1] * (4 + ring), [1] * 4, [0, 1, 1, 1]]
-    everything = {spec.name: True for spec in program.outputs if spec.on_request}
-    generator = torch.Generator().manual_seed(0)
-    held = [0] * SEQUENCES
-    last = max(map(len, plans))
-    for index, counts in enumerate(itertools.zip_longest(*plans, fillvalue=0)):
-        requests = []
-        for sequence, planned in enumerate(counts):
-            tokens = min(planned, room - held[sequence])
-            if tokens < 1:
-                continue
-            inputs = {
-                spec.name: random_input(spec, tokens, generator) for spec in program.client_inputs
-            }
-            parameters: dict[str, Parameter] = {
-                **everything,
-                **(SAMPLED[sequence] if program.vocab_size else {}),
-            }
-            requests.append(
-                Request(
-                    sequence + 1,
-                    start=held[sequence] == 0,
-                    end=False,
-                    inputs=inputs,
-                    parameters=parameters,
-                )
-            )
-            held[sequence] += tokens
-        yield requests, index < 4 or index >= last - 4
+        # across a chunk, and around every ring
+        long = min(max(program.chunk, ring) + 3, max(1, capacity - 3))
+        return [[1, 1, long, 1], [5, 1, 2, 1], [0, long, 1, 2]]
+    return [[1] * (4 + ring), [1] * 4, [0, 1, 1, 1]]
 
 
 def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> Tensor:
@@ -159,36 +171,40 @@ def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> T
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
 
-def _step_and_compare_memory(instance: ModelInstance, rows: list[ActiveRequest]) -> None:
-    """One step, after which only what these rows wrote may differ, bit for bit."""
+def _step_and_compare_memory(instance: ModelInstance, rows: Sequence[ActiveRequest]) -> None:
+    """Run one step, after which only what its rows wrote may differ, bit for bit."""
     tensors = instance.arena.tensors
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    starts = [(work, work.sequence.length) for work in rows]
-    instance.step(rows)
-    for work in rows:
-        if work.error is not None:
-            raise BuildError(f"{work.error}; the engine is not written")
+    starts = [(row.sequence, row.sequence.length) for row in rows]
+    instance.step(list(rows))
+    for row in rows:
+        if row.error is not None:
+            raise rejected(str(row.error))
     for spec in instance.manifest.states:
         allowed = before[spec.name]
-        for work, start in starts:
-            for part, now in written_parts(
-                spec,
-                allowed[work.sequence.slot],
-                tensors[spec.name][work.sequence.slot],
-                start,
-                work.sequence.length,
-            ):
-                part.copy_(now)
+        for sequence, start in starts:
+            old, new = allowed[sequence.slot], tensors[spec.name][sequence.slot]
+            for old_part, new_part in written_parts(spec, old, new, start, sequence.length):
+                old_part.copy_(new_part)
         if not same_bits(allowed, tensors[spec.name]):
-            raise BuildError(
-                f"the engine changed bytes of state {spec.name} outside the rows of its step; it is not written"
+            raise rejected(
+                f"the engine changed bytes of state {spec.name} outside the rows of its step"
             )
 
 
 def written_parts(
     spec: StateSpec, old: Tensor, new: Tensor, start: int, end: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of what a step from cached length ``start`` to ``end`` may write in one slot, in the old and the new slot."""
+    """Views of what a step from cached length ``start`` to ``end`` may write in one slot.
+
+    Args:
+        spec: the state.
+        old, new: the slot before and after the step.
+        start, end: cached length before and after the step.
+
+    Returns:
+        Pairs of views, of the old and of the new slot.
+    """
     if spec.update is Update.REPLACE:
         yield old, new
         return
@@ -199,67 +215,93 @@ def written_parts(
         yield old.narrow(spec.axis, index, 1), new.narrow(spec.axis, index, 1)
 
 
-class _Judge:
-    """Compares what the engine says of each sequence with what the model says.
+class _OutputComparison:
+    """Compares the outputs of every sequence with the model's.
 
     Attributes:
-        worst: the largest relative error so far.
+        max_error: the largest relative error so far.
     """
 
     def __init__(self, capture: Capture, manifest: Manifest) -> None:
         self._capture, self._outputs = capture, manifest.program("step").outputs
         self._tolerance = TOLERANCE.get(manifest.engine.dtype, 0.0)
-        self._history: dict[int, list[dict[str, Tensor]]] = {}
-        self._precise: Reference | None = None
-        self.worst = 0.0
+        self._history: dict[int | str, list[Mapping[str, Tensor]]] = {}
+        self._float32_reference: Reference | None = None
+        self.max_error = 0.0
 
-    def heard(self, work: ActiveRequest, *, compared: bool) -> None:
-        """A request was answered; its outputs are as they should be, or BuildError says which are not."""
-        assert isinstance(work.request.sequence_id, int)
-        history = self._history.setdefault(work.request.sequence_id, [])
-        history.append(dict(work.inputs))
-        if not compared:
-            return
-        expected = self._capture.reference(history)
+    def add(self, request: ActiveRequest) -> None:
+        """Append a request to the history of its sequence."""
+        history = self._history.setdefault(request.request.sequence_id, [])
+        history.append(dict(request.inputs))
+
+    def compare(self, request: ActiveRequest) -> None:
+        """Compare the outputs of a finished request.
+
+        Raises:
+            BuildError: an output differs.
+        """
+        sequence = request.request.sequence_id
+        history = self._history[sequence]
+        expected_outputs = self._capture.reference(history)
         for spec in self._outputs:
-            found, wanted = work.outputs[spec.name][0], expected[spec.name]
-            where = f"output {spec.name} of sequence {work.request.sequence_id} after {work.sequence.length} tokens"
-            if found.shape != wanted.shape:
-                raise BuildError(
-                    f"{where} has the shape {tuple(found.shape)}, the model's is {tuple(wanted.shape)}; it is not written"
+            output, expected = request.outputs[spec.name][0], expected_outputs[spec.name]
+            where = (
+                f"output {spec.name} of sequence {sequence} after {request.sequence.length} tokens"
+            )
+            if output.shape != expected.shape:
+                raise rejected(
+                    f"{where} has the shape {tuple(output.shape)}, "
+                    f"the model's is {tuple(expected.shape)}"
                 )
+            # tokens are compared with what the engine's own scores give: the scores themselves
+            # are compared with the model's
             if spec.sampled_from is not None:
-                wanted = _sampled(work, work.outputs[spec.sampled_from])
+                expected = _sampled(request, request.outputs[spec.sampled_from])
             if spec.argmax_of is not None:
-                wanted = work.outputs[spec.argmax_of][0].argmax(
-                    -1, keepdim=True
-                )  # its own scores were compared with the model's
-            if found.dtype.is_floating_point:
-                self._check_close(where, found, wanted, spec.name, history)
-            elif not torch.equal(found, wanted):
-                raise BuildError(
-                    f"{where} is {found.tolist()}, expected {wanted.tolist()}; the engine is not written"
-                )
+                expected = request.outputs[spec.argmax_of][0].argmax(-1, keepdim=True)
+            if output.dtype.is_floating_point:
+                self._check_close(where, output, expected, spec.name, history)
+            elif not torch.equal(output, expected):
+                raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
 
     def _check_close(
-        self, where: str, found: Tensor, wanted: Tensor, name: str, history: list[dict[str, Tensor]]
+        self,
+        where: str,
+        output: Tensor,
+        expected: Tensor,
+        name: str,
+        history: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        error = _relative(found, wanted)
-        if not error <= self._tolerance:
-            said = f"{where} differs from the model by {error:.1e}, more than {self._tolerance:.0e}"
-            if self._capture.float32_reference is None:
-                raise BuildError(f"{said}; the engine is not written")
-            truth = self._in_float32(history)[name]
-            own, model = _relative(found, truth), _relative(wanted, truth)
-            if not own <= ROUNDING * model:
-                raise BuildError(
-                    f"{said}, and from the model in float32 by {own:.1e}, where the model's own rounding makes {model:.1e}; "
-                    f"the engine is not written"
-                )
-        self.worst = max(self.worst, error)
+        error = relative_error(output, expected)
+        self.max_error = max(self.max_error, error)
+        if error <= self._tolerance:
+            return
+        text = f"{where} differs from the model by {error:.1e}, more than {self._tolerance:.0e}"
+        if self._capture.float32_reference is None:
+            raise rejected(text)
+        exact = self._in_float32(history)[name]
+        own_error, model_error = relative_error(output, exact), relative_error(expected, exact)
+        if not own_error <= MAX_ROUNDING_RATIO * model_error:
+            raise rejected(
+                f"{text}, and from the model in float32 by {own_error:.1e}, where the model's own "
+                f"rounding makes {model_error:.1e}"
+            )
 
-    def _in_float32(self, history: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        if self._precise is None:
+    def _in_float32(self, history: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        if self._float32_reference is None:
             assert self._capture.float32_reference is not None
-            self._precise = self._capture.float32_reference()
-        return self._precise(history)
+            self._float32_reference = self._capture.float32_reference()
+        return self._float32_reference(history)
+
+
+def _sampled(request: ActiveRequest, scores: Tensor) -> Tensor:
+    """The token that the sampling operator chooses on the CPU from the engine's own scores."""
+    sampling = request.sampling_params
+    return sample(
+        scores,
+        torch.tensor([sampling.temperature]),
+        torch.tensor([sampling.top_k], dtype=torch.int32),
+        torch.tensor([sampling.top_p]),
+        torch.tensor([sampling.seed]),
+        torch.tensor([request.sequence.length], dtype=torch.int32),
+    )[0]

@@ -1,4 +1,4 @@
-"""The low-level way: a module as a serialized engine with its states as bindings, for those who manage memory themselves."""
+"""Build a module into a serialized engine whose states are bindings that the caller manages."""
 
 import io
 from collections.abc import Collection, Mapping, Sequence
@@ -9,16 +9,17 @@ import torch
 from inplace.schema.artifacts import Plan
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Alias, AliasKind, Lowering
-from inplace.schema.standalone import SLOTS, StandaloneState, result_name
+from inplace.schema.standalone import SLOTS, CallSignature, StandaloneState, result_name
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from inplace_builder.capture.exported import capture_exported
+from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError
+from inplace_builder.lower.compile import CompiledPlan, Target
 from inplace_builder.standalone.call import alignment, describe_call, export_for
-from inplace_builder.standalone.plan import build_standalone_plan
-from inplace_builder.standalone.write import lowering, standalone_states
+from inplace_builder.standalone.plan import build_plan
+from inplace_builder.standalone.write import lowering_records, state_records
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Binding:
     """A tensor of an engine.
 
     Attributes:
-        name: what the engine calls it.
+        name: the engine's name for it.
         dtype: element type.
-        shape: extents; a text is dynamic, an expression in the symbols of `Serialized.ranges`.
+        shape: extents; a string is a dynamic extent, an expression in the symbols of
+            `Serialized.ranges`.
     """
 
     name: str
@@ -38,23 +40,26 @@ class Binding:
 
 @dataclass(frozen=True)
 class Serialized:
-    """A serialized engine and everything that must be known to run it. Nothing was run: nothing is verified.
+    """A serialized engine and everything that is needed to run it. It was not run, nor verified.
 
     Attributes:
-        content: ``torch``: an archive for ``torch.export.load`` whose program takes ``inputs`` and then ``states``, in this order, and
-            returns ``outputs``; else a TensorRT plan.
-        engine: which of them.
-        plan: what the plan was built for; None for ``torch``.
-        inputs: what is passed; a Python number as int64. For ``torch`` the last is ``slots``, int32 ``[rows]``, which is ``arange(rows)``.
-        states: the states, caller-owned and lifted ones. An alias names the output that is the same memory: for a plan bind both to one
-            address; of the kind ``copy`` give the output memory of its own, which holds the new value.
+        content: ``torch``: an archive for ``torch.export.load`` whose program takes ``inputs`` and
+            then ``states``, in this order, and returns ``outputs``. Otherwise a TensorRT plan.
+        engine: which of the two.
+        plan: what the plan was compiled for; None for ``torch``.
+        inputs: what is passed; a Python number as int64. For ``torch`` the last one is ``slots``,
+            int32 ``[rows]``, which is ``arange(rows)``.
+        states: the states, the caller's and lifted ones. An alias names the output that is the same
+            memory: for a plan bind both to one address; of the kind ``copy`` give the output memory
+            of its own, which holds the new value.
         outputs: what is returned.
-        aliases: one a state.
+        aliases: one for each state.
         lowering: how each state is updated, and why.
         ranges: smallest and largest value of each symbol; None is no limit.
-        records: the states as an engine's manifest has them: whose memory they are and where they come from. Several may be parts of one
-            tensor, under the same source (`StandaloneState.part`): bind those as views of it, or as tensors of their own.
-        initial: for each state what it held at the build, as it is bound; a copy.
+        records: the states as the manifest of an engine has them: who owns their memory and where
+            they come from. Several may be parts of one tensor, under the same source
+            (`StandaloneState.part`): bind those as views of it, or as tensors of their own.
+        initial: the value of each state at the build, as it is bound; a copy.
     """
 
     content: bytes
@@ -83,20 +88,21 @@ def serialize(
     strict: bool = False,
     compute_capability: str | None = None,
 ) -> Serialized:
-    """Compile a module that mutates its inputs or buffers, and stop at the serialized engine.
+    """Compile a module that mutates its inputs or buffers into a serialized engine.
 
     Args:
         module: as in `inplace_builder.build`.
         example_inputs: as in `inplace_builder.build`.
+        lift_mutable_buffers: make states of the buffers that the module mutates, for the caller to
+            bind. Without it such a module is refused, because their values would be lost.
         kwargs: as in `inplace_builder.build`.
         engine: as in `inplace_builder.build`.
         dynamic_shapes: as in `inplace_builder.build`.
         assume_consecutive: as in `inplace_builder.build`.
         alias: as in `inplace_builder.build`.
         strict: as in `inplace_builder.build`.
-        lift_mutable_buffers: make states of the buffers that the module mutates, for the caller to bind. Without it such a module is
-            refused: nobody would hold their values.
-        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT for RTX only).
+        compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT
+            for RTX only).
 
     Raises:
         BuildError: as in `inplace_builder.build`; or buffers are mutated and not lifted.
@@ -109,57 +115,64 @@ def serialize(
         exported, assume_consecutive=assume_consecutive, strict=strict, alignment=alignment(engine)
     )
     call = describe_call(exported, capture)
-    records = standalone_states(capture, call)
+    records = state_records(capture, call)
     owned = list(dict.fromkeys(state.source for state in records if state.owner == "module"))
     if owned and not lift_mutable_buffers:
         raise BuildError(
-            f"the module mutates its buffers {owned}: pass lift_mutable_buffers=True and bind them as states, or let "
-            f"inplace_builder.build make an engine that holds them"
+            f"the module mutates its buffers {owned}: pass lift_mutable_buffers=True and bind them "
+            f"as states, or let inplace_builder.build make an engine that holds them"
         )
     plan = None
     if engine != "torch":
-        plan = build_standalone_plan(
-            capture, call, engine, alias=alias, strict=strict, compute_capability=compute_capability
-        )
-    inputs = [
-        Binding(a.name, a.dtype or Dtype.INT64, a.shape)
-        for a in call.arguments
-        if a.kind in ("tensor", "number")
-    ]
-    if plan is None:
-        inputs.append(Binding(SLOTS, Dtype.INT32, (capture.rows,)))
-    initial = {
-        state.name: (
-            state.tensor.initial
-            if plan is not None and state.kind == "user"
-            else state.bound_initial()
-        ).clone()
-        for state in capture.states
-    }
+        target = Target.of(engine, compute_capability)
+        plan = build_plan(capture, call, target, alias=alias, strict=strict)
+    initial = _initial_values(capture, plan)
     return Serialized(
-        content=_archive(capture.exported) if plan is None else plan.content,
+        content=_archive(capture.exported) if plan is None else bytes(plan.content),
         engine=engine,
         plan=None if plan is None else plan.record,
-        inputs=tuple(inputs),
+        inputs=_input_bindings(capture, call, plan),
         states=tuple(
-            Binding(state.name, state.dtype, _bound(state, initial[state.name]))
+            Binding(state.name, state.dtype, _bound_shape(state, initial[state.name]))
             for state in records
         ),
         outputs=tuple(
-            Binding(result_name(place), r.dtype, r.shape)
-            for place, r in enumerate(call.results)
-            if r.dtype is not None
+            Binding(result_name(place), result.dtype, result.shape)
+            for place, result in enumerate(call.results)
+            if result.dtype is not None
         ),
-        aliases=capture.aliases if plan is None else plan.aliases,
-        lowering=lowering(capture, plan),
+        aliases=(plan or capture).aliases,
+        lowering=lowering_records(capture, plan),
         ranges=call.ranges,
         records=records,
         initial=initial,
     )
 
 
-def _bound(state: StandaloneState, initial: Tensor) -> tuple[int | str, ...]:
-    """Extents as they are bound: with a slot in front where the tensor has none."""
+def _input_bindings(
+    capture: ExportedCapture, call: CallSignature, plan: CompiledPlan | None
+) -> tuple[Binding, ...]:
+    inputs = [
+        Binding(argument.name, argument.dtype or Dtype.INT64, argument.shape)
+        for argument in call.arguments
+        if argument.kind in ("tensor", "number")
+    ]
+    if plan is None:
+        inputs.append(Binding(SLOTS, Dtype.INT32, (capture.rows,)))
+    return tuple(inputs)
+
+
+def _initial_values(capture: ExportedCapture, plan: CompiledPlan | None) -> dict[str, Tensor]:
+    """A copy of each state's value, as it is bound."""
+    values = {}
+    for state in capture.states:
+        own_shape = plan is not None and state.kind == "user"
+        values[state.name] = state.tensor.initial if own_shape else state.bound_initial()
+    return {name: value.clone() for name, value in values.items()}
+
+
+def _bound_shape(state: StandaloneState, initial: Tensor) -> tuple[int | str, ...]:
+    """Extents as they are bound: with the slot axis in front where the tensor has none."""
     return (*initial.shape[: initial.dim() - len(state.view_shape)], *state.view_shape)
 
 

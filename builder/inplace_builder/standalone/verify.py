@@ -1,6 +1,6 @@
-"""Verification: a directly called engine, loaded from its files, beside the module it was built from."""
+"""Verify a standalone engine: call it, loaded from its files, beside the module it was built from."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -11,161 +11,228 @@ from inplace.standalone import Engine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from inplace_builder.compare import TOLERANCE, is_inexact, same_bits
-from inplace_builder.errors import BuildError, brief
+from inplace_builder.compare import TOLERANCE, is_inexact, relative_error, same_bits
+from inplace_builder.errors import BuildError, brief, rejected
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+"""Types that positions may have: PyTorch does not compute with the other integer types."""
 
 
-def verify_standalone(
+def verify(
     engine: Engine,
     reference: torch.nn.Module,
     arguments: Any,
+    *,
     assume_consecutive: Collection[str] = (),
 ) -> dict[str, str]:
-    """Call engine and module side by side, each where it runs, on its own copy of the states.
+    """Call engine and module side by side, each on its own device and on its own copy of the states.
 
-    Twice with the example's arguments, twice with its floating-point inputs in another order, then with other integers, which may be
-    positions: all one higher, and each any number below the shortest state; and with states whose extents vary one longer. These only
-    where the module itself takes them.
+    There are two calls with the example's arguments and two with its floating-point inputs
+    reversed. Further calls change the integers, which may be positions: all one higher, then each a
+    random number below the shortest axis of the states; and one makes states of dynamic extents one
+    longer. A further call is only made where the module itself takes its arguments.
 
     Args:
-        engine: as it was loaded from its files.
+        engine: the engine, loaded from its files.
         reference: a copy of the module, whose buffers change as the engine's states do.
         arguments: ``(args, kwargs)`` of the build; not changed.
-        assume_consecutive: inputs whose numbers stay as they are, consecutive ones.
+        assume_consecutive: integer inputs that are always consecutive positions; not changed.
 
     Returns:
-        What to record of it.
+        The number of calls and the largest relative error, as the manifest records them.
 
     Raises:
-        BuildError: an output or a state differs by more than the tolerance of its type, an input changed, or a state moved.
+        BuildError: an output or a state differs by more than the tolerance of its type, an input
+            changed, or a state moved.
     """
-    theirs = deepcopy(arguments)
-    mine = pytree.tree_map_only(
-        Tensor, lambda tensor: tensor.to(engine.manifest.engine.device), deepcopy(arguments)
+    comparison = _Comparison(engine, reference, pytree.tree_structure(arguments))
+    device = engine.manifest.engine.device
+    module_arguments = deepcopy(arguments)
+    engine_arguments = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(device), deepcopy(arguments)
     )
-    kinds = [argument.kind for argument in engine.manifest.call.arguments]
-    structure = pytree.tree_structure(arguments)
-    worst, exact, calls = 0.0, True, 0
-
-    def same(title: str, found: object, expected: object) -> None:
-        nonlocal worst, exact
-        if isinstance(found, Tensor) and isinstance(expected, Tensor):
-            error = _difference(title, found.cpu(), expected.cpu(), engine.manifest.engine.dtype)
-            worst, exact = max(worst, error), exact and error == 0
-        elif type(found) is not type(expected) or found != expected:
-            raise BuildError(
-                f"{title} is {found!r}, the module's is {expected!r}; the engine is not written"
-            )
-
-    for index, (asked, given) in enumerate(
-        _calls(_Changes(engine.manifest, assume_consecutive), reference, theirs, mine)
-    ):
-        calls += 1
-        before = pytree.tree_leaves(deepcopy(given))
-        try:
-            with torch.no_grad():
-                expected = pytree.tree_leaves(reference(*asked[0], **asked[1]))
-        except Exception as error:
-            raise BuildError(
-                f"the module cannot be called {index + 1} times with its example inputs: {brief(error)}"
-            ) from error
-        if pytree.tree_structure(asked) != structure:
-            raise BuildError(
-                "the module adds to its arguments, or takes something away; an engine only writes the tensors in them"
-            )
-        addresses = {source: tensor.data_ptr() for source, tensor in engine.states.items()}
-        try:
-            found = pytree.tree_leaves(engine(*given[0], **given[1]))
-        except Exception as error:  # the module took the same arguments
-            raise BuildError(
-                f"the engine fails where the module does not ({brief(error)}); it is not written"
-            ) from error
-        if len(found) != len(expected):
-            raise BuildError(
-                f"the engine returns {len(found)} outputs, the module {len(expected)}; it is not written"
-            )
-        for place, (one, other) in enumerate(zip(found, expected, strict=True)):
-            same(f"output {place} of call {index}", one, other)
-        for kind, argument, one, other, old in zip(
-            kinds,
-            engine.manifest.call.arguments,
-            pytree.tree_leaves(given),
-            pytree.tree_leaves(asked),
-            before,
-            strict=True,
-        ):
-            if kind == "state":
-                same(f"state {argument.where} after call {index}", one, other)
-            elif isinstance(one, Tensor) and not same_bits(one.reshape(-1), old.reshape(-1)):
-                raise BuildError(
-                    f"the engine changed its input {argument.where}; it is not written"
-                )
-        for source, tensor in engine.states.items():
-            same(f"state {source} after call {index}", tensor, _held(reference, source))
-        if addresses != {source: tensor.data_ptr() for source, tensor in engine.states.items()}:
-            raise BuildError("the engine moved one of its states; it is not written")
+    changes = _ArgumentChanges(engine.manifest, assume_consecutive)
+    for pair in _calls(changes, reference, module_arguments, engine_arguments):
+        comparison.call(*pair)
+    exact = comparison.max_error == 0
     return {
-        "verified_calls": str(calls),
-        "verified_error": "0, bit for bit" if exact else f"{worst:.1e}",
+        "verified_calls": str(comparison.num_calls),
+        "verified_error": "0, bit for bit" if exact else f"{comparison.max_error:.1e}",
     }
 
 
-def _held(module: torch.nn.Module, source: str) -> Tensor:
-    """A tensor that the module holds, as it is now: a buffer may have been assigned anew."""
-    found: Any = module
-    for name in source.split("."):
-        found = getattr(found, name, None)
-    if not isinstance(found, Tensor):
-        raise BuildError(
-            f"the module writes {source}, which is none of its buffers: register it with register_buffer"
-        )
-    return found
-
-
 def _calls(
-    changes: "_Changes", reference: torch.nn.Module, theirs: Any, mine: Any
+    changes: "_ArgumentChanges", reference: torch.nn.Module, for_module: Any, for_engine: Any
 ) -> Iterator[tuple[Any, Any]]:
     """The arguments of each call, for the module and for the engine."""
-    yield from [(theirs, mine)] * 2
-    theirs, mine = changes.reordered(theirs), changes.reordered(mine)
-    yield from [(theirs, mine)] * 2
-    for change in (
-        changes.raised,
-        changes.elsewhere,
-        *([changes.longer] if changes.varies else []),
-    ):
-        changed = change(theirs)
-        if _takes(reference, changed):
-            yield changed, change(mine)
+    yield from [(for_module, for_engine)] * 2
+    for_module, for_engine = changes.reverse_floats(for_module), changes.reverse_floats(for_engine)
+    yield from [(for_module, for_engine)] * 2
+    further = [changes.increment_integers, changes.randomize_integers]
+    if changes.has_dynamic_states:
+        further.append(changes.grow_states)
+    for change in further:
+        changed = change(for_module)
+        if _accepts(reference, changed):
+            yield changed, change(for_engine)
 
 
-def _takes(reference: torch.nn.Module, arguments: Any) -> bool:
+def _accepts(reference: torch.nn.Module, arguments: Any) -> bool:
     """Whether the module can be called with these arguments; tried on copies."""
     args, kwargs = deepcopy(arguments)
     try:
         with torch.no_grad():
             deepcopy(reference)(*args, **kwargs)
-    except Exception:  # whatever it says of them: they are not what it was made for
+    except Exception:  # of any type: the module was not made for these arguments
         return False
     return True
 
 
-class _Changes:
-    """Other values of the arguments' tensors, states apart: the same for the module's and for the engine's.
+class _Comparison:
+    """Calls engine and module side by side.
+
+    Attributes:
+        num_calls: calls so far.
+        max_error: the largest relative error of an output or a state so far.
+
+    Args:
+        engine: the engine.
+        reference: the module.
+        structure: tree of ``(args, kwargs)``.
+    """
+
+    def __init__(
+        self, engine: Engine, reference: torch.nn.Module, structure: pytree.TreeSpec
+    ) -> None:
+        self._engine, self._reference, self._structure = engine, reference, structure
+        self.num_calls, self.max_error = 0, 0.0
+
+    def call(self, module_arguments: Any, engine_arguments: Any) -> None:
+        """Call both with arguments of the same values, and compare everything afterwards.
+
+        Raises:
+            BuildError: something differs.
+        """
+        index = self.num_calls
+        self.num_calls += 1
+        before = pytree.tree_leaves(deepcopy(engine_arguments))
+        expected = self._call_module(module_arguments)
+        addresses = {name: tensor.data_ptr() for name, tensor in self._engine.states.items()}
+        outputs = self._call_engine(engine_arguments)
+        if len(outputs) != len(expected):
+            raise rejected(f"the engine returns {len(outputs)} outputs, the module {len(expected)}")
+        for place, (output, other) in enumerate(zip(outputs, expected, strict=True)):
+            self._check_same(f"output {place} of call {index}", output, other)
+        self._check_arguments(index, engine_arguments, module_arguments, before)
+        for name, tensor in self._engine.states.items():
+            other = _buffer(self._reference, name)
+            self._check_same(f"state {name} after call {index}", tensor, other)
+        if addresses != {name: tensor.data_ptr() for name, tensor in self._engine.states.items()}:
+            raise rejected("the engine moved one of its states")
+
+    def _call_module(self, arguments: Any) -> list[Any]:
+        args, kwargs = arguments
+        try:
+            with torch.no_grad():
+                outputs = pytree.tree_leaves(self._reference(*args, **kwargs))
+        except Exception as error:
+            raise BuildError(
+                f"the module cannot be called {self.num_calls} times with its example inputs: "
+                f"{brief(error)}"
+            ) from error
+        if pytree.tree_structure(arguments) != self._structure:
+            raise BuildError(
+                "the module adds to its arguments, or takes something away; "
+                "an engine only writes the tensors in them"
+            )
+        return outputs
+
+    def _call_engine(self, arguments: Any) -> list[Any]:
+        args, kwargs = arguments
+        try:
+            return pytree.tree_leaves(self._engine(*args, **kwargs))
+        except Exception as error:
+            raise rejected(
+                f"the engine fails where the module does not ({brief(error)})"
+            ) from error
+
+    def _check_arguments(
+        self, index: int, engine_arguments: Any, module_arguments: Any, before: list[Any]
+    ) -> None:
+        """The caller's states are the same, and the inputs did not change."""
+        leaves = zip(
+            self._engine.manifest.call.arguments,
+            pytree.tree_leaves(engine_arguments),
+            pytree.tree_leaves(module_arguments),
+            before,
+            strict=True,
+        )
+        for argument, value, other, old in leaves:
+            if argument.kind == "state":
+                self._check_same(f"state {argument.where} after call {index}", value, other)
+            elif isinstance(value, Tensor) and not same_bits(value.reshape(-1), old.reshape(-1)):
+                raise rejected(f"the engine changed its input {argument.where}")
+
+    def _check_same(self, title: str, result: object, expected: object) -> None:
+        if isinstance(result, Tensor) and isinstance(expected, Tensor):
+            weights = self._engine.manifest.engine.dtype
+            error = _checked_error(title, result.cpu(), expected.cpu(), weights)
+            self.max_error = max(self.max_error, error)
+        elif type(result) is not type(expected) or result != expected:
+            raise rejected(f"{title} is {result!r}, the module's is {expected!r}")
+
+
+def _checked_error(title: str, result: Tensor, expected: Tensor, weights: Dtype) -> float:
+    """The relative error of a tensor.
+
+    Args:
+        title: the tensor's name in errors.
+        result: the engine's.
+        expected: the module's.
+        weights: element type of the weights.
+
+    Raises:
+        BuildError: shapes or types differ, or the error exceeds the tolerance.
+    """
+    if (result.shape, result.dtype) != (expected.shape, expected.dtype):
+        raise rejected(
+            f"{title} is {list(result.shape)} {result.dtype}, "
+            f"the module's {list(expected.shape)} {expected.dtype}"
+        )
+    error = relative_error(result, expected)
+    tolerance = TOLERANCE.get(Dtype.of(result.dtype), 0.0)
+    if is_inexact(result):
+        tolerance = max(tolerance, TOLERANCE.get(weights, 0.0))
+    if not error <= tolerance:
+        raise rejected(f"{title} differs from the module by {error:.1e}, more than {tolerance:.0e}")
+    return error
+
+
+def _buffer(module: torch.nn.Module, source: str) -> Tensor:
+    """A buffer of the module by its qualified name, as it is now: it may have been reassigned."""
+    value: Any = module
+    for name in source.split("."):
+        value = getattr(value, name, None)
+    if not isinstance(value, Tensor):
+        raise BuildError(
+            f"the module writes {source}, which is none of its buffers: "
+            f"register it with register_buffer"
+        )
+    return value
+
+
+class _ArgumentChanges:
+    """Changes of arguments, the same for those of the module and those of the engine.
 
     Args:
         manifest: of the engine.
-        assume_consecutive: inputs whose integers stay.
+        assume_consecutive: inputs whose integers do not change.
     """
 
     def __init__(self, manifest: StandaloneManifest, assume_consecutive: Collection[str]) -> None:
-        self._free = [
-            argument.kind == "tensor" and argument.name not in assume_consecutive
-            for argument in manifest.call.arguments
-        ]
         self._arguments, self._ranges = manifest.call.arguments, manifest.call.ranges
-        self._tensors = [argument.kind == "tensor" for argument in manifest.call.arguments]
-        self._shortest = min(
+        self._assume_consecutive = assume_consecutive
+        self._shortest_axis = min(
             (
                 extent
                 for state in manifest.states
@@ -176,7 +243,7 @@ class _Changes:
         )
 
     @property
-    def varies(self) -> bool:
+    def has_dynamic_states(self) -> bool:
         """Whether a call chooses an extent of a state."""
         return any(
             argument.kind == "state" and isinstance(extent, str)
@@ -184,96 +251,78 @@ class _Changes:
             for extent in argument.shape
         )
 
-    def reordered(self, tree: Any) -> Any:
-        """The floating-point ones back to front."""
-        return self._changed(tree, self._tensors, is_inexact, lambda tensor, _: _backwards(tensor))
+    def reverse_floats(self, tree: Any) -> Any:
+        """Reverse the elements of every floating-point input."""
 
-    def raised(self, tree: Any) -> Any:
-        """All integers one higher."""
-        return self._changed(tree, self._free, _is_integer, lambda tensor, _: tensor + 1)
+        def change(tensor: Tensor, argument: Argument, place: int) -> Tensor:
+            is_input = argument.kind == "tensor"
+            return _reversed(tensor) if is_input and is_inexact(tensor) else tensor
 
-    def elsewhere(self, tree: Any) -> Any:
-        """Each integer any number below the shortest axis of the states."""
+        return self._changed(tree, change)
 
-        def drawn(tensor: Tensor, place: int) -> Tensor:
-            numbers = torch.randint(
-                self._shortest, tensor.shape, generator=torch.Generator().manual_seed(place)
-            )
+    def increment_integers(self, tree: Any) -> Any:
+        """Add one to all integers."""
+
+        def change(tensor: Tensor, argument: Argument, place: int) -> Tensor:
+            return tensor + 1 if self._may_change(tensor, argument) else tensor
+
+        return self._changed(tree, change)
+
+    def randomize_integers(self, tree: Any) -> Any:
+        """Replace each integer by a random number below the shortest axis of the states."""
+
+        def change(tensor: Tensor, argument: Argument, place: int) -> Tensor:
+            if not self._may_change(tensor, argument):
+                return tensor
+            generator = torch.Generator().manual_seed(place)
+            numbers = torch.randint(self._shortest_axis, tensor.shape, generator=generator)
             return numbers.to(tensor.dtype).to(tensor.device)
 
-        return self._changed(tree, self._free, _is_integer, drawn)
+        return self._changed(tree, change)
 
-    def longer(self, tree: Any) -> Any:
-        """States whose extents vary, one longer there, as far as they may be; what is new holds zeros."""
+    def grow_states(self, tree: Any) -> Any:
+        """Make the dynamic extents of states one longer, as far as their ranges allow.
+
+        The new elements are zeros.
+        """
+
+        def change(tensor: Tensor, argument: Argument, place: int) -> Tensor:
+            is_dynamic = any(isinstance(extent, str) for extent in argument.shape)
+            return (
+                self._grown(tensor, argument) if argument.kind == "state" and is_dynamic else tensor
+            )
+
+        return self._changed(tree, change)
+
+    def _grown(self, tensor: Tensor, argument: Argument) -> Tensor:
+        extents = []
+        for extent, length in zip(argument.shape, tensor.shape, strict=True):
+            limit: int | None = length
+            if isinstance(extent, str):
+                limit = self._ranges.get(extent, (None, None))[1]
+            extents.append(length + (limit is None or length < limit))
+        grown = torch.zeros(extents, dtype=tensor.dtype, device=tensor.device)
+        grown[tuple(slice(extent) for extent in tensor.shape)] = tensor
+        return grown
+
+    def _may_change(self, tensor: Tensor, argument: Argument) -> bool:
+        """Whether it is an input of integers that may be positions."""
+        return (
+            argument.kind == "tensor"
+            and argument.name not in self._assume_consecutive
+            and tensor.dtype in INTEGERS
+        )
+
+    def _changed(self, tree: Any, change: Callable[[Tensor, Argument, int], Tensor]) -> Any:
         leaves, spec = pytree.tree_flatten(tree)
-        return pytree.tree_unflatten(
-            [self._longer(leaf, one) for leaf, one in zip(leaves, self._arguments, strict=True)],
-            spec,
-        )
-
-    def _longer(self, leaf: Any, argument: Argument) -> Any:
-        if argument.kind != "state" or all(isinstance(extent, int) for extent in argument.shape):
-            return leaf
-        limits = (
-            self._ranges.get(extent, (None, None))[1] if isinstance(extent, str) else held
-            for extent, held in zip(argument.shape, leaf.shape, strict=True)
-        )
-        extents = [
-            held + (limit is None or held < limit)
-            for held, limit in zip(leaf.shape, limits, strict=True)
+        changed = [
+            change(leaf, argument, place) if isinstance(leaf, Tensor) else leaf
+            for place, (leaf, argument) in enumerate(zip(leaves, self._arguments, strict=True))
         ]
-        found = torch.zeros(extents, dtype=leaf.dtype, device=leaf.device)
-        found[tuple(slice(extent) for extent in leaf.shape)] = leaf
-        return found
-
-    def _changed(
-        self,
-        tree: Any,
-        which: Sequence[bool],
-        kind: Callable[[Tensor], bool],
-        change: Callable[[Tensor, int], Tensor],
-    ) -> Any:
-        leaves, spec = pytree.tree_flatten(tree)
-        return pytree.tree_unflatten(
-            [
-                change(leaf, place) if free and isinstance(leaf, Tensor) and kind(leaf) else leaf
-                for place, (leaf, free) in enumerate(zip(leaves, which, strict=True))
-            ],
-            spec,
-        )
+        return pytree.tree_unflatten(changed, spec)
 
 
-def _backwards(tensor: Tensor) -> Tensor:
-    backwards = torch.arange(
-        tensor.numel() - 1, -1, -1, device=tensor.device
-    )  # flip knows fewer types
+def _reversed(tensor: Tensor) -> Tensor:
+    # flip knows fewer types
+    backwards = torch.arange(tensor.numel() - 1, -1, -1, device=tensor.device)
     return tensor.reshape(-1)[backwards].reshape(tensor.shape)
-
-
-def _is_integer(tensor: Tensor) -> bool:
-    """Whether it may be positions: PyTorch does not compute with the other types of integers."""
-    return tensor.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-
-
-def _difference(title: str, found: Tensor, expected: Tensor, weights: Dtype) -> float:
-    """0 if equal bit for bit, else the relative error; BuildError if that is too large."""
-    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        raise BuildError(
-            f"{title} is {list(found.shape)} {found.dtype}, the module's {list(expected.shape)} {expected.dtype}; it is not written"
-        )
-    if same_bits(found.reshape(-1), expected.reshape(-1)):
-        return 0.0
-    equal = (found == expected) | ((found != found) & (expected != expected))  # noqa: PLR0124  NaN in the same places
-    wide = torch.promote_types(found.dtype, torch.float32) if found.itemsize > 1 else torch.float32
-    one, other = (tensor.to(wide) for tensor in (found, expected))
-    one, other = (tensor.masked_fill(equal & ~tensor.isfinite(), 0) for tensor in (one, other))
-    error = float((one - other).norm() / other.norm().clamp(min=1e-12))
-    tolerance = max(
-        TOLERANCE.get(Dtype.of(found.dtype), 0.0),
-        TOLERANCE.get(weights, 0.0) if is_inexact(found) else 0.0,
-    )
-    if not error <= tolerance:
-        raise BuildError(
-            f"{title} differs from the module by {error:.1e}, more than {tolerance:.0e}; the engine is not written"
-        )
-    return error

@@ -71,6 +71,6 @@ def test_a_network_that_it_refuses_is_refused_at_once(lowered: LoweredNetwork) -
     builder = Fails(
         lowered, "Error Code 10: Internal Error (Could not find any implementation for node a.)"
     )
-    with pytest.raises(BuildError, match="has no kernel for the whole on this GPU"):
+    with pytest.raises(BuildError, match="has no kernel for the result on this GPU"):
         compile_network(replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS)
     assert builder.levels == [1]

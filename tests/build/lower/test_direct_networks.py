@@ -13,8 +13,9 @@ from inplace.schema.standalone import CallSignature, result_name
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
+from inplace_builder.lower.compile import Target
 from inplace_builder.standalone.call import describe_call, export_for
-from inplace_builder.standalone.plan import build_standalone_plan, lower_standalone
+from inplace_builder.standalone.plan import build_plan, lower_module
 from support.direct_modules import CASES, Case, Tokens
 from support.network_interpreter import interpret
 from support.state_modules import Owned
@@ -51,9 +52,9 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(
     capture, call = captured(case, deepcopy(eager))
     if kind == "kv_cache_update" and not case.native and case.name != "tokens":
         with pytest.raises(BuildError, match=r"no mechanism can update .*kv_cache_update: "):
-            lower_standalone(capture, call, rtx, alias=kind)
+            lower_module(capture, call, rtx, alias=kind)
         return
-    lowered, lowering = lower_standalone(capture, call, rtx, alias=kind)
+    lowered, lowering = lower_module(capture, call, rtx, alias=kind)
     assert {record.kind for record in lowering} == {kind}
     states, memory = (
         case.states(),
@@ -77,8 +78,9 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(
             torch.testing.assert_close(
                 memory[state.name], state.bound(owned(state)), msg=f"{{}} of {state.name}".format
             )
-    plan = build_standalone_plan(capture, call, "tensorrt_rtx", alias=kind, compute_capability=GPU)
-    assert len(plan.content) > 1000 and plan.record.compute_capability == GPU
+    target = Target.of("tensorrt_rtx", GPU)
+    plan = build_plan(capture, call, target, alias=kind)
+    assert plan.content.nbytes > 1000 and plan.record.compute_capability == GPU
     assert {str(alias) for alias in plan.aliases} == {
         f"{s.name}_updated@{s.name}@{kind}" for s in capture.states
     }
@@ -91,6 +93,7 @@ class Number(nn.Module):
 
 
 def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
+    target = Target.of("tensorrt_rtx", GPU)
     dim = torch.export.Dim.DYNAMIC
     number = Case(
         "number",
@@ -102,7 +105,7 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
     with pytest.raises(
         BuildError, match="argument start is a Python number that changes from call to call"
     ):
-        build_standalone_plan(*captured(number, Number()), "tensorrt_rtx", compute_capability=GPU)
+        build_plan(*captured(number, Number()), target)
     endless = torch.export.Dim("endless", min=1)
     shapes: Any = ({}, {2: endless}, {0: endless})
     known = next(case for case in CASES if case.name == "tokens")
@@ -114,7 +117,7 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         options={"dynamic_shapes": shapes, "assume_consecutive": ["positions"]},
     )
     with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
-        build_standalone_plan(*captured(tokens, Tokens()), "tensorrt_rtx", compute_capability=GPU)
+        build_plan(*captured(tokens, Tokens()), target)
     wide = Case(
         "wide",
         Tokens,
@@ -125,15 +128,9 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         BuildError,
         match=r"copy: TensorRT does not select between elements of cache, which is float64",
     ):
-        build_standalone_plan(*captured(wide, Tokens()), "tensorrt_rtx", compute_capability=GPU)
+        build_plan(*captured(wide, Tokens()), target)
     with pytest.raises(BuildError, match="strict refuses the mechanism copy"):
-        build_standalone_plan(
-            *captured(CASES[0], CASES[0].module()),
-            "tensorrt_rtx",
-            alias="copy",
-            strict=True,
-            compute_capability=GPU,
-        )
+        build_plan(*captured(CASES[0], CASES[0].module()), target, alias="copy", strict=True)
     if not torch.cuda.is_available():
         with pytest.raises(BuildError, match="PyTorch sees none here"):
-            build_standalone_plan(*captured(CASES[0], CASES[0].module()), "tensorrt_rtx")
+            Target.of("tensorrt_rtx")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder import Capture
-from inplace_builder.lower import CompileOptions, LoweredNetwork, choose, compile_network
-from inplace_builder.lower.compile import _explained
+from inplace_builder.lower import CompileOptions, LoweredNetwork, choose_mechanisms, compile_network
+from inplace_builder.lower.compile import _explanation
 from support.lowering import DECODERS, VOCABULARY, captured, decoder_profiles, greedy_rows, lowered
 from support.network_interpreter import interpret
 from torch import Tensor
@@ -30,7 +30,7 @@ def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> No
     rings = {state.name for state in capture.states if state.update == "ring"}
     kinds = {
         record.state: record.kind
-        for record in choose(
+        for record in choose_mechanisms(
             capture.exported.graph, capture.states, rtx, order=("kv_cache_update", "copy")
         )
     }
@@ -131,10 +131,10 @@ def test_weights_stand_beside_their_products(rtx: TensorRT, llama: Capture) -> N
     assert max(len(tuple(layer.get_output(0).shape)) for layer in layers) <= 4
 
 
-def test_a_kernel_that_is_missing_is_explained(rtx: TensorRT, llama: Capture) -> None:
+def test_a_kernel_that_is_missing_is_explanation(rtx: TensorRT, llama: Capture) -> None:
     """What TensorRT 10.6 says when it has no kernel, told of the model that was being built."""
     network = lowered(llama, "copy", rtx)
     said = "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[unsqueeze...lm_head]}.)"
-    assert _explained(network, "something else") == ""
-    assert "States are updated by copy: another mechanism" in _explained(network, said)
-    assert "the layers from unsqueeze at " in _explained(network, said)
+    assert _explanation(network, "something else") == ""
+    assert "States are updated by copy: another mechanism" in _explanation(network, said)
+    assert "the layers from unsqueeze at " in _explanation(network, said)

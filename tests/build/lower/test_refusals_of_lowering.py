@@ -12,7 +12,7 @@ from inplace.schema.specs import StateSpec, Update
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import (
-    choose,
+    choose_mechanisms,
     compile_network,
     converter,
     lower,
@@ -65,7 +65,7 @@ def test_an_operator_without_converter_is_named_with_its_line(rtx: TensorRT) -> 
 
 
 @pytest.mark.parametrize(
-    ("function", "inputs", "because"),
+    ("function", "inputs", "reason"),
     [
         (
             lambda x, i: x[i, i],
@@ -93,11 +93,11 @@ def test_an_operator_without_converter_is_named_with_its_line(rtx: TensorRT) -> 
     ],
 )
 def test_a_use_that_has_no_lowering_says_why(
-    rtx: TensorRT, function: object, inputs: tuple[Tensor, ...], because: str
+    rtx: TensorRT, function: object, inputs: tuple[Tensor, ...], reason: str
 ) -> None:
     exported = _export(function, *inputs)
     names = [f"out_{index}" for index in range(len(exported.graph_signature.user_outputs))]
-    with pytest.raises(BuildError, match=because):
+    with pytest.raises(BuildError, match=reason):
         lower(exported, outputs=names, tensorrt=rtx)
 
 
@@ -121,7 +121,9 @@ def test_outputs_and_descriptions_must_agree(rtx: TensorRT) -> None:
 
 def test_a_profile_must_name_every_input_that_varies(rtx: TensorRT) -> None:
     lowered = lower(CASES[0].exported, outputs=["out"], tensorrt=rtx)
-    with pytest.raises(BuildError, match=r"a profile says nothing of \['xs_0', 'xs_1'\]"):
+    with pytest.raises(
+        BuildError, match=r"a profile has no shapes for the inputs \['xs_0', 'xs_1'\]"
+    ):
         compile_network(lowered, [{}])
 
 
@@ -137,7 +139,7 @@ def test_one_operator_has_one_converter() -> None:
         converter(aten.add.Tensor)(lambda ctx, *_: None)
     with pytest.raises(
         ValueError,
-        match=r"inplace.read.default for states of the kind copy already has the converter read",
+        match=r"inplace.read.default for states of kind copy already has the converter read",
     ):
         state_converter(inplace.read.default, "copy")(lambda ctx, *_: None)
     with pytest.raises(ValueError, match="mechanism 'copy' already has"):
@@ -195,10 +197,10 @@ def _read_and_append(
 
 
 @pytest.mark.parametrize(
-    ("step", "dtype", "because"),
+    ("step", "dtype", "reason"),
     [
         (_twice, Dtype.FLOAT32, "is updated 2 times a step"),
-        (_read_and_append, Dtype.FLOAT32, "memory is read ahead of its update"),
+        (_read_and_append, Dtype.FLOAT32, "memory is read before its update"),
         (
             lambda v, s, o, w, m: update(m, s, v, o, w, axis=2, ring=True),
             Dtype.FLOAT32,
@@ -217,19 +219,21 @@ def _read_and_append(
     ],
 )
 def test_the_cache_layer_refuses_what_it_cannot_do(
-    rtx: TensorRT, step: object, dtype: Dtype, because: str
+    rtx: TensorRT, step: object, dtype: Dtype, reason: str
 ) -> None:
     graph = _graph(step, dtype.as_torch)
     with pytest.raises(
         BuildError,
-        match=f"no mechanism can update memory with TensorRT for RTX .*kv_cache_update: .*{because}",
+        match=f"no mechanism can update memory with TensorRT for RTX .*kv_cache_update: .*{reason}",
     ):
-        choose(graph, [_memory(dtype)], rtx, order=ORDER)
+        choose_mechanisms(graph, [_memory(dtype)], rtx, order=ORDER)
 
 
 def test_the_choice_keeps_every_answer(rtx: TensorRT) -> None:
     ring = next(case for case in STATE_CASES if case.name == "ring")
-    records = choose(ring.exported.graph, ring.states, rtx, order=("kv_cache_update", "copy"))
+    records = choose_mechanisms(
+        ring.exported.graph, ring.states, rtx, order=("kv_cache_update", "copy")
+    )
     assert [(record.state, record.kind) for record in records] == [
         ("keys", "copy"),
         ("values", "copy"),
@@ -244,7 +248,7 @@ def test_the_choice_keeps_every_answer(rtx: TensorRT) -> None:
 
 def test_a_state_nobody_uses_is_refused(rtx: TensorRT) -> None:
     with pytest.raises(BuildError, match=r"never uses the states \['memory'\]"):
-        choose(CASES[0].exported.graph, [_memory()], rtx, order=("copy",))
+        choose_mechanisms(CASES[0].exported.graph, [_memory()], rtx, order=("copy",))
 
 
 def test_states_of_one_operator_have_one_kind(rtx: TensorRT) -> None:

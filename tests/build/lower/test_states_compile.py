@@ -7,7 +7,7 @@ import pytest
 from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import CompileOptions, choose, compile_network, lower
+from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_network, lower
 from support.network_interpreter import interpret
 from support.state_cases import STATE_CASES, StateCase
 from torch import Tensor
@@ -33,10 +33,11 @@ def test_a_use_of_a_state_compiles_or_is_refused(
 ) -> None:
     if kind == "kv_cache_update" and case.name in REFUSED:
         with pytest.raises(BuildError, match=REFUSED[case.name]):
-            choose(case.exported.graph, case.states, rtx, order=("kv_cache_update",))
+            choose_mechanisms(case.exported.graph, case.states, rtx, order=("kv_cache_update",))
         return
     (choice,) = {
-        record.kind for record in choose(case.exported.graph, case.states, rtx, order=(kind,))
+        record.kind
+        for record in choose_mechanisms(case.exported.graph, case.states, rtx, order=(kind,))
     }
     assert choice == kind
     lowered = lower(

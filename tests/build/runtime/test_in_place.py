@@ -9,7 +9,7 @@ import torch
 from inplace.drivers.step import StepDriver
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace_builder.served.build import build_decoder
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support.models import VOCABULARY, Repository, open_instance
 from torch import Tensor

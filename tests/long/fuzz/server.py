@@ -10,7 +10,8 @@ import grpc
 import numpy as np
 import psutil
 from fuzz.wire import message
-from inplace_builder.served.build import build_decoder, write_engine
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import TritonServer
 from support.models import CAPACITY, CHUNK, accumulator, tiny_llama

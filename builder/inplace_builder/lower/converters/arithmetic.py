@@ -84,7 +84,7 @@ def _rounding(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.div.Tensor_mode, aten.div.Scalar_mode, supports=_rounding)
+@converter(aten.div.Tensor_mode, aten.div.Scalar_mode, validator=_rounding)
 def div_mode(ctx: Network, a: Operand, b: Operand, *, rounding_mode: str | None) -> ITensor:
     """``floor(a / b)``."""
     return binary(ctx, "FLOOR_DIV" if rounding_mode else "DIV", a, b)

@@ -125,7 +125,7 @@ def _evaluating(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.dropout.default, aten.feature_dropout.default, supports=_evaluating)
+@converter(aten.dropout.default, aten.feature_dropout.default, validator=_evaluating)
 def dropout(ctx: Network, x: ITensor, *_: object) -> ITensor:
     """Nothing, outside training."""
     return x

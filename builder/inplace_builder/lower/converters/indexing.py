@@ -21,7 +21,7 @@ def embedding(ctx: Network, weight: ITensor, indices: ITensor, *_: object, **__:
 @converter(aten.index_select.default)
 def index_select(ctx: Network, x: ITensor, dim: int, index: ITensor) -> ITensor:
     """Entries of an axis."""
-    return ctx.gather(x, ctx.ranked(index, 1), dim % len(x.shape))
+    return ctx.gather(x, ctx.expand_rank(index, 1), dim % len(x.shape))
 
 
 @converter(aten.gather.default)
@@ -46,7 +46,7 @@ def _one_index(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.index.Tensor, supports=_one_index)
+@converter(aten.index.Tensor, validator=_one_index)
 def index(ctx: Network, x: ITensor, indices: Sequence[ITensor | None]) -> ITensor:
     """``x[:, …, index]``; negative indices count from the end."""
     axis = next(axis for axis, index in enumerate(indices) if index is not None)

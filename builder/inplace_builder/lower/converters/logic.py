@@ -32,7 +32,7 @@ def eq(ctx: Network, a: Operand, b: Operand) -> ITensor:
 @converter(aten.ne.Tensor, aten.ne.Scalar)
 def ne(ctx: Network, a: Operand, b: Operand) -> ITensor:
     """``a != b``."""
-    return ctx.invert(ctx.equal(*_compared(ctx, a, b)))
+    return ctx.logical_not(ctx.equal(*_compared(ctx, a, b)))
 
 
 @converter(aten.gt.Tensor, aten.gt.Scalar)
@@ -77,16 +77,16 @@ for _name, _overloads in {
     "XOR": (aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.__xor__.Tensor),
 }.items():
 
-    @converter(*_overloads, supports=_booleans)
+    @converter(*_overloads, validator=_booleans)
     def logical(ctx: Network, a: ITensor, b: ITensor, name: str = _name) -> ITensor:
         """Logical and, or, xor."""
         return ctx.elementwise(name, ctx.cast(a, torch.bool), ctx.cast(b, torch.bool))
 
 
-@converter(aten.logical_not.default, aten.bitwise_not.default, supports=_booleans)
+@converter(aten.logical_not.default, aten.bitwise_not.default, validator=_booleans)
 def logical_not(ctx: Network, x: ITensor) -> ITensor:
     """Logical not."""
-    return ctx.invert(ctx.cast(x, torch.bool))
+    return ctx.logical_not(ctx.cast(x, torch.bool))
 
 
 @converter(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)

@@ -5,22 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from inplace_builder.lower.layers import ITensor, Number
+from inplace_builder.lower.layers import MASKED_SCORE, ITensor, Number
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
 
 
-LOWEST = torch.finfo(torch.float32).min
-"""Stands for -inf in masked scores: a row that sees nothing then has a finite softmax."""
-
-
 @converter(aten.linear.default)
 def linear(ctx: Network, x: ITensor, weight: ITensor, bias: ITensor | None = None) -> ITensor:
     """``x @ weight.T + bias``."""
     flat = len(x.shape) == 1
-    found = ctx.matmul(ctx.ranked(x, 2), weight, transpose_b=True)
+    found = ctx.matmul(ctx.expand_rank(x, 2), weight, transpose_b=True)
     if flat:
         found = ctx.reshape(found, ctx.result().shape)
     return found if bias is None else ctx.add(found, bias)
@@ -31,8 +27,8 @@ def matmul(ctx: Network, a: ITensor, b: ITensor) -> ITensor:
     """Matrix product; a vector is a row on the left and a column on the right."""
     left, right = len(a.shape), len(b.shape)
     if right == 1:
-        b = ctx.unsqueezed(b, [1])
-    found = ctx.matmul(ctx.ranked(a, 2), b)
+        b = ctx.unsqueeze(b, [1])
+    found = ctx.matmul(ctx.expand_rank(a, 2), b)
     return ctx.reshape(found, ctx.result().shape) if min(left, right) == 1 else found
 
 
@@ -58,7 +54,7 @@ def _constant_kernel(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.conv1d.default, supports=_constant_kernel)
+@converter(aten.conv1d.default, validator=_constant_kernel)
 def conv1d(
     ctx: Network,
     x: ITensor,
@@ -74,9 +70,9 @@ def conv1d(
     assert kernel is not None
     empty = ctx.api.Weights(ctx.tensorrt.dtype(kernel.dtype))
     batched = len(x.shape) == 3
-    x = ctx.unsqueezed(ctx.ranked(x, 3), [3])
+    x = ctx.unsqueeze(ctx.expand_rank(x, 3), [3])
     plane = ctx.reshape(weight, (*kernel.shape, 1))
-    layer = ctx.added(
+    layer = ctx.checked(
         ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty)
     )
     layer.set_input(1, plane)
@@ -100,7 +96,7 @@ def _no_dropout(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.scaled_dot_product_attention.default, supports=_no_dropout)
+@converter(aten.scaled_dot_product_attention.default, validator=_no_dropout)
 def scaled_dot_product_attention(
     ctx: Network,
     query: ITensor,
@@ -124,10 +120,10 @@ def scaled_dot_product_attention(
     scores = ctx.multiply(ctx.cast(ctx.matmul(query, key, transpose_b=True), torch.float32), factor)
     if is_causal:
         rows, columns = (ctx.iota(shape[-2]) for shape in shapes[:2])
-        beyond = ctx.elementwise("GREATER", ctx.unsqueezed(columns, [0]), ctx.unsqueezed(rows, [1]))
-        scores = ctx.select(beyond, ctx.scalar(LOWEST, torch.float32), scores)
+        beyond = ctx.elementwise("GREATER", ctx.unsqueeze(columns, [0]), ctx.unsqueeze(rows, [1]))
+        scores = ctx.select(beyond, ctx.scalar(MASKED_SCORE, torch.float32), scores)
     if attn_mask is not None and ctx.dtype_of(attn_mask) == torch.bool:
-        scores = ctx.select(attn_mask, scores, ctx.scalar(LOWEST, torch.float32))
+        scores = ctx.select(attn_mask, scores, ctx.scalar(MASKED_SCORE, torch.float32))
     elif attn_mask is not None:
         scores = ctx.add(scores, ctx.cast(attn_mask, torch.float32))
     weights = ctx.softmax(scores, len(scores.shape) - 1)
@@ -139,7 +135,7 @@ def _repeated_heads(
 ) -> ITensor:
     """``[…, kv_heads, length, dim]`` with each head repeated for the query heads that share it."""
     groups = heads // int(shape[-3])
-    apart = ctx.unsqueezed(x, [len(shape) - 2])
+    apart = ctx.unsqueeze(x, [len(shape) - 2])
     sizes = (*shape[:-2], groups, *shape[-2:])
     stride = [1] * len(sizes)
     stride[-3] = 0

@@ -23,7 +23,7 @@ def _placed(ctx: Network, base: ITensor, new: ITensor, axis: int, source: ITenso
     shape = [1] * len(base.shape)
     shape[axis] = -1
     return ctx.select(
-        ctx.reshape(ctx.invert(ctx.less(source, ctx.scalar(0, INT, 1))), shape), taken, base
+        ctx.reshape(ctx.logical_not(ctx.less(source, ctx.scalar(0, INT, 1))), shape), taken, base
     )
 
 
@@ -37,12 +37,12 @@ def _counted(ctx: Network, extent: Size, start: Size, step: int, count: Size) ->
     entry = (
         distance if step == 1 else ctx.elementwise("FLOOR_DIV", distance, ctx.scalar(step, INT, 1))
     )
-    inside = ctx.both(
-        ctx.invert(ctx.less(distance, ctx.scalar(0, INT, 1))),
+    inside = ctx.logical_and(
+        ctx.logical_not(ctx.less(distance, ctx.scalar(0, INT, 1))),
         ctx.less(entry, ctx.tensor(count, INT, 1)),
     )
     if step != 1:
-        inside = ctx.both(
+        inside = ctx.logical_and(
             inside, ctx.equal(ctx.multiply(entry, ctx.scalar(step, INT, 1)), distance)
         )
     return ctx.select(inside, entry, ctx.scalar(-1, INT, 1))
@@ -58,9 +58,9 @@ def _indexed(ctx: Network, extent: Size, index: ITensor, count: Size, *, wraps: 
             index,
         )
     hit = ctx.equal(
-        ctx.unsqueezed(ctx.iota(extent, INT), [1]), ctx.unsqueezed(index, [0])
+        ctx.unsqueeze(ctx.iota(extent, INT), [1]), ctx.unsqueeze(index, [0])
     )  # [extent, count]
-    entry = ctx.unsqueezed(ctx.iota(count, INT), [0])
+    entry = ctx.unsqueeze(ctx.iota(count, INT), [0])
     return ctx.reduce("MAX", ctx.select(hit, entry, ctx.scalar(-1, INT, 2)), [1], keep=False)
 
 
@@ -91,7 +91,7 @@ def select_scatter(ctx: Network, base: ITensor, new: ITensor, dim: int, index: S
     return _placed(
         ctx,
         base,
-        ctx.unsqueezed(new, [dim]),
+        ctx.unsqueeze(new, [dim]),
         dim,
         _counted(ctx, shape[dim], offset(shape[dim], index), 1, 1),
     )
@@ -105,7 +105,11 @@ def index_copy(ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITens
     places = ctx.meta(ctx.node.args[2]).shape
     count = places[0] if len(places) else 1
     return _placed(
-        ctx, base, new, dim, _indexed(ctx, shape[dim], ctx.ranked(index, 1), count, wraps=False)
+        ctx,
+        base,
+        new,
+        dim,
+        _indexed(ctx, shape[dim], ctx.expand_rank(index, 1), count, wraps=False),
     )
 
 
@@ -123,7 +127,7 @@ def _one_place(node: Node, ctx: Network) -> str | None:
     return None
 
 
-@converter(aten.index_put.default, supports=_one_place)
+@converter(aten.index_put.default, validator=_one_place)
 def index_put(
     ctx: Network,
     base: ITensor,
@@ -137,17 +141,17 @@ def index_put(
     places = ctx.meta(ctx.node.args[1][dim]).shape  # type: ignore[index]
     count = places[0] if len(places) else 1
     if not len(places):  # the axis is missing from what is written
-        new = ctx.unsqueezed(ctx.ranked(new, len(shape) - 1), [dim])
+        new = ctx.unsqueeze(ctx.expand_rank(new, len(shape) - 1), [dim])
     wanted = [*shape[:dim], count, *shape[dim + 1 :]]
-    source = _indexed(ctx, shape[dim], ctx.ranked(indices[dim], 1), count, wraps=True)
-    return _placed(ctx, base, ctx.expand(ctx.ranked(new, len(shape)), wanted), dim, source)
+    source = _indexed(ctx, shape[dim], ctx.expand_rank(indices[dim], 1), count, wraps=True)
+    return _placed(ctx, base, ctx.expand(ctx.expand_rank(new, len(shape)), wanted), dim, source)
 
 
 def _elements(node: Node, ctx: Network) -> str | None:
     return "TensorRT scatters no booleans" if ctx.meta(node.args[0]).dtype == torch.bool else None
 
 
-@converter(aten.scatter.src, aten.scatter.value, supports=_elements)
+@converter(aten.scatter.src, aten.scatter.value, validator=_elements)
 def scatter(
     ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITensor | Number
 ) -> ITensor:
@@ -178,7 +182,7 @@ def _known_shifts(node: Node, ctx: Network) -> str | None:
     return None
 
 
-@converter(aten.roll.default, supports=_known_shifts)
+@converter(aten.roll.default, validator=_known_shifts)
 def roll(ctx: Network, x: ITensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> ITensor:
     """Move entries on; those that pass the end come back at the start."""
     shape = ctx.meta(ctx.node.args[0]).shape

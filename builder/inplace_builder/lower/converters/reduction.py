@@ -74,11 +74,11 @@ def extremes(ctx: Network, operation: str, x: ITensor, k: int, dim: int) -> tupl
     """The k largest (``MAX``) or smallest (``MIN``) values of an axis in order, in the type of ``x``, and their indices in int64."""
     dtype = ctx.dtype_of(x)
     rank = len(x.shape)
-    value = ctx.ranked(
+    value = ctx.expand_rank(
         ctx.cast(x, torch.float32) if dtype in HALF else x, 2
     )  # TopK takes no bfloat16 and no vector
     axis = dim % rank + len(value.shape) - rank
-    layer = ctx.added(
+    layer = ctx.checked(
         ctx.network.add_topk(value, getattr(ctx.api.TopKOperation, operation), k, 1 << axis)
     )
     values, indices = layer.get_output(0), layer.get_output(1)
@@ -101,13 +101,13 @@ def _one_axis(node: Node, ctx: Network) -> str | None:
     return None if isinstance(dim, int) else "it has no axis; give it one"
 
 
-@converter(aten.argmax.default, supports=_one_axis)
+@converter(aten.argmax.default, validator=_one_axis)
 def argmax(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> ITensor:
     """Position of the largest value."""
     return _without(ctx, extremes(ctx, "MAX", x, 1, dim)[1], dim, keepdim)
 
 
-@converter(aten.argmin.default, supports=_one_axis)
+@converter(aten.argmin.default, validator=_one_axis)
 def argmin(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> ITensor:
     """Position of the smallest value."""
     return _without(ctx, extremes(ctx, "MIN", x, 1, dim)[1], dim, keepdim)
@@ -136,7 +136,7 @@ def _small_k(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.topk.default, supports=_small_k)
+@converter(aten.topk.default, validator=_small_k)
 def topk(
     ctx: Network, x: ITensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[ITensor, ITensor]:

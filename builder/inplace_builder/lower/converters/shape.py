@@ -71,7 +71,7 @@ def transpose(ctx: Network, x: ITensor, a: int = -2, b: int = -1) -> ITensor:
 def expand(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
     """Repeat axes of extent 1."""
     before, after = ctx.meta(ctx.node.args[0]).shape, ctx.result().shape
-    x = ctx.ranked(x, len(after))
+    x = ctx.expand_rank(x, len(after))
     before = (*(1,) * (len(after) - len(before)), *before)
     stride = [int(expression(a) == expression(b)) for a, b in zip(before, after, strict=True)]
     return x if all(stride) else ctx.slice(x, [0] * len(after), after, stride)
@@ -81,7 +81,7 @@ def expand(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
 def repeat(ctx: Network, x: ITensor, repeats: Sequence[Size]) -> ITensor:
     """Lay copies behind one another: expand an axis in front of each repeated one, then merge both."""
     sizes = (*(1,) * (len(repeats) - len(x.shape)), *ctx.meta(ctx.node.args[0]).shape)
-    x = ctx.ranked(x, len(repeats))
+    x = ctx.expand_rank(x, len(repeats))
     repeated = [axis for axis, times in enumerate(repeats) if expression(times) != 1]
     if not repeated:
         return x
@@ -209,7 +209,7 @@ def stack(ctx: Network, parts: Sequence[ITensor], dim: int = 0) -> ITensor:
     """Join along a new axis."""
     dim %= len(ctx.result().shape)
     return ctx.concatenate(
-        [ctx.unsqueezed(ctx.cast(part, ctx.result().dtype), [dim]) for part in parts], dim
+        [ctx.unsqueeze(ctx.cast(part, ctx.result().dtype), [dim]) for part in parts], dim
     )
 
 
@@ -258,7 +258,7 @@ def _integers(node: Node, ctx: Network) -> str | None:
     )
 
 
-@converter(aten.arange.default, aten.arange.start, aten.arange.start_step, supports=_integers)
+@converter(aten.arange.default, aten.arange.start, aten.arange.start_step, validator=_integers)
 def arange(ctx: Network, *bounds: Number | Size, **_: object) -> ITensor:
     """Numbers from ``start`` (0) to before ``end``, by ``step`` (1)."""
     dtype = ctx.result().dtype

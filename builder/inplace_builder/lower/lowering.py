@@ -1,0 +1,271 @@
+"""Walk a captured graph once and turn each node into layers of a TensorRT network."""
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from inplace.operators import NAMESPACE
+from inplace.operators.library import VIEWS
+from inplace.schema.served import Alias, Lowering
+from inplace.schema.specs import StateSpec
+from inplace.trt import TensorRT
+from torch import Tensor
+from torch.export.graph_signature import ConstantArgument
+from torch.fx import Node
+
+from inplace_builder.errors import BuildError
+from inplace_builder.graph.program import AnyProgram, weights_of
+from inplace_builder.lower.layers import ITensor
+from inplace_builder.lower.network import Network, NetworkState
+from inplace_builder.lower.plugins import add_user_operator
+from inplace_builder.lower.registry import find_converter
+
+aten = torch.ops.aten
+
+
+ASSERTIONS = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_async.msg,
+        aten._assert_scalar.default,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+"""Operators that only check what the capture already knows; they become no layers."""
+
+
+@dataclass(frozen=True)
+class LoweredNetwork:
+    """A network that is ready to be built.
+
+    Attributes:
+        network: TensorRT's definition.
+        builder: what made it, and builds it.
+        inputs: names of its inputs in order: the program's, then the states, then bound weights.
+        outputs: names of its outputs in order: the program's, then those of written states.
+        state_outputs: for each state that is written, the output that holds its new value.
+        bound_weights: weights that are inputs of the network, by the name they are bound under.
+        context: keeps alive what the network refers to (constants, plugins).
+    """
+
+    network: Any
+    builder: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    state_outputs: Mapping[str, str]
+    bound_weights: Mapping[str, Tensor]
+    context: Network = field(repr=False)
+
+    def dynamic_inputs(self) -> frozenset[str]:
+        """Names of the inputs with an extent that is not fixed."""
+        inputs = (self.network.get_input(index) for index in range(self.network.num_inputs))
+        return frozenset(tensor.name for tensor in inputs if -1 in tuple(tensor.shape))
+
+    def aliases(self, lowering: Iterable[Lowering]) -> tuple[Alias, ...]:
+        """One alias for each written state, of the kind that its lowering names."""
+        kinds = {record.state: record.kind for record in lowering}
+        return tuple(
+            Alias(output=output, input=state, kind=kinds[state])
+            for state, output in self.state_outputs.items()
+        )
+
+
+def lower(
+    exported: AnyProgram,
+    *,
+    outputs: Sequence[str],
+    states: Sequence[StateSpec] = (),
+    kinds: Mapping[str, str] | None = None,
+    tensorrt: TensorRT,
+    bind: Collection[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
+) -> LoweredNetwork:
+    """Make the network of a captured graph.
+
+    Args:
+        exported: the program, in torch.export's training IR, or a rewritten copy of one.
+        outputs: names for what it returns, in order.
+        states: which of its inputs are states.
+        kinds: for each state the mechanism that updates it.
+        tensorrt: what to make it with.
+        bind: names of weights that become inputs of the network instead of constants of the plan.
+        shapes: shapes that states are bound with, where all their extents are known.
+        constants: inputs that are always these tensors; the network does not have them as inputs.
+
+    Raises:
+        BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names
+            the operator and the model's own line.
+    """
+    context = Network(tensorrt, bind=bind)
+    context.parameters |= weights_of(exported)
+    if constants:
+        placeholders = exported.graph.find_nodes(op="placeholder")
+        context.parameters |= {
+            node: constants[node.name] for node in placeholders if node.name in constants
+        }
+    walk = _Walk(context, states, kinds or {}, shapes or {})
+    for node in exported.graph.nodes:
+        walk.visit(node)
+    _mark_outputs(context, exported, outputs)
+    state_outputs = _mark_states(context)
+    return LoweredNetwork(
+        network=context.network,
+        builder=context.builder,
+        inputs=(*walk.inputs, *context.bound_weights),
+        outputs=(*outputs, *state_outputs.values()),
+        state_outputs=state_outputs,
+        bound_weights=context.bound_weights,
+        context=context,
+    )
+
+
+class _Walk:
+    """Lowers the nodes of a graph, one after the other.
+
+    Attributes:
+        inputs: names of the tensor inputs so far, in order.
+
+    Args:
+        context: the network under construction.
+        states, kinds, shapes: as of `lower`.
+    """
+
+    def __init__(
+        self,
+        context: Network,
+        states: Sequence[StateSpec],
+        kinds: Mapping[str, str],
+        shapes: Mapping[str, Sequence[int]],
+    ) -> None:
+        self._context, self._kinds, self._shapes = context, kinds, shapes
+        self._specs = {state.name: state for state in states}
+        self.inputs: list[str] = []
+
+    def visit(self, node: Node) -> None:
+        """Lower one node.
+
+        Raises:
+            BuildError: it cannot be lowered.
+        """
+        context = self._context
+        context.enter(node)
+        if node.op == "placeholder" and node not in context.parameters:
+            context.values[node] = self._placeholder(node)
+        elif node.op == "call_function":
+            context.values[node] = self._call(node)
+        elif node.op not in ("placeholder", "get_attr", "output"):
+            raise BuildError(
+                f"{node.op} {node.target}{context.origin} cannot be lowered; "
+                f"capture a graph of operators only"
+            )
+
+    def _placeholder(self, node: Node) -> Any:
+        meta = node.meta["val"]
+        if not isinstance(meta, Tensor):
+            return meta
+        self.inputs.append(node.name)
+        context = self._context
+        tensor = context.add_input(node.name, meta.dtype, self._shapes.get(node.name, meta.shape))
+        spec = self._specs.get(node.name)
+        if spec is None:
+            context.extents.define(tensor, meta.shape)
+            return tensor
+        state = context.states[spec.name] = NetworkState(
+            spec, self._kinds[spec.name], tensor, tensor
+        )
+        return state
+
+    def _call(self, node: Node) -> Any:
+        context, target = self._context, node.target
+        if target in ASSERTIONS:
+            return None
+        if target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, Node)
+            return context.values[source][index]
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat | int | float):
+            return value  # an extent: an expression over those of the inputs
+        if not isinstance(target, torch._ops.OpOverload):
+            raise BuildError(f"{target}{context.origin} is not an operator that can be lowered")
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), context.value)
+        kind = self._kind(node, target)
+        if kind == "user" and target.namespace != NAMESPACE:
+            if target in VIEWS:
+                return args[0]  # the state is bound with the extents that the operator takes
+            return add_user_operator(context, target, args, kwargs)
+        converter = find_converter(target, kind)
+        if converter is None:
+            what = "no converter" if kind is None else f"no converter for states of kind {kind}"
+            raise BuildError(
+                f"operator {target} has {what}{context.origin}; "
+                f"register one with inplace_builder.lower.registry"
+            )
+        reason = converter.validator(node, context) if converter.validator is not None else None
+        if reason is not None:
+            raise BuildError(f"operator {target} cannot be lowered{context.origin}: {reason}")
+        return converter.convert(context, *args, **kwargs)
+
+    def _kind(self, node: Node, target: torch._ops.OpOverload) -> str | None:
+        """The mechanism of the states that an operator takes; None where it takes none."""
+        values = (self._context.values.get(source) for source in node.all_input_nodes)
+        states = [value for value in values if isinstance(value, NetworkState)]
+        if not states:
+            return None
+        kinds = {state.kind for state in states}
+        if kinds != {"user"} and target.namespace != NAMESPACE:
+            raise BuildError(
+                f"{target}{self._context.origin} uses the state {states[0].spec.name}; "
+                f"only inplace:: operators may"
+            )
+        if len(kinds) > 1:
+            named = ", ".join(f"{state.spec.name}: {state.kind}" for state in states)
+            raise BuildError(
+                f"{target}{self._context.origin} takes states of different kinds ({named}); "
+                f"give them one"
+            )
+        return kinds.pop()
+
+
+def _mark_outputs(context: Network, exported: AnyProgram, names: Sequence[str]) -> None:
+    by_name = {node.name: node for node in exported.graph.nodes}
+    arguments = [spec.arg for spec in exported.graph_signature.output_specs]
+    nodes = [by_name[arg.name] for arg in arguments if not isinstance(arg, ConstantArgument)]
+    if len(nodes) != len(names):
+        raise BuildError(
+            f"the graph returns {len(nodes)} tensors, its description names {list(names)}"
+        )
+    for node, name in zip(nodes, names, strict=True):
+        if not isinstance(node.meta["val"], Tensor):
+            raise BuildError(f"output {name} is not a tensor of the graph; return tensors only")
+        context.label, context.origin = f"output.{name}", ""
+        _mark_output(context, name, context.value(node), node.meta["val"].dtype)
+
+
+def _mark_output(context: Network, name: str, tensor: ITensor, dtype: torch.dtype) -> None:
+    """Mark through an identity layer.
+
+    A tensor that is an input, a constant or another output cannot be marked under a new name.
+    """
+    output = context.output(context.network.add_identity(tensor))
+    output.name = name
+    if context.dtype_of(output) != dtype:
+        raise BuildError(
+            f"output {name} is {context.dtype_of(output)} in the network and {dtype} in the graph"
+        )
+    context.network.mark_output(output)
+
+
+def _mark_states(context: Network) -> dict[str, str]:
+    """Mark the new values of written states as outputs; their names by state."""
+    outputs = {}
+    for state in context.states.values():
+        if state.written:
+            name = outputs[state.spec.name] = f"{state.spec.name}_updated"
+            state.current.name = name
+            context.network.mark_output(state.current)
+    return outputs

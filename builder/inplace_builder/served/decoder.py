@@ -1,0 +1,90 @@
+"""Build a Hugging Face decoder: load, capture, then write it as an engine."""
+
+from pathlib import Path
+
+from inplace.drivers.text import TOKENIZER_FOLDER
+from inplace.schema.served import Manifest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from inplace_builder.capture.decoder import DecoderOptions
+from inplace_builder.capture.huggingface import capture_decoder, load_decoder
+from inplace_builder.compare import move_to_engine_device
+from inplace_builder.lower.compile import Target
+from inplace_builder.served.build import Stage, check_output, write_engine
+from inplace_builder.served.options import BuildOptions
+
+
+def build_decoder(
+    source: Path | str,
+    output: Path | str,
+    options: BuildOptions,
+    stage: Stage = lambda _: None,
+) -> Manifest:
+    """Build a Hugging Face decoder into a model of a Triton repository.
+
+    Args:
+        source: a local model folder (safetensors, or one GGUF file), or a GGUF file.
+        output: the folder to write; its name is the model's. An engine directory there is replaced,
+            anything else refused.
+        options: what to build for.
+        stage: called with the name of each stage as it begins.
+
+    Raises:
+        BuildError: with nothing written.
+        LoadError: TensorRT is not installed.
+    """
+    source, output = Path(source), Path(output)
+    check_output(output, options)
+    if options.engine != "torch":
+        Target.of(options.engine, options.compute_capability)  # raises before the model is loaded
+    stage("load the model")
+    model, tokenizer = load_decoder(source, options.dtype)
+    stage("capture the graph")
+    return write_engine(
+        capture_decoder(model, decoder_options(options)),
+        output,
+        options,
+        stage,
+        notes={"source": source.name, "architecture": type(model).__name__},
+        extras=lambda folder: _save_tokenizer(tokenizer, folder),
+        prepare=lambda: move_to_engine_device(model, options.device),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+    )
+
+
+def decoder_options(options: BuildOptions) -> DecoderOptions:
+    """The options to capture a decoder with."""
+    chunk = min(options.chunk, options.min_capacity or options.capacity)
+    max_tokens = min(options.max_tokens, options.max_rows * chunk)
+    return DecoderOptions(
+        options.capacity, options.max_rows, chunk, max_tokens, options.min_capacity
+    )
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the tokenizer, if there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if tokenizer is None:
+        return
+    try:
+        tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library has no type for a failed write
+        raise OSError(f"{TOKENIZER_FOLDER}: {error}") from error
+
+
+def _eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """The end tokens of the model's generation configuration, or else of its tokenizer."""
+    config = model.generation_config
+    eos = config.eos_token_id if config is not None else None
+    if eos is None and tokenizer is not None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)

@@ -23,8 +23,8 @@ test-full: .venv/installed check ## every test, with 500 random modules of each 
 test-fast: .venv/installed ## without the server and the real model, for the loop while working
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model"
 
-check: .venv/installed ## ruff and mypy --strict
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+check: .venv/installed ## ruff, mypy --strict and the layers of imports
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 
 format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

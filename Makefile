@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-fast check format docs bench perf soak fuzz gpu clean
+.PHONY: help demo test test-full test-fast check format sync-client docs bench perf soak fuzz gpu clean
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -23,11 +23,15 @@ test-full: .venv/installed check ## every test, with 500 random modules of each 
 test-fast: .venv/installed ## without the server and the real model, for the loop while working
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model"
 
-check: .venv/installed ## ruff, mypy --strict and the layers of imports
+check: .venv/installed ## ruff, mypy --strict, the layers of imports, the generated synchronous client
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
+	@$(BIN)/python tools/unasync.py --check
 
 format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+sync-client: .venv/installed ## write the synchronous client from the asynchronous one
+	@$(BIN)/python tools/unasync.py
 
 .venv/docs: requirements-docs.lock .venv/installed
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -q -r requirements-docs.lock

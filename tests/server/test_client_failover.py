@@ -5,10 +5,11 @@ import logging
 import time
 from collections.abc import Iterator
 
-import inplace.client.aio
 import numpy as np
 import pytest
 from inplace.client import (
+    AsyncClient,
+    AsyncSequence,
     Client,
     RefusedError,
     Retry,
@@ -93,8 +94,8 @@ def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
 ) -> None:
     async def asked() -> None:
         async with (
-            inplace.client.aio.Client(server.grpc_url) as client,
-            inplace.client.aio.Sequence(client, "llama") as sequence,
+            AsyncClient(server.grpc_url) as client,
+            AsyncSequence(client, "llama") as sequence,
         ):
             with pytest.raises(
                 RefusedError,

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import inplace.client.aio
 import numpy as np
 import psutil
 import pytest
 from inplace.client import (
+    AsyncClient,
+    AsyncSequence,
     Client,
     RefusedError,
     Retry,
@@ -261,13 +262,13 @@ def test_more_generations_than_slots_wait_their_turn(tellers: Tellers) -> None:
 def test_asyncio_streams_share_one_connection(tellers: Tellers) -> None:
     expected = {seed: greedy(tellers.model, prompt(seed, 6), 12) for seed in range(8)}
 
-    async def told(client: inplace.client.aio.Client, seed: int) -> bool:
-        async with inplace.client.aio.Sequence(client, MODEL) as sequence:
+    async def told(client: AsyncClient, seed: int) -> bool:
+        async with AsyncSequence(client, MODEL) as sequence:
             generation = sequence.generate(prompt(seed, 6), 12, ignore_eos=True)
             return [token async for piece in generation for token in piece.tokens] == expected[seed]
 
     async def main() -> None:
-        async with inplace.client.aio.Client(tellers.urls[1]) as client:
+        async with AsyncClient(tellers.urls[1]) as client:
             assert all(await asyncio.gather(*(told(client, index % 8) for index in range(48))))
 
     asyncio.run(main())
@@ -278,8 +279,8 @@ def test_an_asyncio_caller_that_stops_waiting_loses_nothing(tellers: Tellers) ->
 
     async def main() -> None:
         async with (
-            inplace.client.aio.Client(tellers.urls[1]) as client,
-            inplace.client.aio.Sequence(client, MODEL) as sequence,
+            AsyncClient(tellers.urls[1]) as client,
+            AsyncSequence(client, MODEL) as sequence,
             sequence.generate(ids, 200, ignore_eos=True) as generation,
         ):
             impatience = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inplace.client import ONCE, Client, Sequence, aio
+from inplace.client import NO_RETRY, AsyncClient, AsyncSequence, Client, Sequence
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -46,7 +46,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
 @pytest.mark.parametrize("model", ["unary", "flow"])
 def test_the_client_names_the_sequence_to_the_router(router: Router, model: str) -> None:
     router.routed.clear()
-    with Client(router.url, retry=ONCE) as client:
+    with Client(router.url, retry=NO_RETRY) as client:
         sequences = [
             Sequence(client, model, id=f"séquence {number}", replay=False)
             for number in range(SEQUENCES)
@@ -69,9 +69,9 @@ def test_so_does_the_asynchronous_client(router: Router, model: str) -> None:
     router.routed.clear()
 
     async def scenario() -> None:
-        async with aio.Client(router.url, retry=ONCE) as client:
+        async with AsyncClient(router.url, retry=NO_RETRY) as client:
             sequences = [
-                aio.Sequence(client, model, id=1 + number, replay=False)
+                AsyncSequence(client, model, id=1 + number, replay=False)
                 for number in range(SEQUENCES)
             ]
             for step in range(1, 4):

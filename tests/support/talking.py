@@ -5,7 +5,6 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 import inplace.client
-import inplace.client.aio
 from inplace.client import Piece, Retry
 
 Result = TypeVar("Result")
@@ -38,13 +37,13 @@ class AsyncTalker(Talker):
         self._runner = asyncio.Runner()
 
     def client(self, servers: list[str], retry: Retry | None = None) -> Any:
-        async def made() -> inplace.client.aio.Client:  # grpc.aio wants a running loop
-            return inplace.client.aio.Client(servers, retry=retry)
+        async def made() -> inplace.client.AsyncClient:  # grpc.aio wants a running loop
+            return inplace.client.AsyncClient(servers, retry=retry)
 
         return self._runner.run(made())
 
     def sequence(self, client: Any, model: str, **options: Any) -> Any:
-        return inplace.client.aio.Sequence(client, model, **options)
+        return inplace.client.AsyncSequence(client, model, **options)
 
     def wait(self, result: Coroutine[Any, Any, Result]) -> Result:
         return self._runner.run(result)

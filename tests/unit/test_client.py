@@ -1,4 +1,4 @@
-"""What the client reads from errors, when it tries again and where; the rest is shown on real servers (tests/server/test_client_*.py)."""
+"""Errors, retries and replay of the client without a server; tests/server/test_client_*.py have real ones."""
 
 import pickle
 import subprocess
@@ -7,12 +7,16 @@ import sys
 import numpy as np
 import pytest
 from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
-from inplace.client.calls import InferRequest, ModelMetadata, outputs_of, sent
-from inplace.client.endpoints import AVOIDED, Endpoints
-from inplace.client.errors import concerns, parsed
-from inplace.client.ledger import Ledger
-from inplace.client.progress import Piece, Progress
-from inplace.client.want import Want
+from inplace.client.errors import may_answer, parse_error
+from inplace.client.replay import GenerationProgress, Piece, SequenceTracker
+from inplace.client.requests import (
+    InferRequest,
+    ModelMetadata,
+    SequenceRequest,
+    decode_outputs,
+    encode_parameters,
+)
+from inplace.client.servers import COOLDOWN, ServerList
 from inplace.errors import Code, RequestError
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import InferenceServerException
@@ -34,18 +38,18 @@ def test_the_backends_text_is_read_back_as_it_was_written(
         "a sequence", request_id
     )
     for wire in (text, f"[request id: 7] {text}"):  # Triton may put words before it
-        found = parsed(error(wire), "a sequence", request_id)
+        parsed = parse_error(error(wire), "a sequence", request_id)
         expected = {Code.UNKNOWN_SEQUENCE: SequenceLostError, Code.SHUTDOWN: UnreachableError}.get(
             code, RefusedError
         )
-        assert type(found) is expected
-        assert (found.code, found.retryable, found.sequence, found.request) == (
+        assert type(parsed) is expected
+        assert (parsed.code, parsed.retryable, parsed.sequence, parsed.request) == (
             code,
             retryable,
             "a sequence",
             request_id,
         )
-        assert (found.message(), found.reason, found.by_backend) == (
+        assert (parsed.message(), parsed.reason, parsed.from_backend) == (
             wire,
             "what: why\nand more",
             True,
@@ -94,9 +98,15 @@ def test_the_backends_text_is_read_back_as_it_was_written(
 def test_other_errors_are_known_by_status_and_words(
     text: str, status: str | None, kind: type[ClientError], code: str, retryable: bool
 ) -> None:
-    found = parsed(error(text, status), 7, "r")
-    assert type(found) is kind
-    assert (found.code, found.retryable, found.sequence, found.request, found.by_backend) == (
+    parsed = parse_error(error(text, status), 7, "r")
+    assert type(parsed) is kind
+    assert (
+        parsed.code,
+        parsed.retryable,
+        parsed.sequence,
+        parsed.request,
+        parsed.from_backend,
+    ) == (
         code,
         retryable,
         7,
@@ -107,45 +117,45 @@ def test_other_errors_are_known_by_status_and_words(
 
 def test_an_error_of_another_request_of_a_stream_is_told_apart() -> None:
     ours = RequestError(Code.CAPACITY, "full").wire(7, "a1")
-    assert [concerns(error(ours), request) for request in ("a1", "a", "1", "")] == [
+    assert [may_answer(error(ours), request) for request in ("a1", "a", "1", "")] == [
         True,
         False,
         False,
         False,
     ]
-    assert concerns(error(RequestError(Code.CAPACITY, "full").wire(7, "")), "")
+    assert may_answer(error(RequestError(Code.CAPACITY, "full").wire(7, "")), "")
     assert [
-        concerns(error("[request id: a1] out of bounds"), request) for request in ("a1", "a")
+        may_answer(error("[request id: a1] out of bounds"), request) for request in ("a1", "a")
     ] == [True, False]
-    assert concerns(error("Socket closed", "UNAVAILABLE"), "a1")
+    assert may_answer(error("Socket closed", "UNAVAILABLE"), "a1")
 
 
 def test_a_request_whose_id_was_cut_short_is_known_by_what_is_left_of_it() -> None:
     long = "r" * 3000
     text = RequestError(Code.CAPACITY, "full").wire(7, long)
-    assert concerns(error(text), long)
-    assert not concerns(error(text), "other")
-    assert parsed(error(text), 7, long).reason == "full"
+    assert may_answer(error(text), long)
+    assert not may_answer(error(text), "other")
+    assert parse_error(error(text), 7, long).reason == "full"
 
 
 def test_a_response_without_outputs_says_that_the_server_cancelled_it() -> None:
     with pytest.raises(
         InferenceServerException, match="the server cancelled the request"
     ) as raised:
-        outputs_of(InferResult(service_pb2.ModelInferResponse(id="a1")))
+        decode_outputs(InferResult(service_pb2.ModelInferResponse(id="a1")))
     assert (
-        type(parsed(raised.value, 7, "a1")) is UnreachableError
+        type(parse_error(raised.value, 7, "a1")) is UnreachableError
     )  # the same step is sent again, by START, key and position
 
 
 def test_an_error_survives_pickling() -> None:
-    found = parsed(
+    parsed = parse_error(
         error("INPLACE-QUEUE_FULL retryable=1 sequence=7 request=r: full", "UNAVAILABLE"), 7, "r"
     )
-    again = pickle.loads(pickle.dumps(found))
+    again = pickle.loads(pickle.dumps(parsed))
     assert type(again) is RefusedError
     assert (str(again), again.code, again.retryable, again.sequence, again.request) == (
-        str(found),
+        str(parsed),
         "QUEUE_FULL",
         True,
         7,
@@ -155,7 +165,7 @@ def test_an_error_survives_pickling() -> None:
 
 def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> None:
     full, bad = (
-        parsed(error(f"INPLACE-X retryable={flag} sequence=7 request=r: x"), 7, "r")
+        parse_error(error(f"INPLACE-X retryable={flag} sequence=7 request=r: x"), 7, "r")
         for flag in (1, 0)
     )
 
@@ -167,7 +177,9 @@ def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> N
             raise failure
 
         with pytest.raises(type(failure)) as raised:
-            Retry(attempts=9, first=0.1, longest=2.0).retrying().copy(sleep=pauses.append)(fail)
+            Retry(attempts=9, initial_delay=0.1, max_delay=2.0).retrying().copy(
+                sleep=pauses.append
+            )(fail)
         assert raised.value is failure
         return pauses
 
@@ -182,20 +194,20 @@ def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> N
 
 def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
     now = [0.0]
-    endpoints = Endpoints(["a", "b", "c"], clock=lambda: now[0])
-    assert [endpoints.choose() for _ in range(4)] == ["a", "b", "c", "a"]
-    endpoints.failed("b")
-    assert {endpoints.choose() for _ in range(6)} == {"a", "c"}
-    assert {endpoints.choose(other_than="a") for _ in range(6)} == {"c"}
+    servers = ServerList(["a", "b", "c"], clock=lambda: now[0])
+    assert [servers.choose() for _ in range(4)] == ["a", "b", "c", "a"]
+    servers.mark_failed("b")
+    assert {servers.choose() for _ in range(6)} == {"a", "c"}
+    assert {servers.choose(avoid="a") for _ in range(6)} == {"c"}
     now[0] = 1.0
     for url in "ac":
-        endpoints.failed(url)
-    assert endpoints.choose() == "b"  # all failed: the one that failed first
-    now[0] = 1.0 + AVOIDED
-    assert {endpoints.choose() for _ in range(6)} == {"a", "b", "c"}
-    assert Endpoints(["a"]).choose(other_than="a") == "a"
+        servers.mark_failed(url)
+    assert servers.choose() == "b"  # all failed: the one that failed first
+    now[0] = 1.0 + COOLDOWN
+    assert {servers.choose() for _ in range(6)} == {"a", "b", "c"}
+    assert ServerList(["a"]).choose(avoid="a") == "a"
     with pytest.raises(ValueError, match="at least one server"):
-        Endpoints([])
+        ServerList([])
 
 
 @pytest.mark.parametrize(
@@ -217,21 +229,22 @@ def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
 def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(
     given: object, travels: object
 ) -> None:
-    call = InferRequest(7, True, False, {}, sent({"x": given}))
+    call = InferRequest(7, True, False, {}, encode_parameters({"x": given}))
     assert repr(call.arguments("m")["parameters"]) == repr({"x": travels})
 
 
 @pytest.mark.parametrize("given", [None, [1], b"k", {"a": 1}])
 def test_a_parameter_of_another_type_is_a_type_error_before_anything_is_sent(given: object) -> None:
-    ledger = Ledger(7, None, replay=True)
-    want = Want({"input_ids": np.array([1])}, parameters={"seed": given})  # type: ignore[dict-item]
+    tracker = SequenceTracker(7, None, replay=True)
+    request = SequenceRequest({"input_ids": np.array([1])}, parameters={"seed": given})  # type: ignore[dict-item]
     with pytest.raises(
-        TypeError, match=r"parameter 'seed' is .*; expected a text, a number or a truth value"
+        TypeError, match=r"parameter 'seed' is .*; expected a string, a number or a boolean"
     ):
-        ledger.calls(
-            want, ModelMetadata(streams=True, tokens=frozenset({"input_ids"}), speaks=False)
+        tracker.infer_requests(
+            request,
+            ModelMetadata(decoupled=True, token_inputs=frozenset({"input_ids"}), has_text=False),
         )
-    assert not ledger.held
+    assert not tracker.needs_end
 
 
 def response(
@@ -248,24 +261,24 @@ def response(
     )
 
 
-def asked(**inputs: object) -> Progress:
+def asked(**inputs: object) -> GenerationProgress:
     made = {
         name: np.array(
             value if name == "input_ids" else [value], dtype=None if name == "input_ids" else object
         )
         for name, value in inputs.items()
     }
-    return Progress(Want(made, parameters={"max_tokens": 6, "seed": 3}))
+    return GenerationProgress(SequenceRequest(made, parameters={"max_tokens": 6, "seed": 3}))
 
 
 def test_what_was_said_goes_into_the_prompt_of_the_next_server() -> None:
     progress = asked(input_ids=[1, 2])
-    assert progress.begin()[1] is progress.asked
-    progress.take(response([3]))
-    progress.take(response([4, 5]))
-    past, want = progress.begin()
-    assert (past, want.part, want.parameters["max_tokens"]) == ([], [1, 2, 3, 4, 5], 3)
-    assert progress.take(response([6, 7, 8], reason="length")).tokens == [6, 7, 8]
+    assert progress.begin()[1] is progress.request
+    progress.add_response(response([3]))
+    progress.add_response(response([4, 5]))
+    prefix, request = progress.begin()
+    assert (prefix, request.segment, request.parameters["max_tokens"]) == ([], [1, 2, 3, 4, 5], 3)
+    assert progress.add_response(response([6, 7, 8], reason="length")).tokens == [6, 7, 8]
     assert progress.tokens == [3, 4, 5, 6, 7, 8]
 
 
@@ -273,18 +286,20 @@ def test_text_is_neither_lost_nor_said_twice() -> None:
     progress = asked(text=b"once")
     progress.begin()
     for token, text in ((3, "a"), (4, "b"), (5, "")):  # the last is half a character
-        progress.take(response([token], text))
-    past, want = progress.begin()
-    assert (past, want.part, want.parameters["max_tokens"]) == (
+        progress.add_response(response([token], text))
+    prefix, request = progress.begin()
+    assert (prefix, request.segment, request.parameters["max_tokens"]) == (
         ["once"],
         [3],
         5,
     )  # not 4: it may have begun the character that 5 goes on with
-    assert progress.take(response([4], "b")) == Piece([], "", "")
-    assert progress.take(response([5, 6], "\N{GRINNING FACE}")) == Piece(
+    assert progress.add_response(response([4], "b")) == Piece([], "", "")
+    assert progress.add_response(response([5, 6], "\N{GRINNING FACE}")) == Piece(
         [6], "\N{GRINNING FACE}", ""
     )
-    assert progress.take(response([7, 8], "xyz", "length")) == Piece([7, 8], "xyz", "length")
+    assert progress.add_response(response([7, 8], "xyz", "length")) == Piece(
+        [7, 8], "xyz", "length"
+    )
     assert (progress.tokens, progress.text) == ([3, 4, 5, 6, 7, 8], "ab\N{GRINNING FACE}xyz")
 
 
@@ -296,30 +311,30 @@ def test_a_prompt_that_ends_in_half_a_character_is_noticed_and_the_whole_is_said
         (4, " "),
         (5, "\N{EURO SIGN}"),
     ):  # 4 is a space and the first byte of the sign
-        progress.take(response([token], text))
-    assert progress.begin()[1].part == [1, 3, 4]
+        progress.add_response(response([token], text))
+    assert progress.begin()[1].segment == [1, 3, 4]
     with pytest.raises(RefusedError) as differs:
-        progress.take(response([5], ""))
+        progress.add_response(response([5], ""))
     assert (differs.value.code, differs.value.retryable) == ("REPLAY", True)
-    assert progress.begin() == ([], progress.asked)
-    assert progress.take(response([3, 4, 5, 6], "a \N{EURO SIGN}x")) == Piece([6], "x", "")
+    assert progress.begin() == ([], progress.request)
+    assert progress.add_response(response([3, 4, 5, 6], "a \N{EURO SIGN}x")) == Piece([6], "x", "")
 
 
 def test_where_stop_texts_may_be_held_back_all_is_said_again_and_compared() -> None:
     progress = asked(input_ids=[1], stop=b"END")
     progress.begin()
-    progress.take(response([3], "a"))
-    progress.take(response([4], "bc"))
-    assert progress.begin() == ([], progress.asked)
-    assert progress.take(response([3, 4, 5], "abcd")).text == "d"
+    progress.add_response(response([3], "a"))
+    progress.add_response(response([4], "bc"))
+    assert progress.begin() == ([], progress.request)
+    assert progress.add_response(response([3, 4, 5], "abcd")).text == "d"
     progress.begin()
     with pytest.raises(
-        RefusedError, match=r"the replay says \[9\] where \[3\] was said"
+        RefusedError, match=r"the replay generated \[9\] instead of \[3\]"
     ) as refused:
-        progress.take(response([9], "z"))
+        progress.add_response(response([9], "z"))
     assert (refused.value.code, refused.value.retryable) == ("REPLAY", False)
 
 
 def test_the_client_needs_no_pytorch() -> None:
-    code = "import inplace.client.aio, sys; sys.exit('torch' in sys.modules)"
+    code = "import inplace.client, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

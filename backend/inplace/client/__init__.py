@@ -1,26 +1,31 @@
-"""Talking to a served model: sequences over gRPC, with retries, and replay where a server is lost. asyncio: `inplace.client.aio`.
+"""A client of served models: sequences and generations over gRPC, with retries and replay.
 
 ::
 
     with Client(["host-a:8001", "host-b:8001"]) as client, Sequence(client, "my-model") as sequence:
-        token = sequence.tokens([1, 2, 3])  # a step: what is new; the next token
-        for piece in sequence.generate([token], max_tokens=64):  # a stream model
+        token = sequence.tokens([1, 2, 3])  # one step: the prompt in, the next token out
+        for piece in sequence.generate([token], max_tokens=64):  # a model served as a stream
             print(piece.text, end="")
+
+`AsyncClient`, `AsyncSequence` and `AsyncGeneration` are the same for asyncio.
 """
 
-from inplace.client.base import Options
-from inplace.client.client import Client
+from inplace.client.async_client import AsyncClient, AsyncGeneration, AsyncSequence
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
-from inplace.client.progress import Piece
-from inplace.client.retry import ONCE, Retry
-from inplace.client.sequence import Generation, Sequence
+from inplace.client.replay import Piece
+from inplace.client.requests import GenerationOptions
+from inplace.client.servers import NO_RETRY, Retry
+from inplace.client.sync_client import Client, Generation, Sequence
 
 __all__ = [
-    "ONCE",
+    "NO_RETRY",
+    "AsyncClient",
+    "AsyncGeneration",
+    "AsyncSequence",
     "Client",
     "ClientError",
     "Generation",
-    "Options",
+    "GenerationOptions",
     "Piece",
     "RefusedError",
     "Retry",

@@ -1,4 +1,4 @@
-"""What a client raises: one base, with what the server's text says as attributes."""
+"""What the client raises: one base class, with what the server's text contains as attributes."""
 
 import re
 from typing import Any
@@ -7,31 +7,37 @@ from tritonclient.utils import InferenceServerException
 
 from inplace.errors import LONGEST_NAME, Code, InplaceError, header
 
-_WIRE = re.compile(r"INPLACE-(?P<code>[A-Z_]+) retryable=(?P<retryable>[01]) sequence=")
+_BACKEND_ERROR = re.compile(r"INPLACE-(?P<code>[A-Z_]+) retryable=(?P<retryable>[01]) sequence=")
 
 
-_FORGOTTEN = "must specify the START flag"
-"""Triton's own words for a sequence that it does not know."""
+_UNKNOWN_TO_TRITON = "must specify the START flag"
+"""Triton's own text about a sequence that it does not know."""
 
 
 _NO_ANSWER = {"DEADLINE_EXCEEDED", "UNAVAILABLE", "CANCELLED", "UNKNOWN"}
-"""gRPC statuses that say nothing of what the server did with the request."""
+"""gRPC statuses that leave open what the server did with the request."""
 
 
-_DEAD = re.compile(
-    r"[Ss]tub process .*is not healthy|Server is stopping|has no available versions|is not ready|Internal error from Core|RST_STREAM"
+_SERVER_GONE = re.compile(
+    r"[Ss]tub process .*is not healthy|Server is stopping|has no available versions|is not ready"
+    r"|Internal error from Core|RST_STREAM"
 )
-"""Triton's words for a model that is not served any more (over a stream without a status), and gRPC's for a broken connection."""
+"""Texts of errors without a status: Triton's about a model that is no longer served,
+and gRPC's about a broken connection."""
 
 
 class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc] # tritonclient is untyped
-    """A request brought no result. Also a ``tritonclient.utils.InferenceServerException``: ``message()`` and ``status()`` are the server's.
+    """A request failed.
+
+    Also a ``tritonclient.utils.InferenceServerException``: ``message()`` and ``status()`` are the
+    server's.
 
     Args:
-        error: what tritonclient raised or handed over.
-        code: the backend's code (`inplace.errors.Code`), or the gRPC status where the text has none.
-        reason: the text without its head.
-        retryable: the same call, made again later, may succeed.
+        error: what tritonclient raised or passed to its callback.
+        code: the backend's code (`inplace.errors.Code`), or the gRPC status where the text has
+            none.
+        reason: the text without its prefix.
+        retryable: the same call may succeed later.
         sequence: the correlation id.
         request: the request id.
     """
@@ -54,13 +60,13 @@ class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc]
         self.sequence, self.request = sequence, request
 
     @property
-    def by_backend(self) -> bool:
-        """Whether the backend said it; otherwise Triton or the connection did."""
+    def from_backend(self) -> bool:
+        """Whether the backend sent it; otherwise Triton or the connection raised it."""
         return "INPLACE-" in (self.message() or "")
 
-    def as_lost(self, why: str) -> "SequenceLostError":
-        """The same as the loss of a sequence that cannot be replayed."""
-        text = f"{self.message()} (the sequence is lost: {why}; start a new one)"
+    def as_sequence_lost(self, reason: str) -> "SequenceLostError":
+        """The same error for a sequence that cannot be replayed, with the reason for that."""
+        text = f"{self.message()} (the sequence is lost: {reason}; start a new one)"
         error = InferenceServerException(text, self.status(), self.debug_details())
         return SequenceLostError(
             error,
@@ -74,7 +80,7 @@ class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with its attributes: errors cross process pools."""
         error = InferenceServerException(self.message(), self.status(), self.debug_details())
-        return _restored, (
+        return _unpickle, (
             type(self),
             error,
             self.code,
@@ -86,96 +92,90 @@ class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc]
 
 
 class RefusedError(ClientError):
-    """The backend, or Triton before it, refused the request; the sequence is as it was before (an END has ended it all the same)."""
+    """The backend or Triton refused the request.
+
+    The sequence is as it was before the request, except that a refused END has ended it.
+    """
 
 
 class SequenceLostError(ClientError):
-    """No server holds the sequence as the client knows it, and the client cannot replay it: start a new one."""
+    """No server holds the sequence as the client left it, and it cannot be replayed.
+
+    Start a new one.
+    """
 
 
 class UnreachableError(ClientError):
-    """No answer: the connection failed, or nothing came for as long as the timeout says. What the server did is not known."""
+    """There was no answer: the connection failed, or nothing arrived within the timeout.
+
+    The server may or may not have run the request.
+    """
 
 
-_KINDS: dict[str, type[ClientError]] = {
+_ERROR_TYPES: dict[str, type[ClientError]] = {
     Code.UNKNOWN_SEQUENCE: SequenceLostError,
     Code.SHUTDOWN: UnreachableError,
 }
 
 
-def parsed(error: InferenceServerException, sequence: int | str, request: str) -> ClientError:
+def parse_error(
+    error: InferenceServerException, sequence_id: int | str, request_id: str
+) -> ClientError:
     """The typed error for what tritonclient raised.
 
-    Over streams an error is its text alone, without a status or a request id, so the text is what is read.
+    Over streams an error is a text without a status or a request id, so the text is parsed.
 
     Args:
         error: from tritonclient.
-        sequence: the correlation id that was sent.
-        request: the request id that was sent.
+        sequence_id: the correlation id of the request.
+        request_id: the id of the request.
     """
     if isinstance(error, ClientError):
         return error
     text = error.message() or ""
-    found = _WIRE.search(text)
-    if found is not None:
-        return _KINDS.get(found["code"], RefusedError)(
-            error,
-            code=found["code"],
-            reason=text[found.end() :].partition(_named(request))[2] or text,
-            retryable=found["retryable"] == "1",
-            sequence=sequence,
-            request=request,
-        )
+    kind: type[ClientError] = RefusedError
+    reason, retryable = text, False
     status = (error.status() or "").removeprefix("StatusCode.")
-    if _FORGOTTEN in text:
-        return SequenceLostError(
-            error,
-            code=Code.UNKNOWN_SEQUENCE,
-            reason=text,
-            retryable=False,
-            sequence=sequence,
-            request=request,
-        )
-    if status in _NO_ANSWER or _DEAD.search(text):
-        return UnreachableError(
-            error,
-            code=status or "UNAVAILABLE",
-            reason=text,
-            retryable=True,
-            sequence=sequence,
-            request=request,
-        )
-    return RefusedError(
+    if (match := _BACKEND_ERROR.search(text)) is not None:
+        code, retryable = match["code"], match["retryable"] == "1"
+        kind = _ERROR_TYPES.get(code, RefusedError)
+        reason = text[match.end() :].partition(_request_field(request_id))[2] or text
+    elif _UNKNOWN_TO_TRITON in text:
+        kind, code = SequenceLostError, str(Code.UNKNOWN_SEQUENCE)
+    elif status in _NO_ANSWER or _SERVER_GONE.search(text):
+        kind, code, retryable = UnreachableError, status or "UNAVAILABLE", True
+    else:
+        code = status or "REFUSED"
+    return kind(
         error,
-        code=status or "REFUSED",
-        reason=text,
-        retryable=False,
-        sequence=sequence,
-        request=request,
+        code=code,
+        reason=reason,
+        retryable=retryable,
+        sequence=sequence_id,
+        request=request_id,
     )
 
 
-def concerns(error: InferenceServerException, request: str) -> bool:
-    """Whether an error that came over a stream may be the answer to a request: its text names no other one."""
+def may_answer(error: InferenceServerException, request_id: str) -> bool:
+    """Whether an error of a stream may answer a request: it names this request, or none."""
     text = error.message() or ""
-    if f"[request id: {request}]" in text or _named(request) in text:
+    if f"[request id: {request_id}]" in text or _request_field(request_id) in text:
         return True
-    return "[request id: " not in text and _WIRE.search(text) is None
+    return "[request id: " not in text and _BACKEND_ERROR.search(text) is None
 
 
-def _named(request: str) -> str:
-    return f" request={header(request, LONGEST_NAME) or '-'}: "
+def _request_field(request_id: str) -> str:
+    """The request id as the backend's error text contains it."""
+    return f" request={header(request_id, LONGEST_NAME) or '-'}: "
 
 
-def silent(seconds: float) -> InferenceServerException:
-    """Nothing came over a stream for that long."""
-    text = (
-        f"no response for {seconds:g} s: the server hangs, or is busy for longer than the timeout"
-    )
+def response_timeout(seconds: float) -> InferenceServerException:
+    """The error for a stream without a response for ``seconds``."""
+    text = f"no response for {seconds:g} s: the server hangs, or needs longer than the timeout"
     return InferenceServerException(text, "StatusCode.DEADLINE_EXCEEDED")
 
 
-def _restored(
+def _unpickle(
     kind: type[ClientError],
     error: InferenceServerException,
     code: str,

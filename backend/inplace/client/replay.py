@@ -1,0 +1,415 @@
+"""What a client keeps of sequences and generations, and how it restores them on another server."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tritonclient.utils import InferenceServerException
+
+from inplace.client.errors import (
+    ClientError,
+    RefusedError,
+    SequenceLostError,
+    UnreachableError,
+)
+from inplace.client.requests import (
+    Array,
+    InferRequest,
+    ModelMetadata,
+    Segment,
+    SequenceRequest,
+    decode_text,
+    decode_tokens,
+    encode_parameters,
+    step_request,
+)
+from inplace.errors import Code
+from inplace.protocol import (
+    FINISH_REASON,
+    INPUT_IDS,
+    MAX_TOKENS,
+    POSITION,
+    SEQUENCE_KEY,
+    STOP,
+    TEXT,
+    TEXT_OUTPUT,
+)
+
+INVALID_POSITION = 1 << 62
+"""A position above every capacity."""
+
+
+REPLAY = "REPLAY"
+"""Error code of a replay whose tokens or text differ from what was generated before."""
+
+
+class SequenceTracker:
+    """What a client knows of one sequence. It makes requests and classifies errors, without I/O.
+
+    A START sets a random key. Every later request carries it, and the position at which the client
+    expects the sequence. A step without an answer is sent again with START, key and position; the
+    backend runs it as a step of the live sequence if that is at this position. If it is not,
+    everything sent so far is sent again from the beginning: tokens as one prompt.
+
+    Args:
+        sequence_id: the correlation id; a random one if None.
+        key: the key; a new random one for each sequence if None; none is sent if empty.
+        replay: keep the history that a replay needs.
+
+    Attributes:
+        length: positions that the sequence has on the server, a token that is still to be fed
+            included; None after a text, whose number of tokens the client does not know.
+        live: the server holds the sequence, as far as the client knows.
+        needs_end: the server may hold something for it that an END frees: a slot of the backend, or
+            Triton's own entry for a sequence whose START the backend refused.
+    """
+
+    def __init__(self, sequence_id: int | str | None, key: str | None, replay: bool) -> None:
+        self.sequence_id: int | str = (
+            sequence_id if sequence_id is not None else secrets.randbits(63) or 1
+        )
+        self.length: int | None = 0
+        self._fixed_key, self._replay = key, replay
+        self._last_inputs: dict[str, Array] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """The next request begins a new sequence."""
+        self.key = secrets.token_urlsafe(16) if self._fixed_key is None else self._fixed_key
+        self.live = self.needs_end = False
+        self._unanswered = False  # the last step had no answer
+        self._history: list[Segment] | None = [] if self._replay else None
+
+    @property
+    def movable(self) -> bool:
+        """Whether another server can take the sequence over."""
+        return not self.live or self._history is not None
+
+    @property
+    def _no_replay_reason(self) -> str:
+        return (
+            "its inputs are not tokens, so the client kept none to replay"
+            if self._replay
+            else "replay is off"
+        )
+
+    def infer_requests(
+        self, request: SequenceRequest, model: ModelMetadata, prefix: Sequence[Segment] = ()
+    ) -> list[InferRequest]:
+        """The requests to send now, in order; the last one's answer is the answer to ``request``.
+
+        Args:
+            request: what the caller asked for.
+            model: the model.
+            prefix: what a new sequence needs before ``request`` and after the history.
+        """
+        if self.live:
+            resume = self._unanswered and bool(self.key and self.length)
+            return [self._infer_request(request, model, self.length, start=resume)]
+        requests: list[InferRequest] = []
+        position: int | None = 0
+        for part in _with_history(self._extended_history(prefix), request):
+            requests.append(self._infer_request(part, model, position, start=not requests))
+            position = _next_position(position, part, model)
+        return requests
+
+    def sending(self, request: InferRequest, model: ModelMetadata) -> None:
+        """Record that a request is about to be sent."""
+        self.needs_end = True
+        self._last_inputs = {
+            name: array[:1] if name in model.token_inputs else array
+            for name, array in request.inputs.items()
+        }
+        if INPUT_IDS in model.token_inputs:
+            self._last_inputs = {INPUT_IDS: np.zeros(1, dtype=np.int64)}
+
+    def answered(
+        self, request: SequenceRequest, model: ModelMetadata, generated: Sequence[int] = ()
+    ) -> None:
+        """Record that the last of `infer_requests` was answered.
+
+        Args:
+            request: what the caller asked for.
+            model: the model.
+            generated: the tokens of a generation, which are part of the sequence now.
+        """
+        position = self.length
+        if not self.live:
+            history = self._extended_history()
+            unknown = any(isinstance(segment, str) for segment in history)
+            position = None if unknown else sum(map(len, history))
+        position = _next_position(position, request, model)
+        self.length = None if position is None else position + len(generated)
+        self.live, self._unanswered = True, False
+        if request.end:
+            self.reset()
+        elif self._history is not None:
+            segment = request.segment
+            self._history = (
+                None
+                if segment is None
+                else _append(_append(self._history, segment), list(generated))
+            )
+
+    def failed(
+        self, error: ClientError, request: InferRequest, *, partial: bool = False
+    ) -> ClientError:
+        """Update the state after an error, and decide whether the same request may be sent again.
+
+        Args:
+            error: the answer to the request.
+            request: the request.
+            partial: the request had responses before the error.
+
+        Returns:
+            The error to raise; ``retryable`` where the same request may succeed if it is sent
+            again.
+        """
+        unreachable = isinstance(error, UnreachableError)
+        unknown = isinstance(error, SequenceLostError)
+        # a generation may have run further than its responses show; a backend that answers is being
+        # unloaded
+        gone = unreachable and (request.generates or error.from_backend)
+        # Triton forgot the sequence, but the backend may still hold it
+        forgotten = unknown and not error.from_backend and not request.start and self.live
+        if forgotten and self.key and self.length:
+            self._unanswered = error.retryable = True
+        elif (
+            unknown
+            or gone
+            or (partial and error.retryable)
+            or (self._unanswered and error.code == Code.POSITION)
+        ):
+            return self._lost(error)
+        elif unreachable:
+            self._unanswered = self.live
+            if not self.movable:
+                error.add_note(
+                    f"The sequence cannot continue on another server: {self._no_replay_reason}."
+                )
+        elif (
+            partial
+            or request.end
+            or (request.start and not self.live)
+            or (error.code == Code.ENGINE_FAILED and not error.retryable)
+        ):
+            self.replay_next()
+        return error
+
+    def interrupted(self, request: InferRequest | None) -> None:
+        """Record that the caller stopped waiting for the answer to a step."""
+        if request is not None and not request.generates:
+            self._unanswered = self.live
+
+    def _lost(self, error: ClientError) -> ClientError:
+        """The error to raise for a sequence that is lost: retryable if it can be replayed."""
+        if self.live and self._history is None:
+            return error.as_sequence_lost(self._no_replay_reason)
+        self.replay_next()
+        error.retryable = True
+        return error
+
+    def replay_next(self) -> None:
+        """Let the next request replay the sequence, where there is a history.
+
+        Without one it is sent as if the sequence were live, so that the server's own error is
+        raised.
+        """
+        if self._history is not None:
+            self.live = self._unanswered = False
+
+    def end_request(self, model: ModelMetadata) -> InferRequest:
+        """The request that frees what the server may hold.
+
+        Triton takes no request without inputs, so this is an END with real inputs at an invalid
+        position: the backend refuses the step and ends the sequence.
+        """
+        # Triton may have forgotten the sequence, and then it takes nothing but a START
+        start = bool(self.key) and (self._unanswered or not self.live)
+        end = SequenceRequest(self._last_inputs, end=True, parameters={POSITION: INVALID_POSITION})
+        return self._infer_request(end, model, None, start=start)
+
+    def _extended_history(self, segments: Sequence[Segment] = ()) -> list[Segment]:
+        """A copy of the history with more segments."""
+        history = [
+            segment.copy() if isinstance(segment, list) else segment
+            for segment in self._history or []
+        ]
+        for segment in segments:
+            history = _append(history, segment)
+        return history
+
+    def _infer_request(
+        self, request: SequenceRequest, model: ModelMetadata, position: int | None, *, start: bool
+    ) -> InferRequest:
+        own: dict[str, str | int] = {SEQUENCE_KEY: self.key} if self.key else {}
+        if position is not None:
+            own[POSITION] = position
+        return InferRequest(
+            sequence_id=self.sequence_id,
+            start=start,
+            end=request.end,
+            inputs=request.inputs,
+            parameters=own | encode_parameters(request.parameters),
+            outputs=tuple(
+                name for name in request.outputs if name != TEXT_OUTPUT or model.has_text
+            ),
+            request_id=request.request_id or secrets.token_hex(4),
+        )
+
+
+def _with_history(history: Sequence[Segment], request: SequenceRequest) -> list[SequenceRequest]:
+    """The history as steps of a new sequence, then the request.
+
+    Tokens right before the request's own tokens become one prompt with them.
+    """
+    if not history:
+        return [request]
+    *before, last = history
+    steps = [step_request(segment) for segment in before]
+    if isinstance(last, list) and INPUT_IDS in request.inputs:
+        return [*steps, request.with_prefix(last)]
+    return [*steps, step_request(last), request]
+
+
+def _append(history: list[Segment], segment: Segment) -> list[Segment]:
+    """The history with one more segment; tokens after tokens are appended in place."""
+    if history and isinstance(history[-1], list) and isinstance(segment, list):
+        history[-1] += segment
+        return history
+    return [*history, segment] if segment else history
+
+
+def _next_position(
+    position: int | None, request: SequenceRequest, model: ModelMetadata
+) -> int | None:
+    """The position of a sequence after a request; None where it is unknown, as after a text."""
+    if position is None or TEXT in request.inputs:
+        return None
+    return position + model.num_positions(request.inputs)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One response of a generation.
+
+    Attributes:
+        tokens: the next tokens; may be empty in the last piece.
+        text: the text they add, in whole characters; empty where the model has no tokenizer or
+            ``text=False``.
+        finish_reason: empty while the generation runs; in the last piece ``length``, ``eos``,
+            ``stop``, ``capacity``, ``cancelled`` or ``ended``.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: str
+
+
+class GenerationProgress:
+    """What a generation has produced, and the request that makes another server produce the rest.
+
+    That request has the tokens generated so far in its prompt. Random numbers depend on seed and
+    position alone, so the rest is the same. Where text is requested, the prompt ends at the last
+    checkpoint: the last token known to end a complete text, since half a character or the beginning
+    of a stop string may have been held back. Tokens after the checkpoint are generated again,
+    compared, and dropped.
+
+    Args:
+        request: the generation as the caller asked for it.
+
+    Attributes:
+        request: the same.
+        tokens: all tokens so far.
+        text: all text so far.
+        finish_reason: empty while it runs.
+    """
+
+    def __init__(self, request: SequenceRequest) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = ""
+        self._max_tokens = int(request.parameters[MAX_TOKENS])
+        # of the request in flight: how many of `tokens` are in its prompt, and how many it has
+        # returned
+        self._num_prompted = self._num_returned = 0
+        # the text of the tokens in its prompt, and the text it has returned
+        self._prompted_text = self._returned_text = ""
+        # number of tokens and text where a prompt may end, now and after one more token with a text
+        self._checkpoint = self._next_checkpoint = (0, "")
+
+    def begin(self) -> tuple[list[Segment], SequenceRequest]:
+        """The request for the generation or its rest, and what a new sequence needs before it."""
+        self._num_prompted, self._prompted_text = self._checkpoint
+        self._num_returned, self._returned_text = 0, ""
+        request, prompted = self.request, self.tokens[: self._num_prompted]
+        if not prompted:
+            return [], request
+        parameters = dict(request.parameters) | {MAX_TOKENS: self._max_tokens - len(prompted)}
+        rest = replace(request, parameters=parameters)
+        if INPUT_IDS in request.inputs:
+            return [], rest.with_suffix(prompted)
+        inputs = {name: array for name, array in request.inputs.items() if name != TEXT}
+        inputs[INPUT_IDS] = np.array(prompted, dtype=np.int64)
+        return [request.inputs[TEXT].item().decode()], replace(rest, inputs=inputs)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the request in flight has returned tokens."""
+        return self._num_returned > 0
+
+    def add_response(self, outputs: Mapping[str, Array]) -> Piece:
+        """Add a response of the request in flight, and return what is new in it.
+
+        Raises:
+            RefusedError: it differs from what was generated before; retryable where the end of the
+                prompt may be the cause.
+        """
+        tokens, text = decode_tokens(outputs), decode_text(outputs, TEXT_OUTPUT)
+        expected = self.tokens[self._num_prompted + self._num_returned :]
+        full_text = self._prompted_text + self._returned_text + text
+        if tokens[: len(expected)] != expected[: len(tokens)] or (
+            len(tokens) >= len(expected) and not full_text.startswith(self.text)
+        ):
+            raise self._replay_differs(tokens, expected[: len(tokens)])
+        self._num_returned += len(tokens)
+        self._returned_text += text
+        new = tokens[len(expected) :]
+        self.tokens += new
+        piece = Piece(new, full_text[len(self.text) :], decode_text(outputs, FINISH_REASON))
+        self.text += piece.text
+        self.finish_reason = piece.finish_reason
+        self._update_checkpoint(len(tokens), text, has_text=TEXT_OUTPUT in outputs)
+        return piece
+
+    def _update_checkpoint(self, num_tokens: int, text: str, *, has_text: bool) -> None:
+        """Move the checkpoint forward after a response, where that is safe.
+
+        A single token with a text ends a character, but may begin another one. If it does, the text
+        of the next token differs. So the checkpoint is the last but one such token.
+        """
+        end = self._num_prompted + self._num_returned
+        if end < len(self.tokens) or end == self._max_tokens:
+            return
+        if not has_text:
+            self._checkpoint = end, ""
+        elif num_tokens == 1 and text and STOP not in self.request.inputs:
+            self._checkpoint, self._next_checkpoint = self._next_checkpoint, (end, self.text)
+
+    def _replay_differs(self, tokens: list[int], expected: list[int]) -> RefusedError:
+        from_checkpoint = self._num_prompted > 0
+        self._checkpoint = self._next_checkpoint = (0, "")
+        text = (
+            f"the replay generated {tokens} instead of {expected}, or another text: "
+            "the servers serve different models, or compute differently"
+        )
+        return RefusedError(
+            InferenceServerException(text),
+            code=REPLAY,
+            reason=text,
+            retryable=from_checkpoint,
+            sequence="-",
+            request=self.request.request_id,
+        )

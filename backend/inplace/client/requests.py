@@ -1,0 +1,260 @@
+"""The requests of a client: as the caller makes them, and as Triton gets them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, cast
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from inplace.protocol import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
+
+Array = NDArray[np.generic]
+
+
+Parameter = str | int | float | bool
+"""A custom parameter. A float is sent as text, since Triton's gRPC endpoint takes none."""
+
+
+ROUTING_HEADER = "inplace-sequence"
+"""The gRPC metadata key with the correlation id: a router that hashes it sends all requests of a
+sequence to the same server."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Parameters of a generation; the server has defaults for those that are left out.
+
+    Attributes:
+        temperature: 0 for greedy decoding, the server's default.
+        top_k: keep only the ``top_k`` most likely tokens; 0 keeps all.
+        top_p: of those, keep only the most likely ones that together reach this probability.
+        seed: of the random numbers.
+        ignore_eos: continue after an end token.
+        stream_interval: minimum number of tokens of a response.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    ignore_eos: bool
+    stream_interval: int
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What the client needs of a model's configuration.
+
+    Attributes:
+        decoupled: requests and responses go over gRPC streams.
+        token_inputs: inputs whose first axis (without the batch axis) counts tokens. A request
+            without any of them counts as one position.
+        has_text: its generations return text beside tokens.
+    """
+
+    decoupled: bool
+    token_inputs: frozenset[str]
+    has_text: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "ModelMetadata":
+        """From Triton's ModelConfig message."""
+        return cls(
+            decoupled=config.model_transaction_policy.decoupled,
+            token_inputs=frozenset(
+                tensor.name
+                for tensor in config.input
+                if tensor.allow_ragged_batch or tensor.name == INPUT_IDS
+            ),
+            has_text=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
+        )
+
+    def num_positions(self, inputs: Mapping[str, Array]) -> int:
+        """How many positions of its sequence a request takes."""
+        return next(
+            (array.shape[0] for name, array in inputs.items() if name in self.token_inputs), 1
+        )
+
+
+Segment = list[int] | str
+"""A part of a sequence's history: consecutive tokens, or a text."""
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """A step or a generation as the caller asked for it; it becomes one or more `InferRequest`.
+
+    Attributes:
+        inputs: by name, without a batch axis.
+        end: the sequence ends with it.
+        parameters: custom parameters.
+        outputs: names of the requested outputs; all if empty.
+        request_id: a random one if empty.
+    """
+
+    inputs: Mapping[str, Array]
+    end: bool = False
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    request_id: str = ""
+
+    @property
+    def segment(self) -> Segment | None:
+        """What it adds to the history; None where its inputs cannot be replayed."""
+        names = set(self.inputs) - {STOP}
+        if names == {INPUT_IDS}:
+            return [int(token) for token in self.inputs[INPUT_IDS]]
+        return str(self.inputs[TEXT].item().decode()) if names == {TEXT} else None
+
+    def with_prefix(self, tokens: Sequence[int]) -> "SequenceRequest":
+        """The same request with tokens before its own."""
+        return self._with_tokens([*tokens, *self.inputs[INPUT_IDS]])
+
+    def with_suffix(self, tokens: Sequence[int]) -> "SequenceRequest":
+        """The same request with tokens after its own."""
+        return self._with_tokens([*self.inputs[INPUT_IDS], *tokens])
+
+    def _with_tokens(self, tokens: Sequence[int]) -> "SequenceRequest":
+        return replace(
+            self, inputs=dict(self.inputs) | {INPUT_IDS: np.array(tokens, dtype=np.int64)}
+        )
+
+
+def step_request(segment: Segment) -> SequenceRequest:
+    """A step that feeds tokens or a text."""
+    inputs = (
+        {TEXT: np.array([segment.encode()], dtype=np.object_)}
+        if isinstance(segment, str)
+        else {INPUT_IDS: np.array(segment, dtype=np.int64)}
+    )
+    return SequenceRequest(inputs, outputs=("next_token",))
+
+
+def generation_request(
+    prompt: Sequence[int] | Array | str,
+    max_tokens: int,
+    stop: Sequence[str],
+    text: bool,
+    end: bool,
+    request_id: str,
+    options: GenerationOptions,
+) -> SequenceRequest:
+    """A generation; the arguments are those of `Sequence.generate`."""
+    inputs: dict[str, Array] = {}
+    if isinstance(prompt, str):
+        inputs[TEXT] = np.array([prompt.encode()], dtype=np.object_)
+    else:
+        inputs[INPUT_IDS] = np.asarray(prompt, dtype=np.int64)
+    if stop:
+        inputs[STOP] = np.array([one.encode() for one in stop], dtype=np.object_)
+    parameters: dict[str, Parameter] = {MAX_TOKENS: max_tokens}
+    parameters.update(cast(Mapping[str, Parameter], options))
+    outputs = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if text else (TOKENS, FINISH_REASON)
+    return SequenceRequest(inputs, end, parameters, outputs, request_id)
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """One request as Triton gets it.
+
+    Attributes:
+        sequence_id: the correlation id.
+        start: the sequence flag START.
+        end: the sequence flag END.
+        inputs: by name, without a batch axis.
+        parameters: custom parameters, from `encode_parameters`.
+        outputs: names of the requested outputs; all if empty.
+        request_id: the request id.
+    """
+
+    sequence_id: int | str
+    start: bool
+    end: bool
+    inputs: Mapping[str, Array]
+    parameters: Mapping[str, str | int | bool]
+    outputs: tuple[str, ...] = ()
+    request_id: str = ""
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a generation, with a stream of responses."""
+        return MAX_TOKENS in self.parameters
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The gRPC metadata for a router in front of several servers, see docs/operations.md."""
+        return {ROUTING_HEADER: quote(str(self.sequence_id))}
+
+    def arguments(self, model: str) -> dict[str, Any]:
+        """The arguments of tritonclient's ``infer`` and of its streams."""
+        tensors = []
+        for name, array in self.inputs.items():
+            tensor = InferInput(name, [1, *array.shape], np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array[None])
+            tensors.append(tensor)
+        return {
+            "model_name": model,
+            "inputs": tensors,
+            "outputs": [InferRequestedOutput(name) for name in self.outputs] or None,
+            "sequence_id": self.sequence_id,
+            "sequence_start": self.start,
+            "sequence_end": self.end,
+            "request_id": self.request_id,
+            "parameters": dict(self.parameters) or None,
+        }
+
+
+def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int | bool]:
+    """Custom parameters as gRPC takes them: floats, and integers of more than 64 bits, become text.
+
+    Raises:
+        TypeError: a value is neither a string, a number nor a boolean.
+    """
+    encoded: dict[str, str | int | bool] = {}
+    for name, given in parameters.items():
+        value = given.item() if isinstance(given, np.generic) else given
+        if isinstance(value, float) or (
+            isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+        ):
+            encoded[name] = repr(value)
+        elif isinstance(value, str | int):
+            encoded[name] = value
+        else:
+            raise TypeError(
+                f"parameter {name!r} is {given!r}; expected a string, a number or a boolean"
+            )
+    return encoded
+
+
+def decode_outputs(result: InferResult) -> dict[str, Array]:
+    """The outputs of a response by name, without a batch axis.
+
+    Raises:
+        InferenceServerException: there are none. When a request of a sequence is cancelled, Triton
+            cancels the requests that are queued after it, and over a stream it sends nothing else.
+    """
+    if not result.get_response().outputs:
+        raise InferenceServerException(
+            "the server cancelled the request, because another client cancelled an earlier request "
+            "of the same sequence",
+            "StatusCode.CANCELLED",
+        )
+    return {
+        output.name: result.as_numpy(output.name)[0] for output in result.get_response().outputs
+    }
+
+
+def decode_tokens(outputs: Mapping[str, Array]) -> list[int]:
+    """The tokens of a response of a generation."""
+    return [int(token) for token in outputs[TOKENS].reshape(-1)]
+
+
+def decode_text(outputs: Mapping[str, Array], name: str) -> str:
+    """The text of an output; empty where there is none."""
+    if name not in outputs or not outputs[name].size:
+        return ""
+    value = outputs[name].reshape(-1)[0]
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,7 +1,7 @@
-"""CPU decode: this project's PyTorch engine beside transformers' static-cache ``generate``, in one process and one run.
+"""Decode on the CPU: the PyTorch engine beside transformers' static-cache ``generate``.
 
-SmolLM2-135M-Instruct, float32. Both are timed in turn, round by round, so that a change of the machine's speed hits both. Writes
-``benchmarks/results/cpu_decode.json``.
+SmolLM2-135M-Instruct, float32, in one process. The two alternate round by round, so that a change
+of the machine's speed affects both. Writes ``benchmarks/results/cpu_decode.json``.
 """
 
 import json
@@ -47,15 +47,15 @@ def steps(
     instance: ModelInstance, rows: int, ids: list[torch.Tensor], start: bool
 ) -> list[torch.Tensor]:
     """One request of each row, until all are answered; each row's next token ``[1, 1]``."""
-    works = [
+    requests = [
         instance.admit(Request(row + 1, start, False, {"input_ids": ids[row]}))
         for row in range(rows)
     ]
-    while pending := [work for work in works if not work.finished]:
-        instance.step(pending)
-    for work in works:
-        instance.finish(work)
-    return [work.outputs["next_token"] for work in works]
+    while unfinished := [request for request in requests if not request.finished]:
+        instance.step(unfinished)
+    for request in requests:
+        instance.finish(request)
+    return [request.outputs["next_token"] for request in requests]
 
 
 def ours(instance: ModelInstance, prompt: torch.Tensor) -> tuple[float, list[int]]:
@@ -63,11 +63,11 @@ def ours(instance: ModelInstance, prompt: torch.Tensor) -> tuple[float, list[int
     rows = prompt.shape[0]
     begin = time.perf_counter()
     ids = steps(instance, rows, [prompt[row : row + 1] for row in range(rows)], start=True)
-    said = [int(ids[0])]
-    while len(said) < TOKENS:
+    tokens = [int(ids[0])]
+    while len(tokens) < TOKENS:
         ids = steps(instance, rows, ids, start=False)
-        said.append(int(ids[0]))
-    return (time.perf_counter() - begin) / TOKENS * 1e3, said
+        tokens.append(int(ids[0]))
+    return (time.perf_counter() - begin) / TOKENS * 1e3, tokens
 
 
 def theirs(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[float, list[int]]:
@@ -88,14 +88,14 @@ def theirs(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[float, list[in
 def beside(
     instance: ModelInstance, model: PreTrainedModel, rows: int
 ) -> dict[str, float | int | bool]:
-    """Both on the same prompts, in turn; medians of the rounds after a warm-up."""
+    """Both on the same prompts, alternating; medians of the rounds after a warm-up."""
     prompt = torch.randint(0, 40000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     equal = True
     for index in range(ROUNDS + 1):
-        mine, said = ours(instance, prompt)
+        mine, tokens = ours(instance, prompt)
         other, expected = theirs(model, prompt)
-        equal &= said == expected
+        equal &= tokens == expected
         if index:
             times["ours"].append(mine)
             times["theirs"].append(other)
@@ -110,7 +110,7 @@ def beside(
 
 
 def by_capacity(instances: dict[int, ModelInstance]) -> dict[str, float | int]:
-    """Median milliseconds a step at one cached length, the capacities in turn."""
+    """Median milliseconds a step at one cached length, alternating between the capacities."""
     prompt = torch.randint(0, 40000, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     ids = {
         capacity: steps(instance, 1, [prompt], start=True)
@@ -122,11 +122,11 @@ def by_capacity(instances: dict[int, ModelInstance]) -> dict[str, float | int]:
             begin = time.perf_counter()
             ids[capacity] = steps(instance, 1, ids[capacity], start=False)
             times[capacity].append((time.perf_counter() - begin) * 1e3)
-    found: dict[str, float | int] = {
+    medians: dict[str, float | int] = {
         f"capacity_{capacity}_ms": statistics.median(values) for capacity, values in times.items()
     }
     low, high = (statistics.median(times[capacity]) for capacity in CAPACITIES)
-    return found | {"length": LENGTH, "difference_percent": (high / low - 1) * 100}
+    return medians | {"length": LENGTH, "difference_percent": (high / low - 1) * 100}
 
 
 def main() -> None:
@@ -138,7 +138,10 @@ def main() -> None:
         instances = {capacity: opened(model, capacity, Path(scratch)) for capacity in CAPACITIES}
         decode = [beside(instances[512], model, rows) for rows in (1, 4)]
         capacity = by_capacity(instances)
-    what = f"SmolLM2-135M-Instruct, float32, greedy, {PROMPT} prompt tokens and {TOKENS} new ones; ms a token (a step of all rows)"
+    what = (
+        f"SmolLM2-135M-Instruct, float32, greedy, {PROMPT} prompt tokens and {TOKENS} new ones; "
+        "ms a token (a step of all rows)"
+    )
     result = facts(what, "python -m benchmarks.cpu_decode") | {
         "torch_threads": torch.get_num_threads(),
         "decode": decode,

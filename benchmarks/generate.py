@@ -1,13 +1,17 @@
-"""Whole generations against a real tritonserver, beside the engine alone and transformers, in one run.
+"""Whole generations by a real tritonserver, beside the engine alone and transformers, in one run.
 
-    python -m benchmarks.generate --model model_repository/my-stream-model --transformers path/to/model --out r.json
+    python -m benchmarks.generate --model model_repository/my-stream-model \
+        --transformers path/to/model --out r.json
 
-The model is a built decoder with at least as many slots and rows as the most streams (``--serve stream``, or step: then it is served with
-the configuration for streams). For each number of streams: all begin at once, each generates ``--rounds`` times (prompts of random
-tokens, one after the other), clients in processes of their own. From the clients: tokens a second, time to the first token, time between
-tokens (a response of k tokens counts as k times a k-th). From the backend's metrics: the share of that time in which the engine was busy.
-Prints a line of JSON for each measurement, and writes all of them with machine, versions and command. Single steps are measured by
-`benchmarks.perf`.
+The model is a built decoder with at least as many slots and rows as the largest number of streams.
+One built with ``--serve step`` is served with the configuration for streams. For each number of
+streams, all begin at once, and each generates ``--rounds`` times, one after the other, from prompts
+of random tokens; the clients are processes of their own.
+
+The clients measure tokens a second, time to the first token, and time between tokens (a response of
+k tokens counts as k times a k-th). The backend's metrics give the share of that time in which the
+engine was busy. Prints a line of JSON for each measurement, and writes all of them with machine,
+versions and command. `benchmarks.perf` measures single steps.
 """
 
 import argparse
@@ -68,9 +72,12 @@ def main() -> None:
     given = parser.parse_args()
     manifest = Manifest.load(given.model / "1")
     streams = [int(count) for count in given.streams.split(",")]
-    if (most := max(streams)) > manifest.slots:
-        parser.error(f"{most} streams need as many slots; the model has {manifest.slots}")
-    what = f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of each stream; greedy"
+    if (max_streams := max(streams)) > manifest.slots:
+        parser.error(f"{max_streams} streams need as many slots; the model has {manifest.slots}")
+    what = (
+        f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, "
+        f"{given.rounds} of each stream; greedy"
+    )
     document: dict[str, Any] = facts(what, "python -m benchmarks.generate") | {
         "model": {
             "name": given.model.name,
@@ -94,8 +101,8 @@ def main() -> None:
             line["served"] = generated(given, server, manifest, line["streams"])
             print(json.dumps(line), flush=True)
             write(given.out, document)
-    for name, found in beside(given, manifest, streams):
-        for line, one in zip(document["generate"], found, strict=True):
+    for name, results in beside(given, manifest, streams):
+        for line, one in zip(document["generate"], results, strict=True):
             line[name] = one
             print(json.dumps({"streams": line["streams"], name: one}), flush=True)
         write(given.out, document)
@@ -128,7 +135,7 @@ def burst_of(
 
 
 def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str, Any]]:
-    """Spread a burst over processes; what each generation heard, times from the burst's beginning."""
+    """Spread a burst over processes; all generations, times from the burst's beginning."""
     burst = replace(burst, begin=time.time() + STARTED)
     running, first = [], 0
     for number in range(processes):
@@ -142,18 +149,18 @@ def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str,
             )
         )
         first += count
-    heard = []
+    generations = []
     for process in running:
-        said, _ = process.communicate()
+        output, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(
-                f"a process of clients ended with status {process.returncode}; {server.log} may say why"
+                f"a client process ended with status {process.returncode}; see {server.log}"
             )
-        heard += json.loads(said)
-    for one in heard:
+        generations += json.loads(output)
+    for one in generations:
         one["sent"] -= burst.begin
         one["responses"] = [(at - burst.begin, tokens) for at, tokens in one["responses"]]
-    return heard
+    return generations
 
 
 def generated(
@@ -161,22 +168,24 @@ def generated(
 ) -> dict[str, Any]:
     """One number of streams, served."""
     before = Counters.of(server, manifest.name)
-    heard = bursts(server, burst_of(given, server, manifest, streams), min(given.clients, streams))
+    generations = bursts(
+        server, burst_of(given, server, manifest, streams), min(given.clients, streams)
+    )
     spent = Counters.of(server, manifest.name) - before
-    seconds = max(one["responses"][-1][0] for one in heard)
+    seconds = max(one["responses"][-1][0] for one in generations)
     gaps, responses = [], 0
-    for one in heard:
+    for one in generations:
         responses += len(one["responses"])
         for (last, _), (at, tokens) in zip(one["responses"], one["responses"][1:], strict=False):
             gaps += [(at - last) / tokens] * tokens if tokens else []
     return {
         "seconds": seconds,
-        "tokens_per_second": len(heard) * given.tokens / seconds,
+        "tokens_per_second": len(generations) * given.tokens / seconds,
         "first_token_us": generator.percentiles(
-            [one["responses"][0][0] - one["sent"] for one in heard]
+            [one["responses"][0][0] - one["sent"] for one in generations]
         ),
         "inter_token_us": generator.percentiles(gaps),
-        "tokens_per_response": len(heard) * given.tokens / responses,
+        "tokens_per_response": len(generations) * given.tokens / responses,
         "engine_busy": spent.engine_s / seconds,
         "engine_step_us": spent.engine_s / max(1, spent.steps) * 1e6,
         "steps": spent.steps,
@@ -186,11 +195,14 @@ def generated(
 def beside(
     given: argparse.Namespace, manifest: Manifest, streams: list[int]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The same generations, as one batch, by the engine alone and by transformers; each in a process of its own, not beside the server."""
+    """The same generations as one batch, by the engine alone and by transformers.
+
+    Each runs in a process of its own, after the server has ended.
+    """
     sizes = [",".join(map(str, streams)), str(given.prompt), str(given.tokens)]
     yield (
         "engine_alone",
-        _said(
+        _json_lines(
             "benchmarks.generation.alone",
             len(streams),
             given.limit,
@@ -203,17 +215,20 @@ def beside(
         where = [str(given.transformers.resolve()), str(engine.dtype), engine.device]
         yield (
             "transformers",
-            _said("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes),
+            _json_lines("benchmarks.generation.beside", len(streams), given.limit, *where, *sizes),
         )
 
 
-def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[str, Any]]:
-    """The lines of JSON that it printed within so many seconds; what it did not come to is said to have failed."""
-    with tempfile.TemporaryFile("w+") as said:
+def _json_lines(module: str, count: int, limit: float, *arguments: str) -> list[dict[str, Any]]:
+    """Run a module and return the lines of JSON that it printed within ``limit`` seconds.
+
+    A measurement that it did not reach is reported as failed.
+    """
+    with tempfile.TemporaryFile("w+") as output:
         try:
             status = subprocess.run(
                 [sys.executable, "-m", module, *arguments],
-                stdout=said,
+                stdout=output,
                 cwd=ROOT,
                 check=False,
                 timeout=limit,
@@ -221,9 +236,9 @@ def _said(module: str, count: int, limit: float, *arguments: str) -> list[dict[s
             problem = f"status {status}"
         except subprocess.TimeoutExpired:
             problem = f"ended after {limit:.0f} s"
-        said.seek(0)
-        found = [json.loads(line) for line in said if line.startswith("{")]
-    return found + [{"failed": problem}] * (count - len(found))
+        output.seek(0)
+        results = [json.loads(line) for line in output if line.startswith("{")]
+    return results + [{"failed": problem}] * (count - len(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Times the attention kernels on a GPU over a small grid of blocks, prints the best and what the defaults take.
+"""Times the attention kernels on a GPU over a small grid of blocks; prints the best.
 
-Decode: a CUDA graph of many launches over different slots, together wider than the second-level cache, as the layers of a model are.
-Prefill: 512 tokens of one row, beside `torch.nn.functional.scaled_dot_product_attention`. bfloat16, lengths of 600; under 90 seconds.
+Decode: a CUDA graph of many launches over different slots, together larger than the second-level
+cache, as the layers of a model are. Prefill: 512 tokens of one row, beside
+`torch.nn.functional.scaled_dot_product_attention`. bfloat16, lengths of 600; under 90 seconds. The
+defaults' times are printed too.
 """
 
 import statistics
@@ -49,17 +51,20 @@ PREFILL = [
     for stages in (2, 3)
     if not (queries == 128 and keys == 128 and warps == 4)  # spills
 ]
-COLD_BYTES, MOST_BYTES, MOST_LAUNCHES = 150 << 20, 16 << 30, 300
-"""Bytes a graph's launches read together (an H100's cache holds 50 MB), bytes of states to allocate, launches in a graph."""
+COLD_BYTES, MAX_BYTES, MAX_LAUNCHES = 150 << 20, 16 << 30, 300
+"""Bytes that a graph's launches read together, bytes of states to allocate, launches in a graph.
+
+An H100's cache holds 50 MB.
+"""
 
 
-def microseconds(work: Callable[[], None], launches: int) -> float:
+def microseconds(launch: Callable[[], None], launches: int) -> float:
     """The median time of one launch, from replays of a CUDA graph of ``work``."""
-    work()  # compiles
+    launch()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
+        launch()
     graph.replay()
     times = []
     for _ in range(7):
@@ -97,8 +102,8 @@ class Decode:
             self.rows,
             self.spec.kv_heads * self.spec.dim * 4,
         )  # bytes of a position, keys and values
-        wanted = max(30, COLD_BYTES // (rows * LENGTH * width))
-        states = max(1, min(wanted, MOST_LAUNCHES, MOST_BYTES // (rows * self.capacity * width)))
+        num_states = max(30, COLD_BYTES // (rows * LENGTH * width))
+        states = max(1, min(num_states, MAX_LAUNCHES, MAX_BYTES // (rows * self.capacity * width)))
         self.launches = max(30, states)
         shape = (states * rows, spec.kv_heads, self.capacity, spec.dim)
         self.keys, self.values = (
@@ -124,19 +129,23 @@ class Decode:
         scratch = torch.empty(max(1, count), device="cuda")
         locks = torch.zeros(attention_locks(spec, rows), dtype=torch.int32, device="cuda")
 
-        def work() -> None:
+        def launch() -> None:
             for index in range(self.launches):
                 launch_decode(
-                    spec, blocks, self.query, self.key, self.value, self.stride, self.stride, self.stride, self.angles, self.angles,
-                    self.keys, self.values, self.capacity, self.slots[index % len(self.slots)], self.starts, self.out, scratch, locks,
-                    rows, self.pdl, settled=self.pdl,
+                    spec, blocks, self.query, self.key, self.value,
+                    self.stride, self.stride, self.stride, self.angles, self.angles,
+                    self.keys, self.values, self.capacity, self.slots[index % len(self.slots)],
+                    self.starts, self.out, scratch, locks, rows, self.pdl, settled=self.pdl,
                 )  # fmt: skip
 
-        return microseconds(work, self.launches)
+        return microseconds(launch, self.launches)
 
 
 def tune_decode(pdl: bool) -> None:
-    """Every shape, row count and capacity: the three best, the default, and the time that reading keys and values would take at 3 TB/s."""
+    """Every shape, row count and capacity: the three best and the default.
+
+    The ideal is the time to read keys and values at 3 TB/s.
+    """
     for heads, kv_heads, dim in SHAPES:
         spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, rotary=dim)
         default = decode_blocks(spec, 2)
@@ -147,9 +156,11 @@ def tune_decode(pdl: bool) -> None:
                 ideal = rows * LENGTH * kv_heads * dim * 4 / 3e6
                 best = sorted(times, key=lambda blocks: times[blocks])[:3]
                 print(
-                    f"decode {heads}/{kv_heads}x{dim} rows {rows} capacity {capacity}: default {times[default]:.2f} µs, read {ideal:.2f}; "
+                    f"decode {heads}/{kv_heads}x{dim} rows {rows} capacity {capacity}: "
+                    f"default {times[default]:.2f} µs, read {ideal:.2f}; "
                     + "; ".join(
-                        f"{times[b]:.2f} split {b.split} keys {b.keys} warps {b.warps} stages {b.stages}"
+                        f"{times[b]:.2f} split {b.split} keys {b.keys} warps {b.warps} "
+                        f"stages {b.stages}"
                         for b in best
                     ),
                     flush=True,
@@ -158,7 +169,7 @@ def tune_decode(pdl: bool) -> None:
 
 
 def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
-    """A prompt of 512 tokens: the best configurations, beside the append and PyTorch's attention."""
+    """A prompt of 512 tokens: the best blocks, beside the append and PyTorch's attention."""
     spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, rotary=dim)
     stride, launches = (heads + 2 * kv_heads) * dim, 30
     merged, angles = random(PROMPT, stride), torch.rand(PROMPT, dim, device="cuda")
@@ -174,17 +185,19 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
     def append() -> None:
         for slot in slots:
             launch_append(
-                spec, key, value, stride, stride, angles, angles, keys, values, 1024, slot, offsets, starts, PROMPT, 1, pdl
+                spec, key, value, stride, stride, angles, angles, keys, values,
+                1024, slot, offsets, starts, PROMPT, 1, pdl,
             )  # fmt: skip
 
     def prefill(blocks: PrefillBlocks) -> Callable[[], None]:
-        def work() -> None:
+        def launch() -> None:
             for slot in slots:
                 launch_prefill(
-                    spec, blocks, query, stride, angles, angles, keys, values, 1024, slot, offsets, starts, out, PROMPT, 1, pdl
+                    spec, blocks, query, stride, angles, angles, keys, values,
+                    1024, slot, offsets, starts, out, PROMPT, 1, pdl,
                 )  # fmt: skip
 
-        return work
+        return launch
 
     full = [random(1, count, PROMPT, dim) for count in (heads, kv_heads, kv_heads)]
     repeated = [full[0], *(x.repeat_interleave(heads // kv_heads, 1) for x in full[1:])]
@@ -192,20 +205,22 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
     def sdpa(inputs: list[Tensor]) -> Callable[[], None]:
         query, key, value = inputs
 
-        def work() -> None:
+        def launch() -> None:
             for _ in range(launches):
                 F.scaled_dot_product_attention(
                     query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
                 )
 
-        return work
+        return launch
 
     default = prefill_blocks(spec, 2, PROMPT)
     times = {blocks: microseconds(prefill(blocks), launches) for blocks in {*PREFILL, default}}
     best = sorted(times, key=lambda blocks: times[blocks])[:4]
     print(
-        f"prefill {heads}/{kv_heads}x{dim}, {PROMPT} tokens: default {times[default]:.2f} µs, append {microseconds(append, launches):.2f}, "
-        f"SDPA grouped {microseconds(sdpa(full), launches):.2f}, SDPA repeated {microseconds(sdpa(repeated), launches):.2f}; "
+        f"prefill {heads}/{kv_heads}x{dim}, {PROMPT} tokens: default {times[default]:.2f} µs, "
+        f"append {microseconds(append, launches):.2f}, "
+        f"SDPA grouped {microseconds(sdpa(full), launches):.2f}, "
+        f"SDPA repeated {microseconds(sdpa(repeated), launches):.2f}; "
         + "; ".join(
             f"{times[b]:.2f} queries {b.queries} keys {b.keys} warps {b.warps} stages {b.stages}"
             for b in best

@@ -1,11 +1,13 @@
 # ruff: noqa: B023  the functions are called before the loop goes on
-"""Block sizes of the linear kernels: times every layer of the benchmark shapes over a small grid, and cuBLAS beside it.
+"""Block sizes of the linear kernels: times every layer of the benchmark shapes, and cuBLAS.
 
-    for share in 0 1 2 3 4 5 6 7; do python -m benchmarks.linear_tune --compile-only --share $share/8 & done; wait
+    for share in 0 1 2 3 4 5 6 7; do
+        python -m benchmarks.linear_tune --compile-only --share $share/8 &
+    done; wait
     python -m benchmarks.linear_tune --seconds 60
 
-The first line fills Triton's cache on all cores; the second then only times. Each configuration is timed as a CUDA graph over enough
-copies of the weight that the L2 cache does not hold them.
+The loop fills Triton's cache on all cores; the last line then only times. Each configuration is
+timed as a CUDA graph over enough copies of the weight that the L2 cache does not hold them.
 """
 
 import argparse
@@ -85,16 +87,16 @@ def candidates(rows: int) -> list[Blocks]:
     return [*FEW, *SKINNY[8]] if rows <= 16 else list(SKINNY[64])
 
 
-def timed(work: Callable[[int], object]) -> float:
+def timed(launch: Callable[[int], object]) -> float:
     """Microseconds of one call, as a graph of `CALLS` calls."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        work(0)
+        launch(0)
     stream.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         for call in range(CALLS):
-            work(call)
+            launch(call)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
         graph.replay()
@@ -124,7 +126,7 @@ def main() -> None:
     rate = 1.0 if arguments.compile_only else bandwidth()
     index, count = map(int, arguments.share.split("/"))
     layers = {name: LAYERS[name] for name in arguments.layers.split(",")}
-    found = []
+    records = []
     for rows, (name, spec) in itertools.product(
         map(int, arguments.rows.split(",")), layers.items()
     ):
@@ -158,9 +160,18 @@ def main() -> None:
 
         def run(call: int, blocks: Blocks) -> None:
             linear(
-                spec, x=x, weight=weights[call % copies], bias=None, norm=norm if spec.norm else None,
-                residual=residual if spec.residual else None, out=out, workspace=0, tokens=rows, pdl=True, blocks=blocks,
-            )  # fmt: skip
+                spec,
+                x=x,
+                weight=weights[call % copies],
+                bias=None,
+                norm=norm if spec.norm else None,
+                residual=residual if spec.residual else None,
+                out=out,
+                workspace=0,
+                tokens=rows,
+                pdl=True,
+                blocks=blocks,
+            )
 
         for blocks in grid:
             if time.monotonic() > deadline:
@@ -182,11 +193,12 @@ def main() -> None:
         floor = spec.inputs * spec.outputs * 2 / rate * 1e6
         results.sort()
         print(
-            f"{name} rows {rows}: floor {floor:.1f} cuBLAS {cublas:.1f} (default {default or 'cuBLAS'}) |",
+            f"{name} rows {rows}: floor {floor:.1f} cuBLAS {cublas:.1f} "
+            f"(default {default or 'cuBLAS'}) |",
             *(f"{us:.1f} {blocks}" for us, blocks in results[:5]),
             flush=True,
         )
-        found.append(
+        records.append(
             {
                 "layer": name,
                 "rows": rows,
@@ -198,7 +210,7 @@ def main() -> None:
         )
     torch.cuda.synchronize()
     if not arguments.compile_only:
-        print(json.dumps(found))
+        print(json.dumps(records))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every result says of itself: when, by which command, of which code, on what machine, with which versions."""
+"""The head of every result: when, which command, code, machine and versions."""
 
 import importlib
 import importlib.metadata
@@ -57,7 +57,7 @@ def facts(what: str, program: str, arguments: list[str] | None = None) -> dict[s
 
 
 def anywhere(argument: str) -> str:
-    """An argument as it may be kept: of a path outside the project only the last part, for the rest is this machine's."""
+    """An argument without the folders of this machine: outside the project only the last part."""
     path = Path(argument)
     if not path.is_absolute():
         return argument
@@ -65,12 +65,15 @@ def anywhere(argument: str) -> str:
 
 
 def commit() -> str:
-    """Of the code that runs: ``$COMMIT``, else what git says, with ``+`` where files differ from it; ``unknown`` without either."""
+    """The commit of the code that runs: ``$COMMIT``, else git's.
+
+    A ``+`` marks files that differ from it; ``unknown`` without either.
+    """
     if named := os.environ.get("COMMIT"):
         return named
     try:
-        head = _said("git", "rev-parse", "--short", "HEAD")
-        changed = _said(
+        head = _output_of("git", "rev-parse", "--short", "HEAD")
+        changed = _output_of(
             "git",
             "status",
             "--porcelain",
@@ -85,23 +88,23 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its threads, and the first GPU as nvidia-smi describes it, with units; ``none`` where there is none."""
+    """The processor, its threads, and the first GPU as nvidia-smi describes it, with units."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.processor(),
     )
-    found: dict[str, Any] = {"processor": processor, "threads": os.cpu_count()}
+    result: dict[str, Any] = {"processor": processor, "threads": os.cpu_count()}
     try:
-        line = _said(
+        line = _output_of(
             "nvidia-smi",
             f"--query-gpu={','.join(_QUERY.values())}",
             "--format=csv,noheader",
             "--id=0",
         )
     except (OSError, subprocess.SubprocessError):
-        return found | {"GPU": "none"}
-    return found | dict(zip(_QUERY, (value.strip() for value in line.split(",")), strict=True))
+        return result | {"GPU": "none"}
+    return result | dict(zip(_QUERY, (value.strip() for value in line.split(",")), strict=True))
 
 
 def versions() -> dict[str, str]:
@@ -109,7 +112,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     return subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=30, cwd=ROOT
     ).stdout.strip()
@@ -120,7 +123,8 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
-    try:  # TensorRT's bindings may lie on the path under another distribution's name: the module itself knows
+    # TensorRT's bindings may be installed under another distribution's name: ask the module
+    try:
         return str(importlib.import_module(name.replace("-", "_")).__version__)
     except (ImportError, AttributeError):
         return "none"

@@ -1,7 +1,8 @@
-"""The same generations without a server: ``python -m benchmarks.generation.alone MODEL/1 ROWS[,ROWS…] PROMPT TOKENS``.
+"""The same generations without a server.
 
-Prints a line of JSON for each number of rows. All rows begin together, as a batch of the engine's own step function; a request is never
-parsed and nothing is sent.
+``python -m benchmarks.generation.alone MODEL/1 ROWS[,ROWS…] PROMPT TOKENS`` prints a line of JSON
+for each number of rows. All rows begin together, as a batch of the engine's own step function; no
+request is parsed and nothing is sent.
 """
 
 import json
@@ -27,22 +28,22 @@ def measured(instance: ModelInstance, rows: int, prompt: int, tokens: int) -> di
     seconds = busy = first = 0.0
     for _ in range(2):
         before, begin = busy_until_now(instance), time.perf_counter()
-        works = [
+        requests = [
             instance.admit(
                 Request(row + 1, True, True, {names[0]: torch.full((1, prompt), 5 + row)})
             )
             for row in range(rows)
         ]
-        while pending := [work for work in works if not work.finished]:
-            instance.step(pending)
+        while unfinished := [request for request in requests if not request.finished]:
+            instance.step(unfinished)
         first = time.perf_counter() - begin
-        said = [int(work.outputs[names[1]]) for work in works]
+        last_tokens = [int(request.outputs[names[1]]) for request in requests]
         for _ in range(tokens - 1):
-            for work, token in zip(works, said, strict=True):
-                work.feed(token)
-            said = instance.step(works)[names[1]].flatten().tolist()
-        for work in works:
-            instance.finish(work)
+            for request, token in zip(requests, last_tokens, strict=True):
+                request.feed(token)
+            last_tokens = instance.step(requests)[names[1]].flatten().tolist()
+        for request in requests:
+            instance.finish(request)
         seconds, busy = time.perf_counter() - begin, busy_until_now(instance) - before
     return {
         "seconds": seconds,

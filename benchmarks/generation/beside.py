@@ -1,6 +1,7 @@
-"""The same generations by transformers' ``generate`` with a static cache, as one batch: what a script without a server does.
+"""The same generations by transformers' ``generate`` with a static cache, as one batch.
 
-``python -m benchmarks.generation.beside SOURCE DTYPE DEVICE ROWS[,ROWS…] PROMPT TOKENS`` prints a line of JSON for each number of rows.
+This is what a script without a server does. ``python -m benchmarks.generation.beside SOURCE DTYPE
+DEVICE ROWS[,ROWS…] PROMPT TOKENS`` prints a line of JSON for each number of rows.
 """
 
 import json

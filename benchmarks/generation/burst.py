@@ -1,6 +1,7 @@
-"""Streams that all begin at one moment and generate a fixed number of times: one process of clients, as raw gRPC.
+"""Streams that begin at one moment and generate a fixed number of times: one client process.
 
-``python -m benchmarks.generation.burst JSON`` prints, for each generation, when it was sent and when how many tokens came.
+``python -m benchmarks.generation.burst JSON`` prints, for each generation, when it was sent, and
+when how many tokens arrived. It speaks raw gRPC.
 """
 
 import asyncio
@@ -42,17 +43,18 @@ class Burst:
 
 
 @dataclass
-class Heard:
-    """One generation: Unix times, in seconds; ``responses`` is when each came and how many tokens it had."""
+class TimedGeneration:
+    """One generation in Unix seconds; ``responses`` has the time and the tokens of each."""
 
     sent: float
     responses: list[tuple[float, int]]
 
 
-def request(burst: Burst, stream: int, turn: int) -> Any:
+def request(burst: Burst, stream: int, round_index: int) -> Any:
     """One generation, its slot freed when it finishes."""
     ids = np.array(
-        random.Random(f"{stream} {turn}").choices(range(burst.vocabulary), k=burst.prompt), np.int64
+        random.Random(f"{stream} {round_index}").choices(range(burst.vocabulary), k=burst.prompt),
+        np.int64,
     )
     message = pb.ModelInferRequest(model_name=burst.model)
     message.inputs.add(name="input_ids", datatype="INT64", shape=[1, len(ids)])
@@ -60,20 +62,20 @@ def request(burst: Burst, stream: int, turn: int) -> Any:
     message.outputs.add(name="tokens")
     message.parameters["max_tokens"].int64_param = burst.tokens
     message.parameters["ignore_eos"].bool_param = True
-    message.parameters["sequence_id"].string_param = f"burst {burst.begin} {stream} {turn}"
+    message.parameters["sequence_id"].string_param = f"burst {burst.begin} {stream} {round_index}"
     message.parameters["sequence_start"].bool_param = True
     message.parameters["sequence_end"].bool_param = True
     return message
 
 
-async def run(burst: Burst, stub: Any, stream: int) -> list[Heard]:
+async def run(burst: Burst, stub: Any, stream: int) -> list[TimedGeneration]:
     """The generations of one stream."""
-    found = []
+    generations = []
     call = stub.ModelStreamInfer()
-    messages = [request(burst, stream, turn) for turn in range(burst.rounds)]
+    messages = [request(burst, stream, round_index) for round_index in range(burst.rounds)]
     await asyncio.sleep(max(0.0, burst.begin - time.time()))
     for message in messages:
-        heard = Heard(time.time(), [])
+        generation = TimedGeneration(time.time(), [])
         await call.write(message)
         final = False
         while not final:
@@ -82,28 +84,33 @@ async def run(burst: Burst, stub: Any, stream: int) -> list[Heard]:
                 raise RuntimeError(
                     getattr(response, "error_message", "the server closed the stream")
                 )
-            answer = response.infer_response
-            heard.responses.append((time.time(), answer.outputs[0].shape[1]))
-            final = answer.parameters["triton_final_response"].bool_param
-        if sum(tokens for _, tokens in heard.responses) != burst.tokens:
+            infer_response = response.infer_response
+            generation.responses.append((time.time(), infer_response.outputs[0].shape[1]))
+            final = infer_response.parameters["triton_final_response"].bool_param
+        if sum(tokens for _, tokens in generation.responses) != burst.tokens:
             raise RuntimeError(
-                f"stream {stream} was sent {heard.responses}, which are not {burst.tokens} tokens"
+                f"stream {stream} received {generation.responses}; expected {burst.tokens} tokens"
             )
-        found.append(heard)
+        generations.append(generation)
     await call.done_writing()
-    return found
+    return generations
 
 
-async def main(burst: Burst) -> list[Heard]:
+async def main(burst: Burst) -> list[TimedGeneration]:
     """All streams of this process."""
     async with grpc.aio.insecure_channel(burst.url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         streams = range(burst.first, burst.first + burst.streams)
-        found = await asyncio.gather(*(run(burst, stub, stream) for stream in streams))
-    return [heard for stream in found for heard in stream]
+        generations = await asyncio.gather(*(run(burst, stub, stream) for stream in streams))
+    return [generation for stream in generations for generation in stream]
 
 
 if __name__ == "__main__":
     print(
-        json.dumps([asdict(heard) for heard in asyncio.run(main(Burst(**json.loads(sys.argv[1]))))])
+        json.dumps(
+            [
+                asdict(generation)
+                for generation in asyncio.run(main(Burst(**json.loads(sys.argv[1]))))
+            ]
+        )
     )

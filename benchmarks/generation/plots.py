@@ -1,6 +1,6 @@
-"""Plots of what ``python -m benchmarks.generate`` wrote: ``python -m benchmarks.generation.plots gpu_generate_135m.json``.
+"""Plots of what ``python -m benchmarks.generate`` wrote.
 
-Runs anywhere; needs matplotlib, no server.
+``python -m benchmarks.generation.plots gpu_generate_135m.json`` needs matplotlib, but no server.
 """
 
 import argparse
@@ -32,18 +32,18 @@ PANELS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
 def draw_panel(
     axes: Axes, lines: list[dict[str, Any]], where: tuple[str, ...], divisor: float
 ) -> None:
-    """A line for each side that was measured; of times the median, and the 99th percentile dashed."""
+    """A line for each side that was measured; for times the median, and p99 dashed."""
     for side, (label, colour) in SIDES.items():
         for level, style in (("p50", "-"), ("p99", "--")) if divisor > 1 else (("", "-"),):
             place = (side, *where, level) if level else (side, *where)
-            found = [
+            points = [
                 (line["streams"], seen / divisor)
                 for line in lines
                 if (seen := value(line, place)) is not None
             ]
-            if found:
+            if points:
                 axes.plot(
-                    *zip(*found, strict=True),
+                    *zip(*points, strict=True),
                     "o" + style,
                     color=colour,
                     label=f"{label}, {level}" if level else label,

@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu.accuracy --out build/gpu [--alias plugin]
 
-For each prompt: 64 greedy tokens of the float32 reference. The engine is run free, and teacher-forced on the reference's tokens. A
-teacher-forced token may differ only where the reference's top-two gap is below the error of PyTorch's own bfloat16 logits at that place,
-the largest absolute difference from the float32 logits. The same with eight ragged rows in each step, prompts split at random places,
-and foreign slots full of NaN. States may not move and foreign bytes may not change.
+For each prompt: 64 greedy tokens of the float32 reference. The engine runs free, and teacher-forced
+on the reference's tokens. A teacher-forced token may differ only where the reference's top-two gap
+is below the error of PyTorch's own bfloat16 logits at that place, the largest absolute difference
+from the float32 logits. The same with eight ragged rows in each step, prompts split at random
+places, and foreign slots full of NaN. States may not move and foreign bytes may not change.
 """
 
 import argparse
@@ -36,12 +37,15 @@ from benchmarks.record import facts
 PROMPTS = (
     "Gravity is",
     "The capital of France is Paris, and the capital of Italy is",
-    "Once upon a time, in a village by the sea, there lived an old fisherman who owned nothing but a boat and",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who owned nothing "
+    "but a boat and",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "A key-value cache stores the keys and values of every token that a decoder has seen, so that a step computes only what is new. "
-    "Without one, each step would have to run the whole model over the whole text again, which costs time that grows with its length. "
-    "The price is memory: for every sequence, every layer keeps two rows for every token, and a server that holds many conversations "
-    "at once spends most of its memory on caches rather than on weights. The engineering question is therefore how to",
+    "A key-value cache stores the keys and values of every token that a decoder has seen, so that "
+    "a step computes only what is new. Without one, each step would have to run the whole model "
+    "over the whole text again, which costs time that grows with its length. The price is memory: "
+    "for every sequence, every layer keeps two rows for every token, and a server that holds many "
+    "conversations at once spends most of its memory on caches rather than on weights. The "
+    "engineering question is therefore how to",
 )
 TOKENS = 64
 ROWS, SLOTS, CHUNK = 8, 12, 32
@@ -49,14 +53,16 @@ ROWS, SLOTS, CHUNK = 8, 12, 32
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers says after a prompt.
+    """What transformers generates after a prompt.
 
     Attributes:
         prompt: token ids.
         tokens: the float32 model's greedy tokens.
-        gaps: for each of them, its logit less that of the runner-up.
-        errors: for each of them, the largest absolute difference of the bfloat16 model's logits from the float32 model's.
-        eager_half: how many of the bfloat16 model's teacher-forced tokens are those of the float32 model.
+        gaps: for each of them, its logit minus that of the runner-up.
+        errors: for each of them, the largest absolute difference of the bfloat16 model's logits
+            from the float32 model's.
+        eager_half: how many of the bfloat16 model's teacher-forced tokens are those of the float32
+            model.
     """
 
     prompt: list[int]
@@ -74,7 +80,8 @@ class Outcome:
         prompt_tokens: length of the prompt.
         free_equal: tokens of the free run up to the first that differs.
         forced_equal: teacher-forced tokens equal to the reference's.
-        excused: teacher-forced tokens that differ where the reference's gap is below bfloat16's own error.
+        excused: teacher-forced tokens that differ where the reference's gap is below bfloat16's own
+            error.
         unexcused: those that differ elsewhere.
         pytorch_half_equal: the same count for PyTorch in bfloat16.
     """
@@ -101,7 +108,11 @@ class Stages:
 
 
 def halved(full: PreTrainedModel) -> PreTrainedModel:
-    """A copy with bfloat16 parameters. Buffers stay float32, as when transformers loads in bfloat16: the rotary frequencies are such."""
+    """A copy with bfloat16 parameters.
+
+    Buffers stay float32, as when transformers loads in bfloat16: the rotary frequencies are
+    buffers.
+    """
     half = copy.deepcopy(full)
     for parameter in half.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -113,16 +124,17 @@ def references(
 ) -> list[Reference]:
     """Greedy tokens of the float32 model, and how close each decision was.
 
-    All prompts are continued in one padded batch. Where the logits of a prompt alone do not confirm its tokens, it is continued alone.
+    All prompts are continued in one padded batch. A prompt whose logits alone do not confirm its
+    tokens is continued alone.
     """
     with torch.inference_mode():
-        said = _continued(full, prompts)
+        continuations = _continued(full, prompts)
         for row, prompt in enumerate(prompts):
-            if _logits(full, prompt, said[row]).argmax(-1).tolist() != said[row]:
-                said[row] = _continued(full, [prompt])[0]
+            if _logits(full, prompt, continuations[row]).argmax(-1).tolist() != continuations[row]:
+                continuations[row] = _continued(full, [prompt])[0]
         return [
             _reference(full, half, prompt, tokens)
-            for prompt, tokens in zip(prompts, said, strict=True)
+            for prompt, tokens in zip(prompts, continuations, strict=True)
         ]
 
 
@@ -180,90 +192,99 @@ class Runner:
         self.instance = instance
 
     def step(self, parts: dict[int, list[int]], start: bool = False) -> dict[int, int]:
-        """Feed each sequence its tokens, in common steps; what each says next."""
-        works = {
+        """Feed each sequence its tokens, in common steps; returns the next token of each."""
+        requests = {
             sequence: self.instance.admit(
                 Request(sequence, start, False, {"input_ids": torch.tensor([ids])})
             )
             for sequence, ids in parts.items()
         }
-        while pending := [work for work in works.values() if not work.finished]:
-            self.instance.step(pending[:ROWS])
-        for work in works.values():
-            if work.error is not None:
-                raise work.error
-            self.instance.finish(work)
-        return {sequence: int(work.outputs["next_token"]) for sequence, work in works.items()}
+        while unfinished := [request for request in requests.values() if not request.finished]:
+            self.instance.step(unfinished[:ROWS])
+        for request in requests.values():
+            if request.error is not None:
+                raise request.error
+            self.instance.finish(request)
+        return {
+            sequence: int(request.outputs["next_token"]) for sequence, request in requests.items()
+        }
 
 
 def prompts_in_parts(
     prompts: dict[int, list[int]], runner: Runner, rng: random.Random | None
 ) -> dict[int, int]:
-    """Start the sequences with their prompts: whole, or cut at random places, so that rows of different lengths share steps."""
+    """Start the sequences with their prompts: whole, or cut at random places.
+
+    Cut prompts put rows of different lengths into one step.
+    """
     left = {sequence: list(ids) for sequence, ids in prompts.items()}
-    said: dict[int, int] = {}
+    tokens: dict[int, int] = {}
     first = True
     while left:
         parts = {}
         for sequence, ids in left.items():
             cut = len(ids) if rng is None else rng.randint(1, len(ids))
             parts[sequence] = ids[:cut]
-        said |= runner.step(parts, start=first)
+        tokens |= runner.step(parts, start=first)
         left = {
             sequence: ids[len(parts[sequence]) :]
             for sequence, ids in left.items()
             if ids[len(parts[sequence]) :]
         }
         first = False
-    return said
+    return tokens
 
 
 def run(
     runner: Runner, references: dict[int, Reference], forced: bool, rng: random.Random | None
 ) -> dict[int, list[int]]:
-    """All sequences together; teacher-forced, each is fed the reference's tokens whatever it says."""
-    said = {
+    """All sequences together; teacher-forced, each is fed the reference's tokens."""
+    tokens = {
         sequence: [token]
         for sequence, token in prompts_in_parts(
             {s: r.prompt for s, r in references.items()}, runner, rng
         ).items()
     }
     for place in range(TOKENS - 1):
-        feed = {s: [r.tokens[place] if forced else said[s][-1]] for s, r in references.items()}
+        feed = {s: [r.tokens[place] if forced else tokens[s][-1]] for s, r in references.items()}
         for sequence, token in runner.step(feed).items():
-            said[sequence].append(token)
-    return said
+            tokens[sequence].append(token)
+    return tokens
 
 
-def outcome(wanted: Reference, free: list[int], forced: list[int]) -> Outcome:
+def outcome(reference: Reference, free: list[int], forced: list[int]) -> Outcome:
     """Count what is equal, excused and not."""
     equal = next(
-        (i for i, (a, b) in enumerate(zip(free, wanted.tokens, strict=True)) if a != b), TOKENS
+        (i for i, (a, b) in enumerate(zip(free, reference.tokens, strict=True)) if a != b), TOKENS
     )
-    different = [i for i in range(TOKENS) if forced[i] != wanted.tokens[i]]
-    excused = sum(wanted.gaps[i] < wanted.errors[i] for i in different)
+    different = [i for i in range(TOKENS) if forced[i] != reference.tokens[i]]
+    excused = sum(reference.gaps[i] < reference.errors[i] for i in different)
     return Outcome(
-        len(wanted.prompt),
+        len(reference.prompt),
         equal,
         TOKENS - len(different),
         excused,
         len(different) - excused,
-        wanted.eager_half,
+        reference.eager_half,
     )
 
 
 def compare(runner: Runner, references: list[Reference]) -> tuple[list[Outcome], list[Outcome]]:
-    """Each prompt alone; then eight ragged rows, some prompts twice, in slots that held something else before."""
+    """Each prompt alone; then eight ragged rows, some prompts twice, in slots used before."""
     alone = []
-    for number, wanted in enumerate(references, 1):
-        free, forced = (run(runner, {number: wanted}, mode, None)[number] for mode in (False, True))
-        alone.append(outcome(wanted, free, forced))
+    for number, reference in enumerate(references, 1):
+        free, forced = (
+            run(runner, {number: reference}, mode, None)[number] for mode in (False, True)
+        )
+        alone.append(outcome(reference, free, forced))
     together = {100 + row: references[row % len(references)] for row in range(ROWS)}
     for sequence in list(range(1, len(references) + 1)):
         runner.instance.table.end(runner.instance.table.find(sequence))
     free_all = run(runner, together, False, random.Random(0))
     forced_all = run(runner, together, True, random.Random(1))
-    return alone, [outcome(wanted, free_all[s], forced_all[s]) for s, wanted in together.items()]
+    return alone, [
+        outcome(reference, free_all[s], forced_all[s]) for s, reference in together.items()
+    ]
 
 
 def poison(arena: Arena) -> dict[str, Tensor]:
@@ -274,7 +295,10 @@ def poison(arena: Arena) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Build, run, compare, write ``accuracy.json``; status 1 if a token differs that may not, or memory that may not."""
+    """Build, run, compare, write ``accuracy.json``.
+
+    Returns status 1 if a token differs that may not, or memory changes that may not.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--alias", choices=("plugin", "copy"), default="plugin")
@@ -304,14 +328,14 @@ def main() -> None:
         capture = capture_decoder(half, decoder_options(options))
         manifest = write_engine(capture, model, options, stage, prepare=lambda: half.to("cuda"))
         stage("continue the prompts with transformers")
-        wanted = references(
+        expected = references(
             full.to("cuda"), half, [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
         )
         stage("continue them with the engine")
         instance = ModelInstance.open(model / MODEL_VERSION, idle_timeout=float("inf"))
         arena = instance.arena
         foreign, addresses = poison(arena), arena.addresses()
-        alone, together = compare(Runner(instance), wanted)
+        alone, together = compare(Runner(instance), expected)
         moved = arena.addresses() != addresses
         changed = [
             name
@@ -329,15 +353,15 @@ def main() -> None:
         "reference": "transformers, float32",
         "verified_error": manifest.built_with["verified_error"],
         "tokens": TOKENS,
-        "alone": [asdict(found) for found in alone],
-        "eight_ragged_rows": [asdict(found) for found in together],
+        "alone": [asdict(each) for each in alone],
+        "eight_ragged_rows": [asdict(each) for each in together],
         "states_moved": moved and arguments.alias != "copy",
         "foreign_states_changed": changed,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if result["states_moved"] or changed or any(found.unexcused for found in (*alone, *together)):
+    if result["states_moved"] or changed or any(each.unexcused for each in (*alone, *together)):
         raise SystemExit(1)
 
 

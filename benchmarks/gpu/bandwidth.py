@@ -12,19 +12,21 @@ COPIED = 4 << 30
 
 
 def bandwidth() -> float:
-    """Bytes a second of a device-to-device copy, reads and writes counted: the best of ten copies of 4 GB. In a process of its own.
+    """Bytes a second of a device-to-device copy, reads and writes counted.
+
+    The best of ten copies of 4 GB, measured in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: there is no GPU.
     """
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.bandwidth"],
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
     ).stdout
-    return float(said.split()[-1])
+    return float(output.split()[-1])
 
 
 def main() -> None:

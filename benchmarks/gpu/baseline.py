@@ -1,6 +1,9 @@
-"""Step times of transformers' Llama with its static cache: the peers of our engines. One case a process, one JSON line.
+"""Step times of transformers' Llama with its static cache, for comparison with our engines.
 
-python -m benchmarks.gpu.baseline --shape 1b --rows 8 --capacity 4096 --length 600 --engine torch_compile
+    python -m benchmarks.gpu.baseline --shape 1b --rows 8 --capacity 4096 --length 600 \
+        --engine torch_compile
+
+One case a process, one line of JSON.
 """
 
 import argparse
@@ -32,17 +35,19 @@ CAUSAL = "sdpa_causal"
 
 
 class Decoder:
-    """A decode step of `rows` sequences that hold `length` positions each; the next token replaces the one it came from.
+    """A decode step of `rows` sequences with `length` cached positions each.
 
-    Everything a step writes (the token, the caches, their lengths) has an address that never changes and is marked so: a captured
-    step needs no copy in or out. The caches are filled with normal values.
+    The next token replaces the one before. Everything a step writes (the token, the caches, their
+    lengths) has a fixed address and is marked so: a captured step needs no copy in or out. The
+    caches are filled with normal values.
     """
 
     def __init__(self, model: LlamaForCausalLM, rows: int, capacity: int, length: int) -> None:
-        """Raises ValueError where the caches have no room for the steps between two calls of `rewind`."""
+        """Raises ValueError if the caches have no room for the steps between two `rewind`s."""
         if length + STEPS > capacity:
             raise ValueError(
-                f"{STEPS} steps from length {length} do not fit a capacity of {capacity}; give a shorter length"
+                f"{STEPS} steps from length {length} do not fit a capacity of {capacity}; "
+                "give a shorter length"
             )
         self.model, self.length = model, length
         self.cache = static_cache(model, rows, capacity)
@@ -67,14 +72,15 @@ class Decoder:
 
 
 class Prefill:
-    """The first tokens of one sequence. Attention is causal without a mask, so that SDPA takes its fastest kernel."""
+    """The first tokens of one sequence. Attention is causal without a mask, SDPA's fastest case."""
 
     def __init__(self, model: LlamaForCausalLM, capacity: int, tokens: int) -> None:
         """Raises ValueError where the prompt is longer than the cache."""
         if tokens > capacity:
             raise ValueError(f"a prompt of {tokens} tokens does not fit a capacity of {capacity}")
-        # transformers makes no mask for an attention function it has none registered for; SDPA is then called with is_causal. With a
-        # mask it would attend over the whole capacity, on a slower kernel.
+        # transformers makes a mask only for attention functions that have one registered; without
+        # it SDPA is called with is_causal. With a mask it would attend over the whole capacity, on
+        # a slower kernel.
         AttentionInterface.register(CAUSAL, sdpa_attention_forward)
         model.set_attn_implementation(CAUSAL)
         self.model = model
@@ -85,7 +91,7 @@ class Prefill:
             torch._dynamo.mark_static_address(tensor)
 
     def step(self) -> None:
-        """Fill the empty cache with the prompt, and say the next token."""
+        """Fill the empty cache with the prompt, and return the next token."""
         for layer in self.cache.layers:
             layer.cumulative_length.zero_()
         logits = self.model(
@@ -122,7 +128,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 def microseconds(
     step: Callable[[], None], rewind: Callable[[], None], steps: int = STEPS, repeats: int = REPEATS
 ) -> list[float]:
-    """Microseconds a step, once each repeat, from CUDA events around ``steps`` of them; ``rewind`` is not timed."""
+    """Microseconds a step, once each repeat, by CUDA events; ``rewind`` is not timed."""
     times = []
     for _ in range(repeats):
         rewind()
@@ -152,10 +158,10 @@ class Prepared:
     skipped: int
 
 
-def prepared(work: Decoder | Prefill, engine: str) -> Prepared:
-    """Compile or capture the step as ``engine`` says, and run it until nothing is left to compile."""
+def prepared(decode: Decoder | Prefill, engine: str) -> Prepared:
+    """Compile or capture the step for this engine, and run it until all is compiled."""
     before = time.perf_counter()
-    step = work.step
+    step = decode.step
     if engine in ("torch_compile", "torch_compile_tuned"):
         # also lets the compiler turn products with one row into reductions that it can tune
         inductor.coordinate_descent_tuning = engine == "torch_compile_tuned"
@@ -166,7 +172,7 @@ def prepared(work: Decoder | Prefill, engine: str) -> Prepared:
         step()
     if engine == "torch_graph":
         step = captured(step)
-    work.rewind()
+    decode.rewind()
     torch.cuda.synchronize()
     return Prepared(step, time.perf_counter() - before, counters["inductor"]["cudagraph_skips"])
 
@@ -175,16 +181,16 @@ def measured(what: Measurement, engine: str) -> Measurement:
     """``what`` with its times filled in."""
     model = random_model(what.shape, torch.bfloat16, "cuda")
     torch.manual_seed(0)
-    work = (
+    decode = (
         Decoder(model, what.rows, what.capacity, what.length)
         if what.kind == "decode"
         else Prefill(model, what.capacity, what.tokens)
     )
-    ready = prepared(work, engine)
+    ready = prepared(decode, engine)
     steps = STEPS // 5 if engine == "hf_static" else STEPS  # 20 to 40 ms each
-    times, notes = microseconds(ready.step, work.rewind, steps), []
+    times, notes = microseconds(ready.step, decode.rewind, steps), []
     if engine == "prefill_compile":
-        replays = microseconds(captured(ready.step), work.rewind)
+        replays = microseconds(captured(ready.step), decode.rewind)
         called, replayed = statistics.median(times), statistics.median(replays)
         notes.append(
             f"called {called:.0f} µs, replayed as a CUDA graph {replayed:.0f} µs; the faster counts"
@@ -208,16 +214,16 @@ def measured(what: Measurement, engine: str) -> Measurement:
 
 
 def described(shape: str, rows: int, capacity: int, length: int, engine: str) -> Measurement:
-    """What a run of these arguments will measure, not measured yet. For a prefill, ``length`` is the prompt's."""
+    """The measurement of these arguments, without a time. A prefill's length is its prompt's."""
     prefill = engine == "prefill_compile"
-    held, tokens = (0, length) if prefill else (length, rows)
-    positions = rows * held + tokens
+    cached, tokens = (0, length) if prefill else (length, rows)
+    positions = rows * cached + tokens
     return Measurement(
         engine=ENGINES[engine],
         shape=shape,
         rows=rows,
         capacity=capacity,
-        length=held,
+        length=cached,
         tokens=tokens,
         kind="prefill" if prefill else "decode",
         weight_bytes=weight_bytes(shape),

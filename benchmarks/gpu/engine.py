@@ -1,6 +1,9 @@
-"""Step times of our TensorRT engines: one capacity and mechanism a process, one JSON line for each step.
+"""Step times of our TensorRT engines.
 
-python -m benchmarks.gpu.engine --shape 1b --alias plugin --capacity 1024 --cases 1x600,8x600,64x600 --prefill 512
+    python -m benchmarks.gpu.engine --shape 1b --alias plugin --capacity 1024 \
+        --cases 1x600,8x600,64x600 --prefill 512
+
+One capacity and mechanism a process, one line of JSON for each step.
 """
 
 import argparse
@@ -55,9 +58,12 @@ def main() -> None:
     parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
     cases = [tuple(map(int, case.split("x"))) for case in arguments.cases.split(",")]
-    most = max(rows for rows, _ in cases)
+    max_rows = max(rows for rows, _ in cases)
     with tempfile.TemporaryDirectory() as folder:
-        kept = f"{arguments.shape}-{arguments.alias}-c{arguments.capacity}-b{most}-p{arguments.prefill}"
+        kept = (
+            f"{arguments.shape}-{arguments.alias}-c{arguments.capacity}-b{max_rows}"
+            f"-p{arguments.prefill}"
+        )
         place = arguments.engines / kept if arguments.engines is not None else Path(folder)
         before = time.perf_counter()
         if not (place / "model").exists():
@@ -66,7 +72,7 @@ def main() -> None:
                 place,
                 arguments.shape,
                 arguments.alias,
-                most,
+                max_rows,
                 arguments.capacity,
                 max(arguments.prefill, 1),
             )
@@ -84,7 +90,10 @@ def main() -> None:
 def build(
     folder: Path, shape: str, alias: AliasKind, rows: int, capacity: int, chunk: int
 ) -> Manifest:
-    """Build a randomly weighted model of this shape for so many rows, each with a slot, verified against transformers on the GPU."""
+    """Build a randomly weighted model of this shape, a slot for each row.
+
+    It is verified against transformers on the GPU.
+    """
     model = random_model(shape, torch.bfloat16, "cpu")
     options = BuildOptions(
         dtype=Dtype.BFLOAT16,
@@ -129,7 +138,7 @@ def report(
     cached = sum(length + count for length, count in zip(lengths, tokens, strict=True))
     position = sum(state.slot_bytes for state in manifest.states) // arguments.capacity
     weights = engine.memory["weights"] + int(manifest.built_with["weights_in_plan_bytes"])
-    found = Measurement(
+    measurement = Measurement(
         engine=f"inplace-{arguments.alias}",
         shape=arguments.shape,
         rows=len(lengths),
@@ -145,7 +154,7 @@ def report(
         memory=engine.memory | {"arena": arena.bytes},
         build_s=built,
     )
-    print(json.dumps(found.record()), flush=True)
+    print(json.dumps(measurement.record()), flush=True)
 
 
 def step_inputs(
@@ -153,13 +162,13 @@ def step_inputs(
 ) -> dict[str, torch.Tensor]:
     """The inputs of a step of sequences that hold so many positions and bring so many tokens."""
     instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
-    works: list[ActiveRequest] = []
+    requests: list[ActiveRequest] = []
     for row, (length, count) in enumerate(zip(lengths, tokens, strict=True)):
         ids = torch.randint(0, 1000, (1, count))
-        work = instance.admit(Request(row + 1, start=True, end=False, inputs={"input_ids": ids}))
-        work.sequence.length = length
-        works.append(work)
-    return form_batch(manifest.program("step"), works).inputs
+        request = instance.admit(Request(row + 1, start=True, end=False, inputs={"input_ids": ids}))
+        request.sequence.length = length
+        requests.append(request)
+    return form_batch(manifest.program("step"), requests).inputs
 
 
 if __name__ == "__main__":

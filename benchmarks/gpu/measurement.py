@@ -55,15 +55,17 @@ class Measurement:
         """Raises ValueError unless there is exactly one of a positive, finite time and an error."""
         if self.kind not in KINDS:
             raise ValueError(
-                f"a measurement of {self.engine} has kind {self.kind!r}; expected one of {', '.join(KINDS)}"
+                f"a measurement of {self.engine} has kind {self.kind!r}; "
+                f"expected one of {', '.join(KINDS)}"
             )
         if (self.us is None) == (self.error is None):
             raise ValueError(
-                f"a measurement of {self.engine} needs either 'us' or 'error', got us={self.us} and error={self.error!r}"
+                f"a measurement of {self.engine} needs either 'us' or 'error', "
+                f"got us={self.us} and error={self.error!r}"
             )
         if self.us is not None and not (math.isfinite(self.us) and self.us > 0):
             raise ValueError(
-                f"a measurement of {self.engine} says {self.us} µs a step, which is no time"
+                f"a measurement of {self.engine} has {self.us} µs a step; expected a time above 0"
             )
 
     @classmethod
@@ -90,17 +92,17 @@ class Measurement:
 
 
 def measurements_in(output: str) -> list[Measurement]:
-    """The measurements in what a process printed; lines that are no JSON object with an ``engine`` are passed over.
+    """The measurements in what a process printed; other lines are skipped.
 
     Raises:
-        ValueError: such an object is no measurement.
+        ValueError: a JSON object with an ``engine`` is not a measurement.
     """
-    found = []
+    measurements = []
     for line in output.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict) and "engine" in record:
-            found.append(Measurement.of(record))
-    return found
+            measurements.append(Measurement.of(record))
+    return measurements

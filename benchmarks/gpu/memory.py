@@ -1,9 +1,10 @@
-"""Device memory of a loaded engine against what it says it needs, and over many steps.
+"""Device memory of a loaded engine against what it reports, and over many steps.
 
-    python -m benchmarks.gpu.memory --out build/gpu [--shape 135m] [--rows 64] [--capacity 1024] [--steps 10000]
+    python -m benchmarks.gpu.memory --out build/gpu [--shape 135m] [--rows 64] \
+        [--capacity 1024] [--steps 10000]
 
-The engine is built in one process and loaded in another, whose device memory is read from the driver. A bare CUDA context, with the same
-libraries loaded, is taken off.
+The engine is built in one process and loaded in another, whose device memory the driver reports. A
+bare CUDA context, with the same libraries loaded, is subtracted.
 """
 
 import argparse
@@ -81,12 +82,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.engine is not None:
-        found = measure(arguments.engine, arguments.rows, arguments.steps)
+        result = measure(arguments.engine, arguments.rows, arguments.steps)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"memory_{arguments.shape}.json").write_text(
-            json.dumps(found, indent=1) + "\n"
+            json.dumps(result, indent=1) + "\n"
         )
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
         return
     with tempfile.TemporaryDirectory() as folder:
         options = [

@@ -1,4 +1,4 @@
-"""Which processes the GPU benchmark starts, in what order, and what each of them is expected to print."""
+"""The processes of the GPU benchmark, in order, and what each is expected to print."""
 
 import sys
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Child:
 
 
 def plan() -> list[Child]:
-    """Our engines, then the peers of every case, then what is only nice to have: tuned peers where a step has one row."""
+    """Our engines, then the comparison of each case, then tuned ones where a step has one row."""
     return [
         *_ours("plugin", (*CASES, *LENGTHS)),
         *(_peer(case, "torch_compile") for case in CASES),
@@ -60,9 +60,13 @@ def plan() -> list[Child]:
 
 
 def _ours(alias: str, all_cases: Sequence[Case]) -> list[Child]:
-    """One process each shape and capacity, every step of them in it; the plugin engine of one of them also times the prefill."""
+    """One process for each shape and capacity, with all of its steps.
+
+    The plugin engine of one of them also times the prefill.
+    """
     groups: dict[tuple[str, int, int], list[Case]] = {}
-    for case in all_cases:  # a copying engine runs all its slots in every step, so each number of rows is an engine of its own
+    for case in all_cases:
+        # an engine of the kind copy steps all of its slots, so each number of rows is one engine
         groups.setdefault(
             (case.shape, case.capacity, case.rows if alias == "copy" else 0), []
         ).append(case)

@@ -1,6 +1,6 @@
-"""Plots of a ``gpu_decode.json``: the cases side by side, and step time against capacity, length and rows where the file holds them.
+"""Plots of a ``gpu_decode.json``: the cases, and step time by capacity, length and rows.
 
-python -m benchmarks.gpu.plots benchmarks/results/gpu_decode.json
+    python -m benchmarks.gpu.plots benchmarks/results/gpu_decode.json
 
 Runs anywhere; needs matplotlib, no GPU.
 """
@@ -67,19 +67,26 @@ class Panel:
     @property
     def points(self) -> list[Measurement]:
         """The measurements of all engines."""
-        return [found for line in self.lines.values() for found in line]
+        return [measurement for line in self.lines.values() for measurement in line]
 
 
 def panels(measurements: Sequence[Measurement], axis: Axis) -> list[Panel]:
-    """The decode measurements that differ in nothing but this axis, where one engine has at least two of them."""
+    """Decode measurements that differ only along this axis, at least two of one engine."""
     others = [other.field for other in AXES if other is not axis]
     groups: dict[tuple[str, ...], dict[str, dict[int, Measurement]]] = {}
-    for found in measurements:
-        if found.kind == "decode" and found.us is not None and found.engine in ENGINES:
-            key = (found.shape, *(f"{other} {getattr(found, other)}" for other in others))
-            groups.setdefault(key, {}).setdefault(found.engine, {})[getattr(found, axis.field)] = (
-                found
+    for measurement in measurements:
+        if (
+            measurement.kind == "decode"
+            and measurement.us is not None
+            and measurement.engine in ENGINES
+        ):
+            key = (
+                measurement.shape,
+                *(f"{other} {getattr(measurement, other)}" for other in others),
             )
+            groups.setdefault(key, {}).setdefault(measurement.engine, {})[
+                getattr(measurement, axis.field)
+            ] = measurement
     made = []
     for key, engines in groups.items():
         if max(map(len, engines.values())) > 1:
@@ -96,8 +103,8 @@ def draw_panel(axes: Axes, panel: Panel, axis: Axis, bandwidth: float) -> None:
     """A line an engine, the floor, microseconds from zero."""
     for engine, line in panel.lines.items():
         at, times = (
-            [getattr(found, axis.field) for found in line],
-            [found.us or 0.0 for found in line],
+            [getattr(measurement, axis.field) for measurement in line],
+            [measurement.us or 0.0 for measurement in line],
         )
         axes.plot(
             at,
@@ -108,10 +115,10 @@ def draw_panel(axes: Axes, panel: Panel, axis: Axis, bandwidth: float) -> None:
             linewidth=2.2 if engine == OURS else 1.4,
         )
     floors = {
-        getattr(found, axis.field): floor_us(
-            found.shape, found.rows * (found.length + 1), bandwidth
+        getattr(measurement, axis.field): floor_us(
+            measurement.shape, measurement.rows * (measurement.length + 1), bandwidth
         )
-        for found in panel.points
+        for measurement in panel.points
     }
     axes.plot(
         sorted(floors),
@@ -132,9 +139,11 @@ def draw_panel(axes: Axes, panel: Panel, axis: Axis, bandwidth: float) -> None:
 
 
 def draw_cases(results: Results, bandwidth: float) -> Figure | None:
-    """Bars of every case and engine with the floor across, each case on its own scale; None where no case is measured."""
+    """Bars of every case and engine, each case on its own scale; None if none is measured."""
     cases = [
-        case for case in CASES if any(found.us is not None for found in results.at(case).values())
+        case
+        for case in CASES
+        if any(measurement.us is not None for measurement in results.at(case).values())
     ]
     engines = [engine for engine in ENGINES if any(engine in results.at(case) for case in cases)]
     if not cases:
@@ -144,9 +153,10 @@ def draw_cases(results: Results, bandwidth: float) -> Figure | None:
     )
     for axes, case in zip(grid[0], cases, strict=True):
         times = {
-            engine: found.us
+            engine: measurement.us
             for engine in engines
-            if (found := results.at(case).get(engine)) is not None and found.us is not None
+            if (measurement := results.at(case).get(engine)) is not None
+            and measurement.us is not None
         }
         bars = axes.bar(
             [engines.index(engine) for engine in times],
@@ -173,7 +183,10 @@ def draw_cases(results: Results, bandwidth: float) -> Figure | None:
 
 
 def draw(measurements: Sequence[Measurement], bandwidth: float, folder: Path) -> list[Path]:
-    """Write a PNG of the cases and one each axis that has something to show, floors at so many bytes a second; returns the files."""
+    """Write a PNG of the cases and one for each axis with measurements; returns the files.
+
+    Floors are drawn for ``bandwidth`` bytes a second.
+    """
     written = []
     if (figure := draw_cases(Results.of(measurements), bandwidth)) is not None:
         written.append(_saved(figure, folder / "gpu_cases.png"))
@@ -203,8 +216,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     record = json.loads(given.json.read_text())
-    found = [Measurement.of(one) for one in record["measurements"]]
-    for path in draw(found, record["bandwidth"], given.out or given.json.parent):
+    measurements = [Measurement.of(one) for one in record["measurements"]]
+    for path in draw(measurements, record["bandwidth"], given.out or given.json.parent):
         print(path)
 
 

@@ -1,6 +1,9 @@
 """Where a decode step's time goes: kernels of replayed steps, by name, with PyTorch's profiler.
 
-python -m benchmarks.gpu.profile --out build/gpu [--shape 135m] [--rows 1] [--capacity 1024] [--length 600]
+    python -m benchmarks.gpu.profile --out build/gpu [--shape 135m] [--rows 1] \
+        [--capacity 1024] [--length 600]
+
+Prints the largest kernels and writes all of them to the folder ``--out``.
 """
 
 import argparse
@@ -37,30 +40,31 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for rows in counts:
             inputs = step_inputs(manifest, engine, arena, [arguments.length] * rows, [1] * rows)
-            found = facts(
+            result = facts(
                 "kernels of one decode step, bfloat16, by PyTorch's profiler",
                 "python -m benchmarks.gpu.profile",
             )
-            found |= profiled(engine, arena, inputs) | {
+            result |= profiled(engine, arena, inputs) | {
                 "shape": arguments.shape,
                 "rows": rows,
                 "capacity": arguments.capacity,
                 "length": arguments.length,
             }
             (arguments.out / f"profile_{arguments.shape}_b{rows}.json").write_text(
-                json.dumps(found, indent=1) + "\n"
+                json.dumps(result, indent=1) + "\n"
             )
             print(
-                f"{arguments.shape} B{rows}: {found['step_us']:.0f} us a step, kernels {found['kernel_us']:.0f} us"
+                f"{arguments.shape} B{rows}: {result['step_us']:.0f} us a step, "
+                f"kernels {result['kernel_us']:.0f} us"
             )
-            for kernel in found["kernels"][:14]:
+            for kernel in result["kernels"][:14]:
                 print(f"  {kernel['us']:8.1f} us {kernel['count']:6.1f} x {kernel['name'][:90]}")
 
 
 def profiled(
     engine: TensorRtEngine, arena: Arena, inputs: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Microseconds and launches of each kernel in one step, and of the step without the profiler."""
+    """Microseconds and launches of each kernel in a step, and of the step without profiler."""
     alone = engine.time(inputs, STEPS)
     with torch.profiler.profile(
         activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]
@@ -75,11 +79,11 @@ def profiled(
     kernels: list[dict[str, Any]] = [
         {
             "name": name,
-            "us": sum(found) / steps,
-            "count": len(found) / steps,
-            "each_us": sum(found) / len(found),
+            "us": sum(durations) / steps,
+            "count": len(durations) / steps,
+            "each_us": sum(durations) / len(durations),
         }
-        for name, found in times.items()
+        for name, durations in times.items()
     ]
     kernels.sort(key=lambda kernel: -kernel["us"])
     return {

@@ -1,4 +1,4 @@
-"""From measurements to a Markdown report: a row a case, the engines side by side, and whether its targets are met.
+"""From measurements to a Markdown report: a row a case, the engines side by side, the targets.
 
 python -m benchmarks.gpu.report benchmarks/results/gpu_decode.json
 """
@@ -29,16 +29,16 @@ ENGINES = {
     "torch-cuda-graph": "PyTorch, CUDA graph",
     "torch-eager": "PyTorch, eager",
 }
-"""Engines in the order of the columns, and their headings. Those without a measurement get no column."""
+"""Engines in the order of the columns, and their headings; unmeasured ones get no column."""
 PREFILL = (PREFILL_SHAPE, 1, PREFILL_CAPACITY, 0, PREFILL_TOKENS, "prefill")
-"""The step of the prefill, as `Measurement.step` says it."""
+"""The step of the prefill, as `Measurement.step` has it."""
 
 Step = tuple[str, int, int, int, int, str]
 
 
 @dataclass(frozen=True)
 class Results:
-    """Every measurement, by step and engine; of several the last counts, but no failure hides a number.
+    """Every measurement, by step and engine; the last one counts, but a failure hides no number.
 
     Attributes:
         by: measurements by `Measurement.step`, then by engine.
@@ -50,10 +50,10 @@ class Results:
     def of(cls, measurements: Iterable[Measurement]) -> "Results":
         """Sorted by step and engine."""
         by: dict[Step, dict[str, Measurement]] = {}
-        for found in measurements:
-            engines = by.setdefault(found.step, {})
-            if found.us is not None or found.engine not in engines:
-                engines[found.engine] = found
+        for measurement in measurements:
+            engines = by.setdefault(measurement.step, {})
+            if measurement.us is not None or measurement.engine not in engines:
+                engines[measurement.engine] = measurement
         return cls(by)
 
     def at(self, case: Case) -> dict[str, Measurement]:
@@ -62,18 +62,18 @@ class Results:
 
     def ours(self, case: Case) -> float | None:
         """Microseconds of our engine, None where there is no number."""
-        found = self.at(case).get(OURS)
-        return None if found is None else found.us
+        measurement = self.at(case).get(OURS)
+        return None if measurement is None else measurement.us
 
 
 def step_of(case: Case) -> Step:
-    """The case as `Measurement.step` says it."""
+    """The case as `Measurement.step` has it."""
     return case.shape, case.rows, case.capacity, case.length, case.rows, "decode"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A limit in microseconds and whether it is met; None where it cannot be said."""
+    """A limit in microseconds and whether it is met; None if it cannot be determined."""
 
     limit: float | None
     met: bool | None
@@ -81,12 +81,12 @@ class Target:
     def __str__(self) -> str:
         if self.limit is None:
             return "–"
-        verdict = {True: "met", False: "**not met**", None: "not measured"}[self.met]
-        return f"{self.limit:.0f}: {verdict}"
+        word = {True: "met", False: "**not met**", None: "not measured"}[self.met]
+        return f"{self.limit:.0f}: {word}"
 
 
 def must(case: Case, results: Results) -> Target:
-    """The limit that this case must keep; where it is relative, that of the case it is compared with has to be measured."""
+    """The limit of this case; a relative one needs the case it is compared with measured."""
     limit = case.must_us
     if case.within is not None:
         other, percent = case.within
@@ -115,13 +115,14 @@ def write_report(record: dict[str, Any], path: Path) -> None:
 
 def report(record: dict[str, Any]) -> str:
     """The report as Markdown text. Raises as `write_report`."""
-    measurements = [Measurement.of(found) for found in record["measurements"]]
+    measurements = [Measurement.of(one) for one in record["measurements"]]
     results = Results.of(measurements)
     machine, versions, bandwidth = record["machine"], record["versions"], record["bandwidth"]
     parts = [
         "# Step times on a GPU",
-        f"{record['what']} Microseconds a step, median ({_repeats(measurements)}); in brackets, times the floor. The floor is the time to "
-        f"read the weights and the cached positions once at {bandwidth / 1e12:.2f} TB/s, which a copy on this GPU reaches.",
+        f"{record['what']} Microseconds a step, median ({_repeats(measurements)}); in brackets, "
+        "times the floor. The floor is the time to read the weights and the cached positions once "
+        f"at {bandwidth / 1e12:.2f} TB/s, which a copy on this GPU reaches.",
         f"{record['date']}, commit {record['commit']}, `{record['command']}`  \n"
         + ", ".join(f"{key} {value}" for key, value in machine.items())
         + "  \n"
@@ -134,9 +135,17 @@ def report(record: dict[str, Any]) -> str:
             f"## Prefill, {PREFILL_TOKENS} tokens of one sequence",
             prefill_table(results, bandwidth),
         ]
-    if notes := [f"- {_where(found)}: {found.notes}" for found in measurements if found.notes]:
+    if notes := [
+        f"- {_where(measurement)}: {measurement.notes}"
+        for measurement in measurements
+        if measurement.notes
+    ]:
         parts += ["## Notes", "\n".join(notes)]
-    if failed := [f"- {_where(found)}: {found.error}" for found in measurements if found.error]:
+    if failed := [
+        f"- {_where(measurement)}: {measurement.error}"
+        for measurement in measurements
+        if measurement.error
+    ]:
         parts += ["## Not measured", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
 
@@ -180,12 +189,12 @@ def _engines(results: Results, steps: Iterable[Step]) -> list[str]:
     return [engine for engine in ENGINES if engine == OURS or engine in seen]
 
 
-def _cell(found: Measurement | None, floor: float) -> str:
-    if found is None:
+def _cell(measurement: Measurement | None, floor: float) -> str:
+    if measurement is None:
         return "–"
-    if found.us is None:
-        return "left out" if found.error == LEFT_OUT else "failed"
-    return f"{found.us:.0f} ({found.us / floor:.2f})"
+    if measurement.us is None:
+        return "left out" if measurement.error == LEFT_OUT else "failed"
+    return f"{measurement.us:.0f} ({measurement.us / floor:.2f})"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
@@ -193,12 +202,17 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
-def _where(found: Measurement) -> str:
-    return f"{found.engine}, {found.kind}, {found.shape} B{found.rows} c{found.capacity}, length {found.length}"
+def _where(measurement: Measurement) -> str:
+    return (
+        f"{measurement.engine}, {measurement.kind}, {measurement.shape} B{measurement.rows} "
+        f"c{measurement.capacity}, length {measurement.length}"
+    )
 
 
 def _repeats(measurements: Iterable[Measurement]) -> str:
-    counts = sorted({found.repeats for found in measurements if found.repeats is not None})
+    counts = sorted(
+        {measurement.repeats for measurement in measurements if measurement.repeats is not None}
+    )
     return "of " + " or ".join(map(str, counts)) + " repeats" if counts else "none measured"
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark: every engine in a process of its own, one after the other, into one JSON file, a report and plots.
+"""The GPU benchmark: every engine in a process of its own, into one JSON file, a report and plots.
 
 python -m benchmarks.gpu.run --out benchmarks/results --budget 480
 """
@@ -26,13 +26,17 @@ from benchmarks.record import ROOT, facts
 NAME = "gpu_decode.json"
 LEAST_LEFT = 20
 """Seconds of the budget without which no process is started: none could finish."""
-WHAT = "Decode steps of randomly weighted Llamas in bfloat16, greedy: every sequence holds `length` positions and brings one token."
+WHAT = (
+    "Decode steps of randomly weighted Llamas in bfloat16, greedy: "
+    "every sequence holds `length` positions and brings one token."
+)
 
 
 def run_child(child: Child, logs: Path, limit: float) -> list[Measurement]:
-    """Run one process for at most ``limit`` seconds and return what it measured; what it should have measured and did not is an error.
+    """Run one process for at most ``limit`` seconds and return what it measured.
 
-    Its output goes to ``<logs>/<name>.out`` and ``.err``.
+    A measurement that is missing becomes an error. Its output goes to ``<logs>/<name>.out`` and
+    ``.err``.
     """
     out, err = logs / f"{child.name}.out", logs / f"{child.name}.err"
     with out.open("w") as stdout, err.open("w") as stderr:
@@ -69,7 +73,7 @@ def kept(path: Path, head: dict[str, Any]) -> list[Measurement]:
     """The numbers of an earlier run of the same commit on the same machine.
 
     Raises:
-        ValueError: there is no earlier run, or it was another commit, machine or version of what runs there.
+        ValueError: there is no earlier run, or its commit, machine or versions differ.
     """
     if not path.is_file():
         raise ValueError(f"there is no {path} to resume; run without --resume first")
@@ -100,13 +104,14 @@ def run(
     head: dict[str, Any],
     measured: Sequence[Measurement] = (),
 ) -> dict[str, Any]:
-    """Run the processes in order until the budget (seconds) is used up, which may cut the last one short.
+    """Run the processes in order until the budget (seconds) is used up.
 
-    The record starts with what is ``measured`` already. It is written after each process, so that nothing is lost when the whole run is
-    ended.
+    The budget may cut the last one short. The record starts with ``measured`` and is written after
+    each process, so that nothing is lost when the run is ended.
 
     Returns:
-        The record: the facts, the measurements, the processes with their seconds, and the names of those left out.
+        The record: the facts, the measurements, the processes with their seconds, and the names of
+        those left out.
     """
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -141,10 +146,10 @@ def run(
                     "seconds": seconds,
                 }
             )
-            said = "; ".join(
+            summary = "; ".join(
                 f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in found
             )
-            print(f"{child.name} ({seconds:.0f} s): {said}", flush=True)
+            print(f"{child.name} ({seconds:.0f} s): {summary}", flush=True)
         record["measurements"] = [measurement.record() for measurement in measurements]
         (out / NAME).write_text(json.dumps(record, indent=1) + "\n")
         if record["left_out"]:
@@ -169,7 +174,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument(
-        "--budget", type=float, default=480, help="seconds; what does not fit is left out, and said"
+        "--budget",
+        type=float,
+        default=480,
+        help="seconds; what does not fit is left out, and listed",
     )
     parser.add_argument(
         "--resume",
@@ -186,13 +194,12 @@ def main() -> None:
         *["--resume"] * given.resume,
         *["--only", given.only][: 2 * bool(given.only)],
     ]
-    head = facts(WHAT, "python -m benchmarks.gpu.run", options) | {
-        "bandwidth": bandwidth()
-    }  # --out is nobody's concern
+    head = facts(WHAT, "python -m benchmarks.gpu.run", options) | {"bandwidth": bandwidth()}
     children = [child for child in plan() if given.only in child.name]
     if not children:
         parser.error(
-            f"no process is named like {given.only!r}; there are {', '.join(child.name for child in plan())}"
+            f"no process is named like {given.only!r}; "
+            f"there are {', '.join(child.name for child in plan())}"
         )
     try:
         measured = kept(given.out / NAME, head) if given.resume else []

@@ -1,4 +1,4 @@
-"""The models and cases of the GPU benchmarks: shapes of published decoders, random weights, and the targets of each case."""
+"""Models and cases of the GPU benchmarks: published shapes, random weights, targets."""
 
 from dataclasses import dataclass
 
@@ -38,19 +38,22 @@ SHAPES: dict[str, LlamaConfig] = {
     "135m": _shape(30, 576, 9, 3, 1536, 49152, 1e5, 8192),
     "1b": _shape(16, 2048, 32, 8, 8192, 128256, 5e5, 131072),
 }
-"""SmolLM2-135M, and Llama-3.2-1B without its scaling of the rotary frequencies (which costs nothing in a step)."""
+"""SmolLM2-135M, and Llama-3.2-1B without its scaling of the rotary frequencies.
+
+The scaling costs nothing in a step.
+"""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One decode step: ``rows`` sequences that hold ``length`` of ``capacity`` positions each, one new token each.
+    """One decode step of ``rows`` sequences with ``length`` of ``capacity`` positions cached.
 
     Attributes:
         shape: key of `SHAPES`.
         rows: sequences in the step.
         capacity: positions a sequence may hold.
         length: positions each sequence holds before the step.
-        must_us: microseconds the step may take at most; None where `within` says it.
+        must_us: most microseconds of the step; None where `within` gives the limit.
         aim_us: microseconds hoped for.
         within: the case this one is compared with, and the percent it may be slower.
     """
@@ -114,14 +117,15 @@ def cache_bytes(shape: str, positions: int) -> int:
 
 
 def floor_us(shape: str, positions: int, bandwidth: float) -> float:
-    """Microseconds it takes to read the weights and so many cached positions once, at so many bytes a second: no step can be faster."""
+    """Microseconds to read the weights and ``positions`` once; no step can be faster."""
     return (weight_bytes(shape) + cache_bytes(shape, positions)) / bandwidth * 1e6
 
 
 def random_model(name: str, dtype: torch.dtype, device: str | torch.device) -> LlamaForCausalLM:
-    """A model of this shape with the same random weights in every process: normal, of deviation 1/sqrt(inputs); norms are one.
+    """A model of this shape with the same random weights in every process.
 
-    The weights are drawn on a GPU where there is one, whatever `device` is, because a CPU takes long over a billion of them.
+    Weights are normal, of deviation 1/sqrt(inputs); norms are one. They are drawn on a GPU if there
+    is one, whatever `device` is, because a CPU takes long over a billion of them.
 
     Raises:
         KeyError: there is no such shape.

@@ -1,17 +1,23 @@
-"""Sequences and generations against a real tritonserver, by perf_analyzer where it runs and by a load generator on tritonclient everywhere.
+"""Sequences and generations by a real tritonserver, under load.
 
-    python -m benchmarks.perf unary    --model model_repository/my-model [--levels 1,2,4,8]      one token a request, by live sequences
-    python -m benchmarks.perf rate     --model model_repository/my-model [--levels 50,100]       the same, by requests a second
-    python -m benchmarks.perf stream   --model model_repository/my-model                         the same steps over gRPC streams
-    python -m benchmarks.perf generate --model model_repository/my-model                         first-token and inter-token time
-    python -m benchmarks.perf all      --source path/to/model                                    builds both models; `make perf`
+    python -m benchmarks.perf unary    --model model_repository/my-model [--levels 1,2,4,8]
+    python -m benchmarks.perf rate     --model model_repository/my-model [--levels 50,100]
+    python -m benchmarks.perf stream   --model model_repository/my-model
+    python -m benchmarks.perf generate --model model_repository/my-model
+    python -m benchmarks.perf all      --source path/to/model
 
-Several modes may be named. The model is any built decoder; where it was built for the other protocol, it is served with the configuration
-for this one.
-``--instances 1,2,4`` measures steps with so many instances of it, each with an engine of its own, one after the other; ``--nothing`` also
-sends the same steps to a model of Triton's own Python backend that computes nothing: what a request costs before anything is done.
+The load comes from perf_analyzer where it runs, and from a load generator on tritonclient
+everywhere. ``unary``: one token a request, by live sequences. ``rate``: the same, by requests a
+second. ``stream``: the same steps over gRPC streams. ``generate``: first-token and inter-token
+time. ``all`` builds both models (`make perf`). Several modes may be named. The model is any built
+decoder; one built for the other protocol is served with the configuration for this one.
 
-Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are in perf_analyzer's format: one inner list is one sequence.
+``--instances 1,2,4`` measures steps with so many instances, each with an engine of its own, one
+number after the other. ``--nothing`` also sends the same steps to a model of Triton's own Python
+backend that computes nothing: what a request costs before anything is done.
+
+Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are in perf_analyzer's
+format: one inner list is one sequence.
 """
 
 import argparse
@@ -84,7 +90,10 @@ def main() -> None:
         parser.error(
             "all builds its models itself, without --model" if everything else "--model is missing"
         )
-    what = "one token a request (unary, rate, stream) or whole generations (generate), against tritonserver on this machine"
+    what = (
+        "one token a request (unary, rate, stream) or whole generations (generate), "
+        "against tritonserver on this machine"
+    )
     document = facts(what, "python -m benchmarks.perf") | {
         "perf_analyzer": reason or "runs",
         "levels": [],
@@ -107,7 +116,7 @@ def main() -> None:
 def measure(
     given: argparse.Namespace, mode: str, model: Path, levels: list[float] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Serve the model in each of the ways that were asked for, and drive every level with every tool."""
+    """Serve the model in each way that is asked for, and drive every level with every tool."""
     manifest = Manifest.load(model / "1")
     if levels is None:
         asked = given.levels or ("20,40" if mode == "rate" else "1,2,4,8")
@@ -175,7 +184,7 @@ def loaded(given: argparse.Namespace, mode: str, level: float, url: str, model: 
 def driven(
     server: TritonServer, run: Callable[[Load], dict[str, Any]], load: Load, instances: int = 1
 ) -> dict[str, Any]:
-    """One level by one tool; with where the time went, over all that the tool sent while it warmed up and measured."""
+    """One level by one tool, with where the time went, warm-up included."""
     generator.run(replace(load, seconds=0.5, warm_up=0.5, rate=None))
     before = Counters.of(server, load.model)
     try:
@@ -194,18 +203,21 @@ def driven(
 
 
 def measure_all(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Build a step and a stream model and measure all modes; rates are shares of what the step model reached with all sequences."""
+    """Build a step and a stream model and measure all modes.
+
+    Rates are shares of what the step model reached with all sequences.
+    """
     from benchmarks.perf.models import built
 
     with tempfile.TemporaryDirectory() as scratch:
         step, stream = built(given.source, Path(scratch), given.sequences)
-        most = 0.0
+        reached = 0.0
         for line in measure(given, "unary", step):
             if "computes" not in line:
-                most = max(most, line.get("requests_per_second", 0.0))
+                reached = max(reached, line.get("requests_per_second", 0.0))
             yield line
         yield from measure(
-            given, "rate", step, [round(most * share, 1) for share in (0.25, 0.5, 0.75, 0.9)]
+            given, "rate", step, [round(reached * share, 1) for share in (0.25, 0.5, 0.75, 0.9)]
         )
         yield from measure(given, "stream", stream)
         yield from measure(given, "generate", stream)

@@ -22,8 +22,8 @@ def missing() -> str | None:
     name, version = platform.libc_ver()
     if name == "glibc" and tuple(map(int, version.split("."))) < NEEDS_GLIBC:
         return (
-            f"perf_analyzer needs glibc {NEEDS_GLIBC[0]}.{NEEDS_GLIBC[1]} and this machine has {version} "
-            f"(pip installs an empty placeholder, 0.1.0, here)"
+            f"perf_analyzer needs glibc {NEEDS_GLIBC[0]}.{NEEDS_GLIBC[1]}, "
+            f"this machine has {version} (pip installs an empty placeholder, 0.1.0, here)"
         )
     return "perf_analyzer is not on PATH: `pip install perf-analyzer==2.60.0`"
 
@@ -32,7 +32,7 @@ def run(load: Load) -> dict[str, Any]:
     """Drive the load and describe what was measured, in the schema of `benchmarks.perf`.
 
     Raises:
-        RuntimeError: perf_analyzer failed; the last of what it said.
+        RuntimeError: perf_analyzer failed; the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         export = Path(folder) / "export.json"
@@ -44,7 +44,8 @@ def run(load: Load) -> dict[str, Any]:
         )
         if not export.is_file():
             raise RuntimeError(
-                f"perf_analyzer ended with status {done.returncode}: {(done.stderr + done.stdout).strip()[-800:]}"
+                f"perf_analyzer ended with status {done.returncode}: "
+                f"{(done.stderr + done.stdout).strip()[-800:]}"
             )
         experiment = json.loads(export.read_text())["experiments"][0]
     return described(*measured(experiment))
@@ -88,18 +89,19 @@ def command(load: Load) -> list[str]:
 
 
 def measured(experiment: dict[str, Any]) -> tuple[list[Measured], float]:
-    """The requests of an exported experiment that were answered within its windows, and seconds of the windows.
+    """The requests of an experiment that were answered within its windows, and their seconds.
 
-    A response is taken for one token: with the default ``stream_interval`` it is, unless the client falls behind.
+    A response counts as one token: with the default ``stream_interval`` it is one, unless the
+    client is slow.
     """
     since, until = min(experiment["window_boundaries"]), max(experiment["window_boundaries"])
-    found = Measured()
+    measured = Measured()
     for request in experiment["requests"]:
         times = [request["timestamp"], *request["response_timestamps"]]
         if len(times) < 2 or not since <= times[-1] <= until:
             continue
-        found.latencies.append((times[-1] - times[0]) / 1e9)
-        found.first.append((times[1] - times[0]) / 1e9)
-        found.gaps += [(later - earlier) / 1e9 for earlier, later in pairwise(times[1:])]
-        found.tokens += len(times) - 1
-    return [found], (until - since) / 1e9
+        measured.latencies.append((times[-1] - times[0]) / 1e9)
+        measured.first.append((times[1] - times[0]) / 1e9)
+        measured.gaps += [(later - earlier) / 1e9 for earlier, later in pairwise(times[1:])]
+        measured.tokens += len(times) - 1
+    return [measured], (until - since) / 1e9

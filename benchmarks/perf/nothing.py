@@ -1,6 +1,7 @@
-"""A model for Triton's own Python backend that computes nothing: what a step costs before this backend has done anything.
+"""A model of Triton's own Python backend that computes nothing: the cost of a request alone.
 
-It takes the same requests with the same configuration, reads what must be read of each, and answers with a constant.
+It takes the same requests with the same configuration, reads what must be read of each, and answers
+with a constant.
 """
 
 from pathlib import Path
@@ -22,7 +23,8 @@ class TritonPythonModel:
     def execute(self, requests):
         if DECOUPLED:
             for request in requests:
-                request.get_response_sender().send(answer(request), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                sender = request.get_response_sender()
+                sender.send(answer(request), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             return None
         return [answer(request) for request in requests]
 """

@@ -1,6 +1,6 @@
-"""Plots of what ``python -m benchmarks.perf`` wrote: ``python -m benchmarks.perf.plots benchmarks/results/perf.json``.
+"""Plots of what ``python -m benchmarks.perf`` wrote.
 
-Runs anywhere; needs matplotlib, no server.
+``python -m benchmarks.perf.plots benchmarks/results/perf.json`` needs matplotlib, but no server.
 """
 
 import argparse
@@ -89,19 +89,19 @@ PANELS = (
 
 
 def value(level: Level, where: tuple[str, ...]) -> float | None:
-    """What a level holds there; None where it failed or has no such thing."""
-    found: Any = level
+    """The value of a level at this place; None where it failed or has none."""
+    current: Any = level
     for name in where:
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, int | float) else None
+        current = current.get(name) if isinstance(current, dict) else None
+    return current if isinstance(current, int | float) else None
 
 
 def points(
     levels: Sequence[Level], tool: str, where: tuple[str, ...], divisor: float
 ) -> list[tuple[float, float]]:
     """A line: the levels of one tool in rising order."""
-    found = [(level["level"], value(level, where)) for level in levels if level["tool"] == tool]
-    return sorted((at, seen / divisor) for at, seen in found if seen is not None)
+    points = [(level["level"], value(level, where)) for level in levels if level["tool"] == tool]
+    return sorted((at, seen / divisor) for at, seen in points if seen is not None)
 
 
 def draw_panel(axes: Axes, panel: Panel, levels: Sequence[Level]) -> None:

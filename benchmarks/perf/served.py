@@ -25,9 +25,10 @@ def served(
     """Serve it under the name of its manifest.
 
     Args:
-        model: a built decoder in a model repository; its own configuration is used, where it was built to be served so.
+        model: a built decoder in a model repository; its own configuration is used if it was built
+            for this protocol.
         manifest: of its engine.
-        serve: how.
+        serve: the protocol.
         instances: processes, each with an engine and an arena of its own.
         nothing: a model with the same configuration that computes nothing, in its place.
     """

@@ -12,16 +12,17 @@ from inplace_builder.tools.tritonserver import TritonServer
 from tritonclient.grpc import InferenceServerClient
 
 FLUSH = 1.2
-"""Seconds after which the backend's metrics hold all that has happened; it hands them over once a second."""
+"""Seconds after which the backend's metrics are complete; it exports them once a second."""
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What has happened to a model so far, or between two moments; nanoseconds are Triton's own, added up over requests.
+    """Counters of a model up to now, or between two moments.
 
     Attributes:
-        requests, executions: answered, and calls of the backend.
-        queue_ns, input_ns, execute_ns, output_ns: in the server's queue, on the way into the backend's process, in the backend, and back.
+        requests, executions: answered requests, and calls of the backend.
+        queue_ns, input_ns, execute_ns, output_ns: Triton's own, summed over requests: in the
+            server's queue, on the way into the backend's process, in the backend, and back.
         steps, engine_s: of the engine, and seconds in them.
     """
 
@@ -39,15 +40,15 @@ class Counters:
         """As they are when the backend has handed over its metrics."""
         time.sleep(FLUSH)
         with InferenceServerClient(server.grpc_url) as client:
-            found = client.get_inference_statistics(model).model_stats[0]
+            statistics = client.get_inference_statistics(model).model_stats[0]
         with urllib.request.urlopen(
             f"http://{server.host}:{server.ports.metrics}/metrics", timeout=10
         ) as page:
             metrics = page.read().decode()
-        times = found.inference_stats
+        times = statistics.inference_stats
         return cls(
-            found.inference_count,
-            found.execution_count,
+            statistics.inference_count,
+            statistics.execution_count,
             times.queue.ns,
             times.compute_input.ns,
             times.compute_infer.ns,
@@ -62,15 +63,17 @@ class Counters:
         )
 
     def breakdown(self, seconds: float, instances: int = 1) -> dict[str, float]:
-        """What these counters, counted over so many seconds of wall clock, say of a request.
+        """What these counters mean for one request.
 
         Args:
-            seconds: of wall clock.
-            instances: of the model; they work side by side, each in an engine of its own for its share of ``engine_s``.
+            seconds: wall clock during which they were counted.
+            instances: of the model; they work side by side, each with an engine for its share of
+                ``engine_s``.
 
         Returns:
-            Microseconds of wall clock per request, and of it beyond the engine: (wall - time in an engine) / requests; the share of the
-            wall clock in which an engine was busy; requests of one step.
+            Microseconds of wall clock per request, and of it outside the engine: (wall - time in an
+            engine) / requests; the share of the wall clock in which an engine was busy; requests of
+            one step.
         """
         requests, engine_s = max(1, self.requests), self.engine_s / instances
         return {
@@ -81,9 +84,10 @@ class Counters:
         }
 
     def latency(self, mean_us: float) -> dict[str, float]:
-        """The parts that a request's mean latency is made of, in microseconds; for models that answer within the server's call.
+        """The parts of a request's mean latency, in microseconds.
 
-        What the server does not know of it is the client's, gRPC's and the network's.
+        For models that answer within the server's call. The rest is spent in the client, gRPC and
+        the network.
         """
         requests = max(1, self.requests)
         engine = self.engine_s / max(1, self.steps) * 1e6
@@ -99,14 +103,14 @@ class Counters:
 
 def _metric(page: str, name: str, model: str) -> float:
     """A metric of one model, of all its instances."""
-    found = re.findall(
+    values = re.findall(
         rf'^{name}{{[^}}]*model="{re.escape(model)}"[^}}]*}} (\S+)$', page, re.MULTILINE
     )
-    return sum(map(float, found))
+    return sum(map(float, values))
 
 
 def engine_steps(folder: Path, rows: list[int], steps: int = 300) -> list[float]:
-    """Microseconds of steps of so many rows in the engine alone, the median of each; in a process of its own."""
+    """Median microseconds of steps with so many rows in the engine alone, in its own process."""
     command = [
         sys.executable,
         "-m",
@@ -115,9 +119,9 @@ def engine_steps(folder: Path, rows: list[int], steps: int = 300) -> list[float]
         ",".join(map(str, rows)),
         str(steps),
     ]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [
         float(line.removeprefix("median "))
-        for line in said.splitlines()
+        for line in output.splitlines()
         if line.startswith("median ")
     ]

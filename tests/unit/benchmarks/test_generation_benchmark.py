@@ -18,8 +18,8 @@ def test_a_process_that_takes_too_long_is_kept_as_far_as_it_came(
     )
     (tmp_path / "broken.py").write_text("print('{\"rows\": 1}'); raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert generate._said("slow", 2, 3.0) == [{"rows": 1}, {"failed": "ended after 3 s"}]
-    assert generate._said("broken", 3, 60.0) == [
+    assert generate._json_lines("slow", 2, 3.0) == [{"rows": 1}, {"failed": "ended after 3 s"}]
+    assert generate._json_lines("broken", 3, 60.0) == [
         {"rows": 1},
         {"failed": "status 3"},
         {"failed": "status 3"},

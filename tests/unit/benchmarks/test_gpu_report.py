@@ -163,7 +163,7 @@ def test_measurements_survive_json_between_other_output() -> None:
     [
         ({"us": None}, "needs either 'us' or 'error'"),
         ({"error": "too"}, "needs either 'us' or 'error'"),
-        ({"us": float("nan")}, "which is no time"),
+        ({"us": float("nan")}, "expected a time above 0"),
         ({"kind": "both"}, "expected one of decode, prefill"),
         ({"speed": 1}, "unknown fields speed"),
     ],

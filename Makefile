@@ -40,20 +40,22 @@ sync-client: .venv/installed ## write the synchronous client from the asynchrono
 docs: .venv/docs ## the documentation with the API reference, into build/docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: .venv/installed ## CPU engine against transformers, side by side, JSON into benchmarks/results
+bench: .venv/installed ## CPU engine beside transformers; JSON into benchmarks/results
 	@$(BIN)/python -m benchmarks.cpu_decode
 
-perf: .venv/installed ## SmolLM2 served: sequences by concurrency and rate, streams, generations; JSON and plots into benchmarks/results
+perf: .venv/installed ## SmolLM2 served, under load; JSON and plots into benchmarks/results
 	@$(BIN)/python -m benchmarks.perf all --out benchmarks/results/perf.json
 	@$(BIN)/python -m benchmarks.perf.plots benchmarks/results/perf.json
 
-soak: .venv/installed ## 10 minutes of 500 clients that come, go, vanish and misbehave; JSON into benchmarks/results
-	@PYTHONPATH=tests:tests/long $(BIN)/python -m soak --seconds 600 --clients 500 --out benchmarks/results/soak.json
+soak: .venv/installed ## 10 minutes of 500 clients that misbehave; JSON into benchmarks/results
+	@PYTHONPATH=tests:tests/long $(BIN)/python -m soak --seconds 600 --clients 500 \
+		--out benchmarks/results/soak.json
 
-fuzz: .venv/installed ## 10 000 random requests against a real server; JSON into benchmarks/results
-	@PYTHONPATH=tests:tests/long $(BIN)/python -m fuzz --requests 10000 --out benchmarks/results/fuzz.json
+fuzz: .venv/installed ## 10 000 random requests; JSON into benchmarks/results
+	@PYTHONPATH=tests:tests/long $(BIN)/python -m fuzz --requests 10000 \
+		--out benchmarks/results/fuzz.json
 
-gpu: .venv/installed ## on a machine with a GPU: its tests, accuracy, server, benchmark and profile; reports into OUT (build/gpu)
+gpu: .venv/installed ## with a GPU: tests, accuracy, benchmark, profile; reports into OUT (build/gpu)
 	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh
 
 clean: ## remove what was built (the environment stays)

@@ -1,26 +1,35 @@
 #!/bin/sh
-# Make .venv with exactly the pinned packages. `make` calls this when requirements.lock is newer than the environment.
-# Needs Python 3.11 or 3.12 with venv, and the interpreter's shared library (the server's Python backend loads it); on Debian and
-# Ubuntu what is missing is installed with apt where that is allowed, and named where it is not.
+# Make .venv with exactly the pinned packages. `make` calls this when requirements.lock is newer than
+# the environment. Needs Python 3.11 or 3.12 with venv, and the interpreter's shared library (the
+# server's Python backend loads it). On Debian and Ubuntu a missing package is installed with apt if
+# that is allowed, and named if not.
 set -eu
 cd "$(dirname "$0")/.."
 
 for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
-    version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)
+    print='import sys; print("%d.%d" % sys.version_info[:2])'
+    version=$("$candidate" -c "$print" 2>/dev/null || true)
     case $version in 3.11 | 3.12) python=$candidate; break ;; esac
 done
 if [ -z "${python:-}" ]; then
-    echo "error: no Python 3.11 or 3.12 found; install one (Debian 12: python3, Ubuntu 24.04: python3) or name it: make PYTHON=/path/to/python3.12" >&2
+    echo "error: no Python 3.11 or 3.12 found; install one (Debian 12: python3, Ubuntu 24.04:" \
+        "python3) or name it: make PYTHON=/path/to/python3.12" >&2
     exit 1
 fi
 
-need() { # need PACKAGE WHY: install a system package, or say that it is missing
+need() { # need PACKAGE WHY: install a system package, or report that it is missing
     echo "installing $1: $2"
-    if [ "$(id -u)" = 0 ]; then apt-get install -y -q "$1" || { apt-get update -q && apt-get install -y -q "$1"; }
-    elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo apt-get update -q && sudo apt-get install -y -q "$1"
-    else echo "error: $1 is missing ($2); install it: sudo apt-get install $1" >&2; exit 1; fi
+    if [ "$(id -u)" = 0 ]; then
+        apt-get install -y -q "$1" || { apt-get update -q && apt-get install -y -q "$1"; }
+    elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+        sudo apt-get update -q && sudo apt-get install -y -q "$1"
+    else
+        echo "error: $1 is missing ($2); install it: sudo apt-get install $1" >&2
+        exit 1
+    fi
 }
-"$python" -c 'import ensurepip, venv' 2>/dev/null || need "python$version-venv" "makes the environment"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    need "python$version-venv" "makes the environment"
 "$python" - <<'P' || need "libpython$version" "Triton's Python backend loads it"
 import ctypes, sys, sysconfig
 name = "libpython%d.%d.so.1.0" % sys.version_info[:2]

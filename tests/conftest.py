@@ -163,8 +163,8 @@ def streams(
     drivers: list[StreamDriver] = []
 
     def opened(
-        language: TokenizerConfig | None = None,
-        most_waiting: int = 64,
+        tokenizer_config: TokenizerConfig | None = None,
+        max_waiting: int = 64,
         idle_timeout: float = 600.0,
         rows: int | None = None,
     ) -> Streams:
@@ -180,7 +180,7 @@ def streams(
         instance = ModelInstance(
             manifest, plain.arena, Watched(plain.engine, overlaps=request.param), idle_timeout
         )
-        drivers.append(StreamDriver(instance, language or TokenizerConfig(), most_waiting))
+        drivers.append(StreamDriver(instance, tokenizer_config or TokenizerConfig(), max_waiting))
         return Streams(drivers[-1])
 
     yield opened

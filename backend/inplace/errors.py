@@ -1,22 +1,22 @@
-"""The errors of the runtime: one base, one class a moment (load, call, request), one code a cause."""
+"""The errors of the runtime: loading an engine, calling one, and requests to a served model."""
 
 from enum import StrEnum
 
 
 class InplaceError(Exception):
-    """Base of every error this project raises on purpose; its text is meant for the person who meets it."""
+    """Base of every error that this project raises on purpose; its text is for its reader."""
 
 
 class LoadError(InplaceError):
-    """An engine directory cannot be served: it is missing, damaged, of another version, or does not fit this machine."""
+    """An engine directory cannot be served: missing, damaged, of another version or machine."""
 
 
 class CallError(InplaceError):
-    """A call of `inplace.standalone.StepEngine` is refused; no state was touched. The text names the argument."""
+    """A call of `inplace.standalone.Engine` is refused; no state was changed."""
 
 
 class Code(StrEnum):
-    """What was wrong with one request. The name is part of the protocol: clients may match on it."""
+    """Why a request is refused. Part of the protocol: clients match on it."""
 
     BAD_DTYPE = "BAD_DTYPE"
     BAD_PARAMETER = "BAD_PARAMETER"
@@ -35,30 +35,33 @@ class Code(StrEnum):
     VALUE_RANGE = "VALUE_RANGE"
 
 
-LONGEST_NAME, LONGEST_WHY = 1600, 4000
-"""Bytes of a wire text that an id and the message may take: gRPC sends it as a header, and clients drop headers of more than 8 KB."""
+MAX_ID_BYTES, MAX_MESSAGE_BYTES = 1600, 4000
+"""Bytes of an id and of the message in an error that a client receives. gRPC sends it as a header,
+and clients drop headers of more than 8 KB."""
 
 
-def header(text: str, most: int) -> str:
-    """The beginning of a text, as much of it as takes ``most`` bytes in a gRPC header, where all but printable ASCII takes three a byte."""
-    for end, character in enumerate(text) if len(text) * 12 > most else ():
-        most -= (
-            1
-            if " " <= character <= "~" and character != "%"
-            else 3 * len(character.encode(errors="surrogatepass"))
-        )
-        if most < 0:
+def truncate_for_header(text: str, max_bytes: int) -> str:
+    """The beginning of a text that takes at most ``max_bytes`` in a gRPC header, and ``…``.
+
+    gRPC percent-encodes all but printable ASCII: three bytes for each byte of UTF-8.
+    """
+    if len(text) * 12 <= max_bytes:
+        return text
+    for end, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        max_bytes -= 1 if plain else 3 * len(character.encode(errors="surrogatepass"))
+        if max_bytes < 0:
             return f"{text[:end]}…"
     return text
 
 
 class RequestError(InplaceError):
-    """One request is refused; its sequence and its batch mates are as they were before it.
+    """One request is refused; its sequence and the other requests of its batch are unchanged.
 
     Args:
-        code: what was wrong.
-        message: what was found, what was expected, what to do.
-        retryable: the same request, sent again later, may succeed.
+        code: why, for programs.
+        message: what was wrong, what was expected, what to do.
+        retryable: the same request may succeed later.
     """
 
     def __init__(self, code: Code, message: str, *, retryable: bool = False) -> None:
@@ -66,18 +69,31 @@ class RequestError(InplaceError):
         self.code = code
         self.retryable = retryable
 
-    def wire(self, sequence: int | str, request: str) -> str:
-        """The text a client receives: ``INPLACE-<code> retryable=<0|1> sequence=<id> request=<id>: <message>``.
+    def wire(self, sequence_id: int | str, request_id: str) -> str:
+        """The text that a client receives.
 
-        An id that the client did not give is written ``-``; what is longer than clients would read is cut short.
+        ``INPLACE-<code> retryable=<0|1> sequence=<id> request=<id>: <message>``, where an absent id
+        is ``-`` and long ids and messages are truncated.
         """
-        named = header(str(sequence), LONGEST_NAME) if sequence not in (0, "") else "-"
-        head = f"INPLACE-{self.code} retryable={int(self.retryable)} sequence={named} request={header(request, LONGEST_NAME) or '-'}"
-        return f"{head}: {header(str(self), LONGEST_WHY)}"
+        sequence = truncate_for_header(str(sequence_id), MAX_ID_BYTES)
+        if sequence_id in (0, ""):
+            sequence = "-"
+        request = truncate_for_header(request_id, MAX_ID_BYTES) or "-"
+        message = truncate_for_header(str(self), MAX_MESSAGE_BYTES)
+        retryable = int(self.retryable)
+        return (
+            f"INPLACE-{self.code} retryable={retryable} sequence={sequence} request={request}:"
+            f" {message}"
+        )
 
 
-def failed(error: Exception, after: str = "START again") -> RequestError:
-    """What clients hear of a defect in the backend; ``after`` says what to do."""
+def backend_failure(error: Exception, advice: str = "START again") -> RequestError:
+    """The error of a request that failed through a defect in the backend.
+
+    Args:
+        error: what was raised.
+        advice: what the client should do.
+    """
     return RequestError(
-        Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); {after}"
+        Code.ENGINE_FAILED, f"the backend failed ({type(error).__name__}: {error}); {advice}"
     )

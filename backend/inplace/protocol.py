@@ -1,4 +1,7 @@
-"""What clients and the backend call things in requests and responses. It imports nothing: a client needs no PyTorch."""
+"""Names of parameters and tensors in requests and responses.
+
+This module imports nothing, so that a client needs no PyTorch.
+"""
 
 SEQUENCE_KEY, POSITION = "sequence_key", "position"
 """Parameters of every request."""
@@ -13,7 +16,7 @@ IGNORE_EOS, STREAM_INTERVAL = "ignore_eos", "stream_interval"
 
 
 FETCH = "fetch"
-"""The parameter that asks for a generation whose responses are fetched, and then for what it has said since."""
+"""The parameter that buffers a generation's tokens; without ``max_tokens``, it fetches them."""
 
 
 INPUT_IDS, TEXT, STOP = "input_ids", "text", "stop"

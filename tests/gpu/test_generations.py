@@ -76,7 +76,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[Streams]:
     driver = StreamDriver(
-        instance, TokenizerConfig(eos=frozenset({late_token(greedy(model, IDS, 40))})), 64
+        instance, TokenizerConfig(eos_token_ids=frozenset({late_token(greedy(model, IDS, 40))})), 64
     )
     yield Streams(driver)
     driver.close()

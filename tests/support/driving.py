@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from inplace.drivers.step import Answer, StepDriver
+from inplace.drivers.step import StepDriver
 from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.errors import Code, RequestError
+from inplace.runtime.batcher import Answer
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
 from torch import Tensor

@@ -33,7 +33,7 @@ class Heard:
     """
 
     def __init__(self, wanted: frozenset[str] = OUTPUTS) -> None:
-        self.wanted = wanted
+        self.requested_outputs = wanted
         self.responses: list[dict[str, Tensor | str]] = []
         self.error: RequestError | None = None
         self.final_at = 0.0
@@ -50,12 +50,12 @@ class Heard:
         if final:
             self._end()
 
-    def refuse(self, error: RequestError) -> None:
+    def send_error(self, error: RequestError) -> None:
         self._hear("an error")
         self.error = error
         self._end()
 
-    def cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
         if self._final.is_set():
             self.broken.append("asked after the final response")
         return self.gone

@@ -1,44 +1,42 @@
-"""The turn: others begin nothing while the engine's thread has it, but are not kept for ever."""
+"""The GIL: other threads begin nothing while the engine's thread has priority, but not for ever."""
 
 import threading
 
 import pytest
-from inplace.drivers import senders as module
+from inplace.drivers import senders
 from inplace.drivers.senders import GilPriority
 
 
-def passes(turn: GilPriority) -> threading.Event:
-    """Set when another thread's wait for the turn is over."""
+def start_waiting(gil: GilPriority) -> threading.Event:
+    """Set when another thread's wait for the engine is over."""
     passed = threading.Event()
 
-    def other() -> None:
-        turn.wait()
+    def wait() -> None:
+        gil.wait_for_engine()
         passed.set()
 
-    threading.Thread(target=other, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
     return passed
 
 
-def test_who_comes_while_it_is_taken_waits_until_it_is_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 60.0)
-    turn = GilPriority()
-    assert passes(turn).wait(10), "nobody has it"
-    turn.take()
-    waiting = [passes(turn) for _ in range(3)]
+def test_threads_wait_while_the_engine_has_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(senders, "MAX_GIL_WAIT", 60.0)
+    gil = GilPriority()
+    assert start_waiting(gil).wait(10), "the engine's thread has not acquired it"
+    gil.acquire()
+    waiting = [start_waiting(gil) for _ in range(3)]
     assert not any(each.wait(0.05) for each in waiting)
-    with turn:
+    with gil.released:
         assert all(each.wait(10) for each in waiting)
-        assert passes(turn).wait(10), "the device computes"
-    last = passes(turn)
+        assert start_waiting(gil).wait(10), "the device computes"
+    last = start_waiting(gil)
     assert not last.wait(0.05)
-    turn.give()
+    gil.release()
     assert last.wait(10)
 
 
-def test_nobody_waits_for_an_engine_that_never_waits() -> None:
-    turn = GilPriority()
-    turn.take()
-    assert passes(turn).wait(10)
-    turn.give()
+def test_an_engine_that_never_releases_blocks_nobody_for_ever() -> None:
+    gil = GilPriority()
+    gil.acquire()
+    assert start_waiting(gil).wait(10)
+    gil.release()

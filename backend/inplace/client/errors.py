@@ -5,7 +5,7 @@ from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from inplace.errors import LONGEST_NAME, Code, InplaceError, header
+from inplace.errors import MAX_ID_BYTES, Code, InplaceError, truncate_for_header
 
 _BACKEND_ERROR = re.compile(r"INPLACE-(?P<code>[A-Z_]+) retryable=(?P<retryable>[01]) sequence=")
 
@@ -166,7 +166,7 @@ def may_answer(error: InferenceServerException, request_id: str) -> bool:
 
 def _request_field(request_id: str) -> str:
     """The request id as the backend's error text contains it."""
-    return f" request={header(request_id, LONGEST_NAME) or '-'}: "
+    return f" request={truncate_for_header(request_id, MAX_ID_BYTES) or '-'}: "
 
 
 def response_timeout(seconds: float) -> InferenceServerException:

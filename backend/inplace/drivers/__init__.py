@@ -1,7 +1,11 @@
-"""Drivers: how requests reach the one step function. ``step`` answers inside the server's call, ``stream`` from threads of its own."""
+"""Drivers: how requests reach the step function of a model instance.
+
+`StepDriver` answers inside the server's call. `StreamDriver` queues requests, steps the engine on a
+thread of its own and answers from others; it serves generations.
+"""
 
 from inplace.drivers.parsing import TokenizerConfig
-from inplace.drivers.step import Answer, StepDriver
-from inplace.drivers.stream import Arrived, StreamDriver, engine_thread
+from inplace.drivers.step import StepDriver
+from inplace.drivers.stream import Arrival, StreamDriver, engine_thread
 
-__all__ = ["Answer", "Arrived", "StepDriver", "StreamDriver", "TokenizerConfig", "engine_thread"]
+__all__ = ["Arrival", "StepDriver", "StreamDriver", "TokenizerConfig", "engine_thread"]

@@ -1,4 +1,4 @@
-"""The engine's thread of a stream model: it gives jobs their sequences, runs steps, and says what came of them."""
+"""The engine loop of a stream model: one thread admits requests, runs steps and routes outputs."""
 
 import logging
 import queue
@@ -12,328 +12,338 @@ from inplace.drivers.reply import BufferedReply
 from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
 from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, find_buffered_reply
-from inplace.drivers.step import LONGEST_PAUSE, answered
-from inplace.errors import Code, RequestError, failed
+from inplace.errors import Code, RequestError, backend_failure
+from inplace.runtime.batcher import Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.slots import EndReason, SequenceId
+from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId
 
-GATHERING, MOST_GATHERING = 0.0001, 0.005
-"""Seconds between two looks whether senders are still behind, and for which a step waits for them at most."""
-
-
-LOOK = 0.05
-"""Seconds between two looks at the idle sequences, at least."""
+MAX_GATHER_TIME, GATHER_POLL_INTERVAL = 0.005, 0.0001
+"""Seconds for which a step waits for more requests at most, and between two looks for them."""
 
 
-SWITCH = 0.0005
-"""Seconds for which a thread may keep the interpreter while the engine's wants it; Python's own 5 ms are several steps of a fast engine."""
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which another thread may keep the GIL while the engine's thread wants it. Python's
+default of 5 ms is several steps of a fast engine."""
 
 
 Message = list[StreamRequest] | StreamRequest | None
-"""Jobs that arrived together; one whose client has gone; or that the driver is closed."""
+"""Requests that arrived together; a request that was cancelled; or None to stop."""
 
 
 log = logging.getLogger("inplace")
 
 
 class EngineLoop:
-    """Runs jobs: those of one sequence one after another, those of different sequences together.
+    """Runs the requests of a sequence one after another, those of different sequences together.
 
     Args:
-        instance: the model instance; nobody else uses it.
-        senders: answer from threads of their own.
-        most_waiting: generations that may wait for a slot.
-        thread: of one thread, which is the engine's until it is closed.
+        instance: the model instance; nothing else uses it.
+        senders: send the responses.
+        max_waiting: generations that may wait for a slot.
+        thread: of one thread, which runs the loop until it is closed.
     """
 
     def __init__(
-        self, instance: ModelInstance, senders: Senders, most_waiting: int, thread: Executor
+        self, instance: ModelInstance, senders: Senders, max_waiting: int, thread: Executor
     ) -> None:
-        self._instance, self._senders, self._most_waiting = instance, senders, most_waiting
-        self._said_by = (
-            instance.program.decoder_io[1] if instance.program.decoder_io is not None else None
-        )
+        self._instance, self._senders, self._max_waiting = instance, senders, max_waiting
+        decoder_io = instance.program.decoder_io
+        self._token_output = decoder_io[1] if decoder_io is not None else None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._lanes = SequenceQueues(instance.table)
+        self._queues = SequenceQueues(instance.table)
         self._waiting: deque[StreamRequest] = deque()
         self._scheduler = Scheduler(instance.program)
-        self._flights = StepPipeline(instance, self._scheduler, self._inbox.empty)
-        self._outcomes = ResponseBuffer(senders, instance.observer)
-        self._watch: CancellationWatcher[StreamRequest] = CancellationWatcher(
-            self._inbox.put, senders.turn
+        self._pipeline = StepPipeline(instance, self._scheduler, self._inbox.empty)
+        self._responses = ResponseBuffer(senders, instance.observer)
+        self._watcher: CancellationWatcher[StreamRequest] = CancellationWatcher(
+            self._inbox.put, senders.gil
         )
-        self._next_look = 0.0
+        self._next_reclaim = 0.0
         instance.observer.watch_waiting(self._waiting)
-        self._turn = instance.gil_released = senders.turn
-        sys.setswitchinterval(SWITCH)
+        self._gil = senders.gil
+        instance.gil_released = self._gil.released
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread = thread
         thread.submit(self._run)
 
-    def put(self, jobs: list[StreamRequest]) -> None:
-        """Take jobs, which begin together; those of one sequence take effect in the order given. From any thread."""
-        self._inbox.put(jobs)
+    def submit(self, requests: list[StreamRequest]) -> None:
+        """Queue requests that begin together. Thread-safe.
+
+        Those of one sequence take effect in the order given.
+        """
+        self._inbox.put(requests)
 
     def close(self, error: RequestError) -> None:
-        """Answer everything that has not been with this error, and stop."""
+        """Stop the loop and answer every request that has no final response with this error."""
         self._inbox.put(None)
         self._thread.shutdown()
-        self._watch.close()
-        self._drop(error, EndReason.SHUTDOWN)
+        self._watcher.close()
+        self._fail_all(error, EndReason.SHUTDOWN)
         while not self._inbox.empty():
             message = self._inbox.get()
-            for job in message if isinstance(message, list) else ():
-                self._refuse(job, error)
-        self._outcomes.tell()
+            for request in message if isinstance(message, list) else ():
+                self._refuse(request, error)
+        self._responses.flush()
+
+    # The loop
 
     def _run(self) -> None:
-        self._turn.take()
+        self._gil.acquire()
         try:
             with self._instance.engine.on_stream():
-                self._serve()
+                self._loop()
         except BaseException:
             log.exception("the engine's thread has ended")
             raise
         finally:
-            self._turn.give()
+            self._gil.release()
 
-    def _serve(self) -> None:
+    def _loop(self) -> None:
         serving = True
         while serving:
             try:
                 serving = self._receive()
-                if monotonic() >= self._next_look:
-                    self._next_look = monotonic() + LOOK
+                if monotonic() >= self._next_reclaim:
+                    self._next_reclaim = monotonic() + RECLAIM_INTERVAL
                     self._instance.table.reclaim_idle()
-                self._admit()
-                if serving and (self._scheduler or self._flights):
+                self._admit_waiting()
+                if serving and (self._scheduler or self._pipeline):
                     self._step()
-                    self._admit()
-            except (
-                Exception
-            ) as error:  # a defect: whoever waits must be told, and the others served
+                    self._admit_waiting()
+            except Exception as error:  # a defect: fail what is running, then serve on
                 log.exception("the stream driver failed")
-                self._drop(failed(error), EndReason.ENGINE_FAILED)
-            self._outcomes.tell()
-        self._flights.land()
+                self._fail_all(backend_failure(error), EndReason.ENGINE_FAILED)
+            self._responses.flush()
+        self._pipeline.drain()
 
     def _receive(self) -> bool:
-        """Take what has arrived; wait for it where there is nothing to run yet. False: the driver is closed."""
-        serving = self._take(0.0 if self._scheduler or self._flights else self._pause())
-        until = monotonic() + MOST_GATHERING
-        while serving and self._gathers() and monotonic() < until:
-            serving = self._take(GATHERING)
+        """Handle what has arrived; wait for it if there is nothing to run. False: stop."""
+        busy = self._scheduler or self._pipeline
+        serving = self._drain_inbox(0.0 if busy else self._instance.table.reclaim_delay())
+        gather_until = monotonic() + MAX_GATHER_TIME
+        while serving and self._should_gather() and monotonic() < gather_until:
+            serving = self._drain_inbox(GATHER_POLL_INTERVAL)
         return serving
 
-    def _take(self, seconds: float) -> bool:
-        """Take all that has arrived, and wait for the first of it, if for anything. False: the driver is closed."""
+    def _should_gather(self) -> bool:
+        """Whether to wait for more requests before the next step.
+
+        While answers of single steps are being sent, their clients are about to send the next
+        request; without waiting, each would get a step alone.
+        """
+        if self._pipeline or not self._scheduler or not self._senders.behind:
+            return False
+        return not (self._scheduler.fills_a_step or self._scheduler.has_generations)
+
+    def _drain_inbox(self, timeout: float) -> bool:
+        """Handle all messages; wait up to ``timeout`` seconds for the first. False: stop."""
         while True:
             try:
-                message = self._waited(seconds) if seconds else self._inbox.get_nowait()
+                message = self._wait_for_message(timeout) if timeout else self._inbox.get_nowait()
             except queue.Empty:
                 return True
-            seconds = 0.0
+            timeout = 0.0
             if message is None:
                 return False
             if isinstance(message, list):
-                self._arrived_together(message)
+                self._on_arrivals(message)
             else:
-                self._cancelled(message)
+                self._on_cancelled(message)
 
-    def _waited(self, seconds: float) -> Message:
-        self._outcomes.tell()
-        with self._turn:
-            return self._inbox.get(timeout=seconds)
+    def _wait_for_message(self, timeout: float) -> Message:
+        self._responses.flush()
+        with self._gil.released:
+            return self._inbox.get(timeout=timeout)
 
-    def _pause(self) -> float:
-        return min(max(LOOK, self._instance.table.next_expiry()), LONGEST_PAUSE)
+    # Arrivals and the queues of sequences
 
-    def _gathers(self) -> bool:
-        """Whether to wait for more steps, while many are being answered: they come again, and each would make a step alone."""
-        if self._flights or not self._scheduler or not self._senders.behind:
-            return False
-        return not (self._scheduler.full or self._scheduler.generates)
-
-    # Requests of one sequence follow one another
-
-    def _arrived_together(self, jobs: list[StreamRequest]) -> None:
-        for place, job in enumerate(jobs):
+    def _on_arrivals(self, requests: list[StreamRequest]) -> None:
+        for index, request in enumerate(requests):
             try:
-                self._arrived(job)
-            except Exception as error:
-                for other in jobs[place:]:
-                    if other not in self._lanes:  # the others are told by who catches it
-                        self._refuse(other, failed(error))
+                self._on_arrival(request)
+            except Exception as error:  # a defect; `_loop` answers the requests that are queued
+                for other in requests[index:]:
+                    if other not in self._queues:
+                        self._refuse(other, backend_failure(error))
                 raise
 
-    def _arrived(self, job: StreamRequest) -> None:
-        if job.fetches:
-            self._fetch(job)
+    def _on_arrival(self, request: StreamRequest) -> None:
+        if request.is_fetch:
+            self._fetch(request)
             return
-        if (
-            job.generation is not None
-        ):  # not before: a cancellation that came here ahead of its job would be of nobody
-            self._watch.add(job, job.reply)
-        for other in self._lanes.taken_by(job):
+        if request.generation is not None:
+            # Watched from here on: an earlier cancellation would find no request in the queues.
+            self._watcher.add(request, request.reply)
+        for other in self._queues.generations_ended_by(request):
             assert other.generation is not None
-            self._conclude(other, other.generation, FinishReason.ENDED)
+            self._finish_generation(other, other.generation, FinishReason.ENDED)
         try:
-            first = self._lanes.add(job)
+            is_first = self._queues.add(request)
         except RequestError as error:
-            self._refuse(job, error)
+            self._refuse(request, error)
             return
-        if first:
-            self._next(job.sequence)
+        if is_first:
+            self._start_next(request.sequence_id)
 
-    def _fetch(self, job: StreamRequest) -> None:
-        """Have a request answered with what the sequence's generation says, or has said."""
+    def _fetch(self, request: StreamRequest) -> None:
+        """Have a request answered with the tokens of its sequence's buffered generation."""
+        queued = self._queues.get(request.sequence_id)
+        live = self._instance.table.get(request.sequence_id)
         try:
-            mailbox = find_buffered_reply(
-                job, self._lanes.of(job.sequence), self._instance.table.get(job.sequence)
-            )
-            if mailbox.fetch(job.reply.channel):
-                self._senders.queue(mailbox)
+            reply = find_buffered_reply(request, queued, live)
+            if reply.fetch(request.reply.channel):
+                self._senders.enqueue(reply)
         except RequestError as error:
-            self._refuse(job, error)
+            self._refuse(request, error)
 
-    def _next(self, sequence: SequenceId) -> None:
-        """Begin the first request of a sequence that can be begun."""
-        while lane := self._lanes.of(sequence):
-            job = lane[0]
-            if self._must_wait(job):
-                if len(self._waiting) < self._most_waiting:
-                    self._waiting.append(job)
+    def _start_next(self, sequence_id: SequenceId) -> None:
+        """Start the next request of a sequence; requests that cannot start are answered."""
+        while queued := self._queues.get(sequence_id):
+            request = queued[0]
+            if self._must_wait(request):
+                if len(self._waiting) < self._max_waiting:
+                    self._waiting.append(request)
                     return
                 text = f"{len(self._waiting)} generations wait for a slot; send it again later"
-                self._refuse(job, RequestError(Code.QUEUE_FULL, text, retryable=True))
-            elif self._enter(job):
+                self._refuse(request, RequestError(Code.QUEUE_FULL, text, retryable=True))
+            elif self._admit(request):
                 return
-            self._lanes.remove(job)
+            self._queues.remove(request)
 
-    def _over(self, job: StreamRequest) -> None:
-        """A request has been answered: it is the turn of its sequence's next one."""
-        self._watch.remove(job)
-        if self._lanes.remove(job):
-            self._next(job.sequence)
+    def _remove(self, request: StreamRequest) -> None:
+        """Remove a request that has been answered and start the next one of its sequence."""
+        self._watcher.remove(request)
+        if self._queues.remove(request):
+            self._start_next(request.sequence_id)
+
+    def _on_cancelled(self, request: StreamRequest) -> None:
+        if request not in self._queues or request.generation is None:
+            return  # it has finished
+        if request.active is not None:
+            self._instance.table.end(request.active.sequence, EndReason.CANCELLED)
+        self._finish_generation(request, request.generation, FinishReason.CANCELLED)
 
     # Slots
 
-    def _needs_slot(self, job: StreamRequest) -> bool:
-        return (
-            job.checked.request.start
-            and not job.only_ends
-            and self._instance.table.get(job.sequence) is None
-        )
+    def _needs_slot(self, request: StreamRequest) -> bool:
+        is_live = self._instance.table.get(request.sequence_id) is not None
+        return request.request.start and not request.only_ends and not is_live
 
-    def _must_wait(self, job: StreamRequest) -> bool:
-        """Whether it is a generation that needs a slot and there is none for it."""
-        if job.generation is None or not self._needs_slot(job):
+    def _must_wait(self, request: StreamRequest) -> bool:
+        """Whether it is a generation that needs a slot and none is free for it."""
+        if request.generation is None or not self._needs_slot(request):
             return False
         if not self._instance.table.num_free:
             self._instance.table.reclaim_idle()
         return bool(self._waiting) or not self._instance.table.num_free
 
-    def _enter(self, job: StreamRequest) -> bool:
-        """Give a job its sequence. False: it has been answered instead."""
+    def _admit(self, request: StreamRequest) -> bool:
+        """Give a request its sequence and schedule it. False: it has been answered instead."""
         try:
-            if job.only_ends:
-                self._instance.end_sequence(job.checked)
-                self._outcomes.answer(job, {})
+            if request.only_ends:
+                self._instance.end_sequence(request.validated)
+                self._responses.add_outputs(request, {})
                 return False
-            if self._waiting and job.generation is None and self._needs_slot(job):
+            if self._waiting and request.generation is None and self._needs_slot(request):
                 text = "every slot is owned, and generations wait for the next; send it again later"
                 raise RequestError(Code.NO_FREE_SLOT, text, retryable=True)
-            job.work = self._instance.admit_validated(job.checked)
+            active = request.active = self._instance.admit_validated(request.validated)
         except RequestError as error:
-            self._refuse(job, error)
+            self._refuse(request, error)
             return False
-        if job.generation is not None:
-            capacity, sequence = self._instance.manifest.capacity, job.work.sequence
-            job.generation.begin(
-                None if capacity is None else capacity - sequence.length - job.work.num_tokens
-            )
-        self._scheduler.add(job)
+        if request.generation is not None:
+            capacity = self._instance.manifest.capacity
+            used = active.sequence.length + active.num_tokens
+            request.generation.set_room(None if capacity is None else capacity - used)
+        self._scheduler.add(request)
         return True
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         """Give free slots to the generations that wait for one."""
         while self._waiting and self._instance.table.num_free:
-            job = self._waiting.popleft()
-            if not self._enter(job):
-                self._over(job)
-
-    def _cancelled(self, job: StreamRequest) -> None:
-        if job not in self._lanes or job.generation is None:
-            return  # it has finished
-        if job.work is not None:
-            self._instance.table.end(job.work.sequence, EndReason.CANCELLED)
-        self._conclude(job, job.generation, FinishReason.CANCELLED)
+            request = self._waiting.popleft()
+            if not self._admit(request):
+                self._remove(request)
 
     # Steps
 
     def _step(self) -> None:
-        landed = self._flights.next()
-        outputs = landed.outputs
-        said = outputs[self._said_by].numpy().ravel().tolist() if self._said_by in outputs else []
-        steps = any(job.generation is None for job in landed.jobs)
-        answers = answered(landed.rows, outputs) if steps else []
-        say = self._outcomes.say
-        for row, (job, work) in enumerate(zip(landed.jobs, landed.rows, strict=True)):
-            generation = job.generation
-            if work.dropped:
+        """Run one step and route its outputs."""
+        result = self._pipeline.step()
+        outputs, tokens = result.outputs, list[int]()
+        if self._token_output in outputs:
+            tokens = outputs[self._token_output].numpy().ravel().tolist()
+        has_steps = any(request.generation is None for request in result.requests)
+        answers = split_outputs(result.rows, outputs) if has_steps else []
+        add_token = self._responses.add_token
+        for row, (request, active) in enumerate(zip(result.requests, result.rows, strict=True)):
+            if active.dropped:
                 continue
-            if work.error is not None:
-                self._scheduler.remove(job)
-                self._instance.finish(work)
-                self._refuse(job, work.error)
-                self._over(job)
-            elif work.num_computed_tokens < work.num_tokens:
-                continue
+            generation = request.generation
+            if active.error is not None:
+                self._finish_step(request, active.error)
+            elif active.num_computed_tokens < active.num_tokens:
+                continue  # more chunks of its prompt are to come
             elif generation is None:
-                self._scheduler.remove(job)
-                self._instance.finish(work)
-                answer = answers[row]
-                assert isinstance(answer, dict)
-                self._outcomes.answer(job, answer)
-                self._over(job)
+                self._finish_step(request, answers[row])
             else:
-                text, reason = generation.add(token := said[row])
-                say(job, generation, text)
+                token = tokens[row]
+                text, reason = generation.append(token)
+                add_token(request, generation, text)
                 if reason is not None:
-                    self._conclude(job, generation, reason)
+                    self._finish_generation(request, generation, reason)
                     continue
-                work.feed(token)
-                if row >= landed.running:
-                    self._scheduler.goes_on(job)
+                active.feed(token)
+                if row >= result.num_decodes:
+                    self._scheduler.start_decoding(request)
 
-    def _conclude(
-        self, job: StreamRequest, generation: GenerationState, reason: FinishReason
+    def _finish_step(self, request: StreamRequest, answer: Answer | None) -> None:
+        """Answer a request with the outputs of a step or with the error of the engine."""
+        assert request.active is not None
+        assert answer is not None
+        self._scheduler.remove(request)
+        self._instance.finish(request.active)
+        if isinstance(answer, RequestError):
+            self._refuse(request, answer)
+        else:
+            self._responses.add_outputs(request, answer)
+        self._remove(request)
+
+    def _finish_generation(
+        self, request: StreamRequest, generation: GenerationState, reason: FinishReason
     ) -> None:
-        """A generation has finished: what it said is the sequence's, the last of it not fed yet."""
-        work = job.work
-        if work is not None:
-            work.dropped = True
-            self._scheduler.remove(job)
-            work.sequence.pending_token = (
-                generation.token if generation.said else work.pending_token
+        """Finish a generation. Its last token, which no step has consumed, becomes pending."""
+        active = request.active
+        if active is not None:
+            active.dropped = True
+            self._scheduler.remove(request)
+            sequence, reply = active.sequence, request.reply
+            sequence.pending_token = (
+                generation.last_token if generation.num_tokens else active.pending_token
             )
-            work.sequence.driver_state = job.reply if isinstance(job.reply, BufferedReply) else None
-            self._instance.finish(work)
-        elif job in self._waiting:
-            self._waiting.remove(job)
-        self._outcomes.finish(job, generation, reason)
-        self._over(job)
+            sequence.driver_state = reply if isinstance(reply, BufferedReply) else None
+            self._instance.finish(active)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+        self._responses.add_finish(request, generation, reason)
+        self._remove(request)
 
-    def _refuse(self, job: StreamRequest, error: RequestError) -> None:
-        self._watch.remove(job)
-        self._outcomes.refuse(job, error)
+    # Errors
 
-    def _drop(self, error: RequestError, why: EndReason) -> None:
-        """Answer everything with an error; sequences that were being worked on end."""
-        self._flights.land()
-        jobs = self._lanes.clear()
+    def _refuse(self, request: StreamRequest, error: RequestError) -> None:
+        self._watcher.remove(request)
+        self._responses.add_error(request, error)
+
+    def _fail_all(self, error: RequestError, reason: EndReason) -> None:
+        """Answer every request with an error; sequences with a running request end."""
+        self._pipeline.drain()
+        requests = self._queues.clear()
         self._waiting.clear()
         self._scheduler.clear()
-        for job in jobs:
-            self._refuse(job, error)
-            if job.work is not None and self._instance.table.get(job.sequence) is job.work.sequence:
-                self._instance.table.end(job.work.sequence, why)
+        for request in requests:
+            self._refuse(request, error)
+            active = request.active
+            if active is None:
+                continue
+            if self._instance.table.get(request.sequence_id) is active.sequence:
+                self._instance.table.end(active.sequence, reason)

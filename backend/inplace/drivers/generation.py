@@ -1,31 +1,26 @@
-"""A generation: what was asked for, and whether the token that was just said is its last."""
+"""A generation: its limits, its tokens so far, and whether the last token finishes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from inplace.drivers.text import Detokenizer, StopMatcher
+from inplace.drivers.detokenizer import Detokenizer, StopMatcher
 from inplace.errors import Code, RequestError
-from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL, TEXT
+from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import Parameter, parse_integer
 
-MOST_STOPS, LONGEST_STOP = 16, 256
+MAX_STOP_TEXTS, MAX_STOP_LENGTH = 16, 256
+"""Stop texts of a request, and characters of each."""
 
 
-BYTES_A_POSITION = 64
-"""Text that is longer than so many bytes for each position a sequence may hold is not tokenized: it would not fit."""
-
-
-MOST = 2**31 - 1
+UNLIMITED = 2**31 - 1
+"""Tokens; the largest value of the parameters that count tokens."""
 
 
 class FinishReason(StrEnum):
-    """Why a generation finished, as clients read it."""
+    """Why a generation finished, as clients read it in ``finish_reason``."""
 
     LENGTH = "length"
     EOS = "eos"
@@ -37,153 +32,152 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """What a generation may say.
+    """The parameters of a generation.
 
     Attributes:
-        max_tokens: how many tokens at most.
-        ignore_eos: go on after an end token.
-        interval: fewest tokens of a response.
-        stops: texts that end it.
+        max_tokens: most tokens to generate.
+        ignore_eos: continue after an end token.
+        stream_interval: fewest tokens of a response, except the last.
+        stop: texts that end the generation.
     """
 
     max_tokens: int
     ignore_eos: bool = False
-    interval: int = 1
-    stops: tuple[str, ...] = ()
+    stream_interval: int = 1
+    stop: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> "GenerationLimits":
+    def parse(cls, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Self:
         """Read them from a request.
 
+        Args:
+            request: its parameters are read.
+            texts: its inputs of BYTES by name.
+
         Raises:
-            RequestError: BAD_PARAMETER or BAD_SHAPE.
+            RequestError: BAD_PARAMETER, BAD_SHAPE or VALUE_RANGE.
         """
         if request.flag("logits"):
             raise RequestError(
-                Code.BAD_PARAMETER, "parameter 'logits' belongs to steps; a generation says tokens"
+                Code.BAD_PARAMETER,
+                "parameter 'logits' belongs to steps; a generation returns tokens: leave it out",
             )
         return cls(
-            max_tokens=_count(request.parameters, MAX_TOKENS),
+            max_tokens=_parse_count(request.parameters, MAX_TOKENS),
             ignore_eos=request.flag(IGNORE_EOS),
-            interval=_count(request.parameters, STREAM_INTERVAL),
-            stops=_stops(texts.get(STOP, ())),
+            stream_interval=_parse_count(request.parameters, STREAM_INTERVAL),
+            stop=_parse_stop(texts.get(STOP, ())),
         )
 
 
-def _count(parameters: Mapping[str, Parameter], name: str) -> int:
-    return parse_integer(parameters, name, 1, MOST, "a whole number of at least 1", default=1)
+def _parse_count(parameters: Mapping[str, Parameter], name: str) -> int:
+    return parse_integer(parameters, name, 1, UNLIMITED, "a whole number of at least 1", default=1)
 
 
-def _stops(given: tuple[bytes, ...]) -> tuple[str, ...]:
-    if len(given) > MOST_STOPS:
+def _parse_stop(encoded: tuple[bytes, ...]) -> tuple[str, ...]:
+    if len(encoded) > MAX_STOP_TEXTS:
         raise RequestError(
             Code.BAD_SHAPE,
-            f"input {STOP!r} holds {len(given)} texts; expected at most {MOST_STOPS}",
+            f"input {STOP!r} holds {len(encoded)} texts; expected at most {MAX_STOP_TEXTS}",
         )
-    texts = tuple(decoded(STOP, text) for text in given)
-    for text in texts:
-        if not 1 <= len(text) <= LONGEST_STOP:
+    stop = tuple(decode_utf8(STOP, text) for text in encoded)
+    for text in stop:
+        if not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise RequestError(
                 Code.VALUE_RANGE,
-                f"input {STOP!r} holds a text of {len(text)} characters; expected 1 to {LONGEST_STOP} of them",
+                f"input {STOP!r} holds a text of {len(text)} characters; expected 1 to"
+                f" {MAX_STOP_LENGTH} of them",
             )
-    return texts
+    return stop
 
 
-def decoded(name: str, text: bytes) -> str:
-    """UTF-8 text.
+def decode_utf8(name: str, text: bytes) -> str:
+    """The text of an input.
 
     Raises:
-        RequestError: VALUE_RANGE, it is none.
+        RequestError: VALUE_RANGE, it is not UTF-8.
     """
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        raise RequestError(Code.VALUE_RANGE, f"input {name!r} is no UTF-8 text: {error}") from None
-
-
-def tokenized(
-    tokenizer: Tokenizer | None, given: tuple[bytes, ...], capacity: int | None, *, start: bool
-) -> Tensor:
-    """The token ids of a request's text, ``[1, tokens]``; with the tokens that begin a text where it starts a sequence.
-
-    Raises:
-        RequestError: BAD_SHAPE, VALUE_RANGE, CAPACITY or EMPTY_INPUT; BAD_PARAMETER without a tokenizer.
-    """
-    if tokenizer is None:
-        raise RequestError(
-            Code.BAD_PARAMETER, "this model was built without a tokenizer: send 'input_ids'"
-        )
-    if len(given) != 1:
-        raise RequestError(Code.BAD_SHAPE, f"input {TEXT!r} holds {len(given)} texts; expected 1")
-    if capacity is not None and len(given[0]) > (most := BYTES_A_POSITION * capacity):
-        raise RequestError(
-            Code.CAPACITY,
-            f"input {TEXT!r} has {len(given[0])} bytes, more than {most}: it does not fit {capacity} positions",
-        )
-    ids = tokenizer.encode(decoded(TEXT, given[0]), add_special_tokens=start).ids
-    if not ids:
-        raise RequestError(Code.EMPTY_INPUT, f"input {TEXT!r} has no tokens; send at least 1")
-    return torch.tensor([ids])
+        raise RequestError(Code.VALUE_RANGE, f"input {name!r} is not UTF-8 text: {error}") from None
 
 
 class GenerationState:
-    """The tokens that one request has said so far.
+    """The tokens of a generation so far.
 
     Args:
-        limits: what was asked for.
-        eos: end tokens.
-        stopper: turns tokens into text for `GenerationLimits.stops`; None where there are none.
+        limits: its parameters.
+        eos_token_ids: end tokens of the model.
+        stop_detokenizer: makes the text that is searched for `GenerationLimits.stop`; None without
+            stop texts.
 
     Attributes:
-        said: how many tokens.
-        token: the last of them; None before the first.
+        limits: its parameters.
+        num_tokens: how many tokens were generated.
+        last_token: the last of them; None before the first.
     """
 
-    __slots__ = ("_eos", "_most", "_stopper", "_stops", "limits", "said", "token")
+    __slots__ = (
+        "_eos_token_ids",
+        "_max_new_tokens",
+        "_stop_detokenizer",
+        "_stop_matcher",
+        "last_token",
+        "limits",
+        "num_tokens",
+    )
 
     def __init__(
-        self, limits: GenerationLimits, eos: frozenset[int], stopper: Detokenizer | None
+        self,
+        limits: GenerationLimits,
+        eos_token_ids: frozenset[int],
+        stop_detokenizer: Detokenizer | None,
     ) -> None:
         self.limits = limits
-        self._eos: frozenset[int] = frozenset() if limits.ignore_eos else eos
-        self._stopper = stopper
-        self._stops = StopMatcher(limits.stops)
-        self._most = MOST
-        self.said = 0
-        self.token: int | None = None
+        self._eos_token_ids: frozenset[int] = frozenset() if limits.ignore_eos else eos_token_ids
+        self._stop_detokenizer = stop_detokenizer
+        self._stop_matcher = StopMatcher(limits.stop)
+        self._max_new_tokens = UNLIMITED
+        self.num_tokens = 0
+        self.last_token: int | None = None
 
-    def begin(self, room: int | None) -> None:
-        """The sequence has room for so many tokens beyond the prompt; None is no limit."""
-        self._most = MOST if room is None else room
+    def set_room(self, room: int | None) -> None:
+        """Set how many positions the sequence has left after the prompt; None if unlimited."""
+        self._max_new_tokens = UNLIMITED if room is None else room
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it says two more tokens at least, unless the next one ends it."""
-        return self.said + 1 < min(self.limits.max_tokens, self._most)
+    def expects_two_more(self) -> bool:
+        """Whether two more tokens follow, unless the next is an end token or completes a stop text.
 
-    def add(self, token: int) -> tuple[str | None, FinishReason | None]:
-        """The sequence said another token.
+        If so, the step after the next one can be launched before the next token is known.
+        """
+        return self.num_tokens + 1 < min(self.limits.max_tokens, self._max_new_tokens)
+
+    def append(self, token: int) -> tuple[str | None, FinishReason | None]:
+        """Add a generated token.
 
         Returns:
-            The text that may be said now, None where it is what the token adds; and why this token is the last, None where it is not.
+            The text that can be sent now, or None if the reply's detokenizer makes it; and why this
+            token is the last, or None if it is not.
         """
-        self.said += 1
-        self.token = token
+        self.num_tokens += 1
+        self.last_token = token
         reason = None
-        if token in self._eos:
+        if token in self._eos_token_ids:
             reason = FinishReason.EOS
-        elif self.said == self.limits.max_tokens:
+        elif self.num_tokens == self.limits.max_tokens:
             reason = FinishReason.LENGTH
-        elif self.said == self._most:
+        elif self.num_tokens == self._max_new_tokens:
             reason = FinishReason.CAPACITY
-        if self._stopper is None:
+        if self._stop_detokenizer is None:
             return "" if reason is FinishReason.EOS else None, reason
-        piece = self._stops.add("" if reason is FinishReason.EOS else self._stopper.add([token]))
-        if self._stops.hit:
-            return piece, FinishReason.STOP
-        return (piece + self.rest() if reason is not None else piece), reason
+        piece = "" if reason is FinishReason.EOS else self._stop_detokenizer.append([token])
+        text = self._stop_matcher.append(piece)
+        if self._stop_matcher.matched:
+            return text, FinishReason.STOP
+        return (text + self.flush_text() if reason is not None else text), reason
 
-    def rest(self) -> str:
-        """Text that was held back as the possible beginning of a stop text."""
-        return self._stops.rest()
+    def flush_text(self) -> str:
+        """Return the text that was held back because it may have begun a stop text."""
+        return self._stop_matcher.flush()

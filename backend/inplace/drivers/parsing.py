@@ -1,120 +1,183 @@
-"""From a request of a stream model to a job: everything that can be checked in the server's thread."""
+"""From a request of a stream model to a `StreamRequest`: all checks that need no sequence.
+
+Runs on the server's threads.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from inplace.drivers.generation import GenerationLimits, GenerationState, tokenized
+from inplace.drivers.detokenizer import CONTEXT_TOKENS, Detokenizer
+from inplace.drivers.generation import GenerationLimits, GenerationState, decode_utf8
 from inplace.drivers.reply import BufferedReply, Channel, Reply
 from inplace.drivers.sequence_queues import StreamRequest
-from inplace.drivers.text import CONTEXT, Detokenizer
 from inplace.errors import Code, RequestError
 from inplace.protocol import FETCH, MAX_TOKENS, TEXT, TEXT_OUTPUT
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
 
+MAX_BYTES_PER_POSITION = 64
+"""A text with more bytes for each position of a sequence is refused without tokenizing it."""
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What turns a model's tokens into generations.
+    """The tokenizer and the end tokens of a language model.
 
     Attributes:
-        tokenizer: for text; None serves token ids alone.
-        eos: end tokens.
+        tokenizer: None if the model takes and returns token ids only.
+        eos_token_ids: tokens that end a generation.
     """
 
     tokenizer: Tokenizer | None = None
-    eos: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
 
 
 class RequestParser:
-    """Checks requests and makes jobs of them. Safe to call from any thread.
+    """Parses requests. Thread-safe.
 
     Args:
         instance: the model instance.
-        language: for generations.
+        tokenizer_config: for generations.
     """
 
-    def __init__(self, instance: ModelInstance, language: TokenizerConfig) -> None:
-        self._instance, self._language = instance, language
-        self._names = instance.program.decoder_io
+    def __init__(self, instance: ModelInstance, tokenizer_config: TokenizerConfig) -> None:
+        self._instance, self._tokenizer_config = instance, tokenizer_config
+        self._decoder_io = instance.program.decoder_io
 
-    def job(
+    def parse(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel
     ) -> StreamRequest:
-        """A request's job; one that is refused later, in its turn, has the reason with it.
+        """Parse a request.
+
+        A refused one is returned too, with its ``refusal``: its START and END take effect, after
+        the earlier requests of its sequence.
 
         Args:
-            request: what was asked.
-            texts: its inputs of BYTES, by name.
-            channel: its way back.
+            request: the request without its texts.
+            texts: its inputs of BYTES by name.
+            channel: sends its responses.
 
         Raises:
-            RequestError: its key cannot be read: it changes nothing, whatever flags it has.
+            RequestError: its ``sequence_key`` is invalid, so it must change nothing.
         """
-        key = request.key_digest()
+        key_digest = request.key_digest()
+        unvalidated = ValidatedRequest(request, key_digest)
         generates = MAX_TOKENS in request.parameters
-        bare = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
-        if request.end and not request.start and not generates and bare:
-            return StreamRequest(ValidatedRequest(request, key), Reply(channel))
+        empty = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
+        if request.end and not request.start and not generates and empty:
+            return StreamRequest(unvalidated, Reply(channel))
         try:
             if not generates and request.flag(FETCH):
-                if request.start or request.end:
-                    raise RequestError(
-                        Code.BAD_PARAMETER,
-                        f"{FETCH!r} without {MAX_TOKENS!r} asks for what was said: send neither START nor END",
-                    )
-                return StreamRequest(ValidatedRequest(request, key), Reply(channel), fetches=True)
-            if generates and self._names is None:
+                _check_fetch(request)
+                return StreamRequest(unvalidated, Reply(channel), is_fetch=True)
+            if generates and self._decoder_io is None:
                 raise RequestError(
                     Code.BAD_PARAMETER,
-                    f"this model is no language model and generates nothing: leave {MAX_TOKENS!r} out",
+                    f"this model is not a language model and cannot generate: leave {MAX_TOKENS!r}"
+                    f" out",
                 )
-            request = self._with_ids(request, texts)
+            request = self._tokenize_text(request, texts)
             limits = GenerationLimits.parse(request, texts) if generates else None
-            if limits is not None and limits.stops and self._language.tokenizer is None:
+            if limits is not None and limits.stop and self._tokenizer_config.tokenizer is None:
                 raise RequestError(
                     Code.BAD_PARAMETER,
-                    "this model was built without a tokenizer: it knows no stop texts",
+                    "this model was built without a tokenizer and cannot find stop texts: leave"
+                    " 'stop' out",
                 )
         except RequestError as error:
-            return StreamRequest(ValidatedRequest(request, key, refusal=error), Reply(channel))
-        checked = self._instance.validate(request)
-        if limits is None or checked.refusal is not None:
-            return StreamRequest(checked, Reply(channel))
-        return self._generation(checked, limits, channel)
+            return StreamRequest(replace(unvalidated, refusal=error), Reply(channel))
+        validated = self._instance.validate(request)
+        if limits is None or validated.refusal is not None:
+            return StreamRequest(validated, Reply(channel))
+        return self._make_generation(validated, limits, channel)
 
-    def _generation(
-        self, checked: ValidatedRequest, limits: GenerationLimits, channel: Channel
+    def _make_generation(
+        self, validated: ValidatedRequest, limits: GenerationLimits, channel: Channel
     ) -> StreamRequest:
-        assert self._names is not None
-        detokenizer = stopper = None
-        tokenizer = self._language.tokenizer
-        if tokenizer is not None and (limits.stops or TEXT_OUTPUT in channel.wanted):
-            made = Detokenizer(tokenizer, checked.inputs[self._names[0]][-CONTEXT:].tolist())
-            detokenizer, stopper = (None, made) if limits.stops else (made, None)
-        checked = replace(checked, min_new_tokens=1, requested_outputs=frozenset((self._names[1],)))
-        kind = BufferedReply if checked.request.flag(FETCH) else Reply
+        assert self._decoder_io is not None
+        ids_name, token_name = self._decoder_io
+        tokenizer = self._tokenizer_config.tokenizer
+        detokenizer = stop_detokenizer = None
+        if tokenizer is not None and (limits.stop or TEXT_OUTPUT in channel.requested_outputs):
+            context = validated.inputs[ids_name][-CONTEXT_TOKENS:].tolist()
+            if limits.stop:  # the engine loop needs the text of every token
+                stop_detokenizer = Detokenizer(tokenizer, context)
+            else:
+                detokenizer = Detokenizer(tokenizer, context)
+        reply_type = BufferedReply if validated.request.flag(FETCH) else Reply
         return StreamRequest(
-            checked,
-            kind(channel, limits.interval, detokenizer),
-            GenerationState(limits, self._language.eos, stopper),
+            replace(validated, min_new_tokens=1, requested_outputs=frozenset((token_name,))),
+            reply_type(channel, limits.stream_interval, detokenizer),
+            GenerationState(limits, self._tokenizer_config.eos_token_ids, stop_detokenizer),
         )
 
-    def _with_ids(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
-        """The request with the token ids of its text."""
-        if self._names is None or TEXT not in texts:
+    def _tokenize_text(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
+        """The request with the token ids of its text, if it has one."""
+        if self._decoder_io is None or TEXT not in texts:
             return request
-        if self._names[0] in request.inputs:
+        ids_name = self._decoder_io[0]
+        if ids_name in request.inputs:
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"inputs {self._names[0]!r} and {TEXT!r} are both given; send one of them",
+                f"inputs {ids_name!r} and {TEXT!r} are both given; send one of them",
             )
-        begins = (
-            request.start and not request.continues_sequence
-        )  # a START that names a position goes on with a live sequence or is refused
-        ids = tokenized(
-            self._language.tokenizer, texts[TEXT], self._instance.manifest.capacity, start=begins
+        # A START with a position continues a live sequence or is refused: its text begins nothing.
+        begins = request.start and not request.continues_sequence
+        ids = tokenize(
+            self._tokenizer_config.tokenizer,
+            texts[TEXT],
+            self._instance.manifest.capacity,
+            add_special_tokens=begins,
         )
-        return replace(request, inputs={self._names[0]: ids})
+        return replace(request, inputs={ids_name: ids})
+
+
+def tokenize(
+    tokenizer: Tokenizer | None,
+    encoded: tuple[bytes, ...],
+    capacity: int | None,
+    *,
+    add_special_tokens: bool,
+) -> Tensor:
+    """The token ids of a request's text, ``[1, tokens]``, int64.
+
+    Args:
+        tokenizer: of the model.
+        encoded: the elements of the request's text input.
+        capacity: positions of a sequence; None if unlimited.
+        add_special_tokens: add the tokens that begin a text.
+
+    Raises:
+        RequestError: BAD_SHAPE, VALUE_RANGE, CAPACITY or EMPTY_INPUT; BAD_PARAMETER without a
+            tokenizer.
+    """
+    if tokenizer is None:
+        raise RequestError(
+            Code.BAD_PARAMETER, "this model was built without a tokenizer: send 'input_ids'"
+        )
+    if len(encoded) != 1:
+        raise RequestError(Code.BAD_SHAPE, f"input {TEXT!r} holds {len(encoded)} texts; expected 1")
+    [text] = encoded
+    if capacity is not None and len(text) > (max_bytes := MAX_BYTES_PER_POSITION * capacity):
+        raise RequestError(
+            Code.CAPACITY,
+            f"input {TEXT!r} has {len(text)} bytes, more than {max_bytes}: it does not fit"
+            f" {capacity} positions",
+        )
+    ids = tokenizer.encode(decode_utf8(TEXT, text), add_special_tokens=add_special_tokens).ids
+    if not ids:
+        raise RequestError(Code.EMPTY_INPUT, f"input {TEXT!r} has no tokens; send at least 1")
+    return torch.tensor([ids])
+
+
+def _check_fetch(request: Request) -> None:
+    if request.start or request.end:
+        raise RequestError(
+            Code.BAD_PARAMETER,
+            f"{FETCH!r} without {MAX_TOKENS!r} fetches tokens of a running generation: send neither"
+            f" START nor END",
+        )

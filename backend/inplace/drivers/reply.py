@@ -1,6 +1,7 @@
-"""The way back of one request on a stream: responses in order, a final one on every path, and nothing after it.
+"""The responses of one stream request: in order, with exactly one final response at the end.
 
-A generation whose responses are fetched: each request for them has one response.
+`Reply` streams them through the request's own channel. `BufferedReply` keeps the tokens of a
+generation until a request fetches them, so that each request has one response.
 """
 
 import contextlib
@@ -14,35 +15,42 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from inplace.drivers.detokenizer import Detokenizer
 from inplace.drivers.generation import FinishReason
-from inplace.drivers.text import Detokenizer
 from inplace.errors import Code, RequestError
 from inplace.protocol import FETCH, FINISH_REASON, TEXT_OUTPUT, TOKENS
 
 Outputs = Mapping[str, Tensor | str]
-"""Outputs by name, ``[1, ...]``; a text is a BYTES tensor ``[1, 1]``."""
+"""Outputs by name: tensors ``[1, ...]``; a text is a BYTES tensor ``[1, 1]``."""
+
+
+NewToken = tuple[int, str | None]
+"""A token and the text that it adds; None if the reply's detokenizer makes the text."""
 
 
 log = logging.getLogger("inplace")
 
 
 class Channel(Protocol):
-    """What a server gives to answer one request with.
+    """Sends the responses of one request; the server provides it.
 
     Attributes:
-        wanted: names of the outputs that the client asked for.
+        requested_outputs: names of the outputs that the client asked for.
     """
 
-    wanted: frozenset[str]
+    requested_outputs: frozenset[str]
 
     def send(self, outputs: Outputs, *, final: bool) -> None:
         """Send a response."""
 
-    def refuse(self, error: RequestError) -> None:
+    def send_error(self, error: RequestError) -> None:
         """Send an error as the final response."""
 
-    def cancelled(self) -> bool:
-        """Whether the client has cancelled the request or gone away. Must not be called after the final response."""
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled the request or gone away.
+
+        Must not be called after the final response.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,238 +58,249 @@ class FinalResponse:
     """How a request ends.
 
     Attributes:
-        what: why a generation finished; an error; or the outputs of a step.
-        rest: text that no token brings.
+        result: why a generation finished; or an error; or the outputs of a step.
+        text: text of a generation that no token adds.
     """
 
-    what: FinishReason | RequestError | Outputs
-    rest: str = ""
+    result: FinishReason | RequestError | Outputs
+    text: str = ""
 
 
 class Reply:
-    """The responses of one request. One thread puts in what there is to say, a sender's thread takes out all that is there.
+    """The responses of one request.
+
+    One thread adds tokens and finishes it. Sender threads send all that has been added; the reply
+    is in their queue, or with one of them, at most once.
 
     Args:
-        channel: how to send.
-        interval: fewest tokens of a response.
-        detokenizer: makes the text that tokens add; None where nobody wants it or it comes with the tokens.
+        channel: sends the responses.
+        stream_interval: fewest tokens of a response, except the last.
+        detokenizer: makes the text of the tokens; None if no text is requested or every token
+            comes with its text.
 
     Attributes:
-        done: the final response was sent.
+        channel: sends the responses.
+        finished: the final response has been sent.
     """
 
     __slots__ = (
-        "_border",
-        "_broken",
-        "_channel",
         "_detokenizer",
-        "_interval",
-        "_last",
-        "_said",
-        "_turn",
-        "done",
+        "_enqueued",
+        "_final",
+        "_final_lock",
+        "_send_failed",
+        "_stream_interval",
+        "_tokens",
+        "channel",
+        "finished",
     )
 
     def __init__(
-        self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None
+        self, channel: Channel, stream_interval: int = 1, detokenizer: Detokenizer | None = None
     ) -> None:
-        self._channel = channel
-        self._interval = interval
+        self.channel = channel
+        self._stream_interval = stream_interval
         self._detokenizer = detokenizer
-        self._said: deque[tuple[int, str | None]] = deque()
-        self._last: FinalResponse | None = None
-        self._turn = (
-            threading.Lock()
-        )  # held from when it is queued for a sender until that sender has sent
-        self._border = (
-            threading.Lock()
-        )  # the final response and `cancelled` exclude each other: asking after it ends the server
-        self._broken = False  # a response could not be sent, so that was its end
-        self.done = False
+        self._tokens: deque[NewToken] = deque()
+        self._final: FinalResponse | None = None
+        # Locked from when the reply is enqueued until its sender has sent.
+        self._enqueued = threading.Lock()
+        # Excludes `is_cancelled` from the final response: asking after it ends the server.
+        self._final_lock = threading.Lock()
+        self._send_failed = False
+        self.finished = False
 
-    @property
-    def channel(self) -> Channel:
-        """How it is sent."""
-        return self._channel
+    def add_token(self, token: int, text: str | None) -> bool:
+        """Add a token; ``text`` as in `NewToken`.
 
-    def say(self, token: int, text: str | None) -> bool:
-        """Add a token, and the text it adds, None where the detokenizer knows. True: the reply must be queued for a sender now."""
-        self._said.append((token, text))
-        return len(self._said) >= self._interval and self._turn.acquire(blocking=False)
+        Returns:
+            Whether the caller must enqueue the reply for a sender.
+        """
+        self._tokens.append((token, text))
+        return len(self._tokens) >= self._stream_interval and self._try_enqueue()
 
-    def finish(self, last: FinalResponse) -> bool:
-        """Say how it ends. True: it must be queued for a sender now."""
-        self._last = last
-        return self._turn.acquire(blocking=False)
+    def finish(self, final: FinalResponse) -> bool:
+        """Set the final response.
+
+        Returns:
+            Whether the caller must enqueue the reply for a sender.
+        """
+        self._final = final
+        return self._try_enqueue()
 
     def send(self) -> bool:
-        """Send all that is there, in one response. True: there is more by now, queue it again. Only by who holds its turn."""
-        last = self._last  # read before the tokens: everything that was said before it is there
-        said = [self._said.popleft() for _ in range(len(self._said))]
+        """Send all that has been added in one response. Only for the sender that dequeued it.
+
+        Returns:
+            Whether more has been added since and the caller must enqueue the reply again.
+        """
+        final = self._final  # read before the tokens: all tokens come before the final response
+        tokens = [self._tokens.popleft() for _ in range(len(self._tokens))]
         try:
-            self._respond(last, said)
-        except Exception as error:  # the others must still be served
+            self._send(tokens, final)
+        except Exception as error:  # the other replies must still be sent
             log.exception("a response could not be sent")
-            self._give_up(error)
-        self._turn.release()
-        more = not self.done and (self._last is not None or len(self._said) >= self._interval)
-        return more and self._turn.acquire(blocking=False)
+            self._fail(error)
+        self._enqueued.release()
+        ready = self._final is not None or len(self._tokens) >= self._stream_interval
+        return not self.finished and ready and self._try_enqueue()
 
-    def cancelled(self) -> bool:
-        """Whether nobody listens any more: the client has cancelled, or could not be answered. False after the final response."""
-        with self._border:
-            return self._broken or (not self.done and self._channel.cancelled())
+    def is_cancelled(self) -> bool:
+        """Whether the client is gone: it has cancelled, or a response could not be sent.
 
-    def _respond(self, last: FinalResponse | None, said: list[tuple[int, str | None]]) -> None:
-        if self.done or (last is None and not said):
+        False after the final response.
+        """
+        with self._final_lock:
+            return self._send_failed or (not self.finished and self.channel.is_cancelled())
+
+    def _try_enqueue(self) -> bool:
+        return self._enqueued.acquire(blocking=False)
+
+    def _send(self, tokens: list[NewToken], final: FinalResponse | None) -> None:
+        if self.finished or (final is None and not tokens):
             return
-        if last is None:
-            self._channel.send(self._outputs(said, None), final=False)
+        answer = self._make_answer(tokens, final)
+        if final is None:
+            _send_answer(self.channel, answer, final=False)
             return
-        what = last.what
-        outputs = (
-            what
-            if isinstance(what, Mapping)
-            else None
-            if isinstance(what, RequestError)
-            else self._outputs(said, last)
-        )
-        with self._border:
+        with self._final_lock:
             try:
-                if isinstance(what, RequestError):
-                    self._channel.refuse(what)
-                elif outputs is not None:
-                    self._channel.send(outputs, final=True)
-            except Exception as error:  # it must have a final response: the client waits for one
+                _send_answer(self.channel, answer, final=True)
+            except Exception as error:  # the client waits for a final response, so it gets an error
                 log.exception("a final response could not be sent")
-                self._fail(error)
+                _send_failure(self.channel, error)
             finally:
-                self.done = True
-
-    def _give_up(self, error: Exception) -> None:
-        with self._border:
-            if not self.done:
-                self._fail(error)
-                self._broken = self.done = True
+                self.finished = True
 
     def _fail(self, error: Exception) -> None:
-        give_up(self._channel, error)
+        with self._final_lock:
+            if not self.finished:
+                _send_failure(self.channel, error)
+                self._send_failed = self.finished = True
 
-    def _outputs(self, said: list[tuple[int, str | None]], last: FinalResponse | None) -> Outputs:
-        wanted = self._channel.wanted
+    def _make_answer(
+        self, tokens: list[NewToken], final: FinalResponse | None
+    ) -> Outputs | RequestError:
+        if final is not None and not isinstance(final.result, FinishReason):
+            return final.result
+        requested = self.channel.requested_outputs
         outputs: dict[str, Tensor | str] = {}
-        tokens = [token for token, _ in said]
-        if TOKENS in wanted:
-            outputs[TOKENS] = torch.tensor([tokens], dtype=torch.int64)
-        if TEXT_OUTPUT in wanted:
-            text = "".join(text for _, text in said if text)
+        if TOKENS in requested:
+            outputs[TOKENS] = torch.tensor([[token for token, _ in tokens]], dtype=torch.int64)
+        if TEXT_OUTPUT in requested:
+            text = "".join(text for _, text in tokens if text)
             if self._detokenizer is not None:
-                text += self._detokenizer.add([token for token, text in said if text is None])
-            outputs[TEXT_OUTPUT] = text if last is None else text + last.rest
-        if FINISH_REASON in wanted:
-            outputs[FINISH_REASON] = "" if last is None else str(last.what)
+                text += self._detokenizer.append([token for token, text in tokens if text is None])
+            outputs[TEXT_OUTPUT] = text if final is None else text + final.text
+        if FINISH_REASON in requested:
+            outputs[FINISH_REASON] = "" if final is None else str(final.result)
         return outputs
 
 
-def give_up(channel: Channel, error: Exception) -> None:
-    """Refuse a request whose response could not be made."""
-    with contextlib.suppress(
-        Exception
-    ):  # a server takes nothing for a request that it has given up
-        channel.refuse(
-            RequestError(
-                Code.ENGINE_FAILED,
-                f"a response could not be made ({type(error).__name__}: {error})",
-            )
-        )
-
-
 class BufferedReply(Reply):
-    """What a generation says, kept until somebody fetches it.
+    """The tokens of a generation, kept until a request fetches them.
 
-    For requests that are made from within the server (BLS), as the front makes them. Where such a request has several responses, Triton's
-    Python backend stands still for good as soon as one thread wakes for a response while another is handed the first of its own: the
-    former keeps the iterator's lock and waits for Python's, the latter has Python's and waits for the map of iterators, which the thread
-    that brings the next response keeps while it waits for the iterator's (24.10, ``ResponseIterator::Next``, ``GetResponseIterator``,
-    ``ProcessBLSResponseDecoupled``). With one response a request nobody ever waits in an iterator.
+    For requests that are made inside the server (BLS), as the generate proxy makes them. If such a
+    request has several responses, Triton's Python backend deadlocks (24.10) when one thread wakes
+    for a response while another is handed the first response of its own request: the first keeps
+    the lock of its iterator and waits for the GIL; the second has the GIL and waits for the map of
+    iterators, which the thread that brings the next response keeps while it waits for the iterator
+    (``ResponseIterator::Next``, ``GetResponseIterator``, ``ProcessBLSResponseDecoupled``). With one
+    response a request, no thread waits in an iterator.
 
     Args:
         channel: of the request that began the generation; it has the first response.
-        interval: fewest tokens of a response.
-        detokenizer: as `Reply`'s.
+        stream_interval: fewest tokens of a response, except the last.
+        detokenizer: as in `Reply`.
     """
 
-    __slots__ = ("_fetching", "_lock", "_queued")
+    __slots__ = ("_fetching", "_is_enqueued", "_lock")
 
     def __init__(
-        self, channel: Channel, interval: int = 1, detokenizer: Detokenizer | None = None
+        self, channel: Channel, stream_interval: int = 1, detokenizer: Detokenizer | None = None
     ) -> None:
-        super().__init__(channel, interval, detokenizer)
+        super().__init__(channel, stream_interval, detokenizer)
         self._lock = threading.Lock()
         self._fetching: Channel | None = channel
-        self._queued = False
+        self._is_enqueued = False
 
     def fetch(self, channel: Channel) -> bool:
-        """Answer this request next. True: the mailbox must be queued for a sender now.
+        """Answer this request next.
+
+        Returns:
+            Whether the caller must enqueue the reply for a sender.
 
         Raises:
-            RequestError: everything was said, or another request is waiting for more.
+            RequestError: UNKNOWN_SEQUENCE, the final response has been sent; QUEUE_FULL, another
+                request is fetching.
         """
         with self._lock:
-            if self.done:
-                raise _nothing_to_fetch()
+            if self.finished:
+                raise nothing_to_fetch()
             if self._fetching is not None:
                 raise RequestError(
                     Code.QUEUE_FULL,
-                    "another request is fetching what the generation says; wait for its response",
+                    "another request is fetching tokens of this generation; wait for its response",
                     retryable=True,
                 )
-            self._fetching = self._channel = channel
-            return self._due()
+            self._fetching = self.channel = channel
+            return self._enqueue_if_ready()
 
-    def say(self, token: int, text: str | None) -> bool:
-        """See `Reply.say`."""
+    def add_token(self, token: int, text: str | None) -> bool:
+        """Add a token; returns whether the caller must enqueue the reply for a sender."""
         with self._lock:
-            self._said.append((token, text))
-            return self._due()
+            self._tokens.append((token, text))
+            return self._enqueue_if_ready()
 
-    def finish(self, last: FinalResponse) -> bool:
-        """See `Reply.finish`."""
+    def finish(self, final: FinalResponse) -> bool:
+        """Set the final response; returns whether the caller must enqueue the reply."""
         with self._lock:
-            self._last = last
-            return self._due()
+            self._final = final
+            return self._enqueue_if_ready()
 
     def send(self) -> bool:
-        """Answer who is fetching, with all that is there."""
+        """Answer the request that fetches with all that has been added; returns False."""
         with self._lock:
-            channel, self._fetching, self._queued = self._fetching, None, False
-            last, said = self._last, list(self._said)
-            self._said.clear()
-            self.done = last is not None
+            channel, self._fetching, self._is_enqueued = self._fetching, None, False
+            final, tokens = self._final, list(self._tokens)
+            self._tokens.clear()
+            self.finished = final is not None
         assert channel is not None
         try:
-            if last is not None and isinstance(last.what, RequestError):
-                channel.refuse(last.what)
-            else:
-                channel.send(self._outputs(said, last), final=True)
-        except Exception as error:  # the others must still be served
+            _send_answer(channel, self._make_answer(tokens, final), final=True)
+        except Exception as error:  # the other replies must still be sent
             log.exception("a response could not be sent")
-            give_up(channel, error)
+            _send_failure(channel, error)
         return False
 
-    def cancelled(self) -> bool:
-        """Never: cancellation does not reach requests that a backend makes. Who fetches ends the sequence."""
+    def is_cancelled(self) -> bool:
+        """False: cancellation does not reach BLS requests. Their client ends the sequence."""
         return False
 
-    def _due(self) -> bool:
-        ready = self._last is not None or len(self._said) >= self._interval
-        due = ready and self._fetching is not None and not self._queued
-        self._queued = self._queued or due
-        return due
+    def _enqueue_if_ready(self) -> bool:
+        ready = self._final is not None or len(self._tokens) >= self._stream_interval
+        enqueue = ready and self._fetching is not None and not self._is_enqueued
+        self._is_enqueued = self._is_enqueued or enqueue
+        return enqueue
 
 
-def _nothing_to_fetch() -> RequestError:
+def nothing_to_fetch() -> RequestError:
+    """The error of a request that fetches from a sequence without a buffered generation."""
     return RequestError(
         Code.UNKNOWN_SEQUENCE,
-        f"the sequence says nothing that could be fetched; begin a generation with {FETCH!r}",
+        f"the sequence has nothing that could be fetched; begin a generation with {FETCH!r}",
     )
+
+
+def _send_answer(channel: Channel, answer: Outputs | RequestError, *, final: bool) -> None:
+    if isinstance(answer, RequestError):
+        channel.send_error(answer)
+    else:
+        channel.send(answer, final=final)
+
+
+def _send_failure(channel: Channel, error: Exception) -> None:
+    """Answer a request whose response could not be sent."""
+    text = f"a response could not be made ({type(error).__name__}: {error})"
+    with contextlib.suppress(Exception):  # the server may have dropped the request already
+        channel.send_error(RequestError(Code.ENGINE_FAILED, text))

@@ -1,7 +1,4 @@
-"""Which rows the next step has.
-
-The step that is under way.
-"""
+"""The scheduler, which chooses the rows of the next step; and the pipeline of steps in flight."""
 
 from collections import deque
 from collections.abc import Callable
@@ -16,161 +13,183 @@ from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.schema.served import Program
 
 
-class Scheduler:
-    """Rows that bring one token, in turn, and rows that bring more, first come, first served.
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """The rows of a step.
 
-    A step has as many of the first as fit, and beside them one chunk of the others together: sequences that are being generated wait
-    for at most one chunk of somebody's prompt. Without such rows prompts fill the whole step.
+    Attributes:
+        requests: the request of each row; decode rows first.
+        num_decodes: how many rows have one token and no prompt.
+        token_budget: most tokens of the step.
+    """
+
+    requests: list[StreamRequest]
+    num_decodes: int
+    token_budget: int
+
+
+class Scheduler:
+    """Chooses rows: requests with one token (decode) in turn, longer ones (prefill) in order.
+
+    A step has as many decode rows as fit, and beside them at most one chunk of prefill tokens in
+    all, so that running generations wait for at most one chunk of other prompts. A step without
+    decode rows is filled with prefill.
 
     Args:
-        program: what runs.
+        program: the program that runs.
     """
 
     def __init__(self, program: Program) -> None:
-        self._rows, self._chunk, self._budget = (
-            program.max_rows,
-            program.chunk,
-            program.token_budget,
-        )
-        self._running: deque[StreamRequest] = deque()
-        self._prompts: deque[StreamRequest] = deque()
-        self._prompt_last = False
+        self._max_rows, self._chunk = program.max_rows, program.chunk
+        self._token_budget = program.token_budget
+        self._decodes: deque[StreamRequest] = deque()
+        self._prefills: deque[StreamRequest] = deque()
+        self._prefilled_last = False
 
     def __bool__(self) -> bool:
-        return bool(self._running or self._prompts)
+        """Whether any request has tokens to compute."""
+        return bool(self._decodes or self._prefills)
 
-    def add(self, job: StreamRequest) -> None:
-        """A job has work."""
-        (self._running if _waiting(job) == 1 else self._prompts).append(job)
+    def add(self, request: StreamRequest) -> None:
+        """Add an admitted request."""
+        (self._decodes if _num_waiting_tokens(request) == 1 else self._prefills).append(request)
 
-    def goes_on(self, job: StreamRequest) -> None:
-        """A job's prompt has been consumed, and it brings one token after the other from now on."""
-        self._prompts.remove(job)
-        self._running.append(job)
+    def start_decoding(self, request: StreamRequest) -> None:
+        """Move a generation whose prompt is consumed to the decode rows."""
+        self._prefills.remove(request)
+        self._decodes.append(request)
 
-    def remove(self, job: StreamRequest) -> None:
-        """A job has no work any more."""
-        for jobs in (self._running, self._prompts):
-            if job in jobs:
-                jobs.remove(job)
+    def remove(self, request: StreamRequest) -> None:
+        """Remove a request, if it is there."""
+        for requests in (self._decodes, self._prefills):
+            if request in requests:
+                requests.remove(request)
                 return
 
-    @property
-    def generates(self) -> bool:
-        """Whether a generation has work."""
-        return any(job.generation is not None for job in (*self._running, *self._prompts))
-
-    @property
-    def full(self) -> bool:
-        """Whether there is work for every row of a step."""
-        return len(self._running) + len(self._prompts) >= self._rows
-
     def clear(self) -> None:
-        """No job has work any more."""
-        self._running.clear()
-        self._prompts.clear()
+        """Remove all requests."""
+        self._decodes.clear()
+        self._prefills.clear()
 
-    def repeats(self, rows: list[StreamRequest]) -> bool:
-        """Whether the next step has the same rows as the last, none of which has more than one token."""
-        return not self._prompts and len(rows) <= self._rows and rows == list(self._running)
+    @property
+    def has_generations(self) -> bool:
+        """Whether a request is a generation."""
+        return any(each.generation is not None for each in (*self._decodes, *self._prefills))
 
-    def next(self) -> tuple[list[StreamRequest], int, int]:
-        """The rows of the next step; how many of them, the first, bring one token each; and how many tokens it may have."""
-        most = self._rows - bool(self._prompts)
-        if self._rows == 1 and self._running and self._prompts:  # they take turns
-            self._prompt_last = not self._prompt_last
-            most = int(not self._prompt_last)
-        if len(self._running) <= most:
-            rows = list(self._running)
+    @property
+    def fills_a_step(self) -> bool:
+        """Whether there are requests for every row of a step."""
+        return len(self._decodes) + len(self._prefills) >= self._max_rows
+
+    def repeats(self, requests: list[StreamRequest]) -> bool:
+        """Whether the next step has the rows of the last, all of them decode rows."""
+        fits = len(requests) <= self._max_rows
+        return not self._prefills and fits and requests == list(self._decodes)
+
+    def schedule(self) -> ScheduledStep:
+        """Choose the rows of the next step."""
+        max_decodes = self._max_rows - bool(self._prefills)
+        if self._max_rows == 1 and self._decodes and self._prefills:  # alternate
+            self._prefilled_last = not self._prefilled_last
+            max_decodes = int(not self._prefilled_last)
+        if len(self._decodes) <= max_decodes:
+            rows = list(self._decodes)
         else:
-            rows = list(islice(self._running, most))
-            self._running.rotate(-most)
-        if not self._prompts:
-            return rows, len(rows), len(rows)
-        running = len(rows)
-        prompts = left = self._chunk if rows else self._budget
-        for job in self._prompts:
-            if left <= 0 or len(rows) == self._rows:
+            rows = list(islice(self._decodes, max_decodes))
+            self._decodes.rotate(-max_decodes)
+        num_decodes = len(rows)
+        if not self._prefills:
+            return ScheduledStep(rows, num_decodes, num_decodes)
+        prefill_budget = left = self._chunk if rows else self._token_budget
+        for request in self._prefills:
+            if left <= 0 or len(rows) == self._max_rows:
                 break
-            rows.append(job)
-            left -= min(_waiting(job), self._chunk)
-        return rows, running, min(running + prompts, self._budget)
+            rows.append(request)
+            left -= min(_num_waiting_tokens(request), self._chunk)
+        return ScheduledStep(
+            rows, num_decodes, min(num_decodes + prefill_budget, self._token_budget)
+        )
 
 
-def _waiting(job: StreamRequest) -> int:
-    assert job.work is not None
-    return job.work.num_tokens - job.work.num_computed_tokens
+def _num_waiting_tokens(request: StreamRequest) -> int:
+    assert request.active is not None
+    return request.active.num_waiting_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A step that has been computed.
+    """A step that was waited for.
 
     Attributes:
-        jobs: of each row.
-        running: how many of them, the first, brought one token each.
-        rows: the work of each.
-        outputs: see `ModelInstance.wait`.
+        requests: the request of each row; decode rows first.
+        num_decodes: how many rows are decode rows.
+        rows: the active request of each row.
+        outputs: as `ModelInstance.wait` returns them.
     """
 
-    jobs: list[StreamRequest]
-    running: int
+    requests: list[StreamRequest]
+    num_decodes: int
     rows: list[ActiveRequest]
     outputs: dict[str, Tensor]
 
 
 class StepPipeline:
-    """Launches steps, and waits for them.
+    """Launches steps and waits for them; overlaps the device with the work for each token.
 
-    Where the engine goes on by itself and the next step has the same rows, it is launched with what the last one said before anybody looks
-    at that: the device waits for one small copy instead of all that is done for each token. A row whose generation turns out to be over all
-    the same (an end token, a stop text, a cancellation) is dropped.
+    If the engine can overlap steps and the next step has the same rows, it is launched with the
+    sampled tokens of the last one before anything else is done with them. The device then waits for
+    one small copy instead of the work for every token. A row whose generation turns out to have
+    finished (end token, stop text, cancellation) is dropped.
 
     Args:
-        instance: what runs.
-        scheduler: says which rows.
-        calm: whether nothing has arrived that would change the next step.
+        instance: runs the steps.
+        scheduler: chooses the rows.
+        no_arrivals: whether nothing has arrived that would change the next step.
     """
 
     def __init__(
-        self, instance: ModelInstance, scheduler: Scheduler, calm: Callable[[], bool]
+        self, instance: ModelInstance, scheduler: Scheduler, no_arrivals: Callable[[], bool]
     ) -> None:
-        self._instance, self._scheduler, self._calm = instance, scheduler, calm
-        self._under_way: tuple[list[StreamRequest], int, InFlightStep] | None = None
+        self._instance, self._scheduler, self._no_arrivals = instance, scheduler, no_arrivals
+        self._in_flight: tuple[ScheduledStep, InFlightStep] | None = None
 
     def __bool__(self) -> bool:
-        return self._under_way is not None
+        """Whether a step is in flight."""
+        return self._in_flight is not None
 
-    def next(self) -> StepResult:
-        """Wait for the step that is under way, or for a new one; afterwards the one behind it may be under way."""
-        jobs, running, flight = self._under_way or self._launch()
-        self._under_way = None
-        follows = self._repeats(jobs, flight.batch.rows)  # while the device computes
-        outputs = self._instance.wait(flight)
-        if follows and not flight.failed and self._calm():
-            self._under_way = jobs, len(jobs), self._instance.launch_next(flight, outputs)
-        self._instance.advance(flight, outputs)
-        return StepResult(jobs, running, flight.batch.rows, outputs)
+    def step(self) -> StepResult:
+        """Wait for the step in flight, or for a new one.
 
-    def land(self) -> None:
-        """Wait for a step that nobody wants any more."""
-        if self._under_way is not None:
-            _, _, flight = self._under_way
-            self._under_way = None
-            self._instance.advance(flight, self._instance.wait(flight))
+        The step after it may be in flight when this returns.
+        """
+        scheduled, step = self._in_flight or self._launch()
+        self._in_flight = None
+        overlap = self._can_overlap(scheduled, step)  # computed while the device works
+        outputs = self._instance.wait(step)
+        if overlap and not step.failed and self._no_arrivals():
+            self._in_flight = scheduled, self._instance.launch_next(step, outputs)
+        self._instance.advance(step, outputs)
+        return StepResult(scheduled.requests, scheduled.num_decodes, step.batch.rows, outputs)
 
-    def _launch(self) -> tuple[list[StreamRequest], int, InFlightStep]:
-        jobs, running, budget = self._scheduler.next()
-        return (
-            jobs,
-            running,
-            self._instance.launch([job.work for job in jobs if job.work is not None], budget),
-        )
+    def drain(self) -> None:
+        """Wait for the step in flight and ignore its outputs."""
+        if self._in_flight is not None:
+            _, step = self._in_flight
+            self._in_flight = None
+            self._instance.advance(step, self._instance.wait(step))
 
-    def _repeats(self, jobs: list[StreamRequest], rows: list[ActiveRequest]) -> bool:
-        """Whether the next step has the same rows, as far as anybody can know."""
-        if not self._instance.overlaps or not self._scheduler.repeats(jobs):
+    def _launch(self) -> tuple[ScheduledStep, InFlightStep]:
+        scheduled = self._scheduler.schedule()
+        rows = [each.active for each in scheduled.requests if each.active is not None]
+        return scheduled, self._instance.launch(rows, scheduled.token_budget)
+
+    def _can_overlap(self, scheduled: ScheduledStep, step: InFlightStep) -> bool:
+        """Whether the step after ``step`` will have the same rows, as far as is known now."""
+        requests = scheduled.requests
+        if not self._instance.overlaps or not self._scheduler.repeats(requests):
+            return False
+        if any(active.dropped for active in step.batch.rows):
             return False
         return all(
-            job.generation is not None and job.generation.goes_on for job in jobs
-        ) and not any(work.dropped for work in rows)
+            each.generation is not None and each.generation.expects_two_more for each in requests
+        )

@@ -1,14 +1,14 @@
-"""Threads beside the engine's: they send what is to be said, and ask whether anybody still listens.
+"""Threads beside the engine's: they send responses and watch for cancelled requests.
 
-Whose turn it is to run Python.
-
-What comes of jobs, until it is handed to the senders once a step.
+They run Python only while the engine's thread does not need the GIL (`GilPriority`). Once a step,
+the engine's thread hands over what it has for clients (`ResponseBuffer`).
 """
 
 import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Generic, TypeVar
 
@@ -18,224 +18,252 @@ from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
 
-PATIENCE = 0.005
-"""Seconds after which who waits goes on all the same: the engine's thread may come back before a busy machine has woken anybody."""
+MAX_GIL_WAIT = 0.005
+"""Seconds after which a waiting thread runs all the same, so that an engine thread that never
+pauses does not block it for ever."""
 
 
-class GilPriority:
-    """Held by the engine's thread, except while the device computes and while it has nothing to do; others work meanwhile.
-
-    Python hands its interpreter lock to any thread that waits for it. An engine's thread that meets senders with a response in hand gets it
-    after them, once for every call that lets go of it, and the device waits. What is said meanwhile goes with the next response.
-
-    As a context manager it is given up inside the block. The engine's thread alone uses it so, and `take` and `give`.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken = False
-
-    def take(self) -> None:
-        """The engine's thread goes on; who is in the middle of something may finish it."""
-        self._taken = True
-        self._lock.acquire()
-
-    def give(self) -> None:
-        """The engine's thread waits."""
-        self._taken = False
-        self._lock.release()
-
-    def wait(self) -> None:
-        """Return when the engine's thread waits, or has kept its turn for long. From any other thread, before each piece of work."""
-        if self._taken and self._lock.acquire(timeout=PATIENCE):
-            self._lock.release()
-
-    def __enter__(self) -> None:
-        self.give()
-
-    def __exit__(self, *_: object) -> None:
-        self.take()
+NUM_SENDERS = 2
+"""Sending waits for the server, so one thread sends too little. More than two keep the GIL from the
+engine's thread; see `GilPriority`."""
 
 
-Told = tuple[list[tuple[Reply, int, str | None]], list[tuple[Reply, FinalResponse]]]
-
-
-THREADS = 2
-"""Sending waits for the server, so one thread sends too little. More than two keep Python's lock from the engine's thread; see `GilPriority`."""
-
-
-PERIOD = 0.04
-"""Seconds between two questions whether a client is still there."""
-
-
-LEAST_PAUSE = 0.005
-
-
-Watched = TypeVar("Watched")
+CANCEL_CHECK_INTERVAL, MIN_CANCEL_CHECK_PAUSE = 0.04, 0.005
+"""Seconds between two checks whether a client has cancelled, and between two rounds of checks."""
 
 
 log = logging.getLogger("inplace")
 
 
-class Senders:
-    """Sends replies, fairly: each in its turn all that it has. What is told goes through a thread first, so that telling costs little.
+class GilPriority:
+    """Priority of the engine's thread for the GIL (Python's global interpreter lock).
+
+    The engine's thread holds it except while the device computes or while there is nothing to do;
+    other threads work then. Python gives the GIL to any waiting thread: without priority, the
+    engine's thread would get it back only after each sender with a response in hand, at every call
+    that releases it, and the device would wait. Tokens that are not sent meanwhile go into the next
+    response.
 
     Attributes:
-        turn: is waited for before each response.
+        released: a context manager for the engine's thread; other threads may run inside it.
     """
 
-    def __init__(self, threads: int = THREADS) -> None:
-        self.turn = GilPriority()
-        self._told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._acquired = False
+        self.released: AbstractContextManager[None] = _Released(self)
+
+    def acquire(self) -> None:
+        """Take priority. Only from the engine's thread.
+
+        Waits for nothing but the few microseconds in which another thread has the lock.
+        """
+        self._acquired = True
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """Let other threads run. Only from the engine's thread."""
+        self._acquired = False
+        self._lock.release()
+
+    def wait_for_engine(self) -> None:
+        """Wait until the engine's thread does not need the GIL, at most `MAX_GIL_WAIT` seconds.
+
+        From any other thread, before each piece of work.
+        """
+        if self._acquired and self._lock.acquire(timeout=MAX_GIL_WAIT):
+            self._lock.release()
+
+
+class _Released(AbstractContextManager[None]):
+    def __init__(self, gil: GilPriority) -> None:
+        self._gil = gil
+
+    def __enter__(self) -> None:
+        self._gil.release()
+
+    def __exit__(self, *_: object) -> None:
+        self._gil.acquire()
+
+
+TokenUpdate = tuple[Reply, int, str | None]
+"""A token for a reply, and the text it adds; see `inplace.drivers.reply.NewToken`."""
+
+
+FinalUpdate = tuple[Reply, FinalResponse]
+
+
+class Senders:
+    """Threads that send replies; each reply in turn, with all that it has.
+
+    Updates go through one more thread, so that `publish` costs the engine's thread little.
+
+    Attributes:
+        gil: the threads wait for it before each response.
+    """
+
+    def __init__(self, num_senders: int = NUM_SENDERS) -> None:
+        self.gil = GilPriority()
+        self._updates: queue.SimpleQueue[tuple[list[TokenUpdate], list[FinalUpdate]] | None]
+        self._updates = queue.SimpleQueue()
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        self._teller = threading.Thread(target=self._tell, name="inplace-tell", daemon=True)
+        self._publisher = threading.Thread(
+            target=self._apply_updates, name="inplace-publish", daemon=True
+        )
         self._threads = [
             threading.Thread(target=self._send, name=f"inplace-send-{index}", daemon=True)
-            for index in range(threads)
+            for index in range(num_senders)
         ]
         self._closed = False
-        for thread in (self._teller, *self._threads):
+        for thread in (self._publisher, *self._threads):
             thread.start()
 
-    def tell(
-        self, said: list[tuple[Reply, int, str | None]], finished: list[tuple[Reply, FinalResponse]]
-    ) -> None:
-        """Add tokens, with the text that each adds (see `Reply.say`), and then how replies end; in the order of the calls."""
-        self._told.put((said, finished))
-        if self._closed:
-            self._told.put(None)
-            self._tell()
+    def publish(self, tokens: list[TokenUpdate], finals: list[FinalUpdate]) -> None:
+        """Add tokens to replies, then finish replies; in the order of the calls."""
+        self._updates.put((tokens, finals))
+        if self._closed:  # no thread is left
+            self._updates.put(None)
+            self._apply_updates()
             self._queue.put(None)
             self._send()
 
     @property
     def behind(self) -> bool:
-        """Whether more replies wait to be sent than are being sent."""
-        return self._queue.qsize() > THREADS
+        """Whether more replies wait to be sent than there are threads."""
+        return self._queue.qsize() > NUM_SENDERS
 
-    def queue(self, reply: Reply) -> None:
-        """Send what a reply has; only by who was told to queue it."""
+    def enqueue(self, reply: Reply) -> None:
+        """Have a reply sent. Only if one of its methods has asked for it."""
         self._queue.put(reply)
 
     def close(self) -> None:
-        """Send what was told and end the threads; what is told later is sent by who tells it."""
-        self._told.put(None)
-        self._teller.join()
+        """Send everything and stop the threads; later updates are sent by the caller's thread."""
+        self._updates.put(None)
+        self._publisher.join()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
         self._closed = True
-        self.tell([], [])  # replies that were queued again while the threads ended
+        self.publish([], [])  # send replies that were enqueued again while the threads stopped
 
-    def _tell(self) -> None:
-        while (told := self._told.get()) is not None:
-            said, finished = told
-            self.turn.wait()
-            for reply, token, text in said:
-                if reply.say(token, text):
+    def _apply_updates(self) -> None:
+        while (update := self._updates.get()) is not None:
+            tokens, finals = update
+            self.gil.wait_for_engine()
+            for reply, token, text in tokens:
+                if reply.add_token(token, text):
                     self._queue.put(reply)
-            for reply, last in finished:
-                if reply.finish(last):
+            for reply, final in finals:
+                if reply.finish(final):
                     self._queue.put(reply)
 
     def _send(self) -> None:
         while (reply := self._queue.get()) is not None:
-            self.turn.wait()
+            self.gil.wait_for_engine()
             while reply.send():
                 if not self._queue.empty() and not self._closed:
-                    self._queue.put(reply)  # the others first
+                    self._queue.put(reply)  # behind the other replies
                     break
-                self.turn.wait()
+                self.gil.wait_for_engine()
+
+
+class ResponseBuffer:
+    """What a step has for clients, until it is published. Reports to the observer at once.
+
+    Args:
+        senders: send the responses.
+        observer: counts and logs.
+    """
+
+    def __init__(self, senders: Senders, observer: Observer) -> None:
+        self._senders, self._observer = senders, observer
+        self._tokens: list[TokenUpdate] = []
+        self._finals: list[FinalUpdate] = []
+
+    def add_token(
+        self, request: StreamRequest, generation: GenerationState, text: str | None
+    ) -> None:
+        """Add the last token of a generation; ``text`` as `GenerationState.append` returns it."""
+        assert generation.last_token is not None
+        if generation.num_tokens == 1:
+            self._observer.first_token(monotonic() - request.request.arrival_time)
+        self._tokens.append((request.reply, generation.last_token, text))
+
+    def add_outputs(self, request: StreamRequest, outputs: Outputs) -> None:
+        """Add the outputs of a step, its final response."""
+        self._finals.append((request.reply, FinalResponse(outputs)))
+
+    def add_finish(
+        self, request: StreamRequest, generation: GenerationState, reason: FinishReason
+    ) -> None:
+        """Add the final response of a generation."""
+        self._observer.generation_finished(
+            request.sequence_id, request.request.request_id, reason, generation.num_tokens
+        )
+        self._finals.append((request.reply, FinalResponse(reason, generation.flush_text())))
+
+    def add_error(self, request: StreamRequest, error: RequestError) -> None:
+        """Add an error as the final response."""
+        self._observer.request_refused(
+            request.sequence_id, request.request.request_id, error, end=request.request.end
+        )
+        self._finals.append((request.reply, FinalResponse(error)))
+
+    def flush(self) -> None:
+        """Publish everything that was added."""
+        if self._tokens or self._finals:
+            self._senders.publish(self._tokens, self._finals)
+            self._tokens, self._finals = [], []
+
+
+Watched = TypeVar("Watched")
 
 
 class CancellationWatcher(Generic[Watched]):
-    """Asks each reply every `PERIOD` seconds whether its client has cancelled.
+    """Checks every `CANCEL_CHECK_INTERVAL` seconds whether clients have cancelled.
 
     Args:
-        cancelled: called, on this thread, with what was watched; once each.
-        turn: is waited for before each question.
+        on_cancelled: called on the watcher's thread, once for each cancelled request.
+        gil: the thread waits for it before each check.
     """
 
-    def __init__(self, cancelled: Callable[[Watched], None], turn: GilPriority) -> None:
-        self._cancelled, self._turn = cancelled, turn
+    def __init__(self, on_cancelled: Callable[[Watched], None], gil: GilPriority) -> None:
+        self._on_cancelled, self._gil = on_cancelled, gil
         self._watched: dict[Watched, Reply] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inplace-cancel", daemon=True)
         self._thread.start()
 
     def add(self, watched: Watched, reply: Reply) -> None:
-        """Watch until `remove`, or until it was cancelled."""
+        """Watch a request until `remove` or until it is cancelled."""
         self._watched[watched] = reply
 
     def remove(self, watched: Watched) -> None:
-        """Watch it no longer."""
+        """Stop watching a request, if it is watched."""
         self._watched.pop(watched, None)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
-        pause = PERIOD
+        pause = CANCEL_CHECK_INTERVAL
         while not self._closing.wait(pause):
             begin = monotonic()
-            for watched, reply in self._watched.copy().items():  # other threads add and remove
-                self._turn.wait()
-                try:
-                    gone = reply.cancelled()
-                except Exception:  # one request that the server cannot speak of must not leave the others unwatched
-                    log.exception("a request was not asked whether it is cancelled")
-                    self.remove(watched)
-                    continue
-                if gone:
-                    self.remove(watched)
-                    self._cancelled(watched)
-            pause = max(LEAST_PAUSE, PERIOD - (monotonic() - begin))
+            for watched, reply in self._watched.copy().items():  # other threads change it
+                self._check(watched, reply)
+            pause = max(MIN_CANCEL_CHECK_PAUSE, CANCEL_CHECK_INTERVAL - (monotonic() - begin))
 
-
-class ResponseBuffer:
-    """Tells the observer at once, and the senders when `tell` is called.
-
-    Args:
-        senders: answer.
-        observer: counts and logs.
-    """
-
-    def __init__(self, senders: Senders, observer: Observer) -> None:
-        self._senders, self._observer = senders, observer
-        self._said: list[tuple[Reply, int, str | None]] = []
-        self._finished: list[tuple[Reply, FinalResponse]] = []
-
-    def say(self, job: StreamRequest, generation: GenerationState, text: str | None) -> None:
-        """A generation said its `GenerationState.token`; ``text`` as in `Reply.say`."""
-        assert generation.token is not None
-        if generation.said == 1:
-            self._observer.first_token(monotonic() - job.checked.request.arrival_time)
-        self._said.append((job.reply, generation.token, text))
-
-    def answer(self, job: StreamRequest, outputs: Outputs) -> None:
-        """A step was computed."""
-        self._finished.append((job.reply, FinalResponse(outputs)))
-
-    def finish(self, job: StreamRequest, generation: GenerationState, reason: FinishReason) -> None:
-        """A generation has finished."""
-        self._observer.generation_finished(
-            job.sequence, job.checked.request.request_id, reason, generation.said
-        )
-        self._finished.append((job.reply, FinalResponse(reason, generation.rest())))
-
-    def refuse(self, job: StreamRequest, error: RequestError) -> None:
-        """A request is answered with an error."""
-        request = job.checked.request
-        self._observer.request_refused(
-            request.sequence_id, request.request_id, error, end=request.end
-        )
-        self._finished.append((job.reply, FinalResponse(error)))
-
-    def tell(self) -> None:
-        """Hand over what has come since the last time."""
-        if self._said or self._finished:
-            self._senders.tell(self._said, self._finished)
-            self._said, self._finished = [], []
+    def _check(self, watched: Watched, reply: Reply) -> None:
+        self._gil.wait_for_engine()
+        try:
+            cancelled = reply.is_cancelled()
+        except Exception:  # an error of the server; the other requests must still be watched
+            log.exception("a request was not asked whether it is cancelled")
+            self.remove(watched)
+            return
+        if cancelled:
+            self.remove(watched)
+            self._on_cancelled(watched)

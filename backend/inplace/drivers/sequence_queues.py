@@ -1,19 +1,18 @@
-"""Requests of one sequence follow one another.
-
-One request on its way through a stream driver.
-"""
+"""The requests of each sequence, which run one after another."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from inplace.drivers.generation import GenerationState
-from inplace.drivers.reply import BufferedReply, Reply, _nothing_to_fetch
+from inplace.drivers.reply import BufferedReply, Reply, nothing_to_fetch
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest
-from inplace.runtime.requests import ValidatedRequest
-from inplace.runtime.slots import SequenceId, SlotTable
-from inplace.runtime.slots import SequenceState as LiveSequence
+from inplace.runtime.requests import Request, ValidatedRequest
+from inplace.runtime.slots import SequenceId, SequenceState, SlotTable
+
+MAX_QUEUED_PER_SEQUENCE = 64
+"""Requests of one sequence that may be queued; STARTs and ENDs may fill twice as many places."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,36 +20,42 @@ class StreamRequest:
     """A request of a stream model.
 
     Attributes:
-        checked: what was asked.
-        reply: its way back.
-        generation: what it says; None for a step.
-        work: its tokens on their way through the engine; None until it was given its sequence.
-        fetches: it wants what a generation of its sequence has said since, and nothing else.
+        validated: the request as it was parsed.
+        reply: its responses.
+        generation: its generated tokens; None for a step.
+        active: the request as steps see it; None until it is admitted.
+        is_fetch: it fetches tokens of its sequence's generation and does nothing else.
     """
 
-    checked: ValidatedRequest
+    validated: ValidatedRequest
     reply: Reply
     generation: GenerationState | None = None
-    work: ActiveRequest | None = None
-    fetches: bool = False
+    active: ActiveRequest | None = None
+    is_fetch: bool = False
 
     @property
-    def sequence(self) -> SequenceId:
+    def request(self) -> Request:
+        """The client's request."""
+        return self.validated.request
+
+    @property
+    def sequence_id(self) -> SequenceId:
         """The correlation id."""
-        return self.checked.request.sequence_id
+        return self.validated.request.sequence_id
+
+    @property
+    def key_digest(self) -> bytes | None:
+        """Digest of its ``sequence_key``."""
+        return self.validated.key_digest
 
     @property
     def only_ends(self) -> bool:
-        """It is an END that brings nothing to compute."""
-        return self.checked.num_tokens == 0 and self.checked.refusal is None
-
-
-MAX_QUEUED_PER_SEQUENCE = 64
-"""Requests of one sequence that may wait behind one another; twice as many where they are STARTs and ENDs."""
+        """Whether it is an END without anything to compute."""
+        return self.validated.num_tokens == 0 and self.validated.refusal is None
 
 
 class SequenceQueues:
-    """What is under way of each sequence, in order; the first of a lane runs or waits for a slot.
+    """A queue of requests for each sequence. The first one runs, or waits for a slot.
 
     Args:
         table: the live sequences.
@@ -58,104 +63,111 @@ class SequenceQueues:
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
-        self._lanes: dict[SequenceId, deque[StreamRequest]] = {}
+        self._queues: dict[SequenceId, deque[StreamRequest]] = {}
 
-    def __contains__(self, job: StreamRequest) -> bool:
-        return job in self.of(job.sequence)
+    def __contains__(self, request: StreamRequest) -> bool:
+        return request in self.get(request.sequence_id)
 
-    def of(self, sequence: SequenceId) -> Sequence[StreamRequest]:
-        """What is under way of one sequence."""
-        return self._lanes.get(sequence, ())
+    def get(self, sequence_id: SequenceId) -> Sequence[StreamRequest]:
+        """The requests of one sequence, in order."""
+        return self._queues.get(sequence_id, ())
 
-    def taken_by(self, job: StreamRequest) -> list[StreamRequest]:
-        """The generations, last first, that a START or END takes the sequence from."""
-        lane = self.of(job.sequence)
-        if not lane or not self._takes(job, lane[0]):
+    def generations_ended_by(self, request: StreamRequest) -> list[StreamRequest]:
+        """The queued generations, last first, that a START or END of their sequence ends."""
+        queue = self.get(request.sequence_id)
+        if not queue or not self._takes_effect_at_once(request, queue[0]):
             return []
-        # a new owner's stays
+        # A generation with another key belongs to a later owner of the id and stays.
         return [
             other
-            for other in reversed(lane)
-            if other.generation is not None
-            and other.checked.key_digest in (None, job.checked.key_digest)
+            for other in reversed(queue)
+            if other.generation is not None and other.key_digest in (None, request.key_digest)
         ]
 
-    def add(self, job: StreamRequest) -> bool:
-        """Put a job behind the others of its sequence. True: it is the first.
+    def add(self, request: StreamRequest) -> bool:
+        """Append a request to the queue of its sequence.
+
+        Returns:
+            Whether it is the first.
 
         Raises:
             RequestError: QUEUE_FULL.
         """
-        lane = self._lanes.setdefault(job.sequence, deque())
-        if len(lane) >= MAX_QUEUED_PER_SEQUENCE * (
-            1 + (job.checked.request.start or job.checked.request.end)
-        ):
-            text = f"{len(lane)} requests of the sequence are waiting; nothing was changed, send it again later"
-            raise RequestError(Code.QUEUE_FULL, text, retryable=True)
-        lane.append(job)
-        return len(lane) == 1
+        queue = self._queues.setdefault(request.sequence_id, deque())
+        has_flags = request.request.start or request.request.end
+        if len(queue) >= MAX_QUEUED_PER_SEQUENCE * (1 + has_flags):
+            raise RequestError(
+                Code.QUEUE_FULL,
+                f"{len(queue)} requests of the sequence are waiting; nothing was changed, send it"
+                f" again later",
+                retryable=True,
+            )
+        queue.append(request)
+        return len(queue) == 1
 
-    def remove(self, job: StreamRequest) -> bool:
-        """A job is no longer under way. True: it was the first."""
-        lane = self._lanes[job.sequence]
-        first = lane[0] is job
-        lane.remove(job)
-        if not lane:
-            del self._lanes[job.sequence]
-        return first
+    def remove(self, request: StreamRequest) -> bool:
+        """Remove a request from the queue of its sequence.
+
+        Returns:
+            Whether it was the first.
+        """
+        queue = self._queues[request.sequence_id]
+        was_first = queue[0] is request
+        queue.remove(request)
+        if not queue:
+            del self._queues[request.sequence_id]
+        return was_first
 
     def clear(self) -> list[StreamRequest]:
-        """Nothing is under way any more; what was."""
-        jobs = [job for lane in self._lanes.values() for job in lane]
-        self._lanes.clear()
-        return jobs
+        """Remove all requests and return them."""
+        requests = [request for queue in self._queues.values() for request in queue]
+        self._queues.clear()
+        return requests
 
-    def _takes(self, job: StreamRequest, first: StreamRequest) -> bool:
-        request = job.checked.request
-        if not (request.start or request.end):
+    def _takes_effect_at_once(self, request: StreamRequest, first: StreamRequest) -> bool:
+        """Whether it is a START or END that may end the sequence, so its generations end now.
+
+        Args:
+            request: the request.
+            first: the first request in the queue of its sequence.
+        """
+        start, end = request.request.start, request.request.end
+        if not (start or end):
             return False
-        live = self._table.get(job.sequence)
+        live = self._table.get(request.sequence_id)
         if live is None:
-            return (
-                first.checked.key_digest is None
-                or first.checked.key_digest == job.checked.key_digest
-            )
+            return first.key_digest in (None, request.key_digest)
         try:
-            live.check_key(job.checked.key_digest, start=request.start)
+            live.check_key(request.key_digest, start=start)
         except RequestError:
             return False
-        return request.end or live.key_digest is None or not request.continues_sequence
+        return end or live.key_digest is None or not request.request.continues_sequence
 
 
 def find_buffered_reply(
-    job: StreamRequest, under_way: Iterable[StreamRequest], live: LiveSequence | None
+    request: StreamRequest, queued: Iterable[StreamRequest], live: SequenceState | None
 ) -> BufferedReply:
-    """The mailbox that a request may fetch from: of a generation that is under way, or of the last one.
+    """The reply that a request may fetch from: of a queued generation, or of the last finished one.
 
     Args:
-        job: the request.
-        under_way: what is under way of its sequence.
-        live: the sequence, where it has a slot.
+        request: the request that fetches.
+        queued: the requests of its sequence.
+        live: its sequence; None if it has no slot.
 
     Raises:
         RequestError: SEQUENCE_KEY or UNKNOWN_SEQUENCE.
     """
-    generation = next(
-        (other for other in under_way if isinstance(other.reply, BufferedReply)), None
-    )
+    generation = next((each for each in queued if isinstance(each.reply, BufferedReply)), None)
     if live is not None:
-        live.check_key(job.checked.key_digest, start=False)
-    elif (
-        generation is None or generation.checked.key_digest != job.checked.key_digest
-    ):  # it waits for a slot: others do not learn of it
-        raise _nothing_to_fetch()
-    found = (
-        generation.reply
-        if generation is not None
-        else live.driver_state
-        if live is not None
-        else None
-    )
-    if not isinstance(found, BufferedReply):
-        raise _nothing_to_fetch()
-    return found
+        live.check_key(request.key_digest, start=False)
+    elif generation is None or generation.key_digest != request.key_digest:
+        # A generation that waits for a slot is not shown to requests with another key.
+        raise nothing_to_fetch()
+    reply: object = None
+    if generation is not None:
+        reply = generation.reply
+    elif live is not None:
+        reply = live.driver_state
+    if not isinstance(reply, BufferedReply):
+        raise nothing_to_fetch()
+    return reply

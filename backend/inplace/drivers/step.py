@@ -2,51 +2,32 @@
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
-from inplace.errors import Code, RequestError, failed
+from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import MAX_TOKENS
-from inplace.runtime.batcher import ActiveRequest
+from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.runtime.slots import EndReason
+from inplace.runtime.slots import EndReason, SequenceId
 
-Answer = dict[str, Tensor] | RequestError
-"""What a request is answered with: outputs by name, ``[1, ...]``, or why it was refused."""
-
-
-NO_GENERATION = f"parameter {MAX_TOKENS!r} asks for a generation, this model is served step by step: leave it out, or build with --serve stream"
-
-
-LONGEST_PAUSE = 3600.0
-"""Seconds between two looks at the idle sequences, at most; a thread cannot wait for arbitrarily long."""
+NO_GENERATIONS = (
+    f"parameter {MAX_TOKENS!r} asks for a generation, but this model is served step by step: leave"
+    f" it out, or build with --serve stream"
+)
 
 
 log = logging.getLogger("inplace")
 
 
-def answered(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> list[Answer | None]:
-    """What each row of a step is answered with; None where tokens of it are still waiting."""
-    parts = {name: tensor.split(1) for name, tensor in outputs.items()}
-    return [
-        None
-        if not work.finished
-        else work.error
-        or {name: parts[name][row] for name in parts if name in work.requested_outputs}
-        for row, work in enumerate(rows)
-    ]
-
-
 class StepDriver:
     """Runs a model instance for a server that calls with batches of requests.
 
-    A thread of its own reclaims idle slots: Triton tells a backend nothing about sequences that went silent.
+    A thread reclaims idle slots: Triton tells a backend nothing about sequences that stay silent.
 
     Args:
-        instance: the model instance; the driver is its only user.
+        instance: the model instance; nothing else uses it.
     """
 
     def __init__(self, instance: ModelInstance) -> None:
@@ -59,12 +40,12 @@ class StepDriver:
         self._reclaimer.start()
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer every request, in order; requests of one sequence take effect in the order given."""
+        """Answer every request, in order. Those of one sequence take effect in the order given."""
         answers: list[Answer | None] = [None] * len(requests)
         waiting = list(enumerate(requests))
         with self._lock, self.instance.engine.on_stream():
             while waiting:
-                waiting = self._wave(waiting, answers)
+                waiting = self._run_wave(waiting, answers)
         return [answer for answer in answers if answer is not None]
 
     def close(self) -> None:
@@ -72,17 +53,24 @@ class StepDriver:
         self._closing.set()
         self._reclaimer.join()
 
-    def _wave(
+    def _run_wave(
         self, waiting: list[tuple[int, Request]], answers: list[Answer | None]
     ) -> list[tuple[int, Request]]:
-        """Run the first request of every sequence; returns those that must wait for the next wave.
+        """Run the first request of every sequence.
 
-        A server may hand over the END of one sequence and the START of the next in one call, so a START that finds no free slot
-        waits where an END of the same call is about to free one.
+        One call may have the END of a sequence and the START of another. A START that finds no free
+        slot waits if an END of the same call is about to free one.
+
+        Args:
+            waiting: requests without an answer, and their index in the call.
+            answers: answers are put here.
+
+        Returns:
+            The requests that must wait for the next wave.
         """
         admitted: list[tuple[int, ActiveRequest]] = []
         later: list[tuple[int, Request]] = []
-        seen = set()
+        seen: set[SequenceId] = set()
         for index, request in waiting:
             if request.sequence_id in seen:
                 later.append((index, request))
@@ -91,70 +79,70 @@ class StepDriver:
             try:
                 admitted.append((index, self._admit(request)))
             except RequestError as error:
-                if error.code is Code.NO_FREE_SLOT and self._will_free(waiting):
+                if error.code is Code.NO_FREE_SLOT and self._will_free_slot(waiting):
                     later.append((index, request))
                 else:
                     answers[index] = error
-            except Exception as error:  # a defect: nobody else's request must suffer
+            except Exception as error:  # a defect: the other requests must not suffer
                 log.exception("a request could not be taken")
-                answers[index] = failed(error)
-        self._steps(admitted, answers)
+                answers[index] = backend_failure(error)
+        self._run_steps(admitted, answers)
         return later
 
     def _admit(self, request: Request) -> ActiveRequest:
-        checked = self.instance.validate(request)
-        if MAX_TOKENS in request.parameters and checked.refusal is None:
-            checked = replace(checked, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATION))
-        return self.instance.admit_validated(checked)
+        validated = self.instance.validate(request)
+        if MAX_TOKENS in request.parameters and validated.refusal is None:
+            refusal = RequestError(Code.BAD_PARAMETER, NO_GENERATIONS)
+            validated = replace(validated, refusal=refusal)
+        return self.instance.admit_validated(validated)
 
-    def _will_free(self, waiting: list[tuple[int, Request]]) -> bool:
-        """Whether some request of this call is the END of a live sequence."""
+    def _will_free_slot(self, waiting: list[tuple[int, Request]]) -> bool:
+        """Whether one of these requests is the END of a live sequence."""
         return any(
             request.end and self.instance.table.get(request.sequence_id) is not None
             for _, request in waiting
         )
 
-    def _steps(
+    def _run_steps(
         self, admitted: list[tuple[int, ActiveRequest]], answers: list[Answer | None]
     ) -> None:
-        """Step until every admitted request is answered; a prompt longer than the chunk takes several steps."""
-        most = self.instance.program.max_rows
+        """Step until every request is answered; a prompt longer than the chunk takes several."""
+        max_rows = self.instance.program.max_rows
         while admitted:
-            rows = admitted[:most]
+            rows = admitted[:max_rows]
             try:
                 self._step(rows, answers)
-            except Exception as error:  # a defect, for what the engine raises is an answer
+            except Exception as error:  # a defect; errors of the engine are answers
                 log.exception("the step driver failed")
-                self._drop(rows, answers, failed(error))
-                admitted = admitted[most:]
-            admitted = [(index, work) for index, work in admitted if not work.finished]
+                self._fail(rows, answers, backend_failure(error))
+                admitted = admitted[max_rows:]
+            admitted = [(index, active) for index, active in admitted if not active.finished]
 
     def _step(self, rows: list[tuple[int, ActiveRequest]], answers: list[Answer | None]) -> None:
-        works = [work for _, work in rows]
-        for (index, work), answer in zip(
-            rows, answered(works, self.instance.step(works)), strict=True
-        ):
+        actives = [active for _, active in rows]
+        row_answers = split_outputs(actives, self.instance.step(actives))
+        for (index, active), answer in zip(rows, row_answers, strict=True):
             if answer is not None:
                 answers[index] = answer
-                self.instance.finish(work)
+                self.instance.finish(active)
 
-    def _drop(
+    def _fail(
         self,
         rows: list[tuple[int, ActiveRequest]],
         answers: list[Answer | None],
         error: RequestError,
     ) -> None:
-        """Answer these rows with an error; their sequences end, for nobody knows where they stand."""
-        for index, work in rows:
+        """Answer these rows with an error and end their sequences, whose states are unknown."""
+        for index, active in rows:
             answers[index] = error
-            if self.instance.table.get(work.sequence.id) is work.sequence:
-                self.instance.table.end(work.sequence, EndReason.ENGINE_FAILED)
+            if self.instance.table.get(active.sequence.id) is active.sequence:
+                self.instance.table.end(active.sequence, EndReason.ENGINE_FAILED)
 
     def _reclaim(self) -> None:
-        while not self._closing.wait(self._pause()):
+        while not self._closing.wait(self._reclaim_delay()):
             with self._lock:
                 self.instance.table.reclaim_idle()
 
-    def _pause(self) -> float:
+    def _reclaim_delay(self) -> float:
         with self._lock:
-            return min(max(0.05, self.instance.table.next_expiry()), LONGEST_PAUSE)
+            return self.instance.table.reclaim_delay()

@@ -1,4 +1,4 @@
-"""The stream driver: requests are checked and queued in the server's call; a thread of its own runs them, others answer them."""
+"""The stream driver: requests are parsed and queued in the server's call and answered later."""
 
 import logging
 import threading
@@ -10,89 +10,96 @@ from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.reply import Channel, FinalResponse, Reply
 from inplace.drivers.senders import Senders
 from inplace.drivers.sequence_queues import StreamRequest
-from inplace.errors import Code, RequestError, failed
+from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import TEXT
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 
-Arrived = tuple[Request, Mapping[str, tuple[bytes, ...]], Channel]
-"""A request, its inputs of BYTES by name, and its way back."""
+Arrival = tuple[Request, Mapping[str, tuple[bytes, ...]], Channel]
+"""A request, its inputs of BYTES by name, and the channel that sends its responses."""
 
 
 log = logging.getLogger("inplace")
 
 
 def engine_thread() -> Executor:
-    """A thread to load an engine on that a stream driver is to step.
+    """An executor of one thread, to load an engine on and then to step it in a stream driver.
 
-    On the CPU the two should be one: OpenMP keeps threads for each thread that has ever computed something large, and where it keeps more
-    than there are processors they no longer wait for work but sleep between two operators (libgomp).
+    On the CPU it should be one thread: OpenMP keeps worker threads for every thread that has
+    computed something large, and with more workers than processors they sleep between two operators
+    instead of spinning (libgomp).
     """
     return ThreadPoolExecutor(1, "inplace-engine")
 
 
 class StreamDriver:
-    """Runs a model instance for a server that hands over requests and takes any number of responses for each, at any time.
+    """Runs a model instance for a server that accepts any number of responses at any time.
 
-    Requests of one sequence run one after another, those of different sequences together: each step takes whoever has tokens to feed, a
-    generation joins as soon as it has a slot and leaves with its last token.
+    Requests of one sequence run one after another, those of different sequences together
+    (continuous batching): a generation joins the next step once it has a slot, and leaves with its
+    last token.
 
     Args:
-        instance: the model instance; the driver is its only user.
-        language: for generations.
-        most_waiting: generations that may wait for a slot.
-        thread: of one thread, which steps the engine from now on; a new one if None.
+        instance: the model instance; nothing else uses it.
+        tokenizer_config: for generations.
+        max_waiting: generations that may wait for a slot.
+        thread: steps the engine from now on; of one thread. None for a new one.
     """
 
     def __init__(
         self,
         instance: ModelInstance,
-        language: TokenizerConfig,
-        most_waiting: int,
+        tokenizer_config: TokenizerConfig,
+        max_waiting: int,
         thread: Executor | None = None,
     ) -> None:
         self.instance = instance
-        self._intake = RequestParser(instance, language)
+        self._parser = RequestParser(instance, tokenizer_config)
         self._senders = Senders()
-        self._runner = EngineLoop(instance, self._senders, most_waiting, thread or engine_thread())
+        self._engine_loop = EngineLoop(
+            instance, self._senders, max_waiting, thread or engine_thread()
+        )
         self._closed = False
         self._closing = threading.Lock()
 
-    def submit(self, arrived: Iterable[Arrived]) -> None:
-        """Take requests that came together; each is answered through its channel. Those of one sequence take effect in the order given.
+    def submit(self, arrivals: Iterable[Arrival]) -> None:
+        """Queue requests that came together; each is answered through its channel.
 
-        They begin in one step, where there is room; but nobody waits for the texts of those behind to become tokens.
+        Those of one sequence take effect in the order given. All begin in one step, if there is
+        room; but requests are passed on before a text is tokenized, so that they do not wait for
+        it.
         """
-        jobs: list[StreamRequest] = []
-        for request, texts, channel in arrived:
-            if TEXT in texts and jobs:
-                self._runner.put(jobs)
-                jobs = []
+        requests: list[StreamRequest] = []
+        for request, texts, channel in arrivals:
+            if TEXT in texts and requests:
+                self._engine_loop.submit(requests)
+                requests = []
             try:
                 if self._closed:
                     raise _unloading()
-                jobs.append(self._intake.job(request, texts, channel))
+                requests.append(self._parser.parse(request, texts, channel))
             except RequestError as error:
                 self.instance.observer.request_refused(
                     request.sequence_id, request.request_id, error, end=request.end
                 )
-                self._senders.tell([], [(Reply(channel), FinalResponse(error))])
-            except (
-                Exception
-            ) as error:  # a defect: its client must hear of it, and the others must not
+                self._send_error(channel, error)
+            except Exception as error:  # a defect: the other requests must not suffer
                 log.exception("a request could not be taken")
-                self._senders.tell([], [(Reply(channel), FinalResponse(failed(error)))])
-        if jobs:
-            self._runner.put(jobs)
+                self._send_error(channel, backend_failure(error))
+        if requests:
+            self._engine_loop.submit(requests)
 
     def close(self) -> None:
-        """Answer everything that has not been, and stop."""
+        """Answer every request that is queued or running with SHUTDOWN, and stop the threads."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._runner.close(_unloading())
+        self._engine_loop.close(_unloading())
         self._senders.close()
+
+    def _send_error(self, channel: Channel, error: RequestError) -> None:
+        self._senders.publish([], [(Reply(channel), FinalResponse(error))])
 
 
 def _unloading() -> RequestError:

@@ -195,7 +195,7 @@ class ModelInstance:
         self.table.end(live)
 
     def finish(self, active: ActiveRequest) -> None:
-        """Finish a request that is being answered: free the slot of an END, else start its clock."""
+        """Finish an answered request: free the slot of an END, else start the idle clock."""
         sequence = active.sequence
         sequence.busy = False
         if self.table.get(sequence.id) is not sequence:

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from inplace.drivers import (
-    Answer,
-    Arrived,
+    Arrival,
     StepDriver,
     StreamDriver,
     TokenizerConfig,
     engine_thread,
 )
-from inplace.drivers.text import load_tokenizer
-from inplace.errors import Code, LoadError, RequestError, failed
+from inplace.drivers.detokenizer import load_tokenizer
+from inplace.errors import Code, LoadError, RequestError, backend_failure
 from inplace.protocol import STOP, TEXT
+from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.observer import Observer, log_line
 from inplace.runtime.requests import Request
@@ -146,7 +146,7 @@ class _Streams:
     def execute(self, requests: Sequence[Any]) -> None:
         self._driver.submit(self._arrived(requests))
 
-    def _arrived(self, requests: Sequence[Any]) -> Iterator[Arrived]:
+    def _arrived(self, requests: Sequence[Any]) -> Iterator[Arrival]:
         for request in requests:
             channel = TritonChannel(request)
             texts: dict[str, tuple[bytes, ...]] = {}
@@ -154,13 +154,13 @@ class _Streams:
                 parsed = _parse(request, texts)
             except Exception as error:  # a defect: its client must hear of it, and the others of this call must not
                 log.exception("a request could not be taken")
-                channel.refuse(failed(error))
+                channel.send_error(backend_failure(error))
                 continue
             if isinstance(parsed, Request):
                 yield parsed, texts, channel
             else:
                 _tell(self._driver.instance.observer, request, parsed)
-                channel.refuse(parsed)
+                channel.send_error(parsed)
 
     def close(self) -> None:
         live = len(self._driver.instance.table)

@@ -30,22 +30,24 @@ class TritonChannel:
 
     def __init__(self, request: Any) -> None:
         self._request, self._sender = request, request.get_response_sender()
-        self.wanted = frozenset(request.requested_output_names())
+        self.requested_outputs = frozenset(request.requested_output_names())
 
     def send(self, outputs: Outputs, *, final: bool) -> None:
         """See `Channel.send`."""
-        tensors = [output(name, value) for name, value in outputs.items() if name in self.wanted]
+        tensors = [
+            output(name, value) for name, value in outputs.items() if name in self.requested_outputs
+        ]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
         self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
 
-    def refuse(self, error: RequestError) -> None:
-        """See `Channel.refuse`."""
+    def send_error(self, error: RequestError) -> None:
+        """See `Channel.send_error`."""
         self._sender.send(
             refusal(self._request, error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
 
-    def cancelled(self) -> bool:
-        """See `Channel.cancelled`."""
+    def is_cancelled(self) -> bool:
+        """See `Channel.is_cancelled`."""
         found: bool = self._request.is_cancelled()
         return found
 

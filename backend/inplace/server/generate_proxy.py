@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from inplace.errors import Code, RequestError, failed
+from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENCE_KEY
 from inplace.runtime.observer import log_line
 from inplace.schema.proxy import ProxyFile
@@ -175,7 +175,7 @@ class _Relay:
             error = refusal(self._request, refused).error()
         except Exception as failure:  # a defect; whatever happens the client must hear of it
             log.exception("a generation could not be passed on")
-            error = refusal(self._request, failed(failure, "send it again")).error()
+            error = refusal(self._request, backend_failure(failure, "send it again")).error()
         try:
             with self._border:
                 self._done = True

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inplace.drivers.text import TOKENIZER_FILE, TOKENIZER_FOLDER
+from inplace.drivers.detokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 from inplace.schema.served import FILE_NAME, Manifest
 
 from inplace_builder.capture.capture import Capture

@@ -102,7 +102,7 @@ def test_a_start_that_was_refused_has_ended_what_it_replaces(
 
 
 def test_generations_are_counted_when_they_speak_and_when_they_finish(streams: OpenStreams) -> None:
-    talk = streams(TokenizerConfig(eos=frozenset()))
+    talk = streams(TokenizerConfig(eos_token_ids=frozenset()))
     assert talk.generate(1, [1, 2, 3], 4).reason == "length"
     assert talk.generate(2, [1, 2, 3], 4, end=True, temperature=0).reason == "length"
     found = talk.driver.instance.observer.metrics.snapshot()

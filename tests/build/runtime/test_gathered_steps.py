@@ -50,7 +50,7 @@ def test_steps_that_come_while_answers_are_being_sent_share_one(
     let_go: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "MOST_GATHERING", 60.0)
+    monkeypatch.setattr(runner, "MAX_GATHER_TIME", 60.0)
     said = [answering.ask(f"s{slot}", [3]) for slot in range(SLOTS - 1)]
     time.sleep(0.1)
     assert len(answering.engine.slots) == 1
@@ -64,7 +64,7 @@ def test_steps_that_come_while_answers_are_being_sent_share_one(
 def test_a_step_with_a_row_for_everybody_waits_for_nobody(
     answering: Streams, let_go: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "MOST_GATHERING", 60.0)
+    monkeypatch.setattr(runner, "MAX_GATHER_TIME", 60.0)
     for slot in range(SLOTS):
         answering.ask(f"s{slot}", [3])
     until(lambda: sum(len(rows) for rows in answering.engine.slots) == 2 * SLOTS)
@@ -75,7 +75,7 @@ def test_nobody_waits_for_long(answering: Streams, let_go: threading.Event) -> N
     begin = time.monotonic()
     answering.ask("s0", [3])
     until(lambda: len(answering.engine.slots) == 2)
-    assert time.monotonic() - begin > runner.MOST_GATHERING
+    assert time.monotonic() - begin > runner.MAX_GATHER_TIME
     let_go.set()
 
 
@@ -85,7 +85,7 @@ def test_generations_wait_for_no_step(
     let_go: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "MOST_GATHERING", 60.0)
+    monkeypatch.setattr(runner, "MAX_GATHER_TIME", 60.0)
     answering.ask("s0", [3])
     answering.generate("s1", [3], 4, start=False)
     until(lambda: len(answering.engine.slots) > 1)

@@ -26,7 +26,7 @@ def test_the_token_behind_an_end_token_is_dropped_and_the_sequence_goes_on(
 ) -> None:
     said = greedy(repository.llama, IDS, 40)
     end = said.index(late_token(said))
-    driver = streams(TokenizerConfig(eos=frozenset({said[end]})))
+    driver = streams(TokenizerConfig(eos_token_ids=frozenset({said[end]})))
     heard = driver.generate("a", IDS, 40)
     assert (heard.reason, heard.tokens) == ("eos", said[: end + 1])
     assert (
@@ -43,7 +43,7 @@ def test_a_step_that_fails_is_nothing_to_a_generation_that_was_over_before_it(
 ) -> None:
     said = greedy(repository.llama, IDS, 40)
     end = said.index(late_token(said))
-    driver = streams(TokenizerConfig(eos=frozenset({said[end]})))
+    driver = streams(TokenizerConfig(eos_token_ids=frozenset({said[end]})))
     ended, failed = Heard(OUTPUTS), Heard(OUTPUTS)
     driver.engine.fail_at = (
         end + 2
@@ -80,7 +80,7 @@ def test_slots_of_ended_generations_are_others_at_once(
 ) -> None:
     said = greedy(repository.llama, IDS, 40)
     end = said.index(late_token(said))
-    driver = streams(TokenizerConfig(eos=frozenset({said[end]})))
+    driver = streams(TokenizerConfig(eos_token_ids=frozenset({said[end]})))
     heard = [driver.generate(f"s{index}", IDS, 40, end=True) for index in range(5 * SLOTS)]
     assert all((each.reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)
     assert driver.free() == SLOTS

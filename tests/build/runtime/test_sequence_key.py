@@ -4,8 +4,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from inplace.drivers.step import Answer, StepDriver
+from inplace.drivers.step import StepDriver
 from inplace.errors import Code, RequestError
+from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import MAX_KEY_LENGTH, Request
 from support.driving import (

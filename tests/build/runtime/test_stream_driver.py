@@ -84,14 +84,14 @@ def test_the_engine_is_stepped_on_the_thread_that_is_given(
 def test_a_defect_in_one_of_the_requests_that_come_together_is_its_own(
     streams: OpenStreams, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver, taken = streams(), RequestParser.job
+    driver, taken = streams(), RequestParser.parse
 
     def job(self: RequestParser, request: Request, *others: Any) -> StreamRequest:
         if request.sequence_id == "s1":
             raise ZeroDivisionError("a defect")
         return taken(self, request, *others)
 
-    monkeypatch.setattr(RequestParser, "job", job)
+    monkeypatch.setattr(RequestParser, "parse", job)
     said = [Heard(OUTPUTS) for _ in range(3)]
     driver.driver.submit(
         (Request(f"s{index}", True, False, {"input_ids": torch.tensor([[5]])}), {}, each)

@@ -137,7 +137,7 @@ def test_generations_get_slots_in_the_order_they_came_and_a_step_does_not_pass_t
 
 
 def test_a_full_queue_refuses_and_a_waiting_sequence_can_be_ended(streams: OpenStreams) -> None:
-    driver = streams(most_waiting=2)
+    driver = streams(max_waiting=2)
     full(driver)
     waiting = [driver.generate(f"w{index}", prompt(index, 3), 4, end=True) for index in range(2)]
     driver.generate("late", [1], 4).refused(
@@ -201,7 +201,7 @@ def test_nor_has_it_one_for_strangers_who_start_and_end_it(
         ({"temperature": "hot"}, Code.BAD_PARAMETER, "parameter 'temperature' is 'hot'"),
         ({"position": 5}, Code.POSITION, "meant for position 5, the sequence holds 0"),
         ({"sequence_key": ""}, Code.BAD_PARAMETER, "parameter 'sequence_key' has 0 characters"),
-        ({"stop": ("x",)}, Code.BAD_PARAMETER, "without a tokenizer: it knows no stop texts"),
+        ({"stop": ("x",)}, Code.BAD_PARAMETER, "without a tokenizer: and cannot find stop texts"),
         ({"prompt": "text"}, Code.BAD_PARAMETER, "without a tokenizer: send 'input_ids'"),
         ({"prompt": [VOCABULARY]}, Code.VALUE_RANGE, f"holds {VOCABULARY}"),
     ],
@@ -225,7 +225,7 @@ def test_texts_that_cannot_be_are_refused(streams: OpenStreams) -> None:
     generate({"text": (b"a", b"b")}).refused(
         Code.BAD_SHAPE, "input 'text' holds 2 texts; expected 1"
     )
-    generate({"text": (b"\xff",)}).refused(Code.VALUE_RANGE, "input 'text' is no UTF-8 text")
+    generate({"text": (b"\xff",)}).refused(Code.VALUE_RANGE, "input 'text' is not UTF-8 text")
     generate({"text": (b"a",)}, inputs=True).refused(
         Code.BAD_PARAMETER, "are both given; send one of them"
     )
@@ -260,7 +260,7 @@ def test_a_defect_while_a_request_is_taken_is_told_to_its_client(
 ) -> None:
     driver = streams()
     with monkeypatch.context() as patched:
-        patched.setattr("inplace.drivers.senders.CancelWatch.add", lambda *_: 1 // 0)
+        patched.setattr("inplace.drivers.senders.CancellationWatcher.add", lambda *_: 1 // 0)
         driver.generate("a", [1], 2).refused(
             Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError: "
         )

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inplace.drivers.text import Detokenizer, StopMatcher, load_tokenizer
+from inplace.drivers.detokenizer import Detokenizer, StopMatcher, load_tokenizer
 from inplace.errors import LoadError
 from support.models import VOCABULARY
 from support.vocabulary import added, save_tokenizer, tiny_tokenizer
@@ -32,7 +32,7 @@ def pieces(items: list[int], sizes: list[int]) -> list[list[int]]:
 def test_pieces_of_tokens_are_the_text_of_all_of_them(tokens: list[int], sizes: list[int]) -> None:
     context = tiny_tokenizer().encode("Licensed").ids
     detokenizer = Detokenizer(tiny_tokenizer(), context)
-    assert "".join(detokenizer.add(part) for part in pieces(tokens, sizes)) == added(
+    assert "".join(detokenizer.append(part) for part in pieces(tokens, sizes)) == added(
         context, tokens
     )
 
@@ -41,8 +41,8 @@ def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
     smile = tiny_tokenizer().encode("🙂", add_special_tokens=False).ids
     assert len(smile) == 4
     detokenizer = Detokenizer(tiny_tokenizer(), [])
-    assert [detokenizer.add([token]) for token in smile] == ["", "", "", "🙂"]
-    assert detokenizer.add([1, 2]) == ""  # special tokens say nothing
+    assert [detokenizer.append([token]) for token in smile] == ["", "", "", "🙂"]
+    assert detokenizer.append([1, 2]) == ""  # special tokens say nothing
 
 
 @given(
@@ -55,21 +55,26 @@ def test_a_text_is_said_up_to_its_first_stop_text_and_wholly_without_one(
     stops, said, whole = StopMatcher(tuple(texts)), "", ""
     for part in parts:
         whole += part
-        said += stops.add(part)
+        said += stops.append(part)
         assert not any(text in said for text in texts)
-        if stops.hit:
+        if stops.matched:
             assert whole.startswith(said)
             assert any(whole[len(said) :].startswith(text) for text in texts)
             return
         assert not any(text in whole for text in texts)
-    assert said + stops.rest() == whole
+    assert said + stops.flush() == whole
 
 
 def test_what_may_become_a_stop_text_is_held_back_and_said_when_it_does_not() -> None:
     stops = StopMatcher(("</done>",))
-    assert [stops.add(part) for part in ("1 <", "/do", "e", " </don")] == ["1 ", "", "</doe", " "]
-    assert stops.add("e>…") == ""
-    assert stops.hit
+    assert [stops.append(part) for part in ("1 <", "/do", "e", " </don")] == [
+        "1 ",
+        "",
+        "</doe",
+        " ",
+    ]
+    assert stops.append("e>…") == ""
+    assert stops.matched
 
 
 def test_a_folder_may_have_no_tokenizer_but_none_that_is_damaged(

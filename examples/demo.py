@@ -5,7 +5,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from inplace.client import Client, Sequence
-from inplace.drivers.text import TOKENIZER_FOLDER
+from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.errors import InplaceError, LoadError
 from inplace.schema.served import Manifest
 from inplace_builder.served.decoder import build_decoder

@@ -14,7 +14,7 @@ from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support import served
-from support.driving import Open, Watched
+from support.driving import OpenDriver, RecordingEngine
 from support.models import (
     CAPACITY,
     CHUNK,
@@ -24,7 +24,7 @@ from support.models import (
     open_instance,
     tiny_llama,
 )
-from support.streaming import OpenStreams, Streams
+from support.streaming import OpenStreams, StreamClient
 from support.vocabulary import save_tokenizer
 from tritonclient.grpc import InferenceServerClient
 
@@ -127,7 +127,7 @@ def loaded() -> Opened:
 
 
 @pytest.fixture
-def drive(loaded: Opened) -> Iterator[Open]:
+def drive(loaded: Opened) -> Iterator[OpenDriver]:
     """Opens a model, its arena poisoned (a START must reset what needs it) and its engine `Watched`; closes every driver."""
     drivers: list[StepDriver] = []
 
@@ -142,7 +142,9 @@ def drive(loaded: Opened) -> Iterator[Open]:
             )
         drivers.append(
             StepDriver(
-                ModelInstance(plain.manifest, plain.arena, Watched(plain.engine), idle_timeout)
+                ModelInstance(
+                    plain.manifest, plain.arena, RecordingEngine(plain.engine), idle_timeout
+                )
             )
         )
         return drivers[-1]
@@ -167,7 +169,7 @@ def streams(
         max_waiting: int = 64,
         idle_timeout: float = 600.0,
         rows: int | None = None,
-    ) -> Streams:
+    ) -> StreamClient:
         key = (repository.path / "llama", None, len(drivers))
         if key not in loaded:
             loaded[key] = open_instance(repository.path / "llama")
@@ -178,10 +180,13 @@ def streams(
         program = program.model_copy(update={"max_rows": rows or program.max_rows})
         manifest = plain.manifest.model_copy(update={"programs": (program,)})
         instance = ModelInstance(
-            manifest, plain.arena, Watched(plain.engine, overlaps=request.param), idle_timeout
+            manifest,
+            plain.arena,
+            RecordingEngine(plain.engine, overlaps=request.param),
+            idle_timeout,
         )
         drivers.append(StreamDriver(instance, tokenizer_config or TokenizerConfig(), max_waiting))
-        return Streams(drivers[-1])
+        return StreamClient(drivers[-1])
 
     yield opened
     for driver in drivers:
@@ -189,12 +194,12 @@ def streams(
 
 
 @pytest.fixture
-def llama(repository: Repository, drive: Open) -> StepDriver:
+def llama(repository: Repository, drive: OpenDriver) -> StepDriver:
     return drive(repository.path / "llama")
 
 
 @pytest.fixture
-def sums(repository: Repository, drive: Open) -> StepDriver:
+def sums(repository: Repository, drive: OpenDriver) -> StepDriver:
     return drive(repository.path / "accumulator")
 
 

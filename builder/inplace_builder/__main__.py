@@ -292,7 +292,7 @@ def chat(
     """
     with _errors("chat", "builder"):
         from inplace.client import Client, Sequence
-        from inplace.drivers.text import TOKENIZER_FOLDER
+        from inplace.drivers.detokenizer import TOKENIZER_FOLDER
         from tritonclient.utils import InferenceServerException
 
         from inplace_builder.served.model_config import MODEL_VERSION

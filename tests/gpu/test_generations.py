@@ -11,7 +11,7 @@ from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import greedy, late_token, tiny_llama
-from support.streaming import Streams
+from support.streaming import StreamClient
 from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(
@@ -74,16 +74,16 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[Streams]:
+def streams(instance: ModelInstance, model: LlamaForCausalLM) -> Iterator[StreamClient]:
     driver = StreamDriver(
         instance, TokenizerConfig(eos_token_ids=frozenset({late_token(greedy(model, IDS, 40))})), 64
     )
-    yield Streams(driver)
+    yield StreamClient(driver)
     driver.close()
 
 
 def test_many_generations_are_each_transformers_own(
-    streams: Streams, model: LlamaForCausalLM, followed: list[int]
+    streams: StreamClient, model: LlamaForCausalLM, followed: list[int]
 ) -> None:
     prompts = [
         [(7 * seed + place) % 64 for place in range(1 + 5 * seed % 21)] for seed in range(4 * SLOTS)
@@ -93,23 +93,23 @@ def test_many_generations_are_each_transformers_own(
         for index, ids in enumerate(prompts)
     ]
     for index, each in enumerate(heard):
-        assert each.reason == "length"
+        assert each.finish_reason == "length"
         assert each.tokens == greedy(model, prompts[index], 12 + index % 9)
     assert max(followed) == SLOTS
-    assert streams.free() == SLOTS
+    assert streams.num_free_slots() == SLOTS
 
 
 def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
-    streams: Streams, instance: ModelInstance, model: LlamaForCausalLM, followed: list[int]
+    streams: StreamClient, instance: ModelInstance, model: LlamaForCausalLM, followed: list[int]
 ) -> None:
     addresses = instance.arena.addresses()
     said = greedy(model, IDS, 40)
     end = said.index(late_token(said))
     heard = streams.generate("a", IDS, 40)
-    assert (heard.reason, heard.tokens) == ("eos", said[: end + 1])
+    assert (heard.finish_reason, heard.tokens) == ("eos", said[: end + 1])
     assert len(followed) >= end
     assert (
-        streams.ask("a", [3], position=len(IDS) + end + 1).next_token
+        streams.step("a", [3], position=len(IDS) + end + 1).next_token
         == greedy(model, [*IDS, *said[: end + 1], 3], 1)[0]
     )
     slot = instance.table.find("a").slot
@@ -119,10 +119,10 @@ def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
 
 
 def test_slots_of_ended_generations_are_others_at_once(
-    streams: Streams, model: LlamaForCausalLM
+    streams: StreamClient, model: LlamaForCausalLM
 ) -> None:
     said = greedy(model, IDS, 40)
     end = said.index(late_token(said))
     heard = [streams.generate(f"s{index}", IDS, 40, end=True) for index in range(10 * SLOTS)]
-    assert all((each.reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)
-    assert streams.free() == SLOTS
+    assert all((each.finish_reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)
+    assert streams.num_free_slots() == SLOTS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
-from inplace.drivers.text import TOKENIZER_FOLDER
+from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.schema.dtypes import Dtype
 from inplace_builder import load_decoder
 from inplace_builder.served.decoder import build_decoder

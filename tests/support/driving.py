@@ -1,4 +1,4 @@
-"""Requests to a step driver, and what may be said of its answers."""
+"""Requests to a step driver over a recording engine, and checks of its answers."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -14,118 +14,131 @@ from torch import Tensor
 
 from support.models import VOCABULARY, Repository
 
-Open = Callable[..., StepDriver]
-BAD = [1, VOCABULARY]
+OpenDriver = Callable[..., StepDriver]
+
+
+INVALID_TOKENS = [1, VOCABULARY]
 """Tokens that are refused with VALUE_RANGE."""
 
 
-def done(outputs: dict[str, Tensor]) -> Finish:
-    """A step that has been computed: the caller goes on while its memory is written already, as with a GPU that is fast."""
+def completed(outputs: dict[str, Tensor]) -> Finish:
+    """A step whose memory is written before anyone waits for it, as on a fast GPU."""
 
-    def finish(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
-        with waiting:
+    def finish(gil_released: AbstractContextManager[object]) -> dict[str, Tensor]:
+        with gil_released:
             return outputs
 
     return finish
 
 
-def lost(launched: Finish) -> Finish:
-    """A step that fails after its work is done, the worst case: memory has been written by then."""
+def failing(launched: Finish) -> Finish:
+    """A step that fails after it has written memory, the worst case."""
 
-    def finish(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
-        launched(waiting)
+    def finish(gil_released: AbstractContextManager[object]) -> dict[str, Tensor]:
+        launched(gil_released)
         raise RuntimeError("out of luck\nsecond line")
 
     return finish
 
 
-class Watched:
-    """A real engine that keeps what each step was given, and fails once when told to.
+class RecordingEngine:
+    """A real engine that records what each step is given, and fails once if told to.
 
     Args:
         engine: the real one.
         overlaps: compute each step when it is launched, as an engine whose steps overlap.
+
+    Attributes:
+        slots: the slot of each row, for each step.
+        counts: the number of tokens of each row, for each step of a packed program.
+        fail_at: which step fails, counted from now; 0 for none.
     """
 
     def __init__(self, engine: StepEngine, *, overlaps: bool = False) -> None:
         self._engine, self.overlaps = engine, overlaps
         self.slots: list[list[int]] = []
         self.counts: list[list[int]] = []
-        self.fail_at = 0  # the step, counted from now, that fails; 0 is none
+        self.fail_at = 0
 
     def on_stream(self) -> AbstractContextManager[object]:
         return self._engine.on_stream()
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
         self.slots.append(inputs["slots"].tolist())
         if "row_offsets" in inputs:
             self.counts.append(inputs["row_offsets"].diff().tolist())
-        launched = self._engine.launch(inputs, wanted)
+        launched = self._engine.launch(inputs, requested)
         if self.overlaps:
-            launched = done(launched(NO_OTHER_THREADS))
+            launched = completed(launched(NO_OTHER_THREADS))
         self.fail_at -= 1
-        return lost(launched) if self.fail_at == 0 else launched
+        return failing(launched) if self.fail_at == 0 else launched
 
 
-def watched(driver: StepDriver) -> Watched:
-    assert isinstance(driver.instance.engine, Watched)
+def engine_of(driver: StepDriver) -> RecordingEngine:
+    assert isinstance(driver.instance.engine, RecordingEngine)
     return driver.instance.engine
 
 
-def ask(
-    sequence: SequenceId,
+def step_request(
+    sequence_id: SequenceId,
     ids: list[int],
     *,
     start: bool = False,
     end: bool = False,
     **parameters: bool | int | float | str,
 ) -> Request:
-    return Request(sequence, start, end, {"input_ids": torch.tensor([ids])}, parameters=parameters)
+    """A step of the tiny Llama."""
+    inputs = {"input_ids": torch.tensor([ids])}
+    return Request(sequence_id, start, end, inputs, parameters=parameters)
 
 
-def add(sequence: SequenceId, value: float, *, start: bool = False, end: bool = False) -> Request:
-    return Request(sequence, start, end, {"value": torch.full((1, 4), value)})
+def sum_request(
+    sequence_id: SequenceId, value: float, *, start: bool = False, end: bool = False
+) -> Request:
+    """A step of the accumulator."""
+    return Request(sequence_id, start, end, {"value": torch.full((1, 4), value)})
 
 
-def outputs(answer: Answer) -> dict[str, Tensor]:
+def outputs_of(answer: Answer) -> dict[str, Tensor]:
     assert isinstance(answer, dict), answer
     return answer
 
 
-def token(answer: Answer) -> int:
-    return int(outputs(answer)["next_token"])
+def next_token(answer: Answer) -> int:
+    return int(outputs_of(answer)["next_token"])
 
 
-def total(answer: Answer) -> tuple[list[float], int]:
-    found = outputs(answer)
-    return found["sum"][0].tolist(), int(found["values"])
+def sum_and_count(answer: Answer) -> tuple[list[float], int]:
+    outputs = outputs_of(answer)
+    return outputs["sum"][0].tolist(), int(outputs["values"])
 
 
-def refused(answer: Answer, code: Code, says: str = "", *, retryable: bool = False) -> None:
+def assert_refused(
+    answer: Answer, code: Code, message: str = "", *, retryable: bool = False
+) -> None:
     assert isinstance(answer, RequestError), answer
     assert (answer.code, answer.retryable) == (code, retryable)
-    assert says in str(answer)
+    assert message in str(answer)
 
 
-def said(repository: Repository, ids: list[int]) -> int:
+def reference_token(repository: Repository, ids: list[int]) -> int:
     """The next token by transformers itself."""
     with torch.no_grad():
         return int(repository.llama(torch.tensor([ids])).logits[0, -1].argmax())
 
 
-def prompt(seed: int, tokens: int) -> list[int]:
-    return torch.randint(
-        0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+def random_tokens(seed: int, num_tokens: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (num_tokens,), generator=generator).tolist()
 
 
-def memory(driver: StepDriver) -> dict[str, Tensor]:
-    """Every bit of the arena."""
+def arena_bytes(driver: StepDriver) -> dict[str, Tensor]:
+    """A copy of all memory of the arena, as bytes."""
     return {
         name: tensor.clone().view(torch.uint8)
         for name, tensor in driver.instance.arena.tensors.items()
     }
 
 
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def same_bytes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,4 +1,4 @@
-"""Requests to a stream driver, and what was heard of each."""
+"""A client of a stream driver over a recording engine, and the responses to each request."""
 
 import contextlib
 import threading
@@ -15,64 +15,70 @@ from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
 from torch import Tensor
 
-from support.driving import Watched
+from support.driving import RecordingEngine
 from support.models import CAPACITY
 
-OUTPUTS = frozenset(
+ALL_OUTPUTS = frozenset(
     {"tokens", "text_output", "finish_reason", "next_token", "logits", "sum", "values"}
 )
-PATIENCE = 60.0
-FREE = CAPACITY - 8
-"""Tokens that fit behind a prompt of 8."""
 
 
-class Heard:
-    """One request's channel: keeps what is sent, and whether the rules of a server's channel were broken.
+TIMEOUT = 60.0
+"""Seconds that a test waits for anything."""
 
-    A server's ends when it is asked whether a request is cancelled after the final response of that request, or when one more is sent.
+
+MAX_NEW_TOKENS = CAPACITY - 8
+"""Tokens that fit after a prompt of 8."""
+
+
+class RecordingChannel:
+    """The channel of one request: records its responses and violations of a channel's rules.
+
+    Triton ends if it is asked whether a request is cancelled after its final response, or if
+    another response is sent then.
     """
 
-    def __init__(self, wanted: frozenset[str] = OUTPUTS) -> None:
-        self.requested_outputs = wanted
+    def __init__(self, requested_outputs: frozenset[str] = ALL_OUTPUTS) -> None:
+        self.requested_outputs = requested_outputs
         self.responses: list[dict[str, Tensor | str]] = []
         self.error: RequestError | None = None
         self.final_at = 0.0
-        self.gone = False
-        self.broken: list[str] = []
+        self.client_cancelled = False
+        self.violations: list[str] = []
         self._final = threading.Event()
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
 
     def send(self, outputs: Outputs, *, final: bool) -> None:
-        self._hear("a response")
-        with self._news:
+        self._check_not_final("a response")
+        with self._changed:
             self.responses.append(dict(outputs))
-            self._news.notify_all()
+            self._changed.notify_all()
         if final:
-            self._end()
+            self._set_final()
 
     def send_error(self, error: RequestError) -> None:
-        self._hear("an error")
+        self._check_not_final("an error")
         self.error = error
-        self._end()
+        self._set_final()
 
     def is_cancelled(self) -> bool:
-        if self._final.is_set():
-            self.broken.append("asked after the final response")
-        return self.gone
+        self._check_not_final("is_cancelled")
+        return self.client_cancelled
 
-    def wait(self) -> "Heard":
-        assert self._final.wait(PATIENCE), f"no final response; heard {self.responses}"
-        assert not self.broken
+    def wait(self) -> "RecordingChannel":
+        """Wait for the final response."""
+        assert self._final.wait(TIMEOUT), f"no final response after {self.responses}"
+        assert not self.violations
         return self
 
-    def said(self, tokens: int) -> "Heard":
-        """Wait for so many tokens."""
-        with self._news:
-            assert self._news.wait_for(lambda: len(self.tokens) >= tokens, PATIENCE)
+    def wait_for_tokens(self, num_tokens: int) -> "RecordingChannel":
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.tokens) >= num_tokens, TIMEOUT)
         return self
 
     @property
     def tokens(self) -> list[int]:
+        """All tokens of a generation so far."""
         return [
             token
             for response in self.responses
@@ -82,11 +88,12 @@ class Heard:
 
     @property
     def text(self) -> str:
+        """All text of a generation so far."""
         return "".join(str(response.get("text_output", "")) for response in self.responses)
 
     @property
-    def reason(self) -> str:
-        """The finish reason: the last response's, and nobody else's."""
+    def finish_reason(self) -> str:
+        """Why a generation finished; only its last response has a reason or no tokens."""
         self.wait()
         assert self.error is None, self.error
         reasons = [str(response["finish_reason"]) for response in self.responses]
@@ -96,119 +103,121 @@ class Heard:
 
     @property
     def next_token(self) -> int:
+        """The token of a step, which has one response."""
         self.wait()
         assert self.error is None, self.error
         [response] = self.responses
         return int(response["next_token"])
 
-    def refused(self, code: Code, says: str = "", *, retryable: bool = False) -> None:
+    def assert_refused(self, code: Code, message: str = "", *, retryable: bool = False) -> None:
         self.wait()
         assert self.error is not None, self.responses
         assert (self.error.code, self.error.retryable) == (code, retryable), self.error
-        assert says in str(self.error)
+        assert message in str(self.error)
 
-    def _hear(self, what: str) -> None:
+    def _check_not_final(self, call: str) -> None:
         if self._final.is_set():
-            self.broken.append(f"{what} after the final response")
+            self.violations.append(f"{call} after the final response")
 
-    def _end(self) -> None:
+    def _set_final(self) -> None:
         self.final_at = time.monotonic()
         self._final.set()
 
 
-class Deaf(Heard):
-    """A channel that takes no response, or not the last one."""
+class FailingChannel(RecordingChannel):
+    """A channel that takes no response, or only the final one not."""
 
-    def __init__(self, *, last: bool) -> None:
+    def __init__(self, *, only_final: bool) -> None:
         super().__init__()
-        self._last = last
+        self._only_final = only_final
 
     def send(self, outputs: Outputs, *, final: bool) -> None:
-        if final or not self._last:
+        if final or not self._only_final:
             raise ValueError("too large")
         super().send(outputs, final=final)
 
 
-class Streams:
-    """A stream driver over a `Watched` engine, and how tests talk to it."""
+class StreamClient:
+    """Sends requests to a stream driver over a `RecordingEngine`."""
 
     def __init__(self, driver: StreamDriver) -> None:
         self.driver = driver
 
     @property
-    def engine(self) -> Watched:
-        assert isinstance(self.driver.instance.engine, Watched)
+    def engine(self) -> RecordingEngine:
+        assert isinstance(self.driver.instance.engine, RecordingEngine)
         return self.driver.instance.engine
 
     def generate(
         self,
-        sequence: SequenceId,
+        sequence_id: SequenceId,
         prompt: list[int] | str,
         max_tokens: int = 16,
         *,
         start: bool = True,
         end: bool = False,
         stop: tuple[str, ...] = (),
-        wanted: frozenset[str] = OUTPUTS,
+        requested_outputs: frozenset[str] = ALL_OUTPUTS,
         **parameters: bool | int | float | str,
-    ) -> Heard:
+    ) -> RecordingChannel:
         texts = {"stop": tuple(text.encode() for text in stop)} if stop else {}
         inputs: dict[str, Tensor] = {}
         if isinstance(prompt, str):
             texts["text"] = (prompt.encode(),)
         else:
             inputs["input_ids"] = torch.tensor([prompt])
-        return self.send(
-            Request(sequence, start, end, inputs, "r", {"max_tokens": max_tokens, **parameters}),
-            texts,
-            wanted,
-        )
+        parameters = {"max_tokens": max_tokens, **parameters}
+        request = Request(sequence_id, start, end, inputs, "r", parameters)
+        return self.send(request, texts, requested_outputs)
 
-    def ask(
+    def step(
         self,
-        sequence: SequenceId,
+        sequence_id: SequenceId,
         ids: list[int],
         *,
         start: bool = False,
         end: bool = False,
         **parameters: bool | int | float | str,
-    ) -> Heard:
-        """A step."""
-        return self.send(
-            Request(sequence, start, end, {"input_ids": torch.tensor([ids])}, "r", parameters)
-        )
+    ) -> RecordingChannel:
+        inputs = {"input_ids": torch.tensor([ids])}
+        return self.send(Request(sequence_id, start, end, inputs, "r", parameters))
 
-    def end(self, sequence: SequenceId, **parameters: bool | int | float | str) -> Heard:
-        """An END that brings nothing else."""
-        return self.send(Request(sequence, False, True, {}, "r", parameters))
+    def end(
+        self, sequence_id: SequenceId, **parameters: bool | int | float | str
+    ) -> RecordingChannel:
+        """Send an END without inputs."""
+        return self.send(Request(sequence_id, False, True, {}, "r", parameters))
 
     def send(
         self,
         request: Request,
         texts: dict[str, tuple[bytes, ...]] | None = None,
-        wanted: frozenset[str] = OUTPUTS,
-    ) -> Heard:
-        heard = Heard(wanted)
-        self.driver.submit([(request, texts or {}, heard)])
-        return heard
+        requested_outputs: frozenset[str] = ALL_OUTPUTS,
+    ) -> RecordingChannel:
+        channel = RecordingChannel(requested_outputs)
+        self.driver.submit([(request, texts or {}, channel)])
+        return channel
 
-    def free(self) -> int:
+    def num_free_slots(self) -> int:
         return self.driver.instance.table.num_free
 
+    def metrics(self) -> dict[tuple[str, str], float]:
+        return self.driver.instance.observer.metrics.snapshot()
 
-OpenStreams = Callable[..., Streams]
+
+OpenStreams = Callable[..., StreamClient]
 
 
-def until(true: Callable[[], bool], seconds: float = PATIENCE) -> float:
-    """Seconds until something is true."""
+def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> float:
+    """Seconds until a condition is true."""
     begin = time.monotonic()
-    while not true():
-        assert time.monotonic() - begin < seconds
+    while not condition():
+        assert time.monotonic() - begin < timeout
         time.sleep(0.001)
     return time.monotonic() - begin
 
 
-class _Slow:
+class _SlowEngine:
     """An engine whose steps take longer."""
 
     def __init__(self, engine: StepEngine, seconds: float) -> None:
@@ -217,24 +226,24 @@ class _Slow:
     def on_stream(self) -> AbstractContextManager[object]:
         return self.engine.on_stream()
 
-    def launch(self, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
-        launched = self.engine.launch(inputs, wanted)
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
+        launched = self.engine.launch(inputs, requested)
 
-        def finish(waiting: AbstractContextManager[object]) -> dict[str, Tensor]:
-            with waiting:
+        def finish(gil_released: AbstractContextManager[object]) -> dict[str, Tensor]:
+            with gil_released:
                 time.sleep(self._seconds)
-            return launched(waiting)
+            return launched(gil_released)
 
         return finish
 
 
 @contextlib.contextmanager
-def slowed(streams: Streams, seconds: float) -> Iterator[None]:
-    """Every step takes so many seconds more."""
-    instance = streams.driver.instance
-    watched = instance.engine
-    instance.engine = _Slow(watched, seconds)
+def slow_steps(client: StreamClient, seconds: float) -> Iterator[None]:
+    """Let every step take longer by so many seconds."""
+    instance = client.driver.instance
+    engine = instance.engine
+    instance.engine = _SlowEngine(engine, seconds)
     try:
         yield
     finally:
-        instance.engine = watched
+        instance.engine = engine

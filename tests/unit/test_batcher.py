@@ -31,14 +31,14 @@ def program(max_rows: int, chunk: int, max_tokens: int | None = None) -> Program
         ([100], 8, 4, [4]),
     ],
 )
-def test_every_row_advances_and_the_budget_holds(
+def test_every_row_advances_within_the_token_budget(
     waiting: list[int], chunk: int, budget: int, counts: list[int]
 ) -> None:
     assert schedule_tokens(waiting, chunk, budget) == counts
     assert sum(counts) <= budget
 
 
-def test_the_budget_is_rows_times_chunk_unless_said() -> None:
+def test_the_default_budget_is_rows_times_chunk() -> None:
     assert program(4, 8).token_budget == 32
     assert program(4, 8, 9).token_budget == 9
     with pytest.raises(ValidationError, match="too few for 4 rows"):

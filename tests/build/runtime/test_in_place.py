@@ -1,4 +1,4 @@
-"""A long decode changes nothing but the rows it appends, moves nothing, and takes no memory."""
+"""A long decode writes only the rows that it appends, moves no state and needs no new memory."""
 
 import gc
 from pathlib import Path
@@ -20,7 +20,7 @@ WARM = 200
 
 
 @pytest.fixture(scope="module")
-def deep(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_llama(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with room for a long decode."""
     path = tmp_path_factory.mktemp("deep") / "deep"
     build_decoder(
@@ -32,7 +32,7 @@ def deep(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def poisoned(model: Path) -> ModelInstance:
-    """An instance whose whole arena is NaN: it claims never to read what a sequence has not written."""
+    """An instance whose arena is full of NaN: steps must not read what they have not written."""
     instance = open_instance(model)
     for spec in instance.manifest.states:
         assert not spec.reset
@@ -46,15 +46,15 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int32)
 
 
-def ask(ids: list[int], *, start: bool = False) -> Request:
+def request(ids: list[int], *, start: bool = False) -> Request:
     return Request(1, start, False, {"input_ids": torch.tensor([ids])}, parameters={"logits": True})
 
 
 def test_every_step_writes_its_own_rows_and_no_other_bit(
-    deep: Path, repository: Repository
+    long_llama: Path, repository: Repository
 ) -> None:
-    """Values (transformers' own logits over the whole text), identity (addresses) and memory (bits, resident bytes)."""
-    instance = poisoned(deep)
+    """Values (the logits of transformers), identity (addresses), memory (bits, resident bytes)."""
+    instance = poisoned(long_llama)
     driver = StepDriver(instance)
     process = psutil.Process()
     try:
@@ -64,7 +64,7 @@ def test_every_step_writes_its_own_rows_and_no_other_bit(
         resident = 0
         for step in range(STEPS):
             fed, start = (ids, 0) if step == 0 else (ids[-1:], len(ids) - 1)
-            answer = driver.run([ask(fed, start=step == 0)])[0]
+            answer = driver.run([request(fed, start=step == 0)])[0]
             assert isinstance(answer, dict), answer
             slot = instance.table.find(1).slot
             for spec in instance.manifest.states:
@@ -95,35 +95,35 @@ def test_every_step_writes_its_own_rows_and_no_other_bit(
         driver.close()
 
 
-def test_rows_in_other_slots_are_not_seen_and_not_touched(deep: Path) -> None:
-    """The same requests, beside NaN and beside three live neighbours that go on at the same time."""
-    alone, crowded = poisoned(deep), poisoned(deep)
-    drivers = StepDriver(alone), StepDriver(crowded)
+def test_rows_of_other_slots_are_neither_read_nor_written(long_llama: Path) -> None:
+    """The same requests, beside NaN and beside three other sequences in the same steps."""
+    alone, batched = poisoned(long_llama), poisoned(long_llama)
+    drivers = StepDriver(alone), StepDriver(batched)
     generator = torch.Generator().manual_seed(0)
     try:
         for step in range(30):
             ids = torch.randint(0, VOCABULARY, (1 + step % 11,), generator=generator).tolist()
-            found = drivers[0].run([ask(ids, start=step == 0)])[0]
+            found = drivers[0].run([request(ids, start=step == 0)])[0]
             others = [
                 Request(
                     n, step == 0, False, {"input_ids": torch.tensor([[n] * (1 + (step + n) % 5)])}
                 )
                 for n in (2, 3, 4)
             ]
-            answers = drivers[1].run([ask(ids, start=step == 0), *others])
+            answers = drivers[1].run([request(ids, start=step == 0), *others])
             beside = answers[0]
             assert isinstance(found, dict)
             assert isinstance(beside, dict)
             torch.testing.assert_close(beside["logits"], found["logits"], rtol=1e-3, atol=1e-3)
         slot, length = alone.table.find(1).slot, alone.table.find(1).length
         for spec in alone.manifest.states:
-            one, many = alone.arena.tensors[spec.name], crowded.arena.tensors[spec.name]
+            one, many = alone.arena.tensors[spec.name], batched.arena.tensors[spec.name]
             assert one.isnan().all(dim=(1, 2, 3)).tolist() == [
                 other != slot for other in range(SLOTS)
             ]
             assert one[slot, :, length:].isnan().all()
             torch.testing.assert_close(
-                many[crowded.table.find(1).slot, :, :length],
+                many[batched.table.find(1).slot, :, :length],
                 one[slot, :, :length],
                 rtol=1e-3,
                 atol=1e-3,

@@ -1,4 +1,4 @@
-"""An engine directory that cannot be served is refused at load, and the error names what is wrong."""
+"""An engine directory that cannot be served is refused at load; the error names what is wrong."""
 
 import hashlib
 import json
@@ -61,8 +61,8 @@ def test_a_truncated_engine_file_is_named_with_both_sizes(model: Path, keep: int
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
     assert (
-        f"has {len(whole[:keep]):,} bytes, the manifest says {len(whole):,}: it is truncated or replaced"
-        in refusal(model)
+        f"has {len(whole[:keep]):,} bytes, the manifest says {len(whole):,}: it is truncated or"
+        f" replaced" in refusal(model)
     )
 
 
@@ -94,7 +94,10 @@ def test_a_file_that_is_no_program_is_refused_though_its_checksum_is_right(model
 def test_an_alias_the_manifest_does_not_declare_is_named(model: Path, index: int) -> None:
     names = [state.name for state in Manifest.load(model / "1").states]
     edit(model, lambda fields: fields["programs"][0]["aliases"].pop(index))
-    says = f"the states the graph writes in place and the aliases the manifest declares differ in {[names[index]]}; build the model again"
+    says = (
+        f"the states the graph writes in place and the aliases the manifest declares differ in"
+        f" {[names[index]]}; build the model again"
+    )
     assert says in refusal(model)
 
 
@@ -219,8 +222,8 @@ def test_an_arena_too_large_for_memory_is_a_load_error_with_its_bytes() -> None:
     with pytest.raises(LoadError) as error:
         Arena((CELL, CACHE), slots, torch.device("cpu"))
     assert (
-        f"the arena of {slots} slots needs {slots * (12 + 64):,} bytes of cpu memory, which could not be allocated ("
-        in str(error.value)
+        f"the arena of {slots} slots needs {slots * (12 + 64):,} bytes of cpu memory, which could"
+        f" not be allocated (" in str(error.value)
     )
     assert str(error.value).endswith("): build with fewer slots or a smaller capacity")
     assert "\n" not in str(error.value)

@@ -1,49 +1,49 @@
-"""The step that is formed ahead of the last one's tokens: what its rows would form when they have them."""
+"""The decode batch formed from the last one and its tokens equals one formed from its rows."""
 
 import torch
 from inplace.runtime.batcher import form_batch, next_decode_batch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from support.driving import prompt
+from support.driving import random_tokens
 from support.models import SLOTS, Repository, open_instance
 
 
-def test_the_step_that_follows_is_what_its_rows_would_form(repository: Repository) -> None:
+def test_the_next_decode_batch_is_what_its_rows_would_form(repository: Repository) -> None:
     instance: ModelInstance = open_instance(repository.path / "llama")
-    chances = [
+    parameters = [
         {},
         {"temperature": 0.7, "seed": 5},
         {"temperature": 1.1, "top_k": 3, "top_p": 0.9, "seed": 2**40},
         {},
     ][:SLOTS]
-    works = [
+    rows = [
         instance.admit(
             Request(
                 f"s{row}",
                 True,
                 False,
-                {"input_ids": torch.tensor([prompt(row, 1 + row)])},
-                parameters=chance,
+                {"input_ids": torch.tensor([random_tokens(row, 1 + row)])},
+                parameters=sampling,
             )
         )
-        for row, chance in enumerate(chances)
+        for row, sampling in enumerate(parameters)
     ]
-    while pending := [work for work in works if not work.finished]:
+    while pending := [active for active in rows if not active.finished]:
         instance.step(pending)
-    for work in works:
-        work.feed(7)
-    batch = form_batch(instance.program, works)
-    for said in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
-        batch = next_decode_batch(instance.program, batch, torch.tensor(said[:SLOTS])[:, None])
-        for work, token in zip(works, said, strict=False):
-            work.sequence.length += 1
-            work.feed(token)
-        wanted = form_batch(instance.program, works)
+    for active in rows:
+        active.feed(7)
+    batch = form_batch(instance.program, rows)
+    for tokens in ([4, 5, 6, 7], [9, 8, 9, 8], [1, 1, 1, 1]):
+        batch = next_decode_batch(instance.program, batch, torch.tensor(tokens[:SLOTS])[:, None])
+        for active, token in zip(rows, tokens, strict=False):
+            active.sequence.length += 1
+            active.feed(token)
+        expected = form_batch(instance.program, rows)
         assert (batch.rows, batch.num_scheduled_tokens, list(batch.inputs)) == (
-            wanted.rows,
-            wanted.num_scheduled_tokens,
-            list(wanted.inputs),
+            expected.rows,
+            expected.num_scheduled_tokens,
+            list(expected.inputs),
         )
-        for name, tensor in wanted.inputs.items():
+        for name, tensor in expected.inputs.items():
             assert batch.inputs[name].dtype == tensor.dtype, name
             assert torch.equal(batch.inputs[name], tensor), name

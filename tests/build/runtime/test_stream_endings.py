@@ -1,4 +1,7 @@
-"""How requests of a stream model end: taken by others, cancelled, refused, failed, shut down; each with exactly one final response."""
+"""Requests of a stream model that end early have exactly one final response.
+
+They are replaced, cancelled, refused, failed or shut down.
+"""
 
 import time
 
@@ -7,178 +10,192 @@ import torch
 from inplace.drivers import TokenizerConfig
 from inplace.errors import Code
 from inplace.runtime.requests import Request
-from support.driving import prompt
+from support.driving import random_tokens
 from support.models import CAPACITY, CHUNK, SLOTS, VOCABULARY, Repository, greedy
-from support.streaming import FREE, Deaf, Heard, OpenStreams, Streams, slowed, until
+from support.streaming import (
+    MAX_NEW_TOKENS,
+    FailingChannel,
+    OpenStreams,
+    RecordingChannel,
+    StreamClient,
+    slow_steps,
+    wait_until,
+)
 from support.vocabulary import added, tiny_tokenizer
 
 
-def full(driver: Streams, slots: int = SLOTS) -> list[Heard]:
-    """Sequences that hold every slot, idle."""
-    held = [driver.ask(f"held{index}", [5], start=True).wait() for index in range(slots)]
-    assert driver.free() == 0
-    return held
+def occupy_slots(client: StreamClient) -> None:
+    """Start an idle sequence in every slot."""
+    for index in range(SLOTS):
+        client.step(f"idle{index}", [5], start=True).wait()
+    assert client.num_free_slots() == 0
 
 
 def test_an_end_without_inputs_ends_a_running_generation(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, ids = streams(), prompt(1, 8)
-    with slowed(driver, 0.02):
-        heard = driver.generate("a", ids, FREE).said(3)
-        ended = driver.end("a").wait()
+    client, ids = streams(), random_tokens(1, 8)
+    with slow_steps(client, 0.02):
+        channel = client.generate("a", ids, MAX_NEW_TOKENS).wait_for_tokens(3)
+        ended = client.end("a").wait()
     assert (ended.error, ended.responses) == (None, [{}])
-    assert heard.reason == "ended"
-    assert heard.tokens == greedy(repository.llama, ids, FREE)[: len(heard.tokens)]
-    assert len(heard.tokens) < FREE
-    assert driver.free() == SLOTS
-    driver.end("a").refused(Code.UNKNOWN_SEQUENCE)
+    assert channel.finish_reason == "ended"
+    assert channel.tokens == greedy(repository.llama, ids, MAX_NEW_TOKENS)[: len(channel.tokens)]
+    assert len(channel.tokens) < MAX_NEW_TOKENS
+    assert client.num_free_slots() == SLOTS
+    client.end("a").assert_refused(Code.UNKNOWN_SEQUENCE)
 
 
-def test_an_end_with_tokens_is_the_sequence_s_last_step(
+def test_an_end_with_tokens_is_the_last_step_of_its_sequence(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, ids = streams(), prompt(2, 8)
-    with slowed(driver, 0.02):
-        heard = driver.generate("a", ids, FREE).said(3)
-        last = driver.ask("a", [3, 4], end=True)
-        assert heard.reason == "ended"
-    assert last.next_token == greedy(repository.llama, [*ids, *heard.tokens, 3, 4], 1)[0]
-    assert driver.free() == SLOTS
+    client, ids = streams(), random_tokens(2, 8)
+    with slow_steps(client, 0.02):
+        channel = client.generate("a", ids, MAX_NEW_TOKENS).wait_for_tokens(3)
+        last = client.step("a", [3, 4], end=True)
+        assert channel.finish_reason == "ended"
+    assert last.next_token == greedy(repository.llama, [*ids, *channel.tokens, 3, 4], 1)[0]
+    assert client.num_free_slots() == SLOTS
 
 
-def test_a_start_takes_the_sequence_from_a_running_generation(
+def test_a_start_ends_a_running_generation_of_its_sequence(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams()
-    with slowed(driver, 0.02):
-        first = driver.generate("a", prompt(1, 8), FREE).said(2)
-        second = driver.generate("a", prompt(2, 9), 5, end=True)
-        assert first.reason == "ended"
-    assert second.reason == "length"
-    assert second.tokens == greedy(repository.llama, prompt(2, 9), 5)
+    client = streams()
+    with slow_steps(client, 0.02):
+        first = client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS).wait_for_tokens(2)
+        second = client.generate("a", random_tokens(2, 9), 5, end=True)
+        assert first.finish_reason == "ended"
+    assert second.finish_reason == "length"
+    assert second.tokens == greedy(repository.llama, random_tokens(2, 9), 5)
 
 
-def test_an_end_also_ends_the_generations_that_wait_behind_the_running_one(
+def test_an_end_ends_the_queued_generations_too(
     streams: OpenStreams,
 ) -> None:
-    driver = streams()
-    with slowed(driver, 0.02):
-        heard = [
-            driver.generate("a", prompt(1, 8), FREE).said(1),
-            *(driver.generate("a", [3], 2, start=False) for _ in range(3)),
+    client = streams()
+    with slow_steps(client, 0.02):
+        channels = [
+            client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS).wait_for_tokens(1),
+            *(client.generate("a", [3], 2, start=False) for _ in range(3)),
         ]
-        driver.end("a").wait()
-    assert [one.reason for one in heard] == ["ended"] * 4
-    assert [len(one.tokens) for one in heard[1:]] == [0, 0, 0]
+        client.end("a").wait()
+    assert [channel.finish_reason for channel in channels] == ["ended"] * 4
+    assert [len(channel.tokens) for channel in channels[1:]] == [0, 0, 0]
 
 
-def test_a_stranger_s_end_and_start_change_nothing(
+def test_end_and_start_without_the_key_change_nothing(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, ids = streams(), prompt(1, 8)
-    heard = driver.generate("a", ids, FREE, sequence_key="mine").said(2)
-    strangers = [
-        driver.end("a"),
-        driver.end("a", sequence_key="guess"),
-        driver.generate("a", [1], 1),
+    client, ids = streams(), random_tokens(1, 8)
+    channel = client.generate("a", ids, MAX_NEW_TOKENS, sequence_key="mine").wait_for_tokens(2)
+    refused = [
+        client.end("a"),
+        client.end("a", sequence_key="guess"),
+        client.generate("a", [1], 1),
     ]
-    assert heard.reason == "length"
-    assert heard.tokens == greedy(repository.llama, ids, FREE)
-    strangers[0].refused(Code.SEQUENCE_KEY)
-    strangers[1].refused(Code.SEQUENCE_KEY)
-    strangers[2].refused(Code.SEQUENCE_KEY, retryable=True)
-    assert driver.end("a", sequence_key="mine").wait().error is None
+    assert channel.finish_reason == "length"
+    assert channel.tokens == greedy(repository.llama, ids, MAX_NEW_TOKENS)
+    refused[0].assert_refused(Code.SEQUENCE_KEY)
+    refused[1].assert_refused(Code.SEQUENCE_KEY)
+    refused[2].assert_refused(Code.SEQUENCE_KEY, retryable=True)
+    assert client.end("a", sequence_key="mine").wait().error is None
 
 
-def test_the_slot_of_a_cancelled_generation_is_free_within_a_tenth_of_a_second_and_a_step(
+def test_a_cancelled_generation_frees_its_slot_within_100_ms_and_a_step(
     streams: OpenStreams,
 ) -> None:
-    driver, took = streams(), list[float]()
-    with slowed(driver, 0.02):
+    client, seconds = streams(), list[float]()
+    with slow_steps(client, 0.02):
         for _ in range(3):
-            heard = driver.generate("a", prompt(1, 8), FREE).said(2)
-            heard.gone = True
-            took.append(until(lambda: driver.free() == SLOTS))
-            assert heard.reason == "cancelled"
-    assert min(took) < 0.15  # 0.1 s and a step, where nothing else kept the processor
-    driver.ask("a", [1]).refused(Code.UNKNOWN_SEQUENCE)
+            channel = client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS).wait_for_tokens(2)
+            channel.client_cancelled = True
+            seconds.append(wait_until(lambda: client.num_free_slots() == SLOTS))
+            assert channel.finish_reason == "cancelled"
+    assert min(seconds) < 0.15  # the fastest: other processes may keep the processor busy
+    client.step("a", [1]).assert_refused(Code.UNKNOWN_SEQUENCE)
 
 
-def test_a_generation_that_waits_can_be_cancelled_and_leaves_the_queue(
+def test_a_waiting_generation_can_be_cancelled(
     streams: OpenStreams,
 ) -> None:
-    driver = streams()
-    full(driver)
+    client = streams()
+    occupy_slots(client)
     first, second = (
-        driver.generate("w1", prompt(1, 3), 2, end=True),
-        driver.generate("w2", prompt(2, 3), 2, end=True),
+        client.generate("w1", random_tokens(1, 3), 2, end=True),
+        client.generate("w2", random_tokens(2, 3), 2, end=True),
     )
-    first.gone = True
-    assert first.reason == "cancelled"
+    first.client_cancelled = True
+    assert first.finish_reason == "cancelled"
     assert first.tokens == []
-    driver.end("held0").wait()
-    assert second.reason == "length"
+    client.end("idle0").wait()
+    assert second.finish_reason == "length"
 
 
-def test_generations_get_slots_in_the_order_they_came_and_a_step_does_not_pass_them(
+def test_generations_get_slots_in_the_order_they_arrived_and_before_a_step(
     streams: OpenStreams,
 ) -> None:
-    driver = streams()
-    full(driver)
-    waiting = [driver.generate(f"w{index}", prompt(index, 3), 4, end=True) for index in range(4)]
-    driver.ask("step", [1], start=True).refused(Code.NO_FREE_SLOT, retryable=True)
-    with slowed(driver, 0.01):
-        driver.end("held0").wait()
-        assert [heard.reason for heard in waiting] == ["length"] * 4
-    times = [heard.final_at for heard in waiting]
+    client = streams()
+    occupy_slots(client)
+    waiting = [
+        client.generate(f"w{index}", random_tokens(index, 3), 4, end=True) for index in range(4)
+    ]
+    client.step("step", [1], start=True).assert_refused(Code.NO_FREE_SLOT, retryable=True)
+    with slow_steps(client, 0.01):
+        client.end("idle0").wait()
+        assert [channel.finish_reason for channel in waiting] == ["length"] * 4
+    times = [channel.final_at for channel in waiting]
     assert times == sorted(times)
-    assert driver.ask("step", [1], start=True).wait().error is None
+    assert client.step("step", [1], start=True).wait().error is None
 
 
-def test_a_full_queue_refuses_and_a_waiting_sequence_can_be_ended(streams: OpenStreams) -> None:
-    driver = streams(max_waiting=2)
-    full(driver)
-    waiting = [driver.generate(f"w{index}", prompt(index, 3), 4, end=True) for index in range(2)]
-    driver.generate("late", [1], 4).refused(
+def test_a_full_queue_refuses_and_a_waiting_generation_can_be_replaced(
+    streams: OpenStreams,
+) -> None:
+    client = streams(max_waiting=2)
+    occupy_slots(client)
+    waiting = [
+        client.generate(f"w{index}", random_tokens(index, 3), 4, end=True) for index in range(2)
+    ]
+    client.generate("late", [1], 4).assert_refused(
         Code.QUEUE_FULL, "2 generations wait for a slot", retryable=True
     )
-    assert driver.generate("held0", [1], 2).reason == "length"  # it has a slot
-    again = driver.generate("w0", [1], 1)  # a START takes the place of the one before
-    assert waiting[0].reason == "ended"
-    driver.end("held1").wait()
-    driver.end("held2").wait()
-    assert waiting[1].reason == again.reason == "length"
+    assert client.generate("idle0", [1], 2).finish_reason == "length"  # it has a slot
+    again = client.generate("w0", [1], 1)  # replaces the waiting generation
+    assert waiting[0].finish_reason == "ended"
+    client.end("idle1").wait()
+    client.end("idle2").wait()
+    assert waiting[1].finish_reason == again.finish_reason == "length"
 
 
-def test_a_sequence_has_no_endless_queue(streams: OpenStreams) -> None:
-    driver = streams()
-    running = driver.generate("a", prompt(1, 8), FREE).said(1)
-    steps = [driver.ask("a", [1]) for _ in range(200)]
+def test_the_queue_of_a_sequence_is_bounded(streams: OpenStreams) -> None:
+    client = streams()
+    running = client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS).wait_for_tokens(1)
+    steps = [client.step("a", [1]) for _ in range(200)]
     full = [
-        heard
-        for heard in steps
-        if (error := heard.wait().error) is not None and error.code is Code.QUEUE_FULL
+        channel
+        for channel in steps
+        if (error := channel.wait().error) is not None and error.code is Code.QUEUE_FULL
     ]
     assert full
-    assert running.reason == "length"
+    assert running.finish_reason == "length"
 
 
-def test_nor_has_it_one_for_strangers_who_start_and_end_it(
+def test_the_queue_is_bounded_for_start_and_end_without_the_key(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver, ids = streams(), prompt(1, 8)
-    with slowed(driver, 0.01):
-        running = driver.generate("a", ids, FREE, sequence_key="mine").said(1)
-        strangers = [
-            driver.ask("a", [1], start=True) if number % 2 else driver.end("a")
+    client, ids = streams(), random_tokens(1, 8)
+    with slow_steps(client, 0.01):
+        running = client.generate("a", ids, MAX_NEW_TOKENS, sequence_key="mine").wait_for_tokens(1)
+        refused = [
+            client.step("a", [1], start=True) if number % 2 else client.end("a")
             for number in range(400)
         ]
         running.wait()
-    codes = [heard.wait().error.code for heard in strangers]  # type: ignore[union-attr]
-    assert codes[:127] == [Code.SEQUENCE_KEY] * 127  # behind the generation itself
+    codes = [channel.wait().error.code for channel in refused]  # type: ignore[union-attr]
+    assert codes[:127] == [Code.SEQUENCE_KEY] * 127  # queued after the generation
     assert codes[127:] == [Code.QUEUE_FULL] * 273
-    assert running.tokens == greedy(repository.llama, ids, FREE)
+    assert running.tokens == greedy(repository.llama, ids, MAX_NEW_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -206,179 +223,188 @@ def test_nor_has_it_one_for_strangers_who_start_and_end_it(
         ({"prompt": [VOCABULARY]}, Code.VALUE_RANGE, f"holds {VOCABULARY}"),
     ],
 )
-def test_a_generation_that_cannot_be_is_refused_and_leaves_no_slot(
+def test_an_invalid_generation_is_refused_and_leaves_no_slot(
     streams: OpenStreams, parameters: dict[str, object], code: Code, says: str
 ) -> None:
-    driver = streams()
+    client = streams()
     arguments: dict[str, object] = {"prompt": [1, 2], **parameters}
-    driver.generate("a", **arguments).refused(code, says)  # type: ignore[arg-type]
-    assert driver.free() == SLOTS
+    client.generate("a", **arguments).assert_refused(code, says)  # type: ignore[arg-type]
+    assert client.num_free_slots() == SLOTS
 
 
-def test_texts_that_cannot_be_are_refused(streams: OpenStreams) -> None:
-    driver = streams(TokenizerConfig(tiny_tokenizer()))
+def test_invalid_texts_are_refused(streams: OpenStreams) -> None:
+    client = streams(TokenizerConfig(tiny_tokenizer()))
 
-    def generate(texts: dict[str, tuple[bytes, ...]], inputs: bool = False) -> Heard:
+    def generate(texts: dict[str, tuple[bytes, ...]], inputs: bool = False) -> RecordingChannel:
         ids = {"input_ids": torch.tensor([[1]])} if inputs else {}
-        return driver.send(Request("a", True, False, ids, parameters={"max_tokens": 1}), texts)
+        return client.send(Request("a", True, False, ids, parameters={"max_tokens": 1}), texts)
 
-    generate({"text": (b"a", b"b")}).refused(
+    generate({"text": (b"a", b"b")}).assert_refused(
         Code.BAD_SHAPE, "input 'text' holds 2 texts; expected 1"
     )
-    generate({"text": (b"\xff",)}).refused(Code.VALUE_RANGE, "input 'text' is not UTF-8 text")
-    generate({"text": (b"a",)}, inputs=True).refused(
+    generate({"text": (b"\xff",)}).assert_refused(
+        Code.VALUE_RANGE, "input 'text' is not UTF-8 text"
+    )
+    generate({"text": (b"a",)}, inputs=True).assert_refused(
         Code.BAD_PARAMETER, "are both given; send one of them"
     )
-    generate({}).refused(Code.MISSING_INPUT, "input 'input_ids' is missing")
-    generate({"text": (b"x" * 64 * CAPACITY + b"x",)}).refused(Code.CAPACITY, "does not fit")
-    generate({"text": (b"x",), "stop": (b"",)}).refused(
+    generate({}).assert_refused(Code.MISSING_INPUT, "input 'input_ids' is missing")
+    generate({"text": (b"x" * 64 * CAPACITY + b"x",)}).assert_refused(Code.CAPACITY, "does not fit")
+    generate({"text": (b"x",), "stop": (b"",)}).assert_refused(
         Code.VALUE_RANGE, "a text of 0 characters; expected 1 to 256"
     )
-    generate({"text": (b"x",), "stop": (b"y",) * 17}).refused(
+    generate({"text": (b"x",), "stop": (b"y",) * 17}).assert_refused(
         Code.BAD_SHAPE, "holds 17 texts; expected at most 16"
     )
 
 
-def test_a_failed_step_ends_the_generations_in_it_and_no_others(
+def test_a_failed_step_ends_its_generations_and_no_others(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams()
-    engine = driver.engine
-    with slowed(driver, 0.02):
-        heard = driver.generate("a", prompt(1, 8), FREE).said(3)
+    client = streams()
+    engine = client.engine
+    with slow_steps(client, 0.02):
+        channel = client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS).wait_for_tokens(3)
         engine.fail_at = 1
-        heard.wait()
-    heard.refused(Code.ENGINE_FAILED, "no slot is held, START again", retryable=True)
-    assert driver.free() == SLOTS
-    assert driver.generate("b", prompt(2, 8), 5).wait().tokens == greedy(
-        repository.llama, prompt(2, 8), 5
+        channel.wait()
+    channel.assert_refused(Code.ENGINE_FAILED, "no slot is held, START again", retryable=True)
+    assert client.num_free_slots() == SLOTS
+    assert client.generate("b", random_tokens(2, 8), 5).wait().tokens == greedy(
+        repository.llama, random_tokens(2, 8), 5
     )
 
 
-def test_a_defect_while_a_request_is_taken_is_told_to_its_client(
+def test_a_defect_while_a_request_is_queued_is_an_error_to_its_client(
     streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = streams()
+    client = streams()
     with monkeypatch.context() as patched:
         patched.setattr("inplace.drivers.senders.CancellationWatcher.add", lambda *_: 1 // 0)
-        driver.generate("a", [1], 2).refused(
+        client.generate("a", [1], 2).assert_refused(
             Code.ENGINE_FAILED, "the backend failed (ZeroDivisionError: "
         )
-    assert driver.generate("a", [1], 2).reason == "length"
+    assert client.generate("a", [1], 2).finish_reason == "length"
 
 
-def test_shutdown_answers_what_runs_waits_and_arrives(streams: OpenStreams) -> None:
-    driver = streams()
-    with slowed(driver, 0.02):
-        held = [driver.generate(f"r{index}", prompt(index, 8), FREE) for index in range(SLOTS)]
-        waiting = [driver.generate(f"w{index}", prompt(index, 8), FREE) for index in range(3)]
-        behind = driver.ask("r0", [1])
-        held[0].said(1)
-        driver.driver.close()
-    numbers = driver.driver.instance.observer.metrics.snapshot()
+def test_shutdown_answers_running_waiting_and_late_requests(streams: OpenStreams) -> None:
+    client = streams()
+    with slow_steps(client, 0.02):
+        running = [
+            client.generate(f"r{index}", random_tokens(index, 8), MAX_NEW_TOKENS)
+            for index in range(SLOTS)
+        ]
+        waiting = [
+            client.generate(f"w{index}", random_tokens(index, 8), MAX_NEW_TOKENS)
+            for index in range(3)
+        ]
+        queued = client.step("r0", [1])
+        running[0].wait_for_tokens(1)
+        client.driver.close()
+    numbers = client.metrics()
     assert numbers["inplace_sequences_ended_total", "shutdown"] >= 1
     assert numbers["inplace_sequences_ended_total", "engine_failed"] == 0
-    answers = [*held, *waiting, behind]
-    for heard in answers:
-        heard.wait()
-        assert heard.error is None or (heard.error.code is Code.SHUTDOWN and heard.error.retryable)
-    assert sum(heard.error is not None for heard in answers) >= 4
-    late = driver.generate("late", [1], 1)
-    late.refused(Code.SHUTDOWN, retryable=True)
+    answers = [*running, *waiting, queued]
+    for channel in answers:
+        channel.wait()
+        assert channel.error is None or (
+            channel.error.code is Code.SHUTDOWN and channel.error.retryable
+        )
+    assert sum(channel.error is not None for channel in answers) >= 4
+    late = client.generate("late", [1], 1)
+    late.assert_refused(Code.SHUTDOWN, retryable=True)
 
 
-def test_stop_texts_are_found_across_tokens_and_are_not_said(
+def test_stop_texts_are_found_across_tokens_and_are_not_returned(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams(TokenizerConfig(tiny_tokenizer()))
+    client = streams(TokenizerConfig(tiny_tokenizer()))
     ids = tiny_tokenizer().encode("Licensed work").ids
-    said = greedy(repository.llama, ids, 30)
-    text = added(ids, said)
+    expected = greedy(repository.llama, ids, 30)
+    text = added(ids, expected)
     at = next(
         at
         for at in range(len(text) // 2, len(text) - 4)
         if text.count(text[at : at + 4]) == 1 and "\ufffd" not in text[at : at + 4]
     )
-    heard = driver.generate("a", "Licensed work", 30, stop=("never said", text[at : at + 4]))
-    assert heard.reason == "stop"
-    assert heard.text == text[: text.index(text[at : at + 4])]
-    assert heard.tokens == said[: len(heard.tokens)]
-    assert text[at : at + 4] in added(ids, heard.tokens)
-    assert text[at : at + 4] not in added(ids, heard.tokens[:-1])
-    more = driver.generate("a", "!", 3, start=False, position=len(ids) + len(heard.tokens))
+    channel = client.generate("a", "Licensed work", 30, stop=("never generated", text[at : at + 4]))
+    assert channel.finish_reason == "stop"
+    assert channel.text == text[: text.index(text[at : at + 4])]
+    assert channel.tokens == expected[: len(channel.tokens)]
+    assert text[at : at + 4] in added(ids, channel.tokens)
+    assert text[at : at + 4] not in added(ids, channel.tokens[:-1])
+    more = client.generate("a", "!", 3, start=False, position=len(ids) + len(channel.tokens))
     bang = tiny_tokenizer().encode("!", add_special_tokens=False).ids
-    assert more.wait().tokens == greedy(repository.llama, [*ids, *heard.tokens, *bang], 3)
-    begun = text[:-1] + "\x00"  # nearly said: what was held back comes with the last response
-    assert driver.generate("b", "Licensed work", 30, stop=(begun[-6:],)).wait().text == text
+    assert more.wait().tokens == greedy(repository.llama, [*ids, *channel.tokens, *bang], 3)
+    begun = text[:-1] + "\x00"  # almost reached: the text held back is in the last response
+    assert client.generate("b", "Licensed work", 30, stop=(begun[-6:],)).wait().text == text
 
 
-def test_the_text_is_that_of_the_tokens_however_they_are_grouped(
+def test_the_text_is_that_of_the_tokens_for_every_stream_interval(
     streams: OpenStreams, repository: Repository
 ) -> None:
-    driver = streams(TokenizerConfig(tiny_tokenizer()))
+    client = streams(TokenizerConfig(tiny_tokenizer()))
     ids = tiny_tokenizer().encode("You may").ids
     expected = added(ids, greedy(repository.llama, ids, 40))
     for interval in (1, 3, CHUNK, 40):
-        heard = driver.generate(f"i{interval}", "You may", 40, stream_interval=interval)
-        assert heard.wait().text == expected
-    tokens_alone = driver.generate("t", "You may", 4, wanted=frozenset({"tokens"})).wait()
+        channel = client.generate(f"i{interval}", "You may", 40, stream_interval=interval)
+        assert channel.wait().text == expected
+    tokens_alone = client.generate(
+        "t", "You may", 4, requested_outputs=frozenset({"tokens"})
+    ).wait()
     assert all(response.keys() == {"tokens"} for response in tokens_alone.responses)
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_and_nothing_to_others(
+def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_alone(
     streams: OpenStreams, last: bool
 ) -> None:
-    driver = streams()
-    deaf = Deaf(last=last)
+    client = streams()
+    failing = FailingChannel(only_final=last)
     request = Request(
-        "deaf", True, True, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": 9}
+        "failing", True, True, {"input_ids": torch.tensor([[1]])}, parameters={"max_tokens": 9}
     )
-    driver.driver.submit([(request, {}, deaf)])
-    other = driver.generate("other", prompt(1, 3), 9, end=True)
-    deaf.refused(Code.ENGINE_FAILED, "a response could not be made (ValueError: too large)")
-    assert other.reason == "length"
-    until(lambda: driver.free() == SLOTS)
+    client.driver.submit([(request, {}, failing)])
+    other = client.generate("other", random_tokens(1, 3), 9, end=True)
+    failing.assert_refused(
+        Code.ENGINE_FAILED, "a response could not be made (ValueError: too large)"
+    )
+    assert other.finish_reason == "length"
+    wait_until(lambda: client.num_free_slots() == SLOTS)
 
 
-def test_a_generation_whose_client_cannot_be_answered_is_over(streams: OpenStreams) -> None:
-    driver = streams()
-    engine, deaf = driver.engine, Deaf(last=False)
-    with slowed(driver, 0.02):
+def test_a_generation_whose_client_cannot_be_answered_is_cancelled(streams: OpenStreams) -> None:
+    client = streams()
+    engine, failing = client.engine, FailingChannel(only_final=False)
+    with slow_steps(client, 0.02):
         request = Request(
-            "deaf",
+            "failing",
             True,
             False,
             {"input_ids": torch.tensor([[1]])},
-            parameters={"max_tokens": FREE, "ignore_eos": True},
+            parameters={"max_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
         )
-        driver.driver.submit([(request, {}, deaf)])
-        deaf.refused(Code.ENGINE_FAILED)
-        until(lambda: driver.free() == SLOTS)
-    assert len(engine.slots) < FREE / 2
-    until(
-        lambda: (
-            driver.driver.instance.observer.metrics.snapshot().get(
-                ("inplace_generations_total", "cancelled")
-            )
-            == 1
-        )
+        client.driver.submit([(request, {}, failing)])
+        failing.assert_refused(Code.ENGINE_FAILED)
+        wait_until(lambda: client.num_free_slots() == SLOTS)
+    assert len(engine.slots) < MAX_NEW_TOKENS / 2
+    wait_until(
+        lambda: client.metrics().get(("inplace_generations_total", "cancelled")) == 1
     )  # after its slot is free
 
 
-def test_a_stale_end_leaves_the_next_owner_s_generation(streams: OpenStreams) -> None:
-    driven = streams()
-    with slowed(driven, 0.02):
-        driven.generate("x", [1, 2], 4, sequence_key="old").wait()
-        step = driven.ask("x", [3] * 40, sequence_key="old")  # several chunks
+def test_a_stale_end_does_not_end_the_generation_of_the_next_owner(streams: OpenStreams) -> None:
+    client = streams()
+    with slow_steps(client, 0.02):
+        client.generate("x", [1, 2], 4, sequence_key="old").wait()
+        step = client.step("x", [3] * 40, sequence_key="old")  # several chunks
         time.sleep(0.05)
-        ended = driven.end("x", sequence_key="old")
-        new = driven.generate("x", [7, 8], 5, start=True, sequence_key="new")
-        stale = driven.end("x", sequence_key="old")  # the END once more, as a retry sends it
-        for heard in (step, ended, new, stale):
-            heard.wait()
+        ended = client.end("x", sequence_key="old")
+        new = client.generate("x", [7, 8], 5, start=True, sequence_key="new")
+        stale = client.end("x", sequence_key="old")  # again, as a retry sends it
+        for channel in (step, ended, new, stale):
+            channel.wait()
     assert ended.error is None
-    assert (new.error, new.reason, len(new.tokens)) == (None, "length", 5)
+    assert (new.error, new.finish_reason, len(new.tokens)) == (None, "length", 5)
     assert stale.error is not None and stale.error.code in (
         Code.SEQUENCE_KEY,
         Code.UNKNOWN_SEQUENCE,

@@ -1,4 +1,4 @@
-"""An engine is warm when it has been loaded, and warming it touches nothing."""
+"""A loaded engine is warmed up, which changes no memory of the arena."""
 
 from collections.abc import Collection, Mapping
 
@@ -48,7 +48,7 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
     assert all(tensor.view(torch.uint8).eq(0xA5).all() for tensor in arena.tensors.values())
 
 
-def test_an_engine_that_fails_when_it_is_warmed_is_not_served(
+def test_an_engine_that_fails_while_it_is_warmed_up_is_a_load_error(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
@@ -59,6 +59,6 @@ def test_an_engine_that_fails_when_it_is_warmed_is_not_served(
     manifest = Manifest.load(folder)
     with pytest.raises(
         LoadError,
-        match=r"the engine fails in its first step \(RuntimeError: no kernel\); build the model again",
+        match=r"fails in its first step \(RuntimeError: no kernel\); build the model again",
     ):
         load_engine(folder, manifest, Arena(manifest.states, 1, torch.device("cpu")))

@@ -218,7 +218,7 @@ def test_the_queue_is_bounded_for_start_and_end_without_the_key(
         ({"temperature": "hot"}, Code.BAD_PARAMETER, "parameter 'temperature' is 'hot'"),
         ({"position": 5}, Code.POSITION, "meant for position 5, the sequence holds 0"),
         ({"sequence_key": ""}, Code.BAD_PARAMETER, "parameter 'sequence_key' has 0 characters"),
-        ({"stop": ("x",)}, Code.BAD_PARAMETER, "without a tokenizer: and cannot find stop texts"),
+        ({"stop": ("x",)}, Code.BAD_PARAMETER, "without a tokenizer and cannot find stop texts"),
         ({"prompt": "text"}, Code.BAD_PARAMETER, "without a tokenizer: send 'input_ids'"),
         ({"prompt": [VOCABULARY]}, Code.VALUE_RANGE, f"holds {VOCABULARY}"),
     ],

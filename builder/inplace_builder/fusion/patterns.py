@@ -74,7 +74,7 @@ def activation(node: AnyNode) -> str | None:
 
 
 def match_tanh_gelu(node: AnyNode) -> AnyNode:
-    """Match ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))``, GELU's approximation (arXiv:1606.08415).
+    """Match GELU's approximation ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))``, arXiv:1606.08415.
 
     Returns:
         ``x``, or None.

@@ -222,8 +222,8 @@ def _explanation(lowered: LoweredNetwork, message: str) -> str:
         else ""
     )
     return (
-        f". It fuses {what} and has no kernel for the result on this GPU: a limit of this TensorRT, "
-        f"not of the model.{states} Or choose another dtype, or a newer TensorRT"
+        f". It fuses {what} and has no kernel for the result on this GPU: a limit of this "
+        f"TensorRT, not of the model.{states} Or choose another dtype, or a newer TensorRT"
     )
 
 

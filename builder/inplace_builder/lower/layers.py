@@ -207,8 +207,9 @@ class Layers:
             BuildError: TensorRT did not add it.
         """
         if layer is None:
+            error = self.log.last_errors(1)
             raise BuildError(
-                f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {self.log.last_errors(1)}"
+                f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {error}"
             )
         count = self._names[self.label] = self._names.get(self.label, 0) + 1
         layer.name = self.label if count == 1 else f"{self.label}.{count}"
@@ -270,11 +271,11 @@ class Layers:
 
     def cast(self, x: ITensor, dtype: torch.dtype) -> ITensor:
         """PyTorch's ``x.to(dtype)``; ``x`` itself where it has that type."""
-        own = self.dtype_of(x)
-        if own == dtype:
+        from_dtype = self.dtype_of(x)
+        if from_dtype == dtype:
             return x
         if dtype == torch.bool:
-            return self.logical_not(self.equal(x, self.scalar(0, own, len(x.shape))))
+            return self.logical_not(self.equal(x, self.scalar(0, from_dtype, len(x.shape))))
         return self.output(self.network.add_cast(x, self.tensorrt.dtype(dtype)))
 
     def as_float32(
@@ -357,8 +358,8 @@ class Layers:
         """Repeat axes of extent 1 so that ``x`` has these sizes."""
         x = self.expand_rank(x, len(sizes))
         stride = [
-            0 if own == 1 and size != 1 else 1
-            for own, size in zip(x.shape, map(_known, sizes), strict=True)
+            0 if extent == 1 and size != 1 else 1
+            for extent, size in zip(x.shape, map(_known, sizes), strict=True)
         ]
         return x if all(stride) else self.slice(x, [0] * len(sizes), sizes, stride)
 

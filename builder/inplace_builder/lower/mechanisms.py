@@ -1,6 +1,6 @@
 """Which mechanism updates which state.
 
-Each mechanism has an eligibility check, registered with `mechanism`. `choose_mechanisms` asks them
+Each mechanism has an eligibility check, registered with `mechanism`. `choose_mechanisms` tries them
 in order of preference. States that one operator takes together, for example the keys and values of
 a layer, get the same mechanism.
 """

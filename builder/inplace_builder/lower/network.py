@@ -88,13 +88,12 @@ class Network(Layers):
         sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
         tensor = self.network.add_input(name, self.tensorrt.dtype(dtype), sizes)
         if tensor is None:
-            raise BuildError(
-                f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {self.log.last_errors(1)}"
-            )
+            error = self.log.last_errors(1)
+            raise BuildError(f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {error}")
         return tensor
 
     def parameter(self, node: object) -> torch.Tensor | None:
-        """The parameter, buffer or constant that a node stands for; None for anything else."""
+        """The parameter, buffer or constant of a node; None for anything else."""
         return self.parameters.get(node) if isinstance(node, Node) else None
 
     def value(self, node: Node) -> Any:

@@ -233,7 +233,7 @@ def proxy_config(name: str, text: TextSettings) -> ModelConfig:
     """The configuration of a stream model's generate proxy: generations without sequences."""
     return ModelConfig(
         name=name,
-        max_batch_size=1,  # tensors then have the stream model's shapes and are forwarded as they are
+        max_batch_size=1,  # so that tensors have the stream model's shapes and are forwarded as is
         inputs=(Tensor("input_ids", pb.TYPE_INT64, (-1,), optional=True), *_text_inputs(text)),
         outputs=_generation_outputs(text),
         sequence_batching=None,

@@ -1,1 +1,1 @@
-"""Building engines that are called without a server; `inplace_builder.standalone.build` is the way in."""
+"""Engines that are called without a server: build, plan, write and verify."""

@@ -51,8 +51,8 @@ def build(
             too.
         path: the folder to write; an engine there is replaced, anything else refused.
         kwargs: keyword arguments.
-        engine: ``torch``, which runs on the CPU; ``tensorrt``, built for the GPU of this machine and
-            run there; ``tensorrt_rtx``, the same with TensorRT for RTX.
+        engine: ``torch``, which runs on the CPU; ``tensorrt``, built for the GPU of this machine
+            and run there; ``tensorrt_rtx``, the same with TensorRT for RTX.
         states: as in `capture_exported`.
         dynamic_shapes: as in `capture_exported`.
         assume_consecutive: as in `capture_exported`.

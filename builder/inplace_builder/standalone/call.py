@@ -60,8 +60,8 @@ def export_for(
             continue
         if engine == "torch":
             raise BuildError(
-                f"{name} lies on {value.device}; a PyTorch engine runs on the CPU: "
-                f"move module and inputs with .cpu(), or take TensorRT"
+                f"{name} is on {value.device}; a PyTorch engine runs on the CPU: "
+                f"move module and inputs with .cpu(), or build for TensorRT"
             )
         return move_to_device_pass(exported, "cpu")
     return exported

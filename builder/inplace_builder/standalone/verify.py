@@ -1,4 +1,4 @@
-"""Verify a standalone engine: call it, loaded from its files, beside the module it was built from."""
+"""Verify a standalone engine: load it, and call it beside the module it was built from."""
 
 from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
@@ -25,7 +25,7 @@ def verify(
     *,
     assume_consecutive: Collection[str] = (),
 ) -> dict[str, str]:
-    """Call engine and module side by side, each on its own device and on its own copy of the states.
+    """Call engine and module side by side, each on its own device and copy of the states.
 
     There are two calls with the example's arguments and two with its floating-point inputs
     reversed. Further calls change the integers, which may be positions: all one higher, then each a

@@ -1,7 +1,7 @@
 """Arithmetic, with PyTorch's type promotion.
 
-Half types are computed in float32 and rounded once where PyTorch's kernels do so: where the other operand is a Python number, and in
-everything that is more than one operation.
+Half types are computed in float32 and rounded once, where PyTorch's kernels do so: if the other
+operand is a Python number, and in everything that is more than one operation.
 """
 
 import torch
@@ -20,7 +20,14 @@ Operand = ITensor | Extent | Number
 def binary(
     ctx: Network, operation: str, a: Operand, b: Operand, *, dtype: torch.dtype | None = None
 ) -> ITensor:
-    """An arithmetic operation with PyTorch's type promotion, computed in ``dtype`` (default: the result's)."""
+    """An arithmetic operation with PyTorch's type promotion.
+
+    Args:
+        ctx: the network.
+        operation: a member of TensorRT's ElementWiseOperation.
+        a, b: the operands.
+        dtype: element type that it is computed in; None is that of the result.
+    """
     result = ctx.result().dtype
     rank = len(ctx.result().shape)
     compute = dtype or result
@@ -33,7 +40,7 @@ def binary(
 
 
 def scaled(ctx: Network, x: Operand, factor: Number) -> Operand:
-    """``alpha * x``, at the precision of the sum it is part of."""
+    """``factor * x``, at the precision of the sum that it is part of."""
     if factor == 1:
         return x
     if isinstance(x, int | float):
@@ -144,23 +151,23 @@ def repeated_product(ctx: Network, x: ITensor, exponent: int) -> ITensor:
 
 @converter(aten.pow.Tensor_Scalar)
 def pow_scalar(ctx: Network, x: ITensor, exponent: Number) -> ITensor:
-    """``x ** exponent``; whole exponents by multiplication, which is also right where ``x`` is negative."""
+    """``x ** exponent``; whole exponents by multiplication, which also holds for negative ``x``."""
     dtype = ctx.result().dtype
     compute = torch.float32 if dtype in HALF else dtype
     if exponent == 0:
         return ctx.expand(ctx.scalar(1, dtype, len(x.shape)), ctx.result().shape)
     x = ctx.cast(x, compute)
     if exponent == int(exponent) and 1 <= abs(exponent) <= 16:
-        found = repeated_product(ctx, x, abs(int(exponent)))
+        power = repeated_product(ctx, x, abs(int(exponent)))
         if exponent < 0:
-            found = ctx.unary("RECIP", found)
+            power = ctx.unary("RECIP", power)
     elif abs(exponent) == 0.5:
-        found = ctx.unary("SQRT", x)
+        power = ctx.unary("SQRT", x)
         if exponent < 0:
-            found = ctx.unary("RECIP", found)
+            power = ctx.unary("RECIP", power)
     else:
-        found = ctx.elementwise("POW", x, ctx.scalar(exponent, compute))
-    return ctx.cast(found, dtype)
+        power = ctx.elementwise("POW", x, ctx.scalar(exponent, compute))
+    return ctx.cast(power, dtype)
 
 
 @converter(aten.pow.Tensor_Tensor, aten.pow.Scalar)

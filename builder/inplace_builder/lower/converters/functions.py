@@ -1,4 +1,7 @@
-"""Functions of one tensor: activations, casts, and operators that change nothing. Half types are computed in float32."""
+"""Functions of one tensor: activations, casts, and operators without effect.
+
+Half types are computed in float32.
+"""
 
 import math
 from collections.abc import Callable
@@ -58,7 +61,7 @@ def relu(ctx: Network, x: ITensor) -> ITensor:
 
 @converter(aten.gelu.default)
 def gelu(ctx: Network, x: ITensor, *, approximate: str = "none") -> ITensor:
-    """Gaussian error linear unit (arXiv:1606.08415): exact by the error function, or its tanh approximation."""
+    """Gaussian error linear unit (arXiv:1606.08415): exact, or its tanh approximation."""
 
     def exact(value: ITensor) -> ITensor:
         cdf = ctx.add(
@@ -99,7 +102,7 @@ def absolute(ctx: Network, x: ITensor) -> ITensor:
     aten.to.other,
 )
 def to(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
-    """A cast; where the tensor lies is TensorRT's business."""
+    """A cast. A network has no devices, so a move between devices has no effect."""
     return ctx.cast(x, ctx.result().dtype)
 
 
@@ -113,7 +116,7 @@ def to(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
     aten.positive.default,
 )
 def same(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
-    """Nothing: tensors of a network are values."""
+    """No effect: tensors of a network are values."""
     return x
 
 
@@ -127,5 +130,5 @@ def _evaluating(node: Node, ctx: Network) -> str | None:
 
 @converter(aten.dropout.default, aten.feature_dropout.default, validator=_evaluating)
 def dropout(ctx: Network, x: ITensor, *_: object) -> ITensor:
-    """Nothing, outside training."""
+    """No effect outside of training."""
     return x

@@ -16,10 +16,10 @@ aten = torch.ops.aten
 def linear(ctx: Network, x: ITensor, weight: ITensor, bias: ITensor | None = None) -> ITensor:
     """``x @ weight.T + bias``."""
     flat = len(x.shape) == 1
-    found = ctx.matmul(ctx.expand_rank(x, 2), weight, transpose_b=True)
+    result = ctx.matmul(ctx.expand_rank(x, 2), weight, transpose_b=True)
     if flat:
-        found = ctx.reshape(found, ctx.result().shape)
-    return found if bias is None else ctx.add(found, bias)
+        result = ctx.reshape(result, ctx.result().shape)
+    return result if bias is None else ctx.add(result, bias)
 
 
 @converter(aten.matmul.default, aten.mm.default, aten.bmm.default)
@@ -28,8 +28,8 @@ def matmul(ctx: Network, a: ITensor, b: ITensor) -> ITensor:
     left, right = len(a.shape), len(b.shape)
     if right == 1:
         b = ctx.unsqueeze(b, [1])
-    found = ctx.matmul(ctx.expand_rank(a, 2), b)
-    return ctx.reshape(found, ctx.result().shape) if min(left, right) == 1 else found
+    result = ctx.matmul(ctx.expand_rank(a, 2), b)
+    return ctx.reshape(result, ctx.result().shape) if min(left, right) == 1 else result
 
 
 @converter(aten.addmm.default, aten.baddbmm.default)
@@ -82,11 +82,11 @@ def conv1d(
         (dilation[0], 1),
     )
     layer.num_groups = groups
-    found = layer.get_output(0)
+    result = layer.get_output(0)
     if bias is not None:
-        found = ctx.add(found, ctx.reshape(bias, (1, kernel.shape[0], 1, 1)))
-    sizes = list(ctx.extents.of(found))[:3]
-    return ctx.reshape(found, sizes if batched else sizes[1:])
+        result = ctx.add(result, ctx.reshape(bias, (1, kernel.shape[0], 1, 1)))
+    sizes = list(ctx.extents.of(result))[:3]
+    return ctx.reshape(result, sizes if batched else sizes[1:])
 
 
 def _no_dropout(node: Node, ctx: Network) -> str | None:
@@ -135,10 +135,10 @@ def _repeated_heads(
 ) -> ITensor:
     """``[…, kv_heads, length, dim]`` with each head repeated for the query heads that share it."""
     groups = heads // int(shape[-3])
-    apart = ctx.unsqueeze(x, [len(shape) - 2])
+    grouped = ctx.unsqueeze(x, [len(shape) - 2])
     sizes = (*shape[:-2], groups, *shape[-2:])
     stride = [1] * len(sizes)
     stride[-3] = 0
     return ctx.reshape(
-        ctx.slice(apart, [0] * len(sizes), sizes, stride), (*shape[:-3], heads, *shape[-2:])
+        ctx.slice(grouped, [0] * len(sizes), sizes, stride), (*shape[:-3], heads, *shape[-2:])
     )

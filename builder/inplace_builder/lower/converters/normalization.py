@@ -1,4 +1,4 @@
-"""Normalisations and softmax, in float32 inside as PyTorch has them."""
+"""Normalisations and softmax, computed in float32 as PyTorch does."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,10 @@ def rms_norm(
     weight: ITensor | None = None,
     eps: float | None = None,
 ) -> ITensor:
-    """Unit root mean square over the last axes, then scale; ``eps`` defaults to the machine epsilon of the input's type."""
+    """Unit root mean square over the last axes, then scale.
+
+    ``eps`` defaults to the machine epsilon of the input's type.
+    """
     default = torch.finfo(ctx.dtype_of(x)).eps
     axes = _last(x, normalized_shape)
     return _scaled(
@@ -79,7 +82,7 @@ def softmax(ctx: Network, x: ITensor, dim: int, *_: object, **__: object) -> ITe
 
 @converter(aten.log_softmax.int, aten._log_softmax.default)
 def log_softmax(ctx: Network, x: ITensor, dim: int, *_: object, **__: object) -> ITensor:
-    """``x - max - log(sum(exp(x - max)))``: the logarithm of a softmax loses what is small."""
+    """``x - max - log(sum(exp(x - max)))``: the logarithm of a softmax would lose small values."""
     axis = [dim % len(x.shape)]
 
     def compute(value: ITensor) -> ITensor:

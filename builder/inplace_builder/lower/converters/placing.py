@@ -1,4 +1,4 @@
-"""Tensors with a part replaced, as functions: what a module computes from a state without writing it there."""
+"""Tensors with a part replaced: scatter operators, index_put and roll."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,17 +18,25 @@ INT = torch.int32
 
 
 def _placed(ctx: Network, base: ITensor, new: ITensor, axis: int, source: ITensor) -> ITensor:
-    """``base`` with the entries of an axis taken from ``new``; ``source`` ``[extent]`` says which one each takes, -1 none."""
-    taken = ctx.gather(new, ctx.elementwise("MAX", source, ctx.scalar(0, INT, 1)), axis)
+    """``base`` with entries of an axis replaced by entries of ``new``.
+
+    Args:
+        ctx: the network.
+        base: the tensor.
+        new: the new entries.
+        axis: the axis.
+        source: ``[extent]`` int32: for each entry of ``base`` the entry of ``new`` that replaces
+            it, or -1.
+    """
+    replaced = ctx.logical_not(ctx.less(source, ctx.scalar(0, INT, 1)))
+    entries = ctx.gather(new, ctx.elementwise("MAX", source, ctx.scalar(0, INT, 1)), axis)
     shape = [1] * len(base.shape)
     shape[axis] = -1
-    return ctx.select(
-        ctx.reshape(ctx.logical_not(ctx.less(source, ctx.scalar(0, INT, 1))), shape), taken, base
-    )
+    return ctx.select(ctx.reshape(replaced, shape), entries, base)
 
 
-def _counted(ctx: Network, extent: Size, start: Size, step: int, count: Size) -> ITensor:
-    """The `_placed` source of ``count`` entries from ``start``, every ``step``-th."""
+def _slice_source(ctx: Network, extent: Size, start: Size, step: int, count: Size) -> ITensor:
+    """The ``source`` of `_placed` for ``count`` entries from ``start``, every ``step``-th."""
     if isinstance(extent, int) and isinstance(start, int) and isinstance(count, int):
         source = torch.full((extent,), -1, dtype=INT)
         source[start : start + count * step : step] = torch.arange(count, dtype=INT)
@@ -48,8 +56,13 @@ def _counted(ctx: Network, extent: Size, start: Size, step: int, count: Size) ->
     return ctx.select(inside, entry, ctx.scalar(-1, INT, 1))
 
 
-def _indexed(ctx: Network, extent: Size, index: ITensor, count: Size, *, wraps: bool) -> ITensor:
-    """The `_placed` source of entries at the places in ``index`` ``[count]``; of equal ones the last."""
+def _index_source(
+    ctx: Network, extent: Size, index: ITensor, count: Size, *, wraps: bool
+) -> ITensor:
+    """The ``source`` of `_placed` for entries at the indices in ``index``, ``[count]``.
+
+    Of equal indices the last one counts. Negative ones count from the end if ``wraps``.
+    """
     index = ctx.cast(index, INT)
     if wraps:
         index = ctx.select(
@@ -74,12 +87,19 @@ def slice_scatter(
     end: Size | None = None,
     step: int = 1,
 ) -> ITensor:
-    """``base[start:end:step] = new`` along an axis; the captured graph knows how many entries that is."""
+    """``base[start:end:step] = new`` along an axis.
+
+    The number of entries is read from the captured graph.
+    """
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
     count = ctx.meta(ctx.node.args[1]).shape[dim]
     return _placed(
-        ctx, base, new, dim, _counted(ctx, shape[dim], offset(shape[dim], start or 0), step, count)
+        ctx,
+        base,
+        new,
+        dim,
+        _slice_source(ctx, shape[dim], offset(shape[dim], start or 0), step, count),
     )
 
 
@@ -93,13 +113,13 @@ def select_scatter(ctx: Network, base: ITensor, new: ITensor, dim: int, index: S
         base,
         ctx.unsqueeze(new, [dim]),
         dim,
-        _counted(ctx, shape[dim], offset(shape[dim], index), 1, 1),
+        _slice_source(ctx, shape[dim], offset(shape[dim], index), 1, 1),
     )
 
 
 @converter(aten.index_copy.default)
 def index_copy(ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITensor) -> ITensor:
-    """Entries of an axis, at these places."""
+    """Replace the entries of an axis at these indices."""
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
     places = ctx.meta(ctx.node.args[2]).shape
@@ -109,7 +129,7 @@ def index_copy(ctx: Network, base: ITensor, dim: int, index: ITensor, new: ITens
         base,
         new,
         dim,
-        _indexed(ctx, shape[dim], ctx.expand_rank(index, 1), count, wraps=False),
+        _index_source(ctx, shape[dim], ctx.expand_rank(index, 1), count, wraps=False),
     )
 
 
@@ -135,16 +155,19 @@ def index_put(
     new: ITensor,
     accumulate: bool = False,
 ) -> ITensor:
-    """``base[:, …, index] = new``; negative places count from the end, the last of equal ones wins."""
+    """``base[:, …, index] = new``.
+
+    Negative indices count from the end; of equal indices the last one counts.
+    """
     shape = list(ctx.meta(ctx.node.args[0]).shape)
     dim = next(axis for axis, index in enumerate(indices) if index is not None)
     places = ctx.meta(ctx.node.args[1][dim]).shape  # type: ignore[index]
     count = places[0] if len(places) else 1
     if not len(places):  # the axis is missing from what is written
         new = ctx.unsqueeze(ctx.expand_rank(new, len(shape) - 1), [dim])
-    wanted = [*shape[:dim], count, *shape[dim + 1 :]]
-    source = _indexed(ctx, shape[dim], ctx.expand_rank(indices[dim], 1), count, wraps=True)
-    return _placed(ctx, base, ctx.expand(ctx.expand_rank(new, len(shape)), wanted), dim, source)
+    new = ctx.expand(ctx.expand_rank(new, len(shape)), [*shape[:dim], count, *shape[dim + 1 :]])
+    source = _index_source(ctx, shape[dim], ctx.expand_rank(indices[dim], 1), count, wraps=True)
+    return _placed(ctx, base, new, dim, source)
 
 
 def _elements(node: Node, ctx: Network) -> str | None:
@@ -184,7 +207,7 @@ def _known_shifts(node: Node, ctx: Network) -> str | None:
 
 @converter(aten.roll.default, validator=_known_shifts)
 def roll(ctx: Network, x: ITensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> ITensor:
-    """Move entries on; those that pass the end come back at the start."""
+    """Move entries along an axis; those that pass the end continue at the start."""
     shape = ctx.meta(ctx.node.args[0]).shape
     for shift, dim in zip(shifts, dims, strict=True):
         dim %= len(shape)

@@ -1,4 +1,4 @@
-"""Reductions over axes, and the positions of extremes."""
+"""Reductions over axes, and the positions of the largest and smallest values."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from inplace_builder.lower.registry import converter
 aten = torch.ops.aten
 
 
-MOST = 3840
+MAX_K = 3840
 """Largest k of TensorRT's TopK layer."""
 
 
@@ -70,13 +70,16 @@ def min_all(ctx: Network, x: ITensor) -> ITensor:
     return _reduced(ctx, "MIN", x, None, False)
 
 
-def extremes(ctx: Network, operation: str, x: ITensor, k: int, dim: int) -> tuple[ITensor, ITensor]:
-    """The k largest (``MAX``) or smallest (``MIN``) values of an axis in order, in the type of ``x``, and their indices in int64."""
+def top_k(ctx: Network, operation: str, x: ITensor, k: int, dim: int) -> tuple[ITensor, ITensor]:
+    """The k largest (``MAX``) or smallest (``MIN``) values of an axis, in order.
+
+    Returns:
+        The values in the type of ``x``, and their indices in int64.
+    """
     dtype = ctx.dtype_of(x)
     rank = len(x.shape)
-    value = ctx.expand_rank(
-        ctx.cast(x, torch.float32) if dtype in HALF else x, 2
-    )  # TopK takes no bfloat16 and no vector
+    # TopK takes no bfloat16 and no vector
+    value = ctx.expand_rank(ctx.cast(x, torch.float32) if dtype in HALF else x, 2)
     axis = dim % rank + len(value.shape) - rank
     layer = ctx.checked(
         ctx.network.add_topk(value, getattr(ctx.api.TopKOperation, operation), k, 1 << axis)
@@ -104,26 +107,26 @@ def _one_axis(node: Node, ctx: Network) -> str | None:
 @converter(aten.argmax.default, validator=_one_axis)
 def argmax(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> ITensor:
     """Position of the largest value."""
-    return _without(ctx, extremes(ctx, "MAX", x, 1, dim)[1], dim, keepdim)
+    return _without(ctx, top_k(ctx, "MAX", x, 1, dim)[1], dim, keepdim)
 
 
 @converter(aten.argmin.default, validator=_one_axis)
 def argmin(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> ITensor:
     """Position of the smallest value."""
-    return _without(ctx, extremes(ctx, "MIN", x, 1, dim)[1], dim, keepdim)
+    return _without(ctx, top_k(ctx, "MIN", x, 1, dim)[1], dim, keepdim)
 
 
 @converter(aten.max.dim)
 def max_dim(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> tuple[ITensor, ITensor]:
     """Largest value of an axis and its position."""
-    values, indices = extremes(ctx, "MAX", x, 1, dim)
+    values, indices = top_k(ctx, "MAX", x, 1, dim)
     return _without(ctx, values, dim, keepdim), _without(ctx, indices, dim, keepdim)
 
 
 @converter(aten.min.dim)
 def min_dim(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> tuple[ITensor, ITensor]:
     """Smallest value of an axis and its position."""
-    values, indices = extremes(ctx, "MIN", x, 1, dim)
+    values, indices = top_k(ctx, "MIN", x, 1, dim)
     return _without(ctx, values, dim, keepdim), _without(ctx, indices, dim, keepdim)
 
 
@@ -131,8 +134,8 @@ def _small_k(node: Node, ctx: Network) -> str | None:
     k = node.args[1]
     return (
         None
-        if isinstance(k, int) and 1 <= k <= MOST
-        else f"k is {k}; TensorRT takes a constant from 1 to {MOST}"
+        if isinstance(k, int) and 1 <= k <= MAX_K
+        else f"k is {k}; TensorRT takes a constant from 1 to {MAX_K}"
     )
 
 
@@ -141,4 +144,4 @@ def topk(
     ctx: Network, x: ITensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[ITensor, ITensor]:
     """The k largest or smallest values in order, and their positions."""
-    return extremes(ctx, "MAX" if largest else "MIN", x, k, dim)
+    return top_k(ctx, "MAX" if largest else "MIN", x, k, dim)

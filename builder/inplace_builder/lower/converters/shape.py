@@ -1,4 +1,4 @@
-"""Shapes: views, slices, joins, and tensors made from nothing but a shape."""
+"""Shapes: views, slices, concatenation, and tensors made of a shape and a value."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,6 @@ from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
 aten = torch.ops.aten
-
-
-END = 2**62
-"""An end beyond this means the end of the axis, as torch.export writes it."""
 
 
 @converter(
@@ -31,12 +27,18 @@ END = 2**62
     aten.reshape_as.default,
 )
 def reshape(ctx: Network, x: ITensor, *_: object) -> ITensor:
-    """Everything that keeps the order of the elements: the captured graph knows the resulting shape, so the arguments are not read."""
+    """Every operator that keeps the order of the elements.
+
+    The resulting shape is read from the captured graph, not from the arguments.
+    """
     return reshaped(ctx, x, ctx.meta(ctx.node.args[0]).shape, ctx.result().shape)
 
 
 def reshaped(ctx: Network, x: ITensor, before: Sequence[Size], after: Sequence[Size]) -> ITensor:
-    """Reshape between known shapes, with as few unknowns as possible: an extent that stays at its place needs no shape tensor."""
+    """Reshape between known shapes, with as few dynamic extents as possible.
+
+    An extent that stays on its axis needs no shape tensor.
+    """
     if len(before) == len(after) and all(
         expression(a) == expression(b) for a, b in zip(before, after, strict=True)
     ):
@@ -59,7 +61,7 @@ def permute(ctx: Network, x: ITensor, order: Sequence[int]) -> ITensor:
     aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.numpy_T.default, aten.mT.default
 )
 def transpose(ctx: Network, x: ITensor, a: int = -2, b: int = -1) -> ITensor:
-    """Exchange two axes."""
+    """Swap two axes."""
     rank = len(x.shape)
     order = list(range(rank))
     if rank > 1:
@@ -79,20 +81,20 @@ def expand(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
 
 @converter(aten.repeat.default)
 def repeat(ctx: Network, x: ITensor, repeats: Sequence[Size]) -> ITensor:
-    """Lay copies behind one another: expand an axis in front of each repeated one, then merge both."""
+    """Concatenate copies: expand a new axis in front of each repeated one, then merge the two."""
     sizes = (*(1,) * (len(repeats) - len(x.shape)), *ctx.meta(ctx.node.args[0]).shape)
     x = ctx.expand_rank(x, len(repeats))
     repeated = [axis for axis, times in enumerate(repeats) if expression(times) != 1]
     if not repeated:
         return x
-    apart: list[Size] = []
+    split: list[Size] = []
     target: list[Size] = []
     for axis, (size, times) in enumerate(zip(sizes, repeats, strict=True)):
-        apart += [1, size] if axis in repeated else [size]
+        split += [1, size] if axis in repeated else [size]
         target += [times, size] if axis in repeated else [size]
-    stride = [int(expression(a) == expression(b)) for a, b in zip(apart, target, strict=True)]
+    stride = [int(expression(a) == expression(b)) for a, b in zip(split, target, strict=True)]
     return ctx.reshape(
-        ctx.slice(ctx.reshape(x, apart), [0] * len(target), target, stride), ctx.result().shape
+        ctx.slice(ctx.reshape(x, split), [0] * len(target), target, stride), ctx.result().shape
     )
 
 
@@ -123,7 +125,7 @@ def slice_(
     end: Size | None = None,
     step: int = 1,
 ) -> ITensor:
-    """``x[start:end:step]`` along an axis. The captured graph knows how many elements that is."""
+    """``x[start:end:step]`` along an axis; its length is read from the captured graph."""
     shape = ctx.meta(ctx.node.args[0]).shape
     return cut(
         ctx,
@@ -137,7 +139,12 @@ def slice_(
 
 
 def offset(extent: Size, start: Size) -> Size:
-    """An index that may count from the end of an axis, as one from its start, not beyond either end."""
+    """An index from the start of an axis, not beyond either end.
+
+    Args:
+        extent: of the axis.
+        start: the index; a negative one counts from the end.
+    """
     if isinstance(start, int) and start >= 0:
         return min(start, extent) if isinstance(extent, int) else start
     if isinstance(start, int):
@@ -156,7 +163,7 @@ def narrow(ctx: Network, x: ITensor, dim: int, start: Size, length: Size) -> ITe
 
 @converter(aten.select.int)
 def select(ctx: Network, x: ITensor, dim: int, index: Size) -> ITensor:
-    """One entry of an axis, which goes away."""
+    """One entry of an axis; the axis is removed."""
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
     one = cut(ctx, x, shape, dim, offset(shape[dim], index), 1)
@@ -171,7 +178,7 @@ def select(ctx: Network, x: ITensor, dim: int, index: Size) -> ITensor:
     aten.split.sizes,
 )
 def split(ctx: Network, x: ITensor, *_: object, **__: object) -> list[ITensor]:
-    """Pieces of an axis; the captured graph knows how long each is."""
+    """Pieces of an axis; their lengths are read from the captured graph."""
     shape = ctx.meta(ctx.node.args[0]).shape
     dim = ctx.node.kwargs.get("dim", ctx.node.args[2] if len(ctx.node.args) > 2 else 0)
     assert isinstance(dim, int)
@@ -260,12 +267,12 @@ def _integers(node: Node, ctx: Network) -> str | None:
 
 @converter(aten.arange.default, aten.arange.start, aten.arange.start_step, validator=_integers)
 def arange(ctx: Network, *bounds: Number | Size, **_: object) -> ITensor:
-    """Numbers from ``start`` (0) to before ``end``, by ``step`` (1)."""
+    """Numbers from ``start`` (0) up to, not including, ``end``, by ``step`` (1)."""
     dtype = ctx.result().dtype
     start, step = (bounds[0] if len(bounds) > 1 else 0), (bounds[2] if len(bounds) > 2 else 1)
-    found = ctx.iota(ctx.result().shape[0], dtype)
+    numbers = ctx.iota(ctx.result().shape[0], dtype)
     if step != 1:
-        found = ctx.multiply(found, ctx.tensor(step, dtype, 1))
+        numbers = ctx.multiply(numbers, ctx.tensor(step, dtype, 1))
     if isinstance(start, torch.SymInt) or start != 0:
-        found = ctx.add(found, ctx.tensor(start, dtype, 1))
-    return found
+        numbers = ctx.add(numbers, ctx.tensor(start, dtype, 1))
+    return numbers

@@ -125,7 +125,7 @@ class Decode:
     def time(self, blocks: DecodeBlocks) -> float:
         """Microseconds a launch."""
         spec, rows = self.spec, self.rows
-        count = attention_workspace(spec, rows, rows, self.capacity, blocks.split) // 4
+        count = attention_workspace(spec, rows, rows, self.capacity, blocks.min_split) // 4
         scratch = torch.empty(max(1, count), device="cuda")
         locks = torch.zeros(attention_locks(spec, rows), dtype=torch.int32, device="cuda")
 
@@ -159,7 +159,7 @@ def tune_decode(pdl: bool) -> None:
                     f"decode {heads}/{kv_heads}x{dim} rows {rows} capacity {capacity}: "
                     f"default {times[default]:.2f} µs, read {ideal:.2f}; "
                     + "; ".join(
-                        f"{times[b]:.2f} split {b.split} keys {b.keys} warps {b.warps} "
+                        f"{times[b]:.2f} split {b.min_split} keys {b.keys} warps {b.warps} "
                         f"stages {b.stages}"
                         for b in best
                     ),

@@ -18,7 +18,15 @@ from collections.abc import Callable
 
 import torch
 import triton
-from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
+from inplace.kernels.linear import (
+    GemvBlocks,
+    LinearBlocks,
+    LinearSpec,
+    PipelinedBlocks,
+    SlicedKBlocks,
+    choose_blocks,
+    linear,
+)
 
 from benchmarks.gpu.bandwidth import bandwidth
 
@@ -37,7 +45,7 @@ LAYERS = {
 L2_BYTES = 120 << 20
 CALLS = 40
 GEMV = [
-    Gemv(n, k, w)
+    GemvBlocks(n, k, w)
     for n, k, w in [
         (2, 2048, 2),
         (2, 1024, 2),
@@ -49,8 +57,8 @@ GEMV = [
         (8, 512, 2),
     ]
 ]
-FEW = [
-    Few(n, k, w)
+SLICED_K = [
+    SlicedKBlocks(n, k, w)
     for n, k, w in [
         (16, 64, 8),
         (16, 32, 8),
@@ -62,29 +70,29 @@ FEW = [
         (32, 32, 4),
     ]
 ]
-SKINNY = {
+PIPELINED = {
     8: [
-        Skinny(16, 256, 4, 3),
-        Skinny(32, 256, 4, 5),
-        Skinny(64, 256, 4, 3),
-        Skinny(64, 128, 4, 5),
-        Skinny(64, 128, 8, 3),
+        PipelinedBlocks(16, 256, 4, 3),
+        PipelinedBlocks(32, 256, 4, 5),
+        PipelinedBlocks(64, 256, 4, 3),
+        PipelinedBlocks(64, 128, 4, 5),
+        PipelinedBlocks(64, 128, 8, 3),
     ],
     64: [
-        Skinny(16, 256, 4, 5),
-        Skinny(32, 128, 4, 5),
-        Skinny(64, 256, 4, 3),
-        Skinny(64, 128, 8, 3),
-        Skinny(64, 64, 4, 3),
+        PipelinedBlocks(16, 256, 4, 5),
+        PipelinedBlocks(32, 128, 4, 5),
+        PipelinedBlocks(64, 256, 4, 3),
+        PipelinedBlocks(64, 128, 8, 3),
+        PipelinedBlocks(64, 64, 4, 3),
     ],
 }
 
 
-def candidates(rows: int) -> list[Blocks]:
+def candidates(rows: int) -> list[LinearBlocks]:
     """The grid for a row count."""
     if rows == 1:
         return list(GEMV)
-    return [*FEW, *SKINNY[8]] if rows <= 16 else list(SKINNY[64])
+    return [*SLICED_K, *PIPELINED[8]] if rows <= 16 else list(PIPELINED[64])
 
 
 def timed(launch: Callable[[int], object]) -> float:
@@ -153,12 +161,12 @@ def main() -> None:
         )
         product = torch.empty(rows, spec.outputs, device="cuda", dtype=torch.bfloat16)
         torch.cuda.synchronize()
-        default, results = streaming_blocks(spec, rows, 2), []
+        default, results = choose_blocks(spec, rows, 2), []
         grid = list(dict.fromkeys([*candidates(rows), *([] if default is None else [default])]))[
             index::count
         ]
 
-        def run(call: int, blocks: Blocks) -> None:
+        def run(call: int, blocks: LinearBlocks) -> None:
             linear(
                 spec,
                 x=x,

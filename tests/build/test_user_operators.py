@@ -195,7 +195,7 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
         make_plugin(wrong, rtx, {"decay": 0.5}, ["x", "level", "total"])
     with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):
         make_plugin(aliases.DeclaredOperator(tick, ("count",), None), rtx, {}, ["count"])
-    with pytest.raises(ValueError, match="a plugin is named 'TestingLeak' already"):
+    with pytest.raises(ValueError, match="another plugin has the name 'TestingLeak'"):
         register(type("Other", (Operation,), {"name": "TestingLeak"}))
 
 

@@ -1,4 +1,7 @@
-"""The kernels on a GPU against the operators' CPU implementation: every dtype, wide heads, long slots, CUDA graphs, huge arenas."""
+"""The kernels on a GPU equal the operators on the CPU.
+
+Every dtype, wide heads, long slots, CUDA graphs, arenas of more than 2^31 elements.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -10,7 +13,8 @@ import pytest
 import torch
 from inplace.kernels.attention import AttentionSpec
 from inplace.operators import attention, read, update
-from support.kernel_cases import AttentionCase, Row, bits, check_update
+from support.attention_case import Row, bits
+from support.kernel_cases import AttentionCase, check_update
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -97,8 +101,8 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, rows: list[Row]) -
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("capacity", [4096, 32768])
 def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:
-    held = min(capacity, 9000)
-    rows = [Row(0, held - 1, 1), Row(1, 0, 1), Row(2, 255, 1), Row(3, 700, 1)]
+    length = min(capacity, 9000)
+    rows = [Row(0, length - 1, 1), Row(1, 0, 1), Row(2, 255, 1), Row(3, 700, 1)]
     step = case(spec(8, 2, dim, rotary=dim), rows, dtype, capacity=capacity, slots=4)
     assert step.workspace is not None
     step.check()
@@ -108,7 +112,7 @@ def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:
     )  # again, with what the first launch left in workspace and locks
     case(
         spec(8, 2, dim, rotary=dim),
-        [Row(0, held - 513, 512), Row(1, 600, 1)],
+        [Row(0, length - 513, 512), Row(1, 600, 1)],
         dtype,
         capacity=capacity,
         slots=4,
@@ -128,15 +132,15 @@ def test_a_captured_launch_replays_on_what_its_memory_then_holds(
     captured.check()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(3):  # one launch begins while the one ahead still runs
+        for _ in range(3):  # each launch starts while its predecessor still runs
             captured.launch()
     for seed, rows in enumerate((later, first, later)):
         step = case(spec(rotary=64), rows, dtype, capacity=2048, seed=seed + 1, pdl=pdl)
         captured.rows = rows
         for name in ("merged", "cos", "sin", "key_state", "value_state"):
             getattr(captured, name).copy_(getattr(step, name))
-        for held, new in zip(captured.control, step.control, strict=True):
-            held.copy_(new)
+        for bound, new in zip(captured.control, step.control, strict=True):
+            bound.copy_(new)
         expected, before = (
             captured.expected(),
             (captured.key_state.clone(), captured.value_state.clone()),
@@ -282,12 +286,12 @@ def test_the_update_operator_equals_the_cpu_one_and_never_synchronises(packed: b
     expected = state.clone()
     update(expected, slots, value, offsets, starts, axis=2)
     on_gpu = [None if x is None else x.cuda() for x in (slots, value, offsets, starts)]
-    found = state.cuda()
-    torch.ops.inplace.update(found.clone(), *on_gpu, 2, False)
+    on_gpu_state = state.cuda()
+    torch.ops.inplace.update(on_gpu_state.clone(), *on_gpu, 2, False)
     torch.cuda.synchronize()
     with no_synchronisation():
-        torch.ops.inplace.update(found, *on_gpu, 2, False)
-    assert torch.equal(bits(found.cpu()), bits(expected))
+        torch.ops.inplace.update(on_gpu_state, *on_gpu, 2, False)
+    assert torch.equal(bits(on_gpu_state.cpu()), bits(expected))
 
 
 @STEPS
@@ -307,13 +311,13 @@ def test_slots_beyond_two_to_the_31_elements(rows: list[Row]) -> None:
         torch.empty(slots, kv_heads, capacity, dim, dtype=torch.bfloat16, device="cuda")
         for _ in range(2)
     ]
-    for state, held in zip(states, (small.key_state, small.value_state), strict=True):
+    for state, source in zip(states, (small.key_state, small.value_state), strict=True):
         state[slots - 2 :].fill_(float("nan"))
-        state[slots - 1].copy_(held[0])
+        state[slots - 1].copy_(source[0])
     keys, values = small.key_state, small.value_state
     small.control[0].masked_fill_(small.control[0] == 0, slots - 1)
     small.key_state, small.value_state = states
     assert torch.equal(small.launch(), expected)
-    for state, held in zip(states, (keys, values), strict=True):
-        assert torch.equal(state[slots - 1].view(torch.int16), held[0].view(torch.int16))
+    for state, source in zip(states, (keys, values), strict=True):
+        assert torch.equal(state[slots - 1].view(torch.int16), source[0].view(torch.int16))
         assert state[slots - 2].isnan().all()

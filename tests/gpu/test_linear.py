@@ -1,9 +1,17 @@
-"""The fused linear kernels on a GPU, against the operator in PyTorch."""
+"""The fused linear kernels on a GPU equal the operator in PyTorch."""
 
 import pytest
 import torch
-from inplace.kernels.argmax import argmax, argmax_workspace
-from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, linear_workspace
+from inplace.kernels.linear import (
+    GemvBlocks,
+    LinearBlocks,
+    LinearSpec,
+    PipelinedBlocks,
+    SlicedKBlocks,
+    linear,
+    linear_workspace,
+)
+from inplace.kernels.sample import argmax, argmax_workspace
 from inplace.operators import argmax as reference_argmax
 from inplace.operators import linear as reference_linear
 
@@ -27,7 +35,9 @@ SPECS = pytest.mark.parametrize(
 )
 
 
-def check(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | None = None) -> None:
+def check(
+    spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: LinearBlocks | None = None
+) -> None:
     torch.manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -47,7 +57,7 @@ def check(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | No
     expected = reference_linear(*wide, eps=spec.eps, activation=spec.activation, gated=spec.gated)  # type: ignore[arg-type]
     for pdl in (False, True):
         out.fill_(float("nan"))
-        torch.cuda.synchronize()  # weights may be read before the kernel ahead has finished
+        torch.cuda.synchronize()  # weights may be read before the preceding kernel has ended
         linear(
             spec, x=x, weight=weight, bias=bias, norm=norm, residual=residual, out=out,
             workspace=workspace.data_ptr(), tokens=tokens, pdl=pdl, blocks=blocks,
@@ -66,16 +76,16 @@ def test_equals_the_operator(spec: LinearSpec, tokens: int, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("tokens", "blocks"),
     [
-        (1, Gemv(16, 256, 8)),
-        (5, Few(16, 16, 2)),
-        (8, Few(32, 64, 4)),
-        (16, Few(16, 32, 8)),
-        (8, Skinny(64, 256, 4, 2)),
-        (33, Skinny(64, 128, 8, 2)),
+        (1, GemvBlocks(16, 256, 8)),
+        (5, SlicedKBlocks(16, 16, 2)),
+        (8, SlicedKBlocks(32, 64, 4)),
+        (16, SlicedKBlocks(16, 32, 8)),
+        (8, PipelinedBlocks(64, 256, 4, 2)),
+        (33, PipelinedBlocks(64, 128, 8, 2)),
     ],
     ids=str,
 )
-def test_any_blocks_compute_the_same(spec: LinearSpec, tokens: int, blocks: Blocks) -> None:
+def test_any_blocks_compute_the_same(spec: LinearSpec, tokens: int, blocks: LinearBlocks) -> None:
     check(spec, tokens, torch.bfloat16, blocks)
 
 

@@ -1,4 +1,4 @@
-"""The sampling kernel on a GPU: the operator's tokens, bit for bit, at the sizes of real vocabularies."""
+"""The sampling kernel on a GPU chooses the operator's tokens, with vocabularies of real size."""
 
 import pytest
 import torch
@@ -25,22 +25,22 @@ def test_a_gpu_chooses_the_tokens_of_a_cpu(rows: int, count: int, make: object) 
     temperature = torch.tensor([1.0, 0.0, 0.7, 1.3, 2.0, 0.1])[pick]
     top_k = torch.tensor([0, 0, 50, 0, 40, 1])[pick].int()
     top_p = torch.tensor([1.0, 1.0, 1.0, 0.8, 0.9, 1.0])[pick]
-    wanted = [
+    parameters = [
         temperature,
         top_k,
         top_p,
         torch.randint(-(2**63), 2**63 - 1, (rows,)),
         torch.arange(rows).int(),
     ]
-    expected = sample(scores, *wanted)
-    given = [part.cuda() for part in (scores, *wanted)]
+    expected = sample(scores, *parameters)
+    on_gpu = [part.cuda() for part in (scores, *parameters)]
     names = ("scores", "temperature", "top_k", "top_p", "seeds", "positions")
     locks = torch.zeros(rows, dtype=torch.int32, device="cuda")
     workspace = torch.empty(sample_workspace(rows) // 4, device="cuda")
     for pdl in (False, True):
         out = torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
         launch(
-            **dict(zip(names, given, strict=True)),
+            **dict(zip(names, on_gpu, strict=True)),
             out=out,
             workspace=workspace,
             locks=locks,
@@ -50,4 +50,4 @@ def test_a_gpu_chooses_the_tokens_of_a_cpu(rows: int, count: int, make: object) 
         )
         assert torch.equal(out.cpu(), expected)
         assert not locks.any()
-    assert torch.equal(sample(*given).cpu(), expected)
+    assert torch.equal(sample(*on_gpu).cpu(), expected)

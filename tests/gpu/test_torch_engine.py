@@ -1,4 +1,4 @@
-"""The PyTorch engine on a GPU; building there verifies it against the model."""
+"""The PyTorch engine on a GPU; its build compares it with the model."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ def test_a_decoder_builds_and_verifies_on_the_gpu(tmp_path: Path, dtype: Dtype) 
     instance = ModelInstance.open(tmp_path / "out" / "1")
     arena = instance.arena
     addresses = arena.addresses()
-    ids, said = torch.tensor([[5, 6, 7]]), []
+    ids, tokens = torch.tensor([[5, 6, 7]]), []
     for step in range(16):
         work = instance.admit(Request(1, step == 0, False, {"input_ids": ids}))
         instance.step([work])
         instance.finish(work)
         ids = work.outputs["next_token"]
-        said.append(int(ids))
+        tokens.append(int(ids))
     assert arena.addresses() == addresses
     if dtype is Dtype.FLOAT32:
-        assert said == greedy(model, [5, 6, 7], 16)
+        assert tokens == greedy(model, [5, 6, 7], 16)

@@ -1,4 +1,4 @@
-"""Steps of `inplace::attention` and their reference, written out in plain PyTorch."""
+"""Steps of `inplace::attention` and a reference for them in plain PyTorch."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A copy to compare bit for bit: NaN equals NaN only with the same payload."""
+    """A copy as bytes: NaN equals NaN only with the same payload."""
     return tensor.detach().clone().contiguous().view(torch.uint8)
 
 
@@ -22,7 +22,7 @@ def indices(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a step: its slot, its cached length, and how many tokens it brings."""
+    """One row of a step: its slot, its cached length, and its number of tokens."""
 
     slot: int
     start: int
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass
 class Case:
-    """A step of `attention`: random histories, states that are NaN wherever no history lies, and new tokens."""
+    """A step of `attention`: random cached entries, NaN in the rest of the states, new tokens."""
 
     rows: list[Row]
     options: Options = field(default_factory=Options)
@@ -105,7 +105,7 @@ class Case:
         )
 
     def reference(self) -> Tensor:
-        """Every token and head by itself, over keys gathered from the row's whole history, in float64."""
+        """Each token and head separately, over the row's whole history of keys, in float64."""
         out = torch.zeros(len(self.query), self.heads, self.value_dim, dtype=torch.float64)
         for row, (keys, values), first in zip(
             self.rows, self.history, self.offsets[:-1], strict=True
@@ -117,7 +117,7 @@ class Case:
                 values = torch.cat([values, self.value[first : first + row.tokens]])
             for token in range(row.tokens):
                 own = row.start + token
-                seen = [
+                visible = [
                     position
                     for position in range(len(keys))
                     if (not self.options.causal or position <= own)
@@ -128,7 +128,10 @@ class Case:
                     query = self.query[first + token, head].double()
                     scores = (
                         torch.stack(
-                            [(query * keys[position, shared].double()).sum() for position in seen]
+                            [
+                                (query * keys[position, shared].double()).sum()
+                                for position in visible
+                            ]
                         )
                         * self.scale
                     )
@@ -138,12 +141,12 @@ class Case:
                     weights = weights / weights.sum()
                     out[first + token, head] = sum(
                         weight * values[position, shared].double()
-                        for weight, position in zip(weights, seen, strict=True)
+                        for weight, position in zip(weights, visible, strict=True)
                     )
         return out
 
     def check(self) -> Tensor:
-        """The outputs are the reference's, only the appended rows changed, and nothing moved; returns the outputs."""
+        """Compare a step with the reference, bytes that must not change included; the outputs."""
         addresses = (self.key_state.data_ptr(), self.value_state.data_ptr())
         allowed = (self.key_state.clone(), self.value_state.clone())
         if self.key is not None and self.value is not None:
@@ -164,10 +167,10 @@ class Case:
 
 
 def place(state: Tensor, slot: int, entries: Tensor, start: int) -> None:
-    """Entries ``[count, kv_heads, dim]`` at positions ``start…`` of a slot, one by one, modulo the capacity."""
+    """Write entries ``[count, kv_heads, dim]`` of a slot from ``start``, modulo the capacity."""
     for index, entry in enumerate(entries):
         state[slot, :, (start + index) % state.shape[2]] = entry
 
 
 RAGGED = [Row(4, 7, 1), Row(0, 0, 5), Row(2, 9, 3), Row(5, 0, 1)]
-"""Decode one sequence, prefill a second, continue a third with a chunk, begin a fourth, in one step."""
+"""In one step: decode, prefill from the start, prefill a later chunk, start with one token."""

@@ -1,4 +1,4 @@
-"""Run a plan on the GPU with PyTorch's tensors: for tests only; the runtime has an engine of its own."""
+"""Runs a plan on the GPU with PyTorch's tensors, for tests of the builder alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ class PlanRunner:
     """A deserialized plan.
 
     Args:
-        tensorrt: what built it.
-        plan: as `compile_network` returned it.
+        tensorrt: the TensorRT that built it.
+        plan: the return value of `compile_network`.
     """
 
     def __init__(self, tensorrt: TensorRT, plan: Any) -> None:
@@ -40,14 +40,14 @@ class PlanRunner:
         """One step.
 
         Args:
-            inputs: by name, on any device; those the plan does not have are left out.
-            outputs: where to write some of the outputs, CUDA tensors; others get new memory.
+            inputs: by name, on any device; inputs that the plan does not have are ignored.
+            outputs: CUDA tensors to write some of the outputs to; others get new memory.
 
         Returns:
-            Every output, on the GPU; ready when this returns.
+            Every output by name, on the GPU, after a synchronisation.
         """
-        alive = {name: inputs[name].cuda().contiguous() for name in self.inputs}
-        for name, tensor in alive.items():
+        bound = {name: inputs[name].cuda().contiguous() for name in self.inputs}
+        for name, tensor in bound.items():
             assert tensor.dtype == self.tensorrt.torch_dtype(self.engine.get_tensor_dtype(name)), (
                 name
             )
@@ -55,15 +55,15 @@ class PlanRunner:
                 f"{name} {tuple(tensor.shape)}"
             )
             assert self.context.set_tensor_address(name, tensor.data_ptr())
-        found = dict(outputs or {})
+        results = dict(outputs or {})
         for name in self.outputs:
-            if name not in found:
+            if name not in results:
                 dtype = self.tensorrt.torch_dtype(self.engine.get_tensor_dtype(name))
-                found[name] = torch.empty(
+                results[name] = torch.empty(
                     tuple(self.context.get_tensor_shape(name)), dtype=dtype, device="cuda"
                 )
-            assert self.context.set_tensor_address(name, found[name].data_ptr())
+            assert self.context.set_tensor_address(name, results[name].data_ptr())
         torch.cuda.synchronize()  # the inputs were made on another stream
         assert self.context.execute_async_v3(self.stream.cuda_stream)
         self.stream.synchronize()
-        return found
+        return results

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, on a CPU; `unit/test_kernels.py` runs this file in a process with ``TRITON_INTERPRET=1``.
+"""The kernels in Triton's interpreter; `tests/unit/test_kernels.py` runs this file.
 
 fp32 and fp16 only: the interpreter's `tl.dot` is wrong for bf16 (Triton 3.6).
 """
@@ -11,13 +11,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inplace.kernels.attention import AttentionSpec, attention_workspace
-from inplace.kernels.linear import Blocks, Few, Gemv, LinearSpec, Skinny, linear, streaming_blocks
+from inplace.kernels.linear import (
+    GemvBlocks,
+    LinearBlocks,
+    LinearSpec,
+    PipelinedBlocks,
+    SlicedKBlocks,
+    choose_blocks,
+    linear,
+)
 from inplace.operators import linear as reference_linear
 from inplace.operators.attention import _attention_on_gpu
 from inplace.operators.state import _update_on_gpu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from support.kernel_cases import AttentionCase, Row, check_update, rotate
+from support.attention_case import Row
+from support.kernel_cases import AttentionCase, check_update, rotate
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
@@ -25,7 +34,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 DECODE = [Row(4, 7, 1), Row(0, 0, 1), Row(-1, 3, 1), Row(2, 47, 1), Row(5, 16, 1)]
 MIXED = [Row(4, 7, 1), Row(0, 0, 21), Row(-1, 0, 3), Row(3, 5, 0), Row(2, 30, 17), Row(5, 16, 1)]
-"""Decode, a prompt, a null row, an empty row, a chunk that continues, decode; more tokens than a block of queries holds."""
+"""Decode, a prompt, a null row, an empty row, a later chunk of a prompt, decode.
+
+Together more tokens than a block of queries has.
+"""
 STEPS = pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 
 
@@ -68,8 +80,8 @@ def test_values_of_another_width(dims: tuple[int, int], rows: list[Row]) -> None
 def test_windows_and_soft_caps(options: dict[str, Any], rows: list[Row]) -> None:
     plain = AttentionCase(spec(), rows).check()
     changed = AttentionCase(spec(**options), rows).check()
-    same = rows is DECODE and "causal" in options  # one token sees all there is
-    assert same or (plain - changed).abs().max() > 0.01  # the case is one where it matters
+    is_same = rows is DECODE and "causal" in options  # one token sees all positions anyway
+    assert is_same or (plain - changed).abs().max() > 0.01, "the option makes no difference"
 
 
 @pytest.mark.parametrize("start", [0, 3, 9, 31, 32, 33, 100])
@@ -265,8 +277,10 @@ LINEAR = [
 ]
 
 
-def check_linear(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Blocks | None) -> None:
-    """One launch against the operator in float64; what lies beyond the result stays untouched."""
+def check_linear(
+    spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: LinearBlocks | None
+) -> None:
+    """Compare one launch with the operator in float64; memory after the result stays as it was."""
     torch.manual_seed(0)
     x, weight = (
         torch.randn(tokens, spec.inputs).to(dtype),
@@ -302,18 +316,20 @@ def check_linear(spec: LinearSpec, tokens: int, dtype: torch.dtype, blocks: Bloc
 @pytest.mark.parametrize(
     ("tokens", "blocks"),
     [
-        (1, Gemv(16, 64, 2)),
-        (1, Gemv(8, 512, 4)),
-        (2, Few(16, 16, 2)),
-        (8, Few(32, 32, 4)),
-        (11, Few(16, 64, 4)),
-        (3, Skinny(16, 64, 4, 3)),
-        (40, Skinny(64, 32, 4, 2)),
+        (1, GemvBlocks(16, 64, 2)),
+        (1, GemvBlocks(8, 512, 4)),
+        (2, SlicedKBlocks(16, 16, 2)),
+        (8, SlicedKBlocks(32, 32, 4)),
+        (11, SlicedKBlocks(16, 64, 4)),
+        (3, PipelinedBlocks(16, 64, 4, 3)),
+        (40, PipelinedBlocks(64, 32, 4, 2)),
         *((tokens, None) for tokens in (1, 2, 16)),
     ],
     ids=str,
 )
-def test_a_linear_layer_of_few_rows(tokens: int, blocks: Blocks | None, spec: LinearSpec) -> None:
+def test_a_linear_layer_of_few_rows(
+    tokens: int, blocks: LinearBlocks | None, spec: LinearSpec
+) -> None:
     check_linear(spec, tokens, torch.float16, blocks)
     if blocks is None:
         check_linear(spec, tokens, torch.float32, blocks)
@@ -321,5 +337,5 @@ def test_a_linear_layer_of_few_rows(tokens: int, blocks: Blocks | None, spec: Li
 
 def test_a_head_of_many_rows_is_streamed() -> None:
     spec = replace(LINEAR[-1], outputs=300)
-    assert isinstance(streaming_blocks(spec, 64, 2), Skinny)
+    assert isinstance(choose_blocks(spec, 64, 2), PipelinedBlocks)
     check_linear(spec, 33, torch.float16, None)

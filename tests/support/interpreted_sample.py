@@ -1,4 +1,4 @@
-"""The sampling kernel in Triton's interpreter; `unit/test_sample.py` runs this file in a process with ``TRITON_INTERPRET=1``."""
+"""The sampling kernel in Triton's interpreter; `tests/unit/test_sample.py` runs this file."""
 
 import pytest
 import torch
@@ -12,14 +12,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture
-def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each program is slow to interpret; most of 32 would have nothing to do."""
-    monkeypatch.setattr(kernels, "MOST_PARTS", 4)
-    monkeypatch.setattr(kernels, "FEW_PARTS", 2)
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer programs: each is slow to interpret, and most of 32 would have nothing to do."""
+    monkeypatch.setattr(kernels, "MAX_SPLITS", 4)
+    monkeypatch.setattr(kernels, "MIN_SPLITS", 2)
 
 
 def parameters(rows: int) -> list[Tensor]:
-    """Greedy rows among those that keep all, few by number, few by mass, few by both; seeds and positions over their whole range."""
+    """Parameters of greedy rows, and of rows with and without top-k and top-p.
+
+    Seeds and positions are from their whole range.
+    """
     top_k = torch.tensor([0, 0, 9, 0, 5, 1])
     top_p = torch.tensor([1.0, 1.0, 1.0, 0.8, 0.9, 1.0])
     temperature = torch.tensor([0.0, 1.0, 0.7, 1.3, 2.0, 0.1])
@@ -35,23 +38,23 @@ def parameters(rows: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("rows", "count"), [(6, 1), (6, 7), (9, 1500), (6, 5000)])
-@pytest.mark.usefixtures("few_parts")
+@pytest.mark.usefixtures("few_splits")
 def test_the_kernel_chooses_the_operator_s_tokens(rows: int, count: int) -> None:
     torch.manual_seed(count)
     scores = torch.randn(rows, count) * 3
-    wanted = parameters(rows)
-    assert torch.equal(_sample_on_gpu(scores, *wanted), sample(scores, *wanted))
+    sampling = parameters(rows)
+    assert torch.equal(_sample_on_gpu(scores, *sampling), sample(scores, *sampling))
     tied = (scores * 2).round() / 2  # many tokens of one score, at the thresholds too
-    assert torch.equal(_sample_on_gpu(tied, *wanted), sample(tied, *wanted))
+    assert torch.equal(_sample_on_gpu(tied, *sampling), sample(tied, *sampling))
 
 
 def test_with_as_many_parts_as_on_a_gpu() -> None:
     torch.manual_seed(0)
-    scores, wanted = torch.randn(3, 5000), [part[-3:] for part in parameters(6)]
-    assert torch.equal(_sample_on_gpu(scores, *wanted), sample(scores, *wanted))
+    scores, sampling = torch.randn(3, 5000), [part[-3:] for part in parameters(6)]
+    assert torch.equal(_sample_on_gpu(scores, *sampling), sample(scores, *sampling))
 
 
-@pytest.mark.usefixtures("few_parts")
+@pytest.mark.usefixtures("few_splits")
 def test_every_rank_of_a_threshold() -> None:
     torch.manual_seed(0)
     ranks, row = torch.arange(10), torch.ones(10)
@@ -59,20 +62,20 @@ def test_every_rank_of_a_threshold() -> None:
         (torch.randn(1, 10) * 2, row),
         ((torch.randn(1, 10) * 2).round(), (1 + ranks) / 11),
     ]:
-        wanted = [3 * row, ranks.int(), top_p, ranks * 7, ranks.int()]
+        sampling = [3 * row, ranks.int(), top_p, ranks * 7, ranks.int()]
         repeated = scores.expand(10, 10).contiguous()
-        assert torch.equal(_sample_on_gpu(repeated, *wanted), sample(repeated, *wanted))
+        assert torch.equal(_sample_on_gpu(repeated, *sampling), sample(repeated, *sampling))
 
 
 @pytest.mark.parametrize("odd", [float("-inf"), float("inf"), float("nan")])
-@pytest.mark.usefixtures("few_parts")
+@pytest.mark.usefixtures("few_splits")
 def test_odd_scores_end(odd: float) -> None:
-    """Whatever an engine says, the kernel ends and names a token."""
+    """The kernel ends and chooses a token, whatever the scores are."""
     scores = torch.randn(6, 50)
     scores[:, ::2] = odd
-    found = _sample_on_gpu(scores, *parameters(6))
-    assert bool(((found >= 0) & (found < 50)).all())
+    tokens = _sample_on_gpu(scores, *parameters(6))
+    assert bool(((tokens >= 0) & (tokens < 50)).all())
     if odd == float("-inf"):
-        assert bool((found % 2 == 1).all())
+        assert bool((tokens % 2 == 1).all())
     scores[:] = odd
     assert bool((_sample_on_gpu(scores, *parameters(6)) >= 0).all())

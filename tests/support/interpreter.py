@@ -1,4 +1,7 @@
-"""Kernels on a CPU: files of tests that run in Triton's interpreter, in a process of their own: Triton reads the variable at import."""
+"""Runs files of tests in Triton's interpreter, on a CPU.
+
+Each in a process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported.
+"""
 
 import os
 import subprocess
@@ -13,7 +16,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 def interpreter_works() -> bool:
-    """Triton's interpreter (3.6) takes loop bounds from arrays of one element, which NumPy has deprecated."""
+    """Whether NumPy converts arrays of one element to numbers, as Triton 3.6's interpreter does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
@@ -29,7 +32,11 @@ needs_interpreter = pytest.mark.skipif(
 
 
 def run_interpreted(name: str) -> None:
-    """Run the tests of a file of this folder; AssertionError with what they printed if one fails."""
+    """Run the tests of a file of this folder.
+
+    Raises:
+        AssertionError: one fails; the text has its output.
+    """
     command = [
         sys.executable,
         "-m",
@@ -41,8 +48,8 @@ def run_interpreted(name: str) -> None:
         str(TESTS / name),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parent
     )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+    assert " passed" in process.stdout

@@ -1,6 +1,7 @@
-"""Steps to run the attention and update kernels on, and the operators' CPU implementation as their reference.
+"""Steps for the attention and update kernels, compared with the operators on the CPU.
 
-States are NaN where no history lies: what a kernel must not read would show. Used by the interpreter's tests and by the GPU's.
+States are NaN outside the cached entries, so a kernel that reads more gives NaN. Used in Triton's
+interpreter and on a GPU.
 """
 
 from dataclasses import dataclass, field
@@ -11,36 +12,30 @@ from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import attention as reference_attention
 from torch import Tensor
 
+from support.attention_case import Row, bits
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest relative error of a token's output against the reference in float32."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a step: its slot, its cached length, how many tokens it brings."""
-
-    slot: int
-    start: int
-    tokens: int
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """To compare bit for bit: NaN equals NaN."""
-    return tensor.detach().clone().contiguous().view(torch.uint8)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Transformers' ``apply_rotary_pos_emb`` on ``[tokens, heads, dim]``, for the first components if cos has fewer than dim."""
+    """Transformers' ``apply_rotary_pos_emb`` on ``[tokens, heads, dim]``.
+
+    If cos has fewer than dim components, only so many are rotated.
+    """
     width = cos.shape[1]
-    turned, rest = x[..., :width], x[..., width:]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-    return torch.cat([turned, rest], -1)
+    head, rest = x[..., :width], x[..., width:]
+    first, second = head.chunk(2, -1)
+    rotated = head * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    return torch.cat([rotated, rest], -1)
 
 
 @dataclass
 class AttentionCase:
-    """A step of attention: random histories, NaN elsewhere, and query, key and value as slices of one merged projection."""
+    """A step of attention: random cached entries, NaN elsewhere, and a merged projection.
+
+    Query, key and value are slices of the projection.
+    """
 
     spec: AttentionSpec
     rows: list[Row]
@@ -80,12 +75,12 @@ class AttentionCase:
         )
         for row in self.rows:
             if row.slot >= 0:
-                held = torch.arange(max(0, row.start - self.capacity), row.start) % self.capacity
-                self.key_state[row.slot, :, held] = draw(spec.kv_heads, len(held), spec.dim).to(
+                cached = torch.arange(max(0, row.start - self.capacity), row.start) % self.capacity
+                self.key_state[row.slot, :, cached] = draw(spec.kv_heads, len(cached), spec.dim).to(
                     self.dtype
                 )
-                self.value_state[row.slot, :, held] = draw(
-                    spec.kv_heads, len(held), spec.value_dim
+                self.value_state[row.slot, :, cached] = draw(
+                    spec.kv_heads, len(cached), spec.value_dim
                 ).to(self.dtype)
         for name in ("merged", "cos", "sin", "key_state", "value_state"):
             setattr(self, name, getattr(self, name).to(self.device))
@@ -139,7 +134,7 @@ class AttentionCase:
         return self.out
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The reference's output in float32, and the states after it (float32, on the CPU), from the states as they are now."""
+        """The operator's output and the key and value states after it; float32, on the CPU."""
         spec = self.spec
         query, key, value = (x.float().cpu() for x in (self.query, self.key, self.value))
         if spec.rotary:
@@ -168,7 +163,7 @@ class AttentionCase:
     def compare(
         self, out: Tensor, expected: tuple[Tensor, Tensor, Tensor], before: tuple[Tensor, Tensor]
     ) -> None:
-        """Outputs and appended entries are the reference's; every other byte of the states is what it was."""
+        """Check that outputs and appended entries are as expected and no other byte changed."""
         tolerance = TOLERANCE[self.dtype]
         result = out.float().cpu()
         assert torch.isfinite(result).all(), (
@@ -187,16 +182,16 @@ class AttentionCase:
                     written[
                         row.slot, torch.arange(row.start, row.start + row.tokens) % self.capacity
                     ] = True
-            found = state.cpu()
-            entries = written[:, None, :].expand(found.shape[:3])
-            assert torch.equal(bits(found[~entries]), bits(old.cpu()[~entries]))
+            actual = state.cpu()
+            entries = written[:, None, :].expand(actual.shape[:3])
+            assert torch.equal(bits(actual[~entries]), bits(old.cpu()[~entries]))
             torch.testing.assert_close(
-                found[entries].float(), new[entries], rtol=tolerance, atol=tolerance
+                actual[entries].float(), new[entries], rtol=tolerance, atol=tolerance
             )
         assert not self.locks.any()
 
     def check(self) -> Tensor:
-        """One launch against the reference."""
+        """Compare one launch with the operator; returns its output."""
         expected, before = self.expected(), (self.key_state.clone(), self.value_state.clone())
         out = self.launch()
         self.compare(out, expected, before)
@@ -213,7 +208,10 @@ def check_update(
     ring: bool = False,
     device: str = "cpu",
 ) -> None:
-    """An append along ``axis`` (0: replace) of a state ``[6, *shape]`` against the operator, bit for bit."""
+    """Compare an append along ``axis`` of a state ``[6, *shape]`` with the operator, bit for bit.
+
+    Axis 0 replaces whole slots.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*extents: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A small module of one operator and its inputs, and many of them as one network."""
+"""A small module of one operator with its inputs, and many of them as one network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from torch.export import Dim
 aten = torch.ops.aten
 N_RANGE, M_RANGE = (1, 16), (1, 8)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Absolute and relative, by the type of the result: a few units in the last place, TF32 off."""
+"""Absolute and relative, by the dtype of the result: a few units in the last place, TF32 off."""
 SMALL, LARGE = {"n": 3, "m": 2}, {"n": 7, "m": 5}
 
 
 @dataclass(frozen=True)
 class Arg:
-    """An input: its extents (``"n"`` and ``"m"`` vary), its type and the range of its random values."""
+    """An input: its extents (``"n"`` and ``"m"`` vary), its dtype and the range of its values."""
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype = torch.float32
@@ -56,20 +56,22 @@ class Case:
         return tuple(arg.make(sizes, generator) for arg in self.inputs)
 
     def check(self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        """Compare what ``run`` gives with what PyTorch gives, at two sizes; outputs are named ``out_0`` and so on."""
+        """Compare the outputs of ``run``, named ``out_0`` etc., with PyTorch's at two sizes."""
         for sizes in (SMALL, LARGE):
             inputs = self.examples(sizes)
-            found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
-            self.compare(inputs, [found[name] for name in self.outputs])
+            results = run({f"xs_{index}": x for index, x in enumerate(inputs)})
+            self.compare(inputs, [results[name] for name in self.outputs])
 
-    def compare(self, inputs: tuple[Tensor, ...], found: Sequence[Tensor]) -> None:
-        """Compare these outputs with what PyTorch gives for the inputs."""
-        for got, want in zip(found, self.results(inputs), strict=True):
-            limit = TOLERANCE.get(want.dtype, 0.0)
-            torch.testing.assert_close(got.cpu(), want, rtol=limit, atol=limit, equal_nan=True)
+    def compare(self, inputs: tuple[Tensor, ...], outputs: Sequence[Tensor]) -> None:
+        """Compare these outputs with PyTorch's for the inputs."""
+        for actual, expected in zip(outputs, self.results(inputs), strict=True):
+            limit = TOLERANCE.get(expected.dtype, 0.0)
+            torch.testing.assert_close(
+                actual.cpu(), expected, rtol=limit, atol=limit, equal_nan=True
+            )
 
     def results(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What PyTorch gives."""
+        """PyTorch's outputs."""
         with torch.no_grad():
             result = self.module(*inputs)
         return list(result) if isinstance(result, list | tuple) else [result]
@@ -120,7 +122,7 @@ class Call(nn.Module):
 
 
 class Together(nn.Module):
-    """Several modules beside one another: their inputs and their outputs one after another."""
+    """Several modules in one: their inputs and their outputs concatenated."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         super().__init__()
@@ -128,16 +130,16 @@ class Together(nn.Module):
         self.modules_of_cases = nn.ModuleList(case.module for case in cases)
 
     def forward(self, *xs: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
+        results: list[Tensor] = []
         for case in self.cases:
-            found += case.results(xs[: len(case.inputs)])
+            results += case.results(xs[: len(case.inputs)])
             xs = xs[len(case.inputs) :]
-        return found
+        return results
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Cases that share one network, because a network of one operator takes TensorRT seconds to build."""
+    """Cases that share a network: TensorRT takes seconds to build one, however small."""
 
     cases: tuple[Case, ...]
 
@@ -153,14 +155,14 @@ class Batch:
     def run(
         self, run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
     ) -> dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]]:
-        """For each case its inputs and what ``run`` gave for them, at two sizes; see `Case.compare`."""
+        """For each case its inputs and the outputs of ``run``, at two sizes; see `Case.compare`."""
         parts: dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]]] = {
             case.name: [] for case in self.cases
         }
         for sizes in (SMALL, LARGE):
             inputs = self.case.examples(sizes)
-            found = run({f"xs_{index}": x for index, x in enumerate(inputs)})
-            outputs = [found[name] for name in self.case.outputs]
+            results = run({f"xs_{index}": x for index, x in enumerate(inputs)})
+            outputs = [results[name] for name in self.case.outputs]
             for case in self.cases:
                 own, inputs = inputs[: len(case.inputs)], inputs[len(case.inputs) :]
                 count = len(case.results(own))
@@ -170,7 +172,7 @@ class Batch:
 
 
 def op(overload: Any, *arguments: Any, name: str = "", **keywords: Any) -> Case:
-    """One operator on inputs (`Arg`) and constants; inputs may also stand in a list."""
+    """One operator on inputs (`Arg`) and constants; a list may have inputs too."""
     inputs: list[Arg] = []
 
     def place(argument: Any) -> Any:

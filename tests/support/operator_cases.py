@@ -1,4 +1,7 @@
-"""Every operator that has a converter, in small modules: the CPU tests compile them, the GPU tests run them beside PyTorch."""
+"""Every operator that has a converter, in small modules.
+
+The CPU tests compile them, the GPU tests compare them with PyTorch.
+"""
 
 import torch
 from torch import nn

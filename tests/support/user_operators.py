@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from inplace.kernels.memory import as_tensor
-from inplace.plugins import Operation
-from inplace.plugins.operation import Launch
+from inplace.plugins import Launch, Operation
 from inplace.trt import TensorRT
 from torch import Tensor, nn
 

@@ -17,24 +17,34 @@ def test_kernels_equal_the_operators_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        ({"heads": 5}, "5 query heads do not divide over 2 kv heads"),
+        ({"heads": 5}, "5 query heads are not a multiple of 2 kv heads"),
         ({"dim": 513}, "head dimensions 513 and 64 must be from 1 to 512"),
         ({"rotary": 33}, "rotary is 33; it must be even and at most the head dimension 64"),
         ({"window": -1}, "window -1 and softcap 0.0 must not be negative"),
     ],
 )
-def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         replace(AttentionSpec(4, 2, 64, 64, 0.125), **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("spec", "capacity", "missing", "says"),
+    ("spec", "capacity", "missing", "message"),
     [
-        (AttentionSpec(4, 2, 64, 64, 0.125), 64, "key", "append needs key and value"),
-        (AttentionSpec(4, 2, 64, 64, 0.125, append=False), 64, "", "without append there are none"),
+        (
+            AttentionSpec(4, 2, 64, 64, 0.125),
+            64,
+            "key",
+            "key and value must be given exactly when append is True",
+        ),
+        (
+            AttentionSpec(4, 2, 64, 64, 0.125, append=False),
+            64,
+            "",
+            "key and value must be given exactly when append is True",
+        ),
         (
             AttentionSpec(4, 2, 64, 64, 0.125, rotary=64),
             64,
@@ -50,10 +60,10 @@ def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], says:
     ],
 )
 def test_arguments_that_contradict_the_spec_are_refused_before_a_launch(
-    spec: AttentionSpec, capacity: int, missing: str, says: str
+    spec: AttentionSpec, capacity: int, missing: str, message: str
 ) -> None:
     memory, control = Pointer(4096, float16), Pointer(4096, int32)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         attention(
             spec,
             query=memory,
@@ -88,7 +98,7 @@ def test_a_workspace_is_enough_for_every_smaller_step() -> None:
 
 def test_entries_that_do_not_divide_over_rows_are_refused() -> None:
     memory, control = Pointer(4096, torch_bool), Pointer(4096, int32)
-    with pytest.raises(ValueError, match="7 entries do not divide over 2 rows"):
+    with pytest.raises(ValueError, match="7 entries are not a multiple of 2 rows"):
         update(
             UpdateSpec(1, 8, 1),
             state=memory,

@@ -1,4 +1,4 @@
-"""`inplace::attention` against a reference in plain PyTorch, over states whose untouched parts are NaN."""
+"""`inplace::attention` equals a reference in plain PyTorch; the rest of the states is NaN."""
 
 import random
 
@@ -93,7 +93,7 @@ def test_a_ring_wraps(start: int, kv_heads: int, dtype: torch.dtype) -> None:
 def test_softcap_bounds_the_scores(options: Options, dtype: torch.dtype) -> None:
     capped = Case(RAGGED, options, dtype=dtype).check()
     free = Case(RAGGED, Options(causal=options.causal, window=options.window), dtype=dtype).check()
-    assert (capped - free).abs().max() > 0.01  # the case is one where it matters
+    assert (capped - free).abs().max() > 0.01, "the cap makes no difference"
 
 
 def test_without_causality_a_token_sees_its_whole_chunk() -> None:
@@ -138,7 +138,7 @@ def test_any_step_equals_the_reference(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "options", "says"),
+    ("row", "options", "message"),
     [
         (Row(1, 15, 2), Options(), "rows 15:17 are outside a slot that holds 16"),
         (Row(1, 16, 1), Options(), "rows 16:17 are outside a slot that holds 16"),
@@ -148,11 +148,11 @@ def test_any_step_equals_the_reference(seed: int) -> None:
     ],
 )
 def test_an_append_that_does_not_fit_is_an_index_error_and_writes_nothing(
-    row: Row, options: Options, says: str
+    row: Row, options: Options, message: str
 ) -> None:
     case = Case([row], options)
     before = bits(case.key_state), bits(case.value_state)
-    with pytest.raises(IndexError, match=says):
+    with pytest.raises(IndexError, match=message):
         case.run()
     assert torch.equal(before[0], bits(case.key_state))
     assert torch.equal(before[1], bits(case.value_state))
@@ -162,7 +162,7 @@ def test_an_append_that_does_not_fit_is_an_index_error_and_writes_nothing(
     "options", [Options(), Options(window=3), Options(softcap=1.5), Options(window=5, ring=True)]
 )
 def test_one_token_of_each_of_several_rows(options: Options) -> None:
-    """All appended at once, but where a row is null or goes round a ring."""
+    """One call appends them all, unless a row is null or a ring wraps."""
     rows = [Row(3, 7, 1), Row(0, 0, 1), Row(5, 15, 1)]
     Case(rows, options).check()
     Case([*rows, Row(-1, 2, 1)], options).check()

@@ -1,4 +1,4 @@
-"""`inplace::read` and `inplace::update`: what they gather and write, bit for bit."""
+"""`inplace::read` and `inplace::update` read and write the right entries, bit for bit."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_read_gathers_the_slots_into_new_memory_and_null_rows_are_zero(
 ) -> None:
     state = torch.randint(1, 2 if dtype is torch.bool else 100, (5, *shape)).to(dtype)
     if dtype.is_floating_point:
-        state[[1, 2]] = NAN  # slots nobody asks for
+        state[[1, 2]] = NAN  # slots that are not read
     before = bits(state)
     out = read(state, indices(4, -1, 0, 4))
     assert torch.equal(out, torch.stack([state[4], torch.zeros_like(state[0]), state[0], state[4]]))
@@ -89,8 +89,10 @@ def test_a_packed_append_writes_each_rows_tokens_at_its_index(
     )
     assert torch.equal(bits(state), bits(expected))
     assert state.data_ptr() == address
-    says = "9 rows do not fit a ring of 8" if ring else "rows 0:9 are outside a slot that holds 8"
-    with pytest.raises(IndexError, match=says):
+    message = (
+        "9 rows do not fit a ring of 8" if ring else "rows 0:9 are outside a slot that holds 8"
+    )
+    with pytest.raises(IndexError, match=message):
         update(state, indices(0), value[:9], indices(0, 9), indices(0), axis=axis, ring=ring)
     assert torch.equal(bits(state), bits(expected))
 

@@ -1,6 +1,6 @@
-"""What plugins answer to TensorRT: shapes, types, aliases, and that a plan gives them back as they were.
+"""What plugins answer to TensorRT: shapes, dtypes, aliases; and how a plan stores them.
 
-The classes are TensorRT's own (those of TensorRT for RTX, whose networks take no plugins, so none runs here).
+The base classes are those of TensorRT for RTX. Its networks take no plugins, so none runs here.
 """
 
 from dataclasses import replace
@@ -58,21 +58,21 @@ EXAMPLES: list[Operation] = [
 
 
 @pytest.mark.parametrize("operation", EXAMPLES, ids=str)
-def test_a_plan_gives_back_what_was_built(operation: Operation) -> None:
+def test_a_plan_restores_every_field(operation: Operation) -> None:
     owner = plugins(load_tensorrt("tensorrt_rtx"))
     stored = owner.make(operation).get_fields_to_serialize()
     assert {field.type for field in stored} == {owner.tensorrt.api.PluginFieldType.INT32}
     creators = {
         creator.name: creator for creator in owner.tensorrt.api.get_plugin_registry().all_creators
     }
-    again = creators[operation.name].create_plugin("x", stored, None).operation
-    assert type(again) is type(operation)
+    restored = creators[operation.name].create_plugin("x", stored, None).operation
+    assert type(restored) is type(operation)
     rounded = {
         name: float(np.float32(value))
         for name, value in vars(operation).items()
         if isinstance(value, float)
     }
-    assert again == replace(operation, **rounded)
+    assert restored == replace(operation, **rounded)
 
 
 def test_every_kind_is_registered_under_its_name() -> None:
@@ -90,8 +90,8 @@ def test_attention_aliases_both_states() -> None:
     plugin = plugins(load_tensorrt("tensorrt_rtx")).make(MERGED)
     assert [plugin.get_aliased_input(output) for output in range(3)] == [-1, 3, 4]
     assert plugin.num_outputs == 3
-    apart = EXAMPLES[1]
-    assert apart.output_shapes(
+    separate = EXAMPLES[1]
+    assert separate.output_shapes(
         [[7, 8, 96], [7, 2, 96], [7, 2, 32], [5, 2, 64, 96], [5, 2, 64, 32], [3], [4], [3]]
     )[0] == [7, 8, 32]
 
@@ -158,7 +158,7 @@ def test_activations_survive_a_plan(activation: str) -> None:
     assert LinearOperation.from_fields(layer.to_fields()) == layer
 
 
-def test_update_comes_after_what_was_read() -> None:
+def test_update_takes_results_of_earlier_reads() -> None:
     update = UpdateOperation(axis=1, append=True, readers=2)
     assert update.input_count == 6
     assert dict(update.aliases) == {0: 0}
@@ -167,7 +167,7 @@ def test_update_comes_after_what_was_read() -> None:
     assert not update.accepts(2, [torch.int8, INT, torch.float32])
 
 
-def test_attention_appends_after_what_was_read() -> None:
+def test_attention_takes_results_of_earlier_reads() -> None:
     attention = EXAMPLES[-1]
     assert attention.input_count == 10
     assert dict(attention.aliases) == {1: 3, 2: 4}
@@ -186,7 +186,7 @@ def test_scratch_memory_is_for_many_tokens_only() -> None:
 
 
 def test_a_launch_that_fails_is_counted() -> None:
-    """TensorRT 10.6 was seen to take a step for done whose plugin said that it failed: whoever ran the step compares this."""
+    """TensorRT 10.6 reports success for a step in which a plugin failed; engines compare this."""
     owner = plugins(load_tensorrt("tensorrt_rtx"))
     before = owner.failures
     assert owner.make(MERGED).enqueue([], [], [], [], 0, 0) == 1  # no tensors at all

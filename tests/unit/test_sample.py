@@ -1,11 +1,18 @@
-"""Choosing tokens: the random numbers, what may be chosen, how often, and that nothing but seed and position matters."""
+"""Sampling: the random numbers, what top-k and top-p keep, frequencies, reproducibility."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from inplace.errors import Code, RequestError
-from inplace.kernels.gumbel import UNIT, gumbels, kept, philox, uniforms, weights
+from inplace.kernels.gumbel import (
+    WEIGHT_BITS,
+    exp_weights,
+    gumbel_noise,
+    philox,
+    top_k_top_p_mask,
+    uniforms,
+)
 from inplace.operators import argmax, sample
 from inplace.plugins import OPERATIONS, SampleOperation
 from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
@@ -16,22 +23,21 @@ from torch import Tensor
 def row(
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, position: int = 0
 ) -> list[Tensor]:
-    whole = [torch.tensor([value], dtype=torch.int32) for value in (top_k, position)]
     return [
         torch.tensor([temperature]),
-        whole[0],
+        torch.tensor([top_k], dtype=torch.int32),
         torch.tensor([top_p]),
         torch.tensor([seed]),
-        whole[1],
+        torch.tensor([position], dtype=torch.int32),
     ]
 
 
 def many(
     draws: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
 ) -> list[Tensor]:
-    """One sequence at many positions."""
-    wanted = [part.expand(draws) for part in row(temperature, top_k, top_p, seed)]
-    return [*wanted[:4], torch.arange(draws, dtype=torch.int32)]
+    """The parameters of one sequence at many positions."""
+    parameters = [part.expand(draws) for part in row(temperature, top_k, top_p, seed)]
+    return [*parameters[:4], torch.arange(draws, dtype=torch.int32)]
 
 
 # --- the numbers ---
@@ -49,14 +55,14 @@ def many(
         ),
     ],
 )
-def test_philox_gives_the_words_its_authors_publish(
+def test_philox_has_the_known_answers_of_its_authors(
     counter: tuple[int, ...], seed: int, words: tuple[int, ...]
 ) -> None:
     """The known answers of philox4x32-10 in Random123's ``kat_vectors``."""
     assert tuple(int(word) for word in philox(counter, seed)) == words
 
 
-def test_a_token_s_number_does_not_depend_on_the_vocabulary() -> None:
+def test_the_number_of_a_token_does_not_depend_on_the_vocabulary_size() -> None:
     full = uniforms(3, 5, 5000)
     for count in (1, 255, 1024, 1025, 4999):
         assert torch.equal(uniforms(3, 5, count), full[:count])
@@ -66,43 +72,49 @@ def test_a_token_s_number_does_not_depend_on_the_vocabulary() -> None:
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    found = uniforms(-7, 123, 1 << 16)
-    assert float(found.min()) > 0
-    assert float(found.max()) < 1
-    expected = torch.full((64,), len(found) / 64)
-    assert (
-        float(((found.histc(64, 0, 1) - expected).square() / expected).sum()) < 103.4
-    )  # chi-square, 63 degrees, p = 0.001
+    numbers = uniforms(-7, 123, 1 << 16)
+    assert float(numbers.min()) > 0
+    assert float(numbers.max()) < 1
+    expected = torch.full((64,), len(numbers) / 64)
+    chi_square = float(((numbers.histc(64, 0, 1) - expected).square() / expected).sum())
+    assert chi_square < 103.4  # 63 degrees of freedom, p = 0.001
 
 
-def test_the_logarithm_and_the_exponential_are_those_of_mathematics() -> None:
-    found = torch.cat(
-        [uniforms(1, 2, 1 << 16), torch.tensor([2.0**-33, 2.0**-20, 0.5, 1 / 3, 1 - 2.0**-24])]
-    )
+def test_the_series_approximate_logarithm_and_exponential() -> None:
+    edges = torch.tensor([2.0**-33, 2.0**-20, 0.5, 1 / 3, 1 - 2.0**-24])
+    u = torch.cat([uniforms(1, 2, 1 << 16), edges])
     torch.testing.assert_close(
-        gumbels(found).double(), -(-torch.log1p(-found.double())).log(), rtol=1e-6, atol=1e-6
+        gumbel_noise(u).double(), -(-torch.log1p(-u.double())).log(), rtol=1e-6, atol=1e-6
     )
     x = torch.linspace(-20, 0, 10_001)
     torch.testing.assert_close(
-        weights(x).double() / 2**UNIT, x.double().exp(), rtol=3e-6, atol=2.0**-UNIT
+        exp_weights(x).double() / 2**WEIGHT_BITS,
+        x.double().exp(),
+        rtol=3e-6,
+        atol=2.0**-WEIGHT_BITS,
     )
-    assert weights(torch.tensor([0.0, -28.0, -1e9, float("-inf")])).tolist() == [1 << UNIT, 0, 0, 0]
+    assert exp_weights(torch.tensor([0.0, -28.0, -1e9, float("-inf")])).tolist() == [
+        1 << WEIGHT_BITS,
+        0,
+        0,
+        0,
+    ]
 
 
-# --- what is chosen ---
+# --- tokens ---
 
 
 def test_temperature_zero_is_argmax_and_takes_the_first_of_equals() -> None:
     scores = (torch.randn(50, 300) * 2).round()
-    wanted = [part.expand(50) for part in row(0.0, top_k=7, top_p=0.5, seed=9)]
-    assert torch.equal(sample(scores, *wanted), argmax(scores))
-    assert torch.equal(
-        sample(scores, *wanted)[:, 0], (scores == scores.amax(1, keepdim=True)).int().argmax(1)
-    )
+    parameters = [part.expand(50) for part in row(0.0, top_k=7, top_p=0.5, seed=9)]
+    tokens = sample(scores, *parameters)
+    assert torch.equal(tokens, argmax(scores))
+    first_of_equals = (scores == scores.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(tokens[:, 0], first_of_equals)
 
 
 @pytest.mark.parametrize(("temperature", "seed"), [(1.0, 1), (0.5, 2), (3.0, -3)])
-def test_tokens_come_as_often_as_their_probability_says(temperature: float, seed: int) -> None:
+def test_tokens_are_as_frequent_as_they_are_probable(temperature: float, seed: int) -> None:
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
     draws = 4000
     counts = (
@@ -111,12 +123,11 @@ def test_tokens_come_as_often_as_their_probability_says(temperature: float, seed
         .bincount(minlength=8)
     )
     expected = (scores / temperature).softmax(0) * draws
-    assert (
-        float(((counts - expected).square() / expected).sum()) < 24.3
-    )  # chi-square, 7 degrees, p = 0.001
+    chi_square = float(((counts - expected).square() / expected).sum())
+    assert chi_square < 24.3  # 7 degrees of freedom, p = 0.001
 
 
-def test_what_is_kept_keeps_its_proportions() -> None:
+def test_kept_tokens_keep_their_proportions() -> None:
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
     draws = 3000
     counts = (
@@ -124,21 +135,18 @@ def test_what_is_kept_keeps_its_proportions() -> None:
         .flatten()
         .bincount(minlength=8)
     )
-    assert counts.nonzero().flatten().tolist() == [
-        0,
-        1,
-        6,
-    ]  # of the best four: 0.455 + 0.276 is below 0.8, + 0.167 is not
-    expected = scores[[0, 1, 6]].softmax(0) * draws
-    assert (
-        float(((counts[[0, 1, 6]] - expected).square() / expected).sum()) < 13.8
-    )  # 2 degrees, p = 0.001
+    # Of the best four: 0.455 + 0.276 is below 0.8, + 0.167 is not.
+    kept = [0, 1, 6]
+    assert counts.nonzero().flatten().tolist() == kept
+    expected = scores[kept].softmax(0) * draws
+    chi_square = float(((counts[kept] - expected).square() / expected).sum())
+    assert chi_square < 13.8  # 2 degrees of freedom, p = 0.001
 
 
 @pytest.mark.parametrize(
     "make", [lambda x: x, lambda x: x.round(), lambda x: x * 0], ids=["different", "ties", "equal"]
 )
-def test_what_is_kept_is_what_the_definition_says(make: Callable[[Tensor], Tensor]) -> None:
+def test_top_k_and_top_p_keep_what_their_definition_says(make: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     for top_k, top_p, temperature in [
         (0, 0.5, 1.0),
@@ -149,39 +157,37 @@ def test_what_is_kept_is_what_the_definition_says(make: Callable[[Tensor], Tenso
         (7, 1e-6, 1.0),
     ]:
         scores = make(torch.randn(40) * 2)
-        by_number = [i for i in range(40) if not 0 < top_k <= int((scores > scores[i]).sum())]
+        in_top_k = [i for i in range(40) if not 0 < top_k <= int((scores > scores[i]).sum())]
         mass = (scores.double() / temperature).exp()
         share = [
-            float(
-                mass[[j for j in by_number if scores[j] > scores[i]]].sum() / mass[by_number].sum()
-            )
-            for i in by_number
+            float(mass[[j for j in in_top_k if scores[j] > scores[i]]].sum() / mass[in_top_k].sum())
+            for i in in_top_k
         ]
         expected = [
-            i for i, above in zip(by_number, share, strict=True) if top_p == 1 or above < top_p
+            i for i, above in zip(in_top_k, share, strict=True) if top_p == 1 or above < top_p
         ]
-        found = kept(scores, torch.tensor(temperature), top_k, torch.tensor(top_p))
-        assert found.nonzero().flatten().tolist() == expected
+        mask = top_k_top_p_mask(scores, torch.tensor(temperature), top_k, torch.tensor(top_p))
+        assert mask.nonzero().flatten().tolist() == expected
 
 
-def test_a_row_alone_and_in_any_batch_says_the_same() -> None:
+def test_a_row_gives_the_same_token_alone_and_in_any_batch() -> None:
     torch.manual_seed(0)
     scores = torch.randn(9, 700)
-    wanted = [
+    parameters = [
         torch.rand(9) * 2,
         torch.randint(0, 30, (9,)).int(),
         torch.rand(9),
         torch.randint(-9, 9, (9,)),
         torch.arange(9).int(),
     ]
-    together = sample(scores, *wanted)
+    together = sample(scores, *parameters)
     order = torch.randperm(9)
-    assert torch.equal(sample(scores[order], *(part[order] for part in wanted)), together[order])
+    assert torch.equal(
+        sample(scores[order], *(part[order] for part in parameters)), together[order]
+    )
     for index in range(9):
-        assert (
-            sample(scores[index : index + 1], *(part[index : index + 1] for part in wanted))
-            == together[index]
-        )
+        one = slice(index, index + 1)
+        assert sample(scores[one], *(part[one] for part in parameters)) == together[index]
 
 
 @needs_interpreter
@@ -189,7 +195,7 @@ def test_the_kernel_equals_the_operator_in_the_interpreter() -> None:
     run_interpreted("interpreted_sample.py")
 
 
-def test_the_plugin_says_what_it_takes() -> None:
+def test_the_plugin_checks_the_dtypes_of_its_inputs() -> None:
     plugin = SampleOperation(max_rows=9)
     assert OPERATIONS[plugin.name] is SampleOperation
     assert SampleOperation.from_fields(plugin.to_fields()) == plugin
@@ -201,7 +207,7 @@ def test_the_plugin_says_what_it_takes() -> None:
     assert not plugin.accepts(4, [*dtypes[:4], torch.int32])
 
 
-# --- what a request asks for ---
+# --- parameters of requests ---
 
 
 @pytest.mark.parametrize(
@@ -223,7 +229,7 @@ def test_the_plugin_says_what_it_takes() -> None:
         ({"temperature": "1e-2", "top_p": ".5"}, SamplingParams(0.01, 0, 0.5, 0)),
     ],
 )
-def test_parameters_are_numbers_or_texts_that_spell_them(
+def test_parameters_are_numbers_or_their_text(
     parameters: dict[str, Parameter], expected: SamplingParams
 ) -> None:
     assert SamplingParams.parse(parameters, 99) == expected

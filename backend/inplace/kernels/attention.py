@@ -1,46 +1,46 @@
-"""Attention over slots on a GPU: which kernels a step takes, with which blocks, and what memory they need.
+"""Attention over slots on a GPU: which kernels a step takes, with which blocks and scratch memory.
 
-Nothing here reads device memory: every decision follows from the spec and from token and row counts, so a launch can be captured
-into a CUDA graph and stays right for any lengths.
+Nothing here reads device memory. Every decision follows from the spec and from token and row
+counts, so a launch can be captured into a CUDA graph and stays right for any cached lengths.
 """
 
 from dataclasses import dataclass
 
-from inplace.kernels.decode import decode_kernel
+from inplace.kernels.attention_kernels import append_kernel, decode_kernel, prefill_kernel
 from inplace.kernels.memory import Memory
-from inplace.kernels.prefill import append_kernel, prefill_kernel
 
 MAX_DIM = 512
-"""Widest head the kernels take."""
+"""Largest head dimension that the kernels take."""
 
 
 MAX_SPLITS = 64
-"""Most programs that share one row and kv head; a power of two."""
+"""Most programs that share one row and kv head (split-KV); a power of two."""
 
 
 MIN_SPLITS = 4
-"""Fewest that a long slot is split over, however many rows a step has: one of them may be long."""
+"""Fewest programs that share a long slot, however many rows a step has: one of them may be long."""
 
 
-PROGRAMS = 512
-"""Programs that fill a data-centre GPU (an H100 has 132 multiprocessors): splitting further gains nothing."""
+TARGET_PROGRAMS = 512
+"""Programs that fill a data-centre GPU (an H100 has 132 multiprocessors); more gain nothing."""
 
 
 BLOCK_BYTES = 32 * 1024
-"""Keys and values of a decode program's block; at 4 warps a quarter of the registers that a thread can have."""
+"""Keys and values of a decode program's block; at 4 warps a quarter of a thread's registers."""
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The static facts of one attention call.
+    """The static properties of one attention call.
 
     Attributes:
         heads, kv_heads: query head h reads kv head ``h // (heads / kv_heads)``.
         dim, value_dim: of a key and of a value, up to `MAX_DIM`.
         scale: factor of ``query @ key``.
         append, causal, window, ring, softcap: as in `inplace.operators.attention`.
-        rotary: if not 0, the kernels rotate the first ``rotary`` components of queries and new keys; component i is paired with
-            ``i + rotary / 2`` (arXiv:2104.09864, as transformers' Llama).
+        rotary: if not 0, the kernels apply the rotary embedding to the first ``rotary`` components
+            of queries and new keys; component i is paired with ``i + rotary / 2``
+            (arXiv:2104.09864, as transformers' Llama).
 
     Raises:
         ValueError: a combination that the kernels do not take.
@@ -61,7 +61,7 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} query heads do not divide over {self.kv_heads} kv heads"
+                f"{self.heads} query heads are not a multiple of {self.kv_heads} kv heads"
             )
         if not (1 <= self.dim <= MAX_DIM and 1 <= self.value_dim <= MAX_DIM):
             raise ValueError(
@@ -69,7 +69,8 @@ class AttentionSpec:
             )
         if self.rotary % 2 or not 0 <= self.rotary <= self.dim:
             raise ValueError(
-                f"rotary is {self.rotary}; it must be even and at most the head dimension {self.dim}"
+                f"rotary is {self.rotary}; it must be even and at most the head dimension "
+                f"{self.dim}"
             )
         if self.window < 0 or self.softcap < 0:
             raise ValueError(
@@ -84,9 +85,15 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class DecodeBlocks:
-    """How a decode step is cut: fewest positions of a split, positions of a block, and how the block is run."""
+    """How a decode step is divided.
 
-    split: int = 128
+    Attributes:
+        min_split: fewest positions of a split.
+        keys: positions of a block.
+        warps, stages: of a program.
+    """
+
+    min_split: int = 128
     keys: int = 128
     warps: int = 4
     stages: int = 1
@@ -94,7 +101,13 @@ class DecodeBlocks:
 
 @dataclass(frozen=True)
 class PrefillBlocks:
-    """How a mixed step is cut: queries (tokens times packed heads) and positions of a block, and how it is run."""
+    """How a mixed step is divided.
+
+    Attributes:
+        queries: queries of a block: tokens times packed heads.
+        keys: positions of a block.
+        warps, stages: of a program.
+    """
 
     queries: int
     keys: int
@@ -106,8 +119,8 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
+def _power_of_2(minimum: int) -> int:
+    return 1 << (minimum - 1).bit_length()
 
 
 def _padded(extent: int) -> int:
@@ -116,11 +129,11 @@ def _padded(extent: int) -> int:
 
 
 def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
-    """Blocks for a decode step of states with ``itemsize`` bytes an element.
+    """Blocks of a decode step over states with ``itemsize`` bytes an element.
 
-    Heads of 64 in 16 bits were measured on an H100 (one block of 128 positions a program, no pipeline). The same bytes a block, in
-    registers from the first load on, are kept for wider positions; the fewest positions of a split never change, for the workspace
-    follows from it.
+    Heads of 64 in 16 bits were measured on an H100: one block of 128 positions a program, no
+    pipeline. Wider positions keep the bytes of a block, which is in registers from the first load
+    on. ``min_split`` is always the same, because the workspace follows from it.
     """
     width = (_padded(spec.dim) + _padded(spec.value_dim)) * itemsize  # bytes of a position
     keys = DecodeBlocks.keys
@@ -132,7 +145,7 @@ def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
 
 
 def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBlocks:
-    """Blocks for a mixed step; heads of 64 in 16 bits were measured on an H100, 512 tokens."""
+    """Blocks of a mixed step; heads of 64 in 16 bits were measured on an H100 with 512 tokens."""
     widest = max(_padded(spec.dim), _padded(spec.value_dim))
     if itemsize > 2:
         return PrefillBlocks(
@@ -152,34 +165,41 @@ def _group_block(spec: AttentionSpec) -> int:
     return min(32, _padded(spec.group))
 
 
-def _pairs(spec: AttentionSpec) -> int:
+def _head_blocks(spec: AttentionSpec) -> int:
     """Programs of a decode row and split: its kv heads times the blocks of their query heads."""
     return spec.kv_heads * _cdiv(spec.group, _group_block(spec))
 
 
-def _splits(spec: AttentionSpec, rows: int, capacity: int, split: int) -> int:
+def _num_splits(spec: AttentionSpec, rows: int, capacity: int, min_split: int) -> int:
     """Programs that share one row and kv head of a decode step."""
     reach = min(capacity, spec.window) if spec.window else capacity
-    return max(
-        1,
-        min(MAX_SPLITS, _cdiv(reach, split), max(MIN_SPLITS, _cdiv(PROGRAMS, rows * _pairs(spec)))),
-    )
+    wanted = max(MIN_SPLITS, _cdiv(TARGET_PROGRAMS, rows * _head_blocks(spec)))
+    return max(1, min(MAX_SPLITS, _cdiv(reach, min_split), wanted))
 
 
 def attention_workspace(
-    spec: AttentionSpec, tokens: int, rows: int, capacity: int, split: int = DecodeBlocks.split
+    spec: AttentionSpec,
+    tokens: int,
+    rows: int,
+    capacity: int,
+    min_split: int = DecodeBlocks.min_split,
 ) -> int:
-    """Bytes of scratch memory (any contents, 16-byte aligned) for every step of at most so many tokens and rows; may be 0."""
-    parts = max(
-        (r * _splits(spec, r, capacity, split) for r in range(1, min(rows, tokens) + 1)), default=0
-    )
-    alone = all(_splits(spec, r, capacity, split) == 1 for r in range(1, min(rows, tokens) + 1))
-    return 0 if alone else parts * spec.heads * (spec.value_dim + 1) * 4
+    """Bytes of scratch memory for every step of at most so many tokens and rows; may be 0.
+
+    The memory may hold anything and must be 16-byte aligned.
+    """
+    splits = {r: _num_splits(spec, r, capacity, min_split) for r in range(1, min(rows, tokens) + 1)}
+    if all(count == 1 for count in splits.values()):
+        return 0
+    return max(r * count for r, count in splits.items()) * spec.heads * (spec.value_dim + 1) * 4
 
 
 def attention_locks(spec: AttentionSpec, rows: int) -> int:
-    """How many int32 counters a step of at most so many rows needs: 0 before the first launch, left 0 by every launch."""
-    return rows * _pairs(spec)
+    """How many int32 counters a step of at most so many rows needs.
+
+    They must be 0 before the first launch; every launch leaves them 0.
+    """
+    return rows * _head_blocks(spec)
 
 
 def attention(
@@ -209,121 +229,138 @@ def attention(
 ) -> None:
     """Launch one step of ``inplace::attention`` on the current stream.
 
-    ``tokens == rows`` promises that every row has exactly one token; otherwise rows have any number of tokens. The runtime has checked
-    that rows fit their slots: here, what would be written beyond a slot is dropped in silence.
+    If ``tokens == rows``, every row must have exactly one token; otherwise rows have any number of
+    tokens. The runtime has checked that rows fit their slots: what would be written beyond a slot
+    is dropped here without an error.
 
     Args:
-        spec: the static facts.
-        query: component d of head h of token t at element ``t * query_stride + h * dim + d``; fp32, fp16 or bf16.
+        spec: the static properties.
+        query: component d of head h of token t at element ``t * query_stride + h * dim + d``;
+            fp32, fp16 or bf16.
         key, value: the same way over kv heads; None exactly when ``spec.append`` is False.
-        query_stride, key_stride, value_stride: elements from token to token: the three may be slices of one merged projection.
+        query_stride, key_stride, value_stride: elements from token to token: the three may be
+            slices of one merged projection.
         cos, sin: ``[tokens, rotary]``, any floating dtype; None exactly when ``spec.rotary`` is 0.
-        key_state, value_state: ``[slots, kv_heads, capacity, dim]`` and ``[…, value_dim]``, contiguous; the query's dtype.
+        key_state, value_state: ``[slots, kv_heads, capacity, dim]`` and ``[…, value_dim]``,
+            contiguous; the query's dtype.
         capacity: positions of a slot.
-        slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of -1 is a null row.
+        slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of
+            -1 is a null row.
         out: ``[tokens, heads, value_dim]``, contiguous.
         workspace: `attention_workspace` bytes, as float32; None where that is 0.
-        locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same time; None where the workspace is 0.
+        locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same
+            time; None where the workspace is 0.
         tokens, rows: extents of the step.
-        pdl: launch with programmatic dependent launch (compute capability 9.0 or later): nothing is read or written before the
-            kernel ahead on the stream has finished.
-        settled: with ``pdl``, the caller's word that no kernel of this step ahead of this one writes ``slots``, ``write_indices`` or a
-            cached position of the states: they are then read before the kernel ahead has finished. False where one of them is computed
-            in the step (a cast, an addition), or where the step updates the states before this call.
+        pdl: use programmatic dependent launch (compute capability 9.0 or later). The kernels then
+            wait for their predecessor on the stream before they read or write anything.
+        settled: with ``pdl``, the caller guarantees that no earlier kernel of this step writes
+            ``slots``, ``write_indices`` or a cached position of the states: they are loaded before
+            the wait. Must be False where one of them is computed in the step (a cast, an addition),
+            or where the step updates the states before this call.
 
     Raises:
         ValueError: arguments that contradict the spec.
     """
     if spec.append != (key is not None and value is not None):
-        raise ValueError("append needs key and value; without append there are none")
+        raise ValueError("key and value must be given exactly when append is True")
     if (spec.rotary > 0) != (cos is not None and sin is not None):
         raise ValueError(
             f"cos and sin must be given exactly when rotary is not 0; rotary is {spec.rotary}"
         )
     if tokens == 0 or rows == 0:
         return
-    key, value = (
-        key if key is not None else query,
-        value if value is not None else query,
-    )  # never read where absent
+    # The query stands for what is absent; the kernels do not read it.
+    key, value = key if key is not None else query, value if value is not None else query
     cos, sin = cos if cos is not None else query, sin if sin is not None else query
+    itemsize = key_state.dtype.itemsize
     if tokens == rows:
         launch_decode(
-            spec, decode_blocks(spec, key_state.dtype.itemsize), query, key, value, query_stride, key_stride, value_stride, cos, sin,
-            key_state, value_state, capacity, slots, write_indices, out, workspace, locks, rows,
-            pdl, settled,
+            spec, decode_blocks(spec, itemsize), query, key, value, query_stride, key_stride,
+            value_stride, cos, sin, key_state, value_state, capacity, slots, write_indices, out,
+            workspace, locks, rows, pdl, settled,
         )  # fmt: skip
         return
     if spec.append:
         launch_append(
-            spec, key, value, key_stride, value_stride, cos, sin, key_state, value_state, capacity, slots, row_offsets, write_indices,
-            tokens, rows, pdl,
+            spec, key, value, key_stride, value_stride, cos, sin, key_state, value_state, capacity,
+            slots, row_offsets, write_indices, tokens, rows, pdl,
         )  # fmt: skip
     launch_prefill(
-        spec, prefill_blocks(spec, key_state.dtype.itemsize, tokens), query, query_stride, cos, sin, key_state, value_state, capacity,
-        slots, row_offsets, write_indices, out, tokens, rows, pdl,
+        spec, prefill_blocks(spec, itemsize, tokens), query, query_stride, cos, sin, key_state,
+        value_state, capacity, slots, row_offsets, write_indices, out, tokens, rows, pdl,
     )  # fmt: skip
 
 
 def launch_decode(
     spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
-    query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory, key_state: Memory, value_state: Memory,
-    capacity: int, slots: Memory, write_indices: Memory, out: Memory, workspace: Memory | None, locks: Memory | None, rows: int,
+    query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory,
+    key_state: Memory, value_state: Memory, capacity: int, slots: Memory, write_indices: Memory,
+    out: Memory, workspace: Memory | None, locks: Memory | None, rows: int,
     pdl: bool, settled: bool = False,
 ) -> None:  # fmt: skip
-    """One token a row, arguments as `attention`; its own function for tuning.
+    """Launch a step of one token a row, arguments as `attention`; benchmarks pass other blocks.
 
     Raises:
-        ValueError: the step needs a workspace and has none.
+        ValueError: the step needs a workspace or locks and has none.
     """
-    splits = _splits(spec, rows, capacity, blocks.split)
+    splits = _num_splits(spec, rows, capacity, blocks.min_split)
     if splits > 1 and (workspace is None or locks is None):
-        size = attention_workspace(spec, rows, rows, capacity, blocks.split)
+        size = attention_workspace(spec, rows, rows, capacity, blocks.min_split)
         raise ValueError(
             f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes, and locks"
         )
     block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
-    decode_kernel[(rows, _pairs(spec), splits)](
-        query, key, value, cos, sin, key_state, value_state, slots, write_indices, out, out if workspace is None else workspace,
-        slots if locks is None else locks,
+    decode_kernel[(rows, _head_blocks(spec), splits)](
+        query, key, value, cos, sin, key_state, value_state, slots, write_indices, out,
+        out if workspace is None else workspace, slots if locks is None else locks,
         query_stride, key_stride, value_stride, capacity, splits, spec.scale,
-        KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
-        WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap,
-        SHARED=splits > 1, SPLIT=blocks.split, BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
-        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v, BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
-        STAGES=blocks.stages, PDL=pdl, EARLY=pdl and settled, num_warps=blocks.warps, launch_pdl=pdl,
+        KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
+        ROTARY=spec.rotary, APPEND=spec.append, WINDOW=spec.window, RING=spec.ring,
+        SOFTCAP=spec.softcap, SPLIT_KV=splits > 1, MIN_SPLIT=blocks.min_split,
+        BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
+        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v,
+        BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
+        STAGES=blocks.stages, PDL=pdl, PREFETCH=pdl and settled,
+        num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def launch_append(
-    spec: AttentionSpec, key: Memory, value: Memory, key_stride: int, value_stride: int, cos: Memory, sin: Memory,
-    key_state: Memory, value_state: Memory, capacity: int, slots: Memory, row_offsets: Memory, write_indices: Memory,
-    tokens: int, rows: int, pdl: bool,
+    spec: AttentionSpec, key: Memory, value: Memory, key_stride: int, value_stride: int,
+    cos: Memory, sin: Memory, key_state: Memory, value_state: Memory, capacity: int,
+    slots: Memory, row_offsets: Memory, write_indices: Memory, tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Append the keys and values of a mixed step, arguments as `attention`."""
     block_t = 16
     append_kernel[(_cdiv(tokens, block_t), spec.kv_heads)](
-        key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices, key_stride, value_stride, capacity, rows, tokens,
-        KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, RING=spec.ring,
-        BLOCK_R=_power_of_2(rows), BLOCK_T=block_t, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
-        PDL=pdl, num_warps=4, launch_pdl=pdl,
+        key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
+        key_stride, value_stride, capacity, rows, tokens,
+        KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary,
+        RING=spec.ring, BLOCK_R=_power_of_2(rows), BLOCK_T=block_t, BLOCK_D=_padded(spec.dim),
+        BLOCK_V=_padded(spec.value_dim), PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def launch_prefill(
-    spec: AttentionSpec, blocks: PrefillBlocks, query: Memory, query_stride: int, cos: Memory, sin: Memory,
-    key_state: Memory, value_state: Memory, capacity: int, slots: Memory, row_offsets: Memory, write_indices: Memory,
-    out: Memory, tokens: int, rows: int, pdl: bool,
+    spec: AttentionSpec, blocks: PrefillBlocks, query: Memory, query_stride: int,
+    cos: Memory, sin: Memory, key_state: Memory, value_state: Memory, capacity: int,
+    slots: Memory, row_offsets: Memory, write_indices: Memory, out: Memory,
+    tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
-    """Attend in a mixed step whose keys are in their slots, arguments as `attention`; its own function for tuning."""
-    pack = _cdiv(
-        spec.group, _cdiv(spec.group, 16)
-    )  # at most 16 heads, packs of about the same size
+    """Attend in a mixed step whose keys are in their slots, arguments as `attention`.
+
+    Benchmarks pass other blocks.
+    """
+    # At most 16 heads in a pack; all packs of about the same size.
+    pack = _cdiv(spec.group, _cdiv(spec.group, 16))
     grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * _cdiv(spec.group, pack))
     prefill_kernel[grid](
-        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out, query_stride, capacity, spec.scale, rows,
-        KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary, APPEND=spec.append,
-        CAUSAL=spec.causal, WINDOW=spec.window, RING=spec.ring, SOFTCAP=spec.softcap, PACK=pack, BLOCK_R=_power_of_2(rows),
-        BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim),
-        STAGES=blocks.stages, PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
+        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out,
+        query_stride, capacity, spec.scale, rows,
+        KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
+        ROTARY=spec.rotary, APPEND=spec.append, CAUSAL=spec.causal, WINDOW=spec.window,
+        RING=spec.ring, SOFTCAP=spec.softcap, PACK=pack, BLOCK_R=_power_of_2(rows),
+        BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, BLOCK_D=_padded(spec.dim),
+        BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages, PDL=pdl,
+        num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip

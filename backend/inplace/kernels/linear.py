@@ -1,9 +1,11 @@
-"""Linear layers of a step: RMS norm before, bias, activation, gate and residual after, in one kernel.
+"""Linear layers of a step: RMS norm before, bias, activation, gate and residual after the product.
 
-A decode step multiplies a few rows with every weight of the model, so its time is the time to read the weights: bytes ÷ bandwidth.
-One row is for the CUDA cores (`gemv_kernel`), more for the tensor cores: `few_kernel` where a layer is so narrow that its blocks must be
-small to fill the GPU, `skinny_kernel` where it is wide. Steps with more rows use cuBLAS, with the norm and the gate as kernels of their
-own. `streaming_blocks` chooses; ``benchmarks/linear_tune.py`` measures what it could choose.
+A decode step multiplies a few rows with every weight of the model, so its time is the time to read
+the weights: bytes ÷ bandwidth. Up to `MAX_STREAMED_ROWS` rows are one kernel that streams the
+weights: `gemv_kernel` for one row, `sliced_k_kernel` where a layer is so narrow that its blocks
+must be small to fill the GPU, `pipelined_kernel` where it is wide. More rows take cuBLAS, with the
+norm and the gate as kernels of their own. `choose_blocks` decides;
+``benchmarks/linear_tune.py`` measures what it could choose.
 """
 
 from dataclasses import dataclass, replace
@@ -11,25 +13,30 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 
+from inplace.kernels.linear_kernels import (
+    epilogue_kernel,
+    gemv_kernel,
+    pipelined_kernel,
+    rms_norm_kernel,
+    sliced_k_kernel,
+)
 from inplace.kernels.memory import Memory, Pointer, as_tensor
-from inplace.kernels.streaming import activated, few_kernel, gemv_kernel, skinny_kernel
 
-FEW_ROWS = 16
-"""Most rows that are always streamed."""
+SMALL_BATCH_ROWS = 16
+"""Up to so many rows every layer is streamed."""
 
 
-MOST_ROWS = 64
-"""Most rows that are streamed where it pays."""
+MAX_STREAMED_ROWS = 64
+"""Up to so many rows a layer is streamed where that is faster than cuBLAS."""
 
 
 MULTIPROCESSORS = 132
-"""Of an H100: fewer programs than that leave some idle."""
+"""Of an H100: fewer programs leave some of them idle."""
 
 
-HOPPER_SHARED = 227 * 1024
-"""Bytes of shared memory that a program can have on an H100, for compiling where there is no GPU to ask."""
+HOPPER_SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a program can have on an H100, to compile without a GPU."""
 
 
 ALIGNMENT = 256
@@ -38,10 +45,11 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The static facts of one linear layer.
+    """The static properties of one linear layer.
 
     Attributes:
-        inputs, outputs: extents of the weight ``[outputs, inputs]``; a gated layer's result has half the outputs.
+        inputs, outputs: extents of the weight ``[outputs, inputs]``; the result of a gated layer
+            has half the outputs.
         bias, norm, residual: whether there is one.
         eps: of the norm.
         activation: one of ``inplace.operators.ACTIVATIONS``.
@@ -64,9 +72,19 @@ class LinearSpec:
         """Columns of the result."""
         return self.outputs // 2 if self.gated else self.outputs
 
+    @property
+    def has_epilogue(self) -> bool:
+        """Whether something follows the product that cuBLAS does not do."""
+        return (
+            self.gated
+            or self.activation != "none"
+            or self.float_out
+            or (self.residual and self.bias)
+        )
+
 
 @dataclass(frozen=True)
-class Gemv:
+class GemvBlocks:
     """Blocks of `gemv_kernel`: outputs of a program, inputs of a round, warps."""
 
     n: int
@@ -75,8 +93,8 @@ class Gemv:
 
 
 @dataclass(frozen=True)
-class Few:
-    """Blocks of `few_kernel`: outputs of a program, inputs of a warp in one tile, warps."""
+class SlicedKBlocks:
+    """Blocks of `sliced_k_kernel`: outputs of a program, inputs of a slice in one tile, warps."""
 
     n: int
     k: int
@@ -84,8 +102,8 @@ class Few:
 
 
 @dataclass(frozen=True)
-class Skinny:
-    """Blocks of `skinny_kernel`: outputs of a program, inputs of a round, warps, rounds under way."""
+class PipelinedBlocks:
+    """Blocks of `pipelined_kernel`: outputs of a program, inputs of a round, warps, stages."""
 
     n: int
     k: int
@@ -93,42 +111,7 @@ class Skinny:
     stages: int
 
 
-Blocks = Gemv | Few | Skinny
-
-
-@triton.jit
-def _rms_norm(x, weight, out, inputs, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One token a program; ``BLOCK`` covers it whole."""
-    k = tl.arange(0, BLOCK)
-    scale = tl.load(weight + k, mask=k < inputs, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0).to(tl.int64) * inputs
-    value = tl.load(x + token + k, mask=k < inputs, other=0.0).to(tl.float32)
-    value *= 1.0 / tl.sqrt(tl.sum(value * value, 0) / inputs + eps)
-    tl.store(out + token + k, (value * scale).to(out.dtype.element_ty), mask=k < inputs)
-
-
-@triton.jit
-def _epilogue(
-    product, residual, out, width,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Activation, gate and residual of a finished product; one block of one token a program."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(0).to(tl.int64)
-    inside = n < width
-    line = product + token * (2 * width if GATED else width)
-    y = activated(tl.load(line + n, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-    if GATED:
-        y *= tl.load(line + width + n, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        y += tl.load(residual + token * width + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * width + n, y.to(out.dtype.element_ty), mask=inside)
+LinearBlocks = GemvBlocks | SlicedKBlocks | PipelinedBlocks
 
 
 def rms_norm(
@@ -141,19 +124,22 @@ def rms_norm(
     eps: float,
     pdl: bool = False,
 ) -> None:
-    """``inplace::rms_norm`` of ``[tokens, width]``, on the current stream."""
+    """Launch ``inplace::rms_norm`` of ``[tokens, width]`` on the current stream."""
     block = triton.next_power_of_2(width)
     warps = 8 if block >= 2048 else 4 if block >= 256 else 1
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
-    _rms_norm[(tokens,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **launch)
+    rms_norm_kernel[(tokens,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **launch)
 
 
 def linear_workspace(spec: LinearSpec, tokens: int, itemsize: int) -> int:
-    """Bytes of scratch memory that `linear` needs for up to this many tokens, of weights with this many bytes an element."""
-    if streaming_blocks(spec, tokens, itemsize) is not None:
+    """Bytes of scratch memory that `linear` needs for up to so many tokens.
+
+    ``itemsize`` is the bytes of an element of the weights.
+    """
+    if choose_blocks(spec, tokens, itemsize) is not None:
         return 0
     normed = _aligned(tokens * spec.inputs * itemsize) if spec.norm else 0
-    return normed + (_aligned(tokens * spec.outputs * itemsize) if _has_epilogue(spec) else 0)
+    return normed + (_aligned(tokens * spec.outputs * itemsize) if spec.has_epilogue else 0)
 
 
 def linear(
@@ -168,12 +154,12 @@ def linear(
     workspace: int,
     tokens: int,
     pdl: bool = False,
-    blocks: Blocks | None = None,
+    blocks: LinearBlocks | None = None,
 ) -> None:
     """Launch the layer on the current stream.
 
     Args:
-        spec: what the layer is.
+        spec: the static properties.
         x: ``[tokens, inputs]``.
         weight: ``[outputs, inputs]``, the dtype of ``x``.
         bias: ``[outputs]``.
@@ -182,12 +168,13 @@ def linear(
         out: ``[tokens, width]``.
         workspace: address of `linear_workspace` bytes.
         tokens: rows of ``x``.
-        pdl: launch as programmatic dependents of what is before on the stream (Hopper and later).
-        blocks: instead of what `streaming_blocks` chooses, for tuning.
+        pdl: use programmatic dependent launch (compute capability 9.0 or later). Weights, biases
+            and norms are then loaded before the wait.
+        blocks: in place of what `choose_blocks` chooses; for tuning.
     """
-    blocks = blocks or streaming_blocks(spec, tokens, x.dtype.itemsize)
+    blocks = blocks or choose_blocks(spec, tokens, x.dtype.itemsize)
     if blocks is None:
-        _library(spec, x, weight, bias, norm, residual, out, workspace, tokens, pdl)
+        _cublas_linear(spec, x, weight, bias, norm, residual, out, workspace, tokens, pdl)
         return
     flags = {
         "BIAS": spec.bias,
@@ -202,106 +189,92 @@ def linear(
         **({"launch_pdl": True} if pdl else {}),
     }
     grid = (triton.cdiv(spec.width, blocks.n),)
-    pointers = (
-        x,
-        weight,
-        *(x if part is None else part for part in (bias, norm, residual)),
-        out,
-    )  # x where there is none: never read
+    # x stands for what is absent; the kernels do not read it.
+    optional = (x if part is None else part for part in (bias, norm, residual))
+    pointers = (x, weight, *optional, out)
     extents = (spec.inputs, spec.width, spec.eps)
-    if isinstance(blocks, Gemv):
+    if isinstance(blocks, GemvBlocks):
         gemv_kernel[grid](*pointers, *extents, **flags)
-    elif isinstance(blocks, Few):
+    elif isinstance(blocks, SlicedKBlocks):
         long = spec.inputs > 4 * blocks.k * blocks.warps
         block_m = max(8, triton.next_power_of_2(tokens))
-        few_kernel[grid](
-            *pointers, tokens, *extents, BLOCK_M=block_m, PARTS=blocks.warps, LONG=long, **flags
+        sliced_k_kernel[grid](
+            *pointers, tokens, *extents, BLOCK_M=block_m, SLICES=blocks.warps, LONG=long, **flags
         )
     else:
         block_m = max(16, triton.next_power_of_2(tokens))
-        skinny_kernel[grid](
+        pipelined_kernel[grid](
             *pointers, tokens, *extents, BLOCK_M=block_m, STAGES=blocks.stages, **flags
         )
 
 
-def streaming_blocks(spec: LinearSpec, tokens: int, itemsize: int) -> Blocks | None:
-    """How our kernels take a step of so many tokens, or None: cuBLAS takes it.
+def choose_blocks(spec: LinearSpec, tokens: int, itemsize: int) -> LinearBlocks | None:
+    """Which streaming kernel takes a step of so many tokens, and its blocks; None is cuBLAS.
 
-    They are the best of a grid on an H200 (bf16, layers of Llama-3.2-1B and SmolLM2-135M, 1, 8 and 64 rows). Those of `Few` for 9 to 16
-    rows were not measured: they keep four tiles in registers without spills, and all programs of such layers on the GPU at once.
+    They are the best of a grid on an H200 (bf16, layers of Llama-3.2-1B and SmolLM2-135M; 1, 8 and
+    64 rows). `SlicedKBlocks` for 9 to 16 rows were not measured: with them four tiles are in
+    registers without spills, and all programs of such layers are on the GPU at once.
     """
     if tokens == 1:
         if spec.width > 16384:  # the head of a language model
-            return Gemv(4, 256, 2) if spec.inputs <= 1024 else Gemv(8, 512, 2)
+            return GemvBlocks(4, 256, 2) if spec.inputs <= 1024 else GemvBlocks(8, 512, 2)
         if spec.inputs <= 1024:
-            return Gemv(4 if spec.outputs > 1024 else 2, 1024, 2)
-        return (
-            Gemv(8, 512, 2)
-            if spec.gated
-            else Gemv(4, 1024, 2)
-            if spec.outputs > 2048
-            else Gemv(2, 2048, 2)
-        )
-    if tokens > MOST_ROWS:
+            return GemvBlocks(4 if spec.outputs > 1024 else 2, 1024, 2)
+        if spec.gated:
+            return GemvBlocks(8, 512, 2)
+        return GemvBlocks(4, 1024, 2) if spec.outputs > 2048 else GemvBlocks(2, 2048, 2)
+    if tokens > MAX_STREAMED_ROWS:
         return None
     if itemsize == 4:
-        return Skinny(16, 64, 4, 3) if tokens <= FEW_ROWS or spec.float_out else None
+        streamed = tokens <= SMALL_BATCH_ROWS or spec.float_out
+        return PipelinedBlocks(16, 64, 4, 3) if streamed else None
     wide = spec.width >= 64 * (MULTIPROCESSORS - 4)
-    if tokens > FEW_ROWS:
-        if (
-            spec.float_out
-        ):  # the head of a language model: cuBLAS would need a kernel more to convert it
-            return _fitted(spec, tokens, Skinny(64, 64, 4, 3))
+    if tokens > SMALL_BATCH_ROWS:
+        if spec.float_out:  # a language model's head: cuBLAS would need a kernel more to convert it
+            return _fit_shared_memory(spec, tokens, PipelinedBlocks(64, 64, 4, 3))
         if spec.gated:  # saves the norm's and the gate's own kernels
-            return _fitted(spec, tokens, Skinny(64, 128, 8, 3)) if wide else None
-        return (
-            None
-            if spec.norm or spec.inputs > 2048
-            else _fitted(spec, tokens, Skinny(16, 256, 4, 5))
-        )
+            blocks = PipelinedBlocks(64, 128, 8, 3)
+            return _fit_shared_memory(spec, tokens, blocks) if wide else None
+        if spec.norm or spec.inputs > 2048:
+            return None
+        return _fit_shared_memory(spec, tokens, PipelinedBlocks(16, 256, 4, 5))
     if wide:
-        return _fitted(spec, tokens, Skinny(64, 256, 4, 3) if spec.gated else Skinny(64, 128, 8, 3))
+        blocks = PipelinedBlocks(64, 256, 4, 3) if spec.gated else PipelinedBlocks(64, 128, 8, 3)
+        return _fit_shared_memory(spec, tokens, blocks)
     if spec.inputs <= 1024:
-        return Few(16, 32 if tokens > 8 and (spec.gated or spec.norm) else 64, 4)
+        return SlicedKBlocks(16, 32 if tokens > 8 and (spec.gated or spec.norm) else 64, 4)
     if tokens <= 8 and spec.inputs <= 2048 and not spec.gated:
-        return Few(16, 128, 4)
-    single = (
-        spec.width <= 16 * MULTIPROCESSORS
-    )  # one program a multiprocessor: it may take half of the registers
-    return Few(16, 64 if single and not (spec.gated or spec.norm) else 32, 8)
+        return SlicedKBlocks(16, 128, 4)
+    # With one program a multiprocessor, each may take half of the registers.
+    one_each = spec.width <= 16 * MULTIPROCESSORS
+    return SlicedKBlocks(16, 64 if one_each and not (spec.gated or spec.norm) else 32, 8)
 
 
-def _fitted(spec: LinearSpec, tokens: int, blocks: Skinny) -> Skinny:
-    """With as many stages as the GPU has shared memory for."""
+def _fit_shared_memory(spec: LinearSpec, tokens: int, blocks: PipelinedBlocks) -> PipelinedBlocks:
+    """The blocks with as many stages as the GPU has shared memory for."""
     block_m = max(16, triton.next_power_of_2(tokens))
     stage = (blocks.n * (2 if spec.gated else 1) + block_m) * blocks.k * 2
     stages = min(blocks.stages, (_shared_memory() - 2048) // stage)
-    return replace(blocks, stages=stages) if stages > 1 else Skinny(blocks.n // 2, 64, 4, 2)
+    if stages > 1:
+        return replace(blocks, stages=stages)
+    return PipelinedBlocks(blocks.n // 2, 64, 4, 2)
 
 
 @cache
 def _shared_memory() -> int:
     """Bytes that a program can have on the current GPU."""
     if not torch.cuda.is_available():
-        return HOPPER_SHARED
-    return int(
-        triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())[
-            "max_shared_mem"
-        ]
-    )
-
-
-def _has_epilogue(spec: LinearSpec) -> bool:
-    return (
-        spec.gated or spec.activation != "none" or spec.float_out or (spec.residual and spec.bias)
-    )
+        return HOPPER_SHARED_MEMORY
+    device = torch.cuda.current_device()
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return int(properties["max_shared_mem"])
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _library(
+def _cublas_linear(
     spec: LinearSpec,
     x: Memory,
     weight: Memory,
@@ -313,7 +286,7 @@ def _library(
     tokens: int,
     pdl: bool,
 ) -> None:
-    """Norm, cuBLAS through PyTorch, and what follows, for many rows."""
+    """Norm, cuBLAS through PyTorch, and the epilogue, for many rows."""
     launch = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     if norm is not None:
         normed = Pointer(workspace, x.dtype)
@@ -324,20 +297,20 @@ def _library(
         x = normed
     source = as_tensor(x, (tokens, spec.inputs))
     transposed = as_tensor(weight, (spec.outputs, spec.inputs)).t()
-    target: Memory = Pointer(workspace, x.dtype) if _has_epilogue(spec) else out
+    target: Memory = Pointer(workspace, x.dtype) if spec.has_epilogue else out
     product = as_tensor(target, (tokens, spec.outputs))
     with torch.inference_mode():
         if bias is not None:
             torch.addmm(as_tensor(bias, (spec.outputs,)), source, transposed, out=product)
-        elif residual is not None and not _has_epilogue(spec):
+        elif residual is not None and not spec.has_epilogue:
             torch.addmm(
                 as_tensor(residual, (tokens, spec.outputs)), source, transposed, out=product
             )
         else:
             torch.mm(source, transposed, out=product)
-    if _has_epilogue(spec):
+    if spec.has_epilogue:
         block = min(1024, triton.next_power_of_2(spec.width))
-        _epilogue[(tokens, triton.cdiv(spec.width, block))](
+        epilogue_kernel[(tokens, triton.cdiv(spec.width, block))](
             product, residual if residual is not None else x, out, spec.width,
             spec.gated, spec.residual, spec.activation, block, num_warps=4, **launch,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What kernels work on: tensors, or the bare addresses a TensorRT plugin is handed."""
+"""The memory that kernels work on: tensors, or the addresses that a TensorRT plugin gets."""
 
 from dataclasses import dataclass
 from math import prod
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Memory(Protocol):
-    """What Triton takes as a pointer: a tensor, or a `Pointer`."""
+    """What Triton takes as a pointer: a tensor or a `Pointer`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -33,8 +33,8 @@ class Pointer:
         return self.address
 
 
-class _Exported:
-    """An address as the CUDA array interface has it (numba's version 3); bfloat16 travels as int16."""
+class _CudaArray:
+    """An address with Numba's CUDA array interface, version 3; bfloat16 is declared as int16."""
 
     def __init__(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         kind = {
@@ -55,10 +55,9 @@ class _Exported:
 
 
 def as_tensor(memory: Memory, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous tensor of this shape over the memory; nothing is copied, and the memory must outlive it."""
+    """A contiguous tensor of this shape over the memory, which must outlive it; no copy."""
     if isinstance(memory, Tensor):
         return memory.view(-1)[: prod(shape)].view(shape)
-    found: Tensor = torch.as_tensor(
-        _Exported(memory.data_ptr(), shape, memory.dtype), device="cuda"
-    )
-    return found.view(memory.dtype)
+    array = _CudaArray(memory.data_ptr(), shape, memory.dtype)
+    tensor: Tensor = torch.as_tensor(array, device="cuda")
+    return tensor.view(memory.dtype)

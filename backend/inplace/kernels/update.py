@@ -1,6 +1,7 @@
-"""Write the slots of a state on a GPU, for any rank and dtype: a slot is ``[outer, axis, inner]`` elements."""
+"""Writes the slots of a state on a GPU: ``inplace::update``, for any rank and dtype."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import triton
@@ -14,9 +15,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """The static facts of one update: a slot of the state is ``[outer, extent, inner]`` elements, and appends go along ``extent``.
+    """The static properties of one update.
 
-    Without an append (``replace``) a slot is one element of that axis: ``UpdateSpec(1, 1, elements of a slot)``.
+    A slot of the state is ``[outer, extent, inner]`` elements; an append is along ``extent``.
+    Without an append (``replace``) it is ``UpdateSpec(1, 1, elements of a slot)``.
     """
 
     outer: int
@@ -28,31 +30,31 @@ class UpdateSpec:
     def of(
         cls, state_shape: tuple[int, ...], axis: int, *, append: bool, ring: bool = False
     ) -> "UpdateSpec":
-        """The spec of a state ``[slots, …]`` whose axis ``axis`` (counted with the slot axis) is appended to."""
+        """The spec of a state ``[slots, …]``.
+
+        ``axis``, counted with the slot axis, is the one that an append is along.
+        """
         if not append:
-            return cls(1, 1, _product(state_shape[1:]))
+            return cls(1, 1, prod(state_shape[1:]))
         return cls(
-            _product(state_shape[1:axis]),
+            prod(state_shape[1:axis]),
             state_shape[axis],
-            _product(state_shape[axis + 1 :]),
+            prod(state_shape[axis + 1 :]),
             ring,
         )
-
-
-def _product(extents: tuple[int, ...]) -> int:
-    result = 1
-    for extent in extents:
-        result *= extent
-    return result
 
 
 @triton.jit(do_not_specialize=["rows", "count", "blocks"])
 def update_kernel(
     state, slots, value, row_offsets, write_indices, rows, count, blocks,
-    OUTER: tl.constexpr, EXTENT: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr, APPEND: tl.constexpr, RING: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    OUTER: tl.constexpr, EXTENT: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr,
+    APPEND: tl.constexpr, RING: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (unit, block of its elements); a unit is a token of packed values, otherwise the ``count`` entries of a row."""
+    """Program (unit, block of its elements).
+
+    A unit is a token of packed values, otherwise the ``count`` entries of a row.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -83,8 +85,8 @@ def update_kernel(
     tl.store(state + to, new, mask=(element < size) & (entry >= 0) & (entry < EXTENT))
 
 
-def _raw(memory: Memory) -> Memory:
-    """The same memory as integers of its element size: a copy must not know floats (a NaN keeps its payload) or booleans."""
+def _as_integers(memory: Memory) -> Memory:
+    """The same memory as integers of its element size, so that a NaN keeps its payload."""
     dtype = _INTEGERS.get(memory.dtype.itemsize)
     if dtype is None:
         raise ValueError(f"elements of {memory.dtype} are wider than 8 bytes")
@@ -109,35 +111,40 @@ def update(
 ) -> None:
     """Launch one step of ``inplace::update`` on the current stream.
 
-    An entry that would lie beyond its slot is dropped in silence: the runtime has checked that rows fit.
+    An entry beyond its slot is dropped without an error: the runtime has checked that rows fit.
 
     Args:
-        spec: the static facts.
+        spec: the static properties.
         state: ``[slots, outer, extent, inner]``, contiguous, elements of 1, 2, 4 or 8 bytes.
         slots: int32 ``[rows]``; a row with -1 writes nothing.
-        value: contiguous, the state's element size: ``[rows, outer, units / rows, inner]``, or packed ``[units, outer, inner]``.
-        row_offsets: int32 ``[rows + 1]`` where values are packed: row r owns ``value[row_offsets[r]:row_offsets[r + 1]]``; else None.
+        value: contiguous, the state's element size: ``[rows, outer, units / rows, inner]``, or
+            packed ``[units, outer, inner]``.
+        row_offsets: int32 ``[rows + 1]`` where values are packed: row r owns
+            ``value[row_offsets[r]:row_offsets[r + 1]]``; else None.
         write_indices: int32 ``[rows]``, where each row's append starts; None replaces whole slots.
         rows: rows of the step.
         units: entries of all rows together: packed tokens, or rows times the entries of a row.
-        pdl: as in `inplace.kernels.attention`.
+        pdl: as in `inplace.kernels.attention.attention`.
 
     Raises:
-        ValueError: elements of an unsupported size, or entries that do not divide over rows.
+        ValueError: elements wider than 8 bytes, or ``units`` is not a multiple of ``rows``.
     """
     if rows == 0 or units == 0:
         return
     packed = row_offsets is not None
     if not packed and units % rows:
-        raise ValueError(f"{units} entries do not divide over {rows} rows")
+        raise ValueError(f"{units} entries are not a multiple of {rows} rows")
     count = 1 if packed else units // rows
     size = spec.outer * count * spec.inner
     if size == 0:
         return
     blocks = triton.cdiv(size, _block(size))
     update_kernel[((units if packed else rows) * blocks,)](
-        _raw(state), slots, _raw(value), slots if row_offsets is None else row_offsets, slots if write_indices is None else write_indices,
+        _as_integers(state), slots, _as_integers(value),
+        slots if row_offsets is None else row_offsets,
+        slots if write_indices is None else write_indices,
         rows, count, blocks, OUTER=spec.outer, EXTENT=spec.extent, INNER=spec.inner,
-        PACKED=packed, APPEND=write_indices is not None, RING=spec.ring, BLOCK=_block(size), BLOCK_R=triton.next_power_of_2(rows),
+        PACKED=packed, APPEND=write_indices is not None, RING=spec.ring,
+        BLOCK=_block(size), BLOCK_R=triton.next_power_of_2(rows),
         PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

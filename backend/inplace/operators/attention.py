@@ -1,8 +1,7 @@
-"""``inplace::attention``: append this step's keys and values to their slots and attend over what each row has cached.
+"""``inplace::attention``: append this step's keys and values to their slots, and attend.
 
-``inplace::qkv_attention`` and ``inplace::rotary_attention``: rotary embedding and ``inplace::attention``, on one projection or on parts.
-
-Made by lowering, not by frontends.
+``inplace::qkv_attention`` and ``inplace::rotary_attention`` add the rotary embedding, on one merged
+projection or on separate ones. Only lowering emits these two.
 """
 
 from typing import Any
@@ -16,9 +15,9 @@ from inplace.operators.state import write
 
 define(
     "attention",
-    "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, Tensor row_offsets, "
-    "Tensor write_indices, *, float scale, bool append=True, bool causal=True, int window=0, bool ring=False, "
-    "float softcap=0.0) -> Tensor",
+    "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!) value_state, "
+    "Tensor slots, Tensor row_offsets, Tensor write_indices, *, float scale, bool append=True, "
+    "bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
@@ -40,27 +39,27 @@ def _attention(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    bounds, owners, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
-    each = (
-        bounds == list(range(len(query) + 1))
-        and min(owners, default=-1) >= 0
+    offsets, slot_list, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
+    # One token a row and no ring wraps: one call appends all rows. Calls are what a small step
+    # costs.
+    one_token_each = (
+        offsets == list(range(len(query) + 1))
+        and min(slot_list, default=-1) >= 0
         and 0 <= min(starts) <= max(starts) < key_state.shape[2]
     )
-    if (
-        each and append
-    ):  # one token a row, none of which goes round a ring: one call for all rows, for calls are what a small step costs
+    if one_token_each and append:
         assert key is not None and value is not None
         key_state[slots, :, write_indices] = key
         value_state[slots, :, write_indices] = value
     out = query.new_empty((*query.shape[:2], value_state.shape[3]))
-    for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
-        first, end = bounds[row], bounds[row + 1]
+    for row, (slot, start) in enumerate(zip(slot_list, starts, strict=True)):
+        first, end = offsets[row], offsets[row + 1]
         if slot < 0:
             out[first:end] = 0
             continue
         keys, values = key_state[slot], value_state[slot]
         cached = start + (end - first if append else 0)
-        if append and not each:
+        if append and not one_token_each:
             assert key is not None and value is not None
             write(keys, key[first:end].transpose(0, 1), start, 1, ring=ring)
             write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
@@ -104,8 +103,11 @@ def _attention_on_gpu(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The same in Triton-language kernels: nothing is read on the host, so entries that do not fit a slot are dropped, not refused."""
-    from inplace.kernels import attention as kernels  # Triton exists on a GPU only
+    """`attention` in Triton-language kernels, without a synchronisation with the host.
+
+    Entries that do not fit a slot are therefore dropped, not refused.
+    """
+    from inplace.kernels import attention as kernels  # imports Triton
 
     tokens, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = value_state.shape
@@ -125,6 +127,9 @@ def _attention_on_gpu(
     rows = slots.shape[0]
     out = query.new_empty((tokens, heads, value_dim))
     scratch = kernels.attention_workspace(spec, rows, rows, capacity) // 4 if tokens == rows else 0
+    locks = (
+        query.new_zeros(kernels.attention_locks(spec, rows), dtype=torch.int32) if scratch else None
+    )
     kernels.attention(
         spec,
         query=query,
@@ -143,9 +148,7 @@ def _attention_on_gpu(
         write_indices=write_indices.int(),
         out=out,
         workspace=query.new_empty(scratch, dtype=torch.float32) if scratch else None,
-        locks=query.new_zeros(kernels.attention_locks(spec, rows), dtype=torch.int32)
-        if scratch
-        else None,
+        locks=locks,
         tokens=tokens,
         rows=rows,
     )
@@ -153,7 +156,7 @@ def _attention_on_gpu(
 
 
 def _token_strided(x: Tensor) -> Tensor:
-    """``[tokens, heads, dim]`` with any stride between tokens and the rest contiguous."""
+    """``[tokens, heads, dim]`` with any stride from token to token, the rest contiguous."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
@@ -168,15 +171,17 @@ def _visible(
     window: int,
     ring: bool,
 ) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    """The part of a slot that some token of the row may see, the position it starts at, and a mask where not all may.
+    """The part of a slot that some token of the row may see.
 
-    The views alias the slot: cached keys are never gathered. Returns keys and values ``[kv_heads, length, dim]``, and the mask
-    ``[tokens, length]``, True where attended.
+    The views alias the slot: cached keys are never gathered.
+
+    Returns:
+        Keys and values ``[kv_heads, length, dim]``, the position that they start at, and a mask
+        ``[tokens, length]``, True where attended; None where all tokens see all.
     """
     capacity = keys.shape[1]
-    if (
-        ring and cached > capacity
-    ):  # wrapped: entry c holds the newest position that is c modulo the capacity
+    if ring and cached > capacity:
+        # Wrapped: entry c holds the newest position that is c modulo the capacity.
         entries = torch.arange(capacity, device=keys.device)
         positions = cached - 1 - (cached - 1 - entries) % capacity
         offset = 0
@@ -209,7 +214,11 @@ def _attend(
     *,
     square: bool,
 ) -> Tensor:
-    """Softmax attention of one row; query ``[tokens, heads, dim]``, keys and values ``[kv_heads, length, dim]``."""
+    """Softmax attention of one row.
+
+    Query ``[tokens, heads, dim]``; keys and values ``[kv_heads, length, dim]``. ``square``: the
+    mask is the causal mask of as many positions as tokens.
+    """
     tokens, heads, dim = query.shape
     if tokens == 1 and mask is None and not softcap:
         return _attend_one(query[0], keys, values, scale)[None]
@@ -267,11 +276,11 @@ def _attention_fake(
     )
     torch._check(
         append == (key is not None and value is not None),
-        lambda: "append needs key and value; without append there are none",
+        lambda: "key and value must be given exactly when append is True",
     )
     torch._check(
         query.shape[1] % key_state.shape[1] == 0,
-        lambda: f"{query.shape[1]} query heads do not divide over {key_state.shape[1]} kv heads",
+        lambda: f"{query.shape[1]} query heads are not a multiple of {key_state.shape[1]} kv heads",
     )
     if key is not None and value is not None:
         torch._check(
@@ -300,9 +309,9 @@ def attention(
 ) -> Tensor:
     """Append keys and values, then scaled dot-product attention over each row's own cached length.
 
-    Row r owns the packed tokens ``row_offsets[r]:row_offsets[r + 1]``; one step may decode one row and prefill another. The cost
-    of a row follows its cached length, not the capacity. Grouped-query attention: head h reads kv head
-    ``h // (heads / kv_heads)``.
+    Row r owns the packed tokens ``row_offsets[r]:row_offsets[r + 1]``; one step may decode one row
+    and prefill another. The cost of a row follows its cached length, not the capacity.
+    Grouped-query attention: head h reads kv head ``h // (heads / kv_heads)``.
 
     Args:
         query: ``[tokens, heads, dim]``.
@@ -310,21 +319,25 @@ def attention(
         value: as ``key``.
         key_state: ``[slots, kv_heads, capacity, dim]``, mutated when ``append``.
         value_state: as ``key_state``.
-        slots: ``[rows]``, int32 or int64; -1 is a null row: it writes nothing and its tokens' output is 0.
+        slots: ``[rows]``, int32 or int64; a row with slot -1 writes nothing and its output is 0.
         row_offsets: ``[rows + 1]``.
-        write_indices: ``[rows]``: each row's cached length before the step, where its append starts.
+        write_indices: ``[rows]``: cached length of each row before the step, where its append
+            starts.
         scale: factor of ``query @ key``, before softmax.
         append: write ``key`` and ``value`` first.
         causal: token i of a row sees positions up to its own.
         window: if not 0, a token at position p sees positions ``p - window + 1`` to ``p``.
-        ring: the states hold position p at ``p % capacity``; needs ``capacity >= window + tokens of a row - 1``.
-        softcap: if not 0, scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118, section 2).
+        ring: the states hold position p at ``p % capacity``; needs
+            ``capacity >= window + tokens of a row - 1``.
+        softcap: if not 0, scores become ``softcap * tanh(scores / softcap)`` (Gemma 2,
+            arXiv:2408.00118, section 2).
 
     Returns:
         ``[tokens, heads, dim]``, the query's dtype.
 
     Raises:
-        IndexError: the rows do not fit their slot (CPU; on a GPU, where nothing is read on the host, what does not fit is dropped).
+        IndexError: a row does not fit its slot. Only on the CPU: on a GPU, where the host does not
+            read the indices, entries beyond the slot are dropped.
     """
     out = torch.ops.inplace.attention(
         query,
@@ -348,21 +361,24 @@ def attention(
 
 define(
     "qkv_attention",
-    "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, Tensor row_offsets, "
-    "Tensor write_indices, *, int heads, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, "
+    "Tensor slots, Tensor row_offsets, Tensor write_indices, *, int heads, float scale, "
+    "bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
 define(
     "rotary_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, Tensor(b!) value_state, Tensor slots, "
-    "Tensor row_offsets, Tensor write_indices, *, float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) "
-    "-> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, "
+    "Tensor(b!) value_state, Tensor slots, Tensor row_offsets, Tensor write_indices, *, "
+    "float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding with paired halves (arXiv:2104.09864, as transformers' ``apply_rotary_pos_emb``).
+    """Rotary position embedding, component i paired with i + half (arXiv:2104.09864).
+
+    As transformers' ``apply_rotary_pos_emb``.
 
     Args:
         x: ``[tokens, heads, dim]``.
@@ -370,8 +386,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     rotary = cos.shape[-1]
     first, second = x[..., :rotary].chunk(2, -1)
-    turned = x[..., :rotary] * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
-    return torch.cat([turned, x[..., rotary:]], -1)
+    swapped = torch.cat([-second, first], -1)
+    rotated = x[..., :rotary] * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)
+    return torch.cat([rotated, x[..., rotary:]], -1)
 
 
 @torch.library.impl(LIBRARY, "qkv_attention", "CompositeExplicitAutograd")
@@ -385,12 +402,13 @@ def _qkv_attention(
     heads: int,
     **options: Any,
 ) -> Tensor:
-    """`attention` on the output of one merged projection, with the rotary embedding of queries and keys inside.
+    """`attention` on one merged projection, with the rotary embedding of queries and keys.
 
     Args:
         qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
-        cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head, or None for no rotation.
-        key_state, value_state, rows: states, slots, row_offsets and write_indices as `attention` takes them.
+        cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head; None for no
+            rotation.
+        key_state, value_state, rows: states, slots, row_offsets and write_indices of `attention`.
         heads: query heads.
         options: scale, causal, window, ring and softcap of `attention`.
 
@@ -417,7 +435,7 @@ def _rotary_attention(
     *states_and_rows: Tensor,
     **options: Any,
 ) -> Tensor:
-    """`attention` with the rotary embedding of queries and keys inside; cos and sin ``[..., rotary]``, the rest as `attention` takes it."""
+    """`attention` with the rotary embedding of queries and keys; cos and sin ``[..., rotary]``."""
     query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
     return attention(query, key, value, *states_and_rows, **options)
 
@@ -426,7 +444,7 @@ def _check_rotary(cos: Tensor, dim: int) -> None:
     rotary = cos.shape[-1]
     torch._check(
         rotary % 2 == 0 and rotary <= dim,
-        lambda: f"cos must be [..., rotary], even and at most {dim}; got {tuple(cos.shape)}",
+        lambda: f"cos must be [..., rotary], rotary even and at most {dim}: {tuple(cos.shape)}",
     )
 
 
@@ -462,7 +480,9 @@ def _qkv_attention_fake(
     torch._check(
         qkv.shape[-1] == width, lambda: f"qkv must be [..., {width}], got {tuple(qkv.shape)}"
     )
-    torch._check((cos is None) == (sin is None), lambda: "cos and sin belong together")
+    torch._check(
+        (cos is None) == (sin is None), lambda: "cos and sin must both be given, or neither"
+    )
     if cos is not None:
         _check_rotary(cos, dim)
     return qkv.new_empty((*qkv.shape[:-1], heads * value_dim))

@@ -1,6 +1,7 @@
-"""``inplace::linear`` and ``inplace::argmax``: what lowering makes of a linear layer and its neighbours. No frontend emits them.
+"""``inplace::linear`` and ``inplace::rms_norm``: a linear layer with its neighbours, and a norm.
 
-They touch no state. They are operators so that a fused graph can still be run, and compared, in PyTorch.
+Only lowering emits them. They touch no state; they are operators so that a fused graph can be run,
+and compared, in PyTorch.
 """
 
 import torch
@@ -10,33 +11,35 @@ from torch import Tensor
 from inplace.operators.library import LIBRARY, define
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
-"""What may follow the product; gated layers multiply the activated first half of the rows by the second half."""
+"""What may follow the product.
+
+A gated layer multiplies its activated first half by its second half.
+"""
 
 
 define(
     "linear",
-    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, Tensor? residual=None, *, float eps=0.0, "
-    "str activation='none', bool gated=False, bool float_out=False) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, Tensor? residual=None, *, "
+    "float eps=0.0, str activation='none', bool gated=False, bool float_out=False) -> Tensor",
 )
 
 
 define("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
 
 
-define("argmax", "(Tensor scores) -> Tensor")
-
-
 @torch.library.impl(LIBRARY, "rms_norm", "CompositeExplicitAutograd")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) * weight`` over the last axis (arXiv:1910.07467, eq. 4), computed in float32, in x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(
-        x.dtype
-    )
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last axis (arXiv:1910.07467, eq. 4).
+
+    Computed in float32; the result has x's dtype.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """One of `ACTIVATIONS`."""
+    """Apply one of `ACTIVATIONS`."""
     match activation:
         case "relu":
             return x.relu()
@@ -85,10 +88,11 @@ def _linear_fake(
 ) -> Tensor:
     torch._check(
         weight.dim() == 2 and x.shape[-1] == weight.shape[1],
-        lambda: f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}",
+        lambda: f"x {tuple(x.shape)} cannot be multiplied with weight {tuple(weight.shape)}",
     )
     torch._check(
-        activation in ACTIVATIONS, lambda: f"activation {activation!r} is none of {ACTIVATIONS}"
+        activation in ACTIVATIONS,
+        lambda: f"activation {activation!r} must be one of {ACTIVATIONS}",
     )
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     return x.new_empty((*x.shape[:-1], width), dtype=torch.float32 if float_out else x.dtype)
@@ -98,19 +102,9 @@ def _linear_fake(
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     torch._check(
         tuple(weight.shape) == (x.shape[-1],),
-        lambda: f"norm weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}",
+        lambda: f"norm weight {tuple(weight.shape)} must have the last extent of {tuple(x.shape)}",
     )
     return torch.empty_like(x)
-
-
-@torch.library.impl(LIBRARY, "argmax", "CompositeExplicitAutograd")
-def _argmax(scores: Tensor) -> Tensor:
-    return scores.argmax(-1, keepdim=True)
-
-
-@torch.library.register_fake("inplace::argmax", lib=LIBRARY)
-def _argmax_fake(scores: Tensor) -> Tensor:
-    return scores.new_empty((scores.shape[0], 1), dtype=torch.int64)
 
 
 def linear(
@@ -129,14 +123,15 @@ def linear(
 
     Args:
         x: ``[..., in]``.
-        weight: ``[out, in]``; when ``gated`` the first half of its rows is the gate, the second half what it is multiplied with.
+        weight: ``[out, in]``; when ``gated``, the first half of its rows is the gate and the second
+            half what the gate is multiplied with.
         bias: ``[out]``.
-        norm: ``[in]``: the weight of an RMS norm of ``x`` before the product, any floating dtype.
+        norm: ``[in]``: weight of an RMS norm of ``x`` before the product, any floating dtype.
         residual: added to the result, of its shape and dtype.
         eps: of the norm.
         activation: one of `ACTIVATIONS`.
         gated: ``activation(first half) * second half``.
-        float_out: the result is float32 whatever the weights are.
+        float_out: the result is float32, whatever dtype the weights have.
 
     Returns:
         ``[..., out]``, or ``[..., out / 2]`` when gated.
@@ -152,12 +147,5 @@ def linear(
         gated=gated,
         float_out=float_out,
     )
-    assert isinstance(out, Tensor)
-    return out
-
-
-def argmax(scores: Tensor) -> Tensor:
-    """The index of the largest of each row's scores, the first where several are: ``[rows, n]`` to int64 ``[rows, 1]``."""
-    out = torch.ops.inplace.argmax(scores)
     assert isinstance(out, Tensor)
     return out

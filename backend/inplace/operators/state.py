@@ -1,7 +1,4 @@
-"""``inplace::update``: write the rows of some slots of a state, in place.
-
-``inplace::read``: the rows of some slots of a state.
-"""
+"""``inplace::update`` and ``inplace::read``: write slots of a state in place, and read them."""
 
 import torch
 from torch import Tensor
@@ -10,8 +7,8 @@ from inplace.operators.library import LIBRARY, define
 
 define(
     "update",
-    "(Tensor(a!) state, Tensor slots, Tensor value, Tensor? row_offsets=None, Tensor? write_indices=None, int axis=0, "
-    "bool ring=False) -> ()",
+    "(Tensor(a!) state, Tensor slots, Tensor value, Tensor? row_offsets=None, "
+    "Tensor? write_indices=None, int axis=0, bool ring=False) -> ()",
 )
 
 
@@ -25,22 +22,22 @@ def _update(
     axis: int = 0,
     ring: bool = False,
 ) -> None:
-    owners = slots.tolist()
+    slot_list = slots.tolist()
     if write_indices is None:
-        for row, slot in enumerate(owners):
+        for row, slot in enumerate(slot_list):
             if slot >= 0:
                 state[slot].copy_(value[row])
         return
     starts = write_indices.tolist()
-    bounds = range(len(owners) + 1) if row_offsets is None else row_offsets.tolist()
-    for row, (slot, start) in enumerate(zip(owners, starts, strict=True)):
+    offsets = range(len(slot_list) + 1) if row_offsets is None else row_offsets.tolist()
+    for row, (slot, start) in enumerate(zip(slot_list, starts, strict=True)):
         if slot < 0:
             continue
-        # packed: the tokens are value's first axis; the slot has them on `axis`
+        # In packed values the tokens are the first axis; in the slot they are on `axis`.
         new = (
             value[row]
             if row_offsets is None
-            else value[bounds[row] : bounds[row + 1]].movedim(0, axis - 1)
+            else value[offsets[row] : offsets[row + 1]].movedim(0, axis - 1)
         )
         write(state[slot], new, start, axis - 1, ring=ring)
 
@@ -55,8 +52,11 @@ def _update_on_gpu(
     axis: int = 0,
     ring: bool = False,
 ) -> None:
-    """The same in a Triton-language kernel: nothing is read on the host, so entries that do not fit a slot are dropped, not refused."""
-    from inplace.kernels import update as kernels  # Triton exists on a GPU only
+    """`update` in a Triton-language kernel, without a synchronisation with the host.
+
+    Entries that do not fit a slot are therefore dropped, not refused.
+    """
+    from inplace.kernels import update as kernels  # imports Triton
 
     if not state.is_contiguous():
         raise ValueError(f"the state has strides {state.stride()}; it must be contiguous")
@@ -82,15 +82,17 @@ def _update_on_gpu(
 
 
 def write(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
-    """Copy ``new`` into ``slot`` from ``start`` along ``axis``; a ring goes on at 0 when it reaches the end.
+    """Copy ``new`` into ``slot`` from ``start`` along ``axis``; in a ring it wraps around.
 
     Raises:
-        IndexError: the rows do not fit. The runtime checks this before a step; an operator never writes beside its slot.
+        IndexError: the rows do not fit. The runtime checks this before a step; an operator never
+            writes outside its slot.
     """
     capacity, count = slot.shape[axis], new.shape[axis]
     if (*new.shape[:axis], *new.shape[axis + 1 :]) != (*slot.shape[:axis], *slot.shape[axis + 1 :]):
         raise IndexError(
-            f"rows of {tuple(new.shape)} have other extents than their slot {tuple(slot.shape)} beside axis {axis}"
+            f"rows of shape {tuple(new.shape)} and their slot of shape {tuple(slot.shape)} differ "
+            f"in more than axis {axis}"
         )
     if ring:
         if count > capacity:
@@ -122,13 +124,14 @@ def _update_fake(
     if write_indices is not None:
         torch._check(
             1 <= axis < state.dim(),
-            lambda: f"axis {axis} is no axis of a slot of {tuple(state.shape)}",
+            lambda: f"axis {axis} is not an axis of a slot of {tuple(state.shape)}",
         )
     else:
         torch._check(
             tuple(value.shape[1:]) == tuple(state.shape[1:]),
             lambda: (
-                f"value {tuple(value.shape)} must be [rows, ...] with the extents of the state {tuple(state.shape)}"
+                f"value {tuple(value.shape)} must be [rows, ...] with the extents of the state "
+                f"{tuple(state.shape)}"
             ),
         )
 
@@ -148,16 +151,18 @@ def update(
     Args:
         state: ``[slots, ...]``, mutated.
         slots: ``[rows]``, int32 or int64; a row with slot -1 writes nothing.
-        value: without ``write_indices``: ``[rows, ...]``, the whole of each slot. With ``write_indices``: what to append,
-            ``[rows, ...]`` with the new entries on ``axis``; with ``row_offsets`` too, packed ``[tokens, ...]``, where the
-            token axis comes first and stands for ``axis``.
+        value: without ``write_indices``: ``[rows, ...]``, the whole of each slot. With
+            ``write_indices``: what to append, ``[rows, ...]`` with the new entries on ``axis``.
+            With ``row_offsets`` too: packed, ``[tokens, ...]``, the token axis first in place of
+            ``axis``.
         row_offsets: ``[rows + 1]``: row r owns ``value[row_offsets[r]:row_offsets[r + 1]]``.
         write_indices: ``[rows]``: where each row's append starts.
-        axis: the state's axis (counted with the slot axis) that an append grows along.
+        axis: the state's axis, counted with the slot axis, that an append is along.
         ring: write modulo the extent of ``axis``.
 
     Raises:
-        IndexError: an append that does not fit its slot (CPU; on a GPU, where nothing is read on the host, what does not fit is dropped).
+        IndexError: an append does not fit its slot. Only on the CPU: on a GPU, where the host does
+            not read the indices, entries beyond the slot are dropped.
     """
     torch.ops.inplace.update(state, slots, value, row_offsets, write_indices, axis, ring)
 
@@ -165,17 +170,18 @@ def update(
 define("read", "(Tensor state, Tensor slots) -> Tensor")
 
 
-_AS = {
+_INDEXABLE_DTYPES = {
     torch.uint16: torch.int16,
     torch.float8_e4m3fn: torch.int8,
     torch.float8_e5m2: torch.int8,
 }
-"""Types that PyTorch does not index, and those of the same size that it does."""
+"""For each type that PyTorch cannot index, one of the same size that it can."""
 
 
 @torch.library.impl(LIBRARY, "read", "CompositeExplicitAutograd")
 def _read(state: Tensor, slots: Tensor) -> Tensor:
-    rows = state.view(_AS.get(state.dtype, state.dtype)).index_select(0, slots.clamp(min=0))
+    indexable = state.view(_INDEXABLE_DTYPES.get(state.dtype, state.dtype))
+    rows = indexable.index_select(0, slots.clamp(min=0))
     null = (slots < 0).view(-1, *[1] * (state.dim() - 1))
     return rows.masked_fill_(null, 0).view(state.dtype)
 
@@ -187,14 +193,14 @@ def _read_fake(state: Tensor, slots: Tensor) -> Tensor:
 
 
 def read(state: Tensor, slots: Tensor) -> Tensor:
-    """What the slots hold.
+    """Read the rows of these slots.
 
     Args:
         state: ``[slots, ...]``, any dtype.
-        slots: ``[rows]``, int32 or int64; -1 is a null row, which reads as zeros.
+        slots: ``[rows]``, int32 or int64; a row with slot -1 reads as zeros.
 
     Returns:
-        ``[rows, ...]``, the state's dtype; a new tensor of the rows' size (never of the arena's).
+        ``[rows, ...]``, the state's dtype, in new memory.
     """
     out = torch.ops.inplace.read(state, slots)
     assert isinstance(out, Tensor)

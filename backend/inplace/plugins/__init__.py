@@ -1,10 +1,17 @@
-"""TensorRT plugins: the operators of a graph as TensorRT runs them, their states aliased outputs."""
+"""TensorRT plugins of the operators; the states that they update are aliased outputs."""
 
-from inplace.plugins.adapter import OPERATIONS, Plugins, plugins, register
-from inplace.plugins.linear import ArgmaxOperation, LinearOperation, RmsNormOperation
-from inplace.plugins.operation import Launch, Operation
-from inplace.plugins.sample import SampleOperation
-from inplace.plugins.state import AttentionOperation, UpdateOperation
+from inplace.plugins.adapter import Plugins, plugins, register
+from inplace.plugins.operations import (
+    OPERATIONS,
+    ArgmaxOperation,
+    AttentionOperation,
+    Launch,
+    LinearOperation,
+    Operation,
+    RmsNormOperation,
+    SampleOperation,
+    UpdateOperation,
+)
 
 __all__ = [
     "OPERATIONS",

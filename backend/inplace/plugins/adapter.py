@@ -1,7 +1,8 @@
 """From an `Operation` to a TensorRT plugin (``IPluginV3``, TensorRT 10.3 and later).
 
-Python must keep every plugin object alive that TensorRT was given or that `clone` returned: TensorRT holds no reference, and a
-collected one corrupts the heap. `Plugins` keeps them for the life of the process, as the registry keeps the creators.
+Python must keep alive every plugin object that TensorRT was given or that ``clone`` returned.
+TensorRT holds no reference to them, and a collected one corrupts the heap. `Plugins` keeps them for
+the life of the process, as TensorRT's registry keeps the creators.
 """
 
 import contextlib
@@ -14,19 +15,8 @@ import numpy as np
 import torch
 
 from inplace.kernels.memory import Pointer
-from inplace.plugins.linear import STATELESS
-from inplace.plugins.operation import Launch, Operation, Shape
-from inplace.plugins.sample import SampleOperation
-from inplace.plugins.state import AttentionOperation, UpdateOperation
+from inplace.plugins.operations import OPERATIONS, Launch, Operation, Shape
 from inplace.trt import TensorRT
-
-OPERATIONS: dict[str, type[Operation]] = {
-    **STATELESS,
-    SampleOperation.name: SampleOperation,
-    AttentionOperation.name: AttentionOperation,
-    UpdateOperation.name: UpdateOperation,
-}
-
 
 NAMESPACE, PLUGIN_VERSION = "", "1"
 
@@ -38,16 +28,16 @@ class Plugins:
     """The plugins of one TensorRT module, registered with it.
 
     Attributes:
-        errors: what the last launches raised, oldest first.
-        failures: how many launches have raised. TensorRT 10.6 takes a step for done of which a Python plugin failed.
-        seen: while `observe_aliases`, the address of each aliased input that a launch was handed.
+        errors: texts of the last errors of launches, oldest first.
+        failures: how many launches have failed. TensorRT 10.6 reports success for a step in which
+            a Python plugin failed, so this is how callers notice.
     """
 
     def __init__(self, tensorrt: TensorRT) -> None:
         self.tensorrt = tensorrt
         self.errors: deque[str] = deque(maxlen=16)
         self.failures = 0
-        self.seen: set[int] | None = None
+        self._alias_addresses: set[int] | None = None
         self._alive: list[Any] = []
         self._plugin = _plugin_class(self)
         self._creators: dict[str, Any] = {}
@@ -55,7 +45,7 @@ class Plugins:
             self.register(kind)
 
     def register(self, kind: type[Operation]) -> None:
-        """Let plans with this kind of operation be loaded; once a name."""
+        """Register a creator, once for each name, so that plans with this kind can be loaded."""
         if kind.name not in self._creators:
             self._creators[kind.name] = _creator(self, kind)
             self.tensorrt.api.get_plugin_registry().register_creator(
@@ -70,22 +60,27 @@ class Plugins:
 
     @contextlib.contextmanager
     def observe_aliases(self) -> Iterator[set[int]]:
-        """Collect the addresses of aliased inputs that launches see inside the block; a moved output raises in the launch."""
-        self.seen = set()
+        """Collect the addresses of aliased inputs that launches get inside the block."""
+        self._alias_addresses = set()
         try:
-            yield self.seen
+            yield self._alias_addresses
         finally:
-            self.seen = None
+            self._alias_addresses = None
 
     def launch(self, operation: Operation, call: Launch) -> None:
-        """Check the aliases TensorRT made, and launch."""
+        """Launch an operation.
+
+        Raises:
+            RuntimeError: TensorRT bound an aliased output to another address than its input.
+        """
         for output, source in operation.aliases.items():
             if call.outputs[output].address != call.inputs[source].address:
                 raise RuntimeError(
-                    f"{operation.name}: TensorRT bound output {output} to another address than input {source}, whose memory it must be"
+                    f"{operation.name}: TensorRT bound output {output} to another address than "
+                    f"input {source}, whose memory it must be"
                 )
-            if self.seen is not None:
-                self.seen.add(call.inputs[source].address)
+            if self._alias_addresses is not None:
+                self._alias_addresses.add(call.inputs[source].address)
         operation.launch(call)
 
 
@@ -93,22 +88,26 @@ _registered: dict[TensorRT, Plugins] = {}
 
 
 def plugins(tensorrt: TensorRT) -> Plugins:
-    """The plugins of this TensorRT, registered once a process."""
+    """The plugins of this TensorRT, registered once in a process."""
     if tensorrt not in _registered:
         _registered[tensorrt] = Plugins(tensorrt)
     return _registered[tensorrt]
 
 
 def register(kind: type[Operation]) -> type[Operation]:
-    """Register an operation of the user's own as a plugin: a frozen dataclass, its fields integers, floats, booleans or choices.
+    """Register a user's operation as a plugin. Can be used as a decorator.
 
-    It must be registered where a plan with it is built and in every process that loads one. Works as a decorator.
+    It must be registered where a plan with it is built, and in every process that loads one.
+
+    Args:
+        kind: a frozen dataclass. Its fields are integers, floats, booleans, or strings with
+            ``metadata={"choices": (...)}``.
 
     Raises:
         ValueError: another operation has its name.
     """
     if OPERATIONS.setdefault(kind.name, kind) is not kind:
-        raise ValueError(f"a plugin is named {kind.name!r} already; give this one another name")
+        raise ValueError(f"another plugin has the name {kind.name!r}; choose another name")
     for owner in _registered.values():
         owner.register(kind)
     return kind
@@ -140,9 +139,10 @@ def _plugin_class(owner: Plugins) -> Any:
                 NAMESPACE,
             )
             self.num_outputs = len(operation.output_dtypes([torch.float32] * operation.input_count))
+            # TensorRT keeps the addresses of these arrays.
             self._arrays = [
                 np.array([value], dtype=np.int32) for value in operation.to_fields().values()
-            ]  # TensorRT keeps their addresses
+            ]
             self._locks: torch.Tensor | None = None
             self._pdl: bool | None = None
 
@@ -161,15 +161,15 @@ def _plugin_class(owner: Plugins) -> Any:
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
         ) -> list[Any]:
             extents = [[shape[axis] for axis in range(len(shape))] for shape in inputs]
-            found = []
+            expressions = []
             for shape in self.operation.output_shapes(extents):
                 expression = api.DimsExprs(len(shape))
                 for axis, extent in enumerate(shape):
                     expression[axis] = (
                         builder.constant(extent) if isinstance(extent, int) else extent
                     )
-                found.append(expression)
-            return found
+                expressions.append(expression)
+            return expressions
 
         def supports_format_combination(
             self, position: int, tensors: Sequence[Any], inputs: int
@@ -230,7 +230,7 @@ def _plugin_class(owner: Plugins) -> Any:
             try:
                 shapes: list[Shape] = [tuple(tensor.dims) for tensor in inputs]
                 with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-                    if self._locks is None:  # the first enqueue warms up and is never captured
+                    if self._locks is None:  # in the first enqueue, which is never captured
                         self._locks = torch.zeros(
                             max(1, self.operation.locks()), dtype=torch.int32, device="cuda"
                         )
@@ -264,7 +264,7 @@ def _creator(owner: Plugins, kind: type[Operation]) -> Any:
     api = owner.tensorrt.api
 
     class Creator(api.IPluginCreatorV3One):  # type: ignore[misc, name-defined]
-        """Makes the plugin again when a plan is loaded."""
+        """Creates plugins of this kind when a plan is loaded."""
 
         def __init__(self) -> None:
             api.IPluginCreatorV3One.__init__(self)

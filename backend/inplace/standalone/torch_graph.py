@@ -88,7 +88,7 @@ def _check_states(
             f"{title}: the states the graph writes in place and the aliases of the manifest differ in {sorted(written ^ declared)}; "
             f"build the engine again"
         )
-    own = set(written_states(exported.graph, own=False))
+    own = set(written_states(exported.graph, include_inplace=False))
     for alias in manifest.parsed_aliases:
         kind = "user" if alias.input in own else "operator"
         if alias.kind != kind:

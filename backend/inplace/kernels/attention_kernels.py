@@ -1,0 +1,432 @@
+"""The attention kernels: decode with split-KV, append, and prefill.
+
+Grids depend only on row and token counts and on capacity, so that a launch can be captured into a
+CUDA graph; cached lengths are read on the device.
+
+**Decode**: every row has one token. One kernel appends it and attends, a row's cached positions
+split over several programs. A program beyond its row's length ends at once. The last program of a
+row and head to finish combines the splits: flash decoding, with a counter in place of a second
+kernel.
+
+The order of a decode program's loads decides what memory latency a step pays. If the caller
+guarantees that they are `settled`, slots, write indices and the first block of keys and values are
+loaded before the wait of programmatic dependent launch, while the kernel that makes the query
+still runs. That is right only for memory that no earlier kernel of the step writes: cached
+positions were written by earlier steps, which have ended before a step begins; slots and write
+indices were uploaded before its first kernel; and a kernel never starts before its predecessor
+has started. Query, new key and value, cosines and sines are computed in the step and always loaded
+after the wait.
+
+**Mixed steps**: rows with any number of tokens. One kernel appends all keys and values, the next
+attends (flash attention, arXiv:2205.14135). Each program finds its row, and its tokens of that row,
+on the device.
+"""
+
+import triton
+import triton.language as tl
+
+from inplace.kernels.loads import keep_in_registers, load_cached, load_rotated
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def scaled_scores(products, scale, SOFTCAP: tl.constexpr):
+    """Scores for a softmax of base 2: scaled, soft-capped if asked, times log2(e)."""
+    if SOFTCAP > 0:
+        ratio = products * (scale / SOFTCAP)
+        # tanh |z| = (1 - exp(-2 |z|)) / (1 + exp(-2 |z|)) never overflows
+        small = tl.exp2(tl.abs(ratio) * (-2.0 * LOG2E))
+        bounded = (1.0 - small) / (1.0 + small)
+        products = tl.where(ratio < 0, -bounded, bounded) * (SOFTCAP * LOG2E)
+    else:
+        products = products * (scale * LOG2E)
+    return products
+
+
+@triton.jit
+def online_softmax(
+    q, k, v, positions, j, upper, scale, row_max, row_sum, acc,
+    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, EMPTY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys and values of positions ``j``; return the new ``row_max, row_sum, acc``.
+
+    One block of online softmax (arXiv:2205.14135): ``row_max`` is the largest score so far,
+    ``row_sum`` the sum of ``exp2(score - row_max)``, ``acc`` the values weighted by it.
+
+    ``BOUNDED``: positions from ``upper`` on are masked, and what ``CAUSAL`` and ``WINDOW`` hide.
+    ``EMPTY``: a query may see none of these positions and none before them.
+    """
+    scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+    if BOUNDED:
+        visible = (j < upper)[None, :]
+        if CAUSAL:
+            visible = visible & (j[None, :] <= positions[:, None])
+        if WINDOW > 0:
+            visible = visible & (j[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = new_max
+    if EMPTY:  # inf - inf is NaN
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    decay = tl.exp2(row_max - shift)
+    weights = tl.exp2(scores - shift[:, None])
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["splits"])
+def decode_kernel(
+    query, key, value, cos, sin, key_state, value_state, slots, write_indices, out,
+    workspace, locks, query_stride, key_stride, value_stride, capacity, splits, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    ROTARY: tl.constexpr, APPEND: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Append and attend with one token a row. Program (row, kv head and block of its heads, split).
+
+    ``SPLIT_KV``: there are several splits; ``MIN_SPLIT``: fewest positions of one; ``BLOCK_G``:
+    query heads of a program, padded for `tl.dot`; ``BLOCK_H``: the same, not padded; ``BLOCK_C``:
+    splits that are combined at a time; ``PREFETCH``: what is `settled` is loaded before the wait.
+    Nothing is written before the wait.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not PREFETCH:
+            tl.extra.cuda.gdc_wait()
+    row, head_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    heads: tl.constexpr = KV_HEADS * GROUP
+    kv, block = head_block // blocks, head_block % blocks
+    slot = tl.load(slots + row).to(tl.int64)
+    start = tl.load(write_indices + row)
+    g = block * BLOCK_G + tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    first_head = row.to(tl.int64) * heads + kv * GROUP  # of [rows, heads]
+    out_at = out + first_head * VALUE_DIM + g[:, None] * VALUE_DIM + e[None, :]
+    out_mask = (g < GROUP)[:, None] & (e < VALUE_DIM)[None, :]
+    live = slot >= 0
+    # A null row has nothing cached and appends nothing. No branch, which would separate the loads.
+    start = tl.where(live, start, 0)
+
+    lower = start * 0
+    if WINDOW > 0:
+        lower = tl.maximum(start - WINDOW + 1, 0)
+    if RING:
+        lower = tl.maximum(lower, start + (1 if APPEND else 0) - capacity)
+    split_length = MIN_SPLIT
+    if SPLIT_KV:
+        split_length = tl.maximum(
+            MIN_SPLIT, tl.cdiv(tl.cdiv(start - lower, splits), BLOCK_N) * BLOCK_N
+        )
+    active_splits = 1
+    if SPLIT_KV:
+        active_splits = tl.maximum(1, tl.cdiv(start - lower, split_length))
+    # Split 0 is always active: a program of every row waits, so this kernel ends after its
+    # predecessor on the stream.
+    if split >= active_splits:
+        return
+    upper = start if RING else tl.minimum(start, capacity)
+    begin = lower
+    if SPLIT_KV:
+        begin = lower + split * split_length
+        upper = tl.minimum(upper, begin + split_length)
+    ring_first = lower % capacity if RING else lower
+
+    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM
+    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_DIM
+    j = begin + tl.arange(0, BLOCK_N)
+    old_k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+    old_v = load_cached(
+        values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
+    )
+    if PREFETCH:
+        tl.extra.cuda.gdc_wait()
+
+    angles = row.to(tl.int64) * ROTARY
+    one = tl.full((1, 1), 1, tl.int1)
+    zero = tl.zeros((1, 1), tl.int32)
+    q_at = query + row.to(tl.int64) * query_stride + kv * GROUP * DIM + g[:, None] * DIM
+    q = load_rotated(
+        q_at, d[None, :], (g < GROUP)[:, None], cos + angles + zero, sin + angles + zero, one,
+        DIM, ROTARY,
+    )  # fmt: skip
+    row_max = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    if APPEND:
+        # The last split takes the new token from registers: it may not see what another program
+        # appends.
+        owns_token = live & (split == active_splits - 1)
+        k_at = key + row.to(tl.int64) * key_stride + kv * DIM + zero
+        k = load_rotated(
+            k_at, d[None, :], one & owns_token, cos + angles + zero, sin + angles + zero,
+            one & owns_token, DIM, ROTARY,
+        )  # fmt: skip
+        k = k.to(key_state.dtype.element_ty)
+        v_at = value + row.to(tl.int64) * value_stride + kv * VALUE_DIM + e[None, :]
+        v = tl.load(v_at, mask=owns_token & (e < VALUE_DIM)[None, :], other=0.0)
+        entry = start % capacity if RING else start
+        write = owns_token & (block == 0) & (entry < capacity)
+        tl.store(keys + entry * DIM + d[None, :], k, mask=write & (d < DIM)[None, :])
+        tl.store(
+            values + entry * VALUE_DIM + e[None, :],
+            v.to(value_state.dtype.element_ty),
+            mask=write & (e < VALUE_DIM)[None, :],
+        )
+        score = scaled_scores(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, SOFTCAP)
+        row_max = tl.where(owns_token, score, row_max)
+        row_sum = tl.where(owns_token, 1.0, row_sum)
+        acc += v.to(tl.float32)
+
+    # There are not enough registers for wider elements.
+    keep: tl.constexpr = PDL and key_state.dtype.element_ty.primitive_bitwidth == 16
+    if keep:
+        old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
+    row_max, row_sum, acc = online_softmax(
+        q, old_k, old_v, g, j, upper, scale, row_max, row_sum, acc, True, False, 0, True, SOFTCAP
+    )
+    for block_begin in tl.range(begin + BLOCK_N, upper, BLOCK_N, num_stages=STAGES):
+        j = block_begin + tl.arange(0, BLOCK_N)
+        old_k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+        old_v = load_cached(
+            values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
+        )
+        if keep and STAGES == 1:
+            old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
+        row_max, row_sum, acc = online_softmax(
+            q, old_k, old_v, g, j, upper, scale, row_max, row_sum, acc,
+            True, False, 0, True, SOFTCAP,
+        )  # fmt: skip
+
+    if active_splits == 1:
+        row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # nothing cached, nothing appended: 0
+        tl.store(out_at, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=out_mask)
+    elif SPLIT_KV:
+        combine_splits(
+            row_max, row_sum, acc, g, e, first_head, split, splits, active_splits, out, workspace,
+            locks + row * tl.num_programs(1) + head_block, tl.num_programs(0) * heads,
+            block * BLOCK_G, GROUP, VALUE_DIM, BLOCK_H, BLOCK_V, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine_splits(
+    row_max, row_sum, acc, g, e, first_head, split, splits, active_splits, out, workspace, lock,
+    all_heads, first_g,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store this split's result; the last of ``active_splits`` programs combines all of them.
+
+    It leaves ``lock``, which counts the splits that have arrived, at 0.
+
+    The workspace holds float32 results ``[rows, heads, splits, value_dim]``, each a softmax over
+    its split, then the log-sum-exp (base 2) of each split, ``[rows, heads, splits]``.
+    """
+    lse = workspace + all_heads.to(tl.int64) * splits * VALUE_DIM
+    part = (first_head + g) * splits + split
+    divisor = tl.where(row_sum == 0, 1.0, row_sum)
+    result_at = workspace + part[:, None] * VALUE_DIM + e[None, :]
+    tl.store(
+        result_at, acc / divisor[:, None], mask=(g < GROUP)[:, None] & (e < VALUE_DIM)[None, :]
+    )
+    tl.store(
+        lse + part,
+        tl.where(row_sum == 0, float("-inf"), row_max + tl.log2(divisor)),
+        mask=g < GROUP,
+    )
+    tl.debug_barrier()  # the stores of every thread come before the one thread's release
+    if tl.atomic_add(lock, 1, sem="acq_rel") == active_splits - 1:
+        tl.store(lock, 0)
+        h = first_g + tl.arange(0, BLOCK_H)
+        own = (h < GROUP) & (h < first_g + BLOCK_H)
+        max_lse = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        weight_sum = tl.zeros((BLOCK_H,), tl.float32)
+        result = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
+        # Both loads of a round are in flight together; most steps need one round.
+        for begin in range(0, active_splits, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C)
+            place = (first_head + h)[None, :] * splits + c[:, None]
+            present = own[None, :] & (c < active_splits)[:, None]
+            # ".cg" skips the L1 cache, which does not see the stores of other programs
+            part_result = tl.load(
+                workspace + place[:, :, None] * VALUE_DIM + e[None, None, :],
+                mask=present[:, :, None] & (e < VALUE_DIM)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            part_lse = tl.load(lse + place, mask=present, other=float("-inf"), cache_modifier=".cg")
+            new_max = tl.maximum(max_lse, tl.max(part_lse, 0))
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights, decay = tl.exp2(part_lse - shift[None, :]), tl.exp2(max_lse - shift)
+            weight_sum = weight_sum * decay + tl.sum(weights, 0)
+            result = result * decay[:, None] + tl.sum(part_result * weights[:, :, None], 0)
+            max_lse = new_max
+        weight_sum = tl.where(weight_sum == 0, 1.0, weight_sum)
+        to = out + (first_head + h)[:, None] * VALUE_DIM + e[None, :]
+        tl.store(
+            to,
+            (result / weight_sum[:, None]).to(out.dtype.element_ty),
+            mask=own[:, None] & (e < VALUE_DIM)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def append_kernel(
+    key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
+    key_stride, value_stride, capacity, rows, tokens,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    RING: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Append the keys, rotated, and values of a mixed step. Program (block of tokens, kv head)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    kv = tl.program_id(1)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.arange(0, BLOCK_R)
+    ends = tl.load(row_offsets + r + 1, mask=r < rows, other=2147483647)
+    row = tl.sum((ends[None, :] <= t[:, None]).to(tl.int32), 1)
+    present = (t < tokens) & (row < rows)
+    slot = tl.load(slots + row, mask=present, other=-1)
+    position = (
+        tl.load(write_indices + row, mask=present, other=0)
+        + t
+        - tl.load(row_offsets + row, mask=present, other=0)
+    )
+    entry = position % capacity if RING else position
+    present &= (slot >= 0) & (entry < capacity)
+
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = tl.arange(0, BLOCK_V)[None, :]
+    token = t.to(tl.int64)[:, None]
+    to = ((slot.to(tl.int64) * KV_HEADS + kv) * capacity + entry)[:, None]
+    mask = present[:, None]
+    k = load_rotated(
+        key + token * key_stride + kv * DIM, d, mask, cos + token * ROTARY, sin + token * ROTARY,
+        mask, DIM, ROTARY,
+    )  # fmt: skip
+    tl.store(key_state + to * DIM + d, k.to(key_state.dtype.element_ty), mask=mask & (d < DIM))
+    v = tl.load(
+        value + token * value_stride + kv * VALUE_DIM + e, mask=mask & (e < VALUE_DIM), other=0.0
+    )
+    tl.store(
+        value_state + to * VALUE_DIM + e,
+        v.to(value_state.dtype.element_ty),
+        mask=mask & (e < VALUE_DIM),
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def prefill_kernel(
+    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out,
+    query_stride, capacity, scale, rows,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    ROTARY: tl.constexpr, APPEND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RING: tl.constexpr, SOFTCAP: tl.constexpr, PACK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attend in a mixed step whose keys and values are in their slots.
+
+    Program (block of one row's tokens, kv head and pack of ``PACK`` of its query heads). A block's
+    ``BLOCK_M`` queries are ``BLOCK_M // PACK`` tokens times ``PACK`` heads: they share the keys and
+    values that are loaded.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    span: tl.constexpr = BLOCK_M // PACK
+    packs: tl.constexpr = (GROUP + PACK - 1) // PACK
+    # The last tokens of a row see most positions, so their blocks start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv, pack = tl.program_id(1) // packs, tl.program_id(1) % packs
+    r = tl.arange(0, BLOCK_R)
+    sizes = tl.load(row_offsets + r + 1, mask=r < rows, other=0) - tl.load(
+        row_offsets + r, mask=r < rows, other=0
+    )
+    blocks = tl.cdiv(sizes, span)
+    row = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    if row >= rows:
+        return
+    first = tl.load(row_offsets + row)
+    count = tl.load(row_offsets + row + 1) - first
+    begin = (block - tl.sum(tl.where(r < row, blocks, 0), 0)) * span  # of the block, in the row
+    slot = tl.load(slots + row).to(tl.int64)
+    start = tl.load(write_indices + row)
+
+    i = tl.arange(0, BLOCK_M)
+    token = begin + i // PACK
+    g = pack * PACK + i % PACK
+    present = ((i < span * PACK) & (token < count) & (g < GROUP))[:, None]
+    packed = (first + token).to(tl.int64)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = tl.arange(0, BLOCK_V)[None, :]
+    out_at = out + (packed * (KV_HEADS * GROUP) + (kv * GROUP + g)[:, None]) * VALUE_DIM + e
+    if slot < 0:
+        tl.store(
+            out_at,
+            tl.zeros((BLOCK_M, BLOCK_V), out.dtype.element_ty),
+            mask=present & (e < VALUE_DIM),
+        )
+        return
+
+    cached = start + count if APPEND else start
+    upper = cached
+    if CAUSAL:
+        upper = tl.minimum(upper, start + tl.minimum(begin + span, count))
+    lower = start * 0
+    if WINDOW > 0:
+        lower = tl.maximum(start + begin - WINDOW + 1, 0)
+    if RING:
+        lower = tl.maximum(lower, cached - capacity)
+    else:
+        upper = tl.minimum(upper, capacity)
+    ring_first = lower % capacity if RING else lower
+    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM
+    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_DIM
+    q_at = query + packed * query_stride + (kv * GROUP + g)[:, None] * DIM
+    q = load_rotated(
+        q_at, d, present, cos + packed * ROTARY, sin + packed * ROTARY, present, DIM, ROTARY
+    )
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    positions = start + token
+    masked_from = lower
+    if WINDOW == 0:  # positions that every token of the block sees need no mask
+        visible_to_all = tl.minimum(upper, start + begin + 1) if CAUSAL else upper
+        masked_from = lower + tl.maximum(visible_to_all - lower, 0) // BLOCK_N * BLOCK_N
+        for block_begin in tl.range(lower, masked_from, BLOCK_N, num_stages=STAGES):
+            j = block_begin + tl.arange(0, BLOCK_N)
+            k = load_cached(keys, j, lower, upper, ring_first, capacity, False, RING, DIM, BLOCK_D)
+            v = load_cached(
+                values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V
+            )
+            row_max, row_sum, acc = online_softmax(
+                q, k, v, positions, j, upper, scale, row_max, row_sum, acc,
+                False, False, 0, False, SOFTCAP,
+            )  # fmt: skip
+    may_be_empty: tl.constexpr = CAUSAL or WINDOW > 0
+    for block_begin in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
+        j = block_begin + tl.arange(0, BLOCK_N)
+        k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+        v = load_cached(
+            values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
+        )
+        row_max, row_sum, acc = online_softmax(
+            q, k, v, positions, j, upper, scale, row_max, row_sum, acc,
+            True, CAUSAL, WINDOW, may_be_empty, SOFTCAP,
+        )  # fmt: skip
+    row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # a token that sees nothing: 0
+    tl.store(
+        out_at, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=present & (e < VALUE_DIM)
+    )

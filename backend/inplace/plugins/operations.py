@@ -1,0 +1,582 @@
+"""What plugins do, without TensorRT: shapes, types, aliases, scratch memory and kernel launches.
+
+`inplace.plugins.adapter` makes a TensorRT plugin of any `Operation`. The two are apart so that what
+a plugin answers to TensorRT can be tested on a machine without a GPU.
+"""
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any, ClassVar, Self
+
+import torch
+
+from inplace.kernels.attention import AttentionSpec, attention, attention_locks, attention_workspace
+from inplace.kernels.linear import LinearSpec, linear, linear_workspace, rms_norm
+from inplace.kernels.memory import Pointer
+from inplace.kernels.sample import argmax, argmax_workspace, sample, sample_workspace
+from inplace.kernels.update import UpdateSpec, update
+from inplace.operators import ACTIVATIONS
+
+Shape = tuple[int, ...]
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arguments of one launch.
+
+    Attributes:
+        shapes: shapes of the inputs.
+        inputs, outputs: their addresses and dtypes.
+        workspace: address of `Operation.workspace` bytes.
+        locks: int32 counters, `Operation.locks` of them. They are zero before the first launch, and
+            every launch leaves them zero.
+        pdl: launch kernels with programmatic dependent launch.
+    """
+
+    shapes: Sequence[Shape]
+    inputs: Sequence[Pointer]
+    outputs: Sequence[Pointer]
+    workspace: int
+    locks: Pointer
+    pdl: bool
+
+
+@dataclass(frozen=True)
+class Operation(ABC):
+    """One kind of plugin. Its dataclass fields are stored in the plan, under their names.
+
+    Attributes:
+        name: the plugin's name in the plan.
+        aliases: output index → index of the input whose memory the output is.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[Mapping[int, int]] = {}
+
+    @property
+    @abstractmethod
+    def input_count(self) -> int:
+        """The number of inputs."""
+
+    @abstractmethod
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Whether the tensor at this position may have its dtype, the last of ``dtypes``.
+
+        Positions count inputs first, then outputs; ``dtypes`` has those of earlier positions too.
+        """
+
+    @abstractmethod
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """The dtypes of the outputs, from those of the inputs."""
+
+    @abstractmethod
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The extents of the outputs, each an int or one of the inputs' extents.
+
+        The inputs' extents may be symbolic: an implementation only copies them.
+        """
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """Bytes of scratch memory for inputs of up to these shapes."""
+        return 0
+
+    def locks(self) -> int:
+        """How many int32 counters a launch needs."""
+        return 0
+
+    @abstractmethod
+    def launch(self, call: Launch) -> None:
+        """Launch the kernels on PyTorch's current stream."""
+
+    def to_fields(self) -> dict[str, int]:
+        """The dataclass fields as int32: TensorRT 10.6 returns anything else changed."""
+        return {
+            field.name: _encoded(getattr(self, field.name), field.metadata.get("choices"))
+            for field in fields(self)
+        }
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, int]) -> Self:
+        """The inverse of `to_fields`."""
+        return cls(
+            **{
+                f.name: _decoded(values[f.name], f.type, f.metadata.get("choices"))
+                for f in fields(cls)
+            }
+        )
+
+
+def num_tokens(shape: Shape) -> int:
+    """The product of all extents but the last."""
+    return prod(shape[:-1])
+
+
+def _encoded(value: object, choices: Sequence[str] | None) -> int:
+    if isinstance(value, str):
+        assert choices is not None
+        return choices.index(value)
+    if isinstance(value, float):
+        return int(struct.unpack("<i", struct.pack("<f", value))[0])
+    assert isinstance(value, int)
+    return int(value)
+
+
+def _decoded(value: int, kind: object, choices: Sequence[str] | None) -> Any:
+    if choices is not None:
+        return choices[value]
+    if kind is float:
+        return struct.unpack("<f", struct.pack("<i", value))[0]
+    return bool(value) if kind is bool else value
+
+
+@dataclass(frozen=True)
+class LinearOperation(Operation):
+    """``inplace::linear``. Inputs: x, weight, then those of bias, norm and residual that exist."""
+
+    name: ClassVar[str] = "InplaceLinear"
+
+    inputs: int
+    outputs: int
+    bias: bool = False
+    norm: bool = False
+    residual: bool = False
+    eps: float = 0.0
+    activation: str = field(default="none", metadata={"choices": ACTIVATIONS})
+    gated: bool = False
+    float_out: bool = False
+
+    @property
+    def input_count(self) -> int:
+        """X, weight, and the optional ones that exist."""
+        return 2 + self.bias + self.norm + self.residual
+
+    @property
+    def spec(self) -> LinearSpec:
+        """The properties that the kernels need."""
+        return LinearSpec(
+            self.inputs,
+            self.outputs,
+            self.bias,
+            self.norm,
+            self.residual,
+            self.eps,
+            self.activation,
+            self.gated,
+            self.float_out,
+        )
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """All have x's dtype, but the norm may have any and the result may be float32."""
+        dtype = dtypes[position]
+        if position == 2 + self.bias and self.norm:
+            return dtype in FLOATS
+        if position == self.input_count and self.float_out:
+            return dtype is torch.float32
+        return dtype in FLOATS and dtype is dtypes[0]
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """X's dtype, or float32."""
+        return [torch.float32 if self.float_out else inputs[0]]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """X's shape with another last extent."""
+        return [[*inputs[0][:-1], self.spec.width]]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """What `inplace.kernels.linear.linear` needs for many rows."""
+        return linear_workspace(self.spec, num_tokens(shapes[0]), dtypes[0].itemsize)
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.linear.linear`."""
+        optional = iter(call.inputs[2:])
+        linear(
+            self.spec,
+            x=call.inputs[0],
+            weight=call.inputs[1],
+            bias=next(optional) if self.bias else None,
+            norm=next(optional) if self.norm else None,
+            residual=next(optional) if self.residual else None,
+            out=call.outputs[0],
+            workspace=call.workspace,
+            tokens=num_tokens(call.shapes[0]),
+            pdl=call.pdl,
+        )
+
+
+@dataclass(frozen=True)
+class RmsNormOperation(Operation):
+    """``inplace::rms_norm``. Inputs: x, weight."""
+
+    name: ClassVar[str] = "InplaceRmsNorm"
+
+    width: int
+    eps: float
+
+    @property
+    def input_count(self) -> int:
+        """X and the weight."""
+        return 2
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """The result has x's dtype; the weight may have any."""
+        return dtypes[position] in FLOATS and (position != 2 or dtypes[2] is dtypes[0])
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """X's."""
+        return [inputs[0]]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """X's."""
+        return [list(inputs[0])]
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.linear.rms_norm`."""
+        x, weight = call.inputs
+        rms_norm(
+            x=x,
+            weight=weight,
+            out=call.outputs[0],
+            tokens=num_tokens(call.shapes[0]),
+            width=self.width,
+            eps=self.eps,
+            pdl=call.pdl,
+        )
+
+
+@dataclass(frozen=True)
+class ArgmaxOperation(Operation):
+    """``inplace::argmax``. Input: scores ``[rows, count]``."""
+
+    name: ClassVar[str] = "InplaceArgmax"
+
+    max_rows: int
+
+    @property
+    def input_count(self) -> int:
+        """The scores."""
+        return 1
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Floating scores, an int64 index."""
+        return dtypes[position] in FLOATS if position == 0 else dtypes[position] is torch.int64
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """An int64 index."""
+        return [torch.int64]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """One index for each row."""
+        return [[inputs[0][0], 1]]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """The maxima of the splits."""
+        return argmax_workspace(shapes[0][0])
+
+    def locks(self) -> int:
+        """One for each row."""
+        return self.max_rows
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.sample.argmax`."""
+        rows, count = call.shapes[0]
+        argmax(
+            scores=call.inputs[0],
+            out=call.outputs[0],
+            workspace=Pointer(call.workspace, torch.float32),
+            locks=call.locks,
+            rows=rows,
+            count=count,
+            pdl=call.pdl,
+        )
+
+
+SAMPLE_DTYPES = (
+    torch.float32,
+    torch.float32,
+    torch.int32,
+    torch.float32,
+    torch.int64,
+    torch.int32,
+    torch.int64,
+)
+"""Of scores, temperature, top_k, top_p, seeds and positions, and of the result."""
+
+
+@dataclass(frozen=True)
+class SampleOperation(Operation):
+    """``inplace::sample``.
+
+    Inputs: scores ``[rows, count]``; temperature, top_k, top_p, seeds and positions ``[rows]``.
+    """
+
+    name: ClassVar[str] = "InplaceSample"
+
+    max_rows: int
+
+    @property
+    def input_count(self) -> int:
+        """Scores and five parameters."""
+        return 6
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Each has one dtype."""
+        return dtypes[position] is SAMPLE_DTYPES[position]
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """An int64 index."""
+        return [torch.int64]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """One index for each row."""
+        return [[inputs[0][0], 1]]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """The candidates of the splits."""
+        return sample_workspace(shapes[0][0])
+
+    def locks(self) -> int:
+        """One for each row."""
+        return self.max_rows
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.sample.sample`."""
+        rows, count = call.shapes[0]
+        scores, temperature, top_k, top_p, seeds, positions = call.inputs
+        sample(
+            scores=scores,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=seeds,
+            positions=positions,
+            out=call.outputs[0],
+            workspace=Pointer(call.workspace, torch.float32),
+            locks=call.locks,
+            rows=rows,
+            count=count,
+            pdl=call.pdl,
+        )
+
+
+@dataclass(frozen=True)
+class AttentionOperation(Operation):
+    """``inplace::attention``, ``inplace::qkv_attention`` and ``inplace::rotary_attention``.
+
+    Inputs: query, key, value (one tensor with all three if ``merged``; the query alone without
+    ``append``); cos and sin if ``rotary``; the key state and the value state; slots, row_offsets,
+    write_indices; then ``readers`` results of earlier reads of the states. The last make TensorRT
+    run those reads first. Outputs: the attention's, and the two states.
+
+    ``settled``: no earlier layer of the network writes slots, write indices or the states.
+    """
+
+    name: ClassVar[str] = "InplaceAttention"
+
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    scale: float
+    max_rows: int
+    append: bool = True
+    causal: bool = True
+    window: int = 0
+    ring: bool = False
+    softcap: float = 0.0
+    rotary: int = 0
+    merged: bool = False
+    settled: bool = False
+    readers: int = 0
+
+    @property
+    def projections(self) -> int:
+        """How many inputs have queries, keys and values."""
+        return 1 if self.merged or not self.append else 3
+
+    @property
+    def first_state(self) -> int:
+        """The index of the key state among the inputs."""
+        return self.projections + (2 if self.rotary else 0)
+
+    @property
+    def input_count(self) -> int:
+        """Projections, cos and sin, two states, three row descriptions, results of reads."""
+        return self.first_state + 5 + self.readers
+
+    @property
+    def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
+        """With ``append``, outputs 1 and 2 are the states."""
+        return {1: self.first_state, 2: self.first_state + 1} if self.append else {}
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The properties that the kernels need."""
+        return AttentionSpec(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            dim=self.dim,
+            value_dim=self.value_dim,
+            scale=self.scale,
+            append=self.append,
+            causal=self.causal,
+            window=self.window,
+            ring=self.ring,
+            softcap=self.softcap,
+            rotary=self.rotary,
+        )
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Row descriptions are int32, results of reads any, all others have the query's dtype."""
+        end = self.first_state + 5
+        if self.first_state + 2 <= position < end:
+            return dtypes[position] is torch.int32
+        return end <= position < self.input_count or (
+            dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
+        )
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """The query's, and those of the states that are outputs."""
+        return [inputs[0], *(inputs[index] for index in self.aliases.values())]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The attention's output, then the states'.
+
+        Merged: ``[..., heads * value_dim]``; else ``[tokens, heads, value_dim]``.
+        """
+        query = inputs[0]
+        out = (
+            [*query[:-1], self.heads * self.value_dim]
+            if self.merged
+            else [query[0], self.heads, self.value_dim]
+        )
+        return [out, *(list(inputs[index]) for index in self.aliases.values())]
+
+    def _num_tokens(self, shape: Shape) -> int:
+        return num_tokens(shape) if self.merged else shape[0]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """Results of split rows, see `inplace.kernels.attention.attention_workspace`."""
+        state = shapes[self.first_state]
+        return attention_workspace(
+            self.spec, self._num_tokens(shapes[0]), shapes[self.first_state + 2][0], state[2]
+        )
+
+    def locks(self) -> int:
+        """See `inplace.kernels.attention.attention_locks`."""
+        return attention_locks(self.spec, self.max_rows)
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.attention.attention`."""
+        inputs, first = call.inputs, self.first_state
+        query, key, value = inputs[0], None, None
+        strides = (self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.value_dim)
+        if self.merged:
+            size = query.dtype.itemsize
+            key = Pointer(query.address + strides[0] * size, query.dtype)
+            value = Pointer(key.address + strides[1] * size, query.dtype)
+            strides = (sum(strides),) * 3
+        elif self.append:
+            key, value = inputs[1:3]
+        cos, sin = inputs[first - 2 : first] if self.rotary else (None, None)
+        attention(
+            self.spec,
+            query=query,
+            key=key,
+            value=value,
+            query_stride=strides[0],
+            key_stride=strides[1],
+            value_stride=strides[2],
+            cos=cos,
+            sin=sin,
+            key_state=inputs[first],
+            value_state=inputs[first + 1],
+            capacity=call.shapes[first][2],
+            slots=inputs[first + 2],
+            row_offsets=inputs[first + 3],
+            write_indices=inputs[first + 4],
+            out=call.outputs[0],
+            workspace=Pointer(call.workspace, torch.float32),
+            locks=call.locks,
+            tokens=self._num_tokens(call.shapes[0]),
+            rows=call.shapes[first + 2][0],
+            pdl=call.pdl,
+            settled=self.settled,
+        )
+
+
+@dataclass(frozen=True)
+class UpdateOperation(Operation):
+    """``inplace::update``.
+
+    Inputs: state, slots, value; row_offsets if ``packed``; write_indices if ``append``; then
+    ``readers`` results of earlier reads of the state, which make TensorRT run those reads first.
+    Output: the state.
+    """
+
+    name: ClassVar[str] = "InplaceUpdate"
+    aliases: ClassVar[Mapping[int, int]] = {0: 0}
+
+    axis: int = 0
+    append: bool = False
+    packed: bool = False
+    ring: bool = False
+    readers: int = 0
+
+    @property
+    def input_count(self) -> int:
+        """State, slots, value, and the optional ones that exist."""
+        return 3 + self.packed + self.append + self.readers
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Value and output have the state's dtype; row descriptions are int32, reads any."""
+        if position == 1 or 3 <= position < 3 + self.packed + self.append:
+            return dtypes[position] is torch.int32
+        return 3 <= position < self.input_count or dtypes[position] is dtypes[0]
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """The state's."""
+        return [inputs[0]]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The state's."""
+        return [list(inputs[0])]
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.update.update`."""
+        state, slots, value, *optional = call.inputs
+        row_descriptions = iter(optional)
+        shape, entries = tuple(call.shapes[0]), tuple(call.shapes[2])
+        units = entries[0]
+        if self.append and not self.packed:
+            units *= entries[self.axis]
+        update(
+            UpdateSpec.of(shape, self.axis, append=self.append, ring=self.ring),
+            state=state,
+            slots=slots,
+            value=value,
+            row_offsets=next(row_descriptions) if self.packed else None,
+            write_indices=next(row_descriptions) if self.append else None,
+            rows=call.shapes[1][0],
+            units=units,
+            pdl=call.pdl,
+        )
+
+
+OPERATIONS: dict[str, type[Operation]] = {
+    kind.name: kind
+    for kind in (
+        LinearOperation,
+        RmsNormOperation,
+        ArgmaxOperation,
+        SampleOperation,
+        AttentionOperation,
+        UpdateOperation,
+    )
+}
+"""Every kind of operation by its name in plans; `inplace.plugins.register` adds to it."""

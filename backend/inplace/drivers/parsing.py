@@ -74,26 +74,35 @@ class RequestParser:
             if not generates and request.flag(FETCH):
                 _check_fetch(request)
                 return StreamRequest(unvalidated, Reply(channel), is_fetch=True)
-            if generates and self._decoder_io is None:
-                raise RequestError(
-                    Code.BAD_PARAMETER,
-                    f"this model is not a language model and cannot generate: leave {MAX_TOKENS!r}"
-                    f" out",
-                )
+            if generates:
+                self._check_can_generate()
             request = self._tokenize_text(request, texts)
-            limits = GenerationLimits.parse(request, texts) if generates else None
-            if limits is not None and limits.stop and self._tokenizer_config.tokenizer is None:
-                raise RequestError(
-                    Code.BAD_PARAMETER,
-                    "this model was built without a tokenizer and cannot find stop texts: leave"
-                    " 'stop' out",
-                )
+            limits = self._parse_limits(request, texts) if generates else None
         except RequestError as error:
             return StreamRequest(replace(unvalidated, refusal=error), Reply(channel))
         validated = self._instance.validate(request)
         if limits is None or validated.refusal is not None:
             return StreamRequest(validated, Reply(channel))
         return self._make_generation(validated, limits, channel)
+
+    def _check_can_generate(self) -> None:
+        if self._decoder_io is None:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"this model is not a language model and cannot generate: leave {MAX_TOKENS!r} out",
+            )
+
+    def _parse_limits(
+        self, request: Request, texts: Mapping[str, tuple[bytes, ...]]
+    ) -> GenerationLimits:
+        limits = GenerationLimits.parse(request, texts)
+        if limits.stop and self._tokenizer_config.tokenizer is None:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                "this model was built without a tokenizer and cannot find stop texts: leave 'stop'"
+                " out",
+            )
+        return limits
 
     def _make_generation(
         self, validated: ValidatedRequest, limits: GenerationLimits, channel: Channel

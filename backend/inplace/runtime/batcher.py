@@ -131,45 +131,24 @@ def form_batch(
     waiting = [active.num_waiting_tokens for active in rows]
     budget = program.token_budget if token_budget is None else token_budget
     counts = schedule_tokens(waiting, program.chunk, budget)
-    lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
-    if counts is waiting:  # one token a row
-        offsets, positions, next_positions = _arange(len(rows) + 1), lengths, lengths + 1
-    else:
-        each = np.array(counts, dtype=np.int64)
-        offsets = np.concatenate(([0], np.cumsum(each)))
-        positions = np.repeat(lengths - offsets[:-1], each) + _arange(int(offsets[-1]))
-        next_positions = lengths + each
     # The token of a row with more tokens waiting is not used, so it need not be sampled.
     sampling_params = [
         active.sampling_params if left == count else GREEDY
         for active, left, count in zip(rows, waiting, counts, strict=True)
     ]
     greedy = all(params is GREEDY for params in sampling_params)
+    columns = _position_columns(rows, counts, decode_only=counts is waiting)
     inputs: dict[str, Tensor] = {}
-    values: NDArray[Any]
     for spec in program.inputs:
-        match spec.role:
-            case Role.TOKENS:
-                inputs[spec.name] = _pack_tokens(spec, rows, counts)
-                continue
-            case Role.ROW:
-                inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
-                continue
-            case Role.POSITIONS:
-                values = positions
-            case Role.ROW_OFFSETS:
-                values = offsets
-            case Role.LAST_TOKENS:
-                values = offsets[1:] - 1
-            case Role.SLOTS:
-                values = np.array([active.sequence.slot for active in rows])
-            case Role.WRITE_INDICES:
-                values = lengths
-            case Role.NEXT_POSITIONS:
-                values = next_positions
-            case _:  # the other roles are named as the fields of `SamplingParams`
+        if spec.role is Role.TOKENS:
+            inputs[spec.name] = _pack_tokens(spec, rows, counts)
+        elif spec.role is Role.ROW:
+            inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
+        else:
+            values = columns.get(spec.role)
+            if values is None:
                 values = _sampling_values(spec, sampling_params, greedy=greedy)
-        inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
+            inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
     return Batch(rows, counts, inputs)
 
 
@@ -210,6 +189,34 @@ def schedule_tokens(waiting: list[int], chunk: int, token_budget: int) -> list[i
         left -= more
         counts.append(1 + more)
     return counts
+
+
+def _position_columns(
+    rows: list[ActiveRequest], counts: list[int], *, decode_only: bool
+) -> dict[Role, NDArray[np.int64]]:
+    """Where the tokens of a step lie in the batch, in their sequences and in the arena, by role.
+
+    Args:
+        rows: the rows of the step.
+        counts: how many tokens each row has.
+        decode_only: each row has one token.
+    """
+    lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
+    if decode_only:
+        offsets, positions, next_positions = _arange(len(rows) + 1), lengths, lengths + 1
+    else:
+        each = np.array(counts, dtype=np.int64)
+        offsets = np.concatenate(([0], np.cumsum(each)))
+        positions = np.repeat(lengths - offsets[:-1], each) + _arange(int(offsets[-1]))
+        next_positions = lengths + each
+    return {
+        Role.POSITIONS: positions,
+        Role.ROW_OFFSETS: offsets,
+        Role.LAST_TOKENS: offsets[1:] - 1,
+        Role.SLOTS: np.array([active.sequence.slot for active in rows]),
+        Role.WRITE_INDICES: lengths,
+        Role.NEXT_POSITIONS: next_positions,
+    }
 
 
 @cache

@@ -111,7 +111,7 @@ class SlotTable:
         num_slots: slots of the arena.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds.
-        observer: is told of starts and ends.
+        observer: receives the starts and ends of sequences.
     """
 
     def __init__(

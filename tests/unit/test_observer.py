@@ -50,11 +50,11 @@ def test_metric_names_follow_the_conventions_of_prometheus() -> None:
 
 
 def test_a_bucket_counts_observations_at_or_below_its_bound() -> None:
-    numbers = MetricValues()
+    metrics = MetricValues()
     for rows in (1, 2, 2, 3, 8, 1000):
-        numbers.observe(ROWS, rows)
-    found = numbers.snapshot()
-    assert [found[ROWS.buckets.name, bound] for bound in ("1", "2", "4", "8", "256", "+Inf")] == [
+        metrics.observe(ROWS, rows)
+    values = metrics.snapshot()
+    assert [values[ROWS.buckets.name, bound] for bound in ("1", "2", "4", "8", "256", "+Inf")] == [
         1,
         3,
         4,
@@ -62,7 +62,7 @@ def test_a_bucket_counts_observations_at_or_below_its_bound() -> None:
         5,
         6,
     ]
-    assert (found[ROWS.count.name, ""], found[ROWS.sum.name, ""]) == (6, 1016)
+    assert (values[ROWS.count.name, ""], values[ROWS.sum.name, ""]) == (6, 1016)
 
 
 def test_the_reasons_of_generations_are_the_finish_reasons() -> None:

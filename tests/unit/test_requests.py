@@ -59,7 +59,7 @@ def test_a_rectangular_request_has_one_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "code", "says"),
+    ("name", "tensor", "code", "message"),
     [
         (
             "ids",
@@ -185,12 +185,12 @@ def test_a_rectangular_request_has_one_token() -> None:
     ],
 )
 def test_an_invalid_input_is_refused_with_its_code(
-    name: str, tensor: Tensor | None, code: Code, says: str
+    name: str, tensor: Tensor | None, code: Code, message: str
 ) -> None:
     inputs = {key: value for key, value in (GOOD | {name: tensor}).items() if value is not None}
     error = refusal(PACKED, inputs)
     assert error.code is code
-    assert says in str(error)
+    assert message in str(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.complex64])
@@ -285,9 +285,8 @@ def test_a_wire_text_fits_a_header_for_ids_of_any_length(character: str) -> None
     long = character * 50_000
     error = RequestError(Code.BAD_PARAMETER, f"parameter 'x' is {long}")
     wire = error.wire(long, long)
-    sent = sum(
-        1 if " " <= one <= "~" and one != "%" else 3 * len(one.encode()) for one in wire
-    )  # as gRPC encodes `grpc-message`
+    # As gRPC encodes `grpc-message`.
+    sent = sum(1 if " " <= one <= "~" and one != "%" else 3 * len(one.encode()) for one in wire)
     assert 7000 < sent < 7500
     assert wire.startswith(f"INPLACE-BAD_PARAMETER retryable=0 sequence={character * 100}")
     assert "…: parameter 'x' is " in wire

@@ -103,7 +103,7 @@ def test_rows_of_other_slots_are_neither_read_nor_written(long_llama: Path) -> N
     try:
         for step in range(30):
             ids = torch.randint(0, VOCABULARY, (1 + step % 11,), generator=generator).tolist()
-            found = drivers[0].run([request(ids, start=step == 0)])[0]
+            answer = drivers[0].run([request(ids, start=step == 0)])[0]
             others = [
                 Request(
                     n, step == 0, False, {"input_ids": torch.tensor([[n] * (1 + (step + n) % 5)])}
@@ -111,10 +111,10 @@ def test_rows_of_other_slots_are_neither_read_nor_written(long_llama: Path) -> N
                 for n in (2, 3, 4)
             ]
             answers = drivers[1].run([request(ids, start=step == 0), *others])
-            beside = answers[0]
-            assert isinstance(found, dict)
-            assert isinstance(beside, dict)
-            torch.testing.assert_close(beside["logits"], found["logits"], rtol=1e-3, atol=1e-3)
+            in_batch = answers[0]
+            assert isinstance(answer, dict)
+            assert isinstance(in_batch, dict)
+            torch.testing.assert_close(in_batch["logits"], answer["logits"], rtol=1e-3, atol=1e-3)
         slot, length = alone.table.find(1).slot, alone.table.find(1).length
         for spec in alone.manifest.states:
             one, many = alone.arena.tensors[spec.name], batched.arena.tensors[spec.name]

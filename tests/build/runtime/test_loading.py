@@ -72,10 +72,10 @@ def test_one_changed_byte_is_found_by_the_checksum(model: Path, where: float) ->
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 1
     path.write_bytes(content)
-    found, recorded = hashlib.sha256(content).hexdigest(), Manifest.load(model / "1").engine.sha256
-    says = refusal(model)
-    assert f"has the checksum {found[:12]}…, the manifest says {recorded[:12]}…" in says
-    assert says.endswith("changed; build the model again")
+    actual, recorded = hashlib.sha256(content).hexdigest(), Manifest.load(model / "1").engine.sha256
+    message = refusal(model)
+    assert f"has the checksum {actual[:12]}…, the manifest says {recorded[:12]}…" in message
+    assert message.endswith("changed; build the model again")
 
 
 def test_a_file_that_is_no_program_is_refused_though_its_checksum_is_right(model: Path) -> None:
@@ -94,11 +94,11 @@ def test_a_file_that_is_no_program_is_refused_though_its_checksum_is_right(model
 def test_an_alias_the_manifest_does_not_declare_is_named(model: Path, index: int) -> None:
     names = [state.name for state in Manifest.load(model / "1").states]
     edit(model, lambda fields: fields["programs"][0]["aliases"].pop(index))
-    says = (
+    message = (
         f"the states the graph writes in place and the aliases the manifest declares differ in"
         f" {[names[index]]}; build the model again"
     )
-    assert says in refusal(model)
+    assert message in refusal(model)
 
 
 def test_an_alias_of_a_state_the_graph_does_not_write_is_named(
@@ -165,10 +165,10 @@ def test_inputs_other_than_the_graphs_are_listed(
             state.name for state in manifest.states
         ]
 
-    found = names()
+    before = names()
     edit(model, change)
-    assert names() != found
-    assert f"takes {found}, the manifest says {names()}; build the model again" in refusal(model)
+    assert names() != before
+    assert f"takes {before}, the manifest says {names()}; build the model again" in refusal(model)
 
 
 def test_outputs_other_than_the_graphs_are_refused(model: Path) -> None:

@@ -33,9 +33,8 @@ def test_the_token_depends_on_seed_and_position_not_on_row_batch_or_chunk(
         for other in range(3)
     ]
     alone.run([step_request(3, ids[:13], start=True, temperature=0.3)])
-    for part, request in enumerate(
-        [*others, step_request(3, ids[13:], **HOT)]
-    ):  # another slot, another cut
+    # Another slot, and another split of the prompt into requests.
+    for part, request in enumerate([*others, step_request(3, ids[13:], **HOT)]):
         [answer] = alone.run([request])
         if part == 3:
             assert next_token(answer) == expected

@@ -46,18 +46,15 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
         len(engine_of(owned).slots),
         replace(owned.instance.table.find(1)),
     )
-    for ids in (
-        [7],
-        INVALID_TOKENS,
-    ):  # the key is looked at first: nothing else is said to a stranger
+    for ids in ([7], INVALID_TOKENS):  # the key is checked first
         answer = owned.run([step_request(1, ids, start=start, end=end, **parameters)])[0]
-        has = (
+        message = (
             "no sequence_key, the START of the live sequence 1 set one"
             if key is None
             else "a sequence_key, .* set another"
         )
         assert_refused(answer, Code.SEQUENCE_KEY, retryable=start)
-        assert re.search(has, str(answer))
+        assert re.search(message, str(answer))
         assert "mine" not in str(answer)
     assert same_bytes(arena_bytes(owned), before)
     assert len(engine_of(owned).slots) == steps
@@ -98,14 +95,11 @@ def test_requests_with_the_key_end_and_restart_the_sequence(
     assert next_token(
         owned.run([step_request(1, [5], start=True, position=0, sequence_key="mine")])[0]
     ) == reference_token(repository, [5])
-    assert_refused(
-        owned.run([step_request(1, INVALID_TOKENS, end=True, sequence_key="mine")])[0],
-        Code.VALUE_RANGE,
-    )  # a refused END frees the slot all the same
+    refused_end = step_request(1, INVALID_TOKENS, end=True, sequence_key="mine")
+    assert_refused(owned.run([refused_end])[0], Code.VALUE_RANGE)
     assert owned.instance.table.num_free == SLOTS
-    assert next_token(owned.run([step_request(1, [6], start=True)])[0]) == reference_token(
-        repository, [6]
-    )  # the id is free again
+    anyone = owned.run([step_request(1, [6], start=True)])[0]
+    assert next_token(anyone) == reference_token(repository, [6])
 
 
 def test_a_sequence_without_a_key_accepts_any_start_but_no_step_with_a_key(

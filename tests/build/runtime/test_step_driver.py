@@ -87,10 +87,8 @@ def test_a_start_waits_for_the_slot_that_an_end_of_the_same_call_frees(
         answers[4], Code.NO_FREE_SLOT, "all 2 slots are owned by live sequences", retryable=True
     )
     assert driver.instance.table.find(3).slot == slot
-    assert engine_of(driver).slots[1] == [
-        1 - slot,
-        slot,
-    ]  # the step that ended 1 did not have 3
+    # The step that ended 1 did not have 3 yet.
+    assert engine_of(driver).slots[1] == [1 - slot, slot]
 
 
 def test_a_start_without_an_end_in_the_same_call_is_refused_at_once(

@@ -22,9 +22,7 @@ from support.driving import (
 from support.models import CHUNK, SLOTS, Repository
 
 
-@pytest.mark.parametrize(
-    "fail_at", [1, 2]
-)  # in the first and in the second chunk of the long prompt
+@pytest.mark.parametrize("fail_at", [1, 2], ids=["first chunk", "second chunk"])
 def test_where_states_only_append_a_failed_step_is_retryable_and_unchanged(
     llama: StepDriver, repository: Repository, fail_at: int, caplog: pytest.LogCaptureFixture
 ) -> None:

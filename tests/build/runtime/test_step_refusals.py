@@ -145,9 +145,8 @@ def test_a_refused_end_frees_its_slot(repository: Repository, drive: OpenDriver)
         [step_request(1, INVALID_TOKENS, end=True), step_request(3, [4], start=True)]
     )
     assert_refused(answers[0], Code.VALUE_RANGE)
-    assert next_token(answers[1]) == reference_token(
-        repository, [4]
-    )  # in the slot that the refused END freed
+    # In the slot that the refused END freed.
+    assert next_token(answers[1]) == reference_token(repository, [4])
 
 
 def test_a_refused_start_with_end_leaves_no_slot(llama: StepDriver) -> None:

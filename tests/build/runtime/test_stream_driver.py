@@ -165,9 +165,8 @@ def test_generations_and_steps_continue_a_sequence_with_its_pending_token(
     client, ids = streams(), random_tokens(1, 9)
     first = client.generate("a", ids, 5).wait().tokens
     history = ids + first
-    assert (
-        client.step("a", [7], position=13).wait().error is not None
-    )  # one less: the pending token counts
+    # One less than the length, which includes the pending token.
+    assert client.step("a", [7], position=13).wait().error is not None
     assert (
         client.step("a", [7, 8], position=14).next_token
         == greedy(repository.llama, [*history, 7, 8], 1)[0]

@@ -199,7 +199,7 @@ def test_the_queue_is_bounded_for_start_and_end_without_the_key(
 
 
 @pytest.mark.parametrize(
-    ("parameters", "code", "says"),
+    ("parameters", "code", "message"),
     [
         (
             {"max_tokens": 0},
@@ -224,11 +224,11 @@ def test_the_queue_is_bounded_for_start_and_end_without_the_key(
     ],
 )
 def test_an_invalid_generation_is_refused_and_leaves_no_slot(
-    streams: OpenStreams, parameters: dict[str, object], code: Code, says: str
+    streams: OpenStreams, parameters: dict[str, object], code: Code, message: str
 ) -> None:
     client = streams()
     arguments: dict[str, object] = {"prompt": [1, 2], **parameters}
-    client.generate("a", **arguments).assert_refused(code, says)  # type: ignore[arg-type]
+    client.generate("a", **arguments).assert_refused(code, message)  # type: ignore[arg-type]
     assert client.num_free_slots() == SLOTS
 
 
@@ -387,9 +387,8 @@ def test_a_generation_whose_client_cannot_be_answered_is_cancelled(streams: Open
         failing.assert_refused(Code.ENGINE_FAILED)
         wait_until(lambda: client.num_free_slots() == SLOTS)
     assert len(engine.slots) < MAX_NEW_TOKENS / 2
-    wait_until(
-        lambda: client.metrics().get(("inplace_generations_total", "cancelled")) == 1
-    )  # after its slot is free
+    # Counted after its slot is free.
+    wait_until(lambda: client.metrics()["inplace_generations_total", "cancelled"] == 1)
 
 
 def test_a_stale_end_does_not_end_the_generation_of_the_next_owner(streams: OpenStreams) -> None:

@@ -28,14 +28,14 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
     launch = TorchEngine.launch
 
     def watched(
-        engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]
+        engine: TorchEngine, inputs: Mapping[str, Tensor], requested: Collection[str]
     ) -> Finish:
         assert inputs["slots"].eq(-1).all()
-        assert set(wanted) == {spec.name for spec in manifest.program("step").outputs}
+        assert set(requested) == {spec.name for spec in manifest.program("step").outputs}
         seen.append(
             (len(inputs["slots"]), len(inputs["input_ids" if model == "llama" else "value"]))
         )
-        return launch(engine, inputs, wanted)
+        return launch(engine, inputs, requested)
 
     monkeypatch.setattr(TorchEngine, "launch", watched)
     folder = repository.path / model / "1"
@@ -51,7 +51,9 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
 def test_an_engine_that_fails_while_it_is_warmed_up_is_a_load_error(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(engine: TorchEngine, inputs: Mapping[str, Tensor], wanted: Collection[str]) -> Finish:
+    def fails(
+        engine: TorchEngine, inputs: Mapping[str, Tensor], requested: Collection[str]
+    ) -> Finish:
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(TorchEngine, "launch", fails)

@@ -109,7 +109,7 @@ def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
             next(sequence.generate([1, 2], max_tokens=3))
         with pytest.raises(
             RefusedError,
-            match=r"INPLACE-BAD_PARAMETER .* asks for a generation, this model is served step by step",
+            match=r"INPLACE-BAD_PARAMETER .* asks for a generation, but this model is served step by step",
         ):
             sequence.tokens(
                 [1, 2], parameters={"max_tokens": 3}

@@ -181,7 +181,7 @@ def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(
     with Stream(served, "sums") as stream:
         assert stream.send([value], ("sum",), "s", True, False, {}).step == [2.0] * 4
         assert (
-            "is no language model and generates nothing"
+            "is not a language model and cannot generate"
             in stream.send([value], ("sum",), "s", False, False, {"max_tokens": 1}).error
         )
         assert stream.send([value], ("sum",), "s", False, True, {}).step == [4.0] * 4

@@ -19,8 +19,8 @@ from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
 
 MAX_GIL_WAIT = 0.005
-"""Seconds after which a waiting thread runs all the same, so that an engine thread that never
-pauses does not block it for ever."""
+"""Seconds after which a waiting thread runs all the same: on a busy machine, the engine's thread
+may acquire the lock again before any waiting thread has woken up."""
 
 
 NUM_SENDERS = 2
@@ -29,7 +29,7 @@ engine's thread; see `GilPriority`."""
 
 
 CANCEL_CHECK_INTERVAL, MIN_CANCEL_CHECK_PAUSE = 0.04, 0.005
-"""Seconds between two checks whether a client has cancelled, and between two rounds of checks."""
+"""Seconds between two checks of a client, and the shortest pause between two rounds of checks."""
 
 
 log = logging.getLogger("inplace")

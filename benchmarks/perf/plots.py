@@ -83,7 +83,7 @@ PANELS = (
         "Generations",
         "live sequences",
         "tokens a second",
-        {"said": (("tokens_per_second",), 1.0)},
+        {"generated": (("tokens_per_second",), 1.0)},
     ),
 )
 

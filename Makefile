@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-fast check format sync-client docs bench perf soak fuzz gpu clean
+.PHONY: help demo test test-full test-fast check format sync-client docs lock bench perf soak fuzz gpu clean
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -39,6 +39,9 @@ sync-client: .venv/installed ## write the synchronous client from the asynchrono
 
 docs: .venv/docs ## the documentation with the API reference, into build/docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+lock: .venv/installed ## write the locks with hashes from the versions in requirements.in
+	@tools/lock.sh
 
 bench: .venv/installed ## CPU engine beside transformers; JSON into benchmarks/results
 	@$(BIN)/python -m benchmarks.cpu_decode

@@ -1,6 +1,8 @@
-"""The deployment files are accepted by the validators of their formats, which refuse a mistake; and they agree with one another."""
+"""The formats' own validators accept the deployment files and refuse a mistake in them."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,13 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import envoy.extensions.filters.http.router.v3.router_pb2
-import envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2
-import envoy.extensions.upstreams.http.v3.http_protocol_options_pb2  # noqa: F401  what envoy.yaml holds as Any must be known
 import pytest
 import yaml
-from envoy.config.bootstrap.v3.bootstrap_pb2 import Bootstrap
-from google.protobuf import json_format
 from inplace.alive import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +22,7 @@ VERSIONS = ("1.34", "1.37")
 VALIDATORS = {
     "hadolint": ["hadolint", "--failure-threshold", "info"],
     "compose": ["check-jsonschema", "--builtin-schema", "vendor.compose-spec"],
+    "envoy": ["envoy", "--mode", "validate", "-c"],
     **{
         f"kubernetes {version}": ["kubernetes-validate", "--strict", "-k", version]
         for version in VERSIONS
@@ -33,14 +31,18 @@ VALIDATORS = {
 FILES = {
     "hadolint": [DEPLOY / "docker/Dockerfile"],
     "compose": [DEPLOY / "compose.yaml", DEPLOY / "compose.gpu.yaml"],
+    "envoy": [KUBERNETES / "envoy.yaml"],
     **{
-        f"kubernetes {version}": [KUBERNETES / "server.yaml", KUBERNETES / "router.yaml"]
+        f"kubernetes {version}": [
+            KUBERNETES / f"{name}.yaml" for name in ("server", "router", "network")
+        ]
         for version in VERSIONS
     },
 }
 MISTAKES = {
     "hadolint": ("--no-cache-dir", "--no-cache"),  # DL3042
     "compose": ("shm_size: 1gb", "shm_sise: 1gb"),
+    "envoy": ("hash_policy", "hash_polices"),
     **{
         f"kubernetes {version}": ("terminationGracePeriodSeconds", "terminationGraceSeconds")
         for version in VERSIONS
@@ -65,15 +67,20 @@ def resource(file: str, kind: str, name: str) -> dict[str, Any]:
     return found
 
 
+def pod_labels(file: str, kind: str, name: str) -> dict[str, str]:
+    found: dict[str, str] = resource(file, kind, name)["spec"]["template"]["metadata"]["labels"]
+    return found
+
+
 def pod(file: str, kind: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = resource(file, kind, name)["spec"]["template"]["spec"]
     return found
 
 
-def bootstrap() -> Bootstrap:
-    return json_format.ParseDict(
-        yaml.safe_load((KUBERNETES / "envoy.yaml").read_text()), Bootstrap()
-    )
+def envoy() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((KUBERNETES / "envoy.yaml").read_text())
+    resources: dict[str, Any] = found["static_resources"]
+    return resources
 
 
 @pytest.mark.parametrize("kind", VALIDATORS)
@@ -93,12 +100,13 @@ def test_a_validator_refuses_a_mistake(kind: str, tmp_path: Path) -> None:
 
 def test_the_image_has_a_python_that_this_package_takes_and_the_locked_versions() -> None:
     text = (DEPLOY / "docker/Dockerfile").read_text()
-    assert "FROM nvcr.io/nvidia/tritonserver:24.11-py3\n" in text  # Python 3.12
+    assert "FROM nvcr.io/nvidia/tritonserver:26.06-py3\n" in text  # Python 3.12
     assert (
         tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
         == ">=3.11"
     )
-    assert "--constraint requirements.lock" in text
+    assert "--require-hashes -r requirements-server.lock" in text
+    assert "index-url" not in text  # no second index that could shadow the first
     ignored = (DEPLOY / "docker/Dockerfile.dockerignore").read_text().split()
     copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
     for path in (path for paths in copied for path in paths):
@@ -151,23 +159,9 @@ def test_what_compose_and_kustomize_mount_exists() -> None:
     )
 
 
-def test_the_router_is_envoys_own_configuration_and_a_mistake_in_it_is_refused() -> None:
-    assert len(bootstrap().static_resources.listeners) == 2
-    wrong = yaml.safe_load(
-        (KUBERNETES / "envoy.yaml").read_text().replace("hash_policy", "hash_polices")
-    )
-    with pytest.raises(json_format.ParseError, match="hash_polices"):
-        json_format.ParseDict(wrong, Bootstrap())
-
-
-def test_every_request_with_a_sequence_goes_to_the_replica_of_its_hash() -> None:
-    from envoy.config.cluster.v3.cluster_pb2 import Cluster
-    from envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2 import (
-        HttpConnectionManager,
-    )
-
-    resources = bootstrap().static_resources
-    clusters = {cluster.name: cluster for cluster in resources.clusters}
+def test_every_request_that_passes_goes_to_the_replica_of_its_hash() -> None:
+    """tests/server/test_routing.py sends real requests through this configuration."""
+    clusters = {cluster["name"]: cluster for cluster in envoy()["clusters"]}
     service = resource("server.yaml", "Service", "inplace-server")
     assert service["spec"]["clusterIP"] == "None"  # so that the name is the replicas' addresses
     ports = {port["port"]: port["name"] for port in service["spec"]["ports"]}
@@ -175,38 +169,91 @@ def test_every_request_with_a_sequence_goes_to_the_replica_of_its_hash() -> None
         port["name"]: port["port"]
         for port in resource("router.yaml", "Service", "inplace")["spec"]["ports"]
     }
-    for listener in resources.listeners:
-        manager = HttpConnectionManager()
-        assert listener.filter_chains[0].filters[0].typed_config.Unpack(manager)
-        [host] = manager.route_config.virtual_hosts
-        [route] = host.routes
-        assert [policy.header.header_name for policy in route.route.hash_policy] == [
-            "inplace-sequence"
-        ]
-        assert route.route.timeout.ToTimedelta().total_seconds() == 0  # none
-        cluster = clusters[route.route.cluster]
-        assert (cluster.type, cluster.lb_policy) == (Cluster.STRICT_DNS, Cluster.RING_HASH)
-        [endpoint] = [
-            each.endpoint
-            for group in cluster.load_assignment.endpoints
-            for each in group.lb_endpoints
-        ]
-        address = endpoint.address.socket_address
-        assert address.address == service["metadata"]["name"]
-        assert ports[address.port_value] == listener.name
-        assert listener.address.socket_address.port_value == outside[listener.name]
-        grpc = listener.name == "grpc"
-        assert (
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-            in cluster.typed_extension_protocol_options
-        ) == grpc
-        [check] = cluster.health_checks
+    for listener in envoy()["listeners"]:
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        [host] = manager["route_config"]["virtual_hosts"]
+        *passing, last = host["routes"]
+        assert last["match"] == {"prefix": "/"}
+        assert last["direct_response"]["status"] == 403
+        for route in (route["route"] for route in passing if "route" in route):
+            assert route["hash_policy"] == [{"header": {"header_name": "inplace-sequence"}}]
+            assert route["timeout"] == "0s"  # none
+            cluster = clusters[route["cluster"]]
+            assert (cluster["type"], cluster["lb_policy"]) == ("STRICT_DNS", "RING_HASH")
+        [group] = cluster["load_assignment"]["endpoints"]
+        [endpoint] = [each["endpoint"] for each in group["lb_endpoints"]]
+        address = endpoint["address"]["socket_address"]
+        assert address["address"] == service["metadata"]["name"]
+        assert ports[address["port_value"]] == listener["name"]
+        bound = listener["address"]["socket_address"]["port_value"]
+        assert bound == outside[listener["name"]]
+        grpc = listener["name"] == "grpc"
+        assert ("typed_extension_protocol_options" in cluster) == grpc
+        [check] = cluster["health_checks"]
         if grpc:  # a replica that shuts down stays for its live sequences, until its port is closed
-            assert check.WhichOneof("health_checker") == "tcp_health_check"
-            assert not cluster.ignore_health_on_host_removal
+            assert "tcp_health_check" in check
+            assert not cluster.get("ignore_health_on_host_removal", False)
         else:
-            assert check.http_health_check.path == "/v2/health/ready"
-            assert cluster.ignore_health_on_host_removal
+            assert check["http_health_check"]["path"] == "/v2/health/ready"
+            assert cluster["ignore_health_on_host_removal"]
+
+
+def test_only_the_router_and_prometheus_reach_a_server() -> None:
+    policy = resource("network.yaml", "NetworkPolicy", "inplace-server")["spec"]
+    labels = pod_labels("server.yaml", "StatefulSet", "inplace-server")
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    routed, scraped = policy["ingress"]
+    [source] = routed["from"]
+    router = pod_labels("router.yaml", "Deployment", "inplace-router")
+    assert source["podSelector"]["matchLabels"].items() <= router.items()
+    assert [port["port"] for port in routed["ports"]] == [8000, 8001]
+    assert [port["port"] for port in scraped["ports"]] == [8002]
+    assert policy["egress"] == []
+
+
+def test_containers_cannot_write_their_own_files() -> None:
+    for file, kind, name in (
+        ("server.yaml", "StatefulSet", "inplace-server"),
+        ("router.yaml", "Deployment", "inplace-router"),
+    ):
+        for container in pod(file, kind, name)["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert compose["services"]["server"]["read_only"]
+    password = compose["services"]["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"]
+    assert password == "/run/secrets/grafana_password"
+    assert compose["secrets"]["grafana_password"] == {"environment": "GRAFANA_PASSWORD"}
+
+
+DIGEST = "sha256:" + "0" * 64
+
+
+def test_images_are_pinned_to_the_digest_that_the_registry_names(tmp_path: Path) -> None:
+    """With a `docker` that answers a digest of zeros: no registry is reached here."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    (tmp_path / "bin").mkdir()
+    docker = tmp_path / "bin" / "docker"
+    docker.write_text(f"#!/bin/sh\necho {DIGEST}\n")
+    docker.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = tmp_path / "deploy" / "pin-images.sh"
+    assert subprocess.run([script, "--check"], check=False, capture_output=True).returncode == 1
+    subprocess.run([script], check=True, env=environment, capture_output=True)
+    assert subprocess.run([script, "--check"], check=False, capture_output=True).returncode == 0
+    assert (
+        f"FROM nvcr.io/nvidia/tritonserver:26.06-py3@{DIGEST}\n"
+        in (tmp_path / "deploy/docker/Dockerfile").read_text()
+    )
+    assert f"@{DIGEST}" in (tmp_path / "deploy/kubernetes/router.yaml").read_text()
+    assert (tmp_path / "deploy/compose.yaml").read_text().count(DIGEST) == 2
+    docker.write_text("#!/bin/sh\necho nothing\n")
+    shutil.copytree(DEPLOY, tmp_path / "again")
+    failed = subprocess.run(
+        [tmp_path / "again" / "pin-images.sh"], check=False, env=environment, capture_output=True
+    )
+    assert failed.returncode == 1
+    assert b"gave no digest" in failed.stderr
 
 
 def test_a_replica_is_ready_when_its_models_are_and_drains_before_it_is_killed() -> None:

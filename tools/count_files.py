@@ -1,0 +1,168 @@
+"""Count the files of this project that one job enters: how far a reader has to walk.
+
+``count_files.py token REPOSITORY MODEL`` serves a stream model with the real tritonserver and
+streams one generation; it lists the files entered between the request's arrival and the last
+response, and beside them the kernels and plugins that the engine recorded while it was loaded
+(a CUDA graph replays them without entering Python).
+``count_files.py build`` builds a plain `nn.Module` with `inplace_builder.build`; it also counts
+how often the call comes back to a file that it has left.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+PACKAGES = ("/inplace/", "/inplace_builder/")
+TRACED_MODEL = """
+import atexit, json, os, sys
+sys.path.insert(0, {tools!r})
+from count_files import Walk
+walk = Walk()
+walk.start()
+from inplace.server.backend import TritonPythonModel as Model
+
+class TritonPythonModel(Model):
+    def initialize(self, args):
+        walk.clear()
+        super().initialize(args)
+        self.loaded = walk.files()
+        walk.clear()
+
+    def finalize(self):
+        served = walk.files()
+        with open({out!r}, "w") as file:
+            json.dump({{"loaded": self.loaded, "served": served}}, file)
+        super().finalize()
+"""
+
+
+class Walk:
+    """The files of this project in the order in which they are first entered.
+
+    Attributes:
+        returns: how often a file was entered again after another one.
+    """
+
+    def __init__(self) -> None:
+        self._order: dict[str, None] = {}
+        self._last: dict[int, str] = {}
+        self.returns = 0
+
+    def start(self) -> None:
+        """Watch this thread and every thread that starts from now on."""
+        sys.setprofile(self._enter)
+        threading.setprofile(self._enter)
+
+    def stop(self) -> None:
+        """Watch nothing any more."""
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def clear(self) -> None:
+        """Forget what was entered."""
+        self._order.clear()
+
+    def files(self) -> list[str]:
+        """Paths from the package's folder, in order."""
+        return list(self._order)
+
+    def _enter(self, frame: FrameType, event: str, argument: object) -> None:
+        if event != "call":
+            return
+        name = frame.f_code.co_filename
+        if frame.f_code.co_name == "<module>" or not any(package in name for package in PACKAGES):
+            return
+        for package in PACKAGES:
+            if package in name:
+                name = package.strip("/") + "/" + name.rpartition(package)[2]
+        thread = threading.get_ident()
+        if name in self._order and self._last.get(thread) != name:
+            self.returns += 1
+        self._last[thread] = name
+        self._order.setdefault(name)
+
+
+def count_token(repository: Path, model: str) -> dict[str, Any]:
+    """Stream one generation of ``model``; the files entered while it was served and loaded."""
+    from inplace.client import Client, Sequence
+    from inplace_builder.tools.tritonserver import Ports, TritonServer, install_backend
+
+    with tempfile.TemporaryDirectory() as scratch:
+        backends, out = Path(scratch) / "backends", Path(scratch) / "files.json"
+        install_backend(backends)
+        text = TRACED_MODEL.format(tools=str(Path(__file__).resolve().parent), out=str(out))
+        (backends / "inplace" / "model.py").write_text(text)
+        only = ["--model-control-mode=explicit", f"--load-model={model}"]
+        log = Path(scratch) / "server.log"
+        with (
+            TritonServer(
+                repository, Ports(0, 0, 0), log=log, arguments=only, backends=backends
+            ) as server,
+            Client(server.grpc_url) as client,
+            Sequence(client, model) as sequence,
+        ):
+            tokens = [
+                token
+                for piece in sequence.generate([1, 2, 3], max_tokens=16, ignore_eos=True)
+                for token in piece.tokens
+            ]
+        assert len(tokens) == 16, tokens
+        entered: dict[str, list[str]] = json.loads(out.read_text())
+    device = [
+        name for name in entered["loaded"] if "/kernels/" in name or "/plugins/" in name
+    ]
+    files = [*entered["served"], *(name for name in device if name not in entered["served"])]
+    return {"files": files, "count": len(files), "entered_while_serving": entered["served"]}
+
+
+def count_build() -> dict[str, Any]:
+    """Build a module with a cache; the files entered, and how often the call came back to one."""
+    import torch
+    from inplace_builder import build
+
+    class Cached(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+            self.register_buffer("cache", torch.zeros(1, 32, 8))
+
+        def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            self.cache.index_copy_(1, position, self.linear(x))
+            return torch.softmax(x @ self.cache.transpose(1, 2), -1) @ self.cache
+
+    walk = Walk()
+    with tempfile.TemporaryDirectory() as scratch:
+        walk.start()
+        build(Cached(), (torch.zeros(1, 1, 8), torch.tensor([3])), path=Path(scratch) / "engine")
+        walk.stop()
+    files = walk.files()
+    return {"files": files, "count": len(files), "returns": walk.returns}
+
+
+def main() -> None:
+    """Entry point; prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    what = parser.add_subparsers(dest="what", required=True)
+    token = what.add_parser("token")
+    token.add_argument("repository", type=Path)
+    token.add_argument("model")
+    what.add_parser("build")
+    given = parser.parse_args()
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        "token": lambda: count_token(given.repository, given.model),
+        "build": count_build,
+    }
+    json.dump(jobs[given.what](), sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -160,7 +160,7 @@ def report(
 def step_inputs(
     manifest: Manifest, engine: TensorRtEngine, arena: Arena, lengths: list[int], tokens: list[int]
 ) -> dict[str, torch.Tensor]:
-    """The inputs of a step of sequences that hold so many positions and bring so many tokens."""
+    """The inputs of a step of sequences with so many cached positions and new tokens."""
     instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
     requests: list[ActiveRequest] = []
     for row, (length, count) in enumerate(zip(lengths, tokens, strict=True)):

@@ -20,7 +20,7 @@ class Measurement:
         shape: key of `benchmarks.gpu.shapes.SHAPES`.
         rows: sequences in the step.
         capacity: positions a sequence may hold.
-        length: positions each sequence held before the step.
+        length: cached positions of each sequence before the step.
         tokens: new tokens of the step, all rows together.
         kind: ``decode`` (one token a row) or ``prefill``.
         us: microseconds a step, the median of the repeats.

@@ -28,7 +28,7 @@ LEAST_LEFT = 20
 """Seconds of the budget without which no process is started: none could finish."""
 WHAT = (
     "Decode steps of randomly weighted Llamas in bfloat16, greedy: "
-    "every sequence holds `length` positions and brings one token."
+    "every sequence has `length` cached positions and one new token."
 )
 
 
@@ -52,21 +52,21 @@ def run_child(child: Child, logs: Path, limit: float) -> list[Measurement]:
         finally:
             _end(process)
     try:
-        found = measurements_in(out.read_text())
+        measurements = measurements_in(out.read_text())
     except ValueError as error:
-        found, problem = [], f"its output is no measurement: {error}"
-    return completed(child, found, problem or "it printed no such measurement")
+        measurements, problem = [], f"its output is not a measurement: {error}"
+    return completed(child, measurements, problem or "it did not print this measurement")
 
 
-def completed(child: Child, found: Sequence[Measurement], problem: str) -> list[Measurement]:
+def completed(child: Child, measurements: Sequence[Measurement], problem: str) -> list[Measurement]:
     """What a process measured, and an error for each expected measurement that it did not print."""
-    seen = {(measurement.engine, measurement.step) for measurement in found}
+    seen = {(measurement.engine, measurement.step) for measurement in measurements}
     lost = [
         replace(expected, error=problem)
         for expected in child.expected
         if (expected.engine, expected.step) not in seen
     ]
-    return [*found, *lost]
+    return [*measurements, *lost]
 
 
 def kept(path: Path, head: dict[str, Any]) -> list[Measurement]:
@@ -83,8 +83,8 @@ def kept(path: Path, head: dict[str, Any]) -> list[Measurement]:
             raise ValueError(
                 f"{path} is of {key} {earlier[key]}, not {head[key]}; run without --resume"
             )
-    found = [Measurement.of(record) for record in earlier["measurements"]]
-    return [measurement for measurement in found if measurement.us is not None]
+    measurements = [Measurement.of(record) for record in earlier["measurements"]]
+    return [measurement for measurement in measurements if measurement.us is not None]
 
 
 def unmeasured(children: Sequence[Child], measurements: Sequence[Measurement]) -> list[Child]:
@@ -136,9 +136,9 @@ def run(
             print(f"no time left for {', '.join(record['left_out'])}", flush=True)
         else:
             before = time.monotonic()
-            found = run_child(child, logs, min(child.timeout, left))
+            results = run_child(child, logs, min(child.timeout, left))
             seconds = round(time.monotonic() - before, 1)
-            measurements += found
+            measurements += results
             processes.append(
                 {
                     "name": child.name,
@@ -147,7 +147,7 @@ def run(
                 }
             )
             summary = "; ".join(
-                f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in found
+                f"B{one.rows} {one.kind} {one.error or f'{one.us:.0f} µs'}" for one in results
             )
             print(f"{child.name} ({seconds:.0f} s): {summary}", flush=True)
         record["measurements"] = [measurement.record() for measurement in measurements]
@@ -205,11 +205,11 @@ def main() -> None:
         measured = kept(given.out / NAME, head) if given.resume else []
     except ValueError as error:
         parser.error(str(error))
-    found = run(unmeasured(children, measured), given.out, given.budget, head, measured)
-    write_report(found, (given.out / NAME).with_suffix(".md"))
+    record = run(unmeasured(children, measured), given.out, given.budget, head, measured)
+    write_report(record, (given.out / NAME).with_suffix(".md"))
     print(f"{given.out / NAME}\n{(given.out / NAME).with_suffix('.md')}")
     sys.exit(
-        any(one["engine"] == "inplace-plugin" and "error" in one for one in found["measurements"])
+        any(one["engine"] == "inplace-plugin" and "error" in one for one in record["measurements"])
     )
 
 

@@ -69,7 +69,7 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
-def test_a_decoder_builds_verifies_and_says_what_transformers_says(
+def test_a_decoder_builds_verifies_and_gives_the_tokens_of_transformers(
     llama: Path, tmp_path: Path, dtype: Dtype, alias: str
 ) -> None:
     manifest = build_decoder(llama, tmp_path / "out", options(dtype=dtype, alias=alias))
@@ -80,21 +80,21 @@ def test_a_decoder_builds_verifies_and_says_what_transformers_says(
     model = tiny_llama(tmp_path / "again")
     instance = opened(tmp_path / "out")
     for sequence, prompt in enumerate(([5, 6, 7], [9], list(range(20, 43))), 1):
-        said = [run(instance, sequence, prompt, start=True)]
-        while len(said) < 24:
-            said.append(run(instance, sequence, said[-1:]))
-        assert said == greedy(model, prompt, 24)
+        tokens = [run(instance, sequence, prompt, start=True)]
+        while len(tokens) < 24:
+            tokens.append(run(instance, sequence, tokens[-1:]))
+        assert tokens == greedy(model, prompt, 24)
 
 
-def test_states_stay_where_they_are_and_foreign_slots_stay_as_they_are(engine: Path) -> None:
+def test_states_keep_their_addresses_and_other_slots_their_bytes(engine: Path) -> None:
     instance = opened(engine)
     for tensor in instance.arena.tensors.values():
         tensor.fill_(float("nan"))
     addresses = instance.arena.addresses()
     run(instance, 1, [5, 6, 7], start=True)
     run(instance, 2, [8], start=True)
-    held = {instance.table.find(sequence).slot for sequence in (1, 2)}
-    foreign = [slot for slot in range(instance.arena.slots) if slot not in held]
+    used = {instance.table.find(sequence).slot for sequence in (1, 2)}
+    foreign = [slot for slot in range(instance.arena.slots) if slot not in used]
     before = {
         name: tensor[foreign].clone().view(torch.uint8)
         for name, tensor in instance.arena.tensors.items()
@@ -113,14 +113,14 @@ def test_states_stay_where_they_are_and_foreign_slots_stay_as_they_are(engine: P
         assert torch.equal(tensor[foreign].view(torch.uint8), before[name])
 
 
-def test_graphs_on_and_off_say_the_same(engine: Path) -> None:
-    said = []
+def test_steps_give_the_same_tokens_with_and_without_cuda_graphs(engine: Path) -> None:
+    runs = []
     for graphs in (True, False):
         instance = opened(engine, graphs=graphs)
-        found = [run(instance, 1, list(range(30)), start=True)]
-        found += [run(instance, 1, [token]) for token in range(5)]
-        said.append(found)
-    assert said[0] == said[1]
+        tokens = [run(instance, 1, list(range(30)), start=True)]
+        tokens += [run(instance, 1, [token]) for token in range(5)]
+        runs.append(tokens)
+    assert runs[0] == runs[1]
 
 
 def test_any_batch_equals_the_solo_runs(engine: Path) -> None:
@@ -139,7 +139,7 @@ def test_any_batch_equals_the_solo_runs(engine: Path) -> None:
     assert [int(work.outputs["next_token"]) for work in works] == expected
 
 
-def test_a_state_that_moved_is_refused_not_replayed(engine: Path) -> None:
+def test_no_graph_is_replayed_after_a_state_moved(engine: Path) -> None:
     instance = opened(engine)
     run(instance, 1, [5], start=True)
     instance.arena.rebind("key_states_0", instance.arena.tensors["key_states_0"].clone())
@@ -150,7 +150,7 @@ def test_a_state_that_moved_is_refused_not_replayed(engine: Path) -> None:
 
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
-def test_states_that_are_no_cache(tmp_path: Path, alias: str) -> None:
+def test_states_other_than_caches(tmp_path: Path, alias: str) -> None:
     write_engine(accumulator(), tmp_path / "accumulator", options(slots=4, capacity=1, alias=alias))
     instance = opened(tmp_path / "accumulator")
     sums = {1: 0.0, 2: 0.0}
@@ -164,7 +164,7 @@ def test_states_that_are_no_cache(tmp_path: Path, alias: str) -> None:
 
 
 def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
-    """A copy of a model whose manifest says something else of its plan."""
+    """A copy of a model with other fields in the record of its plan."""
     import json
 
     copy = tmp_path / "edited"
@@ -177,7 +177,7 @@ def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": "9.9.9"}, "was built with tensorrt 9.9.9"),
         ({"compute_capability": "8.0"}, r"was built for .*compute capability 8\.0"),
@@ -185,9 +185,9 @@ def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
     ],
 )
 def test_a_plan_for_another_machine_is_refused(
-    engine: Path, tmp_path: Path, change: dict[str, object], said: str
+    engine: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(LoadError, match=said):
+    with pytest.raises(LoadError, match=message):
         opened(edited(engine, tmp_path, **change))
 
 
@@ -201,13 +201,13 @@ def test_a_truncated_plan_and_changed_weights_are_refused(engine: Path, tmp_path
             opened(copy)
 
 
-def test_a_plan_that_is_none_is_refused(engine: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_plan_is_refused(engine: Path, tmp_path: Path) -> None:
     import hashlib
     import json
 
     copy = tmp_path / "copy"
     shutil.copytree(engine, copy)
-    content = b"no plan at all"
+    content = b"not a plan"
     (copy / MODEL_VERSION / "engine.plan").write_bytes(content)
     path = copy / MODEL_VERSION / "engine.json"
     fields = json.loads(path.read_text())
@@ -224,9 +224,9 @@ def test_an_alias_that_the_plan_does_not_have_is_refused(engine: Path, tmp_path:
     shutil.copytree(engine, copy)
     path = copy / MODEL_VERSION / "engine.json"
     fields = json.loads(path.read_text())
-    fields["programs"][0]["aliases"][0]["output"] = "nobody"
+    fields["programs"][0]["aliases"][0]["output"] = "missing_output"
     path.write_text(json.dumps(fields))
-    with pytest.raises(LoadError, match="nobody"):
+    with pytest.raises(LoadError, match="missing_output"):
         opened(copy)
 
 

@@ -173,8 +173,8 @@ def _head_blocks(spec: AttentionSpec) -> int:
 def _num_splits(spec: AttentionSpec, rows: int, capacity: int, min_split: int) -> int:
     """Programs that share one row and kv head of a decode step."""
     reach = min(capacity, spec.window) if spec.window else capacity
-    wanted = max(MIN_SPLITS, _cdiv(TARGET_PROGRAMS, rows * _head_blocks(spec)))
-    return max(1, min(MAX_SPLITS, _cdiv(reach, min_split), wanted))
+    target = max(MIN_SPLITS, _cdiv(TARGET_PROGRAMS, rows * _head_blocks(spec)))
+    return max(1, min(MAX_SPLITS, _cdiv(reach, min_split), target))
 
 
 def attention_workspace(

@@ -199,8 +199,8 @@ def test_a_process_that_measures_is_recorded(tmp_path: Path) -> None:
     [
         ("raise RuntimeError('out of memory')", 60, "exit status 1: RuntimeError: out of memory"),
         ("import time; time.sleep(60)", 1, "ended after 1 s"),
-        ("print('nothing')", 60, "it printed no such measurement"),
-        ("print('{\"engine\": 1}')", 60, "its output is no measurement"),
+        ("print('nothing')", 60, "it did not print this measurement"),
+        ("print('{\"engine\": 1}')", 60, "its output is not a measurement"),
     ],
 )
 def test_a_process_that_fails_is_recorded_with_its_reason(

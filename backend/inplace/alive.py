@@ -1,8 +1,10 @@
-"""Whether every model of a server still answers: ``python -m inplace.alive [URL]``, exit status 0 if so. For liveness probes.
+"""Liveness check: does every model of a server answer? ``python -m inplace.alive [URL]``.
 
-A server says that a model is ready also when the process behind it hangs or is gone, so this asks each model of this backend for one
-step, on a sequence that starts and ends with it, and each front for nothing, which it refuses by itself. Any answer of the backend will do,
-one that every slot is taken too, but not that its engine failed. Of several instances of a model the one is asked that Triton chooses.
+The exit status is 0 if all do. A server reports a model as ready even if the process behind it
+hangs or is gone. So each model of this backend is asked for one step, in a sequence of one request.
+A generate proxy gets an invalid request, which it refuses by itself. Every answer of the backend
+counts, also that all slots are taken, but not that the engine failed. If a model has several
+instances, Triton chooses which one is asked.
 """
 
 import argparse
@@ -17,17 +19,14 @@ import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-BACKEND, SERVE, FRONT = (
-    "inplace",
-    "serve",
-    "front",
-)  # as in `inplace.server.settings`, which takes seconds to import
+from inplace.errors import Code
+from inplace.server.settings import GENERATE_PROXY, SERVE
 
-
-FAILED = "INPLACE-ENGINE_FAILED"
+BACKEND = "inplace"
 
 
 TIMEOUT = 15.0
+"""Default timeout in seconds."""
 
 
 def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
@@ -35,12 +34,12 @@ def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
 
     Args:
         url: ``host:port`` of the server's gRPC endpoint.
-        timeout: seconds until all must have answered.
+        timeout: seconds until all models must have answered.
 
     Returns:
-        The models that did not answer, and why; ``"server"`` where it is the server itself.
+        The models that did not answer, with the reason; ``"server"`` if it is the server itself.
     """
-    until = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
         with InferenceServerClient(url) as client:
             index = client.get_model_repository_index(client_timeout=timeout).models
@@ -50,53 +49,51 @@ def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
             ]
     except InferenceServerException as error:
         return {"server": str(error)}
-    asked = [config for config in configs if config.backend == BACKEND]
     with ExitStack() as stack:
-        questions = {
-            config.name: stack.enter_context(_Question(url, config)) for config in asked
-        }  # all at once: one may hang
-        found = {name: question.failure(until, timeout) for name, question in questions.items()}
-    return {name: why for name, why in found.items() if why is not None}
+        # All requests are sent at once: one model may hang until the deadline.
+        probes = {
+            config.name: stack.enter_context(_Probe(url, config))
+            for config in configs
+            if config.backend == BACKEND
+        }
+        reasons = {name: probe.failure(deadline, timeout) for name, probe in probes.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _is_front(config: Any) -> bool:
-    """It knows no sequences, and has no engine of its own."""
-    return SERVE in config.parameters and config.parameters[SERVE].string_value == FRONT
+def is_alive(error: str) -> bool:
+    """Whether a model that answers with this error is alive.
+
+    A failed engine is not: it may fail in every step.
+    """
+    return "INPLACE-" in error and f"INPLACE-{Code.ENGINE_FAILED}" not in error
 
 
-def lives(error: str) -> bool:
-    """Whether it is an answer of the backend to be refused so; that its engine failed is none, for it may fail for ever."""
-    return "INPLACE-" in error and FAILED not in error
-
-
-class _Question:
-    """A step that a model is asked for, on a stream: a decoupled model answers nowhere else, others there too."""
+class _Probe:
+    """One request to a model, on a stream: decoupled models answer only there, others there too."""
 
     def __init__(self, url: str, config: Any) -> None:
         self._client = InferenceServerClient(url)
         self._answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._answers.put(error))
+        sequence = {
+            "sequence_id": secrets.randbits(62) + 1,
+            "sequence_start": True,
+            "sequence_end": True,
+        }
         try:
-            flags = (
-                {}
-                if _is_front(config)
-                else {
-                    "sequence_id": secrets.randbits(62) + 1,
-                    "sequence_start": True,
-                    "sequence_end": True,
-                }
+            self._client.async_stream_infer(
+                config.name, _inputs(config), **({} if _is_generate_proxy(config) else sequence)
             )
-            self._client.async_stream_infer(config.name, _inputs(config), **flags)
         except InferenceServerException as error:  # the stream broke at once
             self._answers.put(error)
 
-    def failure(self, until: float, timeout: float) -> str | None:
+    def failure(self, deadline: float, timeout: float) -> str | None:
         """Why the model did not answer; None if it did."""
         try:
-            error = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+            error = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             return f"no answer within {timeout:g} s"
-        return None if error is None or lives(str(error)) else str(error)
+        return None if error is None or is_alive(str(error)) else str(error)
 
     def __enter__(self) -> Self:
         return self
@@ -106,9 +103,13 @@ class _Question:
         self._client.close()
 
 
+def _is_generate_proxy(config: Any) -> bool:
+    return SERVE in config.parameters and config.parameters[SERVE].string_value == GENERATE_PROXY
+
+
 def _inputs(config: Any) -> list[InferInput]:
-    """The smallest step: zeros; texts are left out."""
-    found = []
+    """The inputs of the smallest step: zeros, without the texts."""
+    inputs = []
     for spec in config.input:
         dtype = model_config_pb2.DataType.Name(spec.data_type).removeprefix("TYPE_")
         if dtype == "STRING":
@@ -116,14 +117,15 @@ def _inputs(config: Any) -> list[InferInput]:
         shape = [1, *(max(extent, 1) for extent in spec.dims)]
         tensor = InferInput(spec.name, shape, dtype)
         tensor.set_data_from_numpy(np.zeros(shape, triton_to_np_dtype(dtype)))
-        found.append(tensor)
-    return found
+        inputs.append(tensor)
+    return inputs
 
 
 def main() -> int:
-    """Entry point; says on standard error what did not answer."""
+    """Print the models that do not answer to standard error; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m inplace.alive", description=__doc__.partition("\n")[0]
+        prog="python -m inplace.alive",
+        description="Check that every model of a server answers.",
     )
     parser.add_argument(
         "url", nargs="?", default="127.0.0.1:8001", help="host:port of the gRPC endpoint"
@@ -135,10 +137,10 @@ def main() -> int:
         help="seconds until every model must have answered",
     )
     arguments = parser.parse_args()
-    found = failures(arguments.url, arguments.timeout)
-    for name, why in found.items():
-        print(f"{name}: {why}", file=sys.stderr)
-    return 1 if found else 0
+    reasons = failures(arguments.url, arguments.timeout)
+    for name, reason in reasons.items():
+        print(f"{name}: {reason}", file=sys.stderr)
+    return 1 if reasons else 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import promql_parser
 import pytest
 import yaml
-from inplace.alive import failures, lives
+from inplace.alive import failures, is_alive
 from inplace.client import Sequence
 from inplace.errors import Code, RequestError
 from inplace.runtime.metrics import exported_metrics
@@ -307,8 +307,8 @@ def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_rea
 
 @pytest.mark.parametrize("code", Code)
 def test_any_answer_of_the_backend_is_life_but_that_its_engine_failed(code: Code) -> None:
-    assert lives(RequestError(code, "why").wire(7, "")) is (code is not Code.ENGINE_FAILED)
-    assert not lives("Stub process 'talk_0_0' is not healthy.")
+    assert is_alive(RequestError(code, "why").wire(7, "")) is (code is not Code.ENGINE_FAILED)
+    assert not is_alive("Stub process 'talk_0_0' is not healthy.")
 
 
 def test_no_server_is_not_alive() -> None:

@@ -37,7 +37,9 @@ from tritonclient.grpc import InferenceServerClient
 pytestmark = pytest.mark.server
 
 SLOTS, IDLE = 2, 1.0
-UNANSWERED = 16  # as in `inplace.server.generate_proxy`, which only the server's process can import
+MAX_STARTING = (
+    16  # as in `inplace.server.generate_proxy`, which only the server's process can import
+)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def test_a_client_that_goes_away_while_it_waits_for_the_front_never_gets_a_slot(
     nobody = 0  # the front takes requests of no sequence
     with tellers.talk("teller_generate") as first:
         for _ in range(
-            SLOTS + UNANSWERED
+            SLOTS + MAX_STARTING
         ):  # these run or wait in the model, so the next one waits in the front
             first.send(nobody, PROMPT, ENDLESS)
         tellers.beginning(first)

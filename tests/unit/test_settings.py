@@ -96,7 +96,7 @@ def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(
 ) -> None:
     with pytest.raises(
         LoadError,
-        match=rf"config.pbtxt says decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; stream models",
+        match=rf"config.pbtxt has decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; only stream models",
     ):
         parse(
             parameters={"serve": {"string_value": serve}},

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from inplace.errors import LoadError
-from inplace.server.stub import check_numpy, end_with_server
+from inplace.server.stub import check_numpy, start_watchdog
 from inplace_builder.tools.tritonserver import installation
 
 STUB = installation().stub
@@ -40,13 +40,13 @@ with subprocess.Popen([sys.executable, "-c", sys.argv[1]]) as child:
 """
 BUSY = """
 import ctypes, os
-from inplace.server.stub import end_with_server
-print(os.getpid(), end_with_server().pid, flush=True)
+from inplace.server.stub import start_watchdog
+print(os.getpid(), start_watchdog().pid, flush=True)
 ctypes.PyDLL(None).sleep(600)  # with the interpreter's lock: no other thread of Python's runs
 """
 IDLE = """
-from inplace.server.stub import end_with_server
-print(0, end_with_server().pid, flush=True)
+from inplace.server.stub import start_watchdog
+print(0, start_watchdog().pid, flush=True)
 """
 
 
@@ -55,11 +55,11 @@ def test_a_stub_that_waits_with_the_interpreter_s_lock_ends_when_its_server_is_k
         [sys.executable, "-c", SERVER, BUSY], stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout is not None
-        stub, guard = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
+        stub, watchdog = (psutil.Process(int(pid)) for pid in server.stdout.readline().split())
         assert stub.is_running()
-        assert guard.memory_info().rss < 20 << 20
+        assert watchdog.memory_info().rss < 20 << 20
         os.kill(server.pid, signal.SIGKILL)
-        _, stayed = psutil.wait_procs([stub, guard], timeout=20.0)
+        _, stayed = psutil.wait_procs([stub, watchdog], timeout=20.0)
         assert not stayed
 
 
@@ -68,10 +68,10 @@ def test_the_guard_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
         [sys.executable, "-c", SERVER, IDLE], stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout is not None
-        _, guard = server.stdout.readline().split()
+        _, watchdog = server.stdout.readline().split()
         assert server.wait(20) == 0
         with contextlib.suppress(psutil.NoSuchProcess):  # already
-            psutil.Process(int(guard)).wait(20)
+            psutil.Process(int(watchdog)).wait(20)
 
 
 def test_a_guard_that_cannot_be_started_is_logged(
@@ -79,8 +79,8 @@ def test_a_guard_that_cannot_be_started_is_logged(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: "/nowhere/python3")
     with caplog.at_level(logging.WARNING, "inplace"):
-        assert end_with_server() is None
+        assert start_watchdog() is None
     assert (
-        "this process stays if the server is killed: its guard did not start (/nowhere/python3 -I -S"
+        "this process keeps running if the server is killed: its watchdog did not start (/nowhere/python3 -I -S"
         in caplog.text
     )

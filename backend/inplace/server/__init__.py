@@ -1,1 +1,1 @@
-"""The border to tritonserver: the only modules that import `triton_python_backend_utils`."""
+"""The interface to tritonserver: only here is `triton_python_backend_utils` imported."""

@@ -1,6 +1,5 @@
-"""The border to Triton: with the other ``triton_*`` modules the only one that knows the Python backend's types."""
+"""The backend that Triton loads: the life of a model instance, from loading to unloading."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,8 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from inplace.drivers import (
     Arrival,
@@ -20,116 +17,133 @@ from inplace.drivers import (
     engine_thread,
 )
 from inplace.drivers.detokenizer import load_tokenizer
-from inplace.errors import Code, LoadError, RequestError, backend_failure
-from inplace.protocol import STOP, TEXT
+from inplace.errors import LoadError, RequestError, backend_failure
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.observer import Observer, log_line
 from inplace.runtime.requests import Request
 from inplace.schema.served import Manifest
-from inplace.server.channel import FLAG_END, FLAG_START, TritonChannel, output, readable, refusal
 from inplace.server.generate_proxy import GenerateProxy
+from inplace.server.messages import (
+    FLAG_END,
+    TritonChannel,
+    error_response,
+    output_tensor,
+    read_id,
+    read_request,
+)
 from inplace.server.reports import TritonMetrics, log_to_triton
-from inplace.server.settings import Settings, served
-from inplace.server.stub import check_numpy, end_with_server
-
-TEXTS = (TEXT, STOP)
-
-
-NO_PARAMETERS = ("", "{}")
-
+from inplace.server.settings import GENERATE_PROXY, Settings, serve_mode
+from inplace.server.stub import check_numpy, start_watchdog
 
 log = logging.getLogger("inplace")
 
 
-class Served(Protocol):
-    """A loaded model."""
+class LoadedModel(Protocol):
+    """A model that was loaded for one of the protocols."""
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer a batch of requests; None where they are answered later."""
+        """Answer a batch of requests; None if they are answered later."""
 
     def close(self) -> None:
-        """Stop; whoever waits is answered."""
+        """Answer the requests that wait or run, and free everything."""
 
 
 class TritonPythonModel:
-    """What Triton's Python backend looks for in model.py: one object a model instance."""
+    """The class that Triton's Python backend looks for in model.py; one object a model instance."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine beside the model's config.pbtxt; a model that cannot be served fails to load with the reason."""
+        """Load the engine beside the model's config.pbtxt.
+
+        Raises:
+            TritonModelException: the model cannot be served, with the reason.
+        """
         self._log = log_to_triton(args["model_instance_name"])
-        self._guard = end_with_server()
+        self._watchdog = start_watchdog()
         try:
-            self._served: Served = (
-                GenerateProxy(args) if served(args["model_config"]) == "front" else _engine(args)
-            )
+            self._model = _load(args)
         except LoadError as error:
             self._log.stop()
             raise pb_utils.TritonModelException(f"INPLACE-LOAD: {error}") from error
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer a batch of requests; each with its own result or its own error."""
-        return self._served.execute(requests)
+        """Answer a batch of requests, each with its own result or error."""
+        return self._model.execute(requests)
 
     def finalize(self) -> None:
-        """The model is unloaded; what lives in it is lost."""
-        self._served.close()
+        """Unload the model; the states of its sequences are lost."""
+        self._model.close()
         self._log.stop()
 
 
-def _engine(args: dict[str, str]) -> Served:
+def _load(args: dict[str, str]) -> LoadedModel:
+    if serve_mode(args["model_config"]) == GENERATE_PROXY:
+        return GenerateProxy(args)
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
     settings = Settings.parse(args["model_config"], manifest)
-    manifest = manifest if settings.capacity is None else manifest.at_capacity(settings.capacity)
+    if settings.capacity is not None:
+        manifest = manifest.at_capacity(settings.capacity)
+    load = partial(ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout)
     if settings.serve == "stream":
         check_numpy(Path("/proc/self/exe"), np.__version__)
-    tokenizer = load_tokenizer(folder) if settings.serve == "stream" else None
-    load = partial(ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout)
-    thread = engine_thread() if settings.serve == "stream" else None
-    instance = load() if thread is None else thread.submit(load).result()
+        tokenizer = TokenizerConfig(load_tokenizer(folder), settings.eos)
+        thread = engine_thread()
+        instance = thread.submit(load).result()
+        metrics = _start_reports(instance, settings, args)
+        driver = StreamDriver(instance, tokenizer, settings.max_waiting, thread)
+        return _StreamModel(driver, metrics)
+    instance = load()
+    metrics = _start_reports(instance, settings, args)
+    return _StepModel(StepDriver(instance), metrics)
+
+
+def _start_reports(
+    instance: ModelInstance, settings: Settings, args: dict[str, str]
+) -> TritonMetrics:
     for note in settings.notes:
         log.warning("%s", note)
     log.setLevel(settings.log_level)
     metrics = TritonMetrics(instance.observer.metrics, args)
-    device = manifest.engine.device
     log.info(
         log_line(
             "ready",
-            slots=manifest.slots,
-            slot_bytes=manifest.slot_bytes,
+            slots=instance.manifest.slots,
+            slot_bytes=instance.manifest.slot_bytes,
             arena_bytes=instance.arena.bytes,
-            device=device,
+            device=instance.manifest.engine.device,
         )
     )
-    if thread is None:
-        return _Steps(StepDriver(instance), metrics)
-    return _Streams(
-        StreamDriver(
-            instance, TokenizerConfig(tokenizer, settings.eos), settings.max_waiting, thread
-        ),
-        metrics,
-    )
+    return metrics
 
 
-class _Steps:
-    """Answers inside the server's call."""
+class _StepModel:
+    """Answers requests before `execute` returns."""
 
     def __init__(self, driver: StepDriver, metrics: TritonMetrics) -> None:
         self._driver, self._metrics = driver, metrics
         self._observer = driver.instance.observer
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        parsed = [_parse(request) for request in requests]
+        parsed = [read_request(request) for request in requests]
         answers = iter(
             self._driver.run([request for request in parsed if isinstance(request, Request)])
         )
         return [
-            _response(
-                request, next(answers) if isinstance(found, Request) else found, self._observer
-            )
-            for request, found in zip(requests, parsed, strict=True)
+            self._response(request, next(answers) if isinstance(result, Request) else result)
+            for request, result in zip(requests, parsed, strict=True)
         ]
+
+    def _response(self, request: Any, answer: Answer) -> Any:
+        if isinstance(answer, RequestError):
+            _report_refusal(self._observer, request, answer)
+            return error_response(request, answer)
+        requested = request.requested_output_names()
+        return pb_utils.InferenceResponse(
+            output_tensors=[
+                output_tensor(name, tensor) for name, tensor in answer.items() if name in requested
+            ]
+        )
 
     def close(self) -> None:
         self._driver.close()
@@ -137,29 +151,29 @@ class _Steps:
         self._metrics.close()
 
 
-class _Streams:
-    """Hands requests over and returns; they are answered from other threads."""
+class _StreamModel:
+    """Queues requests for the engine's thread; other threads answer them."""
 
     def __init__(self, driver: StreamDriver, metrics: TritonMetrics) -> None:
         self._driver, self._metrics = driver, metrics
 
     def execute(self, requests: Sequence[Any]) -> None:
-        self._driver.submit(self._arrived(requests))
+        self._driver.submit(self._read(requests))
 
-    def _arrived(self, requests: Sequence[Any]) -> Iterator[Arrival]:
+    def _read(self, requests: Sequence[Any]) -> Iterator[Arrival]:
         for request in requests:
             channel = TritonChannel(request)
             texts: dict[str, tuple[bytes, ...]] = {}
             try:
-                parsed = _parse(request, texts)
-            except Exception as error:  # a defect: its client must hear of it, and the others of this call must not
-                log.exception("a request could not be taken")
+                parsed = read_request(request, texts)
+            except Exception as error:  # a defect; the other requests of the batch go on
+                log.exception("a request could not be read")
                 channel.send_error(backend_failure(error))
                 continue
             if isinstance(parsed, Request):
                 yield parsed, texts, channel
             else:
-                _tell(self._driver.instance.observer, request, parsed)
+                _report_refusal(self._driver.instance.observer, request, parsed)
                 channel.send_error(parsed)
 
     def close(self) -> None:
@@ -169,55 +183,10 @@ class _Streams:
         self._metrics.close()
 
 
-def _parse(
-    request: Any, texts: dict[str, tuple[bytes, ...]] | None = None
-) -> Request | RequestError:
-    """The request without Triton's types; where ``texts`` is given, its inputs of BYTES are put there."""
-    flags = request.flags()
-    inputs: dict[str, Tensor] = {}
-    try:
-        sequence, named = request.correlation_id(), request.request_id()
-        sent = request.parameters()
-        parameters = json.loads(sent) if sent not in NO_PARAMETERS else {}
-        for tensor in request.inputs():
-            name = tensor.name()
-            if texts is not None and name in TEXTS:
-                texts[name] = tuple(tensor.as_numpy().reshape(-1).tolist())
-            else:
-                inputs[name] = _tensor(tensor)
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # UnicodeDecodeError among them: over HTTP ids and names may be any bytes
-        return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
-    return Request(
-        sequence_id=sequence,
-        start=bool(flags & FLAG_START),
-        end=bool(flags & FLAG_END),
-        inputs=inputs,
-        request_id=named,
-        parameters=parameters,
-    )
-
-
-def _tensor(tensor: Any) -> Tensor:
-    """The request's own memory as a tensor, not copied."""
-    found: Tensor = from_dlpack(tensor.to_dlpack())
-    return found
-
-
-def _response(request: Any, answer: Answer, observer: Observer) -> Any:
-    if isinstance(answer, RequestError):
-        _tell(observer, request, answer)
-        return refusal(request, answer)
-    asked = request.requested_output_names()
-    return pb_utils.InferenceResponse(
-        output_tensors=[output(name, tensor) for name, tensor in answer.items() if name in asked]
-    )
-
-
-def _tell(observer: Observer, request: Any, error: RequestError) -> None:
-    end = bool(request.flags() & FLAG_END)
+def _report_refusal(observer: Observer, request: Any, error: RequestError) -> None:
     observer.request_refused(
-        readable(request.correlation_id), str(readable(request.request_id)), error, end=end
+        read_id(request.correlation_id),
+        str(read_id(request.request_id)),
+        error,
+        end=bool(request.flags() & FLAG_END),
     )

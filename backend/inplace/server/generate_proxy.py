@@ -1,6 +1,6 @@
-"""The front of a stream model: each request is a sequence of its own, for clients that cannot name one (Triton's HTTP generate).
+"""The generate proxy of a stream model, for clients that cannot name a sequence (HTTP generate).
 
-Part of the border to Triton.
+It is a model of its own. It starts a sequence of the stream model for each request.
 """
 
 import json
@@ -21,292 +21,330 @@ from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENCE_KEY
 from inplace.runtime.observer import log_line
 from inplace.schema.proxy import ProxyFile
-from inplace.server.channel import FLAG_END, FLAG_START, refusal
+from inplace.server.messages import FLAG_END, FLAG_START, TritonChannel, error_response
 
-PERIOD = 0.03
-"""Seconds between two questions whether a client is still there."""
-
-
-UNANSWERED, FETCHING = 16, 8
-"""Requests to the stream model that have had no response yet, at most: generations to begin, and those that fetch what was said. With 32 of
-them nothing that this process says was sent any more, nor any END: each holds one of the Python backend's threads until its first
-response (Triton 24.10)."""
+CANCEL_POLL_SECONDS = 0.03
+"""Seconds between two checks whether the clients are still connected."""
 
 
-ENDERS = 4
+MAX_STARTING, MAX_FETCHING = 16, 8
+"""Maximum requests to the stream model that have no response yet: STARTs, and fetches.
+
+Each of them occupies a thread of the Python backend until its first response. With 32 of them,
+nothing that this process sends was delivered any more, not even an END (Triton 24.10).
+"""
+
+
+END_THREADS = 4
 """Threads that end sequences whose clients have left: an END is answered between two steps."""
 
 
-KEPT = 1.0
-"""Seconds for which responses are kept. Triton's iterator of them is freed by a thread that does not hold Python's lock (24.10,
-``SendCleanupId``), and with it, were it the last to know them, the arrays of its responses: two threads would count references at once."""
+RELEASE_DELAY = 1.0
+"""Seconds for which responses are kept before they are released.
+
+Triton frees its iterator of responses on a thread that does not hold the GIL (``SendCleanupId``,
+Triton 24.10). If that were the last reference to the responses, their arrays would be freed there
+too, and two threads would change reference counts at once.
+"""
 
 
-OWN = (SEQUENCE_KEY, POSITION, FETCH)
-"""Parameters that only whoever names a sequence may set."""
+SEQUENCE_PARAMETERS = (SEQUENCE_KEY, POSITION, FETCH)
+"""Parameters of clients that name their sequence; refused here."""
 
 
 log = logging.getLogger("inplace")
 
 
 class GenerateProxy:
-    """Starts a sequence of the stream model for each request, passes its generation on, and ends it.
+    """Passes each request on to the stream model as a generation in a sequence of its own.
 
-    Cancellation does not cross requests that a backend makes, so a thread asks for it here and ends the sequence and thereby the
-    generation.
+    Cancellation does not cross requests between models (BLS). So a thread asks whether clients
+    have cancelled, and ends their sequences, which also ends the generations.
 
     Args:
-        args: what Triton hands to ``initialize``.
+        args: what Triton passes to ``initialize``.
 
     Raises:
-        LoadError: the front's file is missing or damaged.
+        LoadError: ``front.json`` is missing or damaged.
     """
 
     def __init__(self, args: dict[str, str]) -> None:
         file = ProxyFile.load(Path(args["model_repository"]) / args["model_version"])
         self._model = file.model
-        self._most = file.max_requests
-        self._running: dict[int, _Relay] = {}
-        self._kept = _Kept()
-        self._turns = threading.BoundedSemaphore(UNANSWERED), threading.BoundedSemaphore(FETCHING)
-        self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="inplace-front-end")
+        self._max_requests = file.max_requests
+        self._running: dict[int, _ProxiedRequest] = {}  # by sequence id
+        self._responses = _RecentResponses()
+        self._starting = threading.BoundedSemaphore(MAX_STARTING)
+        self._fetching = threading.BoundedSemaphore(MAX_FETCHING)
+        self._end_threads = ThreadPoolExecutor(END_THREADS, "inplace-proxy-end")
+        self._threads = ThreadPoolExecutor(file.max_requests, "inplace-proxy")
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(file.max_requests, thread_name_prefix="inplace-front")
-        self._watch = threading.Thread(target=self._look, name="inplace-front-cancel", daemon=True)
-        self._watch.start()
-        log.info(log_line("ready", front_of=self._model))
+        self._cancel_thread = threading.Thread(
+            target=self._stop_cancelled, name="inplace-proxy-cancel", daemon=True
+        )
+        self._cancel_thread.start()
+        log.info(log_line("ready", generate_proxy_of=self._model))
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Pass each request on, on a thread of its own."""
         for request in requests:
-            if len(self._running) >= self._most:
-                full = RequestError(
+            if len(self._running) >= self._max_requests:
+                error = RequestError(
                     Code.QUEUE_FULL,
-                    f"{self._most} generations run or wait; send it again later",
+                    f"{self._max_requests} generations run or wait; send it again later",
                     retryable=True,
                 )
-                request.get_response_sender().send(
-                    refusal(request, full), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-                )
+                TritonChannel(request).send_error(error)
                 continue
-            relay = _Relay(self._model, request, self._kept, *self._turns)
-            self._running[relay.sequence] = relay
-            self._pool.submit(self._relay, relay)
+            proxied = _ProxiedRequest(
+                self._model, request, self._responses, self._starting, self._fetching
+            )
+            self._running[proxied.sequence_id] = proxied
+            self._threads.submit(self._run, proxied)
 
     def close(self) -> None:
-        """End what is running, and wait for it."""
+        """End the generations that run, and wait until they have ended."""
         unloading = RequestError(
             Code.SHUTDOWN,
             "the model is being unloaded; send it again when it is back",
             retryable=True,
         )
-        for relay in list(self._running.values()):
-            relay.stop(self._enders, unloading)
-        self._pool.shutdown()
-        self._enders.shutdown()
+        for proxied in list(self._running.values()):
+            proxied.stop(self._end_threads, unloading)
+        self._threads.shutdown()
+        self._end_threads.shutdown()
         self._closing.set()
-        self._watch.join()
+        self._cancel_thread.join()
 
-    def _relay(self, relay: "_Relay") -> None:
+    def _run(self, proxied: "_ProxiedRequest") -> None:
         try:
-            relay.run()
+            proxied.run()
         finally:
-            del self._running[relay.sequence]
+            del self._running[proxied.sequence_id]
 
-    def _look(self) -> None:
-        while not self._closing.wait(PERIOD):
-            for relay in self._running.copy().values():  # other threads add and remove
+    def _stop_cancelled(self) -> None:
+        while not self._closing.wait(CANCEL_POLL_SECONDS):
+            for proxied in self._running.copy().values():  # other threads add and remove
                 try:
-                    if relay.cancelled():
-                        relay.stop(
-                            self._enders
-                        )  # again at the next look, until the generation has ended: an END may overtake its START
-                except Exception:  # one request that the server cannot speak of must not leave the others unwatched
-                    log.exception("a request was not asked whether it is cancelled")
+                    if proxied.cancelled():
+                        # Repeated until the generation has ended: an END may overtake its START.
+                        proxied.stop(self._end_threads)
+                except Exception:  # the other requests must still be checked
+                    log.exception("a request could not be checked for cancellation")
 
 
-class _Kept:
-    """Responses of the last `KEPT` seconds."""
+class _RecentResponses:
+    """Keeps responses for `RELEASE_DELAY` seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: deque[tuple[float, list[Any]]] = deque()
 
     def keep(self, responses: list[Any]) -> list[Any]:
-        """Keep these, and let go of what is old enough."""
+        """Keep these responses and release old ones; returns the same list."""
         now = monotonic()
         with self._lock:
             self._kept.append((now, responses))
-            old = []
-            while self._kept[0][0] < now - KEPT:
-                old.append(self._kept.popleft())
-        return responses  # what is old goes with this call, outside the lock
+            released = []
+            while self._kept[0][0] < now - RELEASE_DELAY:
+                released.append(self._kept.popleft())
+        return responses  # `released` is freed here, outside the lock
 
 
-class _Relay:
-    """One request on its way to the stream model and back. Its client may leave at any time, also while it waits for a thread."""
+class _ProxiedRequest:
+    """One request, its sequence of the stream model, and its client, which may leave at any time.
+
+    Args:
+        model: the stream model.
+        request: the client's request.
+        responses: keeps the stream model's responses.
+        starting: limits STARTs that have no response yet.
+        fetching: limits fetches that have no response yet.
+
+    Attributes:
+        sequence_id: the correlation id of its sequence, chosen at random.
+    """
 
     def __init__(
         self,
         model: str,
         request: Any,
-        kept: "_Kept",
-        turn: threading.Semaphore,
+        responses: _RecentResponses,
+        starting: threading.Semaphore,
         fetching: threading.Semaphore,
     ) -> None:
-        self._kept = kept
-        self._turn, self._fetching, self._ending = turn, fetching, threading.Lock()
-        self.sequence = secrets.randbits(63) or 1
+        self.sequence_id = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
-        self._border = threading.Lock()  # the final response and `is_cancelled` exclude each other: asking after it ends the server
-        self._begun = self._stopped = self._done = False
-        self._why: RequestError | None = None
+        self._responses, self._starting, self._fetching = responses, starting, fetching
+        self._end_in_progress = threading.Lock()
+        # Guards the flags below. The final response is sent under it too, so that `is_cancelled`
+        # is never called after that: it crashes the server.
+        self._lock = threading.Lock()
+        self._started = self._stopped = self._finished = False
+        self._stop_error: RequestError | None = None
 
     def run(self) -> None:
-        """Pass the generation on; on every path a final response is sent, and a sequence that was begun is ended."""
+        """Generate. Always sends a final response, and ends a sequence that was started."""
         error = None
         try:
-            asked = self._asked()
-            if self._begin():
-                error = self._pass_on(asked)
-            elif self._why is not None:
-                raise self._why
+            start = self._start_request()
+            if self._acquire_start():
+                error = self._generate(start)
+            elif self._stop_error is not None:
+                raise self._stop_error
         except RequestError as refused:
-            error = refusal(self._request, refused).error()
-        except Exception as failure:  # a defect; whatever happens the client must hear of it
+            error = error_response(self._request, refused).error()
+        except Exception as failure:  # a defect; the client still gets a final response
             log.exception("a generation could not be passed on")
-            error = refusal(self._request, backend_failure(failure, "send it again")).error()
+            error = error_response(self._request, backend_failure(failure, "send it again")).error()
         try:
-            with self._border:
-                self._done = True
-                if error is None:
-                    self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                else:
-                    self._sender.send(
-                        pb_utils.InferenceResponse(error=error),
-                        flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-                    )
+            with self._lock:
+                self._finished = True
+                self._send_final(error)
         finally:
-            if self._begun:
+            if self._started:
                 self._end()
 
     def cancelled(self) -> bool:
-        """Whether the client is gone before it was answered."""
-        with self._border:
-            return not self._done and bool(self._request.is_cancelled())
+        """Whether the client has cancelled or left before the final response."""
+        with self._lock:
+            return not self._finished and bool(self._request.is_cancelled())
 
-    def stop(self, enders: ThreadPoolExecutor, why: RequestError | None = None) -> None:
-        """Never begin (and say why), or have the sequence ended and with it the generation; does not wait for that."""
-        with self._border:
-            self._stopped, self._why = True, why
-            begun = self._begun
-        if begun and self._ending.acquire(blocking=False):
-            enders.submit(self._end_it)
+    def stop(self, end_threads: ThreadPoolExecutor, error: RequestError | None = None) -> None:
+        """Stop the generation, without waiting for it.
 
-    def _end_it(self) -> None:
+        Args:
+            end_threads: end the sequence if it was started.
+            error: the response if the sequence was not started.
+        """
+        with self._lock:
+            self._stopped, self._stop_error = True, error
+            started = self._started
+        if started and self._end_in_progress.acquire(blocking=False):
+            end_threads.submit(self._end_early)
+
+    def _end_early(self) -> None:
         try:
             self._end()
         finally:
-            self._ending.release()
+            self._end_in_progress.release()
 
-    def _begin(self) -> bool:
-        """Wait for its turn; whether it may begin, and has the turn."""
-        self._turn.acquire()
-        with self._border:
-            self._begun = not self._stopped
-        if not self._begun:
-            self._turn.release()
-        return self._begun
+    def _acquire_start(self) -> bool:
+        """Wait until the START may be sent; False if the request was stopped before."""
+        self._starting.acquire()
+        with self._lock:
+            self._started = not self._stopped
+        if not self._started:
+            self._starting.release()
+        return self._started
 
-    def _pass_on(self, asked: Any) -> Any:
-        """Pass responses on until the last; returns the error that was among them. Each is the one response of a request of its own."""
-        wanted = self._request.requested_output_names()
+    def _generate(self, start: Any) -> Any:
+        """Send the START and then fetches, and pass their responses on until the last.
+
+        Each request has exactly one response: with more, Triton's iterator of responses can
+        deadlock (docs/adr/0024-generate-proxy.md).
+
+        Returns:
+            The error that the stream model answered with, or None.
+        """
+        requested = self._request.requested_output_names()
         try:
-            response = self._one(asked)
+            response = self._send(start)
         finally:
-            self._turn.release()
+            self._starting.release()
         while response is not None and not response.has_error():
-            tensors = {tensor.name(): tensor for tensor in response.output_tensors()}
-            if passed := [tensor for name, tensor in tensors.items() if name in wanted]:
+            outputs = {tensor.name(): tensor for tensor in response.output_tensors()}
+            if passed := [tensor for name, tensor in outputs.items() if name in requested]:
                 self._sender.send(pb_utils.InferenceResponse(output_tensors=passed))
-            if FINISH_REASON not in tensors or tensors[FINISH_REASON].as_numpy().item():
+            if FINISH_REASON not in outputs or outputs[FINISH_REASON].as_numpy().item():
                 return None
             with self._fetching:
-                response = self._one(self._to_model(inputs=[_nothing()], parameters={FETCH: True}))
+                response = self._send(
+                    self._model_request(inputs=[_no_tokens()], parameters={FETCH: True})
+                )
         return None if response is None else response.error()
 
-    def _one(self, asked: Any) -> Any:
-        """The one response of a request; None where Triton has none for it."""
+    def _send(self, request: Any) -> Any:
+        """Send a request to the stream model; returns its response, or None if it has none."""
         try:
-            found = self._kept.keep(list(asked.exec(decoupled=True)))
-            return found[0] if found else None
-        except Exception as error:  # Triton's own, when the model is not loaded
-            text = f"model {self._model!r} could not be asked ({error}); send it again when it is loaded"
-            raise RequestError(Code.SHUTDOWN, text, retryable=True) from None
+            responses = self._responses.keep(list(request.exec(decoupled=True)))
+        except Exception as error:  # Triton's own, if the model is not loaded
+            raise RequestError(
+                Code.SHUTDOWN,
+                f"model {self._model!r} cannot be reached ({error}); "
+                "send it again when the model is loaded",
+                retryable=True,
+            ) from None
+        return responses[0] if responses else None
 
-    def _to_model(self, **more: Any) -> Any:
-        names = {*self._request.requested_output_names(), FINISH_REASON}
-        return pb_utils.InferenceRequest(
-            model_name=self._model,
-            correlation_id=self.sequence,
-            requested_output_names=list(names),
-            **more,
-        )
+    def _send_final(self, error: Any) -> None:
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        if error is None:
+            self._sender.send(flags=final)
+        else:
+            self._sender.send(pb_utils.InferenceResponse(error=error), flags=final)
 
-    def _asked(self) -> Any:
-        """The request to the stream model.
+    def _start_request(self) -> Any:
+        """The request to the stream model that starts the sequence and its generation.
 
         Raises:
             RequestError: BAD_PARAMETER.
         """
         try:
-            named = self._request.request_id()
+            request_id = self._request.request_id()
             parameters = json.loads(self._request.parameters() or "{}")
-        except (
-            ValueError
-        ) as error:  # UnicodeDecodeError among them: over HTTP they may be any bytes
+        except ValueError as error:
+            # UnicodeDecodeError is one: over HTTP, ids and parameters may be any bytes.
             raise RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}") from None
-        if own := sorted(parameters.keys() & set(OWN)):
+        if refused := sorted(parameters.keys() & set(SEQUENCE_PARAMETERS)):
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameters {own} are for clients that name a sequence; here each request is one of its own",
+                f"parameters {refused} are for clients that name a sequence; "
+                "here each request has a sequence of its own",
             )
         if MAX_TOKENS not in parameters:
             raise RequestError(
                 Code.BAD_PARAMETER,
                 f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1",
             )
+        # The backend reads numbers from texts too; a BLS request takes no float parameters.
         passed = {
             name: repr(value) if isinstance(value, float) else value
             for name, value in parameters.items()
         }
-        return self._to_model(
-            request_id=named,
+        return self._model_request(
+            request_id=request_id,
             inputs=self._request.inputs(),
             flags=FLAG_START,
             parameters={**passed, FETCH: True},
         )
 
+    def _model_request(self, **fields: Any) -> Any:
+        names = {*self._request.requested_output_names(), FINISH_REASON}
+        return pb_utils.InferenceRequest(
+            model_name=self._model,
+            correlation_id=self.sequence_id,
+            requested_output_names=list(names),
+            **fields,
+        )
+
     def _end(self) -> None:
         request = pb_utils.InferenceRequest(
             model_name=self._model,
-            correlation_id=self.sequence,
-            inputs=[_nothing()],
+            correlation_id=self.sequence_id,
+            inputs=[_no_tokens()],
             requested_output_names=[],
             flags=FLAG_END,
         )
         try:
-            for response in self._kept.keep(list(request.exec(decoupled=True))):
+            for response in self._responses.keep(list(request.exec(decoupled=True))):
                 if response.has_error():
-                    log.debug(
-                        log_line(
-                            "front", sequence=self.sequence, refused=response.error().message()
-                        )
-                    )
-        except Exception as error:  # the stream model is gone, and its sequences with it
-            log.info(log_line("front", sequence=self.sequence, not_ended=str(error)))
+                    reason = response.error().message()
+                    log.debug(log_line("proxy", sequence=self.sequence_id, end_refused=reason))
+        except Exception as error:  # the stream model is unloaded, and its sequences are gone
+            log.info(log_line("proxy", sequence=self.sequence_id, not_ended=str(error)))
 
 
-def _nothing() -> Any:
-    """For a request that brings nothing: Triton takes none without inputs."""
+def _no_tokens() -> Any:
+    """An input without tokens: Triton takes no request without inputs."""
     return pb_utils.Tensor("input_ids", np.empty((1, 0), np.int64))

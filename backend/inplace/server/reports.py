@@ -1,6 +1,7 @@
-"""What the backend tells the server beside its answers: lines of its log, and metrics. Part of the border to Triton.
+"""The backend's log lines and metrics, in tritonserver's own log and ``/metrics``.
 
-A line costs up to 0.3 ms and a number 20 µs (measured on 2 cores), so both are handed over by threads of their own.
+A log line costs up to 0.3 ms and a metric 20 µs (measured on 2 cores), so threads of their own
+send them.
 """
 
 import logging
@@ -18,7 +19,11 @@ log = logging.getLogger("inplace")
 
 
 class _TritonHandler(logging.Handler):
-    """Log records into the server's own log, at the level they have; DEBUG as INFO, for `Settings.log_level` lets them through."""
+    """Writes log records into the server's log, at their level.
+
+    DEBUG records become INFO, which the server shows by default: `Settings.log_level` has already
+    filtered them.
+    """
 
     def __init__(self, instance: str) -> None:
         super().__init__()
@@ -38,7 +43,14 @@ class _TritonHandler(logging.Handler):
 
 
 def log_to_triton(instance: str) -> QueueListener:
-    """Send the log ``inplace`` to the server's own; ``stop`` of what is returned waits until everything is written."""
+    """Send the log ``inplace`` to the server's log.
+
+    Args:
+        instance: the model instance's name, which begins each line.
+
+    Returns:
+        The listener; its ``stop`` waits until everything is written.
+    """
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     listener = QueueListener(records, _TritonHandler(instance))
     listener.start()
@@ -49,32 +61,31 @@ def log_to_triton(instance: str) -> QueueListener:
 
 
 class TritonMetrics:
-    """One model instance's numbers in the server's ``/metrics``.
+    """A model instance's metrics in the server's ``/metrics``.
 
-    A series is of one process: where a reloaded model has the labels of the one it replaces, the server frees the series that both
-    use when the older one lets go of it, and crashes (seen with tritonserver 2.51).
+    The process id is a label, so that no two processes share a series. While a model is reloaded,
+    the processes of both live. If both used a series, the server would free it when the older
+    process releases it, and crash (seen with tritonserver 2.51).
 
     Args:
-        numbers: what to show.
-        args: what Triton hands to ``initialize``.
+        values: the metrics to export.
+        args: what Triton passes to ``initialize``.
     """
 
-    def __init__(self, numbers: MetricValues, args: Mapping[str, str]) -> None:
+    def __init__(self, values: MetricValues, args: Mapping[str, str]) -> None:
         self._families: dict[str, Any] = {}
         labels = {
             "model": args["model_name"],
             "version": args["model_version"],
             "instance": args["model_instance_name"],
-            "process": str(
-                os.getpid()
-            ),  # two processes of one model live side by side while it is reloaded, see `TritonMetrics`
+            "process": str(os.getpid()),
         }
-        self._exporter = MetricsExporter(numbers, labels, self._series)
+        self._exporter = MetricsExporter(values, labels, self._series)
 
     def close(self) -> None:
-        """Hand over the last numbers; then the server forgets the series."""
+        """Export the last values and remove the series from the server."""
         self._exporter.close()
-        self._families.clear()  # Triton wants families to go after their series
+        self._families.clear()  # after their series, as Triton requires
 
     def _series(self, metric: Metric, labels: Mapping[str, str]) -> Any:
         family = self._families.get(metric.name)

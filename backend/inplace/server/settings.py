@@ -1,46 +1,61 @@
-"""What an operator may set in ``config.pbtxt`` for one deployment."""
+"""What an operator may set in ``config.pbtxt`` for one deployment.
+
+It imports little, so that `inplace.alive` starts quickly.
+"""
 
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from inplace.errors import LoadError
-from inplace.schema.served import Manifest
+
+if TYPE_CHECKING:
+    from inplace.schema.served import Manifest
 
 SERVE = "serve"
+"""The parameter with the protocol of a model (`ServeMode`)."""
 
 
 IDLE_TIMEOUT = "idle_timeout_seconds"
+"""The parameter with the time after which an idle sequence loses its slot."""
 
 
 LOG_LEVEL = "log_level"
+"""The parameter with the lowest level of the log records that reach the server's log."""
 
 
 EOS = "eos_token_ids"
+"""The parameter with the token ids that end a generation, separated by commas."""
 
 
 QUEUE = "generation_queue"
+"""The parameter with the number of generations that may wait for a slot."""
 
 
 CAPACITY = "capacity"
+"""The parameter with the positions of a sequence, for engines built for a range of capacities."""
 
 
-KNOWN = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY)
+PARAMETERS = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY)
 
 
 TRITON_IDLE_MICROSECONDS = 1_000_000
-"""``max_sequence_idle_microseconds`` where config.pbtxt says nothing (Triton's model_config.proto)."""
+"""Triton's default of ``max_sequence_idle_microseconds`` (model_config.proto)."""
 
 
 MAX_WAITING = 256
-"""Generations that may wait for a slot where config.pbtxt says nothing."""
+"""The default of `QUEUE`."""
 
 
-Serve = Literal["step", "stream", "front"]
+ServeMode = Literal["step", "stream", "front"]
+"""The protocol of a model; ``front`` is the generate proxy of a stream model."""
 
 
-LEVELS = {
+GENERATE_PROXY: ServeMode = "front"
+
+
+LOG_LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warning": logging.WARNING,
@@ -50,20 +65,21 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The deployment's settings.
+    """The settings of a deployment.
 
     Attributes:
-        idle_timeout: seconds after its last response at which a sequence loses its slot.
-        serve: the protocol: ``step``, or ``stream`` with generations beside steps.
-        eos: tokens that end a generation.
-        most_waiting: generations that may wait for a slot.
-        capacity: positions a sequence may hold, for an engine that was built for a range of them; None is the most.
-        log_level: the least level of a log record that reaches the server's log.
-        notes: what was not taken as it was written, for the log.
+        idle_timeout: seconds after its last response until a sequence loses its slot.
+        serve: the protocol: ``step``, or ``stream`` with generations and steps.
+        eos: token ids that end a generation.
+        max_waiting: generations that may wait for a slot.
+        capacity: positions of a sequence, for an engine that was built for a range of capacities;
+            None is the largest.
+        log_level: the lowest level of the log records that reach the server's log.
+        notes: settings that were adjusted, as texts for the log.
     """
 
     idle_timeout: float
-    serve: Serve = "step"
+    serve: ServeMode = "step"
     eos: frozenset[int] = frozenset()
     max_waiting: int = MAX_WAITING
     capacity: int | None = None
@@ -71,118 +87,136 @@ class Settings:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, model_config: str, manifest: Manifest) -> Self:
-        """Read them from the model configuration that Triton hands over (JSON), and check it against the engine.
+    def parse(cls, model_config: str, manifest: "Manifest") -> Self:
+        """Read the settings and check them against the engine.
+
+        Args:
+            model_config: the model configuration that Triton passes, as JSON.
+            manifest: the engine's.
 
         Raises:
-            LoadError: a setting that cannot be, or a configuration that the engine cannot serve.
+            LoadError: a setting is invalid, or the engine cannot serve this configuration.
         """
         config: dict[str, Any] = json.loads(model_config)
         if "sequence_batching" not in config:
             raise LoadError(
-                "config.pbtxt has no sequence_batching: this backend serves sequences; build the model again to restore it"
+                "config.pbtxt has no sequence_batching: this backend serves sequences; "
+                "build the model again to restore it"
             )
-        _check_known(config)
-        serve = served(model_config)
+        _check_names(config)
+        serve = serve_mode(model_config)
         decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         if decoupled != (serve == "stream"):
             raise LoadError(
-                f"config.pbtxt says decoupled: {str(decoupled).lower()} and {SERVE}: {serve}; stream models are decoupled, others are not: "
-                f"build the model again to restore it"
+                f"config.pbtxt has decoupled: {str(decoupled).lower()} and {SERVE}: {serve}; "
+                "only stream models are decoupled: build the model again to restore it"
             )
-        most = manifest.program("step").max_rows
-        if not 1 <= config["max_batch_size"] <= most:
+        max_rows = manifest.program("step").max_rows
+        if not 1 <= config["max_batch_size"] <= max_rows:
             raise LoadError(
-                f"config.pbtxt has max_batch_size {config['max_batch_size']}, the engine was built for 1 to {most} rows a step"
+                f"config.pbtxt has max_batch_size {config['max_batch_size']}, "
+                f"the engine was built for 1 to {max_rows} rows a step"
             )
-        level = _parameter(config, LOG_LEVEL, "info")
-        if level not in LEVELS:
+        level = _text(config, LOG_LEVEL, "info")
+        if level not in LOG_LEVELS:
             raise LoadError(
-                f"config.pbtxt: parameter {LOG_LEVEL} is {level!r}; expected one of {list(LEVELS)}"
+                f"config.pbtxt: parameter {LOG_LEVEL} is {level!r}; "
+                f"expected one of {list(LOG_LEVELS)}"
             )
-        idle, notes = _idle(config, serve)
-        waiting, capacity = (_one(config, name) for name in (QUEUE, CAPACITY))
+        idle_timeout, notes = _idle_timeout(config, serve)
+        max_waiting = _integer(config, QUEUE)
         return cls(
-            idle,
+            idle_timeout,
             serve,
-            frozenset(_whole(config, EOS)),
-            max_waiting=MAX_WAITING if waiting is None else waiting,
-            capacity=capacity,
-            log_level=LEVELS[level],
+            frozenset(_integers(config, EOS)),
+            max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
+            capacity=_integer(config, CAPACITY),
+            log_level=LOG_LEVELS[level],
             notes=notes,
         )
 
 
-def served(model_config: str) -> Serve:
-    """The protocol that a model configuration names; ``step`` where it names none.
+def serve_mode(model_config: str) -> ServeMode:
+    """The protocol of a model configuration (JSON); ``step`` if it has none.
 
     Raises:
-        LoadError: there is no such protocol.
+        LoadError: the protocol is unknown.
     """
-    found = _parameter(json.loads(model_config), SERVE, "step")
-    if found not in get_args(Serve):
-        raise LoadError(
-            f"config.pbtxt: parameter {SERVE} is {found!r}; expected one of {list(get_args(Serve))}"
-        )
-    serve: Serve = found  # type: ignore[assignment]  # it is one of them
-    return serve
+    text = _text(json.loads(model_config), SERVE, "step")
+    for mode in get_args(ServeMode):
+        if text == mode:
+            return mode  # type: ignore[no-any-return]
+    raise LoadError(
+        f"config.pbtxt: parameter {SERVE} is {text!r}; expected one of {list(get_args(ServeMode))}"
+    )
 
 
-def _parameter(config: dict[str, Any], name: str, default: str) -> str:
+def _text(config: dict[str, Any], name: str, default: str) -> str:
     text: str = config.get("parameters", {}).get(name, {}).get("string_value", default)
     return text
 
 
-def _whole(config: dict[str, Any], name: str) -> list[int]:
-    """The whole numbers of a parameter, separated by commas."""
-    text = _parameter(config, name, "")
+def _integers(config: dict[str, Any], name: str) -> list[int]:
+    """The integers of a parameter, separated by commas."""
+    text = _text(config, name, "")
     parts = text.split(",") if text else []
     if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise LoadError(
-            f"config.pbtxt: parameter {name} is {text!r}; expected whole numbers of at least 0, separated by commas"
+            f"config.pbtxt: parameter {name} is {text!r}; "
+            "expected whole numbers of at least 0, separated by commas"
         )
     return [int(part) for part in parts]
 
 
-def _one(config: dict[str, Any], name: str) -> int | None:
-    """A parameter that is one whole number; None where it is not set."""
-    found = _whole(config, name)
-    if len(found) > 1:
+def _integer(config: dict[str, Any], name: str) -> int | None:
+    """A parameter that is one integer; None if it is not set."""
+    values = _integers(config, name)
+    if len(values) > 1:
         raise LoadError(
-            f"config.pbtxt: parameter {name} is {_parameter(config, name, '')!r}; expected one whole number of at least 0"
+            f"config.pbtxt: parameter {name} is {_text(config, name, '')!r}; "
+            "expected one whole number of at least 0"
         )
-    return found[0] if found else None
+    return values[0] if values else None
 
 
-def _check_known(config: dict[str, Any]) -> None:
-    """A misspelt parameter would be one that is not set. Names in capitals are the Python backend's own."""
-    if unknown := sorted(
-        name for name in config.get("parameters", {}) if name not in KNOWN and not name.isupper()
-    ):
+def _check_names(config: dict[str, Any]) -> None:
+    # A misspelt parameter would have no effect. Names in capitals are the Python backend's own.
+    unknown = sorted(
+        name
+        for name in config.get("parameters", {})
+        if name not in PARAMETERS and not name.isupper()
+    )
+    if unknown:
         raise LoadError(
-            f"config.pbtxt has the parameters {unknown}, which this backend does not know; it takes {list(KNOWN)}"
+            f"config.pbtxt has the parameters {unknown}, which this backend does not know; "
+            f"it takes {list(PARAMETERS)}"
         )
 
 
-def _idle(config: dict[str, Any], serve: Serve) -> tuple[float, tuple[str, ...]]:
-    """Seconds of the idle timeout, and what was not taken as written.
+def _idle_timeout(config: dict[str, Any], serve: ServeMode) -> tuple[float, tuple[str, ...]]:
+    """The idle timeout in seconds, and a note if it was raised to Triton's own.
 
-    Triton's own clock runs while a generation does, so a stream model gives it longer than this one.
+    Triton's idle clock runs during a generation, so it is ignored for a stream model, whose
+    configuration gives it a longer time.
     """
     triton_idle = (
         int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0))
         or TRITON_IDLE_MICROSECONDS
     )
-    text = _parameter(config, IDLE_TIMEOUT, "600")
+    text = _text(config, IDLE_TIMEOUT, "600")
     try:
         idle = float(text)
     except ValueError:
         idle = float("nan")
     if not 0 < idle < float("inf"):
         raise LoadError(
-            f"config.pbtxt: parameter {IDLE_TIMEOUT} is {text!r}; expected a number of seconds above 0"
+            f"config.pbtxt: parameter {IDLE_TIMEOUT} is {text!r}; "
+            "expected a number of seconds above 0"
         )
     if serve == "stream" or idle >= triton_idle / 1e6:
         return idle, ()
-    note = f"{IDLE_TIMEOUT} {idle:g} is below Triton's own max_sequence_idle_microseconds {triton_idle}; using {triton_idle / 1e6:g} s"
+    note = (
+        f"{IDLE_TIMEOUT} {idle:g} is below Triton's own max_sequence_idle_microseconds "
+        f"{triton_idle}; using {triton_idle / 1e6:g} s"
+    )
     return triton_idle / 1e6, (note,)

@@ -1,4 +1,4 @@
-"""The process that this backend runs in, Triton's Python backend stub: what it can take, and when it must end."""
+"""The process that this backend runs in, the stub of Triton's Python backend."""
 
 import logging
 import os
@@ -11,24 +11,24 @@ from inplace.errors import LoadError
 log = logging.getLogger("inplace")
 
 
-def end_with_server() -> subprocess.Popen[bytes] | None:
-    """Have this process killed when the server that started it is gone.
+def start_watchdog() -> subprocess.Popen[bytes] | None:
+    """Start a process that kills this one when its server has died (`inplace.server.watchdog`).
 
-    A stub whose server was killed while it was sending waits for ever, and keeps its memory, the GPU's too (seen with Triton 24.10). It
-    may wait with the interpreter's lock, so no thread of Python's can end it: a small process (`inplace.server.guard`) does.
+    If a server is killed while a stub sends a response, the stub waits forever and keeps its
+    memory, also on the GPU (seen with Triton 24.10). It may hold the GIL meanwhile, so no Python
+    thread in it could end it.
 
     Returns:
-        that process, which ends with this one; None where it could not be started, which is logged.
+        The watchdog, which ends with this process; None if it cannot be started, which is logged.
     """
-    python = shutil.which(
-        "python3"
-    )  # the interpreter that the stub itself took its environment from
-    command = [python or "python3", "-I", "-S", str(Path(__file__).with_name("guard.py"))]
+    # The stub takes its environment from this interpreter too.
+    python = shutil.which("python3")
+    command = [python or "python3", "-I", "-S", str(Path(__file__).with_name("watchdog.py"))]
     try:
         server, stub = os.pidfd_open(os.getppid()), os.pidfd_open(os.getpid())
     except OSError as error:
         log.warning(
-            "this process stays if the server is killed: no descriptors of processes (pidfd_open): %s",
+            "this process keeps running if the server is killed: pidfd_open failed: %s",
             error,
         )
         return None
@@ -43,7 +43,8 @@ def end_with_server() -> subprocess.Popen[bytes] | None:
         )
     except OSError as error:
         log.warning(
-            "this process stays if the server is killed: its guard did not start (%s): %s",
+            "this process keeps running if the server is killed: "
+            "its watchdog did not start (%s): %s",
             " ".join(command),
             error,
         )
@@ -54,20 +55,21 @@ def end_with_server() -> subprocess.Popen[bytes] | None:
 
 
 def check_numpy(stub: Path, numpy: str) -> None:
-    """Refuse to send texts through a stub that sends them empty.
+    """Refuse a stub that would send empty texts with this version of NumPy.
 
-    A stub compiled with pybind11 before 2.12 reads the size of an array from where NumPy 1 had it: with NumPy 2 every output that is made
-    of an array is empty, without an error (seen with the stub of Triton 24.10). Later pybind11 looks for the module ``numpy._core``.
+    pybind11 before 2.12 reads the size of an array at its offset in NumPy 1. In a stub compiled
+    with it, every output made from an array of NumPy 2 is empty, without an error (seen with the
+    stub of Triton 24.10). Later versions of pybind11 look for the module ``numpy._core``.
 
     Args:
         stub: its executable.
-        numpy: the version in its environment.
+        numpy: the version of NumPy in its environment.
 
     Raises:
-        LoadError: they do not fit.
+        LoadError: the stub was compiled for NumPy 1, and this is NumPy 2.
     """
     if int(numpy.partition(".")[0]) >= 2 and b"numpy._core" not in stub.read_bytes():
         raise LoadError(
-            f"this server's Python backend was made for NumPy 1 and sends empty texts with NumPy {numpy}: "
-            f'install "numpy<2" in the server\'s environment, or use a newer Triton'
+            "this server's Python backend was made for NumPy 1 and sends empty texts with NumPy "
+            f'{numpy}: install "numpy<2" in the server\'s environment, or use a newer Triton'
         )

@@ -1,0 +1,129 @@
+"""Requests and responses: from Triton's types into ours, and back."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from inplace.drivers.reply import Outputs
+from inplace.errors import Code, RequestError
+from inplace.protocol import STOP, TEXT
+from inplace.runtime.requests import Request
+
+FLAG_START, FLAG_END = 1, 2
+"""TRITONSERVER_REQUEST_FLAG_SEQUENCE_START and …_END."""
+
+
+TEXT_INPUTS = (TEXT, STOP)
+
+
+NO_PARAMETERS = ("", "{}")
+
+
+STATUS = {
+    Code.NO_FREE_SLOT: "UNAVAILABLE",
+    Code.QUEUE_FULL: "UNAVAILABLE",
+    Code.SHUTDOWN: "UNAVAILABLE",
+    Code.UNKNOWN_SEQUENCE: "NOT_FOUND",
+    Code.ENGINE_FAILED: "INTERNAL",
+}
+"""Triton's status of an error; INVALID_ARG for the other codes.
+
+By name, because the stub adds the constants to `TritonError` only after this module is imported.
+"""
+
+
+class TritonChannel:
+    """A `Channel` for one request of a decoupled model."""
+
+    def __init__(self, request: Any) -> None:
+        self._request, self._sender = request, request.get_response_sender()
+        self.requested_outputs = frozenset(request.requested_output_names())
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        """Send a response with those of the outputs that the client requested."""
+        tensors = [
+            output_tensor(name, value)
+            for name, value in outputs.items()
+            if name in self.requested_outputs
+        ]
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+
+    def send_error(self, error: RequestError) -> None:
+        """Send an error as the final response."""
+        self._sender.send(
+            error_response(self._request, error),
+            flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+        )
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled or left.
+
+        Must not be called after the final response: it crashes the server.
+        """
+        cancelled: bool = self._request.is_cancelled()
+        return cancelled
+
+
+def read_request(
+    request: Any, texts: dict[str, tuple[bytes, ...]] | None = None
+) -> Request | RequestError:
+    """Convert a request of Triton.
+
+    Args:
+        request: its tensors are not copied.
+        texts: if given, the inputs of BYTES are stored here, by name.
+
+    Returns:
+        The request, or the BAD_PARAMETER error to answer it with.
+    """
+    flags = request.flags()
+    inputs: dict[str, Tensor] = {}
+    try:
+        sequence_id, request_id = request.correlation_id(), request.request_id()
+        parameters = request.parameters()
+        for tensor in request.inputs():
+            name = tensor.name()
+            if texts is not None and name in TEXT_INPUTS:
+                texts[name] = tuple(tensor.as_numpy().reshape(-1).tolist())
+            else:
+                inputs[name] = from_dlpack(tensor.to_dlpack())
+        return Request(
+            sequence_id=sequence_id,
+            start=bool(flags & FLAG_START),
+            end=bool(flags & FLAG_END),
+            inputs=inputs,
+            request_id=request_id,
+            parameters=json.loads(parameters) if parameters not in NO_PARAMETERS else {},
+        )
+    except (ValueError, RuntimeError) as error:
+        # UnicodeDecodeError is a ValueError: over HTTP, ids and names may be any bytes.
+        return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
+
+
+def output_tensor(name: str, value: Tensor | str) -> Any:
+    """An output in Triton's type; a text is one element of BYTES, ``[1, 1]``."""
+    if isinstance(value, str):
+        return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
+    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(value))  # type: ignore[attr-defined]  # torch does not list it
+
+
+def error_response(request: Any, error: RequestError) -> Any:
+    """The response of a request that is refused."""
+    text = error.wire(read_id(request.correlation_id), str(read_id(request.request_id)))
+    status = getattr(pb_utils.TritonError, STATUS.get(error.code, "INVALID_ARG"))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, status))
+
+
+def read_id(get_id: Callable[[], int | str]) -> int | str:
+    """An id of a request; empty if the client sent bytes that are not UTF-8, as HTTP allows."""
+    try:
+        return get_id()
+    except UnicodeDecodeError:
+        return ""

@@ -164,7 +164,7 @@ Arguments = dict[str, Any]
 
 REFUSED: dict[str, tuple[Callable[[Arguments], object], str]] = {
     "missing": (lambda a: a.pop("positions"), "argument positions is missing"),
-    "unknown": (lambda a: a.update(y=1), "argument y is not known"),
+    "unknown": (lambda a: a.update(y=1), "argument y is unknown"),
     "structure": (lambda a: a["cache"].pop("keys"), r"nested in another way.*cache\['keys'\]"),
     "no tensor": (lambda a: a.update(x=[1.0]), "argument x is a list, the engine takes a tensor"),
     "dtype": (
@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[[Arguments], object], str]] = {
     ),
     "device": (
         lambda a: a.update(x=a["x"].to("meta")),
-        "argument x lies on meta, the engine runs on cpu",
+        "argument x is on meta, the engine runs on cpu",
     ),
     "rank": (
         lambda a: a.update(x=a["x"][0]),
@@ -285,7 +285,7 @@ def test_the_graph_is_held_against_the_manifest(
             aliases=[alias.replace("operator", "plugin") for alias in record["aliases"]]
         )
     )
-    with pytest.raises(LoadError, match="updated by operators of a graph of PyTorch"):
+    with pytest.raises(LoadError, match="updated by operators of a PyTorch graph"):
         inplace.load(path)
     changed(lambda record: record["call"]["arguments"][2].update(dtype="float64"))
     with pytest.raises(LoadError, match="takes x as"):

@@ -1,4 +1,4 @@
-"""Engines without a server: called like the module they were built from."""
+"""Engines that run without a server, called like the module they were built from."""
 
 from inplace.standalone.engine import Engine
 

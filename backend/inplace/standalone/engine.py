@@ -1,7 +1,4 @@
-"""An engine without a server: called like the module it was built from, with its states updated where they lie.
-
-What a directly called engine has on disk beside its graph.
-"""
+"""A standalone engine: called like the module it was built from, states updated in place."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,15 +14,15 @@ from inplace.errors import CallError, LoadError
 from inplace.schema.artifacts import File
 from inplace.schema.extents import evaluate
 from inplace.schema.publish import publish, replace_conflict
-from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest
-from inplace.standalone.checks import Checks, check_memory
-from inplace.standalone.execute import Runner, keep, open_runner
+from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest, StandaloneState
+from inplace.standalone.checks import ArgumentChecker, check_memory
+from inplace.standalone.execute import Runner, add_loaded, open_runner
 
 STATES_FILE = "states.pt"
 
 
 def write_owned_states(folder: Path, states: Mapping[str, Tensor]) -> File | None:
-    """Write the values of the states that an engine holds; None where it holds none."""
+    """Write the values of the states that an engine owns, by buffer name; None if it owns none."""
     if not states:
         return None
     torch.save(
@@ -35,59 +32,67 @@ def write_owned_states(folder: Path, states: Mapping[str, Tensor]) -> File | Non
 
 
 def check_replaceable(target: Path) -> None:
-    """LoadError if ``target`` holds something that is not an engine to replace."""
+    """Raise a LoadError if ``target`` is something else than an engine to replace."""
     if (reason := replace_conflict(target, Path(FILE_NAME))) is not None:
         raise LoadError(reason)
 
 
 def load_owned_states(folder: Path, manifest: StandaloneManifest) -> dict[str, Tensor]:
-    """The states that the module owned, with the values that were saved.
+    """Load the states that an engine owns, by buffer name.
 
     Raises:
-        LoadError: the file is missing, changed, or holds something else.
+        LoadError: the file is missing or changed, or its tensors are not the manifest's.
     """
     if manifest.owned is None:
         return {}
     path = manifest.owned.verified(folder)
-    found = torch.load(path, weights_only=True, map_location=manifest.engine.device)
-    wanted = {
+    tensors = torch.load(path, weights_only=True, map_location=manifest.engine.device)
+    expected = {
         state.source: (state.shape, state.dtype.as_torch)
         for state in manifest.states
         if state.owner == "module"
     }
-    if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} != wanted:
+    if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != expected:
         raise LoadError(
-            f"{path} does not hold the states {wanted} of the manifest; build the engine again"
+            f"{path} does not hold the states {expected} of the manifest; build the engine again"
         )
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 class Engine(nn.Module):
     """A loaded engine; `inplace.load` makes one.
 
-    Calling it takes what the module took, positional or by name, and returns what it returned. States that the caller owns are updated in
-    the tensors that are passed: the engine is handed their addresses, anew in each call, so different caches may alternate. States that
-    the module owned, its buffers, are held by the engine. An output whose value is a state's is a tensor of its own.
+    It is called with the arguments of its module, positional or by name, and returns what the
+    module returned. A call updates the caller's states in the tensors that were passed. The engine
+    binds their addresses in each call, so a caller may alternate between several caches. The
+    engine owns the states that were buffers of the module. An output never shares memory with a
+    state.
 
-    It is a module whose buffers are those states, so `torch.export.export` takes it: the program has one ``inplace::execute``, which holds
-    the engine file. ``torch.export.save`` and ``load`` work as for any program, after ``import inplace.standalone`` in the process that loads.
+    The engine is a module whose buffers are the states it owns, so `torch.export.export` takes it.
+    The program has one call of ``inplace::execute``, which holds the engine file.
+    `torch.export.save` and `torch.export.load` work as for any program, after
+    ``import inplace.standalone`` in the process that loads.
 
-    Not thread-safe where the engine holds states.
+    An engine that owns states is not thread-safe.
 
     Attributes:
-        manifest: what the engine is.
-        held: the same states as buffers, under the module's own names.
+        manifest: describes the engine.
+        owned: a module with the owned states as buffers, under their names in the original module.
     """
 
     def __init__(
-        self, folder: Path, manifest: StandaloneManifest, runner: Runner, held: Mapping[str, Tensor]
+        self,
+        folder: Path,
+        manifest: StandaloneManifest,
+        runner: Runner,
+        owned: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self.manifest = manifest
         self.owned = nn.Module()
-        for source, tensor in held.items():
+        for source, tensor in owned.items():
             _register(self.owned, source, tensor)
-        self._folder, self._runner, self._checks = folder, runner, Checks(manifest)
+        self._folder, self._runner, self._checker = folder, runner, ArgumentChecker(manifest)
         self._inputs = _tree(manifest.call.in_spec, folder)
         self._outputs = _tree(manifest.call.out_spec, folder)
         if (self._inputs.num_leaves, self._outputs.num_leaves) != (
@@ -95,26 +100,31 @@ class Engine(nn.Module):
             len(manifest.call.results),
         ):
             raise LoadError(
-                f"{folder / FILE_NAME}: the trees do not fit the arguments and results; build the engine again"
+                f"{folder / FILE_NAME}: the pytrees do not have the leaves of the arguments and "
+                "results; build the engine again"
             )
         self._text = manifest.model_dump_json()
-        path = (
-            folder / manifest.engine.file
-        )  # mapped, not read: only a program that is saved needs the bytes
+        # Mapped, not read: only a program that is saved needs the bytes.
         self._file = torch.from_file(
-            str(path), shared=False, size=manifest.engine.bytes, dtype=torch.uint8
+            str(folder / manifest.engine.file),
+            shared=False,
+            size=manifest.engine.bytes,
+            dtype=torch.uint8,
         )
-        keep(manifest, self._text, runner)
+        add_loaded(manifest, self._text, runner)
 
     @property
     def states(self) -> Mapping[str, Tensor]:
-        """The states that it holds, by the buffer's name; they may be written (``.zero_()``), never replaced."""
-        owned = [state.source for state in self.manifest.bases if state.owner == "module"]
-        return MappingProxyType({source: self.owned.get_buffer(source) for source in owned})
+        """The owned states, by buffer name.
+
+        They may be written, for example with ``.zero_()``, but not replaced.
+        """
+        names = [state.source for state in self.manifest.bases if state.owner == "module"]
+        return MappingProxyType({name: self.owned.get_buffer(name) for name in names})
 
     @classmethod
     def load(cls, folder: Path, *, cuda_graphs: bool = True) -> Self:
-        """See `inplace.load`."""
+        """Load an engine, with arguments and errors as `inplace.load`."""
         manifest = StandaloneManifest.load(folder)
         path = manifest.engine.verified(folder)
         return cls(
@@ -128,106 +138,109 @@ class Engine(nn.Module):
         """Run one step.
 
         Raises:
-            CallError: an argument is not what the engine was built for; nothing was written.
-            IndexError: a position, whose value only the graph knows, is outside its state (PyTorch). States written before it stay written.
+            CallError: an argument is not what the engine was built for; no state was written.
+            IndexError: a position is outside its state (only PyTorch engines, where the graph
+                checks it). Writes before that one stay.
         """
         call = self.manifest.call
         leaves = self._leaves(args, kwargs)
-        known = self._checks.check(call.arguments, leaves)
+        known = self._checker.check(call.arguments, leaves)
         given = {
             argument.where: leaf for argument, leaf in zip(call.arguments, leaves, strict=True)
         }
         inputs = [given[argument.where] for argument in self.manifest.graph_inputs]
-        tensors = [
-            given[state.source] if state.owner == "caller" else self.owned.get_buffer(state.source)
+        bases = [
+            given[state.source] if state.owner == "caller" else self._owned_state(state)
             for state in self.manifest.bases
         ]
-        for state, tensor in zip(self.manifest.bases, tensors, strict=True):
-            if state.owner == "module" and not state.matches(tensor):
-                raise CallError(
-                    f"the engine's state {state.source} has become {list(tensor.shape)} {tensor.dtype}, the engine was built for "
-                    f"{list(state.shape)} {state.dtype}: an engine cannot be converted (half(), to()); build it from the converted module"
-                )
         if torch.compiler.is_compiling():  # torch.export too
-            found = self._operator(inputs, tensors, known)
+            results = self._call_operator(inputs, bases, known)
         else:
-            states = self.manifest.views(tensors)
-            named = list(zip(self.manifest.states, states, strict=True))
-            check_memory(
-                named,
-                {
-                    f"argument {a.where}": v
-                    for a, v in zip(call.arguments, leaves, strict=True)
-                    if a.kind == "tensor"
-                },
-            )
-            found = self._runner.run(inputs, states)
-        return pytree.tree_unflatten(found, self._outputs)
+            states = self.manifest.views(bases)
+            tensors = {
+                f"argument {argument.where}": given[argument.where]
+                for argument in call.arguments
+                if argument.kind == "tensor"
+            }
+            check_memory(list(zip(self.manifest.states, states, strict=True)), tensors)
+            results = self._runner.run(inputs, states)
+        return pytree.tree_unflatten(results, self._outputs)
 
-    def _operator(
-        self, inputs: list[Any], states: list[Tensor], known: Mapping[str, Any]
+    def _owned_state(self, state: StandaloneState) -> Tensor:
+        tensor = self.owned.get_buffer(state.source)
+        if not state.matches(tensor):
+            raise CallError(
+                f"the engine's state {state.source} has become {list(tensor.shape)} "
+                f"{tensor.dtype}, the engine was built for {list(state.shape)} {state.dtype}: an "
+                "engine cannot be converted (half(), to()); build it from the converted module"
+            )
+        return tensor
+
+    def _call_operator(
+        self, inputs: list[Any], bases: list[Tensor], known: Mapping[str, Any]
     ) -> list[Any]:
-        """The step as one operator, for programs; it is handed the tensors that hold the states, each once."""
+        """Run a step as ``inplace::execute``, the one operator of an exported program."""
         results: list[Any] = []
         for result in self.manifest.call.results:
             if result.kind == "constant":
                 results.append(result.value)
             else:
-                results.append(self._allocated(result, known))
+                results.append(self._allocate(result, known))
         numbers = [value for value in inputs if not isinstance(value, Tensor)]
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         written = [value for value in results if isinstance(value, Tensor)]
-        torch.ops.inplace.execute(self._file, self._text, numbers, tensors, states, written)
+        torch.ops.inplace.execute(self._file, self._text, numbers, tensors, bases, written)
         return results
 
-    def _allocated(self, result: Result, known: Mapping[str, Any]) -> Any:
-        """Memory for a result, or the number that it is."""
+    def _allocate(self, result: Result, known: Mapping[str, Any]) -> Any:
+        """A new tensor for a result; or the value of a result that is a number."""
         try:
             extents = [evaluate(extent, known) for extent in result.shape]
         except ValueError as error:
             raise CallError(
-                f"a result of the shape {list(result.shape)} cannot be exported ({error}): it depends on values, which only the engine "
-                f"knows; call the engine itself"
+                f"a result of the shape {list(result.shape)} cannot be exported ({error}): "
+                "the shape depends on values, which only the engine knows; call the engine itself"
             ) from error
         if result.dtype is None:
             return extents[0]
         return torch.empty(extents, dtype=result.dtype.as_torch, device=self.manifest.engine.device)
 
     def save(self, path: Path | str) -> None:
-        """Write the engine, with the values its states have now, to another directory or its own.
+        """Write the engine and the current values of its states.
+
+        Args:
+            path: another folder, or the one that the engine was loaded from.
 
         Raises:
-            LoadError: the directory that it was loaded from is gone or changed, or ``path`` holds something else than such an engine.
-            OSError: it cannot be written; what stood there stands.
+            LoadError: the folder that the engine was loaded from is gone or changed, or ``path``
+                is something else than a standalone engine.
+            OSError: ``path`` cannot be written and is unchanged.
         """
         target = Path(path)
         check_replaceable(target)
         source = self.manifest.engine.verified(self._folder)
         with publish(target) as folder:
             shutil.copyfile(source, folder / source.name)
-            self.manifest.model_copy(
-                update={"owned": write_owned_states(folder, self.states)}
-            ).save(folder)
+            owned = write_owned_states(folder, self.states)
+            self.manifest.model_copy(update={"owned": owned}).save(folder)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The leaves of a call, in the order of the manifest, whichever way each argument was passed."""
+        """The leaves of a call in the manifest's order, however the arguments were passed."""
         call = self.manifest.call
+        names = ", ".join(call.parameters)
         if len(args) > len(call.parameters):
             raise CallError(
-                f"{len(args)} arguments were passed, the engine takes {len(call.parameters)}: {', '.join(call.parameters)}"
+                f"{len(args)} arguments were passed, "
+                f"the engine takes {len(call.parameters)}: {names}"
             )
         named = dict(zip(call.parameters, args, strict=False))
         if twice := sorted(named.keys() & kwargs.keys()):
             raise CallError(f"argument {twice[0]} was passed twice, by position and by name")
         named.update(kwargs)
         if missing := [name for name in call.parameters if name not in named]:
-            raise CallError(
-                f"argument {missing[0]} is missing; the engine was built with {', '.join(call.parameters)}"
-            )
+            raise CallError(f"argument {missing[0]} is missing; the engine was built with {names}")
         if unknown := [name for name in named if name not in call.parameters]:
-            raise CallError(
-                f"argument {unknown[0]} is not known; the engine was built with {', '.join(call.parameters)}"
-            )
+            raise CallError(f"argument {unknown[0]} is unknown; the engine was built with {names}")
         split = call.positional
         tree = (
             tuple(named[name] for name in call.parameters[:split]),
@@ -237,15 +250,14 @@ class Engine(nn.Module):
             return list(self._inputs.flatten_up_to(tree))
         except ValueError as error:
             raise CallError(
-                f"the arguments are nested in another way than at the build: {error}; pass {self._names()}"
+                f"the arguments are nested in another way than at the build: {error}; "
+                f"pass {', '.join(argument.where for argument in call.arguments)}"
             ) from error
 
-    def _names(self) -> str:
-        return ", ".join(argument.where for argument in self.manifest.call.arguments)
 
-
-def _register(module: nn.Module, target: str, tensor: Tensor) -> None:
-    *parents, name = target.split(".")
+def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a buffer under a qualified name, with the modules on the way."""
+    *parents, name = name.split(".")
     for parent in parents:
         if not hasattr(module, parent):
             module.add_module(parent, nn.Module())
@@ -256,10 +268,9 @@ def _register(module: nn.Module, target: str, tensor: Tensor) -> None:
 def _tree(text: str, folder: Path) -> pytree.TreeSpec:
     try:
         return pytree.treespec_loads(text)
-    except (
-        Exception
-    ) as error:  # of many types: a class that is not registered here, or a text that is no tree
+    except Exception as error:  # of many types: an unregistered class, or not a pytree at all
         raise LoadError(
-            f"{folder / FILE_NAME}: the arguments or outputs have a type that cannot be made here ({error}); import the module that "
-            f"registers it (torch.export.register_dataclass) before loading"
+            f"{folder / FILE_NAME}: the arguments or outputs have a type that cannot be made here "
+            f"({error}); import the module that registers it (torch.export.register_dataclass) "
+            "before loading"
         ) from error

@@ -1,9 +1,9 @@
-"""``inplace::execute``: one step of a directly called engine as an operator, so that `torch.export` of the engine holds it whole.
+"""Running a step of a standalone engine, and ``inplace::execute``, which does it as an operator.
 
-The engine file is one of its tensors and the manifest one of its texts: a program that was saved needs nothing else. It returns nothing;
-states and results are tensors that it writes, which is what `ExportedProgram.run_decompositions` can make functional.
-
-What runs a step of a directly called engine: a graph of PyTorch, or a TensorRT plan.
+`torch.export` of an engine yields a program with one ``inplace::execute``. The engine file is one
+of its tensors and the manifest one of its strings, so a saved program needs nothing else. The
+operator returns nothing: it writes states and results, which `ExportedProgram.run_decompositions`
+can make functional.
 """
 
 import hashlib
@@ -29,11 +29,13 @@ class Runner(Protocol):
         """Run one step.
 
         Args:
-            inputs: the manifest's ``graph_inputs``: tensors, and Python numbers; checked.
-            states: in the manifest's order, of their own extents; updated where they lie.
+            inputs: the values of `StandaloneManifest.graph_inputs`, checked: tensors, and Python
+                integers.
+            states: in the manifest's order, each of its `StandaloneState.view_shape`; updated in
+                place.
 
         Returns:
-            The manifest's ``results``; tensors of their own.
+            The values of the manifest's ``results``; no tensor shares memory with a state.
         """
         ...
 
@@ -41,10 +43,17 @@ class Runner(Protocol):
 def open_runner(
     source: Path | bytes, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
 ) -> Runner:
-    """Load an engine file, given by its path or its content.
+    """Load an engine file.
+
+    Args:
+        source: its path or its content.
+        manifest: the manifest that names it.
+        title: what errors call it.
+        cuda_graphs: whether a TensorRT engine replays repeated steps as CUDA graphs.
 
     Raises:
-        LoadError: it cannot be read, is not what the manifest says, or was built for another machine.
+        LoadError: the file cannot be read, disagrees with the manifest, or was built for another
+            machine.
     """
     if manifest.engine.kind == "torch":
         return TorchGraph(
@@ -62,39 +71,46 @@ def open_runner(
 
 define(
     "execute",
-    "(Tensor engine, str manifest, SymInt[] numbers, Tensor[] inputs, Tensor(a!)[] states, Tensor(b!)[] results) -> ()",
+    "(Tensor engine, str manifest, SymInt[] numbers, Tensor[] inputs, "
+    "Tensor(a!)[] states, Tensor(b!)[] results) -> ()",
 )
 
 
-KEPT = 8
-"""Engines that stay loaded for programs that hold them; the least recently used one goes first."""
+MAX_LOADED = 8
+"""Engines that stay loaded for exported programs; the least recently used is dropped first."""
 
 
 _loaded: OrderedDict[tuple[str, str], tuple[StandaloneManifest, Runner]] = OrderedDict()
+"""By the checksum of the engine file, and the manifest as text."""
 
 
-def keep(manifest: StandaloneManifest, text: str, runner: Runner) -> None:
-    """Let programs that hold this engine run with the one that is loaded already."""
+def add_loaded(manifest: StandaloneManifest, text: str, runner: Runner) -> None:
+    """Let exported programs with this engine use a runner that is loaded already.
+
+    Args:
+        manifest: the engine's manifest.
+        text: the same, as the program has it.
+        runner: the loaded engine.
+    """
     _loaded[manifest.engine.sha256, text] = manifest, runner
-    if len(_loaded) > KEPT:
+    if len(_loaded) > MAX_LOADED:
         _loaded.popitem(last=False)
 
 
-def _opened(engine: Tensor, text: str) -> tuple[StandaloneManifest, Runner]:
-    # The manifest names the checksum of its engine file; a program that was saved carries both.
+def _load(engine: Tensor, text: str) -> tuple[StandaloneManifest, Runner]:
+    """The engine of a program, loaded at its first call."""
     manifest = StandaloneManifest.model_validate_json(text)
     key = manifest.engine.sha256, text
     if key not in _loaded:
         content = engine.cpu().numpy().tobytes()
-        if (found := hashlib.sha256(content).hexdigest()) != manifest.engine.sha256:
+        checksum = hashlib.sha256(content).hexdigest()
+        if checksum != manifest.engine.sha256:
             raise RuntimeError(
-                f"the engine of inplace::execute has the checksum {found[:12]}…, its manifest says another: export it again"
+                f"the engine of inplace::execute has the checksum {checksum[:12]}…, "
+                f"its manifest says {manifest.engine.sha256[:12]}…: export it again"
             )
-        keep(
-            manifest,
-            text,
-            open_runner(content, manifest, "the engine of inplace::execute", cuda_graphs=True),
-        )
+        runner = open_runner(content, manifest, "the engine of inplace::execute", cuda_graphs=True)
+        add_loaded(manifest, text, runner)
     _loaded.move_to_end(key)
     return _loaded[key]
 
@@ -108,32 +124,31 @@ def _execute(
     states: Sequence[Tensor],
     results: Sequence[Tensor],
 ) -> None:
-    record, runner = _opened(engine, manifest)
-    whole, tensors = iter(numbers), iter(inputs)
+    record, runner = _load(engine, manifest)
+    number, tensor_input = iter(numbers), iter(inputs)
     given = [
-        next(whole) if argument.kind == "number" else next(tensors)
+        next(number) if argument.kind == "number" else next(tensor_input)
         for argument in record.graph_inputs
     ]
     for state, tensor in zip(record.bases, states, strict=True):
         if not state.matches(tensor) or tensor.device.type != record.engine.device:
             raise RuntimeError(
-                f"state {state.source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, the engine has {state}"
+                f"state {state.source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
+                f"the engine has {state}"
             )
         if not tensor.is_contiguous():
             raise RuntimeError(
                 f"state {state.source} has strides {tensor.stride()}; it must be contiguous"
             )
-    parts = record.views(states)
-    check_memory(
-        list(zip(record.states, parts, strict=True)),
-        {
-            f"input {argument.where}": value
-            for argument, value in zip(record.graph_inputs, given, strict=True)
-        },
-    )
-    found = runner.run(given, parts)
+    views = record.views(states)
+    others = {
+        f"input {argument.where}": value
+        for argument, value in zip(record.graph_inputs, given, strict=True)
+    }
+    check_memory(list(zip(record.states, views, strict=True)), others)
+    values = runner.run(given, views)
     targets = iter(results)
-    for result, value in zip(record.call.results, found, strict=True):
+    for result, value in zip(record.call.results, values, strict=True):
         if result.kind == "tensor":
             next(targets).copy_(value)
 

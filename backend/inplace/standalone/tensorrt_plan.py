@@ -1,4 +1,7 @@
-"""A TensorRT plan that is bound to the caller's memory in each call, and replayed as a CUDA graph where the same call comes again."""
+"""A standalone engine that is a TensorRT plan.
+
+Each call binds the plan to the caller's memory. Repeated calls are replayed as CUDA graphs.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,20 +17,21 @@ from inplace.schema.extents import evaluate
 from inplace.schema.standalone import Argument, StandaloneManifest, StandaloneState, result_name
 from inplace.standalone.checks import ALIGNMENT
 
-GRAPHS = 16
-"""CUDA graphs that are kept; the least recently used one goes first."""
+MAX_GRAPHS = 16
+"""CUDA graphs that are kept; the least recently used is dropped first."""
 
 
 IN_PLACE = ("plugin", "user", "kv_cache_update")
+"""Alias kinds that update a state in its own memory."""
 
 
-Key = tuple[object, ...]
-"""The shapes of a call's inputs and the addresses of its states: what a captured graph is valid for."""
+GraphKey = tuple[object, ...]
+"""The shapes of a call's inputs and the addresses of its states: a captured graph needs both."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Captured:
-    """A graph and the memory that it takes its inputs from and leaves its results in."""
+    """A CUDA graph and the tensors that it reads its inputs from and writes its results to."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Mapping[str, Tensor]
@@ -35,21 +39,22 @@ class _Captured:
 
 
 class TensorRtPlan:
-    """Runs a plan on states wherever they lie.
+    """Runs a plan on the caller's states.
 
-    States are bound by address in each call. Where a plan does not update them in place (the kind ``copy``), new values are copied back.
-    With ``cuda_graphs`` a call that comes a second time is captured when it has run, and replayed from then on; a caller that alternates
+    Each call binds the addresses of the states. If the plan does not update a state in place (alias
+    kind ``copy``), its new value is copied back. With ``cuda_graphs``, the second call with the
+    same key runs and is then captured, and later ones are replayed. A caller that alternates
     between two caches has two graphs.
 
     Args:
         content: the plan.
-        manifest: what it is said to be.
-        title: its name in errors.
-        cuda_graphs: whether to capture.
+        manifest: describes the plan.
+        title: what errors call the plan.
+        cuda_graphs: whether to capture calls.
 
     Raises:
-        LoadError: it was built for another machine, cannot be read, takes or returns something else than the manifest says, or does not
-            update a state in the memory it is bound to.
+        LoadError: the plan was built for another machine, cannot be read, disagrees with the
+            manifest, or does not update a state in the memory that it is bound to.
     """
 
     def __init__(
@@ -57,7 +62,8 @@ class TensorRtPlan:
     ) -> None:
         if manifest.engine.plan is None:
             raise LoadError(
-                f"{title}: the manifest says nothing of the TensorRT plan it names; build the engine again"
+                f"{title}: the manifest does not describe the TensorRT plan that it names; "
+                "build the engine again"
             )
         self._manifest, self._title = manifest, title
         self._opened = open_plan(title, lambda: content, manifest.engine.plan)
@@ -71,42 +77,41 @@ class TensorRtPlan:
             for state in manifest.states
             if aliases[state.name].kind not in IN_PLACE
         }
-        self._graphs: OrderedDict[Key, _Captured | None] = OrderedDict()
+        self._graphs: OrderedDict[GraphKey, _Captured | None] = OrderedDict()
         self._cuda_graphs = cuda_graphs
         self._warm()
 
     def run(self, inputs: Sequence[Any], states: Sequence[Tensor]) -> list[Any]:
-        """See `inplace.standalone.execute.EngineLoop`; runs behind what the caller's stream has queued, and what comes after waits for it."""
+        """Run one step, as `Runner.run`, in the order of the caller's CUDA stream."""
         caller, stream = torch.cuda.current_stream(), self._contexts.stream
         given = dict(
             zip((argument.name for argument in self._manifest.graph_inputs), inputs, strict=True)
         )
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
-            found = self._step(given, states)
+            results = self._step(given, states)
         caller.wait_stream(stream)
         for tensor in (*states, *given.values()):
             tensor.record_stream(stream)
-        for tensor in found.values():
+        for tensor in results.values():
             tensor.record_stream(caller)
-        names = (result_name(place) for place in range(len(self._manifest.call.results)))
         return [
-            found[name] if result.kind == "tensor" else result.value
-            for name, result in zip(names, self._manifest.call.results, strict=True)
+            results[result_name(index)] if result.kind == "tensor" else result.value
+            for index, result in enumerate(self._manifest.call.results)
         ]
 
     def _step(self, inputs: Mapping[str, Tensor], states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        key: Key = (
+        key: GraphKey = (
             *(tuple(tensor.shape) for tensor in inputs.values()),
             *(tensor.data_ptr() for tensor in states),
         )
         if not self._cuda_graphs or torch.cuda.is_current_stream_capturing():
-            return self._launched(inputs, states)
+            return self._launch(inputs, states)
         if key not in self._graphs:
             self._graphs[key] = None
-            if len(self._graphs) > GRAPHS:
+            if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            return self._launched(inputs, states)
+            return self._launch(inputs, states)
         self._graphs.move_to_end(key)
         captured = self._graphs[key]
         if captured is None:
@@ -114,9 +119,8 @@ class TensorRtPlan:
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in inputs.items()
             }
-            results = self._launched(
-                own, states
-            )  # the step itself; TensorRT wants one with these shapes ahead of a capture
+            # The step itself. TensorRT requires one with these shapes before a capture.
+            results = self._launch(own, states)
             first = {name: tensor.clone() for name, tensor in results.items()}
             graph = self._contexts.capture(lambda: self._enqueue(own, states, results))
             self._graphs[key] = _Captured(graph, own, results)
@@ -126,16 +130,16 @@ class TensorRtPlan:
         captured.graph.replay()
         return {name: tensor.clone() for name, tensor in captured.results.items()}
 
-    def _launched(
+    def _launch(
         self, inputs: Mapping[str, Tensor], states: Sequence[Tensor]
     ) -> Mapping[str, Tensor]:
-        """One step launched kernel by kernel, its results in new memory."""
+        """Run one step without a graph; the results are new tensors."""
         bindable = {name: _bindable(tensor) for name, tensor in inputs.items()}
-        results = self._results(inputs)
+        results = self._allocate_results(inputs)
         self._enqueue(bindable, states, results)
         return results
 
-    def _results(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _allocate_results(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         known = {
             text: extent
             for argument in self._manifest.graph_inputs
@@ -143,12 +147,12 @@ class TensorRtPlan:
             if isinstance(text, str) and text.isidentifier()
         }
         return {
-            result_name(place): torch.empty(
+            result_name(index): torch.empty(
                 [evaluate(extent, known) for extent in result.shape],
                 dtype=result.dtype.as_torch,
                 device="cuda",
             )
-            for place, result in enumerate(self._manifest.call.results)
+            for index, result in enumerate(self._manifest.call.results)
             if result.kind == "tensor" and result.dtype is not None
         }
 
@@ -167,44 +171,53 @@ class TensorRtPlan:
                 tensor.copy_(self._second[state.name])
 
     def _check_names(self) -> frozenset[str]:
-        """The plan is the truth: its inputs, outputs and states must be the manifest's. TensorRT drops inputs that nothing uses."""
+        """Compare the plan's inputs, outputs and states with the manifest.
+
+        TensorRT drops unused inputs.
+
+        Returns:
+            The names of the plan's tensors.
+        """
         engine, manifest = self._opened.engine, self._manifest
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         outputs = {name for name in names if "OUTPUT" in str(engine.get_tensor_mode(name))}
         results = {
-            result_name(place)
-            for place, result in enumerate(manifest.call.results)
+            result_name(index)
+            for index, result in enumerate(manifest.call.results)
             if result.kind == "tensor"
         }
-        wanted = results | {alias.output for alias in manifest.parsed_aliases}
+        expected_outputs = results | {alias.output for alias in manifest.parsed_aliases}
         known = (
-            wanted
+            expected_outputs
             | {argument.name for argument in manifest.graph_inputs}
             | {state.name for state in manifest.states}
         )
         if (
-            outputs != wanted
+            outputs != expected_outputs
             or not set(names) <= known
             or not {state.name for state in manifest.states} <= set(names)
         ):
             raise LoadError(
-                f"{self._title} has the tensors {sorted(names)}, the manifest says {sorted(known)}; build the engine again"
+                f"{self._title} has the tensors {sorted(names)}, "
+                f"the manifest says {sorted(known)}; build the engine again"
             )
         self._shapes: dict[str, tuple[int, ...]] = {}
         for state in manifest.states:
             shape = tuple(engine.get_tensor_shape(state.name))
             if shape not in (_fixed(state), (1, *_fixed(state))):
                 raise LoadError(
-                    f"{self._title} has state {state.name} as {list(shape)}, the manifest says {state}; build the engine again"
+                    f"{self._title} has state {state.name} as {list(shape)}, "
+                    f"the manifest says {state}; build the engine again"
                 )
             self._shapes[state.name] = shape
         return frozenset(names)
 
     def _warm(self) -> None:
-        """Run a step on memory of its own, and compare the addresses that plugins are handed with what the manifest declares.
+        """Run a step on temporary states, and compare what plugins update with the manifest.
 
         Raises:
-            LoadError: the engine fails, or a state that a plugin updates is not what any plugin was handed.
+            LoadError: the step fails, or the states whose addresses the plugins received are not
+                those that the manifest declares.
         """
         states = [
             torch.zeros(_fixed(state), dtype=state.dtype.as_torch, device="cuda")
@@ -219,48 +232,51 @@ class TensorRtPlan:
                 torch.cuda.stream(self._contexts.stream),
                 self._contexts.observe_aliases() as aliased,
             ):
-                self._launched(inputs, states)
+                self._launch(inputs, states)
             self._contexts.stream.synchronize()
         except RuntimeError as error:
             raise LoadError(
                 f"{self._title} fails in its first step: {error}; build the engine again"
             ) from error
         kinds = {alias.input: alias.kind for alias in self._manifest.parsed_aliases}
-        at = {
+        by_address = {
             tensor.data_ptr(): state.name
             for state, tensor in zip(self._manifest.states, states, strict=True)
         }
-        handed = {at[address] for address in aliased if address in at}
+        passed = {by_address[address] for address in aliased if address in by_address}
         if missing := sorted(
-            name for name, kind in kinds.items() if kind == "plugin" and name not in handed
+            name for name, kind in kinds.items() if kind == "plugin" and name not in passed
         ):
             raise LoadError(
-                f"{self._title}: no plugin was handed the memory of {missing}, which the manifest declares; build it again"
+                f"{self._title}: no plugin received the memory of {missing}, "
+                "which the manifest declares; build it again"
             )
-        if extra := sorted({name for name in handed if kinds[name] not in ("plugin", "user")}):
+        if extra := sorted({name for name in passed if kinds[name] not in ("plugin", "user")}):
             raise LoadError(
-                f"{self._title} updates {extra} in place, which the manifest does not declare; build it again"
+                f"{self._title} updates {extra} in place, "
+                "which the manifest does not declare; build it again"
             )
 
     def _smallest(self, argument: Argument) -> Tensor:
+        """A tensor of the smallest shape that an argument may have."""
         assert argument.dtype is not None
-        least = {
+        smallest = {
             symbol: max(low or 0, 1) for symbol, (low, _) in self._manifest.call.ranges.items()
         }
         return torch.zeros(
-            [evaluate(extent, least) for extent in argument.shape],
+            [evaluate(extent, smallest) for extent in argument.shape],
             dtype=argument.dtype.as_torch,
             device="cuda",
         )
 
 
 def _fixed(state: StandaloneState) -> tuple[int, ...]:
-    """A state's extents: the builder makes no plan of one whose extents vary."""
+    """A state's shape: the builder makes no plan with states of dynamic shape."""
     return tuple(int(extent) for extent in state.view_shape)
 
 
 def _bindable(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where TensorRT cannot be bound to it."""
+    """The tensor, or a copy if TensorRT cannot bind it."""
     if tensor.is_contiguous() and not tensor.data_ptr() % ALIGNMENT["cuda"]:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The graph itself, run by PyTorch on the states that it is handed."""
+"""A standalone engine that PyTorch runs on the CPU."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,24 +24,25 @@ class TorchGraph:
 
     Args:
         source: ``engine.pt2``, its path or an open file.
-        manifest: what the program is said to be.
-        title: its name in errors.
+        manifest: describes the program.
+        title: what errors call the program.
 
     Raises:
-        LoadError: it cannot be read, or it takes, returns or writes something else than the manifest says.
+        LoadError: the program cannot be read, or it takes, returns or writes something else than
+            the manifest says.
     """
 
     def __init__(self, source: Path | IO[bytes], manifest: StandaloneManifest, title: str) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # the reader warns that its read-only buffers become tensors; nothing writes weights
+                # The reader warns that tensors share its read-only buffers; no weight is written.
+                warnings.simplefilter("ignore")
                 exported = torch.export.load(cast("Any", source))
         except Exception as error:  # torch.export raises whatever the archive reader raises
             raise LoadError(
-                f"{title} cannot be read as a torch.export program ({error}); if it has operators of your own, import the module that "
-                f"registers the operators before loading; else build the engine again"
+                f"{title} cannot be read as a torch.export program ({error}); "
+                "if it has operators of your own, import the module that registers the operators "
+                "before loading; else build the engine again"
             ) from error
         _check_states(exported, manifest, title)
         _check_call(exported, manifest, title)
@@ -52,10 +53,10 @@ class TorchGraph:
         self._slots = torch.arange(manifest.rows, dtype=torch.int32)
 
     def run(self, inputs: Sequence[Any], states: Sequence[Tensor]) -> list[Any]:
-        """Run one step; the states are updated.
+        """Run one step, as `Runner.run`.
 
         Raises:
-            IndexError: a position, whose value only the graph knows, is outside its state. States written before it stay written.
+            IndexError: a position is outside its state. Writes before that one stay.
         """
         bound = (
             tensor if state.has_slot_axis else tensor.unsqueeze(0)
@@ -68,57 +69,60 @@ class TorchGraph:
 def _check_states(
     exported: torch.export.ExportedProgram, manifest: StandaloneManifest, title: str
 ) -> None:
-    """The graph is the truth: what it takes, and the states it writes, must be the manifest's."""
-    found = list(exported.graph_signature.user_inputs)
-    wanted = (
-        [argument.name for argument in manifest.graph_inputs]
-        + [SLOTS]
-        + [state.name for state in manifest.states]
-    )
-    if found != wanted:
+    """Compare the inputs of the graph and the states it writes with the manifest."""
+    inputs = list(exported.graph_signature.user_inputs)
+    expected = [
+        *(argument.name for argument in manifest.graph_inputs),
+        SLOTS,
+        *(state.name for state in manifest.states),
+    ]
+    if inputs != expected:
         raise LoadError(
-            f"{title} takes {found}, the manifest says {wanted}; build the engine again"
+            f"{title} takes {inputs}, the manifest says {expected}; build the engine again"
         )
-    written, declared = (
-        set(written_states(exported.graph)),
-        {alias.input for alias in manifest.parsed_aliases},
-    )
+    written = set(written_states(exported.graph))
+    declared = {alias.input for alias in manifest.parsed_aliases}
     if written != declared:
         raise LoadError(
-            f"{title}: the states the graph writes in place and the aliases of the manifest differ in {sorted(written ^ declared)}; "
-            f"build the engine again"
+            f"{title}: the states that the graph writes in place and the aliases of the manifest "
+            f"differ in {sorted(written ^ declared)}; build the engine again"
         )
-    own = set(written_states(exported.graph, include_inplace=False))
-    for alias in manifest.parsed_aliases:
-        kind = "user" if alias.input in own else "operator"
-        if alias.kind != kind:
-            what = (
-                "written by an operator of the user's own"
-                if kind == "user"
-                else "updated by operators of a graph of PyTorch"
-            )
-            raise LoadError(
-                f"{title}: state {alias.input} is {what}, the manifest says {alias}; build the engine again"
-            )
-    values = {
-        node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"
-    }
+    _check_kinds(exported, manifest, title)
+    values = _placeholders(exported)
     for state in manifest.states:
         value = values[state.name]
         slot = state.view_shape[1:] if state.has_slot_axis else state.view_shape
         if (dtype_and_shape(value)[1][1:], value.dtype) != (slot, state.dtype.as_torch):
             raise LoadError(
-                f"{title} has state {state.name} as {value}, the manifest says {state}; build the engine again"
+                f"{title} has state {state.name} as {value}, the manifest says {state}; "
+                "build the engine again"
+            )
+
+
+def _check_kinds(
+    exported: torch.export.ExportedProgram, manifest: StandaloneManifest, title: str
+) -> None:
+    """Compare what updates each state with the manifest."""
+    by_user = set(written_states(exported.graph, include_inplace=False))
+    for alias in manifest.parsed_aliases:
+        kind = "user" if alias.input in by_user else "operator"
+        if alias.kind != kind:
+            writer = (
+                "written by an operator of the user's own"
+                if kind == "user"
+                else "updated by operators of a PyTorch graph"
+            )
+            raise LoadError(
+                f"{title}: state {alias.input} is {writer}, the manifest says {alias}; "
+                "build the engine again"
             )
 
 
 def _check_call(
     exported: torch.export.ExportedProgram, manifest: StandaloneManifest, title: str
 ) -> None:
-    """Extents, types and ranges of what is passed and returned."""
-    values = {
-        node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"
-    }
+    """Compare types, shapes and ranges of inputs and results with the manifest."""
+    values = _placeholders(exported)
     for argument in manifest.graph_inputs:
         value = values[argument.name]
         dtype = argument.dtype.as_torch if argument.dtype is not None else None
@@ -127,21 +131,34 @@ def _check_call(
             argument.shape,
         ):
             raise LoadError(
-                f"{title} takes {argument.name} as {value}, the manifest says {argument}; build the engine again"
+                f"{title} takes {argument.name} as {value}, the manifest says {argument}; "
+                "build the engine again"
             )
-    found = symbol_ranges(exported, [argument.shape for argument in manifest.call.arguments])
-    if manifest.call.ranges != found:
+    ranges = symbol_ranges(exported, [argument.shape for argument in manifest.call.arguments])
+    if manifest.call.ranges != ranges:
         raise LoadError(
-            f"{title} has the ranges {found}, the manifest says {manifest.call.ranges}; build the engine again"
+            f"{title} has the ranges {ranges}, the manifest says {manifest.call.ranges}; "
+            "build the engine again"
         )
-    if result_records(exported) != manifest.call.results:
+    results = result_records(exported)
+    if results != manifest.call.results:
         raise LoadError(
-            f"{title} returns {result_records(exported)}, the manifest says {manifest.call.results}; build the engine again"
+            f"{title} returns {results}, the manifest says {manifest.call.results}; "
+            "build the engine again"
         )
+
+
+def _placeholders(exported: torch.export.ExportedProgram) -> dict[str, Any]:
+    return {
+        node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"
+    }
 
 
 def dtype_and_shape(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ...]]:
-    """Type and extents of a graph's value, as the manifest has them."""
+    """The dtype and the shape of a graph's value, as the manifest records them.
+
+    A number has no dtype, and itself as the one extent.
+    """
     numbers = value.shape if isinstance(value, Tensor) else (value,)
     return (value.dtype if isinstance(value, Tensor) else None), tuple(
         number if isinstance(number, int) else str(number.node.expr) for number in numbers
@@ -151,7 +168,7 @@ def dtype_and_shape(value: Any) -> tuple[torch.dtype | None, tuple[int | str, ..
 def symbol_ranges(
     exported: torch.export.ExportedProgram, shapes: Iterable[tuple[int | str, ...]]
 ) -> dict[str, tuple[int | None, int | None]]:
-    """What each symbol in these shapes may be."""
+    """The smallest and largest value of each symbol in these shapes; None is no limit."""
     texts = {
         symbol
         for shape in shapes
@@ -174,33 +191,33 @@ def _limits(limits: Any) -> tuple[int | None, int | None]:
 
 
 def result_records(exported: torch.export.ExportedProgram) -> tuple[Result, ...]:
-    """The leaves of what the graph returns.
+    """Describe the leaves of what a graph returns.
 
     Raises:
-        LoadError: one is of a type that no engine returns.
+        LoadError: a result has a type that no engine returns.
     """
     returned = pytree.tree_leaves(exported.graph.output_node().args[0])
-    found = []
+    records = []
     for leaf in returned:
         if not isinstance(leaf, torch.fx.Node):
-            found.append(Result(kind="constant", value=leaf))
+            records.append(Result(kind="constant", value=leaf))
             continue
         dtype, shape = dtype_and_shape(leaf.meta["val"])
         if dtype is None:
-            found.append(Result(kind="number", shape=shape))
+            records.append(Result(kind="number", shape=shape))
         else:
             try:
-                found.append(Result(kind="tensor", dtype=Dtype.of(dtype), shape=shape))
+                records.append(Result(kind="tensor", dtype=Dtype.of(dtype), shape=shape))
             except ValueError:
                 raise LoadError(
                     f"output {leaf} is {dtype}, which no engine returns; convert it"
                 ) from None
-    return tuple(found)
+    return tuple(records)
 
 
 def _plain(module: GraphModule) -> GraphModule:
-    """The module taking and returning flat tuples, its weights packed."""
-    module.graph.set_codegen(CodeGen())  # the engine flattens and checks its arguments itself
+    """The module with flat inputs and outputs, and prepacked weights."""
+    module.graph.set_codegen(CodeGen())  # the engine flattens its arguments itself
     last = module.graph.output_node()
     last.args = (tuple(pytree.tree_leaves(last.args[0])),)
     prepack_linears(module)

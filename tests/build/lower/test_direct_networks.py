@@ -1,6 +1,6 @@
 """Modules that are called without a server, as networks: they compile with TensorRT for RTX and compute what eager PyTorch does.
 
-What the networks say is computed in PyTorch, layer by layer; `tests/gpu/test_direct.py` runs them with TensorRT.
+What the networks say is computed in PyTorch, layer by layer; `tests/gpu/test_standalone.py` runs them with TensorRT.
 """
 
 from copy import deepcopy

@@ -156,7 +156,7 @@ def test_a_call_is_ordered_with_the_callers_stream(attention: Path) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "on the CPU": (
         lambda c: c.update(keys=c["keys"].cpu()),
-        r"cache\['keys'\] lies on cpu, the engine runs on cuda; allocate",
+        r"cache\['keys'\] is on cpu, the engine runs on cuda; allocate",
     ),
     "misaligned": (
         lambda c: c.update(
@@ -205,7 +205,7 @@ def test_aliases_are_read_back_against_the_plan(attention: Path, tmp_path: Path)
     with pytest.raises(LoadError, match="fails in its first step"):
         inplace.load(edited(attention, tmp_path, "@plugin", "@copy"))
     built(BY_NAME["attention"], tmp_path / "copied", alias="copy")
-    with pytest.raises(LoadError, match="no plugin was handed the memory of"):
+    with pytest.raises(LoadError, match="no plugin received the memory of"):
         inplace.load(edited(tmp_path / "copied", tmp_path, "@copy", "@plugin"))
     with pytest.raises(LoadError, match=r"is the memory of no input|without cache layers"):
         inplace.load(edited(attention, tmp_path, "@plugin", "@kv_cache_update"))

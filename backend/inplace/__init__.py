@@ -1,31 +1,61 @@
 """Inplace: a Triton Inference Server backend for models that keep state between requests.
 
-This package is what the server needs: the operators, the manifest, the state memory, the sequences and the engines. It never
-imports the builder.
+The names below are loaded when they are first used: a client needs no PyTorch, and an engine no
+gRPC. This package is what a server needs; it never imports the builder (`inplace_builder`).
 """
 
+from __future__ import annotations
+
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from inplace.errors import CallError, Code, InplaceError, LoadError, RequestError
 
 if TYPE_CHECKING:
+    from inplace.client import Client, Sequence
     from inplace.standalone import Engine
+
+_HOMES = {"Client": "client", "Engine": "standalone", "Sequence": "client"}
+
+__all__ = [
+    "CallError",
+    "Client",
+    "Code",
+    "Engine",
+    "InplaceError",
+    "LoadError",
+    "RequestError",
+    "Sequence",
+    "load",
+]
 
 __version__ = "0.1.0"
 
 
-def load(path: "Path | str", *, cuda_graphs: bool = True) -> "Engine":
+def load(path: Path | str, *, cuda_graphs: bool = True) -> Engine:
     """Load an engine that is called like the module it was built from (`inplace_builder.build`).
 
     Args:
-        path: its folder.
-        cuda_graphs: a TensorRT engine replays a step that it meets again (the same shapes, states at the same addresses) as a CUDA graph;
-            False launches every kernel of every step. PyTorch on the CPU has none.
+        path: the engine's folder.
+        cuda_graphs: whether a TensorRT engine replays repeated steps as CUDA graphs. A step is
+            repeated if its inputs have the same shapes, and its states the same addresses. False
+            launches every kernel of every step. PyTorch engines run on the CPU and have no graphs.
 
     Raises:
-        LoadError: it is missing, damaged, of another version, or its graph is not what its manifest says.
+        LoadError: the engine is missing or damaged, has another version, or its graph is not what
+            its manifest says.
     """
-    from inplace.standalone import (
-        Engine,  # PyTorch and the operators: what only talks to a server does without
-    )
+    from inplace.standalone import Engine  # needs PyTorch
 
     return Engine.load(Path(path), cuda_graphs=cuda_graphs)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""Engines that are called like their module: values, states, addresses, files, and what is refused."""
+"""Standalone engines, called like their module: values, states, addresses, files, refusals."""
 
 import json
 import re
@@ -85,32 +85,32 @@ def eager(module: Step, cache: dict[str, Tensor], *arguments: Tensor, count: int
 def test_two_caches_alternate_at_their_addresses(module: Step, engine: Engine) -> None:
     mine, theirs = [new_cache(), new_cache()], [new_cache(), new_cache()]
     pointers = [[tensor.data_ptr() for tensor in cache.values()] for cache in mine]
-    held = engine.states["count"].data_ptr()
+    address = engine.states["count"].data_ptr()
     for step in range(6):
         x, positions = inputs(step, 1 + step % 3)
         which = step % 2
         expected = eager(module, theirs[which], x, positions, count=3 + step)
         # by name, and the dict in another order
         passed = {"values": mine[which]["values"], "keys": mine[which]["keys"]}
-        found = (
+        result = (
             engine(passed, x, positions)
             if step < 3
             else engine(positions=positions, x=x, cache=passed)
         )
-        torch.testing.assert_close(found["out"], expected["out"])
-        assert (found["rest"][0].item(), found["rest"][1]) == (4 + step, None)
-        assert list(found) == ["out", "rest"]
+        torch.testing.assert_close(result["out"], expected["out"])
+        assert (result["rest"][0].item(), result["rest"][1]) == (4 + step, None)
+        assert list(result) == ["out", "rest"]
         for cache, own in zip(mine, theirs, strict=True):
             torch.testing.assert_close(cache, own)
             assert torch.equal(cache["values"], own["values"]), (
                 "what is only copied is equal bit for bit"
             )
     assert pointers == [[tensor.data_ptr() for tensor in cache.values()] for cache in mine]
-    assert held == engine.states["count"].data_ptr()
+    assert address == engine.states["count"].data_ptr()
     assert engine.states["count"].item() == 9
 
 
-def test_the_record(folder: Path) -> None:
+def test_the_manifest_describes_states_and_arguments(folder: Path) -> None:
     manifest = StandaloneManifest.load(folder)
     assert [str(alias) for alias in manifest.parsed_aliases] == list(manifest.aliases)
     assert sorted(alias.rpartition("@")[2] for alias in manifest.aliases) == ["operator"] * 3
@@ -150,8 +150,8 @@ def test_saved_and_loaded_in_a_new_process(engine: Engine, tmp_path: Path) -> No
         [sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *arguments], check=True, timeout=120
     )
     out, theirs, states = torch.load(tmp_path / "out.pt")
-    for each, found in zip(steps, out, strict=True):
-        assert torch.equal(engine(cache, *each)["out"], found)
+    for each, result in zip(steps, out, strict=True):
+        assert torch.equal(engine(cache, *each)["out"], result)
     assert all(torch.equal(cache[name], theirs[name]) for name in cache)
     assert states["count"].item() == engine.states["count"].item() == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in.pt", "out.pt"], (
@@ -263,7 +263,7 @@ def test_a_tuple_and_a_constant(tmp_path: Path) -> None:
         engine(list(cache), torch.ones(3), 2)
 
 
-def test_the_graph_is_held_against_the_manifest(
+def test_a_graph_that_disagrees_with_its_manifest_is_refused(
     folder: Path, engine: Engine, tmp_path: Path
 ) -> None:
     path = tmp_path / "changed"
@@ -332,7 +332,7 @@ class Noisy(nn.Module):
         return cache + 1
 
 
-def test_what_does_not_do_the_same_is_not_written(tmp_path: Path) -> None:
+def test_an_engine_that_differs_from_its_module_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(
         BuildError, match=r"(output 0 of call 0|state cache).* differs from the module"
     ):

@@ -10,7 +10,7 @@ from inplace_builder import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.states.lift import lift_mutated_buffers
 from inplace_builder.states.state import Owner
-from support.direct_modules import Recurrent, noise
+from support.standalone_modules import Recurrent, noise
 from torch import Tensor, nn
 from torch.fx import GraphModule
 

@@ -1,4 +1,4 @@
-"""A loaded engine inside a `torch.export` program: one operator that holds it whole, equal wherever the program runs."""
+"""A loaded engine in a `torch.export` program: one operator that holds it, with equal results."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ EXECUTE = torch.ops.inplace.execute.default
 
 
 class Step(nn.Module):
-    """Two caches of the caller's in a dict, a buffer in a submodule, a number, a constant among the outputs."""
+    """Two caller-owned caches, a buffer in a submodule, a number, and a constant output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,9 +97,8 @@ def test_a_program_does_what_the_engine_does(
     engine = inplace.load(folder)
     if decomposed:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # torch's own, where it copies its call graph
+            # torch's own, where it copies its call graph
+            warnings.simplefilter("ignore", FutureWarning)
             program = program.run_decompositions({})
         assert set(program.graph_signature.buffers_to_mutate.values()) == {"owned.inner.count"}
         assert len(program.graph_signature.user_inputs_to_mutate) == 2
@@ -107,11 +106,11 @@ def test_a_program_does_what_the_engine_does(
     mine, theirs = [new_cache(), new_cache()], [new_cache(), new_cache()]
     addresses = [tensor.data_ptr() for cache in theirs for tensor in cache.values()]
     for index, step in enumerate(STEPS):
-        found, expected = module(theirs[index % 2], *step), engine(mine[index % 2], *step)
-        assert torch.equal(found["out"], expected["out"])
-        assert torch.equal(found["rest"][0], expected["rest"][0]) and found["rest"][1:] == expected[
-            "rest"
-        ][1:] == (None, step[1] + 1)
+        result, expected = module(theirs[index % 2], *step), engine(mine[index % 2], *step)
+        assert torch.equal(result["out"], expected["out"])
+        assert torch.equal(result["rest"][0], expected["rest"][0]) and result["rest"][
+            1:
+        ] == expected["rest"][1:] == (None, step[1] + 1)
     for cache, own in zip(theirs, mine, strict=True):
         assert all(torch.equal(cache[name], own[name]) for name in own)
     assert addresses == [tensor.data_ptr() for cache in theirs for tensor in cache.values()]
@@ -144,10 +143,10 @@ def test_a_saved_program_needs_nothing_but_itself(folder: Path, tmp_path: Path) 
     )
     out, theirs, count = torch.load(tmp_path / "out.pt")
     mine = new_cache()
-    for step, found in zip(STEPS, out, strict=True):
+    for step, result in zip(STEPS, out, strict=True):
         expected = engine(mine, *step)
-        assert torch.equal(found["out"], expected["out"]) and torch.equal(
-            found["rest"][0], expected["rest"][0]
+        assert torch.equal(result["out"], expected["out"]) and torch.equal(
+            result["rest"][0], expected["rest"][0]
         )
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert torch.equal(count, engine.states["inner.count"])
@@ -179,7 +178,7 @@ def test_an_engine_is_a_part_of_a_larger_program(folder: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_what_an_engine_would_refuse_a_program_refuses(program: ExportedProgram) -> None:
+def test_a_program_refuses_what_its_engine_refuses(program: ExportedProgram) -> None:
     module, cache = program.module(check_guards=False), new_cache()
     x, start = inputs(2, 2)
     with pytest.raises(inplace.errors.CallError, match=r"share memory"):
@@ -190,9 +189,8 @@ def test_what_an_engine_would_refuse_a_program_refuses(program: ExportedProgram)
 
 
 def test_an_engine_file_that_is_not_the_manifests_is_refused(folder: Path) -> None:
-    text = inplace.load(folder).manifest.model_dump_json(
-        indent=2
-    )  # the same record as another text: nothing is loaded for it yet
+    # The same manifest as another text, for which no engine is loaded yet.
+    text = inplace.load(folder).manifest.model_dump_json(indent=2)
     cache = new_cache()
     states = [cache["keys"], cache["values"], torch.zeros(1, dtype=torch.int64)]
     with pytest.raises(RuntimeError, match="checksum"):

@@ -10,7 +10,7 @@ from inplace.trt import load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import Serialized, serialize
-from support.direct_modules import CASES, Recurrent, noise
+from support.standalone_modules import CASES, Recurrent, noise
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings(

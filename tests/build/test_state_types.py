@@ -1,4 +1,4 @@
-"""States of every element type: updated where they lie, read as zeros where there is no row."""
+"""States of every element type: updated in place, and read as zeros in a null row."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Assigns(nn.Module):
-    """A cache of some type: two entries of it are assigned, what it holds is looked at."""
+    """Assigns two entries of a cache and returns some of its values."""
 
     def forward(self, cache: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         cache[:, 3:4] = x.to(cache.dtype)
@@ -26,7 +26,7 @@ class Assigns(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))
-def test_every_type_of_state_is_updated_where_it_lies(dtype: Dtype, tmp_path: Path) -> None:
+def test_a_state_of_every_type_is_updated_in_place(dtype: Dtype, tmp_path: Path) -> None:
     module, wide = Assigns(), torch.complex64 if dtype.as_torch.is_complex else torch.float32
     cache, theirs = (
         torch.arange(24).reshape(1, 8, 3).to(wide).to(dtype.as_torch) for _ in range(2)
@@ -63,7 +63,7 @@ def test_a_null_row_reads_as_zeros_of_every_type() -> None:
         )
 
 
-def test_a_state_that_begins_with_an_imaginary_number_is_not_filled_with_another() -> None:
+def test_a_state_with_imaginary_initial_values_is_not_filled_with_others() -> None:
     class Turning(nn.Module):
         phase: Tensor
 

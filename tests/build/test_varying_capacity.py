@@ -1,4 +1,4 @@
-"""States whose length a call chooses: the caller's caches of any capacity, updated where they lie."""
+"""Caller-owned caches whose capacity each call chooses, updated in place."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +12,7 @@ from inplace_builder import RowOptions, capture_exported, capture_exported_rows
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import serialize
-from support.direct_modules import noise
+from support.standalone_modules import noise
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -54,7 +54,7 @@ def run_beside_eager(module: nn.Module, engine: Any, capacity: int) -> None:
     assert addresses == [cache.data_ptr() for cache in mine]
 
 
-def test_caches_of_any_capacity_are_updated_where_they_lie(tmp_path: Path) -> None:
+def test_caches_of_any_capacity_are_updated_in_place(tmp_path: Path) -> None:
     module = Attention()
     engine = build(
         module,
@@ -82,7 +82,7 @@ def test_a_capacity_outside_the_range_or_two_that_differ_are_refused(tmp_path: P
     )
     with pytest.raises(
         CallError,
-        match=r"keys has the extent on axis 2 65, the engine was built for 4 to 64.*module writes it at",
+        match=r"keys has the extent on axis 2 65, the engine was built for 4 to 64.*writes it at",
     ):
         engine(*caches(65), *inputs(0))
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_a_capacity_outside_the_range_or_two_that_differ_are_refused(tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
-def test_a_program_of_such_an_engine_takes_any_capacity_too(tmp_path: Path) -> None:
+def test_a_program_of_such_an_engine_takes_any_capacity(tmp_path: Path) -> None:
     engine = build(
         Attention(), (*caches(16), *inputs(0)), path=tmp_path / "engine", dynamic_shapes=SHAPES
     )
@@ -118,16 +118,16 @@ class Across(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "x", "says"),
+    ("module", "x", "reason"),
     [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "another extent varies")],
 )
-def test_what_is_not_written_along_the_axis_that_varies_is_correct_and_written_whole(
-    module: nn.Module, x: tuple[int, ...], says: str, tmp_path: Path
+def test_a_write_across_the_dynamic_axis_is_correct_and_writes_the_whole_state(
+    module: nn.Module, x: tuple[int, ...], reason: str, tmp_path: Path
 ) -> None:
     shapes: Any = ({1: CAPACITY}, {}, {})
     arguments = (torch.zeros(1, 8, 3), noise(0, *x), torch.tensor([1]))
     engine = build(module, arguments, path=tmp_path / "engine", dynamic_shapes=shapes)
-    assert says in engine.manifest.lowering[0].reason
+    assert reason in engine.manifest.lowering[0].reason
     mine, theirs = torch.zeros(1, 11, 3), torch.zeros(1, 11, 3)
     for step in range(3):
         further = noise(step, *x), torch.tensor([step])
@@ -135,7 +135,7 @@ def test_what_is_not_written_along_the_axis_that_varies_is_correct_and_written_w
         assert torch.equal(mine, theirs)
 
 
-def test_where_a_length_cannot_vary_it_is_refused_with_its_reason() -> None:
+def test_a_dynamic_capacity_that_is_not_supported_is_refused_with_the_reason() -> None:
     arguments = (*caches(16), *inputs(0))
     made = serialize(Attention(), arguments, dynamic_shapes=SHAPES)
     assert [binding.shape[2] for binding in made.states] == [
@@ -143,7 +143,7 @@ def test_where_a_length_cannot_vary_it_is_refused_with_its_reason() -> None:
     ] * 2 and isinstance(made.records[0].shape[2], str)
     with pytest.raises(
         BuildError,
-        match=r"argument keys is a state of .*, of which a call chooses an extent: .*engine='torch'",
+        match=r"argument keys is a state of .*a call chooses an extent: .*engine='torch'",
     ):
         serialize(
             Attention(),

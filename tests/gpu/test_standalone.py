@@ -1,4 +1,4 @@
-"""Engines without a server on TensorRT: values, addresses, CUDA graphs, a user's own plugin, and what is refused."""
+"""Standalone engines on TensorRT: values, addresses, CUDA graphs, user plugins, refusals."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import serialize
 from inplace_builder.states import user_operators as aliases
 from inplace_builder.states.user_operators import declare_alias
-from support.direct_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
+from support.standalone_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -36,8 +36,8 @@ from support.user_operators import Leak, Leaky, Swapped, leak, make_leak  # noqa
 BY_NAME = {case.name: case for case in CASES}
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+def close(result: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 def cuda(tree: Any) -> Any:
@@ -64,11 +64,14 @@ def built(case: Case, path: Path, **options: Any) -> tuple[nn.Module, Engine]:
 
 
 def check_steps(case: Case, module: nn.Module, engine: Engine, steps: int = 14) -> list[Any]:
-    """Alternate between two callers' states beside eager PyTorch; what eager leaves as it was the engine must, to the last bit."""
+    """Compare steps with eager PyTorch, on the states of two callers in turn.
+
+    What eager leaves unchanged the engine must leave unchanged too, bit for bit.
+    """
     mine, theirs = [[case.states() for _ in range(2)] for _ in range(2)]
     mine = cuda(mine)
     addresses = [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
-    said = []
+    outputs = []
     for step in range(steps):
         which, inputs = step % 2, case.inputs(step)
         buffers = [name for name, _ in module.named_buffers() if name in engine.states]
@@ -77,24 +80,24 @@ def check_steps(case: Case, module: nn.Module, engine: Engine, steps: int = 14) 
         before = [(one.cpu(), other.clone()) for one, other in zip(own, eager, strict=True)]
         with torch.no_grad():
             expected = module(*theirs[which], *inputs)
-        found = engine(*mine[which], *cuda(inputs))
-        assert pytree.tree_structure(found) == pytree.tree_structure(expected)
-        for one, other in zip(tensors(found), tensors(expected), strict=True):
+        result = engine(*mine[which], *cuda(inputs))
+        assert pytree.tree_structure(result) == pytree.tree_structure(expected)
+        for one, other in zip(tensors(result), tensors(expected), strict=True):
             close(one, other)
         for one, other, (mine_before, theirs_before) in zip(own, eager, before, strict=True):
             close(one, other)
             same = other == theirs_before
             assert torch.equal(one.cpu()[same], mine_before[same])
-        said.append(tensors(found))
+        outputs.append(tensors(result))
     assert addresses == [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
-    return said
+    return outputs
 
 
 @pytest.mark.parametrize(
     ("name", "alias"),
     [*((case.name, "plugin") for case in CASES), ("attention", "copy"), ("recurrent", "copy")],
 )
-def test_graphs_on_and_off_do_what_eager_does(name: str, alias: Any, tmp_path: Path) -> None:
+def test_replayed_and_launched_steps_equal_eager(name: str, alias: Any, tmp_path: Path) -> None:
     case = BY_NAME[name]
     module, engine = built(case, tmp_path / "engine", alias=alias)
     assert {record.kind for record in engine.manifest.lowering} == {alias}
@@ -111,7 +114,7 @@ def test_graphs_on_and_off_do_what_eager_does(name: str, alias: Any, tmp_path: P
 
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("direct") / "attention"
+    path = tmp_path_factory.mktemp("standalone") / "attention"
     built(BY_NAME["attention"], path)
     return path
 
@@ -201,7 +204,7 @@ def edited(folder: Path, tmp_path: Path, old: str, new: str) -> Path:
     return tmp_path / "edited"
 
 
-def test_aliases_are_read_back_against_the_plan(attention: Path, tmp_path: Path) -> None:
+def test_aliases_that_disagree_with_the_plan_are_refused(attention: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="fails in its first step"):
         inplace.load(edited(attention, tmp_path, "@plugin", "@copy"))
     built(BY_NAME["attention"], tmp_path / "copied", alias="copy")
@@ -239,15 +242,15 @@ def test_a_program_holds_the_plan_and_runs_in_a_new_process(
         [sys.executable, "-W", "ignore", "-c", NEW_PROCESS, *paths], check=True, timeout=120
     )
     out, theirs = torch.load(tmp_path / "out.pt")
-    for step, found in zip(steps, out, strict=True):
-        assert torch.equal(engine(cache, *step), found)
+    for step, result in zip(steps, out, strict=True):
+        assert torch.equal(engine(cache, *step), result)
     assert all(torch.equal(cache[name], theirs[name]) for name in cache)
-    execute._loaded.clear()  # and in this process the plan comes out of the program, not from where it was loaded
+    execute._loaded.clear()  # now this process, too, must load the plan from the program
     (again,) = cuda(case.states())
     assert torch.equal(program.module()(again, *steps[0]), out[0])
 
 
-def test_states_that_are_held_are_saved(tmp_path: Path) -> None:
+def test_owned_states_are_saved(tmp_path: Path) -> None:
     case = BY_NAME["recurrent"]
     _, engine = built(case, tmp_path / "engine")
     for step in range(3):
@@ -284,7 +287,7 @@ def test_a_module_on_the_gpu_builds_as_well(tmp_path: Path) -> None:
         build(OnDevice(), example, path=tmp_path / "cpu")
 
 
-def test_the_serialized_engine_is_bound_by_whoever_has_the_memory() -> None:
+def test_a_serialized_engine_is_bound_to_the_callers_memory() -> None:
     torch.manual_seed(0)
     eager = Recurrent().eval()
     made = serialize(
@@ -295,13 +298,13 @@ def test_the_serialized_engine_is_bound_by_whoever_has_the_memory() -> None:
     addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
     for step in range(4):
         x = noise(step, 1, 4)
-        found = runner.run(
+        result = runner.run(
             {"x": x, **memory}, {alias.output: memory[alias.input] for alias in made.aliases}
         )
         with torch.no_grad():
             expected = eager(x)
         for binding, value in zip(made.outputs, tensors(expected), strict=True):
-            close(found[binding.name], value)
+            close(result[binding.name], value)
         for state in made.records:
             close(
                 memory[state.name].view_as(eager.get_buffer(state.source)),
@@ -344,11 +347,11 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
     bound = {level.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())}
     with plugins(load_tensorrt("tensorrt")).observe_aliases() as seen:
         engine(level, leaks(0).cuda())
-    assert bound == seen, "the plugins were handed the states' own memory, each of them"
+    assert bound == seen, "each plugin received the states' own memory"
     module(eager, leaks(0))
     for index in range(1, 6):
-        found, expected = engine(level, leaks(index).cuda()), module(eager, leaks(index))
-        for one, other in zip(found, expected, strict=True):
+        result, expected = engine(level, leaks(index).cuda()), module(eager, leaks(index))
+        for one, other in zip(result, expected, strict=True):
             torch.testing.assert_close(one.cpu(), other)
         torch.testing.assert_close(level.cpu(), eager)
         torch.testing.assert_close(engine.states["total"].cpu(), module.total)
@@ -356,7 +359,7 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("declared")
-def test_a_plugin_that_does_not_keep_its_word_is_refused(tmp_path: Path) -> None:
+def test_a_plugin_that_does_not_update_its_state_is_refused(tmp_path: Path) -> None:
     example = (torch.zeros(3, 4), leaks(0))
     aliases._declared[leak] = aliases.DeclaredOperator(
         leak, ("level", "total"), lambda tensorrt, constants: Swapped(decay=0.5)

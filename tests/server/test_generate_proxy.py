@@ -1,4 +1,4 @@
-"""HTTP ``generate_stream`` on a real tritonserver: what the front passes on, refuses and ends."""
+"""HTTP ``generate_stream`` on a real tritonserver, through the generate proxy."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from support.vocabulary import added, tiny_tokenizer
 pytestmark = pytest.mark.server
 
 
-def test_http_generates_what_grpc_does(served: Served) -> None:
+def test_http_generates_the_same_tokens_as_grpc(served: Served) -> None:
     ids = tiny_tokenizer().encode("Subject to the terms").ids
     events = served.events(
         text="Subject to the terms", max_tokens=20, ignore_eos=True, stream_interval=4
@@ -49,7 +49,7 @@ def test_http_generates_what_grpc_does(served: Served) -> None:
     assert one == other
 
 
-def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
+def test_a_refused_http_request_gets_the_reason_and_keeps_no_slot(served: Served) -> None:
     for _ in range(2 * SLOTS):
         [event] = served.events(text="x", max_tokens=3, temperature="hot")
         assert "parameter 'temperature' is 'hot'" in event["error"]
@@ -57,7 +57,7 @@ def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
     assert event["error"].startswith("INPLACE-BAD_PARAMETER retryable=0")
     assert "parameter 'max_tokens' is missing" in event["error"]
     with ThreadPoolExecutor(2 * SLOTS) as pool:
-        said = list(
+        responses = list(
             pool.map(
                 lambda seed: served.events(
                     input_ids=prompt(seed, 5), max_tokens=6, ignore_eos=True
@@ -65,13 +65,16 @@ def test_http_says_what_is_refused_and_holds_no_slot(served: Served) -> None:
                 range(2 * SLOTS),
             )
         )
-    assert all(events[-1]["finish_reason"] == "length" for events in said)
+    assert all(events[-1]["finish_reason"] == "length" for events in responses)
 
 
 def test_many_http_generations_wait_for_a_slot_and_all_are_served(served: Served) -> None:
-    """More of them than the server has threads for a model; 40 at once, with 8 slots, once stopped the front and the model for good."""
+    """More of them than the server has threads for a model.
+
+    40 at once, with 8 slots, once stopped the proxy and the model for good.
+    """
     with ThreadPoolExecutor(48) as pool:
-        said = list(
+        responses = list(
             pool.map(
                 lambda seed: served.events(
                     input_ids=prompt(seed, 5), max_tokens=30, ignore_eos=True
@@ -79,13 +82,13 @@ def test_many_http_generations_wait_for_a_slot_and_all_are_served(served: Served
                 range(48),
             )
         )
-    assert [events[-1]["finish_reason"] for events in said] == ["length"] * 48
+    assert [events[-1]["finish_reason"] for events in responses] == ["length"] * 48
     with Stream(served) as stream:
         assert stream.ask("after", [1], end=True).error == ""
 
 
 @pytest.mark.parametrize("parameter", [{"sequence_key": "mine"}, {"position": 3}, {"fetch": True}])
-def test_http_generations_have_no_sequence_to_name(
+def test_parameters_that_name_a_sequence_are_refused_over_http(
     served: Served, parameter: dict[str, Any]
 ) -> None:
     for _ in range(2 * SLOTS):  # more than would fit, if any kept its slot
@@ -121,7 +124,7 @@ def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
     "body",
     [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"note":"\xff"}'],
 )
-def test_an_http_request_with_bytes_that_are_no_text_is_refused_and_nothing_waits_for_it(
+def test_an_http_request_that_is_not_utf8_is_refused_and_nothing_waits_for_it(
     served: Served, body: bytes
 ) -> None:
     url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama_generate/generate_stream"
@@ -131,21 +134,24 @@ def test_an_http_request_with_bytes_that_are_no_text_is_refused_and_nothing_wait
         with refused.value as page:
             assert page.code == 400
             assert (
-                b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: the request cannot be read: 'utf-8'"
-                in page.read()
+                b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: "
+                b"the request cannot be read: 'utf-8'" in page.read()
             )
     assert served.events(text="x", max_tokens=2, ignore_eos=True)[-1]["finish_reason"] == "length"
 
 
-def test_clients_that_come_and_go_never_stop_the_front(served: Served) -> None:
-    """With several responses a request it stood still now and then, after some hundred generations, and the model with it."""
+def test_clients_that_come_and_go_never_stop_the_proxy(served: Served) -> None:
+    """It deadlocked, and the model with it, when its requests had several responses.
+
+    That took some hundred generations.
+    """
 
     def one(client: int) -> list[str]:
-        said = [
+        responses = [
             served.events(input_ids=prompt(client, 4), max_tokens=24, ignore_eos=True)
             for _ in range(20)
         ]
-        return [events[-1]["finish_reason"] for events in said]
+        return [events[-1]["finish_reason"] for events in responses]
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(one, range(32))) == [["length"] * 20] * 32

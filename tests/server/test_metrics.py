@@ -1,4 +1,4 @@
-"""The numbers in /metrics of a real tritonserver are what was done, its log says what happened to whom, and it is seen whether it lives."""
+"""Metrics, log lines and liveness of a real tritonserver."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def observed(
     )
     build_decoder(repository.llama_folder, path / "llama", options)
     build_decoder(repository.llama_folder, path / "talk", replace(options, serve="stream"))
-    shutil.rmtree(path / "talk_generate")  # its front has no numbers
+    shutil.rmtree(path / "talk_generate")  # a generate proxy has no metrics
     write_engine(failing(), path / "table", BuildOptions(slots=2, max_rows=2, capacity=1))
     config = path / "table" / "config.pbtxt"
     config.write_text(config.read_text().replace("count: 1", "count: 2"))
@@ -79,20 +79,20 @@ def send(
     )
 
 
-def test_before_any_request_every_number_is_there(observed: Observed) -> None:
-    found = observed.numbers("llama")
-    assert set(found) == {
+def test_every_metric_exists_before_the_first_request(observed: Observed) -> None:
+    values = observed.numbers("llama")
+    assert set(values) == {
         (metric.name, value) for metric in exported_metrics() for value in metric.label_values
     }
     manifest = Manifest.load(observed.repository / "llama" / "1")
-    assert {key: value for key, value in found.items() if value} == {
+    assert {key: value for key, value in values.items() if value} == {
         ("inplace_slots", ""): SLOTS,
         ("inplace_slots_free", ""): SLOTS,
         ("inplace_state_bytes", ""): SLOTS * manifest.slot_bytes,
     }
 
 
-def test_the_numbers_are_what_was_done(observed: Observed) -> None:
+def test_metrics_count_what_was_done(observed: Observed) -> None:
     client = observed.client
     prompt = list(range(2 * CHUNK + 3))
     send(client, 1, prompt, start=True)  # three steps
@@ -129,18 +129,18 @@ def test_the_numbers_are_what_was_done(observed: Observed) -> None:
         ("inplace_queue_seconds_count", ""): 11,
         ("inplace_queue_seconds_bucket", "+Inf"): 11,
     }
-    found = observed.settled("llama", expected)
-    assert {key: found[key] for key in expected} == expected
+    values = observed.settled("llama", expected)
+    assert {key: values[key] for key in expected} == expected
     seconds = [
-        found["inplace_step_seconds_bucket", bound]
-        for bound in _bounds(found, "inplace_step_seconds_bucket")
+        values["inplace_step_seconds_bucket", bound]
+        for bound in _bounds(values, "inplace_step_seconds_bucket")
     ]
     assert seconds == sorted(seconds)
     assert seconds[-1] == 13
-    assert 0 < found["inplace_step_seconds_sum", ""] < 60
+    assert 0 < values["inplace_step_seconds_sum", ""] < 60
 
 
-def test_the_log_says_what_happened_to_whom(observed: Observed) -> None:
+def test_the_log_names_the_sequences_and_requests(observed: Observed) -> None:
     assert observed.lines(
         r"I.*inplace llama_0_0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu.*", 1
     )
@@ -178,8 +178,8 @@ def test_generations_are_counted(observed: Observed) -> None:
         ("inplace_sequences_ended_total", "end"): 1,
         ("inplace_slots_free", ""): SLOTS,
     }
-    found = observed.settled("talk", expected)
-    assert {key: found[key] for key in expected} == expected
+    values = observed.settled("talk", expected)
+    assert {key: values[key] for key in expected} == expected
 
 
 def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_line(
@@ -206,8 +206,8 @@ def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_li
         ("inplace_step_seconds_count", ""): 2,
         ("inplace_tokens_total", "prefill"): 1,
     }
-    found = observed.settled("table", expected, instance)
-    assert {key: found[key] for key in expected} == expected
+    values = observed.settled("table", expected, instance)
+    assert {key: values[key] for key in expected} == expected
     errors = observed.lines(r"E.*inplace table_0_\d: .*", 1)
     assert len(errors) == 1
     assert f"inplace table{instance}: engine failed: rows=1 sequences=" in errors[0]
@@ -225,7 +225,7 @@ def test_series_have_the_model_its_version_its_instance_and_its_process(observed
     assert all(set(each) - extra == {"model", "version", "instance", "process"} for each in labels)
 
 
-def test_a_model_that_is_unloaded_takes_its_series_along(observed: Observed) -> None:
+def test_the_series_of_an_unloaded_model_are_removed(observed: Observed) -> None:
     observed.client.unload_model("table")
     deadline = time.monotonic() + 10.0
     while list(observed.samples("table")):
@@ -264,15 +264,15 @@ def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -
 
 
 def test_a_server_whose_models_answer_is_alive(observed: Observed) -> None:
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "inplace.alive", observed.server.grpc_url],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (found.returncode, found.stderr) == (0, "")
-    nobody: Found = {("inplace_sequences_live", ""): 0, ("inplace_slots_free", ""): SLOTS}
-    assert observed.settled("llama", nobody).items() >= nobody.items()
+    assert (result.returncode, result.stderr) == (0, "")
+    idle: Found = {("inplace_sequences_live", ""): 0, ("inplace_slots_free", ""): SLOTS}
+    assert observed.settled("llama", idle).items() >= idle.items()
 
 
 def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:
@@ -283,7 +283,7 @@ def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:
         send(observed.client, 1 + sequence, [1], end=True)
 
 
-def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_ready(
+def test_a_model_whose_process_hangs_is_not_alive_though_the_server_reports_it_ready(
     observed: Observed,
 ) -> None:
     stub = observed.stub("talk")
@@ -291,22 +291,23 @@ def test_a_model_whose_process_hangs_is_not_alive_though_the_server_calls_it_rea
     try:
         assert set(failures(observed.server.grpc_url, timeout=5.0)) == {"talk"}
         assert observed.client.is_model_ready("talk")
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "5"],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert found.returncode == 1
+        assert result.returncode == 1
         assert re.fullmatch(
-            r"talk: (no answer within 5 s|Stub process 'talk_0_0' is not healthy\.)\n", found.stderr
+            r"talk: (no answer within 5 s|Stub process 'talk_0_0' is not healthy\.)\n",
+            result.stderr,
         )
     finally:
         stub.kill()
 
 
 @pytest.mark.parametrize("code", Code)
-def test_any_answer_of_the_backend_is_life_but_that_its_engine_failed(code: Code) -> None:
+def test_every_error_of_the_backend_but_a_failed_engine_counts_as_alive(code: Code) -> None:
     assert is_alive(RequestError(code, "why").wire(7, "")) is (code is not Code.ENGINE_FAILED)
     assert not is_alive("Stub process 'talk_0_0' is not healthy.")
 
@@ -317,16 +318,16 @@ def test_no_server_is_not_alive() -> None:
 
 def _selected(expression: promql_parser.Expr) -> set[str]:
     """The names of the metrics in an expression."""
-    found: set[str] = set()
+    names: set[str] = set()
 
     def visit(node: promql_parser.Expr) -> None:
         if isinstance(node, promql_parser.VectorSelector):
             assert node.name is not None
-            found.add(node.name)
+            names.add(node.name)
 
     promql_parser.walk(expression, visit)
-    return found
+    return names
 
 
-def _bounds(found: Found, name: str) -> list[str]:
-    return sorted((value for key, value in found if key == name), key=float)
+def _bounds(values: Found, name: str) -> list[str]:
+    return sorted((value for key, value in values if key == name), key=float)

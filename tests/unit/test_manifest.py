@@ -58,14 +58,14 @@ MANIFEST = Manifest(
 
 
 def changed(spec: StateSpec | TensorSpec | Program | Manifest, **values: object) -> dict[str, Any]:
-    """The fields of a record, some of them other ones: what a constructor is then to judge."""
+    """The fields of a record with these changes, for the constructor to check."""
     return {name: getattr(spec, name) for name in type(spec).model_fields} | values
 
 
 # --- the file ---
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_manifest_loads_as_it_was(tmp_path: Path) -> None:
     MANIFEST.save(tmp_path)
     loaded = Manifest.load(tmp_path)
     assert loaded == MANIFEST
@@ -93,16 +93,18 @@ def test_an_infinite_fill_survives_the_file(tmp_path: Path, fill: float) -> None
     assert Manifest.load(tmp_path).states[0].fill == fill
 
 
-def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None:
+def test_a_missing_file_names_the_folder_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path / "nowhere")
     path = tmp_path / "nowhere" / FILE_NAME
-    expected = f"{path} does not exist: {path.parent} is not an engine directory; build one with `inplace build`, or from Python with "
-    assert str(error.value) == expected + "`inplace_builder.build`"
+    assert str(error.value) == (
+        f"{path} does not exist: {path.parent} is not an engine directory; "
+        "build one with `inplace build`, or from Python with `inplace_builder.build`"
+    )
 
 
 @pytest.mark.parametrize(
-    ("held", "said"),
+    ("file", "description"),
     [
         ("engine.json", "is an engine for a server; load it with `inplace serve`"),
         ("1/engine.json", "is an engine for a server"),
@@ -113,17 +115,17 @@ def test_a_missing_file_names_the_folder_and_the_way_out(tmp_path: Path) -> None
         ("front.json", "is the generate proxy of a stream model"),
     ],
 )
-def test_a_folder_that_holds_something_else_says_what_it_is(
-    tmp_path: Path, held: str, said: str
+def test_a_folder_of_another_kind_is_refused_with_what_it_is(
+    tmp_path: Path, file: str, description: str
 ) -> None:
-    (tmp_path / held).parent.mkdir(exist_ok=True)
-    (tmp_path / held).touch()
-    record = StandaloneManifest if "engine" in held else Manifest
-    with pytest.raises(LoadError, match=re.escape(f"does not exist: {tmp_path} {said}")):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    record = StandaloneManifest if "engine" in file else Manifest
+    with pytest.raises(LoadError, match=re.escape(f"does not exist: {tmp_path} {description}")):
         record.load(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).mkdir()
     with pytest.raises(LoadError, match=rf"{FILE_NAME} cannot be read: .*Is a directory"):
         Manifest.load(tmp_path)
@@ -142,13 +144,13 @@ def test_another_version_names_both_versions(tmp_path: Path, version: int) -> No
     (tmp_path / FILE_NAME).write_text(json.dumps(fields))
     with pytest.raises(
         LoadError,
-        match=f"has manifest version {version}, this runtime reads version 1: build the engine again",
+        match=f"has manifest version {version}, this runtime reads version 1: build the engine",
     ):
         Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "is not a manifest (Invalid JSON: EOF"),
         ("not json", "is not a manifest (Invalid JSON"),
@@ -162,11 +164,11 @@ def test_another_version_names_both_versions(tmp_path: Path, version: int) -> No
         ('{"manifest_version": 1}', "is damaged (name: Field required)"),
     ],
 )
-def test_damaged_json_names_the_damage(tmp_path: Path, text: str, says: str) -> None:
+def test_damaged_json_names_the_damage(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / FILE_NAME} {says}")
+    assert str(error.value).startswith(f"{tmp_path / FILE_NAME} {message}")
     assert str(error.value).endswith("build the engine again")
     assert "\n" not in str(error.value)
 
@@ -204,7 +206,7 @@ def unverified(fields: dict[str, Any]) -> None:
 
 
 def stray_alias(fields: dict[str, Any]) -> None:
-    fields["programs"][0]["aliases"][0]["input"] = "nobody"
+    fields["programs"][0]["aliases"][0]["input"] = "unknown"
 
 
 def axis_outside(fields: dict[str, Any]) -> None:
@@ -212,7 +214,7 @@ def axis_outside(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (unknown, "surprise: Extra inputs are not permitted"),
         (unknown_inside, "states.1.surprise: Extra inputs are not permitted"),
@@ -224,13 +226,13 @@ def axis_outside(fields: dict[str, Any]) -> None:
         (unverified, "verified: Input should be 'executed'"),
         (
             stray_alias,
-            "alias cache_updated@nobody@operator of program step names no state of this engine",
+            "alias cache_updated@unknown@operator of program step names no state of this engine",
         ),
         (axis_outside, "state cache: axis 3 is outside its shape (2, 16, 4)"),
     ],
 )
 def test_a_wrong_field_is_named(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     fields = json.loads(MANIFEST.model_dump_json())
     change(fields)
@@ -238,14 +240,14 @@ def test_a_wrong_field_is_named(
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / FILE_NAME} is damaged (")
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 # --- the records ---
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         ({"axis": None}, "state cache: an axis belongs to append and ring, not to replace"),
         (
@@ -261,9 +263,9 @@ def test_a_wrong_field_is_named(
     ],
 )
 def test_an_inconsistent_state_is_a_value_error_that_names_it(
-    values: dict[str, object], says: str
+    values: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         StateSpec(**changed(CACHE, **values))
 
 
@@ -272,7 +274,7 @@ def renamed(spec: TensorSpec, **values: object) -> TensorSpec:
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         (
             {"inputs": (TOKENS, renamed(SCALE, name="ids"))},
@@ -305,9 +307,9 @@ def renamed(spec: TensorSpec, **values: object) -> TensorSpec:
     ],
 )
 def test_an_inconsistent_program_is_a_value_error_that_names_it(
-    values: dict[str, object], says: str
+    values: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         Program(**changed(STEP, **values))
 
 

@@ -1,4 +1,4 @@
-"""What config.pbtxt may say, as Triton hands it over."""
+"""The settings of config.pbtxt, as Triton passes them."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ MANIFEST = Manifest(
 
 
 def parse(idle: str | None = None, triton_idle: object = None, **changes: object) -> Settings:
-    """Settings of a configuration as the builder writes it, with these changes; None removes a key."""
+    """Parse a configuration as the builder writes it, with changes; None removes a key."""
     config: dict[str, Any] = {
         "max_batch_size": 4,
         "sequence_batching": {"oldest": {"max_candidate_sequences": 8}},
@@ -44,7 +44,7 @@ def parse(idle: str | None = None, triton_idle: object = None, **changes: object
     )
 
 
-def test_the_idle_timeout_is_600_seconds_where_nothing_is_said() -> None:
+def test_the_default_idle_timeout_is_600_seconds() -> None:
     assert parse() == Settings(600.0)
     assert parse(parameters=None) == Settings(600.0)
     assert parse(model_transaction_policy=None) == Settings(600.0)
@@ -66,25 +66,26 @@ def test_the_idle_timeout_is_never_below_tritons_own_and_a_note_says_so(
     settings = parse("2.5", triton_idle)
     assert settings.idle_timeout == 5.0
     assert settings.notes == (
-        "idle_timeout_seconds 2.5 is below Triton's own max_sequence_idle_microseconds 5000000; using 5 s",
+        "idle_timeout_seconds 2.5 is below Triton's own max_sequence_idle_microseconds 5000000; "
+        "using 5 s",
     )
     assert parse("5", triton_idle) == Settings(5.0)
     assert parse("5.5", triton_idle) == Settings(5.5)
 
 
 @pytest.mark.parametrize("triton_idle", [None, 0, "0"])
-def test_where_triton_is_told_nothing_its_own_is_one_second(triton_idle: object) -> None:
+def test_tritons_default_idle_time_is_one_second(triton_idle: object) -> None:
     assert parse("0.5", triton_idle).idle_timeout == 1.0
     assert "max_sequence_idle_microseconds 1000000; using 1 s" in parse("0.5", triton_idle).notes[0]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "", "nan", "inf", "-inf", "1e999"])
-def test_an_idle_timeout_that_cannot_be_is_a_load_error(text: str) -> None:
+def test_an_invalid_idle_timeout_is_a_load_error(text: str) -> None:
     with pytest.raises(LoadError) as error:
         parse(text)
     assert (
-        str(error.value)
-        == f"config.pbtxt: parameter idle_timeout_seconds is {text!r}; expected a number of seconds above 0"
+        str(error.value) == f"config.pbtxt: parameter idle_timeout_seconds is {text!r}; "
+        "expected a number of seconds above 0"
     )
 
 
@@ -96,7 +97,7 @@ def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(
 ) -> None:
     with pytest.raises(
         LoadError,
-        match=rf"config.pbtxt has decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; only stream models",
+        match=rf"has decoupled: {str(bool(decoupled)).lower()} and serve: {serve}; only stream",
     ):
         parse(
             parameters={"serve": {"string_value": serve}},
@@ -106,13 +107,13 @@ def test_a_protocol_that_does_not_fit_the_transaction_policy_is_refused(
 
 
 def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() -> None:
-    said = {
+    texts = {
         "serve": "stream",
         "eos_token_ids": "0, 2",
         "generation_queue": "5",
         "idle_timeout_seconds": "2",
     }
-    parameters = {name: {"string_value": value} for name, value in said.items()}
+    parameters = {name: {"string_value": value} for name, value in texts.items()}
     decoupled = {"decoupled": True}
     settings = parse(
         triton_idle=3602_000_000, parameters=parameters, model_transaction_policy=decoupled
@@ -125,7 +126,7 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "message"),
     [
         (
             "serve",
@@ -135,7 +136,7 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
         (
             "eos_token_ids",
             "2;3",
-            "parameter eos_token_ids is '2;3'; expected whole numbers of at least 0, separated by commas",
+            "parameter eos_token_ids is '2;3'; expected whole numbers .*, separated by commas",
         ),
         ("generation_queue", "-1", "parameter generation_queue is '-1'; expected whole numbers"),
         (
@@ -146,12 +147,12 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
         (
             "idle_timeout_second",
             "5",
-            r"has the parameters \['idle_timeout_second'\], which .* takes \['serve', 'idle_timeout_seconds'",
+            r"has the parameters \['idle_timeout_second'\], which .* takes \['serve', 'idle",
         ),
     ],
 )
-def test_a_setting_that_cannot_be_is_a_load_error(name: str, text: str, says: str) -> None:
-    with pytest.raises(LoadError, match=says):
+def test_an_invalid_setting_is_a_load_error(name: str, text: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
         parse(parameters={name: {"string_value": text}})
 
 
@@ -175,17 +176,17 @@ def test_a_batch_the_engine_was_not_built_for_is_refused(size: int, fits: bool) 
         return
     with pytest.raises(
         LoadError,
-        match=rf"config.pbtxt has max_batch_size {size}, the engine was built for 1 to 4 rows a step",
+        match=rf"has max_batch_size {size}, the engine was built for 1 to 4 rows a step",
     ):
         parse(max_batch_size=size)
 
 
-def test_the_log_level_is_info_where_nothing_is_said_and_a_level_nobody_knows_is_refused() -> None:
+def test_the_default_log_level_is_info_and_an_unknown_level_is_refused() -> None:
     assert parse().log_level == logging.INFO
     assert parse(parameters={"log_level": {"string_value": "debug"}}).log_level == logging.DEBUG
     with pytest.raises(
         LoadError,
-        match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning', 'error'\]",
+        match=r"parameter log_level is 'verbose'; expected one of \['debug', 'info', 'warning'",
     ):
         parse(parameters={"log_level": {"string_value": "verbose"}})
 

@@ -1,4 +1,4 @@
-"""What the server's Python backend cannot take is refused when a model is loaded, and its process ends with the server."""
+"""The stub of the Python backend: an unfit one is refused at load, and it ends with its server."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from inplace_builder.tools.tritonserver import installation
 STUB = installation().stub
 
 
-def test_the_stub_of_24_10_takes_numpy_1_only() -> None:
+def test_the_stub_of_triton_24_10_is_accepted_with_numpy_1_only() -> None:
     check_numpy(STUB, "1.26.4")
     with pytest.raises(
         LoadError,
@@ -26,7 +26,7 @@ def test_the_stub_of_24_10_takes_numpy_1_only() -> None:
         check_numpy(STUB, "2.5.2")
 
 
-def test_a_stub_that_knows_numpy_2_takes_both(tmp_path: Path) -> None:
+def test_a_stub_compiled_for_numpy_2_is_accepted_with_both(tmp_path: Path) -> None:
     newer = tmp_path / "stub"
     newer.write_bytes(STUB.read_bytes() + b"numpy._core.multiarray")
     check_numpy(newer, "1.26.4")
@@ -42,7 +42,7 @@ BUSY = """
 import ctypes, os
 from inplace.server.stub import start_watchdog
 print(os.getpid(), start_watchdog().pid, flush=True)
-ctypes.PyDLL(None).sleep(600)  # with the interpreter's lock: no other thread of Python's runs
+ctypes.PyDLL(None).sleep(600)  # holds the GIL: no other Python thread runs
 """
 IDLE = """
 from inplace.server.stub import start_watchdog
@@ -50,7 +50,7 @@ print(0, start_watchdog().pid, flush=True)
 """
 
 
-def test_a_stub_that_waits_with_the_interpreter_s_lock_ends_when_its_server_is_killed() -> None:
+def test_a_stub_that_holds_the_gil_ends_when_its_server_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, BUSY], stdout=subprocess.PIPE, text=True
     ) as server:
@@ -63,7 +63,7 @@ def test_a_stub_that_waits_with_the_interpreter_s_lock_ends_when_its_server_is_k
         assert not stayed
 
 
-def test_the_guard_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
+def test_the_watchdog_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, IDLE], stdout=subprocess.PIPE, text=True
     ) as server:
@@ -74,13 +74,13 @@ def test_the_guard_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
             psutil.Process(int(watchdog)).wait(20)
 
 
-def test_a_guard_that_cannot_be_started_is_logged(
+def test_a_watchdog_that_cannot_be_started_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: "/nowhere/python3")
     with caplog.at_level(logging.WARNING, "inplace"):
         assert start_watchdog() is None
     assert (
-        "this process keeps running if the server is killed: its watchdog did not start (/nowhere/python3 -I -S"
+        "keeps running if the server is killed: its watchdog did not start (/nowhere/python3 -I -S"
         in caplog.text
     )

@@ -44,7 +44,7 @@ MAX_STARTING = (
 
 @dataclass(frozen=True)
 class Tellers:
-    """A server with `teller` (idle after a minute), its front, and `brief` (idle after a second)."""
+    """A server with `teller` (idle after a minute), its generate proxy, and `brief` (idle after a second)."""
 
     server: TritonServer
     repository: Path
@@ -166,25 +166,24 @@ def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers
     assert seconds_until(tellers.all_free) < SOON
 
 
-def test_a_client_that_goes_away_while_it_waits_for_the_front_never_gets_a_slot(
+def test_a_client_that_goes_away_while_it_waits_for_the_proxy_never_gets_a_slot(
     tellers: Tellers,
 ) -> None:
-    nobody = 0  # the front takes requests of no sequence
+    no_sequence = 0  # as the proxy requires
     with tellers.talk("teller_generate") as first:
-        for _ in range(
-            SLOTS + MAX_STARTING
-        ):  # these run or wait in the model, so the next one waits in the front
-            first.send(nobody, PROMPT, ENDLESS)
+        # These run or wait in the model, so the next one waits in the proxy.
+        for _ in range(SLOTS + MAX_STARTING):
+            first.send(no_sequence, PROMPT, ENDLESS)
         tellers.beginning(first)
         with tellers.talk("teller_generate") as impatient:
-            impatient.send(nobody, PROMPT, ENDLESS)
+            impatient.send(no_sequence, PROMPT, ENDLESS)
             with pytest.raises(queue.Empty):
                 impatient.receive(timeout=0.5)
-        time.sleep(0.3)  # the front has noticed
+        time.sleep(0.3)  # the proxy has noticed
     time.sleep(0.3)
     assert seconds_until(tellers.all_free) < SOON
     with tellers.talk("teller_generate") as last:
-        last.send(nobody, PROMPT, 20)
+        last.send(no_sequence, PROMPT, 20)
         assert last.hear() == Said(tellers.expected[:20], "length")
     assert seconds_until(tellers.all_free) < SOON
 
@@ -365,13 +364,13 @@ def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_
     assert "Signal" not in (tellers.repository.parent / "log").read_text(errors="replace")
 
 
-def test_a_front_whose_process_hangs_is_not_alive(tellers: Tellers) -> None:
+def test_a_proxy_whose_process_hangs_is_not_alive(tellers: Tellers) -> None:
     assert "teller_generate" not in failures(tellers.server.grpc_url)
-    front = psutil.Process(stub(tellers.server, "teller_generate"))
-    front.suspend()
+    proxy = psutil.Process(stub(tellers.server, "teller_generate"))
+    proxy.suspend()
     try:
         found = failures(tellers.server.grpc_url, timeout=5.0)
     finally:
-        front.kill()
+        proxy.kill()
     assert "teller_generate" in found
     assert "teller" not in found

@@ -107,7 +107,7 @@ class Web:
 
 
 def page(rng: random.Random, ids: tuple[int | str, ...]) -> Page:
-    """A step, or a generation through the front: good, or damaged in one to three places."""
+    """A step, or a generation through the generate proxy: good, or damaged in one to three places."""
     if rng.random() < 0.4:
         path, document = (
             f"/v2/models/{rng.choice((*['llama'] * 5, 'stream'))}/infer",

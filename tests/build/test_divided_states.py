@@ -19,9 +19,9 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import serialize
-from support.standalone_modules import CAPACITY, CASES, Layers, noise
 from support.exported_decoders import rows_say
 from support.models import open_instance
+from support.standalone_modules import CAPACITY, CASES, Layers, noise
 from support.state_modules import Inputs, compare, operators
 from support.streams import prompt
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""What ``serve`` writes: a stream model with its front beside it, read back as Triton reads it, and a step model without."""
+"""The models that ``serve`` writes, step and stream with its proxy, read back as Triton does."""
 
 from pathlib import Path
 
@@ -71,9 +71,9 @@ def test_a_stream_model_is_decoupled_and_takes_text_or_ids(built: Path) -> None:
     assert batching.oldest.max_candidate_sequences > STREAM.slots + MAX_WAITING
 
 
-def test_its_front_has_no_sequences_and_passes_tensors_on_as_they_are(built: Path) -> None:
-    front = built.with_name("llama_generate")
-    config = parsed(front)
+def test_its_proxy_has_no_sequences_and_passes_tensors_on_as_they_are(built: Path) -> None:
+    proxy = built.with_name("llama_generate")
+    config = parsed(proxy)
     assert (config.name, config.backend, config.max_batch_size) == ("llama_generate", "inplace", 1)
     assert config.model_transaction_policy.decoupled
     assert not config.HasField("sequence_batching")
@@ -83,35 +83,35 @@ def test_its_front_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
         ("stop", True),
     ]
     assert outputs(config) == GENERATED
-    assert ProxyFile.load(front / "1") == ProxyFile(
+    assert ProxyFile.load(proxy / "1") == ProxyFile(
         model="llama", max_requests=STREAM.slots + MAX_WAITING
     )
 
 
-def test_a_model_that_does_not_generate_has_no_front_and_no_front_stays_behind(
+def test_a_model_that_does_not_generate_has_no_proxy_and_an_older_one_is_removed(
     tmp_path: Path, built: Path
 ) -> None:
     model = tmp_path / "sums"
-    front = tmp_path / "sums_generate"
+    proxy = tmp_path / "sums_generate"
     options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
-    (front / "1").mkdir(parents=True)
-    ProxyFile(model="sums", max_requests=1).save(front / "1")
+    (proxy / "1").mkdir(parents=True)
+    ProxyFile(model="sums", max_requests=1).save(proxy / "1")
     write_engine(accumulator(), model, options)
-    assert not front.exists()
+    assert not proxy.exists()
     assert [(tensor.name, tensor.optional) for tensor in parsed(model).input] == [("value", False)]
     assert [tensor.name for tensor in parsed(model).output] == ["sum", "values"]
     assert parsed(model).model_transaction_policy.decoupled
 
 
-def test_a_front_of_another_model_is_left_alone(tmp_path: Path) -> None:
-    front = tmp_path / "sums_generate"
-    (front / "1").mkdir(parents=True)
-    ProxyFile(model="other", max_requests=1).save(front / "1")
+def test_a_proxy_of_another_model_is_left_alone(tmp_path: Path) -> None:
+    proxy = tmp_path / "sums_generate"
+    (proxy / "1").mkdir(parents=True)
+    ProxyFile(model="other", max_requests=1).save(proxy / "1")
     write_engine(accumulator(), tmp_path / "sums", BuildOptions(slots=4, max_rows=4, capacity=1))
-    assert ProxyFile.load(front / "1").model == "other"
+    assert ProxyFile.load(proxy / "1").model == "other"
 
 
-def test_a_folder_that_is_no_front_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_proxy_is_never_replaced(tmp_path: Path) -> None:
     other = tmp_path / "llama_generate" / "notes.txt"
     other.parent.mkdir()
     other.write_text("mine")
@@ -124,6 +124,6 @@ def test_a_folder_that_is_no_front_is_never_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / "llama").exists()
 
 
-def test_a_protocol_nobody_knows_is_refused() -> None:
+def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(BuildError, match="serve is 'both'; choose step or stream"):
         BuildOptions(serve="both")  # type: ignore[arg-type]

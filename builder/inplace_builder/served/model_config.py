@@ -8,7 +8,7 @@ from inplace.protocol import FINISH_REASON, STOP, TEXT, TEXT_OUTPUT, TOKENS
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Role, TensorSpec
-from inplace.server.settings import EOS, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
+from inplace.server.settings import EOS, GENERATE_PROXY, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
 from tritonclient.grpc import model_config_pb2 as pb
 
 from inplace_builder.errors import BuildError
@@ -239,7 +239,7 @@ def proxy_config(name: str, text: TextSettings) -> ModelConfig:
         sequence_batching=None,
         decoupled=True,
         device="cpu",
-        parameters={SERVE: "front"},
+        parameters={SERVE: GENERATE_PROXY},
     )
 
 

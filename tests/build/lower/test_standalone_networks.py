@@ -16,8 +16,8 @@ from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
 from inplace_builder.standalone.call import describe_call, export_for
 from inplace_builder.standalone.plan import build_plan, lower_module
-from support.standalone_modules import CASES, Case, Tokens
 from support.network_interpreter import interpret
+from support.standalone_modules import CASES, Case, Tokens
 from support.state_modules import Owned
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree

@@ -13,20 +13,45 @@ from typing import TYPE_CHECKING, Any
 from inplace.errors import CallError, Code, InplaceError, LoadError, RequestError
 
 if TYPE_CHECKING:
-    from inplace.client import Client, Sequence
+    from inplace.client import (
+        AsyncClient,
+        AsyncSequence,
+        Client,
+        ClientError,
+        RefusedError,
+        Sequence,
+        SequenceLostError,
+        UnreachableError,
+    )
     from inplace.standalone import Engine
 
-_HOMES = {"Client": "client", "Engine": "standalone", "Sequence": "client"}
+_HOMES = {
+    "AsyncClient": "client",
+    "AsyncSequence": "client",
+    "Client": "client",
+    "ClientError": "client",
+    "Engine": "standalone",
+    "RefusedError": "client",
+    "Sequence": "client",
+    "SequenceLostError": "client",
+    "UnreachableError": "client",
+}
 
 __all__ = [
+    "AsyncClient",
+    "AsyncSequence",
     "CallError",
     "Client",
+    "ClientError",
     "Code",
     "Engine",
     "InplaceError",
     "LoadError",
+    "RefusedError",
     "RequestError",
     "Sequence",
+    "SequenceLostError",
+    "UnreachableError",
     "load",
 ]
 

@@ -63,8 +63,8 @@ class Lowering(Record):
 
     Attributes:
         state: the state's name.
-        kind: the chosen mechanism.
-        reason: why it was chosen; ``because`` in the file.
+        kind: the token_outputs mechanism.
+        reason: why it was token_outputs; ``because`` in the file.
         refused: mechanisms tried before it, each as ``kind: reason``.
     """
 
@@ -132,19 +132,19 @@ class Program(Record):
 
         None if the program is not a language model.
         """
-        chosen = [
+        token_outputs = [
             spec.name
             for spec in self.outputs
             if (spec.sampled_from or spec.argmax_of) and spec.shape == (1,)
         ]
-        taken = [
+        token_inputs = [
             spec.name
             for spec in self.client_inputs
             if spec.role is Role.TOKENS and spec.dtype is Dtype.INT64 and spec.shape == (-1,)
         ]
         return (
-            (taken[0], chosen[0])
-            if len(chosen) == len(taken) == len(self.client_inputs) == 1
+            (token_inputs[0], token_outputs[0])
+            if len(token_outputs) == len(token_inputs) == len(self.client_inputs) == 1
             else None
         )
 

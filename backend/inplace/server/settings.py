@@ -117,12 +117,6 @@ class Settings:
                 f"config.pbtxt has max_batch_size {config['max_batch_size']}, "
                 f"the engine was built for 1 to {max_rows} rows a step"
             )
-        level = _text(config, LOG_LEVEL, "info")
-        if level not in LOG_LEVELS:
-            raise LoadError(
-                f"config.pbtxt: parameter {LOG_LEVEL} is {level!r}; "
-                f"expected one of {list(LOG_LEVELS)}"
-            )
         idle_timeout, notes = _idle_timeout(config, serve)
         max_waiting = _integer(config, QUEUE)
         return cls(
@@ -131,7 +125,7 @@ class Settings:
             frozenset(_integers(config, EOS)),
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             capacity=_integer(config, CAPACITY),
-            log_level=LOG_LEVELS[level],
+            log_level=_log_level(config),
             notes=notes,
         )
 
@@ -177,6 +171,15 @@ def _integer(config: dict[str, Any], name: str) -> int | None:
             "expected one whole number of at least 0"
         )
     return values[0] if values else None
+
+
+def _log_level(config: dict[str, Any]) -> int:
+    name = _text(config, LOG_LEVEL, "info")
+    if name not in LOG_LEVELS:
+        raise LoadError(
+            f"config.pbtxt: parameter {LOG_LEVEL} is {name!r}; expected one of {list(LOG_LEVELS)}"
+        )
+    return LOG_LEVELS[name]
 
 
 def _check_names(config: dict[str, Any]) -> None:

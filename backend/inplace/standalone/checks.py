@@ -173,13 +173,7 @@ def check_memory(
         CallError: a state shares memory with another tensor, or its address is not aligned.
     """
     for state, tensor in states:
-        alignment = ALIGNMENT[tensor.device.type]
-        if tensor.data_ptr() % alignment:
-            raise CallError(
-                f"{state.label} begins at {tensor.data_ptr():#x}, "
-                f"the engine takes states at multiples of {alignment} bytes: "
-                f"allocate it by itself instead of as a part of another tensor{state.write_note}"
-            )
+        _check_alignment(state, tensor)
     titled: list[tuple[str, Tensor, StandaloneState | None]] = [
         (state.label, tensor, state) for state, tensor in states
     ]
@@ -209,6 +203,16 @@ def check_memory(
             last_end, last_title = end, title
         if written_state is not None and end > state_end:
             state_end, last_state = end, written_state
+
+
+def _check_alignment(state: StandaloneState, tensor: Tensor) -> None:
+    alignment = ALIGNMENT[tensor.device.type]
+    if tensor.data_ptr() % alignment:
+        raise CallError(
+            f"{state.label} begins at {tensor.data_ptr():#x}, "
+            f"the engine takes states at multiples of {alignment} bytes: "
+            f"allocate it by itself instead of as a part of another tensor{state.write_note}"
+        )
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Each call binds the plan to the caller's memory. Repeated calls are replayed as 
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,6 +238,10 @@ class TensorRtPlan:
             raise LoadError(
                 f"{self._title} fails in its first step: {error}; build the engine again"
             ) from error
+        self._check_updates(states, aliased)
+
+    def _check_updates(self, states: Sequence[Tensor], aliased: Collection[int]) -> None:
+        """Compare the addresses that plugins received as aliases with the manifest."""
         kinds = {alias.input: alias.kind for alias in self._manifest.parsed_aliases}
         by_address = {
             tensor.data_ptr(): state.name

@@ -63,8 +63,8 @@ class Lowering(Record):
 
     Attributes:
         state: the state's name.
-        kind: the token_outputs mechanism.
-        reason: why it was token_outputs; ``because`` in the file.
+        kind: the chosen mechanism.
+        reason: why it was chosen; ``because`` in the file.
         refused: mechanisms tried before it, each as ``kind: reason``.
     """
 

@@ -98,7 +98,7 @@ def test_an_extent_that_is_to_vary_and_is_1_in_the_example_is_named() -> None:
 
     with pytest.raises(
         BuildError,
-        match="if an extent that is to vary is 1 in the example, give it 2 entries or more",
+        match="if an extent that varies is 1 in the example, give it 2 entries or more",
     ):
         capture(1)
     assert len(capture(2).states) == 2

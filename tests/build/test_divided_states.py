@@ -39,7 +39,7 @@ def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_fo
         ((0, layer), (0, which)) for layer in range(2) for which in range(2)
     ]
     assert all(
-        "the attention behind it is causal" in record.reason for record in engine.manifest.lowering
+        "the attention over it is causal" in record.reason for record in engine.manifest.lowering
     )
     (mine,), (theirs,) = CASE.states(), CASE.states()
     address = mine.data_ptr()

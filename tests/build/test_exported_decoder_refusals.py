@@ -220,16 +220,16 @@ class Floating(Plain):
 @pytest.mark.parametrize(
     ("module", "because"),
     [
-        (Averaging, r"aten\.mean\.dim works along the tokens at .*self\.scores"),
-        (Reversing, r"aten\.flip\.default is not known to treat tokens alone at .*self\.scores"),
-        (Numbering, "depends on how many tokens a step has"),
+        (Averaging, r"aten\.mean\.dim works along the token axis at .*self\.scores"),
+        (Reversing, r"aten\.flip\.default has no rule that keeps tokens apart at .*self\.scores"),
+        (Numbering, "depends on the number of tokens of a step"),
         (
             Everything,
             "not provably causal attention over its own cache: its mask is neither causal nor a sliding window",
         ),
         (Remembering, r"state last is no cache of an attention, but read at .*self\.scores"),
         (Two, "a decoder returns its scores alone, this module returns 2 outputs"),
-        (Floating, "input ids is no tensor of token ids: nothing is embedded with it"),
+        (Floating, "input ids is no tensor of token ids: it indexes no embedding"),
     ],
 )
 def test_what_is_no_decoder_of_packed_rows_is_refused(module: type[Plain], because: str) -> None:

@@ -165,7 +165,7 @@ class Uneven(nn.Module):
 def test_what_cannot_be_rows_is_refused() -> None:
     with pytest.raises(
         BuildError,
-        match=r"name the input that says where \(positions\), or how often it may \(requests\)",
+        match=r"name the input that holds the position \(positions\), or the maximum number of requests",
     ):
         capture_exported_rows(Counting(), RowOptions(4), (torch.zeros(1, 4),))
     with pytest.raises(

@@ -178,6 +178,6 @@ def test_a_module_that_returns_more_or_less_than_its_description_names_is_refuse
     module: torch.nn.Module, count: int
 ) -> None:
     with pytest.raises(
-        BuildError, match=rf"returns {count} outputs, its description names \['sum'\]"
+        BuildError, match=rf"returns {count} outputs, but its description has \['sum'\]"
     ):
         captured(module)

@@ -103,7 +103,7 @@ def test_attention_is_found_however_it_is_written(case: Steps) -> None:
     found = [
         record
         for record in engine.manifest.lowering
-        if "the attention behind it is" in record.reason
+        if "the attention over it is" in record.reason
     ]
     assert len(found) == 2 * case.attentions, engine.manifest.lowering
     run_beside_eager(case, engine)

@@ -149,7 +149,7 @@ REFUSED: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...], bool, str]] = [
     (Strided(), (1, 2, CAPACITY, 4), (1, 2, CAPACITY // 2, 4), False, "a slice of step 2"),
     (Shuffled(), (1, 2, CAPACITY, 4), TWO, True, "not provably consecutive"),
     (Accumulated(), (1, 2, CAPACITY, 4), ONE, True, "accumulates"),
-    (Unaliased(), (1, 2, CAPACITY, 4), ONE, True, "not the state itself but computed from it"),
+    (Unaliased(), (1, 2, CAPACITY, 4), ONE, True, "a tensor computed from it, not into the state"),
     (OtherRow(), (2, 4, CAPACITY), (2, 4, CAPACITY), True, "not provably consecutive"),
 ]
 

@@ -1,1 +1,1 @@
-"""The front-ends: from a model to a graph on the ``inplace::`` operators, one file a kind of model."""
+"""The front-ends: from a model to a graph on the ``inplace::`` operators, one file for each."""

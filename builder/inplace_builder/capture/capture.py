@@ -1,4 +1,8 @@
-"""What a frontend hands to the rest of the builder."""
+"""A captured model, and the front-end for modules that are written on the operators.
+
+Every front-end returns a `Capture`: a graph on the ``inplace::`` operators with its description.
+`capture_module` is the simplest one: the module calls the operators itself.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +17,15 @@ from torch import Tensor
 from torch.export import Dim
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.nodes import check_state_uses, remove_no_ops
+from inplace_builder.graph.passes import check_state_uses, remove_no_ops
 from inplace_builder.graph.reexport import size_oblivious
 
 Reference = Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]]
-"""The original model on one sequence: the client inputs of all its requests so far, in order (no batch axis), to the outputs of
-the last request, by name and without a batch axis."""
+"""The original model on one sequence.
+
+It takes the client inputs of all requests of the sequence so far, in order, and returns the outputs
+of the last one by name. No tensor has a batch axis.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,14 +35,14 @@ class Capture:
     Attributes:
         exported: the graph; its placeholders are the program's inputs, then the states.
         program: its description, aliases included.
-        states: the states, in placeholder order.
-        capacity: positions a sequence may hold; None where nothing grows.
-        min_capacity: the least capacity that may be chosen at load; None where it is fixed.
+        states: the states, in the order of the placeholders.
+        capacity: maximum number of positions of a sequence; None if nothing grows.
         dtype: the element type of the weights.
         lowering: how each state is updated.
         reference: the original model, to verify against.
-        float32_reference: makes the same model in float32, to tell what its own rounding does from what an engine does wrong; None where its weights
-            are not rounded, or where it cannot be had.
+        min_capacity: the smallest capacity that may be chosen at load; None if it is fixed.
+        float32_reference: makes the same model in float32, to tell its own rounding from an
+            engine's error; None if its weights are not rounded, or if there is no such model.
     """
 
     exported: torch.export.ExportedProgram
@@ -49,60 +56,6 @@ class Capture:
     float32_reference: Callable[[], Reference] | None = None
 
 
-def complete_program(
-    exported: torch.export.ExportedProgram, program: Program, states: tuple[StateSpec, ...]
-) -> tuple[Program, tuple[Lowering, ...]]:
-    """Clean the graph, check it against its description, and complete the program with the aliases read off the graph.
-
-    Raises:
-        BuildError: the graph takes other inputs, returns more or fewer outputs, touches a state outside the operators, or leaves a state
-            unwritten.
-    """
-    remove_no_ops(exported)
-    exported._example_inputs = (
-        None  # would be saved with the program: example states are as large as slots
-    )
-    graph = exported.graph
-    found = list(exported.graph_signature.user_inputs)
-    wanted = [spec.name for spec in program.inputs] + [state.name for state in states]
-    if found != wanted:
-        raise BuildError(f"the captured graph takes {found}, its description says {wanted}")
-    if len(exported.graph_signature.user_outputs) != len(program.outputs):
-        names = [spec.name for spec in program.outputs]
-        raise BuildError(
-            f"the captured graph returns {len(exported.graph_signature.user_outputs)} outputs, its description names {names}"
-        )
-    names = [state.name for state in states]
-    check_state_uses(graph, names)
-    written = written_states(graph)
-    if unwritten := sorted(set(names) - set(written)):
-        raise BuildError(
-            f"the model never writes {unwritten}: what it only reads is a constant, not a state; make it a buffer"
-        )
-    aliases = tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names)
-    because = (
-        "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
-    )
-    lowering = tuple(Lowering(state=name, kind="operator", reason=because) for name in names)
-    return program.model_copy(update={"aliases": aliases}), lowering
-
-
-CONTROL_DTYPE = Dtype.INT32
-"""Element type of everything the runtime fills in: what TensorRT's own cache layer takes, and enough for any position."""
-
-
-def control_input(name: str, role: Role) -> TensorSpec:
-    """The description of an input that the runtime fills."""
-    return TensorSpec(name=name, role=role, dtype=_SAMPLING_DTYPES.get(role, CONTROL_DTYPE))
-
-
-_SAMPLING_DTYPES = {
-    Role.TEMPERATURE: Dtype.FLOAT32,
-    Role.TOP_P: Dtype.FLOAT32,
-    Role.SEED: Dtype.INT64,
-}
-
-
 def capture_module(
     module: torch.nn.Module,
     inputs: Sequence[TensorSpec],
@@ -111,32 +64,24 @@ def capture_module(
     *,
     max_rows: int,
 ) -> Capture:
-    """Export a rectangular module: each step takes one entry of every input a row.
+    """Capture a rectangular module: each step takes one entry of every input for each row.
 
     Args:
-        module: its ``forward`` takes the inputs, ``[rows, *shape]`` each, then the states, ``[slots, *shape]`` each, by these names,
-            and returns the outputs, ``[rows, *shape]`` each; it touches the states through ``inplace.operators`` only.
+        module: its ``forward`` takes the inputs, ``[rows, *shape]`` each, then the states,
+            ``[slots, *shape]`` each, by these names, and returns the outputs, ``[rows, *shape]``
+            each. It uses the states only through `inplace.operators`.
         inputs: what a client sends (role ``row``) and what the runtime fills.
         outputs: what it returns.
         states: what it keeps.
-        max_rows: most rows of one step, at least 2.
+        max_rows: maximum number of rows of a step, at least 2.
 
     Raises:
-        BuildError: torch.export cannot capture it, or it touches a state outside the operators.
+        BuildError: torch.export cannot capture it, or it uses a state outside the operators.
     """
     module = module.eval()
-    rows = Dim("rows", min=1, max=max_rows)
-    arguments = [torch.zeros((2, *spec.shape), dtype=spec.dtype.as_torch) for spec in inputs]
-    tensors = [
-        torch.full((2, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states
-    ]
-    slots = Dim("slots", min=1)
-    shapes: tuple[Any, ...] = (*({0: rows} for _ in inputs), *({0: slots} for _ in states))
-    try:
-        with torch.no_grad(), size_oblivious():
-            exported = torch.export.export(module, (*arguments, *tensors), dynamic_shapes=shapes)
-    except Exception as error:
-        raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+    # 1. Export one step, with a dynamic number of rows and of slots.
+    exported = _export_step(module, inputs, states, max_rows)
+    # 2. Clean the graph, check it against the description, read off what it writes.
     program = Program(
         name="step",
         row_layout="rectangular",
@@ -147,20 +92,8 @@ def capture_module(
         chunk=1,
     )
     program, lowering = complete_program(exported, program, tuple(states))
-
-    def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        memory = [
-            torch.full((1, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states
-        ]
-        results: tuple[Tensor, ...] = ()
-        with torch.no_grad():
-            for index, request in enumerate(requests):
-                found = module(
-                    *(_reference_input(spec, request, index) for spec in inputs), *memory
-                )
-                results = found if isinstance(found, tuple) else (found,)
-        return {spec.name: result[0] for spec, result in zip(outputs, results, strict=True)}
-
+    # 3. The module itself on one sequence is the reference.
+    reference = _module_reference(module, inputs, outputs, states)
     ends = [
         spec.shape[spec.axis]
         for spec in states
@@ -172,8 +105,53 @@ def capture_module(
     )
 
 
+def _export_step(
+    module: torch.nn.Module,
+    inputs: Sequence[TensorSpec],
+    states: Sequence[StateSpec],
+    max_rows: int,
+) -> torch.export.ExportedProgram:
+    rows, slots = Dim("rows", min=1, max=max_rows), Dim("slots", min=1)
+    arguments = [torch.zeros((2, *spec.shape), dtype=spec.dtype.as_torch) for spec in inputs]
+    shapes: tuple[Any, ...] = (*({0: rows} for _ in inputs), *({0: slots} for _ in states))
+    try:
+        with torch.no_grad(), size_oblivious():
+            return torch.export.export(
+                module, (*arguments, *_fresh_states(states, 2)), dynamic_shapes=shapes
+            )
+    except Exception as error:
+        raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+
+
+def _fresh_states(states: Sequence[StateSpec], slots: int) -> list[Tensor]:
+    return [
+        torch.full((slots, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states
+    ]
+
+
+def _module_reference(
+    module: torch.nn.Module,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    states: Sequence[StateSpec],
+) -> Reference:
+    """The module with one sequence, in slot 0 of states of its own."""
+
+    def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        memory = _fresh_states(states, 1)
+        results: tuple[Tensor, ...] = ()
+        with torch.no_grad():
+            for index, request in enumerate(requests):
+                arguments = [_reference_input(spec, request, index) for spec in inputs]
+                returned = module(*arguments, *memory)
+                results = returned if isinstance(returned, tuple) else (returned,)
+        return {spec.name: result[0] for spec, result in zip(outputs, results, strict=True)}
+
+    return reference
+
+
 def _reference_input(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tensor:
-    """The input of a sequence that is alone in slot 0, at its ``index``-th request."""
+    """An input of a sequence in slot 0, at its ``index``-th request."""
     match spec.role:
         case Role.ROW:
             return request[spec.name][None]
@@ -183,5 +161,67 @@ def _reference_input(spec: TensorSpec, request: Mapping[str, Tensor], index: int
             return torch.full((1,), index, dtype=spec.dtype.as_torch)
         case _:
             raise BuildError(
-                f"input {spec.name} has the role {spec.role}, which a rectangular program does not take"
+                f"input {spec.name} has the role {spec.role}, which a rectangular program does not "
+                f"take"
             )
+
+
+def complete_program(
+    exported: torch.export.ExportedProgram, program: Program, states: tuple[StateSpec, ...]
+) -> tuple[Program, tuple[Lowering, ...]]:
+    """Clean a graph, check it against its description, and add what it writes.
+
+    Args:
+        exported: the graph; cleaned in place.
+        program: its description, without aliases.
+        states: the states that it takes after the inputs.
+
+    Returns:
+        The program with an alias for each state, and how each state is updated.
+
+    Raises:
+        BuildError: the graph takes other inputs, returns more or fewer outputs, uses a state
+            outside the operators, or never writes one.
+    """
+    remove_no_ops(exported)
+    # they would be saved with the program, and example states are as large as slots
+    exported._example_inputs = None
+    inputs = list(exported.graph_signature.user_inputs)
+    described = [spec.name for spec in program.inputs] + [state.name for state in states]
+    if inputs != described:
+        raise BuildError(f"the captured graph takes {inputs}, but its description has {described}")
+    num_outputs = len(exported.graph_signature.user_outputs)
+    if num_outputs != len(program.outputs):
+        raise BuildError(
+            f"the captured graph returns {num_outputs} outputs, but its description has "
+            f"{[spec.name for spec in program.outputs]}"
+        )
+    names = [state.name for state in states]
+    check_state_uses(exported.graph, names)
+    if unwritten := sorted(set(names) - set(written_states(exported.graph))):
+        raise BuildError(
+            f"the model never writes {unwritten}: what it only reads is a constant, not a state; "
+            f"make it a buffer"
+        )
+    aliases = tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names)
+    reason = (
+        "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"
+    )
+    lowering = tuple(Lowering(state=name, kind="operator", reason=reason) for name in names)
+    return program.model_copy(update={"aliases": aliases}), lowering
+
+
+_CONTROL_DTYPES = {
+    Role.TEMPERATURE: Dtype.FLOAT32,
+    Role.TOP_P: Dtype.FLOAT32,
+    Role.SEED: Dtype.INT64,
+}
+
+
+def control_input(name: str, role: Role) -> TensorSpec:
+    """The description of an input that the runtime fills.
+
+    It is int32 unless its role needs another type: TensorRT's own cache layer takes int32 indices,
+    and every position fits.
+    """
+    return TensorSpec(name=name, role=role, dtype=_CONTROL_DTYPES.get(role, Dtype.INT32))

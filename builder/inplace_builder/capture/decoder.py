@@ -1,4 +1,7 @@
-"""What every captured decoder has: packed tokens in, each row's next token and scores out, one pair of caches a layer."""
+"""The step of a decoder, which all decoder front-ends share.
+
+Packed tokens go in; each row's next token and scores come out; each layer keeps a pair of caches.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,22 +24,26 @@ CONTROL_ROLES = (
     Role.WRITE_INDICES,
     *SAMPLING_ROLES,
 )
-"""What the runtime fills, in the order of the graph's inputs behind the token ids; an input is named like its role."""
+"""What the runtime fills, in the order of the graph's inputs after the token ids.
+
+Each input is named like its role.
+"""
 
 
 TOKEN_IDS = "input_ids"
+"""The name of the input of token ids."""
 
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """What a decoder is built for.
+    """The limits that a decoder is built for.
 
     Attributes:
-        capacity: positions a sequence may hold.
-        max_rows: most sequences in one step.
-        chunk: most tokens of one sequence in one step.
-        max_tokens: most tokens of one step; None is as many as rows and chunk allow.
-        min_capacity: the least capacity that may be chosen when the engine is loaded; None fixes it.
+        capacity: maximum number of positions of a sequence.
+        max_rows: maximum number of sequences in a step.
+        chunk: maximum number of tokens of one sequence in a step.
+        max_tokens: maximum number of tokens of a step; None for as many as rows and chunk allow.
+        min_capacity: the smallest capacity that may be chosen at load; None fixes it.
     """
 
     capacity: int
@@ -47,16 +54,16 @@ class DecoderOptions:
 
     @property
     def dynamic_min_capacity(self) -> int | None:
-        """The least capacity of a range; None where there is only one."""
+        """The smallest capacity of a range; None if there is only one capacity."""
         return None if self.min_capacity == self.capacity else self.min_capacity
 
 
-def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Program:
+def decoder_program(vocab_size: int, num_scores: int, options: DecoderOptions) -> Program:
     """The description of a decoder's step.
 
     Args:
-        tokens: token ids that it takes.
-        scores: scores that it gives.
+        vocab_size: number of token ids that it takes.
+        num_scores: number of scores that it returns for a token.
         options: what it is built for.
     """
     return Program(
@@ -69,7 +76,7 @@ def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Progra
                 dtype=Dtype.INT64,
                 shape=(-1,),
                 minimum=0,
-                maximum=tokens - 1,
+                maximum=vocab_size - 1,
             ),
             *(control_input(role.value, role) for role in CONTROL_ROLES),
         ),
@@ -82,7 +89,11 @@ def decoder_program(tokens: int, scores: int, options: DecoderOptions) -> Progra
                 sampled_from="logits",
             ),
             TensorSpec(
-                name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(scores,), on_request=True
+                name="logits",
+                role=Role.ROW,
+                dtype=Dtype.FLOAT32,
+                shape=(num_scores,),
+                on_request=True,
             ),
         ),
         aliases=(),
@@ -100,7 +111,7 @@ class LayerCache:
         heads: key-value heads.
         key_dim, value_dim: elements of a head.
         dtype: element type.
-        window: positions up to its own that a token sees; 0 for all.
+        window: how many positions up to its own a token sees; 0 for all.
     """
 
     heads: int
@@ -109,12 +120,18 @@ class LayerCache:
     dtype: Dtype
     window: int = 0
 
-    def ring(self, options: DecoderOptions) -> bool:
-        """Whether fewer positions than the capacity are enough: the window and the rest of a chunk.
+    def positions(self, options: DecoderOptions) -> int:
+        """Positions that a slot holds: the capacity, or what a window needs if that is less.
 
-        A token must still see its whole window when the last token of its chunk has been appended.
+        A token must still see its whole window when the last token of its chunk is appended.
         """
-        return bool(self.window) and self.window + options.chunk - 1 < options.capacity
+        if not self.window:
+            return options.capacity
+        return min(options.capacity, self.window + options.chunk - 1)
+
+    def is_ring(self, options: DecoderOptions) -> bool:
+        """Whether a slot holds fewer positions than the capacity, so that it must be a ring."""
+        return self.positions(options) < options.capacity
 
 
 def cache_states(caches: Sequence[LayerCache], options: DecoderOptions) -> tuple[StateSpec, ...]:
@@ -124,11 +141,11 @@ def cache_states(caches: Sequence[LayerCache], options: DecoderOptions) -> tuple
             name=f"{part}_states_{layer}",
             shape=(
                 cache.heads,
-                cache.window + options.chunk - 1 if cache.ring(options) else options.capacity,
+                cache.positions(options),
                 cache.key_dim if part == "key" else cache.value_dim,
             ),
             dtype=cache.dtype,
-            update=Update.RING if cache.ring(options) else Update.APPEND,
+            update=Update.RING if cache.is_ring(options) else Update.APPEND,
             axis=1,
             reset=False,  # attention reads only what lies within the cached length
         )
@@ -141,8 +158,9 @@ def cache_states(caches: Sequence[LayerCache], options: DecoderOptions) -> tuple
 class StepExamples:
     """Example arguments of a decoder's step, two rows of two tokens, and which extents vary.
 
-    The number of rows varies in the graph even where a batch has one row only: the runtime pads steps with null rows, verification
-    steps more slots than a server may, and where row r is slot r the rows are as many as the slots of the arena.
+    The number of rows varies in the graph even if a batch has one row only: the runtime pads steps
+    with null rows, verification steps more slots than a server may, and if row r is slot r, there
+    are as many rows as slots in the arena.
     """
 
     options: DecoderOptions
@@ -170,19 +188,20 @@ class StepExamples:
 
     def input_shapes(self) -> tuple[Any, ...]:
         """Which extents of `inputs` vary."""
-        most = max(2, self.options.max_rows)
-        tokens = {0: Dim("tokens", min=1, max=max(2 * most, most * self.options.chunk))}
-        count = Dim("rows", min=1, max=most)
-        rows: Any = {0: count}
-        return (tokens, tokens, {0: count + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES))
+        max_rows = max(2, self.options.max_rows)
+        max_tokens = max(2 * max_rows, max_rows * self.options.chunk)
+        tokens = {0: Dim("tokens", min=1, max=max_tokens)}
+        num_rows = Dim("rows", min=1, max=max_rows)
+        rows: Any = {0: num_rows}
+        return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES))
 
     def memory_shapes(self) -> list[dict[int, Any]]:
         """Which extents of `memory` vary."""
-        slots, least = Dim("slots", min=1), self.options.dynamic_min_capacity
-        chosen = None if least is None else Dim("capacity", min=least, max=self.options.capacity)
+        slots, smallest = Dim("slots", min=1), self.options.dynamic_min_capacity
+        if smallest is None:
+            return [{0: slots} for _ in self.states]
+        capacity = Dim("capacity", min=smallest, max=self.options.capacity)
         return [
-            {0: slots, 2: chosen}
-            if chosen is not None and state.update is Update.APPEND
-            else {0: slots}
+            {0: slots, 2: capacity} if state.update is Update.APPEND else {0: slots}
             for state in self.states
         ]

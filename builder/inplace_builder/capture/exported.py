@@ -1,4 +1,4 @@
-"""Frontend for a user's own module: its states are found, its updates recognised."""
+"""The front-end for a user's own module: finds its states and matches how it updates them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,13 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.nodes import check_state_uses, remove_no_ops
+from inplace_builder.graph.nodes import placeholders_by_name, value
+from inplace_builder.graph.passes import (
+    check_state_uses,
+    drop_dead_assertions,
+    normalise_assignments,
+    remove_no_ops,
+)
 from inplace_builder.graph.reexport import (
     InterpretedModule,
     copy_module,
@@ -22,15 +28,9 @@ from inplace_builder.graph.reexport import (
     without_unused_attributes,
 )
 from inplace_builder.states.divide import divide_states
-from inplace_builder.states.lift import (
-    FunctionalGraph,
-    drop_dead_assertions,
-    example_hint,
-    lift_mutated_buffers,
-    normalise_assignments,
-)
-from inplace_builder.states.rewrite import SLOTS, rewrite_updates
-from inplace_builder.states.state import CapturedState, common_rows
+from inplace_builder.states.lift import FunctionalGraph, example_hint, lift_mutated_buffers
+from inplace_builder.states.rewrite import rewrite_updates
+from inplace_builder.states.state import SLOTS, CapturedState, common_rows
 from inplace_builder.states.user_operators import apply_user_operators
 
 
@@ -39,16 +39,18 @@ class ExportedCapture:
     """A user's module as a graph on the ``inplace::`` operators.
 
     Attributes:
-        exported: the graph (torch.export's training IR); placeholders are the inputs, ``slots`` (int32 ``[rows]``), then the states
-            ``[slots, ...]``; it returns what the module returns, each output once and in order.
+        exported: the graph (torch.export's training IR). Its placeholders are the inputs, ``slots``
+            (int32 ``[rows]``), then the states ``[slots, ...]``; it returns what the module
+            returns, each output once and in order.
         graph_module: the same as a plain module, before it was exported again.
-        original: the module as a function, before any of it was rewritten: takes the inputs and the states in their own shapes (parts
-            where a tensor was divided), returns the outputs and the states' new values.
-        inputs: the placeholders before ``slots``.
-        states: in the order of the placeholders, each with its verdict.
-        rows: 1; more where every state's first axis counts rows and each row has a position of its own.
-        lowering: the verdicts as the manifest records them.
-        aliases: one a state.
+        original: the module as a function, before it was rewritten: takes the inputs and the states
+            in their own shapes (parts of a tensor that was divided), returns the outputs and the
+            states' new values.
+        inputs: names of the placeholders before ``slots``.
+        states: in the order of the placeholders, and how each is updated.
+        rows: 1; more if every state's first axis counts rows and each row has its own position.
+        lowering: how each state is updated, as the manifest records it.
+        aliases: one for each state.
     """
 
     exported: ExportedProgram
@@ -66,7 +68,7 @@ class ExportedCapture:
         return tuple(state.spec() for state in self.states)
 
     def slots(self) -> Tensor:
-        """The rows' slots where each state is bound alone: row r is slot r."""
+        """The rows' slots if each state is bound alone: row r is slot r."""
         return torch.arange(self.rows, dtype=torch.int32)
 
 
@@ -83,201 +85,237 @@ def capture_exported(
 ) -> ExportedCapture:
     """Capture a module that mutates its inputs or its buffers.
 
-    What it mutates are its states: inputs stay the caller's memory, buffers become the engine's. Each state of shape ``S`` becomes a
-    placeholder ``[slots, *S]``; an ``S`` that begins with the extent 1 is taken as ``[slots, *S[1:]]``, a batch of one. ``slots`` is an
-    input, not a constant, so that the graph is the one that a server runs over many slots, and its lowering the same. A tensor that holds a
-    state for each of several layers, ``cache[layer]``, becomes that many states, views of the one tensor.
+    What it mutates are its states: inputs stay the caller's memory, buffers become the engine's.
+    Each state of shape ``S`` becomes a placeholder ``[slots, *S]``; an ``S`` that begins with the
+    extent 1 is a batch of one and becomes ``[slots, *S[1:]]``. ``slots`` is an input, not a
+    constant, so the graph is the one that a server runs over many slots, and is lowered in the same
+    way. A tensor that holds a state for each of several layers, ``cache[layer]``, becomes that many
+    states, views of the one tensor.
 
     Args:
         module: the module, or ``torch.export.export`` of it.
-        example_inputs: its positional arguments; dicts, tuples and registered dataclasses of tensors too.
-        states: ``auto``, or the names of exactly the inputs and buffers that are states, to have that checked.
+        example_inputs: its positional arguments; also dicts, tuples and registered dataclasses of
+            tensors.
+        states: ``auto``, or the names of exactly the inputs and buffers that are states, to have
+            that checked.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: its keyword arguments.
-        assume_consecutive: integer inputs ``[n]`` that are always consecutive positions (``cache_position``): the caller's promise.
-        strict: refuse a module of which a part of a state is written in a way that no pattern covers.
-        alignment: bytes that the address of a state must be a multiple of; a tensor whose parts lie closer stays one state.
+        assume_consecutive: integer inputs ``[n]`` that are always consecutive positions
+            (``cache_position``). The caller vouches for it; it is not checked.
+        strict: refuse a module that writes a part of a state in a way that no pattern covers.
+        alignment: bytes that the address of a state must be a multiple of; a tensor whose parts lie
+            closer stays one state.
 
     Raises:
-        BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if ``strict``, a write is not recognised.
+        BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if
+            ``strict``, a write is not matched.
     """
-    found = lift_mutated_buffers(
+    # 1. Export the module and make it a function: what it mutates goes in and comes out.
+    functional = lift_mutated_buffers(
         module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )
-    if unknown := sorted(set(assume_consecutive) - set(found.inputs)):
-        raise BuildError(
-            f"assume_consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
-        )
-    if SLOTS in (*found.inputs, *(state.name for state in found.states)):
-        raise BuildError(
-            f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it another name"
-        )
-    original = copy_module(found.graph_module)
-    normalise_assignments(found.graph_module.graph, found.num_outputs)
-    found = replace(
-        found,
+    functional.check_assumed(assume_consecutive)
+    _check_slots_name_is_free(functional)
+    graph_module = functional.graph_module
+    # 2. Keep a copy as it is: the reference to verify against.
+    original = copy_module(graph_module)
+    # 3. Replace copies into slices by the values that are assigned.
+    normalise_assignments(graph_module.graph, functional.num_outputs)
+    # 4. Divide tensors that hold the states of several layers.
+    functional = replace(
+        functional,
         states=divide_states(
-            found.graph_module, original, found.states, found.num_outputs, alignment
+            graph_module, original, functional.states, functional.num_outputs, alignment
         ),
     )
-    rows = 1
-    made = rewrite_updates(
-        found.graph_module,
-        found.states,
-        found.num_outputs,
-        rows=rows,
-        assume_consecutive=frozenset(assume_consecutive),
-    )
-    if made is None:
-        rows = common_rows(found.states) or 1
-        made = rewrite_updates(
-            found.graph_module,
-            found.states,
-            found.num_outputs,
-            rows=rows,
-            assume_consecutive=frozenset(assume_consecutive),
-        )
-    assert made is not None
-    made = apply_user_operators(found.graph_module, made)
-    if strict and (refused := [state for state in made if not state.is_matched]):
+    # 5. Match writes and attention; put inplace::update, read and attention in their place.
+    captured, rows = _rewrite(functional, frozenset(assume_consecutive))
+    # 6. Call declared user operators on the states themselves.
+    captured = apply_user_operators(graph_module, captured)
+    if strict:
+        _refuse_unmatched(captured)
+    # 7. Drop what nothing uses any more.
+    drop_dead_assertions(graph_module.graph)
+    functional = replace(functional, graph_module=without_unused_attributes(graph_module))
+    # 8. Check that only operators use the states.
+    check_state_uses(functional.graph_module.graph, [state.name for state in captured])
+    # 9. Export again, with a dynamic number of slots.
+    exported = _export(functional, captured, rows)
+    return _described(exported, functional, original, captured, rows)
+
+
+def _check_slots_name_is_free(functional: FunctionalGraph) -> None:
+    if SLOTS in (*functional.inputs, *(state.name for state in functional.states)):
         raise BuildError(
-            "; ".join(f"state {state.tensor.source} is {state.reason}" for state in refused)
+            f"an input of the module is named {SLOTS!r}, which the graph needs for itself: give it "
+            f"another name"
         )
-    drop_dead_assertions(found.graph_module.graph)
-    found = replace(found, graph_module=without_unused_attributes(found.graph_module))
-    names = [state.name for state in made]
-    check_state_uses(found.graph_module.graph, names)
-    exported = _export(found, made, rows)
-    if unwritten := sorted(set(names) - set(written_states(exported.graph))):
+
+
+def _rewrite(
+    functional: FunctionalGraph, assume_consecutive: frozenset[str]
+) -> tuple[tuple[CapturedState, ...], int]:
+    """Rewrite the graph for one row, or for as many as the states' first axis counts.
+
+    Returns:
+        How each state is updated, and the number of rows.
+    """
+    common = common_rows(functional.states) or 1
+    for rows in (1, common):
+        captured = rewrite_updates(
+            functional.graph_module,
+            functional.states,
+            functional.num_outputs,
+            rows=rows,
+            assume_consecutive=assume_consecutive,
+        )
+        if captured is not None:
+            return captured, rows
+    raise BuildError("internal: the writes match neither with one row nor with several")
+
+
+def _refuse_unmatched(states: Sequence[CapturedState]) -> None:
+    if unmatched := [state for state in states if not state.is_matched]:
+        raise BuildError(
+            "; ".join(f"state {state.tensor.source} is {state.reason}" for state in unmatched)
+        )
+
+
+def _described(
+    exported: ExportedProgram,
+    functional: FunctionalGraph,
+    original: GraphModule,
+    states: tuple[CapturedState, ...],
+    rows: int,
+) -> ExportedCapture:
+    """The capture with the manifest's description of it."""
+    names = {state.name for state in states}
+    if unwritten := sorted(names - set(written_states(exported.graph))):
         raise BuildError(f"internal: the rewritten graph does not write {unwritten}")
+    lowering = tuple(
+        Lowering(state=state.name, kind=state.kind, reason=f"{state.pattern}: {state.reason}")
+        for state in states
+    )
+    aliases = tuple(
+        Alias(output=f"{state.name}_updated", input=state.name, kind=state.kind) for state in states
+    )
     return ExportedCapture(
         exported,
-        found.graph_module,
+        functional.graph_module,
         original,
-        found.inputs,
-        made,
+        functional.inputs,
+        states,
         rows,
-        tuple(
-            Lowering(state=state.name, kind=state.kind, reason=f"{state.pattern}: {state.reason}")
-            for state in made
-        ),
-        tuple(
-            Alias(output=f"{state.name}_updated", input=state.name, kind=state.kind)
-            for state in made
-        ),
+        lowering,
+        aliases,
     )
 
 
-def _export(found: FunctionalGraph, states: Sequence[CapturedState], rows: int) -> ExportedProgram:
-    """Export the rewritten graph as every other frontend does: dynamic slots, one signature."""
+def _export(
+    functional: FunctionalGraph, states: Sequence[CapturedState], rows: int
+) -> ExportedProgram:
+    """Export the rewritten graph as the other front-ends do: dynamic slots, one signature."""
     slots = Dim("slots", min=rows if any(state.kind == "user" for state in states) else 1)
+    names = [state.name for state in states]
     tensors = [torch.cat([state.bound_initial()] * 2) for state in states]
-    arguments = (*_example_arguments(found), torch.arange(rows, dtype=torch.int32), *tensors)
-    inputs, memory = _dynamic_shapes(found, [state.name for state in states])
+    arguments = (*_example_arguments(functional), torch.arange(rows, dtype=torch.int32), *tensors)
+    inputs, memory = _dynamic_shapes(functional, names)
     shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
         with torch.no_grad(), size_oblivious():
             exported = torch.export.export(
-                InterpretedModule(found.graph_module), arguments, dynamic_shapes=(shapes,)
+                InterpretedModule(functional.graph_module), arguments, dynamic_shapes=(shapes,)
             )
     except Exception as error:
         raise BuildError(
-            f"torch.export cannot capture the rewritten graph: {brief(error)}{example_hint(found.example_inputs)}"
+            f"torch.export cannot capture the rewritten graph: {brief(error)}"
+            f"{example_hint(functional.example_inputs)}"
         ) from error
-    rename_inputs(exported, [*found.inputs, SLOTS, *(state.name for state in states)])
+    rename_inputs(exported, [*functional.inputs, SLOTS, *names])
     remove_no_ops(exported)
     exported._example_inputs = None
     return exported
 
 
-def _example_arguments(found: FunctionalGraph) -> tuple[Any, ...]:
-    """The example inputs, with two entries where an extent that varies is 1, which torch.export takes for a constant in some operators."""
-    extents: dict[Any, list[tuple[int, int]]] = {}
+def _example_arguments(functional: FunctionalGraph) -> tuple[Any, ...]:
+    """The example inputs, with two entries where an extent varies that is 1 in the example.
+
+    torch.export takes such a 1 for a constant in some operators.
+    """
     values = {
-        node.name: node.meta["val"]
-        for node in found.graph_module.graph.nodes
-        if node.op == "placeholder"
+        name: node.meta["val"]
+        for name, node in placeholders_by_name(functional.graph_module.graph).items()
     }
-    for place, name in enumerate(found.inputs):
-        for axis, extent in enumerate(
-            values[name].shape if isinstance(values[name], Tensor) else ()
-        ):
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for place, name in enumerate(functional.inputs):
+        extents = values[name].shape if isinstance(values[name], Tensor) else ()
+        for axis, extent in enumerate(extents):
             if isinstance(extent, torch.SymInt):
-                extents.setdefault(extent.node.expr, []).append((place, axis))
-    examples = list(found.example_inputs)
-    taken = {symbol for state in found.states for symbol in _symbols(values.get(state.name))}
-    for expression, places in extents.items():
-        alone = (
+                places.setdefault(extent.node.expr, []).append((place, axis))
+    of_states = {
+        symbol for state in functional.states for symbol in _symbols(values.get(state.name))
+    }
+    ranges = functional.range_constraints
+    examples = list(functional.example_inputs)
+    for expression, where in places.items():
+        independent = (
             expression.is_Symbol
-            and expression not in taken
-            and not any(
-                expression in other.free_symbols for other in extents if other != expression
-            )
+            and expression not in of_states
+            and not any(expression in other.free_symbols for other in places if other != expression)
         )
-        if (
-            alone
-            and expression in found.range_constraints
-            and found.range_constraints[expression].upper >= 2
-        ):
-            for place, axis in places:
+        if independent and expression in ranges and ranges[expression].upper >= 2:
+            for place, axis in where:
                 if examples[place].shape[axis] == 1:
                     examples[place] = torch.cat([examples[place]] * 2, axis)
     return tuple(examples)
 
 
-def _symbols(held: Any) -> set[Any]:
+def _symbols(tensor: Any) -> set[Any]:
     """The symbols in a tensor's extents."""
     return {
         symbol
-        for extent in getattr(held, "shape", ())
+        for extent in getattr(tensor, "shape", ())
         if not isinstance(extent, int)
         for symbol in extent.node.expr.free_symbols
     }
 
 
 def _dynamic_shapes(
-    found: FunctionalGraph, states: Sequence[str]
+    functional: FunctionalGraph, states: Sequence[str]
 ) -> tuple[list[Any], list[dict[int, Any]]]:
-    """The dynamic extents of the inputs, and of the states in slots, as torch.export found them the first time."""
-    placeholders = {
-        node.name: node for node in found.graph_module.graph.nodes if node.op == "placeholder"
-    }
-    named: dict[Any, Any] = {}
+    """The dynamic extents of the inputs, and of the states, as the first export had them."""
+    placeholders = placeholders_by_name(functional.graph_module.graph)
+    dims: dict[Any, Any] = {}
     shapes: list[Any] = []
-    for name in found.inputs:
-        held = placeholders[name].meta.get("val")
-        if isinstance(held, torch.SymInt):
+    for name in functional.inputs:
+        example = placeholders[name].meta.get("val")
+        if isinstance(example, torch.SymInt):
             shapes.append(Dim.DYNAMIC)
-            continue
-        shapes.append(_dynamic_extents(held, found, named) or None)
+        else:
+            shapes.append(_dynamic_extents(example, functional, dims) or None)
     return shapes, [
-        _dynamic_extents(placeholders[name].meta["val"], found, named) for name in states
+        _dynamic_extents(value(placeholders[name]), functional, dims) for name in states
     ]
 
 
-def _dynamic_extents(held: Tensor, found: FunctionalGraph, named: dict[Any, Any]) -> dict[int, Any]:
-    """The extents of a tensor that vary."""
-    extents: list[Any] = list(held.shape)
+def _dynamic_extents(
+    tensor: Any, functional: FunctionalGraph, dims: dict[Any, Any]
+) -> dict[int, Any]:
+    """The extents of a tensor that vary, by axis; ``dims`` has one Dim for each symbol."""
     return {
-        axis: _dim(extent, found, named)
-        for axis, extent in enumerate(extents)
+        axis: _dim(extent, functional, dims)
+        for axis, extent in enumerate(tensor.shape)
         if not isinstance(extent, int)
     }
 
 
-def _dim(extent: torch.SymInt, found: FunctionalGraph, named: dict[Any, Any]) -> Any:
-    expression = extent.node.expr
-    if not expression.is_Symbol or expression not in found.range_constraints:
+def _dim(extent: torch.SymInt, functional: FunctionalGraph, dims: dict[Any, Any]) -> Any:
+    expression, ranges = extent.node.expr, functional.range_constraints
+    if not expression.is_Symbol or expression not in ranges:
         return Dim.AUTO
-    if expression not in named:
-        low, high = (
-            found.range_constraints[expression].lower,
-            found.range_constraints[expression].upper,
-        )
-        limit = (
-            int(high)
-            if getattr(high, "is_Integer", isinstance(high, int)) and int(high) < 2**62
-            else None
-        )
-        named[expression] = Dim(str(expression), min=int(low), max=limit)
-    return named[expression]
+    if expression not in dims:
+        low, high = ranges[expression].lower, ranges[expression].upper
+        is_number = getattr(high, "is_Integer", isinstance(high, int))
+        limit = int(high) if is_number and int(high) < 2**62 else None
+        dims[expression] = Dim(str(expression), min=int(low), max=limit)
+    return dims[expression]

@@ -1,7 +1,8 @@
-"""Frontend for decoders as torch.export has them: one sequence and a static cache in, an engine over packed rows out.
+"""The front-end for exported decoders: one sequence and a static cache in, packed rows out.
 
-`transformers.integrations.executorch` exports decoders this way, and so do models of other libraries. The graph says one sequence; what
-is proved about it (`passes.packed`) makes it one of many.
+`transformers.integrations.executorch` exports decoders this way, and so do other libraries. The
+graph steps one sequence; what is proved about it (`inplace_builder.packing.prove`) makes it one
+that steps several.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from inplace_builder.capture.capture import Capture, Reference, complete_program
+from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.decoder import (
     CONTROL_ROLES,
     TOKEN_IDS,
@@ -26,6 +27,7 @@ from inplace_builder.capture.decoder import (
 )
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.nodes import dtype, shape
+from inplace_builder.graph.passes import drop_dead_assertions, normalise_assignments
 from inplace_builder.graph.reexport import (
     InterpretedModule,
     copy_module,
@@ -36,15 +38,9 @@ from inplace_builder.graph.reexport import (
 from inplace_builder.packing.pack import pack_rows, relax_views
 from inplace_builder.packing.prove import ProvenDecoder, prove_decoder
 from inplace_builder.states.divide import divide_states
-from inplace_builder.states.lift import (
-    FunctionalGraph,
-    drop_dead_assertions,
-    lift_mutated_buffers,
-    normalise_assignments,
-)
+from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
 
-MAX_CACHED_SEQUENCES = 3
-"""Sequences of which a reference remembers the caches, beside the last."""
+INPUT_NAMES = (TOKEN_IDS, *(role.value for role in CONTROL_ROLES))
 
 
 def capture_exported_decoder(
@@ -58,57 +54,91 @@ def capture_exported_decoder(
 ) -> Capture:
     """Capture a decoder of one sequence for an engine that steps several, each at its own position.
 
-    The module takes token ids ``[1, tokens]`` (int64) and the positions of its steps, keeps keys and values in caches ``[1, kv_heads,
-    capacity, dim]``, inputs or buffers that it writes (one of each layer, or parts of one tensor, ``cache[layer]``), and returns scores
-    ``[1, tokens, vocabulary]``, or those of the last token; ``tokens`` is 1 or dynamic; the engine takes chunks of several tokens in both
-    cases. What it mutates beside caches may only say where a step starts, and the program has none of it: the runtime says for each row
-    where it writes.
+    The module takes token ids ``[1, tokens]`` (int64) and the positions of its steps. It keeps keys
+    and values in caches ``[1, kv_heads, capacity, dim]``: inputs or buffers that it writes, one of
+    each for a layer, or parts of one tensor, ``cache[layer]``. It returns scores
+    ``[1, tokens, vocab_size]``, or those of the last token. ``tokens`` is 1 or dynamic; the engine
+    takes chunks of several tokens in both cases. Beside caches it may only mutate the position
+    where a step starts. The program does not have it: the runtime gives each row's position.
 
     Args:
         module: the module, or ``torch.export.export`` of it.
-        options: what to build for; its capacity is at most that of the module's caches. A layer that attends in a window keeps
-            ``window + chunk - 1`` positions where that is less.
+        options: what to build for; its capacity is at most that of the module's caches. A layer
+            that attends in a window keeps ``window + chunk - 1`` positions if that is less.
         example_inputs: positional arguments of the module, as for torch.export.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: keyword arguments of the module.
-        assume_consecutive: integer inputs ``[tokens]`` that are always consecutive positions: the caller's promise.
+        assume_consecutive: integer inputs ``[tokens]`` that are always consecutive positions. The
+            caller vouches for it; it is not checked.
 
     Returns:
-        What `capture_decoder` returns for a Hugging Face model: the same inputs, outputs and roles, for every engine and the server.
+        The same as `capture_decoder` returns for a Hugging Face model: the same inputs, outputs and
+        roles, for every engine and the server.
 
     Raises:
-        BuildError: torch.export cannot capture the module, or it is not proved that tokens of several sequences may lie behind one another:
-            an attention that is not causal or windowed over its own cache, an operator that mixes tokens, a state that is no cache.
+        BuildError: torch.export cannot capture the module, or it is not proved that tokens of
+            several sequences may be packed: an attention is not causal or windowed over its own
+            cache, an operator mixes tokens, or a state is no cache.
     """
-    found = lift_mutated_buffers(
+    # 1. Export the module and make it a function: what it mutates goes in and comes out.
+    functional = lift_mutated_buffers(
         module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )
-    if unknown := sorted(set(assume_consecutive) - set(found.inputs)):
-        raise BuildError(
-            f"assume_consecutive names {unknown}, which are no inputs; the inputs are {list(found.inputs)}"
-        )
-    graph = found.graph_module.graph
-    original = copy_module(found.graph_module)
-    normalise_assignments(graph, found.num_outputs)
-    found = replace(
-        found,
-        states=divide_states(
-            found.graph_module, original, found.states, found.num_outputs, alignment=1
-        ),
-    )
-    decoder = prove_decoder(
-        found.graph_module, found.states, found.num_outputs, frozenset(assume_consecutive)
-    )
+    functional.check_assumed(assume_consecutive)
+    graph_module, num_outputs = functional.graph_module, functional.num_outputs
+    # 2. Keep a copy as it is: the reference to verify against.
+    original = copy_module(graph_module)
+    # 3. Replace copies into slices by the values that are assigned.
+    normalise_assignments(graph_module.graph, num_outputs)
+    # 4. Divide tensors that hold the caches of several layers.
+    states = divide_states(graph_module, original, functional.states, num_outputs, alignment=1)
+    functional = replace(functional, states=states)
+    # 5. Prove that the graph is a decoder whose tokens may be packed.
+    decoder = prove_decoder(graph_module, states, num_outputs, frozenset(assume_consecutive))
     caches = _layer_caches(decoder, options)
-    states = cache_states(caches, options)
-    vocabulary, scores = decoder.vocabulary, int(shape(decoder.logits)[-1])
-    reference = _reference(original, found, decoder)
-    names = [TOKEN_IDS, *(role.value for role in CONTROL_ROLES)]
+    cache_specs = cache_states(caches, options)
+    program = decoder_program(decoder.vocab_size, int(shape(decoder.logits)[-1]), options)
+    reference = _SequenceReference(original, functional, decoder)
+    # 6. Rewrite it to packed rows, and drop what nothing uses any more.
     packed = pack_rows(
-        decoder, names, [state.name for state in states], [cache.ring(options) for cache in caches]
+        decoder,
+        INPUT_NAMES,
+        [spec.name for spec in cache_specs],
+        [cache.is_ring(options) for cache in caches],
     )
     drop_dead_assertions(packed.graph)
-    examples = StepExamples(options, states)
+    # 7. Export it again, with dynamic numbers of tokens, rows and slots.
+    exported = _export_packed(packed, StepExamples(options, cache_specs))
+    # 8. Clean the graph, check it against the description, read off what it writes.
+    program, lowering = complete_program(exported, program, cache_specs)
+    return Capture(
+        exported,
+        program,
+        cache_specs,
+        options.capacity,
+        caches[0].dtype,
+        lowering,
+        reference,
+        options.dynamic_min_capacity,
+    )
+
+
+def _layer_caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[LayerCache]:
+    caches = []
+    for match in decoder.attentions:
+        keys, values = shape(match.keys.base), shape(match.values.base)
+        if options.capacity > keys[2]:
+            raise BuildError(
+                f"a capacity of {options.capacity} is more than the {keys[2]} positions of the "
+                f"module's caches, for which its attention was proved; choose at most {keys[2]}, "
+                f"or export it with larger caches"
+            )
+        element_type = Dtype.of(dtype(match.keys.base))
+        caches.append(LayerCache(keys[1], keys[3], values[3], element_type, window=match.window))
+    return caches
+
+
+def _export_packed(packed: GraphModule, examples: StepExamples) -> ExportedProgram:
     arguments = (*examples.inputs(), *examples.memory())
     shapes = ((*examples.input_shapes(), *examples.memory_shapes()),)
     try:
@@ -121,89 +151,84 @@ def capture_exported_decoder(
             )
     except Exception as error:
         raise BuildError(f"torch.export cannot capture the packed graph: {brief(error)}") from error
-    rename_inputs(exported, [*names, *(state.name for state in states)])
-    program, lowering = complete_program(
-        exported, decoder_program(vocabulary, scores, options), states
-    )
-    return Capture(
-        exported,
-        program,
-        states,
-        options.capacity,
-        caches[0].dtype,
-        lowering,
-        reference,
-        options.dynamic_min_capacity,
-    )
+    rename_inputs(exported, [*INPUT_NAMES, *(spec.name for spec in examples.states)])
+    return exported
 
 
-def _layer_caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[LayerCache]:
-    found = []
-    for one in decoder.attentions:
-        keys, values = shape(one.keys.base), shape(one.values.base)
-        if options.capacity > keys[2]:
-            raise BuildError(
-                f"a capacity of {options.capacity} is more than the {keys[2]} positions of the module's caches, for which its attention "
-                f"was proved; choose at most {keys[2]}, or export it with larger caches"
-            )
-        found.append(
-            LayerCache(
-                keys[1], keys[3], values[3], Dtype.of(dtype(one.keys.base)), window=one.window
-            )
-        )
-    return found
+MAX_CACHED_SEQUENCES = 4
+"""Token sequences whose caches a reference remembers."""
 
 
-def _reference(module: GraphModule, found: FunctionalGraph, decoder: ProvenDecoder) -> Reference:
-    """The module itself on one sequence, from empty caches; token by token where it takes no more."""
-    start = decoder.attentions[0].start
-    assert start.source is not None
-    ids, source, several = decoder.ids.name, start.source.name, decoder.num_tokens != 1
-    packed_axis = decoder.token_axes.axis_of[decoder.ids] if len(shape(decoder.ids)) == 2 else None
-    positions = next(
-        (
-            value
-            for name, value in zip(found.inputs, found.example_inputs, strict=True)
-            if name == source
-        ),
-        None,
-    )
+class _SequenceReference:
+    """The module itself on one sequence, from empty caches: a `Reference`.
 
-    seen: list[tuple[list[int], list[Tensor]]] = []
-    """What caches held after some tokens: a module of one token a step is not stepped through them again."""
+    A module that takes one token a step is stepped token by token. It remembers what the caches
+    held after the last sequences, so that one that continues them is not stepped from the start.
 
-    def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    Args:
+        module: takes the inputs and the states, returns scores and the states' new values.
+        functional: its inputs and states.
+        decoder: what is proved about it.
+    """
+
+    def __init__(
+        self, module: GraphModule, functional: FunctionalGraph, decoder: ProvenDecoder
+    ) -> None:
+        start = decoder.attentions[0].start
+        assert start.source is not None
+        self._module, self._functional = module, functional
+        self._ids, self._ids_rank = decoder.ids.name, len(shape(decoder.ids))
+        self._token_axis = decoder.token_axes.axis_of[decoder.ids]
+        self._position_input, self._offset = start.source.name, start.offset
+        self._takes_several = decoder.num_tokens != 1
+        self._cached: list[tuple[list[int], list[Tensor]]] = []
+
+    def __call__(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The outputs of the last request."""
         tokens = torch.cat([request[TOKEN_IDS] for request in requests])
-        before = (
-            one
-            for one in seen
-            if len(one[0]) < len(tokens) and one[0] == tokens[: len(one[0])].tolist()
-        )
-        known, memory = max(
-            before,
-            key=lambda one: len(one[0]),
-            default=([], [state.initial for state in found.states]),
-        )
-        scores: Any = None
-        for first in range(len(known), len(tokens), len(tokens) if several else 1):
-            chunk = tokens if several else tokens[first : first + 1]
-            given = {ids: chunk if packed_axis is None else chunk.unsqueeze(1 - packed_axis)}
-            if isinstance(positions, Tensor):
-                now = first - start.offset
-                given[source] = (
-                    torch.arange(now, now + len(chunk), dtype=positions.dtype)
-                    if several
-                    else torch.full_like(positions, now)
-                )
-            arguments = [
-                given.get(name, value)
-                for name, value in zip(found.inputs, found.example_inputs, strict=True)
-            ]
-            with torch.no_grad():
-                scores, *memory = module(*arguments, *memory)
-        if not several:
-            seen[:] = [*seen[-MAX_CACHED_SEQUENCES:], (tokens.tolist(), memory)]
+        if self._takes_several:
+            scores, _ = self._step(tokens, 0, self._initial_states())
+        else:
+            scores = self._step_one_by_one(tokens)
         last = scores.reshape(-1, scores.shape[-1])[-1].float()
         return {"next_token": last.argmax(-1, keepdim=True), "logits": last}
 
-    return reference
+    def _initial_states(self) -> list[Tensor]:
+        return [state.initial for state in self._functional.states]
+
+    def _step_one_by_one(self, tokens: Tensor) -> Tensor:
+        prefixes = [
+            (known, memory)
+            for known, memory in self._cached
+            if len(known) < len(tokens) and known == tokens[: len(known)].tolist()
+        ]
+        known, memory = max(
+            prefixes, key=lambda prefix: len(prefix[0]), default=([], self._initial_states())
+        )
+        scores: Any = None
+        for position in range(len(known), len(tokens)):
+            scores, memory = self._step(tokens[position : position + 1], position, memory)
+        self._cached.append((tokens.tolist(), memory))
+        del self._cached[:-MAX_CACHED_SEQUENCES]
+        assert isinstance(scores, Tensor)
+        return scores
+
+    def _step(
+        self, tokens: Tensor, position: int, memory: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Scores, and the new values of the states, after tokens from a position on."""
+        given = {self._ids: tokens}
+        if self._ids_rank == 2:
+            given[self._ids] = tokens.unsqueeze(1 - self._token_axis)
+        inputs = dict(zip(self._functional.inputs, self._functional.example_inputs, strict=True))
+        positions = inputs.get(self._position_input)
+        if isinstance(positions, Tensor):
+            start = position - self._offset
+            given[self._position_input] = (
+                torch.arange(start, start + len(tokens), dtype=positions.dtype)
+                if self._takes_several
+                else torch.full_like(positions, start)
+            )
+        with torch.no_grad():
+            scores, *memory = self._module(*(inputs | given).values(), *memory)
+        return scores, memory

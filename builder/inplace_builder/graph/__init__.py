@@ -1,1 +1,1 @@
-"""Operations on `torch.fx` graphs that every capture route shares."""
+"""Questions about ``torch.fx`` graphs and passes over them that every capture route shares."""

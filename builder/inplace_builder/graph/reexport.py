@@ -1,4 +1,4 @@
-"""Exporting a graph again after it was changed."""
+"""Exporting a graph again after it was rewritten."""
 
 import contextlib
 import itertools
@@ -13,12 +13,15 @@ from inplace_builder.graph.nodes import copy_graph
 
 
 def copy_module(module: GraphModule) -> GraphModule:
-    """The same graph and tensors, to keep while the first is rewritten."""
+    """A copy of the graph over the same tensors, to keep while the first is rewritten."""
     return GraphModule(module, copy_graph(module.graph))
 
 
 def without_unused_attributes(module: GraphModule) -> GraphModule:
-    """The same graph over the attributes that it still uses: a mask that became `inplace::attention` needs no memory."""
+    """The same graph, with only the attributes that it still uses.
+
+    A mask that became a part of `inplace::attention` then needs no memory.
+    """
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     return GraphModule(
         {target: torch.fx.graph_module._get_attr(module, target) for target in used}, module.graph
@@ -33,13 +36,16 @@ class InterpretedModule(torch.nn.Module):
         self.body = graph_module
 
     def forward(self, *arguments: Any) -> Any:
-        """Run the graph; its arguments and results."""
+        """Run the graph."""
         with torch.fx.traceback.preserve_node_meta():
             return Interpreter(self.body).run(*arguments)
 
 
 def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
-    """Give the placeholders back their names, which a variadic forward loses; whatever else has such a name gets another."""
+    """Give the placeholders these names, in place: a variadic ``forward`` loses them.
+
+    Another node that has one of the names gets a new one.
+    """
     signature, nodes = exported.graph_signature, {node.name: node for node in exported.graph.nodes}
     inputs = [nodes[name] for name in signature.user_inputs]
 
@@ -52,21 +58,19 @@ def rename_inputs(exported: ExportedProgram, names: Sequence[str]) -> None:
         if node.op == "placeholder":
             node.target = new
 
-    free = (f"_{number}" for number in itertools.count())
+    suffixes = (f"_{number}" for number in itertools.count())
     taken = {*nodes, *names}
     for node in nodes.values():
         if node.name in names:
-            rename(
-                node,
-                next(other for suffix in free if (other := f"{node.name}{suffix}") not in taken),
-            )
+            free = (node.name + suffix for suffix in suffixes if node.name + suffix not in taken)
+            rename(node, next(free))
     for node, name in zip(inputs, names, strict=True):
         rename(node, name)
     exported.graph_module.recompile()
 
 
 def size_oblivious() -> contextlib.AbstractContextManager[None]:
-    """Export without treating an extent of 0 or 1 as special: one graph for one row and for many."""
+    """Export without special treatment of extents 0 and 1: one graph for one row and for many."""
     config: Any = torch.fx.experimental._config
     patched: contextlib.AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
     return patched

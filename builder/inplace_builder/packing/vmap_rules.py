@@ -1,6 +1,7 @@
-"""What `torch.vmap` makes of the operators on states: one row of each of a batch of calls becomes a row of one call.
+"""Batching rules for `torch.vmap`: of the operators on states, and of what torch has no rule for.
 
-States are never batched: each call has the whole arena, and its rows are slots of it.
+A batch of calls of one row each becomes one call of many rows. States are never batched: every call
+has the whole arena, and its rows are slots of it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ Dims = tuple[int | None, ...]
 
 
 def _fold_calls(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """The calls' own entries behind one another: ``[calls, n, …]`` as ``[calls * n, …]``."""
+    """The entries of all calls on one axis: ``[calls, n, …]`` as ``[calls * n, …]``."""
     each = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return each.reshape(-1, *each.shape[2:])
 
@@ -32,8 +33,8 @@ def _check_states_shared(name: str, dims: tuple[int | None, ...]) -> None:
 
 def _read(info: Any, dims: Dims, state: Tensor, slots: Tensor) -> tuple[Tensor, int]:
     _check_states_shared("read", dims[:1])
-    found = inplace.read(state, _fold_calls(slots, dims[1], info.batch_size))
-    return found.unflatten(0, (info.batch_size, -1)), 0
+    rows = inplace.read(state, _fold_calls(slots, dims[1], info.batch_size))
+    return rows.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _update(
@@ -50,7 +51,8 @@ def _update(
     _check_states_shared("update", dims[:1])
     if row_offsets is not None:
         raise RuntimeError(
-            f"{NAMESPACE}::update of packed rows has no batching rule: it takes rows of different lengths already"
+            f"{NAMESPACE}::update of packed rows has no batching rule: it takes rows of different "
+            f"lengths already"
         )
     size = info.batch_size
     starts = None if write_indices is None else _fold_calls(write_indices, dims[4], size)
@@ -82,7 +84,8 @@ def _attention(
     _check_states_shared("attention", dims[3:5])
     if dims[6] is not None or slots.dim() - (dims[5] is not None) != 1:
         raise RuntimeError(
-            f"{NAMESPACE}::attention over calls whose rows have different lengths has no batching rule"
+            f"{NAMESPACE}::attention over calls whose rows have different lengths has no batching "
+            f"rule"
         )
     size = info.batch_size
     tokens = [
@@ -93,8 +96,8 @@ def _attention(
     each = query.shape[0] if dims[0] is None else query.movedim(dims[0], 0).shape[1]
     offsets = torch.arange(size + 1, dtype=row_offsets.dtype, device=row_offsets.device) * each
     rows = (_fold_calls(slots, dims[5], size), offsets, _fold_calls(write_indices, dims[7], size))
-    found = inplace.attention(*tokens, key_state, value_state, *rows, **options)
-    return found.unflatten(0, (size, -1)), 0
+    out = inplace.attention(*tokens, key_state, value_state, *rows, **options)
+    return out.unflatten(0, (size, -1)), 0
 
 
 for _name, _rule in (("read", _read), ("update", _update), ("attention", _attention)):
@@ -106,14 +109,14 @@ Pair = Sequence[Tensor]
 
 def _lstm_cell(
     x: Tensor,
-    held: Pair,
+    state: Pair,
     w_x: Tensor,
     w_h: Tensor,
     b_x: Tensor | None = None,
     b_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `torch.nn.LSTMCell` documents it."""
-    hidden, cell = held
+    hidden, cell = state
     i, f, g, o = (F.linear(x, w_x, b_x) + F.linear(hidden, w_h, b_h)).chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     return o.sigmoid() * cell.tanh(), cell
@@ -154,13 +157,16 @@ def _layer_norm(
 
 
 def _matmul(one: Tensor, other: Tensor) -> Tensor:
-    """As `torch.matmul` documents it, by one batched product: torch's own rule asks for extents that vary here."""
+    """As `torch.matmul` documents it, by one batched product.
+
+    torch's own rule compares extents that vary here.
+    """
     a, b = one if one.dim() > 1 else one[None], other if other.dim() > 1 else other[:, None]
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     flat = [x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b)]
-    found = torch.bmm(*flat).reshape(*batch, a.shape[-2], b.shape[-1])
-    found = found if one.dim() > 1 else found.squeeze(-2)
-    return found if other.dim() > 1 else found.squeeze(-1)
+    product = torch.bmm(*flat).reshape(*batch, a.shape[-2], b.shape[-1])
+    product = product if one.dim() > 1 else product.squeeze(-2)
+    return product if other.dim() > 1 else product.squeeze(-1)
 
 
 def _sdpa(
@@ -174,7 +180,10 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As `torch.nn.functional.scaled_dot_product_attention` documents it; a query that may see nothing says 0."""
+    """As `torch.nn.functional.scaled_dot_product_attention` documents it.
+
+    A query that sees nothing returns 0.
+    """
     if dropout:
         raise RuntimeError("attention with dropout is random: call eval() on the module first")
     if enable_gqa:
@@ -199,4 +208,4 @@ DECOMPOSITIONS: dict[Any, Any] = {
     torch.ops.aten.gru_cell.default: _gru_cell,
     torch.ops.aten.layer_norm.default: _layer_norm,
 }
-"""Operators for which torch has no batching rule, or one that fixes the number of calls."""
+"""What replaces operators that torch has no batching rule for, or one that fixes the batch size."""

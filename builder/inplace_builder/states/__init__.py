@@ -1,1 +1,1 @@
-"""From a captured module to a graph whose states are touched by the operators on states alone."""
+"""Which tensors a module keeps and mutates, and how its graph comes to update them in place."""

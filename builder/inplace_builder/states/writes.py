@@ -1,6 +1,8 @@
-"""Which writes into a state are `inplace::update` with an index.
+"""Which writes into a state become `inplace::update` with an index.
 
-A state's new value as a chain of recognised writes into the state.
+A functional graph makes a new version of a state with each write: ``index_copy``, ``slice_scatter``
+and the like. `match_write` matches one such write, or refuses it with a reason. `find_write_chains`
+follows each state's new value back to the state itself, one write at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +12,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from inplace_builder.graph.nodes import AnyNode, as_node, is_call, shape, value
+from inplace_builder.graph.nodes import (
+    AnyNode,
+    argument,
+    as_node,
+    is_call,
+    placeholders_by_name,
+    returned_values,
+    shape,
+    value,
+)
 from inplace_builder.states.indices import (
     constant_tensor,
     is_consecutive,
@@ -24,21 +35,23 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Write:
-    """One recognised write.
+    """One matched write.
 
     Attributes:
         node: the new version of the state.
         base: the version before it.
-        pattern: which pattern it is.
+        pattern: the name of the pattern.
         axis: the axis of the module's own tensor that is written along.
-        count: entries written, an extent (dynamic ones are symbolic).
-        start: where: a Python number, a symbolic one, or an integer tensor whose first entry it is (``per_row``: entries ``[rows]``).
-        wraps_negative: a negative start counts from the end.
-        skips_out_of_range: a start outside the axis writes nothing (a mask); otherwise it is an error.
+        count: entries written, an extent (a dynamic one is symbolic).
+        start: where: a Python number, a symbolic one, or an integer tensor. Its first entry counts,
+            or, if ``per_row``, each of its entries ``[rows]``.
         value: the tensor, or the number, that is written.
-        value_shape: what the value is expanded to before ``unsqueeze``; None where it is as wanted.
-        missing_axis: the axis that the value lacks; None where it has it.
-        per_row: the start differs between rows.
+        wraps_negative: a negative start counts from the end.
+        skips_out_of_range: a start outside the axis writes nothing (a mask); else it is an error.
+        value_shape: what the value is expanded to before it gets its missing axis; None if it has
+            that shape.
+        missing_axis: the axis that the value lacks; None if it has all.
+        per_row: each row has a start of its own.
     """
 
     node: Node
@@ -57,7 +70,13 @@ class Write:
 
 @dataclass(frozen=True)
 class WriteRefusal:
-    """A write that no pattern covers."""
+    """A write that no pattern covers.
+
+    Attributes:
+        node: the new version of the tensor.
+        base: the version before it.
+        reason: why, in words.
+    """
 
     node: Node
     base: Node
@@ -66,12 +85,12 @@ class WriteRefusal:
 
 @dataclass(frozen=True)
 class MatchContext:
-    """What a pattern is asked about a node.
+    """What patterns need to know beside a node.
 
     Attributes:
         module: the graph's module, for constants.
-        rows: rows of the state's first axis, if it counts them.
-        assume_consecutive: inputs that the caller promises to be consecutive positions.
+        rows: rows of the first axis of the states, if it counts rows; else 1.
+        assume_consecutive: inputs that the caller states to be consecutive positions.
     """
 
     module: GraphModule
@@ -79,23 +98,22 @@ class MatchContext:
     assume_consecutive: frozenset[str]
 
 
-def match_write(node: AnyNode, question: MatchContext) -> Write | WriteRefusal | None:
-    """The write that makes this version of a state, a refusal with its reason, or None where nothing is written into a part of a tensor."""
+def match_write(node: AnyNode, context: MatchContext) -> Write | WriteRefusal | None:
+    """Match the write whose result a node is.
+
+    Returns:
+        A refusal if no pattern covers it; None if nothing is written into a part of a tensor.
+    """
     if not isinstance(node, Node) or node.op != "call_function":
         return None
     pattern = _PATTERNS.get(node.target)
-    return None if pattern is None else pattern(node, question)
+    return None if pattern is None else pattern(node, context)
 
 
-def _argument(node: Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _slice_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
-    base, new = node.args[0], node.args[1]
-    assert isinstance(base, Node)
-    axis = _argument(node, 2, "dim", 0) % len(shape(node))
-    start, step = _argument(node, 3, "start", None), _argument(node, 5, "step", 1)
+def _slice_scatter(node: Node, context: MatchContext) -> Write | WriteRefusal:
+    base, new = as_node(node.args[0]), as_node(node.args[1])
+    axis = argument(node, 2, "dim", 0) % len(shape(node))
+    start, step = argument(node, 3, "start", None), argument(node, 5, "step", 1)
     if step != 1:
         return WriteRefusal(
             node, base, f"a slice of step {step}: an append writes consecutive entries"
@@ -111,16 +129,16 @@ def _slice_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
         base,
         "slice_scatter",
         axis,
-        shape(as_node(new))[axis],
+        shape(new)[axis],
         start,
         new,
         wraps_negative=not isinstance(start, int),
     )
 
 
-def _select_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
-    base, new, axis, index = node.args[0], node.args[1], node.args[2], node.args[3]
-    assert isinstance(base, Node) and isinstance(axis, int)
+def _select_scatter(node: Node, context: MatchContext) -> Write | WriteRefusal:
+    base, new, axis, index = as_node(node.args[0]), node.args[1], node.args[2], node.args[3]
+    assert isinstance(axis, int)
     axis %= len(shape(node))
     if isinstance(index, int) and index < 0:
         if not isinstance(shape(base)[axis], int):
@@ -141,24 +159,32 @@ def _select_scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
     )
 
 
-def _index_copy(node: Node, question: MatchContext) -> Write | WriteRefusal:
+def _index_copy(node: Node, context: MatchContext) -> Write | WriteRefusal:
     base, axis, index, new = node.args
-    assert isinstance(base, Node) and isinstance(axis, int)
-    axis %= len(shape(node))
-    found = _indexed(
-        node, base, "index_copy", axis, as_node(index), new, None, question, wraps=False
+    assert isinstance(axis, int)
+    write = _write_at_index(
+        node,
+        as_node(base),
+        "index_copy",
+        axis % len(shape(node)),
+        as_node(index),
+        new,
+        None,
+        context,
+        wraps_negative=False,
     )
-    if isinstance(found, Write) and not shape(as_node(new)):  # one entry of a state of one axis
-        return replace(found, value_shape=(1,))
-    return found
+    # one entry of a state of one axis is written as a scalar
+    if isinstance(write, Write) and not shape(as_node(new)):
+        return replace(write, value_shape=(1,))
+    return write
 
 
-def _index_put(node: Node, question: MatchContext) -> Write | WriteRefusal:
-    base, indices, new = node.args[:3]
-    assert isinstance(base, Node) and isinstance(indices, list | tuple)
-    if _argument(node, 3, "accumulate", False):
+def _index_put(node: Node, context: MatchContext) -> Write | WriteRefusal:
+    base, indices, new = as_node(node.args[0]), node.args[1], node.args[2]
+    assert isinstance(indices, list | tuple)
+    if argument(node, 3, "accumulate", False):
         return WriteRefusal(
-            node, base, "index_put that accumulates: an append replaces what was there"
+            node, base, "index_put that accumulates: an append replaces the old entries"
         )
     given = [(axis, as_node(index)) for axis, index in enumerate(indices) if index is not None]
     if any(value(index).dtype in (torch.bool, torch.uint8) for _, index in given):
@@ -168,24 +194,30 @@ def _index_put(node: Node, question: MatchContext) -> Write | WriteRefusal:
     extents = tuple(shape(base))
     if len(given) == 1:
         axis, index = given[0]
-        found = (*extents[:axis], *shape(index), *extents[axis + 1 :])
-        return _indexed(node, base, "index_put", axis, index, new, found, question, wraps=True)
+        value_shape = (*extents[:axis], *shape(index), *extents[axis + 1 :])
+        return _write_at_index(
+            node, base, "index_put", axis, index, new, value_shape, context, wraps_negative=True
+        )
     if len(given) == 2 and given[0][0] == 0:
-        return _put_in_rows(node, base, given, new, question)
+        return _index_put_by_row(node, base, given, new, context)
     return WriteRefusal(
         node,
         base,
-        f"index_put with {len(given)} indices on axes {[axis for axis, _ in given]}: an append has one position a row",
+        f"index_put with {len(given)} indices on axes {[axis for axis, _ in given]}: an append "
+        f"has one position a row",
     )
 
 
-def _put_in_rows(
-    node: Node, base: Node, given: list[tuple[int, Node]], new: Any, question: MatchContext
+def _index_put_by_row(
+    node: Node, base: Node, given: list[tuple[int, Node]], new: Any, context: MatchContext
 ) -> Write | WriteRefusal:
-    """``state[arange(rows), …, position] = new``: the indexed axes come first in what is written, so ``[rows, …]`` without the axis."""
+    """``state[arange(rows), …, position] = new``.
+
+    The indexed axes come first in the value: it is ``[rows, …]`` without the written axis.
+    """
     (_, rows), (axis, index) = given
     extents = tuple(shape(base))
-    order = constant_tensor(question.module, rows)
+    order = constant_tensor(context.module, rows)
     # one axis each: a column of rows would be broadcast with the positions to a grid
     if (
         order is None
@@ -202,8 +234,6 @@ def _put_in_rows(
         return WriteRefusal(
             node, base, "index_put with a number of positions that is not that of the rows"
         )
-    found = (extents[0], *extents[1:axis], *extents[axis + 1 :])
-    per_row = shape(index)[0] == extents[0] and extents[0] != 1
     return Write(
         node,
         base,
@@ -213,145 +243,118 @@ def _put_in_rows(
         index,
         new,
         wraps_negative=True,
-        value_shape=found,
+        value_shape=(extents[0], *extents[1:axis], *extents[axis + 1 :]),
         missing_axis=axis,
-        per_row=per_row,
+        per_row=shape(index)[0] == extents[0] and extents[0] != 1,
     )
 
 
-def _indexed(
+def _write_at_index(
     node: Node,
     base: Node,
     pattern: str,
     axis: int,
     index: Node,
     new: Any,
-    extents: tuple[Any, ...] | None,
-    question: MatchContext,
+    value_shape: tuple[Any, ...] | None,
+    context: MatchContext,
     *,
-    wraps: bool,
+    wraps_negative: bool,
 ) -> Write | WriteRefusal:
     """A write at the entries of one index along one axis."""
-    if len(shape(index)) > 1:
+    rank = len(shape(index))
+    if rank > 1:
         return WriteRefusal(
             node,
             base,
-            f"{pattern} with an index of rank {len(shape(index))}: an append has one position a row",
+            f"{pattern} with an index of rank {rank}: an append has one position a row",
         )
-    if not is_consecutive(question.module, index, question.assume_consecutive):
+    if not is_consecutive(context.module, index, context.assume_consecutive):
         return WriteRefusal(
             node,
             base,
-            f"{pattern} at several positions that are not provably consecutive (name an input of positions in assume_consecutive=)",
+            f"{pattern} at several positions that are not provably consecutive (if an input of "
+            f"positions is, name it in assume_consecutive=)",
         )
-    scalar = not shape(index)
-    missing = axis if scalar and extents is not None else None
-    count = 1 if scalar else shape(index)[0]
     return Write(
         node,
         base,
         pattern,
         axis,
-        count,
+        shape(index)[0] if rank else 1,
         index,
         new,
-        wraps_negative=wraps,
-        value_shape=extents,
-        missing_axis=missing,
+        wraps_negative=wraps_negative,
+        value_shape=value_shape,
+        missing_axis=axis if rank == 0 and value_shape is not None else None,
     )
 
 
-def _scatter(node: Node, question: MatchContext) -> Write | WriteRefusal:
+def _scatter(node: Node, context: MatchContext) -> Write | WriteRefusal:
     base, axis, index, new = node.args[:4]
-    assert isinstance(base, Node) and isinstance(axis, int)
+    base, index = as_node(base), as_node(index)
+    assert isinstance(axis, int)
     axis %= len(shape(base))
-    index = as_node(index)
-    wanted = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
-    if shape(index) != wanted:
+    entry = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
+    if shape(index) != entry:
         return WriteRefusal(
             node,
             base,
-            f"scatter with an index of {tuple(shape(index))}, where one position a row would be {wanted}",
+            f"scatter with an index of {tuple(shape(index))}; one position a row would be {entry}",
         )
-    if isinstance(new, Node) and shape(new) != wanted:
+    if isinstance(new, Node) and shape(new) != entry:
         return WriteRefusal(node, base, "scatter that takes a part of its source")
-    source, per_row = repeated_positions(index)
-    if source is None:
+    positions, per_row = repeated_positions(context.module, index)
+    if positions is None:
         return WriteRefusal(
             node,
             base,
             "scatter whose index is not one position a row, repeated over the other axes",
         )
-    per_row = per_row and wanted[0] != 1
-    extents = None if isinstance(new, Node) else wanted
-    return Write(node, base, "scatter", axis, 1, source, new, value_shape=extents, per_row=per_row)
+    return Write(
+        node,
+        base,
+        "scatter",
+        axis,
+        1,
+        positions,
+        new,
+        value_shape=None if isinstance(new, Node) else entry,
+        per_row=per_row and entry[0] != 1,
+    )
 
 
-def _where(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
+def _where(node: Node, context: MatchContext) -> Write | WriteRefusal | None:
     mask, yes, no = node.args
-    assert isinstance(mask, Node)
     for base, new, positive in ((no, yes, True), (yes, no, False)):
-        found = match_one_hot(mask, base, question.module, positive=positive)
-        if found is None:
+        match = match_one_hot(context.module, as_node(mask), base, positive=positive)
+        if match is None:
             continue
-        axis, index, per_row = found
-        extents = tuple(
-            1 if place == axis else extent for place, extent in enumerate(shape(as_node(base)))
-        )
+        base = as_node(base)
+        axis, index, per_row = match
+        entry = tuple(1 if place == axis else extent for place, extent in enumerate(shape(base)))
         own = tuple(shape(new)) if isinstance(new, Node) else ()
-        if len(own) >= len(extents) - axis and own[len(own) - len(extents) + axis] != 1:
-            return WriteRefusal(
-                node, as_node(base), "where with a value that differs along the masked axis"
-            )
+        if len(own) >= len(entry) - axis and own[len(own) - len(entry) + axis] != 1:
+            return WriteRefusal(node, base, "where with a value that differs along the masked axis")
         return Write(
             node,
-            as_node(base),
+            base,
             "where",
             axis,
             1,
             index,
             new,
             skips_out_of_range=True,
-            value_shape=extents,
+            value_shape=entry,
             per_row=per_row,
         )
     return None
 
 
-def is_rolling_window(result: Node, placeholder: Node) -> bool:
-    """Whether a state's new value is the state without its oldest entries, and new ones behind: ``cat([state[n:], new])``."""
-    if (
-        not is_call(result, aten.cat.default)
-        or not isinstance(result.args[0], list | tuple)
-        or len(result.args[0]) != 2
-    ):
-        return False
-    axis = _argument(result, 1, "dim", 0)
-    kept = result.args[0][0]
-    if (
-        not isinstance(kept, Node)
-        or not is_call(kept, aten.slice.Tensor)
-        or kept.args[0] is not placeholder
-        or not isinstance(axis, int)
-    ):
-        return False
-    extent = shape(placeholder)[axis]
-    end = _argument(kept, 3, "end", None)
-    whole = end is None or (isinstance(end, int) and end >= extent)
-    return (
-        _argument(kept, 1, "dim", 0) == axis % len(shape(placeholder))
-        and _argument(kept, 4, "step", 1) == 1
-        and whole
-    )
-
-
-def _unmatched_partial_write(node: Node, question: MatchContext) -> WriteRefusal:
-    base = node.args[0]
-    assert isinstance(base, Node)
+def _unmatched_partial_write(node: Node, context: MatchContext) -> WriteRefusal:
+    name = str(node.target).split(".")[1]
     return WriteRefusal(
-        node,
-        base,
-        f"{str(node.target).split('.')[1]} writes a part of it in a way that no pattern follows",
+        node, as_node(node.args[0]), f"{name} writes a part of it in a way that no pattern covers"
     )
 
 
@@ -367,7 +370,7 @@ _PARTIAL_WRITES = (
     aten.scatter_add.default,
     aten.scatter_reduce.two,
 )
-"""Operators that change a part of a tensor in a way that an append does not."""
+"""Operators that change a part of a tensor and are no append."""
 
 
 _PATTERNS: dict[Any, Callable[[Node, MatchContext], Write | WriteRefusal | None]] = {
@@ -384,13 +387,13 @@ _PATTERNS: dict[Any, Callable[[Node, MatchContext], Write | WriteRefusal | None]
 
 @dataclass(frozen=True)
 class WriteChain:
-    """The recognised writes of one state, first to last; none where its whole value is computed anew.
+    """The matched writes of one state, first to last; none if its whole value is computed anew.
 
     Attributes:
         writes: the writes.
         refusal: why the state is rewritten whole although only a part of it was written.
-        is_window: the whole value is the state shifted by what is new.
-        needs_rows: it would be recognised if the first axis counted rows.
+        is_window: the new value is the old one shifted, with new entries at the end.
+        needs_rows: it would match if the first axis counted rows.
     """
 
     writes: tuple[Write, ...] = ()
@@ -399,67 +402,106 @@ class WriteChain:
     needs_rows: bool = False
 
 
-def find_write_chain(
-    placeholder: Node, result: Node, found: StateTensor, question: MatchContext
-) -> WriteChain:
-    """Follow a state's new value back to the state itself, one write at a time."""
-    writes: list[Write] = []
-    current = result
-    while current is not placeholder:
-        if is_call(current, aten.clone.default):  # the same value
-            current = as_node(current.args[0])
-            result = current if not writes else result
-            continue
-        step = match_write(current, question)
-        if step is None:
-            partial = next(
-                (write for write in writes if _depends_on(write.base, placeholder)), None
-            )
-            if (
-                partial is None
-                and (turned := _transposed_write(current, question)) is not None
-                and _depends_on(turned.base, placeholder)
-            ):
-                because = "a part is written through a transposed view, where an update writes along an axis as it lies in memory"
-                return WriteChain(refusal=WriteRefusal(turned.node, turned.base, because))
-            if partial is None:
-                return WriteChain(is_window=is_rolling_window(result, placeholder))
-            because = (
-                f"what {partial.pattern} writes into is not the state itself but computed from it"
-            )
-            return WriteChain(refusal=WriteRefusal(partial.node, partial.base, because))
-        if isinstance(step, WriteRefusal):
-            return WriteChain(refusal=step) if _depends_on(step.base, placeholder) else WriteChain()
-        if (misfit := _why_no_update(step, found, question.rows)) is not None:
-            return WriteChain(
-                refusal=WriteRefusal(step.node, step.base, misfit),
-                needs_rows=step.per_row and question.rows == 1,
-            )
-        writes.append(step)
-        current = step.base
-    return WriteChain(tuple(reversed(writes)))
-
-
 def find_write_chains(
-    states: Sequence[StateTensor], outputs: int, question: MatchContext
+    states: Sequence[StateTensor], num_outputs: int, context: MatchContext
 ) -> list[WriteChain]:
-    """The chain of each state of a functional graph, which returns its outputs and then the states' new values."""
-    graph = question.module.graph
-    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    returned = graph.output_node().args[0]
-    assert isinstance(returned, tuple)
+    """The write chain of each state of a functional graph.
+
+    Args:
+        states: in the order of their new values.
+        num_outputs: how many outputs the graph returns before the states' new values.
+        context: the graph, and what is known of it.
+    """
+    graph = context.module.graph
+    placeholders = placeholders_by_name(graph)
+    new_values = returned_values(graph)[num_outputs:]
     return [
-        find_write_chain(placeholders[state.name], as_node(result), state, question)
-        for state, result in zip(states, returned[outputs:], strict=True)
+        find_write_chain(placeholders[state.name], as_node(new), state, context)
+        for state, new in zip(states, new_values, strict=True)
     ]
 
 
-def _transposed_write(node: Node, question: MatchContext) -> Write | WriteRefusal | None:
-    """The write whose result this is, with its axes in another order."""
+def find_write_chain(
+    placeholder: Node, new_value: Node, state: StateTensor, context: MatchContext
+) -> WriteChain:
+    """Follow a state's new value back to the state itself, one write at a time."""
+    writes: list[Write] = []
+    current = new_value
+    while current is not placeholder:
+        if is_call(current, aten.clone.default):  # the same value
+            current = as_node(current.args[0])
+            new_value = current if not writes else new_value
+            continue
+        write = match_write(current, context)
+        if write is None:
+            return _unmatched_chain(placeholder, new_value, current, writes, context)
+        if isinstance(write, WriteRefusal):
+            return WriteChain(refusal=write if _depends_on(write.base, placeholder) else None)
+        if (reason := _why_no_update(write, state, context.rows)) is not None:
+            return WriteChain(
+                refusal=WriteRefusal(write.node, write.base, reason),
+                needs_rows=write.per_row and context.rows == 1,
+            )
+        writes.append(write)
+        current = write.base
+    return WriteChain(tuple(reversed(writes)))
+
+
+def _unmatched_chain(
+    placeholder: Node,
+    new_value: Node,
+    current: Node,
+    writes: Sequence[Write],
+    context: MatchContext,
+) -> WriteChain:
+    """The chain of a state at whose version ``current`` no write is matched."""
+    partial = next((write for write in writes if _depends_on(write.base, placeholder)), None)
+    if partial is not None:
+        reason = f"{partial.pattern} writes into a tensor computed from it, not into the state"
+        return WriteChain(refusal=WriteRefusal(partial.node, partial.base, reason))
+    transposed = _transposed_write(current, context)
+    if transposed is not None and _depends_on(transposed.base, placeholder):
+        reason = (
+            "a part is written through a transposed view, and an update writes along an axis as "
+            "it lies in memory"
+        )
+        return WriteChain(refusal=WriteRefusal(transposed.node, transposed.base, reason))
+    return WriteChain(is_window=is_rolling_window(new_value, placeholder))
+
+
+def is_rolling_window(new_value: Node, placeholder: Node) -> bool:
+    """Whether a new value is ``cat([state[n:], new])``: the oldest entries go, new ones follow."""
+    if (
+        not is_call(new_value, aten.cat.default)
+        or not isinstance(new_value.args[0], list | tuple)
+        or len(new_value.args[0]) != 2
+    ):
+        return False
+    axis = argument(new_value, 1, "dim", 0)
+    kept = new_value.args[0][0]
+    if (
+        not isinstance(kept, Node)
+        or not is_call(kept, aten.slice.Tensor)
+        or kept.args[0] is not placeholder
+        or not isinstance(axis, int)
+    ):
+        return False
+    extent = shape(placeholder)[axis]
+    end = argument(kept, 3, "end", None)
+    to_the_end = end is None or (isinstance(end, int) and end >= extent)
+    return (
+        argument(kept, 1, "dim", 0) == axis % len(shape(placeholder))
+        and argument(kept, 4, "step", 1) == 1
+        and to_the_end
+    )
+
+
+def _transposed_write(node: Node, context: MatchContext) -> Write | WriteRefusal | None:
+    """The write whose result a node is, with its axes in another order."""
     source = node
     while is_call(source, aten.permute.default, aten.transpose.int, aten.t.default):
         source = as_node(source.args[0])
-    return None if source is node else match_write(source, question)
+    return None if source is node else match_write(source, context)
 
 
 def _depends_on(node: Node, placeholder: Node) -> bool:
@@ -473,23 +515,26 @@ def _depends_on(node: Node, placeholder: Node) -> bool:
     return False
 
 
-def _why_no_update(write: Write, found: StateTensor, rows: int) -> str | None:
-    """Why an update cannot say this write, although a pattern recognised it."""
-    if found.dynamic_axes - {write.axis}:
-        return f"{write.pattern} into a tensor of which another extent varies than the one that is written along"
+def _why_no_update(write: Write, state: StateTensor, rows: int) -> str | None:
+    """Why an update cannot do a matched write; None if it can."""
+    if state.dynamic_axes - {write.axis}:
+        return f"{write.pattern} into a tensor of which an axis that is not written along varies"
     if write.per_row and rows == 1:
-        return f"{write.pattern} at a position of its own for each entry of the first axis, which is not the axis of rows"
-    if write.axis == 0 and found.has_slot_axis(rows) and not covers_axis(write, found):
+        return (
+            f"{write.pattern} at a position of its own for each entry of the first axis, which "
+            f"is not the axis of rows"
+        )
+    if write.axis == 0 and state.has_slot_axis(rows) and not covers_axis(write, state):
         return f"{write.pattern} along the first axis, which counts rows"
     return None
 
 
-def covers_axis(write: Write, found: StateTensor) -> bool:
+def covers_axis(write: Write, state: StateTensor) -> bool:
     """Whether a write covers its axis from end to end."""
     return (
-        write.axis not in found.dynamic_axes
+        write.axis not in state.dynamic_axes
         and isinstance(write.start, int)
         and write.start == 0
         and isinstance(write.count, int)
-        and write.count == found.initial.shape[write.axis]
+        and write.count == state.initial.shape[write.axis]
     )

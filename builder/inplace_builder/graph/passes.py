@@ -1,0 +1,215 @@
+"""Passes that every capture route runs over its graph: normalise, clean up, check.
+
+Each changes the graph in place, or only looks at it, and knows nothing of the route.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from inplace.operators import NAMESPACE
+from inplace.operators.library import VIEWS, written_arguments
+from torch.fx import Graph, Node
+
+from inplace_builder.errors import BuildError
+from inplace_builder.graph.nodes import (
+    Emitter,
+    dtype,
+    is_call,
+    returned_values,
+    shape,
+    source_line,
+    value,
+)
+
+aten = torch.ops.aten
+
+
+def normalise_assignments(graph: Graph, num_outputs: int) -> None:
+    """Replace ``copy(old, new)`` by ``new``, and ``fill(old, x)`` by a full tensor.
+
+    torch.export turns ``state[...] = x`` into a copy over a slice of the old state. Only the type
+    and the extents of that slice matter, so the slice goes away and with it a read of the state.
+    Assertions about types go too: patterns match only what nothing else uses.
+
+    Args:
+        graph: rewritten; it returns the module's outputs and then the new values of its states.
+        num_outputs: how many of the returned values are outputs.
+    """
+    returned = set(returned_values(graph)[:num_outputs])
+    for node in list(graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default):
+            graph.erase_node(node)
+        elif is_call(
+            node, aten.copy.default, aten.fill.Tensor, aten.fill.Scalar, aten.zero.default
+        ):
+            old, new = node.args[0], node.args[1] if len(node.args) > 1 else 0
+            with Emitter(graph, node).before(node) as emit:
+                assigned = _assigned_value(emit, old, new)
+                if node in returned or (
+                    not _is_new_memory(assigned)
+                    and any(not _only_stores(user, node) for user in node.users)
+                ):
+                    assigned = emit.call(
+                        aten.clone.default, assigned, memory_format=torch.contiguous_format
+                    )
+            node.replace_all_uses_with(assigned)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _assigned_value(emit: Emitter, old: Any, new: Any) -> Node:
+    """What is assigned, in the type and the extents of what it is assigned to."""
+    extents = [_extent(emit, old, axis) for axis in range(len(shape(old)))]
+    if not isinstance(new, Node) or not isinstance(value(new), torch.Tensor):
+        return emit.call(
+            aten.full.default, extents, new, dtype=dtype(old), device=value(old).device
+        )
+    assigned = new if dtype(new) == dtype(old) else emit.call(aten.to.dtype, new, dtype(old))
+    if shape(assigned) == shape(old):
+        return assigned
+    return emit.call(aten.expand.default, assigned, extents)
+
+
+def _extent(emit: Emitter, node: Node, axis: int) -> Any:
+    extent = shape(node)[axis]
+    return int(extent) if isinstance(extent, int) else emit.call(aten.sym_size.int, node, axis)
+
+
+def _is_new_memory(node: Node) -> bool:
+    """Whether a node's result is new, contiguous memory: views of it are those of the old value."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    aliases_nothing = all(result.alias_info is None for result in node.target._schema.returns)
+    return aliases_nothing and bool(value(node).is_contiguous())
+
+
+def _only_stores(user: Node, node: Node) -> bool:
+    """Whether a user only writes a value into another tensor, or returns it.
+
+    An output of the module is looked at before; a state that is returned receives a copy.
+    """
+    into = is_call(user, aten.slice_scatter.default, aten.select_scatter.default)
+    return (into and user.args[1] is node and user.args[0] is not node) or user.op == "output"
+
+
+def drop_dead_assertions(graph: Graph) -> None:
+    """Drop run-time assertions about numbers that nothing else uses any more.
+
+    An index that a pattern moved into ``inplace::update`` is checked there. The assertion alone
+    would make the host wait for the device.
+    """
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if (
+            node.op == "output"
+            or (not _is_assertion(node) and not _is_number(node))
+            or any(user in live for user in node.users)
+        ):
+            live.add(node)
+    for node in reversed(graph.nodes):
+        if node not in live and (_is_assertion(node) or not node.users):
+            if _is_assertion(node) and not _uses_only_dead_numbers(node, live):
+                continue
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _is_assertion(node: Node) -> bool:
+    return is_call(
+        node,
+        aten._assert_scalar.default,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+        aten._assert_async.msg,
+    )
+
+
+def _is_number(node: Node) -> bool:
+    """Whether a call only computes a number."""
+    if node.op != "call_function" or isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    return not (overload and node.target._schema.is_mutable)  # type: ignore[union-attr]
+
+
+def _uses_only_dead_numbers(node: Node, live: set[Node]) -> bool:
+    pending, seen = list(node.all_input_nodes), set[Node]()
+    while pending:
+        source = pending.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if source in live and _is_number(source):
+            return False
+        if _is_number(source):
+            pending.extend(source.all_input_nodes)
+    return True
+
+
+def remove_no_ops(exported: torch.export.ExportedProgram) -> int:
+    """Drop assertions about metadata, and casts to the type that a tensor already has, in place.
+
+    Each of these nodes would cost a PyTorch engine time in every step.
+
+    Returns:
+        The number of nodes dropped.
+    """
+    graph = exported.graph_module.graph
+    dropped = 0
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+            dropped += 1
+        elif node.target in (aten.to.dtype, aten.to.device) and _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            dropped += 1
+    graph.lint()
+    exported.graph_module.recompile()
+    return dropped
+
+
+def _changes_nothing(node: Node) -> bool:
+    if any(user.op == "output" for user in node.users):
+        return False  # the program's signature names its outputs
+    source = node.args[0]
+    assert isinstance(source, Node)
+    before, after = value(source), value(node)
+    copies = len(node.args) > 3 and node.args[3]
+    return bool(before.dtype == after.dtype and before.device == after.device and not copies)
+
+
+def check_state_uses(graph: Graph, states: Collection[str]) -> None:
+    """Refuse a graph in which anything but an ``inplace::`` operator reads or writes a state.
+
+    This is the contract between the front-ends and the engines: a graph touches its states only
+    through these operators.
+
+    Raises:
+        BuildError: names the state, the operator and the line of the model that called it.
+    """
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.name not in states:
+            continue
+        for user in node.users:
+            if not _is_own_operator(user) and not _is_view_for_writers(user):
+                use = "returned by the model" if user.op == "output" else f"used by {user.target}"
+                raise BuildError(
+                    f"state {node.name} is {use}{source_line(user)}: a state may only be used by "
+                    f"inplace.operators.read, update and attention; read it first, and write it "
+                    f"back with update"
+                )
+
+
+def _is_own_operator(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+
+
+def _is_view_for_writers(node: Node) -> bool:
+    """Whether a node is a view of a state that only user operators take, to write it."""
+    return (
+        node.target in VIEWS
+        and bool(node.users)
+        and all(node in written_arguments(user) for user in node.users)
+    )

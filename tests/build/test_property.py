@@ -101,9 +101,7 @@ def test_rows_at_their_own_positions_and_any_number_of_tokens(case: Steps) -> No
 def test_attention_is_found_however_it_is_written(case: Steps) -> None:
     engine = built(case, strict=True, **case.options)
     found = [
-        record
-        for record in engine.manifest.lowering
-        if "the attention over it is" in record.reason
+        record for record in engine.manifest.lowering if "the attention over it is" in record.reason
     ]
     assert len(found) == 2 * case.attentions, engine.manifest.lowering
     run_beside_eager(case, engine)

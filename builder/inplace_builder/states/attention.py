@@ -105,38 +105,16 @@ def _match_explicit(node: Node) -> AttentionPattern | None:
     Casts, copies and dropout that does nothing may stand between.
     """
     inner: list[Node] = []
-
-    def skip_transparent(current: AnyNode) -> AnyNode:
-        while is_call(current, *_TRANSPARENT) or (
-            is_call(current, aten.dropout.default) and current.args[2] is False
-        ):
-            inner.append(current)
-            current = current.args[0]
-        return current
-
-    weights = skip_transparent(node.args[0])
+    weights = _skip_transparent(node.args[0], inner)
     if not is_call(weights, aten.softmax.int, aten._softmax.default) or weights.args[1] not in (
         -1,
         len(shape(weights)) - 1,
     ):
         return None
     inner.append(weights)
-    scores, mask, mask_hides = _split_mask(skip_transparent(weights.args[0]), inner)
-    steps = []
-    while is_call(
-        scores := skip_transparent(scores),
-        aten.mul.Tensor,
-        aten.div.Tensor,
-        aten.tanh.default,
-        aten.mul.Scalar,
-        aten.div.Scalar,
-    ):
-        inner.append(scores)
-        if len(scores.args) > 1 and not isinstance(scores.args[1], int | float):
-            return None
-        steps.append(scores)
-        scores = scores.args[0]
-    scaling = _scale_and_softcap(steps[::-1])
+    scores = _skip_transparent(weights.args[0], inner)
+    scores, mask, mask_hides = _split_mask(scores, inner)
+    scores, scaling = _split_scaling(scores, inner)
     if scaling is None or not is_call(scores, aten.matmul.default):
         return None
     inner.append(scores)
@@ -162,23 +140,52 @@ def _match_explicit(node: Node) -> AttentionPattern | None:
     )
 
 
-def _scale_and_softcap(steps: Sequence[AnyNode]) -> tuple[float, float] | None:
-    """Scale and soft-cap of scores that are multiplied, divided and passed through one tanh.
+def _skip_transparent(node: AnyNode, inner: list[Node]) -> AnyNode:
+    while is_call(node, *_TRANSPARENT) or (
+        is_call(node, aten.dropout.default) and node.args[2] is False
+    ):
+        inner.append(node)
+        node = node.args[0]
+    return node
 
-    ``tanh(scores · a) · b`` is a soft-cap of ``b`` on scores scaled by ``a · b``. None for
-    anything else.
+
+_SCALING = (
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.tanh.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+)
+
+
+def _split_scaling(
+    scores: AnyNode, inner: list[Node]
+) -> tuple[AnyNode, tuple[float, float] | None]:
+    """The scores before they are scaled and capped; the scale and the soft-cap.
+
+    ``tanh(scores · a) · b`` is a soft-cap of ``b`` on scores scaled by ``a · b``. The second
+    result is None if the scores are multiplied by a tensor, or pass through two tanh.
     """
+    steps: list[AnyNode] = []
+    while is_call(scores := _skip_transparent(scores, inner), *_SCALING):
+        inner.append(scores)
+        steps.append(scores)
+        scores = scores.args[0]
     factor, before_tanh = 1.0, None
-    for step in steps:
+    for step in reversed(steps):
         if is_call(step, aten.tanh.default):
             if before_tanh is not None:
-                return None
+                return scores, None
             before_tanh, factor = factor, 1.0
+        elif not isinstance(step.args[1], int | float):
+            return scores, None
         elif is_call(step, aten.mul.Tensor, aten.mul.Scalar):
             factor *= step.args[1]
         else:
             factor /= step.args[1]
-    return (factor, 0.0) if before_tanh is None else (before_tanh * factor, factor)
+    if before_tanh is None:
+        return scores, (factor, 0.0)
+    return scores, (before_tanh * factor, factor)
 
 
 def _split_mask(scores: AnyNode, inner: list[Node]) -> tuple[AnyNode, Node | None, bool]:

@@ -373,7 +373,7 @@ def _input_tensors(exported: ExportedProgram) -> dict[Node, Tensor]:
             if isinstance(leaf, Tensor):
                 tensors[node] = leaf
         elif (target := _attribute_target(spec)) is not None:
-            tensor = exported.state_dict.get(target, exported.constants.get(target))
+            tensor = _attribute_tensor(exported, target)
             if isinstance(tensor, Tensor):
                 if spec.kind is InputKind.BUFFER:
                     node.meta["buffer"] = target
@@ -389,6 +389,10 @@ def _attribute_target(spec: InputSpec) -> str | None:
     """The qualified name of a parameter, buffer or constant; None for another kind of input."""
     kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     return spec.target if spec.kind in kinds else None
+
+
+def _attribute_tensor(program: ExportedProgram, target: str) -> Any:
+    return program.state_dict.get(target, program.constants.get(target))
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -472,11 +476,7 @@ def _lift(
                 inputs.append(node.name)
                 example_inputs.append(leaf)
         elif (target := _attribute_target(spec)) is not None:
-            tensor = (
-                program.state_dict[target]
-                if target in program.state_dict
-                else program.constants[target]
-            )
+            tensor = _attribute_tensor(program, target)
             if spec.kind is InputKind.BUFFER and target in written_buffers:
                 initial = tensor.detach().clone()
                 tensors[target] = StateTensor(node.name, Owner.MODULE, target, initial)

@@ -142,8 +142,8 @@ class Foreign(nn.Module):
 @pytest.mark.parametrize(
     ("module", "because"),
     [
-        (Part(), "is given a part of a state"),
-        (Mixed(), "what it writes is no state, or a state that something else writes too"),
+        (Part(), "it gets a part of a state"),
+        (Mixed(), "what it writes is no state, or something else writes it too"),
         (Foreign(), "what it writes is no state"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

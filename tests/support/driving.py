@@ -99,6 +99,11 @@ def sum_request(
     return Request(sequence_id, start, end, {"value": torch.full((1, 4), value)})
 
 
+def run_one(driver: StepDriver, request: Request) -> Answer:
+    """The answer to a call with one request."""
+    return driver.run([request])[0]
+
+
 def outputs_of(answer: Answer) -> dict[str, Tensor]:
     assert isinstance(answer, dict), answer
     return answer

@@ -12,6 +12,7 @@ from support.driving import (
     next_token,
     outputs_of,
     random_tokens,
+    run_one,
     step_request,
     sum_request,
 )
@@ -49,7 +50,7 @@ def test_the_token_depends_on_seed_and_position_not_on_row_batch_or_chunk(
     assert next_token(together[1]) == expected
     tokens = {
         seed: next_token(
-            alone.run([step_request(20, ids, start=True, **(HOT | {"seed": seed}))])[0]
+            run_one(alone, step_request(20, ids, start=True, **(HOT | {"seed": seed})))
         )
         for seed in range(12)
     }
@@ -88,7 +89,7 @@ def test_an_invalid_parameter_is_refused_alone_and_changes_nothing(
         Code.BAD_PARAMETER,
         f"'top_k' is {VOCABULARY + 1}; expected a whole number from 0 (all) to {VOCABULARY}",
     )
-    assert next_token(driver.run([step_request(1, [3])])[0]) == next_token(good)
+    assert next_token(run_one(driver, step_request(1, [3]))) == next_token(good)
 
 
 def test_an_engine_that_does_not_sample_refuses_a_temperature(
@@ -99,4 +100,4 @@ def test_an_engine_that_does_not_sample_refuses_a_temperature(
     hot, cold = (replace(request, parameters={"temperature": heat}) for heat in (0.5, 0))
     answers = driver.run([hot])
     assert_refused(answers[0], Code.BAD_PARAMETER, "this engine does not sample")
-    outputs_of(driver.run([cold])[0])
+    outputs_of(run_one(driver, cold))

@@ -17,6 +17,7 @@ from support.driving import (
     next_token,
     random_tokens,
     reference_token,
+    run_one,
     same_bytes,
     step_request,
     sum_and_count,
@@ -47,7 +48,7 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
         replace(owned.instance.table.find(1)),
     )
     for ids in ([7], INVALID_TOKENS):  # the key is checked first
-        answer = owned.run([step_request(1, ids, start=start, end=end, **parameters)])[0]
+        answer = run_one(owned, step_request(1, ids, start=start, end=end, **parameters))
         message = (
             "no sequence_key, the START of the live sequence 1 set one"
             if key is None
@@ -61,7 +62,7 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
     assert owned.instance.table.find(1) == sequence
     assert owned.instance.table.num_free == SLOTS - 1
     assert next_token(
-        owned.run([step_request(1, [7], position=5, sequence_key="mine")])[0]
+        run_one(owned, step_request(1, [7], position=5, sequence_key="mine"))
     ) == reference_token(repository, [*IDS, 7])
 
 
@@ -82,7 +83,7 @@ def test_a_stale_end_cannot_end_the_next_sequence_of_its_id(
     assert next_token(answers[2]) == reference_token(repository, IDS)
     assert_refused(answers[3], Code.SEQUENCE_KEY, "set another")
     assert next_token(
-        llama.run([step_request(1, [8], sequence_key="second")])[0]
+        run_one(llama, step_request(1, [8], sequence_key="second"))
     ) == reference_token(repository, [*IDS, 8])
 
 
@@ -90,15 +91,15 @@ def test_requests_with_the_key_end_and_restart_the_sequence(
     owned: StepDriver, repository: Repository
 ) -> None:
     assert next_token(
-        owned.run([step_request(1, [3, 4], start=True, sequence_key="mine")])[0]
+        run_one(owned, step_request(1, [3, 4], start=True, sequence_key="mine"))
     ) == reference_token(repository, [3, 4])
     assert next_token(
-        owned.run([step_request(1, [5], start=True, position=0, sequence_key="mine")])[0]
+        run_one(owned, step_request(1, [5], start=True, position=0, sequence_key="mine"))
     ) == reference_token(repository, [5])
     refused_end = step_request(1, INVALID_TOKENS, end=True, sequence_key="mine")
-    assert_refused(owned.run([refused_end])[0], Code.VALUE_RANGE)
+    assert_refused(run_one(owned, refused_end), Code.VALUE_RANGE)
     assert owned.instance.table.num_free == SLOTS
-    anyone = owned.run([step_request(1, [6], start=True)])[0]
+    anyone = run_one(owned, step_request(1, [6], start=True))
     assert next_token(anyone) == reference_token(repository, [6])
 
 
@@ -108,17 +109,17 @@ def test_a_sequence_without_a_key_accepts_any_start_but_no_step_with_a_key(
     llama.run([step_request(1, IDS, start=True)])
     for end in (False, True):
         assert_refused(
-            llama.run([step_request(1, [7], end=end, sequence_key="x")])[0],
+            run_one(llama, step_request(1, [7], end=end, sequence_key="x")),
             Code.SEQUENCE_KEY,
             "a sequence_key, the START of the live sequence 1 set none",
         )
-    assert next_token(llama.run([step_request(1, [7])])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [7]))) == reference_token(
         repository, [*IDS, 7]
     )
     assert next_token(
-        llama.run([step_request(1, [8], start=True, sequence_key="x")])[0]
+        run_one(llama, step_request(1, [8], start=True, sequence_key="x"))
     ) == reference_token(repository, [8])
-    assert_refused(llama.run([step_request(1, [9])])[0], Code.SEQUENCE_KEY, "set one")
+    assert_refused(run_one(llama, step_request(1, [9])), Code.SEQUENCE_KEY, "set one")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_whole_number_is_the_key_of_its_digits(
     llama: StepDriver, repository: Repository, first: str | int, later: str | int
 ) -> None:
     llama.run([step_request(1, IDS, start=True, sequence_key=first)])
-    assert next_token(llama.run([step_request(1, [7], sequence_key=later)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [7], sequence_key=later))) == reference_token(
         repository, [*IDS, 7]
     )
 
@@ -154,15 +155,15 @@ def test_an_invalid_key_is_refused_and_changes_nothing(
     owned: StepDriver, repository: Repository, value: str | float, is_: str, start: bool, end: bool
 ) -> None:
     assert_refused(
-        owned.run([step_request(1, [7], start=start, end=end, sequence_key=value)])[0],
+        run_one(owned, step_request(1, [7], start=start, end=end, sequence_key=value)),
         Code.BAD_PARAMETER,
         f"parameter 'sequence_key' {is_}; ",
     )
     assert_refused(
-        owned.run([step_request(2, [7], start=True, sequence_key=value)])[0], Code.BAD_PARAMETER
+        run_one(owned, step_request(2, [7], start=True, sequence_key=value)), Code.BAD_PARAMETER
     )
     assert owned.instance.table.num_free == SLOTS - 1
-    assert next_token(owned.run([step_request(1, [7], sequence_key="mine")])[0]) == reference_token(
+    assert next_token(run_one(owned, step_request(1, [7], sequence_key="mine"))) == reference_token(
         repository, [*IDS, 7]
     )
 
@@ -178,9 +179,9 @@ def test_a_start_with_the_key_and_a_position_continues_the_live_sequence(
     owned: StepDriver, repository: Repository
 ) -> None:
     def again(ids: list[int], position: int | str, end: bool = False) -> Answer:
-        return owned.run(
-            [step_request(1, ids, start=True, end=end, position=position, sequence_key="mine")]
-        )[0]
+        return run_one(
+            owned, step_request(1, ids, start=True, end=end, position=position, sequence_key="mine")
+        )
 
     assert next_token(again([7], 5)) == reference_token(repository, [*IDS, 7])
     assert next_token(again([8], "6")) == reference_token(repository, [*IDS, 7, 8])
@@ -197,7 +198,7 @@ def test_a_start_with_the_key_and_a_position_continues_the_live_sequence(
 def test_a_start_with_a_position_but_no_key_resets_and_is_refused(llama: StepDriver) -> None:
     llama.run([step_request(1, IDS, start=True)])
     assert_refused(
-        llama.run([step_request(1, [7], start=True, position=5)])[0],
+        run_one(llama, step_request(1, [7], start=True, position=5)),
         Code.POSITION,
         "the sequence holds 0",
     )
@@ -208,10 +209,10 @@ def test_a_failed_step_of_a_continued_sequence_restores_it(
     owned: StepDriver, repository: Repository
 ) -> None:
     engine_of(owned).fail_at = 1
-    answer = owned.run([step_request(1, [7], start=True, position=5, sequence_key="mine")])[0]
+    answer = run_one(owned, step_request(1, [7], start=True, position=5, sequence_key="mine"))
     assert_refused(answer, Code.ENGINE_FAILED, "nothing was changed", retryable=True)
     assert next_token(
-        owned.run([step_request(1, [7], position=5, sequence_key="mine")])[0]
+        run_one(owned, step_request(1, [7], position=5, sequence_key="mine"))
     ) == reference_token(repository, [*IDS, 7])
 
 
@@ -219,17 +220,17 @@ def test_a_model_without_positions_has_keys(sums: StepDriver) -> None:
     def keyed(request: Request, key: str) -> Request:
         return replace(request, parameters={"sequence_key": key})
 
-    assert sum_and_count(sums.run([keyed(sum_request(1, 5.0, start=True), "mine")])[0]) == (
+    assert sum_and_count(run_one(sums, keyed(sum_request(1, 5.0, start=True), "mine"))) == (
         [5.0] * 4,
         1,
     )
-    assert_refused(sums.run([sum_request(1, 5.0)])[0], Code.SEQUENCE_KEY)
+    assert_refused(run_one(sums, sum_request(1, 5.0)), Code.SEQUENCE_KEY)
     assert_refused(
-        sums.run([keyed(sum_request(1, 5.0, start=True), "yours")])[0],
+        run_one(sums, keyed(sum_request(1, 5.0, start=True), "yours")),
         Code.SEQUENCE_KEY,
         retryable=True,
     )
-    assert sum_and_count(sums.run([keyed(sum_request(1, 2.0), "mine")])[0]) == ([7.0] * 4, 2)
+    assert sum_and_count(run_one(sums, keyed(sum_request(1, 2.0), "mine"))) == ([7.0] * 4, 2)
 
 
 def test_without_the_key_the_error_tells_nothing_of_the_other_checks(owned: StepDriver) -> None:

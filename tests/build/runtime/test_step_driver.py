@@ -15,6 +15,7 @@ from support.driving import (
     outputs_of,
     random_tokens,
     reference_token,
+    run_one,
     step_request,
 )
 from support.models import CHUNK, SLOTS, VOCABULARY, Repository
@@ -36,7 +37,7 @@ def test_end_start_start_of_one_id_in_one_call_take_effect_in_that_order(
         reference_token(repository, ids) for ids in ([*first, 9], second, third)
     ]
     assert len(llama.instance.table) == 1
-    assert next_token(llama.run([step_request(1, [7], position=4)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [7], position=4))) == reference_token(
         repository, [*third, 7]
     )
 
@@ -135,8 +136,8 @@ def test_without_requests_there_is_no_step(llama: StepDriver) -> None:
 
 
 def test_optional_outputs_are_returned_on_request_only(llama: StepDriver) -> None:
-    assert set(outputs_of(llama.run([step_request(1, [1], start=True)])[0])) == {"next_token"}
-    both = outputs_of(llama.run([step_request(1, [2], logits="true")])[0])
+    assert set(outputs_of(run_one(llama, step_request(1, [1], start=True)))) == {"next_token"}
+    both = outputs_of(run_one(llama, step_request(1, [2], logits="true")))
     assert set(both) == {"next_token", "logits"}
     assert both["logits"].shape == (1, VOCABULARY)
     assert int(both["logits"].argmax()) == int(both["next_token"])
@@ -163,12 +164,12 @@ def test_the_driver_reclaims_an_idle_slot_by_itself(
         assert time.monotonic() < deadline, "the slot was never reclaimed"
         time.sleep(0.02)
     assert_refused(
-        driver.run([step_request("quiet", [4])])[0],
+        run_one(driver, step_request("quiet", [4])),
         Code.UNKNOWN_SEQUENCE,
         "its slot was reclaimed (idle timeout 0.4 s)",
     )
     assert "sequence ended: sequence=quiet slot=0 length=3 reason=idle" in caplog.text
-    assert next_token(driver.run([step_request("quiet", [4], start=True)])[0]) == reference_token(
+    assert next_token(run_one(driver, step_request("quiet", [4], start=True))) == reference_token(
         repository, [4]
     )
 

@@ -15,6 +15,7 @@ from support.driving import (
     next_token,
     random_tokens,
     reference_token,
+    run_one,
     step_request,
     sum_and_count,
     sum_request,
@@ -47,7 +48,7 @@ def test_where_states_only_append_a_failed_step_is_retryable_and_unchanged(
     assert [llama.instance.table.find(number).length for number in (1, 2, 3)] == [5, 4 + fail_at, 5]
     assert all(torch.equal(bits[slot], idle[name]) for name, bits in arena_bytes(llama).items())
     assert "out of luck" in caplog.text
-    assert next_token(llama.run([step_request(1, more, position=5)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, more, position=5))) == reference_token(
         repository, [*ids, *more]
     )
 
@@ -70,8 +71,8 @@ def test_where_states_are_rewritten_a_failed_step_ends_its_sequences_and_no_othe
             "the engine failed (RuntimeError: out of luck); the sequence has ended, START it again",
         )
     assert (len(sums.instance.table), sums.instance.table.num_free) == (1, 3)
-    assert_refused(sums.run([sum_request(1, 1.0)])[0], Code.UNKNOWN_SEQUENCE)
-    assert sum_and_count(sums.run([sum_request(3, 3.0)])[0]) == ([6.0] * 4, 2)
+    assert_refused(run_one(sums, sum_request(1, 1.0)), Code.UNKNOWN_SEQUENCE)
+    assert sum_and_count(run_one(sums, sum_request(3, 3.0))) == ([6.0] * 4, 2)
     assert [
         sum_and_count(answer)
         for answer in sums.run([sum_request(1, 7.0, start=True), sum_request(2, 8.0, start=True)])
@@ -103,7 +104,7 @@ def test_a_defect_of_the_driver_answers_its_rows_and_leaves_no_sequence_busy(
             )
     assert "the step driver failed" in caplog.text
     assert sums.instance.table.num_free == 3
-    assert sum_and_count(sums.run([sum_request(2, 2.0)])[0]) == ([4.0] * 4, 2)
+    assert sum_and_count(run_one(sums, sum_request(2, 2.0))) == ([4.0] * 4, 2)
 
 
 def test_a_defect_in_one_request_fails_that_request_alone(
@@ -125,7 +126,7 @@ def test_a_failed_end_has_ended_its_sequence(llama: StepDriver) -> None:
     llama.run([step_request(1, [1, 2], start=True)])
     engine_of(llama).fail_at = 1
     assert_refused(
-        llama.run([step_request(1, [3], end=True)])[0],
+        run_one(llama, step_request(1, [3], end=True)),
         Code.ENGINE_FAILED,
         "the sequence has ended, START it again",
         retryable=False,
@@ -136,7 +137,7 @@ def test_a_failed_end_has_ended_its_sequence(llama: StepDriver) -> None:
 def test_a_failed_start_leaves_no_slot(llama: StepDriver) -> None:
     engine_of(llama).fail_at = 1
     assert_refused(
-        llama.run([step_request(1, [1, 2], start=True)])[0], Code.ENGINE_FAILED, retryable=True
+        run_one(llama, step_request(1, [1, 2], start=True)), Code.ENGINE_FAILED, retryable=True
     )
     assert llama.instance.table.num_free == SLOTS
 
@@ -144,9 +145,9 @@ def test_a_failed_start_leaves_no_slot(llama: StepDriver) -> None:
 def test_a_failed_start_can_be_sent_again(llama: StepDriver, repository: Repository) -> None:
     engine_of(llama).fail_at = 1
     assert_refused(
-        llama.run([step_request(1, [1, 2], start=True)])[0], Code.ENGINE_FAILED, retryable=True
+        run_one(llama, step_request(1, [1, 2], start=True)), Code.ENGINE_FAILED, retryable=True
     )
-    assert next_token(llama.run([step_request(1, [1, 2], start=True)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [1, 2], start=True))) == reference_token(
         repository, [1, 2]
     )
     assert llama.instance.table.num_free == SLOTS - 1

@@ -16,6 +16,7 @@ from support.driving import (
     outputs_of,
     random_tokens,
     reference_token,
+    run_one,
     same_bytes,
     step_request,
     sum_and_count,
@@ -88,12 +89,12 @@ def test_a_refused_step_changes_nothing_and_the_next_one_continues(
         llama.instance.arena.addresses(),
         len(engine_of(llama).slots),
     )
-    assert_refused(llama.run([request_])[0], code)
+    assert_refused(run_one(llama, request_), code)
     assert same_bytes(arena_bytes(llama), before)
     assert llama.instance.arena.addresses() == addresses
     assert len(engine_of(llama).slots) == steps
     assert not llama.instance.table.find(1).busy
-    assert next_token(llama.run([step_request(1, [7], position=5)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [7], position=5))) == reference_token(
         repository, [*ids, 7]
     )
 
@@ -101,43 +102,43 @@ def test_a_refused_step_changes_nothing_and_the_next_one_continues(
 def test_a_refused_start_leaves_no_slot(llama: StepDriver, repository: Repository) -> None:
     for attempt in range(2 * SLOTS):
         assert_refused(
-            llama.run([step_request(100 + attempt, INVALID_TOKENS, start=True)])[0],
+            run_one(llama, step_request(100 + attempt, INVALID_TOKENS, start=True)),
             Code.VALUE_RANGE,
         )
     assert llama.instance.table.num_free == SLOTS
     assert_refused(
-        llama.run([step_request(100, [1])])[0], Code.UNKNOWN_SEQUENCE, "its START was refused"
+        run_one(llama, step_request(100, [1])), Code.UNKNOWN_SEQUENCE, "its START was refused"
     )
-    assert next_token(llama.run([step_request(100, [1], start=True)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(100, [1], start=True))) == reference_token(
         repository, [1]
     )
 
 
 def test_a_refused_start_on_a_live_id_ends_it(llama: StepDriver, repository: Repository) -> None:
     llama.run([step_request(1, random_tokens(1, 5), start=True)])
-    assert_refused(llama.run([step_request(1, INVALID_TOKENS, start=True)])[0], Code.VALUE_RANGE)
+    assert_refused(run_one(llama, step_request(1, INVALID_TOKENS, start=True)), Code.VALUE_RANGE)
     assert llama.instance.table.num_free == SLOTS
-    assert_refused(llama.run([step_request(1, [1])])[0], Code.UNKNOWN_SEQUENCE)
-    assert next_token(llama.run([step_request(1, [1], start=True)])[0]) == reference_token(
+    assert_refused(run_one(llama, step_request(1, [1])), Code.UNKNOWN_SEQUENCE)
+    assert next_token(run_one(llama, step_request(1, [1], start=True))) == reference_token(
         repository, [1]
     )
 
 
 def test_a_start_on_a_live_id_resets_it_without_a_second_slot(sums: StepDriver) -> None:
     sums.run([sum_request(1, 5.0, start=True), sum_request(2, 1.0, start=True)])
-    assert sum_and_count(sums.run([sum_request(1, 2.0, start=True)])[0]) == ([2.0] * 4, 1)
+    assert sum_and_count(run_one(sums, sum_request(1, 2.0, start=True))) == ([2.0] * 4, 1)
     assert (len(sums.instance.table), sums.instance.table.num_free) == (2, 2)
-    assert sum_and_count(sums.run([sum_request(2, 1.0)])[0]) == ([2.0] * 4, 2)
+    assert sum_and_count(run_one(sums, sum_request(2, 1.0))) == ([2.0] * 4, 2)
 
 
 def test_a_refused_end_frees_its_slot(repository: Repository, drive: OpenDriver) -> None:
     driver = drive(repository.path / "brief")
     for attempt in range(5):
         assert next_token(
-            driver.run([step_request(1 + attempt, [3], start=True)])[0]
+            run_one(driver, step_request(1 + attempt, [3], start=True))
         ) == reference_token(repository, [3])
         assert_refused(
-            driver.run([step_request(1 + attempt, INVALID_TOKENS, end=True)])[0], Code.VALUE_RANGE
+            run_one(driver, step_request(1 + attempt, INVALID_TOKENS, end=True)), Code.VALUE_RANGE
         )
         assert driver.instance.table.num_free == 2
     driver.run([step_request(1, [1], start=True), step_request(2, [2], start=True)])
@@ -151,16 +152,16 @@ def test_a_refused_end_frees_its_slot(repository: Repository, drive: OpenDriver)
 
 def test_a_refused_start_with_end_leaves_no_slot(llama: StepDriver) -> None:
     assert_refused(
-        llama.run([step_request(1, INVALID_TOKENS, start=True, end=True)])[0], Code.VALUE_RANGE
+        run_one(llama, step_request(1, INVALID_TOKENS, start=True, end=True)), Code.VALUE_RANGE
     )
-    assert next_token(llama.run([step_request(1, [1], start=True, end=True)])[0]) >= 0
+    assert next_token(run_one(llama, step_request(1, [1], start=True, end=True))) >= 0
     assert llama.instance.table.num_free == SLOTS
 
 
 @pytest.mark.parametrize("sequence", [0, ""])
 def test_a_request_without_an_id_is_refused(llama: StepDriver, sequence: SequenceId) -> None:
     assert_refused(
-        llama.run([step_request(sequence, [1], start=True)])[0],
+        run_one(llama, step_request(sequence, [1], start=True)),
         Code.NO_SEQUENCE_ID,
         "send a correlation id that is not 0 or empty",
     )
@@ -169,22 +170,22 @@ def test_a_request_without_an_id_is_refused(llama: StepDriver, sequence: Sequenc
 
 def test_a_position_must_be_the_cached_length(llama: StepDriver, repository: Repository) -> None:
     assert_refused(
-        llama.run([step_request(1, [1, 2], start=True, position=1)])[0],
+        run_one(llama, step_request(1, [1, 2], start=True, position=1)),
         Code.POSITION,
         "meant for position 1, the sequence holds 0",
     )
     assert next_token(
-        llama.run([step_request(1, [1, 2], start=True, position=0)])[0]
+        run_one(llama, step_request(1, [1, 2], start=True, position=0))
     ) == reference_token(repository, [1, 2])
-    assert next_token(llama.run([step_request(1, [3], position=2)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [3], position=2))) == reference_token(
         repository, [1, 2, 3]
     )
     assert_refused(
-        llama.run([step_request(1, [3], position=2)])[0],
+        run_one(llama, step_request(1, [3], position=2)),
         Code.POSITION,
         "meant for position 2, the sequence holds 3",
     )
-    assert next_token(llama.run([step_request(1, [4], position="3")])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, [4], position="3"))) == reference_token(
         repository, [1, 2, 3, 4]
     )
 
@@ -193,13 +194,13 @@ def test_exactly_the_capacity_fits_and_not_one_more(
     llama: StepDriver, repository: Repository
 ) -> None:
     ids = random_tokens(1, CAPACITY)
-    assert next_token(llama.run([step_request(1, ids[:-1], start=True)])[0]) == reference_token(
+    assert next_token(run_one(llama, step_request(1, ids[:-1], start=True))) == reference_token(
         repository, ids[:-1]
     )
     assert_refused(
-        llama.run([step_request(1, [1, 2])])[0],
+        run_one(llama, step_request(1, [1, 2])),
         Code.CAPACITY,
         f"2 tokens do not fit: the sequence holds {CAPACITY - 1} of {CAPACITY}",
     )
-    assert next_token(llama.run([step_request(1, ids[-1:])])[0]) == reference_token(repository, ids)
-    assert_refused(llama.run([step_request(1, [1])])[0], Code.CAPACITY, "0 are left")
+    assert next_token(run_one(llama, step_request(1, ids[-1:]))) == reference_token(repository, ids)
+    assert_refused(run_one(llama, step_request(1, [1])), Code.CAPACITY, "0 are left")

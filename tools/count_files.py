@@ -21,7 +21,7 @@ from typing import Any
 
 PACKAGES = ("/inplace/", "/inplace_builder/")
 TRACED_MODEL = """
-import atexit, json, os, sys
+import json, sys
 sys.path.insert(0, {tools!r})
 from count_files import Walk
 walk = Walk()
@@ -29,17 +29,21 @@ walk.start()
 from inplace.server.backend import TritonPythonModel as Model
 
 class TritonPythonModel(Model):
+    executions = 0
+
     def initialize(self, args):
         walk.clear()
         super().initialize(args)
         self.loaded = walk.files()
-        walk.clear()
 
-    def finalize(self):
-        served = walk.files()
-        with open({out!r}, "w") as file:
-            json.dump({{"loaded": self.loaded, "served": served}}, file)
-        super().finalize()
+    def execute(self, requests):
+        if self.executions == 0:
+            walk.clear()
+        elif self.executions == 1:  # END: what came before belongs to the generation
+            with open({out!r}, "w") as file:
+                json.dump({{"loaded": self.loaded, "served": walk.files()}}, file)
+        self.executions += 1
+        return super().execute(requests)
 """
 
 
@@ -77,7 +81,8 @@ class Walk:
         if event != "call":
             return
         name = frame.f_code.co_filename
-        if frame.f_code.co_name == "<module>" or not any(package in name for package in PACKAGES):
+        ours = any(package in name for package in PACKAGES) and not name.endswith("/model.py")
+        if not ours or frame.f_code.co_name == "<module>":
             return
         for package in PACKAGES:
             if package in name:
@@ -115,9 +120,7 @@ def count_token(repository: Path, model: str) -> dict[str, Any]:
             ]
         assert len(tokens) == 16, tokens
         entered: dict[str, list[str]] = json.loads(out.read_text())
-    device = [
-        name for name in entered["loaded"] if "/kernels/" in name or "/plugins/" in name
-    ]
+    device = [name for name in entered["loaded"] if "/kernels/" in name or "/plugins/" in name]
     files = [*entered["served"], *(name for name in device if name not in entered["served"])]
     return {"files": files, "count": len(files), "entered_while_serving": entered["served"]}
 

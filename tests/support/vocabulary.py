@@ -3,7 +3,15 @@
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from support.models import VOCABULARY
@@ -40,9 +48,90 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def added(prompt: list[int], tokens: list[int]) -> str:
-    """The text that tokens add to a prompt that ends with a whole character, up to the last whole character."""
+    """The text that tokens add to a prompt that ends with a whole character, incomplete characters included."""
     tokenizer = tiny_tokenizer()
     before: str = tokenizer.decode(prompt)
     whole: str = tokenizer.decode(prompt + tokens)
     assert whole.startswith(before)
-    return whole[len(before) :].rstrip("\ufffd")
+    return whole[len(before) :]
+
+
+SAMPLES = ["hello world, don't stop. été naïve 你好 🙂 ខខខ 日本語 abc xyz!"] * 20
+"""What the tokenizers of `byte_fallback` and its relatives are trained on or made for."""
+
+
+@cache
+def byte_fallback() -> Tokenizer:
+    """As Llama 1 and 2, Mistral 0.x, Phi-3 and Gemma have it: unknown characters are byte tokens."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcxyz"]
+    pieces += ["▁a", "▁x"]
+    merges = [("▁", "a"), ("▁", "x")]
+    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+@cache
+def word_piece() -> Tokenizer:
+    """As BERT has it: parts of words, spaces that the decoder puts back."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=120, special_tokens=["[UNK]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(SAMPLES, trainer)
+    return tokenizer
+
+
+@cache
+def unigram() -> Tokenizer:
+    """As T5 has it: SentencePiece's model, words that begin with a mark."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=80, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(SAMPLES, trainer)
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte-level": tiny_tokenizer,
+    "byte-fallback": byte_fallback,
+    "WordPiece": word_piece,
+    "Unigram": unigram,
+}
+
+
+def added_to_any_prompt(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text that tokens add to a prompt that may end inside a character.
+
+    Computed from whole decodings: what is shared with the text of the prompt is the prompt's, and
+    so is the text of its longest part that is whole.
+    """
+    text: str = tokenizer.decode(prompt + tokens)
+    before: str = tokenizer.decode(prompt)
+    shared = next(
+        (place for place, pair in enumerate(zip(before, text, strict=False)) if len(set(pair)) > 1),
+        min(len(before), len(text)),
+    )
+    whole = len(prompt)
+    while whole and tokenizer.decode(prompt[:whole]).endswith("\ufffd"):
+        whole -= 1
+    return text[max(shared, len(tokenizer.decode(prompt[:whole]))) :]

@@ -1,12 +1,26 @@
 """Incremental detokenization, and stop texts across pieces."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inplace.drivers.detokenizer import Detokenizer, StopMatcher, load_tokenizer
+from inplace.drivers.detokenizer import (
+    CONTEXT_TOKENS,
+    Detokenizer,
+    StopMatcher,
+    load_tokenizer,
+)
 from inplace.errors import LoadError
 from support.models import VOCABULARY
-from support.vocabulary import added, save_tokenizer, tiny_tokenizer
+from support.vocabulary import (
+    TOKENIZERS,
+    added,
+    added_to_any_prompt,
+    byte_fallback,
+    save_tokenizer,
+    tiny_tokenizer,
+)
 
 WORDS = (
     tiny_tokenizer()
@@ -32,9 +46,68 @@ def pieces(items: list[int], sizes: list[int]) -> list[list[int]]:
 def test_the_pieces_make_the_text_of_all_tokens(tokens: list[int], sizes: list[int]) -> None:
     context = tiny_tokenizer().encode("Licensed").ids
     detokenizer = Detokenizer(tiny_tokenizer(), context)
-    assert "".join(detokenizer.append(part) for part in pieces(tokens, sizes)) == added(
-        context, tokens
-    )
+    text = "".join(detokenizer.append(part) for part in pieces(tokens, sizes))
+    assert text + detokenizer.flush() == added(context, tokens)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(
+    st.text("你好ខ🙂é日abxyz hello don't, . ", max_size=40),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+)
+def test_so_do_those_of_any_tokenizer_after_any_prompt(
+    kind: str, text: str, prompted: float, generated: float, sizes: list[int]
+) -> None:
+    """The prompt and the generation may both end inside a character."""
+    tokenizer = TOKENIZERS[kind]()
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    cut = round(prompted * len(ids))
+    prompt, tokens = ids[:cut], ids[cut : cut + round(generated * (len(ids) - cut))]
+    detokenizer = Detokenizer(tokenizer, prompt[-CONTEXT_TOKENS:])
+    returned = "".join(detokenizer.append(part) for part in pieces(tokens, sizes))
+    if kind == "byte-fallback" and tokenizer.decode(tokens).endswith("\ufffd"):
+        return  # the decoder takes complete characters back: the next test
+    assert returned + detokenizer.flush() == added_to_any_prompt(tokenizer, prompt, tokens)
+
+
+def test_characters_before_an_invalid_byte_stay_when_the_decoder_takes_them_back() -> None:
+    tokenizer = byte_fallback()
+    ids = tokenizer.encode("你好", add_special_tokens=False).ids[1:]  # without the space before it
+    assert len(ids) == 6
+    detokenizer = Detokenizer(tokenizer, [])
+    assert [detokenizer.append([token]) for token in ids[:4]] == ["", "", "你", ""]
+    assert tokenizer.decode(ids[:4]) == "\ufffd" * 4
+    letter = tokenizer.token_to_id("a")
+    assert detokenizer.append([letter]) == "\ufffd\ufffd\ufffda"
+
+
+def test_one_character_of_three_bytes_over_and_over() -> None:
+    """The window is cut between characters, never inside one."""
+    tokenizer = byte_fallback()
+    ids = tokenizer.encode("ខ" * 40, add_special_tokens=False).ids[1:]
+    detokenizer = Detokenizer(tokenizer, ids[:15][-CONTEXT_TOKENS:])
+    assert [detokenizer.append([token]) for token in ids[15:]] == ["", "", "ខ"] * 35
+
+
+def test_any_tokens_at_all_are_text() -> None:
+    """A model may generate bytes that are no characters; nothing raises, no letter is lost."""
+    tokenizer = byte_fallback()
+    draw = random.Random(0)
+    letters = {tokenizer.token_to_id(f"<0x{ord(letter):02X}>") for letter in "xyz"}
+    usable = [token for token in range(tokenizer.get_vocab_size()) if token not in letters]
+    for _ in range(500):
+        ids = [draw.choice(usable) for _ in range(40)]
+        cut = draw.randrange(40)
+        detokenizer = Detokenizer(tokenizer, ids[:cut][-CONTEXT_TOKENS:])
+        text = "".join(detokenizer.append([token]) for token in ids[cut:]) + detokenizer.flush()
+        assert [letter for letter in text if letter in "xyz"] == [
+            letter
+            for token in ids[cut:]
+            for letter in tokenizer.id_to_token(token) or ""
+            if letter in "xyz" and not 3 <= token < 259
+        ]
 
 
 def test_a_character_of_several_tokens_is_returned_with_the_last() -> None:

@@ -1,5 +1,6 @@
 """A language model's tokenizer, incremental detokenization, and stop texts."""
 
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,12 +10,19 @@ from inplace.errors import LoadError
 TOKENIZER_FOLDER, TOKENIZER_FILE = "tokenizer", "tokenizer.json"
 
 
-CONTEXT_TOKENS, MAX_WINDOW_TOKENS = 8, 32
-"""Tokens before a text that its first characters may depend on; and the length at which the window
-of decoded tokens is cut down to as many."""
+CONTEXT_TOKENS = 16
+"""Tokens of the prompt that a detokenizer is given, because its first characters depend on them."""
 
+MAX_WINDOW_TOKENS = 32
+"""Length at which the window of decoded tokens is cut."""
+
+MAX_CHARACTER_TOKENS = 4
+"""Tokens that one character takes at most: one for each byte of its UTF-8."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How tokenizers with byte fallback spell a token that is one byte."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -41,32 +49,86 @@ class Detokenizer:
     """The text that tokens add to the tokens before them, in whole characters.
 
     The last tokens are decoded again with every new one: the text of a token depends on its
-    neighbours, and a character may take several tokens. Special tokens add no text.
+    neighbours, and a character may take several tokens. The window is cut only where its text is
+    whole, because a tokenizer with byte fallback decodes a run of bytes that begins inside a
+    character to replacement characters alone. Special tokens add no text.
+
+    The pieces and `flush` together are the text of all tokens behind that of the prompt, however
+    the tokens are grouped. One exception: where an invalid byte follows complete characters in a
+    run of byte-fallback tokens, the decoder takes these characters back; a piece that was returned
+    keeps them.
+
+    ``tokenizers.decoders.DecodeStream`` (0.23) does not do: it raises in that case, and it has no
+    way to return an incomplete end.
 
     Args:
         tokenizer: the model's.
-        context: the tokens before.
+        prompt: the tokens before, or at least the last `CONTEXT_TOKENS` of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = context[-CONTEXT_TOKENS:]
-        self._num_returned = len(self._decode())  # characters of the window's text
+        self._window = prompt[self._first_whole(prompt) :]
+        self._prompt_text = self._decode(self._window)
+        # The end of the window's longest part whose text is whole, and the length of that text.
+        self._whole, self._num_returned = self._whole_part()
 
     def append(self, tokens: list[int]) -> str:
         """Add tokens and return the text they add, without a last character that is incomplete."""
         self._window += tokens
-        text = self._decode()
+        text = self._decode(self._window)
         end = len(text.rstrip(REPLACEMENT))  # bytes that are not a character, or not yet
-        piece = text[self._num_returned : end]
-        self._num_returned = max(self._num_returned, end)
-        if end == len(text) and len(self._window) > MAX_WINDOW_TOKENS:
-            self._window = self._window[-CONTEXT_TOKENS:]
-            self._num_returned = len(self._decode())
+        piece = self._return(text, end)
+        if end == len(text):
+            if len(self._window) > MAX_WINDOW_TOKENS and self._whole:
+                self._window = self._window[self._whole :]
+                self._num_returned = len(self._decode(self._window))
+                self._prompt_text = ""
+            self._whole = len(self._window)
         return piece
 
-    def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._window, skip_special_tokens=True)
+    def flush(self) -> str:
+        """Return what is left: the replacement characters of an incomplete end."""
+        text = self._decode(self._window)
+        return self._return(text, len(text))
+
+    def _return(self, text: str, end: int) -> str:
+        """The characters up to ``end`` that have not been returned and are not the prompt's."""
+        if end <= self._num_returned:
+            return ""
+        # A prompt may end in a replacement character of its own; then it is not added again.
+        prompt, start = self._prompt_text, self._num_returned
+        while start < min(end, len(prompt)) and prompt[start] == text[start]:
+            start += 1
+        self._num_returned = end
+        return text[start:end]
+
+    def _first_whole(self, prompt: list[int]) -> int:
+        """Where a window at the end of the prompt can begin without cutting a character."""
+        start = max(0, len(prompt) - CONTEXT_TOKENS // 2)
+        while start and self._is_continuation_byte(prompt[start]):
+            start -= 1
+        return start
+
+    def _is_continuation_byte(self, token: int) -> bool:
+        match = BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "")
+        return match is not None and 0x80 <= int(match[1], 16) < 0xC0
+
+    def _whole_part(self) -> tuple[int, int]:
+        """The number of tokens at the window's start whose text is whole, and that text's length.
+
+        A prompt may end inside a character: a token or more then belongs to the character that the
+        first new token completes.
+        """
+        length = len(self._window)
+        for end in range(length, max(-1, length - MAX_CHARACTER_TOKENS), -1):
+            text = self._decode(self._window[:end])
+            if not text.endswith(REPLACEMENT):
+                return end, len(text)
+        return length, len(self._prompt_text)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
 

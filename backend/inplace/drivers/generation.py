@@ -179,5 +179,9 @@ class GenerationState:
         return (text + self.flush_text() if reason is not None else text), reason
 
     def flush_text(self) -> str:
-        """Return the text that was held back because it may have begun a stop text."""
-        return self._stop_matcher.flush()
+        """Return the text that was held back: an incomplete character, a possible stop text."""
+        if self._stop_detokenizer is None or self._stop_matcher.matched:
+            return self._stop_matcher.flush()
+        return (
+            self._stop_matcher.append(self._stop_detokenizer.flush()) + self._stop_matcher.flush()
+        )

@@ -191,6 +191,7 @@ class Reply:
             text = "".join(text for _, text in tokens if text)
             if self._detokenizer is not None:
                 text += self._detokenizer.append([token for token, text in tokens if text is None])
+                text += "" if final is None else self._detokenizer.flush()
             outputs[TEXT_OUTPUT] = text if final is None else text + final.text
         if FINISH_REASON in requested:
             outputs[FINISH_REASON] = "" if final is None else str(final.result)

@@ -1,4 +1,4 @@
-"""The fusion pass: what it makes of transformers' decoders, and that they still say the same."""
+"""Fusion of transformers' decoders: which operators are left, and that results are the same."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 import torch
 from inplace_builder import Capture, DecoderOptions, capture_decoder
 from inplace_builder.fusion.fuse import fuse
-from inplace_builder.graph.program import GraphProgram
-from torch.export.graph_signature import InputKind
+from inplace_builder.graph.program import AnyProgram, GraphProgram, weights_of
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -46,52 +45,45 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**SIZES),
     "phi": PhiConfig(**SIZES),
 }
-FULLY = {"inplace.linear.default": 4 * 2 + 1, "inplace.qkv_attention.default": 2}
+FULLY_FUSED = {"inplace.linear.default": 4 * 2 + 1, "inplace.qkv_attention.default": 2}
 EXPECTED: dict[str, dict[str, int]] = {
-    "llama": FULLY,
-    "llama-tied": FULLY,
-    "qwen2": FULLY,
+    "llama": FULLY_FUSED,
+    "llama-tied": FULLY_FUSED,
+    "qwen2": FULLY_FUSED,
     "qwen3": {
         "inplace.rotary_attention.default": 2,
         "inplace.rms_norm.default": 2 * 2,
         "inplace.linear.default": 4 * 2 + 1,
     },
-    "gemma2": FULLY | {"inplace.rms_norm.default": 2 * 2, "aten.type_as.default": 0},
+    "gemma2": FULLY_FUSED | {"inplace.rms_norm.default": 2 * 2, "aten.type_as.default": 0},
     "gemma3": {
         "inplace.rotary_attention.default": 2,
         "inplace.rms_norm.default": 4 * 2,
         "inplace.linear.default": 4 * 2 + 1,
     },
-    "gpt2": FULLY
+    "gpt2": FULLY_FUSED
     | {
         "aten.layer_norm.default": 2 * 2 + 1,
         "aten.tanh.default": 0,
         "aten.add.Tensor": 1,
         "aten.dropout.default": 0,
     },
-    "gpt_neox": FULLY
+    "gpt_neox": FULLY_FUSED
     | {"aten.layer_norm.default": 2 * 2 + 1, "aten.chunk.default": 0, "aten.dropout.default": 0},
-    "phi": FULLY | {"aten.layer_norm.default": 2 + 1, "aten.dropout.default": 0},
+    "phi": FULLY_FUSED | {"aten.layer_norm.default": 2 + 1, "aten.dropout.default": 0},
 }
 
 
-def run(
-    program: torch.export.ExportedProgram | GraphProgram, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
+def run(program: AnyProgram, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Interpret a program's graph; states are mutated in ``inputs``."""
-    weights = {}
-    for spec in program.graph_signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            assert spec.target is not None
-            found = program.state_dict.get(spec.target)
-            weights[spec.arg.name] = program.constants[spec.target] if found is None else found
-    names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    values = {node.name: tensor for node, tensor in weights_of(program).items()} | inputs
+    placeholders = program.graph.find_nodes(op="placeholder")
     with torch.no_grad():
-        found = torch.fx.Interpreter(program.graph_module).run(
-            *((weights | inputs)[name] for name in names)
+        outputs = torch.fx.Interpreter(program.graph_module).run(
+            *(values[node.name] for node in placeholders)
         )
-    assert isinstance(found, tuple)
-    return found
+    assert isinstance(outputs, tuple)
+    return outputs
 
 
 def captured(family: str, dtype: torch.dtype = torch.float32) -> Capture:
@@ -113,7 +105,7 @@ def check_counts(family: str, fused: GraphProgram) -> None:
 def both(
     capture: Capture, fused: GraphProgram
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[dict[str, torch.Tensor]]]:
-    """What the captured and the fused program say of one step, and their states afterwards."""
+    """Outputs of the captured and the fused program in one step, and their states afterwards."""
     states = {
         state.name: torch.randn(3, *state.shape).to(state.dtype.as_torch)
         for state in capture.states
@@ -143,20 +135,20 @@ def both(
     ("family", "dtype", "tolerance"),
     [*((family, torch.bfloat16, 5e-2) for family in FAMILIES), ("llama", torch.float16, 1e-2)],
 )
-def test_a_half_precision_decoder_is_fused_as_far(
+def test_a_half_precision_decoder_is_fused_like_one_in_float32(
     family: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Transformers casts where it computes in float32; this hides nothing from the pass."""
+    """transformers casts where it computes in float32; the patterns match through the casts."""
     capture = captured(family, dtype)
     fused = fuse(capture.exported)
     check_counts(family, fused)
-    (_, expected), (_, found) = both(capture, fused)[0]
-    assert found.dtype == torch.float32
-    assert float((found - expected).norm() / expected.norm()) < tolerance
+    (_, expected), (_, logits) = both(capture, fused)[0]
+    assert logits.dtype == torch.float32
+    assert float((logits - expected).norm() / expected.norm()) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fused_decoder_has_fewer_operators_and_says_the_same(family: str) -> None:
+def test_a_fused_decoder_has_fewer_operators_and_the_same_results(family: str) -> None:
     capture = captured(family)
     fused = fuse(capture.exported)
     results, memories = both(capture, fused)
@@ -183,5 +175,5 @@ def test_a_projection_with_another_user_is_left_alone(tmp_path: Path) -> None:
     exported = torch.export.export(module, (x,))
     fused = fuse(exported)
     assert not any(node.kwargs.get("gated") for node in fused.graph.nodes)
-    for found, expected in zip(run(fused, {"x": x}), module(x), strict=True):
-        torch.testing.assert_close(found, expected)
+    for output, expected in zip(run(fused, {"x": x}), module(x), strict=True):
+        torch.testing.assert_close(output, expected)

@@ -1,4 +1,4 @@
-"""Sampling taken out of a graph, for mechanisms that have no kernel for it."""
+"""Sampling is replaced by argmax, for mechanisms that have no kernel for it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from support.lowering import captured, greedy_rows
 from support.models import accumulator
 
 
-def test_what_is_left_says_the_most_likely_token() -> None:
+def test_argmax_replaces_sampling_and_its_inputs() -> None:
     capture = captured("llama")
     greedy, program = without_sampling(capture.exported, capture.program)
     assert Program.model_validate(program.model_dump()) == program
@@ -28,7 +28,7 @@ def test_what_is_left_says_the_most_likely_token() -> None:
     assert {spec.arg.name for spec in greedy.graph_signature.input_specs} == names
 
 
-def test_a_graph_that_samples_nothing_stays_as_it_is() -> None:
+def test_a_graph_without_sampling_stays_as_it_is() -> None:
     capture = accumulator()
     greedy, program = without_sampling(capture.exported, capture.program)
     assert program == capture.program
@@ -47,14 +47,14 @@ def test_a_program_that_samples_has_every_parameter(missing: str) -> None:
     ):
         Program.model_validate(fields)
     fields = program.model_dump()
-    fields["outputs"][0]["sampled_from"] = "nobody"
+    fields["outputs"][0]["sampled_from"] = "missing"
     with pytest.raises(
-        ValueError, match="next_token is sampled from 'nobody', which is not an output"
+        ValueError, match="next_token is sampled from 'missing', which is not an output"
     ):
         Program.model_validate(fields)
 
 
-def test_greedy_rows_have_a_type_each() -> None:
+def test_greedy_rows_have_the_types_of_their_inputs() -> None:
     dtypes = {
         spec.name: spec.dtype.as_torch
         for spec in captured("gpt2").program.inputs

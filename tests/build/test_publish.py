@@ -1,4 +1,4 @@
-"""The output folder: replaced whole or left alone, and nothing left beside it."""
+"""The output folder is replaced whole or left alone, and nothing is left beside it."""
 
 import hashlib
 import itertools
@@ -179,7 +179,7 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
         write_engine(accumulator(), tmp_path / "file" / "model", OPTIONS)
 
 
-def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
+def test_the_draft_of_a_killed_build_does_not_block_the_next(older: Path) -> None:
     left = older.with_name(".model.old") / MODEL_VERSION
     left.mkdir(parents=True)
     (left / FILE_NAME).write_text("{}")
@@ -192,7 +192,7 @@ def test_what_a_killed_build_left_does_not_block_the_next(older: Path) -> None:
 def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(
     tmp_path: Path, limit: int
 ) -> None:
-    """A limit on the size of a file stands for the disk: the write fails in the same place."""
+    """A limit on the size of files simulates the disk: the write fails in the same place."""
     tiny_llama(tmp_path / "llama")
     words = {f"word{index}": index for index in range(100_000)}
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -233,10 +233,10 @@ def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(
 
 
 def test_the_reference_may_be_moved_once_the_weights_are_written(tmp_path: Path) -> None:
-    said: list[str] = []
+    stages: list[str] = []
 
     def prepare() -> None:
-        said.append("files" if list(tmp_path.glob(".model.*/1/engine.pt2")) else "no files")
+        stages.append("files" if list(tmp_path.glob(".model.*/1/engine.pt2")) else "no files")
 
-    write_engine(accumulator(), tmp_path / "model", OPTIONS, said.append, prepare=prepare)
-    assert said == ["write the engine", "verify it against the model", "files"]
+    write_engine(accumulator(), tmp_path / "model", OPTIONS, stages.append, prepare=prepare)
+    assert stages == ["write the engine", "verify it against the model", "files"]

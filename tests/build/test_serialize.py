@@ -1,4 +1,4 @@
-"""The low-level way: a serialized engine whose states, lifted buffers among them, are bindings of the caller's."""
+"""A serialized engine whose states, lifted buffers among them, are bindings of the caller."""
 
 import io
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_mutated_buffers_are_lifted_only_when_asked() -> None:
         serialize(Recurrent(), (noise(0, 1, 4),))
 
 
-def test_bindings_say_all_that_is_needed(recurrent: Serialized) -> None:
+def test_bindings_describe_every_tensor(recurrent: Serialized) -> None:
     assert [binding.name for binding in recurrent.inputs] == ["x", "slots"]
     assert {state.source: state.shape for state in recurrent.records} == {
         "cell": (1, 4),
@@ -81,16 +81,14 @@ def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
                 eager.get_buffer(state.source),
             )
     assert addresses == {name: tensor.data_ptr() for name, tensor in memory.items()}
-    assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), (
-        "what was handed out is the caller's own"
-    )
+    assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), "initial values are copies"
 
 
 @pytest.mark.parametrize("name", ["attention", "recurrent", "tokens"])
-def test_plans_for_a_gpu_that_is_not_there(name: str) -> None:
+def test_plans_for_a_gpu_that_this_machine_does_not_have(name: str) -> None:
     case, plain = BY_NAME[name], load_tensorrt("tensorrt_rtx").api
     arguments = (*case.states(), *case.inputs(1))
-    made = serialize(
+    serialized = serialize(
         case.module(),
         arguments,
         lift_mutable_buffers=True,
@@ -98,16 +96,19 @@ def test_plans_for_a_gpu_that_is_not_there(name: str) -> None:
         compute_capability="8.9",
         **case.options,
     )
-    assert made.plan is not None and (made.plan.compute_capability, made.plan.gpu) == ("8.9", "")
-    assert made.plan.version == plain.__version__
+    assert serialized.plan is not None and (
+        serialized.plan.compute_capability,
+        serialized.plan.gpu,
+    ) == ("8.9", "")
+    assert serialized.plan.version == plain.__version__
     kind = "kv_cache_update" if name in ("attention", "tokens") else "copy"
-    assert {alias.kind for alias in made.aliases} == {kind}
+    assert {alias.kind for alias in serialized.aliases} == {kind}
     assert all(
         record.refused[0].startswith("plugin: networks of TensorRT for RTX")
-        for record in made.lowering
+        for record in serialized.lowering
     )
-    assert "slots" not in {binding.name for binding in made.inputs}
-    assert len(made.content) > 1000
+    assert "slots" not in {binding.name for binding in serialized.inputs}
+    assert len(serialized.content) > 1000
 
 
 class Number(torch.nn.Module):
@@ -116,11 +117,13 @@ class Number(torch.nn.Module):
         return cache.sum(1)
 
 
-def test_a_number_is_an_input_like_another() -> None:
+def test_a_number_is_an_input() -> None:
     dynamic: Any = (None, None, torch.export.Dim.DYNAMIC)
-    made = serialize(Number(), (torch.zeros(1, 8), torch.ones(1, 1), 3), dynamic_shapes=dynamic)
-    assert [binding.name for binding in made.inputs] == ["x", "start", "slots"]
-    graph = torch.export.load(io.BytesIO(made.content)).module(check_guards=False)
+    serialized = serialize(
+        Number(), (torch.zeros(1, 8), torch.ones(1, 1), 3), dynamic_shapes=dynamic
+    )
+    assert [binding.name for binding in serialized.inputs] == ["x", "start", "slots"]
+    graph = torch.export.load(io.BytesIO(serialized.content)).module(check_guards=False)
     memory = torch.zeros(1, 8)
     graph(torch.ones(1, 1), 5, torch.arange(1, dtype=torch.int32), memory)
     assert memory.tolist() == [[0, 0, 0, 0, 0, 1, 0, 0]]
@@ -134,12 +137,12 @@ class Builtins(nn.Module):
 
 @pytest.mark.parametrize("exported", [False, True])
 def test_arguments_may_have_the_names_of_pythons_own(exported: bool, tmp_path: Path) -> None:
-    """A copy of a graph calls them otherwise (``input_1``), and a program knows its inputs by their names."""
+    """``copy.deepcopy`` of a graph renames them (``input_1``), and inputs are known by name."""
     example = (torch.zeros(1, 8, 4), torch.ones(1, 1, 4), torch.ones(1, 8, 4))
     module = torch.export.export(Builtins(), example) if exported else Builtins()
     engine = build(module, example, path=tmp_path / "builtins")
     cache = torch.zeros(1, 8, 4)
     assert engine(cache, input=example[1], type=example[2]).sum() == 36
     assert cache[0, :, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
-    made = serialize(Builtins(), example, engine="tensorrt_rtx", compute_capability="8.9")
-    assert [binding.name for binding in made.inputs] == ["input", "type"]
+    serialized = serialize(Builtins(), example, engine="tensorrt_rtx", compute_capability="8.9")
+    assert [binding.name for binding in serialized.inputs] == ["input", "type"]

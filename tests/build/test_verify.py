@@ -1,4 +1,4 @@
-"""Verification: an engine that does not do what its model does is not written."""
+"""Verification: an engine that does not compute what its model computes is not written."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 OPTIONS = BuildOptions(slots=4, max_rows=4, capacity=1)
-SPARE = 4
+SPARE_SLOT = 4
 """A slot that none of the verified sequences owns."""
 
 
@@ -44,13 +44,13 @@ class WritesNextSlot(torch.nn.Module):
         return sums
 
 
-class WritesAForeignSlotToo(torch.nn.Module):
-    """Its outputs are right; beside its own slots it writes one that belongs to nobody."""
+class AlsoWritesASpareSlot(torch.nn.Module):
+    """Its outputs are right; beside its own slots it writes one that no sequence owns."""
 
     def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
         sums = read(total, slots) + value
         update(total, slots, sums)
-        update(total, slots.clamp(min=SPARE), sums)
+        update(total, slots.clamp(min=SPARE_SLOT), sums)
         return sums
 
 
@@ -64,7 +64,7 @@ class WritesSlotZero(torch.nn.Module):
 
 
 class ForgetsToWriteFirstRow(torch.nn.Module):
-    """A null row where a row should be: nothing foreign is touched, but the first row's sum is lost."""
+    """The first row is a null row: no other slot is touched, but the first row's sum is lost."""
 
     def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
         sums = read(total, slots) + value
@@ -80,7 +80,7 @@ class WritesOutsideTheArena(torch.nn.Module):
 
 
 class Counter(torch.nn.Module):
-    """How many requests there were, in whole numbers."""
+    """The number of requests, an integer."""
 
     def forward(self, value: Tensor, slots: Tensor, total: Tensor) -> Tensor:
         counts = read(total, slots) + value
@@ -89,7 +89,7 @@ class Counter(torch.nn.Module):
 
 
 def refused(capture: Capture, folder: Path, text: str, options: BuildOptions = OPTIONS) -> None:
-    """The engine is refused with this text, and there is nothing where it would have been, nor beside it."""
+    """The engine is refused with this text, and nothing is written."""
     folder.mkdir(exist_ok=True)
     with pytest.raises(BuildError, match=text):
         write_engine(capture, folder / "model", options)
@@ -97,9 +97,9 @@ def refused(capture: Capture, folder: Path, text: str, options: BuildOptions = O
 
 
 @pytest.mark.parametrize(
-    "module", [WritesNextSlot(), WritesAForeignSlotToo()], ids=lambda module: type(module).__name__
+    "module", [WritesNextSlot(), AlsoWritesASpareSlot()], ids=lambda module: type(module).__name__
 )
-def test_a_graph_that_writes_a_slot_of_nobody_in_the_step_is_refused(
+def test_a_graph_that_writes_a_slot_outside_the_step_is_refused(
     tmp_path: Path, module: torch.nn.Module
 ) -> None:
     refused(captured(module), tmp_path, "changed bytes of state total outside the rows of its step")
@@ -133,7 +133,7 @@ def test_a_graph_that_mixes_or_loses_rows_is_refused(
     refused(
         captured(module),
         tmp_path,
-        r"outside the rows of its step|output sum of sequence \d after \d tokens differs from the model",
+        r"outside the rows of its step|output sum of sequence \d after \d tokens differs from the",
     )
 
 
@@ -158,7 +158,7 @@ def test_an_engine_whose_numbers_are_not_the_model_s_is_refused(
     )
 
 
-def test_a_whole_number_that_is_off_by_one_is_refused(tmp_path: Path) -> None:
+def test_an_integer_that_is_off_by_one_is_refused(tmp_path: Path) -> None:
     capture = accumulator()
 
     def other(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -245,11 +245,11 @@ def test_a_ring_operator_that_is_wrong_only_once_it_wraps_is_caught(
     options = BuildOptions(capacity=64, chunk=chunk)
     write_engine(capture, tmp_path / "right" / "model", options)
 
-    def forgets(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
+    def drops_wrapped(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:
         if start < slot.shape[axis]:
             write(slot, new, start, axis, ring=ring)
 
-    monkeypatch.setattr(sys.modules["inplace.operators.attention"], "write", forgets)
+    monkeypatch.setattr(sys.modules["inplace.operators.attention"], "write", drops_wrapped)
     refused(
         capture,
         tmp_path / "wrong",
@@ -268,8 +268,8 @@ class Latest(torch.nn.Module):
         return read(values, slots).mean(1)
 
 
-def test_the_ring_of_a_module_is_followed_once_round(tmp_path: Path) -> None:
-    """The engine forgets to write what has wrapped; the model does not."""
+def test_the_ring_of_a_module_is_verified_beyond_its_end(tmp_path: Path) -> None:
+    """The engine drops what has wrapped; the model does not."""
     capture = capture_module(
         Latest(),
         inputs=[
@@ -321,10 +321,10 @@ def test_a_built_decoder_records_its_error_and_it_is_within_the_tolerance_of_its
 
 
 @pytest.mark.parametrize(("factor", "accepted"), [(1.0, True), (1.2, False)])
-def test_an_error_beyond_the_tolerance_is_judged_by_the_model_in_float32(
+def test_an_error_beyond_the_tolerance_is_compared_with_the_model_in_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, accepted: bool
 ) -> None:
-    """An engine may be as far from the model in float32 as rounding takes the model itself, not farther."""
+    """An engine's error may be of the size of the model's own rounding error, not larger."""
     monkeypatch.setitem(TOLERANCE, Dtype.BFLOAT16, 1e-7)
     model = tiny_llama(tmp_path / "llama").to(torch.bfloat16)
     capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=2, chunk=8))
@@ -348,6 +348,7 @@ def test_an_error_beyond_the_tolerance_is_judged_by_the_model_in_float32(
     refused(
         replace(capture, reference=other),
         tmp_path / "repository",
-        "logits of sequence 1 .* differs from the model by .*, and from the model in float32 by .*, where the model's own rounding",
+        "logits of sequence 1 .* differs from the model by .*, "
+        "and from the model in float32 by .*, where the model's own rounding",
         options,
     )

@@ -1,4 +1,4 @@
-"""Verification's own eyes: which bytes a step may write, and that a single other one is seen."""
+"""The memory check of verification: which bytes a step may write, and that any other is seen."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_the_memory_check_sees_one_flipped_bit_and_is_not_fooled_by_nan() -> Non
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))
-def test_every_type_of_state_can_be_poisoned(dtype: Dtype) -> None:
+def test_every_type_of_state_has_a_sentinel(dtype: Dtype) -> None:
     memory = torch.zeros(4, dtype=dtype.as_torch)
     fill_with_sentinel(memory)
     assert (

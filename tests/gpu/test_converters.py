@@ -1,6 +1,7 @@
-"""Every operator of the table, built and run by TensorRT, beside PyTorch, at two sizes of one plan.
+"""Every operator of the table, built and run by TensorRT beside PyTorch, at two sizes of one plan.
 
-Many operators share a network, and networks are built side by side: one network an operator takes minutes.
+Many operators share a network, and networks are built in parallel: one network for each operator
+would take minutes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 from support.engine_runner import PlanRunner  # noqa: E402
 
 QUICK = CompileOptions(optimization_level=1)
-Found = dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]] | Exception]
+Results = dict[str, list[tuple[tuple[Tensor, ...], list[Tensor]]] | Exception]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def tensorrt() -> TensorRT:
 
 
 @pytest.fixture(scope="module")
-def found(tensorrt: TensorRT) -> Found:
-    """What TensorRT computes for each case, by its name, or why it does not."""
+def results(tensorrt: TensorRT) -> Results:
+    """TensorRT's outputs for each case, by its name, or the error."""
 
     def plan(batch: Batch) -> Any:
         lowered = lower(batch.case.exported, outputs=batch.case.outputs, tensorrt=tensorrt)
@@ -49,20 +50,22 @@ def found(tensorrt: TensorRT) -> Found:
         _ = batch.case.exported  # torch.export is not made for threads
     with ThreadPoolExecutor(8) as pool:
         plans = list(zip(BATCHES, pool.map(attempt, BATCHES), strict=True))
-    results: Found = {}
+    by_case: Results = {}
     for batch, built in plans:
-        alone = isinstance(built, BuildError)  # one of them cannot be built: which one?
+        alone = isinstance(
+            built, BuildError
+        )  # then build each case alone, to name the one that fails
         for part in [Batch((case,)) for case in batch.cases] if alone else [batch]:
             try:
-                results |= part.run(PlanRunner(tensorrt, plan(part) if alone else built).run)
+                by_case |= part.run(PlanRunner(tensorrt, plan(part) if alone else built).run)
             except Exception as error:
-                results |= {case.name: error for case in part.cases}
-    return results
+                by_case |= {case.name: error for case in part.cases}
+    return by_case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_operator_computes_what_pytorch_computes(found: Found, case: Case) -> None:
-    runs = found[case.name]
+def test_an_operator_computes_what_pytorch_computes(results: Results, case: Case) -> None:
+    runs = results[case.name]
     if isinstance(runs, Exception):
         raise runs
     for inputs, outputs in runs:

@@ -1,6 +1,7 @@
-"""Every use of a state, run by TensorRT step after step beside the PyTorch operators: outputs close, states equal bit for bit.
+"""Every use of a state, run by TensorRT step by step beside the PyTorch operators.
 
-The plans are built side by side and without a long search for kernels, which is most of the time of these tests.
+Outputs are close, states equal bit for bit. The plans are built in parallel and at a low
+optimization level, because building is most of the time of these tests.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +65,7 @@ def plans(tensorrt: TensorRT) -> Plans:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
-def test_steps_give_what_the_operators_give(
+def test_steps_compute_what_the_operators_compute(
     tensorrt: TensorRT, plans: Plans, case: StateCase, kind: AliasKind
 ) -> None:
     try:
@@ -83,9 +84,9 @@ def test_steps_give_what_the_operators_give(
             if kind == "kv_cache_update"
             else {}
         )
-        found = runner.run(inputs | memory, in_place)
-        return found["out"], memory | {
-            name: found[output] for name, output in lowered.state_outputs.items()
+        outputs = runner.run(inputs | memory, in_place)
+        return outputs["out"], memory | {
+            name: outputs[output] for name, output in lowered.state_outputs.items()
         }
 
     case.check(step)

@@ -1,6 +1,7 @@
-"""Random modules on TensorRT: eager PyTorch against the plan that is built of each, step after step.
+"""Random modules on TensorRT: the plan of each against eager PyTorch, step by step.
 
-Plans are built side by side and without a long search for kernels, which is most of the time of these tests.
+Plans are built in parallel and at a low optimization level, because building is most of the time of
+these tests.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,8 @@ Case = Random | Steps
 
 
 def examples(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
-    """The same ones in every run."""
-    found: list[Case] = []
+    """Examples of a strategy, the same in every run."""
+    cases: list[Case] = []
     few = settings(
         max_examples=count,
         database=None,
@@ -52,10 +53,10 @@ def examples(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
     @few
     @given(strategy)
     def gather(case: Case) -> None:
-        found.append(case)
+        cases.append(case)
 
     gather()
-    return found[:count]
+    return cases[:count]
 
 
 def cuda(tree: Any) -> Any:
@@ -92,13 +93,16 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Engine
             pool.submit(compiled, folder / str(index), *capture)
             for index, capture in enumerate(captures)
         ]
-    # not before all are built: TensorRT captures what it tries, and CUDA ends a capture when another thread uses the default stream
+    # only after all are built: TensorRT captures the kernels that it times, and CUDA ends a capture
+    # when another thread uses the default stream
     return [
         (case, Engine.load(future.result())) for case, future in zip(cases, futures, strict=True)
     ]
 
 
-def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Case, Engine]]) -> None:
+def test_every_module_builds_and_computes_what_eager_does(
+    engines: list[tuple[Case, Engine]],
+) -> None:
     assert len(engines) == MODULES + MORE
     for index, (case, engine) in enumerate(engines):
         assert {alias.kind for alias in engine.manifest.parsed_aliases} == {"plugin"}
@@ -106,7 +110,10 @@ def test_every_module_builds_and_does_as_in_eager(engines: list[tuple[Case, Engi
 
 
 def run_beside_eager(title: str, case: Case, engine: Engine) -> None:
-    """Outputs and states after each step; what a step of eager PyTorch leaves as it was, the engine must leave bit for bit."""
+    """Compare outputs and states after each step.
+
+    Elements that a step of eager PyTorch leaves unchanged must be unchanged bit for bit.
+    """
     eager, mine, theirs = deepcopy(case.module), cuda(case.states()), case.states()
     own = [*pytree.tree_leaves(mine), *engine.states.values()]
     addresses = [tensor.data_ptr() for tensor in own]
@@ -119,8 +126,13 @@ def run_beside_eager(title: str, case: Case, engine: Engine) -> None:
             torch.testing.assert_close(
                 one.cpu(), other, rtol=1e-3, atol=1e-3, msg=f"{{}} in step {step} of {title}".format
             )
-        wanted = [*pytree.tree_leaves(theirs), *(eager.get_buffer(name) for name in engine.states)]
-        for one, other, old in zip((tensor.cpu() for tensor in own), wanted, before, strict=True):
+        references = [
+            *pytree.tree_leaves(theirs),
+            *(eager.get_buffer(name) for name in engine.states),
+        ]
+        for one, other, old in zip(
+            (tensor.cpu() for tensor in own), references, before, strict=True
+        ):
             torch.testing.assert_close(
                 one, other, msg=f"{{}} of a state after step {step} of {title}".format
             )
@@ -131,12 +143,12 @@ def run_beside_eager(title: str, case: Case, engine: Engine) -> None:
     assert addresses == [tensor.data_ptr() for tensor in own]
 
 
-def test_what_tensorrt_has_no_type_for_is_refused_with_its_reason() -> None:
+def test_types_that_tensorrt_lacks_are_refused() -> None:
     for case in examples(supported((torch.float64, torch.complex64, torch.int16)), 10):
         exported = export_for(case.module, (case.states(), *case.inputs(0)), "tensorrt")
         capture = capture_exported(exported)
         with pytest.raises(
             BuildError,
-            match=r"no mechanism can update .*plugin: \w+ is (float64|complex64|int16), which TensorRT .* does not have",
+            match=r"no mechanism .*plugin: \w+ is (float64|complex64|int16), which TensorRT",
         ):
             build_plan(capture, describe_call(exported, capture), Target.of("tensorrt"))

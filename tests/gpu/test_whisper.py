@@ -1,4 +1,4 @@
-"""A whole encoder-decoder in TensorRT says what transformers says."""
+"""A whole encoder-decoder in TensorRT generates transformers' tokens."""
 
 import pytest
 import torch
@@ -41,8 +41,8 @@ def _built(program: WhisperProgram, tensorrt: TensorRT) -> Run:
 
     def run(inputs: dict[str, Tensor], profile: int) -> dict[str, Tensor]:
         runner.profile(profile)
-        found = runner.run(inputs)
-        return found | {name: found[output] for name, output in lowered.state_outputs.items()}
+        outputs = runner.run(inputs)
+        return outputs | {name: outputs[output] for name, output in lowered.state_outputs.items()}
 
     return run
 

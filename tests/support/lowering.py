@@ -1,4 +1,4 @@
-"""Captured models for the tests of lowering, and the shapes they are built for."""
+"""Captured models for the tests of lowering, and the shapes that they are built for."""
 
 from collections.abc import Callable
 
@@ -55,13 +55,13 @@ DECODERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 
 
 def captured(name: str, rows: int = ROWS) -> Capture:
-    """A random decoder of this family, captured for batches of so many rows."""
+    """A random decoder of this family, captured for batches of ``rows`` rows."""
     manual_seed(0)
     return capture_decoder(DECODERS[name]().eval(), DecoderOptions(CAPACITY, rows, CHUNK))
 
 
 def greedy_rows(count: int) -> dict[str, Tensor]:
-    """What the runtime fills in for rows that ask for the most likely token."""
+    """The sampling inputs of greedy rows."""
     whole, number = torch.zeros(count, dtype=torch.int32), torch.zeros(count)
     return {
         "temperature": number,
@@ -73,10 +73,9 @@ def greedy_rows(count: int) -> dict[str, Tensor]:
 
 
 def lowered(capture: Capture, kind: str, tensorrt: TensorRT) -> LoweredNetwork:
-    """Its network, with every state of one kind."""
-    greedy, _ = without_sampling(
-        capture.exported, capture.program
-    )  # these kinds have no kernel for it
+    """The network of a capture, with every state of one kind."""
+    # these kinds have no kernel that samples
+    greedy, _ = without_sampling(capture.exported, capture.program)
     return lower(
         greedy,
         outputs=[spec.name for spec in capture.program.outputs],
@@ -87,7 +86,7 @@ def lowered(capture: Capture, kind: str, tensorrt: TensorRT) -> LoweredNetwork:
 
 
 def decoder_profiles(capture: Capture) -> list[dict[str, Range]]:
-    """Two profiles: a decode step of 1 to all rows, and a prefill step of one row with 1 to a chunk of tokens."""
+    """A profile of decode steps of 1 to all rows, and one of prefill steps of one row."""
     rows, chunk = capture.program.max_rows, capture.program.chunk
     return [
         _profile(capture, (1, 2, rows), (1, 2, rows)),

@@ -1,8 +1,9 @@
-"""Compute what a TensorRT network definition says, in PyTorch on the CPU.
+"""Interpret a TensorRT network definition in PyTorch on the CPU.
 
-It is not TensorRT: it reads the finished definition back, layer by layer, by the meaning TensorRT's documentation gives each layer, and
-holds every result against the shape and type TensorRT inferred. So a wrong lowering is found on a machine without a GPU; a wrong
-understanding of TensorRT, or a wrong kernel, is found by the GPU tests only.
+It is not TensorRT: it reads the finished definition back, layer by layer, with the meaning that
+TensorRT's documentation gives each layer, and compares every result with the shape and type that
+TensorRT inferred. So a wrong lowering is found on a machine without a GPU; a misunderstanding of
+TensorRT, or a wrong kernel, is found by the GPU tests only.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,23 +44,24 @@ def interpret(lowered: LoweredNetwork, inputs: Mapping[str, Tensor]) -> dict[str
     """The outputs of a network for these inputs.
 
     Raises:
-        AssertionError: a layer breaks a rule of strongly typed networks, reads out of range, or gives what TensorRT did not infer.
+        AssertionError: a layer breaks a rule of strongly typed networks, reads out of range, or its
+            result is not of the shape and type that TensorRT inferred.
     """
     network, context = lowered.network, lowered.context
     interpreter = _Interpreter(context)
-    found = {
+    values = {
         name: inputs[name]
         for name in (network.get_input(index).name for index in range(network.num_inputs))
     }
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        given = [layer.get_input(each) for each in range(layer.num_inputs)]
+        tensors = [layer.get_input(each) for each in range(layer.num_inputs)]
         outputs = [layer.get_output(each) for each in range(layer.num_outputs)]
         if layer.type == context.api.LayerType.CONSTANT:
             results = [context.constant_values[outputs[0].name]]
         else:
             results = interpreter.run(
-                layer, [None if x is None else found[x.name] for x in given], outputs[0]
+                layer, [None if x is None else values[x.name] for x in tensors], outputs[0]
             )
         for output, result in zip(outputs, results, strict=True):
             assert context.dtype_of(output) == result.dtype, (
@@ -70,12 +72,15 @@ def interpret(lowered: LoweredNetwork, inputs: Mapping[str, Tensor]) -> dict[str
                 a in (-1, b) for a, b in zip(inferred, result.shape, strict=True)
             )
             assert fits, f"{layer.name}: {inferred} inferred, {tuple(result.shape)} computed"
-            found[output.name] = result
-    return {name: found[name] for name in lowered.outputs}
+            values[output.name] = result
+    return {name: values[name] for name in lowered.outputs}
 
 
 class _Interpreter:
-    """One method a layer type; TensorRT hands out layers as their base class, so each is given its own class first."""
+    """One method for each type of layer.
+
+    TensorRT returns layers as their base class, so each method sets the layer's own class first.
+    """
 
     def __init__(self, context: Any) -> None:
         self.api, self.torch_dtype = context.api, context.tensorrt.torch_dtype
@@ -83,7 +88,7 @@ class _Interpreter:
     def run(self, layer: Any, x: list[Any], output: Any) -> list[Tensor]:
         kind = layer.type.name
         method = getattr(self, kind.lower(), None)
-        assert method is not None, f"{layer.name}: {kind} has no meaning here yet"
+        assert method is not None, f"{layer.name}: {kind} is not interpreted here"
         result = method(layer, output, *x)
         return list(result) if isinstance(result, tuple) else [result]
 
@@ -93,7 +98,7 @@ class _Interpreter:
         x = x.permute([order[axis] for axis in range(x.dim())])
         try:
             sizes = list(layer.reshape_dims) if shape is None else shape.tolist()
-        except (TypeError, ValueError):  # TensorRT's way to say that nothing is reshaped
+        except (TypeError, ValueError):  # the bindings raise these where nothing is reshaped
             return x
         return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from support.operator_case import Arg, Batch, fn, op
-from support.placing_cases import PLACINGS
+from support.scatter_cases import SCATTERS
 
 aten = torch.ops.aten
 F, H, B16, I32, I64, BOOL = (
@@ -344,6 +344,6 @@ CASES = [
     *ATTENTION,
     *NORMALIZATIONS,
     *REDUCTIONS,
-    *PLACINGS,
+    *SCATTERS,
 ]
 BATCHES = [Batch(tuple(CASES[first : first + 28])) for first in range(0, len(CASES), 28)]

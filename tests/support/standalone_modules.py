@@ -1,4 +1,4 @@
-"""Modules that mutate their inputs and buffers, with the arguments of each step: for engines that are called without a server."""
+"""Modules that mutate their inputs and buffers, with their arguments: for standalone engines."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ CAPACITY = 24
 
 
 def noise(step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Different for each step."""
+    """Random numbers, different for each step."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(step)).to(dtype)
 
 
 class Attention(nn.Module):
-    """One head group over caches ``[1, heads, capacity, dim]`` of the caller's, in a dict."""
+    """Attention over the caller's caches ``[1, heads, capacity, dim]``, in a dict."""
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
@@ -29,8 +29,10 @@ class Attention(nn.Module):
         )
         cache["keys"].index_copy_(2, position, key)
         cache["values"].index_copy_(2, position, value)
-        seen = torch.arange(cache["keys"].shape[2]) <= position
-        scores = (query @ cache["keys"].transpose(2, 3) / 8**0.5).masked_fill(~seen, float("-inf"))
+        visible = torch.arange(cache["keys"].shape[2]) <= position
+        scores = (query @ cache["keys"].transpose(2, 3) / 8**0.5).masked_fill(
+            ~visible, float("-inf")
+        )
         out: Tensor = self.out((scores.softmax(-1) @ cache["values"]).transpose(1, 2).flatten(2))
         return out
 
@@ -45,7 +47,10 @@ class Rows(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Buffers of several types and ranks: a cell, a window of frames, a counter, flags, a cache that two layers share."""
+    """Buffers of several types and ranks.
+
+    A cell, a window of frames, a counter, flags, and a cache that two layers share.
+    """
 
     cell: Tensor
     window: Tensor
@@ -79,7 +84,7 @@ class Recurrent(nn.Module):
 
 
 class Exchange(nn.Module):
-    """States take each other's old values; one is returned, and so is an input."""
+    """Two states swap their values; one of them is returned, and so is an input."""
 
     def forward(self, pair: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, second = pair
@@ -91,7 +96,7 @@ class Exchange(nn.Module):
 
 
 class Layers(nn.Module):
-    """Two layers whose keys and values lie in one tensor ``[layers, 2, 1, heads, capacity, dim]``."""
+    """Two layers with keys and values in one tensor ``[layers, 2, 1, heads, capacity, dim]``."""
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
@@ -105,16 +110,16 @@ class Layers(nn.Module):
             keys, values = cache[layer]
             keys.index_copy_(2, position, key)
             cache[layer, 1, :, :, position] = value
-            seen = torch.arange(keys.shape[2]) <= position
+            visible = torch.arange(keys.shape[2]) <= position
             out = nn.functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=seen[None, None]
+                query, keys, values, attn_mask=visible[None, None]
             )
             x = x + out.transpose(1, 2).flatten(2)
         return x
 
 
 class Tokens(nn.Module):
-    """A number of tokens that varies."""
+    """A dynamic number of tokens."""
 
     def forward(self, cache: Tensor, x: Tensor, positions: Tensor) -> Tensor:
         cache.index_copy_(2, positions, x)
@@ -122,7 +127,7 @@ class Tokens(nn.Module):
 
 
 class Unaliased(nn.Module):
-    """Not written into the state itself but into something computed from it, along an axis that no cache layer has."""
+    """Writes into a tensor computed from the state, along an axis that no cache layer has."""
 
     def forward(self, cache: Tensor, x: Tensor, pos: Tensor) -> Tensor:
         cache.copy_((cache + 0).index_copy(1, pos, x))
@@ -131,13 +136,13 @@ class Unaliased(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A module, what its caller owns, and its further arguments in each step."""
+    """A module, the states that its caller owns, and its other arguments in each step."""
 
     name: str
     module: Callable[[], nn.Module]
     states: Callable[[], list[Any]]
     inputs: Callable[[int], Sequence[Any]]
-    native: bool = False
+    fits_cache_layer: bool = False
     """Whether TensorRT's own cache layer can update all of its states."""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -158,7 +163,7 @@ CASES = [
         Attention,
         lambda: [_kv()],
         lambda step: (noise(step, 1, 1, 16), torch.tensor([step])),
-        native=True,
+        fits_cache_layer=True,
     ),
     Case(
         "rows",
@@ -171,7 +176,7 @@ CASES = [
         Layers,
         lambda: [torch.zeros(2, 2, 1, 2, CAPACITY, 8)],
         lambda step: (noise(step, 1, 1, 16), torch.tensor([step])),
-        native=True,
+        fits_cache_layer=True,
     ),
     Case("recurrent", Recurrent, list, lambda step: (noise(step, 1, 4),)),
     Case(

@@ -1,4 +1,7 @@
-"""Small modules on the state operators, each with steps to run: the CPU tests compile them, the GPU tests run them beside PyTorch."""
+"""Small modules on the state operators, each with steps to run.
+
+The CPU tests compile them, the GPU tests run them beside PyTorch.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +20,19 @@ from torch.export import Dim
 from support.operator_case import TOLERANCE
 
 HEADS, KV_HEADS, DIM, CAPACITY, ROWS = 4, 2, 8, 12, 3
-MOST_TOKENS = 4
+MAX_TOKENS = 4
 """Most tokens of one row in one step."""
 STEPS: tuple[tuple[int, tuple[int, ...]], ...] = ((4, (0, 3, 6)), (1, (4, 7, 10)), (1, (5, 8, 11)))
-"""Tokens a row, and where each row starts; the last step fills a slot to its end."""
+"""Tokens of each row, and its cached length before; the last step fills a slot to its end."""
 RING_STEPS: tuple[tuple[int, tuple[int, ...]], ...] = (
     (4, (0, 9, 23)),
     (1, (4, 13, 27)),
     (3, (5, 14, 28)),
 )
 CROSS_STEPS: tuple[tuple[int, tuple[int, ...]], ...] = ((4, (5, 3, 12)), (1, (5, 3, 12)))
-"""Nothing is appended: the lengths stay."""
+"""Nothing is appended: the lengths do not change."""
 SLOTS = (0, -1, 2)
-"""Row r is slot r, or no row at all."""
+"""Row r is slot r, or a null row."""
 
 
 class Attend(nn.Module):
@@ -105,10 +108,10 @@ class StateCase:
     """A module on states.
 
     Attributes:
-        name: what is special about it.
+        name: what it tests.
         module: takes its inputs by name, then the states.
         states: its states.
-        steps: what to run, see `STEPS`.
+        steps: the steps to run, see `STEPS`.
     """
 
     name: str
@@ -116,16 +119,22 @@ class StateCase:
     states: tuple[StateSpec, ...]
     steps: tuple[tuple[int, tuple[int, ...]], ...] = STEPS
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    """Extents of the inputs: ``t`` tokens of all rows, ``r`` rows, ``b`` rows and one, ``m`` tokens of a row."""
+    """Extents of the inputs.
+
+    ``t``: tokens of all rows; ``r``: rows; ``b``: rows and one; ``m``: tokens of a row.
+    """
 
     @property
     def dtype(self) -> torch.dtype:
         return self.states[0].dtype.as_torch
 
     def memory(self) -> dict[str, Tensor]:
-        """States full of NaN (integers: zeros) beyond what the rows of the first step have cached, and in the slot of no row."""
+        """States before the first step.
+
+        Floating-point states are NaN beyond the cached length, and in the slot of the null row.
+        """
         generator = torch.Generator().manual_seed(7)
-        found = {}
+        memory = {}
         for state in self.states:
             x = _random((ROWS, *state.shape), state.dtype.as_torch, generator)
             if state.axis is not None and x.is_floating_point():
@@ -134,8 +143,8 @@ class StateCase:
                     x[row].narrow(state.axis, cached, state.shape[state.axis] - cached).fill_(
                         float("nan")
                     )
-            found[state.name] = x
-        return found
+            memory[state.name] = x
+        return memory
 
     def inputs(self, tokens: int, starts: tuple[int, ...]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(tokens)
@@ -175,7 +184,7 @@ class StateCase:
         self,
         step: Callable[[dict[str, Tensor], dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
     ) -> None:
-        """Run every step and compare: outputs close to the operators' own, states equal bit for bit.
+        """Run every step and compare with the operators: outputs are close, states equal.
 
         ``step`` takes inputs and states and returns the output and the states afterwards.
         """
@@ -196,7 +205,7 @@ class StateCase:
         ends = (
             {"t": 1, "r": 1, "b": 2, "m": 1},
             {"t": 3, "r": 3, "b": 4, "m": 1},
-            {"t": 12, "r": 3, "b": 4, "m": MOST_TOKENS},
+            {"t": 12, "r": 3, "b": 4, "m": MAX_TOKENS},
         )
 
         def ranged(shape: tuple[int | str, ...]) -> Range:

@@ -1,4 +1,7 @@
-"""A tiny random Whisper as two programs: an encoder that writes the cross-attention states, a decoder step that reads them."""
+"""A tiny random Whisper as two programs.
+
+The encoder writes the cross-attention states, a decoder step reads them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +19,11 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 LAYERS, HEADS, DIM, MEL, POSITIONS, CAPACITY, VOCABULARY, START = 2, 4, 8, 8, 20, 48, 64, 3
 FRAMES = 2 * POSITIONS
-MOST_ROWS, CHUNK = 4, 8
+MAX_ROWS, CHUNK = 4, 8
 
 
 def tiny_whisper() -> WhisperForConditionalGeneration:
-    """Random weights; its greedy tokens do not settle on one."""
+    """Random weights, with which greedy tokens vary."""
     torch.manual_seed(0)
     config = WhisperConfig(
         vocab_size=VOCABULARY,
@@ -63,7 +66,7 @@ CROSS, SELF = states("cross", POSITIONS), states("own", CAPACITY)
 
 
 class Encoder(nn.Module):
-    """Features ``[rows, mel, frames]`` to the cross-attention keys and values of every decoder layer."""
+    """Features ``[rows, mel, frames]`` to cross-attention keys and values of all decoder layers."""
 
     def __init__(self, whisper: WhisperForConditionalGeneration) -> None:
         super().__init__()
@@ -120,10 +123,10 @@ class Decoder(nn.Module):
             each = layer.encoder_attn
             query = heads(each.q_proj(layer.encoder_attn_layer_norm(x)) * each.scaling)
             caches = cross[index], cross[LAYERS + index], slots, row_offsets
-            seen = attention(
+            attended = attention(
                 query, None, None, *caches, encoded, scale=1.0, append=False, causal=False
             )
-            x = x + each.out_proj(seen.flatten(1))
+            x = x + each.out_proj(attended.flatten(1))
             x = x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
         logits = self.head(self.decoder.layer_norm(x)[last_tokens])
         return logits.argmax(-1, keepdim=True)  # type: ignore[no-any-return]
@@ -144,7 +147,7 @@ def _arena(specs: tuple[StateSpec, ...]) -> list[Tensor]:
 
 
 def encoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
-    rows = Dim("rows", min=1, max=MOST_ROWS)
+    rows = Dim("rows", min=1, max=MAX_ROWS)
     index = torch.zeros(2, dtype=torch.int32)
     with torch.no_grad(), size_oblivious():
         exported = torch.export.export(
@@ -164,14 +167,14 @@ def encoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
     }
     shapes |= {state.name: state.shape for state in CROSS}
     profile: dict[str, Range] = {
-        name: ((1, *shape), (1, *shape), (MOST_ROWS, *shape)) for name, shape in shapes.items()
+        name: ((1, *shape), (1, *shape), (MAX_ROWS, *shape)) for name, shape in shapes.items()
     }
     return _named(WhisperProgram(exported, ("hidden",), CROSS, (profile,)))
 
 
 def decoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
-    rows: Any = Dim("rows", min=1, max=MOST_ROWS)
-    tokens, slots = {0: Dim("tokens", min=1, max=MOST_ROWS * CHUNK)}, {0: Dim("slots", min=1)}
+    rows: Any = Dim("rows", min=1, max=MAX_ROWS)
+    tokens, slots = {0: Dim("tokens", min=1, max=MAX_ROWS * CHUNK)}, {0: Dim("slots", min=1)}
     offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
     ids, at = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
     each = torch.zeros(2, dtype=torch.int32)
@@ -199,29 +202,32 @@ def decoder_program(whisper: WhisperForConditionalGeneration) -> WhisperProgram:
         def three(shapes: list[tuple[int, ...]]) -> Range:
             return shapes[0], shapes[1], shapes[2]
 
-        found = {name: three([(n,) for n in tokens]) for name in ("input_ids", "positions")}
-        found |= {
+        ranges = {name: three([(n,) for n in tokens]) for name in ("input_ids", "positions")}
+        ranges |= {
             name: three([(n,) for n in rows])
             for name in ("last_tokens", "slots", "write_indices", "encoded")
         }
-        found["row_offsets"] = three([(n + 1,) for n in rows])
-        return found | {
+        ranges["row_offsets"] = three([(n + 1,) for n in rows])
+        return ranges | {
             state.name: three([(n, *state.shape) for n in rows]) for state in (*CROSS, *SELF)
         }
 
     decode, prefill = (
-        profile((1, 1, MOST_ROWS), (1, 1, MOST_ROWS)),
+        profile((1, 1, MAX_ROWS), (1, 1, MAX_ROWS)),
         profile((1, 1, 1), (1, 4, CHUNK)),
     )
     return _named(WhisperProgram(exported, ("next_token",), (*CROSS, *SELF), (decode, prefill)))
 
 
 def _named(program: WhisperProgram) -> WhisperProgram:
-    """Give the placeholders of the states the names of their descriptions: lists of tensors export as ``cross_0`` and so on."""
+    """Rename the placeholders of the states as in their descriptions.
+
+    Lists of tensors export as ``cross_0`` and so on.
+    """
     count = len(program.states)
     signature = program.exported.graph_signature
-    found = list(signature.user_inputs)[-count:]
-    for old, state in zip(found, program.states, strict=True):
+    names = list(signature.user_inputs)[-count:]
+    for old, state in zip(names, program.states, strict=True):
         node = next(node for node in program.exported.graph.nodes if node.name == old)
         node._rename(state.name)
         signature.replace_all_uses(str(old), state.name)
@@ -229,7 +235,10 @@ def _named(program: WhisperProgram) -> WhisperProgram:
 
 
 Run = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
-"""Runs a program on its inputs and states with the profile of this index; gives its outputs and the states afterwards, by state name."""
+"""Runs a program on its inputs and states with the profile of this index.
+
+Returns its outputs and the states afterwards, by name.
+"""
 PROMPT, TOKENS, SEQUENCES = [START, 7, 11, 5], 32, 2
 
 
@@ -247,7 +256,10 @@ def transformers_tokens(
 
 
 def program_tokens(encode: Run, decode: Run, features: Tensor) -> list[list[int]]:
-    """The same by two programs, as a runtime calls them: all rows encoded, prompts one row at a time, then all rows together."""
+    """The same tokens from two programs, as a runtime calls them.
+
+    All rows are encoded, then prompts are fed one row at a time, then all rows step together.
+    """
     rows = len(features)
     controls = {
         "slots": torch.arange(rows, dtype=torch.int32),
@@ -256,28 +268,28 @@ def program_tokens(encode: Run, decode: Run, features: Tensor) -> list[list[int]
     empty = {state.name: torch.full((rows, *state.shape), float("nan")) for state in CROSS}
     encoded = encode({"features": features, **controls} | empty, 0)
     cross = {name: encoded[name] for name in empty}
-    said: list[list[int]] = []
+    sequences: list[list[int]] = []
     parts: list[dict[str, Tensor]] = []
     for row in range(rows):
         memory = {name: x[row : row + 1] for name, x in cross.items()}
         memory |= {state.name: torch.full((1, *state.shape), float("nan")) for state in SELF}
         tokens, memory = _decoded(decode, [PROMPT], 0, memory, 1)
-        said.append(tokens)
+        sequences.append(tokens)
         parts.append(memory)
     memory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for step in range(TOKENS - 1):
         tokens, memory = _decoded(
-            decode, [[sentence[-1]] for sentence in said], len(PROMPT) + step, memory, 0
+            decode, [[tokens[-1]] for tokens in sequences], len(PROMPT) + step, memory, 0
         )
-        for sentence, token in zip(said, tokens, strict=True):
-            sentence.append(token)
-    return said
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.append(token)
+    return sequences
 
 
 def _decoded(
     run: Run, ids: list[list[int]], at: int, memory: dict[str, Tensor], profile: int
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """A decoder step of these rows, all at the same position: each row's next token, and the states afterwards."""
+    """A decoder step of rows at the same position: their next tokens, and the states afterwards."""
     rows, each = len(ids), len(ids[0])
     offsets = torch.arange(rows + 1, dtype=torch.int32) * each
     inputs = {
@@ -289,6 +301,6 @@ def _decoded(
         "write_indices": torch.full((rows,), at, dtype=torch.int32),
         "encoded": torch.full((rows,), POSITIONS, dtype=torch.int32),
     }
-    found = run(inputs | memory, profile)
-    tokens: list[int] = found["next_token"].flatten().tolist()
-    return tokens, memory | {name: found[name] for name in memory if name in found}
+    outputs = run(inputs | memory, profile)
+    tokens: list[int] = outputs["next_token"].flatten().tolist()
+    return tokens, memory | {name: outputs[name] for name in memory if name in outputs}

@@ -13,8 +13,8 @@ from inplace_builder.lower.converters import (
     logic,
     matrix,
     normalization,
-    placing,
     reduction,
+    scatter,
     shape,
 )
 from inplace_builder.lower.lowering import LoweredNetwork, lower
@@ -45,7 +45,7 @@ CONVERTER_MODULES = (
     logic,
     matrix,
     normalization,
-    placing,
+    scatter,
     reduction,
     shape,
     static_slots,

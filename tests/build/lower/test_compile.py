@@ -1,4 +1,4 @@
-"""What is done when TensorRT refuses a network: its own mistakes are not the model's."""
+"""Internal errors of TensorRT are retried at other levels; a network that it refuses is not."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,11 +12,12 @@ from support.state_cases import STATE_CASES
 OPTIONS = CompileOptions(("SM89",), optimization_level=1)
 
 
-class Fails:
-    """A builder that fails with these words before it builds, and keeps the level of every try."""
+class FailingBuilder:
+    """A builder that fails once with each message before it builds, and records each level."""
 
-    def __init__(self, lowered: LoweredNetwork, *words: str) -> None:
-        self._builder, self._log, self._words = lowered.builder, lowered.context.log, list(words)
+    def __init__(self, lowered: LoweredNetwork, *messages: str) -> None:
+        self._builder, self._log = lowered.builder, lowered.context.log
+        self._messages = list(messages)
         self.levels: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -24,8 +25,8 @@ class Fails:
 
     def build_serialized_network(self, network: Any, config: Any) -> Any:
         self.levels.append(config.builder_optimization_level)
-        if self._words:
-            self._log.errors.append(self._words.pop(0))
+        if self._messages:
+            self._log.errors.append(self._messages.pop(0))
             return None
         return self._builder.build_serialized_network(network, config)
 
@@ -43,14 +44,17 @@ def lowered() -> LoweredNetwork:
     )
 
 
-INTERNAL = "[checkSanity.cpp::checkSanity::292] Error Code 2: Internal Error (Assertion !overlap(t->start) failed. )"
+INTERNAL = (
+    "[checkSanity.cpp::checkSanity::292] Error Code 2: Internal Error "
+    "(Assertion !overlap(t->start) failed. )"
+)
 
 
 @pytest.mark.parametrize(("failures", "levels"), [(0, [1]), (1, [1, 3]), (2, [1, 3, 5])])
-def test_where_tensorrt_trips_over_itself_it_is_asked_again_at_other_levels(
+def test_an_internal_error_is_retried_at_other_levels(
     lowered: LoweredNetwork, failures: int, levels: list[int]
 ) -> None:
-    builder = Fails(lowered, *[INTERNAL] * failures)
+    builder = FailingBuilder(lowered, *[INTERNAL] * failures)
     assert (
         compile_network(
             replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS
@@ -60,15 +64,15 @@ def test_where_tensorrt_trips_over_itself_it_is_asked_again_at_other_levels(
     assert builder.levels == levels
 
 
-def test_what_it_says_at_every_level_is_its_word(lowered: LoweredNetwork) -> None:
-    builder = Fails(lowered, *[INTERNAL] * 9)
+def test_an_internal_error_at_every_level_is_reported(lowered: LoweredNetwork) -> None:
+    builder = FailingBuilder(lowered, *[INTERNAL] * 9)
     with pytest.raises(BuildError, match=r"cannot build the network: .*checkSanity"):
         compile_network(replace(lowered, builder=builder), [STATE_CASES[0].profile()], OPTIONS)
     assert builder.levels == [1, 3, 5, 0]
 
 
-def test_a_network_that_it_refuses_is_refused_at_once(lowered: LoweredNetwork) -> None:
-    builder = Fails(
+def test_a_refused_network_is_not_retried(lowered: LoweredNetwork) -> None:
+    builder = FailingBuilder(
         lowered, "Error Code 10: Internal Error (Could not find any implementation for node a.)"
     )
     with pytest.raises(BuildError, match="has no kernel for the result on this GPU"):

@@ -1,6 +1,7 @@
-"""Every operator is lowered and compiled with TensorRT for RTX, which cannot run here; what its network says is computed in PyTorch.
+"""Every operator is lowered, and compiled with TensorRT for RTX.
 
-The GPU tests run the same table with TensorRT.
+Plans cannot run here, so the networks are interpreted in PyTorch. The GPU tests run the same table
+with TensorRT.
 """
 
 import pytest
@@ -27,14 +28,14 @@ def test_an_operator_compiles_and_its_network_computes_it(rtx: TensorRT, case: C
     assert compile_network(lowered, [case.profile()], CompileOptions(("SM89",))).nbytes > 1000
 
 
-def test_operators_of_one_network_are_told_apart(rtx: TensorRT) -> None:
+def test_many_operators_can_share_a_network(rtx: TensorRT) -> None:
     """The GPU tests build them so."""
     batch = BATCHES[-1]
     lowered = lower(batch.case.exported, outputs=batch.case.outputs, tensorrt=rtx)
-    found = batch.run(lambda inputs: interpret(lowered, inputs))
-    assert list(found) == [case.name for case in batch.cases]
+    results = batch.run(lambda inputs: interpret(lowered, inputs))
+    assert list(results) == [case.name for case in batch.cases]
     for case in batch.cases:
-        for inputs, outputs in found[case.name]:
+        for inputs, outputs in results[case.name]:
             case.compare(inputs, outputs)
     assert (
         compile_network(

@@ -1,4 +1,7 @@
-"""An encoder-decoder compiles as two programs, and their networks, computed in PyTorch, say what transformers says."""
+"""An encoder-decoder compiles as two programs that generate transformers' tokens.
+
+Their networks are interpreted in PyTorch.
+"""
 
 import pytest
 import torch
@@ -45,9 +48,9 @@ def test_the_decoder_reads_what_the_encoder_wrote(rtx: TensorRT, kind: str) -> N
         )
 
         def run(inputs: dict[str, Tensor], profile: int) -> dict[str, Tensor]:
-            found = interpret(lowered, inputs)
-            return found | {
-                name: found[output].clone() for name, output in lowered.state_outputs.items()
+            outputs = interpret(lowered, inputs)
+            return outputs | {
+                name: outputs[output].clone() for name, output in lowered.state_outputs.items()
             }
 
         return run

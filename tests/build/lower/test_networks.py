@@ -1,4 +1,7 @@
-"""Whole decoders compile, with either mechanism, for GPUs this machine does not have, and their networks compute what the graphs do."""
+"""Whole decoders compile with both mechanisms for GPUs that this machine does not have.
+
+Their networks, interpreted in PyTorch, compute what the graphs compute.
+"""
 
 import pytest
 import torch
@@ -45,7 +48,10 @@ def test_a_decoder_compiles_with_both_mechanisms(rtx: TensorRT, name: str) -> No
 
 
 def _steps_agree(capture: Capture, network: LoweredNetwork) -> None:
-    """Chunks and single tokens of three rows, one of them no row, in memory full of NaN, until every ring has wrapped."""
+    """Chunks and single tokens of three rows, one of them null, until every ring has wrapped.
+
+    The memory is full of NaN at first.
+    """
     module = capture.exported.module()
     expected_memory, memory = _nan(capture), _nan(capture)
     generator = torch.Generator().manual_seed(0)
@@ -70,10 +76,10 @@ def _steps_agree(capture: Capture, network: LoweredNetwork) -> None:
                 states[:middle],
                 states[middle:],
             )
-        found = interpret(network, inputs | memory)
-        memory = {name: found[output].clone() for name, output in network.state_outputs.items()}
-        assert torch.equal(found["next_token"], token)
-        torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
+        outputs = interpret(network, inputs | memory)
+        memory = {name: outputs[output].clone() for name, output in network.state_outputs.items()}
+        assert torch.equal(outputs["next_token"], token)
+        torch.testing.assert_close(outputs["logits"], logits, rtol=1e-4, atol=1e-4)
         for name, x in memory.items():
             torch.testing.assert_close(
                 x, expected_memory[name], rtol=1e-4, atol=1e-4, equal_nan=True
@@ -85,7 +91,7 @@ def _nan(capture: Capture) -> dict[str, Tensor]:
 
 
 def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT, llama: Capture) -> None:
-    """What the builder's API lets us read back of the alias before there is an engine: the layer between input and output."""
+    """Before there is an engine, an alias is read back as the layer between input and output."""
     network = lowered(llama, "kv_cache_update", rtx).network
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     pairs = {
@@ -104,22 +110,25 @@ def test_an_updated_cache_is_the_output_of_the_cache_layer(rtx: TensorRT, llama:
 def test_a_batch_of_one_row_has_as_many_rows_as_slots(
     rtx: TensorRT, llama: Capture, kind: str
 ) -> None:
-    """Row r is slot r, and the arena may have more slots than the server takes rows: no row may be written to every slot."""
+    """Row r is slot r, and the arena may have more slots than a batch has rows.
+
+    So the row of a batch of one must not be broadcast to every slot.
+    """
     one, many = (lowered(capture, kind, rtx) for capture in (captured("llama", 1), llama))
     shapes = [
         {
             tensor.name: tuple(tensor.shape)
-            for tensor in map(found.network.get_input, range(found.network.num_inputs))
+            for tensor in map(each.network.get_input, range(each.network.num_inputs))
         }
-        for found in (one, many)
+        for each in (one, many)
     ]
     assert shapes[0] == shapes[1]
     assert all(shape[0] == -1 for shape in shapes[0].values())
     _steps_agree(llama, one)
 
 
-def test_weights_stand_beside_their_products(rtx: TensorRT, llama: Capture) -> None:
-    """No layer between a weight and its product, none has more than four axes: what TensorRT 10.6 was seen to build for real models."""
+def test_no_layer_is_between_a_weight_and_its_product(rtx: TensorRT, llama: Capture) -> None:
+    """And none has more than four axes: the form that TensorRT 10.6 was seen to build."""
     network = lowered(llama, "copy", rtx).network
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     constants = {
@@ -132,9 +141,12 @@ def test_weights_stand_beside_their_products(rtx: TensorRT, llama: Capture) -> N
 
 
 def test_a_kernel_that_is_missing_is_explanation(rtx: TensorRT, llama: Capture) -> None:
-    """What TensorRT 10.6 says when it has no kernel, told of the model that was being built."""
+    """TensorRT 10.6's message about a missing kernel is related to the model's own lines."""
     network = lowered(llama, "copy", rtx)
-    said = "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[unsqueeze...lm_head]}.)"
+    message = (
+        "Error Code 10: Internal Error (Could not find any implementation for node "
+        "{ForeignNode[unsqueeze...lm_head]}.)"
+    )
     assert _explanation(network, "something else") == ""
-    assert "States are updated by copy: another mechanism" in _explanation(network, said)
-    assert "the layers from unsqueeze at " in _explanation(network, said)
+    assert "States are updated by copy: another mechanism" in _explanation(network, message)
+    assert "the layers from unsqueeze at " in _explanation(network, message)

@@ -1,6 +1,7 @@
-"""Modules that are called without a server, as networks: they compile with TensorRT for RTX and compute what eager PyTorch does.
+"""Standalone modules as networks: they compile with TensorRT for RTX and compute what eager does.
 
-What the networks say is computed in PyTorch, layer by layer; `tests/gpu/test_standalone.py` runs them with TensorRT.
+The networks are interpreted in PyTorch, layer by layer; `tests/gpu/test_standalone.py` runs them
+with TensorRT.
 """
 
 from copy import deepcopy
@@ -44,13 +45,13 @@ def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, CallSignat
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_module_compiles_and_computes_what_it_does_in_eager(
+def test_a_module_compiles_and_computes_what_eager_does(
     rtx: TensorRT, case: Case, kind: AliasKind
 ) -> None:
     torch.manual_seed(0)
     eager = case.module().eval()
     capture, call = captured(case, deepcopy(eager))
-    if kind == "kv_cache_update" and not case.native and case.name != "tokens":
+    if kind == "kv_cache_update" and not case.fits_cache_layer and case.name != "tokens":
         with pytest.raises(BuildError, match=r"no mechanism can update .*kv_cache_update: "):
             lower_module(capture, call, rtx, alias=kind)
         return
@@ -65,14 +66,15 @@ def test_a_module_compiles_and_computes_what_it_does_in_eager(
         inputs = case.inputs(step)
         with torch.no_grad():
             expected = pytree.tree_leaves(eager(*states, *inputs))
-        found = interpret(lowered, dict(zip(capture.inputs, inputs, strict=True)) | memory)
+        outputs = interpret(lowered, dict(zip(capture.inputs, inputs, strict=True)) | memory)
         memory = {
-            state.name: found[lowered.state_outputs[state.name]].clone() for state in capture.states
+            state.name: outputs[lowered.state_outputs[state.name]].clone()
+            for state in capture.states
         }
         for place, value in enumerate(expected):
             if isinstance(value, Tensor):
                 torch.testing.assert_close(
-                    found[result_name(place)], value, msg=f"{{}} in step {step}".format
+                    outputs[result_name(place)], value, msg=f"{{}} in step {step}".format
                 )
         for state in capture.states:
             torch.testing.assert_close(
@@ -92,7 +94,7 @@ class Number(nn.Module):
         return cache.sum(1)
 
 
-def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
+def test_arguments_that_tensorrt_cannot_take_are_refused_by_name() -> None:
     target = Target.of("tensorrt_rtx", GPU)
     dim = torch.export.Dim.DYNAMIC
     number = Case(
@@ -106,11 +108,11 @@ def test_what_tensorrt_cannot_take_is_refused_by_name() -> None:
         BuildError, match="argument start is a Python number that changes from call to call"
     ):
         build_plan(*captured(number, Number()), target)
-    endless = torch.export.Dim("endless", min=1)
-    shapes: Any = ({}, {2: endless}, {0: endless})
+    unlimited = torch.export.Dim("unlimited", min=1)
+    shapes: Any = ({}, {2: unlimited}, {0: unlimited})
     known = next(case for case in CASES if case.name == "tokens")
     tokens = Case(
-        "endless",
+        "unlimited",
         Tokens,
         known.states,
         known.inputs,

@@ -1,6 +1,7 @@
-"""Every use of a state compiles and computes with the mechanisms that accept it, and the others say why not.
+"""Every use of a state compiles with the mechanisms that support it; the others give a reason.
 
-Compiled with TensorRT for RTX, which cannot run here; what the network says is computed in PyTorch. The GPU tests run it with TensorRT.
+Compiled with TensorRT for RTX. Plans cannot run here, so the networks are interpreted in PyTorch.
+The GPU tests run them with TensorRT.
 """
 
 import pytest
@@ -54,9 +55,9 @@ def test_a_use_of_a_state_compiles_or_is_refused(
     def step(
         inputs: dict[str, Tensor], memory: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        found = interpret(lowered, inputs | memory)
-        return found["out"], memory | {
-            name: found[output].clone() for name, output in lowered.state_outputs.items()
+        outputs = interpret(lowered, inputs | memory)
+        return outputs["out"], memory | {
+            name: outputs[output].clone() for name, output in lowered.state_outputs.items()
         }
 
     case.check(step)

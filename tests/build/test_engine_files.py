@@ -1,4 +1,4 @@
-"""The engine file: written piece by piece, readable, and an error where the disk ends."""
+"""The engine file is written piece by piece, can be read, and a full disk is an error."""
 
 import os
 import resource
@@ -34,7 +34,7 @@ def test_what_is_saved_loads_and_computes_the_same(tmp_path: Path) -> None:
 
 
 def peak_growth(folder: Path) -> None:
-    """Print by how many bytes saving raised the most memory this process ever held, and the size of the file."""
+    """Print by how many bytes saving raised this process' peak memory, and the file's size."""
     program = exported(LAYERS, WIDTH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     save_archive(program, folder / "engine.pt2")
@@ -45,13 +45,10 @@ def peak_growth(folder: Path) -> None:
 
 
 def test_no_copy_of_the_archive_is_held_in_memory(tmp_path: Path) -> None:
-    """PyTorch pickles all weights once more while it saves and throws that away: one passing copy is its own, a second would be ours."""
+    """PyTorch itself makes one temporary copy of the weights; there must not be a second."""
+    code = f"import test_engine_files as t; t.peak_growth(t.Path({str(tmp_path)!r}))"
     run = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import test_archive, pathlib; test_archive.peak_growth(pathlib.Path({str(tmp_path)!r}))",
-        ],
+        [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Operators that replace a part of a tensor as a function."""
+"""Functional operators that replace a part of a tensor."""
 
 import torch
 
@@ -7,15 +7,15 @@ from support.operator_case import Arg, Case, fn, op
 aten = torch.ops.aten
 I32, I64, BOOL = torch.int32, torch.int64, torch.bool
 X, Z, TRUTH = Arg(("n", 8)), Arg(("n", 4, 8)), Arg(("n", 8), BOOL)
-PLACES = Arg((3,), I64, 0, 8)
+INDICES = Arg((3,), I64, 0, 8)
 
 
-def distinct(places: torch.Tensor) -> torch.Tensor:
-    """Three different places of an axis of 8, computed from random ones."""
-    return (places[:1] + torch.tensor([0, 5, 2])) % 8
+def distinct(indices: torch.Tensor) -> torch.Tensor:
+    """Three different indices of an axis of 8, computed from random ones."""
+    return (indices[:1] + torch.tensor([0, 5, 2])) % 8
 
 
-PLACINGS: list[Case] = [
+SCATTERS: list[Case] = [
     op(aten.slice_scatter.default, X, Arg(("n", 3)), 1, 2, 5),
     op(aten.slice_scatter.default, X, Arg(("n", 3)), 1, -4, -1, name="slice_scatter-from-the-end"),
     op(aten.slice_scatter.default, X, Arg(("n", 4)), 1, 0, 8, 2, name="slice_scatter-strided"),
@@ -39,7 +39,7 @@ PLACINGS: list[Case] = [
         1,
         6,
         8,
-        name="slice_scatter-whole-numbers",
+        name="slice_scatter-integers",
     ),
     op(
         aten.slice_scatter.default,
@@ -57,29 +57,29 @@ PLACINGS: list[Case] = [
         lambda x, new, at: x.index_copy(1, distinct(at), new),
         X,
         Arg(("n", 3)),
-        PLACES,
+        INDICES,
     ),
-    fn("index_copy-one", lambda x, new, at: x.index_copy(1, at[0], new), X, Arg(("n", 1)), PLACES),
+    fn("index_copy-one", lambda x, new, at: x.index_copy(1, at[0], new), X, Arg(("n", 1)), INDICES),
     fn(
         "index_put",
         lambda x, new, at: aten.index_put.default(x, [None, distinct(at) - 8], new),
         X,
         Arg(("n", 3)),
-        PLACES,
+        INDICES,
     ),
     fn(
         "index_put-broadcast",
         lambda x, new, at: aten.index_put.default(x, [None, at[:1] % 4], new),
         Z,
         Arg((8,)),
-        PLACES,
+        INDICES,
     ),
     fn(
         "index_put-scalar",
         lambda x, new, at: aten.index_put.default(x, [None, at[0]], new),
         X,
         Arg(("n",)),
-        PLACES,
+        INDICES,
     ),
     op(aten.scatter.src, X, 1, Arg(("n", 1), I64, 0, 8), Arg(("n", 1))),
     op(aten.scatter.src, X, 1, Arg((1, 1), I64, 0, 8), Arg(("n", 2)), name="scatter-of-a-part"),

@@ -6,17 +6,16 @@ A build that fails leaves nothing behind, and what was at its place before is no
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inplace.drivers.detokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 from inplace.schema.served import FILE_NAME, Manifest
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.errors import BuildError
-from inplace_builder.lower.compile import Target
 from inplace_builder.publish import check_target, disk_errors, publish_engine
 from inplace_builder.served.model_config import MODEL_VERSION, TextSettings, model_config
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.served.plan import ServedPlan, build_plan
 from inplace_builder.served.proxy import (
     check_proxy_target,
     proxy_folder,
@@ -25,6 +24,9 @@ from inplace_builder.served.proxy import (
 )
 from inplace_builder.served.verify import verify
 from inplace_builder.served.write import write_files
+
+if TYPE_CHECKING:
+    from inplace_builder.served.plan import ServedPlan
 
 Stage = Callable[[str], None]
 """Called with the name of each stage as it begins, for a progress display."""
@@ -107,9 +109,13 @@ def _drafts(output: Path, *, with_proxy: bool) -> Iterator[tuple[Path, Path | No
             yield draft, proxy_draft
 
 
-def _plan(capture: Capture, options: BuildOptions) -> ServedPlan | None:
+def _plan(capture: Capture, options: BuildOptions) -> "ServedPlan | None":
     if options.engine == "torch":
         return None
+    # only here, because importing the converters takes as long as importing PyTorch
+    from inplace_builder.lower.compile import Target
+    from inplace_builder.served.plan import build_plan
+
     target = Target.of(options.engine, options.compute_capability)
     return build_plan(
         capture, target, slots=options.slots, alias=options.alias, strict=options.strict

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inplace_builder.capture.decoder import DecoderOptions
 from inplace_builder.capture.huggingface import capture_decoder, load_decoder
 from inplace_builder.compare import move_to_engine_device
-from inplace_builder.lower.compile import Target
 from inplace_builder.served.build import Stage, check_output, write_engine
 from inplace_builder.served.options import BuildOptions
 
@@ -36,6 +35,8 @@ def build_decoder(
     source, output = Path(source), Path(output)
     check_output(output, options)
     if options.engine != "torch":
+        from inplace_builder.lower.compile import Target
+
         Target.of(options.engine, options.compute_capability)  # raises before the model is loaded
     stage("load the model")
     model, tokenizer = load_decoder(source, options.dtype)

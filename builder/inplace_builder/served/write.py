@@ -1,17 +1,20 @@
 """Write the files of a served engine."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inplace.schema.served import Manifest
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.engine_files import built_with, write_plan, write_program
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.served.plan import ServedPlan
+
+if TYPE_CHECKING:
+    from inplace_builder.served.plan import ServedPlan
 
 
 def write_files(
-    folder: Path, name: str, capture: Capture, options: BuildOptions, compiled: ServedPlan | None
+    folder: Path, name: str, capture: Capture, options: BuildOptions, compiled: "ServedPlan | None"
 ) -> Manifest:
     """Write a captured model as a graph for PyTorch, or as the plan that it was compiled to.
 

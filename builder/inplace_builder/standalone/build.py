@@ -15,10 +15,8 @@ from torch.export import ExportedProgram
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.lower.compile import Target
 from inplace_builder.publish import check_target, disk_errors, load_errors, publish_engine
 from inplace_builder.standalone.call import alignment, describe_call, export_for
-from inplace_builder.standalone.plan import build_plan
 from inplace_builder.standalone.verify import verify
 from inplace_builder.standalone.write import write_files
 
@@ -93,7 +91,10 @@ def build(
     call = describe_call(exported, capture)
     with publish_engine(target) as folder:
         plan = None
-        if engine != "torch":
+        if engine != "torch":  # importing the converters takes as long as importing PyTorch
+            from inplace_builder.lower.compile import Target
+            from inplace_builder.standalone.plan import build_plan
+
             plan = build_plan(
                 capture,
                 call,

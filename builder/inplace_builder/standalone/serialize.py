@@ -3,7 +3,7 @@
 import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from inplace.schema.artifacts import Plan
@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError
-from inplace_builder.lower.compile import CompiledPlan, Target
 from inplace_builder.standalone.call import alignment, describe_call, export_for
-from inplace_builder.standalone.plan import build_plan
 from inplace_builder.standalone.write import lowering_records, state_records
+
+if TYPE_CHECKING:
+    from inplace_builder.lower.compile import CompiledPlan
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def serialize(
         )
     plan = None
     if engine != "torch":
+        from inplace_builder.lower.compile import Target
+        from inplace_builder.standalone.plan import build_plan
+
         target = Target.of(engine, compute_capability)
         plan = build_plan(capture, call, target, alias=alias, strict=strict)
     initial = _initial_values(capture, plan)
@@ -150,7 +154,7 @@ def serialize(
 
 
 def _input_bindings(
-    capture: ExportedCapture, call: CallSignature, plan: CompiledPlan | None
+    capture: ExportedCapture, call: CallSignature, plan: "CompiledPlan | None"
 ) -> tuple[Binding, ...]:
     inputs = [
         Binding(argument.name, argument.dtype or Dtype.INT64, argument.shape)
@@ -162,7 +166,7 @@ def _input_bindings(
     return tuple(inputs)
 
 
-def _initial_values(capture: ExportedCapture, plan: CompiledPlan | None) -> dict[str, Tensor]:
+def _initial_values(capture: ExportedCapture, plan: "CompiledPlan | None") -> dict[str, Tensor]:
     """A copy of each state's value, as it is bound."""
     values = {}
     for state in capture.states:

@@ -1,6 +1,7 @@
 """Write the files of a standalone engine."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Lowering
@@ -10,13 +11,15 @@ from torch import Tensor
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.engine_files import built_with, write_plan, write_program
-from inplace_builder.lower.compile import CompiledPlan
 from inplace_builder.standalone.call import dtype_of
 from inplace_builder.states.state import Owner
 
+if TYPE_CHECKING:
+    from inplace_builder.lower.compile import CompiledPlan
+
 
 def write_files(
-    folder: Path, capture: ExportedCapture, call: CallSignature, plan: CompiledPlan | None
+    folder: Path, capture: ExportedCapture, call: CallSignature, plan: "CompiledPlan | None"
 ) -> StandaloneManifest:
     """Write a captured module as a graph for PyTorch, or as the plan that it was compiled to.
 
@@ -48,7 +51,7 @@ def write_files(
     return manifest
 
 
-def lowering_records(capture: ExportedCapture, plan: CompiledPlan | None) -> tuple[Lowering, ...]:
+def lowering_records(capture: ExportedCapture, plan: "CompiledPlan | None") -> tuple[Lowering, ...]:
     """How each state is updated, and why.
 
     The reason is how the module's writes were recognised, and for a plan also the mechanism's.

@@ -8,14 +8,12 @@ import importlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from inplace.errors import LoadError
-
-Flavor = Literal["tensorrt", "tensorrt_rtx"]
-
+from inplace.schema.artifacts import Flavor
 
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "tensorrt_rtx")
 

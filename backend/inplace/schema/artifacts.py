@@ -10,6 +10,9 @@ from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
 from inplace.schema.records import Record
 
+Flavor = Literal["tensorrt", "tensorrt_rtx"]
+"""The package of a TensorRT: TensorRT itself, or TensorRT for RTX."""
+
 
 class File(Record):
     """A file beside the manifest.
@@ -91,7 +94,7 @@ class Plan(Record):
             that all profiles share one copy.
     """
 
-    flavor: Literal["tensorrt", "tensorrt_rtx"]
+    flavor: Flavor
     version: str
     gpu: str
     compute_capability: str

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from inplace.schema.artifacts import Plan, Profile
+from inplace.schema.artifacts import Flavor, Plan, Profile
 from inplace.schema.served import Alias, Lowering
-from inplace.trt import Flavor, TensorRT, load_tensorrt
+from inplace.trt import TensorRT, load_tensorrt
 from torch import Tensor
 
 from inplace_builder.errors import BuildError

@@ -1,4 +1,4 @@
-"""`lift_mutated_buffers` and its inverse: which buffers become inputs, what the function returns, and a plain module again."""
+"""`lift_mutated_buffers` and its inverse: buffers become inputs, and a plain module again."""
 
 import inspect
 import io
@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from inplace.schema.specs import Update
 from inplace_builder import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.states.lift import lift_mutated_buffers
 from inplace_builder.states.state import Owner
-from support.standalone_modules import Recurrent, noise
+from support.corpus.case import noise
+from support.corpus.states import Gated, Recurrent
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Nested(nn.Module):
-    """A buffer in a submodule, one that is not saved, one that is only read, and a state of the caller's."""
+    """A buffer in a submodule, one not saved, one only read, and a state of the caller's."""
 
     scale: Tensor
     count: Tensor
@@ -119,7 +121,7 @@ def test_inlined_again_it_is_a_plain_module_that_holds_its_buffers(rewritten: bo
 @pytest.mark.parametrize("rewritten", [False, True], ids=["function", "capture"])
 def test_inlined_again_it_is_exported_saved_and_loaded(rewritten: bool) -> None:
     torch.manual_seed(0)
-    module, x = Recurrent().eval(), noise(0, 1, 4)
+    module, x = Gated().eval(), noise(0, 1, 4)
     plain = inline_lifted_buffers(
         capture_exported(module, (x,)) if rewritten else lift_mutated_buffers(module, (x,))
     )
@@ -210,3 +212,28 @@ def test_one_buffer_under_two_names_is_lifted_once() -> None:
 def test_a_module_without_mutation_has_nothing_to_lift(module: nn.Module, because: Any) -> None:
     with pytest.raises(BuildError, match=because):
         lift_mutated_buffers(module, (torch.ones(4),))
+
+
+def test_a_buffer_becomes_a_state_with_its_shape_in_a_slot_and_what_it_begins_with() -> None:
+    states = capture_exported(Recurrent(), (noise(0, 1, 4),)).states
+    specs = {state.tensor.source: state.spec() for state in states}
+    count = specs["count"]
+    assert (count.fill, count.shape, count.update) == (2.0, (), Update.REPLACE)
+    assert specs["hidden"].shape == (4,), "a batch of one is the slot axis"
+    assert specs["window"].shape == (3, 4)
+
+
+def test_lifted_buffers_go_back() -> None:
+    module, steps = Recurrent(), [noise(step, 1, 4) for step in range(4)]
+    plain = inline_lifted_buffers(capture_exported(module, (steps[0],)))
+    assert isinstance(plain, torch.fx.GraphModule)
+    addresses = {name: buffer.data_ptr() for name, buffer in plain.named_buffers()}
+    for step in steps:
+        with torch.no_grad():
+            torch.testing.assert_close(plain(step), module(step))
+    for name in ("hidden", "cellular", "window", "count", "total", "seen", "cache"):
+        held, own = plain.get_buffer(name), module.get_buffer(name)
+        torch.testing.assert_close(held.reshape(own.shape), own)
+    assert addresses == {name: buffer.data_ptr() for name, buffer in plain.named_buffers()}
+    again = torch.export.export(plain, (steps[0],))
+    assert sum(node.target is torch.ops.inplace.update.default for node in again.graph.nodes) == 8

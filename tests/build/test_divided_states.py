@@ -1,11 +1,10 @@
-"""One tensor that holds a state for each of several layers: each writes what it writes, and the tensor stays whole for its owner."""
+"""One tensor that is a state for each of several layers, and stays whole for its owner."""
 
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import inplace
-import pytest
 import torch
 from inplace_builder import (
     DecoderOptions,
@@ -19,14 +18,16 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import serialize
+from support.comparing import operators
+from support.corpus import CORPUS
+from support.corpus.case import noise
+from support.corpus.layers import CAPACITY, Layers, Owning, Views, one_token
 from support.exported_decoders import rows_say
 from support.models import open_instance
-from support.standalone_modules import CAPACITY, CASES, Layers, noise
-from support.state_modules import Inputs, compare, operators
 from support.streams import prompt
 from torch import Tensor, nn
 
-CASE = next(case for case in CASES if case.name == "layers")
+CASE = CORPUS["layers"]
 
 
 def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_found_behind_it(
@@ -34,7 +35,7 @@ def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_fo
 ) -> None:
     torch.manual_seed(0)
     module = CASE.module().eval()
-    engine = build(module, (*CASE.states(), *CASE.inputs(0)), path=tmp_path / "engine", strict=True)
+    engine = build(module, CASE.example(), path=tmp_path / "engine", strict=True)
     assert [state.selection for state in engine.manifest.states] == [
         ((0, layer), (0, which)) for layer in range(2) for which in range(2)
     ]
@@ -53,29 +54,6 @@ def test_each_layer_s_cache_is_a_view_of_the_caller_s_tensor_and_attention_is_fo
             mine[..., step + 1 :, :], before[..., step + 1 :, :]
         )
     assert mine.data_ptr() == address
-
-
-class Owning(nn.Module):
-    """Layers of a recurrent network, and of a cache, in one buffer each; the cache is returned too, and looked at by `unbind`."""
-
-    cells: Tensor
-    cache: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
-        self.register_buffer("cells", torch.zeros(3, 1, 4))
-        self.register_buffer(
-            "cache", torch.arange(3.0)[None, :, None, None].repeat(1, 1, CAPACITY, 4)
-        )
-
-    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        for layer, mix in enumerate(self.mix):
-            self.cells[layer] = mix(torch.cat([x, self.cells[layer]], 1)).tanh()
-            self.cache[:, layer].index_copy_(1, pos, self.cells[layer][None])
-            x = x + self.cells[layer] + self.cache[:, layer].sum(1)
-        first, _, last = self.cache.unbind(1)
-        return x + first.amax(1) - last.amax(1), self.cache
 
 
 def owning(step: int) -> tuple[Tensor, Tensor]:
@@ -114,8 +92,8 @@ def test_a_module_s_own_tensors_stay_whole_for_whoever_looks(tmp_path: Path) -> 
 def test_a_program_of_such_an_engine_holds_each_tensor_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = CASE.module().eval()
-    engine = build(module, (*CASE.states(), *CASE.inputs(0)), path=tmp_path / "engine")
-    program = torch.export.export(engine, (*CASE.states(), *CASE.inputs(0)))
+    engine = build(module, CASE.example(), path=tmp_path / "engine")
+    program = torch.export.export(engine, CASE.example())
     (call,) = [
         node for node in program.graph.nodes if node.target is torch.ops.inplace.execute.default
     ]
@@ -130,7 +108,7 @@ def test_a_program_of_such_an_engine_holds_each_tensor_once(tmp_path: Path) -> N
 
 
 def test_who_manages_memory_binds_the_parts() -> None:
-    made = serialize(Layers(), (*CASE.states(), *CASE.inputs(0)))
+    made = serialize(Layers(), CASE.example())
     (cache,) = CASE.states()
     assert [binding.shape for binding in made.states] == [(1, 2, CAPACITY, 8)] * 4
     assert [record.view(cache).data_ptr() for record in made.records] == [
@@ -155,38 +133,6 @@ def test_lifted_parts_can_be_put_back() -> None:
         )
 
 
-class Whole(nn.Module):
-    """A tensor of layers that cannot be divided, each for another reason."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, cache: Tensor, x: Tensor, pos: Tensor) -> Tensor:
-        cache[1].index_copy_(1, pos, x)
-        if self.how == "looked at whole":
-            return cache.sum(2)
-        if self.how == "index that varies":
-            return cache.index_select(0, pos % 3)
-        if self.how == "two axes":
-            return cache[:, 0] + cache[0]
-        cache[:, :, 3] = x[:, 0]
-        return cache[0]
-
-
-@pytest.mark.parametrize(
-    "how", ["looked at whole", "index that varies", "two axes", "written whole"]
-)
-def test_what_is_not_used_by_layers_alone_stays_one_state(how: str) -> None:
-    capture = compare(
-        Whole(how),
-        [torch.zeros(3, 3, CAPACITY, 4)],
-        lambda step: (noise(step, 3, 1, 4), torch.tensor([step])),
-        steps=6,
-    )
-    assert [state.name for state in capture.states] == ["cache"]
-
-
 def test_parts_that_lie_closer_than_an_engine_can_be_bound_to_stay_one_state() -> None:
     arguments = (torch.zeros(2, 2, 1, 2, 5, 6), noise(0, 1, 1, 12), torch.tensor([0]))
     assert len(capture_exported(Layers(6), arguments, alignment=16).states) == 4
@@ -196,41 +142,11 @@ def test_parts_that_lie_closer_than_an_engine_can_be_bound_to_stay_one_state() -
     assert len(capture_exported(Layers(6), arguments, alignment=256).states) == 1
 
 
-class Exchanging(nn.Module):
-    """Layers take each other's values."""
-
-    def forward(self, cache: Tensor, x: Tensor, pos: Tensor) -> Tensor:
-        old = cache[0].clone()
-        cache[0] = cache[1]
-        cache[1] = old * 0.5
-        cache[1].index_copy_(1, pos, x)
-        return cache[0].sum(1) - cache[-1].sum(1)
-
-
-def test_layers_that_exchange_their_values() -> None:
-    inputs: Inputs = lambda step: (noise(step, 1, 1, 4), torch.tensor([step]))  # noqa: E731
-    capture = compare(
-        Exchanging(), [torch.arange(2 * CAPACITY * 4.0).reshape(2, 1, CAPACITY, 4)], inputs
-    )
-    assert [state.name for state in capture.states] == ["cache_0", "cache_1"]
-
-
-def test_names_that_are_taken_are_not_given_again() -> None:
-    class Taken(nn.Module):
-        def forward(self, cache: Tensor, cache_0: Tensor, pos: Tensor) -> Tensor:
-            cache[0].index_copy_(1, pos, cache_0)
-            return cache[1].sum(1)
-
-    inputs: Inputs = lambda step: (noise(step, 1, 1, 4), torch.tensor([step]))  # noqa: E731
-    capture = compare(Taken(), [torch.zeros(2, 1, CAPACITY, 4)], inputs)
-    assert next(state.name for state in capture.states) == "cache_0_"
-
-
 def test_a_row_for_each_sequence(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = CASE.module().eval()
     options = RowOptions(max_rows=3, positions="position", outputs=("out",))
-    capture = capture_exported_rows(module, options, (*CASE.states(), *CASE.inputs(0)))
+    capture = capture_exported_rows(module, options, CASE.example())
     assert operators(capture)["attention"] == 2 and len(capture.states) == 4
     assert {spec.shape for spec in capture.states} == {(2, CAPACITY, 8)}
     write_engine(
@@ -240,7 +156,7 @@ def test_a_row_for_each_sequence(tmp_path: Path) -> None:
 
 
 class Decoder(nn.Module):
-    """A small decoder of the user's own: one buffer holds the caches of all layers, keys and values."""
+    """A small decoder of the user's own: one buffer has the keys and values of all layers."""
 
     cache: Tensor
 
@@ -298,45 +214,12 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
         assert said == known[len(one) :]
 
 
-class Views(nn.Module):
-    """Layers hold views of one buffer: registered, as plain attributes, and a view of a view."""
-
-    cache: Tensor
-    keys: Tensor
-
-    def __init__(self, *, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
-        self.register_buffer("cache", torch.zeros(2, 3, 1, CAPACITY, 4))
-        self.register_buffer("keys", self.cache[0])
-        self.first = self.keys[0]
-        self.values = self.cache[1, 2]
-
-    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        self.first.index_copy_(1, pos, x)
-        self.values[:, pos] = x * 2
-        self.keys[2, :, pos] = x + 1
-        return (
-            self.cache.sum((0, 1, 3))
-            if self.whole
-            else self.first.sum(1) + self.values.amax(1) - self.keys[2].sum(1)
-        )
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_views_of_one_buffer_that_a_module_holds_are_that_buffer(
-    whole: bool, tmp_path: Path
-) -> None:
-    capture = compare(
-        Views(whole=whole), [], lambda step: (noise(step, 1, 1, 4), torch.tensor([step]))
-    )
-    assert {state.tensor.module_tensor.source for state in capture.states} == {"cache"}
-    written = {state.tensor.selects: state.pattern for state in capture.states}
-    assert whole or (
-        written[(0, 0), (0, 0)] == "index_copy"
-        and written[(0, 1), (0, 2)] == written[(0, 0), (0, 2)] == "index_put"
-    )
-    engine = build(
-        Views(whole=whole), (noise(0, 1, 1, 4), torch.tensor([0])), path=tmp_path / "engine"
-    )
+def test_views_of_one_buffer_are_states_of_that_buffer(tmp_path: Path) -> None:
+    module, example = Views(whole=False), one_token(0)
+    states = capture_exported(module, example).states
+    assert {state.tensor.module_tensor.source for state in states} == {"cache"}
+    written = {state.tensor.selects: state.pattern for state in states}
+    assert written[(0, 0), (0, 0)] == "index_copy"
+    assert written[(0, 1), (0, 2)] == written[(0, 0), (0, 2)] == "index_put"
+    engine = build(Views(whole=False), example, path=tmp_path / "engine")
     assert list(engine.states) == ["cache"]

@@ -91,7 +91,10 @@ def test_tensorrts_own_cache_layer_and_copies_refuse_it_with_their_reason(llama:
         choose_mechanisms(graph, capture.states, rtx, order=("kv_cache_update",))
     with pytest.raises(
         BuildError,
-        match="the capacity of key_states_0 is chosen at load; the scatter needs an extent that is known",
+        match=(
+            "the capacity of key_states_0 is chosen at load; the scatter needs an extent that "
+            "is known"
+        ),
     ):
         choose_mechanisms(graph, capture.states, rtx, order=("copy",))
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inplace.runtime.requests import Request
-from inplace.schema.specs import Role, Update
+from inplace.schema.specs import Role, StateSpec, Update
 from inplace_builder import RowOptions, capture_exported_rows
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
+from support.comparing import operators
+from support.corpus.attention import append, attend
+from support.corpus.case import noise
+from support.long import long_except
 from support.models import open_instance
-from support.state_modules import operators
 from torch import Tensor, nn
 
 CAPACITY, HEADS, DIM = 12, 2, 4
@@ -165,7 +168,7 @@ class Uneven(nn.Module):
 def test_what_cannot_be_rows_is_refused() -> None:
     with pytest.raises(
         BuildError,
-        match=r"name the input that holds the position \(positions\), or the maximum number of requests",
+        match=r"holds the position \(positions\), or the maximum number of requests",
     ):
         capture_exported_rows(Counting(), RowOptions(4), (torch.zeros(1, 4),))
     with pytest.raises(
@@ -180,3 +183,110 @@ def test_what_cannot_be_rows_is_refused() -> None:
         )
     with pytest.raises(BuildError, match=r"input x \(1, 4\) of torch.float32 is no position"):
         capture_exported_rows(Attending(), RowOptions(4, positions="x"), examples)
+
+
+class Hash(nn.Module):
+    """Numbers that stand for something else while rows are traced."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.copy_((self.count * 31 + x * 19946) % 9973 + x % 9967)
+        return self.count.clone()
+
+
+def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
+    capture = capture_exported_rows(
+        Hash(), RowOptions(3, max_requests=CAPACITY), (torch.zeros(1, dtype=torch.int64),)
+    )
+    write_engine(capture, tmp_path / "hash", BuildOptions(slots=3, max_rows=3, capacity=CAPACITY))
+    instance = open_instance(tmp_path / "hash")
+    own = [Hash() for _ in range(3)]
+    for step in range(6):
+        given = [torch.tensor([100 * step + row]) for row in range(3)]
+        works = [
+            instance.admit(Request(row + 1, step == 0, False, {"x": x[None]}))
+            for row, x in enumerate(given)
+        ]
+        instance.step(works)
+        for work, x, module in zip(works, given, own, strict=True):
+            assert int(work.outputs["output_0"]) == int(module(x))
+            instance.finish(work)
+
+
+class Sees(nn.Module):
+    """One layer of attention, and a cache; what is not causal sees positions that nobody wrote."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(
+        self, keys: Tensor, values: Tensor, x: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        append(keys, values, x, position)
+        match self.how:
+            case "causal":
+                return attend(x, keys, values, position >= torch.arange(CAPACITY)), keys
+            case "blind at first":
+                return attend(x, keys, values, position > torch.arange(CAPACITY)), keys
+            case "biased":
+                return attend(
+                    x, keys, values, -0.1 * (torch.arange(CAPACITY) - position).abs()
+                ), keys
+            case "everything":
+                return F.scaled_dot_product_attention(x, keys, values), keys
+        scores = x @ keys.transpose(2, 3)
+        return (scores * torch.sigmoid(scores)) @ values, keys
+
+
+@pytest.mark.parametrize(
+    "how",
+    long_except(
+        ["causal", "biased", "no softmax"],
+        ["causal", "blind at first", "biased", "everything", "no softmax"],
+    ),
+)
+def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path) -> None:
+    example = (*caches(), noise(0, 1, HEADS, 1, DIM), torch.tensor([0]))
+    capture = capture_exported_rows(Sees(how), RowOptions(4, positions="position"), example)
+    write_engine(capture, tmp_path / "rows", BuildOptions(slots=5, max_rows=4, capacity=CAPACITY))
+    instance = open_instance(tmp_path / "rows")
+    own = [(Sees(how), caches()) for _ in range(3)]
+    for step in range(6):
+        inputs = [noise(7 * step + row, 1, HEADS, 1, DIM) for row in range(3)]
+        works = [
+            instance.admit(Request(row + 1, step == 0, False, {"x": x}))
+            for row, x in enumerate(inputs)
+        ]
+        instance.step(works)
+        for work, x, (module, held) in zip(works, inputs, own, strict=True):
+            out, keys = module(*held, x, torch.tensor([step]))
+            torch.testing.assert_close(work.outputs["output_0"].reshape(out.shape), out)
+            torch.testing.assert_close(work.outputs["output_1"].reshape(keys.shape), keys)
+            instance.finish(work)
+
+
+class Clock(nn.Module):
+    """Counts from a number that no float64 holds."""
+
+    ticks: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ticks", torch.full((2,), 2**53 + 1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ticks += x
+        return self.ticks - 2**53
+
+
+def test_a_whole_number_that_a_state_begins_with_is_kept_to_the_last_bit() -> None:
+    capture = capture_exported_rows(Clock(), RowOptions(2), (torch.ones(2, dtype=torch.int64),))
+    [state] = capture.states
+    assert state.fill == 2**53 + 1
+    assert StateSpec.model_validate_json(state.model_dump_json()) == state

@@ -8,6 +8,7 @@ import torch
 from inplace_builder import Capture, DecoderOptions, capture_decoder
 from inplace_builder.fusion.fuse import fuse
 from inplace_builder.graph.program import AnyProgram, GraphProgram, weights_of
+from support.long import long_except
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -133,7 +134,10 @@ def both(
 
 @pytest.mark.parametrize(
     ("family", "dtype", "tolerance"),
-    [*((family, torch.bfloat16, 5e-2) for family in FAMILIES), ("llama", torch.float16, 1e-2)],
+    long_except(
+        [("gemma2", torch.bfloat16, 5e-2), ("llama", torch.float16, 1e-2)],
+        [*((family, torch.bfloat16, 5e-2) for family in FAMILIES), ("llama", torch.float16, 1e-2)],
+    ),
 )
 def test_a_half_precision_decoder_is_fused_like_one_in_float32(
     family: str, dtype: torch.dtype, tolerance: float
@@ -147,7 +151,9 @@ def test_a_half_precision_decoder_is_fused_like_one_in_float32(
     assert float((logits - expected).norm() / expected.norm()) < tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", long_except(["llama-tied", "qwen3", "gemma2", "gpt2", "gpt_neox"], FAMILIES)
+)
 def test_a_fused_decoder_has_fewer_operators_and_the_same_results(family: str) -> None:
     capture = captured(family)
     fused = fuse(capture.exported)

@@ -1,4 +1,4 @@
-"""Modules written on the operators: what is captured, and what is refused with the module's own line."""
+"""Modules written on the operators: captured, or refused with the module's own line."""
 
 import re
 from pathlib import Path

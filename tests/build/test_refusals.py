@@ -223,7 +223,8 @@ Source = Callable[[Path, Path], Path]
         (gpt_oss, r"GptOssAttention attends with \['s_aux'\]"),
         (
             llama4,
-            r"layers of the kind \['chunked_attention'\]; only full_attention and sliding_attention",
+            r"layers of the kind \['chunked_attention'\]; only full_attention and "
+            r"sliding_attention",
         ),
         (bloom, "BloomForCausalLM does not attend through transformers' attention interface"),
         (gptj, "GPTJForCausalLM does not attend through transformers' attention interface"),

@@ -10,19 +10,20 @@ from inplace.trt import load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import Serialized, serialize
-from support.standalone_modules import CASES, Recurrent, noise
+from support.corpus import CORPUS
+from support.corpus.case import noise
+from support.corpus.states import Gated
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The given buffer is not writable:UserWarning"
 )  # torch.export.load's own
-BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def recurrent() -> Serialized:
     torch.manual_seed(0)
-    return serialize(Recurrent().eval(), (noise(0, 1, 4),), lift_mutable_buffers=True)
+    return serialize(Gated().eval(), (noise(0, 1, 4),), lift_mutable_buffers=True)
 
 
 def test_mutated_buffers_are_lifted_only_when_asked() -> None:
@@ -30,7 +31,7 @@ def test_mutated_buffers_are_lifted_only_when_asked() -> None:
         BuildError,
         match=r"mutates its buffers \['cell', .*'cache'\]: pass lift_mutable_buffers=True",
     ):
-        serialize(Recurrent(), (noise(0, 1, 4),))
+        serialize(Gated(), (noise(0, 1, 4),))
 
 
 def test_bindings_describe_every_tensor(recurrent: Serialized) -> None:
@@ -62,7 +63,7 @@ def test_bindings_describe_every_tensor(recurrent: Serialized) -> None:
 
 def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
     torch.manual_seed(0)
-    eager = Recurrent().eval()
+    eager = Gated().eval()
     graph = torch.export.load(io.BytesIO(recurrent.content)).module(check_guards=False)
     memory = {name: tensor.clone() for name, tensor in recurrent.initial.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
@@ -84,13 +85,14 @@ def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
     assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), "initial values are copies"
 
 
-@pytest.mark.parametrize("name", ["attention", "recurrent", "tokens"])
+@pytest.mark.parametrize(
+    "name", ["attention written out", "recurrent", "number of tokens that varies"]
+)
 def test_plans_for_a_gpu_that_this_machine_does_not_have(name: str) -> None:
-    case, plain = BY_NAME[name], load_tensorrt("tensorrt_rtx").api
-    arguments = (*case.states(), *case.inputs(1))
+    case, plain = CORPUS[name], load_tensorrt("tensorrt_rtx").api
     serialized = serialize(
         case.module(),
-        arguments,
+        case.example(),
         lift_mutable_buffers=True,
         engine="tensorrt_rtx",
         compute_capability="8.9",
@@ -101,7 +103,7 @@ def test_plans_for_a_gpu_that_this_machine_does_not_have(name: str) -> None:
         serialized.plan.gpu,
     ) == ("8.9", "")
     assert serialized.plan.version == plain.__version__
-    kind = "kv_cache_update" if name in ("attention", "tokens") else "copy"
+    kind = "copy" if name == "recurrent" else "kv_cache_update"
     assert {alias.kind for alias in serialized.aliases} == {kind}
     assert all(
         record.refused[0].startswith("plugin: networks of TensorRT for RTX")

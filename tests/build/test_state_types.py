@@ -10,7 +10,8 @@ from inplace_builder import RowOptions, capture_exported_rows
 from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
-from support.state_modules import compare
+from support.comparing import compare_graph
+from support.long import long_except
 from torch import Tensor, nn
 
 
@@ -25,7 +26,13 @@ class Assigns(nn.Module):
         ].clone()
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize(
+    "dtype",
+    long_except(
+        [Dtype.BFLOAT16, Dtype.FLOAT8_E5M2, Dtype.UINT16, Dtype.INT64, Dtype.BOOL, Dtype.COMPLEX64],
+        Dtype,
+    ),
+)
 def test_a_state_of_every_type_is_updated_in_place(dtype: Dtype, tmp_path: Path) -> None:
     module, wide = Assigns(), torch.complex64 if dtype.as_torch.is_complex else torch.float32
     cache, theirs = (
@@ -75,7 +82,7 @@ def test_a_state_with_imaginary_initial_values_is_not_filled_with_others() -> No
             self.phase.mul_(torch.polar(torch.ones_like(x), x))
             return self.phase.real * 1
 
-    compare(
+    compare_graph(
         Turning(),
         [],
         lambda step: (torch.randn(1, 4, generator=torch.Generator().manual_seed(step)),),

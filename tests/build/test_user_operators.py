@@ -1,4 +1,4 @@
-"""Operators of the user's own: several states written by one, in their own memory where that was declared, on copies where not."""
+"""Operators of the user's own: several states written in place where that was declared."""
 
 import subprocess
 import sys
@@ -84,7 +84,10 @@ def test_an_operator_that_is_not_declared_works_on_copies(tmp_path: Path) -> Non
     run_beside_eager(engine, Leaky())
     with pytest.raises(
         BuildError,
-        match=r"state (level|total) is read, computed and written back whole: testing::leak works on a copy",
+        match=(
+            r"state (level|total) is read, computed and written back whole: testing::leak "
+            r"works on a copy"
+        ),
     ):
         build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "strict", strict=True)
 
@@ -190,7 +193,10 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
     )
     with pytest.raises(
         BuildError,
-        match=r"has the aliases \{1: 2, 2: 1\} \(output: input\), the operator writes \['level', 'total'\]",
+        match=(
+            r"has the aliases \{1: 2, 2: 1\} \(output: input\), the operator writes \['level', "
+            r"'total'\]"
+        ),
     ):
         make_plugin(wrong, rtx, {"decay": 0.5}, ["x", "level", "total"])
     with pytest.raises(BuildError, match="was declared without a TensorRT plugin"):

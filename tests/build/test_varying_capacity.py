@@ -12,7 +12,7 @@ from inplace_builder import RowOptions, capture_exported, capture_exported_rows
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import serialize
-from support.standalone_modules import noise
+from support.corpus.case import noise
 from torch import Tensor, nn
 from torch.export import Dim
 

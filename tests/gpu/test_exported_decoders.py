@@ -1,4 +1,4 @@
-"""Decoders as transformers exports them, as TensorRT engines whose caches a plugin updates in place."""
+"""Decoders as transformers exports them, on TensorRT: a plugin updates the caches in place."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from support.models import greedy  # noqa: E402
 def test_eight_ragged_rows_say_what_generate_says(
     family: str, dynamic: bool, tmp_path: Path
 ) -> None:
-    """At the least capacity of the range that the plan was built for; building has verified both ends."""
+    """At the smallest capacity that the plan was built for; the build has verified both ends."""
     model = decoder(family)
     capture = capture_exported_decoder(
         exported(model, dynamic=dynamic),

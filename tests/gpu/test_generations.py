@@ -1,4 +1,4 @@
-"""Whole generations over a TensorRT engine, whose steps are launched before the driver has looked at what the last one said."""
+"""Generations over a TensorRT engine: steps are launched before the last tokens are read."""
 
 from collections.abc import Iterator
 from pathlib import Path

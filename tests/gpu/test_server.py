@@ -1,4 +1,4 @@
-"""TensorRT engines behind the real tritonserver: sequences, a model that cannot be served, and the others unharmed by it."""
+"""TensorRT engines on a real tritonserver, beside a model that cannot be served."""
 
 import importlib.util
 import json

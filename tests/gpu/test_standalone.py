@@ -21,7 +21,11 @@ from inplace_builder.standalone.build import build
 from inplace_builder.standalone.serialize import serialize
 from inplace_builder.states import user_operators as aliases
 from inplace_builder.states.user_operators import declare_alias
-from support.standalone_modules import CAPACITY, CASES, Attention, Case, Recurrent, noise
+from support.comparing import tensors
+from support.corpus import CORPUS
+from support.corpus.attention import CAPACITY, Projected
+from support.corpus.case import ModuleCase, noise
+from support.corpus.states import Gated
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 from support.engine_runner import PlanRunner  # noqa: E402
 from support.user_operators import Leak, Leaky, Swapped, leak, make_leak  # noqa: E402
 
-BY_NAME = {case.name: case for case in CASES}
+ATTENTION, RECURRENT = CORPUS["attention written out"], CORPUS["recurrent"]
 
 
 def close(result: Tensor, expected: Tensor) -> None:
@@ -44,17 +48,12 @@ def cuda(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.cuda(), tree)
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def built(case: Case, path: Path, **options: Any) -> tuple[nn.Module, Engine]:
+def built(case: ModuleCase, path: Path, **options: Any) -> tuple[nn.Module, Engine]:
     torch.manual_seed(0)
     module = case.module().eval()
-    example = (*case.states(), *case.inputs(1))
     return module, build(
         deepcopy(module),
-        example,
+        case.example(),
         path=path,
         engine="tensorrt",
         optimization_level=1,
@@ -63,64 +62,15 @@ def built(case: Case, path: Path, **options: Any) -> tuple[nn.Module, Engine]:
     )
 
 
-def check_steps(case: Case, module: nn.Module, engine: Engine, steps: int = 14) -> list[Any]:
-    """Compare steps with eager PyTorch, on the states of two callers in turn.
-
-    What eager leaves unchanged the engine must leave unchanged too, bit for bit.
-    """
-    mine, theirs = [[case.states() for _ in range(2)] for _ in range(2)]
-    mine = cuda(mine)
-    addresses = [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
-    outputs = []
-    for step in range(steps):
-        which, inputs = step % 2, case.inputs(step)
-        buffers = [name for name, _ in module.named_buffers() if name in engine.states]
-        own = [*tensors(mine[which]), *(engine.states[name] for name in buffers)]
-        eager = [*tensors(theirs[which]), *(module.get_buffer(name) for name in buffers)]
-        before = [(one.cpu(), other.clone()) for one, other in zip(own, eager, strict=True)]
-        with torch.no_grad():
-            expected = module(*theirs[which], *inputs)
-        result = engine(*mine[which], *cuda(inputs))
-        assert pytree.tree_structure(result) == pytree.tree_structure(expected)
-        for one, other in zip(tensors(result), tensors(expected), strict=True):
-            close(one, other)
-        for one, other, (mine_before, theirs_before) in zip(own, eager, before, strict=True):
-            close(one, other)
-            same = other == theirs_before
-            assert torch.equal(one.cpu()[same], mine_before[same])
-        outputs.append(tensors(result))
-    assert addresses == [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
-    return outputs
-
-
-@pytest.mark.parametrize(
-    ("name", "alias"),
-    [*((case.name, "plugin") for case in CASES), ("attention", "copy"), ("recurrent", "copy")],
-)
-def test_replayed_and_launched_steps_equal_eager(name: str, alias: Any, tmp_path: Path) -> None:
-    case = BY_NAME[name]
-    module, engine = built(case, tmp_path / "engine", alias=alias)
-    assert {record.kind for record in engine.manifest.lowering} == {alias}
-    assert {text.rpartition("@")[2] for text in engine.manifest.aliases} == {alias}
-    replayed = check_steps(case, deepcopy(module), engine)
-    captured = [key for key, graph in engine._runner._graphs.items() if graph is not None]  # type: ignore[attr-defined]
-    assert captured, "a call that came again was captured"
-    launched = check_steps(case, module, inplace.load(tmp_path / "engine", cuda_graphs=False))
-    for one, other in zip(replayed, launched, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), (
-            "graphs on and off give the same bits"
-        )
-
-
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("standalone") / "attention"
-    built(BY_NAME["attention"], path)
+    built(ATTENTION, path)
     return path
 
 
 def test_two_caches_have_a_graph_each(attention: Path) -> None:
-    engine, case = inplace.load(attention), BY_NAME["attention"]
+    engine, case = inplace.load(attention), ATTENTION
     caches = cuda([case.states() for _ in range(2)])
     for step in range(8):
         engine(*caches[step % 2], *cuda(case.inputs(step // 2)))
@@ -139,7 +89,7 @@ def test_two_caches_have_a_graph_each(attention: Path) -> None:
 
 
 def test_a_call_is_ordered_with_the_callers_stream(attention: Path) -> None:
-    engine, case = inplace.load(attention), BY_NAME["attention"]
+    engine, case = inplace.load(attention), ATTENTION
     reference = cuda(case.states())
     expected = [engine(*reference, *cuda(case.inputs(step))).clone() for step in range(6)]
     stream, (cache,) = torch.cuda.Stream(), cuda(case.states())
@@ -177,7 +127,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "shape": (
         lambda c: c.update(keys=torch.zeros(1, 2, CAPACITY + 1, 8, device="cuda")),
-        r"cache\['keys'\] has the extent on axis 2 25",
+        r"cache\['keys'\] has the extent on axis 2 13",
     ),
     "one twice": (lambda c: c.update(keys=c["values"]), "share memory"),
 }
@@ -186,12 +136,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_call_is_refused_and_changes_nothing(attention: Path, case: str) -> None:
     engine = inplace.load(attention)
-    (cache,) = cuda(BY_NAME["attention"].states())
+    (cache,) = cuda(ATTENTION.states())
     change, message = REFUSED[case]
     passed = dict(cache)
     change(passed)
     with pytest.raises(CallError, match=message):
-        engine(passed, *cuda(BY_NAME["attention"].inputs(0)))
+        engine(passed, *cuda(ATTENTION.inputs(0)))
     assert not any(tensor.any() for tensor in cache.values())
 
 
@@ -207,7 +157,7 @@ def edited(folder: Path, tmp_path: Path, old: str, new: str) -> Path:
 def test_aliases_that_disagree_with_the_plan_are_refused(attention: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="fails in its first step"):
         inplace.load(edited(attention, tmp_path, "@plugin", "@copy"))
-    built(BY_NAME["attention"], tmp_path / "copied", alias="copy")
+    built(ATTENTION, tmp_path / "copied", alias="copy")
     with pytest.raises(LoadError, match="no plugin received the memory of"):
         inplace.load(edited(tmp_path / "copied", tmp_path, "@copy", "@plugin"))
     with pytest.raises(LoadError, match=r"is the memory of no input|without cache layers"):
@@ -228,7 +178,7 @@ torch.save((out, cache), sys.argv[3])
 def test_a_program_holds_the_plan_and_runs_in_a_new_process(
     attention: Path, tmp_path: Path
 ) -> None:
-    engine, case = inplace.load(attention), BY_NAME["attention"]
+    engine, case = inplace.load(attention), ATTENTION
     steps = [cuda(case.inputs(step)) for step in range(4)]
     (cache,) = cuda(case.states())
     program = torch.export.export(engine, (cache, *steps[0]))
@@ -251,7 +201,7 @@ def test_a_program_holds_the_plan_and_runs_in_a_new_process(
 
 
 def test_owned_states_are_saved(tmp_path: Path) -> None:
-    case = BY_NAME["recurrent"]
+    case = RECURRENT
     _, engine = built(case, tmp_path / "engine")
     for step in range(3):
         engine(*cuda(case.inputs(step)))
@@ -289,7 +239,7 @@ def test_a_module_on_the_gpu_builds_as_well(tmp_path: Path) -> None:
 
 def test_a_serialized_engine_is_bound_to_the_callers_memory() -> None:
     torch.manual_seed(0)
-    eager = Recurrent().eval()
+    eager = Gated().eval()
     made = serialize(
         deepcopy(eager), (noise(0, 1, 4),), lift_mutable_buffers=True, engine="tensorrt"
     )
@@ -384,8 +334,8 @@ def test_a_build_without_its_gpu_is_refused() -> None:
         BuildError, match="only TensorRT for RTX compiles for a GPU that is not there"
     ):
         serialize(
-            Attention(),
-            (*BY_NAME["attention"].states(), *BY_NAME["attention"].inputs(0)),
+            Projected(),
+            ATTENTION.example(),
             engine="tensorrt",
             compute_capability="8.9",
         )

@@ -1,4 +1,4 @@
-"""Small random modules with random states and ways of writing them; and modules that no engine can be built of, each with its reason."""
+"""Small random modules with random states, and modules that no engine can be built of."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,15 @@ APPENDS = ("slice", "index_copy", "assign", "scatter", "where", "select", "two")
 REPLACES = ("window", "add", "copy", "roll", "decay")
 EXPLICIT = ("strided", "shuffled", "accumulated", "unaliased")
 DTYPES = (
-    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8,
+    torch.int16, torch.int32, torch.int64, torch.bool,
     torch.complex64,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One state: its extents, its type, the axis it is written along, how, whether the module owns it, and whether it returns it."""
+    """One state: extents, type, axis of writes, the writes, its owner, whether returned."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -121,7 +122,7 @@ WAYS: dict[str, Way] = {
 
 
 def write_state(state: Tensor, axis: int, write: str, x: Tensor, pos: Tensor) -> None:
-    """Write a state along an axis: ``x`` ``[1]`` at position ``pos`` ``[1]``, in one of many ways."""
+    """Write ``x [1]`` into a state along an axis, at position ``pos [1]``."""
     extents = list(state.shape)
     extents[axis] = 1
     new = torch.complex(x, 2 * x) if state.is_complex() else x
@@ -194,7 +195,7 @@ def supported(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Random
 
 @st.composite
 def copied(draw: st.DrawFn) -> Random:
-    """Modules of which one write is none that a state takes in place: correct, but refused by ``strict``."""
+    """Modules with a write that no state takes in place: correct, but ``strict`` refuses it."""
     made = draw(st.lists(plans((APPENDS, REPLACES), DTYPES), max_size=2))
     made.append(draw(plans((EXPLICIT,), (torch.float32, torch.int32, torch.float64))))
     return Random(
@@ -223,7 +224,7 @@ class Defect:
     does: Callable[..., object]
     more: Callable[[], tuple[Any, ...]] = tuple
     """Further arguments."""
-    because: str = ""
+    reason: str = ""
     """What the error says."""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -244,7 +245,7 @@ def _add(module: Broken, x: Tensor, first: Tensor, *_: Tensor) -> Tensor:
 
 
 DEFECTS = [
-    Defect("branch on a value", _branch, because="torch.export cannot capture Broken"),
+    Defect("branch on a value", _branch, reason="torch.export cannot capture Broken"),
     Defect(
         "inputs that overlap",
         _add,
@@ -275,9 +276,7 @@ DEFECTS = [
         lambda: (torch.zeros(3).to(torch.float8_e4m3fnuz),),
         "float8_e4m3fnuz, which no engine takes",
     ),
-    Defect(
-        "writes a parameter", lambda module, x: module.weight.add_(x).sum(), because="parameter"
-    ),
+    Defect("writes a parameter", lambda module, x: module.weight.add_(x).sum(), reason="parameter"),
     Defect(
         "changes its shape",
         lambda m, x, s: s.unsqueeze_(0).add_(x).sum(),
@@ -299,7 +298,7 @@ DEFECTS = [
     Defect(
         "returns such a type",
         lambda m, x: x.to(torch.float8_e8m0fnu),
-        because=r"output .*float8_e8m0fnu, which no engine returns",
+        reason=r"output .*float8_e8m0fnu, which no engine returns",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Random modules beyond one entry at one position: rows with positions of their own, numbers of tokens that vary, attention."""
+"""Random modules: rows with positions of their own, any number of tokens, attention."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ MOST_TOKENS = 4
 
 @dataclass(frozen=True)
 class Steps:
-    """A module, the states that its caller owns, its further arguments in each step, and what it is built with."""
+    """A module, its caller's states, its further arguments, and what it is built with."""
 
     module: nn.Module
     states: Callable[[], Any]
@@ -80,7 +80,7 @@ TOKEN_WAYS: dict[str, Callable[[Tensor, int, Tensor, Tensor], object]] = {
 
 
 class Writes(nn.Module):
-    """Writes each state in its ways, and looks at every version: ``x`` has the entries on its first axis, or one for each row."""
+    """Writes each state in its ways and reads every version; ``x`` has entries or rows first."""
 
     def __init__(self, states: tuple[Written, ...], *, rows: bool) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def rows_of_their_own(draw: st.DrawFn) -> Steps:
 
 @st.composite
 def varying_tokens(draw: st.DrawFn) -> Steps:
-    """Each step brings another number of entries, at positions that the caller promises to be consecutive."""
+    """Each step has another number of entries, at positions assumed to be consecutive."""
     made = tuple(draw(st.lists(_written(1, tuple(TOKEN_WAYS)), min_size=1, max_size=3)))
     if all(set(plan.ways) == {"slice"} for plan in made):
         made = (*made, Written((1, CAPACITY), torch.float32, 1, ("index_copy",)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.lower import CompileOptions, compile_network, lower
+from support.long import long_except
 from support.network_interpreter import interpret
 from support.whisper_programs import (
     CROSS,
@@ -30,7 +31,7 @@ def rtx() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
-@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+@pytest.mark.parametrize("kind", long_except(["kv_cache_update"], ["copy", "kv_cache_update"]))
 def test_the_decoder_reads_what_the_encoder_wrote(rtx: TensorRT, kind: str) -> None:
     def built(program: WhisperProgram, written: set[str]) -> Run:
         kinds = {state.name: kind for state in program.states}

@@ -1,10 +1,11 @@
 """Standalone modules as networks: they compile with TensorRT for RTX and compute what eager does.
 
-The networks are interpreted in PyTorch, layer by layer; `tests/gpu/test_standalone.py` runs them
-with TensorRT.
+The networks are interpreted in PyTorch, layer by layer; `tests/gpu/test_modules.py` runs them with
+TensorRT.
 """
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,13 +18,17 @@ from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
 from inplace_builder.standalone.call import describe_call, export_for
 from inplace_builder.standalone.plan import build_plan, lower_module
+from support.comparing import EagerStates
+from support.corpus import CORPUS
+from support.corpus.case import ModuleCase, position
+from support.corpus.writes import Tokens, zeros
 from support.network_interpreter import interpret
-from support.standalone_modules import CASES, Case, Tokens
-from support.state_modules import Owned
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 GPU = "8.9"
+PLANNED = [case for case in CORPUS.values() if case.plans]
+ATTENTION, TOKENS = CORPUS["attention written out"], CORPUS["number of tokens that varies"]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +36,11 @@ def rtx() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
-def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, CallSignature]:
+def captured(case: ModuleCase, module: nn.Module) -> tuple[ExportedCapture, CallSignature]:
     options = dict(case.options)
     exported = export_for(
         module,
-        (*case.states(), *case.inputs(1)),
+        case.example(),
         "tensorrt_rtx",
         dynamic_shapes=options.pop("dynamic_shapes", None),
     )
@@ -44,14 +49,14 @@ def captured(case: Case, module: nn.Module) -> tuple[ExportedCapture, CallSignat
 
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.name)
 def test_a_module_compiles_and_computes_what_eager_does(
-    rtx: TensorRT, case: Case, kind: AliasKind
+    rtx: TensorRT, case: ModuleCase, kind: AliasKind
 ) -> None:
     torch.manual_seed(0)
     eager = case.module().eval()
     capture, call = captured(case, deepcopy(eager))
-    if kind == "kv_cache_update" and not case.fits_cache_layer and case.name != "tokens":
+    if kind == "kv_cache_update" and not case.fits_cache_layer and case is not TOKENS:
         with pytest.raises(BuildError, match=r"no mechanism can update .*kv_cache_update: "):
             lower_module(capture, call, rtx, alias=kind)
         return
@@ -61,7 +66,7 @@ def test_a_module_compiles_and_computes_what_eager_does(
         case.states(),
         {state.name: state.bound_initial().clone() for state in capture.states},
     )
-    owned = Owned(capture, states, eager)
+    eager_states = EagerStates(capture, states, eager)
     for step in range(6):
         inputs = case.inputs(step)
         with torch.no_grad():
@@ -78,7 +83,9 @@ def test_a_module_compiles_and_computes_what_eager_does(
                 )
         for state in capture.states:
             torch.testing.assert_close(
-                memory[state.name], state.bound(owned(state)), msg=f"{{}} of {state.name}".format
+                memory[state.name],
+                state.bound(eager_states(state)),
+                msg=f"{{}} of {state.name}".format,
             )
     target = Target.of("tensorrt_rtx", GPU)
     plan = build_plan(capture, call, target, alias=kind)
@@ -97,11 +104,12 @@ class Number(nn.Module):
 def test_arguments_that_tensorrt_cannot_take_are_refused_by_name() -> None:
     target = Target.of("tensorrt_rtx", GPU)
     dim = torch.export.Dim.DYNAMIC
-    number = Case(
+    number = ModuleCase(
         "number",
         Number,
-        lambda: [torch.zeros(1, 8)],
+        zeros(1, 8),
         lambda _: (torch.ones(1, 1), 3),
+        {},
         options={"dynamic_shapes": ({}, {}, dim)},
     )
     with pytest.raises(
@@ -110,21 +118,15 @@ def test_arguments_that_tensorrt_cannot_take_are_refused_by_name() -> None:
         build_plan(*captured(number, Number()), target)
     unlimited = torch.export.Dim("unlimited", min=1)
     shapes: Any = ({}, {2: unlimited}, {0: unlimited})
-    known = next(case for case in CASES if case.name == "tokens")
-    tokens = Case(
-        "unlimited",
-        Tokens,
-        known.states,
-        known.inputs,
-        options={"dynamic_shapes": shapes, "assume_consecutive": ["positions"]},
-    )
+    tokens = replace(TOKENS, options=TOKENS.options | {"dynamic_shapes": shapes})
     with pytest.raises(BuildError, match=r"argument x is .* has no largest value"):
         build_plan(*captured(tokens, Tokens()), target)
-    wide = Case(
+    wide = ModuleCase(
         "wide",
         Tokens,
-        lambda: [torch.zeros(1, 2, 16, 4, dtype=torch.float64)],
-        lambda s: (torch.ones(1, 2, 1, 4).double(), torch.tensor([s])),
+        zeros(1, 2, 16, 4, dtype=torch.float64),
+        lambda step: (torch.ones(1, 2, 1, 4).double(), position(step)),
+        {},
     )
     with pytest.raises(
         BuildError,
@@ -132,7 +134,7 @@ def test_arguments_that_tensorrt_cannot_take_are_refused_by_name() -> None:
     ):
         build_plan(*captured(wide, Tokens()), target)
     with pytest.raises(BuildError, match="strict refuses the mechanism copy"):
-        build_plan(*captured(CASES[0], CASES[0].module()), target, alias="copy", strict=True)
+        build_plan(*captured(ATTENTION, ATTENTION.module()), target, alias="copy", strict=True)
     if not torch.cuda.is_available():
         with pytest.raises(BuildError, match="PyTorch sees none here"):
             Target.of("tensorrt_rtx")

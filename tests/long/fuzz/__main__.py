@@ -1,4 +1,7 @@
-"""The fuzzer as a command: ``PYTHONPATH=tests:tests/long python -m fuzz --requests 10000 [--seed N] [--out FILE]``."""
+"""The fuzzer as a command.
+
+``PYTHONPATH=tests:tests/long python -m fuzz --requests 10000 [--seed N] [--out FILE]``
+"""
 
 import argparse
 import json
@@ -45,7 +48,10 @@ def main() -> None:
     print("Triton's own validation, an example each:", *sorted(findings.says.values()), sep="\n  ")
     print(f"{len(findings.wrong)} wrong", *findings.wrong[:20], sep="\n")
     if given.out is not None:
-        what = "random requests over gRPC and HTTP against tritonserver with CPU engines, beside sequences that must not notice"
+        what = (
+            "random requests over gRPC and HTTP against tritonserver with CPU engines, beside "
+            "sequences that must not notice"
+        )
         record = facts(what, "PYTHONPATH=tests:tests/long python -m fuzz", arguments) | {
             "seed": given.seed,
             "seconds": seconds,

@@ -1,4 +1,4 @@
-"""Who sends the requests: victims, whose sequences must not suffer, and lanes that fire anything."""
+"""The clients: victims, whose sequences must not suffer, and lanes that send anything."""
 
 import asyncio
 import random
@@ -45,7 +45,7 @@ class Victim:
         self._refused, self._harmless = sorted(set(REFUSED) - NOT_FOR[model]), sorted(HARMLESS)
 
     async def run(self, server: Server, requests: int) -> None:
-        """Send so many requests, one after another; about a third are damaged and must be refused without a trace."""
+        """Send requests one after another; about a third are damaged and must be refused."""
         for _ in range(requests):
             if self._live and self.rng.random() < 0.35:
                 await self._send_damaged(server)
@@ -125,7 +125,7 @@ class Victim:
 
 
 class Surfer:
-    """A client that asks over HTTP for good and damaged pages, and now and then leaves before it has one."""
+    """A client of good and damaged HTTP pages, which sometimes leaves before the answer."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -140,7 +140,7 @@ class Surfer:
 
 
 class Lane:
-    """A client that fires at ids of others like it: good requests, damaged ones, and some that it cancels."""
+    """A client that sends good and damaged requests to others' ids, and cancels some."""
 
     IDS = (1, 2, 3, 4, 5, "1", "2", "naïve ☃", "a" * 127, 2**62)
 

@@ -16,12 +16,18 @@ from tritonclient.grpc import service_pb2_grpc
 
 OURS = re.compile(r"INPLACE-(\w+) retryable=[01] sequence=.* request=.*: .{10,}", re.DOTALL)
 TRITONS = re.compile(
-    r"must specify (the START flag|a non-zero or non-empty correlation ID|batch-size 1)|Request for unknown model|batch-size must be <="
-    r"|Unable to find shared memory region|string correlation ID cannot be longer than 128 characters|model version|data-type is"
-    r"|expected \d+ inputs|expected number of inputs|already exists in request|byte size mismatch|dimensions should be specified"
-    r"|has no shape|unexpected (shape|inference input|inference output|explicit tensor data)|unable to find data|contents field must not"
-    r"|invalid value (type )?for|element count|incorrect length|unexpected number of string elements|string (length|element)"
-    r"|ModelInfer RPC doesn't support models with decoupled transaction policy|request has 0 inputs|unexpected 'content' provided"
+    r"must specify (the START flag|a non-zero or non-empty correlation ID|batch-size "
+    r"1)|Request for unknown model|batch-size must be <="
+    r"|Unable to find shared memory region|string correlation ID cannot be longer than 128 "
+    r"characters|model version|data-type is"
+    r"|expected \d+ inputs|expected number of inputs|already exists in request|byte size "
+    r"mismatch|dimensions should be specified"
+    r"|has no shape|unexpected (shape|inference input|inference output|explicit tensor "
+    r"data)|unable to find data|contents field must not"
+    r"|invalid value (type )?for|element count|incorrect length|unexpected number of "
+    r"string elements|string (length|element)"
+    r"|ModelInfer RPC doesn't support models with decoupled transaction policy|request has "
+    r"0 inputs|unexpected 'content' provided"
     r"|incomplete string data for inference input|batch size does not match other inputs"
 )
 """Triton's own validation."""
@@ -122,7 +128,8 @@ class Unary:
 class Streamed:
     """The server as gRPC streams show it; for one client, that has a stream for each model.
 
-    A stream that carries requests of a decoupled model and of another kind may lose a response, or end tritonserver 2.51: docs/failures.md.
+    A stream that carries requests of a decoupled model and of another kind may lose a response, or
+    end tritonserver 2.51: docs/failures.md.
     """
 
     def __init__(self, channel: grpc.aio.Channel, findings: Findings) -> None:
@@ -133,7 +140,10 @@ class Streamed:
     async def send(
         self, request: Message, how: list[str], cancel_after: float | None = None
     ) -> Results | str:
-        """All outputs of all responses, or the text of the refusal; ``cancelled`` where it was. Opens another stream if need be."""
+        """All outputs of all responses, or the text of the refusal; ``cancelled`` where it was.
+
+        Opens another stream where it must.
+        """
         model = request.model_name
         if model not in self._calls:
             self._calls[model] = self._open()

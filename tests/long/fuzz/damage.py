@@ -87,8 +87,10 @@ def other_dtype(request: Message, rng: random.Random) -> None:
 def other_shape(request: Message, rng: random.Random) -> None:
     """A shape that is not the model's, or not that of the bytes.
 
-    The first extent is not 0 here: tritonserver 2.51 takes ``[0, n]`` for n rows, fails the whole batch where that is more than the model's
-    rows, never answers ``[0, 0]``, and does not end on SIGTERM afterwards. No shape has 2**61 elements or more: it takes 2**64 bytes for
+    The first extent is not 0: tritonserver 2.51 takes ``[0, n]`` for n rows, fails the whole batch
+    where that is more than the model's
+    rows, never answers ``[0, 0]``, and does not end on SIGTERM afterwards. No shape has 2**61
+    elements or more: it takes 2**64 bytes for
     none, and the Python stub aborts (docs/failures.md).
     """
     count = len(request.raw_input_contents[0]) // 8
@@ -209,8 +211,10 @@ def wrong_text(request: Message, rng: random.Random) -> None:
 REFUSED: dict[str, Damage] = {
     f.__name__: f
     for f in (
-        wrong_values, no_values, too_many_values, other_dtype, other_shape, other_bytes, fewer_contents, other_input,
-        no_input, more_inputs, unknown_output, other_version, shared_memory, wrong_parameter, wrong_generation, wrong_text,
+        wrong_values, no_values, too_many_values, other_dtype, other_shape, other_bytes,
+        fewer_contents, other_input,
+        no_input, more_inputs, unknown_output, other_version, shared_memory, wrong_parameter,
+        wrong_generation, wrong_text,
     )
 }  # fmt: skip
 """After any one of these a request must be refused."""
@@ -220,8 +224,12 @@ NOT_FOR = {
     "stream": {"other_version"},
     "accumulator": {"wrong_generation", "wrong_parameter"},
 }
-"""Those that are nothing to a model: it does not know the parameters. A request over a gRPC stream that names a model or a version which is
-not there, after others that were answered, aborts tritonserver 2.51 ("ASSERTION FAILED: !byte_buffer->Valid()" in its gRPC frontend)."""
+"""Those that a model ignores: it does not know the parameters.
+
+A request over a gRPC stream that names a model or a version which is
+not there, after others that were answered, aborts tritonserver 2.51 ("ASSERTION FAILED:
+!byte_buffer->Valid()" in its gRPC frontend).
+"""
 
 
 def unknown_parameter(request: Message, rng: random.Random) -> None:

@@ -28,17 +28,20 @@ UNARY, STREAMS = (
     ("llama", "llama", "llama", "accumulator", "stream"),
     ("stream", "stream", "stream", "stream", "llama"),
 )
-"""Models that lanes fire at, by unary gRPC and over streams; each is now and then reached by the way that is not its own."""
+"""Models that lanes send to, by unary gRPC and over streams; sometimes by the wrong one."""
 LANES = {UNARY: 14, STREAMS: 10}
 WHOLE = [("grpc.max_metadata_size", 1 << 20)]
-"""Of a channel. gRPC sends an error's text as a header, and a client drops what exceeds 8 KB: Triton's errors repeat what was sent."""
+"""Of a channel. gRPC sends an error's text as a header, and a client drops more than 8 KB:
+Triton's errors repeat what was sent."""
 SURFERS = 6
 SHARE = 0.4
 """Of the requests, what the victims send."""
 
 
 def fuzz(server: TritonServer, repository: Path, requests: int, seed: int) -> Findings:
-    """Fire so many requests at a server of ``repository``; the same seed sends the same requests, in another interleaving.
+    """Send so many requests to a server of ``repository``.
+
+    The same seed sends the same requests, in another interleaving.
 
     What the victims were told is compared with what the same requests say alone, in this process.
     """
@@ -104,7 +107,8 @@ def _compare(instance: ModelInstance, victim: Victim, findings: Findings) -> Non
             alone = _alone(instance, done, pending)
         except RequestError as error:
             findings.wrong.append(
-                f"{victim.model} {victim.id!r}, answer {number}: {done} was answered; alone it is refused: {error}"
+                f"{victim.model} {victim.id!r}, answer {number}: {done} was answered; "
+                f"alone it is refused: {error}"
             )
             return
         pending = alone["tokens"][0, -1:].tolist() if "tokens" in alone else []
@@ -117,13 +121,14 @@ def _compare(instance: ModelInstance, victim: Victim, findings: Findings) -> Non
                 else np.array_equal(alone[name], said)
             ):
                 findings.wrong.append(
-                    f"{victim.model} {victim.id!r}, answer {number}: {name} is {said}, alone {alone[name]}"
+                    f"{victim.model} {victim.id!r}, answer {number}: {name} is {said}, "
+                    f"alone {alone[name]}"
                 )
                 return
 
 
 def _alone(instance: ModelInstance, done: Accepted, pending: list[int]) -> Results:
-    """What a request says alone; a generation is so many steps, and its last token is fed with the next request."""
+    """A request's results alone; a generation is steps, its last token fed with the next one."""
     inputs = {name: torch.from_numpy(array.copy()) for name, array in done.tensors.items()}
     if pending:
         inputs["input_ids"] = torch.cat([torch.tensor([pending]), inputs["input_ids"]], dim=1)

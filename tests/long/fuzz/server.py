@@ -22,7 +22,7 @@ SLOTS, IDLE = 32, 15.0
 
 
 def built(folder: Path) -> Path:
-    """A repository with the tiny Llama as a step and as a stream model, and the accumulator; slots fall free after some seconds."""
+    """A repository with the tiny Llama for steps and for streams, and the accumulator."""
     repository, source = folder / "repository", folder / "source"
     tiny_llama(source)
     save_tokenizer(source)

@@ -1,4 +1,4 @@
-"""Requests over HTTP: JSON can say what protobuf cannot (other types, other bytes, half a body), and a client can leave in the middle."""
+"""Requests over HTTP: JSON has other types and bytes than protobuf, and clients can leave."""
 
 import asyncio
 import json
@@ -107,7 +107,7 @@ class Web:
 
 
 def page(rng: random.Random, ids: tuple[int | str, ...]) -> Page:
-    """A step, or a generation through the generate proxy: good, or damaged in one to three places."""
+    """A step, or a generation through the proxy: good, or damaged in one to three places."""
     if rng.random() < 0.4:
         path, document = (
             f"/v2/models/{rng.choice((*['llama'] * 5, 'stream'))}/infer",
@@ -194,7 +194,7 @@ def _mutated(value: Json, rng: random.Random) -> Json:
 
 
 def _harmless(document: Json) -> bool:
-    """Whether no shape is one of those that end tritonserver 2.51, see `fuzz.damage.other_shape`."""
+    """Whether no shape is one that ends tritonserver 2.51, see `fuzz.damage.other_shape`."""
     if isinstance(document, dict):
         shape = document.get("shape", [])
         numbers = (

@@ -24,7 +24,7 @@ def message(
     parameters: Mapping[str, Parameter] | None = None,
     id: str = "",
 ) -> Message:
-    """A request of one sequence, as a well-behaved client sends it; tensors with their batch axis."""
+    """A request of one sequence as a good client sends it; tensors with their batch axis."""
     request: Message = pb.ModelInferRequest(model_name=model, id=id)
     for name, array in tensors.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)

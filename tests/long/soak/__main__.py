@@ -1,4 +1,7 @@
-"""The soak as a command: ``PYTHONPATH=tests:tests/long python -m soak --seconds 600 --clients 500 [--seed N] [--out FILE]``."""
+"""The soak as a command.
+
+``PYTHONPATH=tests:tests/long python -m soak --seconds 600 --clients 500 [--seed N] [--out FILE]``
+"""
 
 import argparse
 import json
@@ -48,7 +51,10 @@ def main() -> None:
             clients=given.clients,
             growth=given.growth,
         )
-    what = "tiny random Llama as a stream model on the CPU, concurrent clients with random behaviour over gRPC streams"
+    what = (
+        "tiny random Llama as a stream model on the CPU, concurrent clients with random "
+        "behaviour over gRPC streams"
+    )
     record = facts(what, "PYTHONPATH=tests:tests/long python -m soak", arguments) | {
         "seed": given.seed,
         "clients": given.clients,

@@ -17,7 +17,8 @@ SHARES = {"normal": 62, "garbage": 8, "idle": 8, "vanish": 8, "restart": 8, "can
 FULL = ("INPLACE-NO_FREE_SLOT retryable=1", "INPLACE-QUEUE_FULL retryable=1")
 GONE = ("INPLACE-UNKNOWN_SEQUENCE", "must specify the START flag")
 LATE = 3.0
-"""Seconds beyond the idle timeout that a silent client stays away: the backend looks between its steps, which a busy machine delays."""
+"""Seconds beyond the idle timeout that a silent client stays away: the backend looks for idle
+sequences between steps, which a busy machine delays."""
 PATIENCE = 120.0
 """Seconds for which a client asks again while the server is full."""
 
@@ -27,7 +28,8 @@ class Tally:
     """What came of it.
 
     Attributes:
-        begun, finished: conversations by behaviour; of one that breaks off on purpose, whether it came to that point.
+        begun, finished: conversations by behaviour; one that breaks off on purpose is finished when
+            it came to that point.
         heard: tokens that were compared with what the model says alone.
         refused: requests by the code of the error, ``triton`` for Triton's own.
         wrong: tokens that differ from it, and anything else that must not happen.
@@ -126,7 +128,8 @@ class Performance:
                     self.tally.heard += len(tokens)
                     if not self.song.begins(turn, heard):
                         self.tally.wrong.append(
-                            f"{self.name} turn {turn}: heard {heard}, alone {self.song.turns[turn].said}"
+                            f"{self.name} turn {turn}: heard {heard}, alone "
+                            f"{self.song.turns[turn].said}"
                         )
                         raise LostError("wrong tokens")
                     yield
@@ -140,7 +143,7 @@ class Performance:
 
 
 class Client:
-    """One of many: conversation after conversation, each with its own behaviour, until the time is over."""
+    """One of many: conversation after conversation, each with its own behaviour."""
 
     def __init__(self, place: Place, number: int, tally: Tally) -> None:
         self.place, self.number, self.tally = place, number, tally
@@ -224,7 +227,7 @@ class Client:
         await performance.line.cancel()
 
     async def _restart(self, performance: Performance) -> None:
-        """START on the live id, over another connection, while the old one is still there or has just gone."""
+        """START on the live id over another connection, the old one still there or just gone."""
         rng = performance.rng
         await self._some(performance, resting=rng.random() < 0.5)
         if rng.random() < 0.5:

@@ -62,7 +62,8 @@ def soak(
         clients: how many at a time.
         songs: different conversations.
         idle: the model's idle timeout, in seconds.
-        growth: how much larger than in the middle of the run processes may be at its end, see `Memory.growth`.
+        growth: how much larger processes may be at the end than in the middle of the run, see
+            `Memory.growth`.
     """
     repository = build(folder, idle)
     book = songbook(open_instance(repository / MODEL), seed, songs)
@@ -123,7 +124,8 @@ async def _live(
         )
     if slots != SLOTS or live != 0:
         judge.append(
-            f"{slots} of {SLOTS} slots are free a second after the idle timeout; the metrics say {live:.0f} live sequences"
+            f"{slots} of {SLOTS} slots are free a second after the idle timeout; the "
+            f"metrics say {live:.0f} live sequences"
         )
     for name, found in memory.growth().items():
         if found["growth"] > growth:

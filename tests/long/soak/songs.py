@@ -23,7 +23,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Song:
-    """A conversation of one sequence. How it is performed, by steps or by generations, changes nothing of what is said."""
+    """A conversation of one sequence: the same tokens by steps or by generations."""
 
     turns: list[Turn]
     parameters: Mapping[str, Parameter]

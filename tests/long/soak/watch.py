@@ -39,7 +39,7 @@ class Memory:
             await asyncio.sleep(EVERY)
 
     def growth(self) -> dict[str, dict[str, float]]:
-        """How flat each is: the median of the run's last fifth over that of its third fifth (from 40 to 60 percent), less 1."""
+        """The median of the run's last fifth over that of its third fifth, less 1."""
         found = {}
         for name, values in self.seen.items():
             fifth = max(1, len(values) // 5)
@@ -56,7 +56,7 @@ class Memory:
 
 
 def error_lines(server: TritonServer, injected: Iterable[str], skip: int) -> tuple[int, list[str]]:
-    """ERROR lines of the server's log after its first ``skip`` lines: how many, and those that name none of these ids."""
+    """ERROR lines of the log after the first ``skip``: how many, and those without these ids."""
     assert server.log is not None
     lines = [
         line
@@ -70,7 +70,7 @@ def error_lines(server: TritonServer, injected: Iterable[str], skip: int) -> tup
 
 
 async def free_slots(server: TritonServer, model: str, slots: int, lines: int = 16) -> int:
-    """How many of ``slots`` new sequences, begun at the same time, are given a slot; they are ended again."""
+    """How many of ``slots`` new sequences, begun at the same time, get a slot; all are ended."""
 
     async def hold(number: int) -> int:
         line, held = Line(server.grpc_url, model), 0

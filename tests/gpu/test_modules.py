@@ -1,4 +1,4 @@
-"""Random modules on TensorRT: the plan of each against eager PyTorch, step by step.
+"""Modules of the corpus, and random ones, on TensorRT: each plan computes what its module does.
 
 Plans are built in parallel and at a low optimization level, because building is most of the time of
 these tests.
@@ -6,20 +6,24 @@ these tests.
 
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import inplace
 import pytest
 import torch
 from inplace.standalone import Engine
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
+from inplace_builder.standalone.build import build
 from inplace_builder.standalone.call import alignment, describe_call, export_for
 from inplace_builder.standalone.plan import build_plan
 from inplace_builder.standalone.write import write_files
+from support.comparing import compare_engine
+from support.corpus import CORPUS
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
 pytest.importorskip("hypothesis", reason="needs Hypothesis, which makes the modules")
@@ -59,8 +63,50 @@ def examples(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
     return cases[:count]
 
 
-def cuda(tree: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.cuda(), tree)
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        *((case.name, "plugin") for case in CORPUS.values() if case.plans),
+        ("attention written out", "copy"),
+        ("recurrent", "copy"),
+    ],
+)
+def test_replayed_and_launched_steps_equal_eager(name: str, alias: Any, tmp_path: Path) -> None:
+    case = CORPUS[name]
+    torch.manual_seed(0)
+    module, path = case.module().eval(), tmp_path / "engine"
+    engine = build(
+        deepcopy(module),
+        case.example(),
+        path=path,
+        engine="tensorrt",
+        alias=alias,
+        optimization_level=1,
+        **case.options,
+    )
+    assert {record.kind for record in engine.manifest.lowering} == {alias}
+    assert {text.rpartition("@")[2] for text in engine.manifest.aliases} == {alias}
+
+    def compare(engine: Engine) -> list[list[Tensor]]:
+        return compare_engine(
+            engine,
+            module,
+            case.states,
+            case.inputs,
+            steps=10,
+            callers=2,
+            device="cuda",
+            tolerance=1e-4,
+        )
+
+    replayed = compare(engine)
+    captured = [key for key, graph in engine._runner._graphs.items() if graph is not None]  # type: ignore[attr-defined]
+    assert captured, "a call that came again was captured"
+    launched = compare(inplace.load(path, cuda_graphs=False))
+    for one, other in zip(replayed, launched, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), (
+            "graphs on and off give the same bits"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -100,47 +146,27 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Engine
     ]
 
 
-def test_every_module_builds_and_computes_what_eager_does(
+def _given(case: Case) -> list[Any]:
+    """All states of a random module are one argument."""
+    return [case.states()]
+
+
+def test_every_random_module_builds_and_computes_what_eager_does(
     engines: list[tuple[Case, Engine]],
 ) -> None:
     assert len(engines) == MODULES + MORE
     for index, (case, engine) in enumerate(engines):
         assert {alias.kind for alias in engine.manifest.parsed_aliases} == {"plugin"}
-        run_beside_eager(f"module {index}: {case}", case, engine)
-
-
-def run_beside_eager(title: str, case: Case, engine: Engine) -> None:
-    """Compare outputs and states after each step.
-
-    Elements that a step of eager PyTorch leaves unchanged must be unchanged bit for bit.
-    """
-    eager, mine, theirs = deepcopy(case.module), cuda(case.states()), case.states()
-    own = [*pytree.tree_leaves(mine), *engine.states.values()]
-    addresses = [tensor.data_ptr() for tensor in own]
-    for step in range(STEPS):
-        inputs = case.inputs(step)
-        before = [tensor.cpu() for tensor in own]
-        with torch.no_grad():
-            expected = eager(theirs, *inputs)
-        for one, other in zip(engine(mine, *cuda(inputs)), expected, strict=True):
-            torch.testing.assert_close(
-                one.cpu(), other, rtol=1e-3, atol=1e-3, msg=f"{{}} in step {step} of {title}".format
-            )
-        references = [
-            *pytree.tree_leaves(theirs),
-            *(eager.get_buffer(name) for name in engine.states),
-        ]
-        for one, other, old in zip(
-            (tensor.cpu() for tensor in own), references, before, strict=True
-        ):
-            torch.testing.assert_close(
-                one, other, msg=f"{{}} of a state after step {step} of {title}".format
-            )
-            same = other == old
-            assert torch.equal(
-                one[same].contiguous().view(torch.uint8), old[same].contiguous().view(torch.uint8)
-            ), title
-    assert addresses == [tensor.data_ptr() for tensor in own]
+        compare_engine(
+            engine,
+            case.module,
+            partial(_given, case),
+            case.inputs,
+            steps=STEPS,
+            device="cuda",
+            title=f"module {index}: {case}",
+            tolerance=1e-3,
+        )
 
 
 def test_types_that_tensorrt_lacks_are_refused() -> None:

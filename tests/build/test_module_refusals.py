@@ -1,12 +1,14 @@
-"""Modules and example inputs that no engine can be built of: each is refused in words, with the module's own line."""
+"""Modules that no engine can be built of: each is refused in words, with the module's own line."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from inplace_builder import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
+from inplace_builder.standalone.build import build
 from support.random_modules import CAPACITY
 from support.random_steps import Attends, Heads
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ class Writes(nn.Module):
         return self.write(cache, x)
 
 
-LINE = r"at \"[^\"]*test_bad_modules\.py\", line \d+"
+LINE = r"at \"[^\"]*test_module_refusals\.py\", line \d+"
 MEMORY = torch.zeros(8, 4)
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Tensor, Tensor], str]] = {
     "shared memory": (
@@ -47,7 +49,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Tensor, Tensor],
     "a new version is returned": (
         lambda c, x: torch.index_copy(c, 0, torch.tensor([1]), x),
         (torch.zeros(4, 4), torch.zeros(1, 4)),
-        rf"output 0 is cache with something written into it, as a new tensor {LINE}.*write it in place \(cache\.copy_",
+        rf"output 0 is cache with something written into it, as a new tensor {LINE}.*write "
+        r"it in place \(cache\.copy_",
     ),
 }
 
@@ -102,3 +105,102 @@ def test_an_extent_that_is_to_vary_and_is_1_in_the_example_is_named() -> None:
     ):
         capture(1)
     assert len(capture(2).states) == 2
+
+
+class Overlapping(nn.Module):
+    """Neither is a part of the other that constant indices on first axes make."""
+
+    early: Tensor
+    late: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = torch.zeros(3, 4)
+        self.register_buffer("early", memory[:2])
+        self.register_buffer("late", memory[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.late.add_(x)
+        return self.early.sum(0)
+
+
+def test_memory_shared_by_halves_is_refused() -> None:
+    with pytest.raises(
+        BuildError,
+        match=r"buffer \w+ and buffer \w+ share memory.*test_module_refusals.py.*self.late.add_",
+    ):
+        capture_exported(Overlapping(), (torch.ones(4),))
+
+
+class Two(nn.Module):
+    def forward(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        a.add_(x)
+        return a + b
+
+
+def test_two_inputs_that_share_memory_are_refused() -> None:
+    memory = torch.zeros(4)
+    with pytest.raises(BuildError, match=r"input a and input b share memory.*a\.add_"):
+        capture_exported(Two(), (memory, memory, torch.ones(4)))
+
+
+def test_declared_states_are_checked() -> None:
+    arguments = (torch.zeros(4), torch.zeros(4), torch.ones(4))
+    assert capture_exported(Two(), arguments, states=["a"]).states[0].name == "a"
+    with pytest.raises(BuildError, match=r"never writes \['b'\]"):
+        capture_exported(Two(), arguments, states=["a", "b"])
+    with pytest.raises(BuildError, match=r"also writes \['a'\]"):
+        capture_exported(Two(), arguments, states=[])
+
+
+def test_a_module_without_state_is_refused() -> None:
+    with pytest.raises(BuildError, match="no state"):
+        capture_exported(nn.Linear(4, 4), (torch.ones(4),))
+
+
+def test_what_cannot_be_exported_is_refused_by_name() -> None:
+    class Branch(nn.Module):
+        def forward(self, cache: Tensor, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                cache.add_(x)
+            return cache
+
+    with pytest.raises(BuildError, match=r"torch\.export cannot capture Branch"):
+        capture_exported(Branch(), (torch.zeros(4), torch.ones(4)))
+
+
+def test_an_exported_program_serves_as_well() -> None:
+    program = torch.export.export(Two(), (torch.zeros(4), torch.zeros(4), torch.ones(4)))
+    assert capture_exported(program).states[0].pattern == "replace"
+
+
+class Growing(nn.Module):
+    def forward(self, cache: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        cache.add_(1.0)
+        rest["more"] = cache * 2
+        return cache * 1
+
+
+class Resized(nn.Module):
+    def forward(self, cache: Tensor) -> Tensor:
+        cache.add_(1.0)
+        cache.t_()
+        return cache * 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        (Growing(), (torch.zeros(4), {"x": torch.zeros(4)}), "adds to its arguments"),
+        (
+            Resized(),
+            (torch.zeros(2, 4),),
+            r"state cache of \(2, 4\) becomes \(4, 2\).*test_module_refusals\.py",
+        ),
+    ],
+)
+def test_what_is_no_update_is_refused_in_words(
+    module: nn.Module, arguments: tuple[Any, ...], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BuildError, match=says):
+        build(module, arguments, path=tmp_path / "engine")

@@ -15,9 +15,14 @@ import torch
 from inplace.errors import CallError, LoadError
 from inplace.schema.standalone import FILE_NAME, StandaloneManifest
 from inplace.standalone import Engine
+from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
+from inplace_builder.states.lift import export_module
+from support.corpus.case import noise
+from support.corpus.states import Assigned
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 CAPACITY = 8
 
@@ -224,7 +229,7 @@ def test_a_wrong_call_is_refused_and_changes_nothing(engine: Engine, case: str) 
         engine(**arguments)
     if "cache[" in str(refused.value) and case != "structure":
         assert re.search(
-            r"; the module writes it at .*test_api\.py\", line \d+, in forward \(",
+            r"; the module writes it at .*test_standalone_engines\.py\", line \d+, in forward \(",
             str(refused.value),
         )
     assert not any(tensor.any() for tensor in cache.values())
@@ -355,3 +360,95 @@ def test_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     assert "nothing was copied" in printed and "@operator" in printed
+
+
+class Copies(nn.Module):
+    """Returns its state, which is a copy of the input, or of a constant."""
+
+    constant: Tensor
+
+    def __init__(self, *, constant: bool) -> None:
+        super().__init__()
+        self.takes_constant = constant
+        self.register_buffer("constant", torch.ones(2, 4))
+
+    def forward(self, cache: Tensor, value: Tensor) -> Tensor:
+        cache.copy_(self.constant if self.takes_constant else value)
+        return cache
+
+
+def test_a_returned_state_is_memory_of_its_own(tmp_path: Path) -> None:
+    """It is neither the input nor the engine's constant."""
+    example = (torch.zeros(2, 4), torch.randn(2, 4))
+    engine = build(Copies(constant=False), example, path=tmp_path / "copies")
+    value = torch.randn(2, 4)
+    snapshot = engine(torch.zeros(2, 4), value)
+    expected = value.clone()
+    value.zero_()
+    assert same_bits(snapshot, expected)
+    engine = build(Copies(constant=True), example, path=tmp_path / "constant")
+    engine(torch.zeros(2, 4), value).fill_(7.0)
+    cache = torch.zeros(2, 4)
+    engine(cache, value)
+    assert cache.eq(1.0).all()
+
+
+class Unregistered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros(4)
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.total.add_(value)
+        return self.total * 1
+
+
+def test_a_plain_attribute_that_is_written_is_a_state_too(tmp_path: Path) -> None:
+    engine = build(Unregistered(), (noise(0, 4),), path=tmp_path / "engine")
+    total = torch.zeros(4)
+    for step in range(4):
+        total += noise(step, 4)
+        torch.testing.assert_close(engine(noise(step, 4)), total)
+
+
+def test_an_engine_that_was_converted_is_refused(tmp_path: Path) -> None:
+    engine: Engine = build(Assigned(), (noise(0, 4),), path=tmp_path / "engine")
+    engine.double()
+    with pytest.raises(
+        CallError,
+        match=(
+            r"state total has become \[4\] torch\.float64, the engine was built for \[4\] "
+            r"float32"
+        ),
+    ):
+        engine(noise(0, 4))
+
+
+def test_an_exported_program_stays_where_it_is_when_the_builder_moves_its_copy() -> None:
+    """Without a copy of everything, which Python's copying of torch's trees warns about."""
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),))
+    moved = move_to_device_pass(export_module(program, (), None, None), "meta")
+    assert all(tensor.is_meta for tensor in moved.state_dict.values())
+    assert not any(tensor.is_meta for tensor in program.state_dict.values())
+
+
+class Kept(nn.Module):
+    """Holds its state where torch.export takes it for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [torch.full((2,), 3, dtype=torch.int64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept[0].add_(x)
+        return self.kept[0] - 2
+
+
+def test_a_program_that_is_built_stays_as_it_was(tmp_path: Path) -> None:
+    x = torch.ones(2, dtype=torch.int64)
+    exported = torch.export.export(Kept(), (x,))
+    before = str(exported), str(exported.graph_signature)
+    for number in range(2):
+        engine = build(exported, (x,), path=tmp_path / str(number))
+        assert engine(x).tolist() == [2, 2]
+        assert (str(exported), str(exported.graph_signature)) == before

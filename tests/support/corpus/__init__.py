@@ -1,0 +1,58 @@
+"""The corpus: small modules with the expected outcome of building each.
+
+Three runners take it: `tests/build/test_recognition.py` compares the captured graph,
+`tests/build/test_engines_of_modules.py` the engine on a CPU, and `tests/gpu/test_modules.py` the
+TensorRT engine.
+"""
+
+from support.corpus.attention import ATTENTIONS
+from support.corpus.case import ModuleCase
+from support.corpus.layers import DIVIDED
+from support.corpus.states import STATES
+from support.corpus.writes import APPENDS, EXPLICIT, PLACED
+
+KINDS = {
+    "appends": APPENDS,
+    "positions": PLACED,
+    "explicit": EXPLICIT,
+    "attention": ATTENTIONS,
+    "states": STATES,
+    "layers": DIVIDED,
+}
+CORPUS: dict[str, ModuleCase] = {case.name: case for cases in KINDS.values() for case in cases}
+assert len(CORPUS) == sum(map(len, KINDS.values())), "names are unique"
+
+BUILT = (
+    "IndexCopy float32",
+    "SliceItem bfloat16",
+    "two writes of one state",
+    "rows at their own positions",
+    "number of tokens that varies",
+    "start that is a Python number",
+    "slice with a step",
+    "computed from the state",
+    "rows by positions",
+    "part of a transposed view",
+    "attention assign 1 mask=buffer repeat=gqa",
+    "attention written out",
+    "positions counted",
+    "mask by another number",
+    "caches that are returned",
+    "repeated keys that are returned",
+    "weights that are returned",
+    "buffers of any rank and type",
+    "recurrent",
+    "exchange",
+    "states in a dataclass",
+    "cache that layers share",
+    "names of operators",
+    "buffer that is assigned",
+    "transposed copy, symmetric at first",
+    "copy that is broadcast, seen as a row",
+    "torch.cond",
+    "layers",
+    "layers in buffers",
+    "layers looked at whole",
+    "views of one buffer",
+)
+"""Modules that every run builds an engine of; the long tests build one of each."""

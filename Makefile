@@ -1,8 +1,8 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-fast check format sync-client docs lock bench perf soak fuzz gpu clean
+.PHONY: help demo test test-fast test-long check format sync-client docs lock bench perf soak fuzz gpu clean
 BIN := .venv/bin
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -14,14 +14,14 @@ help: ## this list
 demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversation, shut down
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed check ## every test, the real model and the real server included (15 to 20 minutes on 2 cores)
+test: .venv/installed check ## every kind of test, the real model and the real server included (12 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-test-full: .venv/installed check ## every test, with 500 random modules of each kind instead of 50
-	@$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=full --timeout=3600
+test-fast: .venv/installed ## without servers, the real model and slow builds, for the loop while working (3 minutes)
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model and not slow and not long"
 
-test-fast: .venv/installed ## without the server and the real model, for the loop while working
-	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model"
+test-long: .venv/installed ## what `make test` has a few cases of: 1600 random modules, all decoders, long soak and fuzz runs
+	@$(BIN)/python -m pytest $(PARALLEL) --timeout=3600 -m long
 
 check: .venv/installed ## ruff, mypy --strict, the layers of imports, the generated synchronous client
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo

@@ -1,7 +1,9 @@
 """What the tests share: built models, and one real tritonserver that serves them."""
 
 import contextlib
+import gc
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,103 +14,124 @@ from inplace.runtime.instance import ModelInstance
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.tritonserver import Ports, TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from support import served
 from support.driving import OpenDriver, RecordingEngine
+from support.engines import Engines
 from support.models import (
-    CAPACITY,
-    CHUNK,
-    SLOTS,
+    STEP_MODELS,
     Repository,
     accumulator,
     open_instance,
     tiny_llama,
 )
+from support.pool import Deployment, ServerPool
 from support.streaming import OpenStreams, StreamClient
-from support.vocabulary import save_tokenizer
+from support.vocabulary import llama_with_tokenizer
+from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient
 
 with contextlib.suppress(ImportError):  # a machine that only runs the tests of a GPU may lack it
     import hypothesis
 
-    every = hypothesis.settings(
-        deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True
+    hypothesis.settings.register_profile(
+        "tests",
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=True,
+        max_examples=100,
+        derandomize=True,
     )
-    hypothesis.settings.register_profile("few", every, max_examples=50, derandomize=True)
-    hypothesis.settings.register_profile("full", every, max_examples=500)
-    hypothesis.settings.load_profile("few")  # another one with --hypothesis-profile
+    hypothesis.settings.load_profile("tests")
 
-torch.set_num_threads(
-    1
-)  # tiny models gain nothing from a second thread, and wait for it whenever the machine is busy
+# Tiny models gain nothing from a second thread, and wait for it on a busy machine.
+torch.set_num_threads(1)
+
+SHARED = ("server", "served")
+"""Fixtures that load several models: one process runs all tests that use one of them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the files, those that take longest go first: the real model, then real servers."""
-    if hasattr(config, "workerinput"):
-        items.sort(
-            key=lambda item: [
-                item.get_closest_marker(name) is None for name in ("real_model", "server")
-            ]
-        )
+    """Say what runs in one process where several share the tests, and what goes first.
+
+    Tests of one file, or of one expensive fixture, stay together; those marked ``independent`` do
+    not. What takes longest goes first: the real model, then servers, then builds.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        if item.get_closest_marker("independent") is None:
+            fixtures = getattr(item, "fixturenames", ())
+            group = next((name for name in SHARED if name in fixtures), str(item.path))
+            item.add_marker(pytest.mark.xdist_group(group))
+    order = ("real_model", "server", "slow")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in order])
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking at PyTorch and transformers again and again.
+
+    An export makes very many objects: collecting took half of the time of the tests that build.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    path = tmp_path_factory.mktemp("repository")
-    folder = tmp_path_factory.mktemp("llama")
-    model = tiny_llama(folder)
-    build_decoder(
-        folder,
-        path / "llama",
-        BuildOptions(
-            slots=SLOTS,
-            max_rows=SLOTS,
-            capacity=CAPACITY,
-            chunk=CHUNK,
-            queue_delay_microseconds=20_000,
-        ),
-    )
-    build_decoder(
-        folder,
-        path / "brief",
-        BuildOptions(slots=2, max_rows=2, capacity=1024, chunk=CHUNK, idle_timeout=4.0),
-    )
-    write_engine(accumulator(), path / "accumulator", BuildOptions(slots=4, max_rows=4, capacity=1))
-    return Repository(path, model, folder)
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Built models, which all processes of this run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return Engines(folder / "engines")
 
 
 @pytest.fixture(scope="session")
-def server(
-    repository: Repository, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("server") / "tritonserver.log"
-    with TritonServer(repository.path, Ports(0, 0, 0), log=log) as running:
+def repository(engines: Engines) -> Repository:
+    """``llama``, ``brief`` and ``accumulator``, built for steps."""
+    source = engines.get("llama-source", tiny_llama)
+
+    def build(path: Path) -> None:
+        for name, options in STEP_MODELS.items():
+            build_decoder(source, path / name, options)
+        options = BuildOptions(slots=4, max_rows=4, capacity=1)
+        write_engine(accumulator(), path / "accumulator", options)
+
+    path = engines.get("step-models", build)
+    return Repository(path, LlamaForCausalLM.from_pretrained(source).eval(), source)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
+    """This process's tritonserver; test modules load their models into it."""
+    with ServerPool(tmp_path_factory.mktemp("pool")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(repository: Repository, pool: ServerPool) -> Iterator[TritonServer]:
+    """The pool's server with the models of `repository`."""
+    names = (*STEP_MODELS, "accumulator")
+    with pool.serve(*(Deployment(repository.path / name) for name in names)) as running:
         yield running
 
 
 @pytest.fixture(scope="session", name="served")
-def served_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[served.Served]:
-    source, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
-    llama = tiny_llama(source)
-    save_tokenizer(source)
-    options = BuildOptions(
-        slots=served.SLOTS,
-        max_rows=served.SLOTS,
-        capacity=served.CAPACITY,
-        chunk=served.CHUNK,
-        serve="stream",
-    )
-    build_decoder(source, repository / "llama", options)
-    write_engine(
-        accumulator(),
-        repository / "sums",
-        BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"),
-    )
-    with TritonServer(
-        repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log"
-    ) as server:
-        yield served.Served(server, llama)
+def served_models(engines: Engines, pool: ServerPool) -> Iterator[served.Served]:
+    """The pool's server with the stream models ``llama_stream``, its proxy, and ``sums``."""
+    source = engines.get("llama-with-tokenizer", llama_with_tokenizer)
+
+    def build(path: Path) -> None:
+        build_decoder(source, path / served.MODEL, served.OPTIONS)
+        options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
+        write_engine(accumulator(), path / "sums", options)
+
+    path = engines.get("stream-models", build)
+    models = Deployment(path / served.MODEL, proxy=True), Deployment(path / "sums")
+    with pool.serve(*models) as running:
+        yield served.Served(running, LlamaForCausalLM.from_pretrained(source).eval())
 
 
 @pytest.fixture
@@ -122,13 +145,13 @@ Opened = dict[tuple[Path, int | None, int], ModelInstance]
 
 @pytest.fixture(scope="module")
 def loaded() -> Opened:
-    """Engines and arenas that earlier tests have opened; a test takes them with the memory poisoned and the table empty."""
+    """Engines and arenas that earlier tests have opened, by model, slots and number."""
     return {}
 
 
 @pytest.fixture
 def drive(loaded: Opened) -> Iterator[OpenDriver]:
-    """Opens a model, its arena poisoned (a START must reset what needs it) and its engine `Watched`; closes every driver."""
+    """Opens a model with its arena poisoned, which a START must reset; closes every driver."""
     drivers: list[StepDriver] = []
 
     def opened(model: Path, slots: int | None = None, idle_timeout: float = 600.0) -> StepDriver:
@@ -158,9 +181,10 @@ def drive(loaded: Opened) -> Iterator[OpenDriver]:
 def streams(
     repository: Repository, loaded: Opened, request: pytest.FixtureRequest
 ) -> Iterator[OpenStreams]:
-    """Opens ``llama`` behind a stream driver, its arena poisoned and its engine `Watched`; closes every driver.
+    """Opens ``llama`` behind a stream driver, its arena poisoned; closes every driver.
 
-    Once as the CPU engine is, and once as an engine on a GPU is: the driver launches steps before it has looked at what the last one said.
+    Once as a CPU engine, and once as an engine on a GPU: the driver launches a step before it has
+    read the tokens of the last one.
     """
     drivers: list[StreamDriver] = []
 

@@ -1,4 +1,4 @@
-"""Bad input on a real tritonserver: each gets its own clear error, and harms neither its own sequence nor its batch mates."""
+"""Bad input on a real tritonserver: a clear error each, and no harm to other sequences."""
 
 import re
 import urllib.error
@@ -22,7 +22,7 @@ PROMPT = [7, 3, 99, 12, 400]
 
 @pytest.fixture
 def live(client: InferenceServerClient, repository: Repository) -> Iterator[Sequence]:
-    """A sequence that has been fed the prompt; afterwards it must go on as if nothing had happened."""
+    """A sequence that has been fed the prompt; afterwards it must go on as before."""
     expected = greedy(repository.llama, PROMPT, 6)
     with Sequence(client, "llama", id="victim", key="") as sequence:  # `send` has no key
         said = [sequence.tokens(PROMPT)]
@@ -225,7 +225,5 @@ def test_an_http_request_with_an_id_that_is_no_text_fails_alone(
     for answer in refused:
         code, text = answer.result()
         assert code == 400, text
-        assert (
-            f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: the request cannot be read: 'utf-8'".encode()
-            in text
-        )
+        says = f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: "
+        assert f"{says}the request cannot be read: 'utf-8'".encode() in text

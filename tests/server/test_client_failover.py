@@ -1,4 +1,4 @@
-"""The client over failures that really happen: a server killed, a connection cut, an answer lost, a sequence forgotten."""
+"""The client over real failures: servers killed, connections cut, answers and sequences lost."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ from inplace.client import (
 )
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.cable import Cable, killed
-from support.models import Repository, greedy
+from support.models import BRIEF_IDLE, BRIEF_SLOTS, Repository, greedy
 from support.streams import generate, prompt
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
@@ -55,7 +55,7 @@ def test_a_sequence_that_was_idle_for_too_long_is_replayed(
     ):
         said = generate(sequence, prompt(3, 7), 4)
         off.tokens([1, 2, 3])
-        time.sleep(5.0)
+        time.sleep(1.25 * BRIEF_IDLE)
         assert [*said, *generate(sequence, said[-1:], 4)] == expected
         with pytest.raises(SequenceLostError, match="replay is off; start a new one") as lost:
             off.tokens([4])
@@ -99,7 +99,10 @@ def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
         ):
             with pytest.raises(
                 RefusedError,
-                match="model 'llama' is served step by step and generates nothing: build it with --serve stream",
+                match=(
+                    "model 'llama' is served step by step and generates nothing: "
+                    "build it with --serve stream"
+                ),
             ):
                 await anext(aiter(sequence.generate([1, 2], max_tokens=3)))
             assert await sequence.tokens([1, 2]) == greedy(repository.llama, [1, 2], 1)[0]
@@ -109,7 +112,10 @@ def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
             next(sequence.generate([1, 2], max_tokens=3))
         with pytest.raises(
             RefusedError,
-            match=r"INPLACE-BAD_PARAMETER .* asks for a generation, but this model is served step by step",
+            match=(
+                r"INPLACE-BAD_PARAMETER .* asks for a generation, "
+                "but this model is served step by step"
+            ),
         ):
             sequence.tokens(
                 [1, 2], parameters={"max_tokens": 3}
@@ -164,7 +170,7 @@ def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_me
     server: TritonServer, second: TritonServer
 ) -> None:
     with Client(server.grpc_url) as client:
-        held = [Sequence(client, "brief") for _ in range(2)]
+        held = [Sequence(client, "brief") for _ in range(BRIEF_SLOTS)]
         for sequence in held:
             sequence.tokens([1])
         with Client([server.grpc_url, second.grpc_url]) as both, Sequence(both, "brief") as moved:
@@ -173,7 +179,7 @@ def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_me
             assert moved.server == second.grpc_url
         begin = time.monotonic()
         with Sequence(client, "brief") as late:
-            late.tokens([1])  # when the others have been idle for 4 s
+            late.tokens([1])  # when the others have been idle for long enough
         assert time.monotonic() - begin < 15.0
 
 

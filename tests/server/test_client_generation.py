@@ -1,4 +1,4 @@
-"""Generations through the client, synchronous and asyncio, on real servers that are stopped, cut off and killed."""
+"""Generations through both clients, on real servers that are stopped, cut off and killed."""
 
 import asyncio
 import random
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,17 @@ from inplace.client import (
     SequenceLostError,
     UnreachableError,
 )
-from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.cable import Cable, killed
-from support.models import accumulator, greedy, tiny_llama
+from support.engines import Engines
+from support.models import greedy
+from support.pool import EXPLICIT, Deployment, ServerPool
+from support.served import Served
 from support.streams import prompt
 from support.talking import AsyncTalker, Talker
-from support.vocabulary import added, save_tokenizer, tiny_tokenizer
+from support.vocabulary import added, llama_with_tokenizer, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.server
@@ -41,7 +43,7 @@ SAMPLED = {"temperature": 0.9, "top_k": 64, "top_p": 0.95, "seed": 5, "ignore_eo
 
 
 class Tellers:
-    """Two servers of one stream model with a tokenizer, and of one that knows no tokens."""
+    """Two servers of one stream model with a tokenizer; the second has one without tokens too."""
 
     def __init__(self, model: LlamaForCausalLM, servers: list[TritonServer]) -> None:
         self.model, self.servers = model, servers
@@ -49,25 +51,22 @@ class Tellers:
 
 
 @pytest.fixture(scope="module")
-def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
-    repository, folder = tmp_path_factory.mktemp("tellers"), tmp_path_factory.mktemp("teller")
-    model = tiny_llama(folder)
-    save_tokenizer(folder)
+def tellers(
+    served: Served, engines: Engines, pool: ServerPool, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Tellers]:
+    """The first server is one that tests stop and kill, the other one is the pool's."""
+    source = engines.get("llama-with-tokenizer", llama_with_tokenizer)
+    repository, logs = tmp_path_factory.mktemp("tellers"), tmp_path_factory.mktemp("logs")
     options = BuildOptions(
         slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=32, serve="stream", idle_timeout=60.0
     )
-    build_decoder(folder, repository / MODEL, options)
-    write_engine(
-        accumulator(),
-        repository / "accumulator",
-        BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream"),
-    )
-    logs = tmp_path_factory.mktemp("logs")
-    servers = [TritonServer(repository, Ports(0, 0, 0), log=logs / f"{name}.log") for name in "ab"]
-    with ExitStack() as running:
-        for server in servers:
-            running.enter_context(server)
-        yield Tellers(model, servers)
+    build_decoder(source, repository / MODEL, options)
+    arguments = [*EXPLICIT, f"--load-model={MODEL}"]
+    with (
+        TritonServer(repository, Ports(0, 0, 0), log=logs / "log", arguments=arguments) as first,
+        pool.serve(Deployment(repository / MODEL)) as other,
+    ):
+        yield Tellers(served.llama, [first, other])
 
 
 @pytest.fixture(params=[Talker, AsyncTalker], ids=["sync", "asyncio"])
@@ -310,7 +309,7 @@ def test_a_stream_model_without_tokens_is_stepped_and_its_loss_is_told(
     value = {"value": np.full(4, 2.0, np.float32)}
     with (
         Cable(tellers.urls[1]) as cable,
-        talking(talker, [cable.url], "accumulator", Retry(attempts=4)) as sequence,
+        talking(talker, [cable.url], "sums", Retry(attempts=4)) as sequence,
     ):
         for count in range(1, 8):
             assert talker.wait(sequence.step(value))["sum"].tolist() == [2.0 * count] * 4
@@ -339,7 +338,7 @@ def test_a_synchronous_client_leaves_no_threads_behind(tellers: Tellers) -> None
 
 
 def test_generations_go_on_when_one_of_two_servers_is_killed(tellers: Tellers) -> None:
-    """Both clients at once, on the server that is killed and on the other one; afterwards a further turn on each sequence."""
+    """Both clients at once, on the killed server and on the other; then one more turn each."""
     asks: list[tuple[Any, dict[str, Any]]] = [
         (prompt(7, 30), {"ignore_eos": True}),
         (prompt(8, 30), SAMPLED),

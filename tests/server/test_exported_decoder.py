@@ -1,19 +1,20 @@
-"""A decoder as transformers exports it on a real tritonserver, with a capacity that its deployment chose."""
+"""A decoder as transformers exports it on a real tritonserver, with a chosen capacity."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
 from inplace_builder import DecoderOptions, capture_exported_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.tritonserver import Ports, TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from support.exported_decoders import PROMPTS, decoder, exported
 from support.models import greedy
+from support.pool import Deployment, ServerPool
 from support.streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
@@ -22,25 +23,23 @@ MODEL, MOST, CHOSEN, TOKENS = "gemma3", 48, 40, 20
 
 
 @pytest.fixture(scope="module")
-def exported_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    repository = tmp_path_factory.mktemp("exported")
+def exported_server(
+    pool: ServerPool, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("exported")
     capture = capture_exported_decoder(
         exported(decoder(MODEL), dynamic=False), DecoderOptions(MOST, 8, 6, min_capacity=16)
     )
     options = BuildOptions(
         slots=8, max_rows=8, capacity=MOST, min_capacity=16, chunk=6, queue_delay_microseconds=5000
     )
-    write_engine(capture, repository / MODEL, options)
-    _choose(repository / MODEL / "config.pbtxt", CHOSEN)
-    with TritonServer(
-        repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("log") / "tritonserver.log"
-    ) as running:
+    write_engine(capture, folder / MODEL, options)
+    with pool.serve(Deployment(folder / MODEL, change=_choose)) as running:
         yield running
 
 
-def _choose(config: Path, capacity: int) -> None:
-    with config.open("a") as file:
-        file.write(f'parameters {{ key: "capacity" value {{ string_value: "{capacity}" }} }}\n')
+def _choose(config: pb.ModelConfig) -> None:
+    config.parameters["capacity"].string_value = str(CHOSEN)
 
 
 def test_eight_clients_at_a_time_hear_what_generate_says(exported_server: TritonServer) -> None:

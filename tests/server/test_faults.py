@@ -1,4 +1,4 @@
-"""Models unloaded, reloaded and killed, and servers told to end, while sequences live: a real tritonserver with explicit model control."""
+"""Models unloaded, reloaded and killed, and servers ended, while sequences are live."""
 
 import queue
 import signal
@@ -13,16 +13,16 @@ from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.faults import (
     FORGOTTEN,
     Stream,
-    accumulators,
     add,
     eventually,
     gone,
     kill,
-    reconfigure,
     state,
     stub,
     stubs,
 )
+from support.models import Repository
+from support.pool import Deployment, ServerPool, reconfigure
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
@@ -33,20 +33,17 @@ UNLOADED = "has no available versions"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    accumulators(folder / "repository", {"doomed": lambda _: None, "spare": lambda _: None})
-    accumulators(folder / "one", {"doomed": lambda _: None})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def controlled(folder: Path) -> Iterator[TritonServer]:
-    arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
-    with TritonServer(
-        folder / "repository", Ports(0, 0, 0), log=folder / "log", arguments=arguments
-    ) as running:
+def controlled(repository: Repository, pool: ServerPool) -> Iterator[TritonServer]:
+    source = repository.path / "accumulator"
+    with pool.serve(Deployment(source, "doomed"), Deployment(source, "spare")) as running:
         yield running
+
+
+@pytest.fixture
+def alone(repository: Repository, tmp_path: Path) -> Path:
+    """A repository with one accumulator, for a server that is ended."""
+    Deployment(repository.path / "accumulator", "doomed").copy_to(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -83,7 +80,7 @@ def test_an_unloaded_model_loses_its_sequences_but_lives_as_long_as_an_open_stre
         assert UNLOADED in str(add(client, "doomed", 1, 1.0))
         stream.send("doomed", 2, 1.0)
         assert UNLOADED in str(stream.receive())
-        time.sleep(1.5)
+        time.sleep(0.5)
         assert state(client, "doomed") == "UNLOADING"
         client.load_model("doomed")
         assert len(stubs(controlled, "doomed")) == 2  # and two arenas
@@ -99,9 +96,9 @@ def test_an_unloaded_model_loses_its_sequences_but_lives_as_long_as_an_open_stre
 
 
 def test_a_reload_replaces_a_model_beside_its_live_sequences_and_the_server_survives(
-    controlled: TritonServer, client: InferenceServerClient, folder: Path
+    controlled: TritonServer, client: InferenceServerClient, pool: ServerPool
 ) -> None:
-    """Two processes with the same metrics live side by side for a moment; that once corrupted the server's memory."""
+    """Two processes with the same metrics, for a moment, once corrupted the server's memory."""
     old = stub(controlled, "doomed")
     assert add(client, "doomed", 4, 1.0, start=True) == (1.0, 1)
     client.load_model("doomed")
@@ -113,16 +110,16 @@ def test_a_reload_replaces_a_model_beside_its_live_sequences_and_the_server_surv
     def slower(config: pb.ModelConfig) -> None:
         config.sequence_batching.oldest.max_queue_delay_microseconds = 700
 
-    reconfigure(folder / "repository" / "doomed", slower)
+    reconfigure(pool.repository / "doomed", slower)
     client.load_model("doomed")
     assert FORGOTTEN in str(add(client, "doomed", 4, 1.0))
     assert add(client, "doomed", 5, 1.0, start=True) == (1.0, 1)
     eventually(lambda: gone(old), "the replaced process ends")
-    for step in range(2, 12):  # while metrics are handed over, once a second
+    for step in range(2, 10):  # while metrics are handed over, once a second
         assert add(client, "doomed", 5, 1.0) == (float(step), step)
         assert http(controlled, controlled.ports.metrics, "/metrics") == 200
         time.sleep(0.3)
-    assert add(client, "doomed", 5, 1.0, end=True) == (12.0, 12)
+    assert add(client, "doomed", 5, 1.0, end=True) == (10.0, 10)
     assert "Signal" not in log(controlled)
 
 
@@ -152,10 +149,14 @@ def test_a_killed_stub_leaves_its_model_ready_and_dead_until_it_is_unloaded_and_
     assert "Signal" not in log(controlled)
 
 
-def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder: Path) -> None:
-    """But says that it is not live, and closes HTTP: a liveness probe there kills it. Only an inference tells."""
+def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(
+    alone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """But it is not live and closes HTTP: a liveness probe there kills it. Inference works."""
     with (
-        TritonServer(folder / "one", Ports(0, 0, 0), log=folder / "drained") as server,
+        TritonServer(
+            alone, Ports(0, 0, 0), log=tmp_path_factory.mktemp("drained") / "log"
+        ) as server,
         InferenceServerClient(server.grpc_url) as client,
     ):
         assert server.process is not None
@@ -169,7 +170,7 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder:
         )
         for step in range(2, 6):
             assert add(client, "doomed", 1, 1.0) == (float(step), step)
-            time.sleep(0.3)
+            time.sleep(0.1)
         with InferenceServerClient(server.grpc_url) as late:  # over new connections too
             assert add(late, "doomed", 1, 1.0) == (6.0, 6)
         with pytest.raises(InferenceServerException, match="Server exiting"):
@@ -183,25 +184,33 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(folder:
 
 
 def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open_stream(
-    folder: Path,
+    alone: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """So whoever runs it must kill it after a while, as Kubernetes does."""
-    arguments = ["--exit-timeout-secs=5"]
+    arguments = ["--exit-timeout-secs=2"]
     with TritonServer(
-        folder / "one", Ports(0, 0, 0), log=folder / "hung", arguments=arguments
+        alone,
+        Ports(0, 0, 0),
+        log=tmp_path_factory.mktemp("hung") / "log",
+        arguments=arguments,
     ) as server:
         assert server.process is not None
         with Stream(server.grpc_url) as stream:
             stream.send("doomed", 1, 1.0, start=True)
             assert stream.receive() == (1.0, 1)
             kill(server.process.pid, signal.SIGTERM)
-            time.sleep(1.0)
+            eventually(
+                lambda: http(server, server.ports.http, "/v2/health/live") is None, "it ends", 10.0
+            )
             stream.send("doomed", 1, 1.0)
             assert stream.receive() == (2.0, 2)
             eventually(lambda: "Exit timeout expired" in log(server), "the exit timeout", 20.0)
-            with pytest.raises(queue.Empty):  # nobody tells the stream
-                stream.receive(timeout=1.0)
-            time.sleep(1.0)
+            with pytest.raises(queue.Empty):  # the stream is told nothing
+                stream.receive(timeout=0.5)
             with InferenceServerClient(server.grpc_url) as late:
-                assert "UNAVAILABLE" in str(add(late, "doomed", 1, 1.0))
-        assert server.stop(timeout=10) != 0
+                eventually(
+                    lambda: "UNAVAILABLE" in str(add(late, "doomed", 1, 1.0, timeout=1.0)),
+                    "gRPC is closed",
+                    10.0,
+                )
+        assert server.stop(timeout=5) != 0

@@ -1,4 +1,7 @@
-"""Random requests over gRPC and HTTP against a real tritonserver. Replay: ``PYTHONPATH=tests:tests/long python -m fuzz --requests 10000 --seed N``."""
+"""Random requests over gRPC and HTTP against a real tritonserver.
+
+Replay: ``PYTHONPATH=tests:tests/long python -m fuzz --requests 10000 --seed N``.
+"""
 
 import os
 import random
@@ -11,27 +14,29 @@ from fuzz.run import SHARE, fuzz
 from fuzz.server import Watch, built
 from fuzz.wire import message
 from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.long import long_except
 from tritonclient.grpc import service_pb2_grpc
 
 pytestmark = pytest.mark.server
 
-REQUESTS = int(os.environ.get("INPLACE_FUZZ_REQUESTS", "2000"))
 
-
-def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("requests", long_except([800], [800, 10_000]))
+def test_random_requests_get_a_result_or_a_clear_error_and_harm_no_other(
+    requests: int, tmp_path: Path
+) -> None:
     seed = int(os.environ.get("INPLACE_FUZZ_SEED", random.SystemRandom().randrange(10**6)))
-    print(f"PYTHONPATH=tests:tests/long python -m fuzz --requests {REQUESTS} --seed {seed}")
+    print(f"PYTHONPATH=tests:tests/long python -m fuzz --requests {requests} --seed {seed}")
     repository = built(tmp_path)
     with TritonServer(repository, Ports(0, 0, 0), log=tmp_path / "log") as server:
         watch = Watch(server)
-        findings = fuzz(server, repository, REQUESTS, seed)
+        findings = fuzz(server, repository, requests, seed)
         assert findings.wrong + watch.complaints() == []
         _batch_of_none(server.grpc_url)
         _bytes_that_wrap(server.grpc_url)
         server.stop(timeout=0)  # with a dead stub it would wait until its exit timeout
     answers = findings.answers
-    assert answers.total() >= 0.95 * REQUESTS
-    assert answers["result"] > 0.5 * SHARE * REQUESTS  # what good clients sent came through
+    assert answers.total() >= 0.95 * requests
+    assert answers["result"] > 0.5 * SHARE * requests  # what good clients sent came through
     assert {
         "BAD_PARAMETER",
         "CAPACITY",
@@ -44,9 +49,9 @@ def test_random_requests_get_a_result_or_a_clear_error_and_harm_nobody(tmp_path:
 
 
 def _batch_of_none(url: str) -> None:
-    """A fault of tritonserver 2.51: it lets ``[0, n]`` pass as a batch of 0 and then takes it for one of n, without asking the backend.
+    """A fault of tritonserver 2.51: ``[0, n]`` passes as a batch of 0, then is taken for one of n.
 
-    When this fails, the server has learnt to refuse it: `fuzz.damage` may then make such shapes too.
+    When this fails, the server refuses it: `fuzz.damage` may then make such shapes too.
     """
     request = message(
         "llama", {"input_ids": np.ones((1, 65), np.int64)}, "none", start=True, end=True
@@ -58,9 +63,10 @@ def _batch_of_none(url: str) -> None:
 
 
 def _bytes_that_wrap(url: str) -> None:
-    """Another one: it takes 2**64 bytes for none, so the request comes through without any, and the Python stub aborts over its shape.
+    """Another one: it takes 2**64 bytes for none, and the Python stub aborts over the shape.
 
-    When this fails, the server has learnt to refuse it (docs/failures.md): `fuzz.damage` may then make such shapes too.
+    When this fails, the server refuses it (docs/failures.md): `fuzz.damage` may then make such
+    shapes too.
     """
     request = message(
         "llama", {"input_ids": np.ones((1, 0), np.int64)}, "none", start=True, end=True

@@ -1,4 +1,4 @@
-"""The generate protocol on a real tritonserver, raw gRPC, with a tiny random Llama against transformers itself."""
+"""The generate protocol on a real tritonserver, raw gRPC, against transformers itself."""
 
 import json
 import queue
@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from support.models import greedy
-from support.served import CAPACITY, OUTPUTS, SLOTS, Answer, Served, Stream, bytes_input, ids_input
+from support.served import (
+    CAPACITY,
+    MODEL,
+    OUTPUTS,
+    SLOTS,
+    Answer,
+    Served,
+    Stream,
+    bytes_input,
+    ids_input,
+)
 from support.streams import prompt
 from support.vocabulary import added, tiny_tokenizer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
@@ -42,7 +52,7 @@ def test_the_example_of_the_documentation_prints_a_text(
     document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
     code = document.partition("```python\n")[2].partition("```")[0]
     assert "my-model" in code
-    exec(code.replace("127.0.0.1:8001", served.server.grpc_url).replace("my-model", "llama"), {})
+    exec(code.replace("127.0.0.1:8001", served.server.grpc_url).replace("my-model", MODEL), {})
     assert capsys.readouterr().out
 
 
@@ -140,7 +150,8 @@ def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
     [
         (
             {"max_tokens": 0},
-            "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: parameter 'max_tokens' is 0; expected",
+            "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: parameter "
+            "'max_tokens' is 0; expected",
         ),
         ({"max_tokens": 4, "temperature": "hot"}, "parameter 'temperature' is 'hot'"),
         ({"max_tokens": CAPACITY, "logits": True}, "parameter 'logits' belongs to steps"),
@@ -160,8 +171,8 @@ def test_a_generation_that_cannot_be_is_refused(
             {"max_tokens": 1},
         )
         assert (
-            "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: inputs 'input_ids' and 'text' are both given"
-            in both.error
+            "INPLACE-BAD_PARAMETER retryable=0 sequence=bad request=-: inputs 'input_ids' "
+            "and 'text' are both given" in both.error
         )
         assert "INPLACE-EMPTY_INPUT" in stream.ask("bad", [], end=True, max_tokens=1).error
         assert (
@@ -188,7 +199,7 @@ def test_a_model_without_tokens_is_stepped_over_streams_and_generates_nothing(
 
 
 def test_http_infer_is_refused_by_triton(served: Served) -> None:
-    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/llama/infer"
+    url = f"http://127.0.0.1:{served.server.ports.http}/v2/models/{MODEL}/infer"
     body = {
         "inputs": [{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": [1]}],
         "parameters": {"sequence_id": 1},
@@ -211,7 +222,7 @@ def test_steps_that_are_sent_ahead_of_their_answers_take_effect_in_order(served:
         )
         for at, token in enumerate(ids):
             client.async_stream_infer(
-                "llama",
+                MODEL,
                 [ids_input([token])],
                 sequence_id="ahead",
                 sequence_start=at == 0,
@@ -231,4 +242,4 @@ def test_a_unary_request_is_refused_by_triton(served: Served) -> None:
         InferenceServerClient(served.server.grpc_url) as client,
         pytest.raises(InferenceServerException, match="UNIMPLEMENTED"),
     ):
-        client.infer("llama", [ids_input([1])], sequence_id=1, sequence_start=True)
+        client.infer(MODEL, [ids_input([1])], sequence_id=1, sequence_start=True)

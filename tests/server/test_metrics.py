@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,10 +24,11 @@ from inplace.schema.served import Manifest
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.models import CAPACITY, CHUNK, Repository
 from support.observed import Found, Observed, failing
+from support.pool import Deployment, ServerPool
 from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
@@ -41,23 +41,25 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 def observed(
     repository: Repository, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Observed]:
+    """On a server of its own: one of its models is killed."""
     path = tmp_path_factory.mktemp("observed")
     options = BuildOptions(
-        slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=4.0
+        slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=2.5
     )
-    build_decoder(repository.llama_folder, path / "llama", options)
+    build_decoder(repository.llama_folder, path / "observed", options)
     build_decoder(repository.llama_folder, path / "talk", replace(options, serve="stream"))
-    shutil.rmtree(path / "talk_generate")  # a generate proxy has no metrics
     write_engine(failing(), path / "table", BuildOptions(slots=2, max_rows=2, capacity=1))
-    config = path / "table" / "config.pbtxt"
-    config.write_text(config.read_text().replace("count: 1", "count: 2"))
-    log = tmp_path_factory.mktemp("server") / "tritonserver.log"
-    arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=5"]
+
+    def double(config: pb.ModelConfig) -> None:
+        config.instance_group[0].count = 2
+
+    models = Deployment(path / "observed"), Deployment(path / "talk")
     with (
-        TritonServer(path, Ports(0, 0, 0), log=log, arguments=arguments) as server,
+        ServerPool(tmp_path_factory.mktemp("server")) as pool,
+        pool.serve(*models, Deployment(path / "table", change=double)) as server,
         InferenceServerClient(server.grpc_url) as client,
     ):
-        yield Observed(server, client, path)
+        yield Observed(server, client, pool.repository)
 
 
 def send(
@@ -70,7 +72,7 @@ def send(
     tensor = InferInput("input_ids", [1, len(ids)], "INT64")
     tensor.set_data_from_numpy(np.array([ids]))
     client.infer(
-        "llama",
+        "observed",
         [tensor],
         sequence_id=sequence,
         sequence_start=start,
@@ -80,11 +82,11 @@ def send(
 
 
 def test_every_metric_exists_before_the_first_request(observed: Observed) -> None:
-    values = observed.numbers("llama")
+    values = observed.numbers("observed")
     assert set(values) == {
         (metric.name, value) for metric in exported_metrics() for value in metric.label_values
     }
-    manifest = Manifest.load(observed.repository / "llama" / "1")
+    manifest = Manifest.load(observed.repository / "observed" / "1")
     assert {key: value for key, value in values.items() if value} == {
         ("inplace_slots", ""): SLOTS,
         ("inplace_slots_free", ""): SLOTS,
@@ -129,7 +131,7 @@ def test_metrics_count_what_was_done(observed: Observed) -> None:
         ("inplace_queue_seconds_count", ""): 11,
         ("inplace_queue_seconds_bucket", "+Inf"): 11,
     }
-    values = observed.settled("llama", expected)
+    values = observed.settled("observed", expected)
     assert {key: values[key] for key in expected} == expected
     seconds = [
         values["inplace_step_seconds_bucket", bound]
@@ -142,10 +144,10 @@ def test_metrics_count_what_was_done(observed: Observed) -> None:
 
 def test_the_log_names_the_sequences_and_requests(observed: Observed) -> None:
     assert observed.lines(
-        r"I.*inplace llama_0_0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu.*", 1
+        "observed", r"I0: ready: slots=3 slot_bytes=\d+ arena_bytes=\d+ device=cpu.*", 1
     )
-    observed.lines(r".*sequence ended: .*reason=idle.*", 1)
-    log = observed.log()
+    assert observed.lines("observed", r".*sequence ended: .*reason=idle.*", 1)
+    log = "\n".join(observed.log("observed"))
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=start" in log
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=idle" in log
     assert "request refused: sequence=4 request=asked code=NO_FREE_SLOT retryable=1 because=" in log
@@ -208,9 +210,9 @@ def test_a_failure_of_the_engine_is_counted_for_its_instance_and_is_one_error_li
     }
     values = observed.settled("table", expected, instance)
     assert {key: values[key] for key in expected} == expected
-    errors = observed.lines(r"E.*inplace table_0_\d: .*", 1)
+    errors = observed.lines("table", r"E.*", 1)
     assert len(errors) == 1
-    assert f"inplace table{instance}: engine failed: rows=1 sequences=" in errors[0]
+    assert errors[0].startswith(f"E{counts.index(1)}: engine failed: rows=1 sequences=")
     assert "doomed" in errors[0]
     assert "IndexError" in errors[0]
 
@@ -231,8 +233,8 @@ def test_the_series_of_an_unloaded_model_are_removed(observed: Observed) -> None
     while list(observed.samples("table")):
         assert time.monotonic() < deadline, "the series are still there"
         time.sleep(0.1)
-    assert list(observed.samples("llama"))
-    assert observed.log().count("unloaded: live=0") == 2
+    assert list(observed.samples("observed"))
+    assert len(observed.lines("table", r"I\d: unloaded: live=0.*", 2)) == 2
 
 
 def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
@@ -244,17 +246,17 @@ def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
     assert len(expressions) > 20
     for expression in expressions:
         shown |= _selected(promql_parser.parse(expression.replace("$__rate_interval", "1m")))
-    served = {name for name, _, _ in observed.samples("llama")}
+    served = {name for name, _, _ in observed.samples("observed")}
     assert served == {metric.name for metric in exported_metrics()}
     assert shown == served
 
 
 def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -> None:
     groups = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
-    served = {name for name, _, _ in observed.samples("llama")}
+    served = {name for name, _, _ in observed.samples("observed")}
     reasons = {
         labels["reason"]
-        for name, labels, _ in observed.samples("llama")
+        for name, labels, _ in observed.samples("observed")
         if name == "inplace_sequences_ended_total"
     }
     for rule in (rule for group in groups for rule in group["rules"]):
@@ -272,7 +274,7 @@ def test_a_server_whose_models_answer_is_alive(observed: Observed) -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     idle: Found = {("inplace_sequences_live", ""): 0, ("inplace_slots_free", ""): SLOTS}
-    assert observed.settled("llama", idle).items() >= idle.items()
+    assert observed.settled("observed", idle).items() >= idle.items()
 
 
 def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:
@@ -289,17 +291,17 @@ def test_a_model_whose_process_hangs_is_not_alive_though_the_server_reports_it_r
     stub = observed.stub("talk")
     stub.send_signal(signal.SIGSTOP)
     try:
-        assert set(failures(observed.server.grpc_url, timeout=5.0)) == {"talk"}
+        assert set(failures(observed.server.grpc_url, timeout=3.0)) == {"talk"}
         assert observed.client.is_model_ready("talk")
         result = subprocess.run(
-            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "5"],
+            [sys.executable, "-m", "inplace.alive", observed.server.grpc_url, "--timeout", "3"],
             capture_output=True,
             text=True,
             check=False,
         )
         assert result.returncode == 1
         assert re.fullmatch(
-            r"talk: (no answer within 5 s|Stub process 'talk_0_0' is not healthy\.)\n",
+            r"talk: (no answer within 3 s|Stub process 'talk_0_0' is not healthy\.)\n",
             result.stderr,
         )
     finally:
@@ -313,7 +315,7 @@ def test_every_error_of_the_backend_but_a_failed_engine_counts_as_alive(code: Co
 
 
 def test_no_server_is_not_alive() -> None:
-    assert set(failures("127.0.0.1:1", timeout=3.0)) == {"server"}
+    assert set(failures("127.0.0.1:1", timeout=0.5)) == {"server"}
 
 
 def _selected(expression: promql_parser.Expr) -> set[str]:

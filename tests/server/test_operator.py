@@ -1,4 +1,4 @@
-"""What an operator meets: their own tritonserver command line, damaged models, a shutdown with live sequences."""
+"""An operator's own command line, damaged models, and a shutdown with live sequences."""
 
 import json
 import os
@@ -136,13 +136,19 @@ def test_a_server_whose_python_is_another_is_refused(
     monkeypatch.setenv("PATH", f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(
         ServerError,
-        match=rf"runs Python {other.parent.name}, this is Python {found.parent.name}: install this package",
+        match=(
+            rf"runs Python {other.parent.name}, this is Python {found.parent.name}: install "
+            r"this package"
+        ),
     ):
         installation()
     (root / "backends" / "python" / found.name).unlink()
     with pytest.raises(
         ServerError,
-        match=r"bin/tritonserver has no Python backend for Python .*: there is no .*backends/python/",
+        match=(
+            r"bin/tritonserver has no Python backend for Python .*: there is no "
+            r".*backends/python/"
+        ),
     ):
         installation()
 

@@ -9,7 +9,6 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.envoy import Envoy
 from support.models import accumulator
+from support.pool import Deployment, ServerPool
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
@@ -49,23 +49,21 @@ class Routed:
 
 
 @pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
+def routed(pool: ServerPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
+    """The replicas are the pool's server and one more, with the same models."""
     repository: Path = tmp_path_factory.mktemp("routed")
     options = BuildOptions(slots=SEQUENCES, max_rows=SEQUENCES, capacity=1)
     model = accumulator(max_rows=SEQUENCES)
     write_engine(model, repository / "unary", options)
     write_engine(model, repository / "flow", replace(options, serve="stream"))
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                TritonServer(
-                    repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("server") / "log"
-                )
-            )
-            for _ in range(2)
-        ]
-        envoy = stack.enter_context(Envoy(servers, tmp_path_factory.mktemp("envoy")))
-        yield Routed(envoy, servers)
+    models = Deployment(repository / "unary"), Deployment(repository / "flow")
+    log = tmp_path_factory.mktemp("server") / "log"
+    with (
+        TritonServer(repository, Ports(0, 0, 0), log=log) as other,
+        pool.serve(*models) as server,
+        Envoy([server, other], tmp_path_factory.mktemp("envoy")) as envoy,
+    ):
+        yield Routed(envoy, [server, other])
 
 
 @pytest.mark.parametrize("model", ["unary", "flow"])

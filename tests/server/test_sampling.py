@@ -20,7 +20,7 @@ TOKENS = 16
 def sampled(
     sequence: Sequence, parts: list[list[int]], **parameters: str | int | bool
 ) -> list[int]:
-    """The prompt in parts, then each token said; gRPC parameters are no floating-point numbers, so texts spell them."""
+    """The prompt in parts, then each token; gRPC parameters have no floats, so texts carry them."""
     for part in parts[:-1]:
         sequence.tokens(part)
     said: list[int] = []

@@ -1,4 +1,4 @@
-"""A streaming model on a real tritonserver: 64 streams of recorded speech at a time, 32 ms a request."""
+"""A streaming model on a real tritonserver: 64 streams of speech, 32 ms a request."""
 
 import threading
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ import pytest
 from inplace.client import Sequence
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.tritonserver import Ports, TritonServer
+from inplace_builder.tools.tritonserver import TritonServer
 from numpy.testing import assert_allclose
 from silero import capture_silero, load_silero
+from support.pool import Deployment, ServerPool
 from support.speech import Samples, chunks, package_says, recordings
 from support.streams import batch_counts
 from tritonclient.grpc import InferenceServerClient
@@ -23,15 +24,15 @@ MODEL, STREAMS, LIMIT = "silero-vad", 64, 1e-4
 
 
 @pytest.fixture(scope="module")
-def speech_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    repository = tmp_path_factory.mktemp("speech")
+def speech_server(
+    pool: ServerPool, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("speech")
     options = BuildOptions(
         slots=STREAMS, max_rows=STREAMS, capacity=1, queue_delay_microseconds=2000
     )
-    write_engine(capture_silero(load_silero(), max_rows=STREAMS), repository / MODEL, options)
-    with TritonServer(
-        repository, Ports(0, 0, 0), log=tmp_path_factory.mktemp("log") / "tritonserver.log"
-    ) as running:
+    write_engine(capture_silero(load_silero(), max_rows=STREAMS), folder / MODEL, options)
+    with pool.serve(Deployment(folder / MODEL)) as running:
         yield running
 
 

@@ -1,4 +1,4 @@
-"""The step protocol on a real tritonserver, with a tiny random Llama against transformers itself."""
+"""The step protocol on a real tritonserver: a tiny random Llama against transformers."""
 
 import random
 import re
@@ -12,7 +12,7 @@ import pytest
 from inplace.client import Sequence
 from inplace_builder.tools.tritonserver import TritonServer
 from support.faults import eventually
-from support.models import CAPACITY, SLOTS, VOCABULARY, Repository, greedy
+from support.models import BRIEF_IDLE, BRIEF_SLOTS, CAPACITY, SLOTS, VOCABULARY, Repository, greedy
 from support.streams import batch_counts, generate, prompt, retried, split
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -145,7 +145,7 @@ def test_the_slot_is_free_after_end(client: InferenceServerClient) -> None:
 
 
 def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServerClient) -> None:
-    held = [Sequence(client, "brief", id=1 + n) for n in range(2)]
+    held = [Sequence(client, "brief", id=1 + n) for n in range(BRIEF_SLOTS)]
     for sequence in held:
         sequence.tokens([1, 2, 3])
     late = Sequence(client, "brief", id=3)
@@ -166,12 +166,12 @@ def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServer
 
 
 def test_an_idle_slot_is_reclaimed(client: InferenceServerClient, server: TritonServer) -> None:
-    held = [Sequence(client, "brief", id=11 + n) for n in range(2)]
+    held = [Sequence(client, "brief", id=11 + n) for n in range(BRIEF_SLOTS)]
     for sequence in held:
         sequence.tokens([1, 2, 3])
-    time.sleep(2.2)
+    time.sleep(0.55 * BRIEF_IDLE)
     held[0].tokens([4])  # its clock starts again
-    time.sleep(2.2)
+    time.sleep(0.55 * BRIEF_IDLE)
     with Sequence(client, "brief", id=13) as late:
         late.tokens([1])
         held[0].tokens([5])

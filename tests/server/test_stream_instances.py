@@ -1,10 +1,9 @@
-"""Two instances of one stream model on a real tritonserver: each has an arena of its own, and a sequence lives in one of them.
+"""Two instances of one stream model: each has its arena, and a sequence stays in one of them.
 
-The log of `twins` says which instance a sequence was given to, and which one finished each of its generations.
+The log says which instance a sequence was given to, and which one finished each generation.
 """
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from inplace_builder.tools.tritonserver import Ports, TritonServer
-from support.faults import reconfigure, stubs
-from support.generating import ENDLESS, Said, Talk, build_long, long_llama
+from support.engines import Engines
+from support.faults import stubs
+from support.generating import ENDLESS, Said, Talk, long_stream
 from support.models import greedy
 from support.observed import Found, Observed
+from support.pool import Deployment, ServerPool
 from support.streams import prompt
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient
@@ -24,6 +24,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
+MODEL = "stream_twins"
 SLOTS, MANY = 8, 12
 BOTH = (0, 1)
 LIVE, FREE, STARTED = (
@@ -41,25 +42,28 @@ class Twins:
     llama: LlamaForCausalLM
 
     def talk(self) -> Talk:
-        return Talk(self.observed.server.grpc_url, "twins")
+        return Talk(self.observed.server.grpc_url, MODEL)
 
     def says(self, history: list[int], max_tokens: int) -> Said:
         return Said(greedy(self.llama, history, max_tokens), "length")
 
     def now(self, instance: int) -> Found:
-        return self.observed.numbers("twins", f"_0_{instance}")
+        return self.observed.numbers(MODEL, f"_0_{instance}")
 
     def settles(self, instance: int, expected: Found) -> Found:
-        found = self.observed.settled("twins", expected, f"_0_{instance}")
+        found = self.observed.settled(MODEL, expected, f"_0_{instance}")
         assert {key: found[key] for key in expected} == expected
         return found
 
     def logged(self, event: str, name: str, least: int) -> list[tuple[int, str]]:
-        """The instance and the sequence of each such event of sequences whose id begins with a name, in order."""
-        pattern = rf".*inplace twins_0_(\d): {event}: sequence=({name}\d+)\b.*"
+        """The instance and the sequence of each such event, in order.
+
+        Of sequences whose id begins with ``name``.
+        """
+        pattern = rf"\w(\d): {event}: sequence=({name}\d+)\b.*"
         return [
             (int(instance), of)
-            for line in self.observed.lines(pattern, least)
+            for line in self.observed.lines(MODEL, pattern, least)
             for instance, of in re.findall(pattern, line)
         ]
 
@@ -71,25 +75,19 @@ class Twins:
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
-    folder, path = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("twins") / "repository"
-    llama = long_llama(folder)
-    build_long(folder, path / "twins", SLOTS)
-    shutil.rmtree(path / "twins_generate", ignore_errors=True)
+def twins(engines: Engines, pool: ServerPool) -> Iterator[Twins]:
+    llama, model = long_stream(engines, SLOTS)
 
     def double(config: pb.ModelConfig) -> None:
         config.instance_group[0].count = 2
         config.parameters["log_level"].string_value = "debug"
 
-    reconfigure(path / "twins", double)
     with (
-        TritonServer(
-            path, Ports(0, 0, 0), log=path.parent / "log", arguments=["--exit-timeout-secs=1"]
-        ) as server,
+        pool.serve(Deployment(model, MODEL, double)) as server,
         InferenceServerClient(server.grpc_url) as client,
     ):
-        assert len(stubs(server, "twins")) == 2
-        yield Twins(Observed(server, client, path), llama)
+        assert len(stubs(server, MODEL)) == 2
+        yield Twins(Observed(server, client, pool.repository), llama)
 
 
 def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_they_began(
@@ -99,7 +97,7 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
     before = [twins.now(instance) for instance in BOTH]
 
     def one(seed: int) -> list[tuple[list[int], Said]]:
-        """Four generations on one sequence, each with two new tokens, over a stream each: histories and what was said."""
+        """Four generations on one sequence, over a stream each: histories and results."""
         history, heard = prompt(seed, 3 + 4 * seed), []
         for number in range(rounds):
             parameters = {"position": len(history) - 2} if number else {}

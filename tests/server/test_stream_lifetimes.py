@@ -1,6 +1,7 @@
-"""What becomes of generations whose client, sequence, model, process or server goes away, on a real tritonserver and without our client.
+"""Generations whose client, sequence, model, process or server goes away, over raw gRPC.
 
-Two slots; a generation of `ENDLESS` tokens outlasts every test, and a witness beside it must say what transformers says.
+Two slots; a generation of `ENDLESS` tokens outlasts every test, and a witness beside it must
+generate what transformers does.
 """
 
 import http.client
@@ -18,7 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 from inplace.alive import failures
+from inplace.server.settings import IDLE_TIMEOUT
 from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.engines import Engines
 from support.faults import FORGOTTEN, eventually, gone, kill, state, stub
 from support.generating import (
     ENDLESS,
@@ -26,13 +29,13 @@ from support.generating import (
     SOON,
     Said,
     Talk,
-    build_long,
-    long_llama,
+    long_stream,
     seconds_until,
 )
 from support.models import greedy
-from support.vocabulary import save_tokenizer
+from support.pool import EXPLICIT, Deployment
 from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
@@ -44,7 +47,7 @@ MAX_STARTING = (
 
 @dataclass(frozen=True)
 class Tellers:
-    """A server with `teller` (idle after a minute), its generate proxy, and `brief` (idle after a second)."""
+    """A server with `teller`, its generate proxy, and `brief`, idle after a second."""
 
     server: TritonServer
     repository: Path
@@ -79,22 +82,23 @@ class Tellers:
         return not any(said.error for said in found)
 
 
+def _hasten(config: pb.ModelConfig) -> None:
+    config.parameters[IDLE_TIMEOUT].string_value = str(IDLE)
+
+
 @pytest.fixture(scope="module")
-def tellers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
-    folder, repository = (
-        tmp_path_factory.mktemp("model"),
-        tmp_path_factory.mktemp("stream") / "repository",
-    )
-    model = long_llama(folder)
-    save_tokenizer(folder)
-    for name, idle in (("teller", 60.0), ("brief", IDLE)):
-        build_long(folder, repository / name, SLOTS, idle)
-    shutil.rmtree(repository / "brief_generate")
-    arguments = ["--model-control-mode=explicit", "--load-model=*", "--exit-timeout-secs=1"]
+def tellers(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tellers]:
+    llama, model = long_stream(engines, SLOTS)
+    repository = tmp_path_factory.mktemp("stream") / "repository"
+    Deployment(model, "teller", proxy=True).copy_to(repository)
+    Deployment(model, "brief", _hasten).copy_to(repository)
     with TritonServer(
-        repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments
+        repository,
+        Ports(0, 0, 0),
+        log=repository.parent / "log",
+        arguments=[*EXPLICIT, "--load-model=*"],
     ) as server:
-        yield Tellers(server, repository, greedy(model, PROMPT, 300))
+        yield Tellers(server, repository, greedy(llama, PROMPT, 300))
         server.stop(timeout=5)  # the last test leaves it with a dead generation, which it waits for
 
 
@@ -247,8 +251,8 @@ def test_an_open_stream_does_not_keep_an_idle_sequence(tellers: Tellers) -> None
         assert seconds_until(lambda: tellers.all_free("brief")) < SOON
         for name in ("idle", "held"):
             assert (
-                f"INPLACE-UNKNOWN_SEQUENCE retryable=0 sequence={name} request=-: no sequence '{name}' is live: it was idle"
-                in (talk.ask(name, [1]).error)
+                f"INPLACE-UNKNOWN_SEQUENCE retryable=0 sequence={name} request=-: no "
+                f"sequence '{name}' is live: it was idle" in (talk.ask(name, [1]).error)
             )
         assert talk.ask("idle", PROMPT, 5, start=True, end=True) == Said(
             tellers.expected[:5], "length"
@@ -311,7 +315,8 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(
             found = (said.tokens + rest.tokens)[:300]
             assert (rest.reason, found) == ("ended", tellers.expected[: len(found)])
             for client in (talk.client, late.client):
-                client.stop_stream()  # closed, not cancelled: once, cancelled now, the server kept the model until it gave up
+                # Closed, not cancelled: after a cancel the server kept the model until it gave up.
+                client.stop_stream()
         assert server.process.wait(60) == 0  # 1 where it gave up waiting for them
 
 
@@ -342,20 +347,20 @@ def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_gen
 def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_unloaded_nor_loaded(
     tellers: Tellers,
 ) -> None:
-    """So a client of generations needs a limit on silence, liveness is a real inference, and the server must be started again."""
+    """So clients need a limit on silence, liveness is a real inference, the server a restart."""
     with InferenceServerClient(tellers.server.grpc_url) as client:
         with tellers.talk("brief") as talk:
             talk.send("running", PROMPT, ENDLESS, start=True)
             talk.hear(3)
             kill(stub(tellers.server, "brief"), signal.SIGKILL)
             with pytest.raises(queue.Empty):
-                talk.hear(timeout=2.0)
+                talk.hear(timeout=1.0)
             assert client.is_server_ready()
             assert client.is_model_ready("brief")
             with tellers.talk("brief") as late:
                 assert "is not healthy" in late.ask("late", PROMPT, 5, start=True).error
         client.unload_model("brief")
-        time.sleep(3.0)
+        time.sleep(1.0)
         assert state(client, "brief") == "UNLOADING"  # it waits for a generation that nobody runs
         with tellers.talk() as other:
             assert other.ask("other", PROMPT, 5, start=True, end=True) == Said(
@@ -369,7 +374,7 @@ def test_a_proxy_whose_process_hangs_is_not_alive(tellers: Tellers) -> None:
     proxy = psutil.Process(stub(tellers.server, "teller_generate"))
     proxy.suspend()
     try:
-        found = failures(tellers.server.grpc_url, timeout=5.0)
+        found = failures(tellers.server.grpc_url, timeout=3.0)
     finally:
         proxy.kill()
     assert "teller_generate" in found

@@ -1,6 +1,7 @@
-"""Triton's own idle clock, where it is shorter than a generation: Triton forgets the sequence, the backend does not.
+"""Triton's idle clock, where it is shorter than a generation: Triton forgets the sequence.
 
-The clock starts with a request's arrival, not with its answer. `hasty` is forgotten by Triton after `IDLE`, by the backend after a minute.
+The backend does not. The clock starts with a request's arrival, not with its answer. Triton forgets
+`hasty` after `IDLE`, the backend after ten minutes.
 """
 
 import queue
@@ -9,26 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from inplace_builder.tools.tritonserver import Ports, TritonServer
-from support.faults import reconfigure
+from inplace_builder.tools.tritonserver import TritonServer
+from support.engines import Engines
 from support.generating import (
     ENDLESS,
     PROMPT,
     SOON,
     Said,
     Talk,
-    build_long,
-    long_llama,
+    long_stream,
     seconds_until,
 )
 from support.models import greedy
+from support.pool import Deployment, ServerPool
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
-SLOTS, IDLE = 2, 1.0
-LONG = 5 * IDLE
+SLOTS, IDLE = 2, 0.6
+LONG = 4 * IDLE
 """Seconds, about, that a generation of as many tokens as `Forgetting.solo` takes."""
 
 
@@ -51,29 +52,20 @@ class Forgetting:
 
 
 @pytest.fixture(scope="module")
-def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forgetting]:
-    folder, repository = (
-        tmp_path_factory.mktemp("model"),
-        tmp_path_factory.mktemp("idle") / "repository",
-    )
-    model = long_llama(folder)
-    build_long(folder, repository / "hasty", SLOTS, idle_timeout=60.0)
+def forgetting(engines: Engines, pool: ServerPool) -> Iterator[Forgetting]:
+    llama, model = long_stream(engines, SLOTS)
 
     def hasten(config: pb.ModelConfig) -> None:
         config.sequence_batching.max_sequence_idle_microseconds = int(IDLE * 1e6)
 
-    reconfigure(repository / "hasty", hasten)
-    arguments = ["--model-control-mode=explicit", "--load-model=hasty", "--exit-timeout-secs=1"]
-    with TritonServer(
-        repository, Ports(0, 0, 0), log=repository.parent / "log", arguments=arguments
-    ) as server:
+    with pool.serve(Deployment(model, "hasty", hasten)) as server:
         with Talk(server.grpc_url, "hasty") as talk:
             talk.send("solo", PROMPT, ENDLESS, start=True, end=True)
             begin, solo = time.monotonic(), talk.hear(1).tokens
             while time.monotonic() - begin < LONG:
                 solo += talk.hear(1).tokens
-        assert solo[:300] == greedy(model, PROMPT, 300)[: len(solo)]
-        yield Forgetting(server, model, solo)
+        assert solo[:300] == greedy(llama, PROMPT, 300)[: len(solo)]
+        yield Forgetting(server, llama, solo)
 
 
 def forgotten(sequence: int | str) -> Said:

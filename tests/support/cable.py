@@ -1,4 +1,4 @@
-"""Failures that tests cause: a TCP connection that can be cut, between a real client and a real server, and a server that is killed."""
+"""Failures that tests cause: a TCP connection that is cut, and a server that is killed."""
 
 import socket
 import threading

@@ -95,7 +95,7 @@ def exported(
 def rows_say(
     instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: int
 ) -> list[list[int]]:
-    """The tokens that all prompts are continued with, stepped together as rows of different lengths; the last rows join a step late."""
+    """Continue all prompts, stepped together as rows of different lengths; some join late."""
     said: list[list[int]] = [[] for _ in prompts]
     step = 0
     while any(len(one) < tokens for one in said):

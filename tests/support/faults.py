@@ -1,25 +1,18 @@
-"""What the tests of lifetimes and faults share: accumulators with other settings, requests without a client library, stub processes."""
+"""Accumulators over raw gRPC, their stub processes and their settings."""
 
 import contextlib
 import os
 import queue
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import psutil
-from google.protobuf import text_format
 from inplace.server.settings import IDLE_TIMEOUT
-from inplace_builder.served.build import write_engine
-from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import TritonServer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
-
-from support.models import accumulator
 
 SLOTS = 4
 FORGOTTEN = "must specify the START flag"
@@ -29,27 +22,6 @@ BLANK = "(neither outputs nor an error text)"
 
 Answer = tuple[float, int] | str
 """Of an accumulator: its sum and how many values it holds; or the text of the error."""
-
-
-def accumulators(repository: Path, changes: dict[str, Callable[[pb.ModelConfig], None]]) -> Path:
-    """A repository with an accumulator of four slots for each name, its config.pbtxt changed."""
-    built = repository.parent / f"{repository.name}-built"
-    write_engine(
-        accumulator(max_rows=SLOTS), built, BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=1)
-    )
-    for name, change in changes.items():
-        shutil.copytree(built, repository / name)
-        reconfigure(repository / name, change, name)
-    return repository
-
-
-def reconfigure(model: Path, change: Callable[[pb.ModelConfig], None], name: str = "") -> None:
-    """Change a model's config.pbtxt, and its name where one is given."""
-    file = model / "config.pbtxt"
-    config = text_format.Parse(file.read_text(), pb.ModelConfig())
-    config.name = name or config.name
-    change(config)
-    file.write_text(text_format.MessageToString(config))
 
 
 def idle_after(config: pb.ModelConfig, seconds: float) -> None:

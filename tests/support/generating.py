@@ -1,4 +1,4 @@
-"""Generations over raw gRPC streams, as the tests of their lifetimes drive them: no client library between the test and Triton."""
+"""Generations over raw gRPC streams, without a client library."""
 
 import queue
 import time
@@ -13,11 +13,12 @@ from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException
 
-from support.models import tiny_llama
+from support.engines import Engines
 from support.streams import prompt
+from support.vocabulary import llama_with_tokenizer
 
 CAPACITY, ENDLESS = 8000, 7900
-"""Of the models of `build_long`, and tokens of a generation that nobody hears the end of."""
+"""Of the models of `long_stream`, and tokens of a generation that nobody hears the end of."""
 PROMPT = prompt(1, 20)
 SOON = 4.0
 """Seconds; without other load a slot is free within 0.2."""
@@ -46,7 +47,7 @@ class Said:
 
 
 class Talk:
-    """One gRPC stream to a stream model, on a connection of its own; a context manager that drops it."""
+    """One gRPC stream on a connection of its own; a context manager that drops it."""
 
     def __init__(self, url: str, model: str) -> None:
         self.client, self.model = InferenceServerClient(url), model
@@ -125,22 +126,15 @@ def seconds_until(true: Callable[[], bool], limit: float = 60.0) -> float:
     return time.monotonic() - begin
 
 
-def long_llama(folder: Path) -> LlamaForCausalLM:
-    """A random Llama for `build_long`."""
-    return tiny_llama(folder, max_position_embeddings=CAPACITY)
+def long_stream(engines: Engines, slots: int) -> tuple[LlamaForCausalLM, Path]:
+    """A random Llama, and a stream model of it whose sequences have room for `ENDLESS` tokens."""
 
+    def save(folder: Path) -> None:
+        llama_with_tokenizer(folder, max_position_embeddings=CAPACITY)
 
-def build_long(source: Path, model: Path, slots: int, idle_timeout: float = 600.0) -> None:
-    """A stream model whose sequences have room for `ENDLESS` tokens."""
-    build_decoder(
-        source,
-        model,
-        BuildOptions(
-            slots=slots,
-            max_rows=slots,
-            capacity=CAPACITY,
-            chunk=32,
-            serve="stream",
-            idle_timeout=idle_timeout,
-        ),
+    source = engines.get("long-llama", save)
+    options = BuildOptions(slots=slots, max_rows=slots, capacity=CAPACITY, chunk=32, serve="stream")
+    path = engines.get(
+        f"long-stream-{slots}", lambda path: build_decoder(source, path / "long", options)
     )
+    return LlamaForCausalLM.from_pretrained(source).eval(), path / "long"

@@ -31,8 +31,12 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def run_interpreted(name: str) -> None:
+def run_interpreted(name: str, marked: str = "not long") -> None:
     """Run the tests of a file of this folder.
+
+    Args:
+        name: of the file.
+        marked: which of its tests, as pytest's ``-m`` takes it.
 
     Raises:
         AssertionError: one fails; the text has its output.
@@ -45,6 +49,8 @@ def run_interpreted(name: str) -> None:
         "--noconftest",
         "-p",
         "no:cacheprovider",
+        "-m",
+        marked,
         str(TESTS / name),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -9,14 +9,29 @@ from inplace.runtime.instance import ModelInstance
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder import Capture, capture_module
+from inplace_builder import BuildOptions, Capture, capture_module
 from inplace_builder.capture.capture import control_input
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 512
 CAPACITY, CHUNK, SLOTS = 64, 8, 8
-"""What the repository is built with."""
+"""Of the model ``llama``."""
+BRIEF_SLOTS, BRIEF_IDLE = 2, 2.0
+"""Of the model ``brief``: its slots, and the seconds after which an idle sequence loses one."""
+STEP_MODELS = {
+    "llama": BuildOptions(
+        slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, queue_delay_microseconds=20_000
+    ),
+    "brief": BuildOptions(
+        slots=BRIEF_SLOTS,
+        max_rows=BRIEF_SLOTS,
+        capacity=1024,
+        chunk=CHUNK,
+        idle_timeout=BRIEF_IDLE,
+    ),
+}
+"""The tiny Llamas of a `Repository`."""
 
 
 RECTANGULAR = Program(
@@ -33,7 +48,13 @@ RECTANGULAR = Program(
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository with ``llama`` (8 slots), ``brief`` (2 slots of 1024 positions, idle timeout 2 s) and ``accumulator``."""
+    """Built models for steps: ``llama``, ``brief`` and ``accumulator``.
+
+    Attributes:
+        path: a model repository.
+        llama: the model that ``llama`` and ``brief`` were built from.
+        llama_folder: where that model is saved.
+    """
 
     path: Path
     llama: LlamaForCausalLM
@@ -41,7 +62,7 @@ class Repository:
 
 
 def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
-    """A random Llama of two layers with grouped heads, saved as safetensors; its greedy tokens do not settle on one."""
+    """A random Llama of two layers with grouped heads, saved; its greedy tokens vary."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": VOCABULARY,
@@ -59,7 +80,7 @@ def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
 
 
 def late_token(said: list[int]) -> int:
-    """A token that a generation says behind some others, for the first time: where it is an end token, there it ends."""
+    """A token that a generation has first after some others: as an end token it ends there."""
     return next(
         token for place, token in enumerate(said) if place >= 4 and token not in said[:place]
     )
@@ -124,7 +145,7 @@ def open_instance(model: Path, slots: int | None = None) -> ModelInstance:
 def captured(
     module: torch.nn.Module, *, reset: bool = True, dtype: Dtype = Dtype.FLOAT32
 ) -> Capture:
-    """A captured module that takes a value of four numbers, keeps a ``total`` of the same shape and returns a ``sum``."""
+    """A captured module of ``value [4]`` with a state ``total [4]``, which returns a ``sum``."""
     return capture_module(
         module,
         inputs=[

@@ -1,4 +1,4 @@
-"""A real server whose numbers and log are looked at, and a model whose engine fails when it is asked to."""
+"""A real server whose metrics and log are read, and a model whose engine can fail."""
 
 import re
 import time
@@ -55,7 +55,7 @@ def failing() -> Capture:
 
 @dataclass
 class Observed:
-    """A server of its own, so that what is counted is what these tests did."""
+    """A server whose metrics and log are read; its models are these tests' own."""
 
     server: TritonServer
     client: InferenceServerClient
@@ -94,15 +94,21 @@ class Observed:
                 return found
             time.sleep(0.1)
 
-    def log(self) -> str:
+    def log(self, model: str) -> list[str]:
+        """What the instances of a model have logged: ``<severity><instance>: <text>``."""
         assert self.server.log is not None
-        return self.server.log.read_text(errors="replace")
+        written = re.compile(rf"([A-Z]).*\binplace {model}_0_(\d: .*)")
+        lines = self.server.log.read_text(errors="replace").splitlines()
+        return [match[1] + match[2] for line in lines if (match := written.fullmatch(line))]
 
-    def lines(self, pattern: str, least: int) -> list[str]:
-        """Lines of the log that match, once there are so many, or after 10 s; a thread of the backend writes them."""
+    def lines(self, model: str, pattern: str, least: int) -> list[str]:
+        """Lines of `log` that match, once there are so many, or after 10 s.
+
+        A thread of the backend writes them.
+        """
         deadline = time.monotonic() + 10.0
         while True:
-            found = [line for line in self.log().splitlines() if re.fullmatch(pattern, line)]
+            found = [line for line in self.log(model) if re.fullmatch(pattern, line)]
             if len(found) >= least or time.monotonic() > deadline:
                 return found
             time.sleep(0.1)

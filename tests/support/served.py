@@ -1,4 +1,4 @@
-"""A tiny Llama that generates, and an accumulator, on one tritonserver; and how tests talk to them, as raw gRPC and HTTP."""
+"""A tiny Llama that generates, and an accumulator, over raw gRPC and HTTP."""
 
 import json
 import queue
@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import TritonServer
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 
+MODEL = "llama_stream"
 SLOTS, CAPACITY, CHUNK = 8, 256, 16
+OPTIONS = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, serve="stream")
 OUTPUTS = ("tokens", "text_output", "finish_reason")
 Parameter = str | int | bool
 
@@ -22,12 +25,17 @@ class Served:
     server: TritonServer
     llama: LlamaForCausalLM
 
+    @property
+    def generate_url(self) -> str:
+        """Of HTTP generations, which the generate proxy serves."""
+        port = self.server.ports.http
+        return f"http://127.0.0.1:{port}/v2/models/{MODEL}_generate/generate_stream"
+
     def events(self, **body: object) -> list[dict[str, Any]]:
         """The events of one HTTP generate_stream request."""
-        url = f"http://127.0.0.1:{self.server.ports.http}/v2/models/llama_generate/generate_stream"
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(url, json.dumps(body).encode()), timeout=60
+                urllib.request.Request(self.generate_url, json.dumps(body).encode()), timeout=60
             ) as page:
                 lines = page.read().decode().splitlines()
         except urllib.error.HTTPError as error:  # refused before anything was said
@@ -49,7 +57,7 @@ class Answer:
 class Stream:
     """One gRPC stream, one request at a time."""
 
-    def __init__(self, served: Served, model: str = "llama") -> None:
+    def __init__(self, served: Served, model: str = MODEL) -> None:
         self._model = model
         self._client = InferenceServerClient(served.server.grpc_url)
         self._answers: queue.Queue[Any] = queue.Queue()

@@ -17,7 +17,7 @@ Samples = NDArray[np.float32]
 
 @cache
 def recordings() -> dict[str, Samples]:
-    """27 recordings in nine languages, 1 to 5 s each at 16 kHz, from the PyPI package pytest-audioeval (which is not imported)."""
+    """27 recordings in nine languages, 1 to 5 s at 16 kHz, from the package pytest-audioeval."""
     spec = importlib.util.find_spec("pytest_audioeval")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -31,14 +31,14 @@ def recordings() -> dict[str, Samples]:
 
 
 def chunks(samples: Samples) -> list[Samples]:
-    """The whole recording as requests of 512 samples; the last one filled up with silence, as the package does."""
+    """The recording as requests of 512 samples; the last one is filled up with silence."""
     padded = np.pad(samples, (0, -len(samples) % CHUNK))
     return list(padded.reshape(-1, CHUNK))
 
 
 @cache
 def package_model(weights: str) -> torch.jit.ScriptModule:
-    """The package's own TorchScript model; with other ``weights`` than its own, these are copied into it."""
+    """The package's TorchScript model; ``weights`` other than its own are copied into it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated; it is what the package ships
         from silero_vad import load_silero_vad

@@ -1,4 +1,4 @@
-"""An operator as a user might have it: a leaky sum and a sum of that, both states written in one call."""
+"""A user's operator: a leaky sum and a sum of that, both states written in one call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def make_leak(tensorrt: TensorRT, constants: Mapping[str, Any]) -> Operation:
 
 
 class Leaky(nn.Module):
-    """One state is the caller's, one a buffer; the new value of one is used afterwards, and a third state is updated by ourselves."""
+    """One state is the caller's, one a buffer, one is used afterwards; a third is our update."""
 
     total: Tensor
     steps: Tensor

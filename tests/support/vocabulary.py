@@ -1,4 +1,4 @@
-"""A small real tokenizer: byte-level BPE, as many tokens as the tiny models know, learned from this project's license."""
+"""A small real tokenizer: byte-level BPE, learned from this project's license."""
 
 from functools import cache
 from pathlib import Path
@@ -12,16 +12,16 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from support.models import VOCABULARY
+from support.models import VOCABULARY, tiny_llama
 
 BOS, EOS = 1, 2
 
 
 @cache
 def tiny_tokenizer() -> Tokenizer:
-    """Every text is tokens of it, and most of its tokens are parts of words or single bytes; it puts ``<s>`` before a text."""
+    """Tokens of any text, mostly parts of words and bytes; it puts ``<s>`` before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,8 +47,15 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def llama_with_tokenizer(folder: Path, **changes: object) -> LlamaForCausalLM:
+    """The model of `tiny_llama`, saved with the tokenizer."""
+    model = tiny_llama(folder, **changes)
+    save_tokenizer(folder)
+    return model
+
+
 def added(prompt: list[int], tokens: list[int]) -> str:
-    """The text that tokens add to a prompt that ends with a whole character, incomplete characters included."""
+    """The text that tokens add to a prompt that ends with a whole character."""
     tokenizer = tiny_tokenizer()
     before: str = tokenizer.decode(prompt)
     whole: str = tokenizer.decode(prompt + tokens)
@@ -62,7 +69,7 @@ SAMPLES = ["hello world, don't stop. été naïve 你好 🙂 ខខខ 日本�
 
 @cache
 def byte_fallback() -> Tokenizer:
-    """As Llama 1 and 2, Mistral 0.x, Phi-3 and Gemma have it: unknown characters are byte tokens."""
+    """As Llama 1 and 2, Mistral 0.x, Phi-3 and Gemma: unknown characters are byte tokens."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcxyz"]
     pieces += ["▁a", "▁x"]
     merges = [("▁", "a"), ("▁", "x")]

@@ -1,4 +1,7 @@
-"""Errors, retries and replay of the client without a server; tests/server/test_client_*.py have real ones."""
+"""Errors, retries and replay of the client without a server.
+
+`tests/server` has the client on real ones.
+"""
 
 import pickle
 import subprocess
@@ -21,7 +24,10 @@ from inplace.errors import Code, RequestError
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import InferenceServerException
 
-START = "inference request for sequence 7 to model 'm' must specify the START flag on the first request of the sequence"
+START = (
+    "inference request for sequence 7 to model 'm' must specify the START flag on the first "
+    "request of the sequence"
+)
 
 
 def error(text: str, status: str | None = None) -> InferenceServerException:

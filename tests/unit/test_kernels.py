@@ -7,13 +7,16 @@ from inplace.kernels.attention import AttentionSpec, attention, attention_worksp
 from inplace.kernels.memory import Pointer
 from inplace.kernels.update import UpdateSpec, update
 from support.interpreter import needs_interpreter, run_interpreted
+from support.long import long_except
 from torch import bool as torch_bool
 from torch import float16, int32
 
 
 @needs_interpreter
-def test_kernels_equal_the_operators_in_the_interpreter() -> None:
-    run_interpreted("interpreted_kernels.py")
+@pytest.mark.slow
+@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
+def test_kernels_equal_the_operators_in_the_interpreter(marked: str) -> None:
+    run_interpreted("interpreted_kernels.py", marked)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from inplace.operators import argmax, sample
 from inplace.plugins import OPERATIONS, SampleOperation
 from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
 from support.interpreter import needs_interpreter, run_interpreted
+from support.long import long_except
 from torch import Tensor
 
 
@@ -113,10 +114,12 @@ def test_temperature_zero_is_argmax_and_takes_the_first_of_equals() -> None:
     assert torch.equal(tokens[:, 0], first_of_equals)
 
 
-@pytest.mark.parametrize(("temperature", "seed"), [(1.0, 1), (0.5, 2), (3.0, -3)])
+@pytest.mark.parametrize(
+    ("temperature", "seed"), long_except([(1.0, 1), (3.0, -3)], [(1.0, 1), (0.5, 2), (3.0, -3)])
+)
 def test_tokens_are_as_frequent_as_they_are_probable(temperature: float, seed: int) -> None:
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
-    draws = 4000
+    draws = 2000
     counts = (
         sample(scores.expand(draws, -1), *many(draws, temperature, seed=seed))
         .flatten()
@@ -129,7 +132,7 @@ def test_tokens_are_as_frequent_as_they_are_probable(temperature: float, seed: i
 
 def test_kept_tokens_keep_their_proportions() -> None:
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
-    draws = 3000
+    draws = 1500
     counts = (
         sample(scores.expand(draws, -1), *many(draws, top_k=4, top_p=0.8, seed=4))
         .flatten()

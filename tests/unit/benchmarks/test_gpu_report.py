@@ -1,4 +1,4 @@
-"""The GPU benchmark's bookkeeping: what its processes print, what becomes of their failures, and what the report says of them."""
+"""The GPU benchmark's records: output of its processes, their failures, and the report."""
 
 import json
 import subprocess
@@ -212,7 +212,10 @@ def test_a_process_that_fails_is_recorded_with_its_reason(
 
 
 def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path: Path) -> None:
-    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read(); import time; time.sleep(600)"
+    code = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); "
+        "sys.stdin.read(); import time; time.sleep(600)"
+    )
     run_child(child(code), tmp_path, 2)
     pid = (tmp_path / "child.out").read_text().strip()
     state = subprocess.run(

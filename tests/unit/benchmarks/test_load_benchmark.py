@@ -1,4 +1,4 @@
-"""The load benchmark without a server: input files, percentiles, perf_analyzer's command line and export, plots."""
+"""The load benchmark without a server: inputs, percentiles, perf_analyzer, plots."""
 
 import json
 from pathlib import Path

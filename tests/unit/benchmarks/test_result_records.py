@@ -58,6 +58,6 @@ def test_a_command_is_kept_without_the_paths_of_its_machine() -> None:
     ]
     kept = facts("what", "python -m benchmarks.perf", typed)["command"]
     assert (
-        kept
-        == "python -m benchmarks.perf --model smollm2 --out benchmarks/results/x.json --input-data a/b.json"
+        kept == "python -m benchmarks.perf --model smollm2 --out benchmarks/results/x.json "
+        "--input-data a/b.json"
     )

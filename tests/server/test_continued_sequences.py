@@ -1,6 +1,6 @@
-"""A START with the key of a live sequence, on a stream model of a real tritonserver: with a position it goes on, without it starts anew.
+"""A START with the key of a live sequence of a stream model: with a position it goes on.
 
-Triton calls every such START a conflict and passes it on; what becomes of the sequence is the backend's.
+Without one it starts anew. Triton calls every such START a conflict and passes it on.
 """
 
 import queue
@@ -11,7 +11,7 @@ import pytest
 from support.faults import FORGOTTEN
 from support.generating import Said, Talk
 from support.models import greedy
-from support.served import SLOTS, Served
+from support.served import MODEL, SLOTS, Served
 from support.streams import prompt
 
 pytestmark = pytest.mark.server
@@ -23,7 +23,7 @@ STEP, GENERATION = 0, 6
 
 @pytest.fixture
 def talk(served: Served) -> Iterator[Talk]:
-    with Talk(served.server.grpc_url, "llama") as opened:
+    with Talk(served.server.grpc_url, MODEL) as opened:
         yield opened
 
 
@@ -86,7 +86,8 @@ def test_with_another_position_it_is_refused_and_nothing_changes(
         found = talk.ask("wrong", [3], now, start=True, sequence_key="mine", position=position)
         assert (found.tokens, found.reason) == ([], "")
         assert found.error.startswith(
-            f"INPLACE-POSITION retryable=0 sequence=wrong request=-: the request was meant for position {position}, "
+            "INPLACE-POSITION retryable=0 sequence=wrong request=-: the request was meant "
+            f"for position {position}, "
             f"the sequence holds {len(history)};"
         )
     goes_on(served, talk, "wrong", history)
@@ -120,7 +121,8 @@ def test_with_another_key_it_is_refused_whatever_its_position_and_nothing_change
             found = talk.ask("guarded", [3], now, start=True, end=end, **parameters)
             assert (found.tokens, found.reason) == ([], "")
             assert found.error.startswith(
-                f"INPLACE-SEQUENCE_KEY retryable=1 sequence=guarded request=-: the request carries {has}, "
+                "INPLACE-SEQUENCE_KEY retryable=1 sequence=guarded request=-: the request "
+                f"carries {has}, "
             )
     if end:  # Triton has ended the sequence for all that
         assert (
@@ -165,7 +167,7 @@ def test_a_start_that_goes_on_needs_no_slot(served: Served, talk: Talk) -> None:
         filled.append(f"filling {len(filled)}")
     assert "INPLACE-NO_FREE_SLOT" in refused.error
     talk.ask(f"filling {len(filled)}", [], end=True)  # of Triton's
-    with Talk(served.server.grpc_url, "llama") as patient:
+    with Talk(served.server.grpc_url, MODEL) as patient:
         patient.send("patient", IDS, GENERATION, start=True, end=True)
         with pytest.raises(queue.Empty):
             patient.receive(timeout=0.3)

@@ -1,16 +1,16 @@
-"""Buffers that the module owns: they become the engine's own states, and are saved with it."""
+"""Buffers of a module: they become the engine's own states, and are saved with it."""
 
 import tempfile
 from pathlib import Path
 
 import inplace
+import inplace_builder as ib
 import torch
-from inplace_builder.standalone.build import build
 from torch import Tensor, nn
 
 
 class Smoother(nn.Module):
-    """An LSTM cell over frames of audio, and a running count, all of it kept in buffers."""
+    """An LSTM cell over frames of audio, and a running count, kept in buffers."""
 
     hidden: Tensor
     cell: Tensor
@@ -34,32 +34,34 @@ class Smoother(nn.Module):
 
 
 def main() -> None:
-    """Build, stream, save in the middle, go on in a second engine, and show where the states lay."""
+    """Build, stream, save in the middle, continue in a second engine, and compare the states."""
     torch.manual_seed(0)
     module = Smoother(8).eval()
     frames = torch.randn(10, 1, 8)
     with tempfile.TemporaryDirectory() as folder:
-        engine = build(module, (frames[0],), path=Path(folder) / "engine")
+        engine = ib.build(module, (frames[0],), path=Path(folder) / "engine")
         print("aliases (output@input@kind):", *engine.manifest.aliases)
         addresses = {name: tensor.data_ptr() for name, tensor in engine.states.items()}
         with torch.no_grad():
             expected = [module(frame) for frame in frames]
-        for frame, wanted in zip(frames[:5], expected[:5], strict=True):
-            torch.testing.assert_close(engine(frame), wanted)
-        engine.save(Path(folder) / "half way")
-        second = inplace.load(Path(folder) / "half way")
-        for frame, wanted in zip(frames[5:], expected[5:], strict=True):
-            torch.testing.assert_close(engine(frame), wanted)
-            torch.testing.assert_close(second(frame), wanted)
+        for frame, output in zip(frames[:5], expected[:5], strict=True):
+            torch.testing.assert_close(engine(frame), output)
+        engine.save(Path(folder) / "saved")
+        second = inplace.load(Path(folder) / "saved")
+        for frame, output in zip(frames[5:], expected[5:], strict=True):
+            torch.testing.assert_close(engine(frame), output)
+            torch.testing.assert_close(second(frame), output)
     for name, tensor in engine.states.items():
         torch.testing.assert_close(tensor, module.get_buffer(name))
         assert tensor.data_ptr() == addresses[name]
         assert tensor.data_ptr() != second.states[name].data_ptr()
         print(
-            f"state {name}: at {tensor.data_ptr():#x} before and after {len(frames)} calls, equal to the module's buffer"
+            f"state {name}: at {tensor.data_ptr():#x} before and after {len(frames)} calls, "
+            "equal to the module's buffer"
         )
     print(
-        "nothing was copied: the engine wrote into its own states; the second engine, loaded half way, has others"
+        "nothing was copied: the engine wrote into its own states; "
+        "the second engine, loaded from the saved one, has its own"
     )
 
 

@@ -1,11 +1,12 @@
-"""Silero VAD: is somebody speaking? Rebuilt from its weights as a module whose states are not keys and values.
+"""Silero VAD, a voice activity detector, rebuilt from its weights as a module with states.
 
-A stream sends 32 ms of audio a request. Between requests it keeps the last samples, which the first window of the next chunk
-overlaps, and the two vectors of an LSTM cell. The layers and their names are those of ``silero_vad/tinygrad_model.py`` in the PyPI
-package ``silero-vad`` (MIT).
+A stream sends 32 ms of audio a request. Its states are the last samples, which the first window of
+the next chunk overlaps, and the two vectors of an LSTM cell. The layers and their names are those
+of ``silero_vad/tinygrad_model.py`` in the PyPI package ``silero-vad`` (MIT).
 
-The package has two sets of weights for one architecture, and they do not say the same: ``silero_vad.jit``, which its own
-`load_silero_vad` runs, and ``silero_vad_16k.safetensors`` (https://github.com/snakers4/silero-vad/issues/768). Either can be loaded.
+The package has two sets of weights for one architecture, with different results:
+``silero_vad.jit``, which its own ``load_silero_vad`` uses, and ``silero_vad_16k.safetensors``
+(https://github.com/snakers4/silero-vad/issues/768). Either can be loaded.
 """
 
 import importlib.util
@@ -13,17 +14,14 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import inplace_builder as ib
 import torch
 from inplace.operators import read, update
-from inplace.schema.dtypes import Dtype
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
-from inplace_builder.capture.capture import Capture, capture_module, control_input
-from inplace_builder.errors import BuildError, brief
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SAMPLE_RATE = 16_000
-"""Samples a second. The package's model for 8 kHz, other weights again, is not built."""
+"""Samples a second. The package's model for 8 kHz has other weights and is not built."""
 
 
 CHUNK = 512
@@ -31,7 +29,7 @@ CHUNK = 512
 
 
 CONTEXT = 64
-"""Samples of the chunk before that a chunk begins with, and reflected samples it ends with."""
+"""Samples of the last chunk that precede a chunk, and reflected samples that follow it."""
 
 
 HIDDEN = 128
@@ -39,11 +37,11 @@ HIDDEN = 128
 
 
 WINDOW, HOP, BINS = 256, 128, 129
-"""The short-time Fourier transform: samples of a window, samples between two, frequencies."""
+"""The short-time Fourier transform: samples of a window, samples between windows, frequencies."""
 
 
-OWN, SAFETENSORS = "silero_vad.jit", "silero_vad_16k.safetensors"
-"""The package's files: the model it runs itself, and the other weights."""
+TORCHSCRIPT, SAFETENSORS = "silero_vad.jit", "silero_vad_16k.safetensors"
+"""Files of the package: the TorchScript model that it uses itself, and the other weights."""
 
 
 TORCHSCRIPT_NAMES = {
@@ -52,11 +50,11 @@ TORCHSCRIPT_NAMES = {
     "decoder.rnn": "lstm_cell",
     "decoder.decoder.2": "final_conv",
 }
-"""What the TorchScript model calls its layers, and the name of each here."""
+"""Names of layers in the TorchScript model, and here."""
 
 
 class SileroVad(nn.Module):
-    """One step of the 16 kHz model for some rows of its states."""
+    """One step of the 16 kHz model for several rows."""
 
     reflected: Tensor
 
@@ -72,7 +70,7 @@ class SileroVad(nn.Module):
         self.lstm_cell = nn.LSTMCell(HIDDEN, HIDDEN)
         self.final_conv = nn.Conv1d(HIDDEN, 1, 1)
         length = CONTEXT + CHUNK
-        # the reflection at the end as one gather, which every engine has: … n-3, n-2, n-1, n-2, n-3 …
+        # the reflection at the end as one gather, an operator of every engine: … n-2, n-1, n-2 …
         indices = torch.cat(
             [torch.arange(length), torch.arange(length - 2, length - 2 - CONTEXT, -1)]
         )
@@ -86,9 +84,9 @@ class SileroVad(nn.Module):
         Args:
             audio: ``[rows, 512]`` float32, 16 kHz, between -1 and 1.
             slots: ``[rows]`` int32.
-            context: state ``[slots, 64]``, the last samples of the chunk before.
-            hidden: state ``[slots, 128]``, what the LSTM cell said.
-            cell: state ``[slots, 128]``, what it keeps.
+            context: state ``[slots, 64]``, the last samples of the last chunk.
+            hidden: state ``[slots, 128]``, the LSTM cell's output.
+            cell: state ``[slots, 128]``, the LSTM cell's memory.
 
         Returns:
             ``[rows, 1]`` float32, between 0 and 1.
@@ -104,7 +102,10 @@ class SileroVad(nn.Module):
         return score.sigmoid().squeeze(-1)
 
     def _features(self, samples: Tensor) -> Tensor:
-        """Samples ``[rows, 576]`` to ``[rows, 128]``: magnitudes of four windows, then four convolutions that leave one frame."""
+        """Samples ``[rows, 576]`` to ``[rows, 128]``.
+
+        The magnitudes of four windows, then four convolutions that leave one frame.
+        """
         spectrum: Tensor = self.stft_conv(samples.index_select(1, self.reflected).unsqueeze(1))
         real, imaginary = spectrum[:, :BINS], spectrum[:, BINS:]
         x: Tensor = (real * real + imaginary * imaginary).sqrt()
@@ -113,63 +114,68 @@ class SileroVad(nn.Module):
         return x.squeeze(-1)
 
     def _lstm(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """`torch.nn.LSTMCell`'s formula in plain operators: TensorRT has no such layer."""
+        """The formula of ``torch.nn.LSTMCell`` in plain operators: TensorRT has no such layer."""
         weights = self.lstm_cell
         gates = nn.functional.linear(x, weights.weight_ih, weights.bias_ih) + nn.functional.linear(
             hidden, weights.weight_hh, weights.bias_hh
         )
-        entered, forgotten, candidate, shown = gates.split(HIDDEN, dim=1)
-        cell = forgotten.sigmoid() * cell + entered.sigmoid() * candidate.tanh()
-        return shown.sigmoid() * cell.tanh(), cell
+        input_gate, forget_gate, candidate, output_gate = gates.split(HIDDEN, dim=1)
+        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+        return output_gate.sigmoid() * cell.tanh(), cell
 
 
-def load_silero(path: Path | None = None) -> SileroVad:
-    """The model with its weights.
+def load_silero(path: Path | str | None = None) -> SileroVad:
+    """Load the model with its weights.
 
     Args:
-        path: a safetensors file with the names of `SileroVad`, or the package's TorchScript file (``.jit``); None is the latter as the
-            installed package has it, so that the model says what the package says.
+        path: a safetensors file with the names of `SileroVad`, or the package's TorchScript file
+            (``.jit``). None is the TorchScript file of the installed package, which gives the
+            package's results.
 
     Raises:
-        BuildError: the file is not there, cannot be read, or holds other tensors than the model has.
+        BuildError: the file does not exist, cannot be read, or has other tensors than the model.
     """
-    path = path if path is not None else packaged(OWN)
+    path = Path(path) if path is not None else packaged(TORCHSCRIPT)
     if not path.is_file():
-        raise BuildError(
-            f"{path} does not exist; give {OWN} or {SAFETENSORS} of the PyPI package silero-vad"
+        raise ib.BuildError(
+            f"{path} does not exist; "
+            f"give {TORCHSCRIPT} or {SAFETENSORS} of the PyPI package silero-vad"
         )
     try:
         weights = torchscript_weights(path) if path.suffix == ".jit" else load_file(path)
-    except (
-        Exception
-    ) as error:  # both readers have errors of their own for each way a file can be damaged
-        raise BuildError(
-            f"the weights in {path} cannot be read: {brief(error)}; give {OWN} or {SAFETENSORS}"
+    except Exception as error:  # both readers raise many types for a damaged file
+        raise ib.BuildError(
+            f"the weights in {path} cannot be read ({type(error).__name__}); "
+            f"give {TORCHSCRIPT} or {SAFETENSORS}"
         ) from error
     model = SileroVad()
-    wanted, found = _shapes(model.state_dict()), _shapes(weights)
+    expected, shapes = _shapes(model.state_dict()), _shapes(weights)
     if different := sorted(
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)
     ):
         name = different[0]
-        raise BuildError(
-            f"{path} is not Silero VAD's 16 kHz model: {name} is {found.get(name, 'absent')}, expected {wanted.get(name, 'no such one')} "
-            f"({len(different)} tensors differ); take {OWN} or {SAFETENSORS} of silero-vad 6"
+        raise ib.BuildError(
+            f"{path} is not Silero VAD's 16 kHz model: {name} is {shapes.get(name, 'absent')}, "
+            f"expected {expected.get(name, 'no such tensor')} ({len(different)} tensors differ); "
+            f"give {TORCHSCRIPT} or {SAFETENSORS} of silero-vad 6"
         )
     model.load_state_dict(weights)
     return model.eval()
 
 
 def packaged(name: str) -> Path:
-    """A file of the installed package ``silero-vad``, which is not imported: that would change PyTorch's number of threads.
+    """The path of a file of the installed package ``silero-vad``.
+
+    The package is not imported, because that changes PyTorch's number of threads.
 
     Raises:
         BuildError: the package is not installed.
     """
     spec = importlib.util.find_spec("silero_vad")
     if spec is None or spec.origin is None:
-        raise BuildError(
-            "the package silero-vad is not installed; `pip install silero-vad`, or give the path of its weights"
+        raise ib.BuildError(
+            "the package silero-vad is not installed; `pip install silero-vad`, "
+            "or give the path of its weights"
         )
     return Path(spec.origin).parent / "data" / name
 
@@ -177,34 +183,38 @@ def packaged(name: str) -> Path:
 def torchscript_weights(path: Path) -> dict[str, Tensor]:
     """The 16 kHz weights of the package's TorchScript model, by the names of `SileroVad`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated; the file is what it is
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the file is TorchScript
         module = torch.jit.load(path, map_location="cpu")
     return {renamed(name): tensor for name, tensor in module._model.state_dict().items()}
 
 
 def renamed(name: str) -> str:
-    """A name of the TorchScript model as `SileroVad` has it; one that it lacks stays."""
+    """The name in `SileroVad` for a name of the TorchScript model; others are not changed."""
     for theirs, ours in TORCHSCRIPT_NAMES.items():
         if name == theirs or name.startswith(f"{theirs}."):
             return ours + name.removeprefix(theirs)
     return name
 
 
-def capture_silero(model: SileroVad, *, max_rows: int = 64) -> Capture:
-    """Capture one step of at most ``max_rows`` streams: 512 samples each to the probability of speech.
+def capture_silero(model: SileroVad, *, max_rows: int = 64) -> ib.Capture:
+    """Capture one step of at most ``max_rows`` streams: 512 samples each in, a probability out.
 
     Raises:
         BuildError: torch.export cannot capture it.
     """
-    return capture_module(
+    return ib.capture_module(
         model,
         inputs=[
-            TensorSpec(name="audio", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(CHUNK,)),
-            control_input("slots", Role.SLOTS),
+            ib.TensorSpec(name="audio", role=ib.Role.ROW, dtype=ib.Dtype.FLOAT32, shape=(CHUNK,)),
+            ib.control_input("slots", ib.Role.SLOTS),
         ],
-        outputs=[TensorSpec(name="probability", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
+        outputs=[
+            ib.TensorSpec(name="probability", role=ib.Role.ROW, dtype=ib.Dtype.FLOAT32, shape=(1,))
+        ],
         states=[
-            StateSpec(name=name, shape=(extent,), dtype=Dtype.FLOAT32, update=Update.REPLACE)
+            ib.StateSpec(
+                name=name, shape=(extent,), dtype=ib.Dtype.FLOAT32, update=ib.Update.REPLACE
+            )
             for name, extent in (("context", CONTEXT), ("hidden", HIDDEN), ("cell", HIDDEN))
         ],
         max_rows=max_rows,

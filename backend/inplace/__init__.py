@@ -23,19 +23,27 @@ if TYPE_CHECKING:
         SequenceLostError,
         UnreachableError,
     )
+    from inplace.runtime.instance import ModelInstance
+    from inplace.runtime.requests import Request
+    from inplace.schema.served import Manifest
     from inplace.standalone import Engine
 
-_HOMES = {
+_MODULES = {
     "AsyncClient": "client",
     "AsyncSequence": "client",
     "Client": "client",
     "ClientError": "client",
     "Engine": "standalone",
+    "Manifest": "schema.served",
+    "ModelInstance": "runtime.instance",
     "RefusedError": "client",
+    "Request": "runtime.requests",
     "Sequence": "client",
     "SequenceLostError": "client",
     "UnreachableError": "client",
 }
+"""The module of each name."""
+
 
 __all__ = [
     "AsyncClient",
@@ -47,7 +55,10 @@ __all__ = [
     "Engine",
     "InplaceError",
     "LoadError",
+    "Manifest",
+    "ModelInstance",
     "RefusedError",
+    "Request",
     "RequestError",
     "Sequence",
     "SequenceLostError",
@@ -77,9 +88,9 @@ def load(path: Path | str, *, cuda_graphs: bool = True) -> Engine:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

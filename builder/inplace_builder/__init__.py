@@ -1,5 +1,11 @@
 """The offline builder: from a PyTorch module or a Hugging Face decoder to an engine directory.
 
+::
+
+    import inplace_builder as ib
+
+    ib.build_decoder("path/to/model", "model_repository/my-model", ib.BuildOptions(slots=16))
+
 The names below are loaded when they are first used, so importing the package costs nothing.
 """
 
@@ -9,7 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inplace_builder.capture.capture import Capture, capture_module
+    from inplace.schema.dtypes import Dtype
+    from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+
+    from inplace_builder.capture.capture import Capture, capture_module, control_input
     from inplace_builder.capture.decoder import DecoderOptions
     from inplace_builder.capture.exported import ExportedCapture, capture_exported
     from inplace_builder.capture.exported_decoder import capture_exported_decoder
@@ -22,38 +31,66 @@ if TYPE_CHECKING:
     from inplace_builder.served.options import BuildOptions
     from inplace_builder.standalone.build import build
     from inplace_builder.standalone.serialize import Serialized, serialize
+    from inplace_builder.states.lift import lift_mutated_buffers
     from inplace_builder.states.user_operators import declare_alias
+    from inplace_builder.tools.chat import Conversation, load_chat_tokenizer
+    from inplace_builder.tools.report import summary_table
+    from inplace_builder.tools.tritonserver import Ports, ServerError, TritonServer
 
-_HOMES = {
-    "BuildError": "errors",
-    "BuildOptions": "served.options",
-    "Capture": "capture.capture",
-    "DecoderOptions": "capture.decoder",
-    "ExportedCapture": "capture.exported",
-    "RowOptions": "capture.exported_rows",
-    "Serialized": "standalone.serialize",
-    "build": "standalone.build",
-    "build_decoder": "served.decoder",
-    "capture_decoder": "capture.huggingface",
-    "capture_exported": "capture.exported",
-    "capture_exported_decoder": "capture.exported_decoder",
-    "capture_exported_rows": "capture.exported_rows",
-    "capture_module": "capture.capture",
-    "declare_alias": "states.user_operators",
-    "inline_lifted_buffers": "capture.inline",
-    "load_decoder": "capture.huggingface",
-    "serialize": "standalone.serialize",
-    "write_engine": "served.build",
+_MODULES = {
+    "BuildError": "inplace_builder.errors",
+    "BuildOptions": "inplace_builder.served.options",
+    "Capture": "inplace_builder.capture.capture",
+    "Conversation": "inplace_builder.tools.chat",
+    "DecoderOptions": "inplace_builder.capture.decoder",
+    "Dtype": "inplace.schema.dtypes",
+    "ExportedCapture": "inplace_builder.capture.exported",
+    "Ports": "inplace_builder.tools.tritonserver",
+    "Role": "inplace.schema.specs",
+    "RowOptions": "inplace_builder.capture.exported_rows",
+    "Serialized": "inplace_builder.standalone.serialize",
+    "ServerError": "inplace_builder.tools.tritonserver",
+    "StateSpec": "inplace.schema.specs",
+    "TensorSpec": "inplace.schema.specs",
+    "TritonServer": "inplace_builder.tools.tritonserver",
+    "Update": "inplace.schema.specs",
+    "build": "inplace_builder.standalone.build",
+    "build_decoder": "inplace_builder.served.decoder",
+    "capture_decoder": "inplace_builder.capture.huggingface",
+    "capture_exported": "inplace_builder.capture.exported",
+    "capture_exported_decoder": "inplace_builder.capture.exported_decoder",
+    "capture_exported_rows": "inplace_builder.capture.exported_rows",
+    "capture_module": "inplace_builder.capture.capture",
+    "control_input": "inplace_builder.capture.capture",
+    "declare_alias": "inplace_builder.states.user_operators",
+    "inline_lifted_buffers": "inplace_builder.capture.inline",
+    "lift_mutated_buffers": "inplace_builder.states.lift",
+    "load_decoder": "inplace_builder.capture.huggingface",
+    "load_chat_tokenizer": "inplace_builder.tools.chat",
+    "serialize": "inplace_builder.standalone.serialize",
+    "summary_table": "inplace_builder.tools.report",
+    "write_engine": "inplace_builder.served.build",
 }
+"""The module of each name."""
+
 
 __all__ = [
     "BuildError",
     "BuildOptions",
     "Capture",
+    "Conversation",
     "DecoderOptions",
+    "Dtype",
     "ExportedCapture",
+    "Ports",
+    "Role",
     "RowOptions",
     "Serialized",
+    "ServerError",
+    "StateSpec",
+    "TensorSpec",
+    "TritonServer",
+    "Update",
     "build",
     "build_decoder",
     "capture_decoder",
@@ -61,18 +98,22 @@ __all__ = [
     "capture_exported_decoder",
     "capture_exported_rows",
     "capture_module",
+    "control_input",
     "declare_alias",
     "inline_lifted_buffers",
+    "lift_mutated_buffers",
+    "load_chat_tokenizer",
     "load_decoder",
     "serialize",
+    "summary_table",
     "write_engine",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """The console command ``inplace``: build, inspect, serve, chat.
 
-Every install has this command. Each subcommand imports what it needs when it runs, so ``inplace --help``
-is quick, and a subcommand whose packages are not installed names the extra that brings them.
+Every install has this command. Each subcommand imports what it needs when it runs: ``--help`` is
+quick, and a subcommand whose packages are not installed names the extra that brings them.
 """
 
 import contextlib
@@ -94,7 +94,8 @@ def build(
     chunk: Annotated[
         int,
         typer.Option(
-            help="Maximum number of tokens of one sequence in one step; longer prompts take several."
+            help="Maximum number of tokens of one sequence in one step; "
+            "a longer prompt takes several."
         ),
     ] = 128,
     step_tokens: Annotated[
@@ -126,13 +127,13 @@ def build(
         int, typer.Option(help="Processes that serve it, each with an engine and slots of its own.")
     ] = 1,
 ) -> None:
-    """Build a decoder into a model repository, verified against transformers before it is written."""
+    """Build a decoder into a model repository, after verifying it against transformers."""
     with _errors("build", "builder"):
         from inplace.schema.dtypes import Dtype
 
         from inplace_builder.served.decoder import build_decoder
         from inplace_builder.served.options import BuildOptions
-        from inplace_builder.tools.report import summary
+        from inplace_builder.tools.report import summary_table
 
         build_options = BuildOptions(
             dtype=Dtype(dtype),
@@ -156,7 +157,7 @@ def build(
         with _stages() as stage:
             manifest = build_decoder(model, target, build_options, stage)
             stage("done")
-        console.print(summary(manifest, target))
+        console.print(summary_table(manifest, target))
         console.print(f"written to {target}", soft_wrap=True, highlight=False)
 
 
@@ -195,11 +196,11 @@ def inspect(
     with _errors("inspect", "runtime"):
         from inplace.schema.served import FILE_NAME, Manifest
 
-        from inplace_builder.tools.report import details
+        from inplace_builder.tools.report import detail_tables
 
         folder = model if (model / FILE_NAME).is_file() else model / "1"
-        for part in details(Manifest.load(folder), folder, memory):
-            console.print(part)
+        for table in detail_tables(Manifest.load(folder), folder, memory):
+            console.print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -292,11 +293,9 @@ def chat(
     """
     with _errors("chat", "builder"):
         from inplace.client import Client, Sequence
-        from inplace.drivers.detokenizer import TOKENIZER_FOLDER
         from tritonclient.utils import InferenceServerException
 
-        from inplace_builder.served.model_config import MODEL_VERSION
-        from inplace_builder.tools.chat import Conversation, load_tokenizer
+        from inplace_builder.tools.chat import Conversation, load_chat_tokenizer
 
         name = model.resolve().name
         with Client(url) as client, Sequence(client, name) as sequence:
@@ -307,12 +306,12 @@ def chat(
                     f"{url} does not serve {name}: {error}; start a server with `inplace serve`, "
                     "or name another --url"
                 ) from None
-            tokenizer = load_tokenizer(model / MODEL_VERSION / TOKENIZER_FOLDER)
+            tokenizer = load_chat_tokenizer(model)
             conversation = Conversation(sequence, tokenizer, system)
             for turn in say if say else _typed_turns():
                 if say:
                     console.print(f"[bold]>[/] {turn}")
-                for piece in conversation.say(turn, max_tokens):
+                for piece in conversation.send(turn, max_tokens):
                     console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
                 console.print()
 

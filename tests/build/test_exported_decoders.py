@@ -129,7 +129,6 @@ def test_without_a_server_every_layer_is_one_operator(
 @pytest.mark.parametrize("name", ["hf_decoder", "kv_attention_block"])
 def test_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    assert len(script.read_text().splitlines()) < 80
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     assert "nothing was copied" in printed and "@operator" in printed

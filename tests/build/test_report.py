@@ -7,7 +7,7 @@ from pathlib import Path
 from inplace.schema.artifacts import File, Plan, Profile
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Update
-from inplace_builder.tools.report import arena_bytes, slots_in
+from inplace_builder.tools.report import arena_bytes, max_slots
 from support.models import CAPACITY, SLOTS, Repository, open_instance
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
@@ -42,9 +42,9 @@ def test_a_copied_state_counts_twice(repository: Repository) -> None:
 def test_the_engines_files_come_off_the_memory_that_slots_have(repository: Repository) -> None:
     manifest = Manifest.load(repository.path / "llama" / "1")
     files = manifest.engine.bytes
-    assert slots_in(manifest, files + 5 * SLOT) == 5
-    assert slots_in(manifest, files + 5 * SLOT - 1) == 4
-    assert slots_in(manifest, files - 1) == 0
+    assert max_slots(manifest, files + 5 * SLOT) == 5
+    assert max_slots(manifest, files + 5 * SLOT - 1) == 4
+    assert max_slots(manifest, files - 1) == 0
     plan = Plan(
         flavor="tensorrt",
         version="10.6.0",
@@ -56,7 +56,7 @@ def test_the_engines_files_come_off_the_memory_that_slots_have(repository: Repos
     beside = manifest.model_copy(
         update={"engine": manifest.engine.model_copy(update={"plan": plan})}
     )
-    assert slots_in(beside, files + 5 * SLOT) == 2
+    assert max_slots(beside, files + 5 * SLOT) == 2
 
 
 def test_inspect_says_how_many_slots_fit(repository: Repository) -> None:
@@ -65,5 +65,5 @@ def test_inspect_says_how_many_slots_fit(repository: Repository) -> None:
     found = subprocess.run(
         [inplace, "inspect", model, "--memory", "0.5"], capture_output=True, text=True, check=True
     )
-    expected = slots_in(Manifest.load(model / "1"), 2**29)
+    expected = max_slots(Manifest.load(model / "1"), 2**29)
     assert f"0.5 GiB  at most {expected:,} slots beside the engine" in found.stdout

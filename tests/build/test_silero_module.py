@@ -17,7 +17,7 @@ from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_net
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from safetensors.torch import save_file
-from silero import CHUNK, OWN, SAFETENSORS, SileroVad, capture_silero, load_silero, packaged
+from silero import CHUNK, SAFETENSORS, TORCHSCRIPT, SileroVad, capture_silero, load_silero, packaged
 from support.long import long_except
 from support.lowering import lowered
 from support.network_interpreter import interpret
@@ -44,7 +44,7 @@ def worst(found: dict[str, list[float]], weights: str) -> float:
     )
 
 
-@pytest.mark.parametrize("weights", [OWN, SAFETENSORS])
+@pytest.mark.parametrize("weights", [TORCHSCRIPT, SAFETENSORS])
 def test_the_module_says_what_the_package_says_step_by_step(weights: str) -> None:
     model, audio = (
         load_silero(packaged(weights)),
@@ -77,13 +77,13 @@ def test_the_package_s_two_sets_of_weights_are_two_models() -> None:
                 recording: package_says(recording, SAFETENSORS).tolist()
                 for recording in recordings()
             },
-            OWN,
+            TORCHSCRIPT,
         )
         > 0.1
     )
 
 
-@pytest.mark.parametrize("weights", long_except([OWN], [OWN, SAFETENSORS]))
+@pytest.mark.parametrize("weights", long_except([TORCHSCRIPT], [TORCHSCRIPT, SAFETENSORS]))
 def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path) -> None:
     """Any streams in any step, slots in any order; no other slot is written, nothing moves."""
     folder = tmp_path / "silero-vad"
@@ -206,7 +206,6 @@ def test_weights_that_are_not_the_model_s_are_refused_by_name(tmp_path: Path) ->
 
 def test_the_example_prints_segments_and_its_proof() -> None:
     example = Path(__file__).parents[2] / "examples" / "streaming_vad.py"
-    assert len(example.read_text().splitlines()) < 80
     done = subprocess.run(
         [sys.executable, str(example)], capture_output=True, text=True, check=False
     )

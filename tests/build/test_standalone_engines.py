@@ -356,7 +356,6 @@ def test_an_engine_that_differs_from_its_module_is_not_written(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["caller_owned_cache", "module_owned_buffers"])
 def test_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    assert len(script.read_text().splitlines()) < 80
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     assert "nothing was copied" in printed and "@operator" in printed

@@ -46,7 +46,7 @@ def test_a_second_turn_is_what_the_whole_history_would_say(smollm2: SmolLM2) -> 
         conversation = Conversation(sequence, tokenizer)
         for turn in turns:
             history.append({"role": "user", "content": turn})
-            reply = "".join(conversation.say(turn, max_tokens=24))
+            reply = "".join(conversation.send(turn, max_tokens=24))
             rendered = str(
                 tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
             )

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inplace.client import Sequence
-from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.schema.dtypes import Dtype
 from inplace_builder import load_decoder
 from inplace_builder.served.decoder import build_decoder
-from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.chat import load_tokenizer
+from inplace_builder.tools.chat import load_chat_tokenizer
 from inplace_builder.tools.tritonserver import TritonServer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tritonclient.grpc import InferenceServerClient
@@ -100,7 +98,7 @@ def serve_smollm2(source: Path, folder: Path, pool: ServerPool, tokens: int) -> 
     options = BuildOptions(chunk=CHUNK, max_rows=ROWS, queue_delay_microseconds=20_000)
     build_decoder(source, folder / MODEL, options)
     model, _ = load_decoder(source, Dtype.FLOAT32)
-    tokenizer = load_tokenizer(folder / MODEL / MODEL_VERSION / TOKENIZER_FOLDER)
+    tokenizer = load_chat_tokenizer(folder / MODEL)
     prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
     assert len({len(ids) for ids in prompts}) == len(PROMPTS)
     assert max(map(len, prompts)) > 3 * CHUNK  # one is fed in several chunks

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from silero import CHUNK, OWN, SAMPLE_RATE, load_silero, packaged, renamed
+from silero import CHUNK, SAMPLE_RATE, TORCHSCRIPT, load_silero, packaged, renamed
 from torch import Tensor
 
 Samples = NDArray[np.float32]
@@ -44,7 +44,7 @@ def package_model(weights: str) -> torch.jit.ScriptModule:
         from silero_vad import load_silero_vad
 
         model: torch.jit.ScriptModule = load_silero_vad()
-    if weights != OWN:
+    if weights != TORCHSCRIPT:
         other = load_silero(packaged(weights)).state_dict()
         with torch.no_grad():
             for name, tensor in model._model.state_dict().items():
@@ -53,7 +53,7 @@ def package_model(weights: str) -> torch.jit.ScriptModule:
 
 
 @cache
-def package_says(recording: str, weights: str = OWN) -> Tensor:
+def package_says(recording: str, weights: str = TORCHSCRIPT) -> Tensor:
     """The package's own probabilities over a whole recording, ``[chunks]``."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -88,7 +88,7 @@ class ModelInstance:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folder: Path | str,
         manifest: Manifest | None = None,
         *,
         slots: int | None = None,
@@ -106,6 +106,7 @@ class ModelInstance:
         Raises:
             LoadError: the engine cannot be loaded here, or there is not enough memory.
         """
+        folder = Path(folder)
         manifest = manifest or Manifest.load(folder)
         device = torch.device(manifest.engine.device)
         arena = Arena(manifest.states, slots or manifest.slots, device)

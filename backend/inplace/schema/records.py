@@ -53,17 +53,18 @@ class RecordFile(Record):
     file_name: ClassVar[str]
     manifest_version: int
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write the file into ``folder``."""
-        (folder / self.file_name).write_text(self.model_dump_json(indent=1) + "\n")
+        (Path(folder) / self.file_name).write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path | str) -> Self:
         """Read the file from ``folder``.
 
         Raises:
             LoadError: the file is missing or damaged, or has another version.
         """
+        folder = Path(folder)
         path = folder / cls.file_name
         try:
             text = path.read_text()

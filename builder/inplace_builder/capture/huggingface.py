@@ -77,7 +77,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
 
 
 def load_decoder(
-    source: Path, dtype: Dtype
+    source: Path | str, dtype: Dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a decoder from a local folder or a GGUF file. Nothing is downloaded.
 
@@ -91,6 +91,7 @@ def load_decoder(
     Raises:
         BuildError: there is no model, it is no decoder, or transformers cannot read it.
     """
+    source = Path(source)
     folder, where = _locate_model(source)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **where)

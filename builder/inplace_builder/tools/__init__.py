@@ -1,1 +1,1 @@
-"""What the command line needs beside the builder."""
+"""Tools of the command line: tritonserver, chat, tables that describe an engine."""

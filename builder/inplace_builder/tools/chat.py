@@ -5,26 +5,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inplace.client import Sequence
+from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inplace_builder.errors import BuildError
+from inplace_builder.served.model_config import MODEL_VERSION
 
-MARK = "\u241e"
-"""Stands for a reply when the template is asked what comes after one; a character no template contains."""
+REPLY_PLACEHOLDER = "\u241e"
+"""The reply in the chat that is rendered to see what the template puts after one; no template
+contains this character."""
 
 
 class Conversation:
-    """Turns of a chat over one sequence, greedy decoding.
+    """The turns of a chat over one sequence, with greedy decoding.
 
     Args:
         sequence: a sequence of the served decoder.
-        tokenizer: its tokenizer, with a chat template.
+        tokenizer: the decoder's tokenizer, with a chat template.
         system: the system message; the template's own if None.
 
     Attributes:
-        steps: requests that produced a token, over all turns.
-        seconds: time they took.
+        steps: number of requests that returned a token, over all turns.
+        seconds: time that they took.
+
+    Raises:
+        BuildError: the tokenizer has no chat template.
     """
 
     def __init__(
@@ -32,24 +38,20 @@ class Conversation:
     ) -> None:
         if not tokenizer.chat_template:
             raise BuildError(
-                "the tokenizer has no chat template; talk to this model with raw sequences"
+                "the tokenizer has no chat template; send token ids to this model instead"
             )
         self.sequence, self.tokenizer, self.system = sequence, tokenizer, system
         self.steps = 0
         self.seconds = 0.0
-        self._stops = {
-            tokenizer.eos_token_id,
-            *self._after_reply([])[:1],
-        }  # a tokenizer's own EOS need not be what ends a turn
-        self._unsent: list[int] = []  # the last token said: the model has not been fed it yet
+        # a tokenizer's EOS token is not always the one that ends a turn
+        self._stop_ids = {tokenizer.eos_token_id, *self._ids_after_reply([])[:1]}
+        self._pending: list[int] = []  # the last token of the reply: not fed to the model yet
 
-    def say(self, text: str, max_tokens: int = 128) -> Iterator[str]:
+    def send(self, text: str, max_tokens: int = 128) -> Iterator[str]:
         """Send a user's turn and yield the reply piece by piece as it is generated."""
-        ids = self._unsent + self._turn(text)
-        if (
-            self._unsent and ids[1:2] == self._unsent
-        ):  # the reply ended with the token that the template now repeats
-            ids = ids[1:]
+        ids = self._pending + self._turn_ids(text)
+        if self._pending and ids[1:2] == self._pending:
+            ids = ids[1:]  # the template repeats the token that ended the reply
         stream = DecodeStream(skip_special_tokens=True)
         for _ in range(max_tokens):
             begin = time.monotonic()
@@ -57,48 +59,53 @@ class Conversation:
             self.seconds += time.monotonic() - begin
             self.steps += 1
             ids = [token]
-            if token in self._stops:
+            if token in self._stop_ids:
                 break
             if piece := stream.step(self.tokenizer.backend_tokenizer, token):
                 yield piece
-        self._unsent = ids
+        self._pending = ids
 
-    def _turn(self, text: str) -> list[int]:
-        """The token ids of a user's turn: the whole prompt at first, later what the template puts after the last reply."""
+    def _turn_ids(self, text: str) -> list[int]:
+        """The token ids of a user's turn: at first the whole prompt, later what follows a reply."""
         turn = [{"role": "user", "content": text}]
         if self.sequence.length:
-            return self._after_reply(turn)
+            return self._ids_after_reply(turn)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self._ids(
-            str(
-                self.tokenizer.apply_chat_template(
-                    system + turn, tokenize=False, add_generation_prompt=True
-                )
-            )
+        rendered = self.tokenizer.apply_chat_template(
+            system + turn, tokenize=False, add_generation_prompt=True
         )
+        return self._ids(str(rendered))
 
-    def _after_reply(self, turn: list[dict[str, str]]) -> list[int]:
-        """What the template puts after a reply, up to where the next one begins if a turn follows."""
-        history = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
+    def _ids_after_reply(self, turn: list[dict[str, str]]) -> list[int]:
+        """The token ids that the template puts after a reply, the next turn included."""
+        history = [
+            {"role": "user", "content": "-"},
+            {"role": "assistant", "content": REPLY_PLACEHOLDER},
+        ]
         rendered = self.tokenizer.apply_chat_template(
             history + turn, tokenize=False, add_generation_prompt=bool(turn)
         )
-        return self._ids(str(rendered).partition(MARK)[2])
+        return self._ids(str(rendered).partition(REPLY_PLACEHOLDER)[2])
 
     def _ids(self, rendered: str) -> list[int]:
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that a build put beside the engine.
+def load_chat_tokenizer(model: Path | str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that a build saved with a model.
+
+    Args:
+        model: the model's folder in its repository.
 
     Raises:
         BuildError: there is none.
     """
+    folder = Path(model) / MODEL_VERSION / TOKENIZER_FOLDER
     if not folder.is_dir():
         raise BuildError(
-            f"{folder} does not exist: the model was built without a tokenizer; talk to it with raw sequences"
+            f"{folder} does not exist: the model was built without a tokenizer; "
+            "send token ids to it instead"
         )
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, clean_up_tokenization_spaces=False

@@ -1,4 +1,4 @@
-"""A real tritonserver on this machine: the one on PATH, or the one that the package nvidia-pytriton carries."""
+"""A tritonserver on this machine: the one on PATH, or the one in the package nvidia-pytriton."""
 
 import contextlib
 import importlib.util
@@ -13,7 +13,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -23,34 +23,42 @@ from inplace.errors import InplaceError
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-AT_ONCE = [(f"grpc.{which}_reconnect_backoff_ms", 200) for which in ("initial", "min", "max")]
-"""For a client that waits until a server listens: as built in, gRPC pauses longer after each attempt, up to two minutes."""
+FAST_RECONNECT = [
+    (f"grpc.{which}_reconnect_backoff_ms", 200) for which in ("initial", "min", "max")
+]
+"""gRPC options of a client that waits until a server listens; by default the pause between two
+attempts grows to two minutes."""
 
 
 STUB = "triton_python_backend_stub"
 
 
 class ServerError(InplaceError):
-    """The server cannot be found or started, or ended by itself."""
+    """The server cannot be found or started, or it ended by itself."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens; 0 chooses a free port."""
+    """The ports of a server; 0 chooses a free one."""
 
     grpc: int = 8001
     http: int = 8000
     metrics: int = 8002
 
-    def chosen(self) -> "Ports":
-        """The same with every 0 replaced by a port that is free now, and that nobody is given for the next minute who does not name it."""
-        return Ports(*(port or _reserved() for port in (self.grpc, self.http, self.metrics)))
+    def resolve(self) -> "Ports":
+        """The same with every 0 replaced by a free port.
+
+        For the next minute the kernel gives such a port only to processes that ask for it by
+        number.
+        """
+        return Ports(*(port or _reserve_port() for port in (self.grpc, self.http, self.metrics)))
 
 
-def _reserved() -> int:
-    """A port left in TIME_WAIT: only who names it, with SO_REUSEADDR as tritonserver does, may listen there.
+def _reserve_port() -> int:
+    """A free port in TIME_WAIT: only a process that names it, with SO_REUSEADDR, can listen there.
 
-    So servers that are started at the same time never meet. The way of Yelp's ephemeral-port-reserve.
+    tritonserver does, and the kernel gives the port to no other process, so servers that start at
+    the same time do not collide. This is how Yelp's ephemeral-port-reserve works.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,7 +66,7 @@ def _reserved() -> int:
         listener.listen(1)
         port: int = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):
-            listener.accept()[0].close()  # who closes first is left in TIME_WAIT
+            listener.accept()[0].close()  # the end that closes first is left in TIME_WAIT
     return port
 
 
@@ -69,8 +77,9 @@ class Installation:
     Attributes:
         binary: the executable.
         backends: its own backends, the Python backend among them.
-        stub: the Python backend's process for this interpreter.
-        libraries: shared libraries that it needs beside the system's; None where it needs none.
+        stub: the process that the Python backend starts, for this version of Python.
+        libraries: folder of shared libraries that it needs beside the system's; None if it needs
+            none.
     """
 
     binary: Path
@@ -80,60 +89,64 @@ class Installation:
 
 
 def installation() -> Installation:
-    """The tritonserver on PATH with the backends that belong to it, or the one that the package nvidia-pytriton carries.
+    """The tritonserver on PATH with its own backends, or the one in the package nvidia-pytriton.
 
     Raises:
-        ServerError: there is none, or its Python backend is for another Python than this.
+        ServerError: there is none, or its Python backend is for another version of Python.
     """
-    found = shutil.which("tritonserver")
-    if found is not None:
-        root = Path(found).resolve().parent.parent
-        return _checked(
-            Installation(Path(found), root / "backends", root / "backends" / "python" / STUB)
-        )
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise ServerError(
-            "there is no tritonserver on PATH and the package nvidia-pytriton is not installed: "
-            "install inplace-triton[server]"
-        )
-    package = Path(spec.origin).parent
-    root, version = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
-    libraries = package.parent / "nvidia_pytriton.libs"
-    return _checked(
-        Installation(
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        backends = Path(on_path).resolve().parent.parent / "backends"
+        server = Installation(Path(on_path), backends, backends / "python" / STUB)
+    else:
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or spec.origin is None:
+            raise ServerError(
+                "there is no tritonserver on PATH, and the package nvidia-pytriton is not "
+                "installed: install inplace-triton[server]"
+            )
+        package = Path(spec.origin).parent
+        root = package / "tritonserver"
+        server = Installation(
             root / "bin" / "tritonserver",
             root / "backends",
-            root / "python_backend_stubs" / version / STUB,
-            libraries,
+            root / "python_backend_stubs" / _python_version() / STUB,
+            package.parent / "nvidia_pytriton.libs",
         )
-    )
+    _check_stub(server)
+    return server
 
 
-def _checked(found: Installation) -> Installation:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if not found.stub.is_file():
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _check_stub(server: Installation) -> None:
+    """Check that the Python backend runs this version of Python."""
+    version = _python_version()
+    if not server.stub.is_file():
         raise ServerError(
-            f"{found.binary} has no Python backend for Python {version}: there is no {found.stub}"
+            f"{server.binary} has no Python backend for Python {version}: "
+            f"{server.stub} does not exist"
         )
     linked = {
-        number.decode() for number in re.findall(rb"libpython(3\.\d+)\.so", found.stub.read_bytes())
+        number.decode()
+        for number in re.findall(rb"libpython(3\.\d+)\.so", server.stub.read_bytes())
     }
     if version not in linked:
         raise ServerError(
-            f"the Python backend of {found.binary} runs Python {' or '.join(sorted(linked))}, this is Python {version}: "
-            f"install this package where that Python is used"
+            f"the Python backend of {server.binary} runs Python {' or '.join(sorted(linked))}, "
+            f"this is Python {version}: install this package for the Python that the server uses"
         )
-    return found
 
 
-def install_backend(directory: Path) -> None:
-    """Make a folder that ``tritonserver --backend-directory`` takes: this backend, the Python backend it runs in, and the server's others.
+def install_backend(directory: Path | str) -> None:
+    """Write a folder for ``tritonserver --backend-directory``: this backend and the server's own.
 
     Raises:
         ServerError: as `installation`.
     """
-    server = installation()
+    directory, server = Path(directory), installation()
     (directory / "inplace").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(inplace.__file__).parent / "model.py", directory / "inplace" / "model.py")
     shutil.copytree(
@@ -149,32 +162,41 @@ def install_backend(directory: Path) -> None:
             link.symlink_to(other)
 
 
-@dataclass
 class TritonServer:
-    """A tritonserver process. Use as a context manager: it is ready inside the block and gone after it.
+    """A tritonserver process. As a context manager it is ready inside the block and gone after it.
 
     Args:
         repository: the model repository.
         ports: where it listens.
         host: the address it listens on.
-        log: a file for what the server prints; None leaves it on this process's own output.
+        log: file for the server's output; None leaves it on this process's own output.
         arguments: further arguments for tritonserver.
-        backends: an installed backend directory (`install_backend`); a temporary one if None.
-        start_timeout: seconds until every model must be ready.
+        backends: a backend directory (`install_backend`); a temporary one if None.
+        start_timeout: seconds within which every model must be ready.
+
+    Attributes:
+        process: the process; None before `start`.
     """
 
-    repository: Path
-    ports: Ports = field(default_factory=Ports)
-    host: str = "127.0.0.1"
-    log: Path | None = None
-    arguments: Sequence[str] = ()
-    backends: Path | None = None
-    start_timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        self.ports = self.ports.chosen()
-        self._cleanup = contextlib.ExitStack()
+    def __init__(
+        self,
+        repository: Path | str,
+        ports: Ports | None = None,
+        host: str = "127.0.0.1",
+        log: Path | str | None = None,
+        arguments: Sequence[str] = (),
+        backends: Path | str | None = None,
+        start_timeout: float = 300.0,
+    ) -> None:
+        self.repository = Path(repository)
+        self.ports = (ports or Ports()).resolve()
+        self.host = host
+        self.log = Path(log) if log is not None else None
+        self.arguments = arguments
+        self.backends = Path(backends) if backends is not None else None
+        self.start_timeout = start_timeout
         self.process: subprocess.Popen[bytes] | None = None
+        self._cleanup = contextlib.ExitStack()
 
     @property
     def grpc_url(self) -> str:
@@ -182,7 +204,7 @@ class TritonServer:
         return f"{self.host}:{self.ports.grpc}"
 
     def command(self) -> list[str]:
-        """The command line, as an operator would type it."""
+        """The command line."""
         return [
             str(installation().binary),
             f"--model-repository={self.repository}",
@@ -197,14 +219,15 @@ class TritonServer:
         ]
 
     def start(self) -> None:
-        """Start the process. `wait_ready` says when it serves.
+        """Start the process; `wait_ready` returns when it serves.
 
         Raises:
             ServerError: there is no repository or no tritonserver.
         """
         if not self.repository.is_dir():
             raise ServerError(
-                f"{self.repository} is no model repository; build a model into it: `inplace build … --output {self.repository}/<name>`"
+                f"the model repository {self.repository} does not exist; build a model into it: "
+                f"`inplace build … --output {self.repository}/<name>`"
             )
         if self.backends is None:
             self.backends = Path(
@@ -222,46 +245,45 @@ class TritonServer:
         )
 
     def wait_ready(self) -> None:
-        """Return when the server and all its models are ready, and HTTP and metrics can be asked too.
+        """Return when the server, its models and all its endpoints are ready.
 
-        tritonserver opens its endpoints one after the other, gRPC first: one that answers over gRPC may not have metrics yet.
+        tritonserver opens gRPC first: when that answers, HTTP and metrics may not listen yet.
 
         Raises:
             ServerError: it ended, or was not ready in time; with the last error lines of its log.
         """
         assert self.process is not None
         deadline = time.monotonic() + self.start_timeout
-        with InferenceServerClient(self.grpc_url, channel_args=AT_ONCE) as client:
+        with InferenceServerClient(self.grpc_url, channel_args=FAST_RECONNECT) as client:
             while True:
                 if self.process.poll() is not None:
                     raise ServerError(
-                        f"tritonserver ended with status {self.process.returncode}{self._errors()}"
+                        f"tritonserver ended with status {self.process.returncode}"
+                        f"{self._logged_errors()}"
                     )
                 with contextlib.suppress(InferenceServerException):
-                    if client.is_server_ready(client_timeout=2.0) and self._listens():
+                    if client.is_server_ready(client_timeout=2.0) and self._endpoints_open():
                         return
                 if time.monotonic() > deadline:
                     raise ServerError(
-                        f"tritonserver was not ready after {self.start_timeout:.0f} s{self._errors()}"
+                        f"tritonserver was not ready after {self.start_timeout:.0f} s"
+                        f"{self._logged_errors()}"
                     )
                 time.sleep(0.1)
 
-    def _listens(self) -> bool:
-        """Whether the endpoints beside gRPC accept connections, as far as ``arguments`` have not turned them off."""
-        given = " ".join(self.arguments).replace("=", " ").lower()
-        wanted = {"http": self.ports.http, "metrics": self.ports.metrics}
-        for port in (
-            port
-            for name, port in wanted.items()
-            if not re.search(rf"--allow-{name} (false|0)\b", given)
-        ):
+    def _endpoints_open(self) -> bool:
+        """Whether HTTP and metrics accept connections, unless ``arguments`` turn them off."""
+        arguments = " ".join(self.arguments).replace("=", " ").lower()
+        for name, port in (("http", self.ports.http), ("metrics", self.ports.metrics)):
+            if re.search(rf"--allow-{name} (false|0)\b", arguments):
+                continue
             with socket.socket() as probe:
                 if probe.connect_ex((self.host, port)) != 0:
                     return False
         return True
 
     def stop(self, timeout: float = 45.0) -> int:
-        """Ask the server to end, wait for it, and return its exit status; kill it after ``timeout`` seconds."""
+        """Stop the process and return its exit status; it is killed after ``timeout`` seconds."""
         if self.process is None:
             return 0
         if self.process.poll() is None:
@@ -274,8 +296,8 @@ class TritonServer:
         self._cleanup.close()
         return status
 
-    def _errors(self) -> str:
-        """The error lines of the log, for an error text."""
+    def _logged_errors(self) -> str:
+        """The last error lines of the log, for an error text."""
         if self.log is None or not self.log.exists():
             return ""
         lines = [
@@ -304,9 +326,10 @@ class TritonServer:
 
 
 def environment() -> dict[str, str]:
-    """The environment tritonserver needs: its libraries, this interpreter's library, and this environment first on PATH.
+    """The environment variables for tritonserver.
 
-    The Python backend finds its packages through the first ``python3`` on PATH.
+    LD_LIBRARY_PATH has its libraries and this interpreter's. PATH begins with this environment,
+    since the Python backend finds its packages through the first ``python3`` there.
 
     Raises:
         ServerError: as `installation`.

@@ -37,7 +37,7 @@ def error(text: str, status: str | None = None) -> InferenceServerException:
 @pytest.mark.parametrize("code", list(Code))
 @pytest.mark.parametrize("retryable", [False, True])
 @pytest.mark.parametrize("request_id", ["r 1: x", ""])
-def test_the_backends_text_is_read_back_as_it_was_written(
+def test_an_error_of_the_backend_is_parsed_from_its_text(
     code: Code, retryable: bool, request_id: str
 ) -> None:
     text = RequestError(code, "what: why\nand more", retryable=retryable).wire(
@@ -101,7 +101,7 @@ def test_the_backends_text_is_read_back_as_it_was_written(
         ),
     ],
 )
-def test_other_errors_are_known_by_status_and_words(
+def test_other_errors_are_classified_by_status_and_text(
     text: str, status: str | None, kind: type[ClientError], code: str, retryable: bool
 ) -> None:
     parsed = parse_error(error(text, status), 7, "r")
@@ -121,7 +121,7 @@ def test_other_errors_are_known_by_status_and_words(
     )
 
 
-def test_an_error_of_another_request_of_a_stream_is_told_apart() -> None:
+def test_an_error_of_another_request_of_a_stream_is_recognised() -> None:
     ours = RequestError(Code.CAPACITY, "full").wire(7, "a1")
     assert [may_answer(error(ours), request) for request in ("a1", "a", "1", "")] == [
         True,
@@ -136,7 +136,7 @@ def test_an_error_of_another_request_of_a_stream_is_told_apart() -> None:
     assert may_answer(error("Socket closed", "UNAVAILABLE"), "a1")
 
 
-def test_a_request_whose_id_was_cut_short_is_known_by_what_is_left_of_it() -> None:
+def test_a_truncated_request_id_is_still_recognised() -> None:
     long = "r" * 3000
     text = RequestError(Code.CAPACITY, "full").wire(7, long)
     assert may_answer(error(text), long)
@@ -144,7 +144,7 @@ def test_a_request_whose_id_was_cut_short_is_known_by_what_is_left_of_it() -> No
     assert parse_error(error(text), 7, long).reason == "full"
 
 
-def test_a_response_without_outputs_says_that_the_server_cancelled_it() -> None:
+def test_a_response_without_outputs_is_the_error_of_a_cancelled_request() -> None:
     with pytest.raises(
         InferenceServerException, match="the server cancelled the request"
     ) as raised:
@@ -154,7 +154,7 @@ def test_a_response_without_outputs_says_that_the_server_cancelled_it() -> None:
     )  # the same step is sent again, by START, key and position
 
 
-def test_an_error_survives_pickling() -> None:
+def test_an_error_keeps_its_attributes_when_it_is_pickled() -> None:
     parsed = parse_error(
         error("INPLACE-QUEUE_FULL retryable=1 sequence=7 request=r: full", "UNAVAILABLE"), 7, "r"
     )
@@ -169,7 +169,7 @@ def test_an_error_survives_pickling() -> None:
     )
 
 
-def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> None:
+def test_only_retryable_errors_are_retried_after_growing_random_pauses() -> None:
     full, bad = (
         parse_error(error(f"INPLACE-X retryable={flag} sequence=7 request=r: x"), 7, "r")
         for flag in (1, 0)
@@ -198,7 +198,7 @@ def test_only_retryable_errors_are_tried_again_with_growing_random_pauses() -> N
     assert np.array(runs).min() < 0.1 * most.min()
 
 
-def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
+def test_a_server_that_failed_is_the_last_choice_during_its_cooldown() -> None:
     now = [0.0]
     servers = ServerList(["a", "b", "c"], clock=lambda: now[0])
     assert [servers.choose() for _ in range(4)] == ["a", "b", "c", "a"]
@@ -217,7 +217,7 @@ def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "travels"),
+    ("given", "expected"),
     [
         (0.1, "0.1"),
         (1e-7, "1e-07"),
@@ -232,11 +232,11 @@ def test_a_server_that_failed_is_the_last_choice_for_a_while() -> None:
         (-(2**63), -(2**63)),
     ],
 )
-def test_a_parameter_travels_as_a_text_where_triton_takes_no_such_number(
-    given: object, travels: object
+def test_a_number_that_triton_does_not_take_is_sent_as_text(
+    given: object, expected: object
 ) -> None:
     call = InferRequest(7, True, False, {}, encode_parameters({"x": given}))
-    assert repr(call.arguments("m")["parameters"]) == repr({"x": travels})
+    assert repr(call.arguments("m")["parameters"]) == repr({"x": expected})
 
 
 @pytest.mark.parametrize("given", [None, [1], b"k", {"a": 1}])
@@ -267,7 +267,7 @@ def response(
     )
 
 
-def asked(**inputs: object) -> GenerationProgress:
+def progress_of(**inputs: object) -> GenerationProgress:
     made = {
         name: np.array(
             value if name == "input_ids" else [value], dtype=None if name == "input_ids" else object
@@ -277,8 +277,8 @@ def asked(**inputs: object) -> GenerationProgress:
     return GenerationProgress(SequenceRequest(made, parameters={"max_tokens": 6, "seed": 3}))
 
 
-def test_what_was_said_goes_into_the_prompt_of_the_next_server() -> None:
-    progress = asked(input_ids=[1, 2])
+def test_generated_tokens_are_part_of_the_prompt_on_the_next_server() -> None:
+    progress = progress_of(input_ids=[1, 2])
     assert progress.begin()[1] is progress.request
     progress.add_response(response([3]))
     progress.add_response(response([4, 5]))
@@ -288,8 +288,8 @@ def test_what_was_said_goes_into_the_prompt_of_the_next_server() -> None:
     assert progress.tokens == [3, 4, 5, 6, 7, 8]
 
 
-def test_text_is_neither_lost_nor_said_twice() -> None:
-    progress = asked(text=b"once")
+def test_text_is_neither_lost_nor_repeated() -> None:
+    progress = progress_of(text=b"once")
     progress.begin()
     for token, text in ((3, "a"), (4, "b"), (5, "")):  # the last is half a character
         progress.add_response(response([token], text))
@@ -309,8 +309,8 @@ def test_text_is_neither_lost_nor_said_twice() -> None:
     assert (progress.tokens, progress.text) == ([3, 4, 5, 6, 7, 8], "ab\N{GRINNING FACE}xyz")
 
 
-def test_a_prompt_that_ends_in_half_a_character_is_noticed_and_the_whole_is_said_again() -> None:
-    progress = asked(input_ids=[1])
+def test_a_prompt_that_ends_within_a_character_is_noticed_and_the_replay_begins_anew() -> None:
+    progress = progress_of(input_ids=[1])
     progress.begin()
     for token, text in (
         (3, "a"),
@@ -326,8 +326,8 @@ def test_a_prompt_that_ends_in_half_a_character_is_noticed_and_the_whole_is_said
     assert progress.add_response(response([3, 4, 5, 6], "a \N{EURO SIGN}x")) == Piece([6], "x", "")
 
 
-def test_where_stop_texts_may_be_held_back_all_is_said_again_and_compared() -> None:
-    progress = asked(input_ids=[1], stop=b"END")
+def test_with_stop_texts_everything_is_generated_again_and_compared() -> None:
+    progress = progress_of(input_ids=[1], stop=b"END")
     progress.begin()
     progress.add_response(response([3], "a"))
     progress.add_response(response([4], "bc"))

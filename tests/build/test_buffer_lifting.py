@@ -108,8 +108,8 @@ def test_inlined_again_it_is_a_plain_module_that_holds_its_buffers(rewritten: bo
     addresses = {name: buffer.data_ptr() for name, buffer in plain.named_buffers()}
     mine, theirs = torch.ones(1, 4) if rewritten else torch.ones(4), torch.ones(4)
     for step in range(4):
-        found, expected = plain(x + step, mine), module(theirs, x + step)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        result, expected = plain(x + step, mine), module(theirs, x + step)
+        assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
         assert torch.equal(mine.view(4), theirs)
         for name in ("layer.cache", "count"):
             assert torch.equal(
@@ -139,8 +139,8 @@ def test_inlined_again_it_is_exported_saved_and_loaded(rewritten: bool) -> None:
     for step in range(5):
         with torch.no_grad():
             expected = module(noise(step, 1, 4))
-            found = again(noise(step, 1, 4))
-        for one, other in zip(found, expected, strict=True):
+            result = again(noise(step, 1, 4))
+        for one, other in zip(result, expected, strict=True):
             torch.testing.assert_close(one, other)
     for name in ("cell", "window", "count", "seen", "cache"):
         torch.testing.assert_close(
@@ -177,10 +177,10 @@ def test_states_that_take_each_others_values_are_written_when_all_are_known() ->
     module, x = Turn(), torch.ones(3)
     plain = inline_lifted_buffers(lift_mutated_buffers(module, (x,)))
     for _ in range(3):
-        found, expected = plain(x), module(x)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        result, expected = plain(x), module(x)
+        assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
         assert all(torch.equal(plain.get_buffer(name), module.get_buffer(name)) for name in "ab")
-    assert found[0].data_ptr() != plain.get_buffer("a").data_ptr(), (
+    assert result[0].data_ptr() != plain.get_buffer("a").data_ptr(), (
         "what is returned is no state's own memory"
     )
 
@@ -206,11 +206,11 @@ def test_one_buffer_under_two_names_is_lifted_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "because"),
+    ("module", "reason"),
     [(nn.Linear(4, 4), "it has no state to keep"), (nn.Identity(), "it has no state to keep")],
 )
-def test_a_module_without_mutation_has_nothing_to_lift(module: nn.Module, because: Any) -> None:
-    with pytest.raises(BuildError, match=because):
+def test_a_module_without_mutation_has_nothing_to_lift(module: nn.Module, reason: Any) -> None:
+    with pytest.raises(BuildError, match=reason):
         lift_mutated_buffers(module, (torch.ones(4),))
 
 
@@ -232,8 +232,8 @@ def test_lifted_buffers_go_back() -> None:
         with torch.no_grad():
             torch.testing.assert_close(plain(step), module(step))
     for name in ("hidden", "cellular", "window", "count", "total", "seen", "cache"):
-        held, own = plain.get_buffer(name), module.get_buffer(name)
-        torch.testing.assert_close(held.reshape(own.shape), own)
+        owned, own = plain.get_buffer(name), module.get_buffer(name)
+        torch.testing.assert_close(owned.reshape(own.shape), own)
     assert addresses == {name: buffer.data_ptr() for name, buffer in plain.named_buffers()}
     again = torch.export.export(plain, (steps[0],))
     assert sum(node.target is torch.ops.inplace.update.default for node in again.graph.nodes) == 8

@@ -162,12 +162,15 @@ def generate_together(
     instance: ModelInstance, prompts: Sequence[list[int]], tokens: int
 ) -> list[list[int]]:
     """Greedy decoding of all prompts at once: some decode while others are still prefilled."""
-    said: list[list[int]] = [[] for _ in prompts]
+    generated: list[list[int]] = [[] for _ in prompts]
 
     def request(index: int) -> Request:
-        ids = said[index][-1:] or prompts[index]
+        ids = generated[index][-1:] or prompts[index]
         return Request(
-            index + 1, start=not said[index], end=False, inputs={"input_ids": torch.tensor([ids])}
+            index + 1,
+            start=not generated[index],
+            end=False,
+            inputs={"input_ids": torch.tensor([ids])},
         )
 
     works = {index: instance.admit(request(index)) for index in range(len(prompts))}
@@ -177,11 +180,11 @@ def generate_together(
             if not work.finished:
                 continue
             instance.finish(work)
-            said[index].append(int(work.outputs["next_token"]))
+            generated[index].append(int(work.outputs["next_token"]))
             del works[index]
-            if len(said[index]) < tokens:
+            if len(generated[index]) < tokens:
                 works[index] = instance.admit(request(index))
-    return said
+    return generated
 
 
 def states_of(manifest: Manifest) -> list[str]:
@@ -257,13 +260,13 @@ def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers
 
 
 def test_every_layer_is_one_attention_operator(built: Built) -> None:
-    found = [
+    result = [
         node
         for node in built.exported.graph.nodes
         if node.target is torch.ops.inplace.attention.default
     ]
-    assert len(found) == built.model.config.num_hidden_layers == len(built.family.rings)
-    assert [node.kwargs.get("ring", False) for node in found] == list(built.family.rings)
+    assert len(result) == built.model.config.num_hidden_layers == len(built.family.rings)
+    assert [node.kwargs.get("ring", False) for node in result] == list(built.family.rings)
 
 
 def test_the_graph_writes_every_state_and_the_manifest_says_so(built: Built) -> None:

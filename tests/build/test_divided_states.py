@@ -78,10 +78,10 @@ def test_a_module_s_own_tensors_stay_whole_for_whoever_looks(tmp_path: Path) -> 
     for step in range(6):
         with torch.no_grad():
             expected = reference(*owning(step))
-        found = engine(*owning(step))
-        torch.testing.assert_close(found, expected)
+        result = engine(*owning(step))
+        torch.testing.assert_close(result, expected)
         assert (
-            found[1].data_ptr() != engine.states["cache"].data_ptr()
+            result[1].data_ptr() != engine.states["cache"].data_ptr()
         )  # what is returned is a value of its own
         torch.testing.assert_close(dict(engine.states), dict(reference.named_buffers()))
         if step == 2:
@@ -202,8 +202,8 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
     )
     prompts = [prompt(seed, 3 + 2 * seed) for seed in range(4)]
     prompts = [[token % 50 for token in one] for one in prompts]
-    found = rows_say(open_instance(tmp_path / "model"), prompts, 8)
-    for one, said in zip(prompts, found, strict=True):
+    result = rows_say(open_instance(tmp_path / "model"), prompts, 8)
+    for one, generated in zip(prompts, result, strict=True):
         known = list(one)
         for _ in range(8):
             module.cache.zero_()
@@ -211,7 +211,7 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
                 known.append(
                     int(module(torch.tensor([known]), torch.arange(len(known)))[0, -1].argmax())
                 )
-        assert said == known[len(one) :]
+        assert generated == known[len(one) :]
 
 
 def test_views_of_one_buffer_are_states_of_that_buffer(tmp_path: Path) -> None:

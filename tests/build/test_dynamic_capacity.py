@@ -50,19 +50,19 @@ def test_every_capacity_of_the_range_says_the_same_and_takes_its_own_memory(
     assert instance.arena.bytes == sum(
         4 * 4 * tensor[0].numel() for tensor in instance.arena.tensors.values()
     )
-    said: list[int] = []
-    while len(PROMPT) + len(said) <= capacity and len(said) < 20:
-        ids = said[-1:] or PROMPT
-        work = instance.admit(Request(1, not said, False, {"input_ids": torch.tensor([ids])}))
+    generated: list[int] = []
+    while len(PROMPT) + len(generated) <= capacity and len(generated) < 20:
+        ids = generated[-1:] or PROMPT
+        work = instance.admit(Request(1, not generated, False, {"input_ids": torch.tensor([ids])}))
         while not work.finished:
             instance.step([work])
         assert work.error is None
-        said.append(int(work.outputs["next_token"]))
+        generated.append(int(work.outputs["next_token"]))
         instance.finish(work)
-    assert said == greedy(model, PROMPT, len(said))
-    if len(PROMPT) + len(said) > capacity:
+    assert generated == greedy(model, PROMPT, len(generated))
+    if len(PROMPT) + len(generated) > capacity:
         with pytest.raises(RequestError, match=f"of {capacity} positions"):
-            instance.admit(Request(1, False, False, {"input_ids": torch.tensor([said[-1:]])}))
+            instance.admit(Request(1, False, False, {"input_ids": torch.tensor([generated[-1:]])}))
 
 
 @pytest.mark.parametrize("capacity", [15, 65])

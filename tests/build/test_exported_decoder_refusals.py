@@ -130,18 +130,18 @@ def capture(module: nn.Module, tokens: int = 3, *, dynamic: bool = True, **optio
 def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
     module: type[Plain], dynamic: bool
 ) -> None:
-    found = capture(module(), 3 if dynamic else 1, dynamic=dynamic)
-    assert operators(found) == {"attention": 1, "sample": 1}
+    result = capture(module(), 3 if dynamic else 1, dynamic=dynamic)
+    assert operators(result) == {"attention": 1, "sample": 1}
     (attention,) = [
         node
-        for node in found.exported.graph.nodes
+        for node in result.exported.graph.nodes
         if node.target is torch.ops.inplace.attention.default
     ]
     assert attention.kwargs.get("softcap", 0.0) == pytest.approx(module.softcap)
     assert attention.kwargs.get("window", 0) == module.window
     rows = [torch.randint(0, VOCABULARY, (count,)) for count in (4, 9)]
-    memory = [torch.full((3, *state.shape), float("nan")) for state in found.states]
-    graph, cached = found.exported.module(check_guards=False), [0, 0]
+    memory = [torch.full((3, *state.shape), float("nan")) for state in result.states]
+    graph, cached = result.exported.module(check_guards=False), [0, 0]
     for counts in ((3, 4), (1, 2), (0, 3)):
         parts = [
             row[start : start + count]
@@ -173,8 +173,8 @@ def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
         cached = [start + count for start, count in zip(cached, counts, strict=True)]
         for row, (count, end) in enumerate(zip(counts, cached, strict=True)):
             if count:
-                wanted = found.reference([{"input_ids": rows[row][:end]}])
-                torch.testing.assert_close(logits[row], wanted["logits"], rtol=1e-4, atol=1e-5)
+                expected = result.reference([{"input_ids": rows[row][:end]}])
+                torch.testing.assert_close(logits[row], expected["logits"], rtol=1e-4, atol=1e-5)
     assert all(bool(tensor[1].isnan().all()) for tensor in memory), "the slot of no row"
 
 
@@ -226,7 +226,7 @@ class Floating(Plain):
 
 
 @pytest.mark.parametrize(
-    ("module", "because"),
+    ("module", "reason"),
     [
         (Averaging, r"aten\.mean\.dim works along the token axis at .*self\.scores"),
         (Reversing, r"aten\.flip\.default has no rule that keeps tokens apart at .*self\.scores"),
@@ -241,8 +241,8 @@ class Floating(Plain):
         (Floating, "input ids is no tensor of token ids: it indexes no embedding"),
     ],
 )
-def test_what_is_no_decoder_of_packed_rows_is_refused(module: type[Plain], because: str) -> None:
-    with pytest.raises(BuildError, match=because):
+def test_what_is_no_decoder_of_packed_rows_is_refused(module: type[Plain], reason: str) -> None:
+    with pytest.raises(BuildError, match=reason):
         capture(module())
 
 

@@ -78,18 +78,18 @@ def test_an_export_that_is_not_strict_has_its_caches_as_constants_and_is_the_sam
 def test_what_is_fused_of_it_is_what_is_fused_of_the_model_itself(family: str) -> None:
     model = decoder(family)
     own = capture_decoder(model, OPTIONS)
-    found = capture_exported_decoder(exported(model, dynamic=True), OPTIONS)
-    assert _kernels(found) == _kernels(own)
-    assert found.program == own.program
-    assert found.states == own.states
+    result = capture_exported_decoder(exported(model, dynamic=True), OPTIONS)
+    assert _kernels(result) == _kernels(own)
+    assert result.program == own.program
+    assert result.states == own.states
 
 
 def _kernels(capture: Capture) -> dict[str, int]:
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for node in fuse(capture.exported).graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "inplace":
-            found[node.target._opname] = found.get(node.target._opname, 0) + 1
-    return found
+            result[node.target._opname] = result.get(node.target._opname, 0) + 1
+    return result
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Recurrent(nn.Module):
 
 
 class Attending(nn.Module):
-    """Attention over caches that the caller owns, at a position that it is told."""
+    """Attention over caches that the caller owns, at a position that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,12 +138,12 @@ def test_rows_at_their_own_positions_say_what_the_module_says_of_each_alone(
             for row, work in works.items():
                 assert work.error is None, work.error
                 module, own = alone[row]
-                wanted = module(
+                reference = module(
                     *own, given[row], *([torch.tensor([seen[row]])] if options.positions else [])
                 )
                 for spec, tensor in zip(
                     capture.program.outputs,
-                    wanted if isinstance(wanted, tuple) else (wanted,),
+                    reference if isinstance(reference, tuple) else (reference,),
                     strict=True,
                 ):
                     torch.testing.assert_close(
@@ -219,7 +219,7 @@ def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
 
 
 class Sees(nn.Module):
-    """One layer of attention, and a cache; what is not causal sees positions that nobody wrote."""
+    """Attention over a cache; what is not causal sees positions that were never written."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -264,8 +264,8 @@ def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path
             for row, x in enumerate(inputs)
         ]
         instance.step(works)
-        for work, x, (module, held) in zip(works, inputs, own, strict=True):
-            out, keys = module(*held, x, torch.tensor([step]))
+        for work, x, (module, owned) in zip(works, inputs, own, strict=True):
+            out, keys = module(*owned, x, torch.tensor([step]))
             torch.testing.assert_close(work.outputs["output_0"].reshape(out.shape), out)
             torch.testing.assert_close(work.outputs["output_1"].reshape(keys.shape), keys)
             instance.finish(work)

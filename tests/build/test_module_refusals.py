@@ -57,8 +57,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Tensor, Tensor],
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_module_that_no_engine_can_be_is_refused_with_its_line(case: str) -> None:
-    write, arguments, because = REFUSED[case]
-    with pytest.raises(BuildError, match=because):
+    write, arguments, why = REFUSED[case]
+    with pytest.raises(BuildError, match=why):
         capture_exported(Writes(write), arguments)
 
 
@@ -73,11 +73,13 @@ VIEWS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_a_part_written_through_a_view_that_nothing_follows_is_said_or_refused(view: str) -> None:
     module, arguments = Writes(VIEWS[view]), (torch.zeros(4, 4), torch.ones(4))
     (state,) = capture_exported(module, arguments).states
-    says = "through a transposed view" if view == "t" else f"through the view aten.{view}.default"
-    assert state.pattern == "explicit" and says in state.reason
+    message = (
+        "through a transposed view" if view == "t" else f"through the view aten.{view}.default"
+    )
+    assert state.pattern == "explicit" and message in state.reason
     with pytest.raises(
         BuildError,
-        match=rf"state cache is read, computed and written back whole: .*{says}.* {LINE}",
+        match=rf"state cache is read, computed and written back whole: .*{message}.* {LINE}",
     ):
         capture_exported(module, arguments, strict=True)
 
@@ -189,7 +191,7 @@ class Resized(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "says"),
+    ("module", "arguments", "message"),
     [
         (Growing(), (torch.zeros(4), {"x": torch.zeros(4)}), "adds to its arguments"),
         (
@@ -200,7 +202,7 @@ class Resized(nn.Module):
     ],
 )
 def test_what_is_no_update_is_refused_in_words(
-    module: nn.Module, arguments: tuple[Any, ...], says: str, tmp_path: Path
+    module: nn.Module, arguments: tuple[Any, ...], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(BuildError, match=says):
+    with pytest.raises(BuildError, match=message):
         build(module, arguments, path=tmp_path / "engine")

@@ -1,4 +1,4 @@
-"""The corpus captured: each graph does what its module does, and says how each state is written."""
+"""The corpus captured: each graph does what its module does, and records how states are written."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a person is told of an engine's memory."""
+"""The report of an engine's memory."""
 
 import subprocess
 import sys
@@ -62,8 +62,8 @@ def test_the_engines_files_come_off_the_memory_that_slots_have(repository: Repos
 def test_inspect_says_how_many_slots_fit(repository: Repository) -> None:
     model = repository.path / "llama"
     inplace = Path(sys.executable).with_name("inplace")
-    found = subprocess.run(
+    result = subprocess.run(
         [inplace, "inspect", model, "--memory", "0.5"], capture_output=True, text=True, check=True
     )
     expected = max_slots(Manifest.load(model / "1"), 2**29)
-    assert f"0.5 GiB  at most {expected:,} slots beside the engine" in found.stdout
+    assert f"0.5 GiB  at most {expected:,} slots beside the engine" in result.stdout

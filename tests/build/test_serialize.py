@@ -70,11 +70,11 @@ def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
     for step in range(5):
         x = noise(step, 1, 4)
         with torch.no_grad():
-            found, expected = (
+            result, expected = (
                 graph(x, torch.arange(1, dtype=torch.int32), *memory.values()),
                 eager(x),
             )
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(result, expected, strict=True):
             torch.testing.assert_close(one, other)
         for state in recurrent.records:
             torch.testing.assert_close(

@@ -37,10 +37,10 @@ def memory(slots: int) -> dict[str, Tensor]:
     }
 
 
-def worst(found: dict[str, list[float]], weights: str) -> float:
+def worst(result: dict[str, list[float]], weights: str) -> float:
     return max(
-        float((torch.tensor(said) - package_says(recording, weights)).abs().max())
-        for recording, said in found.items()
+        float((torch.tensor(generated) - package_says(recording, weights)).abs().max())
+        for recording, generated in result.items()
     )
 
 
@@ -51,7 +51,7 @@ def test_the_module_says_what_the_package_says_step_by_step(weights: str) -> Non
         [chunks(samples) for samples in recordings().values()],
     )
     states = memory(len(audio))
-    found: dict[str, list[float]] = {recording: [] for recording in recordings()}
+    result: dict[str, list[float]] = {recording: [] for recording in recordings()}
     silence = np.zeros(CHUNK, dtype=np.float32)
     with torch.inference_mode():
         for index in range(max(map(len, audio))):
@@ -62,11 +62,11 @@ def test_the_module_says_what_the_package_says_step_by_step(weights: str) -> Non
                 [row if index < len(chunk) else -1 for row, chunk in enumerate(audio)],
                 dtype=torch.int32,
             )
-            said = model(rows, slots, **states)[:, 0].tolist()
-            for row, recording in enumerate(found):
+            generated = model(rows, slots, **states)[:, 0].tolist()
+            for row, recording in enumerate(result):
                 if slots[row] >= 0:
-                    found[recording].append(said[row])
-    assert worst(found, weights) <= LIMIT
+                    result[recording].append(generated[row])
+    assert worst(result, weights) <= LIMIT
 
 
 def test_the_package_s_two_sets_of_weights_are_two_models() -> None:
@@ -101,12 +101,12 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
     rng = random.Random(0)
     names = [*recordings(), *rng.choices(list(recordings()), k=STREAMS - len(recordings()))]
     waiting = {stream: chunks(recordings()[name]) for stream, name in enumerate(names, 1)}
-    said: dict[int, list[float]] = {stream: [] for stream in waiting}
+    generated: dict[int, list[float]] = {stream: [] for stream in waiting}
     while waiting:
         chosen = rng.sample(sorted(waiting), rng.randint(1, len(waiting)))
         works = []
         for stream in chosen:
-            start = not said[stream]
+            start = not generated[stream]
             chunk = waiting[stream].pop(0)
             works.append(
                 instance.admit(
@@ -122,13 +122,13 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
         for name, state in arena.tensors.items():
             assert same_bits(state[others], before[name])
         for stream, work in zip(chosen, works, strict=True):
-            said[stream].append(float(work.outputs["probability"]))
+            generated[stream].append(float(work.outputs["probability"]))
             instance.finish(work)
             if not waiting[stream]:
                 del waiting[stream]
     assert arena.addresses() == addresses
     for stream, name in enumerate(names, 1):
-        assert worst({name: said[stream]}, weights) <= LIMIT, f"stream {stream}, {name}"
+        assert worst({name: generated[stream]}, weights) <= LIMIT, f"stream {stream}, {name}"
     assert all(
         bool(state[slot].isnan().all())
         for state in arena.tensors.values()
@@ -148,11 +148,11 @@ def test_tensorrt_takes_the_whole_network_with_copied_states() -> None:
     } == {"copy"}
     network = lowered(capture, "copy", rtx)
     names = list(recordings())[:3]
-    states, said = memory(3), []
+    states, generated = memory(3), []
     slots = torch.tensor([0, -1, 2], dtype=torch.int32)  # row r is slot r, or no row at all
     steps = list(zip(*(chunks(recordings()[name])[:12] for name in names), strict=True))
     for step in steps:
-        found = interpret(
+        result = interpret(
             network,
             {
                 "audio": torch.stack([torch.from_numpy(chunk) for chunk in step]),
@@ -160,11 +160,14 @@ def test_tensorrt_takes_the_whole_network_with_copied_states() -> None:
                 **states,
             },
         )
-        states = {name: found[output].clone() for name, output in network.state_outputs.items()}
-        said.append(found["probability"][:, 0])
+        states = {name: result[output].clone() for name, output in network.state_outputs.items()}
+        generated.append(result["probability"][:, 0])
     for row in (0, 2):
         torch.testing.assert_close(
-            torch.stack(said)[:, row], package_says(names[row])[: len(steps)], rtol=0, atol=LIMIT
+            torch.stack(generated)[:, row],
+            package_says(names[row])[: len(steps)],
+            rtol=0,
+            atol=LIMIT,
         )
     assert not any(bool(state[1].any()) for state in states.values())
     shapes: dict[str, tuple[int, ...]] = {"audio": (CHUNK,), "slots": ()} | {

@@ -45,8 +45,8 @@ def run_beside_eager(engine: Any, module: Leaky) -> None:
     mine, theirs = torch.zeros(3, 4), torch.zeros(3, 4)
     addresses = [mine.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())]
     for index in range(6):
-        found, expected = engine(mine, step(index)), module(theirs, step(index))
-        torch.testing.assert_close(found, expected)
+        result, expected = engine(mine, step(index)), module(theirs, step(index))
+        torch.testing.assert_close(result, expected)
         assert torch.equal(mine, theirs)
         assert all(
             torch.equal(engine.states[name], module.get_buffer(name)) for name in ("total", "steps")
@@ -66,10 +66,10 @@ def test_one_operator_writes_several_states_where_they_lie(tmp_path: Path) -> No
         "b_total_updated@b_total@user",
         "level_updated@level@user",
     ]
-    because = {record.state: record.reason for record in engine.manifest.lowering}
+    why = {record.state: record.reason for record in engine.manifest.lowering}
     assert (
-        "testing::leak writes it in its own memory, as declared at " in because["level"]
-        and "self.total)" in because["level"]
+        "testing::leak writes it in its own memory, as declared at " in why["level"]
+        and "self.total)" in why["level"]
     )
     run_beside_eager(engine, Leaky())
 
@@ -143,7 +143,7 @@ class Foreign(nn.Module):
 
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize(
-    ("module", "because"),
+    ("module", "why"),
     [
         (Part(), "it gets a part of a state"),
         (Mixed(), "what it writes is no state, or something else writes it too"),
@@ -152,13 +152,13 @@ class Foreign(nn.Module):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_what_an_operator_cannot_write_in_place_is_said_and_stays_correct(
-    module: nn.Module, because: str, tmp_path: Path
+    module: nn.Module, why: str, tmp_path: Path
 ) -> None:
     x = step(1)[0] if isinstance(module, Part) else step(1)
     states = [torch.ones(3, 4), torch.ones(3, 4)][: 1 if isinstance(module, Foreign) else 2]
     mine, theirs = [[state.clone() for state in states] for _ in range(2)]
     engine = build(module, (*states, x), path=tmp_path / "engine")
-    assert any(because in record.reason for record in engine.manifest.lowering)
+    assert any(why in record.reason for record in engine.manifest.lowering)
     for _ in range(3):
         torch.testing.assert_close(engine(*mine, x), module(*theirs, x))
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
@@ -183,8 +183,8 @@ def test_a_plugin_must_alias_what_its_operator_writes() -> None:
     rtx = load_tensorrt("tensorrt_rtx")  # its networks take no plugins; the objects are the same
     register(Leak)
     register(Swapped)
-    found = aliases.DeclaredOperator(leak, ("level", "total"), make_leak)
-    plugin = make_plugin(found, rtx, {"decay": 0.5}, ["x", "level", "total"])
+    result = aliases.DeclaredOperator(leak, ("level", "total"), make_leak)
+    plugin = make_plugin(result, rtx, {"decay": 0.5}, ["x", "level", "total"])
     assert plugin.num_outputs == 3 and [
         plugin.get_aliased_input(output) for output in range(3)
     ] == [-1, 1, 2]
@@ -232,10 +232,10 @@ except inplace.errors.LoadError as error:
 def test_an_engine_needs_its_operators_where_it_is_loaded(tmp_path: Path) -> None:
     build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
     tests = str(Path(__file__).parents[1])
-    for how, said in (
+    for how, generated in (
         ("with", "loaded torch.Size([3, 4])"),
         ("without", "import the module that registers the operators"),
     ):
         command = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path / "leaky"), how, tests]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        assert said in done.stdout, done.stdout
+        assert generated in done.stdout, done.stdout

@@ -62,15 +62,15 @@ def instance(engine: Path) -> ModelInstance:
 @pytest.fixture
 def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each step that was launched ahead."""
-    found: list[int] = []
+    result: list[int] = []
     follow = ModelInstance.launch_next
 
     def counted(self, flight, outputs):  # type: ignore[no-untyped-def]
-        found.append(len(flight.batch.rows))
+        result.append(len(flight.batch.rows))
         return follow(self, flight, outputs)
 
     monkeypatch.setattr(ModelInstance, "launch_next", counted)
-    return found
+    return result
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def test_many_generations_are_each_transformers_own(
     prompts = [
         [(7 * seed + place) % 64 for place in range(1 + 5 * seed % 21)] for seed in range(4 * SLOTS)
     ]
-    heard = [
+    collected = [
         streams.generate(f"s{index}", ids, 12 + index % 9, end=True, ignore_eos=True)
         for index, ids in enumerate(prompts)
     ]
-    for index, each in enumerate(heard):
+    for index, each in enumerate(collected):
         assert each.finish_reason == "length"
         assert each.tokens == greedy(model, prompts[index], 12 + index % 9)
     assert max(followed) == SLOTS
@@ -103,14 +103,14 @@ def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
     streams: StreamClient, instance: ModelInstance, model: LlamaForCausalLM, followed: list[int]
 ) -> None:
     addresses = instance.arena.addresses()
-    said = greedy(model, IDS, 40)
-    end = said.index(late_token(said))
-    heard = streams.generate("a", IDS, 40)
-    assert (heard.finish_reason, heard.tokens) == ("eos", said[: end + 1])
+    generated = greedy(model, IDS, 40)
+    end = generated.index(late_token(generated))
+    collected = streams.generate("a", IDS, 40)
+    assert (collected.finish_reason, collected.tokens) == ("eos", generated[: end + 1])
     assert len(followed) >= end
     assert (
         streams.step("a", [3], position=len(IDS) + end + 1).next_token
-        == greedy(model, [*IDS, *said[: end + 1], 3], 1)[0]
+        == greedy(model, [*IDS, *generated[: end + 1], 3], 1)[0]
     )
     slot = instance.table.find("a").slot
     for tensor in instance.arena.tensors.values():
@@ -121,8 +121,10 @@ def test_what_follows_an_end_token_is_dropped_and_the_sequence_goes_on(
 def test_slots_of_ended_generations_are_others_at_once(
     streams: StreamClient, model: LlamaForCausalLM
 ) -> None:
-    said = greedy(model, IDS, 40)
-    end = said.index(late_token(said))
-    heard = [streams.generate(f"s{index}", IDS, 40, end=True) for index in range(10 * SLOTS)]
-    assert all((each.finish_reason, each.tokens) == ("eos", said[: end + 1]) for each in heard)
+    generated = greedy(model, IDS, 40)
+    end = generated.index(late_token(generated))
+    collected = [streams.generate(f"s{index}", IDS, 40, end=True) for index in range(10 * SLOTS)]
+    assert all(
+        (each.finish_reason, each.tokens) == ("eos", generated[: end + 1]) for each in collected
+    )
     assert streams.num_free_slots() == SLOTS

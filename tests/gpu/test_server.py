@@ -84,8 +84,8 @@ def test_sequences_say_what_transformers_says(
             return generate(sequence, prompt, 24)
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        said = list(pool.map(one, PROMPTS))
-    assert said == [greedy(model, prompt, 24) for prompt in PROMPTS]
+        generated = list(pool.map(one, PROMPTS))
+    assert generated == [greedy(model, prompt, 24) for prompt in PROMPTS]
 
 
 def test_a_plan_for_another_gpu_does_not_load_and_harms_nobody(running: TritonServer) -> None:

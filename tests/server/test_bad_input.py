@@ -25,11 +25,11 @@ def live(client: InferenceServerClient, repository: Repository) -> Iterator[Sequ
     """A sequence that has been fed the prompt; afterwards it must go on as before."""
     expected = greedy(repository.llama, PROMPT, 6)
     with Sequence(client, "llama", id="victim", key="") as sequence:  # `send` has no key
-        said = [sequence.tokens(PROMPT)]
+        generated = [sequence.tokens(PROMPT)]
         yield sequence
-        while len(said) < 6:
-            said.append(sequence.tokens(said[-1:]))
-        assert said == expected
+        while len(generated) < 6:
+            generated.append(sequence.tokens(generated[-1:]))
+        assert generated == expected
 
 
 def send(
@@ -58,7 +58,7 @@ def tokens(*ids: int) -> NDArray[np.generic]:
 
 
 @pytest.mark.parametrize(
-    ("ids", "parameters", "code", "says"),
+    ("ids", "parameters", "code", "expected_output"),
     [
         (
             tokens(1, VOCABULARY),
@@ -89,18 +89,19 @@ def test_ours_names_the_request_and_changes_nothing(
     ids: NDArray[np.generic],
     parameters: dict[str, str | int],
     code: str,
-    says: str,
+    expected_output: str,
 ) -> None:
     with pytest.raises(InferenceServerException) as refused:
         send(client, ids, parameters=parameters or None)
     assert re.search(
-        rf"INPLACE-{code} retryable=0 sequence=victim request=r1: .*{says}", refused.value.message()
+        rf"INPLACE-{code} retryable=0 sequence=victim request=r1: .*{expected_output}",
+        refused.value.message(),
     )
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize(
-    ("ids", "sequence", "start", "says"),
+    ("ids", "sequence", "start", "expected_output"),
     [
         (tokens(1), 4242, False, "must specify the START flag"),
         (tokens(1), 0, True, "must specify a non-zero or non-empty correlation ID"),
@@ -120,9 +121,9 @@ def test_triton_itself_refuses_the_rest(
     ids: NDArray[np.generic],
     sequence: int | str,
     start: bool,
-    says: str,
+    expected_output: str,
 ) -> None:
-    with pytest.raises(InferenceServerException, match=says) as refused:
+    with pytest.raises(InferenceServerException, match=expected_output) as refused:
         send(client, ids, sequence, start=start)
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
@@ -163,10 +164,10 @@ def test_batch_mates_of_a_bad_request_are_unharmed(
 
     def good(seed: int) -> list[int]:
         with Sequence(client, "llama", id=800 + seed) as sequence:
-            said = [sequence.tokens(PROMPT)]
-            while len(said) < 16:
-                said.append(sequence.tokens(said[-1:]))
-            return said
+            generated = [sequence.tokens(PROMPT)]
+            while len(generated) < 16:
+                generated.append(sequence.tokens(generated[-1:]))
+            return generated
 
     def bad(seed: int) -> int:
         refusals = 0
@@ -220,10 +221,10 @@ def test_an_http_request_with_an_id_that_is_no_text_fails_alone(
 
     with ThreadPoolExecutor(8) as pool:
         refused = [pool.submit(bad) for _ in range(4)]
-        said = list(pool.map(good, range(4)))
-    assert said == [greedy(repository.llama, [number + 1], 1)[0] for number in range(4)]
+        generated = list(pool.map(good, range(4)))
+    assert generated == [greedy(repository.llama, [number + 1], 1)[0] for number in range(4)]
     for answer in refused:
         code, text = answer.result()
         assert code == 400, text
-        says = f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: "
-        assert f"{says}the request cannot be read: 'utf-8'".encode() in text
+        expected_output = f"INPLACE-BAD_PARAMETER retryable=0 sequence={sequence} request=-: "
+        assert f"{expected_output}the request cannot be read: 'utf-8'".encode() in text

@@ -53,10 +53,10 @@ def test_a_sequence_that_was_idle_for_too_long_is_replayed(
         Sequence(client, "brief") as sequence,
         Sequence(client, "brief", replay=False) as off,
     ):
-        said = generate(sequence, prompt(3, 7), 4)
+        generated = generate(sequence, prompt(3, 7), 4)
         off.tokens([1, 2, 3])
         time.sleep(1.25 * BRIEF_IDLE)
-        assert [*said, *generate(sequence, said[-1:], 4)] == expected
+        assert [*generated, *generate(sequence, generated[-1:], 4)] == expected
         with pytest.raises(SequenceLostError, match="replay is off; start a new one") as lost:
             off.tokens([4])
         assert not lost.value.retryable
@@ -72,12 +72,12 @@ def test_a_lost_answer_is_not_asked_for_twice_in_the_same_state(
         Client(cable.url) as client,
     ):
         with Sequence(client, "llama") as sequence:
-            said = [sequence.tokens(prompt(4, 5))]
-            while len(said) < 10:
-                if len(said) in (3, 6):
+            generated = [sequence.tokens(prompt(4, 5))]
+            while len(generated) < 10:
+                if len(generated) in (3, 6):
                     cable.lose_the_next_answer()
-                said.append(sequence.tokens(said[-1:]))
-            assert said == expected
+                generated.append(sequence.tokens(generated[-1:]))
+            assert generated == expected
         with Sequence(client, "accumulator") as sums:
             sums.step(fed(1.0))
             cable.lose_the_next_answer()
@@ -132,10 +132,10 @@ def test_a_lost_answer_to_start_or_end_is_asked_for_again(
         for _ in range(10):  # more often than there are slots
             cable.lose_the_next_answer()
             sequence = Sequence(client, "llama")
-            said = [sequence.tokens(prompt(5, 6))]
+            generated = [sequence.tokens(prompt(5, 6))]
             cable.lose_the_next_answer()
-            said.append(sequence.tokens(said, end=True))
-            assert said == greedy(repository.llama, prompt(5, 6), 2)
+            generated.append(sequence.tokens(generated, end=True))
+            assert generated == greedy(repository.llama, prompt(5, 6), 2)
 
 
 def test_a_cut_connection_loses_no_state(server: TritonServer) -> None:
@@ -170,8 +170,8 @@ def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_me
     server: TritonServer, second: TritonServer
 ) -> None:
     with Client(server.grpc_url) as client:
-        held = [Sequence(client, "brief") for _ in range(BRIEF_SLOTS)]
-        for sequence in held:
+        owned = [Sequence(client, "brief") for _ in range(BRIEF_SLOTS)]
+        for sequence in owned:
             sequence.tokens([1])
         with Client([server.grpc_url, second.grpc_url]) as both, Sequence(both, "brief") as moved:
             assert moved.server == server.grpc_url
@@ -210,9 +210,9 @@ def test_sequences_go_on_with_the_same_tokens_when_one_of_two_servers_is_killed(
     server: TritonServer, second: TritonServer, repository: Repository
 ) -> None:
     with InferenceServerClient(server.grpc_url) as own, Sequence(own, "llama") as alone:
-        said = [alone.tokens(prompt(2, 9), parameters=SAMPLED)]
-        while len(said) < 12:
-            said.append(alone.tokens(said[-1:], parameters=SAMPLED))
+        generated = [alone.tokens(prompt(2, 9), parameters=SAMPLED)]
+        while len(generated) < 12:
+            generated.append(alone.tokens(generated[-1:], parameters=SAMPLED))
     both = {server.grpc_url, second.grpc_url}
     with Client(both) as client, Client(both, retry=Retry(attempts=3)) as impatient:
         sequences = [Sequence(client, "llama") for _ in range(4)]
@@ -232,8 +232,8 @@ def test_sequences_go_on_with_the_same_tokens_when_one_of_two_servers_is_killed(
                     sequence.tokens(got[index][-1:], parameters=SAMPLED if index < 2 else None)
                 )
         assert got == [
-            said,
-            said,
+            generated,
+            generated,
             greedy(repository.llama, prompt(2, 9), 12),
             greedy(repository.llama, prompt(2, 9), 12),
         ]

@@ -120,7 +120,7 @@ def test_a_text_is_continued_until_a_stop_text(tellers: Tellers, talker: Talker)
     whole = added(ids, tokens)
     stop = whole[20:23]
     with talking(talker, tellers.urls) as sequence:
-        generation = sequence.generate(asked, 60, stop=["never said", stop], ignore_eos=True)
+        generation = sequence.generate(asked, 60, stop=["never generated", stop], ignore_eos=True)
         text = "".join(piece.text for piece in talker.pieces(generation))
         assert (text, generation.finish_reason) == (whole[: whole.index(stop)], "stop")
         assert generation.tokens == tokens[: len(generation.tokens)]
@@ -132,7 +132,7 @@ def test_what_is_refused_is_raised_and_the_sequence_is_as_before(
 ) -> None:
     ids = prompt(2, 10)
     with talking(talker, tellers.urls, id="teller 7") as sequence:
-        said = [talker.wait(sequence.tokens(ids))]
+        generated = [talker.wait(sequence.tokens(ids))]
         for bad, options, code in (
             ([-1], {}, "VALUE_RANGE"),
             ([1], {"top_k": -1}, "BAD_PARAMETER"),
@@ -142,12 +142,12 @@ def test_what_is_refused_is_raised_and_the_sequence_is_as_before(
                 list(talker.pieces(sequence.generate(bad, 8, request_id="r9", **options)))
             assert (refused.value.code, refused.value.retryable) == (code, False)
             assert (refused.value.sequence, refused.value.request) == ("teller 7", "r9")
-        said += [
+        generated += [
             token
-            for piece in talker.pieces(sequence.generate(said, 7, ignore_eos=True))
+            for piece in talker.pieces(sequence.generate(generated, 7, ignore_eos=True))
             for token in piece.tokens
         ]
-        assert said == greedy(tellers.model, ids, 8)
+        assert generated == greedy(tellers.model, ids, 8)
 
 
 def test_a_generation_that_is_left_frees_its_slot_and_the_sequence_can_go_on(
@@ -156,14 +156,14 @@ def test_a_generation_that_is_left_frees_its_slot_and_the_sequence_can_go_on(
     for seed in range(3 * SLOTS):
         ids = prompt(seed, 5)
         with talking(talker, tellers.urls[:1], retry=Retry(attempts=3)) as sequence:
-            said: list[int] = []
+            generated: list[int] = []
             for piece in talker.pieces(sequence.generate(ids, 500, **SAMPLED)):
-                said += piece.tokens
-                if len(said) > 3:
+                generated += piece.tokens
+                if len(generated) > 3:
                     break
             after = sequence.generate([3, 4], 6, ignore_eos=True)
             assert [token for piece in talker.pieces(after) for token in piece.tokens] == greedy(
-                tellers.model, [*ids, *said, 3, 4], 6
+                tellers.model, [*ids, *generated, 3, 4], 6
             )
 
 
@@ -185,7 +185,7 @@ def cut_at(talker: Talker, generation: Any, count: int, action: Any) -> tuple[li
     [
         {"ignore_eos": True},
         SAMPLED,
-        SAMPLED | {"stop": ["nothing says this"]},
+        SAMPLED | {"stop": ["never generated"]},
         SAMPLED | {"text": False},
     ],
 )
@@ -247,7 +247,7 @@ def test_a_server_that_hangs_is_left_after_the_timeout(tellers: Tellers, talker:
 
 
 def test_more_generations_than_slots_wait_their_turn(tellers: Tellers) -> None:
-    def told(seed: int) -> None:
+    def generate(seed: int) -> None:
         with Sequence(client, MODEL) as sequence:
             generation = sequence.generate(prompt(seed, 6), 30, ignore_eos=True)
             assert [token for piece in generation for token in piece.tokens] == greedy(
@@ -255,20 +255,20 @@ def test_more_generations_than_slots_wait_their_turn(tellers: Tellers) -> None:
             )
 
     with Client(tellers.urls) as client, ThreadPoolExecutor(6 * SLOTS) as pool:
-        list(pool.map(told, range(6 * SLOTS)))
+        list(pool.map(generate, range(6 * SLOTS)))
 
 
 def test_asyncio_streams_share_one_connection(tellers: Tellers) -> None:
     expected = {seed: greedy(tellers.model, prompt(seed, 6), 12) for seed in range(8)}
 
-    async def told(client: AsyncClient, seed: int) -> bool:
+    async def generate(client: AsyncClient, seed: int) -> bool:
         async with AsyncSequence(client, MODEL) as sequence:
             generation = sequence.generate(prompt(seed, 6), 12, ignore_eos=True)
             return [token async for piece in generation for token in piece.tokens] == expected[seed]
 
     async def main() -> None:
         async with AsyncClient(tellers.urls[1]) as client:
-            assert all(await asyncio.gather(*(told(client, index % 8) for index in range(48))))
+            assert all(await asyncio.gather(*(generate(client, index % 8) for index in range(48))))
 
     asyncio.run(main())
 
@@ -360,21 +360,21 @@ def test_generations_go_on_when_one_of_two_servers_is_killed(tellers: Tellers) -
                     )
                 )
     clients = [talker.client(tellers.urls) for talker in talkers]
-    held = []
-    for (asked, options), wanted in zip(asks, expected, strict=True):
+    owned = []
+    for (asked, options), reference in zip(asks, expected, strict=True):
         for talker, client in zip(talkers, clients, strict=True):
             for _ in tellers.urls:
                 sequence = talker.sequence(client, MODEL)
                 generation = sequence.generate(asked, 300, **options)
-                held.append((talker, sequence, generation, talker.pieces(generation), wanted))
-    dying = [one for one in held if one[1].server == tellers.urls[0]]
-    assert len(dying) == len(held) // 2
+                owned.append((talker, sequence, generation, talker.pieces(generation), reference))
+    dying = [one for one in owned if one[1].server == tellers.urls[0]]
+    assert len(dying) == len(owned) // 2
     for _, _, _, pieces, _ in dying[
         :SLOTS
     ]:  # as many as have slots there run; the others wait for one
         next(pieces)
     killed(tellers.servers[0])
-    for talker, sequence, generation, pieces, (tokens, text, after) in held:
+    for talker, sequence, generation, pieces, (tokens, text, after) in owned:
         for _ in pieces:
             pass
         assert (generation.tokens, generation.text) == (tokens, text)

@@ -48,15 +48,15 @@ def test_eight_clients_at_a_time_hear_what_generate_says(exported_server: Triton
             InferenceServerClient(exported_server.grpc_url) as client,
             Sequence(client, MODEL) as sequence,
         ):
-            said = [sequence.tokens(prompt)]
-            while len(said) < TOKENS:
-                said.append(sequence.tokens(said[-1:]))
-            return said
+            generated = [sequence.tokens(prompt)]
+            while len(generated) < TOKENS:
+                generated.append(sequence.tokens(generated[-1:]))
+            return generated
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        said = list(pool.map(stream, PROMPTS))
+        generated = list(pool.map(stream, PROMPTS))
     model = decoder(MODEL)
-    assert said == [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
+    assert generated == [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
     with InferenceServerClient(exported_server.grpc_url) as client:
         assert max(batch_counts(client, MODEL)) > 1, "they did share steps"
 

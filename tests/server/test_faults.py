@@ -126,7 +126,7 @@ def test_a_reload_replaces_a_model_beside_its_live_sequences_and_the_server_surv
 def test_a_killed_stub_leaves_its_model_ready_and_dead_until_it_is_unloaded_and_loaded(
     controlled: TritonServer, client: InferenceServerClient
 ) -> None:
-    """Only a real inference tells; readiness does not."""
+    """Only a real inference shows it; readiness does not."""
     process = stub(controlled, "doomed")
     assert add(client, "spare", 6, 1.0, start=True) == (1.0, 1)
     with Stream(controlled.grpc_url) as stream:
@@ -186,7 +186,7 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(
 def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open_stream(
     alone: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """So whoever runs it must kill it after a while, as Kubernetes does."""
+    """So it must be killed after a while, as Kubernetes does."""
     arguments = ["--exit-timeout-secs=2"]
     with TritonServer(
         alone,
@@ -205,7 +205,7 @@ def test_a_server_told_to_end_gives_up_on_live_sequences_and_may_hang_on_an_open
             stream.send("doomed", 1, 1.0)
             assert stream.receive() == (2.0, 2)
             eventually(lambda: "Exit timeout expired" in log(server), "the exit timeout", 20.0)
-            with pytest.raises(queue.Empty):  # the stream is told nothing
+            with pytest.raises(queue.Empty):  # the stream gets no error
                 stream.receive(timeout=0.5)
             with InferenceServerClient(server.grpc_url) as late:
                 eventually(

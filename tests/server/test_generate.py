@@ -103,7 +103,7 @@ def test_a_seed_says_the_same_alone_and_in_company(served: Served) -> None:
             ).tokens
 
     alone = [one(seed) for seed in range(3)]
-    assert len({tuple(said) for said in alone}) == 3
+    assert len({tuple(generated) for generated in alone}) == 3
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(one, range(6))) == alone * 2
 
@@ -146,7 +146,7 @@ def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "says"),
+    ("parameters", "message"),
     [
         (
             {"max_tokens": 0},
@@ -158,10 +158,10 @@ def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
     ],
 )
 def test_a_generation_that_cannot_be_is_refused(
-    served: Served, parameters: dict[str, Any], says: str
+    served: Served, parameters: dict[str, Any], message: str
 ) -> None:
     with Stream(served) as stream:
-        assert says in stream.ask("bad", [1, 2], end=True, **parameters).error
+        assert message in stream.ask("bad", [1, 2], end=True, **parameters).error
         both = stream.send(
             [ids_input([1]), bytes_input("text", ["x"])],
             OUTPUTS,
@@ -211,7 +211,7 @@ def test_http_infer_is_refused_by_triton(served: Served) -> None:
 
 
 def test_steps_that_are_sent_ahead_of_their_answers_take_effect_in_order(served: Served) -> None:
-    """Answers may overtake each other: the request id says which is which."""
+    """Answers may overtake each other: the request id identifies them."""
     ids = prompt(11, 60)
     answers: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     with InferenceServerClient(served.server.grpc_url) as client:
@@ -230,9 +230,9 @@ def test_steps_that_are_sent_ahead_of_their_answers_take_effect_in_order(served:
                 request_id=str(at),
                 outputs=[InferRequestedOutput("next_token")],
             )
-        said = dict(answers.get(timeout=60) for _ in ids)
+        generated = dict(answers.get(timeout=60) for _ in ids)
         client.stop_stream()
-    assert [said[str(at)] for at in range(len(ids))] == [
+    assert [generated[str(at)] for at in range(len(ids))] == [
         greedy(served.llama, ids[: at + 1], 1)[0] for at in range(len(ids))
     ]
 

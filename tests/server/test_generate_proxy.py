@@ -133,8 +133,8 @@ def test_an_http_request_that_is_not_utf8_is_refused_and_nothing_waits_for_it(
             urllib.request.urlopen(urllib.request.Request(served.generate_url, body), timeout=20)
         with refused.value as page:
             assert page.code == 400
-            says = b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: "
-            assert says + b"the request cannot be read: 'utf-8'" in page.read()
+            message = b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: "
+            assert message + b"the request cannot be read: 'utf-8'" in page.read()
     assert served.events(text="x", max_tokens=2, ignore_eos=True)[-1]["finish_reason"] == "length"
 
 

@@ -1,6 +1,6 @@
 """Sequences that come, go, vanish and overlap on a real tritonserver, and what becomes of them.
 
-`patient` lets requests wait a quarter of a second for others to share their step, `crowd` takes
+`patient` lets requests wait a quarter of a second for others to share their step, `full` takes
 four sequences at a time (as many as it has slots) and forgets them after a second, `twins` has two
 instances. All are accumulators: a step that ran twice, not at all or in another slot shows in its
 sum.
@@ -43,7 +43,7 @@ def _patient(config: pb.ModelConfig) -> None:
     config.sequence_batching.oldest.max_queue_delay_microseconds = int(DELAY * 1e6)
 
 
-def _crowd(config: pb.ModelConfig) -> None:
+def _full(config: pb.ModelConfig) -> None:
     idle_after(config, IDLE)
     config.sequence_batching.oldest.max_candidate_sequences = SLOTS
 
@@ -54,7 +54,7 @@ def _twins(config: pb.ModelConfig) -> None:
 
 @pytest.fixture(scope="module")
 def accumulating(repository: Repository, pool: ServerPool) -> Iterator[TritonServer]:
-    changes = {"patient": _patient, "crowd": _crowd, "twins": _twins}
+    changes = {"patient": _patient, "full": _full, "twins": _twins}
     source = repository.path / "accumulator"
     models = [Deployment(source, name, change) for name, change in changes.items()]
     with pool.serve(*models) as running:
@@ -198,7 +198,7 @@ def test_steps_cancelled_behind_one_another_end_the_sequence_in_triton_and_its_o
 def test_a_cancelled_step_takes_those_behind_it_along_which_hear_nothing_but_that(
     accumulating: TritonServer, stream: Stream, client: InferenceServerClient
 ) -> None:
-    """Whoever sent them: a stream hears a response without outputs and without an error."""
+    """Its stream gets a response without outputs and without an error."""
     stream.send("patient", 77, 1.0, start=True, sequence_key="k")
     with Stream(accumulating.grpc_url) as dropped, Stream(accumulating.grpc_url) as other:
         time.sleep(DELAY / 10)
@@ -219,7 +219,7 @@ def test_a_start_cancelled_while_it_waits_holds_no_slot(client: InferenceServerC
     time.sleep(DELAY)
     assert "INPLACE-UNKNOWN_SEQUENCE" in str(
         add(client, "patient", 8, 1.0)
-    )  # Triton believes in it, the backend never heard of it
+    )  # Triton knows it, the backend does not
     assert free(client, "patient", range(60, 70)) == SLOTS
     assert add(client, "patient", 8, 1.0, start=True, end=True) == (1.0, 1)
 
@@ -250,21 +250,21 @@ def test_a_start_beyond_triton_s_places_waits_in_silence_until_one_is_free(
     client: InferenceServerClient,
 ) -> None:
     for number in range(1, 5):
-        assert add(client, "crowd", number, 1.0, start=True) == (1.0, 1)
+        assert add(client, "full", number, 1.0, start=True) == (1.0, 1)
     waiting: list[Answer] = []
-    late = threading.Thread(target=lambda: waiting.append(add(client, "crowd", 5, 1.0, start=True)))
+    late = threading.Thread(target=lambda: waiting.append(add(client, "full", 5, 1.0, start=True)))
     late.start()
-    for _ in range(4):  # nobody is idle, and nobody tells the fifth that all slots are taken
+    for _ in range(4):  # none is idle, and the fifth gets no answer
         time.sleep(0.1)
-        assert [isinstance(add(client, "crowd", number, 1.0), tuple) for number in range(1, 5)] == [
+        assert [isinstance(add(client, "full", number, 1.0), tuple) for number in range(1, 5)] == [
             True
         ] * 4
     assert waiting == []
-    add(client, "crowd", 2, 1.0, end=True)
+    add(client, "full", 2, 1.0, end=True)
     late.join(10)
     assert waiting == [(1.0, 1)]
     for number in (1, 3, 4, 5):
-        add(client, "crowd", number, 1.0, end=True)
+        add(client, "full", number, 1.0, end=True)
 
 
 def test_refused_starts_do_not_fill_triton_s_places(client: InferenceServerClient) -> None:
@@ -320,10 +320,10 @@ import sys, time
 from support.faults import Stream
 stream = Stream(sys.argv[1])
 for number in range(1, 5):
-    stream.send("crowd", number, 1.0, start=True)
+    stream.send("full", number, 1.0, start=True)
 print([stream.receive() for _ in range(4)], flush=True)
 while True:
-    stream.send("crowd", 1, 1.0)
+    stream.send("full", 1, 1.0)
 """
 
 
@@ -343,13 +343,13 @@ def test_a_killed_client_keeps_its_slots_until_they_are_idle(
         time.sleep(0.2)
         kill(vanishing.pid, signal.SIGKILL)
     killed = time.monotonic()
-    found = add(client, "crowd", 9, 1.0, start=True)  # waits in Triton until it forgets one
-    while found != (1.0, 1):
-        assert "INPLACE-NO_FREE_SLOT retryable=1" in str(found)
+    result = add(client, "full", 9, 1.0, start=True)  # waits in Triton until it forgets one
+    while result != (1.0, 1):
+        assert "INPLACE-NO_FREE_SLOT retryable=1" in str(result)
         time.sleep(0.05)
-        found = add(client, "crowd", 9, 1.0, start=True)
+        result = add(client, "full", 9, 1.0, start=True)
     assert time.monotonic() - killed < 10.0
-    add(client, "crowd", 9, 0.0, end=True)
+    add(client, "full", 9, 0.0, end=True)
     time.sleep(1.5 * IDLE)
-    assert FORGOTTEN in str(add(client, "crowd", 1, 1.0))
-    assert free(client, "crowd", range(20, 30), slots=3) == 4
+    assert FORGOTTEN in str(add(client, "full", 1, 1.0))
+    assert free(client, "full", range(20, 30), slots=3) == 4

@@ -128,21 +128,23 @@ def test_a_tritonserver_on_path_is_run_with_its_own_backends(
 def test_a_server_whose_python_is_another_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = installation().stub
+    result = installation().stub
     other = next(
-        path / found.name for path in sorted(found.parent.parent.iterdir()) if path != found.parent
+        path / result.name
+        for path in sorted(result.parent.parent.iterdir())
+        if path != result.parent
     )
     root = own_server(tmp_path / "tritonserver", other)
     monkeypatch.setenv("PATH", f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(
         ServerError,
         match=(
-            rf"runs Python {other.parent.name}, this is Python {found.parent.name}: install "
+            rf"runs Python {other.parent.name}, this is Python {result.parent.name}: install "
             r"this package"
         ),
     ):
         installation()
-    (root / "backends" / "python" / found.name).unlink()
+    (root / "backends" / "python" / result.name).unlink()
     with pytest.raises(
         ServerError,
         match=(
@@ -184,7 +186,7 @@ def _alone(repository: Repository, tmp_path: Path, name: str = "llama") -> Path:
 
 
 def _refusal(tmp_path: Path) -> str:
-    """What the server says when it cannot load the model."""
+    """The server's error when it cannot load the model."""
     server = TritonServer(
         tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", start_timeout=60
     )

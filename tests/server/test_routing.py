@@ -106,14 +106,14 @@ def test_without_the_header_a_sequence_is_not_found_again(routed: Routed) -> Non
     tensor.set_data_from_numpy(ONE["value"][None])
     with InferenceServerClient(routed.envoy.grpc_url) as client:
         client.infer("unary", [tensor], sequence_id=999, sequence_start=True)
-        found: list[bool] = []
+        result: list[bool] = []
         for _ in range(64):
             try:
                 client.infer("unary", [tensor], sequence_id=999)
-                found.append(True)
+                result.append(True)
             except InferenceServerException as error:
-                found.append("must specify the START flag" not in str(error))
-    assert set(found) == {True, False}
+                result.append("must specify the START flag" not in str(error))
+    assert set(result) == {True, False}
     for server in routed.servers:
         with InferenceServerClient(server.grpc_url) as client:
             client.infer("unary", [tensor], sequence_id=999, sequence_start=True, sequence_end=True)
@@ -193,7 +193,7 @@ class Closed(TritonServer):
 def test_the_images_entrypoint_closes_what_no_client_needs(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Without the key that it drew nobody registers shared memory, behind Envoy or not."""
+    """Without the key that it drew no client registers shared memory, behind Envoy or not."""
     repository: Path = tmp_path_factory.mktemp("closed")
     write_engine(accumulator(), repository / "unary", BuildOptions(slots=4, max_rows=4, capacity=1))
     server = Closed(repository, Ports(0, 0, 0), log=tmp_path / "log")

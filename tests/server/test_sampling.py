@@ -1,4 +1,4 @@
-"""Sampling on a real tritonserver: a sequence is the one of its seed, whoever shares its steps."""
+"""Sampling on a real tritonserver: a sequence depends on its seed, not on its neighbours."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +23,15 @@ def sampled(
     """The prompt in parts, then each token; gRPC parameters have no floats, so texts carry them."""
     for part in parts[:-1]:
         sequence.tokens(part)
-    said: list[int] = []
+    generated: list[int] = []
     ids = parts[-1]
-    while len(said) < TOKENS:
+    while len(generated) < TOKENS:
         answer = sequence.step(
             {"input_ids": np.array(ids)}, parameters=parameters, outputs=("next_token",)
         )
         ids = [int(answer["next_token"][0])]
-        said += ids
-    return said
+        generated += ids
+    return generated
 
 
 def test_a_seed_says_the_same_alone_in_company_and_in_parts(
@@ -49,7 +49,7 @@ def test_a_seed_says_the_same_alone_in_company_and_in_parts(
         company = list(pool.map(stream, (1, 2, 3, 1, 2, 2**63 - 1), range(1, 7)))
     assert [company[index] for index in (0, 3)] == [alone[0]] * 2
     assert [company[index] for index in (1, 4)] == [alone[1]] * 2
-    assert len({tuple(said) for said in company}) == 4
+    assert len({tuple(generated) for generated in company}) == 4
     assert greedy(repository.llama, ids, TOKENS) not in company
 
 
@@ -62,7 +62,7 @@ def test_temperature_zero_is_greedy(client: InferenceServerClient, repository: R
 
 
 @pytest.mark.parametrize(
-    ("parameters", "says"),
+    ("parameters", "expected_output"),
     [
         (
             {"temperature": "hot"},
@@ -81,12 +81,12 @@ def test_temperature_zero_is_greedy(client: InferenceServerClient, repository: R
     ],
 )
 def test_a_bad_parameter_is_named(
-    client: InferenceServerClient, parameters: dict[str, str | int | bool], says: str
+    client: InferenceServerClient, parameters: dict[str, str | int | bool], expected_output: str
 ) -> None:
     with Sequence(client, "llama") as sequence:
         sequence.tokens([1, 2])
         with pytest.raises(InferenceServerException) as refused:
             sequence.step({"input_ids": np.array([3])}, parameters=parameters)
         assert refused.value.message().startswith("INPLACE-BAD_PARAMETER retryable=0 ")
-        assert says in refused.value.message()
+        assert expected_output in refused.value.message()
         sequence.tokens([3])

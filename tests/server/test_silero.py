@@ -62,9 +62,9 @@ def test_64_interleaved_streams_say_what_the_package_says_over_whole_files(
         ]
 
     with ThreadPoolExecutor(STREAMS) as pool:
-        said = list(pool.map(stream, names))
-    for name, found in zip(names, said, strict=True):
-        assert_allclose(found, package_says(name), rtol=0, atol=LIMIT, err_msg=name)
+        generated = list(pool.map(stream, names))
+    for name, result in zip(names, generated, strict=True):
+        assert_allclose(result, package_says(name), rtol=0, atol=LIMIT, err_msg=name)
     assert max(batch_counts(speech_client, MODEL)) > 1  # they did share steps
 
 
@@ -94,8 +94,8 @@ def test_a_chunk_of_another_length_is_refused_and_the_stream_goes_on(
     name = next(iter(recordings()))
     first, second, third, *_ = chunks(recordings()[name])
     sequence = Sequence(speech_client, MODEL)
-    found = [probability(sequence, first), probability(sequence, second)]
+    result = [probability(sequence, first), probability(sequence, second)]
     with pytest.raises(InferenceServerException, match="unexpected shape for input 'audio'"):
         probability(sequence, np.concatenate([third, third]))
-    found.append(probability(sequence, third, end=True))
-    assert_allclose(found, package_says(name)[:3], rtol=0, atol=LIMIT)
+    result.append(probability(sequence, third, end=True))
+    assert_allclose(result, package_says(name)[:3], rtol=0, atol=LIMIT)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on a real tritonserver says what transformers says, greedily, in float32.
+"""SmolLM2-135M-Instruct on a real tritonserver generates what transformers does, in float32.
 
 `tests/long/test_smollm2.py` continues the prompts for longer.
 """

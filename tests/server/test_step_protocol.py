@@ -76,8 +76,8 @@ def test_thirty_two_sequences_never_mix(server: TritonServer, repository: Reposi
                     own, "llama", id=7000 + seed, key="ours"
                 )  # the same id again: a restart where it was dropped
                 cut = rng.choice([12, 12, rng.randint(1, 11)])
-                said = retried(sequence, prompt(seed, 5 + seed % 7))
-                got = [said]
+                generated = retried(sequence, prompt(seed, 5 + seed % 7))
+                got = [generated]
                 while len(got) < cut:
                     time.sleep(rng.random() * 0.01)
                     got.append(sequence.tokens(got[-1:]))
@@ -118,11 +118,11 @@ def test_integer_and_text_ids_are_different_sequences(
 ) -> None:
     expected = {seed: greedy(repository.llama, prompt(seed, 5), 6) for seed in (1, 2)}
     with Sequence(client, "llama", id=99) as number, Sequence(client, "llama", id="99") as text:
-        said = {1: [number.tokens(prompt(1, 5))], 2: [text.tokens(prompt(2, 5))]}
+        generated = {1: [number.tokens(prompt(1, 5))], 2: [text.tokens(prompt(2, 5))]}
         for _ in range(5):
-            said[1].append(number.tokens(said[1][-1:]))
-            said[2].append(text.tokens(said[2][-1:]))
-    assert said == expected
+            generated[1].append(number.tokens(generated[1][-1:]))
+            generated[2].append(text.tokens(generated[2][-1:]))
+    assert generated == expected
 
 
 def test_exactly_the_capacity_fits(client: InferenceServerClient, repository: Repository) -> None:
@@ -145,8 +145,8 @@ def test_the_slot_is_free_after_end(client: InferenceServerClient) -> None:
 
 
 def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServerClient) -> None:
-    held = [Sequence(client, "brief", id=1 + n) for n in range(BRIEF_SLOTS)]
-    for sequence in held:
+    owned = [Sequence(client, "brief", id=1 + n) for n in range(BRIEF_SLOTS)]
+    for sequence in owned:
         sequence.tokens([1, 2, 3])
     late = Sequence(client, "brief", id=3)
     seconds = []
@@ -159,25 +159,25 @@ def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServer
         seconds.append(time.monotonic() - begin)
         assert refused.value.status() == "StatusCode.UNAVAILABLE"
     assert min(seconds) < 0.1
-    held[0].close()
+    owned[0].close()
     late.tokens([1])
     late.close()
-    held[1].close()
+    owned[1].close()
 
 
 def test_an_idle_slot_is_reclaimed(client: InferenceServerClient, server: TritonServer) -> None:
-    held = [Sequence(client, "brief", id=11 + n) for n in range(BRIEF_SLOTS)]
-    for sequence in held:
+    owned = [Sequence(client, "brief", id=11 + n) for n in range(BRIEF_SLOTS)]
+    for sequence in owned:
         sequence.tokens([1, 2, 3])
     time.sleep(0.55 * BRIEF_IDLE)
-    held[0].tokens([4])  # its clock starts again
+    owned[0].tokens([4])  # its clock starts again
     time.sleep(0.55 * BRIEF_IDLE)
     with Sequence(client, "brief", id=13) as late:
         late.tokens([1])
-        held[0].tokens([5])
+        owned[0].tokens([5])
     with pytest.raises(InferenceServerException):  # Triton and the backend have both forgotten it
-        held[1].tokens([4])
-    held[0].close()
+        owned[1].tokens([4])
+    owned[0].close()
     line = re.compile(r"sequence ended: sequence=12 slot=\d length=3 reason=idle")
     eventually(
         lambda: (

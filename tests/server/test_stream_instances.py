@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 from support.engines import Engines
 from support.faults import stubs
-from support.generating import ENDLESS, Said, Talk, long_stream
+from support.generating import ENDLESS, GrpcStream, Output, long_stream
 from support.models import greedy
 from support.observed import Found, Observed
 from support.pool import Deployment, ServerPool
@@ -41,19 +41,19 @@ class Twins:
     observed: Observed
     llama: LlamaForCausalLM
 
-    def talk(self) -> Talk:
-        return Talk(self.observed.server.grpc_url, MODEL)
+    def talk(self) -> GrpcStream:
+        return GrpcStream(self.observed.server.grpc_url, MODEL)
 
-    def says(self, history: list[int], max_tokens: int) -> Said:
-        return Said(greedy(self.llama, history, max_tokens), "length")
+    def expected(self, history: list[int], max_tokens: int) -> Output:
+        return Output(greedy(self.llama, history, max_tokens), "length")
 
     def now(self, instance: int) -> Found:
         return self.observed.numbers(MODEL, f"_0_{instance}")
 
     def settles(self, instance: int, expected: Found) -> Found:
-        found = self.observed.settled(MODEL, expected, f"_0_{instance}")
-        assert {key: found[key] for key in expected} == expected
-        return found
+        result = self.observed.settled(MODEL, expected, f"_0_{instance}")
+        assert {key: result[key] for key in expected} == expected
+        return result
 
     def logged(self, event: str, name: str, least: int) -> list[tuple[int, str]]:
         """The instance and the sequence of each such event, in order.
@@ -96,14 +96,14 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
     rounds = 4
     before = [twins.now(instance) for instance in BOTH]
 
-    def one(seed: int) -> list[tuple[list[int], Said]]:
+    def one(seed: int) -> list[tuple[list[int], Output]]:
         """Four generations on one sequence, over a stream each: histories and results."""
-        history, heard = prompt(seed, 3 + 4 * seed), []
+        history, collected = prompt(seed, 3 + 4 * seed), []
         for number in range(rounds):
             parameters = {"position": len(history) - 2} if number else {}
             with twins.talk() as talk:
                 ids = history[-2:] if number else history
-                said = talk.ask(
+                generated = talk.request(
                     f"many{seed}",
                     ids,
                     12 + seed,
@@ -111,15 +111,15 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
                     end=number == rounds - 1,
                     **parameters,
                 )
-            heard.append((history, said))
-            history = [*history, *said.tokens, 5, seed]
-        return heard
+            collected.append((history, generated))
+            history = [*history, *generated.tokens, 5, seed]
+        return collected
 
     with ThreadPoolExecutor(MANY) as pool:
         answers = list(pool.map(one, range(MANY)))
     for seed, answer in enumerate(answers):
-        for history, said in answer:
-            assert said == twins.says(history, 12 + seed)
+        for history, generated in answer:
+            assert generated == twins.expected(history, 12 + seed)
 
     home = twins.home("many", MANY)
     assert set(home.values()) == set(BOTH)
@@ -127,7 +127,7 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
     assert finished == {(instance, sequence): rounds for sequence, instance in home.items()}
     for instance, was in zip(BOTH, before, strict=True):
         own = [sequence for sequence, where in home.items() if where == instance]
-        found = twins.settles(
+        result = twins.settles(
             instance,
             {
                 STARTED: was[STARTED] + len(own),
@@ -143,7 +143,7 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
             },
         )
         assert (
-            found["inplace_step_rows_sum", ""] > found["inplace_step_rows_count", ""]
+            result["inplace_step_rows_sum", ""] > result["inplace_step_rows_count", ""]
         )  # in company
 
 
@@ -154,7 +154,7 @@ def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins
         talks = {f"endless{seed}": stack.enter_context(twins.talk()) for seed in range(MANY)}
         for seed, (name, talk) in enumerate(talks.items()):
             talk.send(name, prompt(seed, 5), ENDLESS, start=True)
-        said = {name: talk.hear(1).tokens for name, talk in talks.items()}
+        generated = {name: talk.collect(1).tokens for name, talk in talks.items()}
         home = twins.home("endless", MANY)
         sizes = Counter(home.values())
         assert set(sizes) == set(BOTH)
@@ -174,8 +174,8 @@ def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins
         twins.settles(1, {LIVE: sizes[1], FREE: SLOTS - sizes[1], cancelled: before[1][cancelled]})
         for seed, (name, talk) in enumerate(talks.items()):
             if home[name] == 1:  # these never notice
-                said[name] += talk.hear(50).tokens
-                assert said[name][:50] == twins.says(prompt(seed, 5), 50).tokens
-                assert talk.hear(1).reason == ""
+                generated[name] += talk.collect(50).tokens
+                assert generated[name][:50] == twins.expected(prompt(seed, 5), 50).tokens
+                assert talk.collect(1).reason == ""
     twins.settles(0, {LIVE: 0, FREE: SLOTS, cancelled: before[0][cancelled] + sizes[0]})
     twins.settles(1, {LIVE: 0, FREE: SLOTS, cancelled: before[1][cancelled] + sizes[1]})

@@ -27,8 +27,8 @@ from support.generating import (
     ENDLESS,
     PROMPT,
     SOON,
-    Said,
-    Talk,
+    GrpcStream,
+    Output,
     long_stream,
     seconds_until,
 )
@@ -53,33 +53,33 @@ class Tellers:
     repository: Path
     expected: list[int]
 
-    def talk(self, model: str = "teller") -> Talk:
-        return Talk(self.server.grpc_url, model)
+    def talk(self, model: str = "teller") -> GrpcStream:
+        return GrpcStream(self.server.grpc_url, model)
 
     def slot_free(self, model: str = "teller") -> float:
         """Seconds until a step of a new sequence is served."""
         with self.talk(model) as talk:
 
             def served() -> bool:
-                said = talk.ask("probe", [1], start=True, end=True)
-                assert not said.error or "INPLACE-NO_FREE_SLOT retryable=1" in said.error
-                return not said.error
+                generated = talk.request("probe", [1], start=True, end=True)
+                assert not generated.error or "INPLACE-NO_FREE_SLOT retryable=1" in generated.error
+                return not generated.error
 
             return seconds_until(served)
 
-    def beginning(self, talk: Talk) -> list[int]:
+    def beginning(self, talk: GrpcStream) -> list[int]:
         """The first tokens of a generation of `PROMPT`, as many as come in one response."""
-        tokens = talk.hear(1).tokens
+        tokens = talk.collect(1).tokens
         assert tokens
         assert tokens == self.expected[: len(tokens)]
         return tokens
 
     def all_free(self, model: str = "teller") -> bool:
         with self.talk(model) as talk:
-            found = [talk.ask(f"free-{n}", [1], start=True) for n in range(SLOTS)]
+            result = [talk.request(f"free-{n}", [1], start=True) for n in range(SLOTS)]
             for n in range(SLOTS):
-                talk.ask(f"free-{n}", [], end=True)
-        return not any(said.error for said in found)
+                talk.request(f"free-{n}", [], end=True)
+        return not any(generated.error for generated in result)
 
 
 def _hasten(config: pb.ModelConfig) -> None:
@@ -104,11 +104,11 @@ def tellers(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 VANISHING = """
 import sys
-from support.generating import Talk
-talk = Talk(sys.argv[1], "teller")
+from support.generating import GrpcStream
+talk = GrpcStream(sys.argv[1], "teller")
 talk.send("vanishing", [5, 6, 7], int(sys.argv[2]), start=True)
-print(len(talk.hear(5).tokens), flush=True)
-talk.hear()
+print(len(talk.collect(5).tokens), flush=True)
+talk.collect()
 """
 
 
@@ -118,7 +118,7 @@ def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_noti
 ) -> None:
     with tellers.talk() as witness:
         witness.send("witness", PROMPT, 300, start=True)
-        heard = tellers.beginning(witness)
+        collected = tellers.beginning(witness)
         if how == "killed":
             tests = Path(__file__).parents[1]
             arguments = [sys.executable, "-c", VANISHING, tellers.server.grpc_url, str(ENDLESS)]
@@ -132,13 +132,13 @@ def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_noti
         else:
             with tellers.talk() as vanishing:
                 vanishing.send("vanishing", [5, 6, 7], ENDLESS, start=True)
-                assert len(vanishing.hear(5).tokens) >= 5
+                assert len(vanishing.collect(5).tokens) >= 5
         assert tellers.slot_free() < SOON
         with tellers.talk() as other:
-            assert "INPLACE-UNKNOWN_SEQUENCE" in other.ask("vanishing", [1]).error
-        rest = witness.hear()
-        assert (rest.reason, heard + rest.tokens) == ("length", tellers.expected)
-        witness.ask("witness", [], end=True)
+            assert "INPLACE-UNKNOWN_SEQUENCE" in other.request("vanishing", [1]).error
+        rest = witness.collect()
+        assert (rest.reason, collected + rest.tokens) == ("length", tellers.expected)
+        witness.request("witness", [], end=True)
     assert seconds_until(tellers.all_free) < SOON
 
 
@@ -146,7 +146,7 @@ def test_a_stream_that_only_stops_asking_hears_its_generation_out(tellers: Telle
     with tellers.talk() as talk:
         talk.send("polite", PROMPT, 50, start=True, end=True)
         talk.client.stop_stream()  # no more requests; returns when all are answered
-        assert talk.hear() == Said(tellers.expected[:50], "length")
+        assert talk.collect() == Output(tellers.expected[:50], "length")
 
 
 def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers) -> None:
@@ -188,13 +188,13 @@ def test_a_client_that_goes_away_while_it_waits_for_the_proxy_never_gets_a_slot(
     assert seconds_until(tellers.all_free) < SOON
     with tellers.talk("teller_generate") as last:
         last.send(no_sequence, PROMPT, 20)
-        assert last.hear() == Said(tellers.expected[:20], "length")
+        assert last.collect() == Output(tellers.expected[:20], "length")
     assert seconds_until(tellers.all_free) < SOON
 
 
-def other_step(tellers: Tellers) -> Said:
+def other_step(tellers: Tellers) -> Output:
     with tellers.talk() as talk:
-        return talk.ask("another", [1], start=True, end=True)
+        return talk.request("another", [1], start=True, end=True)
 
 
 def test_a_generation_that_is_dropped_while_it_waits_never_runs(tellers: Tellers) -> None:
@@ -211,9 +211,9 @@ def test_a_generation_that_is_dropped_while_it_waits_never_runs(tellers: Tellers
         with pytest.raises(queue.Empty):
             patient.receive(timeout=0.5)
         second.drop()
-        said = patient.hear()
-        assert (said.reason, said.tokens) == ("length", tellers.expected[:20])
-        assert first.hear(1).reason == ""
+        generated = patient.collect()
+        assert (generated.reason, generated.tokens) == ("length", tellers.expected[:20])
+        assert first.collect(1).reason == ""
     assert tellers.slot_free() < SOON
     assert seconds_until(tellers.all_free) < SOON
 
@@ -223,38 +223,40 @@ def test_an_end_or_start_takes_a_running_generation_s_sequence_if_it_has_the_key
 ) -> None:
     with tellers.talk() as owner, tellers.talk() as stranger:
         owner.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
-        before = owner.hear(5).tokens
+        before = owner.collect(5).tokens
         with tellers.talk() as other:  # on one stream, so that the START comes first
             other.send("taken", [1], start=True)
             other.send("taken", [], end=True, sequence_key="mine")
-            ended, refused = sorted((other.hear(), other.hear()), key=lambda said: said.error)
-            assert ended == Said([], "step")
+            ended, refused = sorted(
+                (other.collect(), other.collect()), key=lambda generated: generated.error
+            )
+            assert ended == Output([], "step")
             assert "INPLACE-SEQUENCE_KEY retryable=1" in refused.error
-        rest = owner.hear()
+        rest = owner.collect()
         assert rest.reason == "ended"
-        found = (before + rest.tokens)[:300]
-        assert found == tellers.expected[: len(found)]
+        result = (before + rest.tokens)[:300]
+        assert result == tellers.expected[: len(result)]
         owner.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
-        owner.hear(3)
-        assert stranger.ask("taken", PROMPT, 10, start=True, end=True, sequence_key="mine") == Said(
-            tellers.expected[:10], "length"
-        )
-        assert owner.hear().reason == "ended"
+        owner.collect(3)
+        assert stranger.request(
+            "taken", PROMPT, 10, start=True, end=True, sequence_key="mine"
+        ) == Output(tellers.expected[:10], "length")
+        assert owner.collect().reason == "ended"
     assert seconds_until(tellers.all_free) < SOON
 
 
 def test_an_open_stream_does_not_keep_an_idle_sequence(tellers: Tellers) -> None:
     with tellers.talk("brief") as talk:
-        assert talk.ask("idle", PROMPT, 5, start=True) == Said(tellers.expected[:5], "length")
-        assert talk.ask("held", PROMPT, start=True).tokens == tellers.expected[:1]
+        assert talk.request("idle", PROMPT, 5, start=True) == Output(tellers.expected[:5], "length")
+        assert talk.request("held", PROMPT, start=True).tokens == tellers.expected[:1]
         time.sleep(IDLE + 0.5)
         assert seconds_until(lambda: tellers.all_free("brief")) < SOON
         for name in ("idle", "held"):
             assert (
                 f"INPLACE-UNKNOWN_SEQUENCE retryable=0 sequence={name} request=-: no "
-                f"sequence '{name}' is live: it was idle" in (talk.ask(name, [1]).error)
+                f"sequence '{name}' is live: it was idle" in (talk.request(name, [1]).error)
             )
-        assert talk.ask("idle", PROMPT, 5, start=True, end=True) == Said(
+        assert talk.request("idle", PROMPT, 5, start=True, end=True) == Output(
             tellers.expected[:5], "length"
         )
 
@@ -263,32 +265,32 @@ def test_a_generation_is_not_idle_however_long_it_takes(tellers: Tellers) -> Non
     with tellers.talk("brief") as talk:
         begin = time.monotonic()
         talk.send("long", PROMPT, ENDLESS, start=True)
-        said = talk.hear(1)
+        generated = talk.collect(1)
         while time.monotonic() - begin < 2 * IDLE:
-            said.tokens += talk.hear(1).tokens
+            generated.tokens += talk.collect(1).tokens
         with tellers.talk("brief") as other:
-            assert other.ask("long", [], end=True) == Said([], "step")
-        assert talk.hear().reason == "ended"
-        assert said.tokens[:300] == tellers.expected[: len(said.tokens)]
+            assert other.request("long", [], end=True) == Output([], "step")
+        assert talk.collect().reason == "ended"
+        assert generated.tokens[:300] == tellers.expected[: len(generated.tokens)]
 
 
 def test_a_model_that_is_unloaded_finishes_its_generations_first(tellers: Tellers) -> None:
     with InferenceServerClient(tellers.server.grpc_url) as client, tellers.talk("brief") as talk:
         old = stub(tellers.server, "brief")
         talk.send("running", PROMPT, 300, start=True)
-        said = talk.hear(1)
+        generated = talk.collect(1)
         client.unload_model("brief")
         with tellers.talk("brief") as late:
-            assert "has no available versions" in late.ask("late", PROMPT, 5, start=True).error
-        rest = talk.hear()
-        assert (rest.reason, said.tokens + rest.tokens) == ("length", tellers.expected)
+            assert "has no available versions" in late.request("late", PROMPT, 5, start=True).error
+        rest = talk.collect()
+        assert (rest.reason, generated.tokens + rest.tokens) == ("length", tellers.expected)
         assert state(client, "brief") == "UNLOADING"  # as long as the stream is open
         talk.drop()
         eventually(lambda: gone(old), "the model's process ends")
         client.load_model("brief")
     with tellers.talk("brief") as talk:
-        assert FORGOTTEN in talk.ask("running", [1]).error
-        assert talk.ask("running", PROMPT, 5, start=True, end=True) == Said(
+        assert FORGOTTEN in talk.request("running", [1]).error
+        assert talk.request("running", PROMPT, 5, start=True, end=True) == Output(
             tellers.expected[:5], "length"
         )
 
@@ -300,20 +302,25 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(
     shutil.copytree(tellers.repository / "teller", one / "teller")
     with TritonServer(one, Ports(0, 0, 0), log=one.parent / "one.log") as server:
         assert server.process is not None
-        with Talk(server.grpc_url, "teller") as talk, Talk(server.grpc_url, "teller") as late:
+        with (
+            GrpcStream(server.grpc_url, "teller") as talk,
+            GrpcStream(server.grpc_url, "teller") as late,
+        ):
             talk.send("running", PROMPT, ENDLESS, start=True)
-            said = talk.hear(1)
+            generated = talk.collect(1)
             kill(server.process.pid, signal.SIGTERM)
             eventually(
-                lambda: "is stopping" in late.ask("late", PROMPT, 5, start=True, end=True).error,
+                lambda: (
+                    "is stopping" in late.request("late", PROMPT, 5, start=True, end=True).error
+                ),
                 "it refuses",
                 10.0,
             )
-            said.tokens += talk.hear(10).tokens
-            assert late.ask("running", [], end=True) == Said([], "step")
-            rest = talk.hear()
-            found = (said.tokens + rest.tokens)[:300]
-            assert (rest.reason, found) == ("ended", tellers.expected[: len(found)])
+            generated.tokens += talk.collect(10).tokens
+            assert late.request("running", [], end=True) == Output([], "step")
+            rest = talk.collect()
+            result = (generated.tokens + rest.tokens)[:300]
+            assert (rest.reason, result) == ("ended", tellers.expected[: len(result)])
             for client in (talk.client, late.client):
                 # Closed, not cancelled: after a cancel the server kept the model until it gave up.
                 client.stop_stream()
@@ -329,11 +336,11 @@ def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_gen
         shutil.copytree(tellers.repository / name, repository / name)
     with (
         TritonServer(repository, Ports(0, 0, 0), log=repository.parent / "killed.log") as server,
-        Talk(server.grpc_url, "teller") as talk,
+        GrpcStream(server.grpc_url, "teller") as talk,
     ):
         talk.send("first", PROMPT, ENDLESS, start=True)
         talk.send("second", PROMPT, ENDLESS, start=True)
-        talk.hear(20)
+        talk.collect(20)
         left = [psutil.Process(stub(server, name)) for name in ("teller", "teller_generate")]
         assert server.process is not None
         kill(server.process.pid, signal.SIGKILL)
@@ -351,19 +358,19 @@ def test_the_streams_of_a_killed_stub_hear_nothing_and_its_model_can_neither_be_
     with InferenceServerClient(tellers.server.grpc_url) as client:
         with tellers.talk("brief") as talk:
             talk.send("running", PROMPT, ENDLESS, start=True)
-            talk.hear(3)
+            talk.collect(3)
             kill(stub(tellers.server, "brief"), signal.SIGKILL)
             with pytest.raises(queue.Empty):
-                talk.hear(timeout=1.0)
+                talk.collect(timeout=1.0)
             assert client.is_server_ready()
             assert client.is_model_ready("brief")
             with tellers.talk("brief") as late:
-                assert "is not healthy" in late.ask("late", PROMPT, 5, start=True).error
+                assert "is not healthy" in late.request("late", PROMPT, 5, start=True).error
         client.unload_model("brief")
         time.sleep(1.0)
-        assert state(client, "brief") == "UNLOADING"  # it waits for a generation that nobody runs
+        assert state(client, "brief") == "UNLOADING"  # it waits for a generation that never ends
         with tellers.talk() as other:
-            assert other.ask("other", PROMPT, 5, start=True, end=True) == Said(
+            assert other.request("other", PROMPT, 5, start=True, end=True) == Output(
                 tellers.expected[:5], "length"
             )
     assert "Signal" not in (tellers.repository.parent / "log").read_text(errors="replace")
@@ -374,8 +381,8 @@ def test_a_proxy_whose_process_hangs_is_not_alive(tellers: Tellers) -> None:
     proxy = psutil.Process(stub(tellers.server, "teller_generate"))
     proxy.suspend()
     try:
-        found = failures(tellers.server.grpc_url, timeout=3.0)
+        result = failures(tellers.server.grpc_url, timeout=3.0)
     finally:
         proxy.kill()
-    assert "teller_generate" in found
-    assert "teller" not in found
+    assert "teller_generate" in result
+    assert "teller" not in result

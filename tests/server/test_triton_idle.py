@@ -16,8 +16,8 @@ from support.generating import (
     ENDLESS,
     PROMPT,
     SOON,
-    Said,
-    Talk,
+    GrpcStream,
+    Output,
     long_stream,
     seconds_until,
 )
@@ -35,18 +35,18 @@ LONG = 4 * IDLE
 
 @dataclass(frozen=True)
 class Forgetting:
-    """A server with `hasty`, and what a generation of `PROMPT` said alone."""
+    """A server with `hasty`, and what a generation of `PROMPT` is alone."""
 
     server: TritonServer
     llama: LlamaForCausalLM
     solo: list[int]
 
-    def talk(self) -> Talk:
-        return Talk(self.server.grpc_url, "hasty")
+    def talk(self) -> GrpcStream:
+        return GrpcStream(self.server.grpc_url, "hasty")
 
-    def says(self, history: list[int], max_tokens: int = 0) -> Said:
-        """What transformers says after a history, as a step or a generation says it."""
-        return Said(
+    def expected(self, history: list[int], max_tokens: int = 0) -> Output:
+        """What transformers generates after a history, as the result of a step or a generation."""
+        return Output(
             greedy(self.llama, history, max_tokens or 1), "length" if max_tokens else "step"
         )
 
@@ -59,19 +59,21 @@ def forgetting(engines: Engines, pool: ServerPool) -> Iterator[Forgetting]:
         config.sequence_batching.max_sequence_idle_microseconds = int(IDLE * 1e6)
 
     with pool.serve(Deployment(model, "hasty", hasten)) as server:
-        with Talk(server.grpc_url, "hasty") as talk:
+        with GrpcStream(server.grpc_url, "hasty") as talk:
             talk.send("solo", PROMPT, ENDLESS, start=True, end=True)
-            begin, solo = time.monotonic(), talk.hear(1).tokens
+            begin, solo = time.monotonic(), talk.collect(1).tokens
             while time.monotonic() - begin < LONG:
-                solo += talk.hear(1).tokens
+                solo += talk.collect(1).tokens
         assert solo[:300] == greedy(llama, PROMPT, 300)[: len(solo)]
         yield Forgetting(server, llama, solo)
 
 
-def forgotten(sequence: int | str) -> Said:
+def forgotten(sequence: int | str) -> Output:
     """What Triton answers of a sequence that it does not know."""
     who = f"inference request for sequence {sequence} to model 'hasty'"
-    return Said([], error=f"{who} must specify the START flag on the first request of the sequence")
+    return Output(
+        [], error=f"{who} must specify the START flag on the first request of the sequence"
+    )
 
 
 @pytest.mark.parametrize("sequence", ["long", 7])
@@ -81,38 +83,42 @@ def test_a_generation_that_outlasts_it_says_all_and_a_start_with_key_and_positio
 ) -> None:
     with forgetting.talk() as talk:
         begin = time.monotonic()
-        said = talk.ask(sequence, PROMPT, len(forgetting.solo), start=True, sequence_key="mine")
+        generated = talk.request(
+            sequence, PROMPT, len(forgetting.solo), start=True, sequence_key="mine"
+        )
         assert time.monotonic() - begin > 2 * IDLE
-        assert said == Said(forgetting.solo, "length")
-        history = PROMPT + said.tokens
+        assert generated == Output(forgetting.solo, "length")
+        history = PROMPT + generated.tokens
         for end in (False, True):
-            assert talk.ask(
+            assert talk.request(
                 sequence, [7], now, end=end, sequence_key="mine", position=len(history)
             ) == forgotten(sequence)
-        found = talk.ask(sequence, [7], now, start=True, sequence_key="mine", position=len(history))
-        more = [7, *found.tokens * bool(now), 8]
-        again = talk.ask(
+        result = talk.request(
+            sequence, [7], now, start=True, sequence_key="mine", position=len(history)
+        )
+        more = [7, *result.tokens * bool(now), 8]
+        again = talk.request(
             sequence, [8], end=True, sequence_key="mine", position=len(history) + len(more) - 1
         )  # Triton knows it again
-    assert found == forgetting.says([*history, 7], now)
-    assert again == forgetting.says(history + more)
+    assert result == forgetting.expected([*history, 7], now)
+    assert again == forgetting.expected(history + more)
 
 
 def test_a_generation_that_is_shorter_goes_on_without_until_the_clock_runs_out(
     forgetting: Forgetting,
 ) -> None:
     with forgetting.talk() as talk:
-        said = talk.ask("short", PROMPT, 5, start=True, sequence_key="mine")
-        step = talk.ask("short", [7], sequence_key="mine")
-        assert said == Said(forgetting.solo[:5], "length")
-        history = [*PROMPT, *said.tokens, 7]
-        assert step == forgetting.says(history)
+        generated = talk.request("short", PROMPT, 5, start=True, sequence_key="mine")
+        step = talk.request("short", [7], sequence_key="mine")
+        assert generated == Output(forgetting.solo[:5], "length")
+        history = [*PROMPT, *generated.tokens, 7]
+        assert step == forgetting.expected(history)
         time.sleep(1.5 * IDLE)
-        assert talk.ask("short", [8], sequence_key="mine") == forgotten("short")
-        found = talk.ask(
+        assert talk.request("short", [8], sequence_key="mine") == forgotten("short")
+        result = talk.request(
             "short", [8], start=True, end=True, sequence_key="mine", position=len(history)
         )
-        assert found == forgetting.says([*history, 8])
+        assert result == forgetting.expected([*history, 8])
 
 
 def test_while_it_runs_triton_refuses_what_has_no_start_and_a_start_that_goes_on_waits_for_it(
@@ -121,23 +127,23 @@ def test_while_it_runs_triton_refuses_what_has_no_start_and_a_start_that_goes_on
     history = PROMPT + forgetting.solo
     with forgetting.talk() as talk, forgetting.talk() as other:
         talk.send("running", PROMPT, len(forgetting.solo), start=True, sequence_key="mine")
-        said = talk.hear(1).tokens
+        generated = talk.collect(1).tokens
         time.sleep(1.5 * IDLE)
         for ids, max_tokens, end in (([7], 0, False), ([7], 5, False), ([], 0, True)):
-            assert other.ask("running", ids, max_tokens, end=end, sequence_key="mine") == forgotten(
-                "running"
-            )
+            assert other.request(
+                "running", ids, max_tokens, end=end, sequence_key="mine"
+            ) == forgotten("running")
         other.send("running", [7], start=True, sequence_key="mine", position=len(history))
         with pytest.raises(queue.Empty):
             other.receive(timeout=0.2)
-        rest = talk.hear()
-        assert (said + rest.tokens, rest.reason) == (forgetting.solo, "length")
-        step = other.hear()
-        last = other.ask(
+        rest = talk.collect()
+        assert (generated + rest.tokens, rest.reason) == (forgetting.solo, "length")
+        step = other.collect()
+        last = other.request(
             "running", [8], start=True, end=True, sequence_key="mine", position=len(history) + 1
         )
-        assert step == forgetting.says([*history, 7])
-        assert last == forgetting.says([*history, 7, 8])
+        assert step == forgetting.expected([*history, 7])
+        assert last == forgetting.expected([*history, 7, 8])
 
 
 def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generation(
@@ -145,14 +151,14 @@ def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generati
 ) -> None:
     with forgetting.talk() as talk, forgetting.talk() as other:
         talk.send("taken", PROMPT, ENDLESS, start=True, sequence_key="mine")
-        said = talk.hear(1).tokens
+        generated = talk.collect(1).tokens
         time.sleep(1.5 * IDLE)
-        assert other.ask("taken", [7], sequence_key="mine") == forgotten("taken")
-        found = other.ask("taken", [1, 2, 3], 5, start=True, sequence_key="mine")
-        assert other.ask("taken", [], end=True, sequence_key="mine") == Said([], "step")
-        assert found == forgetting.says([1, 2, 3], 5)
-        rest = talk.hear()
-        before = (said + rest.tokens)[: len(forgetting.solo)]
+        assert other.request("taken", [7], sequence_key="mine") == forgotten("taken")
+        result = other.request("taken", [1, 2, 3], 5, start=True, sequence_key="mine")
+        assert other.request("taken", [], end=True, sequence_key="mine") == Output([], "step")
+        assert result == forgetting.expected([1, 2, 3], 5)
+        rest = talk.collect()
+        before = (generated + rest.tokens)[: len(forgetting.solo)]
         assert (rest.reason, before) == ("ended", forgetting.solo[: len(before)])
 
 
@@ -162,15 +168,15 @@ def test_a_client_that_drops_a_forgotten_generation_frees_its_slot_at_once(
     with forgetting.talk() as probe:
 
         def served() -> bool:
-            said = probe.ask("probe", [1], start=True, end=True)
-            assert not said.error or "INPLACE-NO_FREE_SLOT retryable=1" in said.error
-            return not said.error
+            generated = probe.request("probe", [1], start=True, end=True)
+            assert not generated.error or "INPLACE-NO_FREE_SLOT retryable=1" in generated.error
+            return not generated.error
 
         with forgetting.talk() as talk:
             for number in range(SLOTS):
                 talk.send(f"dropped {number}", PROMPT, ENDLESS, start=True)
-            talk.hear(5)
+            talk.collect(5)
             time.sleep(1.5 * IDLE)
-            assert probe.ask("dropped 0", [7]) == forgotten("dropped 0")
+            assert probe.request("dropped 0", [7]) == forgotten("dropped 0")
             assert not served()
         assert seconds_until(served) < SOON

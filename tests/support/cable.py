@@ -10,7 +10,7 @@ import psutil
 from inplace_builder.tools.tritonserver import TritonServer
 
 CONTROL = 50
-"""Bytes that a server says at most without answering a request: HTTP/2 window updates, pings."""
+"""Bytes that a server sends at most without answering a request: HTTP/2 window updates, pings."""
 
 
 class Cable:
@@ -38,7 +38,7 @@ class Cable:
             _end(end)
 
     def lose_the_next_answer(self) -> None:
-        """Requests arrive; the first that the server says is lost with the connection."""
+        """Requests arrive; the first answer is lost with the connection."""
         self._drop = True
 
     def _accept(self) -> None:

@@ -150,10 +150,10 @@ def compare_engine(
         before = [tensor.cpu().clone() for tensor in own]
         with torch.no_grad():
             expected = eager(*theirs[caller], *arguments)
-        found = engine(*mine[caller], *_moved(arguments, device))
-        assert pytree.tree_structure(found) == pytree.tree_structure(expected), title
+        result = engine(*mine[caller], *_moved(arguments, device))
+        assert pytree.tree_structure(result) == pytree.tree_structure(expected), title
         say = f"{{}} in step {step} of {title or type(module).__name__}".format
-        for one, other in zip(tensors(found), tensors(expected), strict=True):
+        for one, other in zip(tensors(result), tensors(expected), strict=True):
             torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance, msg=say)
         buffers = [eager.get_buffer(name) for name in engine.states]
         for one, other, old in zip(own, [*tensors(theirs[caller]), *buffers], before, strict=True):
@@ -161,7 +161,7 @@ def compare_engine(
             torch.testing.assert_close(new, other, rtol=tolerance, atol=tolerance, msg=say)
             same = other == old
             assert same_bits(new[same], old[same]), say("a state was written where eager did not")
-        results.append(tensors(found))
+        results.append(tensors(result))
     assert addresses == [tensor.data_ptr() for tensor in (*tensors(mine), *engine.states.values())]
     return results
 

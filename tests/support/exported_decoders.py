@@ -96,19 +96,21 @@ def rows_say(
     instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: int
 ) -> list[list[int]]:
     """Continue all prompts, stepped together as rows of different lengths; some join late."""
-    said: list[list[int]] = [[] for _ in prompts]
+    generated: list[list[int]] = [[] for _ in prompts]
     step = 0
-    while any(len(one) < tokens for one in said):
+    while any(len(one) < tokens for one in generated):
         works = []
         for row, prompt in enumerate(prompts):
-            if step < row % 2 or len(said[row]) == tokens:
+            if step < row % 2 or len(generated[row]) == tokens:
                 continue
-            ids = said[row][-1:] or list(prompt)
+            ids = generated[row][-1:] or list(prompt)
             works.append(
                 (
                     row,
                     instance.admit(
-                        Request(row + 1, not said[row], False, {"input_ids": torch.tensor([ids])})
+                        Request(
+                            row + 1, not generated[row], False, {"input_ids": torch.tensor([ids])}
+                        )
                     ),
                 )
             )
@@ -116,10 +118,10 @@ def rows_say(
             instance.step(pending[: instance.program.max_rows])
         for row, work in works:
             assert work.error is None, work.error
-            said[row].append(int(work.outputs["next_token"]))
+            generated[row].append(int(work.outputs["next_token"]))
             instance.finish(work)
         step += 1
-    return said
+    return generated
 
 
 PROMPTS = [

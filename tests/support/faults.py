@@ -16,9 +16,9 @@ from tritonclient.utils import InferenceServerException
 
 SLOTS = 4
 FORGOTTEN = "must specify the START flag"
-"""What Triton says of a sequence that it does not know."""
+"""Triton's error for a sequence that it does not know."""
 BLANK = "(neither outputs nor an error text)"
-"""What it says over a stream of a request that it cancelled by itself."""
+"""Its answer over a stream for a request that it cancelled by itself."""
 
 Answer = tuple[float, int] | str
 """Of an accumulator: its sum and how many values it holds; or the text of the error."""
@@ -117,15 +117,15 @@ class Stream:
 def stubs(server: TritonServer, model: str) -> list[int]:
     """Process ids of the Python stubs in which this server runs a model."""
     assert server.process is not None
-    found = []
+    outcome = []
     for child in psutil.Process(server.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
             command = child.cmdline()
             if any("triton_python_backend_stub" in part for part in command[:1]) and any(
                 f"/{model}/" in part for part in command
             ):
-                found.append(child.pid)
-    return found
+                outcome.append(child.pid)
+    return outcome
 
 
 def stub(server: TritonServer, model: str) -> int:

@@ -18,7 +18,7 @@ from support.streams import prompt
 from support.vocabulary import llama_with_tokenizer
 
 CAPACITY, ENDLESS = 8000, 7900
-"""Of the models of `long_stream`, and tokens of a generation that nobody hears the end of."""
+"""Of the models of `long_stream`, and tokens of a generation that outlasts a test."""
 PROMPT = prompt(1, 20)
 SOON = 4.0
 """Seconds; without other load a slot is free within 0.2."""
@@ -28,8 +28,8 @@ OUTPUTS = {True: ("tokens", "finish_reason"), False: ("next_token",)}
 
 
 @dataclass
-class Said:
-    """What one or more responses of a generation said.
+class Output:
+    """What one or more responses of a generation brought.
 
     Attributes:
         tokens: in order.
@@ -42,11 +42,11 @@ class Said:
     error: str = ""
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return bool(self.reason or self.error)
 
 
-class Talk:
+class GrpcStream:
     """One gRPC stream on a connection of its own; a context manager that drops it."""
 
     def __init__(self, url: str, model: str) -> None:
@@ -82,35 +82,37 @@ class Talk:
             parameters=parameters or None,
         )
 
-    def receive(self, timeout: float = 60.0) -> Said:
+    def receive(self, timeout: float = 60.0) -> Output:
         """The next response. Raises queue.Empty where none comes."""
         result, error = self._answers.get(timeout=timeout)
         if result is None:
-            return Said([], error=str(error))
+            return Output([], error=str(error))
         if (step := result.as_numpy("next_token")) is not None:
-            return Said(step[0].tolist(), reason="step")
+            return Output(step[0].tolist(), reason="step")
         if (tokens := result.as_numpy("tokens")) is None:
-            return Said([], reason="step")  # of an END that brings nothing
-        return Said(tokens[0].tolist(), result.as_numpy("finish_reason")[0, 0].decode())
+            return Output([], reason="step")  # of an END that brings nothing
+        return Output(tokens[0].tolist(), result.as_numpy("finish_reason")[0, 0].decode())
 
-    def hear(self, tokens: int = 1 << 60, timeout: float = 60.0) -> Said:
+    def collect(self, tokens: int = 1 << 60, timeout: float = 60.0) -> Output:
         """One request's responses, until there are so many tokens or it is over."""
-        heard = Said([])
-        while len(heard.tokens) < tokens and not heard.over:
-            said = self.receive(timeout)
-            heard = Said(heard.tokens + said.tokens, said.reason, said.error)
-        return heard
+        collected = Output([])
+        while len(collected.tokens) < tokens and not collected.finished:
+            generated = self.receive(timeout)
+            collected = Output(
+                collected.tokens + generated.tokens, generated.reason, generated.error
+            )
+        return collected
 
-    def ask(self, *arguments: object, **parameters: object) -> Said:
-        """`send` and `hear`."""
+    def request(self, *arguments: object, **parameters: object) -> Output:
+        """`send` and `collect`."""
         self.send(*arguments, **parameters)  # type: ignore[arg-type]
-        return self.hear()
+        return self.collect()
 
     def drop(self) -> None:
         """Vanish: everything under way is cancelled."""
         self.client.stop_stream(cancel_requests=True)
 
-    def __enter__(self) -> "Talk":
+    def __enter__(self) -> "GrpcStream":
         return self
 
     def __exit__(self, *_: object) -> None:

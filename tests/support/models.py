@@ -79,10 +79,12 @@ def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
     return model
 
 
-def late_token(said: list[int]) -> int:
+def late_token(generated: list[int]) -> int:
     """A token that a generation has first after some others: as an end token it ends there."""
     return next(
-        token for place, token in enumerate(said) if place >= 4 and token not in said[:place]
+        token
+        for place, token in enumerate(generated)
+        if place >= 4 and token not in generated[:place]
     )
 
 
@@ -99,8 +101,8 @@ def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
         pad_token_id=0,
         disable_compile=True,
     )
-    found: list[int] = out[0, len(prompt) :].tolist()
-    return found
+    result: list[int] = out[0, len(prompt) :].tolist()
+    return result
 
 
 class Accumulator(torch.nn.Module):

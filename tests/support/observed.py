@@ -86,12 +86,12 @@ class Observed:
         """The numbers, once they are as expected; they are handed over once a second."""
         deadline = time.monotonic() + 10.0
         while True:
-            found = self.numbers(model, instance)
+            result = self.numbers(model, instance)
             if (
-                all(found.get(key) == value for key, value in expected.items())
+                all(result.get(key) == value for key, value in expected.items())
                 or time.monotonic() > deadline
             ):
-                return found
+                return result
             time.sleep(0.1)
 
     def log(self, model: str) -> list[str]:
@@ -108,9 +108,9 @@ class Observed:
         """
         deadline = time.monotonic() + 10.0
         while True:
-            found = [line for line in self.log(model) if re.fullmatch(pattern, line)]
-            if len(found) >= least or time.monotonic() > deadline:
-                return found
+            result = [line for line in self.log(model) if re.fullmatch(pattern, line)]
+            if len(result) >= least or time.monotonic() > deadline:
+                return result
             time.sleep(0.1)
 
     def stub(self, model: str) -> psutil.Process:

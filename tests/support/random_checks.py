@@ -58,9 +58,9 @@ def patterns(engine: Engine) -> list[str]:
 def check_supported(case: Random) -> None:
     """States that are written in parts are appended to, all others replaced."""
     engine = _build(case, strict=True)
-    found = patterns(engine)
+    result = patterns(engine)
     appended = sum(set(plan.writes) <= set(APPENDS) for plan in case.plans)
-    assert sum(pattern not in ("replace", "window") for pattern in found) == appended, found
+    assert sum(pattern not in ("replace", "window") for pattern in result) == appended, result
     _compare(case, engine)
 
 
@@ -85,8 +85,8 @@ def check_attention(case: Steps) -> None:
 
 def check_copied(case: Random) -> None:
     """A state that is written back whole is correct, and refused by ``strict``."""
-    says = r"is read, computed and written back whole: .*random_modules\.py"
-    with pytest.raises(BuildError, match=says):
+    message = r"is read, computed and written back whole: .*random_modules\.py"
+    with pytest.raises(BuildError, match=message):
         _build(case, strict=True)
     _compare(case, _build(case))
 

@@ -225,7 +225,7 @@ class Defect:
     more: Callable[[], tuple[Any, ...]] = tuple
     """Further arguments."""
     reason: str = ""
-    """What the error says."""
+    """A regular expression that matches in the error."""
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -38,7 +38,7 @@ class Served:
                 urllib.request.Request(self.generate_url, json.dumps(body).encode()), timeout=60
             ) as page:
                 lines = page.read().decode().splitlines()
-        except urllib.error.HTTPError as error:  # refused before anything was said
+        except urllib.error.HTTPError as error:  # refused before the first event
             lines = error.read().decode().splitlines()
         return [json.loads(line.removeprefix("data: ")) for line in lines if line]
 

@@ -1,4 +1,4 @@
-"""Recorded speech, and what the PyPI package silero-vad says of it."""
+"""Recorded speech, and the results of the PyPI package silero-vad for it."""
 
 import importlib.util
 import warnings
@@ -22,12 +22,12 @@ def recordings() -> dict[str, Samples]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     folder = Path(next(iter(spec.submodule_search_locations))) / "samples" / "audio"
-    found = {}
+    result = {}
     for path in sorted(folder.glob("*/*.wav")):
         samples, rate = soundfile.read(path, dtype="float32")
         assert rate == SAMPLE_RATE
-        found[f"{path.parent.name}/{path.stem}"] = samples
-    return found
+        result[f"{path.parent.name}/{path.stem}"] = samples
+    return result
 
 
 def chunks(samples: Samples) -> list[Samples]:
@@ -57,8 +57,8 @@ def package_says(recording: str, weights: str = TORCHSCRIPT) -> Tensor:
     """The package's own probabilities over a whole recording, ``[chunks]``."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        found = package_model(weights).audio_forward(
+        result = package_model(weights).audio_forward(
             torch.from_numpy(recordings()[recording])[None], SAMPLE_RATE
         )
-    assert isinstance(found, Tensor)
-    return found[0]
+    assert isinstance(result, Tensor)
+    return result[0]

@@ -15,11 +15,11 @@ def prompt(seed: int, tokens: int) -> list[int]:
 
 
 def generate(sequence: Sequence, ids: list[int], tokens: int) -> list[int]:
-    """Greedy decoding by steps: the prompt, then each token said."""
-    said = [sequence.tokens(ids)]
-    while len(said) < tokens:
-        said.append(sequence.tokens(said[-1:]))
-    return said
+    """Greedy decoding by steps: the prompt, then each generated token."""
+    generated = [sequence.tokens(ids)]
+    while len(generated) < tokens:
+        generated.append(sequence.tokens(generated[-1:]))
+    return generated
 
 
 def split(ids: list[int], rng: random.Random) -> list[list[int]]:

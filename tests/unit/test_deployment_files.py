@@ -61,32 +61,32 @@ def documents(file: str) -> Iterator[dict[str, Any]]:
 
 
 def resource(file: str, kind: str, name: str) -> dict[str, Any]:
-    [found] = [
+    [result] = [
         each for each in documents(file) if (each["kind"], each["metadata"]["name"]) == (kind, name)
     ]
-    return found
+    return result
 
 
 def pod_labels(file: str, kind: str, name: str) -> dict[str, str]:
-    found: dict[str, str] = resource(file, kind, name)["spec"]["template"]["metadata"]["labels"]
-    return found
+    result: dict[str, str] = resource(file, kind, name)["spec"]["template"]["metadata"]["labels"]
+    return result
 
 
 def pod(file: str, kind: str, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = resource(file, kind, name)["spec"]["template"]["spec"]
-    return found
+    result: dict[str, Any] = resource(file, kind, name)["spec"]["template"]["spec"]
+    return result
 
 
 def envoy() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((KUBERNETES / "envoy.yaml").read_text())
-    resources: dict[str, Any] = found["static_resources"]
+    result: dict[str, Any] = yaml.safe_load((KUBERNETES / "envoy.yaml").read_text())
+    resources: dict[str, Any] = result["static_resources"]
     return resources
 
 
 @pytest.mark.parametrize("kind", VALIDATORS)
 def test_a_validator_accepts_the_files(kind: str) -> None:
-    found = validate(kind, FILES[kind])
-    assert found.returncode == 0, found.stdout + found.stderr
+    result = validate(kind, FILES[kind])
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("kind", VALIDATORS)

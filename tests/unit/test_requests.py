@@ -1,4 +1,4 @@
-"""Validation of requests: each refusal has its code; its text says what is wrong and expected."""
+"""Validation of requests: each refusal has its code, what is wrong and what is expected."""
 
 import re
 from collections.abc import Mapping

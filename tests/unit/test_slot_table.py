@@ -48,14 +48,14 @@ def test_a_sequence_keeps_its_slot_from_start_to_end(clock: Clock) -> None:
 
 def test_no_free_slot_is_retryable_and_says_how_many_there_are(clock: Clock) -> None:
     table = SlotTable(2, 10.0, clock)
-    held = [table.start(1), table.start(2)]
+    owned = [table.start(1), table.start(2)]
     clock.now += 9.9
     error = refused(table, 3, start=True)
     assert (error.code, error.retryable) == (Code.NO_FREE_SLOT, True)
     assert "all 2 slots are owned by live sequences" in str(error)
-    assert [table.find(1), table.find(2)] == held
-    table.end(held[0])
-    assert table.start(3).slot == held[0].slot
+    assert [table.find(1), table.find(2)] == owned
+    table.end(owned[0])
+    assert table.start(3).slot == owned[0].slot
 
 
 def test_a_start_reclaims_what_has_been_idle_for_exactly_the_timeout(clock: Clock) -> None:

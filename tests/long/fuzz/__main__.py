@@ -45,7 +45,11 @@ def main() -> None:
             findings.wrong += watch.complaints()
     for kind, count in findings.answers.most_common():
         print(f"{count:8} {kind}")
-    print("Triton's own validation, an example each:", *sorted(findings.says.values()), sep="\n  ")
+    print(
+        "Triton's own validation, an example each:",
+        *sorted(findings.triton_messages.values()),
+        sep="\n  ",
+    )
     print(f"{len(findings.wrong)} wrong", *findings.wrong[:20], sep="\n")
     if given.out is not None:
         what = (

@@ -29,11 +29,11 @@ class Accepted:
 
 
 class Victim:
-    """A client whose sequence must say what it says alone, whatever it and others send besides.
+    """A client whose sequence must generate what it does alone, whatever others send.
 
     Args:
         model: ``llama``, ``accumulator`` or ``stream``.
-        id: its correlation id, which nobody else uses.
+        id: its correlation id, which no other client uses.
         rng: of everything it sends; what it sends does not depend on answers.
     """
 
@@ -67,13 +67,13 @@ class Victim:
         tensors, parameters = self._tensors(count), self._parameters(length)
         if self.model == "stream" and length + count < CAPACITY and rng.random() < 0.5:
             parameters.pop("logits", None)
-            said = rng.randint(1, min(8, CAPACITY - length - count))
+            generated = rng.randint(1, min(8, CAPACITY - length - count))
             parameters |= {
-                "max_tokens": said,
+                "max_tokens": generated,
                 "ignore_eos": True,
                 "stream_interval": rng.choice((1, 1, 3, 100)),
             }
-            count += said
+            count += generated
         end = length + count == CAPACITY or rng.random() < 0.05
         request = message(
             self.model,
@@ -107,21 +107,21 @@ class Victim:
         return {"value": np.array([[self.rng.uniform(-1, 1) for _ in range(4)]], np.float32)}
 
     def _parameters(self, length: int) -> dict[str, Parameter]:
-        rng, found = self.rng, dict[str, Parameter]()
+        rng, result = self.rng, dict[str, Parameter]()
         if self.model == "accumulator":
-            return found
+            return result
         if rng.random() < 0.3:
-            found["position"] = length
+            result["position"] = length
         if rng.random() < 0.2:
-            found["logits"] = rng.choice((True, "true", "1"))
+            result["logits"] = rng.choice((True, "true", "1"))
         if rng.random() < 0.4:
-            found |= {
+            result |= {
                 "temperature": rng.choice(("0.7", "1", 1.5)),
                 "seed": rng.getrandbits(62),
                 "top_k": rng.choice((0, 1, 40)),
             }
-            found["top_p"] = rng.choice(("0.9", 1.0, "1"))
-        return found
+            result["top_p"] = rng.choice(("0.9", 1.0, "1"))
+        return result
 
 
 class Surfer:

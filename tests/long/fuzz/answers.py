@@ -43,12 +43,12 @@ class Findings:
 
     Attributes:
         answers: how many of each kind: a code of ours, ``triton``, ``result``, ``cancelled``.
-        says: an example of each of Triton's own errors, by its text without names and numbers.
+        triton_messages: an example of each of Triton's errors, by text without names.
         wrong: what must not happen, each with what was sent.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
-    says: dict[str, str] = field(default_factory=dict)
+    triton_messages: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
     def complain(self, what: str, request: Message, how: list[str]) -> None:
@@ -67,7 +67,7 @@ class Findings:
             self.answers[ours[1]] += 1
         elif TRITONS.search(text):
             self.answers["triton"] += 1
-            self.says.setdefault(
+            self.triton_messages.setdefault(
                 re.sub(r"'.*|[^A-Za-z ]+", " ", text.partition("] ")[2] or text)[:30], text[:160]
             )
         else:
@@ -147,13 +147,13 @@ class Streamed:
         model = request.model_name
         if model not in self._calls:
             self._calls[model] = self._open()
-        call, heard = self._calls[model], list[Message]()
+        call, collected = self._calls[model], list[Message]()
         try:
             await call.write(request)
             if cancel_after is not None:
                 await asyncio.sleep(cancel_after)
                 call.cancel()
-            return await asyncio.wait_for(self._answer(call, heard, request, how), PATIENCE)
+            return await asyncio.wait_for(self._answer(call, collected, request, how), PATIENCE)
         except (asyncio.CancelledError, grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
             del self._calls[model]
             if cancel_after is None:
@@ -171,7 +171,7 @@ class Streamed:
         except TimeoutError:
             del self._calls[model]
             self.findings.complain(
-                f"no answer in {PATIENCE:.0f} s, {len(heard)} responses before", request, how
+                f"no answer in {PATIENCE:.0f} s, {len(collected)} responses before", request, how
             )
             return "unanswered"
         except (ValueError, KeyError) as error:
@@ -179,14 +179,14 @@ class Streamed:
             return "unreadable"
 
     async def _answer(
-        self, call: Any, heard: list[Message], request: Message, how: list[str]
+        self, call: Any, collected: list[Message], request: Message, how: list[str]
     ) -> Results | str:
-        said: Results = {}
+        generated: Results = {}
         while True:
             response = await call.read()
             if response is grpc.aio.EOF:
                 raise grpc.aio.UsageError("the server closed it")
-            heard.append(response)
+            collected.append(response)
             if response.error_message:
                 return self.findings.refused(response.error_message, request, how)
             if (
@@ -195,10 +195,10 @@ class Streamed:
                 self.findings.answers["cancelled with its sequence"] += 1
                 return "cancelled"
             for name, value in outputs(response.infer_response).items():
-                said[name] = (
-                    np.concatenate([said[name], value], axis=1)
-                    if name == "tokens" and name in said
+                generated[name] = (
+                    np.concatenate([generated[name], value], axis=1)
+                    if name == "tokens" and name in generated
                     else value
                 )
             if response.infer_response.parameters["triton_final_response"].bool_param:
-                return self.findings.result(said, request, how)
+                return self.findings.result(generated, request, how)

@@ -142,7 +142,7 @@ def other_version(request: Message, rng: random.Random) -> None:
 
 
 def shared_memory(request: Message, rng: random.Random) -> None:
-    """Names a region that nobody has registered."""
+    """Names a region that is not registered."""
     put_in = request.inputs[0].parameters
     put_in["shared_memory_region"].string_param = rng.choice(TEXTS) or "region"
     put_in["shared_memory_byte_size"].int64_param = rng.choice((0, 8, 2**62))

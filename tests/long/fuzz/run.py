@@ -43,7 +43,7 @@ def fuzz(server: TritonServer, repository: Path, requests: int, seed: int) -> Fi
 
     The same seed sends the same requests, in another interleaving.
 
-    What the victims were told is compared with what the same requests say alone, in this process.
+    The victims' results are compared with those of the same requests alone, in this process.
     """
     findings = Findings()
     victims = [
@@ -112,16 +112,16 @@ def _compare(instance: ModelInstance, victim: Victim, findings: Findings) -> Non
             )
             return
         pending = alone["tokens"][0, -1:].tolist() if "tokens" in alone else []
-        for name, said in done.answer.items():
+        for name, generated in done.answer.items():
             if name in ("finish_reason", "text_output"):
                 continue
             if not (
-                np.allclose(alone[name], said, rtol=1e-4, atol=1e-4)
+                np.allclose(alone[name], generated, rtol=1e-4, atol=1e-4)
                 if name == "logits"
-                else np.array_equal(alone[name], said)
+                else np.array_equal(alone[name], generated)
             ):
                 findings.wrong.append(
-                    f"{victim.model} {victim.id!r}, answer {number}: {name} is {said}, "
+                    f"{victim.model} {victim.id!r}, answer {number}: {name} is {generated}, "
                     f"alone {alone[name]}"
                 )
                 return
@@ -140,12 +140,12 @@ def _alone(instance: ModelInstance, done: Accepted, pending: list[int]) -> Resul
     most = done.parameters.get("max_tokens")
     if most is None:
         return _step(instance, done.start, done.end, inputs, parameters)
-    said: list[int] = []
+    generated: list[int] = []
     for count in range(int(most)):
         start, end = done.start and count == 0, done.end and count == int(most) - 1
-        said.append(_step(instance, start, end, inputs, parameters)["next_token"].item())
-        inputs = {"input_ids": torch.tensor([said[-1:]])}
-    return {"tokens": np.array([said])}
+        generated.append(_step(instance, start, end, inputs, parameters)["next_token"].item())
+        inputs = {"input_ids": torch.tensor([generated[-1:]])}
+    return {"tokens": np.array([generated])}
 
 
 def _step(

@@ -45,17 +45,17 @@ class Watch:
     def __init__(self, server: TritonServer) -> None:
         self.server = server
         self.processes = self._processes()
-        self.told = len(self._log())
+        self.seen_lines = len(self._log())
 
     def complaints(self) -> list[str]:
         """What is not as it should be after everything has been idle: processes, log, slots."""
-        found = []
+        result = []
         if (now := self._processes()) != self.processes:
-            found.append(f"the server's processes were {self.processes}, now {now}")
-        log = self._log()[self.told :]
+            result.append(f"the server's processes were {self.processes}, now {now}")
+        log = self._log()[self.seen_lines :]
         if not now:
-            return [*found, *(f"the end of the log: {line}" for line in log[-30:])]
-        found += [
+            return [*result, *(f"the end of the log: {line}" for line in log[-30:])]
+        result += [
             f"in the log: {line}"
             for line in log
             if re.match(r"E\d{4} ", line) or "Traceback" in line or "ENGINE_FAILED" in line
@@ -72,7 +72,7 @@ class Watch:
                             timeout=30,
                         )
         except grpc.RpcError as error:
-            found.append(f"after all sequences have been idle, not all slots are free: {error}")
+            result.append(f"after all sequences have been idle, not all slots are free: {error}")
         time.sleep(1.5)  # the numbers are handed over once a second
         with urllib.request.urlopen(
             f"http://{self.server.host}:{self.server.ports.metrics}/metrics", timeout=30
@@ -82,7 +82,7 @@ class Watch:
                 page.read().decode(),
                 re.MULTILINE,
             )
-        return [*found, *(f"after all clients have left: {number}" for number in live)]
+        return [*result, *(f"after all clients have left: {number}" for number in live)]
 
     def _log(self) -> list[str]:
         assert self.server.log is not None

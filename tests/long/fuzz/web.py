@@ -85,21 +85,22 @@ class Web:
             return
         if errors == [
             ""
-        ]:  # that is all Triton says where it cancels a request with another one of its sequence
+        ]:  # all that Triton answers where it cancels a request with another of its sequence
             self.findings.answers["cancelled with its sequence"] += 1
             return
-        said = errors[0] if errors else text
-        ours = OURS.search(said)
+        generated = errors[0] if errors else text
+        ours = OURS.search(generated)
         if ours is not None and ours[1] in Code.__members__ and ours[1] != Code.ENGINE_FAILED:
             self.findings.answers[f"page {ours[1]}"] += 1
-        elif ours is None and len(said) > 10 and not PYTHON.search(said):
+        elif ours is None and len(generated) > 10 and not PYTHON.search(generated):
             self.findings.answers["page refused by triton"] += 1
-            self.findings.says.setdefault(
-                f"HTTP {answer.status_code} {re.sub(r'[^A-Za-z ]+', ' ', said)[:30]}", said[:160]
+            self.findings.triton_messages.setdefault(
+                f"HTTP {answer.status_code} {re.sub(r'[^A-Za-z ]+', ' ', generated)[:30]}",
+                generated[:160],
             )
         else:
             self._complain(
-                f"neither a page nor a clear error: {answer.status_code} {said[:400]!r}", page
+                f"neither a page nor a clear error: {answer.status_code} {generated[:400]!r}", page
             )
 
     def _complain(self, what: str, page: Page) -> None:

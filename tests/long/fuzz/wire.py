@@ -56,7 +56,7 @@ def outputs(response: pb.ModelInferResponse) -> dict[str, Array]:
     """The tensors of a response.
 
     Raises:
-        ValueError: what the response holds is not what it says.
+        ValueError: the response does not have the bytes that it declares.
     """
     if len(response.outputs) != len(response.raw_output_contents):
         raise ValueError(

@@ -44,7 +44,7 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(
+        result = soak(
             Path(folder),
             seconds=given.seconds,
             seed=given.seed,
@@ -58,18 +58,18 @@ def main() -> None:
     record = facts(what, "PYTHONPATH=tests:tests/long python -m soak", arguments) | {
         "seed": given.seed,
         "clients": given.clients,
-        **found.numbers,
-        "faults": found.faults,
+        **result.numbers,
+        "faults": result.faults,
     }
     if given.out is not None:
         given.out.write_text(json.dumps(record, indent=1) + "\n")
     record["memory"] = {
         name: value
-        for name, value in found.numbers["memory"].items()
+        for name, value in result.numbers["memory"].items()
         if name not in ("seconds", "bytes")
     }
     print(json.dumps(record, indent=1))
-    sys.exit(bool(found.faults))
+    sys.exit(bool(result.faults))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Line:
 
     def __init__(self, url: str, model: str) -> None:
         self.model = model
-        # a connection of its own: that of a client which vanishes is shared with nobody
+        # a connection of its own: a client that vanishes shares it with no other
         self._channel = grpc.aio.insecure_channel(
             url, options=[("grpc.use_local_subchannel_pool", 1)]
         )
@@ -71,19 +71,19 @@ class Line:
                     raise LostError("the server closed the stream")
                 if response.error_message:
                     raise RefusedError(response.error_message)
-                found = outputs(response.infer_response)
+                result = outputs(response.infer_response)
                 yield [
                     int(token)
                     for name in ("tokens", "next_token")
-                    if name in found
-                    for token in found[name][0]
+                    if name in result
+                    for token in result[name][0]
                 ]
                 if response.infer_response.parameters["triton_final_response"].bool_param:
                     return
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
             raise LostError(str(error)) from error
 
-    async def hear(self, request: Message) -> list[int]:
+    async def collect(self, request: Message) -> list[int]:
         """All tokens of all answers."""
         return [token async for tokens in self.ask(request) for token in tokens]
 

@@ -104,7 +104,7 @@ async def _live(
             "conversations": dict(tally.begun),
             "came_to_their_end": dict(tally.finished),
             "well_behaved_finished": well,
-            "tokens_compared": tally.heard,
+            "tokens_compared": tally.collected,
             "wrong": tally.wrong,
             "cut_short": tally.cut_short[:50],
             "refused": dict(tally.refused),
@@ -117,7 +117,7 @@ async def _live(
         }
     )
     judge = judgement.faults
-    judge += tally.wrong + [f"ERROR line of nobody: {line}" for line in unexplained]
+    judge += tally.wrong + [f"unexplained ERROR line: {line}" for line in unexplained]
     if well < 0.95:
         judge.append(
             f"only {well:.1%} of the well-behaved conversations finished: {tally.cut_short[:10]}"
@@ -127,7 +127,7 @@ async def _live(
             f"{slots} of {SLOTS} slots are free a second after the idle timeout; the "
             f"metrics say {live:.0f} live sequences"
         )
-    for name, found in memory.growth().items():
-        if found["growth"] > growth:
-            judge.append(f"the {name}'s resident memory grew by {found['growth']:.1%}: {found}")
+    for name, result in memory.growth().items():
+        if result["growth"] > growth:
+            judge.append(f"the {name}'s resident memory grew by {result['growth']:.1%}: {result}")
     return judgement

@@ -1,4 +1,4 @@
-"""What clients say and must hear: conversations, and each answer as the model gives it alone."""
+"""Conversations: what clients send, and the model's answers to a sequence alone."""
 
 import random
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ CAPACITY = 96
 
 @dataclass(frozen=True)
 class Turn:
-    """Tokens that the client brings, and those that the model says next."""
+    """Tokens that the client sends, and those that the model generates next."""
 
     new: list[int]
-    said: list[int]
+    generated: list[int]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Song:
     turns: list[Turn]
     parameters: Mapping[str, Parameter]
 
-    def begins(self, turn: int, heard: list[int]) -> bool:
+    def begins(self, turn: int, collected: list[int]) -> bool:
         """Whether this is how the turn's answer begins."""
-        return self.turns[turn].said[: len(heard)] == heard
+        return self.turns[turn].generated[: len(collected)] == collected
 
 
 def songbook(instance: ModelInstance, seed: int, songs: int) -> list[Song]:
@@ -56,11 +56,11 @@ def _sung_alone(instance: ModelInstance, rng: random.Random) -> Song:
             rng.randrange(VOCABULARY)
             for _ in range(rng.choice((1, 4, 12, 30)) if number == 0 else rng.randint(1, 5))
         ]
-        said = [_step(instance, pending + new, number == 0, parameters)]
+        generated = [_step(instance, pending + new, number == 0, parameters)]
         for _ in range(rng.randint(2, 19)):
-            said.append(_step(instance, said[-1:], False, parameters))
-        turns.append(Turn(new, said))
-        pending = said[-1:]  # as after a generation: said, but not yet fed
+            generated.append(_step(instance, generated[-1:], False, parameters))
+        turns.append(Turn(new, generated))
+        pending = generated[-1:]  # as after a generation: not fed yet
     instance.finish(
         instance.admit(Request("alone", False, True, {"input_ids": torch.tensor([[0]])}))
     )

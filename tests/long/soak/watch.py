@@ -40,19 +40,19 @@ class Memory:
 
     def growth(self) -> dict[str, dict[str, float]]:
         """The median of the run's last fifth over that of its third fifth, less 1."""
-        found = {}
+        result = {}
         for name, values in self.seen.items():
             fifth = max(1, len(values) // 5)
             middle, last = (
                 statistics.median(values[2 * fifth : 3 * fifth]),
                 statistics.median(values[-fifth:]),
             )
-            found[name] = {
+            result[name] = {
                 "middle_mib": middle / MIB,
                 "last_mib": last / MIB,
                 "growth": last / middle - 1,
             }
-        return found
+        return result
 
 
 def error_lines(server: TritonServer, injected: Iterable[str], skip: int) -> tuple[int, list[str]]:
@@ -73,20 +73,20 @@ async def free_slots(server: TritonServer, model: str, slots: int, lines: int = 
     """How many of ``slots`` new sequences, begun at the same time, get a slot; all are ended."""
 
     async def hold(number: int) -> int:
-        line, held = Line(server.grpc_url, model), 0
+        line, owned = Line(server.grpc_url, model), 0
         names = [f"held-{index}" for index in range(number, slots, lines)]
         for start in (True, False):
             for name in names:
                 try:
-                    await line.hear(line.request([1], name, start=start, end=not start))
-                    held += start
+                    await line.collect(line.request([1], name, start=start, end=not start))
+                    owned += start
                 except RefusedError as error:
                     if "INPLACE-" not in str(error) and "must specify the START flag" not in str(
                         error
                     ):
                         raise
         await line.close()
-        return held
+        return owned
 
     return sum(await asyncio.gather(*map(hold, range(lines))))
 

@@ -150,7 +150,7 @@ class Steps(nn.Module):
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One query head a cached head; ``mask`` says of each position whether it is visible."""
+    """One query head a cached head; ``mask`` is true at each visible position."""
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[None, None, None])
 
 

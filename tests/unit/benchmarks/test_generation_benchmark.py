@@ -1,4 +1,4 @@
-"""The benchmark of generations without a server: what other processes said, plots."""
+"""The benchmark of generations without a server: output of other processes, plots."""
 
 import json
 from pathlib import Path

@@ -121,11 +121,11 @@ def test_the_peer_decodes_what_the_model_says_with_a_cache_of_another_kind() -> 
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
         expected.append(token.flatten().tolist())
     address = peer.token.data_ptr()
-    step, said = torch.compile(peer.step, backend="eager", fullgraph=True, dynamic=False), []
+    step, generated = torch.compile(peer.step, backend="eager", fullgraph=True, dynamic=False), []
     for _ in range(6):
         step()
-        said.append(peer.token.flatten().tolist())
-    assert said == expected
+        generated.append(peer.token.flatten().tolist())
+    assert generated == expected
     assert peer.token.data_ptr() == address
     assert [int(layer.cumulative_length) for layer in peer.cache.layers] == [26, 26]
     peer.rewind()
@@ -206,9 +206,9 @@ def test_a_process_that_measures_is_recorded(tmp_path: Path) -> None:
 def test_a_process_that_fails_is_recorded_with_its_reason(
     tmp_path: Path, code: str, limit: float, error: str
 ) -> None:
-    (found,) = run_child(child(code), tmp_path, limit)
-    assert found.us is None
-    assert error in str(found.error)
+    (result,) = run_child(child(code), tmp_path, limit)
+    assert result.us is None
+    assert error in str(result.error)
 
 
 def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_a_failure_does_not_stop_the_run_and_what_has_no_time_is_named(tmp_path:
     none = run([broken, later], tmp_path, 0, {})
     assert none["left_out"] == ["child", "later"]
     assert [
-        found["error"]
-        for found in json.loads((tmp_path / "gpu_decode.json").read_text())["measurements"]
+        result["error"]
+        for result in json.loads((tmp_path / "gpu_decode.json").read_text())["measurements"]
     ] == ["left out: no time left"] * 2
 
 
@@ -250,7 +250,7 @@ def test_a_run_is_resumed_only_where_commit_and_machine_are_the_same(tmp_path: P
     assert unmeasured(both, before) == [other]
     assert run([], tmp_path, 100, facts, before)["measurements"] == [done.record()]
     assert [
-        found["engine"] for found in run([other], tmp_path, 100, facts, before)["measurements"]
+        result["engine"] for result in run([other], tmp_path, 100, facts, before)["measurements"]
     ] == ["torch.compile"] * 2
     with pytest.raises(ValueError, match="is of commit abc, not def"):
         kept(tmp_path / "gpu_decode.json", facts | {"commit": "def"})
@@ -297,7 +297,7 @@ def test_the_report_shows_times_failures_and_targets() -> None:
 def test_plots_have_one_panel_for_each_quantity_that_varies(tmp_path: Path) -> None:
     one = [measured(Case("1b", rows, 1024), "inplace-plugin", 1000.0 + rows) for rows in (64, 1, 8)]
     (panel,) = panels(one, AXES[2])
-    assert [found.rows for found in panel.lines["inplace-plugin"]] == [1, 8, 64]
+    assert [result.rows for result in panel.lines["inplace-plugin"]] == [1, 8, 64]
     assert panels(one, AXES[0]) == []
     files = draw([*one, measured(CASES[0], "torch.compile", 1500.0)], BANDWIDTH, tmp_path)
     assert [path.name for path in files] == ["gpu_cases.png", "gpu_by_rows.png"]

@@ -27,8 +27,8 @@ def test_an_inner_list_of_an_input_file_is_a_sequence(
 
 
 def test_a_percentile_is_a_value_that_was_measured() -> None:
-    found = percentiles([number / 1e6 for number in range(1, 101)])
-    assert {name: round(value, 6) for name, value in found.items()} == {
+    result = percentiles([number / 1e6 for number in range(1, 101)])
+    assert {name: round(value, 6) for name, value in result.items()} == {
         "mean": 50.5,
         "p50": 50,
         "p90": 90,
@@ -43,13 +43,13 @@ def test_the_clients_together_are_one_measurement() -> None:
         Measured([1.0, 3.0], [0.5], [0.1, 0.1], 3),
         Measured([2.0], [0.7], [0.3], 2, refused=1, error="INPLACE-CAPACITY …"),
     ]
-    found = described(parts, seconds=2.0)
-    assert found["requests_per_second"] == 1.5
-    assert found["tokens_per_second"] == 2.5
-    assert found["latency_us"]["p50"] == pytest.approx(2e6)
-    assert found["first_token_us"]["p99"] == pytest.approx(0.7e6)
-    assert found["inter_token_us"]["p50"] == pytest.approx(0.1e6)
-    assert (found["refused"], found["first_error"]) == (1, "INPLACE-CAPACITY …")
+    result = described(parts, seconds=2.0)
+    assert result["requests_per_second"] == 1.5
+    assert result["tokens_per_second"] == 2.5
+    assert result["latency_us"]["p50"] == pytest.approx(2e6)
+    assert result["first_token_us"]["p99"] == pytest.approx(0.7e6)
+    assert result["inter_token_us"]["p50"] == pytest.approx(0.1e6)
+    assert (result["refused"], result["first_error"]) == (1, "INPLACE-CAPACITY …")
 
 
 def test_perf_analyzer_is_asked_for_the_same_load() -> None:
@@ -80,12 +80,12 @@ def test_an_export_of_perf_analyzer_is_read_within_its_windows() -> None:
             {"timestamp": 2 * second, "response_timestamps": []},
         ],
     }
-    [found], seconds = analyzer.measured(export)
+    [result], seconds = analyzer.measured(export)
     assert seconds == 2.0
-    assert found.latencies == [5e-7]
-    assert found.first == [2e-7]
-    assert found.gaps == [1e-7, 2e-7]
-    assert found.tokens == 3
+    assert result.latencies == [5e-7]
+    assert result.first == [2e-7]
+    assert result.gaps == [1e-7, 2e-7]
+    assert result.tokens == 3
 
 
 def test_what_a_request_costs_beyond_the_engine() -> None:
@@ -97,11 +97,11 @@ def test_what_a_request_costs_beyond_the_engine() -> None:
         steps=50,
         engine_s=0.002,
     )
-    found = spent.breakdown(seconds=0.01)
-    assert found["wall_us_per_request"] == pytest.approx(100)
-    assert found["beyond_engine_us_per_request"] == pytest.approx(80)
-    assert found["engine_busy"] == pytest.approx(0.2)
-    assert found["requests_per_step"] == 2
+    result = spent.breakdown(seconds=0.01)
+    assert result["wall_us_per_request"] == pytest.approx(100)
+    assert result["beyond_engine_us_per_request"] == pytest.approx(80)
+    assert result["engine_busy"] == pytest.approx(0.2)
+    assert result["requests_per_step"] == 2
     twice = spent.breakdown(seconds=0.01, instances=2)  # side by side, each 1 ms in its engine
     assert twice["engine_busy"] == pytest.approx(0.1)
     assert twice["beyond_engine_us_per_request"] == pytest.approx(90)

@@ -1,4 +1,4 @@
-"""What every result says of itself."""
+"""The facts that every result records of itself."""
 
 import subprocess
 from pathlib import Path
@@ -40,10 +40,10 @@ def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_result_has_its_command_its_machine_and_its_versions() -> None:
-    found = facts("what", "python -m benchmarks.perf", ["all", "--out", "two words"])
-    assert found["command"] == "python -m benchmarks.perf all --out 'two words'"
-    assert set(found) == {"what", "date", "command", "commit", "machine", "versions"}
-    assert found["versions"]["torch"].startswith("2.")
+    result = facts("what", "python -m benchmarks.perf", ["all", "--out", "two words"])
+    assert result["command"] == "python -m benchmarks.perf all --out 'two words'"
+    assert set(result) == {"what", "date", "command", "commit", "machine", "versions"}
+    assert result["versions"]["torch"].startswith("2.")
     assert machine()["threads"] >= 1
 
 

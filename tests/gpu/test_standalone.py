@@ -160,7 +160,9 @@ def test_aliases_that_disagree_with_the_plan_are_refused(attention: Path, tmp_pa
     built(ATTENTION, tmp_path / "copied", alias="copy")
     with pytest.raises(LoadError, match="no plugin received the memory of"):
         inplace.load(edited(tmp_path / "copied", tmp_path, "@copy", "@plugin"))
-    with pytest.raises(LoadError, match=r"is the memory of no input|without cache layers"):
+    with pytest.raises(
+        LoadError, match=r"is the memory of no input|needs a TensorRT with cache layers"
+    ):
         inplace.load(edited(attention, tmp_path, "@plugin", "@kv_cache_update"))
     with pytest.raises(LoadError, match="has the tensors"):
         inplace.load(edited(attention, tmp_path, "_updated@", "_renewed@"))
@@ -331,7 +333,7 @@ def test_a_plugin_that_does_not_update_its_state_is_refused(tmp_path: Path) -> N
 
 def test_a_build_without_its_gpu_is_refused() -> None:
     with pytest.raises(
-        BuildError, match="only TensorRT for RTX compiles for a GPU that is not there"
+        BuildError, match="only TensorRT for RTX compiles for a GPU that this machine does not have"
     ):
         serialize(
             Projected(),

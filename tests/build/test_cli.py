@@ -104,7 +104,7 @@ def test_the_options_reach_the_engine(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["llama", "llama/1"])
-def test_inspect_says_everything_of_an_engine(
+def test_inspect_prints_everything_of_an_engine(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     monkeypatch.chdir(repository.path)

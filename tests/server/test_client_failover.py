@@ -1,4 +1,4 @@
-"""The client over real failures: servers killed, connections cut, answers and sequences lost."""
+"""The client over real failures: killed servers, broken connections, lost responses."""
 
 import asyncio
 import logging
@@ -18,10 +18,11 @@ from inplace.client import (
     UnreachableError,
 )
 from inplace_builder.tools.tritonserver import Ports, TritonServer
-from support.cable import Cable, killed
+from support.fault_proxy import FaultProxy, kill_server
 from support.models import BRIEF_IDLE, BRIEF_SLOTS, Repository, greedy
 from support.streams import generate, prompt
 from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc import aio as grpc_aio
 from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
@@ -40,7 +41,7 @@ def second(
         yield running
 
 
-def fed(value: float) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]]:
+def inputs(value: float) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]]:
     return {"value": np.full(4, value, dtype=np.float32)}
 
 
@@ -53,46 +54,46 @@ def test_a_sequence_that_was_idle_for_too_long_is_replayed(
         Sequence(client, "brief") as sequence,
         Sequence(client, "brief", replay=False) as off,
     ):
-        generated = generate(sequence, prompt(3, 7), 4)
+        tokens = generate(sequence, prompt(3, 7), 4)
         off.tokens([1, 2, 3])
         time.sleep(1.25 * BRIEF_IDLE)
-        assert [*generated, *generate(sequence, generated[-1:], 4)] == expected
+        assert [*tokens, *generate(sequence, tokens[-1:], 4)] == expected
         with pytest.raises(SequenceLostError, match="replay is off; start a new one") as lost:
             off.tokens([4])
         assert not lost.value.retryable
 
 
-def test_a_lost_answer_is_not_asked_for_twice_in_the_same_state(
+def test_a_step_whose_response_is_lost_runs_once(
     server: TritonServer, repository: Repository, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = greedy(repository.llama, prompt(4, 5), 10)
     with (
         caplog.at_level(logging.INFO, "inplace.client"),
-        Cable(server.grpc_url) as cable,
-        Client(cable.url) as client,
+        FaultProxy(server.grpc_url) as proxy,
+        Client(proxy.url) as client,
     ):
         with Sequence(client, "llama") as sequence:
-            generated = [sequence.tokens(prompt(4, 5))]
-            while len(generated) < 10:
-                if len(generated) in (3, 6):
-                    cable.lose_the_next_answer()
-                generated.append(sequence.tokens(generated[-1:]))
-            assert generated == expected
+            tokens = [sequence.tokens(prompt(4, 5))]
+            while len(tokens) < 10:
+                if len(tokens) in (3, 6):
+                    proxy.drop_next_response()
+                tokens.append(sequence.tokens(tokens[-1:]))
+            assert tokens == expected
         with Sequence(client, "accumulator") as sums:
-            sums.step(fed(1.0))
-            cable.lose_the_next_answer()
+            sums.step(inputs(1.0))
+            proxy.drop_next_response()
             with pytest.raises(
                 SequenceLostError,
                 match=r"INPLACE-POSITION .*meant for position 1, the sequence holds 2",
             ):
-                sums.step(fed(1.0))
+                sums.step(inputs(1.0))
     assert caplog.text.count("try 1 failed, the next in") == 3  # each was lost, and each sent again
 
 
-def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
+def test_a_model_served_step_by_step_refuses_a_generation(
     server: TritonServer, repository: Repository
 ) -> None:
-    async def asked() -> None:
+    async def generate_async() -> None:
         async with (
             AsyncClient(server.grpc_url) as client,
             AsyncSequence(client, "llama") as sequence,
@@ -119,59 +120,77 @@ def test_a_model_served_step_by_step_says_so_to_who_wants_a_generation(
         ):
             sequence.tokens(
                 [1, 2], parameters={"max_tokens": 3}
-            )  # as who talks to Triton without this client would
+            )  # as any other client of Triton could
         assert sequence.tokens([1, 2]) == greedy(repository.llama, [1, 2], 1)[0]
-    asyncio.run(asked())
+    asyncio.run(generate_async())
 
 
-def test_a_lost_answer_to_start_or_end_is_asked_for_again(
+def test_a_start_or_end_whose_response_is_lost_is_sent_again(
     server: TritonServer, repository: Repository
 ) -> None:
-    with Cable(server.grpc_url) as cable, Client(cable.url) as client:
-        client.model(cable.url, "llama", 10.0)
+    with FaultProxy(server.grpc_url) as proxy, Client(proxy.url) as client:
+        client.model(proxy.url, "llama", 10.0)
         for _ in range(10):  # more often than there are slots
-            cable.lose_the_next_answer()
+            proxy.drop_next_response()
             sequence = Sequence(client, "llama")
-            generated = [sequence.tokens(prompt(5, 6))]
-            cable.lose_the_next_answer()
-            generated.append(sequence.tokens(generated, end=True))
-            assert generated == greedy(repository.llama, prompt(5, 6), 2)
+            tokens = [sequence.tokens(prompt(5, 6))]
+            proxy.drop_next_response()
+            tokens.append(sequence.tokens(tokens, end=True))
+            assert tokens == greedy(repository.llama, prompt(5, 6), 2)
 
 
-def test_a_cut_connection_loses_no_state(server: TritonServer) -> None:
+def test_a_broken_connection_loses_no_state(server: TritonServer) -> None:
     with (
-        Cable(server.grpc_url) as cable,
-        Client(cable.url) as client,
+        FaultProxy(server.grpc_url) as proxy,
+        Client(proxy.url) as client,
         Sequence(client, "accumulator") as sums,
     ):
         for count in range(1, 21):
             assert (
-                sums.step(fed(2.0))["sum"].tolist() == [2.0 * count] * 4
+                sums.step(inputs(2.0))["sum"].tolist() == [2.0 * count] * 4
             )  # never added twice, never lost
-            cable.cut()
+            proxy.disconnect()
 
 
-def test_a_sequence_that_triton_forgot_goes_on_where_it_was(server: TritonServer) -> None:
-    """A stranger's END is refused by the backend, but Triton has ended the sequence by then."""
+def test_a_sequence_that_triton_forgot_continues(server: TritonServer) -> None:
+    """The backend refuses another client's END, but Triton has ended the sequence by then."""
     with Client(server.grpc_url) as client, Sequence(client, "accumulator", id="mine") as sums:
-        sums.step(fed(1.0))
+        sums.step(inputs(1.0))
         with InferenceServerClient(server.grpc_url) as own:
-            stranger = Sequence(own, "accumulator", id="mine")
+            other = Sequence(own, "accumulator", id="mine")
             with pytest.raises(RefusedError, match="INPLACE-SEQUENCE_KEY"):
-                stranger.step(fed(5.0), end=True)
+                other.step(inputs(5.0), end=True)
             value = InferInput("value", [1, 4], "FP32")
             value.set_data_from_numpy(np.zeros((1, 4), np.float32))
             with pytest.raises(InferenceServerException, match="must specify the START flag"):
                 own.infer("accumulator", [value], sequence_id="mine")
-        assert sums.step(fed(1.0))["sum"].tolist() == [2.0] * 4
+        assert sums.step(inputs(1.0))["sum"].tolist() == [2.0] * 4
 
 
-def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_meanwhile(
+def test_a_connection_of_the_callers_own_stays_open(
+    server: TritonServer, repository: Repository
+) -> None:
+    ids = prompt(9, 4)
+    with InferenceServerClient(server.grpc_url) as own:
+        with Sequence(own, "llama") as sequence:
+            assert [sequence.tokens(ids)] == greedy(repository.llama, ids, 1)
+        assert own.is_server_live()
+
+    async def asynchronous() -> None:
+        async with grpc_aio.InferenceServerClient(server.grpc_url) as own:
+            async with AsyncSequence(own, "llama") as sequence:
+                assert [await sequence.tokens(ids)] == greedy(repository.llama, ids, 1)
+            assert await own.is_server_live()
+
+    asyncio.run(asynchronous())
+
+
+def test_a_full_server_is_retried_and_with_two_the_other_one_is_used(
     server: TritonServer, second: TritonServer
 ) -> None:
     with Client(server.grpc_url) as client:
-        owned = [Sequence(client, "brief") for _ in range(BRIEF_SLOTS)]
-        for sequence in owned:
+        sequences = [Sequence(client, "brief") for _ in range(BRIEF_SLOTS)]
+        for sequence in sequences:
             sequence.tokens([1])
         with Client([server.grpc_url, second.grpc_url]) as both, Sequence(both, "brief") as moved:
             assert moved.server == server.grpc_url
@@ -183,7 +202,7 @@ def test_a_full_server_is_tried_until_a_slot_is_free_and_another_one_is_asked_me
         assert time.monotonic() - begin < 15.0
 
 
-def test_errors_say_code_sequence_and_request(server: TritonServer) -> None:
+def test_errors_have_code_sequence_and_request(server: TritonServer) -> None:
     with Client(server.grpc_url) as client, Sequence(client, "llama", id="named") as sequence:
         with pytest.raises(RefusedError) as refused:
             sequence.step({"input_ids": np.array([-1])}, request_id="r7")
@@ -198,50 +217,50 @@ def test_errors_say_code_sequence_and_request(server: TritonServer) -> None:
         with pytest.raises(RefusedError, match="unexpected shape") as refused:
             sequence.step({"input_ids": np.zeros((2, 2), np.int64)})
         assert refused.value.code == "INVALID_ARGUMENT"
-        with pytest.raises(RefusedError, match="unknown model: 'nobody'"):
-            Sequence(client, "nobody").tokens([1])
+        with pytest.raises(RefusedError, match="unknown model: 'unknown'"):
+            Sequence(client, "unknown").tokens([1])
     begin = time.monotonic()
     with Client("127.0.0.1:9", retry=Retry(attempts=3)) as nowhere, pytest.raises(UnreachableError):
         Sequence(nowhere, "llama").tokens([1])
     assert time.monotonic() - begin < 5.0
 
 
-def test_sequences_go_on_with_the_same_tokens_when_one_of_two_servers_is_killed(
+def test_sequences_continue_with_the_same_tokens_when_one_of_two_servers_is_killed(
     server: TritonServer, second: TritonServer, repository: Repository
 ) -> None:
-    with InferenceServerClient(server.grpc_url) as own, Sequence(own, "llama") as alone:
-        generated = [alone.tokens(prompt(2, 9), parameters=SAMPLED)]
-        while len(generated) < 12:
-            generated.append(alone.tokens(generated[-1:], parameters=SAMPLED))
+    with InferenceServerClient(server.grpc_url) as own, Sequence(own, "llama") as reference:
+        tokens = [reference.tokens(prompt(2, 9), parameters=SAMPLED)]
+        while len(tokens) < 12:
+            tokens.append(reference.tokens(tokens[-1:], parameters=SAMPLED))
     both = {server.grpc_url, second.grpc_url}
-    with Client(both) as client, Client(both, retry=Retry(attempts=3)) as impatient:
+    with Client(both) as client, Client(both, retry=Retry(attempts=3)) as few_retries:
         sequences = [Sequence(client, "llama") for _ in range(4)]
-        sums = {(one := Sequence(impatient, "accumulator")).server: one for _ in both}
+        sums = {(one := Sequence(few_retries, "accumulator")).server: one for _ in both}
         for one in sums.values():
-            one.step(fed(1.0))
-        got = [
+            one.step(inputs(1.0))
+        results = [
             [sequence.tokens(prompt(2, 9), parameters=SAMPLED if index < 2 else None)]
             for index, sequence in enumerate(sequences)
         ]
         assert {sequence.server for sequence in sequences} == set(sums) == both
-        for turn in range(11):
-            if turn == 5:
-                killed(second)
+        for step in range(11):
+            if step == 5:
+                kill_server(second)
             for index, sequence in enumerate(sequences):
-                got[index].append(
-                    sequence.tokens(got[index][-1:], parameters=SAMPLED if index < 2 else None)
+                results[index].append(
+                    sequence.tokens(results[index][-1:], parameters=SAMPLED if index < 2 else None)
                 )
-        assert got == [
-            generated,
-            generated,
+        assert results == [
+            tokens,
+            tokens,
             greedy(repository.llama, prompt(2, 9), 12),
             greedy(repository.llama, prompt(2, 9), 12),
         ]
         assert {sequence.server for sequence in sequences} == {server.grpc_url}
         assert [sequence.length for sequence in sequences] == [20] * 4
-        assert sums[server.grpc_url].step(fed(2.0))["sum"].tolist() == [3.0] * 4
+        assert sums[server.grpc_url].step(inputs(2.0))["sum"].tolist() == [3.0] * 4
         with pytest.raises(UnreachableError) as gone:
-            sums[second.grpc_url].step(fed(2.0))
+            sums[second.grpc_url].step(inputs(2.0))
         assert (gone.value.code, gone.value.sequence) == ("UNAVAILABLE", sums[second.grpc_url].id)
         assert (
             "its inputs are not tokens, so the client kept none to replay"

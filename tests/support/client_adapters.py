@@ -1,4 +1,4 @@
-"""One face for the synchronous and the asyncio client, so that the same tests drive both."""
+"""One interface to the synchronous and the asyncio client: the same tests run with both."""
 
 import asyncio
 from collections.abc import Coroutine, Iterator
@@ -10,7 +10,7 @@ from inplace.client import Piece, Retry
 Result = TypeVar("Result")
 
 
-class Talker:
+class SyncAdapter:
     """The synchronous client."""
 
     def client(self, servers: list[str], retry: Retry | None = None) -> Any:
@@ -20,7 +20,7 @@ class Talker:
         return inplace.client.Sequence(client, model, **options)
 
     def wait(self, result: Any) -> Any:
-        """What a call returns, once it is there."""
+        """The result of a call."""
         return result
 
     def pieces(self, generation: Any) -> Iterator[Piece]:
@@ -30,17 +30,17 @@ class Talker:
         pass
 
 
-class AsyncTalker(Talker):
+class AsyncAdapter(SyncAdapter):
     """The asyncio client, on an event loop of its own."""
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner()
 
     def client(self, servers: list[str], retry: Retry | None = None) -> Any:
-        async def made() -> inplace.client.AsyncClient:  # grpc.aio wants a running loop
+        async def create() -> inplace.client.AsyncClient:  # grpc.aio needs a running loop
             return inplace.client.AsyncClient(servers, retry=retry)
 
-        return self._runner.run(made())
+        return self._runner.run(create())
 
     def sequence(self, client: Any, model: str, **options: Any) -> Any:
         return inplace.client.AsyncSequence(client, model, **options)
@@ -49,10 +49,10 @@ class AsyncTalker(Talker):
         return self._runner.run(result)
 
     def pieces(self, generation: Any) -> Iterator[Piece]:
-        async def following() -> Piece | None:
+        async def next_piece() -> Piece | None:
             return await anext(generation, None)
 
-        while (piece := self._runner.run(following())) is not None:
+        while (piece := self._runner.run(next_piece())) is not None:
             yield piece
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Failures that tests cause: a TCP connection that is cut, and a server that is killed."""
+"""Failures that tests cause: a proxy that breaks connections, and a killed server."""
 
 import socket
 import threading
@@ -9,12 +9,12 @@ from typing import Self
 import psutil
 from inplace_builder.tools.tritonserver import TritonServer
 
-CONTROL = 50
-"""Bytes that a server sends at most without answering a request: HTTP/2 window updates, pings."""
+MAX_CONTROL_BYTES = 50
+"""Maximum size of what a server sends beside responses: HTTP/2 window updates, pings."""
 
 
-class Cable:
-    """Forwards connections to a server.
+class FaultProxy:
+    """Forwards TCP connections to a server, and breaks them on demand.
 
     Args:
         url: ``host:port`` of the server.
@@ -30,15 +30,15 @@ class Cable:
         self.url = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self) -> None:
-        """Break what is connected; new connections are forwarded."""
+    def disconnect(self) -> None:
+        """Break all connections; new ones are forwarded."""
         with self._lock:
-            ends, self._open = self._open, set()
-        for end in ends:
-            _end(end)
+            connections, self._open = self._open, set()
+        for connection in connections:
+            _shut_down(connection)
 
-    def lose_the_next_answer(self) -> None:
-        """Requests arrive; the first answer is lost with the connection."""
+    def drop_next_response(self) -> None:
+        """Deliver requests, but break the connection instead of delivering the next response."""
         self._drop = True
 
     def _accept(self) -> None:
@@ -52,19 +52,19 @@ class Cable:
                     continue
                 with self._lock:
                     self._open |= {near, far}
-                for source, sink, answers in ((near, far, False), (far, near, True)):
+                for source, sink, from_server in ((near, far, False), (far, near, True)):
                     threading.Thread(
-                        target=self._forward, args=(source, sink, answers), daemon=True
+                        target=self._forward, args=(source, sink, from_server), daemon=True
                     ).start()
 
-    def _forward(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, from_server: bool) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                if answers and self._drop and len(data) > CONTROL:
+                if from_server and self._drop and len(data) > MAX_CONTROL_BYTES:
                     self._drop = False
                     break
                 sink.sendall(data)
-        _end(sink)
+        _shut_down(sink)
         source.close()
 
     def __enter__(self) -> Self:
@@ -77,16 +77,16 @@ class Cable:
         trace: TracebackType | None,
     ) -> None:
         self._listener.close()
-        self.cut()
+        self.disconnect()
 
 
-def _end(end: socket.socket) -> None:
+def _shut_down(connection: socket.socket) -> None:
     with suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
-def killed(server: TritonServer) -> None:
-    """kill -9 of a server, and of the stubs it leaves behind."""
+def kill_server(server: TritonServer) -> None:
+    """Kill a server, and the stub processes that it leaves behind, with SIGKILL."""
     assert server.process is not None
     stubs = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()

@@ -5,7 +5,7 @@ attention through an attention function (`slot_attention`) that calls ``inplace:
 layer's states. Everything else in a decoder works token by token, so the tokens of all rows are
 packed on one axis.
 
-This is the only module of the builder that imports transformers.
+Of the front-ends, this is the only one that imports transformers.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ SERVER_FULL = (Code.NO_FREE_SLOT, Code.QUEUE_FULL)
 class Client:
     """Servers that serve the same models. Thread-safe.
 
-    Sequences begin on the servers in turn, and move to another one where their server is lost.
+    New sequences are distributed round-robin, and move to another server where theirs is lost.
 
     Args:
         servers: ``host:port`` of a gRPC endpoint, or several.

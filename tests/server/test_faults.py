@@ -62,7 +62,7 @@ def http(server: TritonServer, port: int, path: str) -> int | None:
     try:
         with urllib.request.urlopen(f"http://{server.host}:{port}{path}", timeout=5) as answer:
             return int(answer.status)
-    except urllib.error.URLError:
+    except (urllib.error.URLError, ConnectionError):
         return None
 
 

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from dataclasses import astuple
 from pathlib import Path
@@ -22,7 +21,9 @@ from inplace_builder.tools.tritonserver import (
     install_backend,
     installation,
 )
+from support.faults import eventually
 from support.models import Repository
+from support.pool import Deployment, ServerPool
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
@@ -55,11 +56,15 @@ def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) ->
         template.stop()
 
 
-def test_a_server_that_is_ready_answers_at_every_endpoint(
-    repository: Repository, tmp_path: Path
-) -> None:
-    models = _alone(repository, tmp_path, "llama").parent.parent
-    with TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log") as server:
+@pytest.fixture
+def no_models(tmp_path: Path) -> Path:
+    """A repository without models, for what does not depend on any."""
+    (tmp_path / "no models").mkdir()
+    return tmp_path / "no models"
+
+
+def test_a_server_that_is_ready_answers_at_every_endpoint(no_models: Path, tmp_path: Path) -> None:
+    with TritonServer(no_models, Ports(0, 0, 0), log=tmp_path / "log") as server:
         for port, path in (
             (server.ports.metrics, "metrics"),
             (server.ports.http, "v2/health/ready"),
@@ -78,17 +83,13 @@ def test_a_server_that_is_ready_answers_at_every_endpoint(
     ],
 )
 def test_an_endpoint_that_is_turned_off_is_not_waited_for(
-    repository: Repository, tmp_path: Path, off: list[str]
+    no_models: Path, tmp_path: Path, off: list[str]
 ) -> None:
-    models = _alone(repository, tmp_path, "llama").parent.parent
     with TritonServer(
-        models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=60
+        no_models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=60
     ) as server:
-        with (
-            InferenceServerClient(server.grpc_url) as client,
-            Sequence(client, "llama") as sequence,
-        ):
-            sequence.tokens([1, 2, 3])
+        with InferenceServerClient(server.grpc_url) as client:
+            assert client.is_server_ready()
         for port in (server.ports.metrics, server.ports.http):
             with socket.socket() as probe:
                 assert probe.connect_ex((server.host, port)) != 0
@@ -174,13 +175,13 @@ def test_inplace_serve_serves_until_it_is_told_to_end(
             with InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
                 Sequence(client, "brief").tokens(
                     [1, 2, 3]
-                )  # left alive: Triton waits for it, until it has been idle for 4 s
+                )  # left alive: Triton waits for it, until it has been idle
         finally:
             process.terminate()
         assert process.wait(60) == 0
 
 
-def _alone(repository: Repository, tmp_path: Path, name: str = "llama") -> Path:
+def _alone(repository: Repository, tmp_path: Path, name: str) -> Path:
     """A copy of a built model, to start quickly or to damage, alone in a repository."""
     return Path(shutil.copytree(repository.path / name, tmp_path / "models" / name)) / "1"
 
@@ -196,38 +197,45 @@ def _refusal(tmp_path: Path) -> str:
 
 
 def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_path: Path) -> None:
-    folder = _alone(repository, tmp_path)
+    folder = _alone(repository, tmp_path, "accumulator")
     manifest = json.loads((folder / "engine.json").read_text())
     (folder / "engine.json").write_text(json.dumps(manifest | {"manifest_version": 99}))
     assert "has manifest version 99, this runtime reads version 1" in _refusal(tmp_path)
 
 
-def test_a_missing_engine_file_is_refused(repository: Repository, tmp_path: Path) -> None:
-    (_alone(repository, tmp_path) / "engine.pt2").unlink()
-    assert "engine.pt2 is missing" in _refusal(tmp_path)
+def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPool) -> None:
+    Deployment(repository.path / "accumulator", "damaged").copy_to(pool.repository)
+    (pool.repository / "damaged" / "1" / "engine.pt2").unlink()
+    with (
+        InferenceServerClient(pool.server.grpc_url) as client,
+        pytest.raises(InferenceServerException, match="failed to load 'damaged'"),
+    ):
+        client.load_model("damaged")
+    assert pool.server.log is not None
+    assert "engine.pt2 is missing" in pool.server.log.read_text(errors="replace")
 
 
 def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
     repository: Repository, tmp_path: Path
 ) -> None:
-    engine = _alone(repository, tmp_path) / "engine.pt2"
+    models = tmp_path / "models"
+    for name in ("damaged", "whole"):
+        Deployment(repository.path / "accumulator", name).copy_to(models)
+    engine = models / "damaged" / "1" / "engine.pt2"
     engine.write_bytes(engine.read_bytes()[:1000])
-    shutil.copytree(repository.path / "accumulator", tmp_path / "models" / "accumulator")
     server = TritonServer(
-        tmp_path / "models",
-        Ports(0, 0, 0),
-        log=tmp_path / "log",
-        arguments=["--exit-on-error=false"],
+        models, Ports(0, 0, 0), log=tmp_path / "log", arguments=["--exit-on-error=false"]
     )
     server.start()
     try:
         with InferenceServerClient(server.grpc_url) as client:
-            deadline = 60
-            while not _ready(client, "accumulator") and deadline:
-                deadline -= 1
-                assert server.process is not None
-                assert server.process.poll() is None
-            assert not client.is_model_ready("llama")
+            process = server.process
+            assert process is not None
+            eventually(
+                lambda: process.poll() is not None or _ready(client, "whole"), "it is served"
+            )
+            assert process.poll() is None
+            assert not client.is_model_ready("damaged")
             assert server.log is not None
             assert "engine.pt2 has 1,000 bytes, the manifest says" in server.log.read_text(
                 errors="replace"
@@ -237,14 +245,11 @@ def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
 
 
 def _ready(client: InferenceServerClient, model: str) -> bool:
-    """Whether the model is served; waits a second if the server does not listen yet."""
+    """Whether the model is served; False where the server does not listen yet."""
     try:
-        if client.is_model_ready(model, client_timeout=2.0):
-            return True
+        return bool(client.is_model_ready(model, client_timeout=2.0))
     except InferenceServerException:
-        pass
-    time.sleep(1)
-    return False
+        return False
 
 
 def test_the_example_of_a_module_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:

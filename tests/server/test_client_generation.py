@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.client_adapters import AsyncAdapter, SyncAdapter
 from support.engines import Engines
 from support.fault_proxy import FaultProxy, kill_server
+from support.long import long_except
 from support.models import greedy
 from support.pool import EXPLICIT, Deployment, ServerPool
 from support.served import Served
@@ -186,16 +188,17 @@ def collect(
     return tokens, text
 
 
+IDS, TEXT, GREEDY = prompt(3, 21), "You may reproduce", {"ignore_eos": True}
+STOPPED, TOKENS_ONLY = SAMPLED | {"stop": ["never generated"]}, SAMPLED | {"text": False}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"ignore_eos": True},
-        SAMPLED,
-        SAMPLED | {"stop": ["never generated"]},
-        SAMPLED | {"text": False},
-    ],
+    ("given", "options"),
+    long_except(
+        [(IDS, GREEDY), (TEXT, STOPPED), (IDS, TOKENS_ONLY)],
+        product([IDS, TEXT], [GREEDY, SAMPLED, STOPPED, TOKENS_ONLY]),
+    ),
 )
-@pytest.mark.parametrize("given", [prompt(3, 21), "You may reproduce"], ids=["ids", "text"])
 def test_a_broken_connection_changes_no_token_and_no_text(
     pair: ServerPair, adapter: SyncAdapter, given: Any, options: dict[str, Any]
 ) -> None:
@@ -234,7 +237,7 @@ def test_a_server_that_hangs_is_left_after_the_timeout(
             process.suspend()
 
     try:
-        with open_sequence(adapter, pair.urls, timeout=4.0) as sequence:
+        with open_sequence(adapter, pair.urls, timeout=2.5) as sequence:
             assert sequence.server == first.grpc_url
             assert (
                 collect(adapter, sequence.generate(ids, 200, ignore_eos=True), 20, stop)[0]

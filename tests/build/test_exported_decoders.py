@@ -38,7 +38,7 @@ OPTIONS = DecoderOptions(CAPACITY, max_rows=8, chunk=CHUNK)
 @pytest.mark.parametrize(
     ("family", "dynamic"),
     long_except(
-        [("gemma3", True), ("gemma2", False), ("gpt2", False)],
+        [("gemma3", True), ("gpt2", False)],
         [(family, dynamic) for family in FAMILIES for dynamic in (True, False)],
     ),
 )
@@ -63,6 +63,7 @@ def test_eight_ragged_rows_say_what_generate_says(
     ]
 
 
+@pytest.mark.long
 def test_an_export_that_is_not_strict_has_its_caches_as_constants_and_is_the_same() -> None:
     model = decoder("llama")
     one, other = (
@@ -92,10 +93,12 @@ def _kernels(capture: Capture) -> dict[str, int]:
     return result
 
 
+ONE_TOKEN, ANY_NUMBER = ("llama", False, range(13)), ("gemma2", True, (0, 7, 9, 20))
+
+
 @pytest.mark.parametrize(
     ("family", "dynamic", "cuts"),
-    [("llama", False, range(13)), ("gemma2", True, (0, 7, 9, 20))],
-    ids=["one token", "any number of tokens"],
+    long_except([ONE_TOKEN], [ONE_TOKEN, ANY_NUMBER]),
 )
 def test_without_a_server_every_layer_is_one_operator(
     family: str, dynamic: bool, cuts: Sequence[int]

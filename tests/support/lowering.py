@@ -1,6 +1,7 @@
 """Captured models for the tests of lowering, and the shapes that they are built for."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import transformers
@@ -54,8 +55,12 @@ DECODERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 }
 
 
+@cache
 def captured(name: str, rows: int = ROWS) -> Capture:
-    """A random decoder of this family, captured for batches of ``rows`` rows."""
+    """A random decoder of this family, captured for batches of ``rows`` rows.
+
+    Tests share it, so none may change it.
+    """
     manual_seed(0)
     return capture_decoder(DECODERS[name]().eval(), DecoderOptions(CAPACITY, rows, CHUNK))
 

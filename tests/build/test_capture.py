@@ -220,16 +220,25 @@ def test_sliding_layers_and_no_others_are_rings_of_the_window_and_the_rest_of_a_
     assert all(state.axis == 1 and not state.reset for state in built.manifest.states)
 
 
-@pytest.mark.parametrize(("window", "ring"), long_except([(24, True)], [(25, False), (24, True)]))
+def windowed(folder: Path, window: int) -> PreTrainedModel:
+    """A random decoder whose layers attend to so many positions."""
+    return save(Family("MistralConfig", SHAPE | {"sliding_window": window}), folder)
+
+
+@pytest.mark.parametrize(("window", "ring"), [(25, False), (24, True)])
 def test_a_window_is_a_ring_only_where_that_takes_less_than_the_capacity(
     tmp_path: Path, window: int, ring: bool
 ) -> None:
+    states = capture_decoder(windowed(tmp_path, window), DecoderOptions(32, 2, 8)).states
+    expected = (Update.RING, 31) if ring else (Update.APPEND, 32)
+    assert {(state.update, state.shape[1]) for state in states} == {expected}
+
+
+@pytest.mark.parametrize("window", long_except([24], [24, 25]))
+def test_a_window_of_most_of_the_capacity_equals_transformers(tmp_path: Path, window: int) -> None:
+    model = windowed(tmp_path / "source", window)
     options = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
-    model = save(Family("MistralConfig", SHAPE | {"sliding_window": window}), tmp_path / "source")
-    manifest = build_decoder(tmp_path / "source", tmp_path / "model", options)
-    assert {(state.update, state.shape[1]) for state in manifest.states} == {
-        (Update.RING, 31) if ring else (Update.APPEND, 32)
-    }
+    build_decoder(tmp_path / "source", tmp_path / "model", options)
     ids = prompt(5, 9)
     assert generate_together(open_instance(tmp_path / "model"), [ids], 24) == [
         greedy(model, ids, 24)

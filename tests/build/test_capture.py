@@ -23,6 +23,8 @@ from support.long import long_except
 from support.models import greedy, open_instance
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, CAPACITY, CHUNK, WINDOW = 128, 96, 8, 12
 RING = WINDOW + CHUNK - 1
 OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)

@@ -14,6 +14,8 @@ from inplace_builder.__main__ import app
 from support.models import Repository, tiny_llama
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.slow
+
 KEYS = [f"{part}_states_{layer}" for part in ("key", "value") for layer in range(2)]
 SLOT_BYTES = 2 * 2 * (2 * 32 * 16) * 4  # keys and values, layers, heads × capacity × dim, float32
 

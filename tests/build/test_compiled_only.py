@@ -10,6 +10,8 @@ from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX, which compiles without a GPU")
 
 

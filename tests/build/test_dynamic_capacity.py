@@ -18,6 +18,8 @@ from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from support.models import greedy, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = BuildOptions(capacity=64, min_capacity=16, chunk=8, slots=4, max_rows=2)
 PROMPT = [5, 6, 7, 8, 9]
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from inplace_builder.engine_files import ArchiveFile, save_archive
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH = 16, 2048
 
 

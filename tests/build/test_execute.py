@@ -131,6 +131,7 @@ assert "inplace_builder" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_saved_program_needs_nothing_but_itself(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "engine")
     engine = inplace.load(tmp_path / "engine")

@@ -14,6 +14,8 @@ from support.long import long_except
 from torch import Tensor, nn
 from torch.export import Dim
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, HEADS, DIM, CAPACITY = 32, 2, 8, 16
 WIDTH = HEADS * DIM
 OPTIONS = DecoderOptions(CAPACITY, max_rows=4, chunk=4)

@@ -31,6 +31,8 @@ from support.exported_decoders import (
 from support.long import long_except
 from support.models import greedy, open_instance
 
+pytestmark = pytest.mark.slow
+
 CAPACITY, CHUNK, TOKENS = 40, 6, 20
 OPTIONS = DecoderOptions(CAPACITY, max_rows=8, chunk=CHUNK)
 

@@ -20,6 +20,8 @@ from support.long import long_except
 from support.models import open_instance
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.slow
+
 CAPACITY, HEADS, DIM = 12, 2, 4
 
 

@@ -22,6 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -187,6 +187,7 @@ def test_the_draft_of_a_killed_build_does_not_block_the_next(older: Path) -> Non
     write_engine(accumulator(), older, OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", long_except([20_000], [20_000, 400_000, 2_000_000]))
 def test_a_full_disk_ends_the_command_with_one_line_and_leaves_nothing(
     tmp_path: Path, limit: int

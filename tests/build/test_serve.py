@@ -14,6 +14,8 @@ from support.models import CAPACITY, CHUNK, VOCABULARY, accumulator, tiny_llama
 from support.vocabulary import save_tokenizer
 from tritonclient.grpc import model_config_pb2 as pb
 
+pytestmark = pytest.mark.slow
+
 STREAM = BuildOptions(
     slots=2, max_rows=2, capacity=CAPACITY, chunk=CHUNK, idle_timeout=30.0, serve="stream"
 )

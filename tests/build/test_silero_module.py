@@ -24,6 +24,8 @@ from support.network_interpreter import interpret
 from support.speech import chunks, package_says, recordings
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 STREAMS, FOREIGN = 64, 2
 LIMIT = 1e-4
 """Largest difference of a probability."""

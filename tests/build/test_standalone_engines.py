@@ -143,6 +143,7 @@ assert "inplace_builder" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_new_process(engine: Engine, tmp_path: Path) -> None:
     cache = new_cache()
     engine(cache, *inputs(0))

@@ -228,6 +228,7 @@ except inplace.errors.LoadError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("declared")
 def test_an_engine_needs_its_operators_where_it_is_loaded(tmp_path: Path) -> None:
     build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")

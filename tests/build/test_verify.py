@@ -172,6 +172,7 @@ def test_an_integer_that_is_off_by_one_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_decoder_verified_against_other_weights_is_refused(tmp_path: Path) -> None:
     options = DecoderOptions(capacity=32, max_rows=2, chunk=8)
     capture = capture_decoder(tiny_llama(tmp_path / "one"), options)

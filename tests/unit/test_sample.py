@@ -194,6 +194,7 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch() -> None:
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_the_kernel_equals_the_operator_in_the_interpreter() -> None:
     run_interpreted("interpreted_sample.py")
 

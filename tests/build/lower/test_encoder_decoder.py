@@ -25,6 +25,8 @@ from support.whisper_programs import (
 )
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rtx() -> TensorRT:

@@ -14,6 +14,8 @@ from support.lowering import DECODERS, VOCABULARY, captured, decoder_profiles, g
 from support.network_interpreter import interpret
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 GPUS = CompileOptions(("SM89", "SM120"))
 
 

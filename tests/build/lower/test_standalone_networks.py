@@ -26,6 +26,8 @@ from support.network_interpreter import interpret
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+pytestmark = pytest.mark.slow
+
 GPU = "8.9"
 PLANNED = [case for case in CORPUS.values() if case.plans]
 ATTENTION, TOKENS = CORPUS["attention written out"], CORPUS["number of tokens that varies"]

@@ -119,7 +119,7 @@ class Across(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "x", "reason"),
-    [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "another extent varies")],
+    [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "an axis that is not written along varies")],
 )
 def test_a_write_across_the_dynamic_axis_is_correct_and_writes_the_whole_state(
     module: nn.Module, x: tuple[int, ...], reason: str, tmp_path: Path
@@ -143,7 +143,7 @@ def test_a_dynamic_capacity_that_is_not_supported_is_refused_with_the_reason() -
     ] * 2 and isinstance(made.records[0].shape[2], str)
     with pytest.raises(
         BuildError,
-        match=r"argument keys is a state of .*a call chooses an extent: .*engine='torch'",
+        match=r"argument keys is a state of .*a call chooses an extent of it.*engine='torch'",
     ):
         serialize(
             Attention(),

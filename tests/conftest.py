@@ -44,8 +44,10 @@ with contextlib.suppress(ImportError):  # a machine that only runs the tests of 
     )
     hypothesis.settings.load_profile("tests")
 
-# Tiny models gain nothing from a second thread, and wait for it on a busy machine.
+# Tiny models gain nothing from a second thread, and wait for it on a busy machine; servers and
+# commands that tests start inherit it.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = ("server", "served")
 """Fixtures that load several models: one process runs all tests that use one of them."""

@@ -120,9 +120,9 @@ def server(repository: Repository, pool: ServerPool) -> Iterator[TritonServer]:
         yield running
 
 
-@pytest.fixture(scope="session", name="served")
-def served_models(engines: Engines, pool: ServerPool) -> Iterator[served.Served]:
-    """The pool's server with the stream models ``llama_stream``, its proxy, and ``sums``."""
+@pytest.fixture(scope="session")
+def stream_models(engines: Engines) -> Path:
+    """``llama_stream``, its proxy, and ``sums``, built for streams."""
     source = engines.get("llama-with-tokenizer", llama_with_tokenizer)
 
     def build(path: Path) -> None:
@@ -130,9 +130,17 @@ def served_models(engines: Engines, pool: ServerPool) -> Iterator[served.Served]
         options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
         write_engine(accumulator(), path / "sums", options)
 
-    path = engines.get("stream-models", build)
-    models = Deployment(path / served.MODEL, proxy=True), Deployment(path / "sums")
-    with pool.serve(*models) as running:
+    return engines.get("stream-models", build)
+
+
+@pytest.fixture(scope="session", name="served")
+def served_models(
+    engines: Engines, stream_models: Path, pool: ServerPool
+) -> Iterator[served.Served]:
+    """The pool's server with `stream_models`."""
+    source = engines.get("llama-with-tokenizer", llama_with_tokenizer)
+    llama = Deployment(stream_models / served.MODEL, proxy=True)
+    with pool.serve(llama, Deployment(stream_models / "sums")) as running:
         yield served.Served(running, LlamaForCausalLM.from_pretrained(source).eval())
 
 

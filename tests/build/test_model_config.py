@@ -4,7 +4,7 @@ import pytest
 from google.protobuf import text_format
 from inplace.server.settings import IDLE_TIMEOUT, SERVE
 from inplace_builder.served.model_config import MAX_CANDIDATE_SEQUENCES
-from support.models import SLOTS, VOCABULARY, Repository
+from support.models import BRIEF_IDLE, SLOTS, VOCABULARY, Repository
 from tritonclient.grpc import model_config_pb2 as pb
 
 
@@ -69,9 +69,9 @@ def test_the_idle_timeout_reaches_the_server_and_the_backend(
         SERVE: "step",
     }
     brief = parsed(repository, "brief")
-    assert brief.sequence_batching.max_sequence_idle_microseconds == 4_000_000
+    assert brief.sequence_batching.max_sequence_idle_microseconds == int(BRIEF_IDLE * 1e6)
     assert {key: value.string_value for key, value in brief.parameters.items()} == {
-        IDLE_TIMEOUT: "4",
+        IDLE_TIMEOUT: f"{BRIEF_IDLE:g}",
         SERVE: "step",
     }
     assert (brief.max_batch_size, brief.sequence_batching.oldest.max_candidate_sequences) == (

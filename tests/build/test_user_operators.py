@@ -220,11 +220,13 @@ def test_a_manifest_that_says_another_kind_is_read_back_against_the_graph(tmp_pa
 
 LOAD = """
 import sys, torch, inplace
-if sys.argv[2] == "with": sys.path.insert(0, sys.argv[3]); import support.user_operators
 try:
-    print("loaded", inplace.load(sys.argv[1])(torch.zeros(3, 4), torch.ones(3, 4))[0].shape)
+    inplace.load(sys.argv[1])
 except inplace.errors.LoadError as error:
     print("refused", error)
+sys.path.insert(0, sys.argv[2])
+import support.user_operators
+print("loaded", inplace.load(sys.argv[1])(torch.zeros(3, 4), torch.ones(3, 4))[0].shape)
 """
 
 
@@ -233,10 +235,8 @@ except inplace.errors.LoadError as error:
 def test_an_engine_needs_its_operators_where_it_is_loaded(tmp_path: Path) -> None:
     build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
     tests = str(Path(__file__).parents[1])
-    for how, generated in (
-        ("with", "loaded torch.Size([3, 4])"),
-        ("without", "import the module that registers the operators"),
-    ):
-        command = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path / "leaky"), how, tests]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        assert generated in done.stdout, done.stdout
+    command = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path / "leaky"), tests]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    refused, loaded = done.stdout.splitlines()
+    assert "import the module that registers the operators" in refused
+    assert loaded == "loaded torch.Size([3, 4])"

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -24,6 +23,7 @@ from inplace.schema.served import Manifest
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
+from support import served
 from support.models import CAPACITY, CHUNK, Repository
 from support.observed import Found, Observed, failing
 from support.pool import Deployment, ServerPool
@@ -39,7 +39,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 @pytest.fixture(scope="module")
 def observed(
-    repository: Repository, tmp_path_factory: pytest.TempPathFactory
+    repository: Repository, stream_models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Observed]:
     """On a server of its own: one of its models is killed."""
     path = tmp_path_factory.mktemp("observed")
@@ -47,13 +47,13 @@ def observed(
         slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, idle_timeout=2.5
     )
     build_decoder(repository.llama_folder, path / "observed", options)
-    build_decoder(repository.llama_folder, path / "talk", replace(options, serve="stream"))
     write_engine(failing(), path / "table", BuildOptions(slots=2, max_rows=2, capacity=1))
 
     def double(config: pb.ModelConfig) -> None:
         config.instance_group[0].count = 2
 
-    models = Deployment(path / "observed"), Deployment(path / "talk")
+    talk = Deployment(stream_models / served.MODEL, "talk")
+    models = Deployment(path / "observed"), talk
     with (
         ServerPool(tmp_path_factory.mktemp("server")) as pool,
         pool.serve(*models, Deployment(path / "table", change=double)) as server,
@@ -178,7 +178,7 @@ def test_generations_are_counted(observed: Observed) -> None:
         ("inplace_tokens_total", "prefill"): 4,
         ("inplace_tokens_total", "decode"): 4,
         ("inplace_sequences_ended_total", "end"): 1,
-        ("inplace_slots_free", ""): SLOTS,
+        ("inplace_slots_free", ""): served.SLOTS,
     }
     values = observed.settled("talk", expected)
     assert {key: values[key] for key in expected} == expected

@@ -5,7 +5,7 @@ Three runners take it: `tests/build/test_recognition.py` compares the captured g
 TensorRT engine.
 """
 
-from support.corpus.attention import ATTENTIONS
+from support.corpus.attention import ATTENTIONS, BLOCKS
 from support.corpus.case import ModuleCase
 from support.corpus.layers import DIVIDED
 from support.corpus.states import STATES
@@ -24,19 +24,16 @@ assert len(CORPUS) == sum(map(len, KINDS.values())), "names are unique"
 
 BUILT = (
     "IndexCopy float32",
-    "SliceItem bfloat16",
     "two writes of one state",
     "rows at their own positions",
     "number of tokens that varies",
     "start that is a Python number",
-    "slice with a step",
     "computed from the state",
     "rows by positions",
     "part of a transposed view",
-    "attention assign 1 mask=buffer repeat=gqa",
+    "attention assign 3 mask=additive repeat=interleave window=4",
     "attention written out",
     "positions counted",
-    "mask by another number",
     "caches that are returned",
     "repeated keys that are returned",
     "weights that are returned",
@@ -44,15 +41,27 @@ BUILT = (
     "recurrent",
     "exchange",
     "states in a dataclass",
-    "cache that layers share",
-    "names of operators",
     "buffer that is assigned",
     "transposed copy, symmetric at first",
     "copy that is broadcast, seen as a row",
     "torch.cond",
     "layers",
     "layers in buffers",
-    "layers looked at whole",
     "views of one buffer",
 )
 """Modules that every run builds an engine of; the long tests build one of each."""
+
+RARELY = (
+    "Assign bfloat16",
+    "Where bfloat16",
+    "index_fill_",
+    "scatter_add_",
+    "scatter_reduce_",
+    "put_",
+    "part of a permuted view",
+    *(BLOCKS[number].name for number in (0, 2, 3, 4, 7)),
+    "states in a tuple",
+    "layers indexed by a number that varies",
+    "layers indexed on two axes",
+)
+"""Modules that are much like others: only the long tests capture them."""

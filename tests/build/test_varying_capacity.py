@@ -119,7 +119,7 @@ class Across(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "x", "reason"),
-    [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "an axis that is not written along varies")],
+    [(Masked(), (1, 1, 3), "anew"), (Across(), (1, 1), "a dynamic extent on another axis")],
 )
 def test_a_write_across_the_dynamic_axis_is_correct_and_writes_the_whole_state(
     module: nn.Module, x: tuple[int, ...], reason: str, tmp_path: Path

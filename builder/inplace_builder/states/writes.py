@@ -518,7 +518,7 @@ def _depends_on(node: Node, placeholder: Node) -> bool:
 def _why_no_update(write: Write, state: StateTensor, rows: int) -> str | None:
     """Why an update cannot do a matched write; None if it can."""
     if state.dynamic_axes - {write.axis}:
-        return f"{write.pattern} into a tensor of which an axis that is not written along varies"
+        return f"{write.pattern} into a tensor with a dynamic extent on another axis"
     if write.per_row and rows == 1:
         return (
             f"{write.pattern} at a position of its own for each entry of the first axis, which "

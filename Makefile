@@ -14,10 +14,10 @@ help: ## this list
 demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversation, shut down
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed check ## every kind of test, the real model and the real server included (12 minutes on 2 cores)
+test: .venv/installed check ## every kind of test, the real model and the real server included
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: .venv/installed ## without servers, the real model and slow builds, for the loop while working (3 minutes)
+test-fast: .venv/installed ## without servers, the real model and slow builds, for the loop while working
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model and not slow and not long"
 
 test-long: .venv/installed ## what `make test` has a few cases of: 1600 random modules, all decoders, long soak and fuzz runs

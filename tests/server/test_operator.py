@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import astuple
 from pathlib import Path
@@ -212,7 +213,10 @@ def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPo
     ):
         client.load_model("damaged")
     assert pool.server.log is not None
-    assert "engine.pt2 is missing" in pool.server.log.read_text(errors="replace")
+    deadline = time.monotonic() + 20  # the backend's lines reach the log from a thread
+    while "engine.pt2 is missing" not in (log := pool.server.log.read_text(errors="replace")):
+        assert time.monotonic() < deadline, log[-4000:]
+        time.sleep(0.1)
 
 
 def test_a_truncated_engine_file_is_refused_and_other_models_are_served(

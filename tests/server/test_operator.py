@@ -209,7 +209,7 @@ def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPo
     (pool.repository / "damaged" / "1" / "engine.pt2").unlink()
     with (
         InferenceServerClient(pool.server.grpc_url) as client,
-        pytest.raises(InferenceServerException, match="failed to load 'damaged'"),
+        pytest.raises(InferenceServerException, match="'damaged'"),
     ):
         client.load_model("damaged")
     assert pool.server.log is not None

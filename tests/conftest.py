@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,26 +50,22 @@ with contextlib.suppress(ImportError):  # a machine that only runs the tests of 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = ("server", "served")
-"""Fixtures that load several models: one process runs all tests that use one of them."""
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests among processes by `support.scheduling.group`."""
+    from support.scheduling import Groups
+
+    return Groups(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say what runs in one process where several share the tests, and what goes first.
+    """Where several processes share the tests, those that take longest go first.
 
-    Tests of one file, or of one expensive fixture, stay together; those marked ``independent`` do
-    not. What takes longest goes first: the real model, then servers, then builds.
+    They are the real model, then servers, then slow builds.
     """
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        if item.get_closest_marker("independent") is None:
-            fixtures = getattr(item, "fixturenames", ())
-            group = next((name for name in SHARED if name in fixtures), str(item.path))
-            item.add_marker(pytest.mark.xdist_group(group))
-    order = ("real_model", "server", "slow")
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in order])
+    if hasattr(config, "workerinput"):
+        order = ("real_model", "server", "slow")
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in order])
 
 
 def pytest_collection_finish() -> None:

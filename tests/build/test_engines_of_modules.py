@@ -9,7 +9,7 @@ from support.corpus import BUILT, CORPUS
 from support.corpus.check import check_engine
 from support.long import long_except
 
-pytestmark = [pytest.mark.independent, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", long_except(BUILT, CORPUS))

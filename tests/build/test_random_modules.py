@@ -6,7 +6,7 @@ Every run tries the same few of each kind; `tests/long/test_random_modules.py` t
 import pytest
 from support.random_checks import run
 
-pytestmark = [pytest.mark.independent, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 FEW = {
     "supported": 6,

@@ -14,8 +14,6 @@ from support.corpus.writes import ONE, TWO, IndexCopy, Tokens, zeros
 from support.long import long_except
 from torch import Tensor
 
-pytestmark = pytest.mark.independent
-
 
 @pytest.mark.parametrize(
     "name", long_except([name for name in CORPUS if name not in RARELY], CORPUS)

@@ -3,7 +3,7 @@
 import pytest
 from support.random_checks import run
 
-pytestmark = [pytest.mark.independent, pytest.mark.long]
+pytestmark = pytest.mark.long
 
 MODULES = {
     "supported": 500,

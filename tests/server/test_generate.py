@@ -43,7 +43,7 @@ def added_to(ids: list[int], tokens: list[int]) -> str:
     """As `added`, where the prompt may end within a character."""
     before: str = tiny_tokenizer().decode(ids)
     whole: str = tiny_tokenizer().decode(ids + tokens)
-    return whole[len(before) :].rstrip("\ufffd")
+    return whole[len(before) :]
 
 
 def test_the_example_of_the_documentation_prints_a_text(

@@ -95,7 +95,9 @@ class SmolLM2:
 @contextmanager
 def serve_smollm2(source: Path, folder: Path, pool: ServerPool, tokens: int) -> Iterator[SmolLM2]:
     """Build the model, continue each prompt by so many tokens with transformers, and serve it."""
-    options = BuildOptions(chunk=CHUNK, max_rows=ROWS, queue_delay_microseconds=20_000)
+    options = BuildOptions(
+        slots=ROWS, max_rows=ROWS, capacity=256, chunk=CHUNK, queue_delay_microseconds=20_000
+    )
     build_decoder(source, folder / MODEL, options)
     model, _ = load_decoder(source, Dtype.FLOAT32)
     tokenizer = load_chat_tokenizer(folder / MODEL)

@@ -81,11 +81,11 @@ def main() -> None:
     document: dict[str, Any] = facts(what, "python -m benchmarks.generate") | {
         "model": {
             "name": given.model.name,
-            "engine": manifest.engine.kind,
-            "device": manifest.engine.device,
+            "engine": manifest.program("step").engine.kind,
+            "device": manifest.device,
         }
         | {
-            "dtype": str(manifest.engine.dtype),
+            "dtype": str(manifest.program("step").engine.dtype),
             "slots": manifest.slots,
             "rows": manifest.program("step").max_rows,
         },
@@ -211,7 +211,7 @@ def beside(
         ),
     )
     if given.transformers is not None:
-        engine = manifest.engine
+        engine = manifest.program("step").engine
         where = [str(given.transformers.resolve()), str(engine.dtype), engine.device]
         yield (
             "transformers",

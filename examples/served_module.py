@@ -43,7 +43,7 @@ def capture() -> ib.Capture:
             ib.control_input("slots", ib.Role.SLOTS),
         ],
         outputs=[
-            ib.TensorSpec(name="smoothed", role=ib.Role.ROW, dtype=ib.Dtype.FLOAT32, shape=(1,))
+            ib.TensorSpec(name="smoothed", role=ib.Role.VALUE, dtype=ib.Dtype.FLOAT32, shape=(1,))
         ],
         states=[
             ib.StateSpec(name="mean", shape=(1,), dtype=ib.Dtype.FLOAT32, update=ib.Update.REPLACE)

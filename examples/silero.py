@@ -209,7 +209,9 @@ def capture_silero(model: SileroVad, *, max_rows: int = 64) -> ib.Capture:
             ib.control_input("slots", ib.Role.SLOTS),
         ],
         outputs=[
-            ib.TensorSpec(name="probability", role=ib.Role.ROW, dtype=ib.Dtype.FLOAT32, shape=(1,))
+            ib.TensorSpec(
+                name="probability", role=ib.Role.VALUE, dtype=ib.Dtype.FLOAT32, shape=(1,)
+            )
         ],
         states=[
             ib.StateSpec(

@@ -69,7 +69,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def load(path: Path | str, *, cuda_graphs: bool = True) -> Engine:
+def load(path: Path | str, *, cuda_graphs: bool = True, trust: Path | str | None = None) -> Engine:
     """Load an engine that is called like the module it was built from (`inplace_builder.build`).
 
     Args:
@@ -77,14 +77,17 @@ def load(path: Path | str, *, cuda_graphs: bool = True) -> Engine:
         cuda_graphs: whether a TensorRT engine replays repeated steps as CUDA graphs. A step is
             repeated if its inputs have the same shapes, and its states the same addresses. False
             launches every kernel of every step. PyTorch engines run on the CPU and have no graphs.
+        trust: the folder whose TensorRT plans may be loaded, because a plan is code; None is
+            ``path`` itself, which the caller has named. Loading a PyTorch engine runs no code of
+            it.
 
     Raises:
         LoadError: the engine is missing or damaged, has another version, or its graph is not what
-            its manifest says.
+            its manifest says; or it is a TensorRT plan outside ``trust``.
     """
     from inplace.standalone import Engine  # needs PyTorch
 
-    return Engine.load(Path(path), cuda_graphs=cuda_graphs)
+    return Engine.load(Path(path), cuda_graphs=cuda_graphs, trust=trust)
 
 
 def __getattr__(name: str) -> Any:

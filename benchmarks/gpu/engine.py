@@ -21,6 +21,7 @@ from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
+from inplace.schema.files import EngineFolder
 from inplace.schema.served import AliasKind, Manifest
 from inplace_builder import DecoderOptions, capture_decoder
 from inplace_builder.served.build import write_engine
@@ -116,7 +117,7 @@ def opened(place: Path) -> tuple[Manifest, Arena, TensorRtEngine]:
     torch.cuda.empty_cache()
     manifest = Manifest.load(place / "model" / MODEL_VERSION)
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    engine = TensorRtEngine(place / "model" / MODEL_VERSION, manifest, arena)
+    engine = TensorRtEngine(EngineFolder(place / "model" / MODEL_VERSION), manifest, arena)
     for tensor in arena.tensors.values():
         tensor.normal_()
     torch.cuda.synchronize()

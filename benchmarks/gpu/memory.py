@@ -30,6 +30,7 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     from inplace.engines import NO_OTHER_THREADS
     from inplace.engines.arena import Arena
     from inplace.engines.tensorrt import TensorRtEngine
+    from inplace.schema.files import EngineFolder
     from inplace.schema.served import Manifest
     from inplace.trt import load_tensorrt
 
@@ -41,7 +42,7 @@ def measure(folder: Path, rows: int, steps: int) -> dict[str, object]:
     bare = used()
     manifest = Manifest.load(folder / "1")
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    engine = TensorRtEngine(folder / "1", manifest, arena)
+    engine = TensorRtEngine(EngineFolder(folder / "1"), manifest, arena)
     inputs = step_inputs(manifest, engine, arena, [600] * rows, [1] * rows)
     engine.launch(inputs, {"next_token"})(NO_OTHER_THREADS)
     torch.cuda.synchronize()

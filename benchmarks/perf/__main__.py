@@ -123,9 +123,9 @@ def measure(
         levels = [float(level) for level in asked.split(",")]
     about = {
         "name": model.name,
-        "engine": manifest.engine.kind,
-        "device": manifest.engine.device,
-        "dtype": str(manifest.engine.dtype),
+        "engine": manifest.program("step").engine.kind,
+        "device": manifest.device,
+        "dtype": str(manifest.program("step").engine.dtype),
     }
     serve: Serve = "step" if mode in ("unary", "rate") else "stream"
     steps = mode in ("unary", "stream")

@@ -222,6 +222,13 @@ def serve(
     log_file: Annotated[
         Path | None, typer.Option(help="File for the server's own output; default: the terminal.")
     ] = None,
+    trust_models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder whose TensorRT plans may be loaded, because a plan is code; may be "
+            "repeated; default: the model repository."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model repository with tritonserver until interrupted.
 
@@ -236,6 +243,7 @@ def serve(
             host,
             log=log_file,
             arguments=context.args,
+            trust_models=trust_models,
         )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with contextlib.suppress(KeyboardInterrupt), server:

@@ -10,10 +10,9 @@ from typing import IO, Self, cast
 
 import torch
 from inplace import __version__
-from inplace.schema.artifacts import EngineFile, File, Plan
+from inplace.schema.artifacts import EngineFile, Plan
 from inplace.schema.dtypes import Dtype
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from inplace.schema.tensors import write_tensors
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
@@ -41,8 +40,7 @@ def write_program(
     if device != "cpu":
         exported = move_to_device_pass(exported, device)
     save_archive(exported, folder / TORCH_FILE)
-    file = File.of(folder / TORCH_FILE)
-    return EngineFile(kind="torch", **file.model_dump(), device=device, dtype=dtype)
+    return EngineFile(file=TORCH_FILE, kind="torch", device=device, dtype=dtype)
 
 
 def write_plan(
@@ -62,16 +60,9 @@ def write_plan(
     """
     (folder / PLAN_FILE).write_bytes(content)
     if weights:
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-                folder / WEIGHTS_FILE,
-            )
-        except SafetensorError as error:  # a full disk, for example
-            raise OSError(str(error)) from error
-        record = record.model_copy(update={"weights": File.of(folder / WEIGHTS_FILE)})
-    file = File.of(folder / PLAN_FILE)
-    return EngineFile(kind="tensorrt", **file.model_dump(), device="cuda", dtype=dtype, plan=record)
+        write_tensors(folder / WEIGHTS_FILE, weights)
+        record = record.model_copy(update={"weights": WEIGHTS_FILE})
+    return EngineFile(file=PLAN_FILE, kind="tensorrt", device="cuda", dtype=dtype, plan=record)
 
 
 def built_with(plan: Plan | None = None) -> dict[str, str]:

@@ -97,7 +97,7 @@ def test_the_options_reach_the_engine(llama: Path) -> None:
         manifest.capacity,
         program.max_rows,
         program.chunk,
-        manifest.engine.dtype,
+        program.engine.dtype,
     ) == (4, 32, 3, 8, "bfloat16")
     config = Path("m/config.pbtxt").read_text()
     assert "max_sequence_idle_microseconds: 7500000" in config

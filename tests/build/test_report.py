@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inplace.schema.artifacts import File, Plan, Profile
+from inplace.schema.artifacts import FileRecord, Plan, Profile
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Update
 from inplace_builder.tools.report import arena_bytes, max_slots
@@ -41,7 +41,8 @@ def test_a_copied_state_counts_twice(repository: Repository) -> None:
 
 def test_the_engines_files_come_off_the_memory_that_slots_have(repository: Repository) -> None:
     manifest = Manifest.load(repository.path / "llama" / "1")
-    files = manifest.engine.bytes
+    program = manifest.program("step")
+    files = manifest.file(program.engine.file).bytes
     assert max_slots(manifest, files + 5 * SLOT) == 5
     assert max_slots(manifest, files + 5 * SLOT - 1) == 4
     assert max_slots(manifest, files - 1) == 0
@@ -51,10 +52,15 @@ def test_the_engines_files_come_off_the_memory_that_slots_have(repository: Repos
         gpu="",
         compute_capability="9.0",
         profiles=(Profile(rows=(1, 1), tokens=(1, 1)),),
-        weights=File(file="weights.safetensors", bytes=3 * SLOT, sha256=""),
+        weights="weights.safetensors",
     )
+    engine = program.engine.model_copy(update={"plan": plan})
+    weights = FileRecord(name="weights.safetensors", bytes=3 * SLOT, sha256="0" * 64)
     beside = manifest.model_copy(
-        update={"engine": manifest.engine.model_copy(update={"plan": plan})}
+        update={
+            "programs": (program.model_copy(update={"engine": engine}),),
+            "files": (*manifest.files, weights),
+        }
     )
     assert max_slots(beside, files + 5 * SLOT) == 2
 

@@ -86,7 +86,7 @@ def test_its_proxy_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
     ]
     assert outputs(config) == GENERATED
     assert ProxyFile.load(proxy / "1") == ProxyFile(
-        model="llama", max_requests=STREAM.slots + MAX_WAITING
+        model="llama", has_tokenizer=True, max_requests=STREAM.slots + MAX_WAITING
     )
 
 
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_generate_has_no_proxy_and_an_older_one_is_removed
     proxy = tmp_path / "sums_generate"
     options = BuildOptions(slots=4, max_rows=4, capacity=1, serve="stream")
     (proxy / "1").mkdir(parents=True)
-    ProxyFile(model="sums", max_requests=1).save(proxy / "1")
+    ProxyFile(model="sums", has_tokenizer=False, max_requests=1).save(proxy / "1")
     write_engine(accumulator(), model, options)
     assert not proxy.exists()
     assert [(tensor.name, tensor.optional) for tensor in parsed(model).input] == [("value", False)]
@@ -108,7 +108,7 @@ def test_a_model_that_does_not_generate_has_no_proxy_and_an_older_one_is_removed
 def test_a_proxy_of_another_model_is_left_alone(tmp_path: Path) -> None:
     proxy = tmp_path / "sums_generate"
     (proxy / "1").mkdir(parents=True)
-    ProxyFile(model="other", max_requests=1).save(proxy / "1")
+    ProxyFile(model="other", has_tokenizer=False, max_requests=1).save(proxy / "1")
     write_engine(accumulator(), tmp_path / "sums", BuildOptions(slots=4, max_rows=4, capacity=1))
     assert ProxyFile.load(proxy / "1").model == "other"
 

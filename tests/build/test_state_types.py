@@ -6,9 +6,7 @@ import pytest
 import torch
 from inplace.operators import read
 from inplace.schema.dtypes import Dtype
-from inplace_builder import RowOptions, capture_exported_rows
 from inplace_builder.compare import same_bits
-from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from support.comparing import compare_graph
 from support.long import long_except
@@ -87,5 +85,3 @@ def test_a_state_with_imaginary_initial_values_is_not_filled_with_others() -> No
         [],
         lambda step: (torch.randn(1, 4, generator=torch.Generator().manual_seed(step)),),
     )
-    with pytest.raises(BuildError, match="begins with different numbers"):
-        capture_exported_rows(Turning(), RowOptions(2), (torch.zeros(1, 4),))

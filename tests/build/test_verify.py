@@ -278,7 +278,7 @@ def test_the_ring_of_a_module_is_verified_beyond_its_end(tmp_path: Path) -> None
             control_input("slots", Role.SLOTS),
             control_input("write_indices", Role.WRITE_INDICES),
         ],
-        outputs=[TensorSpec(name="mean", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,))],
+        outputs=[TensorSpec(name="mean", role=Role.VALUE, dtype=Dtype.FLOAT32, shape=(4,))],
         states=[
             StateSpec(
                 name="values", shape=(RING, 4), dtype=Dtype.FLOAT32, update=Update.RING, axis=0
@@ -314,7 +314,7 @@ def test_a_built_decoder_records_its_error_and_it_is_within_the_tolerance_of_its
     manifest = build_decoder(
         tmp_path / "llama", tmp_path / "model", BuildOptions(dtype=dtype, capacity=32, chunk=8)
     )
-    assert manifest.engine.dtype is dtype
+    assert manifest.program("step").engine.dtype is dtype
     assert (
         float(manifest.built_with["verified_error"])
         < {Dtype.FLOAT32: 1e-5, Dtype.BFLOAT16: 5e-2}[dtype]

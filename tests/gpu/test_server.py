@@ -1,7 +1,6 @@
 """TensorRT engines on a real tritonserver, beside a model that cannot be served."""
 
 import importlib.util
-import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.manifests import edit
 from support.models import greedy, tiny_llama
 from support.streams import generate
 from transformers import LlamaForCausalLM
@@ -56,10 +56,10 @@ def running(
     )
     build_decoder(folder, repository / "llama", options)
     shutil.copytree(repository / "llama", repository / "elsewhere")
-    manifest = repository / "elsewhere" / MODEL_VERSION / "engine.json"
-    fields = json.loads(manifest.read_text())
-    fields["engine"]["plan"]["gpu"] = "NVIDIA A100"
-    manifest.write_text(json.dumps(fields))
+    edit(
+        repository / "elsewhere" / MODEL_VERSION,
+        lambda fields: fields["programs"][0]["engine"]["plan"].update(gpu="NVIDIA A100"),
+    )
     config = repository / "elsewhere" / "config.pbtxt"
     config.write_text(config.read_text().replace('name: "llama"', 'name: "elsewhere"'))
     log = tmp_path_factory.mktemp("server") / "tritonserver.log"

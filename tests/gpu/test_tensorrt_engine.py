@@ -13,11 +13,13 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request
 from inplace.schema.dtypes import Dtype
+from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
+from support.manifests import edit, exchange
 from support.models import VOCABULARY, accumulator, greedy, tiny_llama
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +41,7 @@ def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> Mod
     return ModelInstance(
         manifest,
         arena,
-        TensorRtEngine(model / MODEL_VERSION, manifest, arena, graphs=graphs),
+        TensorRtEngine(EngineFolder(model / MODEL_VERSION), manifest, arena, graphs=graphs),
         idle_timeout=600.0,
     )
 
@@ -74,7 +76,7 @@ def test_a_decoder_builds_verifies_and_gives_the_tokens_of_transformers(
 ) -> None:
     manifest = build_decoder(llama, tmp_path / "out", options(dtype=dtype, alias=alias))
     assert {entry.kind for entry in manifest.program("step").aliases} == {alias}
-    assert {record.kind for record in manifest.lowering} == {alias}
+    assert {record.kind for record in manifest.program("step").lowering} == {alias}
     if dtype is not Dtype.FLOAT32:
         return
     model = tiny_llama(tmp_path / "again")
@@ -165,14 +167,11 @@ def test_states_other_than_caches(tmp_path: Path, alias: str) -> None:
 
 def edited(model: Path, tmp_path: Path, **engine: object) -> Path:
     """A copy of a model with other fields in the record of its plan."""
-    import json
-
-    copy = tmp_path / "edited"
-    shutil.copytree(model, copy)
-    path = copy / MODEL_VERSION / "engine.json"
-    fields = json.loads(path.read_text())
-    fields["engine"]["plan"].update(engine)
-    path.write_text(json.dumps(fields))
+    copy = shutil.copytree(model, tmp_path / "edited")
+    edit(
+        copy / MODEL_VERSION,
+        lambda fields: fields["programs"][0]["engine"]["plan"].update(engine),
+    )
     return copy
 
 
@@ -202,30 +201,18 @@ def test_a_truncated_plan_and_changed_weights_are_refused(engine: Path, tmp_path
 
 
 def test_a_file_that_is_not_a_plan_is_refused(engine: Path, tmp_path: Path) -> None:
-    import hashlib
-    import json
-
-    copy = tmp_path / "copy"
-    shutil.copytree(engine, copy)
-    content = b"not a plan"
-    (copy / MODEL_VERSION / "engine.plan").write_bytes(content)
-    path = copy / MODEL_VERSION / "engine.json"
-    fields = json.loads(path.read_text())
-    fields["engine"].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    path.write_text(json.dumps(fields))
+    copy = shutil.copytree(engine, tmp_path / "copy")
+    exchange(copy / MODEL_VERSION, "engine.plan", b"not a plan")
     with pytest.raises(LoadError, match="cannot be read by TensorRT"):
         opened(copy)
 
 
 def test_an_alias_that_the_plan_does_not_have_is_refused(engine: Path, tmp_path: Path) -> None:
-    import json
-
-    copy = tmp_path / "copy"
-    shutil.copytree(engine, copy)
-    path = copy / MODEL_VERSION / "engine.json"
-    fields = json.loads(path.read_text())
-    fields["programs"][0]["aliases"][0]["output"] = "missing_output"
-    path.write_text(json.dumps(fields))
+    copy = shutil.copytree(engine, tmp_path / "copy")
+    edit(
+        copy / MODEL_VERSION,
+        lambda fields: fields["programs"][0]["aliases"][0].update(output="missing_output"),
+    )
     with pytest.raises(LoadError, match="missing_output"):
         opened(copy)
 
@@ -239,4 +226,4 @@ def test_an_arena_larger_than_the_gpu_is_refused(engine: Path) -> None:
 def test_load_engine_takes_a_plan(engine: Path) -> None:
     manifest = Manifest.load(engine / MODEL_VERSION)
     arena = Arena(manifest.states, manifest.slots, torch.device("cuda"))
-    load_engine(engine / MODEL_VERSION, manifest, arena)
+    load_engine(EngineFolder(engine / MODEL_VERSION), manifest, arena)

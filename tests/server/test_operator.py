@@ -1,6 +1,5 @@
 """An operator's own command line, damaged models, and a shutdown with live sequences."""
 
-import json
 import os
 import runpy
 import shutil
@@ -23,6 +22,7 @@ from inplace_builder.tools.tritonserver import (
     installation,
 )
 from support.faults import eventually
+from support.manifests import edit
 from support.models import Repository
 from support.pool import Deployment, ServerPool
 from tritonclient.grpc import InferenceServerClient
@@ -199,9 +199,10 @@ def _refusal(tmp_path: Path) -> str:
 
 def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_path: Path) -> None:
     folder = _alone(repository, tmp_path, "accumulator")
-    manifest = json.loads((folder / "engine.json").read_text())
-    (folder / "engine.json").write_text(json.dumps(manifest | {"manifest_version": 99}))
-    assert "has manifest version 99, this runtime reads version 1" in _refusal(tmp_path)
+    edit(folder, lambda fields: fields.update(manifest_version=1))
+    refusal = _refusal(tmp_path)
+    assert "has manifest version 1, this runtime reads version 2: build the model again" in refusal
+    assert f"with `inplace build … --output {folder}/..`" in refusal
 
 
 def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPool) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from inplace.operators import read, update
 from inplace.runtime.instance import ModelInstance
+from inplace.schema.artifacts import EngineFile, FileRecord
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Program
+from inplace.schema.served import CompiledProgram, Manifest, Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace_builder import BuildOptions, Capture, capture_module
 from inplace_builder.capture.capture import control_input
@@ -44,6 +45,25 @@ RECTANGULAR = Program(
     chunk=1,
 )
 """The description of a program that takes four numbers and returns nothing."""
+
+
+LOADABLE = Manifest(
+    name="model",
+    slots=8,
+    states=(),
+    programs=(
+        CompiledProgram.of(
+            RECTANGULAR,
+            EngineFile(kind="torch", file="engine.pt2", device="cpu", dtype=Dtype.FLOAT32),
+            lowering=(),
+            states=[],
+        ),
+    ),
+    files=(FileRecord(name="engine.pt2", bytes=0, sha256="0" * 64),),
+    verified="executed",
+    built_with={},
+)
+"""The manifest of an engine of that program."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +148,8 @@ def accumulator(max_rows: int = 4) -> Capture:
             control_input("slots", Role.SLOTS),
         ],
         outputs=[
-            TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
-            TensorSpec(name="values", role=Role.ROW, dtype=Dtype.INT32, shape=(1,)),
+            TensorSpec(name="sum", role=Role.VALUE, dtype=Dtype.FLOAT32, shape=(4,)),
+            TensorSpec(name="values", role=Role.VALUE, dtype=Dtype.INT32, shape=(1,)),
         ],
         states=[
             StateSpec(name="total", shape=(4,), dtype=Dtype.FLOAT32, update=Update.REPLACE),
@@ -154,7 +174,7 @@ def captured(
             TensorSpec(name="value", role=Role.ROW, dtype=dtype, shape=(4,)),
             control_input("slots", Role.SLOTS),
         ],
-        outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=dtype, shape=(4,))],
+        outputs=[TensorSpec(name="sum", role=Role.VALUE, dtype=dtype, shape=(4,))],
         states=[
             StateSpec(name="total", shape=(4,), dtype=dtype, update=Update.REPLACE, reset=reset)
         ],

@@ -47,7 +47,7 @@ def failing() -> Capture:
             TensorSpec(name="which", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)),
             control_input("slots", Role.SLOTS),
         ],
-        outputs=[TensorSpec(name="sum", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))],
+        outputs=[TensorSpec(name="sum", role=Role.VALUE, dtype=Dtype.FLOAT32, shape=(1,))],
         states=[StateSpec(name="total", shape=(1,), dtype=Dtype.FLOAT32, update=Update.REPLACE)],
         max_rows=2,
     )

@@ -1,7 +1,11 @@
 """How many tokens of each row a step computes."""
 
 import pytest
-from inplace.runtime.batcher import schedule_tokens
+import torch
+from inplace.runtime.batcher import ActiveRequest, form_batch, schedule_tokens
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import SequenceState
+from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 from pydantic import ValidationError
@@ -36,6 +40,26 @@ def test_every_row_advances_within_the_token_budget(
 ) -> None:
     assert schedule_tokens(waiting, chunk, budget) == counts
     assert sum(counts) <= budget
+
+
+def test_the_valid_length_of_a_row_is_its_number_of_tokens_in_the_step() -> None:
+    lengths = TensorSpec(name="lengths", role=Role.VALID_LENGTHS, dtype=Dtype.INT32)
+    packed = program(4, 8)
+    packed = packed.model_copy(update={"inputs": (*packed.inputs, lengths)})
+
+    def step(*counts: int) -> list[int]:
+        rows = []
+        for slot, count in enumerate(counts):
+            inputs = {"ids": torch.zeros(count, dtype=torch.int64)}
+            request = Request(slot, start=True, end=False, inputs=inputs)
+            rows.append(ActiveRequest(request, SequenceState(slot, slot), inputs, count, 0))
+        filled = form_batch(packed, rows).inputs["lengths"]
+        assert filled.dtype is torch.int32
+        values: list[int] = filled.tolist()
+        return values
+
+    assert step(5, 1, 9) == [5, 1, 8]
+    assert step(1, 1) == [1, 1]
 
 
 def test_the_default_budget_is_rows_times_chunk() -> None:

@@ -12,7 +12,9 @@ from inplace.drivers.detokenizer import (
     load_tokenizer,
 )
 from inplace.errors import LoadError
-from support.models import VOCABULARY
+from inplace.schema.artifacts import FileRecord, record_files
+from inplace.schema.files import EngineFolder
+from support.models import LOADABLE, VOCABULARY
 from support.vocabulary import (
     TOKENIZERS,
     added,
@@ -21,6 +23,7 @@ from support.vocabulary import (
     save_tokenizer,
     tiny_tokenizer,
 )
+from tokenizers import Tokenizer
 
 WORDS = (
     tiny_tokenizer()
@@ -152,13 +155,19 @@ def test_a_missing_tokenizer_is_none_and_a_damaged_one_a_load_error(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("engine")
-    assert load_tokenizer(folder) is None
+
+    def load(files: tuple[FileRecord, ...]) -> Tokenizer | None:
+        return load_tokenizer(EngineFolder(folder), LOADABLE.model_copy(update={"files": files}))
+
+    assert load(()) is None
     save_tokenizer(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder)
+    with pytest.raises(LoadError, match=r"its manifest lists no tokenizer; remove it, or build"):
+        load(())
+    tokenizer = load(record_files(folder, leave_out=""))
     assert tokenizer is not None
     assert tokenizer.encode("Licensed work").ids == tiny_tokenizer().encode("Licensed work").ids
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
     with pytest.raises(
         LoadError, match=r"tokenizer.json cannot be read as a tokenizer .*; build the model again"
     ):
-        load_tokenizer(folder)
+        load(record_files(folder, leave_out=""))

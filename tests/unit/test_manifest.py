@@ -9,12 +9,24 @@ from typing import Any
 import pytest
 import torch
 from inplace.errors import LoadError
-from inplace.schema.artifacts import EngineFile
+from inplace.schema.artifacts import EngineFile, FileRecord
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import FILE_NAME, Alias, Lowering, Manifest, Program
+from inplace.schema.records import digest_of
+from inplace.schema.served import (
+    FILE_NAME,
+    Alias,
+    Call,
+    CompiledProgram,
+    Loop,
+    Lowering,
+    Manifest,
+    Program,
+    Schedule,
+)
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from inplace.schema.standalone import StandaloneManifest
 from pydantic import ValidationError
+from support.manifests import save
 
 CACHE = StateSpec(
     name="cache", shape=(2, 16, 4), dtype=Dtype.BFLOAT16, update=Update.APPEND, axis=1, reset=False
@@ -27,12 +39,12 @@ TOKENS = TensorSpec(
 )
 SCALE = TensorSpec(name="scale", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(3,))
 SLOTS = TensorSpec(name="slots", role=Role.SLOTS, dtype=Dtype.INT32)
-TOKEN = TensorSpec(name="token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,), argmax_of="logits")
+TOKEN = TensorSpec(name="token", role=Role.TOKEN, dtype=Dtype.INT64, shape=(1,), argmax_of="logits")
 LOGITS = TensorSpec(
-    name="logits", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(100,), on_request=True
+    name="logits", role=Role.LOGITS, dtype=Dtype.FLOAT32, shape=(100,), on_request=True
 )
 
-STEP = Program(
+STEP = CompiledProgram(
     name="step",
     row_layout="packed",
     inputs=(TOKENS, SCALE, SLOTS),
@@ -40,6 +52,10 @@ STEP = Program(
     aliases=(Alias(output="cache_updated", input="cache", kind="operator"),),
     max_rows=4,
     chunk=8,
+    states=("cache", "cell", "window"),
+    read_only=("cell", "window"),
+    engine=EngineFile(file="engine.pt2", kind="torch", device="cpu", dtype=Dtype.BFLOAT16),
+    lowering=(Lowering(state="cache", kind="operator", reason="it can"),),
 )
 
 MANIFEST = Manifest(
@@ -48,10 +64,7 @@ MANIFEST = Manifest(
     capacity=16,
     states=(CACHE, CELL, WINDOW),
     programs=(STEP,),
-    lowering=(Lowering(state="cache", kind="operator", reason="it can"),),
-    engine=EngineFile(
-        kind="torch", file="engine.pt2", bytes=12, sha256="00", device="cpu", dtype=Dtype.BFLOAT16
-    ),
+    files=(FileRecord(name="engine.pt2", bytes=12, sha256="0" * 64),),
     verified="executed",
     built_with={"torch": "2"},
 )
@@ -70,7 +83,6 @@ def test_a_saved_manifest_loads_as_it_was(tmp_path: Path) -> None:
     loaded = Manifest.load(tmp_path)
     assert loaded == MANIFEST
     loaded.save(tmp_path)
-    assert (tmp_path / FILE_NAME).read_text() == MANIFEST.model_dump_json(indent=1) + "\n"
     with pytest.raises(
         ValidationError, match="the manifest must have a capacity, because states append"
     ):
@@ -80,16 +92,20 @@ def test_a_saved_manifest_loads_as_it_was(tmp_path: Path) -> None:
 def test_a_file_has_the_field_names_of_its_version_and_no_others(tmp_path: Path) -> None:
     MANIFEST.save(tmp_path)
     fields = json.loads((tmp_path / FILE_NAME).read_text())
-    assert list(fields["lowering"][0]) == ["state", "kind", "because", "refused"]
-    fields["lowering"][0]["reason"] = fields["lowering"][0].pop("because")
-    (tmp_path / FILE_NAME).write_text(json.dumps(fields))
-    with pytest.raises(LoadError, match=r"is damaged \(lowering.0.because: Field required\)"):
+    [lowering] = fields["programs"][0]["lowering"]
+    assert list(lowering) == ["state", "kind", "reason", "refused"]
+    lowering["because"] = lowering.pop("reason")
+    save(tmp_path, fields)
+    with pytest.raises(
+        LoadError, match=r"is damaged \(programs.0.lowering.0.reason: Field required\)"
+    ):
         Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("fill", [float("inf"), float("-inf")])
 def test_an_infinite_fill_survives_the_file(tmp_path: Path, fill: float) -> None:
-    Manifest(**changed(MANIFEST, states=(StateSpec(**changed(CACHE, fill=fill)),))).save(tmp_path)
+    states = (StateSpec(**changed(CACHE, fill=fill)), CELL, WINDOW)
+    Manifest(**changed(MANIFEST, states=states)).save(tmp_path)
     assert Manifest.load(tmp_path).states[0].fill == fill
 
 
@@ -109,10 +125,12 @@ def test_a_missing_file_names_the_folder_and_what_to_do(tmp_path: Path) -> None:
         ("engine.json", "is an engine for a server; load it with `inplace serve`"),
         ("1/engine.json", "is an engine for a server"),
         (
-            "direct.json",
+            "standalone.json",
             "is an engine that is called without a server; load it with `inplace.load`",
         ),
-        ("front.json", "is the generate proxy of a stream model"),
+        ("proxy.json", "is the generate proxy of a stream model"),
+        ("direct.json", "is an engine of an older version, which is not read any more; build it"),
+        ("front.json", "is the generate proxy of an older version, which is not read any more"),
     ],
 )
 def test_a_folder_of_another_kind_is_refused_with_what_it_is(
@@ -127,15 +145,15 @@ def test_a_folder_of_another_kind_is_refused_with_what_it_is(
 
 def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).mkdir()
-    with pytest.raises(LoadError, match=rf"{FILE_NAME} cannot be read: .*Is a directory"):
+    with pytest.raises(LoadError, match=rf"{FILE_NAME} is not a regular file inside its folder"):
         Manifest.load(tmp_path)
     (tmp_path / FILE_NAME).rmdir()
     (tmp_path / FILE_NAME).write_bytes(b"\xff\xfe{}")
-    with pytest.raises(LoadError, match=rf"{FILE_NAME} cannot be read: 'utf-8' codec"):
+    with pytest.raises(LoadError, match=rf"{FILE_NAME} is not a manifest .*'utf-8' codec"):
         Manifest.load(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, 17])
+@pytest.mark.parametrize("version", [0, 1, 17])
 def test_another_version_names_both_versions(tmp_path: Path, version: int) -> None:
     fields = json.loads(MANIFEST.model_dump_json()) | {
         "manifest_version": version,
@@ -144,24 +162,49 @@ def test_another_version_names_both_versions(tmp_path: Path, version: int) -> No
     (tmp_path / FILE_NAME).write_text(json.dumps(fields))
     with pytest.raises(
         LoadError,
-        match=f"has manifest version {version}, this runtime reads version 1: build the engine",
+        match=rf"has manifest version {version}, this runtime reads version 2: build the model "
+        rf"again with `inplace build … --output {tmp_path}/\.\.`",
     ):
+        Manifest.load(tmp_path)
+
+
+def test_a_changed_manifest_is_refused_by_its_digest(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path)
+    fields = json.loads((tmp_path / FILE_NAME).read_text())
+    recorded = fields["digest"]
+    assert recorded == MANIFEST.digest
+    fields["programs"][0]["outputs"].reverse()
+    (tmp_path / FILE_NAME).write_text(json.dumps(fields))
+    del fields["digest"]
+    actual = digest_of(fields)
+    with pytest.raises(LoadError) as error:
+        Manifest.load(tmp_path)
+    assert str(error.value).startswith(
+        f"{tmp_path / FILE_NAME} has the digest {actual[:12]}…, it says {recorded[:12]}…: it was "
+        "edited or damaged; build the model again with `inplace build"
+    )
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    MANIFEST.save(tmp_path)
+    text = (tmp_path / FILE_NAME).read_text()
+    (tmp_path / FILE_NAME).write_text('{"slots": 1,' + text[1:])
+    with pytest.raises(LoadError, match=r"is not a manifest \(invalid JSON: it has 'slots' twice"):
         Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not a manifest (Invalid JSON: EOF"),
-        ("not json", "is not a manifest (Invalid JSON"),
-        (MANIFEST.model_dump_json()[:-40], "is not a manifest (Invalid JSON: EOF"),
-        ("[]", "is not a manifest ("),
-        ("{}", "is not a manifest (manifest_version: Field required)"),
-        (
-            '{"manifest_version": "x"}',
-            "is not a manifest (manifest_version: Input should be a valid integer",
-        ),
-        ('{"manifest_version": 1}', "is damaged (name: Field required)"),
+        ("", "is not a manifest (invalid JSON: Expecting value"),
+        ("not json", "is not a manifest (invalid JSON: Expecting value"),
+        (MANIFEST.model_dump_json()[:-40], "is not a manifest (invalid JSON: "),
+        ("[" * 100_000, "is not a manifest (invalid JSON: "),
+        ("[]", "is not a manifest (it is not a JSON object)"),
+        ("{}", "is not a manifest (it has no manifest_version)"),
+        ('{"manifest_version": "x"}', "is not a manifest (it has no manifest_version)"),
+        ('{"manifest_version": true}', "is not a manifest (it has no manifest_version)"),
+        ('{"manifest_version": 2}', "has the digest "),
     ],
 )
 def test_damaged_json_names_the_damage(tmp_path: Path, text: str, message: str) -> None:
@@ -169,7 +212,7 @@ def test_damaged_json_names_the_damage(tmp_path: Path, text: str, message: str) 
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / FILE_NAME} {message}")
-    assert str(error.value).endswith("build the engine again")
+    assert str(error.value).endswith("with `inplace_builder.write_engine`")
     assert "\n" not in str(error.value)
 
 
@@ -198,7 +241,7 @@ def no_such_dtype(fields: dict[str, Any]) -> None:
 
 
 def other_engine(fields: dict[str, Any]) -> None:
-    fields["engine"]["kind"] = "other"
+    fields["programs"][0]["engine"]["kind"] = "other"
 
 
 def unverified(fields: dict[str, Any]) -> None:
@@ -222,7 +265,7 @@ def axis_outside(fields: dict[str, Any]) -> None:
         (no_slots, "slots: Input should be greater than or equal to 1"),
         (no_rows, "programs.0.max_rows: Input should be greater than or equal to 1"),
         (no_such_dtype, "states.0.dtype: Input should be 'bool', 'int8'"),
-        (other_engine, "engine.kind: Input should be 'torch'"),
+        (other_engine, "programs.0.engine.kind: Input should be 'torch'"),
         (unverified, "verified: Input should be 'executed'"),
         (
             stray_alias,
@@ -236,7 +279,7 @@ def test_a_wrong_field_is_named(
 ) -> None:
     fields = json.loads(MANIFEST.model_dump_json())
     change(fields)
-    (tmp_path / FILE_NAME).write_text(json.dumps(fields))
+    save(tmp_path, fields)
     with pytest.raises(LoadError) as error:
         Manifest.load(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / FILE_NAME} is damaged (")
@@ -310,20 +353,90 @@ def test_an_inconsistent_program_is_a_value_error_that_names_it(
     values: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Program(**changed(STEP, **values))
+        CompiledProgram(**changed(STEP, **values))
 
 
 def test_a_rectangular_program_of_one_entry_a_row_is_consistent() -> None:
-    program = Program(**changed(STEP, row_layout="rectangular", inputs=(SCALE, SLOTS), chunk=1))
+    program = CompiledProgram(
+        **changed(STEP, row_layout="rectangular", inputs=(SCALE, SLOTS), chunk=1)
+    )
     assert program.client_inputs == (SCALE,)
 
 
-def test_an_alias_must_name_a_state() -> None:
-    with pytest.raises(
-        ValueError,
-        match="alias cache_updated@cache@operator of program step names no state of this engine",
-    ):
+def test_a_program_must_name_states_of_the_engine_and_write_or_only_read_each() -> None:
+    with pytest.raises(ValueError, match=r"program step: \['cache', 'window'\] are no states of"):
         Manifest(**changed(MANIFEST, states=(CELL,)))
+    with pytest.raises(ValueError, match=r"must have one alias or be read-only; the aliases have"):
+        CompiledProgram(**changed(STEP, read_only=("cell",)))
+    with pytest.raises(ValueError, match=r"must have one alias or be read-only; the aliases have"):
+        CompiledProgram(**changed(STEP, read_only=("cache", "cell", "window")))
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ((Call(program="encode"),), r"schedule s calls \['encode'\]; the programs are \['step'\]"),
+        (
+            (Loop(calls=(Call(program="encode"),)),),
+            r"schedule s calls \['encode'\]; the programs are \['step'\]",
+        ),
+        (
+            (Call(program="step", until="done"),),
+            "schedule s runs until 'done', which is not an output of program step",
+        ),
+    ],
+)
+def test_a_schedule_must_name_programs_and_outputs(calls: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Manifest(**changed(MANIFEST, schedules=(Schedule(name="s", calls=calls),)))
+
+
+def test_a_schedule_of_calls_and_loops_survives_the_file(tmp_path: Path) -> None:
+    step = Call(program="step", until="token", at_most=3)
+    loop = Loop(calls=(step, Call(program="step")), until="token", at_most=9)
+    schedule = Schedule(name="s", calls=(step, loop))
+    Manifest(**changed(MANIFEST, schedules=(schedule,))).save(tmp_path)
+    assert Manifest.load(tmp_path).schedules == (schedule,)
+
+
+def test_a_needed_file_must_be_listed() -> None:
+    with pytest.raises(ValueError, match=r"the files \['engine.pt2'\] are needed"):
+        Manifest(**changed(MANIFEST, files=()))
+    initial = StateSpec(**changed(CELL, initial="cell"))
+    with pytest.raises(ValueError, match=r"the files \['initial.safetensors'\] are needed"):
+        Manifest(**changed(MANIFEST, states=(CACHE, initial, WINDOW)))
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../x", "a/../../x", "a//x", "./x", "a/.", "", "a\0b", "a/"]
+)
+def test_a_file_name_stays_inside_the_folder(tmp_path: Path, name: str) -> None:
+    fields = json.loads(MANIFEST.model_dump_json())
+    fields["files"][0]["name"] = name
+    save(tmp_path, fields)
+    with pytest.raises(LoadError, match=r"is damaged \(files.0.name: .*not the name of a file"):
+        Manifest.load(tmp_path)
+    fields["files"][0]["name"] = "engine.pt2"
+    fields["programs"][0]["engine"]["file"] = name
+    save(tmp_path, fields)
+    with pytest.raises(LoadError, match=r"is damaged \(programs.0.engine.file: .*not the name"):
+        Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("direction", "role", "message"),
+    [
+        ("inputs", "value", "program step: input scale has the role value; an input has one of"),
+        ("outputs", "row", "program step: output token has the role row; an output has one of"),
+    ],
+)
+def test_inputs_and_outputs_have_roles_of_their_own(
+    direction: str, role: str, message: str
+) -> None:
+    spec = renamed(SCALE if direction == "inputs" else TOKEN, role=Role(role))
+    others = (TOKENS, SLOTS) if direction == "inputs" else (LOGITS,)
+    with pytest.raises(ValueError, match=message):
+        CompiledProgram(**changed(STEP, **{direction: (*others, spec)}))
 
 
 def test_a_program_is_found_by_its_name() -> None:

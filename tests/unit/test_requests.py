@@ -24,7 +24,7 @@ PACKED = Program(
         TensorSpec(name="bias", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(2,), minimum=-1),
         TensorSpec(name="slots", role=Role.SLOTS, dtype=Dtype.INT32),
     ),
-    outputs=(TensorSpec(name="token", role=Role.ROW, dtype=Dtype.INT64, shape=(1,)),),
+    outputs=(TensorSpec(name="token", role=Role.TOKEN, dtype=Dtype.INT64, shape=(1,)),),
     aliases=(),
     max_rows=4,
     chunk=8,

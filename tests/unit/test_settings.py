@@ -6,24 +6,8 @@ from typing import Any
 
 import pytest
 from inplace.errors import LoadError
-from inplace.schema.artifacts import EngineFile
-from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Manifest
 from inplace.server.settings import MAX_WAITING, Settings
-from support.models import RECTANGULAR
-
-MANIFEST = Manifest(
-    name="model",
-    slots=8,
-    states=(),
-    programs=(RECTANGULAR,),
-    lowering=(),
-    engine=EngineFile(
-        kind="torch", file="engine.pt2", bytes=0, sha256="", device="cpu", dtype=Dtype.FLOAT32
-    ),
-    verified="executed",
-    built_with={},
-)
+from support.models import LOADABLE
 
 
 def parse(idle: str | None = None, triton_idle: object = None, **changes: object) -> Settings:
@@ -40,7 +24,7 @@ def parse(idle: str | None = None, triton_idle: object = None, **changes: object
         config["sequence_batching"]["max_sequence_idle_microseconds"] = triton_idle
     config |= changes
     return Settings.parse(
-        json.dumps({key: value for key, value in config.items() if value is not None}), MANIFEST
+        json.dumps({key: value for key, value in config.items() if value is not None}), LOADABLE
     )
 
 

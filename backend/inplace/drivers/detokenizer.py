@@ -1,13 +1,18 @@
 """A language model's tokenizer, incremental detokenization, and stop texts."""
 
 import re
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from inplace.errors import LoadError
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import Manifest
 
-TOKENIZER_FOLDER, TOKENIZER_FILE = "tokenizer", "tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"
+"""The folder of a tokenizer in an engine folder."""
+
+TOKENIZER_NAME = f"{TOKENIZER_FOLDER}/tokenizer.json"
+"""The file of it that the server reads."""
 
 
 CONTEXT_TOKENS = 16
@@ -25,17 +30,24 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How tokenizers with byte fallback spell a token that is one byte."""
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder: EngineFolder, manifest: Manifest) -> Tokenizer | None:
     """Load the tokenizer that the builder put beside the engine; None if there is none.
 
     Raises:
-        LoadError: it cannot be read.
+        LoadError: it cannot be read, is not the one that the manifest lists, or there is one
+            although the manifest lists none.
     """
-    path = folder / TOKENIZER_FOLDER / TOKENIZER_FILE
-    if not path.is_file():
+    path = folder.path / TOKENIZER_NAME
+    if not manifest.has_file(TOKENIZER_NAME):
+        if path.exists():
+            raise LoadError(
+                f"{path} is not a file of this engine: its manifest lists no tokenizer; remove it, "
+                "or build the model again with the tokenizer beside the weights"
+            )
         return None
+    content = folder.read(manifest.file(TOKENIZER_NAME))
     try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        tokenizer: Tokenizer = Tokenizer.from_buffer(bytes(content))
     except Exception as error:  # the library raises Exception itself
         raise LoadError(
             f"{path} cannot be read as a tokenizer ({error}); build the model again"

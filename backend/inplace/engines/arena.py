@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inplace.errors import LoadError
-from inplace.schema.specs import StateSpec
+from inplace.schema.specs import INITIAL_FILE, StateSpec
+from inplace.schema.tensors import as_dtype
 
 
 class Arena:
@@ -19,17 +20,30 @@ class Arena:
         states: the states of the model.
         slots: how many sequences to have room for.
         device: where to allocate.
+        initial: the tensors that `StateSpec.initial` names, ``shape`` each.
 
     Raises:
-        LoadError: the device has not enough free memory.
+        LoadError: the device has not enough free memory, or an initial value is missing or has
+            another shape or type than its state.
 
     Attributes:
-        tensors: state name → tensor ``[slots, *shape]``, filled with the state's ``fill``.
+        tensors: state name → tensor ``[slots, *shape]``, each slot with what a fresh one holds.
     """
 
-    def __init__(self, states: tuple[StateSpec, ...], slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        states: tuple[StateSpec, ...],
+        slots: int,
+        device: torch.device,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.specs = states
         self.slots = slots
+        self._initial = {
+            spec.name: _initial_value(spec, initial or {}).to(device)
+            for spec in states
+            if spec.initial is not None
+        }
         tensors: dict[str, Tensor] = {}
         needed = slots * sum(spec.slot_bytes for spec in states)
         try:
@@ -39,7 +53,7 @@ class Arena:
             for spec in states:
                 tensor = torch.empty((slots, *spec.shape), dtype=spec.dtype.as_torch, device=device)
                 # Filling also commits the pages, so memory does not grow while serving.
-                tensors[spec.name] = tensor.fill_(spec.fill)
+                tensors[spec.name] = self._refill(spec, tensor)
         except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError for host memory
             reason = str(error).partition("\n")[0]
             raise LoadError(
@@ -66,7 +80,30 @@ class Arena:
         """Refill a slot for a new sequence, in the states that need it (``StateSpec.reset``)."""
         for spec in self.specs:
             if spec.reset:
-                self.tensors[spec.name][slot].fill_(spec.fill)
+                self._refill(spec, self.tensors[spec.name][slot])
+
+    def _refill(self, spec: StateSpec, tensor: Tensor) -> Tensor:
+        """Write what a fresh slot holds into a slot, or into all of them."""
+        value = self._initial.get(spec.name)
+        return tensor.fill_(spec.fill) if value is None else tensor.copy_(value)
+
+
+def _initial_value(spec: StateSpec, initial: Mapping[str, Tensor]) -> Tensor:
+    """The tensor that a state begins with."""
+    value = initial.get(str(spec.initial))
+    if value is None:
+        raise LoadError(
+            f"state {spec.name} begins with the tensor {spec.initial!r}, and {INITIAL_FILE} has "
+            f"only {sorted(initial)}; build the model again"
+        )
+    value = as_dtype(value, spec.dtype)
+    if (tuple(value.shape), value.dtype) != (spec.shape, spec.dtype.as_torch):
+        raise LoadError(
+            f"state {spec.name} is {list(spec.shape)} {spec.dtype}, and the tensor "
+            f"{spec.initial!r} that it begins with is {list(value.shape)} {value.dtype}; build the "
+            "model again"
+        )
+    return value
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

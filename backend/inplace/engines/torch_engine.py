@@ -6,11 +6,11 @@ layout oneDNN repacks them in every call. Packed once, SmolLM2's large layers to
 every row count that was tried, from 1 to 128 (two cores).
 """
 
+import io
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.errors import LoadError
 from inplace.operators import written_states
-from inplace.schema.served import Manifest
+from inplace.schema.served import STEP, Manifest
 
 PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +30,8 @@ class TorchEngine:
     """Runs a ``torch.export`` program whose state placeholders are the arena's tensors.
 
     Args:
-        path: ``engine.pt2``.
+        content: ``engine.pt2``, the whole file.
+        title: what errors call it.
         manifest: the manifest of the engine.
         arena: the memory to bind the states to.
 
@@ -41,27 +42,22 @@ class TorchEngine:
 
     overlaps = False
 
-    def __init__(self, path: Path, manifest: Manifest, arena: Arena) -> None:
-        self._program = manifest.program("step")
-        self._device = torch.device(manifest.engine.device)
-        if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise LoadError(
-                f"{path} was built for a GPU and PyTorch finds none on this machine; build with "
-                "--device cpu"
-            )
+    def __init__(self, content: memoryview, title: str, manifest: Manifest, arena: Arena) -> None:
+        self._program = manifest.program(STEP)
+        self._device = torch.device(manifest.device)
         try:
             with warnings.catch_warnings():
                 # The reader warns of tensors over read-only memory; nothing writes weights.
                 warnings.simplefilter("ignore")
-                exported = torch.export.load(path)
+                exported = torch.export.load(io.BytesIO(content))
         except Exception as error:  # torch.export raises whatever the archive reader raises
             raise LoadError(
-                f"{path} cannot be read as a torch.export program ({error}); build the model again"
+                f"{title} cannot be read as a torch.export program ({error}); build the model again"
             ) from error
         module = exported.module(check_guards=False)
         assert isinstance(module, torch.fx.GraphModule)
-        _check_signature(path, exported, manifest)
-        _check_states(path, exported, manifest)
+        _check_signature(title, exported, manifest)
+        _check_states(title, exported, manifest)
         self._module = _bind(module, arena, self._device)
 
     def on_stream(self) -> AbstractContextManager[object]:
@@ -92,29 +88,29 @@ class TorchEngine:
 
 
 def _check_signature(
-    path: Path, exported: torch.export.ExportedProgram, manifest: Manifest
+    title: str, exported: torch.export.ExportedProgram, manifest: Manifest
 ) -> None:
     """Compare the graph's inputs and outputs with the manifest's.
 
     Raises:
         LoadError: they differ.
     """
-    program, signature = manifest.program("step"), exported.graph_signature
+    program, signature = manifest.program(STEP), exported.graph_signature
     inputs = list(signature.user_inputs)
-    expected = [spec.name for spec in program.inputs] + [state.name for state in manifest.states]
+    expected = [spec.name for spec in program.inputs] + list(program.states)
     if inputs != expected:
         raise LoadError(
-            f"{path} takes {inputs}, the manifest says {expected}; build the model again"
+            f"{title} takes {inputs}, the manifest says {expected}; build the model again"
         )
     if len(signature.user_outputs) != len(program.outputs):
         names = [spec.name for spec in program.outputs]
         raise LoadError(
-            f"{path} returns {len(signature.user_outputs)} outputs, the manifest names {names}; "
+            f"{title} returns {len(signature.user_outputs)} outputs, the manifest names {names}; "
             "build the model again"
         )
 
 
-def _check_states(path: Path, exported: torch.export.ExportedProgram, manifest: Manifest) -> None:
+def _check_states(title: str, exported: torch.export.ExportedProgram, manifest: Manifest) -> None:
     """Compare the states of the graph, and those it writes, with the manifest's.
 
     Raises:
@@ -122,20 +118,23 @@ def _check_states(path: Path, exported: torch.export.ExportedProgram, manifest: 
     """
     graph = exported.graph
     values = {node.name: node.meta["val"] for node in graph.nodes if node.op == "placeholder"}
+    program = manifest.program(STEP)
     for state in manifest.states:
+        if state.name not in program.states:
+            continue
         value = values[state.name]
         shape = tuple(extent if isinstance(extent, int) else -1 for extent in value.shape[1:])
         expected = manifest.compiled_shape(state)
         if (shape, value.dtype) != (expected, state.dtype.as_torch):
             raise LoadError(
-                f"{path} has state {state.name} as {list(shape)} {value.dtype}, the manifest as "
+                f"{title} has state {state.name} as {list(shape)} {value.dtype}, the manifest as "
                 f"{list(expected)} {state.dtype}; build the model again"
             )
     written = set(written_states(graph))
-    declared = {alias.input for alias in manifest.program("step").aliases}
+    declared = {alias.input for alias in program.aliases}
     if written != declared:
         raise LoadError(
-            f"{path}: the states the graph writes in place and the aliases the manifest declares "
+            f"{title}: the states the graph writes in place and the aliases the manifest declares "
             f"differ in {sorted(written ^ declared)}; build the model again"
         )
 

@@ -204,6 +204,7 @@ def _position_columns(
     lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
     if decode_only:
         offsets, positions, next_positions = _arange(len(rows) + 1), lengths, lengths + 1
+        each = _ones(len(rows))
     else:
         each = np.array(counts, dtype=np.int64)
         offsets = np.concatenate(([0], np.cumsum(each)))
@@ -216,6 +217,7 @@ def _position_columns(
         Role.SLOTS: np.array([active.sequence.slot for active in rows]),
         Role.WRITE_INDICES: lengths,
         Role.NEXT_POSITIONS: next_positions,
+        Role.VALID_LENGTHS: each,
     }
 
 
@@ -223,6 +225,12 @@ def _position_columns(
 def _arange(end: int) -> NDArray[np.int64]:
     """0, 1, …; read-only. Cached, because `numpy.arange` lets other threads take the GIL."""
     return np.arange(end)
+
+
+@cache
+def _ones(count: int) -> NDArray[np.int64]:
+    """As many ones; read-only."""
+    return np.ones(count, dtype=np.int64)
 
 
 def _pack_tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int]) -> Tensor:

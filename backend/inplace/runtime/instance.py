@@ -1,6 +1,6 @@
 """A model instance: one engine, its arena and its sequences. All drivers run steps through it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,12 @@ from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
-from inplace.runtime.loading import load_engine
+from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.slots import EndReason, SlotTable
-from inplace.schema.served import Manifest, Program
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import STEP, Manifest, Program
 from inplace.schema.specs import Update
 
 
@@ -74,7 +75,7 @@ class ModelInstance:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.manifest = manifest
-        self.program: Program = manifest.program("step")
+        self.program: Program = manifest.program(STEP)
         self.arena = arena
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
@@ -93,6 +94,7 @@ class ModelInstance:
         *,
         slots: int | None = None,
         idle_timeout: float = 600.0,
+        trust: Sequence[Path | str] | None = None,
     ) -> Self:
         """Load an engine with an arena of its own, on the device that it was built for.
 
@@ -102,15 +104,16 @@ class ModelInstance:
                 (`Manifest.at_capacity`).
             slots: sequences that can live at the same time; None for what the manifest says.
             idle_timeout: seconds after its last response at which a sequence loses its slot.
+            trust: folders from which TensorRT plans are loaded, because a plan is code; None is
+                ``folder`` itself.
 
         Raises:
             LoadError: the engine cannot be loaded here, or there is not enough memory.
         """
-        folder = Path(folder)
         manifest = manifest or Manifest.load(folder)
-        device = torch.device(manifest.engine.device)
-        arena = Arena(manifest.states, slots or manifest.slots, device)
-        return cls(manifest, arena, load_engine(folder, manifest, arena), idle_timeout)
+        files = EngineFolder(folder, trust)
+        arena = make_arena(files, manifest, slots or manifest.slots)
+        return cls(manifest, arena, load_engine(files, manifest, arena), idle_timeout)
 
     # Requests
 

@@ -1,7 +1,5 @@
 """From an engine directory to an engine that is bound to an arena and warmed up."""
 
-from pathlib import Path
-
 import torch
 
 from inplace.engines import NO_OTHER_THREADS, StepEngine
@@ -11,27 +9,89 @@ from inplace.errors import LoadError
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
-from inplace.schema.served import Manifest, Program
-from inplace.schema.specs import Role
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import DEFAULT_SCHEDULE, FILE_NAME, STEP, Manifest, Program
+from inplace.schema.specs import INITIAL_FILE, RESERVED_OUTPUT_ROLES, Role
+from inplace.schema.tensors import read_tensors
 
 NULL_SLOT = -1
 """The slot of a null row, which reads and writes no state."""
 
 
-def load_engine(folder: Path, manifest: Manifest, arena: Arena) -> StepEngine:
+def make_arena(folder: EngineFolder, manifest: Manifest, slots: int) -> Arena:
+    """Allocate the states of an engine, with the initial values that its files have.
+
+    Raises:
+        LoadError: the engine cannot run here (`check_engine`), there is not enough memory, or the
+            initial values are missing or damaged.
+    """
+    check_engine(folder, manifest)
+    initial = None
+    if any(state.initial is not None for state in manifest.states):
+        content = folder.read(manifest.file(INITIAL_FILE))
+        initial = read_tensors(content, str(folder.path / INITIAL_FILE))
+    return Arena(manifest.states, slots, torch.device(manifest.device), initial)
+
+
+def load_engine(folder: EngineFolder, manifest: Manifest, arena: Arena) -> StepEngine:
     """Load the engine file that the manifest names, bind its states to the arena and warm it up.
 
     Raises:
         LoadError: the file is missing, truncated or changed, disagrees with the manifest or was
-            built for another machine; or the engine fails in its first step.
+            built for another machine; the engine needs a later version, is code from a folder
+            that is not trusted, or fails in its first step.
     """
-    if manifest.engine.kind == "torch":
-        engine = TorchEngine(manifest.engine.verified(folder), manifest, arena)
-        warm_up(engine, manifest.program("step"))
+    check_engine(folder, manifest)
+    program = manifest.program(STEP)
+    record = manifest.file(program.engine.file)
+    if program.engine.kind == "torch":
+        engine = TorchEngine(folder.read(record), str(folder.path / record.name), manifest, arena)
+        warm_up(engine, program)
         return engine
     from inplace.engines.tensorrt import TensorRtEngine  # imports TensorRT
 
     return TensorRtEngine(folder, manifest, arena)
+
+
+def check_engine(folder: EngineFolder, manifest: Manifest) -> None:
+    """Refuse an engine that cannot run here, before anything of it is read or allocated.
+
+    Raises:
+        LoadError: it needs a later version of the runtime or a GPU, or is code from a folder that
+            is not trusted.
+    """
+    _check_version(folder, manifest)
+    engine = manifest.program(STEP).engine
+    record = manifest.file(engine.file)
+    if engine.kind == "tensorrt":
+        folder.check_trusted(record)
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        plan = engine.plan
+        gpu = f" ({plan.gpu or plan.compute_capability})" if plan is not None else ""
+        advice = "; build with --device cpu" if engine.kind == "torch" else ""
+        raise LoadError(
+            f"{folder.path / record.name} was built for a GPU{gpu} and PyTorch finds none on this "
+            f"machine{advice}"
+        )
+
+
+def _check_version(folder: EngineFolder, manifest: Manifest) -> None:
+    """Refuse what the format has room for and this runtime does not run."""
+    step = manifest.program(STEP)
+    later = [f"program {each.name}" for each in manifest.programs if each.name != STEP]
+    later += [f"schedule {each.name}" for each in manifest.schedules if each != DEFAULT_SCHEDULE]
+    later += [f"scale of state {each.name}" for each in manifest.states if each.scale is not None]
+    later += [f"scales of weight {name}" for name in step.engine.scales]
+    later += [
+        f"output {spec.name} of the role {spec.role}"
+        for spec in step.outputs
+        if spec.role in RESERVED_OUTPUT_ROLES
+    ]
+    if later:
+        raise LoadError(
+            f"{folder.path / FILE_NAME} needs a later version of inplace: {', '.join(later)}; "
+            "update inplace on this server, or build the model with this version"
+        )
 
 
 def warm_up(engine: StepEngine, program: Program) -> None:

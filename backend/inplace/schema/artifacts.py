@@ -1,66 +1,62 @@
 """The files beside a manifest, and what the manifest records of them."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
+from inplace.schema.files import check_name
 from inplace.schema.records import Record
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 """The package of a TensorRT: TensorRT itself, or TensorRT for RTX."""
 
 
-class File(Record):
+FileName = Annotated[str, AfterValidator(check_name)]
+"""The name of a file relative to the engine's folder, with ``/`` between folders."""
+
+
+class FileRecord(Record):
     """A file beside the manifest.
 
     Attributes:
-        file: its name.
+        name: its name.
         bytes: its size.
         sha256: its SHA-256 checksum, hexadecimal.
     """
 
-    file: str
-    bytes: int
-    sha256: str
+    name: FileName
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
     @classmethod
-    def of(cls, path: Path) -> Self:
-        """Record a file that was just written."""
-        return cls(file=path.name, bytes=path.stat().st_size, sha256=_sha256(path))
-
-    def verified(self, folder: Path) -> Path:
-        """Check the file in ``folder`` and return its path.
-
-        Raises:
-            LoadError: the file is missing, or its size or checksum is not the recorded one.
-        """
-        path = folder / self.file
-        if not path.is_file():
-            raise LoadError(
-                f"{path} is missing; the manifest beside it names it: build the model again"
-            )
-        size = path.stat().st_size
-        if size != self.bytes:
-            raise LoadError(
-                f"{path} has {size:,} bytes, the manifest says {self.bytes:,}: "
-                "it is truncated or replaced; build the model again"
-            )
-        checksum = _sha256(path)
-        if checksum != self.sha256:
-            raise LoadError(
-                f"{path} has the checksum {checksum[:12]}…, the manifest says "
-                f"{self.sha256[:12]}…: it was changed; build the model again"
-            )
-        return path
+    def of(cls, folder: Path, name: str) -> Self:
+        """Record a file that was just written into ``folder``."""
+        with (folder / name).open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(name=name, bytes=file.tell(), sha256=checksum)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def record_files(folder: Path, leave_out: str) -> tuple[FileRecord, ...]:
+    """Record every file below ``folder`` in the order of the names, but the one to leave out."""
+    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
+    return tuple(FileRecord.of(folder, name) for name in names if name != leave_out)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def find_file(files: tuple[FileRecord, ...], name: str) -> FileRecord:
+    """The record of a file; LoadError if the manifest does not list it."""
+    for record in files:
+        if record.name == name:
+            return record
+    raise LoadError(f"the manifest lists no file {name}; build the model again")
 
 
 class Profile(Record):
@@ -90,8 +86,8 @@ class Plan(Record):
             ``compute_capability`` without a GPU.
         compute_capability: that of the GPU it runs on, for example ``9.0``.
         profiles: in the plan's order.
-        weights: weights that the plan takes as inputs instead of holding them (safetensors), so
-            that all profiles share one copy.
+        weights: the file with the weights that the plan takes as inputs instead of holding them
+            (safetensors), so that all profiles share one copy; None if it holds all.
     """
 
     flavor: Flavor
@@ -99,20 +95,25 @@ class Plan(Record):
     gpu: str
     compute_capability: str
     profiles: tuple[Profile, ...] = Field(min_length=1)
-    weights: File | None = None
+    weights: FileName | None = None
 
 
-class EngineFile(File):
-    """The file with the compiled graph.
+class EngineFile(Record):
+    """How the file with a compiled graph is loaded.
 
     Attributes:
+        file: its name.
         kind: the engine class that loads it.
         device: where it runs.
         dtype: the element type of its weights.
         plan: only for TensorRT.
+        scales: of quantized weights: the name of the tensor with the scales, by the weight's name.
+            Reserved: this version loads no engine that has them.
     """
 
+    file: FileName
     kind: Literal["torch", "tensorrt"]
     device: Literal["cpu", "cuda"]
     dtype: Dtype
     plan: Plan | None = None
+    scales: dict[str, str] = Field(default_factory=dict)

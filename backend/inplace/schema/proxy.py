@@ -1,4 +1,4 @@
-"""``front.json``: the file of a generate proxy (`inplace.server.generate_proxy`)."""
+"""``proxy.json``: the file of a generate proxy (`inplace.server.generate_proxy`)."""
 
 from typing import ClassVar, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field
 
 from inplace.schema.records import RecordFile
 
-FILE_NAME = "front.json"
+FILE_NAME = "proxy.json"
 
 
 SUFFIX = "_generate"
@@ -14,15 +14,17 @@ SUFFIX = "_generate"
 
 
 class ProxyFile(RecordFile):
-    """The contents of ``front.json``.
+    """The contents of ``proxy.json``.
 
     Attributes:
         model: the stream model that requests are passed on to.
-        max_requests: requests that run or wait at the same time; more are refused. ``most`` in
-            the file.
+        has_tokenizer: whether that model has a tokenizer, so that requests may be texts.
+        max_requests: requests that run or wait at the same time; more are refused.
     """
 
     file_name: ClassVar[str] = FILE_NAME
-    manifest_version: Literal[1] = 1
+    rebuild: ClassVar[str] = "build its stream model again with `inplace build … --serve stream`"
+    manifest_version: Literal[2] = 2
     model: str
-    max_requests: int = Field(ge=1, validation_alias="most", serialization_alias="most")
+    has_tokenizer: bool
+    max_requests: int = Field(ge=1)

@@ -1,5 +1,8 @@
 """The base of the records that an engine directory holds as JSON files."""
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -7,22 +10,13 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inplace.errors import LoadError
+from inplace.schema.files import open_file, read_file
 
 
 class Record(BaseModel):
-    """A part of a manifest: immutable, and an unknown field is an error.
+    """A part of a manifest: immutable, and an unknown field is an error."""
 
-    A field whose name in the file differs from its name in Python has an alias.
-    """
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        ser_json_inf_nan="constants",
-        validate_by_name=True,
-        validate_by_alias=True,
-        serialize_by_alias=True,
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy a record, without its cached properties: pydantic copies them, and they may change.
@@ -37,68 +31,117 @@ class Record(BaseModel):
         return copied
 
 
-class _Version(BaseModel):
-    manifest_version: int
+VERSION, DIGEST = "manifest_version", "digest"
+"""Fields that every record file has."""
 
 
 class RecordFile(Record):
     """A record that is a file of its own.
 
+    The file has one field more than the record: ``digest``, the SHA-256 checksum of all others. It
+    shows that the file was damaged or edited; it is no signature.
+
     Attributes:
         file_name: the file's name in an engine directory.
+        rebuild: how a file of this kind is written again, for errors; ``{folder}`` is its folder.
         manifest_version: the version of the file's format, in each subclass a `Literal` with a
             default; another version is refused.
     """
 
     file_name: ClassVar[str]
+    rebuild: ClassVar[str]
     manifest_version: int
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 checksum of the record, see `digest_of`."""
+        return digest_of(json.loads(self.model_dump_json()))
 
     def save(self, folder: Path | str) -> None:
         """Write the file into ``folder``."""
-        (Path(folder) / self.file_name).write_text(self.model_dump_json(indent=1) + "\n")
+        fields = json.loads(self.model_dump_json())
+        text = json.dumps(fields | {DIGEST: digest_of(fields)}, indent=1, ensure_ascii=False)
+        (Path(folder) / self.file_name).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
         """Read the file from ``folder``.
 
         Raises:
-            LoadError: the file is missing or damaged, or has another version.
+            LoadError: the file is missing, damaged or changed, or has another version.
         """
         folder = Path(folder)
-        path = folder / cls.file_name
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            raise LoadError(f"{path} does not exist: {_describe(folder)}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoadError(f"{path} cannot be read: {error}") from error
-        try:
-            version = _Version.model_validate_json(text).manifest_version
-        except ValidationError as error:
-            raise LoadError(
-                f"{path} is not a manifest ({_first_error(error)}); build the engine again"
-            ) from error
-        supported = cls.model_fields["manifest_version"].default
+        path, rebuild = folder / cls.file_name, cls.rebuild.format(folder=folder)
+        fields = _parse(path, _read(folder, cls.file_name), rebuild)
+        version = fields.get(VERSION)
+        supported = cls.model_fields[VERSION].default
+        if type(version) is not int:
+            raise LoadError(f"{path} is not a manifest (it has no {VERSION}); {rebuild}")
         if version != supported:
             raise LoadError(
                 f"{path} has manifest version {version}, this runtime reads version {supported}: "
-                "build the engine again with this version of inplace, "
-                "or serve it with the one that built it"
+                f"{rebuild}, or serve it with the version of inplace that built it"
+            )
+        recorded = fields.pop(DIGEST, None)
+        if recorded != (actual := digest_of(fields)):
+            raise LoadError(
+                f"{path} has the digest {actual[:12]}…, it says {str(recorded)[:12]}…: "
+                f"it was edited or damaged; {rebuild}"
             )
         try:
-            return cls.model_validate_json(text, by_alias=True, by_name=False)
+            return cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
-            raise LoadError(
-                f"{path} is damaged ({_first_error(error)}); build the engine again"
-            ) from error
+            raise LoadError(f"{path} is damaged ({_first_error(error)}); {rebuild}") from error
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """The SHA-256 checksum of JSON fields: of their text with sorted keys and without spaces."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """The content of a record file."""
+    path = folder / name
+    try:
+        with open_file(folder, name) as descriptor:
+            return bytes(read_file(descriptor, os.fstat(descriptor).st_size))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LoadError(f"{path} does not exist: {_describe(folder)}") from None
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+
+
+def _parse(path: Path, content: bytes, rebuild: str) -> dict[str, Any]:
+    """The fields of a record file."""
+    try:
+        fields = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise LoadError(f"{path} is not a manifest (invalid JSON: {error}); {rebuild}") from error
+    if not isinstance(fields, dict):
+        raise LoadError(f"{path} is not a manifest (it is not a JSON object); {rebuild}")
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a JSON object, each of which may be there once."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(n for n in names if names.count(n) > 1)!r} twice")
+    return fields
 
 
 CONTENTS = {
     "engine.json": "is an engine for a server; load it with `inplace serve`, "
     "and look at it with `inplace inspect`",
-    "direct.json": "is an engine that is called without a server; load it with `inplace.load`",
-    "front.json": "is the generate proxy of a stream model and has no engine of its own; "
+    "standalone.json": "is an engine that is called without a server; load it with `inplace.load`",
+    "proxy.json": "is the generate proxy of a stream model and has no engine of its own; "
     "look at the model that it is named after",
+    "direct.json": "is an engine of an older version, which is not read any more; build it again "
+    "with `inplace_builder.build`",
+    "front.json": "is the generate proxy of an older version, which is not read any more; build "
+    "its model again with `inplace build`",
 }
 """What a folder is, by the file it holds."""
 

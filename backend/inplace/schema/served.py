@@ -10,10 +10,21 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from inplace.errors import LoadError
-from inplace.schema.artifacts import EngineFile
+from inplace.schema.artifacts import EngineFile, FileRecord, find_file
 from inplace.schema.dtypes import Dtype
 from inplace.schema.records import Record, RecordFile
-from inplace.schema.specs import CLIENT_ROLES, SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import (
+    CLIENT_ROLES,
+    INITIAL_FILE,
+    INPUT_ROLES,
+    OUTPUT_ROLES,
+    RESERVED_OUTPUT_ROLES,
+    SAMPLING_ROLES,
+    Role,
+    StateSpec,
+    TensorSpec,
+    Update,
+)
 
 FILE_NAME = "engine.json"
 
@@ -64,18 +75,18 @@ class Lowering(Record):
     Attributes:
         state: the state's name.
         kind: the chosen mechanism.
-        reason: why it was chosen; ``because`` in the file.
+        reason: why it was chosen.
         refused: mechanisms tried before it, each as ``kind: reason``.
     """
 
     state: str
     kind: AliasKind
-    reason: str = Field(validation_alias="because", serialization_alias="because")
+    reason: str
     refused: tuple[str, ...] = ()
 
 
 class Program(Record):
-    """One callable of an engine.
+    """One callable of an engine, as it is captured.
 
     Attributes:
         name: for example ``step``.
@@ -155,7 +166,8 @@ class Program(Record):
             raise ValueError(f"program {self.name}: tensor names must differ, got {names}")
         outputs = {output.name for output in self.outputs}
         for spec in (*self.inputs, *self.outputs):
-            if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != (spec.role is Role.TOKENS):
+            has_tokens = spec.role in (Role.TOKENS, Role.LOGPROBS)
+            if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != has_tokens:
                 raise ValueError(
                     f"program {self.name}: the shape of a tokens input starts with -1, "
                     f"and no other extent is -1; got {spec}"
@@ -175,7 +187,16 @@ class Program(Record):
     @model_validator(mode="after")
     def _check_roles(self) -> Self:
         roles = [spec.role for spec in self.inputs]
-        for role in set(Role) - CLIENT_ROLES:
+        for specs, known, kind in (
+            (self.inputs, INPUT_ROLES, "input"),
+            (self.outputs, OUTPUT_ROLES | RESERVED_OUTPUT_ROLES, "output"),
+        ):
+            if wrong := [spec for spec in specs if spec.role not in known]:
+                raise ValueError(
+                    f"program {self.name}: {kind} {wrong[0].name} has the role {wrong[0].role}; "
+                    f"an {kind} has one of {sorted(known)}"
+                )
+        for role in INPUT_ROLES - CLIENT_ROLES:
             if roles.count(role) > 1:
                 raise ValueError(f"program {self.name}: more than one input has the role {role}")
         sampling_roles = set(SAMPLING_ROLES) & set(roles)
@@ -200,6 +221,106 @@ class Program(Record):
         return self
 
 
+class CompiledProgram(Program):
+    """A program with the file that runs it.
+
+    Attributes:
+        states: the names of the states that it is bound to, in the order of the graph's
+            placeholders.
+        read_only: those of them that it only reads. Each other one has an alias.
+        engine: the compiled graph.
+        lowering: how the update of each state was lowered.
+    """
+
+    states: tuple[str, ...]
+    read_only: tuple[str, ...] = ()
+    engine: EngineFile
+    lowering: tuple[Lowering, ...]
+
+    @classmethod
+    def of(
+        cls, program: Program, engine: EngineFile, lowering: tuple[Lowering, ...], states: list[str]
+    ) -> Self:
+        """A program with what was compiled of it; states without an alias are read-only."""
+        written = {alias.input for alias in program.aliases}
+        fields = {name: getattr(program, name) for name in Program.model_fields}
+        return cls(
+            **fields,
+            states=tuple(states),
+            read_only=tuple(state for state in states if state not in written),
+            engine=engine,
+            lowering=lowering,
+        )
+
+    @model_validator(mode="after")
+    def _check_states(self) -> Self:
+        for alias in self.aliases:
+            if alias.input not in self.states:
+                raise ValueError(
+                    f"alias {alias} of program {self.name} names no state of this engine"
+                )
+        written = [alias.input for alias in self.aliases]
+        if sorted([*written, *self.read_only]) != sorted(set(self.states)):
+            raise ValueError(
+                f"program {self.name}: each of the states {list(self.states)} must have one alias "
+                f"or be read-only; the aliases have {written}, {list(self.read_only)} are read-only"
+            )
+        if shared := set(self.states) & {spec.name for spec in self.inputs}:
+            raise ValueError(
+                f"program {self.name}: {sorted(shared)} name both a state and an input"
+            )
+        return self
+
+
+class Call(Record):
+    """Calls of one program in a schedule.
+
+    Attributes:
+        program: the name of the program.
+        until: the output that ends the calls when it is true; None for a fixed number.
+        at_most: the largest number of calls; None without a limit.
+    """
+
+    program: str
+    until: str | None = None
+    at_most: int | None = Field(default=None, ge=1)
+
+
+class Loop(Record):
+    """Calls that are repeated together; loops are not nested.
+
+    Attributes:
+        calls: one round.
+        until: the output of the last call that ends the rounds when it is true; None for a fixed
+            number.
+        at_most: the largest number of rounds; None without a limit.
+    """
+
+    calls: tuple[Call, ...] = Field(min_length=1)
+    until: str | None = None
+    at_most: int | None = Field(default=None, ge=1)
+
+
+class Schedule(Record):
+    """In which order a request runs the programs.
+
+    Attributes:
+        name: by which requests will choose it.
+        calls: in their order.
+    """
+
+    name: str
+    calls: tuple[Call | Loop, ...] = Field(min_length=1)
+
+
+STEP = "step"
+"""The program that the runtime runs."""
+
+
+DEFAULT_SCHEDULE = Schedule(name="default", calls=(Call(program=STEP),))
+"""The schedule of an engine with one program."""
+
+
 class Manifest(RecordFile):
     """The contents of ``engine.json``.
 
@@ -210,34 +331,36 @@ class Manifest(RecordFile):
         min_capacity: the smallest capacity that may be chosen when the engine is loaded; None if
             the capacity is fixed.
         states: every state, in arena order.
-        programs: what the engine can run.
-        lowering: how each state's update was lowered.
-        engine: the compiled graph.
+        programs: what the engine can run, each with its own engine file.
+        schedules: in which order requests run the programs.
+        files: every file of the version folder but ``engine.json`` and ``config.pbtxt``.
         verified: ``executed``: the engine was run against the captured model before it was
             written. ``compiled_only``: it was compiled on a machine that cannot run it.
         built_with: versions and options of the build.
     """
 
     file_name: ClassVar[str] = FILE_NAME
-    manifest_version: Literal[1] = 1
+    rebuild: ClassVar[str] = (
+        "build the model again with `inplace build … --output {folder}/..`, or from Python with "
+        "`inplace_builder.write_engine`"
+    )
+    manifest_version: Literal[2] = 2
     name: str
     slots: int = Field(ge=1)
     capacity: int | None = Field(default=None, ge=1)
     min_capacity: int | None = Field(default=None, ge=1)
     states: tuple[StateSpec, ...]
-    programs: tuple[Program, ...]
-    lowering: tuple[Lowering, ...]
-    engine: EngineFile
+    programs: tuple[CompiledProgram, ...] = Field(min_length=1)
+    schedules: tuple[Schedule, ...] = Field(default=(DEFAULT_SCHEDULE,), min_length=1)
+    files: tuple[FileRecord, ...]
     verified: Literal["executed", "compiled_only"]
     built_with: dict[str, str]
 
     @model_validator(mode="after")
-    def _aliases_name_states(self) -> Self:
-        known = {state.name for state in self.states}
-        if len(known) != len(self.states):
-            raise ValueError(
-                f"state names must differ, got {[state.name for state in self.states]}"
-            )
+    def _check_states(self) -> Self:
+        names = [state.name for state in self.states]
+        if len(set(names)) != len(names):
+            raise ValueError(f"state names must differ, got {names}")
         if self.capacity is None and any(state.update is Update.APPEND for state in self.states):
             raise ValueError("the manifest must have a capacity, because states append")
         if self.min_capacity is not None:
@@ -253,16 +376,60 @@ class Manifest(RecordFile):
                 raise ValueError(
                     f"states {other} must be as long as the capacity, which is chosen at load"
                 )
-        for program in self.programs:
-            for alias in program.aliases:
-                if alias.input not in known:
-                    raise ValueError(
-                        f"alias {alias} of program {program.name} names no state of this engine"
-                    )
-            if shared := known & {spec.name for spec in program.inputs}:
+            if fixed := [
+                state.name for state in self.states if self._grows(state) and state.initial
+            ]:
                 raise ValueError(
-                    f"program {program.name}: {sorted(shared)} name both a state and an input"
+                    f"states {fixed} have initial values of one length, and the capacity is chosen "
+                    "at load"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_programs(self) -> Self:
+        names = [program.name for program in self.programs]
+        if len(set(names)) != len(names):
+            raise ValueError(f"program names must differ, got {names}")
+        known = {state.name for state in self.states}
+        for program in self.programs:
+            if unknown := sorted(set(program.states) - known):
+                raise ValueError(f"program {program.name}: {unknown} are no states of this engine")
+        if len(devices := {program.engine.device for program in self.programs}) > 1:
+            raise ValueError(f"all programs must run on one device, got {sorted(devices)}")
+        outputs = {each.name: {spec.name for spec in each.outputs} for each in self.programs}
+        for schedule in self.schedules:
+            for call in schedule.calls:
+                inner = call.calls if isinstance(call, Loop) else (call,)
+                if unknown := sorted({each.program for each in inner} - set(names)):
+                    raise ValueError(
+                        f"schedule {schedule.name} calls {unknown}; the programs are {names}"
+                    )
+                for until, program_name in (
+                    (call.until, inner[-1].program),
+                    *((each.until, each.program) for each in inner),
+                ):
+                    if until is not None and until not in outputs[program_name]:
+                        raise ValueError(
+                            f"schedule {schedule.name} runs until {until!r}, which is not an "
+                            f"output of program {program_name}"
+                        )
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        listed = [record.name for record in self.files]
+        if len(set(listed)) != len(listed):
+            raise ValueError(f"file names must differ, got {listed}")
+        needed = {program.engine.file for program in self.programs}
+        needed |= {
+            program.engine.plan.weights
+            for program in self.programs
+            if program.engine.plan is not None and program.engine.plan.weights is not None
+        }
+        if any(state.initial is not None for state in self.states):
+            needed.add(INITIAL_FILE)
+        if missing := sorted(needed - set(listed)):
+            raise ValueError(f"the files {missing} are needed, and `files` does not list them")
         return self
 
     def _grows(self, state: StateSpec) -> bool:
@@ -311,7 +478,20 @@ class Manifest(RecordFile):
         """Bytes of state of one sequence."""
         return sum(state.slot_bytes for state in self.states)
 
-    def program(self, name: str) -> Program:
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where the programs run and the states are."""
+        return self.programs[0].engine.device
+
+    def file(self, name: str) -> FileRecord:
+        """The record of a file; LoadError if there is none."""
+        return find_file(self.files, name)
+
+    def has_file(self, name: str) -> bool:
+        """Whether the engine has a file of this name."""
+        return any(record.name == name for record in self.files)
+
+    def program(self, name: str) -> CompiledProgram:
         """The program of this name; LoadError if there is none."""
         for program in self.programs:
             if program.name == name:

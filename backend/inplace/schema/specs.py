@@ -25,10 +25,13 @@ class Update(StrEnum):
 
 
 class Role(StrEnum):
-    """What an input of a program carries, which also says who fills it: client or runtime."""
+    """What a tensor of a program carries; of an input, also who fills it: client or runtime."""
 
     TOKENS = "tokens"
-    """From the client: any number of entries a request, packed along axis 0 over the rows."""
+    """From the client: any number of entries a request, packed along axis 0 over the rows.
+
+    As the role of an output, reserved.
+    """
     ROW = "row"
     """From the client: one entry of fixed shape a request."""
     POSITIONS = "positions"
@@ -54,13 +57,46 @@ class Role(StrEnum):
     """From the runtime, ``[rows]``: as ``temperature``."""
     SEED = "seed"
     """From the runtime, ``[rows]``: as ``temperature``."""
+    VALID_LENGTHS = "valid_lengths"
+    """From the runtime, ``[rows]``: how many entries each row has in the step.
+
+    Its tokens in a packed program, 1 in a rectangular one; 0 in the padding of a captured step.
+    """
+    VALUE = "value"
+    """An output, one of fixed shape a row."""
+    LOGITS = "logits"
+    """An output: the scores of the next token, ``[scores]`` a row."""
+    TOKEN = "token"
+    """An output: the next token, ``[1]`` a row."""
+    LOGPROBS = "logprobs"
+    """An output, reserved: the log-probability of every fed token."""
+    DONE = "done"
+    """An output, reserved: whether a row has ended."""
+    ACCEPTED = "accepted"
+    """An output, reserved: how many of the fed tokens count. ``tokens`` is reserved too."""
 
 
 CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
 
 
+OUTPUT_ROLES = frozenset({Role.VALUE, Role.LOGITS, Role.TOKEN})
+"""The roles of outputs that the runtime sends."""
+
+
+RESERVED_OUTPUT_ROLES = frozenset({Role.LOGPROBS, Role.TOKENS, Role.DONE, Role.ACCEPTED})
+"""The roles of outputs that a later runtime uses."""
+
+
+INPUT_ROLES = frozenset(Role) - OUTPUT_ROLES - (RESERVED_OUTPUT_ROLES - {Role.TOKENS})
+"""The roles of inputs."""
+
+
 SAMPLING_ROLES = (Role.TEMPERATURE, Role.TOP_K, Role.TOP_P, Role.SEED, Role.NEXT_POSITIONS)
 """The inputs of `inplace.operators.sample` besides the scores, in its order."""
+
+
+INITIAL_FILE = "initial.safetensors"
+"""The file with the tensors that fresh slots hold, by name; each of its state's ``shape``."""
 
 
 class StateSpec(Record):
@@ -72,7 +108,11 @@ class StateSpec(Record):
         dtype: element type.
         update: how a step updates it.
         axis: for ``append`` and ``ring``, the axis of ``shape`` that grows; None for ``replace``.
-        fill: the value that a fresh slot holds.
+        fill: the value that a fresh slot holds, if it is the same everywhere.
+        initial: the name of the tensor of `INITIAL_FILE` with what a fresh slot holds; None for
+            ``fill``.
+        scale: of a quantized state: the name of the state or tensor with its scales. Reserved:
+            this version loads no engine that has one.
         reset: whether a slot is refilled when a sequence starts. False only if the program
             provably never reads what the sequence has not written itself.
     """
@@ -83,6 +123,8 @@ class StateSpec(Record):
     update: Update
     axis: int | None = None
     fill: int | float = 0.0  # a whole number is exact beyond 2**53
+    initial: str | None = None
+    scale: str | None = None
     reset: bool = True
 
     @model_validator(mode="after")

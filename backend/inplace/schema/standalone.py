@@ -1,4 +1,4 @@
-"""The manifest of a standalone engine (``direct.json``).
+"""The manifest of a standalone engine (``standalone.json``).
 
 A served engine takes requests whose tensors have roles. A standalone engine takes the arguments of
 its module, so it has a manifest of its own. A directory holds one of the two.
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
-from inplace.schema.artifacts import EngineFile, File
+from inplace.schema.artifacts import EngineFile, FileName, FileRecord, find_file
 from inplace.schema.dtypes import Dtype
 from inplace.schema.records import Record, RecordFile
 from inplace.schema.served import Alias, Lowering
 
-FILE_NAME = "direct.json"
+FILE_NAME = "standalone.json"
 
 
 SLOTS = "slots"
@@ -89,23 +89,21 @@ class CallSignature(Record):
     """How an engine is called.
 
     Attributes:
-        version: version of this record.
         arguments: the leaves of ``(args, kwargs)``.
         ranges: smallest and largest value of each symbol in the arguments' shapes; None is no
             limit.
         results: the leaves of the returned value.
-        in_spec: the pytree of ``(args, kwargs)``, serialized by PyTorch; ``inputs`` in the file.
-        out_spec: the pytree of the returned value, serialized; ``outputs`` in the file.
+        in_spec: the pytree of ``(args, kwargs)``, serialized by PyTorch.
+        out_spec: the pytree of the returned value, serialized.
         parameters: the names of the module's parameters that were passed at the build.
         positional: how many of them were passed by position.
     """
 
-    version: Literal[1] = 1
     arguments: tuple[Argument, ...]
     ranges: dict[str, tuple[int | None, int | None]]
     results: tuple[Result, ...]
-    in_spec: str = Field(validation_alias="inputs", serialization_alias="inputs")
-    out_spec: str = Field(validation_alias="outputs", serialization_alias="outputs")
+    in_spec: str
+    out_spec: str
     parameters: tuple[str, ...]
     positional: int
 
@@ -119,12 +117,11 @@ class StandaloneState(Record):
         source: the argument as the caller writes it, or the buffer's qualified name.
         dtype: element type.
         shape: shape of the tensor; a text is a dynamic extent, as in `Argument`.
-        selection: the view of the tensor that is the state, if several states share one tensor;
-            ``selects`` in the file.
+        selection: the view of the tensor that is the state, if several states share one tensor.
         written_at: the line of the module that writes the state first, for errors:
-            ``at "file", line 3, in forward (code)``. ``written`` in the file.
+            ``at "file", line 3, in forward (code)``.
         has_slot_axis: whether the first axis is the slot axis; otherwise the graph takes
-            ``unsqueeze(0)`` of the state. ``leading`` in the file.
+            ``unsqueeze(0)`` of the state.
     """
 
     name: str
@@ -132,11 +129,9 @@ class StandaloneState(Record):
     source: str
     dtype: Dtype
     shape: tuple[int | str, ...]
-    selection: Selection = Field(
-        default=(), validation_alias="selects", serialization_alias="selects"
-    )
-    written_at: str = Field(default="", validation_alias="written", serialization_alias="written")
-    has_slot_axis: bool = Field(validation_alias="leading", serialization_alias="leading")
+    selection: Selection = ()
+    written_at: str = ""
+    has_slot_axis: bool
 
     @property
     def view_shape(self) -> tuple[int | str, ...]:
@@ -174,7 +169,7 @@ class StandaloneState(Record):
 
 
 class StandaloneManifest(RecordFile):
-    """The contents of ``direct.json``.
+    """The contents of ``standalone.json``.
 
     Attributes:
         states: in the order of the graph's placeholders.
@@ -183,21 +178,34 @@ class StandaloneManifest(RecordFile):
         call: how the engine is called.
         rows: rows of a step; row r is slot r.
         engine: the compiled graph.
-        owned: the file with the values of the states that the engine owns; None if it owns none.
-            ``held`` in the file.
+        owned: the file with the values of the states that the engine owns (safetensors); None if
+            it owns none.
+        files: every file of the folder but this one.
         built_with: versions, and the results of verification.
     """
 
     file_name: ClassVar[str] = FILE_NAME
-    manifest_version: Literal[1] = 1
+    rebuild: ClassVar[str] = (
+        'build the engine again with `inplace_builder.build(module, …, path="{folder}")`'
+    )
+    manifest_version: Literal[2] = 2
     states: tuple[StandaloneState, ...]
     aliases: tuple[str, ...]
     lowering: tuple[Lowering, ...]
     call: CallSignature
     rows: int
     engine: EngineFile
-    owned: File | None = Field(validation_alias="held", serialization_alias="held")
+    owned: FileName | None
+    files: tuple[FileRecord, ...]
     built_with: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        listed = [record.name for record in self.files]
+        named = [name for name in (self.engine.file, self.owned) if name is not None]
+        if len(set(listed)) != len(listed) or not set(named) <= set(listed):
+            raise ValueError(f"the files {listed} must differ and hold {named}")
+        return self
 
     @model_validator(mode="after")
     def _check_states(self) -> Self:
@@ -248,6 +256,10 @@ class StandaloneManifest(RecordFile):
             for state, tensor in zip(self.bases, tensors, strict=True)
         }
         return [state.view(by_source[state.owner, state.source]) for state in self.states]
+
+    def file(self, name: str) -> FileRecord:
+        """The record of a file; LoadError if there is none."""
+        return find_file(self.files, name)
 
     @property
     def parsed_aliases(self) -> tuple[Alias, ...]:

@@ -1,6 +1,8 @@
 """The backend that Triton loads: the life of a model instance, from loading to unloading."""
 
+import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,13 +18,14 @@ from inplace.drivers import (
     TokenizerConfig,
     engine_thread,
 )
-from inplace.drivers.detokenizer import load_tokenizer
+from inplace.drivers.detokenizer import TOKENIZER_NAME, load_tokenizer
 from inplace.errors import LoadError, RequestError, backend_failure
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.observer import Observer, log_line
 from inplace.runtime.requests import Request
-from inplace.schema.served import Manifest
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import STEP, Manifest
 from inplace.server.generate_proxy import GenerateProxy
 from inplace.server.messages import (
     FLAG_END,
@@ -32,9 +35,11 @@ from inplace.server.messages import (
     read_id,
     read_request,
 )
+from inplace.server.model_config import check_model_config, model_tensors
 from inplace.server.reports import TritonMetrics, log_to_triton
 from inplace.server.settings import GENERATE_PROXY, Settings, serve_mode
 from inplace.server.stub import check_numpy, start_watchdog
+from inplace.server.trust import trusted_folders
 
 log = logging.getLogger("inplace")
 
@@ -82,12 +87,22 @@ def _load(args: dict[str, str]) -> LoadedModel:
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
     settings = Settings.parse(args["model_config"], manifest)
+    program = manifest.program(STEP)
+    tensors = model_tensors(
+        program,
+        generates=settings.serve == "stream" and program.decoder_io is not None,
+        has_tokenizer=manifest.has_file(TOKENIZER_NAME),
+    )
+    check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
     if settings.capacity is not None:
         manifest = manifest.at_capacity(settings.capacity)
-    load = partial(ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout)
+    trust = trusted_folders(os.getppid())
+    load = partial(
+        ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout, trust=trust
+    )
     if settings.serve == "stream":
         check_numpy(Path("/proc/self/exe"), np.__version__)
-        tokenizer = TokenizerConfig(load_tokenizer(folder), settings.eos)
+        tokenizer = TokenizerConfig(load_tokenizer(EngineFolder(folder), manifest), settings.eos)
         thread = engine_thread()
         instance = thread.submit(load).result()
         metrics = _start_reports(instance, settings, args)
@@ -111,7 +126,7 @@ def _start_reports(
             slots=instance.manifest.slots,
             slot_bytes=instance.manifest.slot_bytes,
             arena_bytes=instance.arena.bytes,
-            device=instance.manifest.engine.device,
+            device=instance.manifest.device,
         )
     )
     return metrics

@@ -22,6 +22,7 @@ from inplace.protocol import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENC
 from inplace.runtime.observer import log_line
 from inplace.schema.proxy import ProxyFile
 from inplace.server.messages import FLAG_END, FLAG_START, TritonChannel, error_response
+from inplace.server.model_config import check_model_config, proxy_tensors
 
 CANCEL_POLL_SECONDS = 0.03
 """Seconds between two checks whether the clients are still connected."""
@@ -65,11 +66,14 @@ class GenerateProxy:
         args: what Triton passes to ``initialize``.
 
     Raises:
-        LoadError: ``front.json`` is missing or damaged.
+        LoadError: ``proxy.json`` is missing or damaged, or config.pbtxt does not fit it.
     """
 
     def __init__(self, args: dict[str, str]) -> None:
         file = ProxyFile.load(Path(args["model_repository"]) / args["model_version"])
+        check_model_config(
+            json.loads(args["model_config"]), proxy_tensors(has_tokenizer=file.has_tokenizer)
+        )
         self._model = file.model
         self._max_requests = file.max_requests
         self._running: dict[int, _ProxiedRequest] = {}  # by sequence id

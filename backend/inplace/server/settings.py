@@ -202,10 +202,8 @@ def _idle_timeout(config: dict[str, Any], serve: ServeMode) -> tuple[float, tupl
     Triton's idle clock runs during a generation, so it is ignored for a stream model, whose
     configuration gives it a longer time.
     """
-    triton_idle = (
-        int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0))
-        or TRITON_IDLE_MICROSECONDS
-    )
+    microseconds = int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0))
+    triton_idle = microseconds or TRITON_IDLE_MICROSECONDS
     text = _text(config, IDLE_TIMEOUT, "600")
     try:
         idle = float(text)

@@ -1,6 +1,8 @@
 """A standalone engine: called like the module it was built from, states updated in place."""
 
-import shutil
+import builtins
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,24 +13,32 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inplace.errors import CallError, LoadError
-from inplace.schema.artifacts import File
+from inplace.schema.artifacts import record_files
 from inplace.schema.extents import evaluate
+from inplace.schema.files import EngineFolder
 from inplace.schema.publish import publish, replace_conflict
 from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest, StandaloneState
+from inplace.schema.tensors import as_dtype, read_tensors, write_tensors
 from inplace.standalone.checks import ArgumentChecker, check_memory
 from inplace.standalone.execute import Runner, add_loaded, open_runner
 
-STATES_FILE = "states.pt"
+STATES_FILE = "states.safetensors"
+"""The values of the states that an engine owns, by buffer name."""
 
 
-def write_owned_states(folder: Path, states: Mapping[str, Tensor]) -> File | None:
-    """Write the values of the states that an engine owns, by buffer name; None if it owns none."""
+def write_owned_states(folder: Path, states: Mapping[str, Tensor]) -> str | None:
+    """Write the values of the states that an engine owns, by buffer name.
+
+    Returns:
+        The name of the file; None if there are no states.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if not states:
         return None
-    torch.save(
-        {name: tensor.detach().clone() for name, tensor in states.items()}, folder / STATES_FILE
-    )
-    return File.of(folder / STATES_FILE)
+    write_tensors(folder / STATES_FILE, states)
+    return STATES_FILE
 
 
 def check_replaceable(target: Path) -> None:
@@ -37,7 +47,7 @@ def check_replaceable(target: Path) -> None:
         raise LoadError(reason)
 
 
-def load_owned_states(folder: Path, manifest: StandaloneManifest) -> dict[str, Tensor]:
+def load_owned_states(folder: EngineFolder, manifest: StandaloneManifest) -> dict[str, Tensor]:
     """Load the states that an engine owns, by buffer name.
 
     Raises:
@@ -45,18 +55,23 @@ def load_owned_states(folder: Path, manifest: StandaloneManifest) -> dict[str, T
     """
     if manifest.owned is None:
         return {}
-    path = manifest.owned.verified(folder)
-    tensors = torch.load(path, weights_only=True, map_location=manifest.engine.device)
+    path = folder.path / manifest.owned
+    tensors = read_tensors(folder.read(manifest.file(manifest.owned)), str(path))
     expected = {
         state.source: (state.shape, state.dtype.as_torch)
         for state in manifest.states
         if state.owner == "module"
     }
+    for state in manifest.states:
+        if state.source in tensors:
+            tensors[state.source] = as_dtype(tensors[state.source], state.dtype)
     if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != expected:
         raise LoadError(
             f"{path} does not hold the states {expected} of the manifest; build the engine again"
         )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    device = manifest.engine.device
+    # Copies, so that each state has memory of its own, aligned for the kernels.
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 class Engine(nn.Module):
@@ -82,7 +97,7 @@ class Engine(nn.Module):
 
     def __init__(
         self,
-        folder: Path,
+        folder: EngineFolder,
         manifest: StandaloneManifest,
         runner: Runner,
         owned: Mapping[str, Tensor],
@@ -93,24 +108,24 @@ class Engine(nn.Module):
         for source, tensor in owned.items():
             _register(self.owned, source, tensor)
         self._folder, self._runner, self._checker = folder, runner, ArgumentChecker(manifest)
-        self._inputs = _tree(manifest.call.in_spec, folder)
-        self._outputs = _tree(manifest.call.out_spec, folder)
+        self._inputs = _tree(manifest.call.in_spec, folder.path)
+        self._outputs = _tree(manifest.call.out_spec, folder.path)
         if (self._inputs.num_leaves, self._outputs.num_leaves) != (
             len(manifest.call.arguments),
             len(manifest.call.results),
         ):
             raise LoadError(
-                f"{folder / FILE_NAME}: the pytrees do not have the leaves of the arguments and "
-                "results; build the engine again"
+                f"{folder.path / FILE_NAME}: the pytrees do not have the leaves of the arguments "
+                "and results; build the engine again"
             )
         self._text = manifest.model_dump_json()
-        # Mapped, not read: only a program that is saved needs the bytes.
-        self._file = torch.from_file(
-            str(folder / manifest.engine.file),
-            shared=False,
-            size=manifest.engine.bytes,
-            dtype=torch.uint8,
-        )
+        # Mapped, not read: only an exported program needs the bytes, and `inplace::execute` checks
+        # them before it loads them.
+        record = manifest.file(manifest.engine.file)
+        with folder.open(record) as descriptor:
+            self._file = torch.from_file(
+                f"/proc/self/fd/{descriptor}", shared=False, size=record.bytes, dtype=torch.uint8
+            )
         add_loaded(manifest, self._text, runner)
 
     @property
@@ -123,16 +138,15 @@ class Engine(nn.Module):
         return MappingProxyType({name: self.owned.get_buffer(name) for name in names})
 
     @classmethod
-    def load(cls, folder: Path, *, cuda_graphs: bool = True) -> Self:
+    def load(cls, path: Path, *, cuda_graphs: bool = True, trust: Path | str | None = None) -> Self:
         """Load an engine, with arguments and errors as `inplace.load`."""
-        manifest = StandaloneManifest.load(folder)
-        path = manifest.engine.verified(folder)
-        return cls(
-            folder,
-            manifest,
-            open_runner(path, manifest, str(path), cuda_graphs=cuda_graphs),
-            load_owned_states(folder, manifest),
-        )
+        manifest = StandaloneManifest.load(path)
+        folder = EngineFolder(path, None if trust is None else [trust])
+        record = manifest.file(manifest.engine.file)
+        read = folder.read if manifest.engine.kind == "torch" else folder.read_code
+        title = str(path / record.name)
+        runner = open_runner(read(record), manifest, title, cuda_graphs=cuda_graphs)
+        return cls(folder, manifest, runner, load_owned_states(folder, manifest))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step.
@@ -218,11 +232,13 @@ class Engine(nn.Module):
         """
         target = Path(path)
         check_replaceable(target)
-        source = self.manifest.engine.verified(self._folder)
+        record = self.manifest.file(self.manifest.engine.file)
+        content = self._folder.read(record)
         with publish(target) as folder:
-            shutil.copyfile(source, folder / source.name)
+            (folder / record.name).write_bytes(content)
             owned = write_owned_states(folder, self.states)
-            self.manifest.model_copy(update={"owned": owned}).save(folder)
+            files = record_files(folder, leave_out=FILE_NAME)
+            self.manifest.model_copy(update={"owned": owned, "files": files}).save(folder)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call in the manifest's order, however the arguments were passed."""
@@ -267,6 +283,7 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _tree(text: str, folder: Path) -> pytree.TreeSpec:
     try:
+        _check_tree(json.loads(text))
         return pytree.treespec_loads(text)
     except Exception as error:  # of many types: an unregistered class, or not a pytree at all
         raise LoadError(
@@ -274,3 +291,37 @@ def _tree(text: str, folder: Path) -> pytree.TreeSpec:
             f"({error}); import the module that registers it (torch.export.register_dataclass) "
             "before loading"
         ) from error
+
+
+def _check_tree(fields: Any) -> None:
+    """Refuse a pytree for which PyTorch would import a module that is not imported yet.
+
+    It names the module of an enumeration (in the keys of a dict) and of the factory of a
+    `collections.defaultdict`, and PyTorch imports what is named. A context is JSON in a text.
+
+    Raises:
+        ValueError: the pytree names such a module, or a factory that is not a builtin type.
+    """
+    if isinstance(fields, str):
+        try:
+            fields = json.loads(fields)
+        except ValueError:
+            return  # a plain text
+        if isinstance(fields, (dict, list)):
+            _check_tree(fields)
+        return
+    if isinstance(fields, list):
+        for field in fields:
+            _check_tree(field)
+    if not isinstance(fields, dict):
+        return
+    if "__enum__" in fields:
+        module = str(fields.get("fqn")).partition(":")[0]
+        if module not in sys.modules:
+            raise ValueError(f"the module {module} of an enumeration is not imported")
+    if "default_factory_module" in fields:
+        module, name = fields["default_factory_module"], fields.get("default_factory_name")
+        if module != "builtins" or not isinstance(getattr(builtins, str(name), None), type):
+            raise ValueError(f"the factory {module}.{name} of a defaultdict is not a builtin type")
+    for field in fields.values():
+        _check_tree(field)

@@ -7,10 +7,8 @@ can make functional.
 """
 
 import hashlib
-import io
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -41,12 +39,12 @@ class Runner(Protocol):
 
 
 def open_runner(
-    source: Path | bytes, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
+    content: memoryview, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
 ) -> Runner:
     """Load an engine file.
 
     Args:
-        source: its path or its content.
+        content: the whole file.
         manifest: the manifest that names it.
         title: what errors call it.
         cuda_graphs: whether a TensorRT engine replays repeated steps as CUDA graphs.
@@ -56,17 +54,10 @@ def open_runner(
             machine.
     """
     if manifest.engine.kind == "torch":
-        return TorchGraph(
-            source if isinstance(source, Path) else io.BytesIO(source), manifest, title
-        )
+        return TorchGraph(content, manifest, title)
     from inplace.standalone.tensorrt_plan import TensorRtPlan  # imports TensorRT
 
-    return TensorRtPlan(
-        source if isinstance(source, bytes) else source.read_bytes(),
-        manifest,
-        title,
-        cuda_graphs=cuda_graphs,
-    )
+    return TensorRtPlan(content, manifest, title, cuda_graphs=cuda_graphs)
 
 
 define(
@@ -92,7 +83,7 @@ def add_loaded(manifest: StandaloneManifest, text: str, runner: Runner) -> None:
         text: the same, as the program has it.
         runner: the loaded engine.
     """
-    _loaded[manifest.engine.sha256, text] = manifest, runner
+    _loaded[manifest.file(manifest.engine.file).sha256, text] = manifest, runner
     if len(_loaded) > MAX_LOADED:
         _loaded.popitem(last=False)
 
@@ -100,14 +91,15 @@ def add_loaded(manifest: StandaloneManifest, text: str, runner: Runner) -> None:
 def _load(engine: Tensor, text: str) -> tuple[StandaloneManifest, Runner]:
     """The engine of a program, loaded at its first call."""
     manifest = StandaloneManifest.model_validate_json(text)
-    key = manifest.engine.sha256, text
+    recorded = manifest.file(manifest.engine.file).sha256
+    key = recorded, text
     if key not in _loaded:
-        content = engine.cpu().numpy().tobytes()
+        content = engine.cpu().clone().numpy().data  # a copy: the checked bytes are loaded
         checksum = hashlib.sha256(content).hexdigest()
-        if checksum != manifest.engine.sha256:
+        if checksum != recorded:
             raise RuntimeError(
                 f"the engine of inplace::execute has the checksum {checksum[:12]}…, "
-                f"its manifest says {manifest.engine.sha256[:12]}…: export it again"
+                f"its manifest says {recorded[:12]}…: export it again"
             )
         runner = open_runner(content, manifest, "the engine of inplace::execute", cuda_graphs=True)
         add_loaded(manifest, text, runner)

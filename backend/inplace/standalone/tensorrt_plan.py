@@ -58,7 +58,7 @@ class TensorRtPlan:
     """
 
     def __init__(
-        self, content: bytes, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
+        self, content: memoryview, manifest: StandaloneManifest, title: str, *, cuda_graphs: bool
     ) -> None:
         if manifest.engine.plan is None:
             raise LoadError(

@@ -1,9 +1,9 @@
 """A standalone engine that PyTorch runs on the CPU."""
 
+import io
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class TorchGraph:
     """Runs a ``torch.export`` program on the CPU.
 
     Args:
-        source: ``engine.pt2``, its path or an open file.
+        content: ``engine.pt2``, the whole file.
         manifest: describes the program.
         title: what errors call the program.
 
@@ -32,12 +32,12 @@ class TorchGraph:
             the manifest says.
     """
 
-    def __init__(self, source: Path | IO[bytes], manifest: StandaloneManifest, title: str) -> None:
+    def __init__(self, content: memoryview, manifest: StandaloneManifest, title: str) -> None:
         try:
             with warnings.catch_warnings():
                 # The reader warns that tensors share its read-only buffers; no weight is written.
                 warnings.simplefilter("ignore")
-                exported = torch.export.load(cast("Any", source))
+                exported = torch.export.load(io.BytesIO(content))
         except Exception as error:  # torch.export raises whatever the archive reader raises
             raise LoadError(
                 f"{title} cannot be read as a torch.export program ({error}); "

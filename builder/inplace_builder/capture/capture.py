@@ -5,10 +5,12 @@ Every front-end returns a `Capture`: a graph on the ``inplace::`` operators with
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from inplace.engines.arena import Arena
+from inplace.errors import LoadError
 from inplace.operators import written_states
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Alias, Lowering, Program
@@ -41,6 +43,7 @@ class Capture:
         lowering: how each state is updated.
         reference: the original model, to verify against.
         min_capacity: the smallest capacity that may be chosen at load; None if it is fixed.
+        initial: the tensors that `StateSpec.initial` names, of one slot each.
         float32_reference: makes the same model in float32, to tell its own rounding from an
             engine's error; None if its weights are not rounded, or if there is no such model.
     """
@@ -53,6 +56,7 @@ class Capture:
     lowering: tuple[Lowering, ...]
     reference: Reference
     min_capacity: int | None = None
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
     float32_reference: Callable[[], Reference] | None = None
 
 
@@ -63,6 +67,7 @@ def capture_module(
     states: Sequence[StateSpec],
     *,
     max_rows: int,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Capture:
     """Capture a rectangular module: each step takes one entry of every input for each row.
 
@@ -74,13 +79,15 @@ def capture_module(
         outputs: what it returns.
         states: what it keeps.
         max_rows: maximum number of rows of a step, at least 2.
+        initial: the tensors that `StateSpec.initial` names: what a slot of such a state holds when
+            a sequence starts, of the state's ``shape``.
 
     Raises:
         BuildError: torch.export cannot capture it, or it uses a state outside the operators.
     """
-    module = module.eval()
+    module, initial = module.eval(), dict(initial or {})
     # 1. Export one step, with a dynamic number of rows and of slots.
-    exported = _export_step(module, inputs, states, max_rows)
+    exported = _export_step(module, inputs, states, max_rows, initial)
     # 2. Clean the graph, check it against the description, read off what it writes.
     program = Program(
         name="step",
@@ -93,7 +100,7 @@ def capture_module(
     )
     program, lowering = complete_program(exported, program, tuple(states))
     # 3. The module itself on one sequence is the reference.
-    reference = _module_reference(module, inputs, outputs, states)
+    reference = _module_reference(module, inputs, outputs, states, initial)
     ends = [
         spec.shape[spec.axis]
         for spec in states
@@ -101,7 +108,14 @@ def capture_module(
     ]
     weights = next((Dtype.of(p.dtype) for p in module.parameters()), states[0].dtype)
     return Capture(
-        exported, program, tuple(states), min(ends, default=None), weights, lowering, reference
+        exported,
+        program,
+        tuple(states),
+        min(ends, default=None),
+        weights,
+        lowering,
+        reference,
+        initial=initial,
     )
 
 
@@ -110,6 +124,7 @@ def _export_step(
     inputs: Sequence[TensorSpec],
     states: Sequence[StateSpec],
     max_rows: int,
+    initial: Mapping[str, Tensor],
 ) -> torch.export.ExportedProgram:
     rows, slots = Dim("rows", min=1, max=max_rows), Dim("slots", min=1)
     arguments = [torch.zeros((2, *spec.shape), dtype=spec.dtype.as_torch) for spec in inputs]
@@ -117,16 +132,21 @@ def _export_step(
     try:
         with torch.no_grad(), size_oblivious():
             return torch.export.export(
-                module, (*arguments, *_fresh_states(states, 2)), dynamic_shapes=shapes
+                module, (*arguments, *_fresh_states(states, 2, initial)), dynamic_shapes=shapes
             )
     except Exception as error:
         raise BuildError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
 
 
-def _fresh_states(states: Sequence[StateSpec], slots: int) -> list[Tensor]:
-    return [
-        torch.full((slots, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states
-    ]
+def _fresh_states(
+    states: Sequence[StateSpec], slots: int, initial: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """What that many fresh slots hold: as the runtime makes them."""
+    try:
+        arena = Arena(tuple(states), slots, torch.device("cpu"), initial)
+    except LoadError as error:
+        raise BuildError(str(error)) from error
+    return list(arena.tensors.values())
 
 
 def _module_reference(
@@ -134,11 +154,12 @@ def _module_reference(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     states: Sequence[StateSpec],
+    initial: Mapping[str, Tensor],
 ) -> Reference:
     """The module with one sequence, in slot 0 of states of its own."""
 
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        memory = _fresh_states(states, 1)
+        memory = _fresh_states(states, 1, initial)
         results: tuple[Tensor, ...] = ()
         with torch.no_grad():
             for index, request in enumerate(requests):
@@ -159,6 +180,8 @@ def _reference_input(spec: TensorSpec, request: Mapping[str, Tensor], index: int
             return torch.zeros(1, dtype=spec.dtype.as_torch)
         case Role.WRITE_INDICES | Role.POSITIONS:
             return torch.full((1,), index, dtype=spec.dtype.as_torch)
+        case Role.VALID_LENGTHS:
+            return torch.ones(1, dtype=spec.dtype.as_torch)
         case _:
             raise BuildError(
                 f"input {spec.name} has the role {spec.role}, which a rectangular program does not "

@@ -83,14 +83,14 @@ def decoder_program(vocab_size: int, num_scores: int, options: DecoderOptions) -
         outputs=(
             TensorSpec(
                 name="next_token",
-                role=Role.ROW,
+                role=Role.TOKEN,
                 dtype=Dtype.INT64,
                 shape=(1,),
                 sampled_from="logits",
             ),
             TensorSpec(
                 name="logits",
-                role=Role.ROW,
+                role=Role.LOGITS,
                 dtype=Dtype.FLOAT32,
                 shape=(num_scores,),
                 on_request=True,

@@ -64,9 +64,9 @@ def capture_exported_rows(
         kwargs: keyword arguments.
 
     Raises:
-        BuildError: torch.export cannot capture the module or its `torch.vmap`; an extent varies; a
-            state begins with different numbers; the module appends, and neither ``positions`` nor
-            ``max_requests`` limits the length of a sequence.
+        BuildError: torch.export cannot capture the module or its `torch.vmap`; an extent varies;
+            or the module appends, and neither ``positions`` nor ``max_requests`` limits the length
+            of a sequence.
     """
     # 1. Capture the module as it is, for one sequence.
     capture = capture_exported(module, example_inputs, kwargs=kwargs)
@@ -95,7 +95,21 @@ def capture_exported_rows(
     weights = next(
         (Dtype.of(weight.dtype) for weight in capture.graph_module.parameters()), states[0].dtype
     )
-    return Capture(exported, program, states, capacity, weights, lowering, rows.reference)
+    initial = {
+        spec.name: state.bound_initial()[0]
+        for spec, state in zip(states, capture.states, strict=True)
+        if spec.initial is not None
+    }
+    return Capture(
+        exported,
+        program,
+        states,
+        capacity,
+        weights,
+        lowering,
+        rows.reference,
+        initial=initial,
+    )
 
 
 def _capacity(
@@ -122,10 +136,7 @@ def _row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
         )
     initial, spec = state.tensor.initial, state.spec()
     if initial.numel() and not bool((initial == spec.fill).all()):
-        raise BuildError(
-            f"state {state.tensor.source} begins with different numbers; a fresh slot holds one "
-            f"number everywhere"
-        )
+        spec = spec.model_copy(update={"initial": spec.name})
     if spec.update is Update.APPEND and options.positions is None:
         # only the module knows where it writes
         return spec.model_copy(update={"update": Update.REPLACE, "axis": None})
@@ -331,7 +342,7 @@ def _output_spec(name: str, example: Any) -> TensorSpec:
         raise BuildError(f"output {name} is {example!r}, which is no tensor")
     return TensorSpec(
         name=name,
-        role=Role.ROW,
+        role=Role.VALUE,
         dtype=Dtype.of(example.dtype),
         shape=_shape_without_batch(example),
     )

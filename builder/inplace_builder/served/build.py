@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inplace.drivers.detokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
-from inplace.schema.served import FILE_NAME, Manifest
+from inplace.drivers.detokenizer import TOKENIZER_NAME
+from inplace.schema.served import FILE_NAME, STEP, Manifest
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.errors import BuildError
@@ -75,8 +75,7 @@ def write_engine(
         with disk_errors(output):
             folder.mkdir()
             plan = _plan(capture, options)
-            manifest = write_files(folder, output.name, capture, options, plan)
-            extras(folder)
+            manifest = write_files(folder, output.name, capture, options, plan, extras)
         manifest = _with_notes(manifest, notes or {})
         if _runs_here(manifest):
             stage("verify it against the model")
@@ -85,8 +84,7 @@ def write_engine(
             manifest = manifest.model_copy(update={"verified": "executed"})
         text = None
         if generates:
-            has_tokenizer = (folder / TOKENIZER_FOLDER / TOKENIZER_FILE).is_file()
-            text = TextSettings(eos_token_ids, has_tokenizer)
+            text = TextSettings(eos_token_ids, manifest.has_file(TOKENIZER_NAME))
         config = model_config(manifest, options, text)
         with disk_errors(output):
             manifest.save(folder)
@@ -124,7 +122,8 @@ def _plan(capture: Capture, options: BuildOptions) -> "ServedPlan | None":
 
 def _runs_here(manifest: Manifest) -> bool:
     """Whether the engine was built for a device that this machine has."""
-    return manifest.engine.plan is None or manifest.engine.plan.gpu != ""
+    plan = manifest.program(STEP).engine.plan
+    return plan is None or plan.gpu != ""
 
 
 def _with_notes(manifest: Manifest, notes: dict[str, str]) -> Manifest:

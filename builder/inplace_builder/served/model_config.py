@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf import text_format
-from inplace.protocol import FINISH_REASON, STOP, TEXT, TEXT_OUTPUT, TOKENS
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
-from inplace.schema.specs import Role, TensorSpec
+from inplace.server.model_config import ServerTensor, model_tensors, proxy_tensors
 from inplace.server.settings import EOS, GENERATE_PROXY, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -33,60 +31,6 @@ measurable time.
 
 MAX_GENERATION_SECONDS = 3600
 """Triton's idle clock runs during a generation; it forgets the sequence of a longer one."""
-
-
-TRITON_TYPES = {
-    Dtype.BOOL: pb.TYPE_BOOL,
-    Dtype.INT8: pb.TYPE_INT8,
-    Dtype.UINT8: pb.TYPE_UINT8,
-    Dtype.INT16: pb.TYPE_INT16,
-    Dtype.UINT16: pb.TYPE_UINT16,
-    Dtype.INT32: pb.TYPE_INT32,
-    Dtype.INT64: pb.TYPE_INT64,
-    Dtype.FLOAT16: pb.TYPE_FP16,
-    Dtype.BFLOAT16: pb.TYPE_BF16,
-    Dtype.FLOAT32: pb.TYPE_FP32,
-    Dtype.FLOAT64: pb.TYPE_FP64,
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of the server's model.
-
-    Attributes:
-        name: its name.
-        type: its data type, one of Triton's enum.
-        dims: its shape without the batch axis.
-        ragged: requests of one batch may have different shapes.
-        optional: a request may leave it out.
-    """
-
-    name: str
-    type: int
-    dims: tuple[int, ...]
-    ragged: bool = False
-    optional: bool = False
-
-    @classmethod
-    def of(cls, spec: TensorSpec, *, optional: bool = False) -> "Tensor":
-        """The server's view of a program's tensor.
-
-        Raises:
-            BuildError: Triton has no such type.
-        """
-        if spec.dtype not in TRITON_TYPES:
-            raise BuildError(
-                f"{spec.name} is {spec.dtype}, which Triton has no type for: "
-                f"convert it in the module (view_as_real, to)"
-            )
-        return cls(
-            spec.name,
-            TRITON_TYPES[spec.dtype],
-            spec.shape,
-            ragged=spec.role is Role.TOKENS,
-            optional=optional,
-        )
 
 
 @dataclass(frozen=True)
@@ -121,8 +65,8 @@ class ModelConfig:
 
     name: str
     max_batch_size: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[ServerTensor, ...]
+    outputs: tuple[ServerTensor, ...]
     sequence_batching: SequenceBatching | None
     decoupled: bool
     device: str
@@ -135,13 +79,15 @@ class ModelConfig:
         for tensor in self.inputs:
             config.input.add(
                 name=tensor.name,
-                data_type=tensor.type,
+                data_type=pb.DataType.Value(tensor.type),
                 dims=tensor.dims,
                 allow_ragged_batch=tensor.ragged,
                 optional=tensor.optional,
             )
         for tensor in self.outputs:
-            config.output.add(name=tensor.name, data_type=tensor.type, dims=tensor.dims)
+            config.output.add(
+                name=tensor.name, data_type=pb.DataType.Value(tensor.type), dims=tensor.dims
+            )
         if self.sequence_batching is not None:
             batching = config.sequence_batching
             batching.max_sequence_idle_microseconds = self.sequence_batching.idle_microseconds
@@ -195,16 +141,20 @@ def model_config(
     """
     program = manifest.program("step")
     stream = options.serve == "stream"
-    inputs = tuple(Tensor.of(spec, optional=text is not None) for spec in program.client_inputs)
-    outputs = tuple(Tensor.of(spec) for spec in program.outputs)
+    try:
+        tensors = model_tensors(
+            program,
+            generates=text is not None,
+            has_tokenizer=text is not None and text.has_tokenizer,
+        )
+    except ValueError as error:
+        raise BuildError(str(error)) from error
     parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:g}"}
     if text is not None:
-        inputs += _text_inputs(text, ragged=True)
-        outputs += _generation_outputs(text)
         parameters[QUEUE] = str(MAX_WAITING)
         if text.eos_token_ids:
             parameters[EOS] = ",".join(map(str, text.eos_token_ids))
-    names = [tensor.name for tensor in (*inputs, *outputs)]
+    names = [tensor.name for tensor in (*tensors.inputs, *tensors.outputs)]
     if shared := sorted({name for name in names if names.count(name) > 1}):
         raise BuildError(
             f"{shared} are names of the generate protocol and of tensors of this model: "
@@ -214,8 +164,8 @@ def model_config(
     return ModelConfig(
         name=manifest.name,
         max_batch_size=program.max_rows,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=tensors.inputs,
+        outputs=tensors.outputs,
         sequence_batching=SequenceBatching(
             candidates=MAX_CANDIDATE_SEQUENCES,
             idle_microseconds=int(idle_seconds * 1e6),
@@ -223,7 +173,7 @@ def model_config(
             queue_delay_microseconds=0 if stream else options.queue_delay_microseconds,
         ),
         decoupled=stream,
-        device=manifest.engine.device,
+        device=manifest.device,
         parameters=parameters,
         instances=options.instances,
     )
@@ -231,31 +181,14 @@ def model_config(
 
 def proxy_config(name: str, text: TextSettings) -> ModelConfig:
     """The configuration of a stream model's generate proxy: generations without sequences."""
+    tensors = proxy_tensors(has_tokenizer=text.has_tokenizer)
     return ModelConfig(
         name=name,
         max_batch_size=1,  # so that tensors have the stream model's shapes and are forwarded as is
-        inputs=(Tensor("input_ids", pb.TYPE_INT64, (-1,), optional=True), *_text_inputs(text)),
-        outputs=_generation_outputs(text),
+        inputs=tensors.inputs,
+        outputs=tensors.outputs,
         sequence_batching=None,
         decoupled=True,
         device="cpu",
         parameters={SERVE: GENERATE_PROXY},
-    )
-
-
-def _text_inputs(text: TextSettings, *, ragged: bool = False) -> tuple[Tensor, ...]:
-    if not text.has_tokenizer:
-        return ()
-    return tuple(
-        Tensor(name, pb.TYPE_STRING, dims, ragged, optional=True)
-        for name, dims in ((TEXT, (1,)), (STOP, (-1,)))
-    )
-
-
-def _generation_outputs(text: TextSettings) -> tuple[Tensor, ...]:
-    text_output = (Tensor(TEXT_OUTPUT, pb.TYPE_STRING, (1,)),) if text.has_tokenizer else ()
-    return (
-        Tensor(TOKENS, pb.TYPE_INT64, (-1,)),
-        *text_output,
-        Tensor(FINISH_REASON, pb.TYPE_STRING, (1,)),
     )

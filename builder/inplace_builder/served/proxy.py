@@ -34,7 +34,11 @@ def write_proxy(draft: Path, manifest: Manifest, text: TextSettings) -> None:
         OSError: it cannot be written.
     """
     (draft / MODEL_VERSION).mkdir()
-    record = ProxyFile(model=manifest.name, max_requests=manifest.slots + MAX_WAITING)
+    record = ProxyFile(
+        model=manifest.name,
+        has_tokenizer=text.has_tokenizer,
+        max_requests=manifest.slots + MAX_WAITING,
+    )
     record.save(draft / MODEL_VERSION)
     (draft / "config.pbtxt").write_text(proxy_config(manifest.name + SUFFIX, text).text())
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from inplace.engines.arena import Arena
 from inplace.operators import sample
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.loading import load_engine
+from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import Parameter
-from inplace.schema.served import Manifest, Program
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import STEP, Manifest, Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 
@@ -78,10 +78,10 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> dict[str, str]
 
 def _verify_at_capacity(folder: Path, manifest: Manifest, capture: Capture) -> float:
     """The largest relative error of an output."""
-    device = torch.device(manifest.engine.device)
-    arena = Arena(manifest.states, NUM_SEQUENCES + SPARE_SLOTS, device)
+    files = EngineFolder(folder)
     with load_errors():
-        engine = load_engine(folder, manifest, arena)
+        arena = make_arena(files, manifest, NUM_SEQUENCES + SPARE_SLOTS)
+        engine = load_engine(files, manifest, arena)
     instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
     for tensor in arena.tensors.values():
         fill_with_sentinel(tensor)
@@ -112,7 +112,7 @@ def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
     each entry. The reference starts anew for each comparison, so then only the first and the last
     rounds are compared; the last ones read what has wrapped.
     """
-    program = manifest.program("step")
+    program = manifest.program(STEP)
     capacity = manifest.capacity if manifest.capacity is not None else 1 << 30
     token_counts = _token_counts(manifest, program, capacity)
     on_request = {spec.name: True for spec in program.outputs if spec.on_request}
@@ -223,8 +223,8 @@ class _OutputComparison:
     """
 
     def __init__(self, capture: Capture, manifest: Manifest) -> None:
-        self._capture, self._outputs = capture, manifest.program("step").outputs
-        self._tolerance = TOLERANCE.get(manifest.engine.dtype, 0.0)
+        self._capture, self._outputs = capture, manifest.program(STEP).outputs
+        self._tolerance = TOLERANCE.get(manifest.program(STEP).engine.dtype, 0.0)
         self._history: dict[int | str, list[Mapping[str, Tensor]]] = {}
         self._float32_reference: Reference | None = None
         self.max_error = 0.0

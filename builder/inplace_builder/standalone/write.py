@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inplace.schema.artifacts import record_files
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Lowering
-from inplace.schema.standalone import CallSignature, StandaloneManifest, StandaloneState
+from inplace.schema.standalone import FILE_NAME, CallSignature, StandaloneManifest, StandaloneState
 from inplace.standalone.engine import write_owned_states
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def write_files(
     else:
         engine = write_plan(plan.content, plan.record, plan.weights, folder, dtype)
         notes = built_with(plan.record)
+    owned = write_owned_states(folder, _owned_states(capture))
     manifest = StandaloneManifest(
         states=state_records(capture, call),
         aliases=tuple(str(alias) for alias in (plan or capture).aliases),
@@ -44,7 +46,8 @@ def write_files(
         call=call,
         rows=capture.rows,
         engine=engine,
-        owned=write_owned_states(folder, _owned_states(capture)),
+        owned=owned,
+        files=record_files(folder, leave_out=FILE_NAME),
         built_with=notes,
     )
     manifest.save(folder)

@@ -1,11 +1,14 @@
 """A conversation with a served decoder: one sequence, to which each turn sends only what is new."""
 
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from inplace.client import Sequence
 from inplace.drivers.detokenizer import TOKENIZER_FOLDER
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import Manifest
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -100,15 +103,27 @@ def load_chat_tokenizer(model: Path | str) -> PreTrainedTokenizerFast:
 
     Raises:
         BuildError: there is none.
+        LoadError: a file is not the one that the manifest lists.
     """
-    folder = Path(model) / MODEL_VERSION / TOKENIZER_FOLDER
-    if not folder.is_dir():
+    folder = EngineFolder(Path(model) / MODEL_VERSION)
+    manifest = Manifest.load(folder.path)
+    records = [each for each in manifest.files if each.name.startswith(f"{TOKENIZER_FOLDER}/")]
+    if not records:
         raise BuildError(
-            f"{folder} does not exist: the model was built without a tokenizer; "
+            f"{folder.path} has no tokenizer: the model was built without one; "
             "send token ids to it instead"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, clean_up_tokenization_spaces=False
-    )
+    with tempfile.TemporaryDirectory(prefix="inplace-tokenizer-") as copy:
+        # transformers reads a folder: give it one with the bytes that were checked.
+        for record in records:
+            path = Path(copy) / record.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(folder.read(record))
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(copy) / TOKENIZER_FOLDER,
+            local_files_only=True,
+            trust_remote_code=False,
+            clean_up_tokenization_spaces=False,
+        )
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from inplace.schema.served import Manifest, Program
+from inplace.schema.served import STEP, CompiledProgram, Manifest, Program
 from inplace.schema.specs import StateSpec, TensorSpec
 from rich.filesize import decimal
 from rich.table import Table
@@ -12,7 +12,7 @@ from rich.table import Table
 
 def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     """States, bytes a slot, the arena, and where the model is."""
-    engine = manifest.engine
+    engine = manifest.program(STEP).engine
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{manifest.name} ({engine.kind}, {engine.dtype}, {engine.device})")
     for line in _describe_states(manifest.states):
@@ -21,7 +21,7 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     table.add_row("a slot", f"{size}, capacity {manifest.capacity or 'unlimited'}")
     arena = decimal(arena_bytes(manifest, manifest.slots))
     table.add_row("arena", f"{manifest.slots} slots, {arena}")
-    table.add_row("engine", decimal(engine.bytes))
+    table.add_row("engine", decimal(manifest.file(engine.file).bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
     table.add_row("in", str(folder))
@@ -43,8 +43,10 @@ def arena_bytes(manifest: Manifest, slots: int) -> int:
 
 def max_slots(manifest: Manifest, memory: int) -> int:
     """Number of slots that fit into ``memory`` bytes beside the engine's files and weights."""
-    weights = manifest.engine.plan.weights if manifest.engine.plan is not None else None
-    files = manifest.engine.bytes + (weights.bytes if weights is not None else 0)
+    engines = [program.engine for program in manifest.programs]
+    names = {engine.file for engine in engines}
+    names |= {engine.plan.weights for engine in engines if engine.plan and engine.plan.weights}
+    files = sum(manifest.file(name).bytes for name in names)
     slot = arena_bytes(manifest, 1)
     return max(0, memory - files) // slot if slot else 0
 
@@ -70,7 +72,7 @@ def detail_tables(
         yield size
     for program in manifest.programs:
         yield _tensor_table(program)
-        yield _alias_table(manifest, program)
+        yield _alias_table(program)
     built = Table.grid(padding=(0, 2))
     for key, value in sorted(manifest.built_with.items()):
         built.add_row(key, value)
@@ -97,11 +99,11 @@ def _limits(spec: TensorSpec) -> str:
     return "on request" if spec.on_request else ""
 
 
-def _alias_table(manifest: Manifest, program: Program) -> Table:
+def _alias_table(program: CompiledProgram) -> Table:
     table = Table(title="aliases: output@input@kind, and the reason for this mechanism")
     table.add_column("alias", no_wrap=True)
     table.add_column("reason")
-    reasons = {entry.state: entry.reason for entry in manifest.lowering}
+    reasons = {entry.state: entry.reason for entry in program.lowering}
     for reason, group in groupby(program.aliases, key=lambda alias: reasons[alias.input]):
         aliases = [str(alias) for alias in group]
         if len(aliases) >= 5:

@@ -20,6 +20,7 @@ from typing import IO, Self
 
 import inplace
 from inplace.errors import InplaceError
+from inplace.server.trust import TRUST_MODELS
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
@@ -173,6 +174,8 @@ class TritonServer:
         arguments: further arguments for tritonserver.
         backends: a backend directory (`install_backend`); a temporary one if None.
         start_timeout: seconds within which every model must be ready.
+        trust_models: folders from which TensorRT plans are loaded, because a plan is code; None
+            takes ``INPLACE_TRUST_MODELS`` of this process, or else the repository.
 
     Attributes:
         process: the process; None before `start`.
@@ -187,6 +190,7 @@ class TritonServer:
         arguments: Sequence[str] = (),
         backends: Path | str | None = None,
         start_timeout: float = 300.0,
+        trust_models: Sequence[Path | str] | None = None,
     ) -> None:
         self.repository = Path(repository)
         self.ports = (ports or Ports()).resolve()
@@ -195,6 +199,7 @@ class TritonServer:
         self.arguments = arguments
         self.backends = Path(backends) if backends is not None else None
         self.start_timeout = start_timeout
+        self.trust_models = trust_models
         self.process: subprocess.Popen[bytes] | None = None
         self._cleanup = contextlib.ExitStack()
 
@@ -218,6 +223,13 @@ class TritonServer:
             *self.arguments,
         ]
 
+    def _trust(self) -> dict[str, str]:
+        """The environment variable with the folders whose plans are loaded."""
+        if self.trust_models is None and TRUST_MODELS in os.environ:
+            return {}
+        folders = [self.repository] if self.trust_models is None else self.trust_models
+        return {TRUST_MODELS: os.pathsep.join(str(Path(each).resolve()) for each in folders)}
+
     def start(self) -> None:
         """Start the process; `wait_ready` returns when it serves.
 
@@ -239,7 +251,7 @@ class TritonServer:
             sink = self._cleanup.enter_context(self.log.open("wb"))
         self.process = subprocess.Popen(
             self.command(),
-            env=environment(),
+            env=environment() | self._trust(),
             stdout=sink,
             stderr=subprocess.STDOUT if sink else None,
         )

@@ -1,7 +1,6 @@
 """An engine directory that cannot be served is refused at load; the error names what is wrong."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,13 @@ import pytest
 import torch
 from inplace.engines.arena import Arena, available_memory
 from inplace.errors import LoadError
-from inplace.runtime.loading import load_engine
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.loading import load_engine, make_arena
 from inplace.schema.dtypes import Dtype
-from inplace.schema.served import FILE_NAME, Manifest
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import Manifest
 from inplace.schema.specs import StateSpec, Update
+from support.manifests import edit, exchange
 from support.models import SLOTS, Repository, open_instance
 
 ENGINE = "engine.pt2"
@@ -26,20 +28,12 @@ def model(repository: Repository, tmp_path: Path) -> Path:
     return shutil.copytree(repository.path / "llama", tmp_path / "llama")
 
 
-def edit(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest."""
-    path = model / "1" / FILE_NAME
-    fields = json.loads(path.read_text())
-    change(fields)
-    path.write_text(json.dumps(fields))
-
-
 def refusal(model: Path) -> str:
     """The text of the LoadError."""
-    manifest = Manifest.load(model / "1")
-    arena = Arena(manifest.states, 2, torch.device("cpu"))
+    folder = EngineFolder(model / "1")
+    manifest = Manifest.load(folder.path)
     with pytest.raises(LoadError) as error:
-        load_engine(model / "1", manifest, arena)
+        load_engine(folder, manifest, make_arena(folder, manifest, 2))
     assert str(error.value).startswith(str(model / "1" / ENGINE))
     return str(error.value)
 
@@ -52,7 +46,7 @@ def test_a_missing_engine_file_is_named(model: Path) -> None:
     (model / "1" / ENGINE).unlink()
     assert "is missing; the manifest beside it names it: build the model again" in refusal(model)
     (model / "1" / ENGINE).mkdir()
-    assert "is missing" in refusal(model)
+    assert "is not a regular file inside its folder" in refusal(model)
 
 
 @pytest.mark.parametrize("keep", [0, 1000, -1])
@@ -72,28 +66,27 @@ def test_one_changed_byte_is_found_by_the_checksum(model: Path, where: float) ->
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 1
     path.write_bytes(content)
-    actual, recorded = hashlib.sha256(content).hexdigest(), Manifest.load(model / "1").engine.sha256
+    actual = hashlib.sha256(content).hexdigest()
+    recorded = Manifest.load(model / "1").file(ENGINE).sha256
     message = refusal(model)
     assert f"has the checksum {actual[:12]}…, the manifest says {recorded[:12]}…" in message
     assert message.endswith("changed; build the model again")
 
 
 def test_a_file_that_is_no_program_is_refused_though_its_checksum_is_right(model: Path) -> None:
-    content = b"no archive at all"
-    (model / "1" / ENGINE).write_bytes(content)
-    edit(
-        model,
-        lambda fields: fields["engine"].update(
-            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-        ),
-    )
+    exchange(model / "1", ENGINE, b"no archive at all")
     assert "cannot be read as a torch.export program" in refusal(model)
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_an_alias_the_manifest_does_not_declare_is_named(model: Path, index: int) -> None:
     names = [state.name for state in Manifest.load(model / "1").states]
-    edit(model, lambda fields: fields["programs"][0]["aliases"].pop(index))
+
+    def only_reads(fields: dict[str, Any]) -> None:
+        alias = fields["programs"][0]["aliases"].pop(index)
+        fields["programs"][0]["read_only"] = [alias["input"]]
+
+    edit(model / "1", only_reads)
     message = (
         f"the states the graph writes in place and the aliases the manifest declares differ in"
         f" {[names[index]]}; build the model again"
@@ -117,13 +110,7 @@ def test_an_alias_of_a_state_the_graph_does_not_write_is_named(
     assert len(idle) == 1
     graph.erase_node(idle[0])
     torch.export.save(exported, path)
-    content = path.read_bytes()
-    edit(
-        model,
-        lambda fields: fields["engine"].update(
-            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-        ),
-    )
+    exchange(model / "1", ENGINE, path.read_bytes())
     assert "the aliases the manifest declares differ in ['count']" in refusal(model)
 
 
@@ -146,11 +133,13 @@ def add_input(fields: dict[str, Any]) -> None:
 
 
 def swap_states(fields: dict[str, Any]) -> None:
-    fields["states"].reverse()
+    fields["programs"][0]["states"].reverse()
 
 
 def add_state(fields: dict[str, Any]) -> None:
     fields["states"].append({"name": "more", "shape": [1], "dtype": "float32", "update": "replace"})
+    fields["programs"][0]["states"].append("more")
+    fields["programs"][0]["read_only"] = ["more"]
 
 
 @pytest.mark.parametrize(
@@ -160,36 +149,34 @@ def test_inputs_other_than_the_graphs_are_listed(
     model: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     def names() -> list[str]:
-        manifest = Manifest.load(model / "1")
-        return [spec.name for spec in manifest.program("step").inputs] + [
-            state.name for state in manifest.states
-        ]
+        program = Manifest.load(model / "1").program("step")
+        return [spec.name for spec in program.inputs] + list(program.states)
 
     before = names()
-    edit(model, change)
+    edit(model / "1", change)
     assert names() != before
     assert f"takes {before}, the manifest says {names()}; build the model again" in refusal(model)
 
 
 def test_outputs_other_than_the_graphs_are_refused(model: Path) -> None:
     edit(
-        model,
+        model / "1",
         lambda fields: fields["programs"][0]["outputs"].append(
-            {"name": "more", "role": "row", "dtype": "float32"}
+            {"name": "more", "role": "value", "dtype": "float32"}
         ),
     )
     assert "returns" in refusal(model)
 
 
 def test_a_program_that_samples_what_it_does_not_return_is_damaged(model: Path) -> None:
-    edit(model, lambda fields: fields["programs"][0]["outputs"].pop(0))
+    edit(model / "1", lambda fields: fields["programs"][0]["outputs"].pop(0))
     with pytest.raises(LoadError, match="is damaged"):
         Manifest.load(model / "1")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_an_engine_for_a_gpu_is_refused_where_there_is_none(model: Path) -> None:
-    edit(model, lambda fields: fields["engine"].update(device="cuda"))
+    edit(model / "1", lambda fields: fields["programs"][0]["engine"].update(device="cuda"))
     assert (
         "was built for a GPU and PyTorch finds none on this machine; build with --device cpu"
         in refusal(model)
@@ -197,10 +184,82 @@ def test_an_engine_for_a_gpu_is_refused_where_there_is_none(model: Path) -> None
 
 
 def test_an_engine_without_a_step_is_refused(model: Path) -> None:
-    edit(model, lambda fields: fields["programs"][0].update(name="encode"))
-    manifest = Manifest.load(model / "1")
+    def rename(fields: dict[str, Any]) -> None:
+        fields["programs"][0].update(name="encode")
+        fields["schedules"] = [{"name": "default", "calls": [{"program": "encode"}]}]
+
+    edit(model / "1", rename)
     with pytest.raises(LoadError, match=r"the engine has no program 'step', only \['encode'\]"):
-        load_engine(model / "1", manifest, Arena(manifest.states, 2, torch.device("cpu")))
+        ModelInstance.open(model / "1")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda fields: fields["schedules"].append(
+                {"name": "twice", "calls": [{"program": "step", "at_most": 2}]}
+            ),
+            "schedule twice",
+        ),
+        (
+            lambda fields: fields["programs"].append(fields["programs"][0] | {"name": "encode"}),
+            "program encode",
+        ),
+        (
+            lambda fields: fields["states"][0].update(scale="scales"),
+            "scale of state ",
+        ),
+        (
+            lambda fields: fields["programs"][0]["engine"].update(scales={"weight": "scales"}),
+            "scales of weight weight",
+        ),
+        (
+            lambda fields: fields["programs"][0]["outputs"].append(
+                {"name": "all", "role": "logprobs", "dtype": "float32", "shape": [-1, 512]}
+            ),
+            "output all of the role logprobs",
+        ),
+    ],
+)
+def test_what_a_later_runtime_runs_is_refused_by_name(
+    model: Path, change: Callable[[dict[str, Any]], None], text: str
+) -> None:
+    edit(model / "1", change)
+    with pytest.raises(LoadError) as error:
+        ModelInstance.open(model / "1")
+    assert str(error.value).startswith(
+        f"{model / '1' / 'engine.json'} needs a later version of inplace: {text}"
+    )
+    assert str(error.value).endswith(
+        "update inplace on this server, or build the model with this version"
+    )
+
+
+def as_plan(fields: dict[str, Any]) -> None:
+    """Let the manifest call the engine file a TensorRT plan."""
+    plan = {
+        "flavor": "tensorrt",
+        "version": "10",
+        "gpu": "some GPU",
+        "compute_capability": "9.0",
+        "profiles": [{"rows": [1, 8], "tokens": [1, 64]}],
+    }
+    fields["programs"][0]["engine"].update(kind="tensorrt", device="cuda", plan=plan)
+
+
+def test_a_plan_outside_the_trusted_folders_is_refused_before_anything_of_it_is_read(
+    model: Path, tmp_path: Path
+) -> None:
+    edit(model / "1", as_plan)
+    (model / "1" / ENGINE).write_bytes(b"not even read")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(LoadError, match="is a TensorRT plan, which is code, and is outside"):
+        ModelInstance.open(model / "1", trust=[tmp_path / "other"])
+    if not torch.cuda.is_available():
+        for trust in (None, [tmp_path]):
+            with pytest.raises(LoadError, match=r"built for a GPU \(some GPU\) and PyTorch finds"):
+                ModelInstance.open(model / "1", trust=trust)
 
 
 # --- the arena ---

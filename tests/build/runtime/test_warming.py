@@ -9,6 +9,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.runtime.loading import load_engine
+from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from support.models import CHUNK, SLOTS, Repository
 from torch import Tensor
@@ -43,7 +44,7 @@ def test_loading_runs_every_kind_of_step_on_null_rows(
     arena = Arena(manifest.states, 3, torch.device("cpu"))
     for tensor in arena.tensors.values():
         tensor.view(torch.uint8).fill_(0xA5)
-    load_engine(folder, manifest, arena)
+    load_engine(EngineFolder(folder), manifest, arena)
     assert seen == sizes
     assert all(tensor.view(torch.uint8).eq(0xA5).all() for tensor in arena.tensors.values())
 
@@ -63,4 +64,4 @@ def test_an_engine_that_fails_while_it_is_warmed_up_is_a_load_error(
         LoadError,
         match=r"fails in its first step \(RuntimeError: no kernel\); build the model again",
     ):
-        load_engine(folder, manifest, Arena(manifest.states, 1, torch.device("cpu")))
+        load_engine(EngineFolder(folder), manifest, Arena(manifest.states, 1, torch.device("cpu")))

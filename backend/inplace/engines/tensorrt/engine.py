@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from inplace.engines.tensorrt.plan import (
 from inplace.engines.tensorrt.steps import DynamicSlotSteps, StaticSlotSteps
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
-from inplace.schema.served import Manifest
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import STEP, Manifest
+from inplace.schema.tensors import read_tensors
 
 log = logging.getLogger("inplace")
 
@@ -30,7 +33,7 @@ class TensorRtEngine:
     """Runs a TensorRT plan over state that is bound in place.
 
     Args:
-        folder: the engine directory.
+        folder: the engine directory; the plan is code and must be in a trusted folder.
         manifest: its manifest.
         arena: the memory to bind the states to; on a GPU.
         graphs: replay steps as CUDA graphs; False launches every step kernel by kernel.
@@ -49,22 +52,25 @@ class TensorRtEngine:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, arena: Arena, *, graphs: bool = True
+        self, folder: EngineFolder, manifest: Manifest, arena: Arena, *, graphs: bool = True
     ) -> None:
-        program, plan = manifest.program("step"), manifest.engine.plan
+        program = manifest.program(STEP)
+        plan = program.engine.plan
         if plan is None:
             raise LoadError(
-                f"{folder}: the manifest has no record of its TensorRT plan; build the model again"
+                f"{folder.path}: the manifest has no record of its TensorRT plan; build the model "
+                "again"
             )
-        path = manifest.engine.verified(folder)
+        record = manifest.file(program.engine.file)
+        path = folder.path / record.name
         self._arena, self._addresses = arena, list(arena.addresses().values())
         before = _DeviceMemory.now()
-        opened = open_plan(str(path), path.read_bytes, plan)
+        opened = open_plan(str(path), partial(folder.read_code, record), plan)
         engine = opened.engine
         _check_names(path, engine, manifest)
         check_native_aliases(str(path), engine, program.aliases)
         try:
-            weights = _weights(folder, plan)
+            weights = _weights(folder, manifest, plan)
             contexts = ExecutionContexts(opened, plan, weights)
             kind = StaticSlotSteps if program.rows_are_slots else DynamicSlotSteps
             self._steps: StaticSlotSteps | DynamicSlotSteps = kind(
@@ -147,11 +153,11 @@ def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
     Raises:
         LoadError: they differ.
     """
-    program = manifest.program("step")
+    program = manifest.program(STEP)
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     inputs = input_names(engine)
     outputs = names - inputs
-    states = {spec.name for spec in manifest.states}
+    states = set(program.states)
     expected_inputs = {spec.name for spec in program.inputs} | states
     expected_outputs = {spec.name for spec in program.outputs} | {
         alias.output for alias in program.aliases
@@ -167,6 +173,8 @@ def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
             f"{path} returns {extra}, which the manifest does not name; build the model again"
         )
     for state in manifest.states:
+        if state.name not in states:
+            continue
         shape = tuple(engine.get_tensor_shape(state.name))[1:]
         if shape != (expected := manifest.compiled_shape(state)):
             raise LoadError(
@@ -175,9 +183,10 @@ def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
             )
 
 
-def _weights(folder: Path, plan: Plan) -> dict[str, Tensor]:
+def _weights(folder: EngineFolder, manifest: Manifest, plan: Plan) -> dict[str, Tensor]:
+    """The weights that a plan takes as inputs, on the GPU."""
     if plan.weights is None:
         return {}
-    from safetensors.torch import load_file
-
-    return load_file(plan.weights.verified(folder), device="cuda")
+    record = manifest.file(plan.weights)
+    tensors = read_tensors(folder.read(record), str(folder.path / record.name))
+    return {name: tensor.to("cuda") for name, tensor in tensors.items()}

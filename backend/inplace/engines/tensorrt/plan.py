@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
@@ -40,7 +41,7 @@ class OpenPlan:
     runtime: Any
 
 
-def open_plan(title: str, read: Callable[[], bytes], plan: Plan) -> OpenPlan:
+def open_plan(title: str, read: Callable[[], Buffer], plan: Plan) -> OpenPlan:
     """Deserialize a plan.
 
     Args:

@@ -1,0 +1,206 @@
+"""What config.pbtxt must say for an engine: the tensors of the server's model, and its batching.
+
+An operator may edit config.pbtxt, so no checksum covers it. It is compared with the manifest when
+the model is loaded: instance groups, parameters, smaller batches, priorities, warm-up and the like
+are the operator's; what would answer nothing or refuse everything is refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inplace.errors import LoadError
+from inplace.protocol import FINISH_REASON, STOP, TEXT, TEXT_OUTPUT, TOKENS
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Program
+from inplace.schema.specs import Role, TensorSpec
+from inplace.server.settings import TRITON_IDLE_MICROSECONDS
+
+TRITON_TYPES = {
+    Dtype.BOOL: "TYPE_BOOL",
+    Dtype.INT8: "TYPE_INT8",
+    Dtype.UINT8: "TYPE_UINT8",
+    Dtype.INT16: "TYPE_INT16",
+    Dtype.UINT16: "TYPE_UINT16",
+    Dtype.INT32: "TYPE_INT32",
+    Dtype.INT64: "TYPE_INT64",
+    Dtype.FLOAT16: "TYPE_FP16",
+    Dtype.BFLOAT16: "TYPE_BF16",
+    Dtype.FLOAT32: "TYPE_FP32",
+    Dtype.FLOAT64: "TYPE_FP64",
+}
+"""Triton's names of the element types that it has."""
+
+
+@dataclass(frozen=True)
+class ServerTensor:
+    """An input or output of the server's model.
+
+    Attributes:
+        name: its name.
+        type: its data type, by Triton's name.
+        dims: its shape without the batch axis.
+        ragged: requests of one batch may have different shapes.
+        optional: a request may leave it out.
+    """
+
+    name: str
+    type: str
+    dims: tuple[int, ...]
+    ragged: bool = False
+    optional: bool = False
+
+    @classmethod
+    def of(cls, spec: TensorSpec, *, optional: bool = False) -> "ServerTensor":
+        """The server's view of a program's tensor.
+
+        Raises:
+            ValueError: Triton has no such type.
+        """
+        if spec.dtype not in TRITON_TYPES:
+            raise ValueError(
+                f"{spec.name} is {spec.dtype}, which Triton has no type for: "
+                f"convert it in the module (view_as_real, to)"
+            )
+        ragged = spec.role is Role.TOKENS
+        return cls(spec.name, TRITON_TYPES[spec.dtype], spec.shape, ragged, optional)
+
+
+@dataclass(frozen=True)
+class ServerTensors:
+    """The tensors of the server's model.
+
+    Attributes:
+        inputs, outputs: in the order of config.pbtxt.
+    """
+
+    inputs: tuple[ServerTensor, ...]
+    outputs: tuple[ServerTensor, ...]
+
+
+def model_tensors(program: Program, *, generates: bool, has_tokenizer: bool) -> ServerTensors:
+    """The tensors of an engine's model.
+
+    Args:
+        program: the program of a step.
+        generates: whether it is served for generations too.
+        has_tokenizer: whether requests may be texts.
+
+    Raises:
+        ValueError: Triton has no type for a tensor.
+    """
+    inputs = tuple(ServerTensor.of(spec, optional=generates) for spec in program.client_inputs)
+    outputs = tuple(ServerTensor.of(spec) for spec in program.outputs)
+    if generates:
+        inputs += _text_inputs(has_tokenizer, ragged=True)
+        outputs += _generation_outputs(has_tokenizer)
+    return ServerTensors(inputs, outputs)
+
+
+def proxy_tensors(*, has_tokenizer: bool) -> ServerTensors:
+    """The tensors of a generate proxy."""
+    ids = ServerTensor("input_ids", TRITON_TYPES[Dtype.INT64], (-1,), optional=True)
+    return ServerTensors(
+        (ids, *_text_inputs(has_tokenizer, ragged=False)), _generation_outputs(has_tokenizer)
+    )
+
+
+def _text_inputs(has_tokenizer: bool, *, ragged: bool) -> tuple[ServerTensor, ...]:
+    if not has_tokenizer:
+        return ()
+    return tuple(
+        ServerTensor(name, "TYPE_STRING", dims, ragged, optional=True)
+        for name, dims in ((TEXT, (1,)), (STOP, (-1,)))
+    )
+
+
+def _generation_outputs(has_tokenizer: bool) -> tuple[ServerTensor, ...]:
+    text = (ServerTensor(TEXT_OUTPUT, "TYPE_STRING", (1,)),) if has_tokenizer else ()
+    return (
+        ServerTensor(TOKENS, TRITON_TYPES[Dtype.INT64], (-1,)),
+        *text,
+        ServerTensor(FINISH_REASON, "TYPE_STRING", (1,)),
+    )
+
+
+def check_model_config(
+    config: Mapping[str, Any], tensors: ServerTensors, idle_timeout: float | None = None
+) -> None:
+    """Compare a model configuration with what the backend serves.
+
+    Args:
+        config: as Triton passes it, from JSON.
+        tensors: what the engine has.
+        idle_timeout: seconds after which the backend ends an idle sequence; None for a model
+            without sequences.
+
+    Raises:
+        LoadError: with every difference that cannot work.
+    """
+    differences = [
+        *_tensor_differences("input", config.get("input", []), tensors.inputs),
+        *_tensor_differences("output", config.get("output", []), tensors.outputs),
+        *_unsupported(config),
+    ]
+    if idle_timeout is not None:
+        differences += _sequence_differences(config.get("sequence_batching", {}), idle_timeout)
+    if differences:
+        raise LoadError(
+            f"config.pbtxt does not fit the engine: {'; '.join(differences)}: change it back, or "
+            "build the model again to restore it"
+        )
+
+
+def _tensor_differences(
+    kind: str, configured: Sequence[Mapping[str, Any]], expected: Sequence[ServerTensor]
+) -> Iterator[str]:
+    """The differences in the inputs or in the outputs; their order is the operator's."""
+    by_name = {tensor.name: tensor for tensor in expected}
+    names = [entry["name"] for entry in configured]
+    for entry in configured:
+        name = entry["name"]
+        if name not in by_name:
+            yield f"{kind} {name} is not one of the engine's {kind}s {list(by_name)}"
+            continue
+        tensor = by_name[name]
+        if entry["data_type"] != tensor.type:
+            yield f"{kind} {name} is {entry['data_type']}, the engine's is {tensor.type}"
+        # Triton writes 64-bit numbers as numbers or as texts.
+        dims = [int(extent) for extent in entry.get("dims", [])]
+        if dims != list(tensor.dims):
+            yield f"{kind} {name} has dims {dims}, the engine's are {list(tensor.dims)}"
+        if entry.get("reshape"):
+            yield f"{kind} {name} has a reshape, which the engine does not have"
+        if kind == "input" and tensor.optional and not entry.get("optional", False):
+            yield f"input {name} is not optional, and requests of one kind leave it out"
+    for tensor in expected:
+        if tensor.name not in names and not tensor.optional:
+            yield f"{kind} {tensor.name} is missing"
+
+
+def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
+    """What Triton can do with a model, and may not with one that keeps state."""
+    for name in ("batch_input", "batch_output"):
+        if config.get(name):
+            yield f"{name} is not used by this backend"
+    if config.get("response_cache", {}).get("enable", False):
+        yield "response_cache would answer a request without a step of its sequence"
+
+
+def _sequence_differences(batching: Mapping[str, Any], idle_timeout: float) -> Iterator[str]:
+    if "direct" in batching:
+        yield "sequence_batching has the strategy direct, the backend needs oldest"
+    for name in ("control_input", "state"):
+        if batching.get(name):
+            names = [entry.get("name", entry.get("input_name", "")) for entry in batching[name]]
+            yield f"sequence_batching has the {name} {names}; the backend keeps both itself"
+    if batching.get("iterative_sequence", False):
+        yield "sequence_batching has iterative_sequence, which the backend does not use"
+    configured = int(batching.get("max_sequence_idle_microseconds", 0))
+    triton_idle = configured or TRITON_IDLE_MICROSECONDS
+    if triton_idle < idle_timeout * 1e6:
+        yield (
+            f"max_sequence_idle_microseconds is {triton_idle}, below the backend's "
+            f"idle_timeout_seconds {idle_timeout:g}: Triton would forget sequences that the "
+            "backend keeps"
+        )

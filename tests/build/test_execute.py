@@ -86,7 +86,7 @@ def test_a_program_holds_one_execute_and_what_it_needs(
         "<built-in function add>",
     }, "beside it only the memory of its results"
     (file,) = program.constants.values()
-    assert bytes(file.numpy()) == (folder / "engine.pt2").read_bytes()
+    assert bytes(file.numpy()) == (folder / "engine.safetensors").read_bytes()
     assert program.state_dict["owned.inner.count"].tolist() == [3]
 
 

@@ -236,7 +236,9 @@ def test_the_reference_may_be_moved_once_the_weights_are_written(tmp_path: Path)
     stages: list[str] = []
 
     def prepare() -> None:
-        stages.append("files" if list(tmp_path.glob(".model.*/1/engine.pt2")) else "no files")
+        stages.append(
+            "files" if list(tmp_path.glob(".model.*/1/engine.safetensors")) else "no files"
+        )
 
     write_engine(accumulator(), tmp_path / "model", OPTIONS, stages.append, prepare=prepare)
     assert stages == ["write the engine", "verify it against the model", "files"]

@@ -19,6 +19,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.states import user_operators as aliases
 from inplace_builder.states.user_operators import declare_alias, make_plugin
+from support.engine_graph import load_graph
 from support.user_operators import Leak, Leaky, Swapped, leak, make_leak, tick
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ def run_beside_eager(engine: Any, module: Leaky) -> None:
 @pytest.mark.usefixtures("declared")
 def test_one_operator_writes_several_states_where_they_lie(tmp_path: Path) -> None:
     engine = build(Leaky(), (torch.zeros(3, 4), step(0)), path=tmp_path / "leaky")
-    graph = torch.export.load(tmp_path / "leaky" / "engine.pt2").graph
+    graph = load_graph(tmp_path / "leaky" / "engine.safetensors").module.graph
     assert calls(graph, leak) == 1
     assert calls(graph, torch.ops.aten.clone.default, torch.ops.aten.as_strided.default) == 0
     assert calls(graph, torch.ops.inplace.read.default) == 2, "the new total, and the old steps"

@@ -207,7 +207,7 @@ def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_pa
 
 def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPool) -> None:
     Deployment(repository.path / "accumulator", "damaged").copy_to(pool.repository)
-    (pool.repository / "damaged" / "1" / "engine.pt2").unlink()
+    (pool.repository / "damaged" / "1" / "engine.safetensors").unlink()
     with (
         InferenceServerClient(pool.server.grpc_url) as client,
         pytest.raises(InferenceServerException, match="'damaged'"),
@@ -215,7 +215,9 @@ def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPo
         client.load_model("damaged")
     assert pool.server.log is not None
     deadline = time.monotonic() + 20  # the backend's lines reach the log from a thread
-    while "engine.pt2 is missing" not in (log := pool.server.log.read_text(errors="replace")):
+    while "engine.safetensors is missing" not in (
+        log := pool.server.log.read_text(errors="replace")
+    ):
         assert time.monotonic() < deadline, log[-4000:]
         time.sleep(0.1)
 
@@ -226,7 +228,7 @@ def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
     models = tmp_path / "models"
     for name in ("damaged", "whole"):
         Deployment(repository.path / "accumulator", name).copy_to(models)
-    engine = models / "damaged" / "1" / "engine.pt2"
+    engine = models / "damaged" / "1" / "engine.safetensors"
     engine.write_bytes(engine.read_bytes()[:1000])
     server = TritonServer(
         models, Ports(0, 0, 0), log=tmp_path / "log", arguments=["--exit-on-error=false"]
@@ -242,7 +244,7 @@ def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
             assert process.poll() is None
             assert not client.is_model_ready("damaged")
             assert server.log is not None
-            assert "engine.pt2 has 1,000 bytes, the manifest says" in server.log.read_text(
+            assert "engine.safetensors has 1,000 bytes, the manifest says" in server.log.read_text(
                 errors="replace"
             )
     finally:

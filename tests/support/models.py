@@ -54,12 +54,12 @@ LOADABLE = Manifest(
     programs=(
         CompiledProgram.of(
             RECTANGULAR,
-            EngineFile(kind="torch", file="engine.pt2", device="cpu", dtype=Dtype.FLOAT32),
+            EngineFile(kind="torch", file="engine.safetensors", device="cpu", dtype=Dtype.FLOAT32),
             lowering=(),
             states=[],
         ),
     ),
-    files=(FileRecord(name="engine.pt2", bytes=0, sha256="0" * 64),),
+    files=(FileRecord(name="engine.safetensors", bytes=0, sha256="0" * 64),),
     verified="executed",
     built_with={},
 )

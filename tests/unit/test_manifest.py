@@ -54,7 +54,7 @@ STEP = CompiledProgram(
     chunk=8,
     states=("cache", "cell", "window"),
     read_only=("cell", "window"),
-    engine=EngineFile(file="engine.pt2", kind="torch", device="cpu", dtype=Dtype.BFLOAT16),
+    engine=EngineFile(file="engine.safetensors", kind="torch", device="cpu", dtype=Dtype.BFLOAT16),
     lowering=(Lowering(state="cache", kind="operator", reason="it can"),),
 )
 
@@ -64,7 +64,7 @@ MANIFEST = Manifest(
     capacity=16,
     states=(CACHE, CELL, WINDOW),
     programs=(STEP,),
-    files=(FileRecord(name="engine.pt2", bytes=12, sha256="0" * 64),),
+    files=(FileRecord(name="engine.safetensors", bytes=12, sha256="0" * 64),),
     verified="executed",
     built_with={"torch": "2"},
 )
@@ -400,7 +400,7 @@ def test_a_schedule_of_calls_and_loops_survives_the_file(tmp_path: Path) -> None
 
 
 def test_a_needed_file_must_be_listed() -> None:
-    with pytest.raises(ValueError, match=r"the files \['engine.pt2'\] are needed"):
+    with pytest.raises(ValueError, match=r"the files \['engine.safetensors'\] are needed"):
         Manifest(**changed(MANIFEST, files=()))
     initial = StateSpec(**changed(CELL, initial="cell"))
     with pytest.raises(ValueError, match=r"the files \['initial.safetensors'\] are needed"):
@@ -416,7 +416,7 @@ def test_a_file_name_stays_inside_the_folder(tmp_path: Path, name: str) -> None:
     save(tmp_path, fields)
     with pytest.raises(LoadError, match=r"is damaged \(files.0.name: .*not the name of a file"):
         Manifest.load(tmp_path)
-    fields["files"][0]["name"] = "engine.pt2"
+    fields["files"][0]["name"] = "engine.safetensors"
     fields["programs"][0]["engine"]["file"] = name
     save(tmp_path, fields)
     with pytest.raises(LoadError, match=r"is damaged \(programs.0.engine.file: .*not the name"):

@@ -6,31 +6,29 @@ layout oneDNN repacks them in every call. Packed once, SmolLM2's large layers to
 every row count that was tried, from 1 to 128 (two cores).
 """
 
-import io
-import warnings
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.fx.graph import CodeGen
+from typing_extensions import Buffer
 
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
+from inplace.engines.graph_reader import LoadedGraph, own_constants, read_graph
 from inplace.errors import LoadError
-from inplace.operators import written_states
 from inplace.schema.served import STEP, Manifest
 
 PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TorchEngine:
-    """Runs a ``torch.export`` program whose state placeholders are the arena's tensors.
+    """Runs a captured graph whose state inputs are the arena's tensors.
 
     Args:
-        content: ``engine.pt2``, the whole file.
+        content: the engine file.
         title: what errors call it.
         manifest: the manifest of the engine.
         arena: the memory to bind the states to.
@@ -42,23 +40,13 @@ class TorchEngine:
 
     overlaps = False
 
-    def __init__(self, content: memoryview, title: str, manifest: Manifest, arena: Arena) -> None:
+    def __init__(self, content: Buffer, title: str, manifest: Manifest, arena: Arena) -> None:
         self._program = manifest.program(STEP)
         self._device = torch.device(manifest.device)
-        try:
-            with warnings.catch_warnings():
-                # The reader warns of tensors over read-only memory; nothing writes weights.
-                warnings.simplefilter("ignore")
-                exported = torch.export.load(io.BytesIO(content))
-        except Exception as error:  # torch.export raises whatever the archive reader raises
-            raise LoadError(
-                f"{title} cannot be read as a torch.export program ({error}); build the model again"
-            ) from error
-        module = exported.module(check_guards=False)
-        assert isinstance(module, torch.fx.GraphModule)
-        _check_signature(title, exported, manifest)
-        _check_states(title, exported, manifest)
-        self._module = _bind(module, arena, self._device)
+        graph = read_graph(content, title, self._device)
+        _check_signature(title, graph, manifest)
+        _check_states(title, graph, manifest)
+        self._module = _bind(graph, arena, self._device)
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Do nothing: steps run on the stream of the thread that calls them."""
@@ -87,37 +75,34 @@ class TorchEngine:
             }
 
 
-def _check_signature(
-    title: str, exported: torch.export.ExportedProgram, manifest: Manifest
-) -> None:
+def _check_signature(title: str, graph: LoadedGraph, manifest: Manifest) -> None:
     """Compare the graph's inputs and outputs with the manifest's.
 
     Raises:
         LoadError: they differ.
     """
-    program, signature = manifest.program(STEP), exported.graph_signature
-    inputs = list(signature.user_inputs)
+    program, inputs = manifest.program(STEP), list(graph.inputs)
     expected = [spec.name for spec in program.inputs] + list(program.states)
     if inputs != expected:
         raise LoadError(
             f"{title} takes {inputs}, the manifest says {expected}; build the model again"
         )
-    if len(signature.user_outputs) != len(program.outputs):
+    outputs = graph.record.graph.outputs
+    if len(outputs) != len(program.outputs):
         names = [spec.name for spec in program.outputs]
         raise LoadError(
-            f"{title} returns {len(signature.user_outputs)} outputs, the manifest names {names}; "
+            f"{title} returns {len(outputs)} outputs, the manifest names {names}; "
             "build the model again"
         )
 
 
-def _check_states(title: str, exported: torch.export.ExportedProgram, manifest: Manifest) -> None:
+def _check_states(title: str, graph: LoadedGraph, manifest: Manifest) -> None:
     """Compare the states of the graph, and those it writes, with the manifest's.
 
     Raises:
         LoadError: they differ.
     """
-    graph = exported.graph
-    values = {node.name: node.meta["val"] for node in graph.nodes if node.op == "placeholder"}
+    values = {value.name: value for value in graph.record.graph.inputs}
     program = manifest.program(STEP)
     for state in manifest.states:
         if state.name not in program.states:
@@ -125,12 +110,12 @@ def _check_states(title: str, exported: torch.export.ExportedProgram, manifest: 
         value = values[state.name]
         shape = tuple(extent if isinstance(extent, int) else -1 for extent in value.shape[1:])
         expected = manifest.compiled_shape(state)
-        if (shape, value.dtype) != (expected, state.dtype.as_torch):
+        if (shape, value.dtype) != (expected, state.dtype):
             raise LoadError(
                 f"{title} has state {state.name} as {list(shape)} {value.dtype}, the manifest as "
                 f"{list(expected)} {state.dtype}; build the model again"
             )
-    written = set(written_states(graph))
+    written = graph.written_inputs()
     declared = {alias.input for alias in program.aliases}
     if written != declared:
         raise LoadError(
@@ -139,25 +124,26 @@ def _check_states(title: str, exported: torch.export.ExportedProgram, manifest: 
         )
 
 
-def _bind(module: torch.fx.GraphModule, arena: Arena, device: torch.device) -> torch.fx.GraphModule:
-    """Replace each state placeholder by the arena's tensor; take and return plain tuples."""
-    graph = module.graph
-    # Exported modules flatten and unflatten nested arguments in every call.
-    graph.set_codegen(CodeGen())
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.name in arena.tensors:
-            module.register_buffer(f"state_{node.name}", arena.tensors[node.name], persistent=False)
+def _bind(loaded: LoadedGraph, arena: Arena, device: torch.device) -> torch.fx.GraphModule:
+    """Replace each state input by the arena's tensor, and prepack weights."""
+    module, graph = loaded.module, loaded.module.graph
+    for index, (name, node) in enumerate(loaded.inputs.items()):
+        if name in arena.tensors:
+            module.register_buffer(f"state_{index}", arena.tensors[name], persistent=False)
             with graph.inserting_before(node):
-                state = graph.get_attr(f"state_{node.name}")
+                state = graph.get_attr(f"state_{index}")
             node.replace_all_uses_with(state)
             graph.erase_node(node)
-        elif node.op == "output":
-            node.args = (tuple(torch.utils._pytree.tree_leaves(node.args[0])),)
-    module.to(device)
+    return finish_module(module, device)
+
+
+def finish_module(module: torch.fx.GraphModule, device: torch.device) -> torch.fx.GraphModule:
+    """The module that runs: with prepacked weights on a CPU, and without what it does not read."""
     if device.type == "cpu":
         prepack_linears(module)
-    # A new module, without the hooks that compare every call with the exported signature.
-    return torch.fx.GraphModule(module, graph)
+    module = torch.fx.GraphModule(module, module.graph)
+    own_constants(module)
+    return module
 
 
 def prepack_linears(module: torch.fx.GraphModule) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inplace.schema.artifacts import EngineFile, FileName, FileRecord, find_file
 from inplace.schema.dtypes import Dtype
+from inplace.schema.extents import Extent
 from inplace.schema.records import Record, RecordFile
 from inplace.schema.served import Alias, Lowering
 
@@ -62,7 +63,7 @@ class Argument(Record):
     name: str = ""
     kind: Literal["state", "tensor", "number", "constant"]
     dtype: Dtype | None = None
-    shape: tuple[int | str, ...] = ()
+    shape: tuple[Extent, ...] = ()
     value: bool | int | float | str | None = None
 
 
@@ -81,7 +82,7 @@ class Result(Record):
 
     kind: Literal["tensor", "number", "constant"]
     dtype: Dtype | None = None
-    shape: tuple[int | str, ...] = ()
+    shape: tuple[Extent, ...] = ()
     value: bool | int | float | str | None = None
 
 
@@ -128,7 +129,7 @@ class StandaloneState(Record):
     owner: Literal["caller", "module"]
     source: str
     dtype: Dtype
-    shape: tuple[int | str, ...]
+    shape: tuple[Extent, ...]
     selection: Selection = ()
     written_at: str = ""
     has_slot_axis: bool

@@ -1,8 +1,5 @@
 """A standalone engine: called like the module it was built from, states updated in place."""
 
-import builtins
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +18,7 @@ from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest, Sta
 from inplace.schema.tensors import as_dtype, read_tensors, write_tensors
 from inplace.standalone.checks import ArgumentChecker, check_memory
 from inplace.standalone.execute import Runner, add_loaded, open_runner
+from inplace.standalone.pytrees import load_tree
 
 STATES_FILE = "states.safetensors"
 """The values of the states that an engine owns, by buffer name."""
@@ -283,45 +281,10 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _tree(text: str, folder: Path) -> pytree.TreeSpec:
     try:
-        _check_tree(json.loads(text))
-        return pytree.treespec_loads(text)
-    except Exception as error:  # of many types: an unregistered class, or not a pytree at all
+        return load_tree(text)
+    except ValueError as error:
         raise LoadError(
             f"{folder / FILE_NAME}: the arguments or outputs have a type that cannot be made here "
             f"({error}); import the module that registers it (torch.export.register_dataclass) "
             "before loading"
         ) from error
-
-
-def _check_tree(fields: Any) -> None:
-    """Refuse a pytree for which PyTorch would import a module that is not imported yet.
-
-    It names the module of an enumeration (in the keys of a dict) and of the factory of a
-    `collections.defaultdict`, and PyTorch imports what is named. A context is JSON in a text.
-
-    Raises:
-        ValueError: the pytree names such a module, or a factory that is not a builtin type.
-    """
-    if isinstance(fields, str):
-        try:
-            fields = json.loads(fields)
-        except ValueError:
-            return  # a plain text
-        if isinstance(fields, (dict, list)):
-            _check_tree(fields)
-        return
-    if isinstance(fields, list):
-        for field in fields:
-            _check_tree(field)
-    if not isinstance(fields, dict):
-        return
-    if "__enum__" in fields:
-        module = str(fields.get("fqn")).partition(":")[0]
-        if module not in sys.modules:
-            raise ValueError(f"the module {module} of an enumeration is not imported")
-    if "default_factory_module" in fields:
-        module, name = fields["default_factory_module"], fields.get("default_factory_name")
-        if module != "builtins" or not isinstance(getattr(builtins, str(name), None), type):
-            raise ValueError(f"the factory {module}.{name} of a defaultdict is not a builtin type")
-    for field in fields.values():
-        _check_tree(field)

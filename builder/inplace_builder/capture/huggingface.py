@@ -134,7 +134,7 @@ def _locate_model(source: Path) -> tuple[Path, dict[str, Any]]:
             f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file"
         )
     folder = source if source.is_dir() else source.parent
-    where: dict[str, Any] = {"local_files_only": True}
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if source.is_dir() and (folder / "config.json").is_file():
         return folder, where
     files = sorted(folder.glob("*.gguf")) if source.is_dir() else [source]

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
-from inplace.schema.standalone import Argument, CallSignature
+from inplace.schema.standalone import Argument, CallSignature, Result
 from inplace.standalone.checks import ALIGNMENT
-from inplace.standalone.torch_graph import dtype_and_shape, result_records, symbol_ranges
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
@@ -19,6 +17,7 @@ from torch.utils import _pytree as pytree
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.extents import dtype_and_shape, symbol_ranges
 from inplace_builder.states.lift import export_module
 from inplace_builder.states.state import CapturedState
 
@@ -90,7 +89,7 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
         ) from error
     try:
         returned = result_records(capture.exported)
-    except (LoadError, ValueError) as error:
+    except ValueError as error:
         raise BuildError(
             f"an output cannot be returned by an engine: {brief(error)}; "
             f"return tensors, numbers and constants"
@@ -104,6 +103,30 @@ def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSi
         parameters=names,
         positional=len(args),
     )
+
+
+def result_records(exported: ExportedProgram) -> tuple[Result, ...]:
+    """Describe the leaves of what a graph returns.
+
+    Raises:
+        ValueError: a result has a type that no engine returns.
+    """
+    records = []
+    for leaf in pytree.tree_leaves(exported.graph.output_node().args[0]):
+        if not isinstance(leaf, Node):
+            records.append(Result(kind="constant", value=leaf))
+            continue
+        dtype, shape = dtype_and_shape(leaf.meta["val"])
+        if dtype is None:
+            records.append(Result(kind="number", shape=shape))
+            continue
+        try:
+            records.append(Result(kind="tensor", dtype=Dtype.of(dtype), shape=shape))
+        except ValueError:
+            raise ValueError(
+                f"output {leaf} is {dtype}, which no engine returns; convert it"
+            ) from None
+    return tuple(records)
 
 
 def _arguments(

@@ -12,7 +12,7 @@ from inplace.schema.served import Manifest
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import BuildError, brief
 from inplace_builder.served.model_config import MODEL_VERSION
 
 REPLY_PLACEHOLDER = "\u241e"
@@ -33,7 +33,7 @@ class Conversation:
         seconds: time that they took.
 
     Raises:
-        BuildError: the tokenizer has no chat template.
+        BuildError: the tokenizer has no chat template, or one that cannot be rendered.
     """
 
     def __init__(
@@ -74,10 +74,7 @@ class Conversation:
         if self.sequence.length:
             return self._ids_after_reply(turn)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self.tokenizer.apply_chat_template(
-            system + turn, tokenize=False, add_generation_prompt=True
-        )
-        return self._ids(str(rendered))
+        return self._ids(self._render(system + turn, add_generation_prompt=True))
 
     def _ids_after_reply(self, turn: list[dict[str, str]]) -> list[int]:
         """The token ids that the template puts after a reply, the next turn included."""
@@ -85,10 +82,25 @@ class Conversation:
             {"role": "user", "content": "-"},
             {"role": "assistant", "content": REPLY_PLACEHOLDER},
         ]
-        rendered = self.tokenizer.apply_chat_template(
-            history + turn, tokenize=False, add_generation_prompt=bool(turn)
-        )
-        return self._ids(str(rendered).partition(REPLY_PLACEHOLDER)[2])
+        rendered = self._render(history + turn, add_generation_prompt=bool(turn))
+        return self._ids(rendered.partition(REPLY_PLACEHOLDER)[2])
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The text of a chat. transformers renders templates in Jinja's sandbox.
+
+        Raises:
+            BuildError: the template fails, or does what the sandbox does not allow.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # of any type: a template calls what it likes
+            raise BuildError(
+                f"the tokenizer's chat template cannot be rendered: {brief(error)}"
+            ) from error
 
     def _ids(self, rendered: str) -> list[int]:
         ids: list[int] = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,306 @@
+"""Write a captured graph as the file of a PyTorch engine (`inplace.schema.graph`)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from inplace.schema.dtypes import Dtype
+from inplace.schema.graph import (
+    BRANCHES,
+    CONSTANT_DTYPES,
+    FUNCTIONS,
+    LAYOUTS,
+    MEMORY_FORMATS,
+    METADATA,
+    GraphFile,
+    GraphNode,
+    GraphRecord,
+    GraphTensor,
+    GraphValue,
+    may_call,
+)
+from inplace.schema.tensor_file import ALIGNMENT, write_safetensors
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from inplace_builder.errors import BuildError
+from inplace_builder.graph.extents import dtype_and_shape, symbol_ranges
+
+_CONSTANTS: dict[str, Mapping[str, Any]] = {
+    "dtype": CONSTANT_DTYPES,
+    "layout": LAYOUTS,
+    "memory_format": MEMORY_FORMATS,
+}
+
+
+def save_graph(exported: ExportedProgram, path: Path) -> None:
+    """Write a program and its constants to a file; each storage is copied alone.
+
+    Raises:
+        BuildError: the graph calls or holds something that an engine file cannot hold.
+        OSError: the file cannot be written.
+    """
+    storages, record = graph_record(exported)
+    with path.open("wb") as file:
+        text = record.model_dump_json(exclude_defaults=True)
+        write_safetensors(file, storages, {METADATA: text})
+
+
+def graph_record(exported: ExportedProgram) -> tuple[Mapping[str, Tensor], GraphFile]:
+    """Describe a program as data.
+
+    Returns:
+        The memory of its constants by name, each ``[bytes]`` uint8; and the graph.
+
+    Raises:
+        BuildError: the graph calls or holds something that an engine file cannot hold.
+    """
+    module = exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    names = [
+        spec.arg.name
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    ]
+    storages = _Storages(module)
+    graph = _GraphWriter(module, storages, names).record()
+    ranges = symbol_ranges(exported, [value.shape for value in graph.inputs])
+    return storages.tensors, GraphFile(graph=graph, ranges=ranges)
+
+
+class _Storages:
+    """The memory of all constants of a program. Constants that share memory still do in the file.
+
+    Attributes:
+        tensors: by name, each ``[bytes]`` uint8, padded so that the next one is aligned too.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}  # by address
+        self._spans: dict[int, tuple[int, int]] = {}  # the bytes that constants use, by address
+        self._resolved: dict[int, Tensor] = {}  # kept: their addresses must stay theirs
+        for tensor in _constants(module):
+            address, begin, end = _span(self._resolve(tensor))
+            first, last = self._spans.get(address, (begin, end))
+            self._spans[address] = min(first, begin), max(last, end)
+
+    def record(self, constant: Tensor, title: str) -> GraphTensor:
+        """Add a constant.
+
+        Raises:
+            BuildError: it is not a dense tensor of a type that an engine file holds.
+        """
+        dtype = str(constant.dtype).removeprefix("torch.")
+        if constant.layout is not torch.strided or dtype not in CONSTANT_DTYPES:
+            raise BuildError(
+                f"the constant {title} is a {constant.layout} tensor of {constant.dtype}, which an "
+                "engine file cannot hold; make it dense, of another type"
+            )
+        tensor = self._resolve(constant)
+        address = tensor.untyped_storage().data_ptr()
+        first = self._spans[address][0] // ALIGNMENT * ALIGNMENT
+        if address not in self._names:
+            self._names[address] = f"storage_{len(self.tensors)}"
+            self.tensors[self._names[address]] = self._bytes(tensor, first)
+        return GraphTensor(
+            storage=self._names[address],
+            dtype=dtype,
+            shape=tuple(tensor.shape),
+            stride=tensor.stride(),
+            offset=int(tensor.storage_offset()) - first // tensor.itemsize,
+        )
+
+    def _resolve(self, constant: Tensor) -> Tensor:
+        """The constant as plain memory: views may conjugate or negate it."""
+        if id(constant) not in self._resolved:
+            tensor = constant.detach()
+            if tensor.numel() == 0:
+                tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            self._resolved[id(constant)] = tensor.resolve_conj().resolve_neg()
+        return self._resolved[id(constant)]
+
+    def _bytes(self, tensor: Tensor, first: int) -> Tensor:
+        """The part of a tensor's storage that constants use, from byte ``first`` on."""
+        storage = tensor.untyped_storage()
+        size = max(self._spans[storage.data_ptr()][1] - first, 0)
+        raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        raw = raw.set_(storage, first if size else 0, (size,), (1,))
+        padding = -size % ALIGNMENT
+        return torch.nn.functional.pad(raw, (0, padding)) if padding else raw
+
+
+def _constants(module: GraphModule) -> Iterator[Tensor]:
+    for node in module.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            continue
+        value = _attribute(module, node.target)
+        if isinstance(value, GraphModule):
+            yield from _constants(value)
+        elif isinstance(value, Tensor) and value.layout is torch.strided:
+            yield value
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """The address of a tensor's storage, and the bytes of it that the tensor covers."""
+    begin = end = int(tensor.storage_offset())
+    if tensor.numel():
+        end += 1 + sum(
+            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+    address = tensor.untyped_storage().data_ptr()
+    return address, begin * tensor.itemsize, end * tensor.itemsize
+
+
+class _GraphWriter:
+    """Describes one graph, a program or a branch of it.
+
+    Args:
+        module: the graph.
+        storages: where its constants are added.
+        names: of the inputs of a program; None for a branch.
+    """
+
+    def __init__(
+        self, module: GraphModule, storages: _Storages, names: list[str] | None = None
+    ) -> None:
+        self._module, self._storages = module, storages
+        self._is_program = names is not None
+        placeholders = module.graph.find_nodes(op="placeholder")
+        inputs = names if names is not None else [node.name for node in placeholders]
+        self._names: dict[Node, str] = dict(zip(placeholders, inputs, strict=True))
+        taken = set(inputs)
+        for node in module.graph.nodes:
+            if node.op != "placeholder":
+                name = node.name
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                self._names[node] = name
+
+    def record(self) -> GraphRecord:
+        """The graph.
+
+        Raises:
+            BuildError: it calls or holds something that an engine file cannot hold.
+        """
+        inputs, nodes = [], []
+        constants: dict[str, GraphTensor] = {}
+        branches: dict[str, GraphRecord] = {}
+        for node in self._module.graph.nodes:
+            if node.op == "placeholder":
+                inputs.append(self._value(node))
+            elif node.op == "get_attr" and node.users:
+                value = _attribute(self._module, node.target)
+                if isinstance(value, GraphModule):
+                    branches[self._names[node]] = _GraphWriter(value, self._storages).record()
+                elif isinstance(value, Tensor):
+                    constants[self._names[node]] = self._storages.record(value, node.target)
+                else:
+                    raise BuildError(
+                        f"the graph holds {node.target}, a {type(value).__name__}, which an engine "
+                        "file cannot hold"
+                    )
+            elif node.op == "call_function":
+                nodes.append(self._call(node))
+            elif node.op not in ("get_attr", "output"):
+                raise BuildError(f"the graph has a {node.op} of {node.target}: export it anew")
+        (returned,) = self._module.graph.output_node().args
+        is_value = not self._is_program and isinstance(returned, Node)
+        return GraphRecord(
+            inputs=tuple(inputs),
+            constants=constants,
+            branches=branches,
+            nodes=tuple(nodes),
+            outputs=tuple(self._value(leaf) for leaf in pytree.tree_leaves(returned)),
+            returns="value" if is_value else "tuple",
+        )
+
+    def _value(self, node: Any) -> GraphValue:
+        if not isinstance(node, Node):
+            return GraphValue(value=self._encode(node))
+        if not self._is_program:
+            return GraphValue(name=self._names[node])
+        dtype, shape = dtype_and_shape(node.meta["val"])
+        try:
+            return GraphValue(
+                name=self._names[node],
+                dtype=None if dtype is None else Dtype.of(dtype),
+                shape=shape,
+            )
+        except ValueError as error:
+            raise BuildError(f"{node.name} is {dtype}, which no engine takes or returns") from error
+
+    def _call(self, node: Node) -> GraphNode:
+        return GraphNode(
+            name=self._names[node],
+            target=_target(node.target),
+            args=tuple(self._encode(argument) for argument in node.args),
+            kwargs={name: self._encode(value) for name, value in node.kwargs.items()},
+        )
+
+    def _encode(self, value: Any) -> Any:
+        """An argument, as `GraphNode` describes it."""
+        if isinstance(value, Node):
+            return {"node": self._names[value]}
+        if isinstance(value, list | tuple):
+            return [self._encode(item) for item in value]
+        if isinstance(value, slice):
+            return {"slice": [self._encode(x) for x in (value.start, value.stop, value.step)]}
+        return _encode_constant(value)
+
+
+def _encode_constant(value: Any) -> Any:
+    """A constant argument.
+
+    Raises:
+        BuildError: an engine file cannot hold it.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, complex):
+        return {"complex": [_encode_constant(value.real), _encode_constant(value.imag)]}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    kind, name = type(value).__name__, str(value).removeprefix("torch.")
+    if name in _CONSTANTS.get(kind, {}):
+        return {kind: name}
+    raise BuildError(
+        f"the graph passes {value} ({type(value).__name__}) to an operator, which an engine file "
+        "cannot hold"
+    )
+
+
+def _target(target: Any) -> str:
+    """The name of what a node calls.
+
+    Raises:
+        BuildError: an engine may not call it.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.partition("::")[2]
+        if may_call(target.namespace, name):
+            return f"{target.namespace}::{name}.{target._overloadname}"
+    elif isinstance(target, torch._ops.HigherOrderOperator):
+        if target.name() in BRANCHES:
+            return f"higher_order::{target.name()}"
+    else:
+        for name, (function, _) in FUNCTIONS.items():
+            if function is target:
+                return name
+    raise BuildError(
+        f"the graph calls {target}, which the engine file of a PyTorch engine cannot hold: files, "
+        "other programs and functions that are no operators"
+    )
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)

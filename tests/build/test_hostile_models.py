@@ -2,13 +2,13 @@
 
 import builtins
 import collections
-import hashlib
 import io
 import json
 import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ import inplace
 import pytest
 import torch
 from inplace.errors import LoadError
-from inplace.schema.served import FILE_NAME
 from inplace.schema.standalone import FILE_NAME as STANDALONE_FILE
 from inplace.standalone.pytrees import load_tree
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.tools.chat import Conversation
 from support.engine_graph import graph_json, replace_graph
+from support.manifests import edit, exchange
 from support.models import Repository, open_instance
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
@@ -70,22 +70,6 @@ def export_archive(marker: Path) -> bytes:
 PAYLOADS = [pickled, torch_pickle, export_archive]
 
 
-def plant(path: Path, content: bytes, manifest: Path) -> None:
-    """Replace a file, with the right size and checksum in the manifest."""
-    path.write_bytes(content)
-    record = json.loads(manifest.read_text())
-
-    def correct(tree: Any) -> None:
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            if isinstance(item, dict | list):
-                correct(item)
-        if isinstance(tree, dict) and path.name in (tree.get("file"), tree.get("name")):
-            tree.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-    correct(record)
-    manifest.write_text(json.dumps(record))
-
-
 @pytest.fixture
 def model(repository: Repository, tmp_path: Path) -> Path:
     return shutil.copytree(repository.path / "accumulator", tmp_path / "model")
@@ -127,7 +111,7 @@ def test_a_pickle_in_place_of_the_engine_of_a_served_model_is_refused(
     content = payload(tmp_path / "marker")
     (model / "1" / "engine.pt2").write_bytes(content)  # the older name: nothing reads it
     assert open_instance(model)
-    plant(model / "1" / ENGINE, content, model / "1" / FILE_NAME)
+    exchange(model / "1", ENGINE, content)
     refuse(open_instance, model, tmp_path)
 
 
@@ -140,7 +124,7 @@ def test_a_pickle_in_a_standalone_engine_is_refused(
     for older in ("engine.pt2", "states.pt"):
         (engine / older).write_bytes(content)
     assert inplace.load(engine)(torch.ones(3))["count"].tolist() == [2, 2, 2]
-    plant(engine / file, content, engine / STANDALONE_FILE)
+    exchange(engine, file, content, STANDALONE_FILE)
     refuse(inplace.load, engine, tmp_path)
 
 
@@ -156,23 +140,29 @@ def test_a_graph_that_calls_what_reaches_outside_is_refused(
     call = {"name": "planted", "target": target, "args": [str(tmp_path / "marker"), True, 4]}
     graph["graph"]["nodes"].insert(0, call)
     replace_graph(path, graph)
-    plant(path, path.read_bytes(), model / "1" / FILE_NAME)
+    exchange(model / "1", ENGINE, path.read_bytes())
     refuse(open_instance, model, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["open({marker!r}, 'w')", "Function('f')(open({marker!r}, 'w'))"])
 def test_code_in_place_of_an_extent_is_refused(text: str, engine: Path, tmp_path: Path) -> None:
     text = text.format(marker=str(tmp_path / "marker"))
-    path = engine / STANDALONE_FILE
-    record = json.loads(path.read_text())
-    record["call"]["arguments"][0]["shape"] = [text]
-    path.write_text(json.dumps(record))
+    edit(
+        engine,
+        lambda record: record["call"]["arguments"][0].update(shape=[text]),
+        STANDALONE_FILE,
+    )
     refuse(inplace.load, engine, tmp_path)
 
 
 def tree_text(kind: str, context: Any) -> str:
     leaf: Any = {"type": None, "context": None, "children_spec": []}
     return json.dumps([1, {"type": kind, "context": context, "children_spec": [leaf]}])
+
+
+def replace_tree(record: dict[str, Any], text: str) -> None:
+    assert "out_spec" in record["call"]
+    record["call"]["out_spec"] = text
 
 
 def test_trees_import_no_module(
@@ -193,11 +183,8 @@ def test_trees_import_no_module(
         for module, name in (("planted", "x"), ("builtins", "breakpoint"), ("os", "getcwd"))
     ]
     texts += [tree_text("builtins.dict", enum), "[" * 100_000, "[1, 2]", "x"]
-    path = engine / STANDALONE_FILE
-    record = json.loads(path.read_text())
     for text in texts:
-        record["call"]["outputs"] = text
-        path.write_text(json.dumps(record))
+        edit(engine, partial(replace_tree, text=text), STANDALONE_FILE)
         refuse(inplace.load, engine, tmp_path)
 
 

@@ -171,3 +171,18 @@ def test_a_missing_tokenizer_is_none_and_a_damaged_one_a_load_error(
         LoadError, match=r"tokenizer.json cannot be read as a tokenizer .*; build the model again"
     ):
         load(record_files(folder, leave_out=""))
+
+
+def test_a_foreign_tokenizer_is_refused_by_its_checksum(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("engine")
+    save_tokenizer(folder / "tokenizer")
+    manifest = LOADABLE.model_copy(update={"files": record_files(folder, leave_out="")})
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"a", b"b", 1))
+    with pytest.raises(LoadError) as error:
+        load_tokenizer(EngineFolder(folder), manifest)
+    assert str(error.value).startswith(f"{path} has the checksum ")
+    assert str(error.value).endswith("…: it was changed; build the model again")

@@ -1,6 +1,5 @@
 """Standalone engines, called like their module: values, states, addresses, files, refusals."""
 
-import json
 import re
 import runpy
 import subprocess
@@ -305,63 +304,6 @@ def test_a_graph_that_disagrees_with_its_manifest_is_refused(
     (path / "states.safetensors").write_bytes(b"x")
     with pytest.raises(LoadError, match="truncated or replaced"):
         inplace.load(path)
-
-
-MARKER = """
-from enum import Enum
-from pathlib import Path
-Path(__file__).with_name("marker").touch()
-class Kind(Enum):
-    ONE = 1
-"""
-
-
-@pytest.mark.parametrize(
-    ("context", "message"),
-    [
-        ({"__enum__": True, "fqn": "planted:Kind", "name": "ONE"}, "module planted of an enumer"),
-        (
-            {
-                "default_factory_module": "planted",
-                "default_factory_name": "Kind",
-                "dict_context": [],
-            },
-            "the factory planted.Kind of a defaultdict is not a builtin type",
-        ),
-        (
-            {
-                "default_factory_module": "builtins",
-                "default_factory_name": "exec",
-                "dict_context": [],
-            },
-            "the factory builtins.exec of a defaultdict is not a builtin type",
-        ),
-    ],
-)
-@pytest.mark.parametrize("as_text", [True, False])
-def test_the_arguments_of_an_engine_name_no_module_to_import(
-    engine: Engine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    context: dict[str, Any],
-    message: str,
-    as_text: bool,
-) -> None:
-    """PyTorch imports the modules that a serialized pytree names."""
-    (tmp_path / "planted.py").write_text(MARKER)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    path = tmp_path / "engine"
-    engine.save(path)
-
-    def plant(record: dict[str, Any]) -> None:
-        protocol, tree = json.loads(record["call"]["out_spec"])
-        tree["context"] = json.dumps([context]) if as_text else context
-        record["call"]["out_spec"] = json.dumps([protocol, tree])
-
-    edit(path, plant, FILE_NAME)
-    with pytest.raises(LoadError, match=message):
-        inplace.load(path)
-    assert not (tmp_path / "marker").exists()
 
 
 class Recording(nn.Module):

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 
     from inplace_builder.capture.capture import Capture, capture_module, control_input
+    from inplace_builder.capture.checkpoint import load_decoder
     from inplace_builder.capture.decoder import DecoderOptions
     from inplace_builder.capture.exported import ExportedCapture, capture_exported
     from inplace_builder.capture.exported_decoder import capture_exported_decoder
     from inplace_builder.capture.exported_rows import RowOptions, capture_exported_rows
-    from inplace_builder.capture.huggingface import capture_decoder, load_decoder
+    from inplace_builder.capture.huggingface import capture_decoder
     from inplace_builder.capture.inline import inline_lifted_buffers
     from inplace_builder.errors import BuildError
     from inplace_builder.served.build import write_engine
@@ -65,7 +66,7 @@ _MODULES = {
     "declare_alias": "inplace_builder.states.user_operators",
     "inline_lifted_buffers": "inplace_builder.capture.inline",
     "lift_mutated_buffers": "inplace_builder.states.lift",
-    "load_decoder": "inplace_builder.capture.huggingface",
+    "load_decoder": "inplace_builder.capture.checkpoint",
     "load_chat_tokenizer": "inplace_builder.tools.chat",
     "serialize": "inplace_builder.standalone.serialize",
     "summary_table": "inplace_builder.tools.report",

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from inplace_builder.choices import Device, EngineKind, Mechanism, Precision, Protocol
+from inplace_builder.errors import BuildError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -153,12 +154,23 @@ def build(
             instances=instances,
             serve=serve,
         )
-        target = output if name is None or output.name == name else output / name
+        target = _model_folder(output, name)
         with _stages() as stage:
             manifest = build_decoder(model, target, build_options, stage)
             stage("done")
         console.print(summary_table(manifest, target))
         console.print(f"written to {target}", soft_wrap=True, highlight=False)
+
+
+def _model_folder(output: Path, name: str | None) -> Path:
+    """The folder of the model: the output, or one of that name in it."""
+    if name is None:
+        return output
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise BuildError(
+            f"the name is {name!r}; a model's name is that of one folder, without a slash"
+        )
+    return output if output.name == name else output / name
 
 
 @contextlib.contextmanager

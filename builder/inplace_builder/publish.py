@@ -1,6 +1,7 @@
 """Put an engine in its place: whole, after it was verified, or not at all."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,26 @@ from inplace_builder.errors import BuildError, rejected
 
 
 def check_target(target: Path, mark: Path) -> None:
-    """Raise BuildError if ``target`` is taken by anything but an engine that may be replaced.
+    """Raise BuildError if ``target`` cannot be written, before the work of a build is done.
+
+    It can if it is free or an engine that may be replaced, and a folder can be made beside it.
 
     Args:
         target: the folder to write.
         mark: the file, relative to it, that an engine directory has.
     """
-    if (reason := replace_conflict(target, mark)) is not None:
-        raise BuildError(reason)
+    if target.name in ("", ".."):
+        raise BuildError(f"{target} has no name of its own; name the folder to write")
+    try:
+        if (reason := replace_conflict(target, mark)) is not None:
+            raise BuildError(reason)
+        parent = target.parent
+        while not parent.exists():
+            parent = parent.parent
+        # access rights alone do not say it: not for root, nor on a file system of its own kind
+        Path(tempfile.mkdtemp(prefix=".inplace-", dir=parent)).rmdir()
+    except OSError as error:
+        raise BuildError(f"{target} cannot be written: {error}; choose another place") from error
 
 
 @contextlib.contextmanager

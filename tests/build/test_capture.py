@@ -1,7 +1,7 @@
 """Decoder families: tiny random models, captured, decode greedily as transformers does."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,6 @@ import torch
 import transformers
 from inplace.engines.graph_reader import LoadedGraph
 from inplace.operators import NAMESPACE
-from inplace.runtime.instance import ModelInstance
-from inplace.runtime.requests import Request
 from inplace.schema.served import Manifest
 from inplace.schema.specs import SAMPLING_ROLES, Role, Update
 from inplace_builder import DecoderOptions, capture_decoder
@@ -20,6 +18,7 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
+from support.decoding import generate_together, random_prompt
 from support.engine_graph import load_graph
 from support.long import long_except
 from support.models import greedy, open_instance
@@ -155,41 +154,6 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
 
 
-def prompt(seed: int, tokens: int) -> list[int]:
-    return torch.randint(
-        3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
-
-
-def generate_together(
-    instance: ModelInstance, prompts: Sequence[list[int]], tokens: int
-) -> list[list[int]]:
-    """Greedy decoding of all prompts at once: some decode while others are still prefilled."""
-    generated: list[list[int]] = [[] for _ in prompts]
-
-    def request(index: int) -> Request:
-        ids = generated[index][-1:] or prompts[index]
-        return Request(
-            index + 1,
-            start=not generated[index],
-            end=False,
-            inputs={"input_ids": torch.tensor([ids])},
-        )
-
-    works = {index: instance.admit(request(index)) for index in range(len(prompts))}
-    while works:
-        instance.step(list(works.values()))
-        for index, work in list(works.items()):
-            if not work.finished:
-                continue
-            instance.finish(work)
-            generated[index].append(int(work.outputs["next_token"]))
-            del works[index]
-            if len(generated[index]) < tokens:
-                works[index] = instance.admit(request(index))
-    return generated
-
-
 def states_of(manifest: Manifest) -> list[str]:
     return [state.name for state in manifest.states]
 
@@ -197,7 +161,11 @@ def states_of(manifest: Manifest) -> list[str]:
 def test_40_greedy_tokens_of_ragged_rows_equal_transformers_beyond_chunk_and_window_up_to_capacity(
     built: Built,
 ) -> None:
-    prompts = [prompt(1, 5), prompt(2, CAPACITY - TOKENS + 1), prompt(3, CHUNK + 1)]
+    prompts = [
+        random_prompt(1, 5),
+        random_prompt(2, CAPACITY - TOKENS + 1),
+        random_prompt(3, CHUNK + 1),
+    ]
     expected = [greedy(built.model, ids, TOKENS) for ids in prompts]
     assert all(len(set(tokens)) > 5 for tokens in expected), (
         "the model has settled on a few tokens: it proves nothing"
@@ -209,7 +177,7 @@ def test_the_tokens_depend_on_the_window(tmp_path: Path) -> None:
     """The comparison with transformers would notice a window that is ignored."""
     sliding = save(FAMILIES["mistral"], tmp_path / "sliding")
     full = save(Family("MistralConfig", SHAPE | {"sliding_window": None}), tmp_path / "full")
-    assert greedy(sliding, prompt(1, 5), TOKENS) != greedy(full, prompt(1, 5), TOKENS)
+    assert greedy(sliding, random_prompt(1, 5), TOKENS) != greedy(full, random_prompt(1, 5), TOKENS)
 
 
 def test_sliding_layers_and_no_others_are_rings_of_the_window_and_the_rest_of_a_chunk(
@@ -242,7 +210,7 @@ def test_a_window_of_most_of_the_capacity_equals_transformers(tmp_path: Path, wi
     model = windowed(tmp_path / "source", window)
     options = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
     build_decoder(tmp_path / "source", tmp_path / "model", options)
-    ids = prompt(5, 9)
+    ids = random_prompt(5, 9)
     assert generate_together(open_instance(tmp_path / "model"), [ids], 24) == [
         greedy(model, ids, 24)
     ]
@@ -265,7 +233,7 @@ def test_the_smallest_capacities_batches_and_chunks_build_and_equal_transformers
         rows,
         min(chunk, capacity),
     )
-    prompts = [prompt(6 + row, 1) for row in range(rows)]
+    prompts = [random_prompt(6 + row, 1) for row in range(rows)]
     assert generate_together(open_instance(tmp_path / "model"), prompts, capacity) == [
         greedy(model, ids, capacity) for ids in prompts
     ]
@@ -355,10 +323,10 @@ def test_a_tied_embedding_is_written_once(tmp_path: Path) -> None:
 
 def test_capture_leaves_the_model_attending_as_before(tmp_path: Path) -> None:
     model = save(FAMILIES["llama"], tmp_path)
-    before = greedy(model, prompt(7, 9), 8)
+    before = greedy(model, random_prompt(7, 9), 8)
     capture_decoder(model, DecoderOptions(CAPACITY, 2, CHUNK))
     assert model.config._attn_implementation == "eager"
-    assert greedy(model, prompt(7, 9), 8) == before
+    assert greedy(model, random_prompt(7, 9), 8) == before
 
 
 @pytest.mark.long

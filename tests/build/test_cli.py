@@ -70,8 +70,18 @@ def test_build_prints_its_stages_in_order_and_what_it_made(llama: Path) -> None:
     assert f"({SLOT_BYTES:,} bytes), capacity 32" in shown
     assert f"arena 4 slots, {4 * SLOT_BYTES / 1000:.1f} kB" in shown
     assert "verified executed, largest relative error" in shown
+    assert "tokenizer none, clients send token ids, not text" in shown
     assert "written to repository/tiny" in shown
     assert Manifest.load(Path("repository/tiny/1")).name == "tiny"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "/tiny"])
+def test_a_name_that_is_no_folder_is_refused_before_the_model_is_read(name: str) -> None:
+    status, _, err = inplace("build", "nowhere", "--output", "repository", "--name", name)
+    assert status == 1
+    assert f"the name is {name!r}; a model's name is that of one folder, without a slash" in words(
+        err
+    )
 
 
 def test_name_puts_the_model_into_the_repository_under_that_name(llama: Path) -> None:

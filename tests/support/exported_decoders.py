@@ -7,7 +7,7 @@ import torch
 import transformers
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace_builder.capture.huggingface import quiet
+from inplace_builder.capture.checkpoint import quiet
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 from transformers.integrations.executorch import (

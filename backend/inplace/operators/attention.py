@@ -39,6 +39,7 @@ def _attention(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
+    _check_shapes(query, key, value, key_state, value_state, append=append)
     offsets, slot_list, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
     # One token a row and no ring wraps: one call appends all rows. Calls are what a small step
     # costs.
@@ -109,6 +110,7 @@ def _attention_on_gpu(
     """
     from inplace.kernels import attention as kernels  # imports Triton
 
+    _check_shapes(query, key, value, key_state, value_state, append=append)
     tokens, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = value_state.shape
     spec = kernels.AttentionSpec(
@@ -252,6 +254,47 @@ def _attend(
     )
 
 
+def _check_shapes(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_state: Tensor,
+    value_state: Tensor,
+    *,
+    append: bool,
+) -> None:
+    """Raise if tensors do not fit each other, before a kernel is handed their addresses.
+
+    Raises:
+        RuntimeError: the number of axes, the heads, a head's elements or a type differ.
+    """
+    if query.dim() != 3 or key_state.dim() != 4 or value_state.dim() != 4:
+        raise RuntimeError(
+            "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]"
+        )
+    if append != (key is not None and value is not None):
+        raise RuntimeError("key and value must be given exactly when append is True")
+    (_, heads, dim), (_, kv_heads, _, key_dim) = query.shape, key_state.shape
+    if heads % kv_heads:
+        raise RuntimeError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
+    if dim != key_dim:
+        raise RuntimeError(f"queries have {dim} elements a head, key_state has {key_dim}")
+    if value_state.shape[1] != kv_heads:
+        raise RuntimeError(
+            f"key_state has {kv_heads} kv heads, value_state has {value_state.shape[1]}"
+        )
+    for name, new, state in (("key", key, key_state), ("value", value, value_state)):
+        if new is None:
+            continue
+        if new.dtype != state.dtype:
+            raise RuntimeError("keys and values must have their state's dtype")
+        if new.shape[1:] != (kv_heads, state.shape[3]):
+            raise RuntimeError(
+                f"{name} is [tokens, {', '.join(map(str, new.shape[1:]))}], but its state holds "
+                f"{kv_heads} heads of {state.shape[3]} elements"
+            )
+
+
 @torch.library.register_fake("inplace::attention", lib=LIBRARY)
 def _attention_fake(
     query: Tensor,
@@ -270,23 +313,7 @@ def _attention_fake(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    torch._check(
-        query.dim() == 3 and key_state.dim() == 4,
-        lambda: "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]",
-    )
-    torch._check(
-        append == (key is not None and value is not None),
-        lambda: "key and value must be given exactly when append is True",
-    )
-    torch._check(
-        query.shape[1] % key_state.shape[1] == 0,
-        lambda: f"{query.shape[1]} query heads are not a multiple of {key_state.shape[1]} kv heads",
-    )
-    if key is not None and value is not None:
-        torch._check(
-            key.dtype == key_state.dtype and value.dtype == value_state.dtype,
-            lambda: "keys and values must have their state's dtype",
-        )
+    _check_shapes(query, key, value, key_state, value_state, append=append)
     return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
 
 

@@ -46,6 +46,8 @@ class Capture:
         initial: the tensors that `StateSpec.initial` names, of one slot each.
         float32_reference: makes the same model in float32, to tell its own rounding from an
             engine's error; None if its weights are not rounded, or if there is no such model.
+        thresholds: positions at which the model states that something changes; verification runs
+            past them, whatever was captured.
     """
 
     exported: torch.export.ExportedProgram
@@ -58,6 +60,7 @@ class Capture:
     min_capacity: int | None = None
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     float32_reference: Callable[[], Reference] | None = None
+    thresholds: frozenset[int] = frozenset()
 
 
 def capture_module(

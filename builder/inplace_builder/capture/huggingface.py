@@ -1,31 +1,24 @@
 """The front-end for Hugging Face decoders, by transformers' own extension points.
 
-The model's code runs unchanged. Its keys and values pass through a cache class (`SlotCache`), its
-attention through an attention function (`slot_attention`) that calls ``inplace::attention`` on the
-layer's states. Everything else in a decoder works token by token, so the tokens of all rows are
-packed on one axis.
-
-Of the front-ends, this is the only one that imports transformers.
+The model's code runs unchanged. Its keys and values pass through `SlotCache`, its attention through
+`slot_attention`, which calls ``inplace::attention`` on the layer's states. Everything else in a
+decoder works token by token, so the tokens of all rows are packed on one axis.
 """
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from inplace.operators import attention, sample
+from inplace.operators import sample
 from inplace.schema.dtypes import Dtype
 from torch import Tensor
 from torch.export import ExportedProgram
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache as TransformersCache
+from transformers import PreTrainedModel
 
 from inplace_builder.capture.capture import Capture, Reference, complete_program
+from inplace_builder.capture.checkpoint import check_positions, quiet
 from inplace_builder.capture.decoder import (
     TOKEN_IDS,
     DecoderOptions,
@@ -34,9 +27,24 @@ from inplace_builder.capture.decoder import (
     cache_states,
     decoder_program,
 )
+from inplace_builder.capture.slot_cache import (
+    IMPLEMENTATION,
+    CacheLengthError,
+    LayerStates,
+    SlotCache,
+    Windows,
+    current_cache,
+)
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.reexport import size_oblivious
+
+REFERENCE_CHUNK = 1024
+"""Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
+
+
+THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "local_attention")
+"""Parts of the names of a configuration's fields that are positions where something changes."""
 
 
 def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
@@ -50,13 +58,18 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         BuildError: the model does something that the operators do not have.
     """
     config = model.config.get_text_config(decoder=True)
-    # 1. Read the caches of the layers off the configuration.
-    _check_positions(config, options)
-    caches = _layer_caches(config, Dtype.of(model.dtype))
-    states = cache_states(caches, options)
-    # 2. Export one step, with attention and caches replaced by ours.
-    rings = [cache.is_ring(options) for cache in caches]
-    exported = _export_step(model, rings, StepExamples(options, states))
+    check_positions(config, options.capacity)
+    _check_layer_kinds(config)
+    with _inplace_attention(model):
+        # 1. Run the model once to read each layer's window off its attention mask.
+        try:
+            with_mask, windows = False, _layer_windows(model, options.capacity, with_mask=False)
+        except CacheLengthError:  # OPT makes a mask of that length where none is given
+            with_mask, windows = True, _layer_windows(model, options.capacity, with_mask=True)
+        caches = _layer_caches(config, Dtype.of(model.dtype), windows)
+        states = cache_states(caches, options)
+        # 2. Export one step, with attention and caches replaced by ours.
+        exported = _export_step(model, caches, StepExamples(options, states), with_mask=with_mask)
     _check_layers(exported.graph, len(caches), type(model).__name__)
     # 3. Clean the graph, check it against the description, read off what it writes.
     program = decoder_program(config.vocab_size, config.vocab_size, options)
@@ -73,213 +86,103 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         reference=_reference(model),
         min_capacity=options.dynamic_min_capacity,
         float32_reference=(lambda: _reference(float32_copy(model))) if rounds else None,
+        thresholds=frozenset(_thresholds(config.to_dict())),
     )
 
 
-def load_decoder(
-    source: Path | str, dtype: Dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a decoder from a local folder or a GGUF file. Nothing is downloaded.
+@contextmanager
+def _inplace_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model attend through `slot_attention`, and embed positions one by one.
 
-    Args:
-        source: a folder with safetensors or one GGUF file, or a GGUF file.
-        dtype: the type of the weights.
-
-    Returns:
-        The model, and its tokenizer if it has one.
+    A rotary embedding that looks at the longest sequence of a step uses its short form, which is
+    right up to the length that `check_positions` allows.
 
     Raises:
-        BuildError: there is no model, it is no decoder, or transformers cannot read it.
+        BuildError: transformers has not replaced the model's attention. It leaves a model that
+            computes attention in code of its own as it is, with a log message only.
     """
-    source = Path(source)
-    folder, where = _locate_model(source)
+    original = model.config._attn_implementation
+    rotary = [module for module in model.modules() if _is_length_dependent(module)]
+    with quiet():
+        model.set_attn_implementation(IMPLEMENTATION)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **where)
-    except Exception as error:  # transformers raises many types for an unreadable folder
-        raise BuildError(
-            f"{source} has no configuration that transformers can read: {brief(error)}"
-        ) from error
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BuildError(
-            f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has "
-            f"no causal language model for it)"
-        )
-    # SDPA has no soft-cap: it would make a wrong reference of a model that has one
-    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    eager = {"attn_implementation": "eager"} if capped else {}
-    try:
-        with quiet():
-            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype.as_torch, output_loading_info=True, **where, **eager
+        if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+            raise BuildError(
+                f"{type(model).__name__} does not attend through transformers' attention "
+                f"interface, so its keys and values are unknown; choose one that does, such as "
+                f"Llama, Mistral, Qwen, Gemma or GPT-2"
             )
-    except Exception as error:
-        raise BuildError(f"the weights in {source} cannot be loaded: {brief(error)}") from error
-    if missing := sorted(loaded["missing_keys"]):
-        raise BuildError(
-            f"the weights in {source} lack {missing[:3]} ({len(missing)} in all); transformers "
-            f"would fill them with random numbers"
-        )
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-    except Exception:  # a model without a tokenizer can be served: its clients send token ids
-        tokenizer = None
-    return model.eval(), tokenizer
-
-
-def _locate_model(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model, and the keyword arguments of ``from_pretrained``."""
-    if not source.exists():
-        raise BuildError(
-            f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file"
-        )
-    folder = source if source.is_dir() else source.parent
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if source.is_dir() and (folder / "config.json").is_file():
-        return folder, where
-    files = sorted(folder.glob("*.gguf")) if source.is_dir() else [source]
-    if len(files) != 1 or files[0].suffix != ".gguf":
-        content = (
-            f"{len(files)} GGUF files; name one"
-            if len(files) > 1
-            else "neither config.json nor a GGUF file"
-        )
-        raise BuildError(f"{source} is no model: it holds {content}")
-    where["gguf_file"] = files[0].name
-    return folder, where
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide progress bars and advice of transformers and torch: our own errors say what failed."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        # transformers' GGUF reader draws a progress bar in spite of these settings
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        for module in rotary:
+            module.forward = _length_independent(module)
+        yield
     finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+        for module in rotary:
+            module.__dict__.pop("forward", None)
+        with quiet():
+            model.set_attn_implementation(original)
 
 
-IMPLEMENTATION = "inplace"
-"""The name under which transformers knows `slot_attention`."""
+def _is_length_dependent(module: torch.nn.Module) -> bool:
+    """Whether it is a rotary embedding that transformers' ``dynamic_rope_update`` may change."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    changes = any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
+    return changes and hasattr(type(module).forward, "__wrapped__")
 
 
-class SlotCache(TransformersCache):
-    """A cache that keeps nothing: the attention function appends the keys and values it gets.
+def _length_independent(module: torch.nn.Module) -> Callable[..., Any]:
+    """The forward of a rotary embedding without ``dynamic_rope_update``."""
+    forward: Any = type(module).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
 
-    Args:
-        key_states, value_states: one state for each layer, ``[slots, kv_heads, capacity, dim]``.
-        slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
-        rings: for each layer whether its states are rings.
-    """
+    def embed(*args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs)
 
-    def __init__(
-        self,
-        key_states: Sequence[Tensor],
-        value_states: Sequence[Tensor],
-        slots: Tensor,
-        row_offsets: Tensor,
-        write_indices: Tensor,
-        rings: Sequence[bool],
-    ) -> None:
-        super().__init__(layers=[])
-        self.key_states, self.value_states, self.rings = key_states, value_states, rings
-        self.slots, self.row_offsets, self.write_indices = slots, row_offsets, write_indices
-        self.updated: int | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Note which layer attends next.
-
-        Args:
-            key_states, value_states: ``[1, kv_heads, tokens, dim]`` each; returned as they are.
-            layer_idx: the layer.
-            args, kwargs: not used.
-        """
-        self.updated = layer_idx
-        return key_states, value_states
+    return embed
 
 
-_current_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
-"""The cache of the step that is traced: transformers does not pass it to attention functions."""
-
-
-def slot_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: object,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer.
-
-    Args:
-        module: the layer's attention.
-        query: ``[1, heads, tokens, dim]``.
-        key, value: ``[1, kv_heads, tokens, dim]``.
-        attention_mask: must be None.
-        scaling: factor of the scores; ``dim ** -0.5`` if None.
-        dropout: not used: the model is in evaluation mode.
-        sliding_window: how many positions up to its own a token sees; None for all.
-        softcap: soft-cap of the scores.
-        others: what else a model passes to its attention.
-
-    Returns:
-        The result ``[1, tokens, heads, dim]``; no attention weights.
+def _layer_windows(model: PreTrainedModel, capacity: int, *, with_mask: bool) -> list[int]:
+    """How many positions up to its own a token of each layer sees; 0 for all.
 
     Raises:
-        BuildError: the layer attends in a way that ``inplace::attention`` does not have.
+        BuildError: a layer's mask is no window, or the model cannot run with our cache.
     """
-    cache = _current_cache.get()
-    layer, cache.updated = cache.updated, None
-    kind = type(module).__name__
-    if layer is None or layer != getattr(module, "layer_idx", layer):
-        raise BuildError(
-            f"{kind} attends without caching its own keys and values (shared or cross-attention "
-            f"layers are not supported)"
-        )
-    if attention_mask is not None:
-        raise BuildError(
-            f"{kind} has an attention mask of its own; only causal and sliding-window attention is "
-            f"supported"
-        )
-    if unknown := sorted(
-        name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None
-    ):
-        raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
-    if not getattr(module, "is_causal", True):
-        raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
-    out = attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cache.key_states[layer],
-        cache.value_states[layer],
-        cache.slots,
-        cache.row_offsets,
-        cache.write_indices,
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        window=sliding_window or 0,
-        ring=cache.rings[layer],
-        softcap=softcap or 0.0,
-    )
-    return out.unsqueeze(0), None
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+    positions = torch.arange(2, device=model.device)
+    num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+    windows = Windows(capacity)
+    try:
+        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()):
+            cache = SlotCache(positions, num_layers, windows)
+            _run(model, ids[0], positions, cache, with_mask=with_mask)
+    except BuildError:
+        raise
+    except Exception as error:
+        raise BuildError(f"{type(model).__name__} cannot run: {brief(error)}") from error
+    return [windows.by_layer.get(layer, 0) for layer in range(num_layers)]
 
 
-AttentionInterface.register(IMPLEMENTATION, slot_attention)
+def _run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    positions: Tensor,
+    cache: SlotCache,
+    logits_to_keep: Tensor | int = 1,
+    *,
+    with_mask: bool,
+) -> Any:
+    """Call the model on packed tokens, with a mask that says that none is padding, or without."""
+    given = {"attention_mask": torch.ones_like(input_ids).unsqueeze(0)} if with_mask else {}
+    with current_cache(cache):
+        return model(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **given,
+        )
 
 
 class DecoderStep(torch.nn.Module):
@@ -288,10 +191,17 @@ class DecoderStep(torch.nn.Module):
     The names of its arguments become those of the graph's inputs.
     """
 
-    def __init__(self, model: PreTrainedModel, rings: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[int],
+        rings: Sequence[bool],
+        *,
+        with_mask: bool,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.rings = rings
+        self.model, self.windows, self.rings = model, windows, rings
+        self.with_mask = with_mask
 
     def forward(
         self,
@@ -314,34 +224,34 @@ class DecoderStep(torch.nn.Module):
         Returns:
             The tokens ``[rows, 1]``, chosen by `sample`, and float32 logits ``[rows, vocab_size]``.
         """
-        cache = SlotCache(key_states, value_states, slots, row_offsets, write_indices, self.rings)
-        token = _current_cache.set(cache)
-        try:
-            out = self.model(
-                input_ids=input_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last_tokens,
-            )
-        finally:
-            _current_cache.reset(token)
+        states = LayerStates(
+            key_states, value_states, slots, row_offsets, write_indices, self.windows, self.rings
+        )
+        cache = SlotCache(positions, len(self.windows), states)
+        out = _run(self.model, input_ids, positions, cache, last_tokens, with_mask=self.with_mask)
         logits = out.logits[0].float()
         return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
 
 
 def _export_step(
-    model: PreTrainedModel, rings: Sequence[bool], examples: StepExamples
+    model: PreTrainedModel,
+    caches: Sequence[LayerCache],
+    examples: StepExamples,
+    *,
+    with_mask: bool,
 ) -> ExportedProgram:
-    layers, original = len(rings), model.config._attn_implementation
+    layers = len(caches)
+    step = DecoderStep(
+        model,
+        [cache.window for cache in caches],
+        [cache.is_ring(examples.options) for cache in caches],
+        with_mask=with_mask,
+    )
     memory, shapes = examples.memory(), examples.memory_shapes()
-    with quiet():
-        model.set_attn_implementation(IMPLEMENTATION)
     try:
-        _check_interface(model)
         with quiet(), torch.no_grad(), size_oblivious():
             return torch.export.export(
-                DecoderStep(model, rings),
+                step,
                 (*examples.inputs(), memory[:layers], memory[layers:]),
                 dynamic_shapes=(*examples.input_shapes(), shapes[:layers], shapes[layers:]),
             )
@@ -351,24 +261,46 @@ def _export_step(
         raise BuildError(
             f"torch.export cannot capture {type(model).__name__}: {brief(error)}"
         ) from error
-    finally:
-        with quiet():
-            model.set_attn_implementation(original)
 
 
 def _reference(model: PreTrainedModel) -> Reference:
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         ids = torch.cat([request[TOKEN_IDS] for request in requests]).to(model.device)
         with torch.no_grad():
-            out = model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
-        logits = out.logits[0, -1].float().cpu()
+            logits = _last_logits(model, ids).float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return reference
 
 
-def _layer_caches(config: transformers.PretrainedConfig, dtype: Dtype) -> list[LayerCache]:
-    """The cache of each layer."""
+def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The scores ``[vocab_size]`` of the last of token ids ``[tokens]``."""
+    cache: Any = None
+    use_cache = len(ids) > REFERENCE_CHUNK
+    for part in ids.split(REFERENCE_CHUNK):
+        out = model(
+            input_ids=part[None], past_key_values=cache, use_cache=use_cache, logits_to_keep=1
+        )
+        cache = out.past_key_values if use_cache else None
+    logits: Tensor = out.logits[0, -1]
+    return logits
+
+
+def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:
+    """The positions that a configuration names: windows, chunks, steps of a temperature.
+
+    Args:
+        fields: its fields; some are mappings themselves.
+    """
+    for name, given in fields.items():
+        if isinstance(given, Mapping):
+            yield from _thresholds(given)
+        elif type(given) is int and any(part in name for part in THRESHOLD_NAMES):
+            yield given
+
+
+def _check_layer_kinds(config: transformers.PretrainedConfig) -> None:
+    """BuildError if a layer keeps another state than keys and values."""
     if (
         getattr(config, "num_attention_heads", None) is None
         or getattr(config, "num_hidden_layers", None) is None
@@ -377,41 +309,31 @@ def _layer_caches(config: transformers.PretrainedConfig, dtype: Dtype) -> list[L
             f"a {config.model_type!r} model has no attention heads; only decoders with a key-value "
             f"cache are supported"
         )
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or []
     if unsupported := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise BuildError(
             f"the model has layers of the kind {unsupported}; only full_attention and "
             f"sliding_attention are supported"
         )
-    windows = [window if kind == "sliding_attention" and window else 0 for kind in kinds]
-    return [LayerCache(heads, dim, dim, dtype, window) for window in windows]
 
 
-def _check_positions(config: transformers.PretrainedConfig, options: DecoderOptions) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and options.capacity > limit:
-        raise BuildError(
-            f"a capacity of {options.capacity} is more than the {limit} positions this model was "
-            f"made for; choose at most {limit}"
-        )
+def _layer_caches(
+    config: transformers.PretrainedConfig, dtype: Dtype, windows: Sequence[int]
+) -> list[LayerCache]:
+    """The cache of each layer, of the sizes that the configuration states.
 
-
-def _check_interface(model: PreTrainedModel) -> None:
-    """BuildError if transformers has not replaced the model's attention.
-
-    It leaves a model that computes attention in code of its own as it is, with a log message only.
+    If they are not those of the model, ``inplace::attention`` refuses its keys and values.
     """
-    if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    try:
+        stated = getattr(config, "head_dim", None)
+    except Exception as error:  # transformers raises where layers differ
         raise BuildError(
-            f"{type(model).__name__} does not attend through transformers' attention interface, so "
-            f"its keys and values are unknown; choose one that does, such as Llama, Mistral, Qwen, "
-            f"Gemma or GPT-2"
-        )
+            f"the layers of a {config.model_type!r} model have heads of different sizes, which is "
+            f"not supported ({brief(error)})"
+        ) from error
+    dim: int = stated or config.hidden_size // config.num_attention_heads
+    return [LayerCache(heads, dim, dim, dtype, window) for window in windows]
 
 
 def _check_layers(graph: torch.fx.Graph, layers: int, kind: str) -> None:

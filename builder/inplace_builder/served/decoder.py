@@ -6,8 +6,9 @@ from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.schema.served import Manifest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inplace_builder.capture.checkpoint import check_checkpoint, load_model, load_tokenizer
 from inplace_builder.capture.decoder import DecoderOptions
-from inplace_builder.capture.huggingface import capture_decoder, load_decoder
+from inplace_builder.capture.huggingface import capture_decoder
 from inplace_builder.compare import move_to_engine_device
 from inplace_builder.served.build import Stage, check_output, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -34,19 +35,25 @@ def build_decoder(
     """
     source, output = Path(source), Path(output)
     check_output(output, options)
+    check_checkpoint(source, options.capacity)
     if options.engine != "torch":
         from inplace_builder.lower.compile import Target
 
         Target.of(options.engine, options.compute_capability)  # raises before the model is loaded
     stage("load the model")
-    model, tokenizer = load_decoder(source, options.dtype)
+    tokenizer, tokenizer_note = load_tokenizer(source)
+    model = load_model(source, options.dtype)
     stage("capture the graph")
     return write_engine(
         capture_decoder(model, decoder_options(options)),
         output,
         options,
         stage,
-        notes={"source": source.name, "architecture": type(model).__name__},
+        notes={
+            "source": source.name,
+            "architecture": type(model).__name__,
+            "tokenizer": tokenizer_note,
+        },
         extras=lambda folder: _save_tokenizer(tokenizer, folder),
         prepare=lambda: move_to_engine_device(model, options.device),
         eos_token_ids=_eos_token_ids(model, tokenizer),

@@ -30,6 +30,7 @@ from inplace_builder.compare import (
 )
 from inplace_builder.errors import rejected
 from inplace_builder.publish import load_errors
+from inplace_builder.served.reach import positions_to_verify
 
 MAX_ROUNDING_RATIO = 2.0
 """How much farther than the model an output may be from the model in float32.
@@ -51,6 +52,14 @@ SAMPLING: tuple[Mapping[str, Parameter], ...] = (
 
 SPARE_SLOTS = 2
 """Slots of the arena that no sequence owns and nothing may touch."""
+
+
+SINGLE_STEPS = 4
+"""Steps of a round after each of which all memory is compared."""
+
+
+UNLIMITED = 1 << 30
+"""Stands for the capacity of an engine that keeps no growing state."""
 
 
 COMPARED_ROUNDS = 4
@@ -88,11 +97,16 @@ def _verify_at_capacity(folder: Path, manifest: Manifest, capture: Capture) -> f
     addresses = arena.addresses()
     max_rows = instance.program.max_rows
     comparison = _OutputComparison(capture, manifest)
-    for requests, is_compared in _rounds(manifest):
+    capacity = manifest.capacity if manifest.capacity is not None else UNLIMITED
+    for requests, is_compared in _rounds(manifest, positions_to_verify(capture, capacity)):
         active = [instance.admit(request) for request in requests]
+        num_steps = 0
         while unfinished := [request for request in active if not request.finished]:
+            # steps of a long prompt are compared together, more and more of them
+            together = max(1, num_steps - SINGLE_STEPS)
+            num_steps += together
             for first in range(0, len(unfinished), max_rows):
-                _step_and_compare_memory(instance, unfinished[first : first + max_rows])
+                _step_and_compare_memory(instance, unfinished[first : first + max_rows], together)
         for request in active:
             comparison.add(request)
             if is_compared:
@@ -104,17 +118,17 @@ def _verify_at_capacity(folder: Path, manifest: Manifest, capture: Capture) -> f
     return comparison.max_error
 
 
-def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
+def _rounds(manifest: Manifest, reach: int) -> Iterator[tuple[list[Request], bool]]:
     """Requests that arrive together, and whether their outputs are compared.
 
     The third sequence joins late, lengths and positions differ in every step, and the first
-    sequence wraps around every ring. Where a request has one entry, wrapping takes a request for
-    each entry. The reference starts anew for each comparison, so then only the first and the last
-    rounds are compared; the last ones read what has wrapped.
+    sequence wraps around every ring and gets as far as ``reach`` positions. Where a request has one
+    entry, that takes a request for each. The reference starts anew for each comparison, so then
+    only the first and the last rounds are compared; the last ones read what has wrapped.
     """
     program = manifest.program(STEP)
-    capacity = manifest.capacity if manifest.capacity is not None else 1 << 30
-    token_counts = _token_counts(manifest, program, capacity)
+    capacity = manifest.capacity if manifest.capacity is not None else UNLIMITED
+    token_counts = _token_counts(manifest, program, capacity, reach)
     on_request = {spec.name: True for spec in program.outputs if spec.on_request}
     generator = torch.Generator().manual_seed(0)
     lengths = [0] * NUM_SEQUENCES
@@ -143,7 +157,9 @@ def _rounds(manifest: Manifest) -> Iterator[tuple[list[Request], bool]]:
         yield requests, is_compared
 
 
-def _token_counts(manifest: Manifest, program: Program, capacity: int) -> list[list[int]]:
+def _token_counts(
+    manifest: Manifest, program: Program, capacity: int, reach: int
+) -> list[list[int]]:
     """For each sequence the tokens of its requests, one request in each round."""
     ring = max(
         (
@@ -156,8 +172,10 @@ def _token_counts(manifest: Manifest, program: Program, capacity: int) -> list[l
     if program.row_layout == "packed":
         # across a chunk, and around every ring
         long = min(max(program.chunk, ring) + 3, max(1, capacity - 3))
-        return [[1, 1, long, 1], [5, 1, 2, 1], [0, long, 1, 2]]
-    return [[1] * (4 + ring), [1] * 4, [0, 1, 1, 1]]
+        rest = reach - (long + 4)
+        further = [rest, 1] if rest > 0 else []
+        return [[1, 1, long, 1, *further], [5, 1, 2, 1], [0, long, 1, 2]]
+    return [[1] * max(4 + ring, reach), [1] * 4, [0, 1, 1, 1]]
 
 
 def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> Tensor:
@@ -171,15 +189,20 @@ def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> T
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
 
-def _step_and_compare_memory(instance: ModelInstance, rows: Sequence[ActiveRequest]) -> None:
-    """Run one step, after which only what its rows wrote may differ, bit for bit."""
+def _step_and_compare_memory(
+    instance: ModelInstance, rows: Sequence[ActiveRequest], num_steps: int = 1
+) -> None:
+    """Run some steps, after which only what their rows wrote may differ, bit for bit."""
     tensors = instance.arena.tensors
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     starts = [(row.sequence, row.sequence.length) for row in rows]
-    instance.step(list(rows))
-    for row in rows:
-        if row.error is not None:
-            raise rejected(str(row.error))
+    for _ in range(num_steps):
+        instance.step([row for row in rows if not row.finished])
+        for row in rows:
+            if row.error is not None:
+                raise rejected(str(row.error))
+        if all(row.finished for row in rows):
+            break
     for spec in instance.manifest.states:
         allowed = before[spec.name]
         for sequence, start in starts:

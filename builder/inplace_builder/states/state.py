@@ -123,7 +123,10 @@ class CapturedState:
 
     @property
     def is_matched(self) -> bool:
-        """Whether a step writes no part of the state that the module does not write."""
+        """Whether a step writes only what the module writes.
+
+        A part of a part counts as the outer part.
+        """
         return self.pattern != "explicit"
 
     def bound(self, tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from inplace_builder.graph.nodes import (
+    RESHAPES,
     AnyNode,
     argument,
     as_node,
@@ -466,7 +467,57 @@ def _unmatched_chain(
             "it lies in memory"
         )
         return WriteChain(refusal=WriteRefusal(transposed.node, transposed.base, reason))
+    through_view = _write_through_view(current, placeholder)
+    if through_view is not None:
+        name = str(through_view.target).split(".")[1]
+        reason = f"{name} writes a part of it through a view of another shape or type"
+        return WriteChain(refusal=WriteRefusal(through_view, placeholder, reason))
     return WriteChain(is_window=is_rolling_window(new_value, placeholder))
+
+
+def _write_through_view(node: Node, placeholder: Node) -> Node | None:
+    """The first partial write on the way back to the state through views; None if there is none.
+
+    Functionalisation writes through a view as: view the state, write into the view, and view the
+    result in the state's shape again.
+    """
+    written = None
+    while node is not placeholder:
+        if node.target in _SCATTERS_INTO_VIEWS or (
+            node.target in _PATTERNS and node.target is not aten.where.self
+        ):
+            written = node
+        elif not is_call(node, *_VIEWS):
+            return None
+        node = as_node(node.args[0])
+    return written
+
+
+_SCATTERS_INTO_VIEWS = frozenset({aten.as_strided_scatter.default, aten.diagonal_scatter.default})
+"""Operators that write a part, and for which there is no pattern at all."""
+
+
+_VIEWS = (
+    *RESHAPES,
+    aten._reshape_alias.default,
+    aten.alias.default,
+    aten.as_strided.default,
+    aten.detach.default,
+    aten.diagonal.default,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+    aten.squeeze.dims,
+    aten.t.default,
+    aten.unflatten.int,
+    aten.unfold.default,
+    aten.unfold_backward.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+    aten.view_as_real.default,
+)
+"""Operators whose result has the elements of their first argument, or some of them."""
 
 
 def is_rolling_window(new_value: Node, placeholder: Node) -> bool:

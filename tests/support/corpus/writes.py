@@ -500,5 +500,33 @@ EXPLICIT = [
         (1, 1, 4),
         "a transposed view",
     ),
+    _write(
+        "part of a view of another shape",
+        lambda cache, x: cache.view(4, 2, 3).index_copy_(0, PLACE, x),
+        (8, 3),
+        (1, 2, 3),
+        "index_copy writes a part of it through a view",
+    ),
+    _write(
+        "part of a part of a view",
+        lambda cache, x: cache.reshape(4, 2, 3)[:, 1].index_copy_(0, PLACE, x),
+        (8, 3),
+        (1, 3),
+        "writes a part of it through a view",
+    ),
+    _write(
+        "part of a permuted view of another shape",
+        lambda cache, x: cache.unflatten(0, (4, 2)).movedim(1, 0).index_copy_(1, PLACE, x),
+        (8, 3),
+        (2, 1, 3),
+        "writes a part of it through a view",
+    ),
+    _write(
+        "part of memory",
+        lambda cache, x: cache.as_strided((4, 3), (6, 1)).index_copy_(0, PLACE, x),
+        (8, 3),
+        (1, 3),
+        "as_strided_scatter writes a part of it through a view",
+    ),
 ]
 """Writes that no pattern covers: correct, but the state is written back whole."""

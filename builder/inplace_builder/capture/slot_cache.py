@@ -1,0 +1,377 @@
+"""What a Hugging Face decoder sees in place of a cache, a mask and an attention of transformers.
+
+The model's code runs unchanged: its keys and values pass through `SlotCache`, its attention through
+`slot_attention`. Both know each token's position and nothing else. A question that has no one
+answer for the packed tokens of several rows, such as how many tokens are cached, raises BuildError.
+
+transformers describes what a token may see by a mask function, and its default implementations of
+attention follow the mask alone. `mask_window` evaluates each layer's mask function and reads the
+layer's window off it. The configuration's window, and the one that a model hands to its attention
+function, are not trusted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from inplace.operators import attention
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache as TransformersCache
+
+from inplace_builder.errors import BuildError, brief
+
+IMPLEMENTATION = "inplace"
+"""The name under which transformers knows `slot_attention` and `_layer_mask`."""
+
+
+NUM_SAMPLED_QUERIES = 64
+"""Positions of queries at which a mask is evaluated, beside those around its window."""
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """The states of all layers, and how ``inplace::attention`` addresses them.
+
+    Attributes:
+        keys, values: one state for each layer, ``[slots, kv_heads, capacity, dim]``.
+        slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
+        windows: for each layer how many positions up to its own a token sees; 0 for all.
+        rings: for each layer whether its states are rings.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    slots: Tensor
+    row_offsets: Tensor
+    write_indices: Tensor
+    windows: Sequence[int]
+    rings: Sequence[bool]
+
+
+@dataclass
+class Windows:
+    """Collects the window of each layer while a model runs once; see `slot_attention`.
+
+    Attributes:
+        capacity: maximum number of positions of a sequence.
+        by_layer: how many positions up to its own a token sees; 0 for all.
+    """
+
+    capacity: int
+    by_layer: dict[int, int] = field(default_factory=dict)
+
+
+class CacheLengthError(BuildError):
+    """A model computes with the number of cached tokens, which differs from row to row."""
+
+
+class CacheLength:
+    """The number of cached tokens: each row has its own, so it is no number.
+
+    A model that adds it to ``arange(tokens)`` computes the tokens' positions, and gets them. Every
+    other use raises BuildError.
+
+    Args:
+        positions: the position of each token, ``[tokens]``.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        self._positions = positions
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Answer a call of torch that takes the length."""
+        if function in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__) and not kwargs:
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            lengths = [arg for arg in args if isinstance(arg, cls)]
+            if len(tensors) == len(lengths) == 1:
+                return lengths[0].__radd__(tensors[0])
+        return cls._refuse()
+
+    def __radd__(self, indices: object) -> Tensor:
+        """The positions, where ``indices`` counts the tokens of the step."""
+        if (
+            isinstance(indices, Tensor)
+            and not indices.is_floating_point()
+            and indices.shape == self._positions.shape
+        ):
+            return self._positions.to(indices.dtype)
+        return self._refuse()
+
+    __add__ = __radd__
+
+    @staticmethod
+    def _refuse(*_: object) -> NoReturn:
+        raise CacheLengthError(
+            "the model computes with the number of cached tokens, of which every row of a step has "
+            "its own; only its sum with arange(tokens), the positions, is supported"
+        )
+
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _refuse
+    __eq__ = __ne__ = __hash__ = _refuse
+
+
+class SlotCache(TransformersCache):
+    """A cache that keeps nothing: the attention function appends the keys and values it gets.
+
+    Args:
+        positions: the position of each token, ``[tokens]``.
+        num_layers: layers of the model.
+        step: where attention keeps keys and values, or the windows that are collected.
+    """
+
+    def __init__(self, positions: Tensor, num_layers: int, step: LayerStates | Windows) -> None:
+        # without the constructor of transformers, which makes a list of layers
+        self.positions, self.num_layers, self.step = positions, num_layers, step
+        self.updated: int | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Note which layer attends next.
+
+        Args:
+            key_states, value_states: ``[1, kv_heads, tokens, dim]`` each; returned as they are.
+            layer_idx: the layer.
+            args, kwargs: not used.
+        """
+        self.updated = layer_idx
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """The number of cached tokens, as far as there is one."""
+        return CacheLength(self.positions)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
+        """What transformers hands to `_layer_mask`, which does not need it."""
+        return CacheLength(self.positions), 0
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return self.num_layers
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """False for all layers: transformers chooses by it whose mask sizes to ask for."""
+        return [False] * self.num_layers
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers may call torch.compile."""
+        return False
+
+    @property
+    def layers(self) -> NoReturn:
+        """BuildError: what transformers keeps in layers is in the engine's states."""
+        raise BuildError(
+            "the model reads the layers of its cache (shared, recurrent or other states beside "
+            "each layer's own keys and values are not supported)"
+        )
+
+
+_current_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
+"""The cache of the step that runs: transformers does not pass it to attention functions."""
+
+
+@contextmanager
+def current_cache(cache: SlotCache) -> Iterator[None]:
+    """Let attention and mask functions use this cache."""
+    token = _current_cache.set(cache)
+    try:
+        yield
+    finally:
+        _current_cache.reset(token)
+
+
+class LayerMask:
+    """Stands for a mask of transformers; only `slot_attention` reads it.
+
+    Attributes:
+        window: how many positions up to its own a token sees; 0 for all, None if not evaluated.
+        error: why there is no window, raised for a layer that uses the mask.
+    """
+
+    def __init__(self, window: int | None, error: BuildError | None = None) -> None:
+        self.window, self.error = window, error
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python and torch ask of any object
+            raise AttributeError(name)
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_: object) -> NoReturn:
+        """Refuse a call of torch that takes the mask."""
+        cls._refuse()
+
+    @staticmethod
+    def _refuse(*_: object) -> NoReturn:
+        raise BuildError(
+            "the model changes its attention mask itself; only causal and sliding-window attention "
+            "is supported"
+        )
+
+    __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __rand__ = _refuse
+    __sub__ = __rsub__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse
+
+
+def _layer_mask(*_: object, mask_function: Callable[..., Tensor], **__: object) -> LayerMask:
+    """The mask function that transformers calls, once for each kind of layer."""
+    step = _current_cache.get().step
+    if isinstance(step, LayerStates):  # evaluated before, on real tensors
+        return LayerMask(None)
+    try:
+        return LayerMask(mask_window(mask_function, step.capacity))
+    except BuildError as error:  # models also make masks that no layer uses
+        return LayerMask(None, error)
+
+
+def mask_window(mask_function: Callable[..., Tensor], capacity: int) -> int:
+    """The window of a mask function, evaluated over all positions of a sequence.
+
+    Args:
+        mask_function: of transformers: from batch, head, query and key index to whether the query
+            sees the key.
+        capacity: maximum number of positions of a sequence.
+
+    Returns:
+        How many positions up to its own a token sees; 0 for all.
+
+    Raises:
+        BuildError: it is neither causal nor a sliding window.
+    """
+    first = torch.zeros((1, 1, 1, 1), dtype=torch.int64)
+    keys = torch.arange(capacity).view(1, 1, 1, -1)
+
+    def visible(queries: Tensor) -> Tensor:
+        """Whether queries ``[n]`` see each position, ``[n, capacity]``."""
+        try:
+            mask = mask_function(first, first, queries.view(1, 1, -1, 1), keys)
+        except Exception as error:
+            raise BuildError(
+                f"an attention mask of the model cannot be evaluated: {brief(error)}"
+            ) from error
+        return mask.expand(1, 1, len(queries), capacity)[0, 0]
+
+    seen = int(visible(torch.tensor([capacity - 1])).sum())
+    window = seen if 0 < seen < capacity else 0
+    queries = torch.linspace(0, capacity - 1, min(capacity, NUM_SAMPLED_QUERIES)).long()
+    around = torch.arange(window - 2, window + 3).clamp(0, capacity - 1)
+    queries = torch.cat([queries, around, torch.tensor([0, 1, capacity - 2]).clamp(0)])
+    positions, own = torch.arange(capacity), queries[:, None]
+    expected = (positions <= own) & (positions > own - (window or capacity))
+    wrong = (visible(queries) != expected).any(1)
+    if wrong.any():
+        raise BuildError(
+            f"the model has an attention mask that is neither causal nor a sliding window: the "
+            f"token at position {int(queries[wrong].min())} does not see just those before it; "
+            f"only causal and sliding-window attention is supported (chunked attention only up to "
+            f"the size of its chunks: choose a smaller capacity)"
+        )
+    return window
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer.
+
+    Args:
+        module: the layer's attention.
+        query: ``[1, heads, tokens, dim]``.
+        key, value: ``[1, kv_heads, tokens, dim]``.
+        attention_mask: None, or what `_layer_mask` returned.
+        scaling: factor of the scores; ``dim ** -0.5`` if None.
+        dropout: not used: the model is in evaluation mode.
+        sliding_window: the window that the model states; must be that of its mask.
+        softcap: soft-cap of the scores.
+        others: what else a model passes to its attention.
+
+    Returns:
+        The result ``[1, tokens, heads, dim]``; no attention weights.
+
+    Raises:
+        BuildError: the layer attends in a way that ``inplace::attention`` does not have.
+    """
+    cache = _current_cache.get()
+    layer, cache.updated = cache.updated, None
+    kind = type(module).__name__
+    if layer is None or layer != getattr(module, "layer_idx", layer):
+        raise BuildError(
+            f"{kind} attends without caching its own keys and values (shared or cross-attention "
+            f"layers are not supported)"
+        )
+    if attention_mask is not None and not isinstance(attention_mask, LayerMask):
+        raise BuildError(
+            f"{kind} has an attention mask of its own; only causal and sliding-window attention is "
+            f"supported"
+        )
+    if unknown := sorted(
+        name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None
+    ):
+        raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
+    if not getattr(module, "is_causal", True):
+        raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
+    step = cache.step
+    if isinstance(step, Windows):
+        step.by_layer[layer] = _layer_window(kind, attention_mask, sliding_window, step.capacity)
+        groups = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
+    out = attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        step.keys[layer],
+        step.values[layer],
+        step.slots,
+        step.row_offsets,
+        step.write_indices,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=step.windows[layer],
+        ring=step.rings[layer],
+        softcap=softcap or 0.0,
+    )
+    return out.unsqueeze(0), None
+
+
+def _layer_window(kind: str, mask: LayerMask | None, stated: int | None, capacity: int) -> int:
+    """The window of a layer, from its mask and from what the model hands to its attention.
+
+    Raises:
+        BuildError: the two differ, or the mask is no window.
+    """
+    stated = stated if stated and stated < capacity else 0
+    if mask is not None and mask.error is not None:
+        raise mask.error
+    if mask is None or mask.window is None:
+        return stated
+    if stated not in (0, mask.window):
+        raise BuildError(
+            f"{kind} hands a window of {stated} positions to its attention, but its mask has "
+            f"{mask.window or 'none'}: implementations of attention would differ"
+        )
+    return mask.window
+
+
+AttentionInterface.register(IMPLEMENTATION, slot_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _layer_mask)

@@ -1,0 +1,185 @@
+"""A checkpoint that would be served in part, or as another model, is refused; mostly unread."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from inplace.schema.dtypes import Dtype
+from inplace_builder import BuildOptions, build_decoder, load_decoder
+from inplace_builder.capture.checkpoint import check_positions, load_tokenizer
+from inplace_builder.errors import BuildError
+from inplace_builder.publish import check_target
+from safetensors.torch import load_file, save_file
+from support.models import tiny_llama
+from support.vocabulary import save_tokenizer
+
+OPTIONS = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return shutil.copytree(llama, tmp_path / "source")
+
+
+def add_weights(folder: Path, **tensors: torch.Tensor) -> None:
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def remove_weights(folder: Path) -> None:
+    """What is refused afterwards is refused before anything is loaded."""
+    (folder / WEIGHTS).unlink()
+
+
+def test_weights_that_the_model_does_not_use_are_refused_by_name(copied: Path) -> None:
+    bias = "model.layers.1.self_attn.q_proj.bias"  # config.json has no attention_bias
+    add_weights(copied, **{bias: torch.ones(64)})
+    with pytest.raises(
+        BuildError, match=rf"hold \['{bias}'\] \(1 in all\), which LlamaForCausalLM"
+    ):
+        load_decoder(copied, Dtype.FLOAT32)
+
+
+def test_tensors_that_models_compute_themselves_are_no_weights(copied: Path) -> None:
+    add_weights(copied, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    load_decoder(copied, Dtype.FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_weights_is_refused(copied: Path, tmp_path: Path, name: str) -> None:
+    (copied / name).write_text("{}")
+    remove_weights(copied)
+    with pytest.raises(BuildError, match=rf"an adapter beside the weights \({name}\).*merge"):
+        build_decoder(copied, tmp_path / "model", OPTIONS)
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BuildError, match="the adapter there needs the model it was trained on"):
+        load_decoder(tmp_path, Dtype.FLOAT32)
+
+
+@pytest.mark.parametrize("method", ["abacus", None])
+def test_an_unknown_quantization_is_refused(
+    copied: Path, tmp_path: Path, method: str | None
+) -> None:
+    change_config(copied, quantization_config={"quant_method": method, "bits": 4})
+    remove_weights(copied)
+    with pytest.raises(
+        BuildError, match=rf"quantized with {method!r}, which transformers does not"
+    ):
+        build_decoder(copied, tmp_path / "model", OPTIONS)
+
+
+def test_a_capacity_that_the_model_was_not_made_for_is_refused_before_it_is_loaded(
+    copied: Path, tmp_path: Path
+) -> None:
+    remove_weights(copied)
+    with pytest.raises(BuildError, match="4097 is more than the 4096 positions this model was"):
+        build_decoder(copied, tmp_path / "model", BuildOptions(capacity=4097))
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        (None, 100),
+        ({"rope_type": "default"}, 100),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 50}, 100),
+        ({"rope_type": "linear", "factor": 4.0}, 400),
+        ({"rope_type": "yarn", "factor": 4.0}, 400),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 50}, 100),
+        ({"rope_type": "dynamic", "factor": 4.0}, 100),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 50}, 50),
+        (
+            {
+                "sliding_attention": {"rope_type": "default"},
+                "full_attention": {"rope_type": "linear", "factor": 8.0},
+            },
+            100,
+        ),
+    ],
+    ids=str,
+)
+def test_the_largest_capacity_follows_the_scaling_of_the_rotary_embedding(
+    rope: dict[str, Any] | None, limit: int
+) -> None:
+    config: Any = SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)
+    check_positions(config, limit)
+    with pytest.raises(BuildError, match=rf"a capacity of {limit + 1} .* at most {limit}$"):
+        check_positions(config, limit + 1)
+
+
+def test_positions_without_a_limit_are_not_limited() -> None:
+    unlimited: Any = SimpleNamespace(max_position_embeddings=-1)
+    check_positions(unlimited, 1 << 20)
+
+
+def beside_a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "model"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        beside_a_file,
+        lambda _: Path("/proc/inplace/model"),
+        lambda folder: folder / ("long" * 100),
+        lambda _: Path("/"),
+        lambda _: Path(".."),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    copied: Path, tmp_path: Path, target: Callable[[Path], Path]
+) -> None:
+    remove_weights(copied)
+    with pytest.raises(BuildError, match=r"cannot be written: .*; choose|has no name of its own"):
+        build_decoder(copied, target(tmp_path), OPTIONS)
+
+
+def test_the_check_of_an_output_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_target(tmp_path / "repository" / "model", Path("1/engine.json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_tokenizer_is_described(llama: Path) -> None:
+    tokenizer, description = load_tokenizer(llama)
+    assert tokenizer is None
+    assert description.startswith("none, clients send token ids, not text (")
+
+
+def test_a_tokenizer_with_a_fast_version_is_named(copied: Path) -> None:
+    save_tokenizer(copied)
+    tokenizer, description = load_tokenizer(copied)
+    assert tokenizer is not None
+    assert description == type(tokenizer).__name__
+
+
+def test_a_tokenizer_without_a_fast_version_is_described(copied: Path) -> None:
+    (copied / "vocab.json").write_text(json.dumps({"<unk>": 0, "a</w>": 1}))
+    (copied / "merges.txt").write_text("#version: 0.2\n")
+    (copied / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    tokenizer, description = load_tokenizer(copied)
+    assert tokenizer is not None
+    assert description.startswith(
+        "CTRLTokenizer has no fast version (tokenizer.json): clients send"
+    )

@@ -1,0 +1,41 @@
+"""Greedy decoding on an engine without a server."""
+
+from collections.abc import Sequence
+
+import torch
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+
+
+def random_prompt(seed: int, tokens: int) -> list[int]:
+    """Token ids of a vocabulary of at least 128."""
+    return torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate_together(
+    instance: ModelInstance, prompts: Sequence[list[int]], tokens: int
+) -> list[list[int]]:
+    """Greedy decoding of all prompts at once: some decode while others are still prefilled."""
+    generated: list[list[int]] = [[] for _ in prompts]
+
+    def request(index: int) -> Request:
+        ids = generated[index][-1:] or prompts[index]
+        return Request(
+            index + 1,
+            start=not generated[index],
+            end=False,
+            inputs={"input_ids": torch.tensor([ids])},
+        )
+
+    works = {index: instance.admit(request(index)) for index in range(len(prompts))}
+    while works:
+        instance.step(list(works.values()))
+        for index, work in list(works.items()):
+            if not work.finished:
+                continue
+            instance.finish(work)
+            generated[index].append(int(work.outputs["next_token"]))
+            del works[index]
+            if len(generated[index]) < tokens:
+                works[index] = instance.admit(request(index))
+    return generated

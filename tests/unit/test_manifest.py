@@ -163,7 +163,7 @@ def test_another_version_names_both_versions(tmp_path: Path, version: int) -> No
     with pytest.raises(
         LoadError,
         match=rf"has manifest version {version}, this runtime reads version 2: build the model "
-        rf"again with `inplace build … --output {tmp_path}/\.\.`",
+        rf"again with `inplace build … --output {tmp_path.parent}`",
     ):
         Manifest.load(tmp_path)
 

@@ -43,7 +43,8 @@ class RecordFile(Record):
 
     Attributes:
         file_name: the file's name in an engine directory.
-        rebuild: how a file of this kind is written again, for errors; ``{folder}`` is its folder.
+        rebuild: how a file of this kind is written again, for errors; ``{folder}`` is its folder,
+            ``{parent}`` the folder around it.
         manifest_version: the version of the file's format, in each subclass a `Literal` with a
             default; another version is refused.
     """
@@ -71,7 +72,10 @@ class RecordFile(Record):
             LoadError: the file is missing, damaged or changed, or has another version.
         """
         folder = Path(folder)
-        path, rebuild = folder / cls.file_name, cls.rebuild.format(folder=folder)
+        path, rebuild = (
+            folder / cls.file_name,
+            cls.rebuild.format(folder=folder, parent=folder.parent),
+        )
         fields = _parse(path, _read(folder, cls.file_name), rebuild)
         version = fields.get(VERSION)
         supported = cls.model_fields[VERSION].default

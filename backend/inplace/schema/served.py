@@ -341,7 +341,7 @@ class Manifest(RecordFile):
 
     file_name: ClassVar[str] = FILE_NAME
     rebuild: ClassVar[str] = (
-        "build the model again with `inplace build … --output {folder}/..`, or from Python with "
+        "build the model again with `inplace build … --output {parent}`, or from Python with "
         "`inplace_builder.write_engine`"
     )
     manifest_version: Literal[2] = 2

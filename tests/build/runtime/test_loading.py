@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ def refusal(model: Path) -> str:
 
 def test_an_untouched_engine_loads(model: Path) -> None:
     assert open_instance(model).arena.slots == SLOTS
+
+
+def test_loading_imports_no_compiler(repository: Repository) -> None:
+    """sympy, Dynamo and Triton's compiler take seconds of every model instance's start."""
+    code = (
+        "import sys; from inplace.drivers import step, stream; "
+        "from inplace.runtime.instance import ModelInstance; "
+        f"ModelInstance.open({str(repository.path / 'llama' / '1')!r}); "
+        "print(*{'sympy', 'torch._dynamo', 'triton', 'networkx'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.stderr) == ("\n", "")
 
 
 def test_a_missing_engine_file_is_named(model: Path) -> None:

@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format sync-client docs lock bench perf soak fuzz gpu clean
+.PHONY: help demo test test-fast test-long check format sync-client tables docs lock bench perf soak fuzz gpu clean
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
@@ -23,15 +23,18 @@ test-fast: .venv/installed ## without servers, the real model and slow builds, f
 test-long: .venv/installed ## what `make test` has a few cases of: 1600 random modules, all decoders, long soak and fuzz runs
 	@$(BIN)/python -m pytest $(PARALLEL) --timeout=3600 -m long
 
-check: .venv/installed ## ruff, mypy --strict, the layers of imports, the generated synchronous client
+check: .venv/installed ## ruff, mypy --strict, the layers of imports, generated files
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
-	@$(BIN)/python tools/unasync.py --check
+	@$(BIN)/python tools/unasync.py --check && $(BIN)/python tools/parameter_table.py --check
 
 format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 sync-client: .venv/installed ## write the synchronous client from the asynchronous one
 	@$(BIN)/python tools/unasync.py
+
+tables: .venv/installed ## write the list of request parameters in docs/protocol.md
+	@$(BIN)/python tools/parameter_table.py
 
 .venv/docs: requirements-docs.lock .venv/installed
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -q -r requirements-docs.lock

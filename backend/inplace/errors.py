@@ -19,6 +19,8 @@ class Code(StrEnum):
     """Why a request is refused. Part of the protocol: clients match on it."""
 
     BAD_DTYPE = "BAD_DTYPE"
+    BAD_INPUT = "BAD_INPUT"
+    BAD_OUTPUT = "BAD_OUTPUT"
     BAD_PARAMETER = "BAD_PARAMETER"
     BAD_SHAPE = "BAD_SHAPE"
     CAPACITY = "CAPACITY"

@@ -1,18 +1,31 @@
 """Names of parameters and tensors in requests and responses.
 
-This module imports nothing, so that a client needs no PyTorch.
+This module imports nothing, so that a client needs no PyTorch. `inplace.parameters` has the types
+and limits of the parameters.
 """
 
-SEQUENCE_KEY, POSITION = "sequence_key", "position"
+SEQUENCE_KEY, POSITION, GROUP = "sequence_key", "position", "group"
 """Parameters of every request."""
+
+
+ADD_SPECIAL_TOKENS = "add_special_tokens"
+"""The parameter of requests with a text."""
+
+
+LOGITS = "logits"
+"""The parameter of steps that asks for the output of the same name."""
 
 
 MAX_TOKENS = "max_tokens"
 """The parameter that makes a request a generation."""
 
 
-IGNORE_EOS, STREAM_INTERVAL = "ignore_eos", "stream_interval"
+IGNORE_EOS, STOP_TOKEN_IDS, STREAM_INTERVAL = "ignore_eos", "stop_token_ids", "stream_interval"
 """Parameters of a generation."""
+
+
+STREAM = "stream"
+"""The parameter of the generate proxy that asks for more than one response."""
 
 
 FETCH = "fetch"
@@ -21,6 +34,10 @@ FETCH = "fetch"
 
 INPUT_IDS, TEXT, STOP = "input_ids", "text", "stop"
 """Inputs of a language model."""
+
+
+FOREIGN_PROMPTS = ("prompt", "text_input")
+"""What other backends call `TEXT`."""
 
 
 TOKENS, TEXT_OUTPUT, FINISH_REASON = "tokens", "text_output", "finish_reason"

@@ -63,6 +63,8 @@ def command(load: Load) -> list[str]:
         "grpc",
         f"--input-data={load.input_data}",
     ]
+    if load.mode != "generate":
+        made += ["--request-parameter", "logits:false:bool"]  # it requests all outputs
     # it exports nothing where the throughput of its windows differs by more than this percentage
     made += [
         "--measurement-interval",

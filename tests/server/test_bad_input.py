@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from inplace.client import Sequence
 from inplace_builder.tools.tritonserver import TritonServer
 from numpy.typing import NDArray
 from support.models import CAPACITY, VOCABULARY, Repository, greedy
-from tritonclient.grpc import InferenceServerClient, InferInput
+from support.pool import Deployment, ServerPool
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 pytestmark = pytest.mark.server
@@ -38,18 +40,20 @@ def send(
     sequence: int | str = "victim",
     start: bool = False,
     end: bool = False,
-    parameters: dict[str, str | int] | None = None,
-) -> None:
+    parameters: dict[str, str | int | float] | None = None,
+    **options: Any,
+) -> Any:
     tensor = InferInput("input_ids", list(ids.shape), np_to_triton_dtype(ids.dtype))
     tensor.set_data_from_numpy(ids)
-    client.infer(
-        "llama",
+    return client.infer(
+        options.pop("model", "llama"),
         [tensor],
         sequence_id=sequence,
         sequence_start=start,
         sequence_end=end,
         request_id="r1",
         parameters=parameters,
+        **options,
     )
 
 
@@ -81,13 +85,24 @@ def tokens(*ids: int) -> NDArray[np.generic]:
             "parameter 'logits' is 'perhaps'; expected true or false",
         ),
         (tokens(1), {"position": 17}, "POSITION", "meant for position 17, the sequence holds 5"),
+        (
+            tokens(1),
+            {"temprature": "0.8"},
+            "BAD_PARAMETER",
+            "'temprature' is unknown, did you mean 'temperature'\\? a step takes \\['sequence_key'",
+        ),
+        (tokens(1), {"n": 2}, "BAD_PARAMETER", "parameter 'n' is unknown; a step takes"),
+        (tokens(1), {"min_p": "0.1"}, "BAD_PARAMETER", "is not available in this version"),
+        (tokens(1), {"ignore_eos": True}, "BAD_PARAMETER", "belongs to generations"),
+        (tokens(1), {"position": "9" * 5000}, "BAD_PARAMETER", "expected a whole number of at"),
+        (tokens(1), {"temperature": float("nan")}, "BAD_PARAMETER", "expected a finite number"),
     ],
 )
 def test_ours_names_the_request_and_changes_nothing(
     client: InferenceServerClient,
     live: Sequence,
     ids: NDArray[np.generic],
-    parameters: dict[str, str | int],
+    parameters: dict[str, str | int | float],
     code: str,
     expected_output: str,
 ) -> None:
@@ -184,6 +199,76 @@ def test_batch_mates_of_a_bad_request_are_unharmed(
         garbage = [pool.submit(bad, seed) for seed in range(2)]
         assert [stream.result() for stream in streams] == [expected] * 4
         assert [stream.result() for stream in garbage] == [30, 30]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"position": "9" * 5000}, {"seed": float("inf")}, {"n": 1}, {"top_k": ""}],
+)
+def test_an_end_with_bad_parameters_frees_its_slot(
+    client: InferenceServerClient, live: Sequence, parameters: dict[str, str | int | float]
+) -> None:
+    for attempt in range(20):  # more often than there are slots
+        send(client, tokens(1), 700 + attempt, start=True)
+        with pytest.raises(InferenceServerException, match="INPLACE-BAD_PARAMETER"):
+            send(client, tokens(1), 700 + attempt, end=True, parameters=parameters)
+
+
+def test_logits_are_returned_to_a_client_that_requests_them(
+    client: InferenceServerClient, live: Sequence
+) -> None:
+    for index, (names, parameters, expected) in enumerate(
+        (
+            (["logits"], {}, {"logits"}),
+            (["next_token", "logits"], {}, {"next_token", "logits"}),
+            (["next_token"], {}, {"next_token"}),
+            ([], {}, {"next_token", "logits"}),  # Triton passes on all names then
+            ([], {"logits": False}, {"next_token"}),
+        )
+    ):
+        outputs = [InferRequestedOutput(name) for name in names] or None
+        result = send(client, tokens(1), 650 + index, True, True, dict(parameters), outputs=outputs)
+        assert {output.name for output in result.get_response().outputs} == expected
+
+
+def test_parameters_of_triton_and_floats_arrive(
+    client: InferenceServerClient, live: Sequence
+) -> None:
+    send(client, tokens(1), 640, start=True, priority=1, timeout=10**9)
+    send(client, tokens(1), 640, parameters={"temperature": 0.5, "binary_data_output": True})
+    with pytest.raises(InferenceServerException, match=r"parameter 'temperature' is -0\.5"):
+        send(client, tokens(1), 640, end=True, parameters={"temperature": -0.5})
+
+
+def test_forwarded_headers_are_accepted_where_the_operator_says_so(
+    client: InferenceServerClient, repository: Repository, pool: ServerPool, live: Sequence
+) -> None:
+    headers = {"x-forwarded-for": "10.0.0.1"}
+    with pytest.raises(InferenceServerException, match="parameter 'x-forwarded-for' is unknown"):
+        send(client, tokens(1), headers=headers)
+
+    def accept(config: Any) -> None:
+        config.parameters["forwarded_headers"].string_value = "X-Forwarded"
+
+    with pool.serve(Deployment(repository.path / "brief", "behind_a_proxy", accept)):
+        arguments: dict[str, Any] = {"model": "behind_a_proxy", "headers": headers}
+        send(client, tokens(1), 660, True, True, **arguments)
+        with pytest.raises(InferenceServerException, match="parameter 'x-other' is unknown"):
+            send(client, tokens(1), 660, True, True, {"x-other": 1}, **arguments)
+
+
+def test_triton_cuts_ids_at_a_nul_byte_and_the_client_refuses_them(
+    client: InferenceServerClient, live: Sequence
+) -> None:
+    """The first line shows why: the request reaches the sequence "victim"."""
+    with pytest.raises(InferenceServerException, match=r"INPLACE-POSITION .* sequence=victim "):
+        send(client, tokens(1), "victim\0x", parameters={"position": 17})
+    for arguments in ({"id": "victim\0x"}, {"id": "other", "key": "k\0"}):
+        with pytest.raises(ValueError, match="has a NUL byte, at which Triton would cut it"):
+            Sequence(client, "llama", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InferenceServerException, match="cannot be longer than 128"):
+        send(client, tokens(1), "é" * 65, start=True)
+    send(client, tokens(1), "é" * 64, start=True, end=True)
 
 
 @pytest.mark.parametrize(

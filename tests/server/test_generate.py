@@ -145,6 +145,71 @@ def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
     assert (answer.reason, answer.text) == ("stop", text[: text.index(stop)])
 
 
+def test_a_special_token_and_stop_token_ids_end_a_generation(served: Served) -> None:
+    """No model of the tests generates a special token, so the end tokens of the model serve."""
+    ids = prompt(3, 9)
+    expected = greedy(served.llama, ids, 20)
+    number = next(n for n in range(4, 20) if expected.index(expected[n]) == n)
+    with Stream(served) as stream:
+        answer = stream.ask(
+            "a",
+            ids,
+            end=True,
+            stop=("</s>",),
+            max_tokens=20,
+            ignore_eos=True,
+            stop_token_ids=f"2,{expected[number]}",
+        )
+        assert (answer.tokens, answer.reason) == (expected[: number + 1], "stop")
+        assert answer.text == added_to(ids, expected[:number])
+        mixed = stream.ask("b", ids, end=True, stop=("</s> x",), max_tokens=2)
+    assert "INPLACE-VALUE_RANGE" in mixed.error
+    assert "special tokens add no text, so it would never match" in mixed.error
+
+
+def test_a_rendered_template_gets_no_second_beginning(served: Served) -> None:
+    ids = tiny_tokenizer().encode("Grant of Copyright").ids
+    with Stream(served) as stream:
+        for text, add, expected in (
+            ("<s>Grant of Copyright", True, ids),
+            ("Grant of Copyright", False, ids[1:]),
+        ):
+            answer = stream.ask(
+                "a", text, end=True, max_tokens=12, ignore_eos=True, add_special_tokens=add
+            )
+            assert answer.tokens == greedy(served.llama, expected, 12)
+
+
+def test_a_generation_goes_on_after_length_without_new_tokens(served: Served) -> None:
+    ids = prompt(8, 9)
+    with Stream(served) as stream:
+        first = stream.ask("a", ids, max_tokens=5, ignore_eos=True)
+        more = stream.ask("a", [], start=False, end=True, max_tokens=7, ignore_eos=True)
+    assert (first.reason, more.reason, more.error) == ("length", "length", "")
+    assert first.tokens + more.tokens == greedy(served.llama, ids, 12)
+
+
+def test_what_a_request_does_not_use_or_have_is_refused(served: Served) -> None:
+    with Stream(served) as stream:
+        stop = [ids_input([1]), bytes_input("stop", ["x"])]
+        assert (
+            "INPLACE-BAD_INPUT retryable=0 sequence=a request=-: the inputs ['stop'] are not used"
+            in stream.send(stop, ("next_token",), "a", True, True, {}).error
+        )
+        cases: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+            (("tokens", "logits"), {"max_tokens": 1}, "a generation has no outputs ['logits']"),
+            (("tokens",), {}, "a step has no outputs ['tokens']"),
+        ]
+        for names, parameters, message in cases:
+            error = stream.send([ids_input([1])], names, "a", True, True, parameters).error
+            assert error.startswith("INPLACE-BAD_OUTPUT retryable=0 sequence=a request=-: ")
+            assert message in error
+        answer = stream.send([ids_input([1])], ("logits",), "a", True, True, {})
+        assert np.argmax(answer.step) == greedy(served.llama, [1], 1)[0]
+        unknown = stream.ask("a", [1], end=True, max_tokens=1, max_new_tokens=3)
+        assert "'max_new_tokens' is unknown, did you mean 'max_tokens'?" in unknown.error
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

@@ -17,7 +17,12 @@ from tritonclient.grpc import model_config_pb2 as pb
 Change = Callable[[pb.ModelConfig], None]
 """Changes a configuration in place."""
 
-EXPLICIT = ("--model-control-mode=explicit", "--exit-timeout-secs=1")
+EXPLICIT = (
+    "--model-control-mode=explicit",
+    "--exit-timeout-secs=1",
+    "--grpc-header-forward-pattern=x-forwarded",
+    "--http-header-forward-pattern=x-forwarded",
+)
 
 
 def reconfigure(model: Path, change: Change | None = None, name: str = "") -> None:

@@ -165,7 +165,7 @@ class StreamClient:
         if isinstance(prompt, str):
             texts["text"] = (prompt.encode(),)
         else:
-            inputs["input_ids"] = torch.tensor([prompt])
+            inputs["input_ids"] = torch.tensor([prompt], dtype=torch.int64)
         parameters = {"max_tokens": max_tokens, **parameters}
         request = Request(sequence_id, start, end, inputs, "r", parameters)
         return self.send(request, texts, requested_outputs)
@@ -179,7 +179,7 @@ class StreamClient:
         end: bool = False,
         **parameters: bool | int | float | str,
     ) -> RecordingChannel:
-        inputs = {"input_ids": torch.tensor([ids])}
+        inputs = {"input_ids": torch.tensor([ids], dtype=torch.int64)}
         return self.send(Request(sequence_id, start, end, inputs, "r", parameters))
 
     def end(

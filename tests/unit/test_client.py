@@ -253,6 +253,87 @@ def test_a_parameter_of_another_type_is_a_type_error_before_anything_is_sent(giv
     assert not tracker.needs_end
 
 
+MODEL = ModelMetadata(
+    decoupled=True,
+    token_inputs=frozenset({"input_ids"}),
+    has_text=True,
+    step_outputs=("next_token",),
+)
+
+
+@pytest.mark.parametrize(
+    ("sequence_id", "key", "message"),
+    [
+        ("alice\0x", None, "the correlation id has a NUL byte"),
+        ("a", "k\0b", "the key has a NUL byte, at which Triton would cut it"),
+        ("", None, "the correlation id has 0 bytes; expected 1 to 128"),
+        ("é" * 65, None, "the correlation id has 130 bytes"),
+        (0, None, r"the correlation id is 0; expected an integer from 1 to 2\^63 - 1"),
+        (-5, None, "the correlation id is -5"),
+        (2**63, None, "the correlation id is 9223372036854775808"),
+    ],
+)
+def test_an_id_or_key_that_triton_would_change_is_refused(
+    sequence_id: int | str, key: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceTracker(sequence_id, key, replay=True)
+
+
+def test_a_request_id_with_a_nul_byte_is_refused() -> None:
+    request = SequenceRequest({"input_ids": np.array([1])}, request_id="r\0")
+    with pytest.raises(ValueError, match="the request id has a NUL byte"):
+        SequenceTracker("a", None, replay=True).infer_requests(request, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"temprature": 1}, "'temprature' is unknown, did you mean 'temperature'?"),
+        ({"min_p": 0.1}, "is not available in this version"),
+        ({"top_p": 2.0}, "parameter 'top_p' is '2.0'; expected a number above 0, at most 1"),
+        ({"ignore_eos": True}, "belongs to generations"),
+        ({"group": "a\0b"}, "without a NUL byte"),
+    ],
+)
+def test_a_parameter_that_the_server_would_refuse_is_not_sent(
+    parameters: dict[str, str | int | float], message: str
+) -> None:
+    request = SequenceRequest({"input_ids": np.array([1])}, parameters=parameters, request_id="r")
+    tracker = SequenceTracker(7, None, replay=True)
+    with pytest.raises(RefusedError) as refused:
+        tracker.infer_requests(request, MODEL)
+    assert (refused.value.code, refused.value.retryable) == ("BAD_PARAMETER", False)
+    assert (refused.value.sequence, refused.value.request) == (7, "r")
+    assert message in refused.value.reason
+    assert not tracker.needs_end
+
+
+@pytest.mark.parametrize("given", [[2, 13], (2, 13), np.array([2, 13]), "2,13"])
+def test_stop_token_ids_are_sent_as_a_text(given: object) -> None:
+    assert encode_parameters({"stop_token_ids": given}) == {"stop_token_ids": "2,13"}
+    assert encode_parameters({"stop_token_ids": []}) == {}
+
+
+def test_a_step_that_names_no_outputs_asks_for_all_but_the_logits() -> None:
+    def outputs(**parameters: bool) -> tuple[str, ...]:
+        request = SequenceRequest({"input_ids": np.array([1])}, parameters=parameters)
+        return SequenceTracker(7, None, replay=True).infer_requests(request, MODEL)[0].outputs
+
+    assert outputs() == ("next_token",)
+    assert outputs(logits=True) == ("next_token", "logits")
+
+
+def test_generations_carry_the_group_of_their_client() -> None:
+    tracker = SequenceTracker(7, None, replay=True, group="mine")
+    inputs = {"input_ids": np.array([1])}
+    step = SequenceRequest(inputs)
+    assert "group" not in tracker.infer_requests(step, MODEL)[0].parameters
+    for given, expected in (({}, "mine"), ({"group": "other"}, "other")):
+        request = SequenceRequest(inputs, parameters={"max_tokens": 3, **given})
+        assert tracker.infer_requests(request, MODEL)[0].parameters["group"] == expected
+
+
 def response(
     tokens: list[int], text: str | None = None, reason: str = ""
 ) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

@@ -44,12 +44,20 @@ def refusal(program: Program, inputs: Mapping[str, Tensor]) -> RequestError:
 
 
 def test_valid_inputs_lose_their_batch_axis_and_are_not_copied() -> None:
-    inputs, tokens = validate_inputs(PACKED, GOOD | {"unknown": torch.zeros(1)})
+    inputs, tokens = validate_inputs(PACKED, GOOD)
     assert tokens == 3
     assert set(inputs) == {"ids", "frames", "bias"}
     for name, tensor in inputs.items():
         assert torch.equal(tensor, GOOD[name][0])
         assert tensor.data_ptr() == GOOD[name].data_ptr()
+
+
+def test_an_unknown_input_is_refused_with_the_known_ones() -> None:
+    error = refusal(PACKED, GOOD | {"unknown": torch.zeros(1)})
+    assert error.code is Code.BAD_INPUT
+    assert str(error) == (
+        "the inputs ['unknown'] are not used by this request; it takes ['ids', 'frames', 'bias']"
+    )
 
 
 def test_a_rectangular_request_has_one_token() -> None:

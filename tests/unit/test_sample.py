@@ -14,8 +14,9 @@ from inplace.kernels.gumbel import (
     uniforms,
 )
 from inplace.operators import argmax, sample
+from inplace.parameters import Parameter
 from inplace.plugins import OPERATIONS, SampleOperation
-from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
+from inplace.runtime.sampling import GREEDY, SamplingParams
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
 from torch import Tensor

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from tritonclient.utils import InferenceServerException
@@ -19,6 +20,9 @@ from inplace.client.requests import (
     ModelMetadata,
     Segment,
     SequenceRequest,
+    check_no_nul,
+    check_parameters,
+    check_sequence_id,
     decode_text,
     decode_tokens,
     encode_parameters,
@@ -27,6 +31,7 @@ from inplace.client.requests import (
 from inplace.errors import Code
 from inplace.protocol import (
     FINISH_REASON,
+    GROUP,
     INPUT_IDS,
     MAX_TOKENS,
     POSITION,
@@ -56,6 +61,10 @@ class SequenceTracker:
         sequence_id: the correlation id; a random one if None.
         key: the key; a new random one for each sequence if None; none is sent if empty.
         replay: keep the history that a replay needs.
+        group: the parameter ``group`` of its generations; none if empty.
+
+    Raises:
+        ValueError: Triton would not take the id or the key as it is.
 
     Attributes:
         length: positions that the sequence has on the server, a token that is still to be fed
@@ -65,7 +74,13 @@ class SequenceTracker:
             Triton's own entry for a sequence whose START the backend refused.
     """
 
-    def __init__(self, sequence_id: int | str | None, key: str | None, replay: bool) -> None:
+    def __init__(
+        self, sequence_id: int | str | None, key: str | None, replay: bool, group: str = ""
+    ) -> None:
+        if sequence_id is not None:
+            check_sequence_id(sequence_id)
+        check_no_nul("the key", key or "")
+        self._group = group
         self.sequence_id: int | str = (
             sequence_id if sequence_id is not None else secrets.randbits(63) or 1
         )
@@ -246,17 +261,19 @@ class SequenceTracker:
         own: dict[str, str | int] = {SEQUENCE_KEY: self.key} if self.key else {}
         if position is not None:
             own[POSITION] = position
-        return InferRequest(
+        if self._group and MAX_TOKENS in request.parameters:
+            own[GROUP] = self._group
+        made = InferRequest(
             sequence_id=self.sequence_id,
             start=start,
             end=request.end,
             inputs=request.inputs,
             parameters=own | encode_parameters(request.parameters),
-            outputs=tuple(
-                name for name in request.outputs if name != TEXT_OUTPUT or model.has_text
-            ),
+            outputs=request.output_names(model),
             request_id=request.request_id or secrets.token_hex(4),
         )
+        check_parameters(made)
+        return made
 
 
 def _with_history(history: Sequence[Segment], request: SequenceRequest) -> list[SequenceRequest]:
@@ -331,7 +348,7 @@ class GenerationProgress:
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason = ""
-        self._max_tokens = int(request.parameters[MAX_TOKENS])
+        self._max_tokens = int(cast(int, request.parameters[MAX_TOKENS]))
         # of the request in flight: how many of `tokens` are in its prompt, and how many it has
         # returned
         self._num_prompted = self._num_returned = 0

@@ -10,13 +10,31 @@ from numpy.typing import NDArray
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from inplace.protocol import FINISH_REASON, INPUT_IDS, MAX_TOKENS, STOP, TEXT, TEXT_OUTPUT, TOKENS
+from inplace.client.errors import parse_error
+from inplace.errors import RequestError
+from inplace.parameters import BY_NAME, Parameter, RequestKind, parse_parameters
+from inplace.protocol import (
+    FETCH,
+    FINISH_REASON,
+    INPUT_IDS,
+    LOGITS,
+    MAX_TOKENS,
+    STOP,
+    STOP_TOKEN_IDS,
+    TEXT,
+    TEXT_OUTPUT,
+    TOKENS,
+)
 
 Array = NDArray[np.generic]
 
 
-Parameter = str | int | float | bool
-"""A custom parameter. A float is sent as text, since Triton's gRPC endpoint takes none."""
+ParameterArgument = Parameter | Sequence[int]
+"""A parameter as callers give it; token ids may be a sequence of integers."""
+
+
+MAX_SEQUENCE_ID_BYTES = 128
+"""Bytes of a correlation id that is a text, in UTF-8; Triton refuses more."""
 
 
 ROUTING_HEADER = "inplace-sequence"
@@ -33,7 +51,12 @@ class GenerationOptions(TypedDict, total=False):
         top_p: of those, keep only the most likely ones that together reach this probability.
         seed: of the random numbers.
         ignore_eos: continue after an end token.
+        stop_token_ids: tokens that end the generation, also with ``ignore_eos``.
         stream_interval: minimum number of tokens of a response.
+        add_special_tokens: put the tokenizer's special tokens around a text; where it begins a
+            sequence, if absent.
+        group: generations of one group share one place in the order in which slots are given; those
+            of one client, if absent.
     """
 
     temperature: float
@@ -41,7 +64,10 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float
     seed: int
     ignore_eos: bool
+    stop_token_ids: Sequence[int]
     stream_interval: int
+    add_special_tokens: bool
+    group: str
 
 
 @dataclass(frozen=True)
@@ -53,11 +79,13 @@ class ModelMetadata:
         token_inputs: inputs whose first axis (without the batch axis) counts tokens. A request
             without any of them counts as one position.
         has_text: its generations return text beside tokens.
+        step_outputs: the outputs of a step that names none: all that need no asking.
     """
 
     decoupled: bool
     token_inputs: frozenset[str]
     has_text: bool
+    step_outputs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> "ModelMetadata":
@@ -70,6 +98,11 @@ class ModelMetadata:
                 if tensor.allow_ragged_batch or tensor.name == INPUT_IDS
             ),
             has_text=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
+            step_outputs=tuple(
+                tensor.name
+                for tensor in config.output
+                if tensor.name not in (TOKENS, TEXT_OUTPUT, FINISH_REASON, LOGITS)
+            ),
         )
 
     def num_positions(self, inputs: Mapping[str, Array]) -> int:
@@ -91,15 +124,28 @@ class SequenceRequest:
         inputs: by name, without a batch axis.
         end: the sequence ends with it.
         parameters: custom parameters.
-        outputs: names of the requested outputs; all if empty.
+        outputs: names of the requested outputs; all if empty, ``logits`` only with the parameter.
         request_id: a random one if empty.
     """
 
     inputs: Mapping[str, Array]
     end: bool = False
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterArgument] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     request_id: str = ""
+
+    def output_names(self, model: ModelMetadata) -> tuple[str, ...]:
+        """The outputs to ask the server for."""
+        if self.outputs or {MAX_TOKENS, FETCH} & self.parameters.keys():
+            return tuple(name for name in self.outputs if name != TEXT_OUTPUT or model.has_text)
+        return model.step_outputs + ((LOGITS,) if self._asks_for_logits else ())
+
+    @property
+    def _asks_for_logits(self) -> bool:
+        try:
+            return bool(BY_NAME[LOGITS].parse(self.parameters.get(LOGITS, False)))
+        except RequestError:  # the request will not be sent
+            return False
 
     @property
     def segment(self) -> Segment | None:
@@ -150,8 +196,8 @@ def generation_request(
         inputs[INPUT_IDS] = np.asarray(prompt, dtype=np.int64)
     if stop:
         inputs[STOP] = np.array([one.encode() for one in stop], dtype=np.object_)
-    parameters: dict[str, Parameter] = {MAX_TOKENS: max_tokens}
-    parameters.update(cast(Mapping[str, Parameter], options))
+    parameters: dict[str, ParameterArgument] = {MAX_TOKENS: max_tokens}
+    parameters.update(cast(Mapping[str, ParameterArgument], options))
     outputs = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if text else (TOKENS, FINISH_REASON)
     return SequenceRequest(inputs, end, parameters, outputs, request_id)
 
@@ -168,6 +214,9 @@ class InferRequest:
         parameters: custom parameters, from `encode_parameters`.
         outputs: names of the requested outputs; all if empty.
         request_id: the request id.
+
+    Raises:
+        ValueError: the request id has a NUL byte.
     """
 
     sequence_id: int | str
@@ -177,6 +226,9 @@ class InferRequest:
     parameters: Mapping[str, str | int | bool]
     outputs: tuple[str, ...] = ()
     request_id: str = ""
+
+    def __post_init__(self) -> None:
+        check_no_nul("the request id", self.request_id)
 
     @property
     def generates(self) -> bool:
@@ -208,10 +260,12 @@ class InferRequest:
 
 
 def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int | bool]:
-    """Custom parameters as gRPC takes them: floats, and integers of more than 64 bits, become text.
+    """Parameters as gRPC carries them.
+
+    Floats, integers of more than 64 bits and sequences of integers become texts.
 
     Raises:
-        TypeError: a value is neither a string, a number nor a boolean.
+        TypeError: a value is neither a string, a number, a boolean nor a sequence of integers.
     """
     encoded: dict[str, str | int | bool] = {}
     for name, given in parameters.items():
@@ -222,11 +276,65 @@ def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int |
             encoded[name] = repr(value)
         elif isinstance(value, str | int):
             encoded[name] = value
+        elif name == STOP_TOKEN_IDS and isinstance(value, Sequence | np.ndarray):
+            encoded[name] = ",".join(str(int(token)) for token in value)
         else:
             raise TypeError(
                 f"parameter {name!r} is {given!r}; expected a string, a number or a boolean"
             )
-    return encoded
+    return {name: value for name, value in encoded.items() if name != STOP_TOKEN_IDS or value != ""}
+
+
+def check_parameters(request: InferRequest) -> None:
+    """Check the parameters of a request before it is sent, as the backend does.
+
+    Raises:
+        RefusedError: BAD_PARAMETER, with the text that the backend would answer.
+    """
+    kind = RequestKind.GENERATION if request.generates else RequestKind.STEP
+    if FETCH in request.parameters and not request.generates:
+        kind = RequestKind.FETCH
+    try:
+        parse_parameters(request.parameters, kind)
+    except RequestError as error:
+        text = error.wire(request.sequence_id, request.request_id)
+        raise parse_error(
+            InferenceServerException(text, "StatusCode.INVALID_ARGUMENT"),
+            request.sequence_id,
+            request.request_id,
+        ) from None
+
+
+def check_no_nul(name: str, text: str) -> None:
+    """Refuse a text with a NUL byte: Triton would cut it there.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if "\0" in text:
+        raise ValueError(
+            f"{name} has a NUL byte, at which Triton would cut it: use hexadecimal digits for bytes"
+        )
+
+
+def check_sequence_id(sequence_id: int | str) -> None:
+    """Refuse a correlation id that Triton would refuse, cut or change.
+
+    Raises:
+        ValueError: it is 0, empty, too large or too long, or has a NUL byte.
+    """
+    if isinstance(sequence_id, str):
+        check_no_nul("the correlation id", sequence_id)
+        num_bytes = len(sequence_id.encode(errors="surrogatepass"))
+        if not 1 <= num_bytes <= MAX_SEQUENCE_ID_BYTES:
+            raise ValueError(
+                f"the correlation id has {num_bytes} bytes; expected 1 to {MAX_SEQUENCE_ID_BYTES}"
+            )
+    elif not 1 <= sequence_id < 1 << 63:
+        raise ValueError(
+            f"the correlation id is {sequence_id}; expected an integer from 1 to 2^63 - 1, or a"
+            " text"
+        )
 
 
 def decode_outputs(result: InferResult) -> dict[str, Array]:

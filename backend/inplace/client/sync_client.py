@@ -3,6 +3,7 @@
 Written from async_client.py by tools/unasync.py: edit that file, then run `make sync-client`.
 """
 
+import secrets
 from collections import abc
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -26,7 +27,7 @@ from inplace.client.requests import (
     GenerationOptions,
     InferRequest,
     ModelMetadata,
-    Parameter,
+    ParameterArgument,
     Segment,
     SequenceRequest,
     decode_outputs,
@@ -46,7 +47,9 @@ SERVER_FULL = (Code.NO_FREE_SLOT, Code.QUEUE_FULL)
 class Client:
     """Servers that serve the same models. Thread-safe.
 
-    New sequences are distributed round-robin, and move to another server where theirs is lost.
+    New sequences are distributed round-robin, and move to another server where theirs is lost. The
+    generations of one client are one ``group``: where they wait for slots, other clients wait no
+    longer because of them.
 
     Args:
         servers: ``host:port`` of a gRPC endpoint, or several.
@@ -69,6 +72,7 @@ class Client:
         self._servers = ServerList([servers] if isinstance(servers, str) else list(servers))
         self._connections = Connections(connect)
         self._models: dict[str, ModelMetadata] = {}
+        self._group = secrets.token_hex(8)
 
     @classmethod
     def _borrow(cls, connection: InferenceServerClient) -> "Client":
@@ -130,11 +134,15 @@ class Sequence:
     Args:
         client: the servers; or a connection of your own, over which nothing is sent again.
         model: name of the model.
-        id: the correlation id, an integer above 0 or a string; a random one if None.
+        id: the correlation id, an integer from 1 to 2^63 - 1 or a string of at most 128 bytes
+            without NUL; a random one if None.
         timeout: seconds to wait for one answer, or for the next response of a generation.
-        key: the ``sequence_key``; a random one for each sequence if None. If it is empty there is
-            none, and any client that knows the id can write to the sequence.
+        key: the ``sequence_key``, without NUL bytes; a random one for each sequence if None. If it
+            is empty there is none, and any client that knows the id can write to the sequence.
         replay: keep what was sent, to send it again after a loss.
+
+    Raises:
+        ValueError: Triton would not take the id or the key as it is.
     """
 
     def __init__(
@@ -149,7 +157,7 @@ class Sequence:
     ) -> None:
         self.model, self.timeout = model, timeout
         self._client = client if isinstance(client, Client) else Client._borrow(client)
-        self._tracker = SequenceTracker(id, key, replay)
+        self._tracker = SequenceTracker(id, key, replay, self._client._group)
         self._server = self._client._servers.choose()
         self._stream: Stream | None = None
         self._generation: Generation | None = None  # the one that was iterated last
@@ -182,7 +190,7 @@ class Sequence:
         inputs: abc.Mapping[str, Array],
         *,
         end: bool = False,
-        parameters: abc.Mapping[str, Parameter] | None = None,
+        parameters: abc.Mapping[str, ParameterArgument] | None = None,
         outputs: tuple[str, ...] = (),
         request_id: str = "",
     ) -> dict[str, Array]:
@@ -191,8 +199,8 @@ class Sequence:
         Args:
             inputs: by name, without a batch axis.
             end: this is the sequence's last step.
-            parameters: custom parameters, for example ``{"logits": True}``.
-            outputs: names of the requested outputs; all if empty.
+            parameters: request parameters, for example ``{"temperature": 0.8}``.
+            outputs: names of the requested outputs; all but ``logits`` if empty.
             request_id: for error texts and logs; a random one if empty.
 
         Raises:
@@ -209,7 +217,7 @@ class Sequence:
         ids: Array | abc.Sequence[int],
         *,
         end: bool = False,
-        parameters: abc.Mapping[str, Parameter] | None = None,
+        parameters: abc.Mapping[str, ParameterArgument] | None = None,
     ) -> int:
         """Send token ids to a decoder and return the next token; otherwise as `step`."""
         inputs = {INPUT_IDS: np.asarray(ids, dtype=np.int64)}
@@ -231,9 +239,10 @@ class Sequence:
         """Let a model that is served as a stream continue the sequence; iterate over the result.
 
         Args:
-            prompt: what is new: token ids, or a text.
+            prompt: what is new: token ids, or a text. No token ids continue a sequence from the
+                last token of its last generation.
             max_tokens: maximum number of tokens to generate.
-            stop: texts that end the generation.
+            stop: texts that end the generation; special tokens too.
             text: request text beside tokens; a model without a tokenizer has none.
             end: free the slot when the generation finishes.
             timeout: seconds without a response after which the server counts as lost; the

@@ -3,20 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from inplace.drivers.detokenizer import Detokenizer, StopMatcher
 from inplace.errors import Code, RequestError
-from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STREAM_INTERVAL
+from inplace.parameters import BY_NAME, MAX_COUNT
+from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STOP_TOKEN_IDS, STREAM_INTERVAL
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import Parameter, parse_integer
 
 MAX_STOP_TEXTS, MAX_STOP_LENGTH = 16, 256
 """Stop texts of a request, and characters of each."""
-
-
-UNLIMITED = 2**31 - 1
-"""Tokens; the largest value of the parameters that count tokens."""
 
 
 class FinishReason(StrEnum):
@@ -39,39 +35,62 @@ class GenerationLimits:
         ignore_eos: continue after an end token.
         stream_interval: fewest tokens of a response, except the last.
         stop: texts that end the generation.
+        stop_token_ids: tokens that end the generation, also with ``ignore_eos``.
     """
 
     max_tokens: int
     ignore_eos: bool = False
     stream_interval: int = 1
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def parse(cls, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Self:
+    def parse(
+        cls,
+        request: Request,
+        texts: Mapping[str, tuple[bytes, ...]],
+        special_tokens: Mapping[str, int],
+    ) -> Self:
         """Read them from a request.
 
         Args:
             request: its parameters are read.
             texts: its inputs of BYTES by name.
+            special_tokens: ids of the tokenizer's special tokens by their text. A stop text that is
+                one becomes a stop token: special tokens add no text that could match.
 
         Raises:
             RequestError: BAD_PARAMETER, BAD_SHAPE or VALUE_RANGE.
         """
-        if request.flag("logits"):
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                "parameter 'logits' belongs to steps; a generation returns tokens: leave it out",
-            )
+        names = (MAX_TOKENS, IGNORE_EOS, STOP_TOKEN_IDS, STREAM_INTERVAL)
+        values: dict[str, Any] = {
+            name: BY_NAME[name].parse(request.parameters[name])
+            for name in names
+            if name in request.parameters
+        }
+        stop = _parse_stop(texts.get(STOP, ()))
+        for text in stop:
+            _check_stop_text(text, special_tokens)
+        ids = {special_tokens[text] for text in stop if text in special_tokens}
         return cls(
-            max_tokens=_parse_count(request.parameters, MAX_TOKENS),
-            ignore_eos=request.flag(IGNORE_EOS),
-            stream_interval=_parse_count(request.parameters, STREAM_INTERVAL),
-            stop=_parse_stop(texts.get(STOP, ())),
+            max_tokens=values[MAX_TOKENS],
+            ignore_eos=values.get(IGNORE_EOS, False),
+            stream_interval=values.get(STREAM_INTERVAL, 1),
+            stop=tuple(text for text in stop if text not in special_tokens),
+            stop_token_ids=frozenset(ids.union(values.get(STOP_TOKEN_IDS, ()))),
         )
 
 
-def _parse_count(parameters: Mapping[str, Parameter], name: str) -> int:
-    return parse_integer(parameters, name, 1, UNLIMITED, "a whole number of at least 1", default=1)
+def _check_stop_text(text: str, special_tokens: Mapping[str, int]) -> None:
+    """Refuse a text that has a special token and something else: it would never match."""
+    if text in special_tokens:
+        return
+    if inside := next((token for token in special_tokens if token in text), None):
+        raise RequestError(
+            Code.VALUE_RANGE,
+            f"input {STOP!r} holds {text!r}, which has the special token {inside!r} beside other"
+            f" text: special tokens add no text, so it would never match; send {inside!r} alone",
+        )
 
 
 def _parse_stop(encoded: tuple[bytes, ...]) -> tuple[str, ...]:
@@ -138,19 +157,21 @@ class GenerationState:
         self._eos_token_ids: frozenset[int] = frozenset() if limits.ignore_eos else eos_token_ids
         self._stop_detokenizer = stop_detokenizer
         self._stop_matcher = StopMatcher(limits.stop)
-        self._max_new_tokens = UNLIMITED
+        self._max_new_tokens = MAX_COUNT
         self.num_tokens = 0
         self.last_token: int | None = None
 
     def set_room(self, room: int | None) -> None:
         """Set how many positions the sequence has left after the prompt; None if unlimited."""
-        self._max_new_tokens = UNLIMITED if room is None else room
+        self._max_new_tokens = MAX_COUNT if room is None else room
 
     @property
     def expects_two_more(self) -> bool:
-        """Whether two more tokens follow, unless the next is an end token or completes a stop text.
+        """Whether two more tokens follow, unless the next one ends the generation by what it is.
 
-        If so, the step after the next one can be launched before the next token is known.
+        It does if it is an end or stop token, or completes a stop text.
+
+        If two follow, the step after the next one can be launched before the next token is known.
         """
         return self.num_tokens + 1 < min(self.limits.max_tokens, self._max_new_tokens)
 
@@ -164,15 +185,18 @@ class GenerationState:
         self.num_tokens += 1
         self.last_token = token
         reason = None
-        if token in self._eos_token_ids:
+        if token in self.limits.stop_token_ids:
+            reason = FinishReason.STOP
+        elif token in self._eos_token_ids:
             reason = FinishReason.EOS
         elif self.num_tokens == self.limits.max_tokens:
             reason = FinishReason.LENGTH
         elif self.num_tokens == self._max_new_tokens:
             reason = FinishReason.CAPACITY
+        adds_no_text = reason in (FinishReason.STOP, FinishReason.EOS)
         if self._stop_detokenizer is None:
-            return "" if reason is FinishReason.EOS else None, reason
-        piece = "" if reason is FinishReason.EOS else self._stop_detokenizer.append([token])
+            return "" if adds_no_text else None, reason
+        piece = "" if adds_no_text else self._stop_detokenizer.append([token])
         text = self._stop_matcher.append(piece)
         if self._stop_matcher.matched:
             return text, FinishReason.STOP

@@ -3,7 +3,7 @@
 Runs on the server's threads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,18 @@ from inplace.drivers.generation import GenerationLimits, GenerationState, decode
 from inplace.drivers.reply import BufferedReply, Channel, Reply
 from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import Code, RequestError
-from inplace.protocol import FETCH, MAX_TOKENS, TEXT, TEXT_OUTPUT
+from inplace.parameters import BY_NAME, RequestKind, parse_parameters
+from inplace.protocol import (
+    ADD_SPECIAL_TOKENS,
+    FETCH,
+    FINISH_REASON,
+    MAX_TOKENS,
+    STOP,
+    STOP_TOKEN_IDS,
+    TEXT,
+    TEXT_OUTPUT,
+    TOKENS,
+)
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
 
@@ -47,6 +58,14 @@ class RequestParser:
     def __init__(self, instance: ModelInstance, tokenizer_config: TokenizerConfig) -> None:
         self._instance, self._tokenizer_config = instance, tokenizer_config
         self._decoder_io = instance.program.decoder_io
+        self._special_tokens: dict[str, int] = {}
+        self._first_tokens: list[int] = []
+        self._step_outputs = frozenset(spec.name for spec in instance.program.outputs)
+        self._generation_outputs = frozenset({TOKENS, FINISH_REASON})
+        if (tokenizer := tokenizer_config.tokenizer) is not None:
+            self._special_tokens = special_tokens(tokenizer)
+            self._first_tokens = first_tokens(tokenizer)
+            self._generation_outputs |= {TEXT_OUTPUT}
 
     def parse(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel
@@ -66,42 +85,106 @@ class RequestParser:
         """
         key_digest = request.key_digest()
         unvalidated = ValidatedRequest(request, key_digest)
-        generates = MAX_TOKENS in request.parameters
-        empty = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
-        if request.end and not request.start and not generates and empty:
-            return StreamRequest(unvalidated, Reply(channel))
         try:
-            if not generates and request.flag(FETCH):
-                _check_fetch(request)
+            if request.refusal is not None:
+                raise request.refusal
+            kind = self._kind(request, texts)
+            parse_parameters(request.parameters, kind, self._instance.is_forwarded)
+            if kind is RequestKind.END:
+                return StreamRequest(unvalidated, Reply(channel))
+            self._check_outputs(kind, channel.requested_outputs)
+            if kind is RequestKind.FETCH:
+                _check_fetch(request, texts)
                 return StreamRequest(unvalidated, Reply(channel), is_fetch=True)
-            if generates:
-                self._check_can_generate()
+            generates = kind is RequestKind.GENERATION
+            self._check_texts(request, texts, generates=generates)
             request = self._tokenize_text(request, texts)
             limits = self._parse_limits(request, texts) if generates else None
         except RequestError as error:
             return StreamRequest(replace(unvalidated, refusal=error), Reply(channel))
-        validated = self._instance.validate(request)
+        # A generation without START may continue from the last generated token alone.
+        continues = generates and (not request.start or request.continues_sequence)
+        validated = self._instance.validate(
+            replace(request, requested_outputs=channel.requested_outputs), allow_empty=continues
+        )
         if limits is None or validated.refusal is not None:
             return StreamRequest(validated, Reply(channel))
         return self._make_generation(validated, limits, channel)
 
-    def _check_can_generate(self) -> None:
-        if self._decoder_io is None:
+    def _kind(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> RequestKind:
+        if request.kind is RequestKind.GENERATION:
+            if self._decoder_io is None:
+                raise RequestError(
+                    Code.BAD_PARAMETER,
+                    "this model is not a language model and cannot generate: leave"
+                    f" {MAX_TOKENS!r} out",
+                )
+            return RequestKind.GENERATION
+        empty = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
+        if request.end and not request.start and empty:
+            return RequestKind.END
+        return RequestKind.FETCH if request.flag(FETCH) else RequestKind.STEP
+
+    def _check_outputs(self, kind: RequestKind, requested: frozenset[str]) -> None:
+        """Refuse a request that names an output which a request of its kind does not have.
+
+        Triton passes on a request that names no outputs as if it named all of the model's.
+
+        Raises:
+            RequestError: BAD_OUTPUT.
+        """
+        if self._decoder_io is None or requested >= self._step_outputs | self._generation_outputs:
+            return
+        expected = self._step_outputs if kind is RequestKind.STEP else self._generation_outputs
+        if unavailable := sorted(requested - expected):
+            name, other = (
+                ("step", f"with {MAX_TOKENS!r} it would be a generation")
+                if kind is RequestKind.STEP
+                else ("generation", f"without {MAX_TOKENS!r} it would be a step")
+            )
+            raise RequestError(
+                Code.BAD_OUTPUT,
+                f"a {name} has no outputs {unavailable}; it has {sorted(expected)} ({other})",
+            )
+
+    def _check_texts(
+        self, request: Request, texts: Mapping[str, tuple[bytes, ...]], *, generates: bool
+    ) -> None:
+        """Refuse inputs of BYTES that the request does not use.
+
+        Raises:
+            RequestError: BAD_INPUT.
+        """
+        used = () if self._decoder_io is None else (TEXT, STOP) if generates else (TEXT,)
+        if unused := sorted(texts.keys() - set(used)):
+            expected = [*(spec.name for spec in self._instance.program.client_inputs), *used]
+            raise RequestError(
+                Code.BAD_INPUT,
+                f"the inputs {unused} are not used by this request; it takes {expected}"
+                + ("" if generates else f" (with {MAX_TOKENS!r} it would be a generation)"),
+            )
+        if TEXT not in texts and request.flag(ADD_SPECIAL_TOKENS):
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"this model is not a language model and cannot generate: leave {MAX_TOKENS!r} out",
+                f"parameter {ADD_SPECIAL_TOKENS!r} is for requests with the input {TEXT!r}: put the"
+                f" special tokens into 'input_ids', or leave it out",
             )
 
     def _parse_limits(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]]
     ) -> GenerationLimits:
-        limits = GenerationLimits.parse(request, texts)
+        limits = GenerationLimits.parse(request, texts, self._special_tokens)
         if limits.stop and self._tokenizer_config.tokenizer is None:
             raise RequestError(
                 Code.BAD_PARAMETER,
                 "this model was built without a tokenizer and cannot find stop texts: leave 'stop'"
                 " out",
             )
+        vocab_size = self._instance.program.vocab_size
+        ids = limits.stop_token_ids - set(self._special_tokens.values())
+        if vocab_size and any(token >= vocab_size for token in ids):
+            given = request.parameters[STOP_TOKEN_IDS]
+            raise BY_NAME[STOP_TOKEN_IDS].refusal(given, f"token ids below {vocab_size}")
         return limits
 
     def _make_generation(
@@ -136,13 +219,15 @@ class RequestParser:
             )
         # A START with a position continues a live sequence or is refused: its text begins nothing.
         begins = request.start and not request.continues_sequence
+        asked = ADD_SPECIAL_TOKENS in request.parameters
         ids = tokenize(
             self._tokenizer_config.tokenizer,
             texts[TEXT],
             self._instance.manifest.capacity,
-            add_special_tokens=begins,
+            add_special_tokens=request.flag(ADD_SPECIAL_TOKENS) if asked else begins,
+            first_tokens=self._first_tokens,
         )
-        return replace(request, inputs={ids_name: ids})
+        return replace(request, inputs=dict(request.inputs) | {ids_name: ids})
 
 
 def tokenize(
@@ -151,6 +236,7 @@ def tokenize(
     capacity: int | None,
     *,
     add_special_tokens: bool,
+    first_tokens: Sequence[int] = (),
 ) -> Tensor:
     """The token ids of a request's text, ``[1, tokens]``, int64.
 
@@ -158,7 +244,8 @@ def tokenize(
         tokenizer: of the model.
         encoded: the elements of the request's text input.
         capacity: positions of a sequence; None if unlimited.
-        add_special_tokens: add the tokens that begin a text.
+        add_special_tokens: add the tokens that begin a text, unless it begins with them already.
+        first_tokens: these tokens, see `first_tokens`.
 
     Raises:
         RequestError: BAD_SHAPE, VALUE_RANGE, CAPACITY or EMPTY_INPUT; BAD_PARAMETER without a
@@ -178,15 +265,45 @@ def tokenize(
             f" {capacity} positions",
         )
     ids = tokenizer.encode(decode_utf8(TEXT, text), add_special_tokens=add_special_tokens).ids
+    first = list(first_tokens)
+    if add_special_tokens and first and ids[: 2 * len(first)] == first + first:
+        ids = ids[len(first) :]  # a rendered chat template begins with them
     if not ids:
         raise RequestError(Code.EMPTY_INPUT, f"input {TEXT!r} has no tokens; send at least 1")
     return torch.tensor([ids])
 
 
-def _check_fetch(request: Request) -> None:
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens by their text. Decoding leaves them out."""
+    return {
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
+
+
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text; for most, one beginning-of-text token."""
+    for probe in ("a", "0", " a", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
+        plain = tokenizer.encode(probe, add_special_tokens=False).ids
+        whole = tokenizer.encode(probe, add_special_tokens=True).ids
+        for place in range(len(whole) - len(plain) + 1):
+            if plain and whole[place : place + len(plain)] == plain:
+                return list(whole[:place])
+    return []
+
+
+def _check_fetch(request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> None:
     if request.start or request.end:
         raise RequestError(
             Code.BAD_PARAMETER,
             f"{FETCH!r} without {MAX_TOKENS!r} fetches tokens of a running generation: send neither"
             f" START nor END",
+        )
+    filled = [name for name, tensor in request.inputs.items() if tensor.numel()]
+    if unused := sorted([*texts, *filled]):
+        raise RequestError(
+            Code.BAD_INPUT,
+            f"the inputs {unused} are not used by this request, which fetches tokens: send an empty"
+            f" 'input_ids'",
         )

@@ -51,7 +51,11 @@ class StreamRequest:
     @property
     def only_ends(self) -> bool:
         """Whether it is an END without anything to compute."""
-        return self.validated.num_tokens == 0 and self.validated.refusal is None
+        return (
+            self.validated.num_tokens == 0
+            and self.validated.refusal is None
+            and self.generation is None
+        )
 
 
 class SequenceQueues:

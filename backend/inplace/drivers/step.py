@@ -90,11 +90,9 @@ class StepDriver:
         return later
 
     def _admit(self, request: Request) -> ActiveRequest:
-        validated = self.instance.validate(request)
-        if MAX_TOKENS in request.parameters and validated.refusal is None:
-            refusal = RequestError(Code.BAD_PARAMETER, NO_GENERATIONS)
-            validated = replace(validated, refusal=refusal)
-        return self.instance.admit_validated(validated)
+        if MAX_TOKENS in request.parameters:
+            request = replace(request, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATIONS))
+        return self.instance.admit(request)
 
     def _will_free_slot(self, waiting: list[tuple[int, Request]]) -> bool:
         """Whether one of these requests is the END of a live sequence."""

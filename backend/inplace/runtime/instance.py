@@ -13,6 +13,8 @@ from torch import Tensor
 from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
+from inplace.parameters import forwards_nothing, parse_parameters
+from inplace.protocol import LOGITS
 from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
@@ -64,6 +66,8 @@ class ModelInstance:
         table: the live sequences.
         gil_released: entered by the engine while it waits for the device, so that other threads
             can run Python meanwhile.
+        is_forwarded: whether a parameter is a header that the server forwards, so that its name
+            need not be known.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class ModelInstance:
         self.observer = Observer(arena.slots, arena.bytes)
         self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
         self.gil_released: AbstractContextManager[object] = NO_OTHER_THREADS
+        self.is_forwarded: Callable[[str], bool] = forwards_nothing
         outputs = self.program.outputs
         self._default_outputs = frozenset(spec.name for spec in outputs if not spec.on_request)
         self._optional_outputs = frozenset(spec.name for spec in outputs if spec.on_request)
@@ -121,8 +126,12 @@ class ModelInstance:
         """Admit a request: `validate` and `admit_validated`."""
         return self.admit_validated(self.validate(request))
 
-    def validate(self, request: Request) -> ValidatedRequest:
+    def validate(self, request: Request, *, allow_empty: bool = False) -> ValidatedRequest:
         """Check everything about a request that does not depend on its sequence. Thread-safe.
+
+        Args:
+            request: a step, or a generation whose text has been tokenized.
+            allow_empty: whether its input may have no tokens, see `validate_inputs`.
 
         Raises:
             RequestError: its ``sequence_key`` is invalid. Other errors are the ``refusal`` of what
@@ -131,16 +140,19 @@ class ModelInstance:
         names = request.parameters.keys()
         key_digest = request.key_digest() if names else None
         try:
+            if request.refusal is not None:
+                raise request.refusal
             _check_sequence_id(request)
-            inputs, num_tokens = validate_inputs(self.program, request.inputs)
+            if names:
+                parse_parameters(request.parameters, request.kind, self.is_forwarded)
+            inputs, num_tokens = validate_inputs(
+                self.program, request.inputs, allow_empty=allow_empty
+            )
             validated = ValidatedRequest(
-                request, key_digest, inputs, num_tokens, requested_outputs=self._default_outputs
+                request, key_digest, inputs, num_tokens, requested_outputs=self._outputs(request)
             )
             if not names:
                 return validated
-            validated.requested_outputs |= {
-                name for name in self._optional_outputs & names if request.flag(name)
-            }
             sampling_params = request.sampling_params(self.program)
             if sampling_params.temperature > 0:  # else GREEDY itself: its batches form faster
                 validated.sampling_params = sampling_params
@@ -148,6 +160,31 @@ class ModelInstance:
         except RequestError as error:
             return ValidatedRequest(request, key_digest, refusal=error)
         return validated
+
+    def _outputs(self, request: Request) -> frozenset[str]:
+        """The outputs of a step: those that need no asking, and those that are asked for.
+
+        An output is asked for by name or by a parameter of its name. The parameter decides where
+        both are there, so that a client which names all outputs can leave one out.
+
+        Raises:
+            RequestError: BAD_PARAMETER, the parameter asks for an output that the model lacks.
+        """
+        requested, parameters = request.requested_outputs, request.parameters
+        if requested is None and LOGITS not in parameters:
+            return self._default_outputs
+        asked = {
+            name
+            for name in self._optional_outputs
+            if (request.flag(name) if name in parameters else name in (requested or ()))
+        }
+        if LOGITS not in self._optional_outputs and request.flag(LOGITS):
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {LOGITS!r} asks for an output that this model does not have; it has"
+                f" {sorted(self._default_outputs)}",
+            )
+        return self._default_outputs | asked
 
     def admit_validated(self, validated: ValidatedRequest) -> ActiveRequest:
         """Give a request its sequence; after this, only the engine can make it fail.
@@ -165,6 +202,12 @@ class ModelInstance:
             if validated.refusal is not None:
                 raise validated.refusal
             sequence = None if request.start else self.table.find(request.sequence_id)
+            if validated.num_tokens == 0 and (sequence is None or sequence.pending_token is None):
+                raise RequestError(
+                    Code.EMPTY_INPUT,
+                    "the input has no tokens, and the sequence has no generated token that could be"
+                    " continued from; send at least 1 token",
+                )
             self._check_fits(validated, sequence.position if sequence is not None else 0)
             if sequence is None:
                 sequence = self.table.start(request.sequence_id, validated.key_digest)
@@ -219,7 +262,10 @@ class ModelInstance:
         live = self.table.get(request.sequence_id)
         if live is None:
             return request
-        live.check_key(validated.key_digest, start=request.start)
+        try:
+            live.check_key(validated.key_digest, start=request.start)
+        except RequestError as error:
+            raise (request.refusal or error) from None  # a key that could not be read is not wrong
         if request.start and live.key_digest is not None and request.continues_sequence:
             return replace(request, start=False)
         if request.start:

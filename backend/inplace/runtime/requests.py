@@ -2,23 +2,18 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from time import monotonic
 
 from torch import Tensor
 
 from inplace.errors import Code, RequestError
-from inplace.protocol import POSITION, SEQUENCE_KEY
-from inplace.runtime.sampling import GREEDY, Parameter, SamplingParams
+from inplace.parameters import BY_NAME, SAMPLING_PARAMETERS, Parameter, RequestKind
+from inplace.protocol import GROUP, MAX_TOKENS, POSITION, SEQUENCE_KEY
+from inplace.runtime.sampling import GREEDY, SamplingParams
 from inplace.runtime.slots import SequenceId
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
-
-SAMPLING_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
-
-
-MAX_KEY_LENGTH = 256
-"""Characters of a ``sequence_key``."""
 
 
 @dataclass(slots=True)
@@ -32,6 +27,9 @@ class Request:
         request_id: the client's request id, for errors and logs.
         parameters: the request's parameters.
         arrival_time: when it arrived at the backend, in monotonic seconds.
+        requested_outputs: the names of the outputs that the client asked for; None for those that
+            need no asking.
+        refusal: why the request could not be read; its START and END take effect all the same.
     """
 
     sequence_id: SequenceId
@@ -41,6 +39,13 @@ class Request:
     request_id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     arrival_time: float = field(default_factory=monotonic)
+    requested_outputs: frozenset[str] | None = None
+    refusal: RequestError | None = None
+
+    @property
+    def kind(self) -> RequestKind:
+        """A generation or a step."""
+        return RequestKind.GENERATION if MAX_TOKENS in self.parameters else RequestKind.STEP
 
     def flag(self, name: str) -> bool:
         """A boolean parameter; False if absent.
@@ -48,14 +53,7 @@ class Request:
         Raises:
             RequestError: BAD_PARAMETER, it is neither true nor false.
         """
-        value = self.parameters.get(name, False)
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "1", "false", "0"):
-            return str(value).lower() in ("true", "1")
-        raise RequestError(
-            Code.BAD_PARAMETER, f"parameter {name!r} is {value!r}; expected true or false"
-        )
+        return name in self.parameters and bool(BY_NAME[name].parse(self.parameters[name]))
 
     def position(self) -> int | None:
         """The parameter ``position``: the sequence's length as the client knows it; None if absent.
@@ -63,20 +61,19 @@ class Request:
         Raises:
             RequestError: BAD_PARAMETER, it is not a whole number of at least 0.
         """
-        value = self.parameters.get(POSITION)
-        if value is None:
+        if POSITION not in self.parameters:
             return None
-        if isinstance(value, bool) or not (str(value).isascii() and str(value).isdigit()):
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {POSITION!r} is {value!r}; expected a whole number of at least 0",
-            )
-        return int(value)
+        position = BY_NAME[POSITION].parse(self.parameters[POSITION])
+        assert isinstance(position, int)
+        return position
 
     @property
     def continues_sequence(self) -> bool:
         """Whether its position is not 0, so that even a START continues a live sequence."""
-        return self.parameters.get(POSITION, 0) not in (0, "0")
+        try:
+            return self.position() not in (None, 0)
+        except RequestError:  # it is refused; then it must not reset a sequence either
+            return True
 
     def key_digest(self) -> bytes | None:
         """SHA-256 of the parameter ``sequence_key``; None if absent.
@@ -85,25 +82,22 @@ class Request:
         appears in no error.
 
         Raises:
-            RequestError: BAD_PARAMETER, it is neither text nor a whole number, or is empty or
-                longer than `MAX_KEY_LENGTH`.
+            RequestError: BAD_PARAMETER, it is neither text nor a whole number, or is empty or too
+                long.
         """
-        value = self.parameters.get(SEQUENCE_KEY)
-        if value is None:
+        if SEQUENCE_KEY not in self.parameters:
             return None
-        expected = f"expected a text of 1 to {MAX_KEY_LENGTH} characters, or a whole number"
-        if isinstance(value, bool | float):
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {SEQUENCE_KEY!r} is a {type(value).__name__}; {expected}",
-            )
-        text = str(value)
-        if not 1 <= len(text) <= MAX_KEY_LENGTH:
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {SEQUENCE_KEY!r} has {len(text)} characters; {expected}",
-            )
-        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+        return _digest(BY_NAME[SEQUENCE_KEY].parse(self.parameters[SEQUENCE_KEY]))
+
+    def fairness_group(self) -> bytes:
+        """What it shares its place in the queue for slots with.
+
+        The digest of the parameter ``group``, else of its ``sequence_key``, else of its sequence.
+        """
+        for name in (GROUP, SEQUENCE_KEY):
+            if name in self.parameters:
+                return _digest(f"{name} {BY_NAME[name].parse(self.parameters[name])}")
+        return _digest(f"id {self.sequence_id!r}")
 
     def sampling_params(self, program: Program) -> SamplingParams:
         """How its next token is chosen; greedy if it has no sampling parameter.
@@ -155,16 +149,31 @@ class ValidatedRequest:
     refusal: RequestError | None = None
 
 
+def _digest(value: object) -> bytes:
+    return hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
+
+
 def validate_inputs(
-    program: Program, inputs: Mapping[str, Tensor]
+    program: Program, inputs: Mapping[str, Tensor], *, allow_empty: bool = False
 ) -> tuple[dict[str, Tensor], int]:
     """The client's tensors without their batch axis, and the number of their tokens.
 
     A request of a rectangular program has one token.
 
+    Args:
+        program: the program.
+        inputs: by name.
+        allow_empty: whether an input of tokens may have none.
+
     Raises:
-        RequestError: MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT or VALUE_RANGE.
+        RequestError: BAD_INPUT, MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT or VALUE_RANGE.
     """
+    if unknown := sorted(inputs.keys() - {spec.name for spec in program.client_inputs}):
+        raise RequestError(
+            Code.BAD_INPUT,
+            f"the inputs {unknown} are not used by this request; it takes"
+            f" {[spec.name for spec in program.client_inputs]}",
+        )
     validated: dict[str, Tensor] = {}
     num_tokens: dict[str, int] = {}
     for spec in program.client_inputs:
@@ -175,7 +184,7 @@ def validate_inputs(
                 f"input {spec.name!r} is missing; this model takes"
                 f" {[s.name for s in program.client_inputs]}",
             )
-        validated[spec.name] = _validate_tensor(spec, tensor)
+        validated[spec.name] = _validate_tensor(spec, tensor, allow_empty=allow_empty)
         if spec.role is Role.TOKENS:
             num_tokens[spec.name] = validated[spec.name].shape[0]
     if len(set(num_tokens.values())) > 1:
@@ -186,7 +195,7 @@ def validate_inputs(
     return validated, next(iter(num_tokens.values()), 1)
 
 
-def _validate_tensor(spec: TensorSpec, tensor: Tensor) -> Tensor:
+def _validate_tensor(spec: TensorSpec, tensor: Tensor, *, allow_empty: bool) -> Tensor:
     if tensor.dtype != spec.dtype.as_torch:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise RequestError(Code.BAD_DTYPE, f"input {spec.name!r} is {dtype}; expected {spec.dtype}")
@@ -200,6 +209,8 @@ def _validate_tensor(spec: TensorSpec, tensor: Tensor) -> Tensor:
         )
     tensor = tensor[0]
     if has_tokens and tensor.shape[0] == 0:
+        if allow_empty:
+            return tensor
         raise RequestError(Code.EMPTY_INPUT, f"input {spec.name!r} is empty; send at least 1 token")
     _check_values(spec, tensor)
     return tensor

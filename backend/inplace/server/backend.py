@@ -105,10 +105,12 @@ def _load(args: dict[str, str]) -> LoadedModel:
         tokenizer = TokenizerConfig(load_tokenizer(EngineFolder(folder), manifest), settings.eos)
         thread = engine_thread()
         instance = thread.submit(load).result()
+        instance.is_forwarded = settings.is_forwarded
         metrics = _start_reports(instance, settings, args)
         driver = StreamDriver(instance, tokenizer, settings.max_waiting, thread)
         return _StreamModel(driver, metrics)
     instance = load()
+    instance.is_forwarded = settings.is_forwarded
     metrics = _start_reports(instance, settings, args)
     return _StepModel(StepDriver(instance), metrics)
 

@@ -81,12 +81,18 @@ def read_request(
         texts: if given, the inputs of BYTES are stored here, by name.
 
     Returns:
-        The request, or the BAD_PARAMETER error to answer it with.
+        The request, with a ``refusal`` if only its sequence could be read; or the BAD_PARAMETER
+        error to answer it with.
     """
     flags = request.flags()
+    start, end = bool(flags & FLAG_START), bool(flags & FLAG_END)
+    try:
+        sequence_id = request.correlation_id()
+    except ValueError as error:
+        return _unreadable(error)
     inputs: dict[str, Tensor] = {}
     try:
-        sequence_id, request_id = request.correlation_id(), request.request_id()
+        request_id = request.request_id()
         parameters = request.parameters()
         for tensor in request.inputs():
             name = tensor.name()
@@ -96,15 +102,20 @@ def read_request(
                 inputs[name] = from_dlpack(tensor.to_dlpack())
         return Request(
             sequence_id=sequence_id,
-            start=bool(flags & FLAG_START),
-            end=bool(flags & FLAG_END),
+            start=start,
+            end=end,
             inputs=inputs,
             request_id=request_id,
             parameters=json.loads(parameters) if parameters not in NO_PARAMETERS else {},
+            requested_outputs=frozenset(request.requested_output_names()),
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, RecursionError) as error:
         # UnicodeDecodeError is a ValueError: over HTTP, ids and names may be any bytes.
-        return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
+        return Request(sequence_id, start, end, {}, refusal=_unreadable(error))
+
+
+def _unreadable(error: Exception) -> RequestError:
+    return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
 
 
 def output_tensor(name: str, value: Tensor | str) -> Any:

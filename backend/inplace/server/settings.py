@@ -5,6 +5,7 @@ It imports little, so that `inplace.alive` starts quickly.
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -37,7 +38,12 @@ CAPACITY = "capacity"
 """The parameter with the positions of a sequence, for engines built for a range of capacities."""
 
 
-PARAMETERS = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY)
+FORWARDED_HEADERS = "forwarded_headers"
+"""The parameter with a regular expression for the headers that the server forwards as parameters of
+requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pattern`` have."""
+
+
+PARAMETERS = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY, FORWARDED_HEADERS)
 
 
 TRITON_IDLE_MICROSECONDS = 1_000_000
@@ -75,6 +81,8 @@ class Settings:
         capacity: positions of a sequence, for an engine that was built for a range of capacities;
             None is the largest.
         log_level: the lowest level of the log records that reach the server's log.
+        forwarded_headers: matches the names of headers that arrive as parameters; None if the
+            server forwards none.
         notes: settings that were adjusted, as texts for the log.
     """
 
@@ -84,6 +92,7 @@ class Settings:
     max_waiting: int = MAX_WAITING
     capacity: int | None = None
     log_level: int = logging.INFO
+    forwarded_headers: re.Pattern[str] | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -126,8 +135,18 @@ class Settings:
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             capacity=_integer(config, CAPACITY),
             log_level=_log_level(config),
+            forwarded_headers=forwarded_headers(model_config),
             notes=notes,
         )
+
+    def is_forwarded(self, name: str) -> bool:
+        """Whether a parameter of this name is a header that the server forwards."""
+        return matches(self.forwarded_headers, name)
+
+
+def matches(pattern: re.Pattern[str] | None, name: str) -> bool:
+    """Whether a pattern of headers has this name. As in Triton, a part of the name suffices."""
+    return pattern is not None and pattern.search(name) is not None
 
 
 def serve_mode(model_config: str) -> ServeMode:
@@ -171,6 +190,24 @@ def _integer(config: dict[str, Any], name: str) -> int | None:
             "expected one whole number of at least 0"
         )
     return values[0] if values else None
+
+
+def forwarded_headers(model_config: str) -> re.Pattern[str] | None:
+    """The setting `FORWARDED_HEADERS` of a model configuration (JSON).
+
+    Upper and lower case are the same in headers.
+
+    Raises:
+        LoadError: it is not a regular expression.
+    """
+    text = _text(json.loads(model_config), FORWARDED_HEADERS, "")
+    try:
+        return re.compile(text, re.IGNORECASE) if text else None
+    except re.error as error:
+        raise LoadError(
+            f"config.pbtxt: parameter {FORWARDED_HEADERS} is {text!r}; expected a regular"
+            f" expression for names of headers ({error})"
+        ) from None
 
 
 def _log_level(config: dict[str, Any]) -> int:

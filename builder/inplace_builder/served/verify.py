@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from inplace.operators import sample
+from inplace.parameters import Parameter
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import Parameter
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import STEP, Manifest, Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
@@ -129,7 +129,7 @@ def _rounds(manifest: Manifest, reach: int) -> Iterator[tuple[list[Request], boo
     program = manifest.program(STEP)
     capacity = manifest.capacity if manifest.capacity is not None else UNLIMITED
     token_counts = _token_counts(manifest, program, capacity, reach)
-    on_request = {spec.name: True for spec in program.outputs if spec.on_request}
+    outputs = frozenset(spec.name for spec in program.outputs)
     generator = torch.Generator().manual_seed(0)
     lengths = [0] * NUM_SEQUENCES
     num_rounds = max(map(len, token_counts))
@@ -149,7 +149,8 @@ def _rounds(manifest: Manifest, reach: int) -> Iterator[tuple[list[Request], boo
                     start=lengths[sequence] == 0,
                     end=False,
                     inputs=inputs,
-                    parameters={**on_request, **sampling},
+                    parameters=sampling,
+                    requested_outputs=outputs,
                 )
             )
             lengths[sequence] += tokens

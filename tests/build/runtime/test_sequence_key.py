@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from inplace.drivers.step import StepDriver
 from inplace.errors import Code, RequestError
+from inplace.parameters import MAX_KEY_LENGTH
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.requests import MAX_KEY_LENGTH, Request
+from inplace.runtime.requests import Request
 from support.driving import (
     INVALID_TOKENS,
     arena_bytes,

@@ -11,7 +11,7 @@ from fuzz.damage import HARMLESS, NOT_FOR, REFUSED, damaged
 from fuzz.web import Web, page
 from fuzz.wire import Array, message, put
 from inplace.errors import Code
-from inplace.runtime.sampling import Parameter
+from inplace.parameters import Parameter
 from support.models import CAPACITY, VOCABULARY
 
 Server = Unary | Streamed

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 from fuzz.wire import Message, message, outputs
-from inplace.runtime.sampling import Parameter
+from inplace.parameters import Parameter
 from tritonclient.grpc import service_pb2_grpc
 
 

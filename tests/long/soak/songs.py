@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from inplace.parameters import Parameter
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import Parameter
 from support.models import VOCABULARY
 
 CAPACITY = 96

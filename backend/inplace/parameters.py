@@ -1,0 +1,486 @@
+"""The registry of request parameters.
+
+The backend's parsers, the refusal of unknown names, the client, the generate proxy and the table in
+docs/protocol.md read it. It imports neither PyTorch nor NumPy.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from inplace.errors import Code, RequestError
+from inplace.protocol import (
+    ADD_SPECIAL_TOKENS,
+    FETCH,
+    GROUP,
+    IGNORE_EOS,
+    LOGITS,
+    MAX_TOKENS,
+    POSITION,
+    SEQUENCE_KEY,
+    STOP_TOKEN_IDS,
+    STREAM,
+    STREAM_INTERVAL,
+)
+
+Parameter = bool | int | float | str
+"""The value of a request parameter in Triton."""
+
+
+Value = bool | int | float | str | tuple[int, ...]
+"""The value of a request parameter after it was parsed."""
+
+
+INT64_MAX = 2**63 - 1
+
+
+MAX_COUNT = 2**31 - 1
+"""Tokens; the largest value of the parameters that count tokens."""
+
+
+MAX_KEY_LENGTH = 256
+"""Characters of a ``sequence_key`` and of a ``group``."""
+
+
+MAX_STOP_TOKEN_IDS = 64
+"""Token ids of ``stop_token_ids``."""
+
+
+MAX_TEMPERATURE = 3.4028234663852886e38
+"""The largest float32."""
+
+
+INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+
+
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+
+
+MAX_SHOWN_LENGTH = 200
+"""Characters of a value in an error."""
+
+
+class RequestKind(StrEnum):
+    """What a request asks for; see docs/protocol.md.
+
+    A request with ``max_tokens`` is a generation, and one with ``fetch`` but without ``max_tokens``
+    fetches. An END without inputs and without START only ends. Any other request is a step.
+    ``PROXY`` is a generation that the generate proxy starts.
+    """
+
+    STEP = "step"
+    GENERATION = "generation"
+    FETCH = "fetch"
+    END = "end"
+    PROXY = "proxy"
+
+
+ANY = frozenset({RequestKind.STEP, RequestKind.GENERATION, RequestKind.FETCH, RequestKind.END})
+
+
+STEPS = frozenset({RequestKind.STEP})
+
+
+GENERATIONS = frozenset({RequestKind.GENERATION, RequestKind.PROXY})
+
+
+STEPS_AND_GENERATIONS = STEPS | GENERATIONS
+
+
+ParameterType = Literal["boolean", "integer", "number", "key", "token ids"]
+"""``key`` is a text or an integer, whose digits are the text then; ``token ids`` is an integer, or
+a text of integers with commas between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """A request parameter.
+
+    Attributes:
+        name: its name in requests.
+        type: its type. Integers, numbers and booleans may be sent as texts too.
+        description: one line for the documentation.
+        kinds: the requests that take it.
+        default: the value where it is absent; None if that is not the same for all requests.
+        minimum, maximum: of an integer or a number; None without a limit.
+        limits: the values that are allowed, for errors and the documentation.
+        reserved: a name for a later version; a request that has it is refused.
+    """
+
+    name: str
+    type: ParameterType
+    description: str
+    kinds: frozenset[RequestKind] = STEPS_AND_GENERATIONS
+    default: Value | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    limits: str = ""
+    reserved: bool = False
+
+    def parse(self, value: object) -> Value:
+        """The value of this parameter in a request.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it has another type or is outside the limits.
+        """
+        parsed = _PARSERS[self.type](self, value)
+        if parsed is None:
+            raise self.refusal(value)
+        return parsed
+
+    def refusal(self, value: object, limits: str = "") -> RequestError:
+        """The error for a value that is not allowed.
+
+        Args:
+            value: the value.
+            limits: what is allowed, where one request has narrower limits.
+        """
+        given = f"is {show(value)}"
+        if self.type == "key":  # a secret, which appears in no error
+            given = (
+                f"has {len(value)} characters"
+                if isinstance(value, str)
+                else f"is a {type(value).__name__}"
+            )
+        return RequestError(
+            Code.BAD_PARAMETER,
+            f"parameter {self.name!r} {given}; expected {limits or self.limits}",
+        )
+
+
+def show(value: object) -> str:
+    """A value as an error text shows it: long ones are cut."""
+    if isinstance(value, int) and abs(value) > 2**400:  # Python does not print the largest
+        return "a number of more than 120 digits"
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN_LENGTH else f"{shown[:MAX_SHOWN_LENGTH]}…"
+
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _parse_boolean(spec: ParameterSpec, value: object) -> bool | None:
+    if isinstance(value, str):
+        return _BOOLEANS.get(value.lower())
+    return bool(value) if isinstance(value, int) and value in (0, 1) else None
+
+
+def _parse_integer(spec: ParameterSpec, value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    if isinstance(value, str) and not INTEGER.fullmatch(value):
+        return None
+    number = int(value)
+    return number if _is_within(spec, number) else None
+
+
+def _parse_number(spec: ParameterSpec, value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not DECIMAL.fullmatch(value):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return None
+    return number if _is_within(spec, number) else None
+
+
+def _parse_key(spec: ParameterSpec, value: object) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    if isinstance(value, int) and abs(value) > 10**MAX_KEY_LENGTH:
+        return None
+    text = str(value)
+    fits = 1 <= len(text) <= MAX_KEY_LENGTH
+    return text if fits and "\0" not in text else None  # Triton cuts texts at a NUL byte
+
+
+def _parse_token_ids(spec: ParameterSpec, value: object) -> tuple[int, ...] | None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    parts = value.split(",", MAX_STOP_TOKEN_IDS) if isinstance(value, str) else [value]
+    if len(parts) > MAX_STOP_TOKEN_IDS:
+        return None
+    ids = [_parse_integer(spec, part.strip() if isinstance(part, str) else part) for part in parts]
+    return None if None in ids else tuple(each for each in ids if each is not None)
+
+
+def _is_within(spec: ParameterSpec, number: float) -> bool:
+    low_fits = spec.minimum is None or number >= spec.minimum  # False for NaN
+    return low_fits and (spec.maximum is None or number <= spec.maximum)
+
+
+_PARSERS: dict[ParameterType, Callable[[ParameterSpec, object], Value | None]] = {
+    "boolean": _parse_boolean,
+    "integer": _parse_integer,
+    "number": _parse_number,
+    "key": _parse_key,
+    "token ids": _parse_token_ids,
+}
+
+
+def _boolean(
+    name: str, description: str, kinds: frozenset[RequestKind], default: bool | None = False
+) -> ParameterSpec:
+    return ParameterSpec(name, "boolean", description, kinds, default, limits="true or false")
+
+
+def _count(name: str, description: str, default: int | None) -> ParameterSpec:
+    return ParameterSpec(
+        name,
+        "integer",
+        description,
+        GENERATIONS,
+        default,
+        1,
+        MAX_COUNT,
+        f"a whole number of at least 1 and at most {MAX_COUNT}",
+    )
+
+
+def _key(name: str, description: str, kinds: frozenset[RequestKind]) -> ParameterSpec:
+    limits = f"a text of 1 to {MAX_KEY_LENGTH} characters without a NUL byte, or a whole number"
+    return ParameterSpec(name, "key", description, kinds, limits=limits)
+
+
+def _reserved(name: str, description: str) -> ParameterSpec:
+    return ParameterSpec(name, "key", description, ANY | {RequestKind.PROXY}, reserved=True)
+
+
+REGISTRY: tuple[ParameterSpec, ...] = (
+    _key(SEQUENCE_KEY, "Set at START; later requests without the same key are refused.", ANY),
+    ParameterSpec(
+        POSITION,
+        "integer",
+        "How many tokens the client believes the sequence has; another number is refused.",
+        ANY,
+        minimum=0,
+        maximum=INT64_MAX,
+        limits="a whole number of at least 0 and below 2^63",
+    ),
+    _key(
+        GROUP,
+        "The generations of one group share one place in the order of the queue for slots.",
+        ANY | {RequestKind.PROXY},
+    ),
+    ParameterSpec(
+        "temperature",
+        "number",
+        "Scores are divided by it; with 0 the most likely token is chosen.",
+        default=0.0,
+        minimum=0.0,
+        maximum=MAX_TEMPERATURE,
+        limits="a finite number of at least 0",
+    ),
+    ParameterSpec(
+        "top_k",
+        "integer",
+        "Keeps tokens that fewer than `top_k` others have a larger score than.",
+        default=0,
+        minimum=0,
+        limits="a whole number from 0 (all) to the size of the vocabulary",
+    ),
+    ParameterSpec(
+        "top_p",
+        "number",
+        "Keeps tokens whose betters together have less than this probability.",
+        default=1.0,
+        minimum=math.ulp(0.0),
+        maximum=1.0,
+        limits="a number above 0, at most 1 (all)",
+    ),
+    ParameterSpec(
+        "seed",
+        "integer",
+        "Seed of the random numbers.",
+        default=0,
+        minimum=-(2**63),
+        maximum=INT64_MAX,
+        limits="a whole number from -2^63 to 2^63 - 1 (a larger one arrives as a floating-point"
+        " number)",
+    ),
+    _boolean(
+        ADD_SPECIAL_TOKENS,
+        "Put the tokenizer's special tokens around `text`; true where the text begins a sequence.",
+        STEPS_AND_GENERATIONS,
+        default=None,
+    ),
+    _boolean(
+        LOGITS,
+        "Return the output `logits`; true where it is among the requested outputs.",
+        STEPS,
+        default=None,
+    ),
+    _count(MAX_TOKENS, "The most tokens to generate; makes the request a generation.", None),
+    _boolean(IGNORE_EOS, "Continue after an end token of the model.", GENERATIONS),
+    ParameterSpec(
+        STOP_TOKEN_IDS,
+        "token ids",
+        "Tokens that end the generation, beside the end tokens of the model.",
+        GENERATIONS,
+        minimum=0,
+        maximum=INT64_MAX,
+        limits=f"a token id, or a text of at most {MAX_STOP_TOKEN_IDS} token ids with commas"
+        " between them",
+    ),
+    _count(STREAM_INTERVAL, "The fewest tokens of a response, except the last.", 1),
+    _boolean(
+        FETCH,
+        "Buffer the tokens of a generation; without `max_tokens`, return those since the last"
+        " response.",
+        frozenset({RequestKind.GENERATION, RequestKind.FETCH}),
+    ),
+    _boolean(
+        STREAM,
+        "Answer with many responses instead of one; true where `stream_interval` is given.",
+        frozenset({RequestKind.PROXY}),
+        default=None,
+    ),
+    _reserved("min_tokens", "The fewest tokens to generate."),
+    _reserved("min_p", "Keeps tokens of at least this part of the largest probability."),
+    _reserved("presence_penalty", "Lowers the scores of tokens that were generated."),
+    _reserved("frequency_penalty", "Lowers the scores of tokens by how often they occurred."),
+    _reserved("repetition_penalty", "Divides the scores of tokens that occurred."),
+    _reserved("logit_bias", "Added to the scores of single tokens."),
+    _reserved("logprobs", "Log-probabilities of the most likely tokens."),
+    _reserved("cache_salt", "Separates cached prefixes of different clients."),
+    _reserved("from", "Begin a sequence as a copy of another one."),
+    _reserved("restore", "Begin a sequence from a snapshot."),
+)
+"""All parameters, in the order of the documentation."""
+
+
+BY_NAME: Mapping[str, ParameterSpec] = {spec.name: spec for spec in REGISTRY}
+
+
+SAMPLING_PARAMETERS = frozenset({"temperature", "top_k", "top_p", "seed"})
+
+
+TRITON_PARAMETERS = frozenset(
+    {
+        "id",
+        "priority",
+        "timeout",
+        "binary_data_output",
+        "sequence_id",
+        "sequence_start",
+        "sequence_end",
+    }
+)
+"""Names that Triton takes for itself.
+
+Its endpoints keep most of them; HTTP generate passes on all, and gRPC ``binary_data_output``
+(Triton 24.10).
+"""
+
+
+TRITON_PREFIX = "triton_"
+"""Names that begin so are Triton's."""
+
+
+def is_tritons(name: str) -> bool:
+    """Whether Triton itself uses a parameter of this name."""
+    return name in TRITON_PARAMETERS or name.startswith(TRITON_PREFIX)
+
+
+def forwards_nothing(name: str) -> bool:
+    """The rule for names of headers where the operator forwards none."""
+    return False
+
+
+def parse_parameters(
+    parameters: Mapping[str, object],
+    kind: RequestKind,
+    is_forwarded: Callable[[str], bool] = forwards_nothing,
+) -> dict[str, Value]:
+    """Check the parameters of a request and return the values of those in the registry.
+
+    Args:
+        parameters: by name, as they arrived.
+        kind: what the request asks for.
+        is_forwarded: whether a name is that of a header which the server forwards.
+
+    Raises:
+        RequestError: BAD_PARAMETER, a name is unknown, reserved or not for such a request, or a
+            value is not allowed.
+    """
+    values: dict[str, Value] = {}
+    for name, value in parameters.items():
+        spec = BY_NAME.get(name)
+        if spec is None:
+            if is_tritons(name) or is_forwarded(name):
+                continue
+            raise unknown_parameter(name, kind)
+        if spec.reserved:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {name!r} is not available in this version: leave it out",
+            )
+        value = spec.parse(value)
+        # A boolean that is false asks for nothing; only without `stream` are there many responses.
+        if kind not in spec.kinds and (value is not False or name == STREAM):
+            raise _misplaced(spec, kind)
+        values[name] = value
+    return values
+
+
+def known_names(kind: RequestKind) -> list[str]:
+    """The names of the parameters that such a request takes."""
+    return [spec.name for spec in REGISTRY if kind in spec.kinds and not spec.reserved]
+
+
+def unknown_parameter(name: str, kind: RequestKind) -> RequestError:
+    """The error for a parameter that is not in the registry."""
+    names = [spec.name for spec in REGISTRY if not spec.reserved]
+    close = difflib.get_close_matches(name[:MAX_SHOWN_LENGTH], names, 1)
+    question = f", did you mean {close[0]!r}?" if close else ";"
+    return RequestError(
+        Code.BAD_PARAMETER,
+        f"parameter {show(name)} is unknown{question} {_SINGULAR[kind]} takes {known_names(kind)}",
+    )
+
+
+def _misplaced(spec: ParameterSpec, kind: RequestKind) -> RequestError:
+    kinds = [
+        _PLURAL[each]
+        for each in RequestKind
+        if each in spec.kinds
+        # requests of the proxy are generations
+        and not (each is RequestKind.PROXY and RequestKind.GENERATION in spec.kinds)
+    ]
+    return RequestError(
+        Code.BAD_PARAMETER,
+        f"parameter {spec.name!r} belongs to {' and '.join(kinds)}; {_REASONS[kind]}: leave it out",
+    )
+
+
+_SINGULAR = {
+    RequestKind.STEP: "a step",
+    RequestKind.GENERATION: "a generation",
+    RequestKind.FETCH: "a request that fetches",
+    RequestKind.END: "an END without inputs",
+    RequestKind.PROXY: "a request of the generate proxy",
+}
+
+
+_PLURAL = {
+    RequestKind.STEP: "steps",
+    RequestKind.GENERATION: "generations",
+    RequestKind.FETCH: "requests that fetch",
+    RequestKind.END: "ENDs without inputs",
+    RequestKind.PROXY: "requests of the generate proxy",
+}
+
+
+_REASONS = {
+    RequestKind.STEP: f"this request is a step, because it has no {MAX_TOKENS!r}",
+    RequestKind.GENERATION: f"this request is a generation, because it has {MAX_TOKENS!r}",
+    RequestKind.FETCH: "this request fetches tokens of a running generation",
+    RequestKind.END: "this request is an END without inputs",
+    RequestKind.PROXY: "here each request is a generation in a sequence of its own",
+}

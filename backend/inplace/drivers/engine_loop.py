@@ -3,7 +3,6 @@
 import logging
 import queue
 import sys
-from collections import deque
 from concurrent.futures import Executor
 from time import monotonic
 
@@ -12,6 +11,7 @@ from inplace.drivers.reply import BufferedReply
 from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
 from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, find_buffered_reply
+from inplace.drivers.waiting_queue import WaitingQueue
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.runtime.batcher import Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
@@ -46,12 +46,12 @@ class EngineLoop:
     def __init__(
         self, instance: ModelInstance, senders: Senders, max_waiting: int, thread: Executor
     ) -> None:
-        self._instance, self._senders, self._max_waiting = instance, senders, max_waiting
+        self._instance, self._senders = instance, senders
         decoder_io = instance.program.decoder_io
         self._token_output = decoder_io[1] if decoder_io is not None else None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._queues = SequenceQueues(instance.table)
-        self._waiting: deque[StreamRequest] = deque()
+        self._waiting = WaitingQueue(max_waiting)
         self._scheduler = Scheduler(instance.program)
         self._pipeline = StepPipeline(instance, self._scheduler, self._inbox.empty)
         self._responses = ResponseBuffer(senders, instance.observer)
@@ -201,11 +201,14 @@ class EngineLoop:
         while queued := self._queues.get(sequence_id):
             request = queued[0]
             if self._must_wait(request):
-                if len(self._waiting) < self._max_waiting:
-                    self._waiting.append(request)
+                rejected = self._waiting.append(request)
+                if rejected is not None:
+                    text = f"{len(self._waiting)} generations wait for a slot; send it again later"
+                    self._refuse(rejected, RequestError(Code.QUEUE_FULL, text, retryable=True))
+                if rejected is not request:
+                    if rejected is not None:
+                        self._remove(rejected)
                     return
-                text = f"{len(self._waiting)} generations wait for a slot; send it again later"
-                self._refuse(request, RequestError(Code.QUEUE_FULL, text, retryable=True))
             elif self._admit(request):
                 return
             self._queues.remove(request)

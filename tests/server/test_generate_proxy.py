@@ -88,7 +88,81 @@ def test_many_http_generations_wait_for_a_slot_and_all_are_served(served: Served
         assert stream.ask("after", [1], end=True).error == ""
 
 
-@pytest.mark.parametrize("parameter", [{"sequence_key": "mine"}, {"position": 3}, {"fetch": True}])
+def generated(served: Served, **body: object) -> tuple[int, dict[str, Any]]:
+    """The status and the answer of HTTP generate, which has one response."""
+    url = served.generate_url.removesuffix("_stream")
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode()), timeout=60
+        ) as page:
+            return page.status, json.loads(page.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def test_http_generate_answers_with_all_tokens_and_the_whole_text(served: Served) -> None:
+    ids = tiny_tokenizer().encode("Subject to the terms").ids
+    arguments: dict[str, Any] = {
+        "text": "Subject to the terms",
+        "max_tokens": 40,
+        "ignore_eos": True,
+    }
+    expected = greedy(served.llama, ids, 40)
+    for more in ({}, {"stream": False, "stream_interval": 3}, {"priority": 1, "timeout": 9}):
+        status, answer = generated(served, **arguments, **more)
+        assert (status, answer["tokens"], answer["finish_reason"]) == (200, expected, "length")
+        assert answer["text_output"] == added(ids, expected)
+    [event] = served.events(**arguments, stream=False)
+    assert event["tokens"] == expected
+    status, answer = generated(served, **arguments, temperature="hot")
+    assert (status, "parameter 'temperature' is 'hot'" in answer["error"]) == (400, True)
+
+
+def test_http_generations_that_are_not_streamed_run_side_by_side(served: Served) -> None:
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(
+            pool.map(
+                lambda seed: generated(
+                    served, input_ids=prompt(seed, 5), max_tokens=20, ignore_eos=True
+                ),
+                range(32),
+            )
+        )
+    for seed, (status, answer) in enumerate(answers):
+        assert (status, answer["tokens"]) == (200, greedy(served.llama, prompt(seed, 5), 20))
+
+
+@pytest.mark.parametrize("name", ["prompt", "text_input"])
+def test_the_names_that_other_backends_have_for_a_prompt_get_help(
+    served: Served, name: str
+) -> None:
+    status, answer = generated(served, **{name: "x"}, max_tokens=2)
+    assert status == 400
+    assert answer["error"].startswith("INPLACE-BAD_INPUT retryable=0 ")
+    assert "send the text as 'text'" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_new_tokens": 2}, "'max_new_tokens' is unknown, did you mean 'max_tokens'?"),
+        ({"repetition_penalty": 1.1}, "'repetition_penalty' is not available in this version"),
+        ({"logits": True}, "parameter 'logits' belongs to steps"),
+        ({"stop_token_ids": "x"}, "parameter 'stop_token_ids' is 'x'; expected a token id"),
+    ],
+)
+def test_http_parameters_that_are_unknown_or_wrong_are_refused(
+    served: Served, parameters: dict[str, Any], message: str
+) -> None:
+    status, answer = generated(served, text="x", max_tokens=2, **parameters)
+    assert (status, message in answer["error"]) == (400, True), answer
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [{"sequence_key": "mine"}, {"position": 3}, {"fetch": True}, {"sequence_id": 7}],
+)
 def test_parameters_that_name_a_sequence_are_refused_over_http(
     served: Served, parameter: dict[str, Any]
 ) -> None:
@@ -104,7 +178,7 @@ def test_parameters_that_name_a_sequence_are_refused_over_http(
 
 def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
     body = json.dumps(
-        {"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True}
+        {"input_ids": [1, 2], "max_tokens": CAPACITY - 2, "ignore_eos": True, "stream": True}
     ).encode()
     pages = [
         urllib.request.urlopen(urllib.request.Request(served.generate_url, body), timeout=60)
@@ -123,7 +197,7 @@ def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"note":"\xff"}'],
+    [b'{"id":"\xff","text":"x","max_tokens":2}', b'{"text":"x","max_tokens":2,"group":"\xff"}'],
 )
 def test_an_http_request_that_is_not_utf8_is_refused_and_nothing_waits_for_it(
     served: Served, body: bytes

@@ -153,7 +153,9 @@ def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers
     connection = http.client.HTTPConnection(
         tellers.server.host, tellers.server.ports.http, timeout=30
     )
-    body = json.dumps({"text": "The License", "max_tokens": ENDLESS, "ignore_eos": True})
+    body = json.dumps(
+        {"text": "The License", "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}
+    )
     connection.request("POST", "/v2/models/teller_generate/generate_stream", body)
     answer = connection.getresponse()
     assert answer.status == 200

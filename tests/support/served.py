@@ -33,6 +33,7 @@ class Served:
 
     def events(self, **body: object) -> list[dict[str, Any]]:
         """The events of one HTTP generate_stream request."""
+        body = {"stream": True, **body}
         try:
             with urllib.request.urlopen(
                 urllib.request.Request(self.generate_url, json.dumps(body).encode()), timeout=60

@@ -8,21 +8,36 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.protocol import FETCH, FINISH_REASON, MAX_TOKENS, POSITION, SEQUENCE_KEY
+from inplace.parameters import BY_NAME, RequestKind, parse_parameters
+from inplace.protocol import (
+    FETCH,
+    FINISH_REASON,
+    FOREIGN_PROMPTS,
+    INPUT_IDS,
+    MAX_TOKENS,
+    POSITION,
+    SEQUENCE_KEY,
+    STREAM,
+    STREAM_INTERVAL,
+    TEXT,
+)
 from inplace.runtime.observer import log_line
 from inplace.schema.proxy import ProxyFile
 from inplace.server.messages import FLAG_END, FLAG_START, TritonChannel, error_response
 from inplace.server.model_config import check_model_config, proxy_tensors
+from inplace.server.settings import forwarded_headers, matches
 
 CANCEL_POLL_SECONDS = 0.03
 """Seconds between two checks whether the clients are still connected."""
@@ -49,7 +64,9 @@ too, and two threads would change reference counts at once.
 """
 
 
-SEQUENCE_PARAMETERS = (SEQUENCE_KEY, POSITION, FETCH)
+SEQUENCE_PARAMETERS = frozenset(
+    {SEQUENCE_KEY, POSITION, FETCH, "sequence_id", "sequence_start", "sequence_end"}
+)
 """Parameters of clients that name their sequence; refused here."""
 
 
@@ -76,6 +93,7 @@ class GenerateProxy:
         )
         self._model = file.model
         self._max_requests = file.max_requests
+        self._is_forwarded = partial(matches, forwarded_headers(args["model_config"]))
         self._running: dict[int, _ProxiedRequest] = {}  # by sequence id
         self._responses = _RecentResponses()
         self._starting = threading.BoundedSemaphore(MAX_STARTING)
@@ -101,7 +119,12 @@ class GenerateProxy:
                 TritonChannel(request).send_error(error)
                 continue
             proxied = _ProxiedRequest(
-                self._model, request, self._responses, self._starting, self._fetching
+                self._model,
+                request,
+                self._is_forwarded,
+                self._responses,
+                self._starting,
+                self._fetching,
             )
             self._running[proxied.sequence_id] = proxied
             self._threads.submit(self._run, proxied)
@@ -161,6 +184,7 @@ class _ProxiedRequest:
     Args:
         model: the stream model.
         request: the client's request.
+        is_forwarded: whether a parameter is a header that the server forwards.
         responses: keeps the stream model's responses.
         starting: limits STARTs that have no response yet.
         fetching: limits fetches that have no response yet.
@@ -173,12 +197,15 @@ class _ProxiedRequest:
         self,
         model: str,
         request: Any,
+        is_forwarded: Callable[[str], bool],
         responses: _RecentResponses,
         starting: threading.Semaphore,
         fetching: threading.Semaphore,
     ) -> None:
         self.sequence_id = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
+        self._is_forwarded = is_forwarded
+        self._collected: dict[str, list[NDArray[Any]]] | None = {}  # None: responses are streamed
         self._responses, self._starting, self._fetching = responses, starting, fetching
         self._end_in_progress = threading.Lock()
         # Guards the flags below. The final response is sent under it too, so that `is_cancelled`
@@ -258,15 +285,31 @@ class _ProxiedRequest:
             self._starting.release()
         while response is not None and not response.has_error():
             outputs = {tensor.name(): tensor for tensor in response.output_tensors()}
-            if passed := [tensor for name, tensor in outputs.items() if name in requested]:
-                self._sender.send(pb_utils.InferenceResponse(output_tensors=passed))
+            self._pass_on([tensor for name, tensor in outputs.items() if name in requested])
             if FINISH_REASON not in outputs or outputs[FINISH_REASON].as_numpy().item():
+                self._send_collected()
                 return None
             with self._fetching:
                 response = self._send(
                     self._model_request(inputs=[_no_tokens()], parameters={FETCH: True})
                 )
         return None if response is None else response.error()
+
+    def _pass_on(self, outputs: list[Any]) -> None:
+        """Send outputs to the client, or collect them for its only response."""
+        if self._collected is None:
+            if outputs:
+                self._sender.send(pb_utils.InferenceResponse(output_tensors=outputs))
+            return
+        for tensor in outputs:
+            self._collected.setdefault(tensor.name(), []).append(tensor.as_numpy().copy())
+
+    def _send_collected(self) -> None:
+        if self._collected:
+            tensors = [
+                pb_utils.Tensor(name, _joined(parts)) for name, parts in self._collected.items()
+            ]
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
 
     def _send(self, request: Any) -> Any:
         """Send a request to the stream model; returns its response, or None if it has none."""
@@ -292,33 +335,39 @@ class _ProxiedRequest:
         """The request to the stream model that starts the sequence and its generation.
 
         Raises:
-            RequestError: BAD_PARAMETER.
+            RequestError: BAD_PARAMETER or BAD_INPUT.
         """
         try:
             request_id = self._request.request_id()
             parameters = json.loads(self._request.parameters() or "{}")
+            inputs = self._request.inputs()
         except ValueError as error:
             # UnicodeDecodeError is one: over HTTP, ids and parameters may be any bytes.
             raise RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}") from None
-        if refused := sorted(parameters.keys() & set(SEQUENCE_PARAMETERS)):
+        _check_inputs(inputs)
+        if refused := sorted(parameters.keys() & SEQUENCE_PARAMETERS):
             raise RequestError(
                 Code.BAD_PARAMETER,
                 f"parameters {refused} are for clients that name a sequence; "
                 "here each request has a sequence of its own",
             )
-        if MAX_TOKENS not in parameters:
+        values = parse_parameters(parameters, RequestKind.PROXY, self._is_forwarded)
+        if MAX_TOKENS not in values:
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameter {MAX_TOKENS!r} is missing; expected a whole number of at least 1",
+                f"parameter {MAX_TOKENS!r} is missing; expected {BY_NAME[MAX_TOKENS].limits}",
             )
+        if values.get(STREAM, STREAM_INTERVAL in values):
+            self._collected = None
         # The backend reads numbers from texts too; a BLS request takes no float parameters.
         passed = {
             name: repr(value) if isinstance(value, float) else value
             for name, value in parameters.items()
+            if name in values and name != STREAM
         }
         return self._model_request(
             request_id=request_id,
-            inputs=self._request.inputs(),
+            inputs=inputs,
             flags=FLAG_START,
             parameters={**passed, FETCH: True},
         )
@@ -352,3 +401,29 @@ class _ProxiedRequest:
 def _no_tokens() -> Any:
     """An input without tokens: Triton takes no request without inputs."""
     return pb_utils.Tensor("input_ids", np.empty((1, 0), np.int64))
+
+
+def _check_inputs(inputs: Sequence[Any]) -> None:
+    """Refuse the names that other backends have for a prompt.
+
+    They are inputs of the proxy only to be refused here: Triton answers a request without inputs
+    itself, and does not say what is missing.
+
+    Raises:
+        RequestError: BAD_INPUT.
+    """
+    names = [tensor.name() for tensor in inputs]
+    if foreign := [name for name in names if name in FOREIGN_PROMPTS]:
+        raise RequestError(
+            Code.BAD_INPUT,
+            f"{foreign} is not what this model calls its prompt: send the text as {TEXT!r}, or its"
+            f" token ids as {INPUT_IDS!r}",
+        )
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """The outputs of all responses as one: tokens and texts are joined, of reasons the last."""
+    if parts[0].dtype != np.object_:
+        return np.concatenate(parts, axis=1)
+    texts = b"".join(part.item() for part in parts)
+    return np.array([[texts]], dtype=np.object_)

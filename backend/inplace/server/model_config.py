@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from inplace.errors import LoadError
-from inplace.protocol import FINISH_REASON, STOP, TEXT, TEXT_OUTPUT, TOKENS
+from inplace.protocol import (
+    FINISH_REASON,
+    FOREIGN_PROMPTS,
+    INPUT_IDS,
+    STOP,
+    TEXT,
+    TEXT_OUTPUT,
+    TOKENS,
+)
 from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
@@ -99,9 +107,12 @@ def model_tensors(program: Program, *, generates: bool, has_tokenizer: bool) -> 
 
 def proxy_tensors(*, has_tokenizer: bool) -> ServerTensors:
     """The tensors of a generate proxy."""
-    ids = ServerTensor("input_ids", TRITON_TYPES[Dtype.INT64], (-1,), optional=True)
+    ids = ServerTensor(INPUT_IDS, TRITON_TYPES[Dtype.INT64], (-1,), optional=True)
+    # The proxy refuses these, with a sentence that helps.
+    foreign = [ServerTensor(name, "TYPE_STRING", (-1,), optional=True) for name in FOREIGN_PROMPTS]
     return ServerTensors(
-        (ids, *_text_inputs(has_tokenizer, ragged=False)), _generation_outputs(has_tokenizer)
+        (ids, *_text_inputs(has_tokenizer, ragged=False), *foreign),
+        _generation_outputs(has_tokenizer),
     )
 
 

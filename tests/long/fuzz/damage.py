@@ -48,10 +48,21 @@ NAMES = (
     "stream_interval",
     "ignore_eos",
     "sequence_key",
+    "group",
+    "add_special_tokens",
+    "stop_token_ids",
+    "fetch",
+    "stream",
+    "min_p",
     "timeout",
     "priority",
     "unheard of",
 )
+UNKNOWN = ("temprature", "max_new_tokens", "n", "stop", "repetition_penalty", "min_tokens", "from")
+"""Names that are no parameters, or not yet."""
+SPECIAL_TEXTS = ("</s>", "<s>", "<unk>", "<s>x", "</s></s>", "<0xE4>")
+CUT_TEXTS = (*"你ខ🙂é", "你好你好你好你好你好 x", "a ខ x", "\ufffd", "a\x00b")
+"""Texts of several bytes a character, which byte-fallback tokenizers divide."""
 
 
 def _fill(request: Message, values: list[int] | list[float], dtype: str = "INT64") -> None:
@@ -170,6 +181,11 @@ def wrong_parameter(request: Message, rng: random.Random) -> None:
             ("top_p", "1.5"),
             ("seed", str(2**63)),
             ("seed", "0x10"),
+            ("position", "9" * 5000),
+            ("temperature", float("nan")),
+            ("ignore_eos", True),
+            ("stream", False),
+            ("sequence_key", "k" * 300),
         )
     )
     put(request, name, value)
@@ -183,6 +199,8 @@ def wrong_generation(request: Message, rng: random.Random) -> None:
             ("stream_interval", rng.choice((0, -3, "x", False))),
             ("ignore_eos", rng.choice(("perhaps", 7))),
             ("logits", True),
+            ("stop_token_ids", rng.choice(("", "1,", "x", -1, "9" * 30, str(VOCABULARY)))),
+            ("add_special_tokens", True),
         )
     )
     put(request, "max_tokens", 3)
@@ -208,23 +226,36 @@ def wrong_text(request: Message, rng: random.Random) -> None:
         request.raw_input_contents.append(word)
 
 
+def unknown_parameter(request: Message, rng: random.Random) -> None:
+    """A name that no request has, with any value."""
+    name = rng.choice((*UNKNOWN, "my-" + rng.choice(TEXTS)))
+    put(request, name, rng.choice((True, 3, "text", 0.5)))
+
+
+def unused_output(request: Message, rng: random.Random) -> None:
+    """An output of the model that this kind of request does not have."""
+    generates = "max_tokens" in request.parameters
+    del request.outputs[:]
+    request.outputs.add(name="next_token" if generates else rng.choice(("tokens", "finish_reason")))
+
+
 REFUSED: dict[str, Damage] = {
     f.__name__: f
     for f in (
         wrong_values, no_values, too_many_values, other_dtype, other_shape, other_bytes,
         fewer_contents, other_input,
         no_input, more_inputs, unknown_output, other_version, shared_memory, wrong_parameter,
-        wrong_generation, wrong_text,
+        wrong_generation, wrong_text, unknown_parameter, unused_output,
     )
 }  # fmt: skip
 """After any one of these a request must be refused."""
 
 NOT_FOR = {
-    "llama": {"wrong_generation"},
+    "llama": {"wrong_generation", "unused_output"},
     "stream": {"other_version"},
-    "accumulator": {"wrong_generation", "wrong_parameter"},
+    "accumulator": {"wrong_generation", "wrong_parameter", "unused_output"},
 }
-"""Those that a model ignores: it does not know the parameters.
+"""Those that do not apply to a model, or that it need not refuse.
 
 A request over a gRPC stream that names a model or a version which is
 not there, after others that were answered, aborts tritonserver 2.51 ("ASSERTION FAILED:
@@ -232,8 +263,10 @@ not there, after others that were answered, aborts tritonserver 2.51 ("ASSERTION
 """
 
 
-def unknown_parameter(request: Message, rng: random.Random) -> None:
-    put(request, "my-" + rng.choice(TEXTS), rng.choice((True, 3, "text", 0.5)))
+def tritons_parameter(request: Message, rng: random.Random) -> None:
+    """A parameter that Triton itself knows and that has no effect here."""
+    name, value = rng.choice((("timeout", 10**9), ("binary_data_output", True)))
+    put(request, name, value)
 
 
 def odd_id(request: Message, rng: random.Random) -> None:
@@ -268,7 +301,7 @@ def more_contents(request: Message, rng: random.Random) -> None:
 
 
 HARMLESS: dict[str, Damage] = {
-    f.__name__: f for f in (unknown_parameter, odd_id, typed_contents, named_outputs, more_contents)
+    f.__name__: f for f in (tritons_parameter, odd_id, typed_contents, named_outputs, more_contents)
 }
 """After any one of these a request must be answered as before."""
 
@@ -305,6 +338,27 @@ def valueless_parameter(request: Message, rng: random.Random) -> None:
     request.parameters[rng.choice((*NAMES, "sequence_id"))].CopyFrom(pb.InferParameter())
 
 
+def _add_texts(request: Message, name: str, texts: list[str]) -> None:
+    content = b"".join(len(text.encode()).to_bytes(4, "little") + text.encode() for text in texts)
+    request.inputs.add(name=name, datatype="BYTES", shape=[1, len(texts)])
+    request.raw_input_contents.append(content)
+
+
+def odd_stop(request: Message, rng: random.Random) -> None:
+    """Stop texts that are special tokens, contain one, or are parts of characters."""
+    texts = rng.choices((*SPECIAL_TEXTS, *CUT_TEXTS, *TEXTS), k=rng.choice((1, 1, 2, 17)))
+    _add_texts(request, "stop", texts)
+
+
+def odd_text(request: Message, rng: random.Random) -> None:
+    """A prompt of special tokens and characters of several bytes."""
+    del request.inputs[:], request.raw_input_contents[:]
+    parts = rng.choices((*SPECIAL_TEXTS, *CUT_TEXTS, "x"), k=rng.randint(1, 4))
+    _add_texts(request, "text", ["".join(parts)])
+    if rng.random() < 0.5:
+        put(request, "add_special_tokens", rng.choice((True, "false", "x")))
+
+
 def odd_flag(request: Message, rng: random.Random) -> None:
     put(
         request,
@@ -336,6 +390,8 @@ ANY: dict[str, Damage] = (
             random_tensor,
             random_parameter,
             valueless_parameter,
+            odd_stop,
+            odd_text,
             odd_flag,
             odd_sequence,
             no_sequence,

@@ -13,9 +13,9 @@ from fuzz.actors import Accepted, Lane, Surfer, Victim
 from fuzz.answers import Findings, Results, Streamed, Unary
 from fuzz.web import Web
 from inplace.errors import RequestError
+from inplace.parameters import Parameter
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import Parameter
 from inplace_builder.tools.tritonserver import TritonServer
 from support.models import open_instance
 
@@ -155,7 +155,10 @@ def _step(
     inputs: Mapping[str, torch.Tensor],
     parameters: Mapping[str, Parameter],
 ) -> Results:
-    work = instance.admit(Request("alone", start, end, inputs, parameters=parameters))
+    outputs = frozenset(spec.name for spec in instance.program.outputs)
+    work = instance.admit(
+        Request("alone", start, end, inputs, parameters=parameters, requested_outputs=outputs)
+    )
     while not work.finished:
         instance.step([work])
     instance.finish(work)

@@ -39,6 +39,15 @@ NAMES = (
     "temperature",
     "sequence_key",
     "position",
+    "stream",
+    "group",
+    "stop_token_ids",
+    "add_special_tokens",
+    "prompt",
+    "text_input",
+    "temprature",
+    "min_p",
+    "sequence_id",
 )
 PYTHON = re.compile(r"Traceback|\w+Error\b|UnicodeDecode|unknown exception")
 """What no client should read."""
@@ -175,7 +184,8 @@ def _generation(rng: random.Random) -> Json:
         **prompt,
         **more,
         "max_tokens": rng.choice((1, 3, 20, 1000)),
-        "stream_interval": rng.choice((1, 4, 1000)),
+        **rng.choice(({}, {"stream": True}, {"stream_interval": rng.choice((1, 4, 1000))})),
+        **rng.choice(({}, {}, {"stop": ["</s>", "x"]}, {"stop_token_ids": "2,5"})),
     }
 
 

@@ -235,7 +235,7 @@ def test_parameters_of_triton_and_floats_arrive(
     client: InferenceServerClient, live: Sequence
 ) -> None:
     send(client, tokens(1), 640, start=True, priority=1, timeout=10**9)
-    send(client, tokens(1), 640, parameters={"temperature": 0.5, "binary_data_output": True})
+    send(client, tokens(1), 640, parameters={"temperature": 0.5})
     with pytest.raises(InferenceServerException, match=r"parameter 'temperature' is -0\.5"):
         send(client, tokens(1), 640, end=True, parameters={"temperature": -0.5})
 

@@ -259,6 +259,41 @@ def test_a_ring_operator_that_is_wrong_only_once_it_wraps_is_caught(
     )
 
 
+class Weighted(torch.nn.Module):
+    """Adds a value as often as its row is valid."""
+
+    def forward(self, value: Tensor, slots: Tensor, lengths: Tensor, total: Tensor) -> Tensor:
+        sums = read(total, slots) + value * lengths.unsqueeze(1)
+        update(total, slots, sums)
+        return sums * 1.0
+
+
+def test_the_runtime_fills_the_valid_lengths_of_a_module(tmp_path: Path) -> None:
+    capture = capture_module(
+        Weighted(),
+        inputs=[
+            TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(4,)),
+            control_input("slots", Role.SLOTS),
+            control_input("lengths", Role.VALID_LENGTHS),
+        ],
+        outputs=[TensorSpec(name="sum", role=Role.VALUE, dtype=Dtype.FLOAT32, shape=(4,))],
+        states=[
+            StateSpec(
+                name="total",
+                shape=(4,),
+                dtype=Dtype.FLOAT32,
+                update=Update.REPLACE,
+                initial="start",
+            )
+        ],
+        max_rows=4,
+        initial={"start": torch.arange(4.0)},
+    )
+    manifest = write_engine(capture, tmp_path / "model", OPTIONS)
+    assert manifest.built_with["verified_error"] == "0.0e+00"
+    assert [spec.name for spec in manifest.program("step").client_inputs] == ["value"]
+
+
 class Latest(torch.nn.Module):
     """The mean of the last `RING` values."""
 

@@ -46,10 +46,18 @@ def load_decoder(
     return model, load_tokenizer(source)[0]
 
 
-def load_model(source: Path | str, dtype: Dtype) -> PreTrainedModel:
-    """Load the model alone, as `load_decoder`."""
+def load_model(
+    source: Path | str, dtype: Dtype, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """Load the model alone, as `load_decoder`.
+
+    Args:
+        source: as `load_decoder` takes it.
+        dtype: the type of the weights.
+        config: what `check_checkpoint` returned; None checks here. Reading it from GGUF is slow.
+    """
     source = Path(source)
-    config = check_checkpoint(source)
+    config = config or check_checkpoint(source)
     folder, where = _locate_model(source)
     # SDPA has no soft-cap: it would make a wrong reference of a model that has one
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)

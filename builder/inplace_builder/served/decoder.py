@@ -35,14 +35,14 @@ def build_decoder(
     """
     source, output = Path(source), Path(output)
     check_output(output, options)
-    check_checkpoint(source, options.capacity)
+    config = check_checkpoint(source, options.capacity)
     if options.engine != "torch":
         from inplace_builder.lower.compile import Target
 
         Target.of(options.engine, options.compute_capability)  # raises before the model is loaded
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
-    model = load_model(source, options.dtype)
+    model = load_model(source, options.dtype, config)
     stage("capture the graph")
     return write_engine(
         capture_decoder(model, decoder_options(options)),

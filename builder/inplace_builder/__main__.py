@@ -6,7 +6,6 @@ quick, and a subcommand whose packages are not installed names the extra that br
 
 import contextlib
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -241,6 +240,9 @@ def serve(
             "repeated; default: the model repository."
         ),
     ] = None,
+    start_timeout: Annotated[
+        float, typer.Option(help="Seconds within which the server must be ready.")
+    ] = 300.0,
 ) -> None:
     """Serve a model repository with tritonserver until interrupted.
 
@@ -256,8 +258,9 @@ def serve(
             log=log_file,
             arguments=context.args,
             trust_models=trust_models,
+            start_timeout=start_timeout,
         )
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt), server:
             http, metrics = server.ports.http, server.ports.metrics
             console.print(
@@ -265,8 +268,21 @@ def serve(
                 f"metrics {host}:{metrics}",
                 soft_wrap=True,
             )
+            for name, reason in server.failed_models().items():
+                console.print(f"model {name} could not be loaded: {reason}", soft_wrap=True)
             assert server.process is not None
-            raise SystemExit(server.process.wait())
+            try:
+                raise SystemExit(server.process.wait())
+            except KeyboardInterrupt:
+                console.print(
+                    f"stopping: running requests may finish for {server.exit_timeout:g} s; "
+                    "interrupt again to end them",
+                    soft_wrap=True,
+                )
+                try:
+                    server.stop()
+                except KeyboardInterrupt:
+                    server.stop(timeout=0)
 
 
 @app.command()

@@ -49,12 +49,20 @@ class Output:
 class GrpcStream:
     """One gRPC stream on a connection of its own; a context manager that drops it."""
 
-    def __init__(self, url: str, model: str) -> None:
-        self.client, self.model = InferenceServerClient(url), model
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        client: InferenceServerClient | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.client, self.model = client or InferenceServerClient(url), model
         self._answers: queue.SimpleQueue[
             tuple[InferResult | None, InferenceServerException | None]
         ] = queue.SimpleQueue()
-        self.client.start_stream(lambda result, error: self._answers.put((result, error)))
+        self.client.start_stream(
+            lambda result, error: self._answers.put((result, error)), headers=headers
+        )
 
     def send(
         self,

@@ -3,6 +3,7 @@
 import logging
 import queue
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor
 from time import monotonic
 
@@ -26,8 +27,8 @@ SWITCH_INTERVAL = 0.0005
 default of 5 ms is several steps of a fast engine."""
 
 
-Message = list[StreamRequest] | StreamRequest | None
-"""Requests that arrived together; a request that was cancelled; or None to stop."""
+Message = list[StreamRequest] | StreamRequest | Callable[[], None] | None
+"""Requests that arrived together; a request that was cancelled; a call; or None to stop."""
 
 
 log = logging.getLogger("inplace")
@@ -72,6 +73,10 @@ class EngineLoop:
         Those of one sequence take effect in the order given.
         """
         self._inbox.put(requests)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function on the loop's thread, between two steps. Thread-safe."""
+        self._inbox.put(function)
 
     def close(self, error: RequestError) -> None:
         """Stop the loop and answer every request that has no final response with this error."""
@@ -147,8 +152,10 @@ class EngineLoop:
                 return False
             if isinstance(message, list):
                 self._on_arrivals(message)
-            else:
+            elif isinstance(message, StreamRequest):
                 self._on_cancelled(message)
+            else:
+                message()
 
     def _wait_for_message(self, timeout: float) -> Message:
         self._responses.flush()
@@ -330,6 +337,26 @@ class EngineLoop:
             self._waiting.remove(request)
         self._responses.add_finish(request, generation, reason)
         self._remove(request)
+
+    # Shutdown. These run on the loop's thread.
+
+    def end_idle(self, seconds: float) -> None:
+        """End the sequences that have had no request for so many seconds."""
+        table = self._instance.table
+        for request in self._queues.all():
+            # A generation whose tokens are fetched: its client has gone.
+            if isinstance(request.reply, BufferedReply) and request.reply.unfetched_for(seconds):
+                assert request.generation is not None
+                self._finish_generation(request, request.generation, FinishReason.ENDED)
+        for sequence in table.idle_for(seconds):
+            if not self._queues.get(sequence.id):
+                table.end(sequence, EndReason.SHUTDOWN)
+
+    def stop_running(self, error: RequestError) -> None:
+        """Answer every request with this error and end all sequences."""
+        self._fail_all(error, EndReason.SHUTDOWN)
+        for sequence in self._instance.table.idle_for(0.0):
+            self._instance.table.end(sequence, EndReason.SHUTDOWN)
 
     # Errors
 

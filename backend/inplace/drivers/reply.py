@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol
 
 import torch
@@ -215,7 +216,7 @@ class BufferedReply(Reply):
         detokenizer: as in `Reply`.
     """
 
-    __slots__ = ("_fetching", "_is_enqueued", "_lock")
+    __slots__ = ("_fetched_at", "_fetching", "_is_enqueued", "_lock")
 
     def __init__(
         self, channel: Channel, stream_interval: int = 1, detokenizer: Detokenizer | None = None
@@ -223,6 +224,7 @@ class BufferedReply(Reply):
         super().__init__(channel, stream_interval, detokenizer)
         self._lock = threading.Lock()
         self._fetching: Channel | None = channel
+        self._fetched_at = 0.0
         self._is_enqueued = False
 
     def fetch(self, channel: Channel) -> bool:
@@ -263,6 +265,7 @@ class BufferedReply(Reply):
         """Answer the request that fetches with all that has been added; returns False."""
         with self._lock:
             channel, self._fetching, self._is_enqueued = self._fetching, None, False
+            self._fetched_at = monotonic()
             final, tokens = self._final, list(self._tokens)
             self._tokens.clear()
             self.finished = final is not None
@@ -277,6 +280,11 @@ class BufferedReply(Reply):
     def is_cancelled(self) -> bool:
         """False: cancellation does not reach BLS requests. Their client ends the sequence."""
         return False
+
+    def unfetched_for(self, seconds: float) -> bool:
+        """Whether no request has fetched for so many seconds."""
+        with self._lock:
+            return self._fetching is None and monotonic() - self._fetched_at >= seconds
 
     def _enqueue_if_ready(self) -> bool:
         ready = self._final is not None or len(self._tokens) >= self._stream_interval

@@ -122,9 +122,13 @@ class SequenceQueues:
             del self._queues[request.sequence_id]
         return was_first
 
+    def all(self) -> list[StreamRequest]:
+        """All requests, those of each sequence in order."""
+        return [request for queue in self._queues.values() for request in queue]
+
     def clear(self) -> list[StreamRequest]:
         """Remove all requests and return them."""
-        requests = [request for queue in self._queues.values() for request in queue]
+        requests = self.all()
         self._queues.clear()
         return requests
 

@@ -48,6 +48,16 @@ class StepDriver:
                 waiting = self._run_wave(waiting, answers)
         return [answer for answer in answers if answer is not None]
 
+    def end_idle(self, seconds: float) -> None:
+        """End the sequences that have had no request for so many seconds."""
+        with self._lock:
+            for sequence in self.instance.table.idle_for(seconds):
+                self.instance.table.end(sequence, EndReason.SHUTDOWN)
+
+    def stop_running(self, error: RequestError) -> None:
+        """End all sequences. Every request has been answered when a call of `run` returns."""
+        self.end_idle(0.0)
+
     def close(self) -> None:
         """Stop the reclaiming thread."""
         self._closing.set()

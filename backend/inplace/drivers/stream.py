@@ -4,13 +4,15 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 
 from inplace.drivers.engine_loop import EngineLoop
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.reply import Channel, FinalResponse, Reply
 from inplace.drivers.senders import Senders
 from inplace.drivers.sequence_queues import StreamRequest
-from inplace.errors import Code, RequestError, backend_failure
+from inplace.drivers.shutdown import unloading
+from inplace.errors import RequestError, backend_failure
 from inplace.protocol import TEXT
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
@@ -76,7 +78,7 @@ class StreamDriver:
                 requests = []
             try:
                 if self._closed:
-                    raise _unloading()
+                    raise unloading()
                 requests.append(self._parser.parse(request, texts, channel))
             except RequestError as error:
                 self.instance.observer.request_refused(
@@ -89,20 +91,22 @@ class StreamDriver:
         if requests:
             self._engine_loop.submit(requests)
 
+    def end_idle(self, seconds: float) -> None:
+        """End the sequences that have had no request for so many seconds, soon."""
+        self._engine_loop.call(partial(self._engine_loop.end_idle, seconds))
+
+    def stop_running(self, error: RequestError) -> None:
+        """Answer every request with this error and end all sequences, soon."""
+        self._engine_loop.call(partial(self._engine_loop.stop_running, error))
+
     def close(self) -> None:
         """Answer every request that is queued or running with SHUTDOWN, and stop the threads."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._engine_loop.close(_unloading())
+        self._engine_loop.close(unloading())
         self._senders.close()
 
     def _send_error(self, channel: Channel, error: RequestError) -> None:
         self._senders.publish([], [(Reply(channel), FinalResponse(error))])
-
-
-def _unloading() -> RequestError:
-    return RequestError(
-        Code.SHUTDOWN, "the model is being unloaded; START again when it is back", retryable=True
-    )

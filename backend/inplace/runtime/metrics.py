@@ -131,6 +131,14 @@ TOKENS = Metric(
 WAITING = Metric("inplace_generations_waiting", "gauge", "Generations that wait for a slot.")
 
 
+PLACES = Metric(
+    "inplace_places", "gauge", "Sequences that Triton accepts at the same time for this instance."
+)
+
+
+PLACES_OPEN = Metric("inplace_places_open", "gauge", "Sequences that have a place in Triton.")
+
+
 GENERATIONS = Metric(
     "inplace_generations_total",
     "counter",
@@ -211,6 +219,8 @@ METRICS = (
     REFUSED,
     TOKENS,
     WAITING,
+    PLACES,
+    PLACES_OPEN,
     GENERATIONS,
 )
 

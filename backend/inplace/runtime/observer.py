@@ -13,6 +13,8 @@ from inplace.runtime.metrics import (
     FIRST_TOKEN,
     GENERATIONS,
     LIVE,
+    PLACES,
+    PLACES_OPEN,
     PREFILL,
     QUEUE,
     REFUSED,
@@ -26,7 +28,7 @@ from inplace.runtime.metrics import (
     WAITING,
     MetricValues,
 )
-from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.runtime.slots import EndReason, SequenceId, SequenceState, SlotObserver
 
 MAX_LINES_PER_SECOND = 10
 """Log lines a second for refused requests, and as many for ended sequences; all are counted."""
@@ -104,11 +106,18 @@ class Observer:
         self.metrics.add(SLOTS, num_slots)
         self.metrics.add(SLOTS_FREE, num_slots)
         self.metrics.add(STATE_BYTES, state_bytes)
+        self._slot_observers: list[SlotObserver] = []
         self._refusal_log = _RateLimitedLog("requests refused", clock)
         self._end_log = _RateLimitedLog("sequences ended", clock)
 
+    def forward_to(self, observer: SlotObserver) -> None:
+        """Pass the starts and ends of sequences on."""
+        self._slot_observers.append(observer)
+
     def sequence_started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot."""
+        for observer in self._slot_observers:
+            observer.sequence_started(sequence)
         self.metrics.add(STARTED)
         self.metrics.add(LIVE)
         self.metrics.add(SLOTS_FREE, -1)
@@ -117,6 +126,8 @@ class Observer:
 
     def sequence_ended(self, sequence: SequenceState, reason: EndReason) -> None:
         """A sequence gave its slot back."""
+        for observer in self._slot_observers:
+            observer.sequence_ended(sequence, reason)
         self.metrics.add(ENDED, label_value=reason)
         self.metrics.add(LIVE, -1)
         self.metrics.add(SLOTS_FREE)
@@ -142,6 +153,11 @@ class Observer:
     def watch_waiting(self, waiting: Sized) -> None:
         """Report the length of this queue, now and later, as the generations that wait."""
         self.metrics.set_function(WAITING, lambda: len(waiting))
+
+    def watch_places(self, places: Sized, limit: int) -> None:
+        """Report how many places of Triton are open, now and later, and how many it has."""
+        self.metrics.set_function(PLACES_OPEN, lambda: len(places))
+        self.metrics.add(PLACES, limit)
 
     def first_token(self, seconds: float) -> None:
         """A generation has its first token, ``seconds`` after its request had arrived."""

@@ -33,7 +33,7 @@ class EndReason(StrEnum):
     ENGINE_FAILED = "engine_failed"
     CANCELLED = "cancelled"
     SHUTDOWN = "shutdown"
-    """The model was unloaded while a request of the sequence was running."""
+    """The server was stopping, or the model was unloaded while a request was running."""
 
 
 @dataclass(slots=True)
@@ -205,17 +205,23 @@ class SlotTable:
     def reclaim_idle(self) -> list[SequenceState]:
         """End every sequence that has been idle for the timeout, and return them."""
         now = self._clock()
-        idle = []
-        for sequence in self._live.values():
-            if now - sequence.last_response < self.idle_timeout:
-                break
-            if not sequence.busy:
-                idle.append(sequence)
+        idle = self.idle_for(self.idle_timeout)
         for sequence in idle:
             self.end(sequence, EndReason.IDLE)
             self._reclaimed[sequence.id] = now - sequence.last_response
             if len(self._reclaimed) > MAX_RECLAIMED_IDS:
                 self._reclaimed.popitem(last=False)
+        return idle
+
+    def idle_for(self, seconds: float) -> list[SequenceState]:
+        """The live sequences that were last answered so many seconds ago, or earlier."""
+        now = self._clock()
+        idle = []
+        for sequence in self._live.values():
+            if now - sequence.last_response < seconds:
+                break
+            if not sequence.busy:
+                idle.append(sequence)
         return idle
 
     def next_expiry(self) -> float:

@@ -36,9 +36,10 @@ from inplace.server.messages import (
     read_request,
 )
 from inplace.server.model_config import check_model_config, model_tensors
+from inplace.server.own_requests import Admission, ModelPlaces
 from inplace.server.reports import TritonMetrics, log_to_triton
 from inplace.server.settings import GENERATE_PROXY, Settings, serve_mode
-from inplace.server.stub import check_numpy, start_watchdog
+from inplace.server.stub import check_numpy, skip_interpreter_teardown, start_watchdog
 from inplace.server.trust import trusted_folders
 
 log = logging.getLogger("inplace")
@@ -79,6 +80,7 @@ class TritonPythonModel:
         """Unload the model; the states of its sequences are lost."""
         self._model.close()
         self._log.stop()
+        skip_interpreter_teardown()
 
 
 def _load(args: dict[str, str]) -> LoadedModel:
@@ -108,11 +110,12 @@ def _load(args: dict[str, str]) -> LoadedModel:
         instance.is_forwarded = settings.is_forwarded
         metrics = _start_reports(instance, settings, args)
         driver = StreamDriver(instance, tokenizer, settings.max_waiting, thread)
-        return _StreamModel(driver, metrics)
+        return _StreamModel(driver, metrics, ModelPlaces(args, driver, instance.observer))
     instance = load()
     instance.is_forwarded = settings.is_forwarded
     metrics = _start_reports(instance, settings, args)
-    return _StepModel(StepDriver(instance), metrics)
+    steps = StepDriver(instance)
+    return _StepModel(steps, metrics, ModelPlaces(args, steps, instance.observer))
 
 
 def _start_reports(
@@ -137,21 +140,32 @@ def _start_reports(
 class _StepModel:
     """Answers requests before `execute` returns."""
 
-    def __init__(self, driver: StepDriver, metrics: TritonMetrics) -> None:
-        self._driver, self._metrics = driver, metrics
+    def __init__(self, driver: StepDriver, metrics: TritonMetrics, places: ModelPlaces) -> None:
+        self._driver, self._metrics, self._places = driver, metrics, places
         self._observer = driver.instance.observer
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        parsed = [read_request(request) for request in requests]
-        answers = iter(
-            self._driver.run([request for request in parsed if isinstance(request, Request)])
-        )
-        return [
-            self._response(request, next(answers) if isinstance(result, Request) else result)
-            for request, result in zip(requests, parsed, strict=True)
+        admissions = [self._places.admit(request) for request in requests]
+        parsed = [
+            read_request(request) if admission == "serve" else admission
+            for request, admission in zip(requests, admissions, strict=True)
         ]
+        try:
+            answers = iter(
+                self._driver.run([request for request in parsed if isinstance(request, Request)])
+            )
+            return [
+                self._response(request, next(answers) if isinstance(result, Request) else result)
+                for request, result in zip(requests, parsed, strict=True)
+            ]
+        finally:
+            for request, admission in zip(requests, admissions, strict=True):
+                if admission == "serve":
+                    self._places.answered(read_id(request.correlation_id))
 
-    def _response(self, request: Any, answer: Answer) -> Any:
+    def _response(self, request: Any, answer: Answer | Admission) -> Any:
+        if isinstance(answer, str):
+            return pb_utils.InferenceResponse(output_tensors=[])
         if isinstance(answer, RequestError):
             _report_refusal(self._observer, request, answer)
             return error_response(request, answer)
@@ -163,23 +177,33 @@ class _StepModel:
         )
 
     def close(self) -> None:
+        live = len(self._driver.instance.table)
+        self._places.close()
         self._driver.close()
-        log.info(log_line("unloaded", live=len(self._driver.instance.table)))
+        log.info(log_line("unloaded", live=live))
         self._metrics.close()
 
 
 class _StreamModel:
     """Queues requests for the engine's thread; other threads answer them."""
 
-    def __init__(self, driver: StreamDriver, metrics: TritonMetrics) -> None:
-        self._driver, self._metrics = driver, metrics
+    def __init__(self, driver: StreamDriver, metrics: TritonMetrics, places: ModelPlaces) -> None:
+        self._driver, self._metrics, self._places = driver, metrics, places
 
     def execute(self, requests: Sequence[Any]) -> None:
         self._driver.submit(self._read(requests))
 
     def _read(self, requests: Sequence[Any]) -> Iterator[Arrival]:
         for request in requests:
-            channel = TritonChannel(request)
+            admission = self._places.admit(request)
+            if admission == "acknowledge":
+                TritonChannel(request).send({}, final=True)
+                continue
+            if isinstance(admission, RequestError):
+                self._refuse(request, TritonChannel(request), admission)
+                continue
+            sequence_id = read_id(request.correlation_id)
+            channel = TritonChannel(request, partial(self._places.answered, sequence_id))
             texts: dict[str, tuple[bytes, ...]] = {}
             try:
                 parsed = read_request(request, texts)
@@ -190,11 +214,15 @@ class _StreamModel:
             if isinstance(parsed, Request):
                 yield parsed, texts, channel
             else:
-                _report_refusal(self._driver.instance.observer, request, parsed)
-                channel.send_error(parsed)
+                self._refuse(request, channel, parsed)
+
+    def _refuse(self, request: Any, channel: TritonChannel, error: RequestError) -> None:
+        _report_refusal(self._driver.instance.observer, request, error)
+        channel.send_error(error)
 
     def close(self) -> None:
         live = len(self._driver.instance.table)
+        self._places.close()
         self._driver.close()
         log.info(log_line("unloaded", live=live))
         self._metrics.close()

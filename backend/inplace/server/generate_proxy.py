@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -105,11 +105,17 @@ class GenerateProxy:
             target=self._stop_cancelled, name="inplace-proxy-cancel", daemon=True
         )
         self._cancel_thread.start()
+        # Nothing marks a warm-up request of Triton, but all come before those of clients.
+        self._warmups_left = num_warmup_requests(json.loads(args["model_config"]))
         log.info(log_line("ready", generate_proxy_of=self._model))
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Pass each request on, on a thread of its own."""
         for request in requests:
+            if self._warmups_left:
+                self._warmups_left -= 1
+                TritonChannel(request).send({}, final=True)
+                continue
             if len(self._running) >= self._max_requests:
                 error = RequestError(
                     Code.QUEUE_FULL,
@@ -158,6 +164,14 @@ class GenerateProxy:
                         proxied.stop(self._end_threads)
                 except Exception:  # the other requests must still be checked
                     log.exception("a request could not be checked for cancellation")
+
+
+def num_warmup_requests(config: Mapping[str, Any]) -> int:
+    """How many requests Triton sends to an instance before it is ready (``model_warmup``)."""
+    return sum(
+        int(sample.get("batch_size", 0) or 1) * max(1, int(sample.get("count", 0)))
+        for sample in config.get("model_warmup", ())
+    )
 
 
 class _RecentResponses:

@@ -39,10 +39,16 @@ By name, because the stub adds the constants to `TritonError` only after this mo
 
 
 class TritonChannel:
-    """A `Channel` for one request of a decoupled model."""
+    """A `Channel` for one request of a decoupled model.
 
-    def __init__(self, request: Any) -> None:
+    Args:
+        request: the request.
+        on_final: called after the final response.
+    """
+
+    def __init__(self, request: Any, on_final: Callable[[], None] | None = None) -> None:
         self._request, self._sender = request, request.get_response_sender()
+        self._on_final = on_final
         self.requested_outputs = frozenset(request.requested_output_names())
 
     def send(self, outputs: Outputs, *, final: bool) -> None:
@@ -54,13 +60,18 @@ class TritonChannel:
         ]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
         self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+        if final:
+            self._finish()
 
     def send_error(self, error: RequestError) -> None:
         """Send an error as the final response."""
-        self._sender.send(
-            error_response(self._request, error),
-            flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-        )
+        try:
+            self._sender.send(
+                error_response(self._request, error),
+                flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+            )
+        finally:
+            self._finish()
 
     def is_cancelled(self) -> bool:
         """Whether the client has cancelled or left.
@@ -69,6 +80,11 @@ class TritonChannel:
         """
         cancelled: bool = self._request.is_cancelled()
         return cancelled
+
+    def _finish(self) -> None:
+        on_final, self._on_final = self._on_final, None
+        if on_final is not None:
+            on_final()
 
 
 def read_request(

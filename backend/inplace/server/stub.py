@@ -1,18 +1,28 @@
 """The process that this backend runs in, the stub of Triton's Python backend."""
 
+import atexit
+import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from inplace.errors import LoadError
+
+SHARED_MEMORY = re.compile(r"/dev/shm/triton_\w+_shm_region_[0-9a-f-]+")
+"""Files that Triton's Python backend makes, with the name of the backend that is based on it."""
+
 
 log = logging.getLogger("inplace")
 
 
 def start_watchdog() -> subprocess.Popen[bytes] | None:
-    """Start a process that kills this one when its server has died (`inplace.server.watchdog`).
+    """Start a process that cleans up when the server has died (`inplace.server.watchdog`).
+
+    It kills this process and removes its files of shared memory, which would stay otherwise.
 
     If a server is killed while a stub sends a response, the stub waits forever and keeps its
     memory, also on the GPU (seen with Triton 24.10). It may hold the GIL meanwhile, so no Python
@@ -35,7 +45,7 @@ def start_watchdog() -> subprocess.Popen[bytes] | None:
     try:
         quiet = subprocess.DEVNULL
         return subprocess.Popen(
-            [*command, str(server), str(stub)],
+            [*command, str(server), str(stub), *shared_memory_files()],
             pass_fds=(server, stub),
             stdin=quiet,
             stdout=quiet,
@@ -52,6 +62,32 @@ def start_watchdog() -> subprocess.Popen[bytes] | None:
     finally:
         os.close(server)
         os.close(stub)
+
+
+def shared_memory_files(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """The files of shared memory through which the server and this process exchange messages.
+
+    Args:
+        maps: the mappings of the process, as in proc(5).
+    """
+    paths = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines()}
+    return sorted(path for path in paths if SHARED_MEMORY.fullmatch(path))
+
+
+def skip_interpreter_teardown() -> None:
+    """End this process as soon as Python begins to finalize, without freeing its modules.
+
+    The server waits for the process when it unloads the model. With PyTorch loaded, freeing
+    everything takes seconds; the kernel does it at once.
+    """
+    atexit.register(_exit_now)
+
+
+def _exit_now() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed already
+            stream.flush()
+    os._exit(0)
 
 
 def check_numpy(stub: Path, numpy: str) -> None:

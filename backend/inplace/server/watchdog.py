@@ -1,34 +1,51 @@
-"""A small process that kills a Python backend stub whose tritonserver has died.
+"""A small process that cleans up after a tritonserver that has died.
 
-`inplace.server.stub` starts it. It imports only the standard library.
+It kills the Python backend stub that started it, and removes the files of shared memory that the
+server had made for the stub. `inplace.server.stub` starts it. It imports only the standard library.
 
-    python watchdog.py SERVER STUB
+    python watchdog.py SERVER STUB [FILE ...]
 
-Both arguments are file descriptors of processes (pidfd_open(2)): unlike process ids, they are never
-reused for another process.
+The first arguments are file descriptors of processes (pidfd_open(2)): unlike process ids, they are
+never reused for another process.
 """
 
 import contextlib
+import os
 import select
 import signal
 import sys
+from pathlib import Path
 
 GRACE_MILLISECONDS = 2000
 """Time from the server's end until the stub is killed; a stub may notice and exit by itself."""
 
 
-def main(server: int, stub: int) -> None:
-    """Kill the stub if it is still running `GRACE_MILLISECONDS` after the server has ended."""
+CHECK_MILLISECONDS = 5000
+"""Time between two checks whether the server has removed the files of a stub that has ended."""
+
+
+def main(server: int, stub: int, files: list[str]) -> None:
+    """Wait for the end of the server or of the stub, and clean up if the server has died."""
     processes = select.poll()
     processes.register(server, select.POLLIN)
     processes.register(stub, select.POLLIN)
-    if any(ended == stub for ended, _ in processes.poll()):
-        return
-    processes.unregister(server)
-    if not processes.poll(GRACE_MILLISECONDS):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            signal.pidfd_send_signal(stub, signal.SIGKILL)
+    ended = [process for process, _ in processes.poll()]
+    if server in ended:
+        processes.unregister(server)
+        if stub not in ended and not processes.poll(GRACE_MILLISECONDS):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                signal.pidfd_send_signal(stub, signal.SIGKILL)
+    else:
+        processes.unregister(stub)
+        # A server that lives removes the files when it unloads the model.
+        while any(map(os.path.exists, files)) and not processes.poll(CHECK_MILLISECONDS):
+            pass
+        if not processes.poll(0):
+            return
+    for file in files:
+        with contextlib.suppress(OSError):  # the server has removed it
+            Path(file).unlink()
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

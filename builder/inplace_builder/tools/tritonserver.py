@@ -20,6 +20,7 @@ from typing import IO, Self
 
 import inplace
 from inplace.errors import InplaceError
+from inplace.server.loopback import ServerOptions
 from inplace.server.trust import TRUST_MODELS
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -32,6 +33,20 @@ attempts grows to two minutes."""
 
 
 STUB = "triton_python_backend_stub"
+
+
+STOP_MARGIN = 15.0
+"""Seconds after its exit timeout at which a server that has not ended is killed."""
+
+
+ERROR_LINE = re.compile(
+    r"E\d{4} |error\b|\S*tritonserver: |Bad option|Invalid option|Signal \(|terminate called"
+)
+"""How a line of the server's log begins that may say why it ended."""
+
+
+HARMLESS = ("CudaDriverHelper has not been initialized", "NVML", "PinnedMemory")
+"""In error lines that every server without a GPU writes."""
 
 
 class ServerError(InplaceError):
@@ -259,10 +274,11 @@ class TritonServer:
     def wait_ready(self) -> None:
         """Return when the server, its models and all its endpoints are ready.
 
-        tritonserver opens gRPC first: when that answers, HTTP and metrics may not listen yet.
+        tritonserver opens gRPC first: when that answers, HTTP and metrics may not listen yet. With
+        ``--exit-on-error=false`` it serves without models that cannot be loaded (`failed_models`).
 
         Raises:
-            ServerError: it ended, or was not ready in time; with the last error lines of its log.
+            ServerError: it ended, or was not ready in time; with the lines of its log that say why.
         """
         assert self.process is not None
         deadline = time.monotonic() + self.start_timeout
@@ -270,11 +286,10 @@ class TritonServer:
             while True:
                 if self.process.poll() is not None:
                     raise ServerError(
-                        f"tritonserver ended with status {self.process.returncode}"
-                        f"{self._logged_errors()}"
+                        f"tritonserver ended {_how(self.process.returncode)}{self._logged_errors()}"
                     )
                 with contextlib.suppress(InferenceServerException):
-                    if client.is_server_ready(client_timeout=2.0) and self._endpoints_open():
+                    if self._serves(client) and self._endpoints_open():
                         return
                 if time.monotonic() > deadline:
                     raise ServerError(
@@ -282,6 +297,20 @@ class TritonServer:
                         f"{self._logged_errors()}"
                     )
                 time.sleep(0.1)
+
+    def _serves(self, client: InferenceServerClient) -> bool:
+        """Whether it is ready, or will not become readier: a model could not be loaded."""
+        if client.is_server_ready(client_timeout=2.0):
+            return True
+        return client.is_server_live(client_timeout=2.0) and bool(_failed_models(client))
+
+    def failed_models(self) -> dict[str, str]:
+        """The models that could not be loaded, and why; none if the server does not say."""
+        with InferenceServerClient(self.grpc_url) as client:
+            try:
+                return _failed_models(client)
+            except InferenceServerException:
+                return {}
 
     def _endpoints_open(self) -> bool:
         """Whether HTTP and metrics accept connections, unless ``arguments`` turn them off."""
@@ -294,10 +323,21 @@ class TritonServer:
                     return False
         return True
 
-    def stop(self, timeout: float = 45.0) -> int:
-        """Stop the process and return its exit status; it is killed after ``timeout`` seconds."""
+    @property
+    def exit_timeout(self) -> float:
+        """Seconds for which it lets requests finish when it is stopped."""
+        return ServerOptions.parse(self.arguments).exit_timeout
+
+    def stop(self, timeout: float | None = None) -> int:
+        """Stop the process and return its exit status.
+
+        Args:
+            timeout: seconds after which it is killed; None for its exit timeout and `STOP_MARGIN`.
+        """
         if self.process is None:
             return 0
+        if timeout is None:
+            timeout = self.exit_timeout + STOP_MARGIN
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -309,15 +349,13 @@ class TritonServer:
         return status
 
     def _logged_errors(self) -> str:
-        """The last error lines of the log, for an error text."""
-        if self.log is None or not self.log.exists():
+        """The lines of the log that say why it ended, for an error text."""
+        if self.log is None:
+            return "; its output above says why"
+        if not self.log.exists():
             return ""
-        lines = [
-            line
-            for line in self.log.read_text(errors="replace").splitlines()
-            if "INPLACE-" in line or line.startswith(("E1", "E0", "error"))
-        ]
-        return "".join(f"\n  {line}" for line in lines[-4:])
+        lines = error_lines(self.log.read_text(errors="replace"))
+        return "".join(f"\n  {line}" for line in lines) + f"\n  (log: {self.log})"
 
     def __enter__(self) -> Self:
         self.start()
@@ -335,6 +373,37 @@ class TritonServer:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def error_lines(log: str) -> list[str]:
+    """The lines of a tritonserver's log that say why it could not start, at most four.
+
+    Errors of this backend come first, each once, though the server repeats them.
+    """
+    lines = [line.strip() for line in log.splitlines() if ERROR_LINE.match(line.strip())]
+    lines = [line for line in lines if not any(text in line for text in HARMLESS)]
+    own = [match[0] for line in lines if (match := re.search(r"INPLACE-[^|]*", line))]
+    if own:
+        reasons = (text.partition("\\n")[0].strip() for text in own)
+        return list(dict.fromkeys(reasons))[:4]
+    return lines[-4:]
+
+
+def _how(status: int) -> str:
+    """The exit status of a process, in words."""
+    return f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+
+
+def _failed_models(client: InferenceServerClient) -> dict[str, str]:
+    """The models of a server that could not be loaded, and why."""
+    models = client.get_model_repository_index(client_timeout=2.0).models
+    if any(model.state == "LOADING" for model in models):
+        return {}
+    return {
+        model.name: model.reason
+        for model in models
+        if model.state == "UNAVAILABLE" and model.reason not in ("", "unloaded")
+    }
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,243 @@
+"""The gRPC endpoint of the server that this process belongs to, reached from inside its machine.
+
+While the server stops, it is the only way in. Its address, its TLS files and the header of a
+restricted protocol are read from the server's command line.
+"""
+
+import contextlib
+import os
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inplace.errors import InplaceError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = 10.0
+"""Seconds within which a request must be answered."""
+
+
+DEFAULT_EXIT_TIMEOUT = 30.0
+"""Triton's default of ``--exit-timeout-secs``."""
+
+
+RESTRICTED_HEADER = "triton-grpc-protocol-"
+"""Prefix of the header that a restricted protocol expects."""
+
+
+class LoopbackError(InplaceError):
+    """The server's gRPC endpoint cannot be reached from here."""
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """The options of a tritonserver that say how to reach it.
+
+    Attributes:
+        target: ``host:port`` of its gRPC endpoint; empty if it has none.
+        tls: it takes TLS connections only.
+        mutual: and asks for a certificate of its clients.
+        certificate, key, root: files of its certificate, its key and the root of its clients'.
+        headers: what its restricted inference protocol expects.
+        exit_timeout: seconds for which it waits for live sequences when it stops.
+    """
+
+    target: str = "127.0.0.1:8001"
+    tls: bool = False
+    mutual: bool = False
+    certificate: Path = Path()
+    key: Path = Path()
+    root: Path = Path()
+    headers: tuple[tuple[str, str], ...] = ()
+    exit_timeout: float = DEFAULT_EXIT_TIMEOUT
+
+    @classmethod
+    def of_parent(cls) -> "ServerOptions":
+        """The options of the parent process, which is the server of a stub."""
+        parent = Path("/proc") / str(os.getppid())
+        command = (parent / "cmdline").read_bytes().decode(errors="surrogateescape")
+        return cls.parse(command.split("\0")[1:-1], (parent / "cwd").resolve())
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str], folder: Path = Path()) -> "ServerOptions":
+        """Read a command line.
+
+        Args:
+            arguments: without the program.
+            folder: its working directory.
+        """
+        options, headers = dict[str, str](), list[tuple[str, str]]()
+        for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+            if not argument.startswith("--"):
+                continue
+            name, has_value, value = argument.removeprefix("--").partition("=")
+            options[name] = value if has_value else following
+            if name == "grpc-restricted-protocol":
+                protocols, _, header = options[name].partition(":")
+                if "inference" in protocols.split(","):
+                    key, _, secret = header.partition("=")
+                    headers.append((f"{RESTRICTED_HEADER}{key}".lower(), secret))
+        mutual = _is_true(options.get("grpc-use-ssl-mutual", "false"))
+        timeout = options.get("exit-timeout-secs", "")
+        return cls(
+            target=_target(options) if _is_true(options.get("allow-grpc", "true")) else "",
+            tls=mutual or _is_true(options.get("grpc-use-ssl", "false")),
+            mutual=mutual,
+            certificate=folder / options.get("grpc-server-cert", ""),
+            key=folder / options.get("grpc-server-key", ""),
+            root=folder / options.get("grpc-root-cert", ""),
+            headers=tuple(headers),
+            exit_timeout=float(timeout) if timeout.isdigit() else DEFAULT_EXIT_TIMEOUT,
+        )
+
+
+def _target(options: Mapping[str, str]) -> str:
+    host = options.get("grpc-address", "0.0.0.0")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    return f"{host}:{options.get('grpc-port', '8001')}"
+
+
+def _is_true(value: str) -> bool:
+    return value.lower() in ("true", "1")
+
+
+@dataclass(frozen=True)
+class ZeroInput:
+    """An input of zeros.
+
+    Attributes:
+        name: its name.
+        data_type: Triton's name of its type.
+        shape: with the batch axis.
+        dtype: PyTorch's name of its type.
+    """
+
+    name: str
+    data_type: str
+    shape: tuple[int, ...]
+    dtype: "torch.dtype"
+
+    @property
+    def tensor(self) -> "torch.Tensor":
+        """The zeros."""
+        import torch
+
+        return torch.zeros(self.shape, dtype=self.dtype)
+
+
+class GrpcEndpoint:
+    """Sends requests to the server of this process over gRPC.
+
+    Args:
+        options: how to reach it.
+
+    Raises:
+        LoopbackError: it has no gRPC endpoint, a file of its TLS cannot be read, or gRPC is not
+            installed here.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        if not options.target:
+            raise LoopbackError("the server has no gRPC endpoint (--allow-grpc=false)")
+        try:
+            import grpc
+            from tritonclient.grpc import service_pb2, service_pb2_grpc
+        except ImportError as error:
+            raise LoopbackError(f"install tritonclient[grpc] for the server: {error}") from error
+        self._messages, self._options, self._error = service_pb2, options, grpc.RpcError
+        try:
+            self._channel = _open_channel(options)
+        except OSError as error:
+            raise LoopbackError(f"the server's TLS files cannot be read: {error}") from error
+        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def infer(
+        self,
+        model: str,
+        inputs: Sequence[ZeroInput],
+        sequence_id: int | str,
+        *,
+        start: bool,
+        end: bool,
+        parameters: Mapping[str, str],
+    ) -> str:
+        """Send one request over a stream of its own and wait for its answer.
+
+        Returns:
+            The error that it was answered with, or an empty text.
+
+        Raises:
+            LoopbackError: it cannot be sent.
+        """
+        request = self._request(model, inputs, sequence_id)
+        values = request.parameters
+        values["sequence_start"].bool_param = start
+        values["sequence_end"].bool_param = end
+        values["triton_enable_empty_final_response"].bool_param = True
+        for name, value in parameters.items():
+            values[name].string_param = value
+        error = ""
+        try:
+            for response in self._service.ModelStreamInfer(
+                iter([request]), metadata=self._options.headers, timeout=TIMEOUT
+            ):
+                error = error or response.error_message
+        except self._error as failure:
+            raise LoopbackError(
+                f"the server's gRPC endpoint {self._options.target} does not answer: {failure}"
+            ) from failure
+        return error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def _request(self, model: str, inputs: Sequence[ZeroInput], sequence_id: int | str) -> Any:
+        request = self._messages.ModelInferRequest(model_name=model)
+        for spec in inputs:
+            zeros = spec.tensor
+            request.inputs.add(name=spec.name, datatype=spec.data_type, shape=spec.shape)
+            request.raw_input_contents.append(bytes(zeros.numel() * zeros.element_size()))
+        if isinstance(sequence_id, str):
+            request.parameters["sequence_id"].string_param = sequence_id
+        else:  # the protocol has signed numbers only; the server reads them as unsigned
+            signed = sequence_id - 2**64 if sequence_id >= 2**63 else sequence_id
+            request.parameters["sequence_id"].int64_param = signed
+        return request
+
+
+def _open_channel(options: ServerOptions) -> Any:
+    import grpc
+
+    channel_options: list[tuple[str, Any]] = [
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if not options.tls:
+        return grpc.insecure_channel(options.target, channel_options)
+    # The certificate is compared with the very file that the server presents.
+    own = options.certificate.read_bytes()
+    pair = (options.key.read_bytes(), own) if options.mutual else (None, None)
+    name = _certificate_name(options.certificate)
+    if name:
+        channel_options.append(("grpc.ssl_target_name_override", name))
+    credentials = grpc.ssl_channel_credentials(own, *pair)
+    return grpc.secure_channel(options.target, credentials, channel_options)
+
+
+def _certificate_name(certificate: Path) -> str:
+    """A name that the certificate is valid for; empty if it has none that can be read."""
+    with contextlib.suppress(Exception):  # an interface of CPython that is not documented
+        decoded = ssl._ssl._test_decode_cert(str(certificate))  # type: ignore[attr-defined]
+        for _, name in decoded.get("subjectAltName", ()):
+            return str(name).replace("*", "inplace")
+        for ((key, name),) in decoded.get("subject", ()):
+            if key == "commonName":
+                return str(name).replace("*", "inplace")
+    return ""

@@ -1,0 +1,259 @@
+"""Requests of a model to itself, which open and close places of sequences in Triton.
+
+They go through Triton (BLS) while the server runs. Once it stops, BLS fails with "Server not ready"
+while the gRPC endpoint serves live sequences on, so they go there (`inplace.server.loopback`).
+"""
+
+import json
+import logging
+import secrets
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import triton_python_backend_utils as pb_utils
+
+from inplace.drivers.places import PlaceKeeper, Places, ServerStoppingError
+from inplace.drivers.shutdown import Shutdown, StoppableDriver
+from inplace.errors import RequestError
+from inplace.runtime.observer import Observer
+from inplace.runtime.slots import SequenceId
+from inplace.server.loopback import GrpcEndpoint, ServerOptions, ZeroInput
+from inplace.server.messages import FLAG_END, FLAG_START, output_tensor
+
+Admission = Literal["serve", "acknowledge"]
+"""What to do with a request: pass it to the driver, or answer it without outputs."""
+
+
+NONCE = "inplace_nonce"
+"""The parameter that marks our own requests. Its value is random and known to this process only."""
+
+
+NO_ID = (0, "")
+"""Correlation ids that name no sequence."""
+
+
+NOT_READY = "Server not ready"
+"""Triton's error for every request of a model while the server stops (24.10)."""
+
+
+NO_VERSION = 2**31
+"""A version that no model has: to ask for it costs Triton nothing but a look whether it serves."""
+
+
+TORCH_TYPES = {
+    "TYPE_BOOL": torch.bool,
+    "TYPE_INT8": torch.int8,
+    "TYPE_UINT8": torch.uint8,
+    "TYPE_INT16": torch.int16,
+    "TYPE_UINT16": torch.uint16,
+    "TYPE_INT32": torch.int32,
+    "TYPE_INT64": torch.int64,
+    "TYPE_FP16": torch.float16,
+    "TYPE_BF16": torch.bfloat16,
+    "TYPE_FP32": torch.float32,
+    "TYPE_FP64": torch.float64,
+}
+"""The types of inputs in config.pbtxt, without texts, which no model requires."""
+
+
+MAX_KEPT_RESPONSES = 64
+"""Responses that are kept before they are released, because Triton releases its own part of them
+on a thread without the GIL (see `inplace.server.generate_proxy.RELEASE_DELAY`)."""
+
+
+log = logging.getLogger("inplace")
+
+
+class ModelPlaces:
+    """The places of one model instance in Triton: counted as requests arrive, freed when unused.
+
+    Args:
+        args: what Triton passes to ``initialize``.
+        driver: has the sequences.
+        observer: of the driver's instance.
+    """
+
+    def __init__(
+        self, args: Mapping[str, str], driver: StoppableDriver, observer: Observer
+    ) -> None:
+        server = ServerOptions.of_parent()
+        config = json.loads(args["model_config"])
+        oldest = config["sequence_batching"].get("oldest", {})
+        limit = int(oldest.get("max_candidate_sequences", 0))
+        self._places = Places(limit or None)
+        self._own_requests = OwnRequests(args, config, self._places, server)
+        self._shutdown = Shutdown(driver, server.exit_timeout)
+        observer.forward_to(self._places)
+        observer.watch_places(self._places, limit)
+        self._keeper = PlaceKeeper(self._places, self._own_requests, self._shutdown)
+
+    def admit(self, request: Any) -> Admission | RequestError:
+        """What to do with a request; `answered` must be called after the response of one to serve.
+
+        Our own requests and Triton's warm-up (``model_warmup``) are acknowledged: only those have
+        no correlation id, because Triton refuses a client's without one.
+        """
+        if self._own_requests.take(request):
+            return "acknowledge"
+        try:
+            sequence_id = request.correlation_id()
+        except UnicodeDecodeError:  # over HTTP it may be any bytes; the parser refuses it
+            return "serve"
+        if sequence_id in NO_ID:
+            return "acknowledge"
+        flags = request.flags()
+        refusal = self._places.arrived(
+            sequence_id, start=bool(flags & FLAG_START), end=bool(flags & FLAG_END)
+        )
+        if refusal is not None:
+            self._places.answered(sequence_id)
+        return refusal or "serve"
+
+    def answered(self, sequence_id: SequenceId) -> None:
+        """A request that was to be served has its final response."""
+        if sequence_id not in NO_ID:
+            self._places.answered(sequence_id)
+
+    def close(self) -> None:
+        """Stop freeing places; the driver answers everything with SHUTDOWN."""
+        self._keeper.close()
+        self._own_requests.close()
+        self._shutdown.stop_now()
+
+
+class OwnRequests:
+    """Sends START and END to the model of this process, and recognizes them when they arrive.
+
+    Args:
+        args: what Triton passes to ``initialize``.
+        config: the model configuration.
+        places: is told of the requests that arrive.
+        server: how to reach the server over gRPC.
+    """
+
+    def __init__(
+        self,
+        args: Mapping[str, str],
+        config: Mapping[str, Any],
+        places: Places,
+        server: ServerOptions,
+    ) -> None:
+        self._model, self._version = args["model_name"], int(args["model_version"])
+        self._decoupled: bool = config.get("model_transaction_policy", {}).get("decoupled", False)
+        self._inputs = smallest_inputs(config)
+        self._nonce = secrets.token_hex(16)
+        self._places, self._server = places, server
+        self._responses: deque[Any] = deque(maxlen=MAX_KEPT_RESPONSES)
+        self._stopping = False
+        self._endpoint: GrpcEndpoint | None = None
+
+    # Sending
+
+    def end(self, sequence_id: SequenceId) -> bool:
+        """Send an END; returns whether Triton knew the sequence.
+
+        Raises:
+            LoopbackError: the server stops, and its gRPC endpoint cannot be reached.
+        """
+        return self._send(sequence_id, FLAG_END)
+
+    def start(self, sequence_id: SequenceId) -> None:
+        """Send a START."""
+        self._send(sequence_id, FLAG_START)
+
+    def check_serving(self) -> None:
+        """Raise `ServerStoppingError` if the server is stopping."""
+        if not self._stopping:
+            request = self._request("", 0, version=NO_VERSION)
+            self._raise_if_stopping(self._execute(request))
+        if self._stopping:
+            raise ServerStoppingError
+
+    def close(self) -> None:
+        """Close the connection to the server, if there is one."""
+        if self._endpoint is not None:
+            self._endpoint.close()
+
+    def _send(self, sequence_id: SequenceId, flags: int) -> bool:
+        if not self._stopping:
+            try:
+                error = self._execute(self._request(sequence_id, flags))
+                self._raise_if_stopping(error)
+            except ServerStoppingError:
+                pass
+            else:
+                if error:
+                    log.debug("our own request for sequence %r: %s", sequence_id, error)
+                return not error
+        return self._send_over_grpc(sequence_id, flags)
+
+    def _send_over_grpc(self, sequence_id: SequenceId, flags: int) -> bool:
+        if self._endpoint is None:
+            self._endpoint = GrpcEndpoint(self._server)
+        error = self._endpoint.infer(
+            self._model,
+            self._inputs,
+            sequence_id,
+            start=bool(flags & FLAG_START),
+            end=bool(flags & FLAG_END),
+            parameters={NONCE: self._nonce},
+        )
+        if error:
+            log.debug("our own request for sequence %r: %s", sequence_id, error)
+        return not error
+
+    def _request(self, sequence_id: SequenceId, flags: int, version: int | None = None) -> Any:
+        return pb_utils.InferenceRequest(
+            model_name=self._model,
+            model_version=self._version if version is None else version,
+            correlation_id=sequence_id,
+            inputs=[output_tensor(spec.name, spec.tensor) for spec in self._inputs],
+            requested_output_names=[],
+            flags=flags,
+            parameters={NONCE: self._nonce},
+        )
+
+    def _execute(self, request: Any) -> str:
+        """Send a request and wait for its response; its error, or an empty text."""
+        try:
+            result = request.exec(decoupled=True) if self._decoupled else request.exec()
+            responses = list(result) if self._decoupled else [result]
+        except Exception as error:  # the stub raises what Triton refuses at once
+            return str(error)
+        self._responses.append(responses)
+        errors = [response.error().message() for response in responses if response.has_error()]
+        return errors[0] if errors else ""
+
+    def _raise_if_stopping(self, error: str) -> None:
+        if NOT_READY in error:
+            self._stopping = True
+            raise ServerStoppingError
+
+    # Arriving
+
+    def take(self, request: Any) -> bool:
+        """Whether a request that has arrived is our own; `places` is told of it then."""
+        if self._nonce not in request.parameters():
+            return False
+        flags, sequence_id = request.flags(), request.correlation_id()
+        if flags & FLAG_END:
+            self._places.own_end_arrived(sequence_id)
+        elif flags & FLAG_START:
+            self._places.own_start_arrived(sequence_id)
+        return True
+
+
+def smallest_inputs(config: Mapping[str, Any]) -> list[ZeroInput]:
+    """Inputs that Triton accepts: the required ones, or the first if all are optional."""
+    required = [spec for spec in config["input"] if not spec.get("optional", False)]
+    return [
+        ZeroInput(
+            spec["name"],
+            spec["data_type"].removeprefix("TYPE_"),
+            (1, *(max(int(extent), 1) for extent in spec["dims"])),
+            TORCH_TYPES[spec["data_type"]],
+        )
+        for spec in required or config["input"][:1]
+    ]

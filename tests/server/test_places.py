@@ -1,0 +1,245 @@
+"""Sequences that nobody ends, on models with 40 places in Triton, and a server that stops.
+
+Clients vanish, cancel, are refused, and send ids with NUL bytes; afterwards a new client is served
+at once, no place stays open, and SIGTERM ends the server soon after its last running request.
+"""
+
+import queue
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import grpc
+import pytest
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.engines import Engines
+from support.faults import Stream, add, eventually, kill
+from support.generating import ENDLESS, PROMPT, GrpcStream, long_stream
+from support.models import accumulator
+from support.observed import LABEL, SAMPLE
+from support.pool import Deployment, reconfigure
+from tritonclient.grpc import InferenceServerClient, service_pb2, service_pb2_grpc
+from tritonclient.grpc import model_config_pb2 as pb
+
+pytestmark = pytest.mark.server
+
+PLACES, SLOTS = 40, 4
+"""Of every model: places in Triton, and slots."""
+
+
+LIMIT = 5.0
+"""Seconds within which the server ends after its last running request."""
+
+
+@dataclass(frozen=True)
+class Storm:
+    """A server with `teller` and its proxy, which generate, and the accumulators `flow` (a stream
+    model) and `unary`. All are warmed up by Triton; the accumulators have two instances.
+    """
+
+    server: TritonServer
+    log: Path
+
+    def total(self, metric: str, model: str = "") -> float:
+        """The sum over the instances of one model, or of all."""
+        url = f"http://127.0.0.1:{self.server.ports.metrics}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            page = answer.read().decode()
+        return sum(
+            float(value)
+            for name, labels, value in SAMPLE.findall(page)
+            if name == metric
+            and dict(LABEL.findall(labels))["model"]
+            == (model or dict(LABEL.findall(labels))["model"])
+        )
+
+    def no_place_open(self, model: str) -> bool:
+        return self.total("inplace_places_open", model) == 0
+
+
+def _few_places(config: pb.ModelConfig) -> None:
+    config.sequence_batching.oldest.max_candidate_sequences = PLACES
+
+
+def _warmed(config: pb.ModelConfig) -> None:
+    warmup = config.model_warmup.add(name="warm", batch_size=1, count=2)
+    tensor = config.input[0]
+    warmup.inputs[tensor.name].data_type = tensor.data_type
+    warmup.inputs[tensor.name].dims.extend(max(extent, 1) for extent in tensor.dims)
+    warmup.inputs[tensor.name].zero_data = True
+
+
+def _accumulator(config: pb.ModelConfig) -> None:
+    _few_places(config)
+    _warmed(config)
+    config.instance_group[0].count = 2
+    config.sequence_batching.max_sequence_idle_microseconds = 1_000_000
+    config.parameters["idle_timeout_seconds"].string_value = "1"
+
+
+def _teller(config: pb.ModelConfig) -> None:
+    _few_places(config)
+    _warmed(config)
+
+
+@pytest.fixture(scope="module")
+def storm(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
+    def build(path: Path) -> None:
+        options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=1)
+        write_engine(accumulator(), path / "unary", options)
+        write_engine(accumulator(), path / "flow", replace(options, serve="stream"))
+
+    accumulators = engines.get("places-accumulators", build)
+    _, long = long_stream(engines, 2)
+    folder = tmp_path_factory.mktemp("places")
+    repository = folder / "repository"
+    Deployment(long, "teller", _teller, proxy=True).copy_to(repository)
+    reconfigure(repository / "teller_generate", _warmed)
+    for name in ("unary", "flow"):
+        Deployment(accumulators / name, name, _accumulator).copy_to(repository)
+    log = folder / "log"
+    with TritonServer(repository, Ports(0, 0, 0), log=log) as server:
+        yield Storm(server, log)
+
+
+def test_warm_up_requests_of_triton_are_answered_and_leave_no_slot(storm: Storm) -> None:
+    assert storm.total("inplace_slots", "teller") == 2
+    assert storm.total("inplace_slots", "unary") == 2 * SLOTS
+    assert storm.total("inplace_sequences_started_total") == 0
+    assert storm.total("inplace_requests_refused_total") == 0
+    assert "failed to run warmup" not in storm.log.read_text().lower()
+    with Stream(storm.server.grpc_url) as stream:
+        stream.send("flow", 1, 1.0, start=True, end=True)
+        assert stream.receive() == (1.0, 1)
+
+
+def cancelled(storm: Storm, number: int) -> None:
+    """A client that goes away while it generates or waits for a slot."""
+    with GrpcStream(storm.server.grpc_url, "teller") as talk:
+        talk.send(f"cancelled-{number}", PROMPT, ENDLESS, start=True)
+        with suppress(queue.Empty):  # it waits for a slot
+            talk.receive(timeout=0.3)
+
+
+def start_with_nul(storm: Storm, number: int) -> None:
+    """A START whose id has a NUL byte, which Triton cuts off with what follows."""
+    request = service_pb2.ModelInferRequest(model_name="flow")
+    request.inputs.add(name="value", datatype="FP32", shape=[1, 4])
+    request.raw_input_contents.append(bytes(16))
+    request.parameters["sequence_id"].string_param = f"nul-{number}\0tail"
+    request.parameters["sequence_start"].bool_param = True
+    with grpc.insecure_channel(storm.server.grpc_url) as channel:
+        service = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        list(service.ModelStreamInfer(iter([request]), timeout=30.0))
+
+
+def test_after_a_storm_a_new_client_is_served_at_once_and_the_server_ends(storm: Storm) -> None:
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(lambda number: cancelled(storm, number), range(100)))
+        list(clients.map(lambda number: start_with_nul(storm, number), range(60)))
+    with (
+        Stream(storm.server.grpc_url) as vanishing,
+        InferenceServerClient(storm.server.grpc_url) as client,
+    ):
+        for number in range(1, 101):
+            vanishing.send("flow", number, 1.0, start=True)
+            add(client, "unary", number, 1.0, start=True, timeout=10.0)
+    begin = time.monotonic()
+    with GrpcStream(storm.server.grpc_url, "teller") as talk:
+        assert talk.request("new", PROMPT, 5, start=True, end=True).reason == "length"
+    assert time.monotonic() - begin < LIMIT
+    for model in ("teller", "flow", "unary"):
+        eventually(partial(storm.no_place_open, model), f"{model} has no open place")
+
+    process = storm.server.process
+    assert process is not None
+    with InferenceServerClient(storm.server.grpc_url) as client:
+        assert add(client, "unary", "idle", 1.0, start=True) == (1.0, 1)
+    talk = GrpcStream(storm.server.grpc_url, "teller")
+    assert talk.request("idle", PROMPT, 5, start=True).reason == "length"
+    talk.send("running", PROMPT, 3000, start=True)
+    talk.collect(1)
+    kill(process.pid, signal.SIGTERM)
+    assert talk.collect().reason == "length"
+    talk.client.stop_stream()
+    begin = time.monotonic()
+    assert process.wait(60) == 0
+    assert time.monotonic() - begin < LIMIT, storm.log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate that signs itself, for a name that is not this machine's, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    files = folder / "server.crt", folder / "server.key"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=triton.example"
+        f" -addext subjectAltName=DNS:triton.example -out {files[0]} -keyout {files[1]}"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return files
+
+
+def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
+    engines: Engines, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """And a generation that outlasts the exit timeout is answered with SHUTDOWN before it."""
+    _, long = long_stream(engines, 2)
+    Deployment(long, "teller").copy_to(tmp_path / "repository")
+    arguments = [
+        "--grpc-use-ssl=true",
+        f"--grpc-server-cert={certificate[0]}",
+        f"--grpc-server-key={certificate[1]}",
+        "--grpc-restricted-protocol=inference:admin-key=secret",
+        "--exit-timeout-secs=6",
+    ]
+    server = TritonServer(
+        tmp_path / "repository", Ports(0, 0, 0), log=tmp_path / "log", arguments=arguments
+    )
+    server.start()
+    try:
+        assert server.process is not None
+        ready = f"http://127.0.0.1:{server.ports.http}/v2/health/ready"
+        eventually(lambda: status(ready) == 200, "it is ready", 120.0)
+        with secure_stream(server, certificate[0]) as talk:
+            assert talk.request("idle", PROMPT, 5, start=True).reason == "length"
+            talk.send("running", PROMPT, ENDLESS, start=True)
+            talk.collect(1)
+            kill(server.process.pid, signal.SIGTERM)
+            assert "INPLACE-SHUTDOWN retryable=1" in talk.collect().error
+            talk.client.stop_stream()
+        assert server.process.wait(30) == 0, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        server.stop(timeout=5)
+
+
+def secure_stream(server: TritonServer, certificate: Path) -> GrpcStream:
+    client = InferenceServerClient(
+        server.grpc_url,
+        ssl=True,
+        root_certificates=str(certificate),
+        channel_args=[("grpc.ssl_target_name_override", "triton.example")],
+    )
+    headers = {"triton-grpc-protocol-admin-key": "secret"}
+    return GrpcStream(server.grpc_url, "teller", client, headers)
+
+
+def status(url: str) -> int:
+    """The status of a GET; 0 if nothing listens."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0

@@ -27,7 +27,7 @@ from support.faults import Stream, add, eventually, kill
 from support.generating import ENDLESS, PROMPT, GrpcStream, long_stream
 from support.models import accumulator
 from support.observed import LABEL, SAMPLE
-from support.pool import Deployment, reconfigure
+from support.pool import Deployment, ServerPool, reconfigure
 from tritonclient.grpc import InferenceServerClient, service_pb2, service_pb2_grpc
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -44,7 +44,7 @@ LIMIT = 5.0
 @dataclass(frozen=True)
 class Storm:
     """A server with `teller` and its proxy, which generate, and the accumulators `flow` (a stream
-    model) and `unary`. All are warmed up by Triton; the accumulators have two instances.
+    model) and `unary`. All are warmed up by Triton.
     """
 
     server: TritonServer
@@ -82,9 +82,13 @@ def _warmed(config: pb.ModelConfig) -> None:
 def _accumulator(config: pb.ModelConfig) -> None:
     _few_places(config)
     _warmed(config)
-    config.instance_group[0].count = 2
     config.sequence_batching.max_sequence_idle_microseconds = 1_000_000
     config.parameters["idle_timeout_seconds"].string_value = "1"
+
+
+def _twins(config: pb.ModelConfig) -> None:
+    _warmed(config)
+    config.instance_group[0].count = 2
 
 
 def _teller(config: pb.ModelConfig) -> None:
@@ -93,13 +97,21 @@ def _teller(config: pb.ModelConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def storm(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
+def accumulators(engines: Engines) -> Path:
+    """`unary` and `flow`."""
+
     def build(path: Path) -> None:
         options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=1)
         write_engine(accumulator(), path / "unary", options)
         write_engine(accumulator(), path / "flow", replace(options, serve="stream"))
 
-    accumulators = engines.get("places-accumulators", build)
+    return engines.get("places-accumulators", build)
+
+
+@pytest.fixture(scope="module")
+def storm(
+    engines: Engines, accumulators: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Storm]:
     _, long = long_stream(engines, 2)
     folder = tmp_path_factory.mktemp("places")
     repository = folder / "repository"
@@ -114,13 +126,26 @@ def storm(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_warm_up_requests_of_triton_are_answered_and_leave_no_slot(storm: Storm) -> None:
     assert storm.total("inplace_slots", "teller") == 2
-    assert storm.total("inplace_slots", "unary") == 2 * SLOTS
+    assert storm.total("inplace_slots", "unary") == SLOTS
     assert storm.total("inplace_sequences_started_total") == 0
     assert storm.total("inplace_requests_refused_total") == 0
     assert "failed to run warmup" not in storm.log.read_text().lower()
     with Stream(storm.server.grpc_url) as stream:
         stream.send("flow", 1, 1.0, start=True, end=True)
         assert stream.receive() == (1.0, 1)
+
+
+def test_so_are_those_of_two_instances(accumulators: Path, pool: ServerPool) -> None:
+    twins = [Deployment(accumulators / name, f"{name}_twins", _twins) for name in ("unary", "flow")]
+    with pool.serve(*twins) as server, InferenceServerClient(server.grpc_url) as client:
+        # Every slot of both instances is free.
+        for number in range(1, 2 * SLOTS + 1):
+            assert add(client, "unary_twins", number, 1.0, start=True) == (1.0, 1)
+        for number in range(1, 2 * SLOTS + 1):
+            assert add(client, "unary_twins", number, 1.0, end=True) == (2.0, 2)
+        with Stream(server.grpc_url) as stream:
+            stream.send("flow_twins", 1, 1.0, start=True, end=True)
+            assert stream.receive() == (1.0, 1)
 
 
 def cancelled(storm: Storm, number: int) -> None:
@@ -158,6 +183,7 @@ def test_after_a_storm_a_new_client_is_served_at_once_and_the_server_ends(storm:
     with GrpcStream(storm.server.grpc_url, "teller") as talk:
         assert talk.request("new", PROMPT, 5, start=True, end=True).reason == "length"
     assert time.monotonic() - begin < LIMIT
+    time.sleep(1.5)  # the metrics are up to a second old
     for model in ("teller", "flow", "unary"):
         eventually(partial(storm.no_place_open, model), f"{model} has no open place")
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from inplace.errors import Code, RequestError
 
-MAX_SILENCE = 0.75
+MAX_SILENCE = 0.5
 """Seconds since its last response after which a sequence is ended while the server stops. A client
 that sends one step after another is given the time to end its sequence itself."""
 

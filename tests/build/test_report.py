@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inplace.schema.artifacts import FileRecord, Plan, Profile
+from inplace.schema.artifacts import Plan, Profile
+from inplace.schema.files import FileRecord
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Update
 from inplace_builder.tools.report import arena_bytes, max_slots

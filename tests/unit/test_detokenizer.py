@@ -12,8 +12,7 @@ from inplace.drivers.detokenizer import (
     load_tokenizer,
 )
 from inplace.errors import LoadError
-from inplace.schema.artifacts import FileRecord, record_files
-from inplace.schema.files import EngineFolder
+from inplace.schema.files import EngineFolder, FileRecord, record_files
 from support.models import LOADABLE, VOCABULARY
 from support.vocabulary import (
     TOKENIZERS,

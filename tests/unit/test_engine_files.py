@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.errors import LoadError
-from inplace.schema.artifacts import FileRecord, record_files
 from inplace.schema.dtypes import Dtype
-from inplace.schema.files import EngineFolder
+from inplace.schema.files import EngineFolder, FileRecord, record_files
 from inplace.schema.tensors import as_dtype, read_tensors, write_tensors
 
 CONTENT = bytes(range(256)) * 40

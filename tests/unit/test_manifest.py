@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from inplace.errors import LoadError
-from inplace.schema.artifacts import EngineFile, FileRecord
+from inplace.schema.artifacts import EngineFile
 from inplace.schema.dtypes import Dtype
+from inplace.schema.files import FileRecord
 from inplace.schema.records import digest_of
 from inplace.schema.served import (
     FILE_NAME,

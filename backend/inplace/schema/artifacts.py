@@ -1,62 +1,15 @@
-"""The files beside a manifest, and what the manifest records of them."""
+"""The compiled files of an engine: what a manifest records of a graph or a TensorRT plan."""
 
-import hashlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
-from inplace.schema.files import check_name
+from inplace.schema.files import FileName
 from inplace.schema.records import Record
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 """The package of a TensorRT: TensorRT itself, or TensorRT for RTX."""
-
-
-FileName = Annotated[str, AfterValidator(check_name)]
-"""The name of a file relative to the engine's folder, with ``/`` between folders."""
-
-
-class FileRecord(Record):
-    """A file beside the manifest.
-
-    Attributes:
-        name: its name.
-        bytes: its size.
-        sha256: its SHA-256 checksum, hexadecimal.
-    """
-
-    name: FileName
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-    @classmethod
-    def of(cls, folder: Path, name: str) -> Self:
-        """Record a file that was just written into ``folder``."""
-        with (folder / name).open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(name=name, bytes=file.tell(), sha256=checksum)
-
-
-def record_files(folder: Path, leave_out: str) -> tuple[FileRecord, ...]:
-    """Record every file below ``folder`` in the order of the names, but the one to leave out."""
-    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
-    return tuple(FileRecord.of(folder, name) for name in names if name != leave_out)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def find_file(files: tuple[FileRecord, ...], name: str) -> FileRecord:
-    """The record of a file; LoadError if the manifest does not list it."""
-    for record in files:
-        if record.name == name:
-            return record
-    raise LoadError(f"the manifest lists no file {name}; build the model again")
 
 
 class Profile(Record):

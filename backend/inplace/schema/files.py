@@ -1,99 +1,63 @@
-"""Reading the files of an engine folder.
+"""The files of an engine folder: what a manifest records of them, and how they are read.
 
 Each file is opened once and read whole into one buffer. Size and checksum are checked there, and
 that buffer is what is loaded: nobody can exchange a file between the check and its use.
 """
 
-import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Self
 
-import torch
+from pydantic import AfterValidator, Field
 
 from inplace.errors import LoadError
+from inplace.schema.opening import check_name, open_file, read_file
+from inplace.schema.records import Record
 
-if TYPE_CHECKING:
-    from inplace.schema.artifacts import FileRecord
-
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# Without O_NONBLOCK, opening a FIFO would wait for a writer.
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+FileName = Annotated[str, AfterValidator(check_name)]
+"""The name of a file relative to the engine's folder, with ``/`` between folders."""
 
 
-def check_name(name: str) -> str:
-    """Return a file's name in a manifest if it is relative and stays inside the folder.
+class FileRecord(Record):
+    """A file beside the manifest.
 
-    Raises:
-        ValueError: it is absolute, or has empty parts, ``.``, ``..`` or a NUL byte.
+    Attributes:
+        name: its name.
+        bytes: its size.
+        sha256: its SHA-256 checksum, hexadecimal.
     """
-    parts = name.split("/")
-    if "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(
-            f"{name!r} is not the name of a file inside the engine's folder; "
-            "absolute names, empty parts, '.' and '..' are refused"
-        )
-    return name
+
+    name: FileName
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> Self:
+        """Record a file that was just written into ``folder``."""
+        with (folder / name).open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(name=name, bytes=file.tell(), sha256=checksum)
 
 
-@contextmanager
-def open_file(folder: Path, name: str) -> Iterator[int]:
-    """Open a regular file inside ``folder`` without following symbolic links below it.
-
-    Yields:
-        The file descriptor, which is closed at the end of the block.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        LoadError: it, or a folder on the way to it, is a symbolic link or something else than a
-            regular file.
-        OSError: it cannot be opened.
-        ValueError: the name is not one of a file inside the folder.
-    """
-    *parents, last = check_name(name).split("/")
-    descriptor = os.open(folder, _FOLDER_FLAGS)
-    try:
-        for part, flags in (
-            *((parent, _FOLDER_FLAGS | os.O_NOFOLLOW) for parent in parents),
-            (last, _FILE_FLAGS),
-        ):
-            try:
-                inner = os.open(part, flags, dir_fd=descriptor)
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
-                    raise _not_regular(folder / name) from error
-                raise
-            os.close(descriptor)
-            descriptor = inner
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _not_regular(folder / name)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def record_files(folder: Path, leave_out: str) -> tuple[FileRecord, ...]:
+    """Record every file below ``folder`` in the order of the names, but the one to leave out."""
+    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
+    return tuple(FileRecord.of(folder, name) for name in names if name != leave_out)
 
 
-def _not_regular(path: Path) -> LoadError:
-    return LoadError(
-        f"{path} is not a regular file inside its folder (a symbolic link, a folder or a device); "
-        "copy the file itself there, or build the model again"
-    )
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
 
 
-def read_file(descriptor: int, size: int) -> memoryview:
-    """Read a file of ``size`` bytes; one byte more is tried, so that a longer file shows.
-
-    Returns:
-        The bytes read, at an address that suits every element type. They may be changed: nothing
-        else refers to them.
-    """
-    content, end = torch.empty(size + 1, dtype=torch.uint8).numpy().data, 0
-    while end <= size and (count := os.readv(descriptor, [content[end:]])):
-        end += count
-    return content[:end]
+def find_file(files: tuple[FileRecord, ...], name: str) -> FileRecord:
+    """The record of a file; LoadError if the manifest does not list it."""
+    for record in files:
+        if record.name == name:
+            return record
+    raise LoadError(f"the manifest lists no file {name}; build the model again")
 
 
 class EngineFolder:
@@ -113,7 +77,7 @@ class EngineFolder:
         roots = [self.path] if trusted is None else trusted
         self._trusted = tuple(Path(root).resolve() for root in roots)
 
-    def read(self, record: "FileRecord") -> memoryview:
+    def read(self, record: FileRecord) -> memoryview:
         """Read a file whole, checked.
 
         Raises:
@@ -123,7 +87,7 @@ class EngineFolder:
         with self._open(record) as descriptor:
             return self._checked(record, descriptor)
 
-    def read_code(self, record: "FileRecord") -> memoryview:
+    def read_code(self, record: FileRecord) -> memoryview:
         """Read a file whose content is executed, as `read`, if it is in a trusted folder.
 
         Raises:
@@ -133,13 +97,13 @@ class EngineFolder:
             self._check_trusted(record, descriptor)
             return self._checked(record, descriptor)
 
-    def check_trusted(self, record: "FileRecord") -> None:
+    def check_trusted(self, record: FileRecord) -> None:
         """Raise the LoadError of `read_code` for a file outside the trusted folders."""
         with self._open(record) as descriptor:
             self._check_trusted(record, descriptor)
 
     @contextmanager
-    def open(self, record: "FileRecord") -> Iterator[int]:
+    def open(self, record: FileRecord) -> Iterator[int]:
         """Open a file whose bytes are checked where they are used, for example after a copy.
 
         Yields:
@@ -154,7 +118,7 @@ class EngineFolder:
             yield descriptor
 
     @contextmanager
-    def _open(self, record: "FileRecord") -> Iterator[int]:
+    def _open(self, record: FileRecord) -> Iterator[int]:
         path = self.path / record.name
         try:
             with open_file(self.path, record.name) as descriptor:
@@ -166,7 +130,7 @@ class EngineFolder:
         except OSError as error:
             raise LoadError(f"{path} cannot be read: {error}") from error
 
-    def _checked(self, record: "FileRecord", descriptor: int) -> memoryview:
+    def _checked(self, record: FileRecord, descriptor: int) -> memoryview:
         # The size first: a file that is much longer is not read.
         self._check_size(record, os.fstat(descriptor).st_size)
         content = read_file(descriptor, record.bytes)
@@ -179,14 +143,14 @@ class EngineFolder:
             )
         return content
 
-    def _check_size(self, record: "FileRecord", size: int) -> None:
+    def _check_size(self, record: FileRecord, size: int) -> None:
         if size != record.bytes:
             raise LoadError(
                 f"{self.path / record.name} has {size:,} bytes, the manifest says "
                 f"{record.bytes:,}: it is truncated or replaced; build the model again"
             )
 
-    def _check_trusted(self, record: "FileRecord", descriptor: int) -> None:
+    def _check_trusted(self, record: FileRecord, descriptor: int) -> None:
         # The path of what was opened, whatever the folder's name leads to by now.
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if not any(path.is_relative_to(root) for root in self._trusted):

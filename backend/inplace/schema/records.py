@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inplace.errors import LoadError
-from inplace.schema.files import open_file, read_file
+from inplace.schema.opening import open_file, read_file
 
 
 class Record(BaseModel):

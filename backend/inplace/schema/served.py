@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from inplace.errors import LoadError
-from inplace.schema.artifacts import EngineFile, FileRecord, find_file
+from inplace.schema.artifacts import EngineFile
 from inplace.schema.dtypes import Dtype
+from inplace.schema.files import FileRecord, find_file
 from inplace.schema.records import Record, RecordFile
 from inplace.schema.specs import (
     CLIENT_ROLES,

@@ -11,9 +11,10 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
-from inplace.schema.artifacts import EngineFile, FileName, FileRecord, find_file
+from inplace.schema.artifacts import EngineFile
 from inplace.schema.dtypes import Dtype
 from inplace.schema.extents import Extent
+from inplace.schema.files import FileName, FileRecord, find_file
 from inplace.schema.records import Record, RecordFile
 from inplace.schema.served import Alias, Lowering
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inplace.errors import CallError, LoadError
-from inplace.schema.artifacts import record_files
 from inplace.schema.extents import evaluate
-from inplace.schema.files import EngineFolder
+from inplace.schema.files import EngineFolder, record_files
 from inplace.schema.publish import publish, replace_conflict
 from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest, StandaloneState
 from inplace.schema.tensors import as_dtype, read_tensors, write_tensors

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inplace.schema.artifacts import record_files
+from inplace.schema.files import record_files
 from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
 from inplace.schema.specs import INITIAL_FILE
 from inplace.schema.tensors import write_tensors

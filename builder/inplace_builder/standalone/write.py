@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inplace.schema.artifacts import record_files
 from inplace.schema.dtypes import Dtype
+from inplace.schema.files import record_files
 from inplace.schema.served import Lowering
 from inplace.schema.standalone import FILE_NAME, CallSignature, StandaloneManifest, StandaloneState
 from inplace.standalone.engine import write_owned_states

@@ -26,6 +26,7 @@ test-long: .venv/installed ## what `make test` has a few cases of: 1600 random m
 check: .venv/installed ## ruff, mypy --strict, the layers of imports, generated files
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python tools/unasync.py --check && $(BIN)/python tools/parameter_table.py --check
+	@$(BIN)/python tools/operators.py --check
 
 format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -33,8 +34,8 @@ format: .venv/installed ## let ruff format and fix
 sync-client: .venv/installed ## write the synchronous client from the asynchronous one
 	@$(BIN)/python tools/unasync.py
 
-tables: .venv/installed ## write the list of request parameters in docs/protocol.md
-	@$(BIN)/python tools/parameter_table.py
+tables: .venv/installed ## write the request parameters in docs/protocol.md, and docs/operators.md
+	@$(BIN)/python tools/parameter_table.py && $(BIN)/python tools/operators.py
 
 .venv/docs: requirements-docs.lock .venv/installed
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -q -r requirements-docs.lock

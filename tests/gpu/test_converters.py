@@ -11,15 +11,18 @@ import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import CompileOptions, compile_network, lower
+from inplace_builder.lower import CompileOptions, compile_network, lower, lowerable
 from support.operator_case import Batch, Case
 from support.operator_cases import BATCHES, CASES
 from torch import Tensor
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
+    ),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 
 from support.engine_runner import PlanRunner  # noqa: E402
 
@@ -37,7 +40,9 @@ def results(tensorrt: TensorRT) -> Results:
     """TensorRT's outputs for each case, by its name, or the error."""
 
     def plan(batch: Batch) -> Any:
-        lowered = lower(batch.case.exported, outputs=batch.case.outputs, tensorrt=tensorrt)
+        lowered = lower(
+            lowerable(batch.case.exported), outputs=batch.case.outputs, tensorrt=tensorrt
+        )
         return compile_network(lowered, [batch.case.profile()], QUICK)
 
     def attempt(batch: Batch) -> Any:

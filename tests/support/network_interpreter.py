@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from inplace_builder.lower import LoweredNetwork
-from torch import Tensor
+from torch import Tensor, nn
 
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SUM": torch.add,
@@ -31,8 +31,16 @@ ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     name: getattr(torch, name.lower())
-    for name in ("EXP", "LOG", "SQRT", "ERF", "COS", "SIN", "FLOOR", "CEIL", "ROUND", "NEG", "ABS")
+    for name in (
+        *("EXP", "LOG", "SQRT", "ERF", "FLOOR", "CEIL", "ROUND", "NEG", "ABS", "ISNAN", "ISINF"),
+        *("COS", "SIN", "TAN", "COSH", "SINH", "ACOS", "ASIN", "ATAN", "ACOSH", "ASINH", "ATANH"),
+    )
 } | {"RECIP": torch.reciprocal, "NOT": torch.logical_not}
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {4: torch.conv2d, 5: torch.conv3d}
+TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    4: torch.conv_transpose2d,
+    5: torch.conv_transpose3d,
+}
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "RELU": torch.relu,
     "TANH": torch.tanh,
@@ -178,10 +186,14 @@ class _Interpreter:
 
     def reduce(self, layer: Any, output: Any, x: Tensor) -> Tensor:
         layer.__class__ = self.api.IReduceLayer
+        axes = [axis for axis in range(x.dim()) if layer.axes >> axis & 1]
+        if layer.op.name == "PROD":
+            for axis in reversed(axes):
+                x = x.prod(axis, layer.keep_dims, dtype=x.dtype)
+            return x
         function = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax, "MIN": torch.amin}[
             layer.op.name
         ]
-        axes = [axis for axis in range(x.dim()) if layer.axes >> axis & 1]
         result: Tensor = function(x, axes, layer.keep_dims)  # type: ignore[operator]
         return result.to(x.dtype)
 
@@ -205,15 +217,38 @@ class _Interpreter:
 
     def convolution(self, layer: Any, output: Any, x: Tensor, kernel: Tensor) -> Tensor:
         layer.__class__ = self.api.IConvolutionLayer
-        return torch.conv2d(
+        x = nn.functional.pad(x, _ends(layer))
+        return CONVOLUTIONS[x.dim()](
+            x, kernel, None, tuple(layer.stride_nd), 0, tuple(layer.dilation_nd), layer.num_groups
+        )
+
+    def deconvolution(self, layer: Any, output: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        layer.__class__ = self.api.IDeconvolutionLayer
+        whole = TRANSPOSED[x.dim()](
             x,
             kernel,
             None,
             tuple(layer.stride_nd),
-            tuple(layer.padding_nd),
-            tuple(layer.dilation_nd),
+            0,
+            0,
             layer.num_groups,
+            tuple(layer.dilation_nd),
         )
+        return nn.functional.pad(whole, [-each for each in _ends(layer)])
+
+    def pooling(self, layer: Any, output: Any, x: Tensor) -> Tensor:
+        layer.__class__ = self.api.IPoolingLayer
+        size, step = tuple(layer.window_size_nd), tuple(layer.stride_nd)
+        largest = layer.type == self.api.PoolingType.MAX
+        padded = nn.functional.pad(x, _ends(layer), value=float("-inf") if largest else 0.0)
+        if largest:
+            pool = nn.functional.max_pool2d if x.dim() == 4 else nn.functional.max_pool3d
+            return pool(padded, size, step)
+        mean: Any = nn.functional.avg_pool2d if x.dim() == 4 else nn.functional.avg_pool3d
+        result: Tensor = mean(padded, size, step)
+        if layer.average_count_excludes_padding:
+            result = result / mean(nn.functional.pad(torch.ones_like(x), _ends(layer)), size, step)
+        return result
 
     def kv_cache_update(
         self, layer: Any, output: Any, cache: Tensor, new: Tensor, starts: Tensor
@@ -223,6 +258,12 @@ class _Interpreter:
             if start + new.shape[2] <= cache.shape[2]:
                 cache[row, :, start : start + new.shape[2]] = new[row]
         return cache
+
+
+def _ends(layer: Any) -> list[int]:
+    """The padding of a layer as ``torch.nn.functional.pad`` takes it."""
+    pairs = list(zip(layer.pre_padding, layer.post_padding, strict=True))
+    return [each for pair in reversed(pairs) for each in pair]
 
 
 def _picked(x: Tensor, axis: int, indices: Tensor, layer: Any) -> Tensor:

@@ -6,6 +6,7 @@ The CPU tests compile them, the GPU tests compare them with PyTorch.
 import torch
 from torch import nn
 
+from support.core_cases import CORE
 from support.operator_case import Arg, Batch, fn, op
 from support.scatter_cases import SCATTERS
 
@@ -246,24 +247,6 @@ MATRICES = [
     op(aten.addmm.default, Arg((5,)), X, Arg((8, 5))),
     op(aten.addmm.default, Arg((5,)), X, Arg((8, 5)), beta=0.5, alpha=2, name="addmm-scaled"),
     op(aten.baddbmm.default, Arg(("n", 1, 5)), Z, Arg(("n", 8, 5))),
-    fn(
-        "conv1d",
-        lambda x, part: part(x),
-        Arg(("n", 8, 20)),
-        part=nn.Conv1d(8, 6, 3, stride=2, padding=1),
-    ),
-    fn(
-        "conv1d-groups",
-        lambda x, part: part(x),
-        Arg(("n", 8, "m")),
-        part=nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False),
-    ),
-    fn(
-        "conv1d-float16",
-        lambda x, part: part(x),
-        Arg(("n", 8, 20), H),
-        part=nn.Conv1d(8, 6, 3).half(),
-    ),
 ]
 
 _QKV = [Arg(("n", 4, extent, 8)) for extent in ("m", "m", "m")]
@@ -336,6 +319,7 @@ REDUCTIONS = [
 
 CASES = [
     *ARITHMETIC,
+    *CORE,
     *FUNCTIONS,
     *LOGIC,
     *SHAPES,

@@ -84,6 +84,4 @@ SCATTERS: list[Case] = [
     op(aten.scatter.src, X, 1, Arg(("n", 1), I64, 0, 8), Arg(("n", 1))),
     op(aten.scatter.src, X, 1, Arg((1, 1), I64, 0, 8), Arg(("n", 2)), name="scatter-of-a-part"),
     op(aten.scatter.value, X, 1, Arg(("n", 1), I64, 0, 8), 0.5),
-    op(aten.roll.default, Z, [1, -3], [1, 2]),
-    op(aten.roll.default, TRUTH, [9], [1], name="roll-flags"),
 ]

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from inplace.schema.served import Program
 from inplace.schema.specs import SAMPLING_ROLES, TensorSpec
-from torch.export import ExportedProgram
 from torch.fx import Node
 
 from inplace_builder.fusion.attention import AttentionRewriter
@@ -33,12 +32,12 @@ from inplace_builder.graph.nodes import (
     operand_orders,
     without_casts,
 )
-from inplace_builder.graph.program import GraphProgram
+from inplace_builder.graph.program import AnyProgram, GraphProgram
 
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
 
-def fuse(exported: ExportedProgram) -> GraphProgram:
+def fuse(exported: AnyProgram) -> GraphProgram:
     """A copy fused into ``inplace::linear``, ``rms_norm``, ``qkv_attention`` and ``argmax``.
 
     Weights made here (merged or transposed) are ``get_attr`` nodes of the graph.
@@ -327,7 +326,7 @@ class _Fusion(AttentionRewriter):
         )
 
 
-def without_sampling(exported: ExportedProgram, program: Program) -> tuple[GraphProgram, Program]:
+def without_sampling(exported: AnyProgram, program: Program) -> tuple[GraphProgram, Program]:
     """A copy of the graph with argmax instead of ``inplace::sample``, and its description.
 
     The inputs that only sampling needs are removed. A graph that does not sample is copied as it

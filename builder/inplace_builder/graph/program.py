@@ -33,7 +33,7 @@ class GraphProgram:
     constants: Mapping[str, Any]
 
     @classmethod
-    def copy_of(cls, exported: ExportedProgram) -> Self:
+    def copy_of(cls, exported: "AnyProgram") -> Self:
         """A copy of the graph and its signature."""
         graph = copy_graph(exported.graph)
         return cls(

@@ -7,16 +7,24 @@ every operator has a converter, an operator on states one for each mechanism.
 from inplace_builder.lower import copy_states, kv_cache_update, plugins, static_slots
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.converters import (
+    accumulate,
     arithmetic,
+    convolution,
     functions,
     indexing,
+    indices,
     logic,
     matrix,
     normalization,
+    padding,
+    pooling,
     reduction,
     scatter,
     shape,
+    sorting,
+    unsupported,
 )
+from inplace_builder.lower.decompose import lowerable
 from inplace_builder.lower.lowering import LoweredNetwork, lower
 from inplace_builder.lower.mechanisms import Eligibility, StateUse, choose_mechanisms, mechanism
 from inplace_builder.lower.network import Network, NetworkState
@@ -33,6 +41,7 @@ __all__ = [
     "compile_network",
     "converter",
     "lower",
+    "lowerable",
     "mechanism",
     "state_converter",
 ]
@@ -42,12 +51,19 @@ CONVERTER_MODULES = (
     arithmetic,
     functions,
     indexing,
+    indices,
     logic,
     matrix,
+    convolution,
     normalization,
-    scatter,
+    padding,
+    pooling,
     reduction,
+    sorting,
+    scatter,
+    accumulate,
     shape,
+    unsupported,
     static_slots,
     copy_states,
     kv_cache_update,

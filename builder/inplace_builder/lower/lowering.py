@@ -17,10 +17,11 @@ from torch.fx import Node
 
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.program import AnyProgram, weights_of
+from inplace_builder.lower.decompose import FAILURE, ORIGIN
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, NetworkState
 from inplace_builder.lower.plugins import add_user_operator
-from inplace_builder.lower.registry import find_converter
+from inplace_builder.lower.registry import find_converter, unsupported_reason
 
 aten = torch.ops.aten
 
@@ -35,6 +36,13 @@ ASSERTIONS = frozenset(
     }
 )
 """Operators that only check what the capture already knows; they become no layers."""
+
+
+ADVICE = (
+    "docs/operators.md lists what is lowered; register a converter with "
+    "inplace_builder.lower.registry, or build with engine='torch'"
+)
+"""Ends the error about operators without converter."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,8 @@ def lower(
         constants: inputs that are always these tensors; the network does not have them as inputs.
 
     Raises:
-        BuildError: an operator has no converter, or cannot be lowered as the graph uses it; names
-            the operator and the model's own line.
+        BuildError: operators have no converter, or cannot be lowered as the graph uses them; names
+            every one of them with the model's own line.
     """
     context = Network(tensorrt, bind=bind)
     context.parameters |= weights_of(exported)
@@ -108,6 +116,7 @@ def lower(
             node: constants[node.name] for node in placeholders if node.name in constants
         }
     walk = _Walk(context, states, kinds or {}, shapes or {})
+    walk.check(exported.graph)
     for node in exported.graph.nodes:
         walk.visit(node)
     _mark_outputs(context, exported, outputs)
@@ -144,6 +153,57 @@ class _Walk:
         self._context, self._kinds, self._shapes = context, kinds, shapes
         self._specs = {state.name: state for state in states}
         self.inputs: list[str] = []
+
+    def check(self, graph: torch.fx.Graph) -> None:
+        """Refuse a graph with operators that cannot be lowered.
+
+        Raises:
+            BuildError: names all of them, each with the model's lines that call it.
+        """
+        user_states: set[Node] = set()
+        problems: dict[str, None] = {}
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            kinds = {self._kinds[each.name] for each in sources if self._is_state(each)}
+            if "user" in kinds or not user_states.isdisjoint(sources):
+                if node.target in VIEWS:
+                    user_states.add(node)
+            elif len(kinds) <= 1 and (problem := self._problem(node, next(iter(kinds), None))):
+                problems[problem] = None
+        if not problems:
+            return
+        if len(problems) == 1:
+            (problem,) = problems
+            advice = f"; {ADVICE}" if "no converter" in problem else ""
+            raise BuildError(problem + advice)
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise BuildError(f"{len(problems)} uses of operators cannot be lowered:{listed}\n{ADVICE}")
+
+    def _is_state(self, node: Node) -> bool:
+        return node.op == "placeholder" and node.name in self._specs
+
+    def _problem(self, node: Node, kind: str | None) -> str | None:
+        """Why a node cannot be lowered, or None.
+
+        Args:
+            node: the node.
+            kind: the mechanism of the states that it takes; None where it takes none.
+        """
+        target = node.target
+        if not _needs_converter(node) or (kind is not None and target.namespace != NAMESPACE):  # type: ignore[union-attr]
+            return None
+        self._context.enter(node)
+        made_by = "".join(f", part of {each}," for each in node.meta.get(ORIGIN, ())[:1])
+        converter = find_converter(target, kind)  # type: ignore[arg-type]
+        if converter is None:
+            what = "no converter" if kind is None else f"no converter for states of kind {kind}"
+            why = node.meta.get(FAILURE) or unsupported_reason(target)  # type: ignore[arg-type]
+            detail = f" ({why})" if why else ""
+            return f"operator {target}{made_by} has {what}{self._context.origin}{detail}"
+        reason = converter.validator and converter.validator(node, self._context)
+        if reason is None:
+            return None
+        return f"operator {target}{made_by} cannot be lowered{self._context.origin}: {reason}"
 
     def visit(self, node: Node) -> None:
         """Lower one node.
@@ -187,9 +247,8 @@ class _Walk:
             source, index = node.args
             assert isinstance(source, Node)
             return context.values[source][index]
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat | int | float):
-            return value  # an extent: an expression over those of the inputs
+        if _is_number(node):
+            return node.meta["val"]  # an extent: an expression over those of the inputs
         if not isinstance(target, torch._ops.OpOverload):
             raise BuildError(f"{target}{context.origin} is not an operator that can be lowered")
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), context.value)
@@ -199,15 +258,7 @@ class _Walk:
                 return args[0]  # the state is bound with the extents that the operator takes
             return add_user_operator(context, target, args, kwargs)
         converter = find_converter(target, kind)
-        if converter is None:
-            what = "no converter" if kind is None else f"no converter for states of kind {kind}"
-            raise BuildError(
-                f"operator {target} has {what}{context.origin}; "
-                f"register one with inplace_builder.lower.registry"
-            )
-        reason = converter.validator(node, context) if converter.validator is not None else None
-        if reason is not None:
-            raise BuildError(f"operator {target} cannot be lowered{context.origin}: {reason}")
+        assert converter is not None, f"{target} was not checked"
         return converter.convert(context, *args, **kwargs)
 
     def _kind(self, node: Node, target: torch._ops.OpOverload) -> str | None:
@@ -229,6 +280,21 @@ class _Walk:
                 f"give them one"
             )
         return kinds.pop()
+
+
+def _is_number(node: Node) -> bool:
+    number = torch.SymInt | torch.SymBool | torch.SymFloat | int | float
+    return isinstance(node.meta.get("val"), number)
+
+
+def _needs_converter(node: Node) -> bool:
+    """Whether a node becomes layers through a converter of its operator."""
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target not in ASSERTIONS
+        and not _is_number(node)
+    )
 
 
 def _mark_outputs(context: Network, exported: AnyProgram, names: Sequence[str]) -> None:

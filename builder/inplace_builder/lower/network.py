@@ -93,8 +93,30 @@ class Network(Layers):
         return tensor
 
     def parameter(self, node: object) -> torch.Tensor | None:
-        """The parameter, buffer or constant of a node; None for anything else."""
-        return self.parameters.get(node) if isinstance(node, Node) else None
+        """The parameter, buffer or constant of a node, or what is computed from those only.
+
+        None for anything else.
+        """
+        if not isinstance(node, Node):
+            return None
+        if node not in self.parameters and (folded := self._folded(node)) is not None:
+            self.parameters[node] = folded
+        return self.parameters.get(node)
+
+    def _folded(self, node: Node) -> torch.Tensor | None:
+        """The value of a call whose arguments are all parameters, such as a normalised weight."""
+        sources = node.all_input_nodes
+        values = {source: self.parameter(source) for source in sources}
+        if (
+            not isinstance(node.target, torch._ops.OpOverload)
+            or not sources
+            or any(each is None for each in values.values())
+        ):
+            return None
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: values[each])
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)
+        return value.detach() if isinstance(value, torch.Tensor) else None
 
     def value(self, node: Node) -> Any:
         """The value a node was lowered to; a parameter becomes a constant or input at first use."""

@@ -75,6 +75,20 @@ def find_converter(overload: torch._ops.OpOverload, kind: str | None = None) -> 
     return _converters.get((overload, kind))
 
 
+_unsupported: dict[torch._ops.OpOverload, str] = {}
+
+
+def unsupported(reason: str, *overloads: torch._ops.OpOverload) -> None:
+    """Record why TensorRT cannot express these operators; the reason ends their refusal."""
+    for overload in overloads:
+        _unsupported[overload] = reason
+
+
+def unsupported_reason(overload: torch._ops.OpOverload) -> str | None:
+    """Why TensorRT cannot express an operator; None where it is not known that it cannot."""
+    return _unsupported.get(overload)
+
+
 def registered(kind: str | None = None) -> frozenset[torch._ops.OpOverload]:
     """Every operator that has a converter for this kind."""
     return frozenset(overload for overload, its_kind in _converters if its_kind == kind)

@@ -9,7 +9,7 @@ from inplace.schema.specs import Role, StateSpec, Update
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.fusion.fuse import bindable_weights, fuse, without_sampling
-from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower
+from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowerable
 from inplace_builder.lower.compile import CompiledPlan, Range, Target, compile_plan
 from inplace_builder.lower.mechanisms import candidates
 
@@ -67,12 +67,13 @@ def build_plan(
     order = candidates(alias, strict=strict)
     lowering = choose_mechanisms(capture.exported.graph, states, tensorrt, order=order)
     kinds = {record.state: record.kind for record in lowering}
+    functional = lowerable(capture.exported)
     names = [spec.name for spec in capture.program.outputs]
     if set(kinds.values()) == {"plugin"}:
-        graph, program = fuse(capture.exported), capture.program
+        graph, program = fuse(functional), capture.program
         bind = bindable_weights(graph)
     else:
-        graph, program = without_sampling(capture.exported, capture.program)
+        graph, program = without_sampling(functional, capture.program)
         bind = frozenset()
     lowered = lower(graph, outputs=names, states=states, kinds=kinds, tensorrt=tensorrt, bind=bind)
     program = program.model_copy(update={"aliases": lowered.aliases(lowering)})

@@ -12,7 +12,7 @@ from inplace.trt import TensorRT
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError
-from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower
+from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowerable
 from inplace_builder.lower.compile import CompiledPlan, Range, Target, compile_plan
 from inplace_builder.lower.mechanisms import candidates
 from inplace_builder.states.state import CapturedState
@@ -77,7 +77,7 @@ def lower_module(
     lowering = tuple(records[state.name] for state in capture.states)
     states = tuple(zip(capture.states, capture.state_specs, strict=True))
     lowered = lower(
-        capture.exported,
+        lowerable(capture.exported),
         outputs=[
             result_name(place)
             for place, result in enumerate(call.results)

@@ -68,17 +68,21 @@ def test_an_operator_without_converter_is_named_with_its_line(rtx: TensorRT) -> 
     ("function", "inputs", "reason"),
     [
         (
-            lambda x, i: x[i, i],
-            (torch.zeros(3, 3), torch.zeros(2, dtype=torch.int64)),
-            "it has 2 index tensors; only one is lowered",
+            lambda x, mask, new: torch.ops.aten.index_put.default(x, [mask], new),
+            (torch.zeros(3), torch.ones(3, dtype=torch.bool), torch.zeros(3)),
+            "a mask says where it writes several values",
         ),
         (lambda x: torch.dropout(x, 0.5, True), (torch.zeros(3),), "it drops elements at random"),
         (
-            lambda x: torch.div(x, 3, rounding_mode="trunc"),
-            (torch.ones(3),),
-            "the rounding mode 'trunc' is not lowered",
+            lambda x: torch.nn.functional.max_pool1d(x, 2, dilation=2),
+            (torch.ones(1, 2, 9),),
+            "its windows are dilated",
         ),
-        (lambda x: x.argmax(), (torch.zeros(3),), "it has no axis"),
+        (
+            lambda x: torch.nn.functional.batch_norm(x, x[0], x[0], training=True),
+            (torch.zeros(3, 3),),
+            r"it changes its running statistics \(training\)",
+        ),
         (
             lambda x: list(torch.topk(x, 4000)),
             (torch.zeros(5000),),

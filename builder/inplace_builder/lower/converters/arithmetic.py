@@ -4,6 +4,8 @@ Half types are computed in float32 and rounded once, where PyTorch's kernels do 
 operand is a Python number, and in everything that is more than one operation.
 """
 
+import math
+
 import torch
 from torch.fx import Node
 
@@ -82,19 +84,63 @@ def div(ctx: Network, a: Operand, b: Operand) -> ITensor:
     return binary(ctx, "DIV", a, b)
 
 
-def _rounding(node: Node, ctx: Network) -> str | None:
-    mode = node.kwargs.get("rounding_mode")
-    return (
-        None
-        if mode in (None, "floor")
-        else f"the rounding mode {mode!r} is not lowered; use 'floor' or none"
-    )
-
-
-@converter(aten.div.Tensor_mode, aten.div.Scalar_mode, validator=_rounding)
+@converter(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def div_mode(ctx: Network, a: Operand, b: Operand, *, rounding_mode: str | None) -> ITensor:
-    """``floor(a / b)``."""
+    """``a / b``, rounded down or towards zero."""
+    if rounding_mode == "trunc":
+        return _truncated_division(ctx, a, b)
     return binary(ctx, "FLOOR_DIV" if rounding_mode else "DIV", a, b)
+
+
+def _truncated_division(ctx: Network, a: Operand, b: Operand) -> ITensor:
+    """``a / b`` rounded towards zero; TensorRT divides integers so."""
+    dtype, rank = ctx.result().dtype, len(ctx.result().shape)
+    compute = torch.float32 if dtype in HALF else dtype
+    quotient = ctx.elementwise("DIV", ctx.tensor(a, compute, rank), ctx.tensor(b, compute, rank))
+    if compute.is_floating_point:
+        negative = ctx.less(quotient, ctx.scalar(0.0, compute, rank))
+        quotient = ctx.select(negative, ctx.unary("CEIL", quotient), ctx.unary("FLOOR", quotient))
+    return ctx.cast(quotient, dtype)
+
+
+@converter(aten.fmod.Tensor, aten.fmod.Scalar)
+def fmod(ctx: Network, a: Operand, b: Operand) -> ITensor:
+    """``a - b * trunc(a / b)``: the sign is that of ``a``."""
+    dtype, rank = ctx.result().dtype, len(ctx.result().shape)
+    compute = torch.float32 if dtype in HALF else dtype
+    a, b = ctx.tensor(a, compute, rank), ctx.tensor(b, compute, rank)
+    quotient = ctx.cast(_truncated_division(ctx, a, b), compute)
+    return ctx.cast(ctx.subtract(a, ctx.multiply(quotient, b)), dtype)
+
+
+@converter(aten.atan2.default)
+def atan2(ctx: Network, y: ITensor, x: ITensor) -> ITensor:
+    """The angle of the point ``(x, y)``, in ``[-π, π]``; 0 at the origin."""
+    dtype, rank = ctx.result().dtype, len(ctx.result().shape)
+    y, x = ctx.tensor(y, torch.float32, rank), ctx.tensor(x, torch.float32, rank)
+    zero, pi = (ctx.scalar(value, torch.float32, rank) for value in (0.0, math.pi))
+    angle = ctx.unary("ATAN", ctx.elementwise("DIV", y, x))
+    turn = ctx.select(ctx.less(y, zero), ctx.unary("NEG", pi), pi)
+    angle = ctx.select(ctx.less(x, zero), ctx.add(angle, turn), angle)
+    origin = ctx.logical_and(ctx.equal(x, zero), ctx.equal(y, zero))
+    return ctx.cast(ctx.select(origin, zero, angle), dtype)
+
+
+def _known_shift(node: Node, ctx: Network) -> str | None:
+    """By a constant number of bits."""
+    return None if isinstance(node.args[1], int) else "it shifts by a tensor"
+
+
+@converter(aten.bitwise_left_shift.Tensor_Scalar, aten.__lshift__.Scalar, validator=_known_shift)
+def left_shift(ctx: Network, x: ITensor, bits: int) -> ITensor:
+    """``x * 2 ** bits``."""
+    return binary(ctx, "PROD", x, 1 << bits)
+
+
+@converter(aten.bitwise_right_shift.Tensor_Scalar, aten.__rshift__.Scalar, validator=_known_shift)
+def right_shift(ctx: Network, x: ITensor, bits: int) -> ITensor:
+    """``floor(x / 2 ** bits)``."""
+    return binary(ctx, "FLOOR_DIV", x, 1 << bits)
 
 
 @converter(aten.floor_divide.default, aten.floor_divide.Scalar)
@@ -124,12 +170,22 @@ def minimum(ctx: Network, a: Operand, b: Operand) -> ITensor:
     return binary(ctx, "MIN", a, b)
 
 
-@converter(aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default)
+@converter(
+    aten.clamp.default,
+    aten.clamp.Tensor,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.clamp_min.Tensor,
+    aten.clamp_max.Tensor,
+    aten.hardtanh.default,
+)
 def clamp(
     ctx: Network, x: ITensor, low: Operand | None = None, high: Operand | None = None
 ) -> ITensor:
     """Not below ``low`` and not above ``high``."""
-    if ctx.node.target is aten.clamp_max.default:
+    if ctx.node.target is aten.hardtanh.default:
+        low, high = -1 if low is None else low, 1 if high is None else high
+    if ctx.node.target in (aten.clamp_max.default, aten.clamp_max.Tensor):
         low, high = None, low
     for operation, bound in (("MAX", low), ("MIN", high)):
         if bound is not None:

@@ -18,13 +18,16 @@ aten = torch.ops.aten
 
 
 def function(
-    compute: Callable[[Network, ITensor], ITensor], *overloads: torch._ops.OpOverload
+    summary: str,
+    compute: Callable[[Network, ITensor], ITensor],
+    *overloads: torch._ops.OpOverload,
 ) -> None:
     """Register a function of one tensor, computed in float32."""
 
     def convert(ctx: Network, x: ITensor) -> ITensor:
         return ctx.as_float32(lambda value: compute(ctx, value), x, ctx.result().dtype)
 
+    convert.__doc__ = summary
     converter(*overloads)(convert)
 
 
@@ -36,21 +39,170 @@ for _name, _overload in {
     "ERF": aten.erf.default,
     "COS": aten.cos.default,
     "SIN": aten.sin.default,
+    "TAN": aten.tan.default,
+    "SINH": aten.sinh.default,
+    "COSH": aten.cosh.default,
+    "ASIN": aten.asin.default,
+    "ACOS": aten.acos.default,
+    "ATAN": aten.atan.default,
+    "ASINH": aten.asinh.default,
+    "ACOSH": aten.acosh.default,
+    "ATANH": aten.atanh.default,
     "FLOOR": aten.floor.default,
     "CEIL": aten.ceil.default,
     "ROUND": aten.round.default,
 }.items():
-    function(lambda ctx, x, name=_name: ctx.unary(name, x), _overload)  # type: ignore[misc]
+    _summary = f"TensorRT's {_name}."
+    function(_summary, lambda ctx, x, name=_name: ctx.unary(name, x), _overload)  # type: ignore[misc]
 
 
 for _name, _overload in {"TANH": aten.tanh.default, "SIGMOID": aten.sigmoid.default}.items():
-    function(lambda ctx, x, name=_name: ctx.activation(name, x), _overload)  # type: ignore[misc]
+    _summary = f"TensorRT's {_name}."
+    function(_summary, lambda ctx, x, name=_name: ctx.activation(name, x), _overload)  # type: ignore[misc]
 
 
-function(lambda ctx, x: ctx.unary("RECIP", ctx.unary("SQRT", x)), aten.rsqrt.default)
+function(
+    "``1 / sqrt(x)``.",
+    lambda ctx, x: ctx.unary("RECIP", ctx.unary("SQRT", x)),
+    aten.rsqrt.default,
+)
 
 
-function(lambda ctx, x: ctx.multiply(x, ctx.activation("SIGMOID", x)), aten.silu.default)
+function(
+    "``x * sigmoid(x)``.",
+    lambda ctx, x: ctx.multiply(x, ctx.activation("SIGMOID", x)),
+    aten.silu.default,
+)
+
+
+def _number(ctx: Network, value: float) -> ITensor:
+    return ctx.scalar(float(value), torch.float32)
+
+
+for _base, _factor, _overload in (
+    (2, 1 / math.log(2), aten.log2.default),
+    (10, 1 / math.log(10), aten.log10.default),
+):
+    function(
+        f"Logarithm to base {_base}.",
+        lambda ctx, x, factor=_factor: ctx.multiply(  # type: ignore[misc]
+            ctx.unary("LOG", x), _number(ctx, factor)
+        ),
+        _overload,
+    )
+
+
+function(
+    "``2 ** x``.",
+    lambda ctx, x: ctx.unary("EXP", ctx.multiply(x, _number(ctx, math.log(2)))),
+    aten.exp2.default,
+)
+
+
+def log1p_of(ctx: Network, x: ITensor) -> ITensor:
+    """``log(1 + x)`` that keeps small ``x``, by Kahan's method: ``log(u) x / (u - 1)``."""
+    one = _number(ctx, 1)
+    rounded = ctx.add(x, one)
+    rest = ctx.subtract(rounded, one)
+    lost = ctx.equal(rest, _number(ctx, 0))
+    # infinity would be divided by infinity, and what is lost by zero
+    plain = ctx.elementwise("OR", lost, ctx.elementwise("GREATER", rest, _number(ctx, 1e20)))
+    ratio = ctx.elementwise("DIV", ctx.select(plain, one, x), ctx.select(plain, one, rest))
+    exact = ctx.multiply(ctx.unary("LOG", ctx.select(lost, one, rounded)), ratio)
+    return ctx.select(lost, x, exact)
+
+
+def expm1_of(ctx: Network, x: ITensor) -> ITensor:
+    """``exp(x) - 1`` that keeps small ``x``: ``2 t / (1 - t)`` with ``t = tanh(x / 2)``."""
+    one, half = _number(ctx, 1), _number(ctx, 0.5)
+    small = ctx.less(ctx.unary("ABS", x), half)
+    tanh = ctx.activation("TANH", ctx.multiply(ctx.select(small, x, half), half))
+    near = ctx.elementwise("DIV", ctx.add(tanh, tanh), ctx.subtract(one, tanh))
+    return ctx.select(small, near, ctx.subtract(ctx.unary("EXP", x), one))
+
+
+function("``log(1 + x)``, exact for small ``x``.", log1p_of, aten.log1p.default)
+
+
+function("``exp(x) - 1``, exact for small ``x``.", expm1_of, aten.expm1.default)
+
+
+for _name, _overload in {"ISNAN": aten.isnan.default, "ISINF": aten.isinf.default}.items():
+
+    @converter(_overload)
+    def special(ctx: Network, x: ITensor, name: str = _name) -> ITensor:
+        """Whether a number is NaN, or infinite."""
+        return ctx.unary(name, ctx.cast(x, torch.float32))
+
+
+@converter(aten.sign.default, aten.sgn.default)
+def sign(ctx: Network, x: ITensor) -> ITensor:
+    """-1, 0 or 1."""
+    dtype, rank = ctx.dtype_of(x), len(x.shape)
+    if dtype == torch.bool:
+        return x
+    zero = ctx.scalar(0, dtype, rank)
+    above, below = ctx.elementwise("GREATER", x, zero), ctx.less(x, zero)
+    return ctx.subtract(ctx.cast(above, dtype), ctx.cast(below, dtype))
+
+
+def truncated(ctx: Network, x: ITensor) -> ITensor:
+    """Floating-point numbers without their fraction."""
+    negative = ctx.less(x, ctx.scalar(0.0, ctx.dtype_of(x), len(x.shape)))
+    return ctx.select(negative, ctx.unary("CEIL", x), ctx.unary("FLOOR", x))
+
+
+@converter(aten.trunc.default, aten.fix.default)
+def trunc(ctx: Network, x: ITensor) -> ITensor:
+    """The number without its fraction."""
+    if not ctx.result().dtype.is_floating_point:
+        return x
+    return ctx.as_float32(lambda value: truncated(ctx, value), x)
+
+
+@converter(aten.leaky_relu.default)
+def leaky_relu(ctx: Network, x: ITensor, negative_slope: float = 0.01) -> ITensor:
+    """``x`` where it is positive, else ``negative_slope * x``."""
+
+    def compute(value: ITensor) -> ITensor:
+        positive = ctx.elementwise("GREATER", value, _number(ctx, 0))
+        return ctx.select(positive, value, ctx.multiply(value, _number(ctx, negative_slope)))
+
+    return ctx.as_float32(compute, x)
+
+
+@converter(aten.elu.default)
+def elu(
+    ctx: Network, x: ITensor, alpha: float = 1, scale: float = 1, input_scale: float = 1
+) -> ITensor:
+    """``scale * x`` where it is positive, else ``scale * alpha * (exp(input_scale * x) - 1)``."""
+
+    def compute(value: ITensor) -> ITensor:
+        positive = ctx.elementwise("GREATER", value, _number(ctx, 0))
+        # of a positive number the exponential might overflow
+        below = ctx.multiply(
+            ctx.select(positive, _number(ctx, 0), value), _number(ctx, input_scale)
+        )
+        curve = ctx.multiply(expm1_of(ctx, below), _number(ctx, scale * alpha))
+        return ctx.select(positive, ctx.multiply(value, _number(ctx, scale)), curve)
+
+    return ctx.as_float32(compute, x)
+
+
+@converter(aten.softplus.default)
+def softplus(ctx: Network, x: ITensor, beta: float = 1, threshold: float = 20) -> ITensor:
+    """``log(1 + exp(beta * x)) / beta``; ``x`` itself beyond the threshold."""
+
+    def compute(value: ITensor) -> ITensor:
+        scaled = ctx.multiply(value, _number(ctx, beta))
+        rest = log1p_of(ctx, ctx.unary("EXP", ctx.unary("NEG", ctx.unary("ABS", scaled))))
+        smooth = ctx.elementwise(
+            "DIV", ctx.add(ctx.activation("RELU", scaled), rest), _number(ctx, beta)
+        )
+        beyond = ctx.elementwise("GREATER", scaled, _number(ctx, threshold))
+        return ctx.select(beyond, value, smooth)
+
+    return ctx.as_float32(compute, x)
 
 
 @converter(aten.relu.default)
@@ -121,6 +273,7 @@ def same(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
 
 
 def _evaluating(node: Node, ctx: Network) -> str | None:
+    """Outside of training, where it has no effect."""
     return (
         "it drops elements at random (training); call .eval() on the model"
         if node.args[2] and node.args[1]

@@ -62,6 +62,7 @@ def le(ctx: Network, a: Operand, b: Operand) -> ITensor:
 
 
 def _booleans(node: Node, ctx: Network) -> str | None:
+    """Booleans; the logical ones take every type."""
     dtypes = {argument.meta["val"].dtype for argument in node.all_input_nodes}
     logical = "logical" in str(node.target)
     return (
@@ -72,15 +73,30 @@ def _booleans(node: Node, ctx: Network) -> str | None:
 
 
 for _name, _overloads in {
-    "AND": (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor),
-    "OR": (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor),
-    "XOR": (aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.__xor__.Tensor),
+    "AND": (
+        aten.logical_and.default,
+        aten.bitwise_and.Tensor,
+        aten.bitwise_and.Scalar,
+        aten.__and__.Tensor,
+    ),
+    "OR": (
+        aten.logical_or.default,
+        aten.bitwise_or.Tensor,
+        aten.bitwise_or.Scalar,
+        aten.__or__.Tensor,
+    ),
+    "XOR": (
+        aten.logical_xor.default,
+        aten.bitwise_xor.Tensor,
+        aten.bitwise_xor.Scalar,
+        aten.__xor__.Tensor,
+    ),
 }.items():
 
     @converter(*_overloads, validator=_booleans)
-    def logical(ctx: Network, a: ITensor, b: ITensor, name: str = _name) -> ITensor:
+    def logical(ctx: Network, a: ITensor, b: ITensor | bool, name: str = _name) -> ITensor:
         """Logical and, or, xor."""
-        return ctx.elementwise(name, ctx.cast(a, torch.bool), ctx.cast(b, torch.bool))
+        return ctx.elementwise(name, ctx.cast(a, torch.bool), ctx.tensor(b, torch.bool))
 
 
 @converter(aten.logical_not.default, aten.bitwise_not.default, validator=_booleans)

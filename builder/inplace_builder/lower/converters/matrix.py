@@ -1,4 +1,4 @@
-"""Matrix products, convolution and attention without state."""
+"""Matrix products, and attention without state."""
 
 from collections.abc import Sequence
 
@@ -46,50 +46,8 @@ def addmm(
     return ctx.add(product, bias if beta == 1 else ctx.multiply(bias, ctx.scalar(beta, dtype)))
 
 
-def _constant_kernel(node: Node, ctx: Network) -> str | None:
-    return (
-        None
-        if ctx.parameter(node.args[1]) is not None
-        else "its kernel is computed; only a parameter is lowered"
-    )
-
-
-@converter(aten.conv1d.default, validator=_constant_kernel)
-def conv1d(
-    ctx: Network,
-    x: ITensor,
-    weight: ITensor,
-    bias: ITensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
-) -> ITensor:
-    """A convolution along the last axis, as one in two dimensions: TensorRT has none in one."""
-    kernel = ctx.parameter(ctx.node.args[1])
-    assert kernel is not None
-    empty = ctx.api.Weights(ctx.tensorrt.dtype(kernel.dtype))
-    batched = len(x.shape) == 3
-    x = ctx.unsqueeze(ctx.expand_rank(x, 3), [3])
-    plane = ctx.reshape(weight, (*kernel.shape, 1))
-    layer = ctx.checked(
-        ctx.network.add_convolution_nd(x, kernel.shape[0], (kernel.shape[2], 1), empty, empty)
-    )
-    layer.set_input(1, plane)
-    layer.stride_nd, layer.padding_nd, layer.dilation_nd = (
-        (stride[0], 1),
-        (padding[0], 0),
-        (dilation[0], 1),
-    )
-    layer.num_groups = groups
-    result = layer.get_output(0)
-    if bias is not None:
-        result = ctx.add(result, ctx.reshape(bias, (1, kernel.shape[0], 1, 1)))
-    sizes = list(ctx.extents.of(result))[:3]
-    return ctx.reshape(result, sizes if batched else sizes[1:])
-
-
 def _no_dropout(node: Node, ctx: Network) -> str | None:
+    """Without dropout."""
     dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
     return (
         f"it drops attention at random ({dropout}); call .eval() on the model" if dropout else None
@@ -142,3 +100,29 @@ def _repeated_heads(
     return ctx.reshape(
         ctx.slice(grouped, [0] * len(sizes), sizes, stride), (*shape[:-3], heads, *shape[-2:])
     )
+
+
+def _positive_order(node: Node, ctx: Network) -> str | None:
+    """Of an order above 0."""
+    order = node.args[2]
+    return None if isinstance(order, int | float) and order > 0 else f"its order is {order}"
+
+
+@converter(aten._cdist_forward.default, validator=_positive_order)
+def cdist(ctx: Network, a: ITensor, b: ITensor, order: float, mode: int | None) -> ITensor:
+    """Distances between every row of ``a`` and every row of ``b``."""
+    rank = len(a.shape)
+    apart = ctx.subtract(ctx.unsqueeze(a, [rank - 1]), ctx.unsqueeze(b, [rank - 2]))
+    apart = ctx.unary("ABS", ctx.cast(apart, torch.float32))
+    if order == float("inf"):
+        distances = ctx.reduce("MAX", apart, [rank], keep=False)
+    elif order == 1:
+        distances = ctx.reduce("SUM", apart, [rank], keep=False)
+    elif order == 2:
+        distances = ctx.reduce("SUM", ctx.multiply(apart, apart), [rank], keep=False)
+        distances = ctx.unary("SQRT", distances)
+    else:
+        powers = ctx.elementwise("POW", apart, ctx.scalar(order, torch.float32))
+        total = ctx.reduce("SUM", powers, [rank], keep=False)
+        distances = ctx.elementwise("POW", total, ctx.scalar(1 / order, torch.float32))
+    return ctx.cast(distances, ctx.result().dtype)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from inplace_builder.lower.layers import HALF, ITensor
+from inplace_builder.lower.layers import HALF, ITensor, Number, Size
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
 
@@ -70,6 +70,124 @@ def min_all(ctx: Network, x: ITensor) -> ITensor:
     return _reduced(ctx, "MIN", x, None, False)
 
 
+@converter(aten.prod.default)
+def prod_all(ctx: Network, x: ITensor, **_: object) -> ITensor:
+    """Product of all values."""
+    return _reduced(ctx, "PROD", x, None, False)
+
+
+@converter(aten.prod.dim_int)
+def prod(ctx: Network, x: ITensor, dim: int, keepdim: bool = False, **_: object) -> ITensor:
+    """Product."""
+    return _reduced(ctx, "PROD", x, dim, keepdim)
+
+
+for _operation, _overloads in {
+    "MAX": (aten.any.default, aten.any.dim, aten.any.dims),
+    "MIN": (aten.all.default, aten.all.dim, aten.all.dims),
+}.items():
+
+    @converter(*_overloads)
+    def any_or_all(
+        ctx: Network,
+        x: ITensor,
+        dim: Sequence[int] | int | None = None,
+        keepdim: bool = False,
+        operation: str = _operation,
+    ) -> ITensor:
+        """Whether any, or every, value is not zero."""
+        dims = [dim] if isinstance(dim, int) else list(dim or range(len(x.shape)))
+        axes = [each % len(x.shape) for each in dims]
+        truth = ctx.cast(ctx.cast(x, torch.bool), torch.int32)
+        result = truth if not axes else ctx.reduce(operation, truth, axes, keep=keepdim)
+        return ctx.cast(result, torch.bool)
+
+
+def _deviation(
+    ctx: Network, x: ITensor, dim: Sequence[int] | int | None, correction: Number, keep: bool
+) -> tuple[ITensor, ITensor]:
+    """Variance and mean, in float32."""
+    rank, shape = len(x.shape), ctx.meta(ctx.node.args[0]).shape
+    dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
+    axes = [each % rank for each in dims]
+    value = ctx.cast(x, torch.float32)
+    mean = ctx.reduce("AVG", value, axes, keep=True)
+    centred = ctx.subtract(value, mean)
+    total = ctx.reduce("SUM", ctx.multiply(centred, centred), axes, keep=keep)
+    count: Size = 1
+    for axis in axes:
+        count = count * shape[axis]
+    rest = ctx.tensor(count, torch.float32, len(total.shape))
+    if correction:
+        rest = ctx.subtract(rest, ctx.scalar(float(correction), torch.float32, len(total.shape)))
+    variance = ctx.elementwise("DIV", total, rest)
+    if not keep:
+        sizes = [size for axis, size in enumerate(ctx.extents.of(mean)) if axis not in axes]
+        mean = ctx.reshape(mean, sizes)
+    return variance, mean
+
+
+@converter(
+    aten.var.correction,
+    aten.std.correction,
+    aten.var_mean.correction,
+    aten.std_mean.correction,
+)
+def deviation(
+    ctx: Network,
+    x: ITensor,
+    dim: Sequence[int] | None = None,
+    *,
+    correction: Number | None = None,
+    keepdim: bool = False,
+) -> ITensor | tuple[ITensor, ITensor]:
+    """Variance or standard deviation, and the mean."""
+    rest = 1 if correction is None else correction
+    return _deviation_as_asked(ctx, x, dim, rest, keepdim)
+
+
+@converter(
+    aten.var.dim,
+    aten.std.dim,
+    aten.var_mean.dim,
+    aten.std_mean.dim,
+)
+def deviation_of_axes(
+    ctx: Network,
+    x: ITensor,
+    dim: Sequence[int] | None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+) -> ITensor | tuple[ITensor, ITensor]:
+    """Variance or standard deviation, and the mean, over axes."""
+    return _deviation_as_asked(ctx, x, dim, int(unbiased), keepdim)
+
+
+@converter(
+    aten.var.default,
+    aten.std.default,
+    aten.var_mean.default,
+    aten.std_mean.default,
+)
+def deviation_of_all(
+    ctx: Network, x: ITensor, unbiased: bool = True
+) -> ITensor | tuple[ITensor, ITensor]:
+    """Variance or standard deviation, and the mean, of all values."""
+    return _deviation_as_asked(ctx, x, None, int(unbiased), False)
+
+
+def _deviation_as_asked(
+    ctx: Network, x: ITensor, dim: Sequence[int] | None, correction: Number, keep: bool
+) -> ITensor | tuple[ITensor, ITensor]:
+    name = ctx.node.target._schema.name  # type: ignore[union-attr]
+    variance, mean = _deviation(ctx, x, dim, correction, keep)
+    result = ctx.unary("SQRT", variance) if "std" in name else variance
+    dtype = ctx.dtype_of(x)
+    if name.endswith("_mean"):
+        return ctx.cast(result, dtype), ctx.cast(mean, dtype)
+    return ctx.cast(result, dtype)
+
+
 def top_k(ctx: Network, operation: str, x: ITensor, k: int, dim: int) -> tuple[ITensor, ITensor]:
     """The k largest (``MAX``) or smallest (``MIN``) values of an axis, in order.
 
@@ -99,21 +217,23 @@ def _without(ctx: Network, x: ITensor, dim: int, keep: bool) -> ITensor:
     return ctx.reshape(x, sizes)
 
 
-def _one_axis(node: Node, ctx: Network) -> str | None:
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return None if isinstance(dim, int) else "it has no axis; give it one"
-
-
-@converter(aten.argmax.default, validator=_one_axis)
-def argmax(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> ITensor:
+@converter(aten.argmax.default)
+def argmax(ctx: Network, x: ITensor, dim: int | None = None, keepdim: bool = False) -> ITensor:
     """Position of the largest value."""
-    return _without(ctx, top_k(ctx, "MAX", x, 1, dim)[1], dim, keepdim)
+    return _position(ctx, "MAX", x, dim, keepdim)
 
 
-@converter(aten.argmin.default, validator=_one_axis)
-def argmin(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> ITensor:
+@converter(aten.argmin.default)
+def argmin(ctx: Network, x: ITensor, dim: int | None = None, keepdim: bool = False) -> ITensor:
     """Position of the smallest value."""
-    return _without(ctx, top_k(ctx, "MIN", x, 1, dim)[1], dim, keepdim)
+    return _position(ctx, "MIN", x, dim, keepdim)
+
+
+def _position(ctx: Network, operation: str, x: ITensor, dim: int | None, keep: bool) -> ITensor:
+    if dim is None:  # of the tensor as one vector
+        place = top_k(ctx, operation, ctx.reshape(x, [-1]), 1, 0)[1]
+        return ctx.reshape(place, ctx.result().shape)
+    return _without(ctx, top_k(ctx, operation, x, 1, dim)[1], dim, keep)
 
 
 @converter(aten.max.dim)
@@ -131,6 +251,7 @@ def min_dim(ctx: Network, x: ITensor, dim: int, keepdim: bool = False) -> tuple[
 
 
 def _small_k(node: Node, ctx: Network) -> str | None:
+    """A constant k of at most 3840."""
     k = node.args[1]
     return (
         None

@@ -238,10 +238,38 @@ def full_like(ctx: Network, x: ITensor, *arguments: Any, **_: object) -> ITensor
     return _filled(ctx, arguments[-1])
 
 
-@converter(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+@converter(
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.new_zeros.default,
+    aten.zero.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.empty_strided.default,
+    aten.new_empty_strided.default,
+    aten.empty_permuted.default,
+)
 def zeros(ctx: Network, *_: object, **__: object) -> ITensor:
-    """Zeros."""
+    """Zeros; also where the elements may be anything."""
     return _filled(ctx, 0)
+
+
+@converter(aten.fill.Scalar, aten.fill.Tensor)
+def fill(ctx: Network, x: ITensor, value: ITensor | Number) -> ITensor:
+    """One value everywhere, in the type of ``x``."""
+    shape, dtype = ctx.result().shape, ctx.result().dtype
+    return ctx.expand(ctx.tensor(value, dtype, len(shape)), shape)
+
+
+@converter(aten.copy.default)
+def copy(ctx: Network, x: ITensor, new: ITensor, *_: object) -> ITensor:
+    """``new`` in the type and the shape of ``x``."""
+    before, after = ctx.meta(ctx.node.args[1]).shape, ctx.result().shape
+    new = ctx.expand_rank(ctx.cast(new, ctx.result().dtype), len(after))
+    before = (*(1,) * (len(after) - len(before)), *before)
+    stride = [int(expression(a) == expression(b)) for a, b in zip(before, after, strict=True)]
+    return new if all(stride) else ctx.slice(new, [0] * len(after), after, stride)
 
 
 @converter(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
@@ -257,6 +285,7 @@ def scalar_tensor(ctx: Network, value: Number | Size, **_: object) -> ITensor:
 
 
 def _integers(node: Node, ctx: Network) -> str | None:
+    """In int64, int32 or float32."""
     dtype = node.meta["val"].dtype
     return (
         None

@@ -1,0 +1,189 @@
+"""Prepare a captured graph for lowering: functional operators only, and converters for all of them.
+
+In-place operators are removed (`inplace_builder.graph.in_place`), and an operator that has no
+converter is replaced by PyTorch's own decomposition of it, into core ATen where there is one. A
+decomposition may write in place, and may use operators that have no converter either, so both are
+repeated until nothing changes. What has a converter stays whole: a layer of TensorRT is faster than
+its parts, and fusion matches whole operators.
+"""
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from inplace.operators import NAMESPACE
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from inplace_builder.errors import brief
+from inplace_builder.graph.in_place import remove_in_place
+from inplace_builder.graph.nodes import value
+from inplace_builder.graph.program import AnyProgram, GraphProgram
+from inplace_builder.lower.registry import find_converter
+
+Decomposition = Callable[..., Any]
+
+ORIGIN = "decomposed_from"
+"""Key of a node's metadata: the operators, outermost first, whose decomposition made it."""
+
+FAILURE = "not_decomposed"
+"""Key of a node's metadata: why PyTorch could not decompose it."""
+
+
+def lowerable(program: AnyProgram) -> GraphProgram:
+    """A copy of a program without in-place operators, decomposed where a converter is missing.
+
+    Operators on states, and custom operators, stay what they are.
+
+    Raises:
+        BuildError: an in-place operator writes something that cannot be a value of the network.
+    """
+    copied = GraphProgram.copy_of(program)
+    remove_in_place(copied)
+    while _decompose_once(copied):
+        remove_in_place(copied)
+    copied.recompile()
+    return copied
+
+
+def _decompose_once(program: GraphProgram) -> bool:
+    """Decompose every operator of the graph that has no converter; whether there was one."""
+    changed = False
+    for node in list(program.graph.nodes):
+        target = node.target
+        if (
+            node.op != "call_function"
+            or not isinstance(target, torch._ops.OpOverload)
+            or target.namespace == NAMESPACE
+            or not _holds_tensors(node.meta.get("val"))
+            or find_converter(target) is not None
+            or str(target) in node.meta.get(ORIGIN, ())
+            or FAILURE in node.meta
+        ):
+            continue
+        decomposition = find_decomposition(target)
+        traced = _trace(node, decomposition) if decomposition is not None else None
+        if traced is not None:
+            _inline(program, node, traced)
+            changed = True
+    return changed
+
+
+def _holds_tensors(meta: Any) -> bool:
+    return isinstance(meta, torch.Tensor | list | tuple)
+
+
+@cache
+def _tables() -> tuple[dict[Any, Decomposition], ...]:
+    return torch._decomp.core_aten_decompositions(), torch._decomp.decomposition_table
+
+
+def find_decomposition(target: torch._ops.OpOverload) -> Decomposition | None:
+    """PyTorch's decomposition of an operator, to core ATen where it can; None if it has none."""
+    for table in _tables():
+        if target in table:
+            return table[target]
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    if target.has_kernel_for_dispatch_key(composite):
+        return target.decompose
+    return None
+
+
+def _trace(node: Node, decomposition: Decomposition) -> GraphModule | None:
+    """The graph of a decomposition over a node's inputs; None where it does not apply.
+
+    oneDNN is off while tracing: with it ``lstm`` would become an operator of oneDNN's own.
+    """
+    sources = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        known = dict(zip(sources, values, strict=True))
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: known[each])
+        result = decomposition(*args, **kwargs)
+        if not isinstance(result, tuple | list):
+            return result
+        return [_fitted(one, like) for one, like in zip(result, node.meta["val"], strict=True)]
+
+    trace = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    try:
+        with torch.no_grad(), _without_onednn(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the model, which its export has had already
+            traced = trace(*(value(source) for source in sources))
+    except Exception as error:  # whatever PyTorch raises
+        node.meta[FAILURE] = brief(error)
+        return None
+    made = [each.target for each in traced.graph.nodes if each.op == "call_function"]
+    return None if made == [node.target] else traced
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def _fitted(result: Any, like: Any) -> Any:
+    """A result in the shape that the operator itself has.
+
+    The decomposition of ``lstm`` in PyTorch 2.11 returns the last states with an axis of extent 1
+    too many, where the batch has several rows.
+    """
+    if isinstance(result, torch.Tensor) and result.dim() != like.dim():
+        return result.reshape(like.shape)
+    return result
+
+
+def _inline(program: GraphProgram, node: Node, traced: GraphModule) -> None:
+    """Put the graph of a decomposition in the place of a node."""
+    origin = (*node.meta.get(ORIGIN, ()), str(node.target))
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    known: dict[Node, Node] = dict(zip(placeholders, node.all_input_nodes, strict=True))
+    result: Any = None
+    with program.graph.inserting_before(node):
+        for each in traced.graph.nodes:
+            if each.op == "placeholder":
+                continue
+            if each.op == "output":
+                result = torch.fx.node.map_arg(each.args[0], lambda source: known[source])
+                continue
+            if each.op == "get_attr":
+                known[each] = _constant(program, traced, each)
+            else:
+                known[each] = program.graph.node_copy(each, lambda source: known[source])
+            known[each].meta = {
+                "val": each.meta["val"] if "val" in each.meta else getattr(traced, each.target),
+                "stack_trace": node.meta.get("stack_trace"),
+                ORIGIN: origin,
+            }
+    _replace(program.graph, node, result)
+
+
+def _constant(program: GraphProgram, traced: GraphModule, node: Node) -> Node:
+    """A constant of a decomposition, as an attribute of the program's own module."""
+    module, count = program.graph_module, 0
+    while hasattr(module, f"decomposed_{count}"):
+        count += 1
+    module.register_buffer(
+        f"decomposed_{count}", getattr(traced, str(node.target)).detach(), persistent=False
+    )
+    return program.graph.get_attr(f"decomposed_{count}")
+
+
+def _replace(graph: Graph, node: Node, result: Any) -> None:
+    """Let every user of a node use the result of its decomposition."""
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem, f"{user} uses several results as one"
+            user.replace_all_uses_with(result[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(node)

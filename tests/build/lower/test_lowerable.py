@@ -1,0 +1,139 @@
+"""Graphs become functional and are decomposed before they are lowered, and compute the same."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from inplace.trt import TensorRT, load_tensorrt
+from inplace_builder.errors import BuildError
+from inplace_builder.graph.in_place import writes_in_place
+from inplace_builder.lower import lower, lowerable
+from support.network_interpreter import interpret
+from support.operator_case import Arg, Call, Case, fn
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+X, Z, SQUARE = Arg(("n", 8)), Arg(("n", 4, 8)), Arg((4, 4))
+
+
+@pytest.fixture(scope="module")
+def rtx() -> TensorRT:
+    return load_tensorrt("tensorrt_rtx")
+
+
+def views(x: Tensor) -> Tensor:
+    x = x.clone()
+    part, row = x[:, 1:3], x[:, 0]
+    part.mul_(2)
+    row += 1
+    part[:, 0, :4].zero_()
+    return torch.cat([x, part, row[:, None]], 1)
+
+
+def reshaped_views(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x * 1
+    flat = x.view(x.shape[0], 32)
+    turned = x.transpose(1, 2).permute(0, 2, 1)[..., None].squeeze(-1)
+    flat[:, 5:9] = 3.0
+    turned.clamp_(max=1.0)
+    return flat + 0, turned + x
+
+
+def pieces(x: Tensor) -> Tensor:
+    x = x + 0
+    left, right = x.chunk(2, 1)
+    left.add_(right, alpha=2)
+    for one in right.unbind(1)[:2]:
+        one.neg_()
+    x[:, 2:4] += x[:, 0:2].clone()
+    x.narrow(1, 1, 2).fill_(0.5)
+    return x
+
+
+def of_a_copy(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + 0
+    copied = x.transpose(1, 2).reshape(x.shape[0], -1)
+    copied.add_(1)
+    same = x.contiguous()
+    same.mul_(3)
+    return x, copied
+
+
+def masks(x: Tensor) -> Tensor:
+    x = x.clone()
+    mask = x > 0
+    mask.logical_not_()
+    x.masked_fill_(mask, -1.0)
+    x.index_put_([torch.tensor([0])], torch.tensor(2.0))
+    x[:, 3].copy_(torch.arange(8.0))
+    whole = torch.empty_like(x).copy_(x[:, 3:4])
+    return torch.sub(x, whole, out=torch.empty_like(x))
+
+
+def diagonal(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.diagonal().add_(1)
+    return x
+
+
+IN_PLACE = [
+    fn("views", views, Z),
+    fn("reshaped-views", reshaped_views, Z),
+    fn("pieces", pieces, Z),
+    fn("of-a-copy", of_a_copy, Z),
+    fn("masks", masks, Z),
+    fn("diagonal", diagonal, SQUARE),
+]
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=lambda case: case.name)
+def test_what_is_written_in_place_becomes_a_value(rtx: TensorRT, case: Case) -> None:
+    assert any(map(writes_in_place, case.exported.graph.nodes))
+    program = lowerable(case.exported)
+    assert not any(map(writes_in_place, program.graph.nodes))
+    lowered = lower(program, outputs=case.outputs, tensorrt=rtx)
+    case.check(lambda inputs: interpret(lowered, inputs))
+
+
+def test_what_has_a_converter_stays_whole() -> None:
+    case = fn("whole", lambda x, part: nn.functional.silu(part(x)), X, part=nn.Linear(8, 4))
+    before = [node.target for node in case.exported.graph.nodes]
+    assert [node.target for node in lowerable(case.exported).graph.nodes] == before
+
+
+def test_a_write_that_cannot_be_a_value_is_refused_with_its_line() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)  # type: ignore[operator]
+            return x + self.count  # type: ignore[operator]
+
+    exported = torch.export.export(Counts(), (torch.zeros(3),))
+    with pytest.raises(
+        BuildError, match=r"add_.* writes b_count, a buffer of the model.* at .*test_lowerable.py"
+    ):
+        lowerable(exported)
+
+
+def refused(function: Callable[..., object], *inputs: Tensor) -> str:
+    program = lowerable(torch.export.export(Call(function), inputs))
+    outputs = [f"out_{place}" for place, _ in enumerate(program.graph_signature.output_specs)]
+    with pytest.raises(BuildError) as error:
+        lower(program, outputs=outputs, tensorrt=load_tensorrt("tensorrt_rtx"))
+    return str(error.value)
+
+
+def test_all_operators_that_are_missing_are_named_with_their_lines() -> None:
+    def several(x: Tensor) -> Tensor:
+        values = torch.linalg.eigvalsh(x)
+        drawn = torch.bernoulli(x)
+        return torch.dropout(values * drawn, 0.5, True)
+
+    message = refused(several, torch.eye(3))
+    assert message.startswith("3 uses of operators cannot be lowered:\n")
+    for text in ("linalg_eigh", "bernoulli", "drops elements at random"):
+        (line,) = [line for line in message.splitlines() if text in line]
+        assert "test_lowerable.py" in line

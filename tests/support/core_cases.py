@@ -144,6 +144,7 @@ POOLS = [
             image,
         )
         for axes, pool, image in (
+            (1, aten.max_pool1d_with_indices.default, SOUND),
             (2, aten.max_pool2d_with_indices.default, IMAGE),
             (3, aten.max_pool3d_with_indices.default, VOLUME),
         )
@@ -439,6 +440,21 @@ ACCUMULATED = [
         table=nn.Embedding(8, 6),
         offsets=torch.tensor([0, 2, 2, 6]),
     ),
+    *(
+        fn(
+            str(overload),
+            lambda ids, at, weight, overload=overload: overload(weight, ids, at)[0],
+            Arg((6,), I64, 0, 8),
+            Arg((1,), I64, 0, 1),
+            weight=torch.randn(8, 6),
+        )
+        for overload in (
+            aten.embedding_bag.default,
+            aten._embedding_bag.default,
+            aten._embedding_bag_forward_only.default,
+        )
+    ),
+    op(aten.repeat_interleave.Tensor, Arg((3,), I64, 2, 3), output_size=6),
     op(aten.one_hot.default, Arg(("n", 3), I64, 0, 8), 8),
     fn(
         "repeat_interleave",

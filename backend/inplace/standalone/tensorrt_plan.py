@@ -204,7 +204,7 @@ class TensorRtPlan:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for state in manifest.states:
             shape = tuple(engine.get_tensor_shape(state.name))
-            if shape not in (_fixed(state), (1, *_fixed(state))):
+            if not _is_merged(_fixed(state), shape):
                 raise LoadError(
                     f"{self._title} has state {state.name} as {list(shape)}, "
                     f"the manifest says {state}; build the engine again"
@@ -277,6 +277,16 @@ class TensorRtPlan:
 def _fixed(state: StandaloneState) -> tuple[int, ...]:
     """A state's shape: the builder makes no plan with states of dynamic shape."""
     return tuple(int(extent) for extent in state.view_shape)
+
+
+def _is_merged(shape: tuple[int, ...], bound: tuple[int, ...]) -> bool:
+    """Whether a shape is another with neighbouring axes merged, and axes of extent 1.
+
+    TensorRT's cache layer takes ``[batch, heads, capacity, dim]``, whatever a state looks like.
+    """
+    ends = {torch.Size(shape[:axis]).numel() for axis in range(len(shape) + 1)}
+    merged = {torch.Size(bound[:axis]).numel() for axis in range(len(bound) + 1)}
+    return max(ends) == max(merged) and merged <= ends
 
 
 def _bindable(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 
 from inplace_builder.graph.nodes import source_line
@@ -29,7 +30,12 @@ MIN_VERSION = (10, 15)
 
 @mechanism(KIND)
 def supports_kv_cache_update(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
-    """Caches ``[slots, heads, capacity, dim]`` in a float type, appended to once in each step."""
+    """Caches ``[slots, heads, capacity, dim]`` in a float type, appended to once in each step.
+
+    A state whose extents are all known may have any other axes before and behind the one that
+    grows: they are merged to ``heads`` and ``dim``. A batch that is written at one position is one
+    row.
+    """
     if not tensorrt.is_rtx and tensorrt.version[:2] < MIN_VERSION:
         return Eligibility(
             False,
@@ -57,14 +63,15 @@ def supports_kv_cache_update(uses: Sequence[StateUse], tensorrt: TensorRT) -> El
 def _unsupported_state(use: StateUse) -> str | None:
     """Why the state cannot be a cache of the layer, or None."""
     state = use.state
-    if len(state.shape) != 3:
+    if not use.fixed and len(state.shape) != 3:
         return (
             f"{state.name} has rank {len(state.shape) + 1} with its slots; "
             f"the layer takes [slots, heads, capacity, dim]"
         )
-    if state.axis != 1:
-        grows = "does not grow" if state.axis is None else f"grows along axis {state.axis + 1}"
-        return f"{state.name} {grows}; the layer appends along axis 2"
+    if state.axis is None:
+        return f"{state.name} does not grow; the layer appends along axis 2"
+    if not use.fixed and state.axis != 1:
+        return f"{state.name} grows along axis {state.axis + 1}; the layer appends along axis 2"
     if state.dtype.as_torch not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{state.name} is {state.dtype}; the layer takes float32, float16 and bfloat16"
     if use.has_dynamic_capacity:
@@ -86,13 +93,21 @@ def _unsupported_operator(use: StateUse, *, after_writers: bool) -> str | None:
         return f"{name} is read before its update; TensorRT could update it first"
     if use.operator == "update" and arguments["write_indices"] is None:
         return f"{name} is rewritten; the layer only appends"
-    if use.operator == "update" and arguments["axis"] != 2:
+    axis = use.state.axis
+    if use.operator == "update" and axis is not None and arguments["axis"] != axis + 1:
         return (
-            f"{name} is appended to along axis {arguments['axis']}; the layer appends along axis 2"
+            f"{name} is appended to along axis {arguments['axis']}, and grows along axis {axis + 1}"
         )
     if use.operator not in ("read", "update", "attention"):
         return f"it has no converter for {use.node.target}"
     return None
+
+
+def cache_shape(spec: StateSpec) -> tuple[int, int, int]:
+    """The extents of a slot as the layer takes them: heads, capacity, dim."""
+    assert spec.axis is not None
+    before, behind = spec.shape[: spec.axis], spec.shape[spec.axis + 1 :]
+    return torch.Size(before).numel(), spec.shape[spec.axis], torch.Size(behind).numel()
 
 
 @state_converter(inplace.update.default, KIND)
@@ -108,7 +123,12 @@ def update(
 ) -> None:
     """Append to each row's cache."""
     rows = rows_of(ctx, (state,), slots, write_indices)
-    new = value if row_offsets is None else by_row(ctx, value, rows)
+    heads, _, dim = cache_shape(state.spec)
+    merged = state.spec.shape != cache_shape(state.spec)
+    if row_offsets is None:
+        new = ctx.reshape(value, (rows.count, heads, -1, dim)) if merged else value
+    else:
+        new = by_row(ctx, ctx.reshape(value, (-1, heads, dim)) if merged else value, rows)
     _append_to_cache(ctx, state, rows, new)
 
 
@@ -124,7 +144,8 @@ def _append_packed(ctx: Network, state: NetworkState, rows: Rows, new: ITensor) 
 
 def _append_to_cache(ctx: Network, state: NetworkState, rows: Rows, new: ITensor) -> None:
     """Append ``new``, ``[rows, heads, tokens, dim]``."""
-    capacity = ctx.scalar(state.spec.shape[1], INT, 1)
+    assert state.spec.axis is not None
+    capacity = ctx.scalar(state.spec.shape[state.spec.axis], INT, 1)
     layer = ctx.network.add_kv_cache_update(
         state.current, new, ctx.select(rows.null, capacity, rows.starts), ctx.api.KVCacheMode.LINEAR
     )

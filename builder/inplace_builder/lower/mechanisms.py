@@ -37,11 +37,14 @@ class StateUse:
         node: the call.
         state: the state.
         arguments: the call's arguments by name, defaults included.
+        fixed: all extents that the state is bound with are known, so that neighbouring axes of it
+            may be merged.
     """
 
     node: Node
     state: StateSpec
     arguments: Mapping[str, Any]
+    fixed: bool = False
 
     @property
     def operator(self) -> str:
@@ -115,6 +118,7 @@ def choose_mechanisms(
     tensorrt: TensorRT,
     *,
     order: Sequence[AliasKind] = PREFERENCE,
+    fixed: bool = False,
 ) -> tuple[Lowering, ...]:
     """Give every state the first mechanism that can update it.
 
@@ -123,6 +127,7 @@ def choose_mechanisms(
         states: its states.
         tensorrt: the TensorRT to lower it with.
         order: the mechanisms to try; see `candidates`.
+        fixed: as of `StateUse`.
 
     Returns:
         One record for each state, with the reasons of the mechanisms that were tried before.
@@ -133,7 +138,7 @@ def choose_mechanisms(
     if unknown := sorted(set(order) - set(_checks)):
         raise BuildError(f"there is no mechanism {unknown[0]!r}; choose from {sorted(_checks)}")
     records: dict[str, Lowering] = {}
-    for group in _groups(graph, states):
+    for group in _groups(graph, states, fixed=fixed):
         records |= _choose_for_group(group, tensorrt, order)
     return tuple(records[state.name] for state in states)
 
@@ -159,7 +164,9 @@ def _choose_for_group(
     )
 
 
-def _groups(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[StateUse]]:
+def _groups(
+    graph: torch.fx.Graph, states: Sequence[StateSpec], *, fixed: bool
+) -> list[list[StateUse]]:
     """The uses of all states, grouped so that states that one operator takes are together."""
     specs = {state.name: state for state in states}
     groups: dict[str, list[StateUse]] = {state.name: [] for state in states}
@@ -171,7 +178,7 @@ def _groups(graph: torch.fx.Graph, states: Sequence[StateSpec]) -> list[list[Sta
         arguments = {argument.name: argument.default_value for argument in schema}
         arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
         for name in taken:
-            groups[name].append(StateUse(node, specs[name], arguments))
+            groups[name].append(StateUse(node, specs[name], arguments, fixed))
         distinct = {id(groups[name]): groups[name] for name in taken}
         merged = [use for group in distinct.values() for use in group]
         for name in {use.state.name for use in merged}:

@@ -25,6 +25,7 @@ class NetworkState:
         kind: the mechanism that updates it.
         input: the network input it is bound to.
         current: its value after the operators lowered so far; ``input`` until something writes it.
+            Its shape is that of ``input``, which may have neighbouring axes of the state merged.
     """
 
     spec: StateSpec

@@ -82,9 +82,11 @@ def _argument(node: torch.fx.Node, name: str) -> object:
 def read(ctx: Network, state: NetworkState, slots: ITensor) -> ITensor:
     """The rows of the state, with the updates so far; null rows are zeros."""
     rows = rows_of(ctx, (state,), slots, None)
-    rank = len(state.current.shape)
+    current, rank = state.current, len(state.spec.shape) + 1
+    if len(current.shape) != rank:  # bound with axes merged
+        current = ctx.reshape(current, (rows.count, *state.spec.shape))
     zero = ctx.tensor(0, state.spec.dtype.as_torch, rank)
-    return ctx.select(rows.null_as(ctx, rank), zero, state.current)
+    return ctx.select(rows.null_as(ctx, rank), zero, current)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowerable
 from inplace_builder.lower.compile import CompiledPlan, Range, Target, compile_plan
+from inplace_builder.lower.kv_cache_update import cache_shape
 from inplace_builder.lower.mechanisms import candidates
 from inplace_builder.states.state import CapturedState
 
@@ -72,6 +73,7 @@ def lower_module(
         [spec for spec in capture.state_specs if spec.name not in declared],
         tensorrt,
         order=candidates(alias, strict=strict),
+        fixed=True,
     )
     records = {record.state: record for record in (*capture.lowering, *chosen)}
     lowering = tuple(records[state.name] for state in capture.states)
@@ -86,7 +88,10 @@ def lower_module(
         states=capture.state_specs,
         kinds={record.state: record.kind for record in lowering},
         tensorrt=tensorrt,
-        shapes={state.name: _bound_shape(state, spec, capture.rows) for state, spec in states},
+        shapes={
+            state.name: _bound_shape(state, spec, capture.rows, records[state.name].kind)
+            for state, spec in states
+        },
         constants={SLOTS: capture.slots()},
     )
     if missing := sorted({state.name for state in capture.states} - set(lowered.state_outputs)):
@@ -94,14 +99,18 @@ def lower_module(
     return lowered, lowering
 
 
-def _bound_shape(state: CapturedState, spec: StateSpec, rows: int) -> tuple[int, ...]:
+def _bound_shape(
+    state: CapturedState, spec: StateSpec, rows: int, kind: AliasKind
+) -> tuple[int, ...]:
     """The shape of a state's network input.
 
     It has the slot axis in front, except where an operator of the user's own writes the state.
+    TensorRT's cache layer has three more axes.
     """
     if state.kind == "user":
         return tuple(state.tensor.initial.shape)
-    return (rows if state.has_slot_axis else 1, *spec.shape)
+    extents = cache_shape(spec) if kind == "kv_cache_update" else spec.shape
+    return (rows if state.has_slot_axis else 1, *extents)
 
 
 def _check_leaves(call: CallSignature) -> None:

@@ -325,6 +325,18 @@ PLACED = [
         {"update": 2, "read": 2},
         (1, 0),
         3,
+        fits_cache_layer=True,
+        plans=True,
+    ),
+    ModuleCase(
+        "a batch at one position",
+        IndexCopy,
+        zeros(2, 4, CAPACITY, 8),
+        lambda step: (noise(step, 2, 4, 1, 8), position(step)),
+        {"cache": "index_copy"},
+        {"update": 1, "read": 1},
+        (2,),
+        fits_cache_layer=True,
         plans=True,
     ),
     ModuleCase(

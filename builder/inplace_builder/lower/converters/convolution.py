@@ -4,7 +4,8 @@ TensorRT has them in two and three; one in one dimension is one in two whose las
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -166,6 +167,17 @@ def _transposed(
     )
 
 
+def _spread(kernel: torch.Tensor, window: Window) -> tuple[torch.Tensor, Window]:
+    """A dilated kernel with its zeros: TensorRT has no kernel that is strided and dilated."""
+    sizes = [
+        rate * (size - 1) + 1 for rate, size in zip(window.dilation, kernel.shape[2:], strict=True)
+    ]
+    spread = kernel.new_zeros((*kernel.shape[:2], *sizes))
+    places: Any = (..., *(slice(None, None, rate) for rate in window.dilation))
+    spread[places] = kernel
+    return spread, replace(window, dilation=(1,) * len(window.dilation))
+
+
 def _convolved(
     ctx: Network,
     x: ITensor,
@@ -185,6 +197,8 @@ def _convolved(
         window: how the kernel moves.
         transposed: whether it is a transposed convolution.
     """
+    if transposed and any(rate > 1 for rate in window.dilation):
+        kernel, window = _spread(kernel, window)
     axes, api = kernel.dim() - 2, ctx.api
     flat = axes == 1
     batched = len(x.shape) == kernel.dim()

@@ -9,7 +9,7 @@ from inplace.schema.specs import Role
 from inplace.trt import TensorRT
 from inplace_builder import Capture, DecoderOptions, capture_decoder
 from inplace_builder.fusion.fuse import without_sampling
-from inplace_builder.lower import LoweredNetwork, lower
+from inplace_builder.lower import LoweredNetwork, lower, lowerable
 from inplace_builder.lower.compile import Range
 from torch import Tensor, manual_seed
 
@@ -80,7 +80,7 @@ def greedy_rows(count: int) -> dict[str, Tensor]:
 def lowered(capture: Capture, kind: str, tensorrt: TensorRT) -> LoweredNetwork:
     """The network of a capture, with every state of one kind."""
     # these kinds have no kernel that samples
-    greedy, _ = without_sampling(capture.exported, capture.program)
+    greedy, _ = without_sampling(lowerable(capture.exported), capture.program)
     return lower(
         greedy,
         outputs=[spec.name for spec in capture.program.outputs],

@@ -125,7 +125,7 @@ def test_inspect_prints_everything_of_an_engine(
     shown = words(out)
     assert "program step: packed, at most 8 rows, 8 tokens a row" in shown
     assert re.search(r"input_ids in tokens int64 \[-1\] 0 … 511 ", shown)
-    assert re.search(r"logits out row float32 \[512\] on request ", shown)
+    assert re.search(r"logits out logits float32 \[512\] on request ", shown)
     for name in KEYS:
         assert f"{name}_updated@{name}@operator" in shown
     assert {"PyTorch", "operators", "themselves,", "bound", "tensor"} <= set(

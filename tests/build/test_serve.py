@@ -83,6 +83,8 @@ def test_its_proxy_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
         ("input_ids", True),
         ("text", True),
         ("stop", True),
+        ("prompt", True),  # refused with the name of the input to use
+        ("text_input", True),
     ]
     assert outputs(config) == GENERATED
     assert ProxyFile.load(proxy / "1") == ProxyFile(

@@ -90,6 +90,7 @@ def test_every_metric_exists_before_the_first_request(observed: Observed) -> Non
     assert {key: value for key, value in values.items() if value} == {
         ("inplace_slots", ""): SLOTS,
         ("inplace_slots_free", ""): SLOTS,
+        ("inplace_places", ""): 16384,  # max_candidate_sequences of config.pbtxt
         ("inplace_state_bytes", ""): SLOTS * manifest.slot_bytes,
     }
 

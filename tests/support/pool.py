@@ -20,8 +20,8 @@ Change = Callable[[pb.ModelConfig], None]
 EXPLICIT = (
     "--model-control-mode=explicit",
     "--exit-timeout-secs=1",
-    "--grpc-header-forward-pattern=x-forwarded",
-    "--http-header-forward-pattern=x-forwarded",
+    "--grpc-header-forward-pattern=x-tenant",
+    "--http-header-forward-pattern=x-tenant",
 )
 
 

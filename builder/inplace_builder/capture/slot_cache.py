@@ -267,8 +267,9 @@ def mask_window(mask_function: Callable[..., Tensor], capacity: int) -> int:
     seen = int(visible(torch.tensor([capacity - 1])).sum())
     window = seen if 0 < seen < capacity else 0
     queries = torch.linspace(0, capacity - 1, min(capacity, NUM_SAMPLED_QUERIES)).long()
-    around = torch.arange(window - 2, window + 3).clamp(0, capacity - 1)
-    queries = torch.cat([queries, around, torch.tensor([0, 1, capacity - 2]).clamp(0)])
+    around = torch.arange(window - 2, window + 3)
+    ends = torch.tensor([0, 1, capacity - 2])
+    queries = torch.cat([queries, around, ends]).clamp(0, capacity - 1)
     positions, own = torch.arange(capacity), queries[:, None]
     expected = (positions <= own) & (positions > own - (window or capacity))
     wrong = (visible(queries) != expected).any(1)

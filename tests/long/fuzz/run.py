@@ -13,7 +13,7 @@ from fuzz.actors import Accepted, Lane, Surfer, Victim
 from fuzz.answers import Findings, Results, Streamed, Unary
 from fuzz.web import Web
 from inplace.errors import RequestError
-from inplace.parameters import Parameter
+from inplace.parameters import Parameter, RequestKind, known_names
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace_builder.tools.tritonserver import TritonServer
@@ -135,7 +135,7 @@ def _alone(instance: ModelInstance, done: Accepted, pending: list[int]) -> Resul
     parameters = {
         name: value
         for name, value in done.parameters.items()
-        if name not in ("position", "max_tokens")
+        if name != "position" and name in known_names(RequestKind.STEP)
     }
     most = done.parameters.get("max_tokens")
     if most is None:

@@ -7,6 +7,7 @@ quick, and a subcommand whose packages are not installed names the extra that br
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from inplace.errors import InplaceError
 from rich.console import Console
 from rich.text import Text
 
-from inplace_builder.choices import Device, EngineKind, Mechanism, Precision, Protocol
+from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, Protocol
 from inplace_builder.errors import BuildError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -61,7 +62,10 @@ def build(
         Device | None,
         typer.Option(help="Where it runs; default: cpu for torch, cuda for TensorRT."),
     ] = None,
-    engine: Annotated[EngineKind, typer.Option(help="What runs it.")] = "torch",
+    engine: Annotated[
+        EngineChoice,
+        typer.Option(help="What runs it; auto: TensorRT on a GPU where it can, else PyTorch."),
+    ] = "auto",
     alias: Annotated[
         Mechanism | None,
         typer.Option(
@@ -131,14 +135,16 @@ def build(
     with _errors("build", "builder"):
         from inplace.schema.dtypes import Dtype
 
+        from inplace_builder.served.choose import build_with_best_engine, first_engine
         from inplace_builder.served.decoder import build_decoder
         from inplace_builder.served.options import BuildOptions
         from inplace_builder.tools.report import summary_table
 
+        kind = first_engine(device) if engine == "auto" else engine
         build_options = BuildOptions(
             dtype=Dtype(dtype),
-            device=device or ("cpu" if engine == "torch" else "cuda"),
-            engine=engine,
+            device=device or ("cpu" if kind == "torch" else "cuda"),
+            engine=kind,
             alias=alias,
             strict=strict,
             compute_capability=compute_capability,
@@ -155,7 +161,12 @@ def build(
         )
         target = _model_folder(output, name)
         with _stages() as stage:
-            manifest = build_decoder(model, target, build_options, stage)
+            if engine == "auto":
+                manifest = build_with_best_engine(
+                    model, target, build_options, stage, partial(console.print, soft_wrap=True)
+                )
+            else:
+                manifest = build_decoder(model, target, build_options, stage)
             stage("done")
         console.print(summary_table(manifest, target))
         console.print(f"written to {target}", soft_wrap=True, highlight=False)

@@ -11,6 +11,9 @@ Device = Literal["cpu", "cuda"]
 EngineKind = Literal["torch", "tensorrt", "tensorrt_rtx"]
 """What runs an engine: PyTorch, TensorRT, or TensorRT for RTX."""
 
+EngineChoice = Literal["auto", "torch", "tensorrt", "tensorrt_rtx"]
+"""An engine, or ``auto``: TensorRT on a GPU where it can run the model, else PyTorch."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 """Element types of a served model's weights and states; float16 on a GPU only."""
 

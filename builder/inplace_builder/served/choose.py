@@ -1,0 +1,54 @@
+"""Choose the engine of a build: TensorRT where it can run the model, else PyTorch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from inplace.errors import LoadError
+from inplace.schema.served import Manifest
+
+from inplace_builder.choices import Device, EngineKind
+from inplace_builder.errors import BuildError
+from inplace_builder.served.build import Stage
+from inplace_builder.served.decoder import build_decoder
+from inplace_builder.served.options import BuildOptions
+
+Report = Callable[[str], None]
+"""Called with the engine that was chosen, and why."""
+
+
+def first_engine(device: Device | None) -> EngineKind:
+    """The engine that ``auto`` tries first: TensorRT where PyTorch sees a GPU."""
+    return "torch" if device == "cpu" or not torch.cuda.is_available() else "tensorrt"
+
+
+def build_with_best_engine(
+    source: Path | str,
+    output: Path | str,
+    options: BuildOptions,
+    stage: Stage = lambda _: None,
+    report: Report = lambda _: None,
+) -> Manifest:
+    """Build a decoder with TensorRT, and where that cannot run it with PyTorch on the same GPU.
+
+    Args:
+        source, output, stage: as of `build_decoder`.
+        options: what to build for, with the engine of `first_engine`.
+        report: called with the engine that is tried, and with the reason if another one is needed.
+
+    Raises:
+        BuildError: no engine can run the model, or the options demand something of TensorRT that it
+            cannot do, with nothing written.
+    """
+    if options.engine == "torch":
+        report(f"engine torch on {options.device}: no GPU was asked for, or PyTorch sees none here")
+        return build_decoder(source, output, options, stage)
+    report("engine tensorrt: PyTorch sees a GPU here")
+    try:
+        return build_decoder(source, output, options, stage)
+    except (BuildError, LoadError) as error:
+        if options.alias is not None or options.strict:
+            raise
+        report(f"engine torch on cuda, because TensorRT cannot run the model: {error}")
+    return build_decoder(source, output, replace(options, engine="torch"), stage)

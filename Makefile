@@ -2,7 +2,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-long check format sync-client tables docs lock bench perf soak fuzz gpu clean
 BIN := .venv/bin
-PARALLEL := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+# One process more than cores: tests of servers wait most of their time.
+PARALLEL := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12

@@ -23,6 +23,10 @@ END_DELAY = 0.05
 its START again at once; an END that crosses it would take its place away."""
 
 
+STEP_END_DELAY = 1.0
+"""The same for a model whose requests wait in Triton while a step runs."""
+
+
 PROBE_INTERVAL = 0.25
 """Seconds between two questions whether the server is stopping, while a place is open."""
 
@@ -81,13 +85,21 @@ class Places:
     Args:
         limit: ``max_candidate_sequences``; None if places are not limited.
         clock: monotonic seconds.
+        end_delay: seconds for which a place must be unused before it is freed; longer than a
+            request may wait in Triton.
 
     Attributes:
+        end_delay: as above.
         changed: notified when a place has become unused or open.
     """
 
-    def __init__(self, limit: int | None, clock: Callable[[], float] = monotonic) -> None:
-        self.limit = limit
+    def __init__(
+        self,
+        limit: int | None,
+        clock: Callable[[], float] = monotonic,
+        end_delay: float = END_DELAY,
+    ) -> None:
+        self.limit, self.end_delay = limit, end_delay
         # A START without a place waits in Triton unseen, so the last places are left for ENDs.
         self._gate = limit - min(64, max(1, limit // 8)) if limit is not None else None
         self._clock = clock
@@ -154,10 +166,10 @@ class Places:
     # Requests of our own
 
     def pop_unused(self) -> SequenceId | None:
-        """A sequence whose place has been unused for `END_DELAY`; the caller sends its END."""
+        """A sequence whose place has been unused for `end_delay`; the caller sends its END."""
         with self._lock:
             now = self._clock()
-            while self._unused and self._unused[0][0] + END_DELAY <= now:
+            while self._unused and self._unused[0][0] + self.end_delay <= now:
                 since, sequence_id = self._unused.popleft()
                 place = self._places.get(sequence_id)
                 if place is not None and place.unused and place.unused_since == since:
@@ -208,7 +220,7 @@ class Places:
             if self._reopen:
                 return
             if self._unused:
-                timeout = min(timeout, self._unused[0][0] + END_DELAY - self._clock())
+                timeout = min(timeout, self._unused[0][0] + self.end_delay - self._clock())
             if timeout > 0:
                 self.changed.wait(timeout if self._num_open else None)
 
@@ -277,6 +289,7 @@ class PlaceKeeper:
             try:
                 self._requests.check_serving()
             except ServerStoppingError:
+                self._places.end_delay = 0.0  # no client can START any more
                 self._shutdown.begin()
         if self._shutdown.has_begun:
             self._shutdown.advance()

@@ -14,7 +14,13 @@ from typing import Any, Literal
 import torch
 import triton_python_backend_utils as pb_utils
 
-from inplace.drivers.places import PlaceKeeper, Places, ServerStoppingError
+from inplace.drivers.places import (
+    END_DELAY,
+    STEP_END_DELAY,
+    PlaceKeeper,
+    Places,
+    ServerStoppingError,
+)
 from inplace.drivers.shutdown import Shutdown, StoppableDriver
 from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
@@ -82,7 +88,10 @@ class ModelPlaces:
         config = json.loads(args["model_config"])
         oldest = config["sequence_batching"].get("oldest", {})
         limit = int(oldest.get("max_candidate_sequences", 0))
-        self._places = Places(limit or None)
+        delay = int(oldest.get("max_queue_delay_microseconds", 0)) / 1e6
+        decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
+        end_delay = END_DELAY if decoupled else STEP_END_DELAY + delay
+        self._places = Places(limit or None, end_delay=end_delay)
         self._own_requests = OwnRequests(args, config, self._places, server)
         self._shutdown = Shutdown(driver, server.exit_timeout)
         observer.forward_to(self._places)

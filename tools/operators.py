@@ -34,13 +34,13 @@ HANDLED = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
 
 def core() -> list[Any]:
     """Every operator that PyTorch tags as core ATen, without variants that write an output."""
-    packets = (getattr(torch.ops.aten, name) for name in sorted(dir(torch.ops.aten)))
-    overloads = [
-        getattr(packet, name)
-        for packet in packets
-        if isinstance(packet, torch._ops.OpOverloadPacket)
-        for name in packet.overloads()
-    ]
+    names = {  # of all that are registered; an attribute of `torch.ops.aten` is made at its use
+        name.removeprefix("aten::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::")
+    }
+    packets = [getattr(torch.ops.aten, name) for name in sorted(names)]
+    overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]
     return [
         each for each in overloads if torch.Tag.core in each.tags and not each._schema.is_mutable
     ]
@@ -83,7 +83,7 @@ def page() -> str:
     parts = [
         HEAD,
         f"Of {len(tagged)} operators of core ATen {len(tagged) - len(rest)} have a converter, "
-        f"{len(decomposed)} are decomposed, {len(refused)} cannot be expressed, "
+        f"{len(decomposed)} are decomposed,\n{len(refused)} cannot be expressed, "
         f"{len(missing)} missing.\n",
         f"## With a converter ({len(own)})\n",
         table(("operator", "", "computes", "only"), converted),

@@ -100,7 +100,9 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_has_lines_of_100_characters(page: Path) -> None:
-    assert [line for line in page.read_text().splitlines() if len(line) > 100] == []
+    lines = page.read_text().splitlines()
+    # A row of a table that is made from docstrings cannot be broken.
+    assert [line for line in lines if len(line) > 100 and not line.startswith("| `")] == []
 
 
 def test_results_that_are_cited_are_there() -> None:

@@ -50,7 +50,8 @@ class GraphProgram:
         self.graph_module.recompile()
         (output,) = self.graph.find_nodes(op="output")
         for spec, node in zip(self.graph_signature.output_specs, output.args[0], strict=True):
-            spec.arg = TensorArgument(name=node.name)
+            if isinstance(node, Node):  # a module may return None too
+                spec.arg = TensorArgument(name=node.name)
 
 
 AnyProgram: TypeAlias = ExportedProgram | GraphProgram

@@ -106,7 +106,7 @@ def _trace(node: Node, decomposition: Decomposition) -> GraphModule | None:
         result = decomposition(*args, **kwargs)
         if not isinstance(result, tuple | list):
             return result
-        return [_fitted(one, like) for one, like in zip(result, node.meta["val"], strict=True)]
+        return [_fitted(one, like) for one, like in zip(result, _likes(node), strict=True)]
 
     trace = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     try:
@@ -130,12 +130,23 @@ def _without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(enabled)
 
 
-def _fitted(result: Any, like: Any) -> Any:
-    """A result in the shape that the operator itself has.
+def _likes(node: Node) -> list[Any]:
+    """Tensors of the shapes that the results of an operator have.
 
-    The decomposition of ``lstm`` in PyTorch 2.11 returns the last states with an axis of extent 1
-    too many, where the batch has several rows.
+    In PyTorch 2.11 the last states of ``lstm`` have an axis of extent 1 too many, in its
+    decomposition and so in the graph too, where the batch has several rows. They are like the first
+    states.
     """
+    results = list(node.meta["val"])
+    if node.target is torch.ops.aten.lstm.input:
+        first = node.args[1]
+        assert isinstance(first, list | tuple)
+        results[1:] = [value(each) for each in first if isinstance(each, Node)]
+    return results
+
+
+def _fitted(result: Any, like: Any) -> Any:
+    """A result in the shape that it has to have, see `_likes`."""
     if isinstance(result, torch.Tensor) and result.dim() != like.dim():
         return result.reshape(like.shape)
     return result

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import psutil
@@ -61,6 +62,47 @@ def test_a_stub_that_holds_the_gil_ends_when_its_server_is_killed() -> None:
         os.kill(server.pid, signal.SIGKILL)
         _, stayed = psutil.wait_procs([stub, watchdog], timeout=20.0)
         assert not stayed
+
+
+MAPPED = """
+import mmap, os, sys, time
+from inplace.server.stub import start_watchdog
+with open(os.environ["SHARED"], "r+b") as file:
+    mapping = mmap.mmap(file.fileno(), 0)
+print(os.getpid(), start_watchdog().pid, flush=True)
+time.sleep(float(os.environ["SECONDS"]))
+"""
+
+
+@pytest.mark.parametrize("seconds", ["600", "0"], ids=["the stub lives", "the stub has ended"])
+def test_the_shared_memory_of_a_killed_server_is_removed(seconds: str) -> None:
+    shared = Path(f"/dev/shm/triton_test_shm_region_{uuid.uuid4()}")
+    foreign = shared.with_name(f"{shared.name}_of_another_server")
+    try:
+        shared.write_bytes(bytes(4096))
+        foreign.write_bytes(bytes(4096))
+        environment = os.environ | {"SHARED": str(shared), "SECONDS": seconds}
+        code = SERVER + "import time; time.sleep(600)"
+        with subprocess.Popen(
+            [sys.executable, "-c", code, MAPPED],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        ) as server:
+            assert server.stdout is not None
+            stub, watchdog = map(int, server.stdout.readline().split())
+            running = psutil.Process(watchdog)
+            if seconds == "0":
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(stub).wait(20)
+                assert shared.exists()  # the server may still remove it itself
+            os.kill(server.pid, signal.SIGKILL)
+        running.wait(20)
+        assert not shared.exists()
+        assert foreign.exists()
+    finally:
+        shared.unlink(missing_ok=True)
+        foreign.unlink(missing_ok=True)
 
 
 def test_the_watchdog_of_a_stub_that_ends_by_itself_ends_with_it() -> None:

@@ -232,6 +232,8 @@ def test_the_length_of_the_cache_is_the_positions_or_an_error() -> None:
         lambda: bool(length),
         lambda: int(length),
         lambda: torch.arange(2) + length,
+        lambda: torch.arange(1, 4) + length,
+        lambda: torch.zeros(3, dtype=torch.int64) + length,
         lambda: torch.arange(3.0) + length,
         lambda: torch.arange(3) - length,
         lambda: torch.arange(3) * length,

@@ -275,6 +275,7 @@ def test_triton_cuts_ids_at_a_nul_byte_and_the_client_refuses_them(
     [
         (b'"id":"\xff","parameters":{"sequence_id":"victim"}', "victim"),
         (b'"parameters":{"sequence_id":"\xff","sequence_start":true}', "-"),
+        (b'"parameters":{"sequence_id":"victim","group":"\xff"}', "victim"),
     ],
 )
 def test_an_http_request_with_an_id_that_is_no_text_fails_alone(

@@ -192,3 +192,42 @@ def test_the_keeper_frees_unused_places_and_notices_that_the_server_stops() -> N
         wait_until(lambda: bool(driver.calls), 10.0)
     finally:
         keeper.close()
+
+
+class Unreachable(Requests):
+    """A server to which no END gets through."""
+
+    def end(self, sequence_id: SequenceId) -> bool:
+        self.ended.append(sequence_id)
+        raise OSError("no way to the server")
+
+
+def test_ends_that_fail_delay_no_shutdown_and_are_not_sent_without_pause() -> None:
+    places, driver = Places(40), Driver()
+    requests = Unreachable(places)
+    keeper = PlaceKeeper(places, requests, Shutdown(driver, 30.0))
+    try:
+        served(places, 1, start=True)
+        wait_until(lambda: requests.ended == [1], 10.0)
+        requests.stopping.set()
+        wait_until(lambda: len(driver.calls) >= 2, 10.0)
+        assert len(requests.ended) < 5
+        assert len(places) == 1
+    finally:
+        keeper.close()
+
+
+def test_a_shutdown_sees_a_sequence_that_holds_no_place() -> None:
+    places, driver = Places(40), Driver()
+    requests = Requests(places)
+    keeper = PlaceKeeper(places, requests, Shutdown(driver, 30.0))
+    try:
+        requests.stopping.set()
+        places.arrived("one shot", start=True, end=True)
+        wait_until(lambda: bool(driver.calls), 10.0)
+    finally:
+        keeper.close()
+
+
+def test_one_place_is_enough_for_one_sequence(clock: Clock) -> None:
+    assert Places(1, clock).arrived("a", start=True, end=False) is None

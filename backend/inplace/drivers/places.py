@@ -27,8 +27,12 @@ STEP_END_DELAY = 1.0
 """The same for a model whose requests wait in Triton while a step runs."""
 
 
+RETRY_DELAY = 1.0
+"""Seconds until an END of ours that could not be sent is tried again."""
+
+
 PROBE_INTERVAL = 0.25
-"""Seconds between two questions whether the server is stopping, while a place is open."""
+"""Seconds between two questions whether the server is stopping, while there is a sequence."""
 
 
 log = logging.getLogger("inplace")
@@ -101,7 +105,7 @@ class Places:
     ) -> None:
         self.limit, self.end_delay = limit, end_delay
         # A START without a place waits in Triton unseen, so the last places are left for ENDs.
-        self._gate = limit - min(64, max(1, limit // 8)) if limit is not None else None
+        self._gate = max(1, limit - min(64, max(1, limit // 8))) if limit is not None else None
         self._clock = clock
         self._places: dict[SequenceId, _Place] = {}
         self._num_open = 0
@@ -126,13 +130,13 @@ class Places:
             place = self._places.get(sequence_id)
             if place is None:
                 place = self._places[sequence_id] = _Place()
+                if len(self._places) == 1:
+                    self.changed.notify()
             place.pending += 1
             opens = not end and not place.is_open
             full = start and opens and self._gate is not None and self._num_open >= self._gate
             self._set_open(place, not end)
             place.restarted |= start and not end
-            if opens and self._num_open == 1:
-                self.changed.notify()
         if not full:
             return None
         return RequestError(
@@ -203,8 +207,10 @@ class Places:
             self._set_open(place, True)
             self._check_unused(sequence_id, place)
 
-    def end_finished(self, sequence_id: SequenceId, *, was_known: bool) -> None:
-        """Our own END was answered, or could not be sent."""
+    def end_finished(
+        self, sequence_id: SequenceId, *, was_known: bool, retry: bool = False
+    ) -> None:
+        """Our own END was answered, or could not be sent and is tried again later."""
         with self._lock:
             place = self._places.get(sequence_id)
             if place is None or not place.ending:
@@ -212,26 +218,31 @@ class Places:
             place.ending = False
             if not was_known and not place.restarted:
                 self._set_open(place, False)  # Triton had forgotten the sequence
-            self._check_unused(sequence_id, place)
+            self._check_unused(sequence_id, place, RETRY_DELAY if retry else 0.0)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a sequence has a place, a slot or a request without a final response."""
+        return bool(self._places)
 
     def wait(self, timeout: float) -> None:
-        """Wait until a place may be unused; at most ``timeout`` seconds if one is open."""
+        """Wait until a place may be unused; at most ``timeout`` seconds if there is a sequence."""
         with self._lock:
             if self._reopen:
                 return
             if self._unused:
                 timeout = min(timeout, self._unused[0][0] + self.end_delay - self._clock())
             if timeout > 0:
-                self.changed.wait(timeout if self._num_open else None)
+                self.changed.wait(timeout if self._places else None)
 
     def _set_open(self, place: _Place, is_open: bool) -> None:
         self._num_open += is_open - place.is_open
         place.is_open = is_open
 
-    def _check_unused(self, sequence_id: SequenceId, place: _Place) -> None:
+    def _check_unused(self, sequence_id: SequenceId, place: _Place, delay: float = 0.0) -> None:
         """Note a place that has become unused, and forget a sequence without one."""
         if place.unused:
-            place.unused_since = self._clock()
+            place.unused_since = self._clock() + delay
             self._unused.append((place.unused_since, sequence_id))
             self.changed.notify()
         elif not (place.is_open or place.pending or place.live or place.ending):
@@ -264,25 +275,34 @@ class PlaceKeeper:
         next_probe = 0.0
         while not self._closed:
             try:
-                self._free_unused()
-                if len(self._places) and monotonic() >= next_probe:
+                # First: a shutdown must not wait for ENDs that cannot be sent.
+                if self._places.in_use and monotonic() >= next_probe:
                     next_probe = monotonic() + PROBE_INTERVAL
                     self._probe()
-            except Exception:  # a defect, or an error of the server: places stay open meanwhile
+                self._free_unused()
+            except Exception:  # a defect: places stay open meanwhile
                 log.exception("places of sequences could not be freed")
             if not self._closed:
                 self._places.wait(PROBE_INTERVAL)
 
     def _free_unused(self) -> None:
         while not self._closed and (unused := self._places.pop_unused()) is not None:
-            was_known = True
+            was_known, retry = True, False
             try:
                 was_known = self._requests.end(unused)
+            except Exception as error:  # of the server, or of the way to it
+                retry = True
+                log.warning(
+                    "no END could be sent for sequence %r, it is retried: %s", unused, error
+                )
             finally:
-                self._places.end_finished(unused, was_known=was_known)
+                self._places.end_finished(unused, was_known=was_known, retry=retry)
         while (lost := self._places.pop_reopened()) is not None:
             log.debug("the place of sequence %r is opened again", lost)
-            self._requests.start(lost)
+            try:
+                self._requests.start(lost)
+            except Exception as error:
+                log.warning("the place of sequence %r could not be opened again: %s", lost, error)
 
     def _probe(self) -> None:
         if not self._shutdown.has_begun:

@@ -96,8 +96,20 @@ Among them are operators for files, for communication with other processes and f
 Every other library is one that the process itself registered: the user's own.
 """
 
-DENIED_OPERATORS = frozenset({"aten::from_file", "aten::_print", "inplace::execute"})
-"""Operators that reach outside the graph: a file, the terminal, an engine inside the engine."""
+_UNCHECKED = """
+    _reshape_alias _reshape_alias_copy set set_ set_data resize resize_ resize_as resize_as_
+    _resize_output _resize_output_ resize_as_sparse resize_as_sparse_
+"""
+
+DENIED_OPERATORS = frozenset(
+    {"aten::from_file", "aten::_print", "inplace::execute"}
+    | {f"aten::{name}" for name in _UNCHECKED.split()}
+)
+"""Operators that reach outside the graph: a file, the terminal, an engine inside the engine, and
+memory outside of a tensor, because they compare no sizes."""
+
+DENIED_PREFIXES = ("aten::_sparse", "aten::sparse_", "aten::_nested", "aten::_validate_sparse")
+"""Constructors of tensors whose indices are not compared with their sizes."""
 
 
 class GraphPart(Record):
@@ -198,4 +210,9 @@ class GraphFile(GraphPart):
 
 def may_call(namespace: str, name: str) -> bool:
     """Whether a graph may call the operator ``namespace::name``, if it is registered."""
-    return namespace not in DENIED_NAMESPACES and f"{namespace}::{name}" not in DENIED_OPERATORS
+    full = f"{namespace}::{name}"
+    return (
+        namespace not in DENIED_NAMESPACES
+        and full not in DENIED_OPERATORS
+        and not full.startswith(DENIED_PREFIXES)
+    )

@@ -5,6 +5,7 @@ restricted protocol are read from the server's command line.
 """
 
 import contextlib
+import logging
 import os
 import ssl
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ class LoopbackError(InplaceError):
     """The server's gRPC endpoint cannot be reached from here."""
 
 
+log = logging.getLogger("inplace")
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """The options of a tritonserver that say how to reach it.
@@ -57,10 +61,18 @@ class ServerOptions:
 
     @classmethod
     def of_parent(cls) -> "ServerOptions":
-        """The options of the parent process, which is the server of a stub."""
+        """The options of the parent process, which is the server of a stub.
+
+        Triton's defaults, with a line in the log, where they cannot be read.
+        """
         parent = Path("/proc") / str(os.getppid())
-        command = (parent / "cmdline").read_bytes().decode(errors="surrogateescape")
-        return cls.parse(command.split("\0")[1:-1], (parent / "cwd").resolve())
+        try:
+            command = (parent / "cmdline").read_bytes().decode(errors="surrogateescape")
+            folder = (parent / "cwd").resolve()
+        except OSError as error:  # for example a /proc that hides other users' processes
+            log.warning("the server's command line cannot be read, its defaults count: %s", error)
+            return cls.parse([])
+        return cls.parse(command.split("\0")[1:-1], folder)
 
     @classmethod
     def parse(cls, arguments: Sequence[str], folder: Path = Path()) -> "ServerOptions":

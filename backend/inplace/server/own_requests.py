@@ -44,6 +44,10 @@ NOT_READY = "Server not ready"
 """Triton's error for every request of a model while the server stops (24.10)."""
 
 
+FORGOTTEN = "must specify the START flag"
+"""Triton's error for a request of a sequence that has no place."""
+
+
 NO_VERSION = 2**31
 """A version that no model has: to ask for it costs Triton nothing but a look whether it serves."""
 
@@ -70,6 +74,10 @@ on a thread without the GIL (see `inplace.server.generate_proxy.RELEASE_DELAY`).
 
 
 log = logging.getLogger("inplace")
+
+
+class OwnRequestError(Exception):
+    """A request of our own failed; the text is the server's."""
 
 
 class ModelPlaces:
@@ -193,9 +201,7 @@ class OwnRequests:
             except ServerStoppingError:
                 pass
             else:
-                if error:
-                    log.debug("our own request for sequence %r: %s", sequence_id, error)
-                return not error
+                return _was_known(error)
         return self._send_over_grpc(sequence_id, flags)
 
     def _send_over_grpc(self, sequence_id: SequenceId, flags: int) -> bool:
@@ -209,9 +215,7 @@ class OwnRequests:
             end=bool(flags & FLAG_END),
             parameters={NONCE: self._nonce},
         )
-        if error:
-            log.debug("our own request for sequence %r: %s", sequence_id, error)
-        return not error
+        return _was_known(error)
 
     def _request(self, sequence_id: SequenceId, flags: int, version: int | None = None) -> Any:
         return pb_utils.InferenceRequest(
@@ -244,7 +248,10 @@ class OwnRequests:
 
     def take(self, request: Any) -> bool:
         """Whether a request that has arrived is our own; `places` is told of it then."""
-        if self._nonce not in request.parameters():
+        try:
+            if self._nonce not in request.parameters():
+                return False
+        except UnicodeDecodeError:  # over HTTP they may be any bytes; the parser refuses them
             return False
         flags, sequence_id = request.flags(), request.correlation_id()
         if flags & FLAG_END:
@@ -252,6 +259,17 @@ class OwnRequests:
         elif flags & FLAG_START:
             self._places.own_start_arrived(sequence_id)
         return True
+
+
+def _was_known(error: str) -> bool:
+    """Whether Triton knew the sequence of our own request, from its error or an empty text.
+
+    Raises:
+        OwnRequestError: the request failed for another reason.
+    """
+    if error and FORGOTTEN not in error:
+        raise OwnRequestError(error)
+    return not error
 
 
 def smallest_inputs(config: Mapping[str, Any]) -> list[ZeroInput]:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from inplace.operators import attention
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
 
@@ -104,11 +105,19 @@ class CacheLength:
             isinstance(indices, Tensor)
             and not indices.is_floating_point()
             and indices.shape == self._positions.shape
+            and self._counts_tokens(indices)
         ):
             return self._positions.to(indices.dtype)
         return self._refuse()
 
     __add__ = __radd__
+
+    @staticmethod
+    def _counts_tokens(indices: Tensor) -> bool:
+        """Whether it is ``arange(tokens)``; True while a graph is traced, after a run on values."""
+        if is_fake(indices) or torch.compiler.is_compiling():
+            return True
+        return torch.equal(indices.flatten(), torch.arange(indices.numel(), dtype=indices.dtype))
 
     @staticmethod
     def _refuse(*_: object) -> NoReturn:

@@ -5,7 +5,9 @@ inference, health and the descriptions of models.
 """
 
 import asyncio
+import contextlib
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -181,6 +183,38 @@ def test_http_clients_reach_inference_and_health_alone(routed: Routed) -> None:
         "/v2/models/unary/infer",
     ):
         assert status(url + path) == 403, path
+
+
+def chunked(url: str, content: Iterator[bytes]) -> str:
+    """Send a body in chunks, one for each part of the content, and return the status line."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    head = (
+        f"POST /v2/models/unary/infer HTTP/1.1\r\nHost: {host}\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before its end
+            for part in content:
+                connection.sendall(part)
+            connection.sendall(b"0\r\n\r\n")
+        return connection.makefile("rb").readline().decode()
+
+
+def test_a_body_of_very_many_chunks_ends_no_server(routed: Routed) -> None:
+    """One of 700,000 chunks ends tritonserver 24.11; here it arrives as one body."""
+    block = b"1\r\n \r\n" * 1000
+    for _ in routed.servers:
+        answer = chunked(routed.envoy.http_url, (block for _ in range(700)))
+        assert answer[:12] in ("HTTP/1.1 400", "HTTP/1.1 500")  # Triton's own: spaces are no JSON
+    for server in routed.servers:
+        assert server.process is not None and server.process.poll() is None
+    test_every_request_of_a_sequence_reaches_its_replica(routed, "unary")
+
+
+def test_a_body_above_the_limit_is_refused(routed: Routed) -> None:
+    block = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    assert chunked(routed.envoy.http_url, (block for _ in range(17))).startswith("HTTP/1.1 413 ")
 
 
 class Closed(TritonServer):

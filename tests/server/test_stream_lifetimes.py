@@ -135,7 +135,8 @@ def test_a_client_that_goes_away_frees_its_slot_at_once_and_its_mates_never_noti
                 assert len(vanishing.collect(5).tokens) >= 5
         assert tellers.slot_free() < SOON
         with tellers.talk() as other:
-            assert "INPLACE-UNKNOWN_SEQUENCE" in other.request("vanishing", [1]).error
+            error = other.request("vanishing", [1]).error  # by the backend, or Triton after its END
+            assert "INPLACE-UNKNOWN_SEQUENCE" in error or FORGOTTEN in error
         rest = witness.collect()
         assert (rest.reason, collected + rest.tokens) == ("length", tellers.expected)
         witness.request("witness", [], end=True)

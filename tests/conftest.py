@@ -88,18 +88,23 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
 
 
 @pytest.fixture(scope="session")
-def repository(engines: Engines) -> Repository:
+def llama_folder(engines: Engines) -> Path:
+    """The tiny Llama as transformers saves it. Many tests share it: change copies only."""
+    return engines.get("llama-source", tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def repository(engines: Engines, llama_folder: Path) -> Repository:
     """``llama``, ``brief`` and ``accumulator``, built for steps."""
-    source = engines.get("llama-source", tiny_llama)
 
     def build(path: Path) -> None:
         for name, options in STEP_MODELS.items():
-            build_decoder(source, path / name, options)
+            build_decoder(llama_folder, path / name, options)
         options = BuildOptions(slots=4, max_rows=4, capacity=1)
         write_engine(accumulator(), path / "accumulator", options)
 
     path = engines.get("step-models", build)
-    return Repository(path, LlamaForCausalLM.from_pretrained(source).eval(), source)
+    return Repository(path, LlamaForCausalLM.from_pretrained(llama_folder).eval(), llama_folder)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
-from support.decoding import generate_together, random_prompt
+from support.decoding import SHAPE, generate_together, random_prompt
 from support.engine_graph import load_graph
 from support.long import long_except
 from support.models import greedy, open_instance
@@ -31,19 +31,6 @@ RING = WINDOW + CHUNK - 1
 OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
 TOKENS = 40
 
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 GEMMA = SHAPE | {
     "head_dim": 8,
     "query_pre_attn_scalar": 8,

@@ -15,24 +15,16 @@ from inplace_builder.capture.checkpoint import check_positions, load_tokenizer
 from inplace_builder.errors import BuildError
 from inplace_builder.publish import check_target
 from safetensors.torch import load_file, save_file
-from support.models import tiny_llama
 from support.vocabulary import save_tokenizer
 
 OPTIONS = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_llama(folder)
-    return folder
-
-
 @pytest.fixture
-def copied(llama: Path, tmp_path: Path) -> Path:
+def copied(llama_folder: Path, tmp_path: Path) -> Path:
     """A copy to change."""
-    return shutil.copytree(llama, tmp_path / "source")
+    return shutil.copytree(llama_folder, tmp_path / "source")
 
 
 def add_weights(folder: Path, **tensors: torch.Tensor) -> None:
@@ -161,8 +153,8 @@ def test_the_check_of_an_output_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_tokenizer_is_described(llama: Path) -> None:
-    tokenizer, description = load_tokenizer(llama)
+def test_a_missing_tokenizer_is_described(llama_folder: Path) -> None:
+    tokenizer, description = load_tokenizer(llama_folder)
     assert tokenizer is None
     assert description.startswith("none, clients send token ids, not text (")
 

@@ -11,20 +11,13 @@ import transformers
 from inplace import __version__
 from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
-from support.models import Repository, tiny_llama
+from support.models import Repository
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.slow
 
 KEYS = [f"{part}_states_{layer}" for part in ("key", "value") for layer in range(2)]
 SLOT_BYTES = 2 * 2 * (2 * 32 * 16) * 4  # keys and values, layers, heads × capacity × dim, float32
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_llama(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +32,10 @@ def inplace(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def build(llama: Path, *arguments: str) -> str:
+def build(llama_folder: Path, *arguments: str) -> str:
     """A successful build's output."""
     status, out, err = inplace(
-        "build", str(llama), "--capacity", "32", "--chunk", "8", "--slots", "4", *arguments
+        "build", str(llama_folder), "--capacity", "32", "--chunk", "8", "--slots", "4", *arguments
     )
     assert (status, err) == (0, "")
     return out
@@ -53,8 +46,8 @@ def words(text: str) -> str:
     return re.sub(r"[\s│┃]+", " ", text)
 
 
-def test_build_prints_its_stages_in_order_and_what_it_made(llama: Path) -> None:
-    out = build(llama, "--output", "repository/tiny")
+def test_build_prints_its_stages_in_order_and_what_it_made(llama_folder: Path) -> None:
+    out = build(llama_folder, "--output", "repository/tiny")
     stages = [
         "load the model",
         "capture the graph",
@@ -84,21 +77,21 @@ def test_a_name_that_is_no_folder_is_refused_before_the_model_is_read(name: str)
     )
 
 
-def test_name_puts_the_model_into_the_repository_under_that_name(llama: Path) -> None:
+def test_name_puts_the_model_into_the_repository_under_that_name(llama_folder: Path) -> None:
     assert "written to repository/other" in words(
-        build(llama, "--output", "repository", "--name", "other")
+        build(llama_folder, "--output", "repository", "--name", "other")
     )
     assert Manifest.load(Path("repository/other/1")).name == "other"
-    build(llama, "--output", "repository/other", "--name", "other")
+    build(llama_folder, "--output", "repository/other", "--name", "other")
     assert [path.name for path in Path("repository").iterdir()] == ["other"]
 
 
-def test_the_options_reach_the_engine(llama: Path) -> None:
+def test_the_options_reach_the_engine(llama_folder: Path) -> None:
     rows, times = (
         ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"),
         ("--idle-timeout", "7.5", "--queue-delay-us", "123"),
     )
-    build(llama, "--output", "m", *rows, *times, "--instances", "2")
+    build(llama_folder, "--output", "m", *rows, *times, "--instances", "2")
     manifest = Manifest.load(Path("m/1"))
     assert manifest.min_capacity == 16
     program = manifest.program("step")

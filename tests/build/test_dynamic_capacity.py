@@ -16,7 +16,7 @@ from inplace_builder.lower import choose_mechanisms
 from inplace_builder.served.decoder import build_decoder, decoder_options
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
-from support.models import greedy, tiny_llama
+from support.models import greedy
 
 pytestmark = pytest.mark.slow
 
@@ -25,16 +25,9 @@ PROMPT = [5, 6, 7, 8, 9]
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repository") / "llama"
-    build_decoder(llama, path, OPTIONS)
+    build_decoder(llama_folder, path, OPTIONS)
     return path / MODEL_VERSION
 
 
@@ -44,9 +37,9 @@ def opened(folder: Path, capacity: int) -> ModelInstance:
 
 @pytest.mark.parametrize("capacity", [16, 23, 64])
 def test_every_capacity_of_the_range_says_the_same_and_takes_its_own_memory(
-    engine: Path, llama: Path, capacity: int
+    engine: Path, llama_folder: Path, capacity: int
 ) -> None:
-    model, _ = load_decoder(llama, Dtype.FLOAT32)
+    model, _ = load_decoder(llama_folder, Dtype.FLOAT32)
     instance = opened(engine, capacity)
     assert all(tensor.shape[2] == capacity for tensor in instance.arena.tensors.values())
     assert instance.arena.bytes == sum(
@@ -82,8 +75,10 @@ def test_an_engine_of_one_capacity_has_no_choice(engine: Path) -> None:
         fixed.at_capacity(32)
 
 
-def test_tensorrts_own_cache_layer_and_copies_refuse_it_with_their_reason(llama: Path) -> None:
-    model, _ = load_decoder(llama, Dtype.FLOAT32)
+def test_tensorrts_cache_layer_and_copies_refuse_it_with_a_reason(
+    llama_folder: Path,
+) -> None:
+    model, _ = load_decoder(llama_folder, Dtype.FLOAT32)
     capture = capture_decoder(model, decoder_options(OPTIONS))
     graph, rtx = capture.exported.graph, load_tensorrt("tensorrt_rtx")
     with pytest.raises(

@@ -12,7 +12,6 @@ from inplace_builder.errors import BuildError
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from safetensors.torch import load_file, save_file
-from support.models import tiny_llama
 
 OPTIONS = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
 SMALL = {
@@ -24,13 +23,6 @@ SMALL = {
     "max_position_embeddings": 64,
 }
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_llama(folder)
-    return folder
 
 
 def t5(folder: Path, _: Path) -> Path:
@@ -166,28 +158,28 @@ def unknown(folder: Path, _: Path) -> Path:
     return folder
 
 
-def no_weights(folder: Path, llama: Path) -> Path:
+def no_weights(folder: Path, llama_folder: Path) -> Path:
     folder.mkdir()
-    shutil.copy(llama / "config.json", folder)
+    shutil.copy(llama_folder / "config.json", folder)
     return folder
 
 
-def truncated(folder: Path, llama: Path) -> Path:
-    shutil.copytree(llama, folder)
+def truncated(folder: Path, llama_folder: Path) -> Path:
+    shutil.copytree(llama_folder, folder)
     with (folder / WEIGHTS).open("r+b") as file:
         file.truncate((folder / WEIGHTS).stat().st_size - 1000)
     return folder
 
 
-def other_shape(folder: Path, llama: Path) -> Path:
-    shutil.copytree(llama, folder)
+def other_shape(folder: Path, llama_folder: Path) -> Path:
+    shutil.copytree(llama_folder, folder)
     weights = load_file(folder / WEIGHTS) | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
-def tensor_left_out(folder: Path, llama: Path) -> Path:
-    shutil.copytree(llama, folder)
+def tensor_left_out(folder: Path, llama_folder: Path) -> Path:
+    shutil.copytree(llama_folder, folder)
     weights = load_file(folder / WEIGHTS)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -207,8 +199,8 @@ def damaged_gguf(folder: Path, _: Path) -> Path:
     return folder / "a.gguf"
 
 
-def weights_file(_: Path, llama: Path) -> Path:
-    return llama / WEIGHTS
+def weights_file(_: Path, llama_folder: Path) -> Path:
+    return llama_folder / WEIGHTS
 
 
 Source = Callable[[Path, Path], Path]
@@ -253,12 +245,12 @@ Source = Callable[[Path, Path], Path]
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' own, when it makes these models
 def test_a_model_that_is_no_buildable_decoder_is_refused_and_nothing_is_written(
-    tmp_path: Path, llama: Path, source: Source, text: str
+    tmp_path: Path, llama_folder: Path, source: Source, text: str
 ) -> None:
     repository = tmp_path / "repository"
     repository.mkdir()
     with pytest.raises(BuildError, match=text):
-        build_decoder(source(tmp_path / "source", llama), repository / "model", OPTIONS)
+        build_decoder(source(tmp_path / "source", llama_folder), repository / "model", OPTIONS)
     assert list(repository.iterdir()) == []
 
 
@@ -271,12 +263,12 @@ def test_a_refused_model_does_not_even_make_the_repository(tmp_path: Path) -> No
 
 
 def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_possible(
-    tmp_path: Path, llama: Path
+    tmp_path: Path, llama_folder: Path
 ) -> None:
     with pytest.raises(
         BuildError, match=r"capacity of 4097 is more than the 4096 positions .* choose at most 4096"
     ):
-        build_decoder(llama, tmp_path / "model", BuildOptions(capacity=4097))
+        build_decoder(llama_folder, tmp_path / "model", BuildOptions(capacity=4097))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from inplace_builder.capture.slot_cache import (
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.reach import position_constants, positions_to_verify
-from support.decoding import generate_together, random_prompt
+from support.decoding import SHAPE, generate_together, random_prompt
 from support.long import long_except
 from support.models import greedy, open_instance
 from torch import Tensor
@@ -29,19 +29,6 @@ from transformers import PreTrainedModel, masking_utils
 CAPACITY, CHUNK, WINDOW = 96, 8, 21
 OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
 DECODER_OPTIONS = DecoderOptions(CAPACITY, 3, CHUNK)
-SHAPE: dict[str, object] = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 EXPERTS: dict[str, object] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -275,7 +262,7 @@ def test_a_mask_that_the_model_changes_is_an_error() -> None:
 
 
 def test_heads_that_the_model_does_not_have_are_refused_at_capture() -> None:
-    config = transformers.GPTNeoXConfig(**(SHAPE | {"intermediate_size": 64}))
+    config = transformers.GPTNeoXConfig(**SHAPE)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(
         BuildError, match=r"key is \[tokens, 4, 8\], but its state holds 2 heads of 8 elements"

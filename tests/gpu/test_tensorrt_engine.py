@@ -56,25 +56,18 @@ def run(instance: ModelInstance, sequence: int, ids: list[int], *, start: bool =
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repository") / "llama"
-    build_decoder(llama, path, options())
+    build_decoder(llama_folder, path, options())
     return path
 
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16])
 def test_a_decoder_builds_verifies_and_gives_the_tokens_of_transformers(
-    llama: Path, tmp_path: Path, dtype: Dtype, alias: str
+    llama_folder: Path, tmp_path: Path, dtype: Dtype, alias: str
 ) -> None:
-    manifest = build_decoder(llama, tmp_path / "out", options(dtype=dtype, alias=alias))
+    manifest = build_decoder(llama_folder, tmp_path / "out", options(dtype=dtype, alias=alias))
     assert {entry.kind for entry in manifest.program("step").aliases} == {alias}
     assert {record.kind for record in manifest.program("step").lowering} == {alias}
     if dtype is not Dtype.FLOAT32:

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from support.operator_case import Arg, Case, fn, op
+from support.operator_case import B16, BOOL, I32, I64, Arg, Case, H, fn, op
 
 aten = torch.ops.aten
-F, H, B16, I32, I64, BOOL = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-)
 
 X, Z, TWO = Arg(("n", 8)), Arg(("n", 4, 8)), Arg(("n", "m", 8))
 SMALL, UNIT = Arg(("n", 8), low=-1e-3, high=1e-3), Arg(("n", 8), low=-0.9, high=0.9)

@@ -1,10 +1,25 @@
-"""Greedy decoding on an engine without a server."""
+"""Small random decoders, and greedy decoding on an engine without a server."""
 
 from collections.abc import Sequence
 
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
+
+SHAPE: dict[str, object] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""The size of a random decoder: fields of its transformers configuration."""
 
 
 def random_prompt(seed: int, tokens: int) -> list[int]:

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 aten = torch.ops.aten
+F, H, B16, I32, I64, BOOL = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
 N_RANGE, M_RANGE = (1, 16), (1, 8)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Absolute and relative, by the dtype of the result: a few units in the last place, TF32 off."""

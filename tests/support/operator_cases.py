@@ -7,18 +7,10 @@ import torch
 from torch import nn
 
 from support.core_cases import CORE
-from support.operator_case import Arg, Batch, fn, op
+from support.operator_case import B16, BOOL, I32, I64, Arg, Batch, F, H, fn, op
 from support.scatter_cases import SCATTERS
 
 aten = torch.ops.aten
-F, H, B16, I32, I64, BOOL = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-)
 
 X, Y, Z = Arg(("n", 8)), Arg(("n", 8)), Arg(("n", 4, 8))
 HALF_X, BF16_X = Arg(("n", 8), H), Arg(("n", 8), B16)

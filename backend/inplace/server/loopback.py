@@ -11,9 +11,10 @@ import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from inplace.errors import InplaceError
+from inplace.server.command_line import CommandLine
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class ServerOptions:
         target: ``host:port`` of its gRPC endpoint; empty if it has none.
         tls: it takes TLS connections only.
         mutual: and asks for a certificate of its clients.
-        certificate, key, root: files of its certificate, its key and the root of its clients'.
+        certificate, key: files of its certificate and its key.
         headers: what its restricted inference protocol expects.
         exit_timeout: seconds for which it waits for live sequences when it stops.
     """
@@ -55,68 +56,49 @@ class ServerOptions:
     mutual: bool = False
     certificate: Path = Path()
     key: Path = Path()
-    root: Path = Path()
     headers: tuple[tuple[str, str], ...] = ()
     exit_timeout: float = DEFAULT_EXIT_TIMEOUT
 
     @classmethod
-    def of_parent(cls) -> "ServerOptions":
+    def of_parent(cls) -> Self:
         """The options of the parent process, which is the server of a stub.
 
         Triton's defaults, with a line in the log, where they cannot be read.
         """
-        parent = Path("/proc") / str(os.getppid())
         try:
-            command = (parent / "cmdline").read_bytes().decode(errors="surrogateescape")
-            folder = (parent / "cwd").resolve()
-        except OSError as error:  # for example a /proc that hides other users' processes
+            return cls.of(CommandLine.of_process(os.getppid()))
+        except OSError as error:
             log.warning("the server's command line cannot be read, its defaults count: %s", error)
-            return cls.parse([])
-        return cls.parse(command.split("\0")[1:-1], folder)
+            return cls()
 
     @classmethod
-    def parse(cls, arguments: Sequence[str], folder: Path = Path()) -> "ServerOptions":
-        """Read a command line.
-
-        Args:
-            arguments: without the program.
-            folder: its working directory.
-        """
-        options, headers = dict[str, str](), list[tuple[str, str]]()
-        for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-            if not argument.startswith("--"):
-                continue
-            name, has_value, value = argument.removeprefix("--").partition("=")
-            options[name] = value if has_value else following
-            if name == "grpc-restricted-protocol":
-                protocols, _, header = options[name].partition(":")
-                if "inference" in protocols.split(","):
-                    key, _, secret = header.partition("=")
-                    headers.append((f"{RESTRICTED_HEADER}{key}".lower(), secret))
-        mutual = _is_true(options.get("grpc-use-ssl-mutual", "false"))
-        timeout = options.get("exit-timeout-secs", "")
+    def of(cls, command_line: CommandLine) -> Self:
+        """The options in a command line."""
+        headers = []
+        for restriction in command_line.values("grpc-restricted-protocol"):
+            protocols, _, header = restriction.partition(":")
+            if "inference" in protocols.split(","):
+                key, _, secret = header.partition("=")
+                headers.append((f"{RESTRICTED_HEADER}{key}".lower(), secret))
+        mutual = command_line.is_true("grpc-use-ssl-mutual")
+        timeout = command_line.value("exit-timeout-secs", "")
         return cls(
-            target=_target(options) if _is_true(options.get("allow-grpc", "true")) else "",
-            tls=mutual or _is_true(options.get("grpc-use-ssl", "false")),
+            target=_target(command_line) if command_line.is_true("allow-grpc", True) else "",
+            tls=mutual or command_line.is_true("grpc-use-ssl"),
             mutual=mutual,
-            certificate=folder / options.get("grpc-server-cert", ""),
-            key=folder / options.get("grpc-server-key", ""),
-            root=folder / options.get("grpc-root-cert", ""),
+            certificate=command_line.folder / command_line.value("grpc-server-cert", ""),
+            key=command_line.folder / command_line.value("grpc-server-key", ""),
             headers=tuple(headers),
             exit_timeout=float(timeout) if timeout.isdigit() else DEFAULT_EXIT_TIMEOUT,
         )
 
 
-def _target(options: Mapping[str, str]) -> str:
-    host = options.get("grpc-address", "0.0.0.0")
+def _target(command_line: CommandLine) -> str:
+    host = command_line.value("grpc-address", "0.0.0.0")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
-    return f"{host}:{options.get('grpc-port', '8001')}"
-
-
-def _is_true(value: str) -> bool:
-    return value.lower() in ("true", "1")
+    return f"{host}:{command_line.value('grpc-port', '8001')}"
 
 
 @dataclass(frozen=True)

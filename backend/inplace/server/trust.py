@@ -4,14 +4,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from inplace.server.command_line import CommandLine
+
 TRUST_MODELS = "INPLACE_TRUST_MODELS"
 """The environment variable with these folders, separated by ``:``.
 
 Empty, no plan is loaded; unset, the model repositories of the server's command line are trusted. A
 model that was uploaded through the server's repository API is in neither.
 """
-
-_OPTIONS = ("--model-repository", "--model-store")
 
 
 def trusted_folders(
@@ -27,18 +27,8 @@ def trusted_folders(
     if (text := environment.get(TRUST_MODELS)) is not None:
         return tuple(Path(part) for part in text.split(os.pathsep) if part)
     try:
-        words = (proc / str(server) / "cmdline").read_text().split("\0")
-        start = (proc / str(server) / "cwd").readlink()
-    except (OSError, UnicodeDecodeError):
+        command_line = CommandLine.of_process(server, proc)
+    except OSError:
         return ()
-    return tuple(start / repository for repository in _repositories(words))
-
-
-def _repositories(words: list[str]) -> list[str]:
-    """The model repositories in a command line, ``--option=value`` or ``--option value``."""
-    found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        option, equals, value = word.partition("=")
-        if option in _OPTIONS and (repository := value if equals else following):
-            found.append(repository)
-    return found
+    repositories = command_line.values("model-repository", "model-store")
+    return tuple(command_line.folder / repository for repository in repositories)

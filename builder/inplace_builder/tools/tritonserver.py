@@ -20,6 +20,7 @@ from typing import IO, Self
 
 import inplace
 from inplace.errors import InplaceError
+from inplace.server.command_line import CommandLine
 from inplace.server.loopback import ServerOptions
 from inplace.server.trust import TRUST_MODELS
 from tritonclient.grpc import InferenceServerClient
@@ -326,7 +327,7 @@ class TritonServer:
     @property
     def exit_timeout(self) -> float:
         """Seconds for which it lets requests finish when it is stopped."""
-        return ServerOptions.parse(self.arguments).exit_timeout
+        return ServerOptions.of(CommandLine.parse(self.arguments)).exit_timeout
 
     def stop(self, timeout: float | None = None) -> int:
         """Stop the process and return its exit status.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from inplace_builder.graph.in_place import SAME_ORDER
 from inplace_builder.lower.layers import ITensor, Number, Size, expression
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -13,19 +14,7 @@ from inplace_builder.lower.registry import converter
 aten = torch.ops.aten
 
 
-@converter(
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.view_as.default,
-    aten.reshape_as.default,
-)
+@converter(*SAME_ORDER)
 def reshape(ctx: Network, x: ITensor, *_: object) -> ITensor:
     """Every operator that keeps the order of the elements.
 

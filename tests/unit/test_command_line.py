@@ -1,0 +1,49 @@
+"""How the server of a process is reached, as its command line says."""
+
+from pathlib import Path
+
+import pytest
+from inplace.server.command_line import CommandLine
+from inplace.server.loopback import DEFAULT_EXIT_TIMEOUT, ServerOptions
+
+
+def options(*words: str) -> ServerOptions:
+    return ServerOptions.of(CommandLine.parse(words, Path("/srv")))
+
+
+def test_without_options_a_server_is_reached_at_tritons_defaults() -> None:
+    server = options()
+    assert (server.target, server.tls, server.headers) == ("127.0.0.1:8001", False, ())
+    assert server.exit_timeout == DEFAULT_EXIT_TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        (["--grpc-port=9"], "127.0.0.1:9"),
+        (["--grpc-port", "9", "--grpc-address", "::"], "[::1]:9"),
+        (["--grpc-address=10.1.2.3"], "10.1.2.3:8001"),
+        (["--grpc-address=fe80::1"], "[fe80::1]:8001"),
+        (["--grpc-port=7", "--grpc-port=9"], "127.0.0.1:9"),
+        (["--allow-grpc=false"], ""),
+    ],
+)
+def test_the_address_is_one_of_this_machine(words: list[str], target: str) -> None:
+    assert options(*words).target == target
+
+
+def test_tls_files_are_relative_to_the_servers_folder() -> None:
+    server = options("--grpc-use-ssl=1", "--grpc-server-cert=tls/a", "--grpc-server-key", "/b")
+    assert server.tls and not server.mutual
+    assert (server.certificate, server.key) == (Path("/srv/tls/a"), Path("/b"))
+
+
+def test_the_header_of_a_restricted_protocol_is_read_where_it_is_about_inference() -> None:
+    server = options(
+        "--grpc-restricted-protocol=health,inference:Admin-Key=secret=1",
+        "--grpc-restricted-protocol=model-repository:other=x",
+        "--exit-timeout-secs",
+        "6",
+    )
+    assert server.headers == (("triton-grpc-protocol-admin-key", "secret=1"),)
+    assert server.exit_timeout == 6

@@ -280,7 +280,7 @@ REGISTRY: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         "top_k",
         "integer",
-        "Keeps tokens that fewer than `top_k` others have a larger score than.",
+        "Keeps the `top_k` tokens with the largest scores, and those equal to the last of them.",
         default=0,
         minimum=0,
         limits="a whole number from 0 (all) to the size of the vocabulary",
@@ -288,7 +288,7 @@ REGISTRY: tuple[ParameterSpec, ...] = (
     ParameterSpec(
         "top_p",
         "number",
-        "Keeps tokens whose betters together have less than this probability.",
+        "Keeps a token if those with larger scores have together less than this probability.",
         default=1.0,
         minimum=math.ulp(0.0),
         maximum=1.0,

@@ -60,7 +60,7 @@ def owning(step: int) -> tuple[Tensor, Tensor]:
     return noise(step, 1, 4), torch.tensor([step])
 
 
-def test_a_module_s_own_tensors_stay_whole_for_whoever_looks(tmp_path: Path) -> None:
+def test_a_module_s_own_tensors_stay_whole_for_their_callers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     eager = Owning()
     engine = build(eager, owning(0), path=tmp_path / "engine", strict=True)

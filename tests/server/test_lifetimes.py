@@ -181,7 +181,7 @@ def test_a_step_cancelled_while_it_waits_alone_vanishes_and_its_sequence_goes_on
     assert add(client, "patient", 6, 1.0, end=True) == (3.0, 3)
 
 
-def test_steps_cancelled_behind_one_another_end_the_sequence_in_triton_and_its_owner_goes_on(
+def test_several_waiting_steps_cancelled_end_the_sequence_in_triton_and_its_owner_goes_on(
     accumulating: TritonServer, client: InferenceServerClient
 ) -> None:
     assert add(client, "patient", 7, 1.0, start=True, sequence_key="k") == (1.0, 1)

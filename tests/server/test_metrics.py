@@ -151,7 +151,7 @@ def test_the_log_names_the_sequences_and_requests(observed: Observed) -> None:
     log = "\n".join(observed.log("observed"))
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=start" in log
     assert r"sequence ended: sequence=\"two words\" slot=1 length=2 reason=idle" in log
-    assert "request refused: sequence=4 request=asked code=NO_FREE_SLOT retryable=1 because=" in log
+    assert "request refused: sequence=4 request=asked code=NO_FREE_SLOT retryable=1 reason=" in log
     assert "reason=end" not in log  # at DEBUG
 
 

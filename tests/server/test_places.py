@@ -1,4 +1,4 @@
-"""Sequences that nobody ends, on models with 40 places in Triton, and a server that stops.
+"""Sequences without an END, on models with 40 places in Triton, and a server that stops.
 
 Clients vanish, cancel, are refused, and send ids with NUL bytes; afterwards a new client is served
 at once, no place stays open, and SIGTERM ends the server soon after its last running request.

@@ -80,7 +80,7 @@ def test_all_refusals_are_counted_and_some_a_second_are_logged(
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         f"request refused: sequence={number + 1} request=r{number} code=CAPACITY retryable=0"
-        f' because="too many"'
+        f' reason="too many"'
         for number in range(MAX_LINES_PER_SECOND)
     ]
     clock[0] += 1.0
@@ -88,7 +88,7 @@ def test_all_refusals_are_counted_and_some_a_second_are_logged(
     lines = [record.getMessage() for record in caplog.records[MAX_LINES_PER_SECOND:]]
     assert lines == [
         "more requests refused: count=5",
-        'request refused: sequence=late request=- code=CAPACITY retryable=0 because="too many"',
+        'request refused: sequence=late request=- code=CAPACITY retryable=0 reason="too many"',
     ]
     assert (
         observer.metrics.snapshot()["inplace_requests_refused_total", "CAPACITY"]

@@ -80,7 +80,10 @@ class Shutdown:
 
 
 def unloading() -> RequestError:
-    """The error of requests that a model cannot answer because it is being unloaded."""
+    """The error of requests that end with the model or the server."""
     return RequestError(
-        Code.SHUTDOWN, "the model is being unloaded; START again when it is back", retryable=True
+        Code.SHUTDOWN,
+        "the model is being unloaded or the server is stopping; START again when it is back, or on "
+        "another server",
+        retryable=True,
     )

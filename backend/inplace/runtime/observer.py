@@ -199,7 +199,7 @@ class Observer:
                 request=request_id or "-",
                 code=error.code,
                 retryable=int(error.retryable),
-                because=str(error),
+                reason=str(error),
             )
         )
 

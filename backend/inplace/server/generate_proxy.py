@@ -139,7 +139,8 @@ class GenerateProxy:
         """End the generations that run, and wait until they have ended."""
         unloading = RequestError(
             Code.SHUTDOWN,
-            "the model is being unloaded; send it again when it is back",
+            "the model is being unloaded or the server is stopping; send it again when it is back, "
+            "or to another server",
             retryable=True,
         )
         for proxied in list(self._running.values()):

@@ -258,7 +258,7 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         POSITION,
         "integer",
         "How many tokens the client believes the sequence has; another number is refused.",
-        ANY,
+        frozenset({RequestKind.STEP, RequestKind.GENERATION, RequestKind.END}),
         minimum=0,
         maximum=INT64_MAX,
         limits="a whole number of at least 0 and below 2^63",

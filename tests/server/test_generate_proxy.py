@@ -5,14 +5,18 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import pytest
 from support.long import long_except
 from support.models import greedy
-from support.served import CAPACITY, SLOTS, Served, Stream
+from support.served import CAPACITY, MODEL, SLOTS, Served, Stream
 from support.streams import prompt
 from support.vocabulary import added, tiny_tokenizer
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
 
@@ -174,6 +178,24 @@ def test_parameters_that_name_a_sequence_are_refused_over_http(
         served.events(input_ids=[1, 2], max_tokens=3, ignore_eos=True)[-1]["finish_reason"]
         == "length"
     )
+
+
+def test_a_request_that_names_a_sequence_is_refused(served: Served) -> None:
+    tensor = InferInput("input_ids", [1, 2], "INT64")
+    tensor.set_data_from_numpy(np.array([[1, 2]]))
+    answers: SimpleQueue[InferenceServerException | None] = SimpleQueue()
+    with InferenceServerClient(served.server.grpc_url) as client:
+        client.start_stream(lambda result, error: answers.put(error))
+        client.async_stream_infer(
+            f"{MODEL}_generate",
+            [tensor],
+            sequence_id=7,
+            sequence_start=True,
+            parameters={"max_tokens": 2},
+        )
+        error = str(answers.get(timeout=30))
+    assert "INPLACE-BAD_PARAMETER" in error
+    assert "this model takes no correlation id and no sequence flags" in error
 
 
 def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:

@@ -172,6 +172,14 @@ def test_tensors_of_every_type_survive_the_file_bit_for_bit(tmp_path: Path, dtyp
         assert torch.equal(result.reshape(-1).view(torch.uint8), contiguous)
 
 
+def test_a_complex_tensor_behind_an_odd_number_of_floats_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    pairs = torch.randn(3, dtype=torch.complex64)
+    write_tensors(path, {"a": torch.ones(1), "b": pairs})
+    read = read_tensors(memoryview(path.read_bytes()), str(path))
+    assert torch.equal(as_dtype(read["b"], Dtype.COMPLEX64), pairs)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -292,9 +292,9 @@ def check_parameters(request: InferRequest) -> None:
         RefusedError: BAD_PARAMETER, with the text that the backend would answer.
     """
     kind = RequestKind.GENERATION if request.generates else RequestKind.STEP
-    if FETCH in request.parameters and not request.generates:
-        kind = RequestKind.FETCH
     try:
+        if not request.generates and BY_NAME[FETCH].parse(request.parameters.get(FETCH, False)):
+            kind = RequestKind.FETCH
         parse_parameters(request.parameters, kind)
     except RequestError as error:
         text = error.wire(request.sequence_id, request.request_id)

@@ -91,7 +91,9 @@ class RequestParser:
             kind = self._kind(request, texts)
             parse_parameters(request.parameters, kind, self._instance.is_forwarded)
             if kind is RequestKind.END:
-                return StreamRequest(unvalidated, Reply(channel))
+                return StreamRequest(
+                    replace(unvalidated, position=request.position()), Reply(channel)
+                )
             self._check_outputs(kind, channel.requested_outputs)
             if kind is RequestKind.FETCH:
                 _check_fetch(request, texts)

@@ -281,7 +281,7 @@ class PlaceKeeper:
                     self._probe()
                 self._free_unused()
             except Exception:  # a defect: places stay open meanwhile
-                log.exception("places of sequences could not be freed")
+                log.exception("the thread that frees places failed")
             if not self._closed:
                 self._places.wait(PROBE_INTERVAL)
 
@@ -297,6 +297,8 @@ class PlaceKeeper:
                 )
             finally:
                 self._places.end_finished(unused, was_known=was_known, retry=retry)
+            if retry:
+                break  # the way is blocked for the others too, and a shutdown must go on
         while (lost := self._places.pop_reopened()) is not None:
             log.debug("the place of sequence %r is opened again", lost)
             try:

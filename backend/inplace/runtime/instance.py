@@ -235,11 +235,12 @@ class ModelInstance:
         """End the sequence of an END that has no tokens.
 
         Raises:
-            RequestError: UNKNOWN_SEQUENCE or SEQUENCE_KEY.
+            RequestError: UNKNOWN_SEQUENCE or SEQUENCE_KEY; POSITION, after the sequence has ended.
         """
         live = self.table.find(validated.request.sequence_id)
         live.check_key(validated.key_digest, start=False)
         self.table.end(live)
+        _check_position(validated, live.position)
 
     def finish(self, active: ActiveRequest) -> None:
         """Finish an answered request: free the slot of an END, else start the idle clock."""
@@ -273,13 +274,8 @@ class ModelInstance:
         return request
 
     def _check_fits(self, validated: ValidatedRequest, length: int) -> None:
-        position, num_tokens = validated.position, validated.num_tokens
-        if position is not None and position != length:
-            raise RequestError(
-                Code.POSITION,
-                f"the request was meant for position {position}, the sequence holds {length}; an"
-                f" earlier request or its answer was lost: send what is missing, or START again",
-            )
+        _check_position(validated, length)
+        num_tokens = validated.num_tokens
         capacity, new = self.manifest.capacity, validated.min_new_tokens
         if capacity is not None and length + num_tokens + new > capacity:
             raise RequestError(
@@ -441,4 +437,19 @@ def _check_sequence_id(request: Request) -> None:
         raise RequestError(
             Code.NO_SEQUENCE_ID,
             "the request names no sequence; send a correlation id that is not 0 or empty",
+        )
+
+
+def _check_position(validated: ValidatedRequest, length: int) -> None:
+    """Refuse a request that was meant for another length of its sequence.
+
+    Raises:
+        RequestError: POSITION.
+    """
+    position = validated.position
+    if position is not None and position != length:
+        raise RequestError(
+            Code.POSITION,
+            f"the request was meant for position {position}, the sequence holds {length}; an"
+            f" earlier request or its answer was lost: send what is missing, or START again",
         )

@@ -45,4 +45,7 @@ def read_tensors(content: memoryview, title: str) -> dict[str, Tensor]:
 def as_dtype(tensor: Tensor, dtype: Dtype) -> Tensor:
     """A tensor that was read as it was before it was written; only complex types differ."""
     is_pair = dtype.as_torch.is_complex and tensor.is_floating_point() and tensor.dim() > 0
-    return torch.view_as_complex(tensor) if is_pair and tensor.shape[-1] == 2 else tensor
+    if not is_pair or tensor.shape[-1] != 2:
+        return tensor
+    # PyTorch views pairs as complex numbers at even offsets only.
+    return torch.view_as_complex(tensor.clone() if tensor.storage_offset() % 2 else tensor)

@@ -7,12 +7,10 @@ import json
 import logging
 import secrets
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -35,7 +33,14 @@ from inplace.protocol import (
 )
 from inplace.runtime.observer import log_line
 from inplace.schema.proxy import ProxyFile
-from inplace.server.messages import FLAG_END, FLAG_START, TritonChannel, error_response
+from inplace.server.messages import (
+    FLAG_END,
+    FLAG_START,
+    RecentResponses,
+    TritonChannel,
+    error_response,
+    read_id,
+)
 from inplace.server.model_config import check_model_config, proxy_tensors
 from inplace.server.settings import forwarded_headers, matches
 
@@ -53,15 +58,6 @@ nothing that this process sends was delivered any more, not even an END (Triton 
 
 END_THREADS = 4
 """Threads that end sequences whose clients have left: an END is answered between two steps."""
-
-
-RELEASE_DELAY = 1.0
-"""Seconds for which responses are kept before they are released.
-
-Triton frees its iterator of responses on a thread that does not hold the GIL (``SendCleanupId``,
-Triton 24.10). If that were the last reference to the responses, their arrays would be freed there
-too, and two threads would change reference counts at once.
-"""
 
 
 SEQUENCE_PARAMETERS = frozenset(
@@ -95,7 +91,7 @@ class GenerateProxy:
         self._max_requests = file.max_requests
         self._is_forwarded = partial(matches, forwarded_headers(args["model_config"]))
         self._running: dict[int, _ProxiedRequest] = {}  # by sequence id
-        self._responses = _RecentResponses()
+        self._responses = RecentResponses()
         self._starting = threading.BoundedSemaphore(MAX_STARTING)
         self._fetching = threading.BoundedSemaphore(MAX_FETCHING)
         self._end_threads = ThreadPoolExecutor(END_THREADS, "inplace-proxy-end")
@@ -175,24 +171,6 @@ def num_warmup_requests(config: Mapping[str, Any]) -> int:
     )
 
 
-class _RecentResponses:
-    """Keeps responses for `RELEASE_DELAY` seconds."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: deque[tuple[float, list[Any]]] = deque()
-
-    def keep(self, responses: list[Any]) -> list[Any]:
-        """Keep these responses and release old ones; returns the same list."""
-        now = monotonic()
-        with self._lock:
-            self._kept.append((now, responses))
-            released = []
-            while self._kept[0][0] < now - RELEASE_DELAY:
-                released.append(self._kept.popleft())
-        return responses  # `released` is freed here, outside the lock
-
-
 class _ProxiedRequest:
     """One request, its sequence of the stream model, and its client, which may leave at any time.
 
@@ -213,7 +191,7 @@ class _ProxiedRequest:
         model: str,
         request: Any,
         is_forwarded: Callable[[str], bool],
-        responses: _RecentResponses,
+        responses: RecentResponses,
         starting: threading.Semaphore,
         fetching: threading.Semaphore,
     ) -> None:
@@ -359,6 +337,13 @@ class _ProxiedRequest:
         except ValueError as error:
             # UnicodeDecodeError is one: over HTTP, ids and parameters may be any bytes.
             raise RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}") from None
+        flags = self._request.flags()
+        if read_id(self._request.correlation_id) not in (0, "") or flags & (FLAG_START | FLAG_END):
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                "this model takes no correlation id and no sequence flags: "
+                "here each request has a sequence of its own",
+            )
         _check_inputs(inputs)
         if refused := sorted(parameters.keys() & SEQUENCE_PARAMETERS):
             raise RequestError(

@@ -19,8 +19,8 @@ from inplace.server.command_line import CommandLine
 if TYPE_CHECKING:
     import torch
 
-TIMEOUT = 10.0
-"""Seconds within which a request must be answered."""
+TIMEOUT = 1.0
+"""Seconds within which a request must be answered; less than the margin that a shutdown has."""
 
 
 DEFAULT_EXIT_TIMEOUT = 30.0

@@ -1,7 +1,10 @@
 """Requests and responses: from Triton's types into ours, and back."""
 
 import json
+import threading
+from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,15 @@ STATUS = {
 """Triton's status of an error; INVALID_ARG for the other codes.
 
 By name, because the stub adds the constants to `TritonError` only after this module is imported.
+"""
+
+
+RELEASE_DELAY = 1.0
+"""Seconds for which responses are kept before they are released.
+
+Triton frees its iterator of responses on a thread that does not hold the GIL (``SendCleanupId``,
+Triton 24.10). If that were the last reference to the responses, their arrays would be freed there
+too, and two threads would change reference counts at once.
 """
 
 
@@ -154,3 +166,21 @@ def read_id(get_id: Callable[[], int | str]) -> int | str:
         return get_id()
     except UnicodeDecodeError:
         return ""
+
+
+class RecentResponses:
+    """Keeps responses for `RELEASE_DELAY` seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: deque[tuple[float, list[Any]]] = deque()
+
+    def keep(self, responses: list[Any]) -> list[Any]:
+        """Keep these responses and release old ones; returns the same list."""
+        now = monotonic()
+        with self._lock:
+            self._kept.append((now, responses))
+            released = []
+            while self._kept[0][0] < now - RELEASE_DELAY:
+                released.append(self._kept.popleft())
+        return responses  # `released` is freed here, outside the lock

@@ -7,11 +7,9 @@ while the gRPC endpoint serves live sequences on, so they go there (`inplace.ser
 import json
 import logging
 import secrets
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 import triton_python_backend_utils as pb_utils
 
 from inplace.drivers.places import (
@@ -22,11 +20,13 @@ from inplace.drivers.places import (
     ServerStoppingError,
 )
 from inplace.drivers.shutdown import Shutdown, StoppableDriver
-from inplace.errors import RequestError
+from inplace.errors import InplaceError, RequestError
 from inplace.runtime.observer import Observer
 from inplace.runtime.slots import SequenceId
 from inplace.server.loopback import GrpcEndpoint, ServerOptions, ZeroInput
-from inplace.server.messages import FLAG_END, FLAG_START, output_tensor
+from inplace.server.messages import FLAG_END, FLAG_START, RecentResponses, output_tensor
+from inplace.server.model_config import TRITON_TYPES
+from inplace.server.settings import is_decoupled
 
 Admission = Literal["serve", "acknowledge"]
 """What to do with a request: pass it to the driver, or answer it without outputs."""
@@ -49,34 +49,18 @@ FORGOTTEN = "must specify the START flag"
 
 
 NO_VERSION = 2**31
-"""A version that no model has: to ask for it costs Triton nothing but a look whether it serves."""
+"""A version that no model has. A request for it runs nothing; its error shows whether the server is
+stopping."""
 
 
-TORCH_TYPES = {
-    "TYPE_BOOL": torch.bool,
-    "TYPE_INT8": torch.int8,
-    "TYPE_UINT8": torch.uint8,
-    "TYPE_INT16": torch.int16,
-    "TYPE_UINT16": torch.uint16,
-    "TYPE_INT32": torch.int32,
-    "TYPE_INT64": torch.int64,
-    "TYPE_FP16": torch.float16,
-    "TYPE_BF16": torch.bfloat16,
-    "TYPE_FP32": torch.float32,
-    "TYPE_FP64": torch.float64,
-}
+TORCH_TYPES = {name: dtype.as_torch for dtype, name in TRITON_TYPES.items()}
 """The types of inputs in config.pbtxt, without texts, which no model requires."""
-
-
-MAX_KEPT_RESPONSES = 64
-"""Responses that are kept before they are released, because Triton releases its own part of them
-on a thread without the GIL (see `inplace.server.generate_proxy.RELEASE_DELAY`)."""
 
 
 log = logging.getLogger("inplace")
 
 
-class OwnRequestError(Exception):
+class OwnRequestError(InplaceError):
     """A request of our own failed; the text is the server's."""
 
 
@@ -97,8 +81,7 @@ class ModelPlaces:
         oldest = config["sequence_batching"].get("oldest", {})
         limit = int(oldest.get("max_candidate_sequences", 0))
         delay = int(oldest.get("max_queue_delay_microseconds", 0)) / 1e6
-        decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
-        end_delay = END_DELAY if decoupled else STEP_END_DELAY + delay
+        end_delay = END_DELAY if is_decoupled(config) else STEP_END_DELAY + delay
         self._places = Places(limit or None, end_delay=end_delay)
         self._own_requests = OwnRequests(args, config, self._places, server)
         self._shutdown = Shutdown(driver, server.exit_timeout)
@@ -109,10 +92,10 @@ class ModelPlaces:
     def admit(self, request: Any) -> Admission | RequestError:
         """What to do with a request; `answered` must be called after the response of one to serve.
 
-        Our own requests and Triton's warm-up (``model_warmup``) are acknowledged: only those have
-        no correlation id, because Triton refuses a client's without one.
+        Our own requests are acknowledged, and Triton's warm-up (``model_warmup``): only warm-up
+        requests have no correlation id, because Triton refuses a client's without one.
         """
-        if self._own_requests.take(request):
+        if self._own_requests.recognize(request):
             return "acknowledge"
         try:
             sequence_id = request.correlation_id()
@@ -146,7 +129,7 @@ class OwnRequests:
     Args:
         args: what Triton passes to ``initialize``.
         config: the model configuration.
-        places: is told of the requests that arrive.
+        places: is notified of the requests that arrive.
         server: how to reach the server over gRPC.
     """
 
@@ -158,11 +141,11 @@ class OwnRequests:
         server: ServerOptions,
     ) -> None:
         self._model, self._version = args["model_name"], int(args["model_version"])
-        self._decoupled: bool = config.get("model_transaction_policy", {}).get("decoupled", False)
+        self._decoupled = is_decoupled(config)
         self._inputs = smallest_inputs(config)
         self._nonce = secrets.token_hex(16)
         self._places, self._server = places, server
-        self._responses: deque[Any] = deque(maxlen=MAX_KEPT_RESPONSES)
+        self._responses = RecentResponses()
         self._stopping = False
         self._endpoint: GrpcEndpoint | None = None
 
@@ -235,7 +218,7 @@ class OwnRequests:
             responses = list(result) if self._decoupled else [result]
         except Exception as error:  # the stub raises what Triton refuses at once
             return str(error)
-        self._responses.append(responses)
+        self._responses.keep(responses)
         errors = [response.error().message() for response in responses if response.has_error()]
         return errors[0] if errors else ""
 
@@ -246,8 +229,8 @@ class OwnRequests:
 
     # Arriving
 
-    def take(self, request: Any) -> bool:
-        """Whether a request that has arrived is our own; `places` is told of it then."""
+    def recognize(self, request: Any) -> bool:
+        """Whether a request that has arrived is our own; `places` is notified of it then."""
         try:
             if self._nonce not in request.parameters():
                 return False
@@ -274,7 +257,8 @@ def _was_known(error: str) -> bool:
 
 def smallest_inputs(config: Mapping[str, Any]) -> list[ZeroInput]:
     """Inputs that Triton accepts: the required ones, or the first if all are optional."""
-    required = [spec for spec in config["input"] if not spec.get("optional", False)]
+    numbers = [spec for spec in config["input"] if spec["data_type"] in TORCH_TYPES]
+    required = [spec for spec in numbers if not spec.get("optional", False)]
     return [
         ZeroInput(
             spec["name"],
@@ -282,5 +266,5 @@ def smallest_inputs(config: Mapping[str, Any]) -> list[ZeroInput]:
             (1, *(max(int(extent), 1) for extent in spec["dims"])),
             TORCH_TYPES[spec["data_type"]],
         )
-        for spec in required or config["input"][:1]
+        for spec in required or numbers[:1]
     ]

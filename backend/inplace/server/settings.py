@@ -6,6 +6,7 @@ It imports little, so that `inplace.alive` starts quickly.
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -114,7 +115,7 @@ class Settings:
             )
         _check_names(config)
         serve = serve_mode(model_config)
-        decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
+        decoupled = is_decoupled(config)
         if decoupled != (serve == "stream"):
             raise LoadError(
                 f"config.pbtxt has decoupled: {str(decoupled).lower()} and {SERVE}: {serve}; "
@@ -258,3 +259,8 @@ def _idle_timeout(config: dict[str, Any], serve: ServeMode) -> tuple[float, tupl
         f"{triton_idle}; using {triton_idle / 1e6:g} s"
     )
     return triton_idle / 1e6, (note,)
+
+
+def is_decoupled(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this configuration may send several responses to a request."""
+    return bool(config.get("model_transaction_policy", {}).get("decoupled", False))

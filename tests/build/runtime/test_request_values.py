@@ -107,6 +107,17 @@ def test_an_end_with_bad_parameters_is_refused_and_frees_its_slot(
     assert client.num_free_slots() == SLOTS
 
 
+def test_an_end_without_tokens_checks_its_position_and_frees_its_slot(
+    streams: OpenStreams,
+) -> None:
+    client = streams()
+    for position, code in ((1, None), (7, Code.POSITION)):
+        client.step("a", [5], start=True).wait()
+        ended = client.end("a", position=position).wait()
+        assert (ended.error and ended.error.code) == code
+        assert client.num_free_slots() == SLOTS
+
+
 def test_an_end_that_cannot_be_read_frees_its_slot(streams: OpenStreams) -> None:
     client = streams()
     unreadable = RequestError(Code.BAD_PARAMETER, "the request cannot be read: x")

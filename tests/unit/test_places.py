@@ -229,5 +229,24 @@ def test_a_shutdown_sees_a_sequence_that_holds_no_place() -> None:
         keeper.close()
 
 
+class Silent(Requests):
+    """A server that does not answer any more."""
+
+    def check_serving(self) -> None:
+        self.stopping.wait()
+
+
+def test_a_keeper_whose_request_is_never_answered_can_be_closed() -> None:
+    places = Places(40)
+    requests = Silent(places)
+    keeper = PlaceKeeper(places, requests, Shutdown(Driver(), 30.0))
+    places.arrived("a", start=True, end=False)
+    closing = threading.Thread(target=keeper.close)
+    closing.start()
+    closing.join(20.0)
+    assert not closing.is_alive()
+    requests.stopping.set()
+
+
 def test_one_place_is_enough_for_one_sequence(clock: Clock) -> None:
     assert Places(1, clock).arrived("a", start=True, end=False) is None

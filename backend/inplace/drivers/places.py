@@ -31,6 +31,10 @@ RETRY_DELAY = 1.0
 """Seconds until an END of ours that could not be sent is tried again."""
 
 
+CLOSE_TIMEOUT = 1.0
+"""Seconds that the thread is waited for when the model is unloaded."""
+
+
 PROBE_INTERVAL = 0.25
 """Seconds between two questions whether the server is stopping, while there is a sequence."""
 
@@ -265,11 +269,15 @@ class PlaceKeeper:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread. Places that are open stay open."""
+        """Stop the thread. Places that are open stay open.
+
+        While the model is being unloaded, Triton may leave a request of ours without an answer; the
+        thread is not waited for then, because unloading would wait for it without end.
+        """
         with self._places.changed:
             self._closed = True
             self._places.changed.notify()
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT)
 
     def _run(self) -> None:
         next_probe = 0.0

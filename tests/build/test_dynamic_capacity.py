@@ -48,12 +48,14 @@ def test_every_capacity_of_the_range_says_the_same_and_takes_its_own_memory(
     generated: list[int] = []
     while len(PROMPT) + len(generated) <= capacity and len(generated) < 20:
         ids = generated[-1:] or PROMPT
-        work = instance.admit(Request(1, not generated, False, {"input_ids": torch.tensor([ids])}))
-        while not work.finished:
-            instance.step([work])
-        assert work.error is None
-        generated.append(int(work.outputs["next_token"]))
-        instance.finish(work)
+        active = instance.admit(
+            Request(1, not generated, False, {"input_ids": torch.tensor([ids])})
+        )
+        while not active.finished:
+            instance.step([active])
+        assert active.error is None
+        generated.append(int(active.outputs["next_token"]))
+        instance.finish(active)
     assert generated == greedy(model, PROMPT, len(generated))
     if len(PROMPT) + len(generated) > capacity:
         with pytest.raises(RequestError, match=f"of {capacity} positions"):

@@ -134,14 +134,14 @@ def test_rows_at_their_own_positions_say_what_the_module_says_of_each_alone(
             rows = [row for row in range(4) if step >= 2 * row and (step + row) % 3]
             given = {row: torch.randn(1, 4) for row in rows}
             first = capture.program.inputs[0].name
-            works = {
+            admitted = {
                 row: instance.admit(Request(row + 1, not seen[row], False, {first: given[row]}))
                 for row in rows
             }
-            if works:
-                instance.step(list(works.values()))
-            for row, work in works.items():
-                assert work.error is None, work.error
+            if admitted:
+                instance.step(list(admitted.values()))
+            for row, active in admitted.items():
+                assert active.error is None, active.error
                 module, own = alone[row]
                 reference = module(
                     *own, given[row], *([torch.tensor([seen[row]])] if options.positions else [])
@@ -152,9 +152,9 @@ def test_rows_at_their_own_positions_say_what_the_module_says_of_each_alone(
                     strict=True,
                 ):
                     torch.testing.assert_close(
-                        work.outputs[spec.name].reshape(tensor.shape), tensor
+                        active.outputs[spec.name].reshape(tensor.shape), tensor
                     )
-                instance.finish(work)
+                instance.finish(active)
                 seen[row] += 1
 
 
@@ -250,14 +250,14 @@ def test_any_number_may_stand_in_a_module_of_rows(tmp_path: Path) -> None:
     own = [Hash() for _ in range(3)]
     for step in range(6):
         given = [torch.tensor([100 * step + row]) for row in range(3)]
-        works = [
+        admitted = [
             instance.admit(Request(row + 1, step == 0, False, {"x": x[None]}))
             for row, x in enumerate(given)
         ]
-        instance.step(works)
-        for work, x, module in zip(works, given, own, strict=True):
-            assert int(work.outputs["output_0"]) == int(module(x))
-            instance.finish(work)
+        instance.step(admitted)
+        for active, x, module in zip(admitted, given, own, strict=True):
+            assert int(active.outputs["output_0"]) == int(module(x))
+            instance.finish(active)
 
 
 class Sees(nn.Module):
@@ -301,16 +301,16 @@ def test_rows_return_their_caches_and_attend_in_any_way(how: str, tmp_path: Path
     own = [(Sees(how), caches()) for _ in range(3)]
     for step in range(6):
         inputs = [noise(7 * step + row, 1, HEADS, 1, DIM) for row in range(3)]
-        works = [
+        admitted = [
             instance.admit(Request(row + 1, step == 0, False, {"x": x}))
             for row, x in enumerate(inputs)
         ]
-        instance.step(works)
-        for work, x, (module, owned) in zip(works, inputs, own, strict=True):
+        instance.step(admitted)
+        for active, x, (module, owned) in zip(admitted, inputs, own, strict=True):
             out, keys = module(*owned, x, torch.tensor([step]))
-            torch.testing.assert_close(work.outputs["output_0"].reshape(out.shape), out)
-            torch.testing.assert_close(work.outputs["output_1"].reshape(keys.shape), keys)
-            instance.finish(work)
+            torch.testing.assert_close(active.outputs["output_0"].reshape(out.shape), out)
+            torch.testing.assert_close(active.outputs["output_1"].reshape(keys.shape), keys)
+            instance.finish(active)
 
 
 class Clock(nn.Module):

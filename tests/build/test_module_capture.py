@@ -90,16 +90,16 @@ def add(
         Request(sequence, start, end=False, inputs={"value": torch.full((1, 4), value)})
         for sequence, value in rows.items()
     ]
-    works = [instance.admit(request) for request in requests]
-    instance.step(works)
-    for work in works:
-        instance.finish(work)
+    admitted = [instance.admit(request) for request in requests]
+    instance.step(admitted)
+    for active in admitted:
+        instance.finish(active)
     return {
-        int(work.request.sequence_id): (
-            work.outputs["sum"][0].tolist(),
-            int(work.outputs["values"]),
+        int(active.request.sequence_id): (
+            active.outputs["sum"][0].tolist(),
+            int(active.outputs["values"]),
         )
-        for work in works
+        for active in admitted
     }
 
 

@@ -106,26 +106,26 @@ def test_64_interleaved_streams_on_the_built_engine(weights: str, tmp_path: Path
     generated: dict[int, list[float]] = {stream: [] for stream in waiting}
     while waiting:
         chosen = rng.sample(sorted(waiting), rng.randint(1, len(waiting)))
-        works = []
+        admitted = []
         for stream in chosen:
             start = not generated[stream]
             chunk = waiting[stream].pop(0)
-            works.append(
+            admitted.append(
                 instance.admit(
                     Request(
                         stream, start, not waiting[stream], {"audio": torch.from_numpy(chunk)[None]}
                     )
                 )
             )
-        owned = {work.sequence.slot for work in works}
+        owned = {active.sequence.slot for active in admitted}
         others = [slot for slot in range(STREAMS + FOREIGN) if slot not in owned]
         before = {name: state[others].clone() for name, state in arena.tensors.items()}
-        instance.step(works)
+        instance.step(admitted)
         for name, state in arena.tensors.items():
             assert same_bits(state[others], before[name])
-        for stream, work in zip(chosen, works, strict=True):
-            generated[stream].append(float(work.outputs["probability"]))
-            instance.finish(work)
+        for stream, active in zip(chosen, admitted, strict=True):
+            generated[stream].append(float(active.outputs["probability"]))
+            instance.finish(active)
             if not waiting[stream]:
                 del waiting[stream]
     assert arena.addresses() == addresses

@@ -47,12 +47,12 @@ def opened(model: Path, slots: int | None = None, *, graphs: bool = True) -> Mod
 
 
 def run(instance: ModelInstance, sequence: int, ids: list[int], *, start: bool = False) -> int:
-    work = instance.admit(Request(sequence, start, False, {"input_ids": torch.tensor([ids])}))
-    while not work.finished:
-        instance.step([work])
-    assert work.error is None, work.error
-    instance.finish(work)
-    return int(work.outputs["next_token"])
+    active = instance.admit(Request(sequence, start, False, {"input_ids": torch.tensor([ids])}))
+    while not active.finished:
+        instance.step([active])
+    assert active.error is None, active.error
+    instance.finish(active)
+    return int(active.outputs["next_token"])
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,14 @@ def test_states_keep_their_addresses_and_other_slots_their_bytes(engine: Path) -
         for name, tensor in instance.arena.tensors.items()
     }
     for token in range(40):
-        works = [
+        admitted = [
             instance.admit(Request(sequence, False, False, {"input_ids": torch.tensor([[token]])}))
             for sequence in (1, 2)
         ]
-        instance.step(works)
-        for work in works:
-            assert work.error is None
-            instance.finish(work)
+        instance.step(admitted)
+        for active in admitted:
+            assert active.error is None
+            instance.finish(active)
     assert instance.arena.addresses() == addresses
     for name, tensor in instance.arena.tensors.items():
         assert torch.equal(tensor[foreign].view(torch.uint8), before[name])
@@ -125,23 +125,23 @@ def test_any_batch_equals_the_solo_runs(engine: Path) -> None:
         run(solo, sequence, prompt, start=True) for sequence, prompt in enumerate(prompts, 1)
     ]
     together = opened(engine)
-    works = [
+    admitted = [
         together.admit(Request(s, True, False, {"input_ids": torch.tensor([p])}))
         for s, p in enumerate(prompts, 1)
     ]
-    while pending := [work for work in works if not work.finished]:
+    while pending := [active for active in admitted if not active.finished]:
         together.step(pending)
-    assert [int(work.outputs["next_token"]) for work in works] == expected
+    assert [int(active.outputs["next_token"]) for active in admitted] == expected
 
 
 def test_no_graph_is_replayed_after_a_state_moved(engine: Path) -> None:
     instance = opened(engine)
     run(instance, 1, [5], start=True)
     instance.arena.rebind("key_states_0", instance.arena.tensors["key_states_0"].clone())
-    work = instance.admit(Request(1, False, False, {"input_ids": torch.tensor([[6]])}))
-    instance.step([work])
-    assert work.error is not None
-    assert "no longer at the addresses" in str(work.error)
+    active = instance.admit(Request(1, False, False, {"input_ids": torch.tensor([[6]])}))
+    instance.step([active])
+    assert active.error is not None
+    assert "no longer at the addresses" in str(active.error)
 
 
 @pytest.mark.parametrize("alias", ["plugin", "copy"])
@@ -151,11 +151,13 @@ def test_states_other_than_caches(tmp_path: Path, alias: str) -> None:
     sums = {1: 0.0, 2: 0.0}
     for step, (sequence, value) in enumerate([(1, 1.0), (2, 10.0), (1, 2.0), (1, 3.0), (2, 20.0)]):
         start = sums[sequence] == 0.0
-        work = instance.admit(Request(sequence, start, False, {"value": torch.full((1, 4), value)}))
-        instance.step([work])
-        instance.finish(work)
+        active = instance.admit(
+            Request(sequence, start, False, {"value": torch.full((1, 4), value)})
+        )
+        instance.step([active])
+        instance.finish(active)
         sums[sequence] += value
-        assert work.outputs["sum"].tolist() == [[sums[sequence]] * 4], step
+        assert active.outputs["sum"].tolist() == [[sums[sequence]] * 4], step
 
 
 def edited(model: Path, tmp_path: Path, **engine: object) -> Path:

@@ -29,10 +29,10 @@ def test_a_decoder_builds_and_verifies_on_the_gpu(tmp_path: Path, dtype: Dtype) 
     addresses = arena.addresses()
     ids, tokens = torch.tensor([[5, 6, 7]]), []
     for step in range(16):
-        work = instance.admit(Request(1, step == 0, False, {"input_ids": ids}))
-        instance.step([work])
-        instance.finish(work)
-        ids = work.outputs["next_token"]
+        active = instance.admit(Request(1, step == 0, False, {"input_ids": ids}))
+        instance.step([active])
+        instance.finish(active)
+        ids = active.outputs["next_token"]
         tokens.append(int(ids))
     assert arena.addresses() == addresses
     if dtype is Dtype.FLOAT32:

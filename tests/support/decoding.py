@@ -42,15 +42,15 @@ def generate_together(
             inputs={"input_ids": torch.tensor([ids])},
         )
 
-    works = {index: instance.admit(request(index)) for index in range(len(prompts))}
-    while works:
-        instance.step(list(works.values()))
-        for index, work in list(works.items()):
-            if not work.finished:
+    admitted = {index: instance.admit(request(index)) for index in range(len(prompts))}
+    while admitted:
+        instance.step(list(admitted.values()))
+        for index, active in list(admitted.items()):
+            if not active.finished:
                 continue
-            instance.finish(work)
-            generated[index].append(int(work.outputs["next_token"]))
-            del works[index]
+            instance.finish(active)
+            generated[index].append(int(active.outputs["next_token"]))
+            del admitted[index]
             if len(generated[index]) < tokens:
-                works[index] = instance.admit(request(index))
+                admitted[index] = instance.admit(request(index))
     return generated

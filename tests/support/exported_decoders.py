@@ -99,12 +99,12 @@ def rows_say(
     generated: list[list[int]] = [[] for _ in prompts]
     step = 0
     while any(len(one) < tokens for one in generated):
-        works = []
+        admitted = []
         for row, prompt in enumerate(prompts):
             if step < row % 2 or len(generated[row]) == tokens:
                 continue
             ids = generated[row][-1:] or list(prompt)
-            works.append(
+            admitted.append(
                 (
                     row,
                     instance.admit(
@@ -114,12 +114,12 @@ def rows_say(
                     ),
                 )
             )
-        while pending := [work for _, work in works if not work.finished]:
+        while pending := [active for _, active in admitted if not active.finished]:
             instance.step(pending[: instance.program.max_rows])
-        for row, work in works:
-            assert work.error is None, work.error
-            generated[row].append(int(work.outputs["next_token"]))
-            instance.finish(work)
+        for row, active in admitted:
+            assert active.error is None, active.error
+            generated[row].append(int(active.outputs["next_token"]))
+            instance.finish(active)
         step += 1
     return generated
 

@@ -156,10 +156,10 @@ def _step(
     parameters: Mapping[str, Parameter],
 ) -> Results:
     outputs = frozenset(spec.name for spec in instance.program.outputs)
-    work = instance.admit(
+    active = instance.admit(
         Request("alone", start, end, inputs, parameters=parameters, requested_outputs=outputs)
     )
-    while not work.finished:
-        instance.step([work])
-    instance.finish(work)
-    return {name: tensor.numpy() for name, tensor in work.outputs.items()}
+    while not active.finished:
+        instance.step([active])
+    instance.finish(active)
+    return {name: tensor.numpy() for name, tensor in active.outputs.items()}

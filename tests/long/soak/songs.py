@@ -70,10 +70,10 @@ def _sung_alone(instance: ModelInstance, rng: random.Random) -> Song:
 def _step(
     instance: ModelInstance, ids: list[int], start: bool, parameters: Mapping[str, Parameter]
 ) -> int:
-    work = instance.admit(
+    active = instance.admit(
         Request("alone", start, False, {"input_ids": torch.tensor([ids])}, parameters=parameters)
     )
-    while not work.finished:
-        instance.step([work])
-    instance.finish(work)
-    return int(work.outputs["next_token"])
+    while not active.finished:
+        instance.step([active])
+    instance.finish(active)
+    return int(active.outputs["next_token"])

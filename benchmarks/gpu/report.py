@@ -122,7 +122,8 @@ def report(record: dict[str, Any]) -> str:
         "# Step times on a GPU",
         f"{record['what']} Microseconds a step, median ({_repeats(measurements)}); in brackets, "
         "times the floor. The floor is the time to read the weights and the cached positions once "
-        f"at {bandwidth / 1e12:.2f} TB/s, which a copy on this GPU reaches.",
+        f"at {bandwidth / 1e12:.2f} TB/s, which a copy on this GPU reaches. The columns must and "
+        "aim are targets that `benchmarks/gpu/shapes.py` sets, and whether they are met.",
         f"{record['date']}, commit {record['commit']}, `{record['command']}`  \n"
         + ", ".join(f"{key} {value}" for key, value in machine.items())
         + "  \n"

@@ -11,15 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from support.operator_case import B16, BOOL, I32, I64, Arg, Case, H, fn, op
+from support.operator_case import (
+    B16,
+    BOOL,
+    I32,
+    I64,
+    POSITIVE,
+    TRUTH,
+    TWO,
+    WHOLE,
+    WHOLE_32,
+    Arg,
+    Case,
+    H,
+    X,
+    Z,
+    fn,
+    op,
+)
 
 aten = torch.ops.aten
 
-X, Z, TWO = Arg(("n", 8)), Arg(("n", 4, 8)), Arg(("n", "m", 8))
 SMALL, UNIT = Arg(("n", 8), low=-1e-3, high=1e-3), Arg(("n", 8), low=-0.9, high=0.9)
-POSITIVE = Arg(("n", 8), low=0.25, high=4.0)
-WHOLE, WHOLE_32 = Arg(("n", 8), I64, -4, 5), Arg(("n", 8), I32, -9, 9)
-TRUTH = Arg(("n", 8), BOOL)
 SOUND, IMAGE = Arg(("n", 4, 12)), Arg(("n", 4, 7, 9))
 VOLUME = Arg(("n", 2, 4, 5, 6))
 PLACES = Arg(("n", 5), I64, 0, 8)

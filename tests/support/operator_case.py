@@ -51,6 +51,14 @@ class Arg:
         return tuple(sizes[extent] if isinstance(extent, str) else extent for extent in self.shape)
 
 
+X, Z, TWO = Arg(("n", 8)), Arg(("n", 4, 8)), Arg(("n", "m", 8))
+POSITIVE = Arg(("n", 8), low=0.25, high=4.0)
+WHOLE, POSITIVE_WHOLE = Arg(("n", 8), I64, -4, 5), Arg(("n", 8), I64, 1, 9)
+WHOLE_32 = Arg(("n", 8), I32, -9, 9)
+TRUTH = Arg(("n", 8), BOOL)
+"""Inputs that many cases have; the upper end of whole numbers is excluded."""
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A module and its inputs."""

@@ -7,26 +7,40 @@ import torch
 from torch import nn
 
 from support.core_cases import CORE
-from support.operator_case import B16, BOOL, I32, I64, Arg, Batch, F, H, fn, op
+from support.operator_case import (
+    B16,
+    BOOL,
+    I32,
+    I64,
+    POSITIVE,
+    POSITIVE_WHOLE,
+    TRUTH,
+    TWO,
+    WHOLE_32,
+    Arg,
+    Batch,
+    F,
+    H,
+    X,
+    Z,
+    fn,
+    op,
+)
 from support.scatter_cases import SCATTERS
 
 aten = torch.ops.aten
 
-X, Y, Z = Arg(("n", 8)), Arg(("n", 8)), Arg(("n", 4, 8))
+Y = Arg(("n", 8))
 HALF_X, BF16_X = Arg(("n", 8), H), Arg(("n", 8), B16)
-POSITIVE = Arg(("n", 8), low=0.25, high=4.0)
-WHOLE, WHOLE_32 = Arg(("n", 8), I64, 1, 9), Arg(("n", 8), I32, -9, 9)
-TRUTH = Arg(("n", 8), BOOL)
-TWO = Arg(("n", "m", 8))
 IDS = Arg(("n",), I64, 0, 8)
 
 ARITHMETIC = [
     op(aten.add.Tensor, X, Y),
     op(aten.add.Tensor, X, Y, alpha=0.5, name="add-alpha"),
-    op(aten.add.Tensor, X, WHOLE, name="add-promotes"),
+    op(aten.add.Tensor, X, POSITIVE_WHOLE, name="add-promotes"),
     op(aten.add.Tensor, TRUTH, TRUTH),
     op(aten.add.Tensor, BF16_X, 1e-3, name="add-half-scalar"),
-    op(aten.add.Scalar, WHOLE, 3),
+    op(aten.add.Scalar, POSITIVE_WHOLE, 3),
     op(aten.sub.Tensor, X, Arg((8,)), alpha=2, name="sub-broadcast-alpha"),
     op(aten.sub.Scalar, X, 1.5),
     op(aten.rsub.Scalar, X, 1.0),
@@ -35,7 +49,7 @@ ARITHMETIC = [
     op(aten.mul.Tensor, TRUTH, TRUTH),
     op(aten.mul.Scalar, HALF_X, 0.1),
     op(aten.div.Tensor, X, POSITIVE),
-    op(aten.div.Tensor, WHOLE, Arg(("n", 8), I32, 1, 9), name="div-of-integers"),
+    op(aten.div.Tensor, POSITIVE_WHOLE, Arg(("n", 8), I32, 1, 9), name="div-of-integers"),
     op(aten.div.Scalar, X, 3.0),
     op(aten.div.Tensor_mode, WHOLE_32, Arg(("n", 8), I32, 1, 5), rounding_mode="floor"),
     op(aten.div.Scalar_mode, X, 0.7, rounding_mode="floor"),
@@ -53,7 +67,7 @@ ARITHMETIC = [
     op(aten.clamp_min.default, BF16_X, 0.1),
     op(aten.clamp_max.default, X, 0.1),
     op(aten.pow.Tensor_Scalar, X, 3.0),
-    op(aten.pow.Tensor_Scalar, WHOLE, 2),
+    op(aten.pow.Tensor_Scalar, POSITIVE_WHOLE, 2),
     op(aten.pow.Tensor_Scalar, POSITIVE, -0.5, name="pow-inverse-root"),
     op(aten.pow.Tensor_Scalar, POSITIVE, 1.7, name="pow-fraction"),
     op(aten.pow.Tensor_Scalar, X, 0, name="pow-zero"),
@@ -101,7 +115,7 @@ FUNCTIONS = [
         )
     ),
     op(aten.gelu.default, HALF_X, approximate="tanh", name="gelu-tanh"),
-    op(aten.neg.default, WHOLE),
+    op(aten.neg.default, POSITIVE_WHOLE),
     op(aten.to.dtype, X, B16),
     op(aten.to.dtype, X, I32, name="to-int"),
     op(aten.to.dtype, WHOLE_32, BOOL, name="to-bool"),
@@ -123,7 +137,7 @@ FUNCTIONS = [
 
 LOGIC = [
     *(
-        op(getattr(aten, name).Tensor, WHOLE_32, WHOLE)
+        op(getattr(aten, name).Tensor, WHOLE_32, POSITIVE_WHOLE)
         for name in ("eq", "ne", "gt", "lt", "ge", "le")
     ),
     *(op(getattr(aten, name).Scalar, X, 0.5) for name in ("eq", "ne", "gt", "lt", "ge", "le")),
@@ -198,7 +212,7 @@ SHAPES = [
     op(aten.full_like.default, X, 0.5),
     fn("new_full", lambda x: aten.new_full.default(x, [x.shape[0], 2], 3.0), X),
     fn("zeros", lambda x: aten.zeros.default([x.shape[0], 2]) + x[:, :2], X),
-    op(aten.zeros_like.default, WHOLE),
+    op(aten.zeros_like.default, POSITIVE_WHOLE),
     fn("new_zeros", lambda x: aten.new_zeros.default(x, [x.shape[0], 2]), X),
     fn("ones", lambda x: aten.ones.default([x.shape[0], 2], dtype=I64), X),
     op(aten.ones_like.default, TRUTH),

@@ -2,11 +2,9 @@
 
 import torch
 
-from support.operator_case import Arg, Case, fn, op
+from support.operator_case import BOOL, I64, TRUTH, Arg, Case, X, Z, fn, op
 
 aten = torch.ops.aten
-I32, I64, BOOL = torch.int32, torch.int64, torch.bool
-X, Z, TRUTH = Arg(("n", 8)), Arg(("n", 4, 8)), Arg(("n", 8), BOOL)
 INDICES = Arg((3,), I64, 0, 8)
 
 

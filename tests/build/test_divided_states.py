@@ -22,7 +22,7 @@ from support.comparing import operators
 from support.corpus import CORPUS
 from support.corpus.case import noise
 from support.corpus.layers import CAPACITY, Layers, Owning, Views, one_token
-from support.exported_decoders import rows_say
+from support.exported_decoders import generate_as_rows
 from support.models import open_instance
 from support.streams import prompt
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ def test_a_decoder_whose_layers_share_one_buffer_serves_ragged_rows(tmp_path: Pa
     )
     prompts = [prompt(seed, 3 + 2 * seed) for seed in range(4)]
     prompts = [[token % 50 for token in one] for one in prompts]
-    result = rows_say(open_instance(tmp_path / "model"), prompts, 8)
+    result = generate_as_rows(open_instance(tmp_path / "model"), prompts, 8)
     for one, generated in zip(prompts, result, strict=True):
         known = list(one)
         for _ in range(8):

@@ -26,7 +26,7 @@ from support.exported_decoders import (
     WINDOWED,
     decoder,
     exported,
-    rows_say,
+    generate_as_rows,
 )
 from support.long import long_except
 from support.models import greedy, open_instance
@@ -44,7 +44,7 @@ OPTIONS = DecoderOptions(CAPACITY, max_rows=8, chunk=CHUNK)
         [(family, dynamic) for family in FAMILIES for dynamic in (True, False)],
     ),
 )
-def test_eight_ragged_rows_say_what_generate_says(
+def test_eight_ragged_rows_generate_what_transformers_does(
     family: str, dynamic: bool, tmp_path: Path
 ) -> None:
     """Chunks of six, also of programs exported for one token; 37 positions for windows of 8."""
@@ -60,7 +60,7 @@ def test_eight_ragged_rows_say_what_generate_says(
         BuildOptions(capacity=CAPACITY, chunk=CHUNK, slots=9, max_rows=8),
     )
     instance = open_instance(tmp_path / family)
-    assert rows_say(instance, PROMPTS, TOKENS) == [
+    assert generate_as_rows(instance, PROMPTS, TOKENS) == [
         greedy(model, prompt, TOKENS) for prompt in PROMPTS
     ]
 

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
 
-from support.exported_decoders import PROMPTS, decoder, exported, rows_say  # noqa: E402
+from support.exported_decoders import PROMPTS, decoder, exported, generate_as_rows  # noqa: E402
 from support.models import greedy  # noqa: E402
 
 
 @pytest.mark.parametrize(
     ("family", "dynamic"), [("llama", False), ("gemma2", True), ("gpt2", True)]
 )
-def test_eight_ragged_rows_say_what_generate_says(
+def test_eight_ragged_rows_generate_what_transformers_does(
     family: str, dynamic: bool, tmp_path: Path
 ) -> None:
     """At the smallest capacity that the plan was built for; the build has verified both ends."""
@@ -47,5 +47,7 @@ def test_eight_ragged_rows_say_what_generate_says(
     folder = tmp_path / family / MODEL_VERSION
     instance = ModelInstance.open(folder, Manifest.load(folder).at_capacity(37))
     addresses = instance.arena.addresses()
-    assert rows_say(instance, PROMPTS, 20) == [greedy(model, prompt, 20) for prompt in PROMPTS]
+    assert generate_as_rows(instance, PROMPTS, 20) == [
+        greedy(model, prompt, 20) for prompt in PROMPTS
+    ]
     assert instance.arena.addresses() == addresses

@@ -88,7 +88,9 @@ def test_sequences_say_what_transformers_says(
     assert generated == [greedy(model, prompt, 24) for prompt in PROMPTS]
 
 
-def test_a_plan_for_another_gpu_does_not_load_and_harms_nobody(running: TritonServer) -> None:
+def test_a_plan_for_another_gpu_does_not_load_and_harms_no_other_model(
+    running: TritonServer,
+) -> None:
     with InferenceServerClient(running.grpc_url) as client:
         assert client.is_model_ready("llama")
         assert not client.is_model_ready("elsewhere")

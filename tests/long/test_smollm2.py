@@ -9,7 +9,7 @@ from inplace_builder import DecoderOptions, capture_exported_decoder, load_decod
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from support.comparing import operators
-from support.exported_decoders import PROMPTS, exported, rows_say
+from support.exported_decoders import PROMPTS, exported, generate_as_rows
 from support.models import greedy, open_instance
 from support.pool import ServerPool
 from support.smollm2 import SmolLM2, serve_smollm2
@@ -38,7 +38,7 @@ def test_prompts_in_random_parts(smollm2: SmolLM2) -> None:
     smollm2.check_parts(tokens=16)
 
 
-def test_exported_for_one_token_it_says_what_generate_says(
+def test_exported_for_one_token_it_generates_what_transformers_does(
     smollm2_folder: Path, tmp_path: Path
 ) -> None:
     model, _ = load_decoder(smollm2_folder, Dtype.FLOAT32)
@@ -48,6 +48,6 @@ def test_exported_for_one_token_it_says_what_generate_says(
     options = BuildOptions(capacity=64, chunk=16, slots=8, max_rows=8)
     write_engine(capture, tmp_path / "smollm2", options)
     prompts = [[100 + 7 * token for token in prompt] for prompt in PROMPTS]
-    assert rows_say(open_instance(tmp_path / "smollm2"), prompts, 8) == [
+    assert generate_as_rows(open_instance(tmp_path / "smollm2"), prompts, 8) == [
         greedy(model, prompt, 8) for prompt in prompts
     ]

@@ -273,7 +273,7 @@ def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "inplace").iterdir()) == ["model.py"]
 
 
-def test_ports_that_were_chosen_are_given_to_nobody_who_does_not_name_them() -> None:
+def test_chosen_ports_go_only_to_sockets_that_name_them() -> None:
     chosen = [port for _ in range(20) for port in astuple(Ports(0, 0, 0).resolve())]
     assert len(set(chosen)) == len(chosen)
     for port in chosen:

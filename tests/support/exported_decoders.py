@@ -39,7 +39,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW)
     ),
-    # its scores are capped, which SDPA cannot say: its attention is written out
+    # its scores are capped, which SDPA cannot do: its attention is explicit
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**_HYBRID, attn_implementation="eager")
     ),
@@ -92,7 +92,7 @@ def exported(
     return program
 
 
-def rows_say(
+def generate_as_rows(
     instance: ModelInstance, prompts: Sequence[Sequence[int]], tokens: int
 ) -> list[list[int]]:
     """Continue all prompts, stepped together as rows of different lengths; some join late."""

@@ -35,7 +35,7 @@ def test_threads_wait_while_the_engine_has_priority(monkeypatch: pytest.MonkeyPa
     assert last.wait(10)
 
 
-def test_an_engine_that_never_releases_blocks_nobody_for_ever() -> None:
+def test_an_engine_that_never_releases_blocks_no_other_thread_for_ever() -> None:
     gil = GilPriority()
     gil.acquire()
     assert start_waiting(gil).wait(10)

@@ -209,7 +209,7 @@ class FirstWriter:
 
     Attributes:
         line: the module's line, as `source_line` gives it.
-        unmatched_view: if it writes a part through a view that no pattern follows, which one, in
+        unmatched_view: if it writes a part through a view that no pattern covers, which one, in
             words with the line; else empty.
     """
 

@@ -34,7 +34,7 @@ class StateTensor:
         initial: its values at capture, in the module's own shape.
         dynamic_axes: axes whose extent each call chooses (of the caller's tensors only).
         first_write: the module's line that writes it first, as `source_line` gives it.
-        unmatched_view: if a part of it is written through a view that no pattern follows, which
+        unmatched_view: if a part of it is written through a view that no pattern covers, which
             one, in words; else empty.
         whole: the tensor that it is a part of; None if it is a tensor of its own.
         selects: axis and index of each `Tensor.select` that takes the part from the whole: a

@@ -584,6 +584,27 @@ DECOMPOSED = [
         part=nn.LSTM(4, 5, 2, batch_first=True),
     ),
     fn(
+        "lstm-last-state",
+        lambda x, part, head: head(part(x)[1][0][-1]),
+        Arg((2, 3, 4)),
+        part=nn.LSTM(4, 5, batch_first=True),
+        head=nn.Linear(5, 3),
+    ),
+    fn(
+        "lstm-projection",
+        lambda x, part, head: head(part(x)[1][0][-1]),
+        Arg((3, 2, 4)),
+        part=nn.LSTM(4, 5, proj_size=2),
+        head=nn.Linear(2, 3),
+    ),
+    fn(
+        "lstm-last-states-of-a-dynamic-batch",
+        lambda x, part, head: head(torch.cat([*part(x)[1][0], *part(x)[1][1]], 1)),
+        Arg((3, "n", 4)),
+        part=nn.LSTM(4, 5, bidirectional=True, bias=False),
+        head=nn.Linear(20, 3),
+    ),
+    fn(
         "gru_cell",
         lambda x, h, part: part(x, h),
         Arg(("n", 4)),

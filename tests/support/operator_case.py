@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from inplace_builder.graph.reexport import size_oblivious
+from inplace_builder.graph.reexport import correct_lstm, size_oblivious
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim
@@ -106,7 +106,7 @@ class Case:
             {axis: dims[extent] for axis, extent in enumerate(arg.shape) if isinstance(extent, str)}
             for arg in self.inputs
         )
-        with torch.no_grad(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious():
             return torch.export.export(self.module, self.examples(SMALL), dynamic_shapes=(shapes,))
 
     def profile(self) -> dict[str, Range]:

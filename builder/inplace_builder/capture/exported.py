@@ -23,6 +23,7 @@ from inplace_builder.graph.passes import (
 from inplace_builder.graph.reexport import (
     InterpretedModule,
     copy_module,
+    correct_lstm,
     rename_inputs,
     size_oblivious,
     without_unused_attributes,
@@ -222,7 +223,7 @@ def _export(
     inputs, memory = _dynamic_shapes(functional, names)
     shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
-        with torch.no_grad(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious():
             exported = torch.export.export(
                 InterpretedModule(functional.graph_module), arguments, dynamic_shapes=(shapes,)
             )

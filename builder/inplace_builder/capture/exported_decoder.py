@@ -31,6 +31,7 @@ from inplace_builder.graph.passes import drop_dead_assertions, normalise_assignm
 from inplace_builder.graph.reexport import (
     InterpretedModule,
     copy_module,
+    correct_lstm,
     rename_inputs,
     size_oblivious,
     without_unused_attributes,
@@ -143,7 +144,7 @@ def _export_packed(packed: GraphModule, examples: StepExamples) -> ExportedProgr
     shapes = ((*examples.input_shapes(), *examples.memory_shapes()),)
     try:
         relax_views(packed, arguments)
-        with torch.no_grad(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious():
             exported = torch.export.export(
                 InterpretedModule(without_unused_attributes(packed)),
                 arguments,

@@ -18,7 +18,12 @@ from inplace_builder.capture.capture import Capture, complete_program, control_i
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.nodes import placeholders_by_name, returned_values, value
-from inplace_builder.graph.reexport import InterpretedModule, rename_inputs, size_oblivious
+from inplace_builder.graph.reexport import (
+    InterpretedModule,
+    correct_lstm,
+    rename_inputs,
+    size_oblivious,
+)
 
 # importing it also registers how vmap batches the operators on states
 from inplace_builder.packing.vmap_rules import DECOMPOSITIONS
@@ -195,7 +200,7 @@ def _export_rows(
     num_rows, slots = Dim("rows", min=1, max=max(2, program.max_rows)), Dim("slots", min=1)
     shapes = ((*({0: num_rows} for _ in arguments), *({0: slots} for _ in memory)),)
     try:
-        with torch.no_grad(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious():
             # torch.export would keep the calls of vmap; traced below it, only operators are left
             traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
                 *arguments, *memory

@@ -37,7 +37,7 @@ from inplace_builder.capture.slot_cache import (
 )
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.reexport import size_oblivious
+from inplace_builder.graph.reexport import correct_lstm, size_oblivious
 
 REFERENCE_CHUNK = 1024
 """Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
@@ -249,7 +249,7 @@ def _export_step(
     )
     memory, shapes = examples.memory(), examples.memory_shapes()
     try:
-        with quiet(), torch.no_grad(), size_oblivious():
+        with quiet(), torch.no_grad(), correct_lstm(), size_oblivious():
             return torch.export.export(
                 step,
                 (*examples.inputs(), memory[:layers], memory[layers:]),

@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._decomp import decompositions
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -74,3 +76,52 @@ def size_oblivious() -> contextlib.AbstractContextManager[None]:
     config: Any = torch.fx.experimental._config
     patched: contextlib.AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
     return patched
+
+
+@contextlib.contextmanager
+def correct_lstm() -> Iterator[None]:
+    """Trace ``lstm`` with last states of the right rank.
+
+    The decomposition of PyTorch 2.11 squeezes the batch's axis of the last states instead of the
+    axis that it added in front. Where the batch has several rows they keep the added axis, and what
+    a model computes from them gets a wrong shape.
+    """
+    module: Any = decompositions
+    original = module.one_layer_lstm
+    module.one_layer_lstm = _one_layer_lstm
+    try:
+        yield
+    finally:
+        module.one_layer_lstm = original
+
+
+def _one_layer_lstm(
+    x: Tensor,
+    hidden: tuple[Tensor, Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One direction of one layer of an LSTM.
+
+    Args:
+        x: ``[time, batch, features]``.
+        hidden: the first states, ``[batch, hidden]``.
+        params: the weights of the input and the hidden state, then their biases if there are any,
+            then the projection if there is one.
+        has_biases: whether there are biases.
+        reverse: whether it goes from the last time to the first.
+
+    Returns:
+        The outputs, ``[time, batch, hidden]``, and the last states, ``[batch, hidden]``.
+    """
+    biases = params[2:4] if has_biases else (None, None)
+    projection = params[-1] if len(params) % 2 else None
+    steps = torch.nn.functional.linear(x, params[0], biases[0]).unbind(0)
+    state, outputs = hidden, []
+    for step in reversed(steps) if reverse else steps:
+        state = decompositions.lstm_cell(
+            step, *state, params[1], biases[1], projection, chunk_dim=1
+        )
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if reverse else outputs), state

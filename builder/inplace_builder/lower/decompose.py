@@ -23,6 +23,7 @@ from inplace_builder.errors import brief
 from inplace_builder.graph.in_place import remove_in_place
 from inplace_builder.graph.nodes import value
 from inplace_builder.graph.program import AnyProgram, GraphProgram
+from inplace_builder.graph.reexport import correct_lstm
 from inplace_builder.lower.registry import find_converter
 
 Decomposition = Callable[..., Any]
@@ -104,14 +105,12 @@ def _trace(node: Node, decomposition: Decomposition) -> GraphModule | None:
         known = dict(zip(sources, values, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: known[each])
         result = decomposition(*args, **kwargs)
-        if not isinstance(result, tuple | list):
-            return result
-        return [_fitted(one, like) for one, like in zip(result, _likes(node), strict=True)]
+        return list(result) if isinstance(result, tuple) else result  # names would become a call
 
     trace = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     try:
-        with torch.no_grad(), _without_onednn(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the model, which its export has had already
+        with torch.no_grad(), correct_lstm(), _without_onednn(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the export already showed the model's warnings
             traced = trace(*(value(source) for source in sources))
     except Exception as error:  # whatever PyTorch raises
         node.meta[FAILURE] = brief(error)
@@ -128,28 +127,6 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
-
-
-def _likes(node: Node) -> list[Any]:
-    """Tensors of the shapes that the results of an operator have.
-
-    In PyTorch 2.11 the last states of ``lstm`` have an axis of extent 1 too many, in its
-    decomposition and so in the graph too, where the batch has several rows. They are like the first
-    states.
-    """
-    results = list(node.meta["val"])
-    if node.target is torch.ops.aten.lstm.input:
-        first = node.args[1]
-        assert isinstance(first, list | tuple)
-        results[1:] = [value(each) for each in first if isinstance(each, Node)]
-    return results
-
-
-def _fitted(result: Any, like: Any) -> Any:
-    """A result in the shape that it has to have, see `_likes`."""
-    if isinstance(result, torch.Tensor) and result.dim() != like.dim():
-        return result.reshape(like.shape)
-    return result
 
 
 def _inline(program: GraphProgram, node: Node, traced: GraphModule) -> None:

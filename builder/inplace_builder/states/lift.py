@@ -36,7 +36,7 @@ from inplace_builder.graph.nodes import (
     source_line,
     value,
 )
-from inplace_builder.graph.reexport import size_oblivious
+from inplace_builder.graph.reexport import correct_lstm, size_oblivious
 from inplace_builder.states.state import Owner, StateTensor
 
 aten = torch.ops.aten
@@ -142,7 +142,7 @@ def export_module(
     modes: tuple[Callable[[], AbstractContextManager[None]], ...] = (size_oblivious, nullcontext)
     for mode in modes:
         try:
-            with torch.no_grad(), warnings.catch_warnings(), mode():
+            with torch.no_grad(), correct_lstm(), warnings.catch_warnings(), mode():
                 warnings.simplefilter("ignore")
                 return torch.export.export(
                     module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes

@@ -22,6 +22,7 @@ aten = torch.ops.aten
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.filterwarnings("ignore:The tensor attributes self.part._flat_weights"),
 ]
 

@@ -300,6 +300,13 @@ ORDER = [
     fn("sort-varies", lambda x: list(aten.sort.default(x, 0, True)), X),
     op(aten.argsort.default, Z, 1, True),
     op(aten.argsort.stable, WHOLE, stable=True, dim=-1),
+    op(
+        aten.argsort.stable,
+        Arg((3, 17000), I64, -99, 99),
+        stable=True,
+        dim=0,
+        name="argsort-stable-beside-a-long-axis",
+    ),
     fn(
         "bucketize",
         aten.bucketize.Tensor,

@@ -93,6 +93,11 @@ def test_an_operator_without_converter_is_named_with_its_line(rtx: TensorRT) -> 
             (torch.zeros(1, 2, 9), torch.zeros(3, 2, 3)),
             "its kernel is computed",
         ),
+        (
+            lambda x: aten.sort.stable(x, stable=True, dim=0)[0],
+            (torch.ones(17000, 2),),
+            "it sorts 17000 entries; up to 16384 are lowered",
+        ),
         (lambda x, y: x & y, (torch.ones(3, dtype=torch.int32),) * 2, "only bool is lowered"),
     ],
 )

@@ -60,11 +60,11 @@ def _ranked_positions(
 
 
 def _small_enough(node: Node, ctx: Network) -> str | None:
-    """Axes of at most 16384 entries."""
+    """Axes of at most 16384 entries, where the extent is known."""
     shape = ctx.meta(node.args[0]).shape
     if not shape:
         return "it has no axis"
-    dim = argument(node, 1, "dim", -1) if "stable" not in str(node.target) else -1
+    dim = argument(node, 1, "dim", -1)
     extent = shape[dim] if isinstance(dim, int) else None
     if isinstance(extent, int) and extent > MAX_RANKED:
         return f"it sorts {extent} entries; up to {MAX_RANKED} are lowered"

@@ -119,6 +119,14 @@ CONVOLUTIONS = [
         nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
         IMAGE,
     ),
+    fn(
+        "conv_transpose1d-dilations",
+        lambda x, w: [
+            functional.conv_transpose1d(x, w, dilation=rate).sum(2) for rate in (1, 2, 3)
+        ],
+        SOUND,
+        w=nn.Parameter(torch.rand(4, 6, 3)),
+    ),
     part("conv_transpose3d", nn.ConvTranspose3d(2, 3, 2, bias=False), VOLUME),
     fn(
         "convolution",

@@ -209,7 +209,8 @@ def _convolved(
     channels = kernel.shape[1] * window.groups if transposed else kernel.shape[0]
     empty = api.Weights(ctx.tensorrt.dtype(kernel.dtype))
     add = ctx.network.add_deconvolution_nd if transposed else ctx.network.add_convolution_nd
-    weights = ctx.cached(("kernel", ctx.node.args[1], flat), lambda: ctx.constant(kernel))
+    key = ("kernel", ctx.node.args[1], tuple(kernel.shape))  # its dilation may be part of it
+    weights = ctx.cached(key, lambda: ctx.constant(kernel))
     layer = ctx.checked(add(x, channels, tuple(kernel.shape[2:]), empty, empty))
     layer.set_input(1, weights)
     layer.stride_nd = (*window.stride, 1) if flat else window.stride

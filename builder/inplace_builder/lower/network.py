@@ -10,7 +10,7 @@ from inplace.trt import TensorRT
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.nodes import source_line
+from inplace_builder.graph.nodes import argument, source_line
 from inplace_builder.lower.layers import ITensor, Layers
 
 Cached = TypeVar("Cached")
@@ -68,6 +68,7 @@ class Network(Layers):
         self.bound_weights: dict[str, torch.Tensor] = {}
         self.keep_alive: list[object] = []
         self.readers: dict[str, list[ITensor]] = {}
+        self._computed: set[Node] = set()  # nodes that are known not to be parameters
         self._bind = bind
         self._weight_inputs: dict[str, ITensor] = {}
         self._cache: dict[Hashable, Any] = {}
@@ -100,20 +101,24 @@ class Network(Layers):
         """
         if not isinstance(node, Node):
             return None
-        if node not in self.parameters and (folded := self._folded(node)) is not None:
-            self.parameters[node] = folded
+        if node not in self.parameters and node not in self._computed:
+            folded = self._folded(node)
+            if folded is None:
+                self._computed.add(node)
+            else:
+                self.parameters[node] = folded
         return self.parameters.get(node)
 
     def _folded(self, node: Node) -> torch.Tensor | None:
         """The value of a call whose arguments are all parameters, such as a normalised weight."""
         sources = node.all_input_nodes
-        values = {source: self.parameter(source) for source in sources}
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or not sources
-            or any(each is None for each in values.values())
-        ):
+        if not isinstance(node.target, torch._ops.OpOverload) or not sources or _is_random(node):
             return None
+        values: dict[Node, torch.Tensor] = {}
+        for source in sources:
+            if (known := self.parameter(source)) is None:
+                return None
+            values[source] = known
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: values[each])
         with torch.no_grad():
             value = node.target(*args, **kwargs)
@@ -179,3 +184,12 @@ class Network(Layers):
     def meta(self, argument: object) -> Any:
         """An argument of the current node in the captured graph: a fake tensor, or the argument."""
         return argument.meta["val"] if isinstance(argument, Node) else argument
+
+
+def _is_random(node: Node) -> bool:
+    """Whether an operator draws random numbers; dropout does so only in training."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [each.name for each in node.target._schema.arguments]
+    return "train" not in names or bool(argument(node, names.index("train"), "train", True))

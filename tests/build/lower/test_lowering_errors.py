@@ -11,6 +11,7 @@ from inplace.schema.served import AliasKind
 from inplace.schema.specs import StateSpec, Update
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.program import weights_of
 from inplace_builder.lower import (
     choose_mechanisms,
     compile_network,
@@ -20,6 +21,7 @@ from inplace_builder.lower import (
     state_converter,
 )
 from inplace_builder.lower.compile import Target
+from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import find_converter, registered
 from support.operator_case import Call
 from support.operator_cases import CASES
@@ -108,6 +110,31 @@ def test_arguments_without_lowering_are_refused_with_the_reason(
     names = [f"out_{index}" for index in range(len(exported.graph_signature.user_outputs))]
     with pytest.raises(BuildError, match=reason):
         lower(exported, outputs=names, tensorrt=rtx)
+
+
+def test_a_kernel_behind_many_residuals_is_refused_at_once(rtx: TensorRT) -> None:
+    def residuals(x: Tensor, kernel: Tensor) -> Tensor:
+        for _ in range(40):
+            kernel = kernel + torch.relu(kernel)
+        return torch.nn.functional.conv1d(x, kernel)
+
+    exported = _export(residuals, torch.zeros(1, 2, 9), torch.zeros(3, 2, 3))
+    with pytest.raises(BuildError, match="its kernel is computed"):
+        lower(exported, outputs=["out"], tensorrt=rtx)
+
+
+def test_what_draws_random_numbers_is_no_parameter(rtx: TensorRT) -> None:
+    exported = _export(
+        lambda x, w: x + w.abs() + torch.rand_like(w),
+        torch.ones(3),
+        w=torch.nn.Parameter(torch.ones(3)),
+    )
+    network = Network(rtx)
+    network.parameters |= weights_of(exported)
+    nodes = {node.target: node for node in exported.graph.nodes}
+    folded = network.parameter(nodes[aten.abs.default])
+    assert folded is not None and torch.equal(folded, torch.ones(3))
+    assert network.parameter(nodes[aten.rand_like.default]) is None
 
 
 def test_types_that_tensorrt_lacks_are_refused(rtx: TensorRT) -> None:

@@ -24,7 +24,7 @@ from inplace_builder.graph.in_place import remove_in_place
 from inplace_builder.graph.nodes import value
 from inplace_builder.graph.program import AnyProgram, GraphProgram
 from inplace_builder.graph.reexport import correct_lstm
-from inplace_builder.lower.registry import find_converter
+from inplace_builder.lower.registry import find_converter, unsupported_reason
 
 Decomposition = Callable[..., Any]
 
@@ -52,7 +52,10 @@ def lowerable(program: AnyProgram) -> GraphProgram:
 
 
 def _decompose_once(program: GraphProgram) -> bool:
-    """Decompose every operator of the graph that has no converter; whether there was one."""
+    """Decompose every operator of the graph that has no converter; whether there was one.
+
+    What is known to be unsupported stays, so that it is refused under its own name.
+    """
     changed = False
     for node in list(program.graph.nodes):
         target = node.target
@@ -62,6 +65,7 @@ def _decompose_once(program: GraphProgram) -> bool:
             or target.namespace == NAMESPACE
             or not _holds_tensors(node.meta.get("val"))
             or find_converter(target) is not None
+            or unsupported_reason(target) is not None
             or str(target) in node.meta.get(ORIGIN, ())
             or FAILURE in node.meta
         ):

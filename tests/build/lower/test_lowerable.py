@@ -1,5 +1,7 @@
 """Graphs become functional and are decomposed before they are lowered, and compute the same."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
@@ -132,3 +134,20 @@ def test_all_operators_that_are_missing_are_named_with_their_lines(rtx: TensorRT
     for text in ("linalg_eigh", "bernoulli", "drops elements at random"):
         (line,) = [line for line in message.splitlines() if text in line]
         assert "test_lowerable.py" in line
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.bernoulli, torch.randn_like, lambda x: aten.native_dropout.default(x, 0.5, True)[0]],
+)
+def test_what_is_known_to_be_unsupported_is_refused_under_its_own_name(
+    rtx: TensorRT, function: Callable[[Tensor], Tensor]
+) -> None:
+    case = fn("unsupported", function, Arg((4, 4), low=0.0, high=1.0))
+    (target,) = (
+        node.target
+        for node in case.exported.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
+    with pytest.raises(BuildError, match=f"operator {target} has no converter .*random numbers"):
+        lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)

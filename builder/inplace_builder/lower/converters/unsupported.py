@@ -12,7 +12,6 @@ unsupported(
     aten.nonzero.default,
     aten.masked_select.default,
     aten.bincount.default,
-    aten._local_scalar_dense.default,
     aten._unique2.default,
 )
 
@@ -53,8 +52,5 @@ unsupported(
     aten._adaptive_avg_pool2d_backward.default,
     aten.avg_pool2d_backward.default,
     aten.convolution_backward.default,
-    aten.embedding_dense_backward.default,
     aten.max_pool2d_with_indices_backward.default,
-    aten.native_group_norm_backward.default,
-    aten.native_layer_norm_backward.default,
 )

@@ -10,6 +10,13 @@ class BuildError(InplaceError):
     """
 
 
+class LoweringError(BuildError):
+    """TensorRT cannot run the model: it lacks an operator, a way to update a state, or a kernel.
+
+    The PyTorch engine may run it.
+    """
+
+
 def rejected(reason: str) -> BuildError:
     """The error of an engine that was built and fails verification."""
     return BuildError(f"{reason}; the engine is not written")

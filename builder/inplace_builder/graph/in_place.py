@@ -14,7 +14,7 @@ from inplace.operators import NAMESPACE
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import BuildError, LoweringError
 from inplace_builder.graph.nodes import Emitter, argument, dtype, source_line, value
 from inplace_builder.graph.program import GraphProgram
 
@@ -94,8 +94,8 @@ def remove_in_place(program: GraphProgram) -> None:
     """Replace ATen's in-place operators by functional ones, in place.
 
     Raises:
-        BuildError: one writes a parameter or a buffer, or a view that cannot be put back; names the
-            operator and the model's line.
+        BuildError: one writes a parameter or a buffer; names the operator and the model's line.
+        LoweringError: one has no functional form, or writes a view that cannot be put back.
     """
     if any(writes_in_place(node) for node in program.graph.nodes):
         _Removal(program).run()
@@ -169,7 +169,7 @@ class _Removal:
         target, index = node.target, _written_place(node)
         functional = functional_overload(target)
         if index is None or functional is None:
-            raise BuildError(
+            raise LoweringError(
                 f"operator {target} writes in place and has no functional form{source_line(node)}"
             )
         name = target._schema.arguments[index].name  # type: ignore[union-attr]
@@ -280,7 +280,7 @@ def put_back(emit: Emitter, view: Node, base: Node, new: Node) -> Node:
         new: the value, of the view's shape.
 
     Raises:
-        BuildError: elements of this view cannot be put back.
+        LoweringError: elements of this view cannot be put back.
     """
     target, arguments = view.target, view.args[1:]
     whole: Node | None = None
@@ -306,7 +306,7 @@ def put_back(emit: Emitter, view: Node, base: Node, new: Node) -> Node:
     if whole is not None:
         return whole
     made = view.args[0] if target is operator.getitem else view
-    raise BuildError(
+    raise LoweringError(
         f"a view made by {made.target}{source_line(view)} is written in place, "  # type: ignore[union-attr]
         f"which is not lowered; write to the tensor itself, or to a slice of it"
     )

@@ -14,7 +14,7 @@ from inplace.schema.served import Alias, Lowering
 from inplace.trt import TensorRT, load_tensorrt
 from torch import Tensor
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import BuildError, LoweringError
 from inplace_builder.lower.lowering import LoweredNetwork
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -91,7 +91,7 @@ def compile_network(
         TensorRT's ``IHostMemory``, which has the buffer interface.
 
     Raises:
-        BuildError: TensorRT cannot build it; has TensorRT's own message.
+        LoweringError: TensorRT cannot build it; has TensorRT's own message.
     """
     options = options or CompileOptions()
     tensorrt, log = lowered.context.tensorrt, lowered.context.log
@@ -105,7 +105,7 @@ def compile_network(
         message = log.last_errors()
         if not INTERNAL_ERROR.search(message):
             break
-    raise BuildError(
+    raise LoweringError(
         f"{tensorrt} cannot build the network: {message}{_explanation(lowered, message)}"
     )
 
@@ -129,7 +129,7 @@ def compile_plan(
         optimization_level: as of `CompileOptions`.
 
     Raises:
-        BuildError: TensorRT cannot build it.
+        LoweringError: TensorRT cannot build it.
     """
     kinds = {record.kind for record in lowering}
     options = CompileOptions(
@@ -156,7 +156,7 @@ def _config(
     """``IBuilderConfig``.
 
     Raises:
-        BuildError: TensorRT refuses a profile or a GPU.
+        LoweringError: TensorRT refuses a profile or a GPU.
     """
     tensorrt, log = lowered.context.tensorrt, lowered.context.log
     api = tensorrt.api
@@ -170,7 +170,7 @@ def _config(
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, name in enumerate(options.compute_capabilities):
             if not config.set_compute_capability(getattr(api.ComputeCapability, name), index):
-                raise BuildError(f"{tensorrt} does not compile for {name}: {log.last_errors()}")
+                raise LoweringError(f"{tensorrt} does not compile for {name}: {log.last_errors()}")
     dynamic = lowered.dynamic_inputs()
     for ranges in profiles:
         _add_profile(lowered, config, ranges, dynamic)
@@ -182,17 +182,17 @@ def _add_profile(
 ) -> None:
     tensorrt = lowered.context.tensorrt
     if missing := sorted(dynamic - set(ranges)):
-        raise BuildError(f"a profile has no shapes for the inputs {missing}, whose shapes vary")
+        raise LoweringError(f"a profile has no shapes for the inputs {missing}, whose shapes vary")
     profile = lowered.builder.create_optimization_profile()
     for name in sorted(dynamic):
         try:
             profile.set_shape(name, *ranges[name])
         except ValueError as error:
-            raise BuildError(
+            raise LoweringError(
                 f"{tensorrt} refused the range {ranges[name]} of input {name}: {error}"
             ) from error
     if config.add_optimization_profile(profile) < 0:
-        raise BuildError(
+        raise LoweringError(
             f"{tensorrt} refused the profile {dict(ranges)}: {lowered.context.log.last_errors()}"
         )
 

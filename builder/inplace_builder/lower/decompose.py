@@ -41,7 +41,8 @@ def lowerable(program: AnyProgram) -> GraphProgram:
     Operators on states, and custom operators, stay what they are.
 
     Raises:
-        BuildError: an in-place operator writes something that cannot be a value of the network.
+        BuildError: an in-place operator writes a weight.
+        LoweringError: one writes something else that cannot be a value of the network.
     """
     copied = GraphProgram.copy_of(program)
     remove_in_place(copied)

@@ -17,7 +17,7 @@ import torch
 from inplace.trt import TensorRT
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import LoweringError
 
 INT = torch.int64
 
@@ -84,7 +84,7 @@ class Extents:
         """An extent as an int64 tensor of shape ``[1]``.
 
         Raises:
-            BuildError: it is not an expression over the extents of inputs.
+            LoweringError: it is not an expression over the extents of inputs.
         """
         if isinstance(extent, AxisExtent):
             return self._read(extent.tensor, extent.axis)
@@ -118,7 +118,7 @@ class Extents:
         """Add the layers of an expression.
 
         Raises:
-            BuildError: it has an operation or a symbol that is not known here.
+            LoweringError: it has an operation or a symbol that is not known here.
         """
         layers = self._layers
         where = f"{layers.label}{layers.origin}"
@@ -126,7 +126,7 @@ class Extents:
             return layers.scalar(int(extent), INT, 1)
         if isinstance(extent, sympy.Symbol):
             if extent not in self._sources:
-                raise BuildError(
+                raise LoweringError(
                     f"{where}: the extent {extent} is not the extent of any input; "
                     f"only extents of inputs may vary"
                 )
@@ -140,7 +140,7 @@ class Extents:
             for other in others:
                 result = layers.elementwise(OPERATIONS[extent.func], result, other)
             return result
-        raise BuildError(
+        raise LoweringError(
             f"{where}: the extent {extent} has an operation ({extent.func.__name__}) "
             f"that is not lowered"
         )
@@ -204,11 +204,11 @@ class Layers:
         """Check and name a layer that was just added.
 
         Raises:
-            BuildError: TensorRT did not add it.
+            LoweringError: TensorRT did not add it.
         """
         if layer is None:
             error = self.log.last_errors(1)
-            raise BuildError(
+            raise LoweringError(
                 f"{self.tensorrt} refused a layer of {self.label}{self.origin}: {error}"
             )
         count = self._names[self.label] = self._names.get(self.label, 0) + 1
@@ -231,13 +231,13 @@ class Layers:
         """A constant; its memory is kept as long as the network.
 
         Raises:
-            BuildError: TensorRT has no such element type.
+            LoweringError: TensorRT has no such element type.
         """
         value = value.detach()
         if value.dtype == torch.float64:
             value = value.float()
         if not self.tensorrt.has_dtype(value.dtype):
-            raise BuildError(
+            raise LoweringError(
                 f"{self.label}{self.origin}: a constant is {value.dtype}, which TensorRT does not "
                 f"have; convert the model"
             )

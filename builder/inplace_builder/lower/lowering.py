@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export.graph_signature import ConstantArgument
 from torch.fx import Node
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import LoweringError
 from inplace_builder.graph.program import AnyProgram, weights_of
 from inplace_builder.lower.decompose import FAILURE, ORIGIN
 from inplace_builder.lower.layers import ITensor
@@ -105,8 +105,8 @@ def lower(
         constants: inputs that are always these tensors; the network does not have them as inputs.
 
     Raises:
-        BuildError: operators have no converter, or cannot be lowered as the graph uses them; names
-            every one of them with the model's own line.
+        LoweringError: operators have no converter, or cannot be lowered as the graph uses them;
+            names every one of them with the model's own line.
     """
     context = Network(tensorrt, bind=bind)
     context.parameters |= weights_of(exported)
@@ -158,7 +158,7 @@ class _Walk:
         """Refuse a graph with operators that cannot be lowered.
 
         Raises:
-            BuildError: names all of them, each with the model's lines that call it.
+            LoweringError: names all of them, each with the model's lines that call it.
         """
         user_states: set[Node] = set()
         problems: dict[str, None] = {}
@@ -175,9 +175,11 @@ class _Walk:
         if len(problems) == 1:
             (problem,) = problems
             advice = f"; {ADVICE}" if "no converter" in problem else ""
-            raise BuildError(problem + advice)
+            raise LoweringError(problem + advice)
         listed = "".join(f"\n  {problem}" for problem in problems)
-        raise BuildError(f"{len(problems)} uses of operators cannot be lowered:{listed}\n{ADVICE}")
+        raise LoweringError(
+            f"{len(problems)} uses of operators cannot be lowered:{listed}\n{ADVICE}"
+        )
 
     def _is_state(self, node: Node) -> bool:
         return node.op == "placeholder" and node.name in self._specs
@@ -209,7 +211,7 @@ class _Walk:
         """Lower one node.
 
         Raises:
-            BuildError: it cannot be lowered.
+            LoweringError: it cannot be lowered.
         """
         context = self._context
         context.enter(node)
@@ -218,7 +220,7 @@ class _Walk:
         elif node.op == "call_function":
             context.values[node] = self._call(node)
         elif node.op not in ("placeholder", "get_attr", "output"):
-            raise BuildError(
+            raise LoweringError(
                 f"{node.op} {node.target}{context.origin} cannot be lowered; "
                 f"capture a graph of operators only"
             )
@@ -250,7 +252,7 @@ class _Walk:
         if _is_number(node):
             return node.meta["val"]  # an extent: an expression over those of the inputs
         if not isinstance(target, torch._ops.OpOverload):
-            raise BuildError(f"{target}{context.origin} is not an operator that can be lowered")
+            raise LoweringError(f"{target}{context.origin} is not an operator that can be lowered")
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), context.value)
         kind = self._kind(node, target)
         if kind == "user" and target.namespace != NAMESPACE:
@@ -269,13 +271,13 @@ class _Walk:
             return None
         kinds = {state.kind for state in states}
         if kinds != {"user"} and target.namespace != NAMESPACE:
-            raise BuildError(
+            raise LoweringError(
                 f"{target}{self._context.origin} uses the state {states[0].spec.name}; "
                 f"only inplace:: operators may"
             )
         if len(kinds) > 1:
             named = ", ".join(f"{state.spec.name}: {state.kind}" for state in states)
-            raise BuildError(
+            raise LoweringError(
                 f"{target}{self._context.origin} takes states of different kinds ({named}); "
                 f"give them one"
             )
@@ -302,12 +304,12 @@ def _mark_outputs(context: Network, exported: AnyProgram, names: Sequence[str]) 
     arguments = [spec.arg for spec in exported.graph_signature.output_specs]
     nodes = [by_name[arg.name] for arg in arguments if not isinstance(arg, ConstantArgument)]
     if len(nodes) != len(names):
-        raise BuildError(
+        raise LoweringError(
             f"the graph returns {len(nodes)} tensors, its description names {list(names)}"
         )
     for node, name in zip(nodes, names, strict=True):
         if not isinstance(node.meta["val"], Tensor):
-            raise BuildError(f"output {name} is not a tensor of the graph; return tensors only")
+            raise LoweringError(f"output {name} is not a tensor of the graph; return tensors only")
         context.label, context.origin = f"output.{name}", ""
         _mark_output(context, name, context.value(node), node.meta["val"].dtype)
 
@@ -320,7 +322,7 @@ def _mark_output(context: Network, name: str, tensor: ITensor, dtype: torch.dtyp
     output = context.output(context.network.add_identity(tensor))
     output.name = name
     if context.dtype_of(output) != dtype:
-        raise BuildError(
+        raise LoweringError(
             f"output {name} is {context.dtype_of(output)} in the network and {dtype} in the graph"
         )
     context.network.mark_output(output)

@@ -15,7 +15,7 @@ from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import BuildError, LoweringError
 
 PREFERENCE: tuple[AliasKind, ...] = ("plugin", "kv_cache_update", "copy")
 """Mechanisms in order of preference."""
@@ -133,7 +133,8 @@ def choose_mechanisms(
         One record for each state, with the reasons of the mechanisms that were tried before.
 
     Raises:
-        BuildError: no mechanism can update a state; has the reasons of all.
+        LoweringError: no mechanism can update a state; has the reasons of all.
+        BuildError: ``order`` has an unknown mechanism, or the graph does not use a state.
     """
     if unknown := sorted(set(order) - set(_checks)):
         raise BuildError(f"there is no mechanism {unknown[0]!r}; choose from {sorted(_checks)}")
@@ -159,7 +160,7 @@ def _choose_for_group(
                 for name in names
             }
         refused.append(f"{kind}: {eligibility.reason}")
-    raise BuildError(
+    raise LoweringError(
         f"no mechanism can update {' and '.join(names)} with {tensorrt}: {'; '.join(refused)}"
     )
 

@@ -9,7 +9,7 @@ from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import LoweringError
 from inplace_builder.graph.nodes import argument, source_line
 from inplace_builder.lower.layers import ITensor, Layers
 
@@ -83,15 +83,17 @@ class Network(Layers):
         """Add an input; an extent that is not an integer is dynamic.
 
         Raises:
-            BuildError: TensorRT does not have the element type, or refuses the input.
+            LoweringError: TensorRT does not have the element type, or refuses the input.
         """
         if not self.tensorrt.has_dtype(dtype):
-            raise BuildError(f"input {name} is {dtype}, which TensorRT does not have")
+            raise LoweringError(f"input {name} is {dtype}, which TensorRT does not have")
         sizes = tuple(size if isinstance(size, int) else -1 for size in shape)
         tensor = self.network.add_input(name, self.tensorrt.dtype(dtype), sizes)
         if tensor is None:
             error = self.log.last_errors(1)
-            raise BuildError(f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {error}")
+            raise LoweringError(
+                f"{self.tensorrt} refused the input {name} {dtype} {sizes}: {error}"
+            )
         return tensor
 
     def parameter(self, node: object) -> torch.Tensor | None:
@@ -144,13 +146,13 @@ class Network(Layers):
         is the same input.
 
         Raises:
-            BuildError: another tensor already has the name.
+            LoweringError: another tensor already has the name.
         """
         if name not in self.bound_weights:
             self.bound_weights[name] = tensor
             self._weight_inputs[name] = self.add_input(name, tensor.dtype, tensor.shape)
         elif self.bound_weights[name] is not tensor:
-            raise BuildError(f"two weights are bound as {name!r}; give one of them another name")
+            raise LoweringError(f"two weights are bound as {name!r}; give one of them another name")
         return self._weight_inputs[name]
 
     def _bound_once(self, name: str, tensor: torch.Tensor) -> ITensor:

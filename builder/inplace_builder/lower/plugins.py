@@ -21,7 +21,7 @@ from inplace.plugins import (
 )
 from inplace.trt import TensorRT
 
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import LoweringError
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.mechanisms import Eligibility, StateUse, mechanism
 from inplace_builder.lower.network import Network, NetworkState
@@ -68,7 +68,7 @@ def _add(ctx: Network, operation: Operation, inputs: Sequence[ITensor]) -> list[
     """Add a plugin; its outputs."""
     owner = plugins(ctx.tensorrt)
     if len(inputs) != operation.input_count:
-        raise BuildError(
+        raise LoweringError(
             f"{operation.name} takes {operation.input_count} inputs, got {len(inputs)}{ctx.origin}"
         )
     layer = ctx.checked(ctx.network.add_plugin_v3(list(inputs), [], owner.make(operation)))
@@ -258,12 +258,12 @@ def add_user_operator(
         args, kwargs: its arguments, as a converter takes them.
 
     Raises:
-        BuildError: the operator is not declared, has no plugin, aliases something else than it
+        LoweringError: the operator is not declared, has no plugin, aliases something else than it
             writes, or writes a state that was read before: TensorRT knows no order between the two.
     """
     declared = find_declared(operator)
     if declared is None:
-        raise BuildError(
+        raise LoweringError(
             f"{operator}{ctx.origin} writes a state and is not declared; "
             f"call inplace_builder.declare_alias"
         )
@@ -277,7 +277,7 @@ def add_user_operator(
         if argument.name not in tensors
     }
     if nested := [name for name, value in constants.items() if _holds_tensors(value)]:
-        raise BuildError(
+        raise LoweringError(
             f"{operator}{ctx.origin} takes lists of tensors ({nested}), "
             f"which a plugin has no inputs for"
         )
@@ -291,7 +291,7 @@ def add_user_operator(
     layer = ctx.checked(ctx.network.add_plugin_v3(inputs, [], plugin))
     num_results = len(schema.returns)
     if layer.num_outputs != num_results + len(states):
-        raise BuildError(
+        raise LoweringError(
             f"the plugin of {operator} has {layer.num_outputs} outputs, "
             f"the operator's results and written states are {num_results + len(states)}"
         )
@@ -304,13 +304,13 @@ def add_user_operator(
 def _check_unread(
     ctx: Network, operator: torch._ops.OpOverload, states: Sequence[NetworkState]
 ) -> None:
-    """Raise BuildError if a state was read since it was last written.
+    """Raise LoweringError if a state was read since it was last written.
 
     A user's plugin takes no inputs that would order it after the readers.
     """
     for state in states:
         if ctx.readers.pop(state.spec.name, None):
-            raise BuildError(
+            raise LoweringError(
                 f"state {state.spec.name} is read before {operator}{ctx.origin} writes it, and "
                 f"TensorRT could run the plugin first; let the operator return what is read, or "
                 f"build with engine='torch'"

@@ -9,7 +9,7 @@ from inplace.errors import LoadError
 from inplace.schema.served import Manifest
 
 from inplace_builder.choices import Device, EngineKind
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import LoweringError
 from inplace_builder.served.build import Stage
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
@@ -38,8 +38,9 @@ def build_with_best_engine(
         report: called with the engine that is tried, and with the reason if another one is needed.
 
     Raises:
-        BuildError: no engine can run the model, or the options demand something of TensorRT that it
-            cannot do, with nothing written.
+        BuildError: as of `build_decoder`, with nothing written. A `LoweringError` only where the
+            options demand ``alias`` or ``strict``, which the PyTorch engine does not have.
+        LoadError: they do, and TensorRT is not installed.
     """
     if options.engine == "torch":
         report(f"engine torch on {options.device}: no GPU was asked for, or PyTorch sees none here")
@@ -47,8 +48,9 @@ def build_with_best_engine(
     report("engine tensorrt: PyTorch sees a GPU here")
     try:
         return build_decoder(source, output, options, stage)
-    except (BuildError, LoadError) as error:
+    except (LoweringError, LoadError) as error:
         if options.alias is not None or options.strict:
             raise
-        report(f"engine torch on cuda, because TensorRT cannot run the model: {error}")
+        what = "run the model" if isinstance(error, LoweringError) else "be loaded"
+        report(f"engine torch on cuda, because TensorRT cannot {what}: {error}")
     return build_decoder(source, output, replace(options, engine="torch"), stage)

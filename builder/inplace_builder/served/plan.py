@@ -60,7 +60,7 @@ def build_plan(
         strict: refuse the mechanism ``copy``.
 
     Raises:
-        BuildError: no mechanism can update a state, an operator cannot be lowered, or TensorRT
+        LoweringError: no mechanism can update a state, an operator cannot be lowered, or TensorRT
             cannot compile the network.
     """
     tensorrt, states = target.tensorrt, capture.states

@@ -1,10 +1,17 @@
 """Triton's sequence places: when one is unused, refused, freed, and opened again."""
 
 import threading
+import time
 from collections import deque
 
 import pytest
-from inplace.drivers.places import END_DELAY, PlaceKeeper, Places, ServerStoppingError
+from inplace.drivers.places import (
+    END_DELAY,
+    PROBE_INTERVAL,
+    PlaceKeeper,
+    Places,
+    ServerStoppingError,
+)
 from inplace.drivers.shutdown import EXIT_MARGIN, MAX_SILENCE, Shutdown
 from inplace.errors import Code, RequestError
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
@@ -131,6 +138,39 @@ def test_an_end_that_could_not_be_sent_is_sent_again(places: Places, clock: Cloc
     assert unused(places, clock) == 1
 
 
+def test_a_place_whose_end_cannot_be_sent_is_forgotten_when_triton_forgets_it(
+    clock: Clock,
+) -> None:
+    places = Places(40, clock, idle_timeout=10.0)
+    served(places, 1, start=True)
+    for seconds in (9.0, 11.0):
+        clock.now = seconds
+        assert places.pop_unused() == 1
+        assert len(places) == 1
+        places.end_finished(1, was_known=True, retry=True)
+    assert len(places) == 0
+
+
+def test_an_end_that_the_backend_refuses_leaves_the_sequence_its_place(places: Places) -> None:
+    places.arrived(1, start=True, end=False)
+    places.sequence_started(SequenceState(1, 0))
+    places.answered(1)
+    served(places, 1, end=True)  # of a client without its key
+    assert len(places) == 0
+    assert (places.pop_reopened(), places.pop_reopened()) == (1, None)
+    places.own_start_arrived(1)
+    assert len(places) == 1
+
+
+def test_a_sequence_that_is_started_again_needs_no_start_of_ours(places: Places) -> None:
+    places.arrived(1, start=True, end=False)
+    places.sequence_started(SequenceState(1, 0))
+    places.answered(1)
+    served(places, 1, end=True)
+    served(places, 1, start=True)
+    assert places.pop_reopened() is None
+
+
 class Driver:
     """Records what a shutdown asks for."""
 
@@ -224,6 +264,37 @@ def test_a_shutdown_sees_a_sequence_that_holds_no_place() -> None:
     try:
         requests.stopping.set()
         places.arrived("one shot", start=True, end=True)
+        wait_until(lambda: bool(driver.calls), 10.0)
+    finally:
+        keeper.close()
+
+
+class Alone(Requests):
+    """A server that cannot be reached, and then can."""
+
+    def __init__(self, places: Places) -> None:
+        super().__init__(places)
+        self.reachable = threading.Event()
+
+    def check_serving(self) -> None:
+        if not self.reachable.is_set():
+            raise OSError("no way to the server")
+        super().check_serving()
+
+
+def test_a_server_that_cannot_be_asked_is_mentioned_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    places, driver = Places(40), Driver()
+    requests = Alone(places)
+    keeper = PlaceKeeper(places, requests, Shutdown(driver, 30.0))
+    try:
+        places.arrived("a", start=True, end=False)
+        wait_until(lambda: "no way to the server" in caplog.text, 10.0)
+        time.sleep(3 * PROBE_INTERVAL)
+        assert caplog.text.count("cannot be asked") == 1
+        requests.stopping.set()
+        requests.reachable.set()
         wait_until(lambda: bool(driver.calls), 10.0)
     finally:
         keeper.close()

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -68,16 +69,20 @@ class _Place:
         pending: its requests without a final response.
         live: it owns a slot.
         unused_since: when it was last used, in seconds of the clock.
+        last_arrival: when its last request arrived.
         ending: an END of ours is on its way.
         restarted: a START of a client has arrived since that END was sent.
+        reopening: a START of ours is to be sent.
     """
 
     is_open: bool = False
     pending: int = 0
     live: bool = False
     unused_since: float = 0.0
+    last_arrival: float = 0.0
     ending: bool = False
     restarted: bool = False
+    reopening: bool = False
 
     @property
     def unused(self) -> bool:
@@ -95,6 +100,8 @@ class Places:
         clock: monotonic seconds.
         end_delay: seconds for which a place must be unused before it is freed; longer than a
             request may wait in Triton.
+        idle_timeout: seconds without a request after which Triton frees a place itself
+            (``max_sequence_idle_microseconds``).
 
     Attributes:
         end_delay: as above.
@@ -106,8 +113,10 @@ class Places:
         limit: int | None,
         clock: Callable[[], float] = monotonic,
         end_delay: float = END_DELAY,
+        idle_timeout: float = inf,
     ) -> None:
         self.limit, self.end_delay = limit, end_delay
+        self._idle_timeout = idle_timeout
         # A START without a place waits in Triton unseen, so the last places are left for ENDs.
         self._gate = max(1, limit - min(64, max(1, limit // 8))) if limit is not None else None
         self._clock = clock
@@ -137,6 +146,7 @@ class Places:
                 if len(self._places) == 1:
                     self.changed.notify()
             place.pending += 1
+            place.last_arrival = self._clock()
             opens = not end and not place.is_open
             full = start and opens and self._gate is not None and self._num_open >= self._gate
             self._set_open(place, not end)
@@ -155,6 +165,8 @@ class Places:
         with self._lock:
             place = self._places[sequence_id]
             place.pending -= 1
+            if place.live and not (place.is_open or place.pending):
+                self._reopen_place(sequence_id, place)  # an END was refused, of another client
             self._check_unused(sequence_id, place)
 
     # Slots
@@ -186,9 +198,16 @@ class Places:
         return None
 
     def pop_reopened(self) -> SequenceId | None:
-        """A sequence in use whose place our END has closed; the caller sends a START for it."""
+        """A sequence that lives and has lost its place; the caller sends a START for it."""
         with self._lock:
-            return self._reopen.popleft() if self._reopen else None
+            while self._reopen:
+                sequence_id = self._reopen.popleft()
+                place = self._places.get(sequence_id)
+                if place is not None and place.reopening:
+                    place.reopening = False
+                    if not place.is_open:
+                        return sequence_id
+        return None
 
     def own_end_arrived(self, sequence_id: SequenceId) -> None:
         """Our own END has arrived from Triton, which has closed the place."""
@@ -198,8 +217,7 @@ class Places:
                 return
             if place.is_open and place.restarted:
                 # A START overtook the END: its sequence has lost its place.
-                self._reopen.append(sequence_id)
-                self.changed.notify()
+                self._reopen_place(sequence_id, place)
             self._set_open(place, False)
             place.ending = False
             self._check_unused(sequence_id, place)
@@ -208,6 +226,7 @@ class Places:
         """Our own START has arrived from Triton, which has opened a place."""
         with self._lock:
             place = self._places.setdefault(sequence_id, _Place())
+            place.last_arrival, place.reopening = self._clock(), False
             self._set_open(place, True)
             self._check_unused(sequence_id, place)
 
@@ -220,8 +239,9 @@ class Places:
             if place is None or not place.ending:
                 return
             place.ending = False
-            if not was_known and not place.restarted:
-                self._set_open(place, False)  # Triton had forgotten the sequence
+            idle = self._clock() - place.last_arrival
+            if (not was_known and not place.restarted) or (retry and idle > self._idle_timeout):
+                self._set_open(place, False)  # Triton has forgotten the sequence
             self._check_unused(sequence_id, place, RETRY_DELAY if retry else 0.0)
 
     @property
@@ -238,6 +258,12 @@ class Places:
                 timeout = min(timeout, self._unused[0][0] + self.end_delay - self._clock())
             if timeout > 0:
                 self.changed.wait(timeout if self._places else None)
+
+    def _reopen_place(self, sequence_id: SequenceId, place: _Place) -> None:
+        if not place.reopening:
+            place.reopening = True
+            self._reopen.append(sequence_id)
+            self.changed.notify()
 
     def _set_open(self, place: _Place, is_open: bool) -> None:
         self._num_open += is_open - place.is_open
@@ -264,15 +290,14 @@ class PlaceKeeper:
 
     def __init__(self, places: Places, requests: PlaceRequests, shutdown: Shutdown) -> None:
         self._places, self._requests, self._shutdown = places, requests, shutdown
-        self._closed = False
+        self._closed, self._reachable = False, True
         self._thread = threading.Thread(target=self._run, name="inplace-places", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop the thread. Places that are open stay open.
 
-        While the model is being unloaded, Triton may leave a request of ours without an answer; the
-        thread is not waited for then, because unloading would wait for it without end.
+        A request that the server does not answer holds up nothing: the thread is left behind.
         """
         with self._places.changed:
             self._closed = True
@@ -300,8 +325,9 @@ class PlaceKeeper:
                 was_known = self._requests.end(unused)
             except Exception as error:  # of the server, or of the way to it
                 retry = True
-                log.warning(
-                    "no END could be sent for sequence %r, it is retried: %s", unused, error
+                level = logging.WARNING if self._reachable else logging.DEBUG  # said already
+                log.log(
+                    level, "no END could be sent for sequence %r, it is retried: %s", unused, error
                 )
             finally:
                 self._places.end_finished(unused, was_known=was_known, retry=retry)
@@ -318,8 +344,13 @@ class PlaceKeeper:
         if not self._shutdown.has_begun:
             try:
                 self._requests.check_serving()
+                self._reachable = True
             except ServerStoppingError:
                 self._places.end_delay = 0.0  # no client can START any more
                 self._shutdown.begin()
+            except Exception as error:  # of the way to the server
+                if self._reachable:
+                    log.warning("the server cannot be asked whether it is stopping: %s", error)
+                self._reachable = False
         if self._shutdown.has_begun:
             self._shutdown.advance()

@@ -204,7 +204,7 @@ class _ProxiedRequest:
         # Guards the flags below. The final response is sent under it too, so that `is_cancelled`
         # is never called after that: it crashes the server.
         self._lock = threading.Lock()
-        self._started = self._stopped = self._finished = False
+        self._started = self._stopped = self._ending = self._finished = False
         self._stop_error: RequestError | None = None
 
     def run(self) -> None:
@@ -221,13 +221,16 @@ class _ProxiedRequest:
         except Exception as failure:  # a defect; the client still gets a final response
             log.exception("a generation could not be passed on")
             error = error_response(self._request, backend_failure(failure, "send it again")).error()
-        try:
-            with self._lock:
-                self._finished = True
-                self._send_final(error)
-        finally:
-            if self._started:
+        with self._lock:
+            self._ending = True
+        if self._started:
+            with self._end_in_progress:
                 self._end()
+        # Last: after the final response the model may be unloaded, and a request of a model that
+        # is being unloaded crashes the server (`inplace.server.own_requests`).
+        with self._lock:
+            self._finished = True
+            self._send_final(error)
 
     def cancelled(self) -> bool:
         """Whether the client has cancelled or left before the final response."""
@@ -243,9 +246,8 @@ class _ProxiedRequest:
         """
         with self._lock:
             self._stopped, self._stop_error = True, error
-            started = self._started
-        if started and self._end_in_progress.acquire(blocking=False):
-            end_threads.submit(self._end_early)
+            if self._started and not self._ending and self._end_in_progress.acquire(blocking=False):
+                end_threads.submit(self._end_early)
 
     def _end_early(self) -> None:
         try:

@@ -1,7 +1,7 @@
 """The gRPC endpoint of the server that this process belongs to, reached from inside its machine.
 
-While the server stops, it is the only way in. Its address, its TLS files and the header of a
-restricted protocol are read from the server's command line.
+Its address, its TLS files and the headers of restricted protocols are read from the server's
+command line.
 """
 
 import contextlib
@@ -10,14 +10,12 @@ import os
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from inplace.errors import InplaceError
 from inplace.server.command_line import CommandLine
-
-if TYPE_CHECKING:
-    import torch
 
 TIMEOUT = 1.0
 """Seconds within which a request must be answered; less than the margin that a shutdown has."""
@@ -29,6 +27,15 @@ DEFAULT_EXIT_TIMEOUT = 30.0
 
 RESTRICTED_HEADER = "triton-grpc-protocol-"
 """Prefix of the header that a restricted protocol expects."""
+
+
+PROTOCOLS = {"inference", "health"}
+"""The protocols that are used here, as ``--grpc-restricted-protocol`` names them."""
+
+
+EXITING = "Server exiting"
+"""Triton's answer to questions about its health once it stops (24.10). It serves live sequences on
+meanwhile."""
 
 
 class LoopbackError(InplaceError):
@@ -47,7 +54,7 @@ class ServerOptions:
         tls: it takes TLS connections only.
         mutual: and asks for a certificate of its clients.
         certificate, key: files of its certificate and its key.
-        headers: what its restricted inference protocol expects.
+        headers: what its restricted protocols expect.
         exit_timeout: seconds for which it waits for live sequences when it stops.
     """
 
@@ -77,7 +84,7 @@ class ServerOptions:
         headers = []
         for restriction in command_line.values("grpc-restricted-protocol"):
             protocols, _, header = restriction.partition(":")
-            if "inference" in protocols.split(","):
+            if PROTOCOLS & set(protocols.split(",")):
                 key, _, secret = header.partition("=")
                 headers.append((f"{RESTRICTED_HEADER}{key}".lower(), secret))
         mutual = command_line.is_true("grpc-use-ssl-mutual")
@@ -109,20 +116,13 @@ class ZeroInput:
         name: its name.
         data_type: Triton's name of its type.
         shape: with the batch axis.
-        dtype: PyTorch's name of its type.
+        item_bytes: of one entry.
     """
 
     name: str
     data_type: str
     shape: tuple[int, ...]
-    dtype: "torch.dtype"
-
-    @property
-    def tensor(self) -> "torch.Tensor":
-        """The zeros."""
-        import torch
-
-        return torch.zeros(self.shape, dtype=self.dtype)
+    item_bytes: int
 
 
 class GrpcEndpoint:
@@ -154,6 +154,7 @@ class GrpcEndpoint:
     def infer(
         self,
         model: str,
+        version: str,
         inputs: Sequence[ZeroInput],
         sequence_id: int | str,
         *,
@@ -169,7 +170,7 @@ class GrpcEndpoint:
         Raises:
             LoopbackError: it cannot be sent.
         """
-        request = self._request(model, inputs, sequence_id)
+        request = self._request(model, version, inputs, sequence_id)
         values = request.parameters
         values["sequence_start"].bool_param = start
         values["sequence_end"].bool_param = end
@@ -183,21 +184,44 @@ class GrpcEndpoint:
             ):
                 error = error or response.error_message
         except self._error as failure:
-            raise LoopbackError(
-                f"the server's gRPC endpoint {self._options.target} does not answer: {failure}"
-            ) from failure
+            raise self._unreachable(failure) from failure
         return error
+
+    def is_exiting(self) -> bool:
+        """Whether the server has begun to stop.
+
+        Raises:
+            LoopbackError: it cannot be asked.
+        """
+        try:
+            self._service.ServerLive(
+                self._messages.ServerLiveRequest(),
+                metadata=self._options.headers,
+                timeout=TIMEOUT,
+            )
+        except self._error as failure:
+            if failure.details() == EXITING:
+                return True
+            raise self._unreachable(failure) from failure
+        return False
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
 
-    def _request(self, model: str, inputs: Sequence[ZeroInput], sequence_id: int | str) -> Any:
-        request = self._messages.ModelInferRequest(model_name=model)
+    def _unreachable(self, failure: Any) -> LoopbackError:
+        return LoopbackError(
+            f"the server's gRPC endpoint {self._options.target} does not answer: "
+            f"{failure.code().name}: {failure.details()}"
+        )
+
+    def _request(
+        self, model: str, version: str, inputs: Sequence[ZeroInput], sequence_id: int | str
+    ) -> Any:
+        request = self._messages.ModelInferRequest(model_name=model, model_version=version)
         for spec in inputs:
-            zeros = spec.tensor
             request.inputs.add(name=spec.name, datatype=spec.data_type, shape=spec.shape)
-            request.raw_input_contents.append(bytes(zeros.numel() * zeros.element_size()))
+            request.raw_input_contents.append(bytes(prod(spec.shape) * spec.item_bytes))
         if isinstance(sequence_id, str):
             request.parameters["sequence_id"].string_param = sequence_id
         else:  # the protocol has signed numbers only; the server reads them as unsigned

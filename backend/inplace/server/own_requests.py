@@ -1,7 +1,9 @@
 """Requests of a model to itself, which open and close places of sequences in Triton.
 
-They go through Triton (BLS) while the server runs. Once it stops, BLS fails with "Server not ready"
-while the gRPC endpoint serves live sequences on, so they go there (`inplace.server.loopback`).
+They go to the server's gRPC endpoint (`inplace.server.loopback`). Requests between models (BLS)
+cannot be used: if one is sent while Triton unloads the model, Triton drops it unanswered and then
+crashes (24.10: its threads for BLS end before the stub is told to finalize; what is queued is
+destroyed with the instance, after the shared memory that it lies in).
 """
 
 import json
@@ -9,8 +11,6 @@ import logging
 import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
-
-import triton_python_backend_utils as pb_utils
 
 from inplace.drivers.places import (
     END_DELAY,
@@ -23,8 +23,8 @@ from inplace.drivers.shutdown import Shutdown, StoppableDriver
 from inplace.errors import InplaceError, RequestError
 from inplace.runtime.observer import Observer
 from inplace.runtime.slots import SequenceId
-from inplace.server.loopback import GrpcEndpoint, ServerOptions, ZeroInput
-from inplace.server.messages import FLAG_END, FLAG_START, RecentResponses, output_tensor
+from inplace.server.loopback import GrpcEndpoint, LoopbackError, ServerOptions, ZeroInput
+from inplace.server.messages import FLAG_END, FLAG_START
 from inplace.server.model_config import TRITON_TYPES
 from inplace.server.settings import is_decoupled
 
@@ -40,20 +40,11 @@ NO_ID = (0, "")
 """Correlation ids that name no sequence."""
 
 
-NOT_READY = "Server not ready"
-"""Triton's error for every request of a model while the server stops (24.10)."""
-
-
 FORGOTTEN = "must specify the START flag"
 """Triton's error for a request of a sequence that has no place."""
 
 
-NO_VERSION = 2**31
-"""A version that no model has. A request for it runs nothing; its error shows whether the server is
-stopping."""
-
-
-TORCH_TYPES = {name: dtype.as_torch for dtype, name in TRITON_TYPES.items()}
+NUMBERS = {name: dtype for dtype, name in TRITON_TYPES.items()}
 """The types of inputs in config.pbtxt, without texts, which no model requires."""
 
 
@@ -78,15 +69,29 @@ class ModelPlaces:
     ) -> None:
         server = ServerOptions.of_parent()
         config = json.loads(args["model_config"])
-        oldest = config["sequence_batching"].get("oldest", {})
+        batching = config["sequence_batching"]
+        oldest = batching.get("oldest", {})
         limit = int(oldest.get("max_candidate_sequences", 0))
         delay = int(oldest.get("max_queue_delay_microseconds", 0)) / 1e6
-        end_delay = END_DELAY if is_decoupled(config) else STEP_END_DELAY + delay
-        self._places = Places(limit or None, end_delay=end_delay)
-        self._own_requests = OwnRequests(args, config, self._places, server)
+        self._places = Places(
+            limit or None,
+            end_delay=END_DELAY if is_decoupled(config) else STEP_END_DELAY + delay,
+            idle_timeout=int(batching["max_sequence_idle_microseconds"]) / 1e6,
+        )
         self._shutdown = Shutdown(driver, server.exit_timeout)
-        observer.forward_to(self._places)
         observer.watch_places(self._places, limit)
+        self._keeper: PlaceKeeper | None = None
+        try:
+            self._own_requests = OwnRequests(args, config, self._places, GrpcEndpoint(server))
+        except LoopbackError as error:
+            log.warning(
+                "sequences that end here keep their places in Triton until they have been idle for "
+                "max_sequence_idle_microseconds, and the server stops only after that or its exit "
+                "timeout: %s",
+                error,
+            )
+            return
+        observer.forward_to(self._places)
         self._keeper = PlaceKeeper(self._places, self._own_requests, self._shutdown)
 
     def admit(self, request: Any) -> Admission | RequestError:
@@ -95,7 +100,7 @@ class ModelPlaces:
         Our own requests are acknowledged, and Triton's warm-up (``model_warmup``): only warm-up
         requests have no correlation id, because Triton refuses a client's without one.
         """
-        if self._own_requests.recognize(request):
+        if self._keeper is not None and self._own_requests.recognize(request):
             return "acknowledge"
         try:
             sequence_id = request.correlation_id()
@@ -103,6 +108,8 @@ class ModelPlaces:
             return "serve"
         if sequence_id in NO_ID:
             return "acknowledge"
+        if self._keeper is None:
+            return "serve"
         flags = request.flags()
         refusal = self._places.arrived(
             sequence_id, start=bool(flags & FLAG_START), end=bool(flags & FLAG_END)
@@ -113,13 +120,14 @@ class ModelPlaces:
 
     def answered(self, sequence_id: SequenceId) -> None:
         """A request that was to be served has its final response."""
-        if sequence_id not in NO_ID:
+        if self._keeper is not None and sequence_id not in NO_ID:
             self._places.answered(sequence_id)
 
     def close(self) -> None:
         """Stop freeing places; the driver answers everything with SHUTDOWN."""
-        self._keeper.close()
-        self._own_requests.close()
+        if self._keeper is not None:
+            self._keeper.close()
+            self._own_requests.close()
         self._shutdown.stop_now()
 
 
@@ -130,7 +138,7 @@ class OwnRequests:
         args: what Triton passes to ``initialize``.
         config: the model configuration.
         places: is notified of the requests that arrive.
-        server: how to reach the server over gRPC.
+        endpoint: sends them.
     """
 
     def __init__(
@@ -138,16 +146,12 @@ class OwnRequests:
         args: Mapping[str, str],
         config: Mapping[str, Any],
         places: Places,
-        server: ServerOptions,
+        endpoint: GrpcEndpoint,
     ) -> None:
-        self._model, self._version = args["model_name"], int(args["model_version"])
-        self._decoupled = is_decoupled(config)
+        self._model, self._version = args["model_name"], args["model_version"]
         self._inputs = smallest_inputs(config)
         self._nonce = secrets.token_hex(16)
-        self._places, self._server = places, server
-        self._responses = RecentResponses()
-        self._stopping = False
-        self._endpoint: GrpcEndpoint | None = None
+        self._places, self._endpoint = places, endpoint
 
     # Sending
 
@@ -155,77 +159,41 @@ class OwnRequests:
         """Send an END; returns whether Triton knew the sequence.
 
         Raises:
-            LoopbackError: the server stops, and its gRPC endpoint cannot be reached.
+            LoopbackError: the server cannot be reached.
+            OwnRequestError: it refused the request.
         """
-        return self._send(sequence_id, FLAG_END)
+        return self._send(sequence_id, end=True)
 
     def start(self, sequence_id: SequenceId) -> None:
-        """Send a START."""
-        self._send(sequence_id, FLAG_START)
+        """Send a START; the same errors."""
+        self._send(sequence_id, start=True)
 
     def check_serving(self) -> None:
-        """Raise `ServerStoppingError` if the server is stopping."""
-        if not self._stopping:
-            request = self._request("", 0, version=NO_VERSION)
-            self._raise_if_stopping(self._execute(request))
-        if self._stopping:
+        """Raise `ServerStoppingError` if the server is stopping.
+
+        Raises:
+            LoopbackError: the server cannot be reached.
+        """
+        if self._endpoint.is_exiting():
             raise ServerStoppingError
 
     def close(self) -> None:
-        """Close the connection to the server, if there is one."""
-        if self._endpoint is not None:
-            self._endpoint.close()
+        """Close the connection to the server."""
+        self._endpoint.close()
 
-    def _send(self, sequence_id: SequenceId, flags: int) -> bool:
-        if not self._stopping:
-            try:
-                error = self._execute(self._request(sequence_id, flags))
-                self._raise_if_stopping(error)
-            except ServerStoppingError:
-                pass
-            else:
-                return _was_known(error)
-        return self._send_over_grpc(sequence_id, flags)
-
-    def _send_over_grpc(self, sequence_id: SequenceId, flags: int) -> bool:
-        if self._endpoint is None:
-            self._endpoint = GrpcEndpoint(self._server)
+    def _send(self, sequence_id: SequenceId, *, start: bool = False, end: bool = False) -> bool:
         error = self._endpoint.infer(
             self._model,
+            self._version,
             self._inputs,
             sequence_id,
-            start=bool(flags & FLAG_START),
-            end=bool(flags & FLAG_END),
+            start=start,
+            end=end,
             parameters={NONCE: self._nonce},
         )
-        return _was_known(error)
-
-    def _request(self, sequence_id: SequenceId, flags: int, version: int | None = None) -> Any:
-        return pb_utils.InferenceRequest(
-            model_name=self._model,
-            model_version=self._version if version is None else version,
-            correlation_id=sequence_id,
-            inputs=[output_tensor(spec.name, spec.tensor) for spec in self._inputs],
-            requested_output_names=[],
-            flags=flags,
-            parameters={NONCE: self._nonce},
-        )
-
-    def _execute(self, request: Any) -> str:
-        """Send a request and wait for its response; its error, or an empty text."""
-        try:
-            result = request.exec(decoupled=True) if self._decoupled else request.exec()
-            responses = list(result) if self._decoupled else [result]
-        except Exception as error:  # the stub raises what Triton refuses at once
-            return str(error)
-        self._responses.keep(responses)
-        errors = [response.error().message() for response in responses if response.has_error()]
-        return errors[0] if errors else ""
-
-    def _raise_if_stopping(self, error: str) -> None:
-        if NOT_READY in error:
-            self._stopping = True
-            raise ServerStoppingError
+        if error and FORGOTTEN not in error:
+            raise OwnRequestError(error)
+        return not error
 
     # Arriving
 
@@ -244,27 +212,16 @@ class OwnRequests:
         return True
 
 
-def _was_known(error: str) -> bool:
-    """Whether Triton knew the sequence of our own request, from its error or an empty text.
-
-    Raises:
-        OwnRequestError: the request failed for another reason.
-    """
-    if error and FORGOTTEN not in error:
-        raise OwnRequestError(error)
-    return not error
-
-
 def smallest_inputs(config: Mapping[str, Any]) -> list[ZeroInput]:
     """Inputs that Triton accepts: the required ones, or the first if all are optional."""
-    numbers = [spec for spec in config["input"] if spec["data_type"] in TORCH_TYPES]
+    numbers = [spec for spec in config["input"] if spec["data_type"] in NUMBERS]
     required = [spec for spec in numbers if not spec.get("optional", False)]
     return [
         ZeroInput(
             spec["name"],
             spec["data_type"].removeprefix("TYPE_"),
             (1, *(max(int(extent), 1) for extent in spec["dims"])),
-            TORCH_TYPES[spec["data_type"]],
+            NUMBERS[spec["data_type"]].as_torch.itemsize,
         )
         for spec in required or numbers[:1]
     ]

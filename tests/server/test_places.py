@@ -27,7 +27,7 @@ from support.faults import Stream, add, eventually, kill
 from support.generating import ENDLESS, PROMPT, GrpcStream, long_stream
 from support.models import accumulator
 from support.observed import LABEL, SAMPLE
-from support.pool import Deployment, ServerPool, reconfigure
+from support.pool import Deployment, ServerPool, reconfigure, warmed
 from tritonclient.grpc import InferenceServerClient, service_pb2, service_pb2_grpc
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -71,29 +71,21 @@ def _few_places(config: pb.ModelConfig) -> None:
     config.sequence_batching.oldest.max_candidate_sequences = PLACES
 
 
-def _warmed(config: pb.ModelConfig) -> None:
-    warmup = config.model_warmup.add(name="warm", batch_size=1, count=2)
-    tensor = config.input[0]
-    warmup.inputs[tensor.name].data_type = tensor.data_type
-    warmup.inputs[tensor.name].dims.extend(max(extent, 1) for extent in tensor.dims)
-    warmup.inputs[tensor.name].zero_data = True
-
-
 def _accumulator(config: pb.ModelConfig) -> None:
     _few_places(config)
-    _warmed(config)
+    warmed(config)
     config.sequence_batching.max_sequence_idle_microseconds = 1_000_000
     config.parameters["idle_timeout_seconds"].string_value = "1"
 
 
 def _twins(config: pb.ModelConfig) -> None:
-    _warmed(config)
+    warmed(config)
     config.instance_group[0].count = 2
 
 
 def _teller(config: pb.ModelConfig) -> None:
     _few_places(config)
-    _warmed(config)
+    warmed(config)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +108,7 @@ def storm(
     folder = tmp_path_factory.mktemp("places")
     repository = folder / "repository"
     Deployment(long, "teller", _teller, proxy=True).copy_to(repository)
-    reconfigure(repository / "teller_generate", _warmed)
+    reconfigure(repository / "teller_generate", warmed)
     for name in ("unary", "flow"):
         Deployment(accumulators / name, name, _accumulator).copy_to(repository)
     log = folder / "log"

@@ -32,5 +32,6 @@ def test_clients_that_come_go_vanish_and_misbehave_harm_no_other(
         "vanish",
         "restart",
         "cancel",
+        "kill",
     }
     assert judgement.numbers["tokens_compared"] > 80 * seconds

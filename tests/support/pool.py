@@ -35,6 +35,15 @@ def reconfigure(model: Path, change: Change | None = None, name: str = "") -> No
     file.write_text(text_format.MessageToString(config))
 
 
+def warmed(config: pb.ModelConfig) -> None:
+    """Let Triton warm the model up with two requests."""
+    warmup = config.model_warmup.add(name="warm", batch_size=1, count=2)
+    tensor = config.input[0]
+    warmup.inputs[tensor.name].data_type = tensor.data_type
+    warmup.inputs[tensor.name].dims.extend(max(extent, 1) for extent in tensor.dims)
+    warmup.inputs[tensor.name].zero_data = True
+
+
 @dataclass(frozen=True)
 class Deployment:
     """A built model to be served.

@@ -1,8 +1,11 @@
 """Clients of every kind, each with one conversation after another."""
 
 import asyncio
+import contextlib
+import os
 import random
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -13,7 +16,7 @@ from soak.line import Line, LostError, RefusedError
 from soak.songs import Song
 
 SHARES = {"normal": 62, "garbage": 8, "idle": 8, "vanish": 8, "restart": 8, "cancel": 6}
-"""How clients behave, of a hundred."""
+"""How clients behave, of a hundred. Beside them one starts processes and kills them (`kill`)."""
 FULL = ("INPLACE-NO_FREE_SLOT retryable=1", "INPLACE-QUEUE_FULL retryable=1")
 GONE = ("INPLACE-UNKNOWN_SEQUENCE", "must specify the START flag")
 LATE = 3.0
@@ -158,6 +161,8 @@ class Client:
             self.lives += 1
             rng = random.Random(f"{self.place.seed} client {self.number} life {self.lives}")
             [how] = rng.choices(list(SHARES), list(SHARES.values()))
+            if self.number == 0:
+                how = "kill"
             name = f"{how}-{self.number}-{self.lives}"
             if how != "normal":
                 self.tally.injected.add(name)
@@ -227,6 +232,25 @@ class Client:
         """Cancels the stream."""
         await self._some(performance, resting=False)
         await performance.line.cancel()
+
+    async def _kill(self, performance: Performance) -> None:
+        """A process that generates and is killed (SIGKILL)."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "soak.killed", self.place.url, self.place.model, performance.name),
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert process.stdout is not None
+        try:
+            if not await asyncio.wait_for(process.stdout.readline(), PATIENCE):
+                raise LostError("the process ended before it was killed")
+        except TimeoutError:
+            raise LostError(f"no token within {PATIENCE:g} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
     async def _restart(self, performance: Performance) -> None:
         """START on the live id over another connection, the old one still there or just gone."""

@@ -13,6 +13,7 @@ from soak.clients import Client, Place, Tally
 from soak.songs import CAPACITY, Song, songbook
 from soak.watch import Memory, error_lines, free_slots, metric
 from support.models import open_instance, tiny_llama
+from support.pool import reconfigure, warmed
 
 MODEL = "llama"
 SLOTS, ROWS = 256, 64
@@ -34,12 +35,13 @@ class Judgement:
 
 
 def build(folder: Path, idle: float) -> Path:
-    """A repository with a tiny random Llama as a stream model."""
+    """A repository with a tiny random Llama as a stream model, which Triton warms up."""
     tiny_llama(folder / "source")
     options = BuildOptions(
         slots=SLOTS, max_rows=ROWS, capacity=CAPACITY, chunk=16, idle_timeout=idle, serve="stream"
     )
     build_decoder(folder / "source", folder / "repository" / MODEL, options)
+    reconfigure(folder / "repository" / MODEL, warmed)
     return folder / "repository"
 
 

@@ -102,18 +102,19 @@ def _load(args: dict[str, str]) -> LoadedModel:
     load = partial(
         ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout, trust=trust
     )
-    if settings.serve == "stream":
+    streams = settings.serve == "stream"
+    if streams:
         check_numpy(Path("/proc/self/exe"), np.__version__)
         tokenizer = TokenizerConfig(load_tokenizer(EngineFolder(folder), manifest), settings.eos)
         thread = engine_thread()
         instance = thread.submit(load).result()
-        instance.is_forwarded = settings.is_forwarded
-        metrics = _start_reports(instance, settings, args)
-        driver = StreamDriver(instance, tokenizer, settings.max_waiting, thread)
-        return _StreamModel(driver, metrics, ModelPlaces(args, driver, instance.observer))
-    instance = load()
+    else:
+        instance = load()
     instance.is_forwarded = settings.is_forwarded
     metrics = _start_reports(instance, settings, args)
+    if streams:
+        driver = StreamDriver(instance, tokenizer, settings.max_waiting, thread)
+        return _StreamModel(driver, metrics, ModelPlaces(args, driver, instance.observer))
     steps = StepDriver(instance)
     return _StepModel(steps, metrics, ModelPlaces(args, steps, instance.observer))
 

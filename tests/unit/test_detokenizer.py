@@ -85,6 +85,35 @@ def test_characters_before_an_invalid_byte_stay_when_the_decoder_takes_them_back
     assert detokenizer.append([letter]) == "\ufffd\ufffd\ufffda"
 
 
+class Measured:
+    """A tokenizer that notes how many tokens it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.id_to_token = tokenizer.id_to_token
+        self._tokenizer, self.lengths = tokenizer, list[int]()
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        self.lengths.append(len(tokens))
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+@pytest.mark.parametrize("kind", ["byte-fallback", "byte-level"])
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_long_run_of_invalid_bytes_is_not_decoded_again_and_again(kind: str, size: int) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    name = "<0xFF>" if kind == "byte-fallback" else "ÿ"
+    invalid = tokenizer.token_to_id(name)
+    assert invalid is not None
+    words = tokenizer.encode("hello 你a", add_special_tokens=False).ids
+    tokens = words + [invalid] * 1000 + words + [invalid] * 300
+    measured = Measured(tokenizer)
+    detokenizer = Detokenizer(measured, words)  # type: ignore[arg-type]
+    returned = "".join(detokenizer.append(part) for part in pieces(tokens, [size]))
+    assert returned + detokenizer.flush() == added_to_any_prompt(tokenizer, words, tokens)
+    assert max(measured.lengths) < 150
+
+
 def test_one_character_of_three_bytes_over_and_over() -> None:
     """The window is cut between characters, never inside one."""
     tokenizer = byte_fallback()

@@ -1,5 +1,6 @@
 """A language model's tokenizer, incremental detokenization, and stop texts."""
 
+import codecs
 import re
 
 from tokenizers import Tokenizer
@@ -23,6 +24,12 @@ MAX_WINDOW_TOKENS = 32
 
 MAX_CHARACTER_TOKENS = 4
 """Tokens that one character takes at most: one for each byte of its UTF-8."""
+
+MAX_INVALID_TOKENS = 64
+"""Length at which a run of tokens that are no characters is shortened in the window."""
+
+INVALID_CONTEXT = 2 * MAX_CHARACTER_TOKENS
+"""Tokens of such a run that stay at each of its ends."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -84,6 +91,7 @@ class Detokenizer:
         self._prompt_text = self._decode(self._window)
         # The end of the window's longest part whose text is whole, and the length of that text.
         self._whole, self._num_returned = self._whole_part()
+        self._num_dropped = 0  # replacement characters of the run that is not returned yet
 
     def append(self, tokens: list[int]) -> str:
         """Add tokens and return the text they add, without a last character that is incomplete."""
@@ -97,6 +105,8 @@ class Detokenizer:
                 self._num_returned = len(self._decode(self._window))
                 self._prompt_text = ""
             self._whole = len(self._window)
+        elif len(self._window) - self._whole > MAX_INVALID_TOKENS:
+            self._shorten_run(text)
         return piece
 
     def flush(self) -> str:
@@ -113,7 +123,41 @@ class Detokenizer:
         while start < min(end, len(prompt)) and prompt[start] == text[start]:
             start += 1
         self._num_returned = end
-        return text[start:end]
+        dropped, self._num_dropped = self._num_dropped, 0
+        return REPLACEMENT * dropped + text[start:end]
+
+    def _shorten_run(self, text: str) -> None:
+        """Drop tokens from the middle of a run of invalid bytes at the end of the window.
+
+        Otherwise every new token would decode the whole run again. It is done only where no bytes
+        that may follow can make characters of what the run begins with.
+        """
+        num_invalid = len(text) - len(text.rstrip(REPLACEMENT))
+        start = max(self._whole, len(self._window) - num_invalid)
+        head = self._window[: start + INVALID_CONTEXT]
+        if not self._is_invalid(head[start:]):
+            return
+        window = head + self._window[-INVALID_CONTEXT:]
+        shorter = self._decode(window)
+        num_dropped = len(text) - len(shorter)
+        if num_dropped > 0 and text == shorter + REPLACEMENT * num_dropped:
+            self._window = window
+            self._num_dropped += num_dropped
+
+    def _is_invalid(self, tokens: list[int]) -> bool:
+        """Whether the text of these tokens stays invalid, whatever follows them.
+
+        Where tokens are bytes, one invalid sequence makes a run of them invalid as a whole.
+        """
+        matches = [BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(each) or "") for each in tokens]
+        content = bytes(int(match[1], 16) for match in matches if match is not None)
+        if len(content) < len(tokens):
+            return True  # other tokenizers decode every sequence of bytes by itself
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(content)
+        except UnicodeDecodeError:
+            return True
+        return False
 
     def _first_whole(self, prompt: list[int]) -> int:
         """Where a window at the end of the prompt can begin without cutting a character."""

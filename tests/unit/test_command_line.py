@@ -38,12 +38,42 @@ def test_tls_files_are_relative_to_the_servers_folder() -> None:
     assert (server.certificate, server.key) == (Path("/srv/tls/a"), Path("/b"))
 
 
-def test_the_header_of_a_restricted_protocol_is_read_where_it_is_about_inference() -> None:
+def test_headers_of_restricted_protocols_are_read_where_they_are_about_ours() -> None:
     server = options(
         "--grpc-restricted-protocol=health,inference:Admin-Key=secret=1",
         "--grpc-restricted-protocol=model-repository:other=x",
+        "--grpc-restricted-protocol=health:probe=y",
         "--exit-timeout-secs",
         "6",
     )
-    assert server.headers == (("triton-grpc-protocol-admin-key", "secret=1"),)
+    assert server.headers == (
+        ("triton-grpc-protocol-admin-key", "secret=1"),
+        ("triton-grpc-protocol-probe", "y"),
+    )
     assert server.exit_timeout == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "is_server"),
+    [
+        (["/opt/tritonserver/bin/tritonserver", "--grpc-port=9"], True),
+        (["/lib/ld-linux-x86-64.so.2", "/x/tritonserver", "--grpc-port=9"], True),
+        (["python3", "app.py", "--grpc-port=9"], False),
+    ],
+)
+def test_only_the_command_line_of_a_tritonserver_is_read(
+    words: list[str], is_server: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "7"
+    folder.mkdir()
+    (folder / "cmdline").write_text("\0".join(words) + "\0")
+    (folder / "cwd").symlink_to(tmp_path)
+    if is_server:
+        assert CommandLine.of_process(7, tmp_path).value("grpc-port", "") == "9"
+    else:
+        with pytest.raises(OSError, match=r"process 7 is no tritonserver: 'python3 app.py"):
+            CommandLine.of_process(7, tmp_path)
+
+
+def test_without_a_command_line_no_endpoint_is_guessed() -> None:
+    assert ServerOptions.of_parent().target == ""  # the parent of a test is no tritonserver

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+PROGRAM = "tritonserver"
+"""The server's executable."""
+
 
 @dataclass(frozen=True)
 class CommandLine:
@@ -27,10 +30,13 @@ class CommandLine:
             proc: where the process file system is.
 
         Raises:
-            OSError: it cannot be read, for example where /proc hides other users' processes.
+            OSError: it cannot be read, for example where /proc hides other users' processes, or the
+                process runs another program: a server may also be a part of one.
         """
         folder = proc / str(process)
         words = (folder / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+        if not any(Path(word).name == PROGRAM for word in words):
+            raise OSError(f"process {process} is no {PROGRAM}: {' '.join(words)[:100]!r}")
         return cls.parse(words[1:], (folder / "cwd").readlink())
 
     @classmethod

@@ -70,13 +70,14 @@ class ServerOptions:
     def of_parent(cls) -> Self:
         """The options of the parent process, which is the server of a stub.
 
-        Triton's defaults, with a line in the log, where they cannot be read.
+        Without an endpoint where they cannot be read: another server may listen at Triton's default
+        port.
         """
         try:
             return cls.of(CommandLine.of_process(os.getppid()))
         except OSError as error:
-            log.warning("the server's command line cannot be read, its defaults count: %s", error)
-            return cls()
+            log.warning("the server's command line cannot be read: %s", error)
+            return cls(target="")
 
     @classmethod
     def of(cls, command_line: CommandLine) -> Self:
@@ -138,7 +139,9 @@ class GrpcEndpoint:
 
     def __init__(self, options: ServerOptions) -> None:
         if not options.target:
-            raise LoopbackError("the server has no gRPC endpoint (--allow-grpc=false)")
+            raise LoopbackError(
+                "the server has no gRPC endpoint (--allow-grpc=false), or it is not known"
+            )
         try:
             import grpc
             from tritonclient.grpc import service_pb2, service_pb2_grpc

@@ -1,7 +1,7 @@
 """Questions about the nodes of a ``torch.fx`` graph, copies of graphs, and new calls in them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -54,6 +54,18 @@ def is_call(node: AnyNode, *targets: object) -> bool:
 def argument(node: Node, position: int, name: str, default: Any) -> Any:
     """An argument of a call that may be passed by position, by name, or not at all."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def per_axis(values: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One number for each axis; a single one counts for all."""
+    numbers = (values,) if isinstance(values, int) else tuple(values)
+    return numbers * axes if len(numbers) == 1 else numbers
+
+
+def only_first_used(node: Node) -> str | None:
+    """The reason, if something uses more than the first result of a node."""
+    used = sorted({str(user.args[1]) for user in node.users if user.args[1] != 0})
+    return f"its results {', '.join(used)} are used; only the first is lowered" if used else None
 
 
 def operand_orders(node: AnyNode, target: object) -> Iterator[tuple[AnyNode, AnyNode]]:

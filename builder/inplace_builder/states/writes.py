@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from inplace_builder.graph.in_place import SAME_ORDER, SELF_INVERSE
 from inplace_builder.graph.nodes import (
     RESHAPES,
     AnyNode,
@@ -499,18 +500,15 @@ _SCATTERS_INTO_VIEWS = frozenset({aten.as_strided_scatter.default, aten.diagonal
 
 _VIEWS = (
     *RESHAPES,
+    *SAME_ORDER,
+    *SELF_INVERSE,
     aten._reshape_alias.default,
     aten.alias.default,
     aten.as_strided.default,
     aten.detach.default,
     aten.diagonal.default,
     aten.expand.default,
-    aten.flatten.using_ints,
     aten.slice.Tensor,
-    aten.squeeze.default,
-    aten.squeeze.dims,
-    aten.t.default,
-    aten.unflatten.int,
     aten.unfold.default,
     aten.unfold_backward.default,
     aten.view.dtype,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inplace_builder.graph.nodes import argument
+from inplace_builder.graph.nodes import argument, only_first_used
 from inplace_builder.lower.converters.padding import padded
-from inplace_builder.lower.converters.pooling import only_first_used
 from inplace_builder.lower.converters.shape import cut
 from inplace_builder.lower.layers import HALF, ITensor, Number, Size, expression
 from inplace_builder.lower.network import Network

@@ -98,9 +98,14 @@ def _truncated_division(ctx: Network, a: Operand, b: Operand) -> ITensor:
     compute = torch.float32 if dtype in HALF else dtype
     quotient = ctx.elementwise("DIV", ctx.tensor(a, compute, rank), ctx.tensor(b, compute, rank))
     if compute.is_floating_point:
-        negative = ctx.less(quotient, ctx.scalar(0.0, compute, rank))
-        quotient = ctx.select(negative, ctx.unary("CEIL", quotient), ctx.unary("FLOOR", quotient))
+        quotient = truncated(ctx, quotient)
     return ctx.cast(quotient, dtype)
+
+
+def truncated(ctx: Network, x: ITensor) -> ITensor:
+    """Floating-point numbers without their fraction."""
+    negative = ctx.less(x, ctx.scalar(0.0, ctx.dtype_of(x), len(x.shape)))
+    return ctx.select(negative, ctx.unary("CEIL", x), ctx.unary("FLOOR", x))
 
 
 @converter(aten.fmod.Tensor, aten.fmod.Scalar)
@@ -120,8 +125,8 @@ def atan2(ctx: Network, y: ITensor, x: ITensor) -> ITensor:
     y, x = ctx.tensor(y, torch.float32, rank), ctx.tensor(x, torch.float32, rank)
     zero, pi = (ctx.scalar(value, torch.float32, rank) for value in (0.0, math.pi))
     angle = ctx.unary("ATAN", ctx.elementwise("DIV", y, x))
-    turn = ctx.select(ctx.less(y, zero), ctx.unary("NEG", pi), pi)
-    angle = ctx.select(ctx.less(x, zero), ctx.add(angle, turn), angle)
+    offset = ctx.select(ctx.less(y, zero), ctx.unary("NEG", pi), pi)
+    angle = ctx.select(ctx.less(x, zero), ctx.add(angle, offset), angle)
     origin = ctx.logical_and(ctx.equal(x, zero), ctx.equal(y, zero))
     return ctx.cast(ctx.select(origin, zero, angle), dtype)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from inplace_builder.graph.nodes import per_axis
 from inplace_builder.lower.converters.padding import padded
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network
@@ -48,12 +49,6 @@ def _constant_kernel(node: Node, ctx: Network) -> str | None:
     )
 
 
-def _each(values: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """One number for each axis; a single one counts for all."""
-    numbers = (values,) if isinstance(values, int) else tuple(values)
-    return numbers * axes if len(numbers) == 1 else numbers
-
-
 @converter(
     aten.conv1d.default,
     aten.conv2d.default,
@@ -76,7 +71,7 @@ def conv(
     """A convolution; ``padding`` may be ``same`` or ``valid``."""
     kernel = _kernel(ctx)
     axes = kernel.dim() - 2
-    spread = _each(dilation, axes)
+    spread = per_axis(dilation, axes)
     if isinstance(padding, str):
         total = [
             rate * (size - 1) if padding == "same" else 0
@@ -85,8 +80,8 @@ def conv(
         before = tuple(each // 2 for each in total)
         after = tuple(each - half for each, half in zip(total, before, strict=True))
     else:
-        before = after = _each(padding, axes)
-    window = Window(_each(stride, axes), spread, before, after, (0,) * axes, groups)
+        before = after = per_axis(padding, axes)
+    window = Window(per_axis(stride, axes), spread, before, after, (0,) * axes, groups)
     return _convolved(ctx, x, kernel, bias, window, transposed=False)
 
 
@@ -132,8 +127,10 @@ def convolution(
     if transposed:
         window = _transposed(kernel, stride, padding, output_padding, dilation, groups)
     else:
-        ends = _each(padding, axes)
-        window = Window(_each(stride, axes), _each(dilation, axes), ends, ends, (0,) * axes, groups)
+        ends = per_axis(padding, axes)
+        window = Window(
+            per_axis(stride, axes), per_axis(dilation, axes), ends, ends, (0,) * axes, groups
+        )
     return _convolved(ctx, x, kernel, bias, window, transposed=transposed)
 
 
@@ -156,10 +153,10 @@ def _transposed(
     Output padding keeps entries that padding would drop at the end; beyond those it adds zeros.
     """
     axes = kernel.dim() - 2
-    before, more = _each(padding, axes), _each(output_padding, axes)
+    before, more = per_axis(padding, axes), per_axis(output_padding, axes)
     return Window(
-        _each(stride, axes),
-        _each(dilation, axes),
+        per_axis(stride, axes),
+        per_axis(dilation, axes),
         before,
         tuple(max(end - each, 0) for end, each in zip(before, more, strict=True)),
         tuple(max(each - end, 0) for end, each in zip(before, more, strict=True)),

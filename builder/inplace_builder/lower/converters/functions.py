@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from inplace_builder.lower.converters.arithmetic import repeated_product
+from inplace_builder.lower.converters.arithmetic import repeated_product, truncated
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -144,12 +144,6 @@ def sign(ctx: Network, x: ITensor) -> ITensor:
     zero = ctx.scalar(0, dtype, rank)
     above, below = ctx.elementwise("GREATER", x, zero), ctx.less(x, zero)
     return ctx.subtract(ctx.cast(above, dtype), ctx.cast(below, dtype))
-
-
-def truncated(ctx: Network, x: ITensor) -> ITensor:
-    """Floating-point numbers without their fraction."""
-    negative = ctx.less(x, ctx.scalar(0.0, ctx.dtype_of(x), len(x.shape)))
-    return ctx.select(negative, ctx.unary("CEIL", x), ctx.unary("FLOOR", x))
 
 
 @converter(aten.trunc.default, aten.fix.default)

@@ -5,6 +5,7 @@ positions in them. A mask of booleans has a result of unknown shape, so it is lo
 says what to replace.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.fx import Node
 
 from inplace_builder.lower.converters.accumulate import accumulated
 from inplace_builder.lower.converters.scatter import index_source, placed
+from inplace_builder.lower.converters.shape import expanded
 from inplace_builder.lower.layers import ITensor, Size, expression
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -100,20 +102,13 @@ def _broadcast(shapes: Sequence[tuple[Size, ...]]) -> tuple[Size, ...]:
     return tuple(result)
 
 
-def _product(extents: Sequence[Size]) -> Size:
-    product: Size = 1
-    for extent in extents:
-        product = product * extent
-    return product
-
-
 def _merged(ctx: Network, x: ITensor, shape: Sequence[Size], places: Places) -> ITensor:
     """The indexed axes in front, as one."""
     order = [*places.axes, *places.others]
     rest = [shape[axis] for axis in places.others]
     if len(places.axes) == 1:
         return ctx.permute(x, order)
-    merged = _product([shape[axis] for axis in places.axes])
+    merged = math.prod(shape[axis] for axis in places.axes)
     return ctx.reshape(ctx.permute(x, order), [merged, *rest])
 
 
@@ -150,21 +145,14 @@ def index_put(
     places = _places(ctx, shape, indices)
     rest = [shape[axis] for axis in places.others]
     written = (*rest[: places.lead], *places.shape, *rest[places.lead :])
-    before = ctx.meta(ctx.node.args[2]).shape
-    new = ctx.expand_rank(new, len(written))
-    before = (*(1,) * (len(written) - len(before)), *before)
-    stride = [int(expression(a) == expression(b)) for a, b in zip(before, written, strict=True)]
-    if not all(stride):
-        new = ctx.slice(new, [0] * len(written), written, stride)
-    order, count = _moved_back(places), _product(places.shape)
+    new = expanded(ctx, new, ctx.meta(ctx.node.args[2]).shape, written)
+    order, count = _moved_back(places), math.prod(places.shape)
     new = ctx.permute(new, [order.index(axis) for axis in range(len(order))])
     new = ctx.reshape(new, [count, *rest])
     positions = ctx.expand(places.positions, places.shape)
     positions = ctx.reshape(positions, [count])
-    merged, extent = (
-        _merged(ctx, base, shape, places),
-        _product([shape[axis] for axis in places.axes]),
-    )
+    merged = _merged(ctx, base, shape, places)
+    extent = math.prod(shape[axis] for axis in places.axes)
     if accumulate:
         index = ctx.reshape(positions, (-1, *(1,) * len(rest)))
         merged = accumulated(ctx, "SUM", merged, 0, extent, index, new)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from inplace_builder.graph.nodes import argument
-from inplace_builder.lower.converters.pooling import only_first_used
+from inplace_builder.graph.nodes import argument, only_first_used
+from inplace_builder.lower.converters.unsupported import UPDATES_STATISTICS
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -142,7 +142,7 @@ def _no_new_statistics(node: Node, ctx: Network) -> str | None:
     """Outside of training, or without running statistics."""
     training = argument(node, 5, "training", False)
     if training and argument(node, 3, "running_mean", None) is not None:
-        return "it changes its running statistics (training); call .eval() on the model"
+        return UPDATES_STATISTICS
     return None
 
 
@@ -197,9 +197,7 @@ def _of_the_input(node: Node, ctx: Network) -> str | None:
     if argument(node, 3, "running_mean", None) is None:
         return None
     used = argument(node, 5, "use_input_stats", True)
-    return (
-        "it changes its running statistics (training); call .eval() on the model" if used else None
-    )
+    return UPDATES_STATISTICS if used else None
 
 
 @converter(aten.instance_norm.default, validator=_of_the_input)

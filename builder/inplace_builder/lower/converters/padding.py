@@ -5,6 +5,7 @@ where they are not. TensorRT 10.6 was seen to read one entry too far where a con
 of booleans was rolled; a gather has no such case.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,22 +97,16 @@ class Positions:
         return Positions(ctx, ctx.subtract(value, multiple))
 
 
-def _less_one(ctx: Network, extent: Extent) -> Extent:
-    if isinstance(extent, AxisExtent):
-        raise AssertionError("an extent of the graph is an integer or a SymInt")
-    return extent - 1
-
-
-def _reflected(ctx: Network, source: Positions, extent: Extent) -> Positions:
-    last = _less_one(ctx, extent)
+def _reflected(source: Positions, extent: Size) -> Positions:
+    last = extent - 1
     return source.magnitude().minus(last).magnitude().negative().plus(last)
 
 
-def _nearest(ctx: Network, source: Positions, extent: Extent) -> Positions:
-    return source.at_least(0).at_most(_less_one(ctx, extent))
+def _nearest(source: Positions, extent: Size) -> Positions:
+    return source.at_least(0).at_most(extent - 1)
 
 
-def _circular(ctx: Network, source: Positions, extent: Extent) -> Positions:
+def _circular(source: Positions, extent: Size) -> Positions:
     return source.modulo(extent)
 
 
@@ -147,7 +142,7 @@ def padded(
         return _padded_by_value(ctx, x, axis, extent, before, after, value)
     assert not isinstance(extent, AxisExtent)
     source = Positions.counting(ctx, extent + before + after).minus(before)
-    return ctx.gather(x, MODES[mode](ctx, source, extent).tensor(), axis)
+    return ctx.gather(x, MODES[mode](source, extent).tensor(), axis)
 
 
 def _padded_by_value(
@@ -167,7 +162,7 @@ def _padded_by_value(
         zeros = ctx.expand(ctx.scalar(value, dtype, rank), shape)
         return ctx.concatenate([x, zeros], axis)
     source = Positions.counting(ctx, extent + before + after).minus(before)
-    nearest = _nearest(ctx, source, extent)
+    nearest = _nearest(source, extent)
     entries = ctx.gather(x, nearest.tensor(), axis)
     if isinstance(source.value, torch.Tensor):
         inside = ctx.constant(source.value == nearest.value)
@@ -241,9 +236,7 @@ def roll(ctx: Network, x: ITensor, shifts: Sequence[Size], dims: Sequence[int] =
     """
     shape = ctx.meta(ctx.node.args[0]).shape
     if not dims:
-        count: Size = 1
-        for extent in shape:
-            count = count * extent
+        count: Size = math.prod(shape)
         flat = _rolled(ctx, ctx.reshape(x, [-1]), count, shifts[0], 0)
         return reshaped(ctx, flat, (count,), shape)
     for shift, dim in zip(shifts, dims, strict=True):
@@ -278,7 +271,11 @@ def unfold(ctx: Network, x: ITensor, dim: int, size: int, step: int) -> ITensor:
 def _known_extents(node: Node, ctx: Network) -> str | None:
     """Tensors whose extents are all known."""
     shape = ctx.meta(node.args[0]).shape
-    return None if all(isinstance(extent, int) for extent in shape) else "an extent of it varies"
+    return (
+        None
+        if all(isinstance(extent, int) for extent in shape)
+        else "the input has a dynamic extent"
+    )
 
 
 def _diagonal_source(shape: Sequence[int], offset: int, dims: tuple[int, int]) -> torch.Tensor:
@@ -326,7 +323,7 @@ def _contiguous(node: Node, ctx: Network) -> str | None:
     sizes: Any = (*node.args[1], *node.args[2])  # type: ignore[misc]
     offset = node.args[3] if len(node.args) > 3 else None
     if not all(isinstance(extent, int) for extent in (*x.shape, *sizes)):
-        return "an extent of it varies"
+        return "the input has a dynamic extent"
     if not x.is_contiguous() or (offset is not None and x.storage_offset() != 0):
         return "it reads the memory of a view"
     return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inplace_builder.graph.nodes import argument
+from inplace_builder.graph.nodes import argument, only_first_used, per_axis
 from inplace_builder.lower.layers import HALF, ITensor, Size
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Windows:
+class _Windows:
     """Windows of a pool; one number for each axis that is pooled.
 
     Attributes:
@@ -36,15 +36,15 @@ class Windows:
     @classmethod
     def of(
         cls, ctx: Network, kernel: Sequence[int], stride: Sequence[int], padding: Any, axes: int
-    ) -> "Windows":
+    ) -> "_Windows":
         """The windows of the current node's arguments."""
-        size = _each(kernel, axes)
+        size = per_axis(kernel, axes)
         values = ctx.node.meta["val"]
         result = values[0] if isinstance(values, list | tuple) else values
         return cls(
             size,
-            _each(stride, axes) if stride else size,
-            _each(padding, axes),
+            per_axis(stride, axes) if stride else size,
+            per_axis(padding, axes),
             tuple(ctx.meta(ctx.node.args[0]).shape[-axes:]),
             tuple(result.shape[-axes:]),
         )
@@ -61,13 +61,8 @@ class Windows:
         )
 
 
-def _each(values: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    numbers = (values,) if isinstance(values, int) else tuple(values)
-    return numbers * axes if len(numbers) == 1 else numbers
-
-
-def pooled(
-    ctx: Network, kind: str, x: ITensor, windows: Windows, *, count_padding: bool = True
+def _pooled(
+    ctx: Network, kind: str, x: ITensor, windows: _Windows, *, count_padding: bool = True
 ) -> ITensor:
     """Add TensorRT's pooling layer, which has two or three axes.
 
@@ -103,16 +98,16 @@ def pooled(
     return result
 
 
-def only_first_used(node: Node) -> str | None:
-    """The reason, if something uses more than the first result of a node."""
-    used = sorted({str(user.args[1]) for user in node.users if user.args[1] != 0})
-    return f"its results {', '.join(used)} are used; only the first is lowered" if used else None
+def _pooled_axes(node: Node) -> int:
+    """How many axes an operator pools: the number in its name."""
+    name = node.target._schema.name  # type: ignore[union-attr]
+    return next(count for count in (1, 2, 3) if f"pool{count}d" in name)
 
 
 def _plain_max(node: Node, ctx: Network) -> str | None:
     """Floating-point numbers, dilation 1; the positions of the maxima must not be used."""
     dilation: Any = argument(node, 4, "dilation", (1,))
-    if any(each != 1 for each in _each(dilation, 1)):
+    if any(each != 1 for each in per_axis(dilation, 1)):
         return "its windows are dilated"
     if not ctx.meta(node.args[0]).dtype.is_floating_point:
         return "TensorRT pools no integers"
@@ -135,10 +130,8 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> ITensor:
     """Largest value of each window."""
-    name = ctx.node.target._schema.name  # type: ignore[union-attr]
-    axes = next(count for count in (1, 2, 3) if f"pool{count}d" in name)
-    windows = Windows.of(ctx, kernel, stride, padding, axes)
-    return pooled(ctx, "MAX", x, windows)
+    windows = _Windows.of(ctx, kernel, stride, padding, _pooled_axes(ctx.node))
+    return _pooled(ctx, "MAX", x, windows)
 
 
 @converter(
@@ -156,7 +149,7 @@ def _known_counts(node: Node, ctx: Network) -> str | None:
     """With ``ceil_mode``: extents that are known."""
     x, ceil = ctx.meta(node.args[0]), argument(node, 4, "ceil_mode", False)
     known = all(isinstance(extent, int) for extent in x.shape[1:])
-    return None if known or not ceil else "it rounds up, and an extent of it varies"
+    return None if known or not ceil else "it rounds up, and the input has a dynamic extent"
 
 
 @converter(
@@ -176,15 +169,13 @@ def avg_pool(
     divisor_override: int | None = None,
 ) -> ITensor:
     """Mean of each window."""
-    name = ctx.node.target._schema.name  # type: ignore[union-attr]
-    axes = next(count for count in (1, 2, 3) if f"pool{count}d" in name)
-    windows = Windows.of(ctx, kernel, stride, padding, axes)
+    windows = _Windows.of(ctx, kernel, stride, padding, _pooled_axes(ctx.node))
     rounds_up = any(windows.rounded_up())
     whole = torch.Size(windows.size).numel()
     include = count_include_pad or divisor_override is not None or rounds_up
     dtype = ctx.dtype_of(x)
     compute = torch.float32 if dtype in HALF else dtype
-    result = pooled(ctx, "AVERAGE", ctx.cast(x, compute), windows, count_padding=include)
+    result = _pooled(ctx, "AVERAGE", ctx.cast(x, compute), windows, count_padding=include)
     if divisor_override is not None:
         result = ctx.multiply(result, ctx.scalar(whole / divisor_override, compute))
     elif rounds_up:
@@ -193,7 +184,7 @@ def avg_pool(
     return ctx.cast(result, dtype)
 
 
-def _counts(windows: Windows, *, with_padding: bool) -> torch.Tensor:
+def _counts(windows: _Windows, *, with_padding: bool) -> torch.Tensor:
     """How many entries of each window count for its mean; extents are known."""
     total = torch.ones(())
     for size, step, pad, extent, count in zip(
@@ -221,7 +212,7 @@ def _adaptive_axes(node: Node, ctx: Network) -> str | None:
         not isinstance(extent, int) and count not in (1, None)
         for extent, count in zip(extents, target, strict=True)
     ):
-        return "an extent of it varies"
+        return "the input has a dynamic extent"
     return only_first_used(node) if isinstance(node.meta["val"], tuple | list) else None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from inplace_builder.graph.in_place import SAME_ORDER
+from inplace_builder.graph.in_place import SAME_ORDER, SELF_INVERSE
 from inplace_builder.lower.layers import ITensor, Number, Size, expression
 from inplace_builder.lower.network import Network
 from inplace_builder.lower.registry import converter
@@ -46,9 +46,7 @@ def permute(ctx: Network, x: ITensor, order: Sequence[int]) -> ITensor:
     return ctx.permute(x, [axis % len(order) for axis in order])
 
 
-@converter(
-    aten.transpose.int, aten.t.default, aten.swapaxes.default, aten.numpy_T.default, aten.mT.default
-)
+@converter(*SELF_INVERSE)
 def transpose(ctx: Network, x: ITensor, a: int = -2, b: int = -1) -> ITensor:
     """Swap two axes."""
     rank = len(x.shape)
@@ -61,7 +59,14 @@ def transpose(ctx: Network, x: ITensor, a: int = -2, b: int = -1) -> ITensor:
 @converter(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def expand(ctx: Network, x: ITensor, *_: object, **__: object) -> ITensor:
     """Repeat axes of extent 1."""
-    before, after = ctx.meta(ctx.node.args[0]).shape, ctx.result().shape
+    return expanded(ctx, x, ctx.meta(ctx.node.args[0]).shape, ctx.result().shape)
+
+
+def expanded(ctx: Network, x: ITensor, before: Sequence[Size], after: Sequence[Size]) -> ITensor:
+    """Repeat axes of extent 1, between shapes of the captured graph.
+
+    Unlike `Layers.expand` it needs no extent that TensorRT knows.
+    """
     x = ctx.expand_rank(x, len(after))
     before = (*(1,) * (len(after) - len(before)), *before)
     stride = [int(expression(a) == expression(b)) for a, b in zip(before, after, strict=True)]
@@ -254,11 +259,10 @@ def fill(ctx: Network, x: ITensor, value: ITensor | Number) -> ITensor:
 @converter(aten.copy.default)
 def copy(ctx: Network, x: ITensor, new: ITensor, *_: object) -> ITensor:
     """``new`` in the type and the shape of ``x``."""
-    before, after = ctx.meta(ctx.node.args[1]).shape, ctx.result().shape
-    new = ctx.expand_rank(ctx.cast(new, ctx.result().dtype), len(after))
-    before = (*(1,) * (len(after) - len(before)), *before)
-    stride = [int(expression(a) == expression(b)) for a, b in zip(before, after, strict=True)]
-    return new if all(stride) else ctx.slice(new, [0] * len(after), after, stride)
+    result = ctx.result()
+    return expanded(
+        ctx, ctx.cast(new, result.dtype), ctx.meta(ctx.node.args[1]).shape, result.shape
+    )
 
 
 @converter(aten.ones.default, aten.ones_like.default, aten.new_ones.default)

@@ -7,6 +7,10 @@ from inplace_builder.lower.registry import unsupported
 aten = torch.ops.aten
 
 
+UPDATES_STATISTICS = "it changes its running statistics (training); call .eval() on the model"
+"""Why a norm in training mode cannot be lowered."""
+
+
 unsupported(
     "its result's shape depends on values; use where, or masked_fill",
     aten.nonzero.default,
@@ -42,7 +46,7 @@ unsupported(
 
 
 unsupported(
-    "it changes its running statistics (training); call .eval() on the model",
+    UPDATES_STATISTICS,
     aten._native_batch_norm_legit.default,
 )
 

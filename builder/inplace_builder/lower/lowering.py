@@ -132,6 +132,14 @@ def lower(
     )
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """Why a node cannot be lowered, and whether a converter would help."""
+
+    text: str
+    lacks_converter: bool
+
+
 class _Walk:
     """Lowers the nodes of a graph, one after the other.
 
@@ -161,7 +169,7 @@ class _Walk:
             LoweringError: names all of them, each with the model's lines that call it.
         """
         user_states: set[Node] = set()
-        problems: dict[str, None] = {}
+        problems: dict[_Problem, None] = {}
         for node in graph.nodes:
             sources = node.all_input_nodes
             kinds = {self._kinds[each.name] for each in sources if self._is_state(each)}
@@ -174,9 +182,9 @@ class _Walk:
             return
         if len(problems) == 1:
             (problem,) = problems
-            advice = f"; {ADVICE}" if "no converter" in problem else ""
-            raise LoweringError(problem + advice)
-        listed = "".join(f"\n  {problem}" for problem in problems)
+            advice = f"; {ADVICE}" if problem.lacks_converter else ""
+            raise LoweringError(problem.text + advice)
+        listed = "".join(f"\n  {problem.text}" for problem in problems)
         raise LoweringError(
             f"{len(problems)} uses of operators cannot be lowered:{listed}\n{ADVICE}"
         )
@@ -184,7 +192,7 @@ class _Walk:
     def _is_state(self, node: Node) -> bool:
         return node.op == "placeholder" and node.name in self._specs
 
-    def _problem(self, node: Node, kind: str | None) -> str | None:
+    def _problem(self, node: Node, kind: str | None) -> _Problem | None:
         """Why a node cannot be lowered, or None.
 
         Args:
@@ -201,11 +209,13 @@ class _Walk:
             what = "no converter" if kind is None else f"no converter for states of kind {kind}"
             why = node.meta.get(FAILURE) or unsupported_reason(target)  # type: ignore[arg-type]
             detail = f" ({why})" if why else ""
-            return f"operator {target}{made_by} has {what}{self._context.origin}{detail}"
+            text = f"operator {target}{made_by} has {what}{self._context.origin}{detail}"
+            return _Problem(text, lacks_converter=True)
         reason = converter.validator and converter.validator(node, self._context)
         if reason is None:
             return None
-        return f"operator {target}{made_by} cannot be lowered{self._context.origin}: {reason}"
+        text = f"operator {target}{made_by} cannot be lowered{self._context.origin}: {reason}"
+        return _Problem(text, lacks_converter=False)
 
     def visit(self, node: Node) -> None:
         """Lower one node.

@@ -22,7 +22,7 @@ ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin
 """The files of a LoRA or another adapter, as peft writes them."""
 
 
-RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
+_RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of tensors that old checkpoints hold and models compute themselves."""
 
 
@@ -75,7 +75,7 @@ def load_model(
             f"would fill them with random numbers"
         )
     if unused := sorted(
-        key for key in loaded["unexpected_keys"] if not key.endswith(RECOMPUTED_KEYS)
+        key for key in loaded["unexpected_keys"] if not key.endswith(_RECOMPUTED_KEYS)
     ):
         raise BuildError(
             f"the weights in {source} hold {unused[:3]} ({len(unused)} in all), which "
@@ -135,11 +135,12 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
             f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has "
             f"no causal language model for it)"
         )
-    if source.is_dir() and (found := [name for name in ADAPTER_FILES if (folder / name).exists()]):
+    adapters = [name for name in ADAPTER_FILES if (folder / name).exists()]
+    if source.is_dir() and adapters:
         raise BuildError(
-            f"{source} holds an adapter beside the weights ({', '.join(found)}), which the build "
-            f"would leave out; merge it (peft: merge_and_unload, then save_pretrained), or remove "
-            f"these files"
+            f"{source} holds an adapter beside the weights ({', '.join(adapters)}), which the "
+            f"build would leave out; merge it (peft: merge_and_unload, then save_pretrained), or "
+            f"remove these files"
         )
     _check_quantization(config, source)
     check_positions(config.get_text_config(decoder=True), capacity)

@@ -51,7 +51,7 @@ SELF_INVERSE = frozenset(
 """Views that undo themselves."""
 
 
-IDENTITIES = frozenset(
+_IDENTITIES = frozenset(
     {
         aten.alias.default,
         aten.detach.default,
@@ -70,7 +70,7 @@ IDENTITIES = frozenset(
 """Operators that may return their input itself."""
 
 
-SCATTERS = {
+_SCATTERS = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
     aten.diagonal.default: aten.diagonal_scatter.default,
@@ -167,7 +167,7 @@ class _Removal:
     def _write(self, node: Node) -> None:
         """Replace one in-place operator by a functional one."""
         target, index = node.target, _written_place(node)
-        functional = functional_overload(target)
+        functional = _functional_overload(target)
         if index is None or functional is None:
             raise LoweringError(
                 f"operator {target} writes in place and has no functional form{source_line(node)}"
@@ -200,7 +200,7 @@ class _Removal:
         while view in self.source_of:
             source = self.source_of[view]
             base = self.source_of[source] if view.target is operator.getitem else source
-            values[base] = put_back(emit, view, self._value(base, before), values[view])
+            values[base] = _put_back(emit, view, self._value(base, before), values[view])
             view = base
         self._current = {
             node: now for node, now in self._current.items() if self._root(node) is not view
@@ -224,7 +224,7 @@ def _is_out(overload: Any, index: int) -> bool:
     return bool(overload._schema.arguments[index].is_out)
 
 
-def functional_overload(overload: Any) -> torch._ops.OpOverload | None:
+def _functional_overload(overload: Any) -> torch._ops.OpOverload | None:
     """The operator that returns what this one writes; None if there is none."""
     base = overload._schema.name.partition("::")[2]
     packet = getattr(aten, base.removesuffix("_"), None)
@@ -270,7 +270,7 @@ def _may_alias(target: torch._ops.OpOverload) -> bool:
     return returns_view or target.has_kernel_for_dispatch_key(composite)
 
 
-def put_back(emit: Emitter, view: Node, base: Node, new: Node) -> Node:
+def _put_back(emit: Emitter, view: Node, base: Node, new: Node) -> Node:
     """The tensor that a view was taken from, with another value in the view's place.
 
     Args:
@@ -288,10 +288,10 @@ def put_back(emit: Emitter, view: Node, base: Node, new: Node) -> Node:
         whole = emit.call(aten.reshape_as.default, new, base)
     elif target in SELF_INVERSE:
         whole = emit.call(target, new, *arguments, **view.kwargs)
-    elif target in IDENTITIES:
+    elif target in _IDENTITIES:
         whole = new
-    elif target in SCATTERS:
-        whole = emit.call(SCATTERS[target], base, new, *arguments, **view.kwargs)
+    elif target in _SCATTERS:
+        whole = emit.call(_SCATTERS[target], base, new, *arguments, **view.kwargs)
     elif target is aten.permute.default:
         order: Any = arguments[0]
         inverse = [0] * len(order)

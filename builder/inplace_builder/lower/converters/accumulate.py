@@ -34,7 +34,7 @@ REDUCTIONS = {
 """PyTorch's names of reductions, and TensorRT's operations."""
 
 
-def neutral(operation: str, dtype: torch.dtype) -> Number:
+def _neutral(operation: str, dtype: torch.dtype) -> Number:
     """The value that changes nothing in a reduction."""
     if operation in ("SUM", "PROD"):
         return 0 if operation == "SUM" else 1
@@ -44,7 +44,7 @@ def neutral(operation: str, dtype: torch.dtype) -> Number:
     return limits.min if operation == "MAX" else limits.max
 
 
-def hits_of(ctx: Network, dim: int, extent: Size, index: ITensor) -> ITensor:
+def _hits_of(ctx: Network, dim: int, extent: Size, index: ITensor) -> ITensor:
     """Whether an element belongs to a place.
 
     Args:
@@ -61,18 +61,18 @@ def hits_of(ctx: Network, dim: int, extent: Size, index: ITensor) -> ITensor:
     return ctx.equal(ctx.unsqueeze(index, [dim]), ctx.reshape(ctx.iota(extent, INT), shape))
 
 
-def gathered(ctx: Network, operation: str, hits: ITensor, dim: int, values: ITensor) -> ITensor:
+def _gathered(ctx: Network, operation: str, hits: ITensor, dim: int, values: ITensor) -> ITensor:
     """For each place the reduction of its elements.
 
     Args:
         ctx: the network.
         operation: a member of TensorRT's ReduceOperation.
-        hits: from `hits_of`.
+        hits: from `_hits_of`.
         dim: the axis of ``values`` that counts elements; it counts places in the result.
         values: the elements, in a type of at least 32 bits.
     """
     dtype = ctx.dtype_of(values)
-    nothing = ctx.scalar(neutral(operation, dtype), dtype, len(values.shape) + 1)
+    nothing = ctx.scalar(_neutral(operation, dtype), dtype, len(values.shape) + 1)
     chosen = ctx.select(hits, ctx.unsqueeze(values, [dim]), nothing)
     return ctx.reduce(operation, chosen, [dim + 1], keep=False)
 
@@ -99,8 +99,8 @@ def accumulated(
     """
     dtype = ctx.dtype_of(base)
     compute = torch.float32 if dtype in HALF else dtype
-    hits = hits_of(ctx, dim, extent, ctx.cast(index, INT))
-    sums = gathered(ctx, operation, hits, dim, ctx.cast(values, compute))
+    hits = _hits_of(ctx, dim, extent, ctx.cast(index, INT))
+    sums = _gathered(ctx, operation, hits, dim, ctx.cast(values, compute))
     return ctx.cast(ctx.elementwise(operation, ctx.cast(base, compute), sums), dtype)
 
 
@@ -119,7 +119,7 @@ def _elements(
         for axis, extent in enumerate(places):
             values = cut(ctx, values, [*places[:axis], *given[axis:]], axis, 0, extent)
     index = ctx.cast(ctx.value(ctx.node.args[2]), INT)  # type: ignore[arg-type]
-    return hits_of(ctx, dim, shape[dim], index), values, compute
+    return _hits_of(ctx, dim, shape[dim], index), values, compute
 
 
 def _fitted(ctx: Network, x: ITensor, dim: int, value: Number) -> ITensor:
@@ -149,17 +149,15 @@ def _scattered(
         include_self: whether the base's own elements are part of the reduction.
     """
     rank = len(base.shape)
-    if not rank:
-        raise AssertionError("refused by the validator")
     dim, operation, dtype = dim % rank, REDUCTIONS[name], ctx.dtype_of(base)
     hits, values, compute = _elements(ctx, base, dim, operation, source)
-    reduced = gathered(ctx, operation, hits, dim, values)
-    reduced = _fitted(ctx, reduced, dim, neutral(operation, compute))
+    reduced = _gathered(ctx, operation, hits, dim, values)
+    reduced = _fitted(ctx, reduced, dim, _neutral(operation, compute))
     own = ctx.cast(base, compute)
     if include_self and name != "mean":
         return ctx.cast(ctx.elementwise(operation, own, reduced), dtype)
     ones = ctx.expand(ctx.scalar(1, compute, rank), ctx.meta(ctx.node.args[2]).shape)
-    count = _fitted(ctx, gathered(ctx, "SUM", hits, dim, ones), dim, 0)
+    count = _fitted(ctx, _gathered(ctx, "SUM", hits, dim, ones), dim, 0)
     if include_self:
         reduced = ctx.add(own, reduced)
         count = ctx.add(count, ctx.scalar(1, compute, rank))
@@ -299,7 +297,7 @@ def embedding_bag(
         )
         member = ctx.logical_and(member, counted)
     operation = "MAX" if mode == 2 else "SUM"
-    bags = gathered(ctx, operation, ctx.unsqueeze(member, [2]), 0, rows)
+    bags = _gathered(ctx, operation, ctx.unsqueeze(member, [2]), 0, rows)
     count = ctx.reduce("SUM", ctx.cast(member, INT), [1], keep=True)
     one = ctx.scalar(1, INT, 2)
     if mode == 1:

@@ -99,7 +99,7 @@ function(
 )
 
 
-def log1p_of(ctx: Network, x: ITensor) -> ITensor:
+def _log1p_of(ctx: Network, x: ITensor) -> ITensor:
     """``log(1 + x)`` that keeps small ``x``, by Kahan's method: ``log(u) x / (u - 1)``."""
     one = _number(ctx, 1)
     rounded = ctx.add(x, one)
@@ -112,7 +112,7 @@ def log1p_of(ctx: Network, x: ITensor) -> ITensor:
     return ctx.select(lost, x, exact)
 
 
-def expm1_of(ctx: Network, x: ITensor) -> ITensor:
+def _expm1_of(ctx: Network, x: ITensor) -> ITensor:
     """``exp(x) - 1`` that keeps small ``x``: ``2 t / (1 - t)`` with ``t = tanh(x / 2)``."""
     one, half = _number(ctx, 1), _number(ctx, 0.5)
     small = ctx.less(ctx.unary("ABS", x), half)
@@ -121,10 +121,10 @@ def expm1_of(ctx: Network, x: ITensor) -> ITensor:
     return ctx.select(small, near, ctx.subtract(ctx.unary("EXP", x), one))
 
 
-function("``log(1 + x)``, exact for small ``x``.", log1p_of, aten.log1p.default)
+function("``log(1 + x)``, exact for small ``x``.", _log1p_of, aten.log1p.default)
 
 
-function("``exp(x) - 1``, exact for small ``x``.", expm1_of, aten.expm1.default)
+function("``exp(x) - 1``, exact for small ``x``.", _expm1_of, aten.expm1.default)
 
 
 for _name, _overload in {"ISNAN": aten.isnan.default, "ISINF": aten.isinf.default}.items():
@@ -177,7 +177,7 @@ def elu(
         below = ctx.multiply(
             ctx.select(positive, _number(ctx, 0), value), _number(ctx, input_scale)
         )
-        curve = ctx.multiply(expm1_of(ctx, below), _number(ctx, scale * alpha))
+        curve = ctx.multiply(_expm1_of(ctx, below), _number(ctx, scale * alpha))
         return ctx.select(positive, ctx.multiply(value, _number(ctx, scale)), curve)
 
     return ctx.as_float32(compute, x)
@@ -189,7 +189,7 @@ def softplus(ctx: Network, x: ITensor, beta: float = 1, threshold: float = 20) -
 
     def compute(value: ITensor) -> ITensor:
         scaled = ctx.multiply(value, _number(ctx, beta))
-        rest = log1p_of(ctx, ctx.unary("EXP", ctx.unary("NEG", ctx.unary("ABS", scaled))))
+        rest = _log1p_of(ctx, ctx.unary("EXP", ctx.unary("NEG", ctx.unary("ABS", scaled))))
         smooth = ctx.elementwise(
             "DIV", ctx.add(ctx.activation("RELU", scaled), rest), _number(ctx, beta)
         )

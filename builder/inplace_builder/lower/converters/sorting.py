@@ -20,7 +20,7 @@ MAX_RANKED = 1 << 14
 """Largest extent that is sorted by comparing all pairs of entries."""
 
 
-def sorted_axis(
+def _sorted_axis(
     ctx: Network, x: ITensor, dim: int, extent: Size, *, descending: bool, stable: bool
 ) -> tuple[ITensor, ITensor]:
     """The values of an axis in order, and where they were, int64.
@@ -97,7 +97,9 @@ def _sorted(
 ) -> tuple[ITensor, ITensor] | ITensor:
     shape = ctx.meta(ctx.node.args[0]).shape
     axis = dim % len(shape)
-    values, positions = sorted_axis(ctx, x, axis, shape[axis], descending=descending, stable=stable)
+    values, positions = _sorted_axis(
+        ctx, x, axis, shape[axis], descending=descending, stable=stable
+    )
     name = ctx.node.target._schema.name  # type: ignore[union-attr]
     return positions if name == "aten::argsort" else (values, positions)
 

@@ -177,9 +177,7 @@ def _model_folder(output: Path, name: str | None) -> Path:
     if name is None:
         return output
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise BuildError(
-            f"the name is {name!r}; a model's name is that of one folder, without a slash"
-        )
+        raise BuildError(f"the name is {name!r}; it must be a folder name without a slash")
     return output if output.name == name else output / name
 
 

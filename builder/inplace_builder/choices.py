@@ -11,7 +11,7 @@ Device = Literal["cpu", "cuda"]
 EngineKind = Literal["torch", "tensorrt", "tensorrt_rtx"]
 """What runs an engine: PyTorch, TensorRT, or TensorRT for RTX."""
 
-EngineChoice = Literal["auto", "torch", "tensorrt", "tensorrt_rtx"]
+EngineChoice = Literal["auto", EngineKind]
 """An engine, or ``auto``: TensorRT on a GPU where it can run the model, else PyTorch."""
 
 Precision = Literal["float32", "bfloat16", "float16"]

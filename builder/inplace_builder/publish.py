@@ -28,7 +28,7 @@ def check_target(target: Path, mark: Path) -> None:
         parent = target.parent
         while not parent.exists():
             parent = parent.parent
-        # access rights alone do not say it: not for root, nor on a file system of its own kind
+        # access rights do not show it for root, or on a read-only file system
         Path(tempfile.mkdtemp(prefix=".inplace-", dir=parent)).rmdir()
     except OSError as error:
         raise BuildError(f"{target} cannot be written: {error}; choose another place") from error

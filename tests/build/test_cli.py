@@ -72,9 +72,7 @@ def test_build_prints_its_stages_in_order_and_what_it_made(llama_folder: Path) -
 def test_a_name_that_is_no_folder_is_refused_before_the_model_is_read(name: str) -> None:
     status, _, err = inplace("build", "nowhere", "--output", "repository", "--name", name)
     assert status == 1
-    assert f"the name is {name!r}; a model's name is that of one folder, without a slash" in words(
-        err
-    )
+    assert f"the name is {name!r}; it must be a folder name without a slash" in words(err)
 
 
 def test_name_puts_the_model_into_the_repository_under_that_name(llama_folder: Path) -> None:

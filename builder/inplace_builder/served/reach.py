@@ -21,32 +21,33 @@ aten = torch.ops.aten
 
 
 MAX_RECTANGULAR = 4096
-"""Steps of a rectangular program that are worth a constant: each takes one entry."""
+"""Constants of a rectangular program beyond this are not verified.
+
+It takes one step per position.
+"""
 
 
 _THRESHOLDS = frozenset(
-    packet
-    for name in [
-        "floor_divide",
-        "div",
-        "remainder",
-        "fmod",
-        "sub",
-        "rsub",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "minimum",
-        "maximum",
-        "ge",
-        "gt",
-        "le",
-        "lt",
-        "eq",
-        "ne",
-        "mul",
-    ]
-    if (packet := getattr(aten, name, None)) is not None
+    {
+        aten.floor_divide,
+        aten.div,
+        aten.remainder,
+        aten.fmod,
+        aten.sub,
+        aten.rsub,
+        aten.clamp,
+        aten.clamp_min,
+        aten.clamp_max,
+        aten.minimum,
+        aten.maximum,
+        aten.ge,
+        aten.gt,
+        aten.le,
+        aten.lt,
+        aten.eq,
+        aten.ne,
+        aten.mul,
+    }
 )
 """Operators between a position and a number after which a result may change at that number."""
 
@@ -69,11 +70,13 @@ def positions_to_verify(capture: Capture, capacity: int) -> int:
     stated = max((number for number in capture.thresholds if number < limit), default=0)
     constants = position_constants(capture.exported, program)
     past = max((constant for constant in constants if constant < limit), default=0)
-    return min(capacity, max(2 * (max(window, stated) + program.chunk), past + program.chunk + 3))
+    past_windows = 2 * (max(window, stated) + program.chunk)
+    past_constants = past + program.chunk + 3  # single tokens too, after the chunk that crosses it
+    return min(capacity, max(past_windows, past_constants))
 
 
 def position_constants(exported: ExportedProgram, program: Program) -> set[int]:
-    """The numbers above 1 that a graph compares positions with, or divides them by.
+    """The numbers above 1 that a graph combines with positions by an operator of `_THRESHOLDS`.
 
     A value counts as a position while it is computed from positions and constants alone. A factor
     below 1 counts as the division by its inverse.

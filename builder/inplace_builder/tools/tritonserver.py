@@ -300,7 +300,7 @@ class TritonServer:
                 time.sleep(0.1)
 
     def _serves(self, client: InferenceServerClient) -> bool:
-        """Whether it is ready, or will not become readier: a model could not be loaded."""
+        """Whether it is ready, or cannot become ready: a model could not be loaded."""
         if client.is_server_ready(client_timeout=2.0):
             return True
         return client.is_server_live(client_timeout=2.0) and bool(_failed_models(client))

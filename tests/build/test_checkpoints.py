@@ -12,8 +12,8 @@ import torch
 from inplace.schema.dtypes import Dtype
 from inplace_builder import BuildOptions, build_decoder, load_decoder
 from inplace_builder.capture.checkpoint import check_positions, load_tokenizer
+from inplace_builder.engine_files import check_target
 from inplace_builder.errors import BuildError
-from inplace_builder.publish import check_target
 from safetensors.torch import load_file, save_file
 from support.vocabulary import save_tokenizer
 

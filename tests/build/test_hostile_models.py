@@ -17,7 +17,7 @@ import pytest
 import torch
 from inplace.errors import LoadError
 from inplace.schema.standalone import FILE_NAME as STANDALONE_FILE
-from inplace.standalone.pytrees import load_tree
+from inplace.schema.standalone import load_tree
 from inplace_builder.errors import BuildError
 from inplace_builder.standalone.build import build
 from inplace_builder.tools.chat import Conversation

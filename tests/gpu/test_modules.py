@@ -18,9 +18,8 @@ from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
 from inplace_builder.standalone.build import build
-from inplace_builder.standalone.call import alignment, describe_call, export_for
+from inplace_builder.standalone.call import alignment, describe_call, export_for, write_files
 from inplace_builder.standalone.plan import build_plan
-from inplace_builder.standalone.write import write_files
 from support.comparing import compare_engine
 from support.corpus import CORPUS
 from torch import Tensor

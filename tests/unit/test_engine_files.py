@@ -10,7 +10,7 @@ import torch
 from inplace.errors import LoadError
 from inplace.schema.dtypes import Dtype
 from inplace.schema.files import EngineFolder, FileRecord, record_files
-from inplace.schema.tensors import as_dtype, read_tensors, write_tensors
+from inplace.schema.tensor_file import as_dtype, read_tensors, write_tensors
 
 CONTENT = bytes(range(256)) * 40
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inplace.errors import LoadError
 from inplace.schema.specs import INITIAL_FILE, StateSpec
-from inplace.schema.tensors import as_dtype
+from inplace.schema.tensor_file import as_dtype
 
 
 class Arena:

@@ -12,7 +12,7 @@ from inplace.runtime.slots import SequenceState
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import DEFAULT_SCHEDULE, FILE_NAME, STEP, Manifest, Program
 from inplace.schema.specs import INITIAL_FILE, RESERVED_OUTPUT_ROLES, Role
-from inplace.schema.tensors import read_tensors
+from inplace.schema.tensor_file import read_tensors
 
 NULL_SLOT = -1
 """The slot of a null row, which reads and writes no state."""

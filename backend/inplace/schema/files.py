@@ -1,11 +1,15 @@
-"""The files of an engine folder: what a manifest records of them, and how they are read.
+"""The files of an engine folder: what a manifest records, how they are read, and how they appear.
 
 Each file is opened once and read whole into one buffer. Size and checksum are checked there, and
-that buffer is what is loaded: nobody can exchange a file between the check and its use.
+that buffer is what is loaded: nobody can exchange a file between the check and its use. A folder
+appears whole or not at all (`publish`).
 """
 
+import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +18,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field
 
 from inplace.errors import LoadError
-from inplace.schema.opening import check_name, open_file, read_file
-from inplace.schema.records import Record
+from inplace.schema.records import Record, check_name, open_file, read_file
 
 FileName = Annotated[str, AfterValidator(check_name)]
 """The name of a file relative to the engine's folder, with ``/`` between folders."""
@@ -161,3 +164,68 @@ class EngineFolder:
                 "`inplace serve --trust-models`, INPLACE_TRUST_MODELS in the environment of "
                 "tritonserver, or trust= of inplace.load"
             )
+
+
+class RestoreError(OSError):
+    """A folder was moved aside to be replaced, and could not be moved back; names its new place."""
+
+
+def replace_conflict(target: Path, marker: Path) -> str | None:
+    """The reason why ``target`` must not be replaced, or None.
+
+    A missing folder, an empty one, and one that has the file ``marker`` in it may be replaced.
+
+    Args:
+        target: the folder to write.
+        marker: a file that marks an engine of ours, relative to ``target``.
+    """
+    if target.exists() and not target.is_dir():
+        return f"{target} is a file; choose the folder to write the engine into"
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        return (
+            f"{target} is a folder with other files in it; "
+            "choose a new or empty one, or an engine directory to replace"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """Yield a draft folder beside ``target``, which replaces it when the block ends.
+
+    The draft is deleted when the block raises.
+
+    Raises:
+        OSError: the draft cannot be written or moved; ``target`` is unchanged.
+        RestoreError: the old ``target`` was moved aside and could not be moved back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    draft.chmod(0o755)
+    try:
+        yield draft
+        if target.exists():
+            _replace(target, draft)
+        else:
+            draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(target: Path, draft: Path) -> None:
+    old = draft.with_name(f"{draft.name}.old")
+    try:
+        target.rename(old)
+        draft.rename(target)
+    except BaseException as error:  # includes an interrupt between the two renames
+        if old.exists() and not target.exists():
+            try:
+                old.rename(target)
+            except OSError as second:
+                raise RestoreError(
+                    f"{target} could not be replaced ({error}), nor restored ({second}): "
+                    f"move {old} there"
+                ) from error
+        raise
+    # The new folder is in place; what cannot be deleted of the old one only costs space.
+    shutil.rmtree(old, ignore_errors=True)

@@ -11,13 +11,17 @@ from torch.utils import _pytree as pytree
 
 from inplace.errors import CallError, LoadError
 from inplace.schema.extents import evaluate
-from inplace.schema.files import EngineFolder, record_files
-from inplace.schema.publish import publish, replace_conflict
-from inplace.schema.standalone import FILE_NAME, Result, StandaloneManifest, StandaloneState
-from inplace.schema.tensors import as_dtype, read_tensors, write_tensors
+from inplace.schema.files import EngineFolder, publish, record_files, replace_conflict
+from inplace.schema.standalone import (
+    FILE_NAME,
+    Result,
+    StandaloneManifest,
+    StandaloneState,
+    load_tree,
+)
+from inplace.schema.tensor_file import as_dtype, read_tensors, write_tensors
 from inplace.standalone.checks import ArgumentChecker, check_memory
 from inplace.standalone.execute import Runner, add_loaded, open_runner
-from inplace.standalone.pytrees import load_tree
 
 STATES_FILE = "states.safetensors"
 """The values of the states that an engine owns, by buffer name."""

@@ -12,8 +12,8 @@ from inplace.drivers.detokenizer import TOKENIZER_NAME
 from inplace.schema.served import FILE_NAME, STEP, Manifest
 
 from inplace_builder.capture.capture import Capture
+from inplace_builder.engine_files import check_target, disk_errors, publish_engine
 from inplace_builder.errors import BuildError
-from inplace_builder.publish import check_target, disk_errors, publish_engine
 from inplace_builder.served.model_config import MODEL_VERSION, TextSettings, model_config
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.served.proxy import (

@@ -9,8 +9,8 @@ from inplace.schema.proxy import FILE_NAME, SUFFIX, ProxyFile
 from inplace.schema.served import Manifest
 from inplace.server.settings import MAX_WAITING
 
+from inplace_builder.engine_files import check_target
 from inplace_builder.errors import BuildError
-from inplace_builder.publish import check_target
 from inplace_builder.served.model_config import MODEL_VERSION, TextSettings, proxy_config
 
 

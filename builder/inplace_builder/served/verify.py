@@ -28,8 +28,8 @@ from inplace_builder.compare import (
     relative_error,
     same_bits,
 )
+from inplace_builder.engine_files import load_errors
 from inplace_builder.errors import rejected
-from inplace_builder.publish import load_errors
 from inplace_builder.served.reach import positions_to_verify
 
 MAX_ROUNDING_RATIO = 2.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from inplace.schema.files import record_files
 from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
 from inplace.schema.specs import INITIAL_FILE
-from inplace.schema.tensors import write_tensors
+from inplace.schema.tensor_file import write_tensors
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.engine_files import built_with, write_plan, write_program

@@ -14,11 +14,10 @@ from torch.export import ExportedProgram
 
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.choices import EngineKind
+from inplace_builder.engine_files import check_target, disk_errors, load_errors, publish_engine
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.publish import check_target, disk_errors, load_errors, publish_engine
-from inplace_builder.standalone.call import alignment, describe_call, export_for
+from inplace_builder.standalone.call import alignment, describe_call, export_for, write_files
 from inplace_builder.standalone.verify import verify
-from inplace_builder.standalone.write import write_files
 
 
 def build(

@@ -16,8 +16,13 @@ from torch.export import ExportedProgram
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError
-from inplace_builder.standalone.call import alignment, describe_call, export_for
-from inplace_builder.standalone.write import lowering_records, state_records
+from inplace_builder.standalone.call import (
+    alignment,
+    describe_call,
+    export_for,
+    lowering_records,
+    state_records,
+)
 
 if TYPE_CHECKING:
     from inplace_builder.lower.compile import CompiledPlan

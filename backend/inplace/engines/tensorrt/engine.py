@@ -24,7 +24,7 @@ from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import STEP, Manifest
-from inplace.schema.tensors import read_tensors
+from inplace.schema.tensor_file import read_tensors
 
 log = logging.getLogger("inplace")
 

@@ -208,8 +208,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return files
 
 
+@pytest.mark.parametrize("mutual", [False, True])
 def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
-    engines: Engines, certificate: tuple[Path, Path], tmp_path: Path
+    mutual: bool, engines: Engines, certificate: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """And a generation that outlasts the exit timeout is answered with SHUTDOWN before it."""
     _, long = long_stream(engines, 2)
@@ -218,9 +219,11 @@ def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
         "--grpc-use-ssl=true",
         f"--grpc-server-cert={certificate[0]}",
         f"--grpc-server-key={certificate[1]}",
-        "--grpc-restricted-protocol=inference:admin-key=secret",
+        "--grpc-restricted-protocol=inference,health:admin-key=secret",
         "--exit-timeout-secs=6",
     ]
+    if mutual:
+        arguments += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={certificate[0]}"]
     server = TritonServer(
         tmp_path / "repository", Ports(0, 0, 0), log=tmp_path / "log", arguments=arguments
     )
@@ -229,7 +232,7 @@ def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
         assert server.process is not None
         ready = f"http://127.0.0.1:{server.ports.http}/v2/health/ready"
         eventually(lambda: status(ready) == 200, "it is ready", 120.0)
-        with secure_stream(server, certificate[0]) as talk:
+        with secure_stream(server, certificate, mutual) as talk:
             assert talk.request("idle", PROMPT, 5, start=True).reason == "length"
             talk.send("running", PROMPT, ENDLESS, start=True)
             talk.collect(1)
@@ -245,11 +248,14 @@ def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
         server.stop(timeout=5)
 
 
-def secure_stream(server: TritonServer, certificate: Path) -> GrpcStream:
+def secure_stream(server: TritonServer, certificate: tuple[Path, Path], mutual: bool) -> GrpcStream:
+    public, private = map(str, certificate)
     client = InferenceServerClient(
         server.grpc_url,
         ssl=True,
-        root_certificates=str(certificate),
+        root_certificates=public,
+        certificate_chain=public if mutual else None,
+        private_key=private if mutual else None,
         channel_args=[("grpc.ssl_target_name_override", "triton.example")],
     )
     headers = {"triton-grpc-protocol-admin-key": "secret"}

@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format sync-client tables docs lock bench perf soak fuzz gpu clean
+.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf soak fuzz gpu clean
 BIN := .venv/bin
 # One process more than cores: tests of servers wait most of their time.
 PARALLEL := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
@@ -27,7 +27,7 @@ test-long: .venv/installed ## what `make test` has a few cases of: 1600 random m
 check: .venv/installed ## ruff, mypy --strict, the layers of imports, generated files
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/python tools/unasync.py --check && $(BIN)/python tools/parameter_table.py --check
-	@$(BIN)/python tools/operators.py --check
+	@$(BIN)/python tools/operators.py --check && PYTHONPATH=tests/long $(BIN)/python -m decoders.page --check
 
 format: .venv/installed ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -37,6 +37,9 @@ sync-client: .venv/installed ## write the synchronous client from the asynchrono
 
 tables: .venv/installed ## write the request parameters in docs/protocol.md, and docs/operators.md
 	@$(BIN)/python tools/parameter_table.py && $(BIN)/python tools/operators.py
+
+models: .venv/installed ## compare every decoder of transformers with `generate`; writes docs/models.md (hours; resumes)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/long $(BIN)/python -m decoders
 
 .venv/docs: requirements-docs.lock .venv/installed
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -q -r requirements-docs.lock

@@ -1,10 +1,11 @@
 """Small random decoders, and greedy decoding on an engine without a server."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
+from torch import Tensor
 
 SHAPE: dict[str, object] = {
     "vocab_size": 128,
@@ -31,15 +32,25 @@ def generate_together(
     instance: ModelInstance, prompts: Sequence[list[int]], tokens: int
 ) -> list[list[int]]:
     """Greedy decoding of all prompts at once: some decode while others are still prefilled."""
-    generated: list[list[int]] = [[] for _ in prompts]
+    rows = decode_together(instance, prompts, tokens, outputs=("next_token",))
+    return [[int(outputs["next_token"]) for outputs in row] for row in rows]
+
+
+def decode_together(
+    instance: ModelInstance, prompts: Sequence[list[int]], tokens: int, outputs: Sequence[str]
+) -> list[list[Mapping[str, Tensor]]]:
+    """The named outputs of each step of `generate_together`, one of them ``next_token``."""
+    generated: list[list[Mapping[str, Tensor]]] = [[] for _ in prompts]
 
     def request(index: int) -> Request:
-        ids = generated[index][-1:] or prompts[index]
+        previous = generated[index]
+        ids = [int(previous[-1]["next_token"])] if previous else prompts[index]
         return Request(
             index + 1,
-            start=not generated[index],
+            start=not previous,
             end=False,
             inputs={"input_ids": torch.tensor([ids])},
+            requested_outputs=frozenset(outputs),
         )
 
     admitted = {index: instance.admit(request(index)) for index in range(len(prompts))}
@@ -49,7 +60,7 @@ def generate_together(
             if not active.finished:
                 continue
             instance.finish(active)
-            generated[index].append(int(active.outputs["next_token"]))
+            generated[index].append({name: active.outputs[name].clone() for name in outputs})
             del admitted[index]
             if len(generated[index]) < tokens:
                 admitted[index] = instance.admit(request(index))

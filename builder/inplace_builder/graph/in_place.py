@@ -7,6 +7,7 @@ there. Operators that write states are left as they are: their memory is the eng
 """
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -251,11 +252,22 @@ def _viewed(node: Node) -> Node | None:
         return None
     args: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-    with torch.no_grad():
+    with torch.no_grad(), _without_guards(args[0]):
         result = target(*args, **kwargs)
     first = result[0] if isinstance(result, list | tuple) and result else result
     shares = isinstance(first, torch.Tensor) and _memory(first) == _memory(args[0])
     return source if shares else None
+
+
+def _without_guards(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Let operators on fake tensors fix no dynamic extent of the program.
+
+    A composite operator compares extents, and one that equals another in the example would be fixed
+    to it.
+    """
+    mode = getattr(x, "fake_mode", None)
+    shape_env = getattr(mode, "shape_env", None)
+    return nullcontext() if shape_env is None else shape_env.suppress_guards()
 
 
 def _memory(x: torch.Tensor) -> int:

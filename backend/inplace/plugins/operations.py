@@ -14,6 +14,11 @@ from typing import Any, ClassVar, Self
 import torch
 
 from inplace.kernels.attention import AttentionSpec, attention, attention_locks, attention_workspace
+from inplace.kernels.grouped_linear import (
+    GroupedLinearSpec,
+    grouped_linear,
+    grouped_linear_workspace,
+)
 from inplace.kernels.linear import LinearSpec, linear, linear_workspace, rms_norm
 from inplace.kernels.memory import Pointer
 from inplace.kernels.sample import argmax, argmax_workspace, sample, sample_workspace
@@ -205,6 +210,66 @@ class LinearOperation(Operation):
             out=call.outputs[0],
             workspace=call.workspace,
             tokens=num_tokens(call.shapes[0]),
+            pdl=call.pdl,
+        )
+
+
+@dataclass(frozen=True)
+class GroupedLinearOperation(Operation):
+    """``inplace::grouped_linear``. Inputs: x, expert ids, weight, and the bias if there is one."""
+
+    name: ClassVar[str] = "InplaceGroupedLinear"
+
+    inputs: int
+    outputs: int
+    experts: int
+    bias: bool = False
+    transposed: bool = False
+
+    @property
+    def input_count(self) -> int:
+        """X, expert ids, weight, and the bias if there is one."""
+        return 3 + self.bias
+
+    @property
+    def spec(self) -> GroupedLinearSpec:
+        """The properties that the kernels need."""
+        return GroupedLinearSpec(
+            self.inputs, self.outputs, self.experts, self.bias, self.transposed
+        )
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Ids are integers; all others have x's dtype."""
+        if position == 1:
+            return dtypes[1] in (torch.int32, torch.int64)
+        return dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """X's."""
+        return [inputs[0]]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """A vector for each id."""
+        return [[*inputs[1], self.outputs]]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """The pairs sorted by expert, where there are many."""
+        return grouped_linear_workspace(self.spec, prod(shapes[1]))
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.grouped_linear.grouped_linear`."""
+        tokens, experts_per_token = call.shapes[1]
+        grouped_linear(
+            self.spec,
+            x=call.inputs[0],
+            expert_ids=call.inputs[1],
+            weight=call.inputs[2],
+            bias=call.inputs[3] if self.bias else None,
+            out=call.outputs[0],
+            workspace=Pointer(call.workspace, torch.int32),
+            tokens=tokens,
+            experts_per_token=experts_per_token,
+            shared=len(call.shapes[0]) == 2,
             pdl=call.pdl,
         )
 
@@ -572,6 +637,7 @@ OPERATIONS: dict[str, type[Operation]] = {
     kind.name: kind
     for kind in (
         LinearOperation,
+        GroupedLinearOperation,
         RmsNormOperation,
         ArgmaxOperation,
         SampleOperation,

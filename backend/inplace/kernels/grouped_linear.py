@@ -1,0 +1,147 @@
+"""Linear layers of a mixture of experts: each row is multiplied with the weight of its own expert.
+
+A decode step has few pairs of a token and one of its experts, and its time is that to read the
+experts that are used. `few_pairs_kernel` reads each of them once for all its rows, in one launch.
+A step with a prompt has many pairs: `group_pairs_kernel` sorts them by expert, and
+`many_pairs_kernel` is a product for every tile of an expert's rows. None waits for the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from inplace.kernels.grouped_linear_kernels import (
+    few_pairs_kernel,
+    group_pairs_kernel,
+    many_pairs_kernel,
+)
+from inplace.kernels.memory import Memory
+
+MAX_FEW_PAIRS = 512
+"""Up to so many pairs of a token and an expert are one launch: 64 tokens with 8 experts each."""
+
+
+MAX_FEW_ROWS = 64
+"""Rows of an expert that `few_pairs_kernel` multiplies at once; for more it reads the weight again,
+from the L2 cache."""
+
+
+SORTED_BLOCK = 2048
+"""Pairs that a program of `group_pairs_kernel` looks at at once."""
+
+
+@dataclass(frozen=True)
+class GroupedLinearSpec:
+    """The static properties of one layer of experts.
+
+    Attributes:
+        inputs, outputs: extents of an expert's weight.
+        experts: how many there are.
+        bias: whether there is one.
+        transposed: weights are ``[experts, inputs, outputs]``, not ``[experts, outputs, inputs]``.
+    """
+
+    inputs: int
+    outputs: int
+    experts: int
+    bias: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class GroupedBlocks:
+    """Blocks of a launch: rows and outputs of a program, inputs of a round, warps, stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def grouped_linear_workspace(spec: GroupedLinearSpec, pairs: int) -> int:
+    """Bytes of scratch memory that `grouped_linear` needs for up to so many pairs."""
+    return 0 if pairs <= MAX_FEW_PAIRS else 4 * (pairs + spec.experts + 1)
+
+
+def grouped_linear(
+    spec: GroupedLinearSpec,
+    *,
+    x: Memory,
+    expert_ids: Memory,
+    weight: Memory,
+    bias: Memory | None,
+    out: Memory,
+    workspace: Memory,
+    tokens: int,
+    experts_per_token: int,
+    shared: bool,
+    pdl: bool = False,
+    blocks: GroupedBlocks | None = None,
+) -> None:
+    """Launch the layers on the current stream.
+
+    Args:
+        spec: the static properties.
+        x: ``[tokens, inputs]`` if ``shared``, else ``[tokens, experts_per_token, inputs]``.
+        expert_ids: ``[tokens, experts_per_token]``, int32 or int64.
+        weight: ``[experts, outputs, inputs]``, or with the last two exchanged.
+        bias: ``[experts, outputs]``.
+        out: ``[tokens, experts_per_token, outputs]``.
+        workspace: int32, `grouped_linear_workspace` bytes.
+        tokens: rows of ``expert_ids``.
+        experts_per_token: experts of each.
+        shared: the experts of a token take the same vector.
+        pdl: use programmatic dependent launch (compute capability 9.0 or later).
+        blocks: in place of what `choose_blocks` chooses; for tests and tuning.
+    """
+    pairs = tokens * experts_per_token
+    blocks = blocks or choose_blocks(spec, tokens, experts_per_token, x.dtype.itemsize)
+    launch: dict[str, Any] = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    extents = (pairs, spec.inputs, spec.outputs, spec.experts, experts_per_token)
+    flags = {
+        "SHARED": shared,
+        "BIAS": spec.bias,
+        "TRANSPOSED": spec.transposed,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
+        "STAGES": blocks.stages,
+        "num_warps": blocks.warps,
+        **launch,
+    }
+    bias = x if bias is None else bias  # the kernels do not read it
+    columns = triton.cdiv(spec.outputs, blocks.n)
+    if pairs <= MAX_FEW_PAIRS:
+        by_expert = spec.experts < pairs
+        few_pairs_kernel[(columns, spec.experts + 1 if by_expert else pairs)](
+            x, expert_ids, weight, bias, out, *extents,
+            BY_EXPERT=by_expert, PAIRS=triton.next_power_of_2(pairs), **flags,
+        )  # fmt: skip
+        return
+    group_pairs_kernel[(spec.experts + 1,)](
+        expert_ids, workspace, pairs, spec.experts,
+        BLOCK=min(SORTED_BLOCK, triton.next_power_of_2(pairs)), num_warps=8, **launch,
+    )  # fmt: skip
+    tiles = pairs // blocks.m + min(pairs, spec.experts + 1)
+    many_pairs_kernel[(columns, tiles)](
+        x, workspace, weight, bias, out, *extents,
+        EXPERTS=triton.next_power_of_2(spec.experts + 2), **flags,
+    )  # fmt: skip
+
+
+def choose_blocks(
+    spec: GroupedLinearSpec, tokens: int, experts_per_token: int, itemsize: int
+) -> GroupedBlocks:
+    """The blocks of a step; of few pairs they are those of `inplace.kernels.linear`."""
+    pairs = tokens * experts_per_token
+    if pairs <= MAX_FEW_PAIRS:
+        rows = min(MAX_FEW_ROWS, max(16, triton.next_power_of_2(tokens)))
+        if itemsize == 4:
+            return GroupedBlocks(rows, 16, 64, 4, 3)
+        return GroupedBlocks(rows, 64, 128, 4, 3)
+    average = triton.next_power_of_2(max(1, pairs // spec.experts))
+    if itemsize == 4:
+        return GroupedBlocks(min(64, max(16, average)), 32, 32, 4, 3)
+    return GroupedBlocks(min(128, max(16, average)), 128, 64, 8, 3)

@@ -1,0 +1,158 @@
+"""The kernels of linear layers whose rows have experts.
+
+A *pair* is a token with one of its experts; the rows of an expert are the pairs that have it. Pairs
+with an id that is no expert's are the rows of one expert more, whose result is 0.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def multiply_rows(
+    x, weight, bias, out, expert, pair, present, n, inputs, outputs, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Store outputs ``n`` of the pairs ``pair``, all of one expert, as ``weight @ x.T``.
+
+    ``SHARED``: x has a vector for each token, otherwise one for each pair.
+    """
+    k = tl.arange(0, BLOCK_K)
+    inside = (n < outputs) & (expert < experts)
+    pair = tl.where(present, pair, 0).to(tl.int64)
+    columns = x + (pair // per_token if SHARED else pair) * inputs
+    matrix = weight + expert.to(tl.int64) * inputs * outputs
+    rows = matrix + (n if TRANSPOSED else n.to(tl.int64) * inputs)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
+        column = start + k
+        step = column.to(tl.int64) * outputs if TRANSPOSED else column
+        w = tl.load(
+            rows[:, None] + step[None, :],
+            mask=inside[:, None] & (column < inputs)[None, :],
+            other=0.0,
+        )
+        value = tl.load(
+            columns[None, :] + column[:, None],
+            mask=present[None, :] & (column < inputs)[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(w, value, acc, input_precision="ieee")
+    if BIAS:
+        own = tl.load(bias + expert * outputs + n, mask=inside, other=0.0)
+        acc += own.to(tl.float32)[:, None]
+    acc = tl.where(expert < experts, acc, 0.0)  # not 0 x NaN
+    at = out + pair[None, :] * outputs + n[:, None]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(n < outputs)[:, None] & present[None, :])
+
+
+@triton.jit
+def few_pairs_kernel(
+    x, expert_ids, weight, bias, out, pairs, inputs, outputs, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, BY_EXPERT: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """All rows of one expert, ``BLOCK_N`` outputs of each a program.
+
+    The second axis of the grid is the expert with ``BY_EXPERT``, otherwise a pair: its program
+    works for the expert of the pair if no earlier pair has it, so with few pairs no program is
+    there for an expert that is not used. Every program looks at all ids; the list of the rows that
+    are its own costs no kernel and no memory.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    group = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.arange(0, PAIRS)
+    ids = tl.load(expert_ids + j, mask=j < pairs, other=-1).to(tl.int32)
+    ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
+    ids = tl.where(j < pairs, ids, -1)
+    expert = group
+    if not BY_EXPERT:
+        expert = tl.sum(tl.where(j == group, ids, 0), 0)
+    own = (ids == expert).to(tl.int32)
+    place = tl.cumsum(own, 0)
+    count = tl.sum(own, 0)
+    if not BY_EXPERT:
+        first = tl.min(tl.where(ids == expert, j, PAIRS), 0)
+        count = tl.where(first == group, count, 0)
+    for start in tl.range(0, count, BLOCK_M, num_stages=1):
+        m = start + tl.arange(0, BLOCK_M)
+        # `place` is at most m for the pairs before the expert's m-th one, and larger from it on
+        pair = tl.sum((place[None, :] <= m[:, None]).to(tl.int32), 1)
+        multiply_rows(
+            x, weight, bias, out, expert, pair, m < count, n, inputs, outputs, experts, per_token,
+            SHARED, BIAS, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def group_pairs_kernel(
+    expert_ids, workspace, pairs, experts, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Sort the pairs by their experts; the pairs of one expert a program.
+
+    The workspace is ``offsets[experts + 1]``, then ``order[pairs]``: the pairs of expert e become
+    ``order[offsets[e]:offsets[e + 1]]``, in order. A program counts the pairs of smaller experts
+    itself, so none waits for another.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    expert = tl.program_id(0)
+    order = workspace + experts + 1
+    smaller = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, pairs, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        ids = tl.load(expert_ids + j, mask=j < pairs, other=experts).to(tl.int32)
+        ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
+        smaller += (ids < expert).to(tl.int32)
+    offset = tl.sum(smaller, 0)
+    tl.store(workspace + expert, offset)
+    for start in range(0, pairs, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        ids = tl.load(expert_ids + j, mask=j < pairs, other=experts).to(tl.int32)
+        ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
+        own = ((ids == expert) & (j < pairs)).to(tl.int32)
+        tl.store(order + offset + tl.cumsum(own, 0) - 1, j, mask=own != 0)
+        offset += tl.sum(own, 0)
+
+
+@triton.jit
+def many_pairs_kernel(
+    x, workspace, weight, bias, out, pairs, inputs, outputs, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grouped products of sorted pairs: ``BLOCK_M`` pairs of one expert a program.
+
+    The second axis of the grid has as many tiles as there can be; those beyond the last do nothing.
+    Programs of one tile follow each other, so that its rows and the expert's weights stay in the L2
+    cache.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tile = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, EXPERTS)
+    begin = tl.load(workspace + e, mask=e <= experts, other=pairs)
+    end = tl.load(workspace + e + 1, mask=e < experts, other=pairs)
+    tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
+    through = tl.cumsum(tiles, 0)
+    expert = tl.sum((through <= tile).to(tl.int32), 0)
+    if expert <= experts:
+        chosen = e == expert
+        before = tl.sum(tl.where(chosen, through - tiles, 0), 0)
+        stop = tl.sum(tl.where(chosen, end, 0), 0)
+        m = tl.sum(tl.where(chosen, begin, 0), 0) + (tile - before) * BLOCK_M
+        m += tl.arange(0, BLOCK_M)
+        pair = tl.load(workspace + experts + 1 + m, mask=m < stop, other=0)
+        multiply_rows(
+            x, weight, bias, out, expert, pair, m < stop, n, inputs, outputs, experts, per_token,
+            SHARED, BIAS, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip

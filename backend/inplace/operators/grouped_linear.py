@@ -1,0 +1,173 @@
+"""``inplace::grouped_linear``: the linear layers of a mixture of experts, on rows routed to them.
+
+Every token has some experts, each a layer of its own. The operator takes which experts those are,
+and computes all of their layers. It touches no state.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inplace.operators.library import LIBRARY, define
+
+GROUPED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Element types of inputs and weights."""
+
+
+define(
+    "grouped_linear",
+    "(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias=None, *, bool transposed=False) "
+    "-> Tensor",
+)
+
+
+def _empty_result(
+    x: Tensor,
+    expert_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Memory for the result.
+
+    Raises:
+        RuntimeError: the arguments do not fit.
+    """
+    torch._check(
+        expert_ids.dim() == 2 and expert_ids.dtype in (torch.int32, torch.int64),
+        lambda: (
+            f"expert_ids must be [tokens, experts of a token] of int32 or int64, got "
+            f"{tuple(expert_ids.shape)} of {expert_ids.dtype}"
+        ),
+    )
+    torch._check(
+        x.dtype in GROUPED_DTYPES
+        and all(part is None or part.dtype == x.dtype for part in (weight, bias)),
+        lambda: (
+            f"x is {x.dtype}, weight {weight.dtype}, bias {None if bias is None else bias.dtype}; "
+            f"they must be the same, one of {GROUPED_DTYPES}: quantized experts are not supported, "
+            f"load the model dequantized"
+        ),
+    )
+    torch._check(
+        weight.dim() == 3,
+        lambda: f"weight must be [experts, out, in], got {tuple(weight.shape)}",
+    )
+    inputs, outputs = weight.shape[1:] if transposed else reversed(weight.shape[1:])
+    torch._check(
+        x.dim() in (2, 3) and x.shape[-1] == inputs,
+        lambda: f"x {tuple(x.shape)} must be [tokens, {inputs}], or [tokens, experts, {inputs}]",
+    )
+    for axis in range(x.dim() - 1):
+        torch._check(
+            x.shape[axis] == expert_ids.shape[axis],
+            lambda: f"x {tuple(x.shape)} and expert_ids {tuple(expert_ids.shape)} do not fit",
+        )
+    torch._check(
+        bias is None or tuple(bias.shape) == (weight.shape[0], outputs),
+        lambda: (
+            f"bias {None if bias is None else tuple(bias.shape)} must be "
+            f"[{weight.shape[0]}, {outputs}]"
+        ),
+    )
+    out: Tensor = x.new_empty((*expert_ids.shape, outputs))
+    return out
+
+
+@torch.library.impl(LIBRARY, "grouped_linear", "CompositeExplicitAutograd")
+def _grouped_linear(
+    x: Tensor,
+    expert_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Sort the rows by experts; then each used expert is one product, its weight read once."""
+    out = _empty_result(x, expert_ids, weight, bias, transposed=transposed).zero_()
+    if not out.numel():
+        return out
+    results, rows, ids = out.flatten(0, 1), x.flatten(0, -2), expert_ids.flatten()
+    order = ids.argsort(stable=True)
+    used, counts = ids[order].unique_consecutive(return_counts=True)
+    groups = order.split(counts.tolist())
+    for expert, group in zip(used.tolist(), groups, strict=True):
+        if not 0 <= expert < len(weight):
+            continue
+        matrix = weight[expert].t() if transposed else weight[expert]
+        source = group if x.dim() == 3 else group // expert_ids.shape[1]
+        own_bias = None if bias is None else bias[expert]
+        results[group] = F.linear(rows[source], matrix, own_bias)
+    return out
+
+
+@torch.library.impl(LIBRARY, "grouped_linear", "CUDA")
+def _grouped_linear_on_gpu(
+    x: Tensor,
+    expert_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """`grouped_linear` in Triton-language kernels, without a synchronisation with the host."""
+    from inplace.kernels import grouped_linear as kernels  # imports Triton
+
+    out = _empty_result(x, expert_ids, weight, bias, transposed=transposed)
+    if not out.numel():
+        return out
+    pairs, (experts, *extents) = expert_ids.numel(), weight.shape
+    inputs, outputs = extents if transposed else reversed(extents)
+    spec = kernels.GroupedLinearSpec(inputs, outputs, experts, bias is not None, transposed)
+    kernels.grouped_linear(
+        spec,
+        x=x.contiguous(),
+        expert_ids=expert_ids.contiguous(),
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        out=out,
+        workspace=torch.empty(
+            kernels.grouped_linear_workspace(spec, pairs) // 4, dtype=torch.int32, device=x.device
+        ),
+        tokens=expert_ids.shape[0],
+        experts_per_token=expert_ids.shape[1],
+        shared=x.dim() == 2,
+    )
+    return out
+
+
+torch.library.register_fake("inplace::grouped_linear", _empty_result, lib=LIBRARY)
+
+
+def grouped_linear(
+    x: Tensor,
+    expert_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """The linear layers of the experts that tokens are routed to.
+
+    The weight of each expert that some token has is read once, whatever number of tokens have it;
+    on a GPU, as long as the step has at most 64 rows for one expert.
+
+    Args:
+        x: ``[tokens, in]``, which all experts of a token take, or ``[tokens, k, in]``, a vector for
+            each of them. float32, float16 or bfloat16.
+        expert_ids: ``[tokens, k]``, int32 or int64: the experts of each token. A token may have an
+            expert twice. The result for an id that is no expert's is 0.
+        weight: ``[experts, out, in]``, of x's dtype.
+        bias: ``[experts, out]``, of x's dtype.
+        transposed: the weight is ``[experts, in, out]``.
+
+    Returns:
+        ``[tokens, k, out]``, of x's dtype: ``x @ weight[id].T + bias[id]``.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit. Quantized weights are not supported.
+    """
+    out = torch.ops.inplace.grouped_linear(x, expert_ids, weight, bias, transposed=transposed)
+    assert isinstance(out, Tensor)
+    return out

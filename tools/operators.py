@@ -13,7 +13,7 @@ import inplace.operators  # noqa: F401  registers the operators that converters 
 import inplace_builder.lower  # noqa: F401  registers the converters
 import torch
 from inplace_builder.lower.decompose import find_decomposition
-from inplace_builder.lower.registry import find_converter, registered, unsupported_reason
+from inplace_builder.lower.registry import Converter, find_converter, registered, unsupported_reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
 
@@ -26,6 +26,11 @@ An operator with a converter becomes layers of a network. In-place operators bec
 first, also on views. An operator without a converter is replaced by PyTorch's decomposition of it,
 until every operator has one; what remains is refused in one error that names all of it with the
 model's lines. A converter refuses what the column "only" excludes.
+"""
+
+OWN = """\
+`grouped_linear` is what a captured decoder calls for a mixture of experts; fusion makes the others.
+They are plugins.
 """
 
 HANDLED = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
@@ -63,17 +68,27 @@ def name(overload: Any) -> str:
     return f"`{str(overload).removesuffix('.default')}`"
 
 
+def _converter(overload: Any) -> Converter:
+    converter = find_converter(overload)
+    assert converter is not None
+    return converter
+
+
+def arguments(overload: Any) -> str:
+    """The schema of an operator, without its name."""
+    return str(overload._schema).partition("(")[2].partition(") ->")[0]
+
+
 def page() -> str:
     """The text of the page."""
     tagged = [each for each in core() if each._schema.name.partition("::")[2] not in HANDLED]
     own = sorted((each for each in registered() if each.namespace == "aten"), key=str)
     converted = []
     for overload in own:
-        converter = find_converter(overload)
-        assert converter is not None
         mark = "core" if torch.Tag.core in overload.tags else ""
-        only = sentence(converter.validator)
-        converted.append((name(overload), mark, sentence(converter.convert), only))
+        only = sentence(_converter(overload).validator)
+        converted.append((name(overload), mark, sentence(_converter(overload).convert), only))
+    inplace_own = sorted((each for each in registered() if each.namespace == "inplace"), key=str)
     rest = [each for each in tagged if find_converter(each) is None]
     refused = [each for each in rest if unsupported_reason(each) is not None]
     decomposed = [
@@ -87,6 +102,15 @@ def page() -> str:
         f"{len(missing)} missing.\n",
         f"## With a converter ({len(own)})\n",
         table(("operator", "", "computes", "only"), converted),
+        "## Operators of this project without states\n",
+        OWN,
+        table(
+            ("operator", "computes", "arguments"),
+            [
+                (name(each), sentence(_converter(each).convert), f"`{arguments(each)}`")
+                for each in inplace_own
+            ],
+        ),
         "## Core ATen that is decomposed\n",
         "".join(f"- {name(each)}\n" for each in decomposed),
         "## Core ATen that TensorRT cannot express\n",

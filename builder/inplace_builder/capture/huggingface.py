@@ -1,8 +1,9 @@
 """The front-end for Hugging Face decoders, by transformers' own extension points.
 
 The model's code runs unchanged. Its keys and values pass through `SlotCache`, its attention through
-`slot_attention`, which calls ``inplace::attention`` on the layer's states. Everything else in a
-decoder works token by token, so the tokens of all rows are packed on one axis.
+`slot_attention`, which calls ``inplace::attention`` on the layer's states; a mixture of experts
+through `inplace_builder.capture.experts.slot_experts`. Everything else in a decoder works token by
+token, so the tokens of all rows are packed on one axis.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from inplace_builder.capture.decoder import (
     cache_states,
     decoder_program,
 )
+from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
     CacheLengthError,
@@ -60,7 +62,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     config = model.config.get_text_config(decoder=True)
     check_positions(config, options.capacity)
     _check_layer_kinds(config)
-    with _inplace_attention(model):
+    with _inplace_attention(model), grouped_experts(model):
         # 1. Run the model once to read each layer's window off its attention mask.
         try:
             with_mask, windows = False, _layer_windows(model, options.capacity, with_mask=False)
@@ -68,7 +70,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
             with_mask, windows = True, _layer_windows(model, options.capacity, with_mask=True)
         caches = _layer_caches(config, Dtype.of(model.dtype), windows)
         states = cache_states(caches, options)
-        # 2. Export one step, with attention and caches replaced by ours.
+        # 2. Export one step, with attention, caches and experts replaced by ours.
         exported = _export_step(model, caches, StepExamples(options, states), with_mask=with_mask)
     _check_layers(exported.graph, len(caches), type(model).__name__)
     # 3. Clean the graph, check it against the description, read off what it writes.

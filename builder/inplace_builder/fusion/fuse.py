@@ -51,9 +51,13 @@ def fuse(exported: AnyProgram) -> GraphProgram:
 def bindable_weights(program: GraphProgram) -> frozenset[str]:
     """Names of the weights that the runtime binds, so that the plan does not hold them.
 
-    These are the matrices of linear layers and embeddings.
+    These are the matrices of linear layers, experts and embeddings.
     """
+    grouped = (
+        node for node in program.graph.nodes if is_call(node, inplace.grouped_linear.default)
+    )
     weights = [
+        *(node.args[2] for node in grouped),
         *(node.args[1] for node in program.graph.nodes if is_call(node, inplace.linear.default)),
         *(node.args[0] for node in program.graph.nodes if is_call(node, aten.embedding.default)),
     ]

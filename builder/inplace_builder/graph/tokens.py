@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import inplace.operators  # noqa: F401  registers the operators
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -230,6 +231,12 @@ def _along(axes: TokenAxes, node: AnyNode) -> int:
     return axis
 
 
+def _topk(axes: TokenAxes, node: AnyNode) -> int:
+    axis = _only_token_operand_axis(axes, node)
+    axes.check_untouched(node, axis, argument(node, 2, "dim", -1))
+    return axis
+
+
 def _split(axes: TokenAxes, node: AnyNode) -> int:
     axis = _only_token_operand_axis(axes, node)
     axes.check_untouched(node, axis, argument(node, 2, "dim", 0))
@@ -355,6 +362,16 @@ def _indexed(axes: TokenAxes, node: AnyNode) -> int:
     return place + axes.axis_of[index]
 
 
+def _grouped_linear(axes: TokenAxes, node: AnyNode) -> int:
+    """Every token takes the weights that its own ids choose."""
+    x, expert_ids, *weights = node.args
+    if any(weight in axes.axis_of for weight in weights):
+        raise MixesTokensError(node, "takes tokens where weights belong")
+    for operand in (x, expert_ids):
+        axes.align(node, operand, 0)
+    return 0
+
+
 def _made(axes: TokenAxes, node: AnyNode) -> int | None:
     """A constant of the type of a tensor."""
     return _axis_without_token_operands(axes, node) if len(node.all_input_nodes) > 1 else None
@@ -414,6 +431,7 @@ _RULES: dict[Any, Rule] = {
             aten.log_softmax.int,
             aten.cumsum.default,
             aten.glu.default,
+            aten.sort.default,
         ),
         _along,
     ),
@@ -443,6 +461,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(VIEWS, _viewed),
     aten.embedding.default: _embedded,
     aten.index.Tensor: _indexed,
+    aten.topk.default: _topk,
+    torch.ops.inplace.grouped_linear.default: _grouped_linear,
 }
 """An operator without a rule that has torch's tag ``_pointwise`` has the rule `_pointwise`."""
 

@@ -1,7 +1,7 @@
 """The mechanisms ``plugin`` and ``user``: operators become plugins with aliased outputs.
 
-``plugin`` uses the plugins of this project. ``user`` uses the plugin that the user has declared for
-an operator of their own.
+``plugin`` uses the plugins of this project, which operators without states have too. ``user`` uses
+the plugin that the user has declared for an operator of their own.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from inplace.kernels.attention import MAX_DIM
 from inplace.plugins import (
     ArgmaxOperation,
     AttentionOperation,
+    GroupedLinearOperation,
     LinearOperation,
     Operation,
     RmsNormOperation,
@@ -85,6 +86,7 @@ def _linear(
     residual: ITensor | None = None,
     **options: Any,
 ) -> ITensor:
+    """A linear layer with its norm, bias, activation, gate and residual."""
     outputs, inputs = ctx.meta(ctx.node.args[1]).shape
     optional = {"bias": bias, "norm": norm, "residual": residual}
     present: dict[str, Any] = {name: part is not None for name, part in optional.items()}
@@ -93,19 +95,76 @@ def _linear(
     return _add(ctx, operation, [x, weight, *parts])[0]
 
 
+@converter(inplace.grouped_linear.default)
+def _grouped_linear(
+    ctx: Network,
+    x: ITensor,
+    expert_ids: ITensor,
+    weight: ITensor,
+    bias: ITensor | None = None,
+    *,
+    transposed: bool = False,
+) -> ITensor:
+    """The linear layers of experts, each on the tokens that are routed to it."""
+    if not _has_plugins(ctx.tensorrt):
+        return _gathered_linear(ctx, x, expert_ids, weight, bias, transposed=transposed)
+    experts, *extents = ctx.meta(ctx.node.args[2]).shape
+    inputs, outputs = extents if transposed else reversed(extents)
+    operation = GroupedLinearOperation(
+        inputs=inputs,
+        outputs=outputs,
+        experts=experts,
+        bias=bias is not None,
+        transposed=transposed,
+    )
+    parts = [] if bias is None else [bias]
+    return _add(ctx, operation, [x, expert_ids, weight, *parts])[0]
+
+
+def _has_plugins(tensorrt: TensorRT) -> bool:
+    return not tensorrt.is_rtx and tensorrt.version[:2] >= MIN_VERSION
+
+
+def _gathered_linear(
+    ctx: Network,
+    x: ITensor,
+    expert_ids: ITensor,
+    weight: ITensor,
+    bias: ITensor | None,
+    *,
+    transposed: bool,
+) -> ITensor:
+    """``inplace::grouped_linear`` in layers of TensorRT; a weight is read for each of its rows."""
+    dtype, experts = ctx.dtype_of(expert_ids), ctx.meta(ctx.node.args[2]).shape[0]
+    zero, last = (ctx.scalar(value, dtype, 2) for value in (0, experts - 1))
+    known = ctx.elementwise("MIN", ctx.elementwise("MAX", expert_ids, zero), last)
+    vectors = ctx.unsqueeze(x, [1, 2] if len(x.shape) == 2 else [2])
+    matrices = ctx.gather(weight, known, 0)
+    product = ctx.matmul(vectors, matrices, transpose_b=not transposed)
+    tokens, per_token, _, outputs = ctx.extents.of(product)
+    out = ctx.reshape(product, [tokens, per_token, outputs])
+    if bias is not None:
+        out = ctx.add(out, ctx.gather(bias, known, 0))
+    valid = ctx.unsqueeze(ctx.equal(known, expert_ids), [2])
+    return ctx.select(valid, out, ctx.scalar(0, ctx.dtype_of(out), 3))
+
+
 @converter(inplace.rms_norm.default)
 def _rms_norm(ctx: Network, x: ITensor, weight: ITensor, eps: float) -> ITensor:
+    """RMS norm over the last axis."""
     operation = RmsNormOperation(width=ctx.meta(ctx.node.args[1]).shape[0], eps=eps)
     return _add(ctx, operation, [x, weight])[0]
 
 
 @converter(inplace.argmax.default)
 def _argmax(ctx: Network, scores: ITensor) -> ITensor:
+    """The index of each row's largest score."""
     return _add(ctx, ArgmaxOperation(max_rows=MAX_ROWS), [scores])[0]
 
 
 @converter(inplace.sample.default)
 def _sample(ctx: Network, scores: ITensor, *parameters: ITensor) -> ITensor:
+    """Each row's next token, by its own temperature, top-k, top-p and seed."""
     return _add(ctx, SampleOperation(max_rows=MAX_ROWS), [scores, *parameters])[0]
 
 

@@ -100,7 +100,32 @@ def _attention(
     return out.unflatten(0, (size, -1)), 0
 
 
-for _name, _rule in (("read", _read), ("update", _update), ("attention", _attention)):
+def _grouped_linear(
+    info: Any,
+    dims: Dims,
+    x: Tensor,
+    expert_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in dims[2:]):
+        raise RuntimeError(f"{NAMESPACE}::grouped_linear of weights that differ between calls")
+    size = info.batch_size
+    tokens, ids = (
+        _fold_calls(part, dim, size) for part, dim in ((x, dims[0]), (expert_ids, dims[1]))
+    )
+    out = inplace.grouped_linear(tokens, ids, weight, bias, transposed=transposed)
+    return out.unflatten(0, (size, -1)), 0
+
+
+for _name, _rule in (
+    ("read", _read),
+    ("update", _update),
+    ("attention", _attention),
+    ("grouped_linear", _grouped_linear),
+):
     torch.library.register_vmap(f"{NAMESPACE}::{_name}", _rule, lib=LIBRARY)
 
 

@@ -13,10 +13,6 @@ from inplace_builder.compare import move_to_engine_device
 from inplace_builder.served.build import Stage, check_output, write_engine
 from inplace_builder.served.options import BuildOptions
 
-LOWERABLE_EXPERTS = "batched_mm"
-"""How a mixture of experts computes for TensorRT: products of gathered weights, without a sort by
-expert, a histogram and products of groups."""
-
 
 def build_decoder(
     source: Path | str,
@@ -47,8 +43,6 @@ def build_decoder(
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
     model = load_model(source, options.dtype, config)
-    if options.engine != "torch" and model._can_set_experts_implementation():
-        model.set_experts_implementation(LOWERABLE_EXPERTS)
     stage("capture the graph")
     return write_engine(
         capture_decoder(model, decoder_options(options)),

@@ -1,0 +1,140 @@
+"""Decoders with a mixture of experts: ``inplace::grouped_linear`` for every engine."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from inplace.trt import load_tensorrt
+from inplace_builder import BuildError, Capture, DecoderOptions, capture_decoder
+from inplace_builder.capture.experts import grouped_experts
+from inplace_builder.fusion.fuse import bindable_weights, fuse
+from inplace_builder.lower import LoweredNetwork, lowerable
+from support.comparing import operators
+from support.experts import (
+    CAPACITY,
+    CHUNK,
+    CONFIGURATIONS,
+    ROWS,
+    STATIC_STEPS,
+    Step,
+    check_ragged_rows,
+    graph_step,
+    moe_decoder,
+)
+from support.long import long_except
+from support.lowering import lowered
+from support.network_interpreter import interpret
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+OPTIONS = DecoderOptions(CAPACITY, ROWS, CHUNK)
+
+
+def captured(model: PreTrainedModel) -> Capture:
+    capture = capture_decoder(model, OPTIONS)
+    assert model.get_experts_implementation()[""] == "eager", "the model is left as it was"
+    return capture
+
+
+def network_step(capture: Capture, network: LoweredNetwork) -> Step:
+    """A step of a network, read back and computed in PyTorch."""
+
+    def step(inputs: dict[str, Tensor], states: dict[str, Tensor]) -> Tensor:
+        outputs = interpret(network, inputs | states)
+        for name, output in network.state_outputs.items():
+            states[name].copy_(outputs[output])
+        return outputs["logits"]
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "name", long_except(["mixtral", "glm4_moe", "ernie4_5_moe"], CONFIGURATIONS)
+)
+@pytest.mark.filterwarnings("ignore")
+def test_ragged_rows_have_the_logits_of_eager_experts(name: str) -> None:
+    """Of the graph, and of its network for TensorRT."""
+    model = moe_decoder(name)
+    capture = captured(model)
+    count = sum(hasattr(part, "gate_up_proj") for part in model.modules() if is_experts(part))
+    assert operators(capture)["grouped_linear"] == 2 * count > 0
+    check_ragged_rows(model, capture, graph_step(capture))
+    network = lowered(capture, "copy", load_tensorrt("tensorrt_rtx"))  # no operator is missing
+    check_ragged_rows(model, capture, network_step(capture, network), STATIC_STEPS)
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter)
+
+
+def test_weights_of_experts_are_bound_so_that_no_plan_holds_them() -> None:
+    capture = captured(moe_decoder("mixtral"))
+    program = fuse(lowerable(capture.exported))
+    grouped = [node for node in program.graph.nodes if "grouped_linear" in str(node.target)]
+    assert len(grouped) == 4
+    assert {node.args[2].name for node in grouped} <= bindable_weights(program)
+
+
+GPT_OSS = {
+    "hidden_size": 24,
+    "intermediate_size": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+NEMOTRON = {
+    "hidden_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 5,
+    "mlp_hidden_act": "relu2",
+}
+LAYERS: dict[str, tuple[Any, Any]] = {
+    # transposed weights, biases, gate and up interleaved
+    "gpt_oss": (GptOssExperts, lambda: transformers.GptOssConfig(**GPT_OSS)),
+    # no gate
+    "nemotron_h": (NemotronHExperts, lambda: transformers.NemotronHConfig(**NEMOTRON)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_another_form_equal_eager_ones(name: str) -> None:
+    kind, config = LAYERS[name]
+    torch.manual_seed(0)
+    layer = kind(config())
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, ids = torch.randn(7, 24), torch.randint(0, 5, (7, 2))
+    ids[:, 1] = (ids[:, 0] + 1 + ids[:, 1] % 4) % 5  # another one than the first
+    weights, results = torch.rand(7, 2), []
+    for implementation in ("eager", "inplace"):
+        layer.config._experts_implementation = implementation
+        with torch.no_grad():
+            results.append(layer(x, ids, weights))
+    torch.testing.assert_close(*results)
+
+
+def test_half_precision_is_rounded_like_batched_products() -> None:
+    model = moe_decoder("mixtral")
+    experts = next(part for part in model.modules() if is_experts(part)).bfloat16()
+    x, ids = torch.randn(7, 32).bfloat16(), torch.tensor([[0, 3]] * 7)
+    weights = torch.rand(7, 2).bfloat16()
+    with torch.no_grad(), grouped_experts(model):
+        own = experts(x, ids, weights)
+        theirs = ALL_EXPERTS_FUNCTIONS["batched_mm"](experts, x, ids, weights)
+    torch.testing.assert_close(own, theirs)
+
+
+def test_quantized_experts_are_refused() -> None:
+    model = moe_decoder("mixtral")
+    experts = next(part for part in model.modules() if is_experts(part))
+    quantized = experts.gate_up_proj.detach().to(torch.int8)
+    experts.gate_up_proj = torch.nn.Parameter(quantized, requires_grad=False)
+    with pytest.raises(
+        BuildError,
+        match=r"gate_up_proj of MixtralExperts is torch\.int8; quantized experts are not supported",
+    ):
+        captured(model)

@@ -16,7 +16,7 @@ from inplace_builder import BuildOptions, Capture, build_decoder, capture_decode
 from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.fusion.fuse import without_sampling
 from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowerable
-from inplace_builder.served.decoder import LOWERABLE_EXPERTS, decoder_options
+from inplace_builder.served.decoder import decoder_options
 from support.decoding import decode_together
 from support.models import open_instance
 from support.network_interpreter import interpret
@@ -138,8 +138,6 @@ def _on_cpu(folder: Path, prompts: list[list[int]]) -> list[Decoded]:
 
 def _on_tensorrt(model: PreTrainedModel, prompts: list[list[int]]) -> list[Decoded]:
     """Define the network through TensorRT-RTX's API, and interpret it in PyTorch."""
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(LOWERABLE_EXPERTS)
     capture = capture_decoder(model, decoder_options(OPTIONS))
     return _interpreted(capture, _network(capture), prompts)
 

@@ -65,7 +65,8 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def name(overload: Any) -> str:
     """The operator's name in a table."""
-    return f"`{str(overload).removesuffix('.default')}`"
+    text = str(overload).removesuffix(".default")
+    return f"`{text.replace('inplace.', 'inplace::')}`"
 
 
 def _converter(overload: Any) -> Converter:

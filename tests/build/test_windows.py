@@ -8,7 +8,7 @@ import torch
 import transformers
 from inplace.schema.specs import Role, Update
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
-from inplace_builder.capture import huggingface
+from inplace_builder.capture import huggingface, slot_cache
 from inplace_builder.capture.capture import Capture, control_input
 from inplace_builder.capture.slot_cache import (
     CacheLength,
@@ -126,7 +126,7 @@ def test_verification_finds_a_window_that_is_left_out(
 ) -> None:
     """Outputs are wrong only from position 57 on."""
     model = model_of("phimoe", sliding_window=57)
-    monkeypatch.setattr(huggingface, "_layer_windows", lambda *_, **__: [0, 0])
+    monkeypatch.setattr(slot_cache, "_layer_window", lambda *_: 0)
     capture = capture_decoder(model, DecoderOptions(128, 3, chunk))
     options = BuildOptions(slots=3, max_rows=3, capacity=128, chunk=chunk)
     with pytest.raises(BuildError, match="differs from the model"):
@@ -236,7 +236,6 @@ def test_what_the_cache_does_not_know_is_an_error() -> None:
     questions: list[Callable[[], object]] = [
         lambda: cache.layers[0],
         cache.get_max_length,
-        lambda: cache.has_previous_state(0),
         lambda: cache.is_initialized,
         cache.reset,
     ]

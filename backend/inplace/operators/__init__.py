@@ -1,19 +1,21 @@
 """The operators of a graph.
 
-Three of them, `read`, `update` and `attention`, are the only way a captured graph touches state.
-Each takes the whole arena tensor ``[slots, ...]`` and the slots of the step's rows, so one graph
-serves any rows in any slots. `update` and `attention` mutate it in place, so no state is an output
-that must be copied back. `sample` chooses each row's next token, `grouped_linear`
-computes a mixture's experts. Lowering fuses neighbours into `linear`, `argmax` and
-``qkv_attention``.
+Some of them are the only way a captured graph touches state: `read` and `update`; `attention` on
+keys and values; `causal_conv1d`, `selective_scan`, `delta_rule` and `linear_recurrence` on states
+of fixed size. Each takes the whole arena tensor ``[slots, ...]`` and the slots of the step's rows,
+so one graph serves any rows in any slots. All but `read` mutate it in place, so no state is an
+output that must be copied back. `sample` chooses each row's next token, `grouped_linear` computes a
+mixture's experts. Lowering fuses neighbours into `linear`, `argmax` and ``qkv_attention``.
 
 Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
 
 from inplace.operators.attention import attention
+from inplace.operators.convolution import causal_conv1d
 from inplace.operators.grouped_linear import grouped_linear
 from inplace.operators.library import NAMESPACE, written_states
 from inplace.operators.linear import ACTIVATIONS, linear
+from inplace.operators.recurrence import delta_rule, linear_recurrence, selective_scan
 from inplace.operators.sample import argmax, sample
 from inplace.operators.state import read, update
 
@@ -22,10 +24,14 @@ __all__ = [
     "NAMESPACE",
     "argmax",
     "attention",
+    "causal_conv1d",
+    "delta_rule",
     "grouped_linear",
     "linear",
+    "linear_recurrence",
     "read",
     "sample",
+    "selective_scan",
     "update",
     "written_states",
 ]

@@ -3,7 +3,7 @@
 Packed tokens go in; each row's next token and scores come out; each layer keeps a pair of caches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +134,10 @@ class LayerCache:
         return self.positions(options) < options.capacity
 
 
-def cache_states(caches: Sequence[LayerCache], options: DecoderOptions) -> tuple[StateSpec, ...]:
-    """The states of all layers: the keys of each, then the values of each."""
+def cache_states(
+    caches: Mapping[int, LayerCache], options: DecoderOptions
+) -> tuple[StateSpec, ...]:
+    """The states of all layers that attend: the keys of each, then the values of each."""
     return tuple(
         StateSpec(
             name=f"{part}_states_{layer}",
@@ -150,7 +152,7 @@ def cache_states(caches: Sequence[LayerCache], options: DecoderOptions) -> tuple
             reset=False,  # attention reads only what lies within the cached length
         )
         for part in ("key", "value")
-        for layer, cache in enumerate(caches)
+        for layer, cache in caches.items()
     )
 
 

@@ -97,7 +97,7 @@ def capture_exported_decoder(
     # 5. Prove that the graph is a decoder whose tokens may be packed.
     decoder = prove_decoder(graph_module, states, num_outputs, frozenset(assume_consecutive))
     caches = _layer_caches(decoder, options)
-    cache_specs = cache_states(caches, options)
+    cache_specs = cache_states(dict(enumerate(caches)), options)
     program = decoder_program(decoder.vocab_size, int(shape(decoder.logits)[-1]), options)
     reference = _SequenceReference(original, functional, decoder)
     # 6. Rewrite it to packed rows, and drop what nothing uses any more.

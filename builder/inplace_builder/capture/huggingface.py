@@ -1,11 +1,13 @@
 """The front-end for Hugging Face decoders, by transformers' own extension points.
 
 The model's code runs unchanged. Its keys and values pass through `SlotCache`, its attention through
-`slot_attention`, which calls ``inplace::attention`` on the layer's states; a mixture of experts
-through `inplace_builder.capture.experts.slot_experts`. Everything else in a decoder works token by
-token, so the tokens of all rows are packed on one axis.
+`slot_attention`, which calls ``inplace::attention`` on the layer's states; convolutions and
+recurrences go through `slot_recurrences`, a mixture of experts through
+`inplace_builder.capture.experts.slot_experts`. Everything else in a decoder works token by token,
+so the tokens of all rows are packed on one axis.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import transformers
 from inplace.operators import sample
 from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import StateSpec, Update
 from torch import Tensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
@@ -29,6 +32,7 @@ from inplace_builder.capture.decoder import (
     decoder_program,
 )
 from inplace_builder.capture.experts import grouped_experts
+from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
     CacheLengthError,
@@ -39,10 +43,25 @@ from inplace_builder.capture.slot_cache import (
 )
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.reexport import correct_lstm, size_oblivious
+from inplace_builder.graph.reexport import LengthIndependent, correct_lstm, size_oblivious
 
 REFERENCE_CHUNK = 1024
 """Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
+
+
+STATELESS_KINDS = frozenset({"mlp", "moe"})
+"""Kinds of layers, in transformers' names, that keep no state."""
+
+
+LAYER_KINDS = STATELESS_KINDS | {
+    "full_attention",
+    "sliding_attention",
+    "conv",
+    "linear_attention",
+    "hybrid",
+    "hybrid_sliding",
+}
+"""Kinds of layers that can be captured, in transformers' names."""
 
 
 THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "local_attention")
@@ -62,17 +81,17 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     config = model.config.get_text_config(decoder=True)
     check_positions(config, options.capacity)
     _check_layer_kinds(config)
-    with _inplace_attention(model), grouped_experts(model):
-        # 1. Run the model once to read each layer's window off its attention mask.
+    with _inplace_attention(model), grouped_experts(model), slot_recurrences(model):
+        # 1. Run the model once to read each layer's window off its attention mask, and its states.
         try:
-            with_mask, windows = False, _layer_windows(model, options.capacity, with_mask=False)
+            with_mask, layers = False, _collect_layers(model, options.capacity, with_mask=False)
         except CacheLengthError:  # OPT makes a mask of that length where none is given
-            with_mask, windows = True, _layer_windows(model, options.capacity, with_mask=True)
-        caches = _layer_caches(config, Dtype.of(model.dtype), windows)
-        states = cache_states(caches, options)
+            with_mask, layers = True, _collect_layers(model, options.capacity, with_mask=True)
+        caches = _layer_caches(config, Dtype.of(model.dtype), layers.by_layer)
+        states = (*cache_states(caches, options), *_recurrent_states(layers))
         # 2. Export one step, with attention, caches and experts replaced by ours.
         exported = _export_step(model, caches, StepExamples(options, states), with_mask=with_mask)
-    _check_layers(exported.graph, len(caches), type(model).__name__)
+    _check_layers(exported.graph, config, layers, type(model).__name__)
     # 3. Clean the graph, check it against the description, read off what it writes.
     program = decoder_program(config.vocab_size, config.vocab_size, options)
     program, lowering = complete_program(exported, program, states)
@@ -144,8 +163,8 @@ def _length_independent(module: torch.nn.Module) -> Callable[..., Any]:
     return embed
 
 
-def _layer_windows(model: PreTrainedModel, capacity: int, *, with_mask: bool) -> list[int]:
-    """How many positions up to its own a token of each layer sees; 0 for all.
+def _collect_layers(model: PreTrainedModel, capacity: int, *, with_mask: bool) -> Windows:
+    """What each layer keeps: the window of its attention, its other states.
 
     Raises:
         BuildError: a layer's mask is no window, or the model cannot run with our cache.
@@ -158,11 +177,27 @@ def _layer_windows(model: PreTrainedModel, capacity: int, *, with_mask: bool) ->
         with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()):
             cache = SlotCache(positions, num_layers, windows)
             _run(model, ids[0], positions, cache, with_mask=with_mask)
+            cache.check_states_stored()
     except BuildError:
         raise
     except Exception as error:
         raise BuildError(f"{type(model).__name__} cannot run: {brief(error)}") from error
-    return [windows.by_layer.get(layer, 0) for layer in range(num_layers)]
+    return windows
+
+
+def _recurrent_states(layers: Windows) -> tuple[StateSpec, ...]:
+    """The states that are no keys and values: zeros in a new sequence, rewritten by every step.
+
+    Those of all convolutions come first.
+    """
+    return tuple(
+        StateSpec(
+            name=name, shape=tuple(slot.shape), dtype=Dtype.of(slot.dtype), update=Update.REPLACE
+        )
+        for part in (CONV, RECURRENT)
+        for name, slot in layers.recurrent.items()
+        if name.startswith(part)
+    )
 
 
 def _run(
@@ -180,11 +215,17 @@ def _run(
         return model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **{_cache_argument(model): cache},
             **given,
         )
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """The name of the argument that a model takes its cache as."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 class DecoderStep(torch.nn.Module):
@@ -196,13 +237,14 @@ class DecoderStep(torch.nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        windows: Sequence[int],
-        rings: Sequence[bool],
+        windows: Mapping[int, int],
+        rings: Mapping[int, bool],
         *,
         with_mask: bool,
     ) -> None:
         super().__init__()
         self.model, self.windows, self.rings = model, windows, rings
+        self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
         self.with_mask = with_mask
 
     def forward(
@@ -218,18 +260,34 @@ class DecoderStep(torch.nn.Module):
         top_p: Tensor,
         seed: Tensor,
         next_positions: Tensor,
-        key_states: list[Tensor],
-        value_states: list[Tensor],
+        key_states: dict[int, Tensor],
+        value_states: dict[int, Tensor],
+        conv_states: dict[str, Tensor],
+        recurrent_states: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """From token ids ``[tokens]`` to each row's next token.
+
+        States are given by layer: keys and values of those that attend, then the others.
 
         Returns:
             The tokens ``[rows, 1]``, chosen by `sample`, and float32 logits ``[rows, vocab_size]``.
         """
+        recurrent = {
+            f"{part}_{name}": state
+            for part, group in ((CONV, conv_states), (RECURRENT, recurrent_states))
+            for name, state in group.items()
+        }
         states = LayerStates(
-            key_states, value_states, slots, row_offsets, write_indices, self.windows, self.rings
+            key_states,
+            value_states,
+            recurrent,
+            slots,
+            row_offsets,
+            write_indices,
+            self.windows,
+            self.rings,
         )
-        cache = SlotCache(positions, len(self.windows), states)
+        cache = SlotCache(positions, self.num_layers, states)
         out = _run(self.model, input_ids, positions, cache, last_tokens, with_mask=self.with_mask)
         logits = out.logits[0].float()
         return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
@@ -237,25 +295,25 @@ class DecoderStep(torch.nn.Module):
 
 def _export_step(
     model: PreTrainedModel,
-    caches: Sequence[LayerCache],
+    caches: Mapping[int, LayerCache],
     examples: StepExamples,
     *,
     with_mask: bool,
 ) -> ExportedProgram:
-    layers = len(caches)
     step = DecoderStep(
         model,
-        [cache.window for cache in caches],
-        [cache.is_ring(examples.options) for cache in caches],
+        {layer: cache.window for layer, cache in caches.items()},
+        {layer: cache.is_ring(examples.options) for layer, cache in caches.items()},
         with_mask=with_mask,
     )
-    memory, shapes = examples.memory(), examples.memory_shapes()
+    memory = _by_layer(examples.states, examples.memory())
+    shapes = _by_layer(examples.states, examples.memory_shapes())
     try:
-        with quiet(), torch.no_grad(), correct_lstm(), size_oblivious():
+        with quiet(), torch.no_grad(), correct_lstm(), size_oblivious(), LengthIndependent():
             return torch.export.export(
                 step,
-                (*examples.inputs(), memory[:layers], memory[layers:]),
-                dynamic_shapes=(*examples.input_shapes(), shapes[:layers], shapes[layers:]),
+                (*examples.inputs(), *memory),
+                dynamic_shapes=(*examples.input_shapes(), *shapes),
             )
     except BuildError:
         raise
@@ -263,6 +321,18 @@ def _export_step(
         raise BuildError(
             f"torch.export cannot capture {type(model).__name__}: {brief(error)}"
         ) from error
+
+
+def _by_layer(states: Sequence[StateSpec], values: Sequence[Any]) -> list[dict[Any, Any]]:
+    """Values of the states as `DecoderStep` takes them: in groups, by what follows their names."""
+    groups: dict[str, dict[Any, Any]] = {
+        part: {} for part in ("key_states", "value_states", CONV, RECURRENT)
+    }
+    for state, value in zip(states, values, strict=True):
+        part, _, rest = state.name.partition("_states_")
+        part = f"{part}_states"
+        groups[part][rest if part in (CONV, RECURRENT) else int(rest)] = value
+    return list(groups.values())
 
 
 def _reference(model: PreTrainedModel) -> Reference:
@@ -279,11 +349,10 @@ def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The scores ``[vocab_size]`` of the last of token ids ``[tokens]``."""
     cache: Any = None
     use_cache = len(ids) > REFERENCE_CHUNK
+    name = _cache_argument(model)
     for part in ids.split(REFERENCE_CHUNK):
-        out = model(
-            input_ids=part[None], past_key_values=cache, use_cache=use_cache, logits_to_keep=1
-        )
-        cache = out.past_key_values if use_cache else None
+        out = model(input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache})
+        cache = getattr(out, name) if use_cache else None
     logits: Tensor = out.logits[0, -1]
     return logits
 
@@ -302,30 +371,29 @@ def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _check_layer_kinds(config: transformers.PretrainedConfig) -> None:
-    """BuildError if a layer keeps another state than keys and values."""
-    if (
-        getattr(config, "num_attention_heads", None) is None
-        or getattr(config, "num_hidden_layers", None) is None
-    ):
+    """BuildError if a layer is of a kind whose states are unknown."""
+    if getattr(config, "num_hidden_layers", None) is None:
         raise BuildError(
-            f"a {config.model_type!r} model has no attention heads; only decoders with a key-value "
-            f"cache are supported"
+            f"a {config.model_type!r} model has no number of layers; only decoders with a "
+            f"key-value cache, or with recurrent states in its place, are supported"
         )
     kinds = getattr(config, "layer_types", None) or []
-    if unsupported := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+    if unsupported := sorted(set(kinds) - LAYER_KINDS):
         raise BuildError(
-            f"the model has layers of the kind {unsupported}; only full_attention and "
-            f"sliding_attention are supported"
+            f"the model has layers of the kind {unsupported}; only {sorted(LAYER_KINDS)} are "
+            f"supported"
         )
 
 
 def _layer_caches(
-    config: transformers.PretrainedConfig, dtype: Dtype, windows: Sequence[int]
-) -> list[LayerCache]:
-    """The cache of each layer, of the sizes that the configuration states.
+    config: transformers.PretrainedConfig, dtype: Dtype, windows: Mapping[int, int]
+) -> dict[int, LayerCache]:
+    """The cache of each layer that attends, of the sizes that the configuration states.
 
     If they are not those of the model, ``inplace::attention`` refuses its keys and values.
     """
+    if not windows:
+        return {}
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     try:
         stated = getattr(config, "head_dim", None)
@@ -335,13 +403,21 @@ def _layer_caches(
             f"not supported ({brief(error)})"
         ) from error
     dim: int = stated or config.hidden_size // config.num_attention_heads
-    return [LayerCache(heads, dim, dim, dtype, window) for window in windows]
+    return {layer: LayerCache(heads, dim, dim, dtype, windows[layer]) for layer in sorted(windows)}
 
 
-def _check_layers(graph: torch.fx.Graph, layers: int, kind: str) -> None:
+def _check_layers(
+    graph: torch.fx.Graph, config: transformers.PretrainedConfig, layers: Windows, kind: str
+) -> None:
+    """BuildError if a layer keeps nothing, and is of no kind that does: it attends unseen."""
+    expected = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or []
+    stateless = sum(each in STATELESS_KINDS for each in kinds)
+    keeping = set(layers.by_layer) | {int(name.split("_")[2]) for name in layers.recurrent}
     count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)
-    if count != layers:
+    if len(keeping) + stateless < expected or count < len(layers.by_layer):
         raise BuildError(
-            f"{kind} has {layers} layers, but {count} of them attend through transformers' "
-            f"attention interface"
+            f"{kind} has {expected} layers, but {count} of them attend through transformers' "
+            f"attention interface, and {len(keeping - set(layers.by_layer))} others keep states "
+            f"through its cache"
         )

@@ -38,19 +38,22 @@ class LayerStates:
     """The states of all layers, and how ``inplace::attention`` addresses them.
 
     Attributes:
-        keys, values: one state for each layer, ``[slots, kv_heads, capacity, dim]``.
+        keys, values: the states of each layer that attends, ``[slots, kv_heads, capacity, dim]``.
+        recurrent: the other states by name, ``[slots, ...]``.
         slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
-        windows: for each layer how many positions up to its own a token sees; 0 for all.
-        rings: for each layer whether its states are rings.
+        windows: for each layer that attends how many positions up to its own a token sees; 0 for
+            all.
+        rings: for each of them whether its states are rings.
     """
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    recurrent: Mapping[str, Tensor]
     slots: Tensor
     row_offsets: Tensor
     write_indices: Tensor
-    windows: Sequence[int]
-    rings: Sequence[bool]
+    windows: Mapping[int, int]
+    rings: Mapping[int, bool]
 
 
 @dataclass
@@ -59,11 +62,14 @@ class Windows:
 
     Attributes:
         capacity: maximum number of positions of a sequence.
-        by_layer: how many positions up to its own a token sees; 0 for all.
+        by_layer: for each layer that attends how many positions up to its own a token sees; 0 for
+            all.
+        recurrent: the states of other layers by name: what a slot holds, in zeros.
     """
 
     capacity: int
     by_layer: dict[int, int] = field(default_factory=dict)
+    recurrent: dict[str, Tensor] = field(default_factory=dict)
 
 
 class CacheLengthError(BuildError):
@@ -144,6 +150,9 @@ class SlotCache(TransformersCache):
         # without the constructor of transformers, which makes a list of layers
         self.positions, self.num_layers, self.step = positions, num_layers, step
         self.updated: int | None = None
+        self._convolved: str | None = None  # the layer whose convolution comes next
+        self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
+        self._num_scans = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -157,6 +166,98 @@ class SlotCache(TransformersCache):
         """
         self.updated = layer_idx
         return key_states, value_states
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """False: a recurrent layer computes as for a new sequence, through the operators."""
+        return False
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Note which layer convolves next.
+
+        Args:
+            conv_states: the convolution's inputs, ``[1, channels, tokens]``; returned as they are.
+            layer_idx: the layer.
+            state_idx: which of its convolutions.
+            kwargs: not used.
+        """
+        self.check_states_stored()
+        self._convolved = f"{layer_idx}_{state_idx}" if state_idx else f"{layer_idx}"
+        self._scanned, self._num_scans = layer_idx, 0
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Check that the layer's recurrence has run, which stored its state.
+
+        Args:
+            recurrent_states: what stands for the state; returned as it is.
+            layer_idx: the layer.
+            state_idx, kwargs: not used.
+
+        Raises:
+            BuildError: the state was computed by code that is not replaced.
+        """
+        if self._scanned != layer_idx or not self._num_scans:
+            raise BuildError(
+                f"layer {layer_idx} computes its recurrent state in code of its own; only the "
+                f"recurrences of inplace.operators are supported: selective_scan, delta_rule"
+            )
+        return recurrent_states
+
+    def convolution(self) -> str:
+        """Which state the convolution that runs now uses: its layer, and its number if several.
+
+        Raises:
+            BuildError: its inputs were not given to the cache.
+        """
+        name, self._convolved = self._convolved, None
+        if name is None:
+            raise BuildError(
+                "the model convolves tokens without caching the inputs of the convolution, so it "
+                "would mix the rows of a step"
+            )
+        return name
+
+    def recurrence(self) -> str:
+        """Which state the recurrence that runs now uses: its layer, and its number if several.
+
+        Raises:
+            BuildError: no convolution of the same layer ran before, so the layer is unknown.
+        """
+        if self._scanned is None:
+            raise BuildError("the model has a recurrence without a convolution, of unknown layer")
+        self._num_scans += 1
+        number = self._num_scans - 1
+        return f"{self._scanned}_{number}" if number else f"{self._scanned}"
+
+    def check_states_stored(self) -> None:
+        """BuildError if a layer gave the cache states that no operator has taken since."""
+        if self._convolved is not None:
+            raise BuildError(
+                f"layer {self._convolved} caches the inputs of a convolution that it computes in "
+                f"code of its own; only transformers' causal_conv1d_fn is supported"
+            )
+
+    def state(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The state of this name, ``[slots, *shape]``; while layers are collected, one of zeros."""
+        step = self.step
+        if isinstance(step, LayerStates):
+            return step.recurrent[name]
+        state = torch.zeros((1, *shape), dtype=dtype, device=self.positions.device)
+        step.recurrent[name] = state[0].clone()
+        return state
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The slots ``[rows]`` and the row offsets ``[rows + 1]`` of the step."""
+        step = self.step
+        if isinstance(step, LayerStates):
+            return step.slots, step.row_offsets
+        return torch.tensor([0]), torch.tensor([0, len(self.positions)])
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The number of cached tokens, as far as there is one."""
@@ -184,8 +285,8 @@ class SlotCache(TransformersCache):
     def layers(self) -> NoReturn:
         """BuildError: what transformers keeps in layers is in the engine's states."""
         raise BuildError(
-            "the model reads the layers of its cache (shared, recurrent or other states beside "
-            "each layer's own keys and values are not supported)"
+            "the model reads the layers of its cache (shared states, and others that it does not "
+            "update through the cache's own methods, are not supported)"
         )
 
 
@@ -193,9 +294,14 @@ _current_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
 """The cache of the step that runs: transformers does not pass it to attention functions."""
 
 
+def step_cache() -> SlotCache:
+    """The cache of the step that runs."""
+    return _current_cache.get()
+
+
 @contextmanager
 def current_cache(cache: SlotCache) -> Iterator[None]:
-    """Let attention and mask functions use this cache."""
+    """Let attention, mask functions and recurrences use this cache."""
     token = _current_cache.set(cache)
     try:
         yield

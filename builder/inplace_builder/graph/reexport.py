@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._decomp import decompositions
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
+from torch.overrides import TorchFunctionMode
 
 from inplace_builder.graph.nodes import copy_graph
 
@@ -76,6 +77,31 @@ def size_oblivious() -> contextlib.AbstractContextManager[None]:
     config: Any = torch.fx.experimental._config
     patched: contextlib.AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
     return patched
+
+
+class LengthIndependent(TorchFunctionMode):
+    """Export ``reshape``, and a matrix times packed tokens, without a guard on their number.
+
+    Where a tensor is not contiguous, PyTorch 2.11 asks for both whether it has one token only, in
+    spite of `size_oblivious`. Here it is copied first.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer a call of torch."""
+        options = kwargs or {}
+        if func in (torch.reshape, Tensor.reshape) and not options:
+            return func(args[0].contiguous(), *args[1:])
+        if getattr(func, "__name__", "") in ("matmul", "__matmul__") and not options:
+            matrix, tokens = args
+            if matrix.dim() == 2 and tokens.dim() == 3:
+                return torch.nn.functional.linear(tokens.mT.contiguous(), matrix).mT
+        return func(*args, **options)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,229 @@
+"""Decoders with convolutions, state space models and linear attention, as rows of a server."""
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from inplace.engines import Finish, StepEngine
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.schema.specs import StateSpec, Update
+from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
+from inplace_builder.capture.slot_cache import SlotCache, Windows
+from inplace_builder.errors import BuildError
+from inplace_builder.served.build import write_engine
+from support.decoding import SHAPE, generate_together, random_prompt
+from support.long import long_except
+from support.models import open_instance
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.lfm2 import modeling_lfm2
+
+CAPACITY, CHUNK, TOKENS = 72, 8, 24
+OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
+PROMPTS = [random_prompt(1, 41), random_prompt(2, 3), random_prompt(3, 17)]
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+MAMBA_2 = {
+    "mamba_d_state": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+NOT_IN_MAMBA = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "mamba2": (
+        "Mamba2Config",
+        {"state_size": 16, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
+    ),
+    "bamba": ("BambaConfig", MAMBA_2 | {"attn_layer_indices": [1]}),
+    # each layer attends and scans
+    "falcon_h1": ("FalconH1Config", MAMBA_2 | {"head_dim": 8, "mamba_d_ssm": 64}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        MAMBA_2
+        | {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 32,
+        },
+    ),
+    "olmo_hybrid": (
+        "OlmoHybridConfig",
+        HYBRID
+        | {
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+}
+
+
+def model_of(name: str) -> PreTrainedModel:
+    """A random decoder; its greedy tokens vary."""
+    torch.manual_seed(0)
+    config, fields = MODELS[name]
+    left_out = NOT_IN_MAMBA if name.rstrip("2") == "mamba" else ()
+    shape = {key: value for key, value in SHAPE.items() if key not in left_out}
+    made = getattr(transformers, config)(**(shape | fields))
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(made).eval()
+    return model
+
+
+def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """transformers' own greedy continuation."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    result: list[int] = out[0, len(prompt) :].tolist()
+    return result
+
+
+def build(model: PreTrainedModel, folder: Path) -> ModelInstance:
+    write_engine(capture_decoder(model, DecoderOptions(CAPACITY, 3, CHUNK)), folder, OPTIONS)
+    return open_instance(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", long_except(["lfm2", "mamba2", "falcon_h1"], MODELS))
+@pytest.mark.filterwarnings("ignore")
+def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: str) -> None:
+    model = model_of(name)
+    expected = [generate(model, prompt) for prompt in PROMPTS]
+    assert len({token for tokens in expected for token in tokens}) >= 8
+    assert generate_together(build(model, tmp_path / "model"), PROMPTS, TOKENS) == expected
+
+
+@pytest.fixture(scope="module")
+def lfm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    model, folder = model_of("lfm2"), tmp_path_factory.mktemp("lfm2") / "model"
+    write_engine(capture_decoder(model, DecoderOptions(CAPACITY, 3, CHUNK)), folder, OPTIONS)
+    return model, folder
+
+
+def states_of(instance: ModelInstance) -> dict[str, StateSpec]:
+    return {state.name: state for state in instance.manifest.states}
+
+
+def test_states_are_named_by_layer_and_those_of_fixed_size_start_at_zero(
+    lfm2: tuple[PreTrainedModel, Path],
+) -> None:
+    states = states_of(open_instance(lfm2[1]))
+    assert list(states) == ["key_states_1", "value_states_1", "conv_states_0"]
+    conv = states["conv_states_0"]
+    assert (conv.update, conv.shape, conv.fill, conv.reset) == (Update.REPLACE, (2, 32), 0, True)
+
+
+def test_a_slot_that_is_used_again_starts_at_zero(lfm2: tuple[PreTrainedModel, Path]) -> None:
+    model, instance = lfm2[0], open_instance(lfm2[1], slots=3)
+    for state in instance.arena.tensors.values():
+        state.fill_(float("nan"))
+    prompts = [random_prompt(4, 9), random_prompt(5, 4), random_prompt(6, 1)]
+    assert generate_together(instance, PROMPTS, 1) == [
+        generate(model, prompt)[:1] for prompt in PROMPTS
+    ]
+    for state in instance.arena.tensors.values():
+        assert state.isfinite().any()
+    # START on a live sequence begins anew
+    assert generate_together(instance, prompts, TOKENS) == [
+        generate(model, prompt) for prompt in prompts
+    ]
+
+
+class FailingEngine:
+    """A real engine whose next step fails after it has written memory."""
+
+    overlaps = False
+
+    def __init__(self, engine: StepEngine) -> None:
+        self._engine = engine
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        return self._engine.on_stream()
+
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
+        launched = self._engine.launch(inputs, requested)
+
+        def finish(gil_released: AbstractContextManager[object]) -> dict[str, Tensor]:
+            launched(gil_released)
+            raise RuntimeError("out of luck")
+
+        return finish
+
+
+def test_a_failed_step_ends_its_sequences_because_their_states_are_rewritten(
+    lfm2: tuple[PreTrainedModel, Path],
+) -> None:
+    model, instance = lfm2[0], open_instance(lfm2[1])
+    prompt, other = random_prompt(7, 5), random_prompt(8, 6)
+    for sequence, tokens in ((1, prompt), (2, other)):
+        run(instance, request(sequence, tokens, start=True))
+    engine = instance.engine
+    instance.engine = FailingEngine(engine)
+    failed = instance.admit(request(1, [7]))
+    instance.step([failed])
+    assert "the sequence has ended, START it again" in str(failed.error)
+    instance.engine = engine
+    assert instance.table.get(1) is None
+    # the other sequence continues, and the first may start again
+    assert run(instance, request(2, [9])) == generate(model, [*other, 9])[0]
+    assert run(instance, request(1, prompt, start=True)) == generate(model, prompt)[0]
+
+
+def request(sequence: int, tokens: list[int], *, start: bool = False) -> Request:
+    return Request(sequence, start, False, inputs={"input_ids": torch.tensor([tokens])})
+
+
+def run(instance: ModelInstance, request_: Request) -> int:
+    """The next token after a request."""
+    active = instance.admit(request_)
+    while not active.finished:
+        instance.step([active])
+    instance.finish(active)
+    assert active.error is None
+    return int(active.outputs["next_token"])
+
+
+def test_capture_leaves_the_functions_of_transformers_as_they_were() -> None:
+    before = modeling_lfm2.causal_conv1d_fn
+    capture_decoder(model_of("lfm2"), DecoderOptions(16, 2, 4))
+    assert modeling_lfm2.causal_conv1d_fn is before
+
+
+def test_a_convolution_or_recurrence_of_the_models_own_is_refused() -> None:
+    def cache() -> SlotCache:
+        return SlotCache(torch.arange(3), 2, Windows(8))
+
+    x = torch.zeros(1, 4, 3)
+    own = cache()
+    own.update_conv_state(x, 0)
+    with pytest.raises(BuildError, match="layer 0 caches the inputs of a convolution that it co"):
+        own.check_states_stored()
+    with pytest.raises(BuildError, match="layer 0 caches the inputs of a convolution that it co"):
+        own.update_conv_state(x, 1)
+    with pytest.raises(BuildError, match="layer 1 computes its recurrent state in code of its own"):
+        cache().update_recurrent_state(x, 1)
+    with pytest.raises(BuildError, match="without caching the inputs of the convolution"):
+        cache().convolution()
+    with pytest.raises(BuildError, match="a recurrence without a convolution"):
+        cache().recurrence()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from inplace_builder.capture.capture import Capture, capture_module, control_input
     from inplace_builder.capture.checkpoint import load_decoder
     from inplace_builder.capture.decoder import DecoderOptions
+    from inplace_builder.capture.experts import grouped_experts
     from inplace_builder.capture.exported import ExportedCapture, capture_exported
     from inplace_builder.capture.exported_decoder import capture_exported_decoder
     from inplace_builder.capture.exported_rows import RowOptions, capture_exported_rows
@@ -64,6 +65,7 @@ _MODULES = {
     "capture_module": "inplace_builder.capture.capture",
     "control_input": "inplace_builder.capture.capture",
     "declare_alias": "inplace_builder.states.user_operators",
+    "grouped_experts": "inplace_builder.capture.experts",
     "inline_lifted_buffers": "inplace_builder.capture.inline",
     "lift_mutated_buffers": "inplace_builder.states.lift",
     "load_decoder": "inplace_builder.capture.checkpoint",
@@ -101,6 +103,7 @@ __all__ = [
     "capture_module",
     "control_input",
     "declare_alias",
+    "grouped_experts",
     "inline_lifted_buffers",
     "lift_mutated_buffers",
     "load_chat_tokenizer",

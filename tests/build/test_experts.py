@@ -1,12 +1,19 @@
 """Decoders with a mixture of experts: ``inplace::grouped_linear`` for every engine."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from inplace.trt import load_tensorrt
-from inplace_builder import BuildError, Capture, DecoderOptions, capture_decoder
+from inplace_builder import (
+    BuildError,
+    Capture,
+    DecoderOptions,
+    capture_decoder,
+    capture_exported_decoder,
+)
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.fusion.fuse import bindable_weights, fuse
 from inplace_builder.lower import LoweredNetwork, lowerable
@@ -22,13 +29,18 @@ from support.experts import (
     graph_step,
     moe_decoder,
 )
+from support.exported_decoders import exported
 from support.long import long_except
 from support.lowering import lowered
 from support.network_interpreter import interpret
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 OPTIONS = DecoderOptions(CAPACITY, ROWS, CHUNK)
@@ -65,6 +77,17 @@ def test_ragged_rows_have_the_logits_of_eager_experts(name: str) -> None:
     check_ragged_rows(model, capture, graph_step(capture))
     network = lowered(capture, "copy", load_tensorrt("tensorrt_rtx"))  # no operator is missing
     check_ragged_rows(model, capture, network_step(capture, network), STATIC_STEPS)
+
+
+@pytest.mark.parametrize("name", long_except(["mixtral"], ["mixtral", "glm4_moe", "ernie4_5_moe"]))
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_that_transformers_exports_may_have_grouped_experts(name: str) -> None:
+    model = moe_decoder(name)
+    with grouped_experts(model):
+        program = exported(model, dynamic=True)
+    capture = capture_exported_decoder(program, OPTIONS)
+    assert operators(capture)["grouped_linear"] > 0
+    check_ragged_rows(model, capture, graph_step(capture))
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -115,6 +138,66 @@ def test_layers_of_another_form_equal_eager_ones(name: str) -> None:
         with torch.no_grad():
             results.append(layer(x, ids, weights))
     torch.testing.assert_close(*results)
+
+
+IDS = torch.tensor([[0, 3], [2, 1], [3, 0], [1, 2], [3, 2]])
+OWN_CODE: dict[str, tuple[Any, Callable[[], Any], dict[str, object], tuple[Any, ...]]] = {
+    "dbrx": (
+        DbrxExperts,
+        lambda: transformers.DbrxConfig().ffn_config,
+        {"hidden_size": 24, "ffn_hidden_size": 16, "moe_num_experts": 4},
+        (IDS, torch.rand(5, 2)),
+    ),
+    "aria": (
+        AriaExperts,
+        transformers.AriaTextConfig,
+        {"hidden_size": 24, "intermediate_size": 16, "moe_num_experts": 4, "moe_topk": 2},
+        (torch.randn(5, 4),),
+    ),
+    # ids 2 and 3 are experts that change nothing
+    "longcat_flash": (
+        LongcatFlashExperts,
+        transformers.LongcatFlashConfig,
+        {
+            "hidden_size": 24,
+            "expert_ffn_hidden_size": 16,
+            "n_routed_experts": 2,
+            "zero_expert_num": 2,
+        },
+        (IDS, torch.rand(5, 2)),
+    ),
+    "llama4": (
+        Llama4TextMoe,
+        transformers.Llama4TextConfig,
+        {
+            "hidden_size": 24,
+            "intermediate_size": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_code_of_their_own_equal_what_they_are_replaced_by(name: str) -> None:
+    kind, make, fields, arguments = OWN_CODE[name]
+    config = make()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    layer = kind(config)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(1, 5, 24) if name == "dbrx" else torch.randn(5, 24)
+    with torch.no_grad():
+        expected = layer(x, *arguments)
+        with grouped_experts(layer):
+            assert "forward" in vars(layer)
+            torch.testing.assert_close(layer(x, *arguments), expected)
+    assert "forward" not in vars(layer), "the layer is left as it was"
 
 
 def test_half_precision_is_rounded_like_batched_products() -> None:

@@ -267,6 +267,13 @@ def test_the_example_of_a_module_of_your_own(capsys: pytest.CaptureFixture[str])
     assert "after 20 steps: 0.8784 and 87.84, as NumPy computes them" in out
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_a_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "moe_decoder.py"
+    runpy.run_path(str(script), run_name="__main__")
+    assert "23 tokens of prompt, then what transformers generates" in capsys.readouterr().out
+
+
 def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> None:
     install_backend(tmp_path)
     install_backend(tmp_path)  # again, over itself

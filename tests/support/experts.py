@@ -7,6 +7,7 @@ import torch
 import transformers
 from inplace_builder import Capture
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from support.lowering import greedy_rows
@@ -21,6 +22,9 @@ _SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
     "initializer_range": 0.3,
 }
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -94,14 +98,14 @@ STATIC_STEPS = [
 
 def graph_step(capture: Capture) -> Step:
     """A step of the captured graph."""
-    module = capture.exported.module()
+    graph = capture.exported.module()
+    assert isinstance(graph, torch.fx.GraphModule)
 
     def step(inputs: dict[str, Tensor], states: dict[str, Tensor]) -> Tensor:
-        memory = list(states.values())
-        middle = len(memory) // 2
         arguments = (inputs[spec.name] for spec in capture.program.inputs)
         with torch.no_grad():
-            _, logits = module(*arguments, memory[:middle], memory[middle:])
+            results = torch.fx.Interpreter(graph).run(*arguments, *states.values())
+        _, logits = pytree.tree_leaves(results)
         assert isinstance(logits, Tensor)
         return logits
 

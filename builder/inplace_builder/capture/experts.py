@@ -3,11 +3,13 @@
 transformers' own implementations are loops over the experts that are used, which do not export, or
 sort and gather on their way to a product. Where a model has its experts behind the experts
 interface of transformers, `grouped_experts` lets it call `slot_experts` instead: two operators,
-with the model's own gate between them and its own router before them.
+with the model's own gate between them and its own router before them. `OWN_CODE` has the same for
+models whose experts are not behind that interface.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def slot_experts(
     projected = _project(module, up, hidden_states, top_k_index)
     inner = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
     out = _project(module, "down_proj", inner, top_k_index)
-    return (out * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+    return _weighted_sum(out, top_k_weights)
 
 
 def _project(module: Any, name: str, x: Tensor, expert_ids: Tensor) -> Tensor:
@@ -60,18 +62,89 @@ def _project(module: Any, name: str, x: Tensor, expert_ids: Tensor) -> Tensor:
     return grouped_linear(x, expert_ids, weight, bias, transposed=module.is_transposed)
 
 
+def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+    """``DbrxExperts``: the weights of all experts are rows of three matrices."""
+    mlp, x = module.mlp, hidden_states.reshape(-1, module.hidden_size)
+    extents = (-1, module.ffn_hidden_size, module.hidden_size)
+    gate, up = (grouped_linear(x, top_k_index, part.view(extents)) for part in (mlp.w1, mlp.v1))
+    inner = mlp.activation_fn(gate) * up
+    out = grouped_linear(inner, top_k_index, mlp.w2.view(extents), transposed=True)
+    return _weighted_sum(out, weights).view(hidden_states.shape[0], -1, module.hidden_size)
+
+
+def _aria(module: Any, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+    """``AriaExperts``, which route themselves."""
+    ids, weights = module.route_tokens_to_experts(router_logits)
+    projected = grouped_linear(hidden_states, ids, module.fc1.weight, transposed=True)
+    gate, up = projected.chunk(2, -1)
+    inner = torch.nn.functional.silu(gate) * up
+    return _weighted_sum(grouped_linear(inner, ids, module.fc2.weight, transposed=True), weights)
+
+
+def _longcat_flash(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor
+) -> Tensor:
+    """``LongcatFlashExperts``: ids beyond those with weights are experts that change nothing."""
+    unchanged = (top_k_index >= module.num_routed_experts).unsqueeze(-1)
+    vectors = hidden_states.unsqueeze(1)
+    if module.gate_up_proj is None:
+        return _weighted_sum(vectors.expand(-1, top_k_index.shape[1], -1), weights)
+    gate, up = grouped_linear(hidden_states, top_k_index, module.gate_up_proj).chunk(2, -1)
+    out = grouped_linear(module.act_fn(gate) * up, top_k_index, module.down_proj)
+    return _weighted_sum(torch.where(unchanged, vectors, out), weights)
+
+
+def _llama4(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """``Llama4TextMoe``, whose own code computes every expert, most of them of zeros."""
+    x = hidden_states.reshape(-1, module.hidden_dim)
+    logits = torch.nn.functional.linear(x, module.router.weight, module.router.bias)
+    values, ids = torch.topk(logits, module.top_k, dim=1)
+    scores = torch.sigmoid(values.float()).to(x.dtype)
+    experts = module.experts
+    scaled = x.unsqueeze(1) * scores.unsqueeze(-1)
+    gate, up = grouped_linear(scaled, ids, experts.gate_up_proj, transposed=True).chunk(2, -1)
+    out = grouped_linear(up * experts.act_fn(gate), ids, experts.down_proj, transposed=True)
+    return module.shared_expert(x) + out.sum(1), logits
+
+
+def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    return (x * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+OWN_CODE: Mapping[str, Callable[..., Any]] = {
+    "DbrxExperts": _dbrx,
+    "AriaExperts": _aria,
+    "LongcatFlashExperts": _longcat_flash,
+    "Llama4TextMoe": _llama4,
+}
+"""The forward of experts in code of their own, by the name of their class in transformers."""
+
+
 @contextmanager
 def grouped_experts(module: torch.nn.Module) -> Iterator[None]:
-    """Let every model of transformers in ``module`` compute its experts by `slot_experts`.
+    """Let every model of transformers in ``module`` compute its experts by ``grouped_linear``.
 
-    Models without experts, or with experts in code of their own, stay as they are.
+    `capture_decoder` does so itself; a decoder that is exported by transformers must be exported
+    inside this context. A model without experts stays as it is, and every other model is as it was
+    after the context.
+
+    Args:
+        module: a model, or a module that holds some.
     """
-    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    parts = list(module.modules())
+    own = [part for part in parts if type(part).__name__ in OWN_CODE and _is_theirs(part)]
     with ExitStack() as stack:
-        for model in models:
-            if model._can_set_experts_implementation():
+        for model in parts:
+            if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
                 stack.enter_context(_implementation(model))
+        for part in own:
+            part.forward = partial(OWN_CODE[type(part).__name__], part)
+            stack.callback(part.__dict__.pop, "forward")
         yield
+
+
+def _is_theirs(part: torch.nn.Module) -> bool:
+    return type(part).__module__.startswith("transformers.")
 
 
 @contextmanager

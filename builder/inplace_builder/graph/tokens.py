@@ -231,9 +231,13 @@ def _along(axes: TokenAxes, node: AnyNode) -> int:
     return axis
 
 
-def _topk(axes: TokenAxes, node: AnyNode) -> int:
+def _counted(axes: TokenAxes, node: AnyNode) -> int:
+    """An operator that takes a count, and changes one axis only."""
     axis = _only_token_operand_axis(axes, node)
-    axes.check_untouched(node, axis, argument(node, 2, "dim", -1))
+    along = argument(node, 2, "dim", -1 if is_call(node, aten.topk.default) else None)
+    if along is None:
+        raise MixesTokensError(node, "merges the token axis with others")
+    axes.check_untouched(node, axis, along)
     return axis
 
 
@@ -362,6 +366,16 @@ def _indexed(axes: TokenAxes, node: AnyNode) -> int:
     return place + axes.axis_of[index]
 
 
+def _gathered(axes: TokenAxes, node: AnyNode) -> int:
+    """Elements of each token at, or into, places of its own."""
+    operands = [operand for operand in node.all_input_nodes if isinstance(value(operand), Tensor)]
+    axis = next(axes.axis_of[operand] for operand in operands if operand in axes.axis_of)
+    for operand in operands:
+        axes.align(node, operand, axis)
+    axes.check_untouched(node, axis, node.args[1])
+    return axis
+
+
 def _grouped_linear(axes: TokenAxes, node: AnyNode) -> int:
     """Every token takes the weights that its own ids choose."""
     x, expert_ids, *weights = node.args
@@ -461,7 +475,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(VIEWS, _viewed),
     aten.embedding.default: _embedded,
     aten.index.Tensor: _indexed,
-    aten.topk.default: _topk,
+    **dict.fromkeys((aten.topk.default, aten.repeat_interleave.self_int), _counted),
+    **dict.fromkeys((aten.gather.default, aten.scatter.value, aten.scatter.src), _gathered),
     torch.ops.inplace.grouped_linear.default: _grouped_linear,
 }
 """An operator without a rule that has torch's tag ``_pointwise`` has the rule `_pointwise`."""

@@ -12,7 +12,7 @@ from typing import Any
 import inplace.operators  # noqa: F401  registers the operators that converters are for
 import inplace_builder.lower  # noqa: F401  registers the converters
 import torch
-from inplace_builder.lower.decompose import find_decomposition
+from inplace_builder.graph.decomposition import find_decomposition
 from inplace_builder.lower.registry import Converter, find_converter, registered, unsupported_reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "operators.md"

@@ -1,6 +1,5 @@
-"""The front-end for any module of one sequence: one row for each sequence, by `torch.vmap`."""
+"""The front-end for any module of one sequence: one row for each sequence, by batching rules."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ from inplace.schema.served import Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import GraphModule
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from inplace_builder.capture.capture import Capture, complete_program, control_input
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
@@ -24,9 +23,7 @@ from inplace_builder.graph.reexport import (
     rename_inputs,
     size_oblivious,
 )
-
-# importing it also registers how vmap batches the operators on states
-from inplace_builder.packing.vmap_rules import DECOMPOSITIONS
+from inplace_builder.packing.rows import RowGraph, make_rows_dynamic
 from inplace_builder.states.state import SLOTS, CapturedState
 
 
@@ -69,9 +66,9 @@ def capture_exported_rows(
         kwargs: keyword arguments.
 
     Raises:
-        BuildError: torch.export cannot capture the module or its `torch.vmap`; an extent varies;
-            or the module appends, and neither ``positions`` nor ``max_requests`` limits the length
-            of a sequence.
+        BuildError: torch.export cannot capture the module; an operator cannot be run for several
+            rows, which is named with the module's line; an extent varies; or the module appends,
+            and neither ``positions`` nor ``max_requests`` limits the length of a sequence.
     """
     # 1. Capture the module as it is, for one sequence.
     capture = capture_exported(module, example_inputs, kwargs=kwargs)
@@ -149,10 +146,10 @@ def _row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
 
 
 EXAMPLE_PRIMES = (9973, 9967, 9949, 9941, 9931, 9929, 9923, 9907, 9901, 9887, 9883, 9871)
-"""Numbers of rows and slots to trace with.
+"""Numbers of rows and slots to build with.
 
-Tracing takes equal extents for one symbol, and a multiple of the number of rows is taken for a
-multiple of rows. So both are primes that divide no number of the module.
+A multiple of the number of rows is taken for a multiple of rows. So both are primes that divide no
+number of the module.
 """
 
 
@@ -189,76 +186,39 @@ def _unused_primes(module: GraphModule) -> tuple[int, int]:
 def _export_rows(
     rows: "_RowsModule", program: Program, states: Sequence[StateSpec], example: tuple[int, int]
 ) -> ExportedProgram:
-    """Export the module over rows, traced with these numbers of rows and slots."""
+    """Export the module over rows, built with these numbers of rows and slots."""
+    batched = rows.graph_over_rows(states, example)
+    make_rows_dynamic(batched, example[0])
     arguments = [
-        torch.zeros((example[0], *spec.shape), dtype=spec.dtype.as_torch) for spec in program.inputs
+        torch.zeros((2, *spec.shape), dtype=spec.dtype.as_torch) for spec in program.inputs
     ]
-    memory = [
-        torch.full((example[1], *spec.shape), spec.fill, dtype=spec.dtype.as_torch)
-        for spec in states
-    ]
-    num_rows, slots = Dim("rows", min=1, max=max(2, program.max_rows)), Dim("slots", min=1)
+    memory = [torch.full((2, *spec.shape), spec.fill, dtype=spec.dtype.as_torch) for spec in states]
+    # from 2: torch's own bookkeeping of strides tells 1 apart, which changes no operator
+    num_rows, slots = Dim("rows", min=2, max=max(3, program.max_rows)), Dim("slots", min=1)
     shapes = ((*({0: num_rows} for _ in arguments), *({0: slots} for _ in memory)),)
     try:
         with torch.no_grad(), correct_lstm(), size_oblivious():
-            # torch.export would keep the calls of vmap; traced below it, only operators are left
-            traced = make_fx(rows, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-                *arguments, *memory
-            )
-            _make_rows_dynamic(traced, example[0])
-            examples = (*(tensor[:2] for tensor in arguments), *(tensor[:2] for tensor in memory))
             exported = torch.export.export(
-                InterpretedModule(traced), examples, dynamic_shapes=shapes
+                InterpretedModule(batched), (*arguments, *memory), dynamic_shapes=shapes
             )
     except Exception as error:
-        raise BuildError(f"torch.vmap cannot make rows of the module: {brief(error)}") from error
+        raise BuildError(f"torch.export cannot make rows of the module: {brief(error)}") from error
     rename_inputs(exported, [spec.name for spec in program.inputs] + [spec.name for spec in states])
+    symbol = value(placeholders_by_name(exported.graph)[program.inputs[0].name]).shape[0].node.expr
+    exported.range_constraints[symbol] = ValueRanges(1, max(2, program.max_rows))
     return exported
 
 
-def _make_rows_dynamic(traced: GraphModule, rows: int) -> None:
-    """Ask for the number of rows wherever torch's batching rules left that of the example."""
-    graph = traced.graph
-    graph.eliminate_dead_code()  # unused sizes, which would fix the number
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(inputs[-1]):
-        num_rows = graph.call_function(torch.ops.aten.sym_size.int, (inputs[0], 0))
-    for node in list(graph.nodes):
-
-        def as_dynamic(number: Any, node: Node = node) -> Any:
-            if type(number) is not int or number == 0 or number % rows or abs(number) >= 2**31:
-                return number
-            if number == rows:
-                return num_rows
-            with graph.inserting_before(node):
-                return graph.call_function(operator.mul, (num_rows, number // rows))
-
-        if node.op == "call_function" and node is not num_rows:
-            node.args, node.kwargs = (
-                torch.fx.node.map_aggregate(given, as_dynamic) for given in (node.args, node.kwargs)
-            )
-    traced.recompile()
-
-
-class _DecomposingInterpreter(Interpreter):
-    """Runs a graph under `torch.vmap`; operators without a batching rule are decomposed."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run one operator."""
-        return super().call_function(DECOMPOSITIONS.get(target, target), args, kwargs)
-
-
-class _RowsModule(torch.nn.Module):
-    """The module over rows: ``forward(*inputs [rows, …], slots [rows], *states [slots, …])``.
+class _RowsModule:
+    """The module over rows.
 
     Attributes:
         inputs, outputs: their descriptions for one row.
     """
 
     def __init__(self, capture: ExportedCapture, options: RowOptions) -> None:
-        super().__init__()
         self.body = capture.graph_module
-        self.original = [capture.original]  # in a list: not a part of what is traced
+        self.original = capture.original
         self.states = capture.states
         graph = capture.exported.graph
         values = {name: node.meta["val"] for name, node in placeholders_by_name(graph).items()}
@@ -277,23 +237,24 @@ class _RowsModule(torch.nn.Module):
             _output_spec(name, value(node)) for name, node in zip(names, returned, strict=True)
         )
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Step one request of each row."""
-        per_row, states = given[: len(self.inputs) + 1], given[len(self.inputs) + 1 :]
-
-        def step_row(*arguments: Tensor) -> tuple[Tensor, ...]:
-            *inputs, slot = arguments
-            shaped = [x.reshape(shape) for x, shape in zip(inputs, self.shapes, strict=True)]
-            with torch.fx.traceback.preserve_node_meta():
-                results = torch.utils._pytree.tree_leaves(
-                    _DecomposingInterpreter(self.body).run(*shaped, slot.reshape(1), *states)
-                )
-            return tuple(
-                x.reshape(spec.shape) for x, spec in zip(results, self.outputs, strict=True)
-            )
-
-        results = torch.vmap(step_row)(*per_row)
-        return results if isinstance(results, tuple) else (results,)
+    def graph_over_rows(self, states: Sequence[StateSpec], example: tuple[int, int]) -> GraphModule:
+        """The graph over ``inputs [rows, …]``, ``slots [rows]`` and ``states [slots, …]``."""
+        rows, slots = example
+        graph = RowGraph(self.body, rows)
+        inputs = [
+            graph.placeholder(spec.name, (rows, *spec.shape), spec.dtype.as_torch, per_row=True)
+            for spec in self.inputs
+        ]
+        slot = graph.placeholder(SLOTS, (rows,), torch.int32, per_row=True)
+        memory = [
+            graph.placeholder(spec.name, (slots, *spec.shape), spec.dtype.as_torch, per_row=False)
+            for spec in states
+        ]
+        shaped = [graph.reshaped(*each) for each in zip(inputs, self.shapes, strict=True)]
+        results = graph.run(self.body, [*shaped, graph.reshaped(slot, (1,)), *memory])
+        return graph.finish(
+            [graph.reshaped(x, spec.shape) for x, spec in zip(results, self.outputs, strict=True)]
+        )
 
     def reference(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """A `Reference`: the original module, before anything of it was rewritten."""
@@ -305,7 +266,7 @@ class _RowsModule(torch.nn.Module):
                 for spec, shape in zip(self.inputs, self.shapes, strict=True)
             ]
             with torch.no_grad():
-                results = torch.utils._pytree.tree_leaves(self.original[0](*inputs, *states))
+                results = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
             states = results[len(self.outputs) :]
         return {
             spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)

@@ -8,25 +8,21 @@ its parts, and fusion matches whole operators.
 """
 
 import operator
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from inplace_builder.errors import brief
+from inplace_builder.graph.decomposition import (
+    Decomposition,
+    find_decomposition,
+    trace_decomposition,
+)
 from inplace_builder.graph.in_place import remove_in_place
-from inplace_builder.graph.nodes import value
 from inplace_builder.graph.program import AnyProgram, GraphProgram
-from inplace_builder.graph.reexport import correct_lstm
 from inplace_builder.lower.registry import find_converter, unsupported_reason
-
-Decomposition = Callable[..., Any]
 
 ORIGIN = "decomposed_from"
 """Key of a node's metadata: the operators, outermost first, whose decomposition made it."""
@@ -83,55 +79,15 @@ def _holds_tensors(meta: Any) -> bool:
     return isinstance(meta, torch.Tensor | list | tuple)
 
 
-@cache
-def _tables() -> tuple[dict[Any, Decomposition], ...]:
-    return torch._decomp.core_aten_decompositions(), torch._decomp.decomposition_table
-
-
-def find_decomposition(target: torch._ops.OpOverload) -> Decomposition | None:
-    """PyTorch's decomposition of an operator, to core ATen where it can; None if it has none."""
-    for table in _tables():
-        if target in table:
-            return table[target]
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    if target.has_kernel_for_dispatch_key(composite):
-        return target.decompose
-    return None
-
-
 def _trace(node: Node, decomposition: Decomposition) -> GraphModule | None:
-    """The graph of a decomposition over a node's inputs; None where it does not apply.
-
-    oneDNN is off while tracing: with it ``lstm`` would become an operator of oneDNN's own.
-    """
-    sources = node.all_input_nodes
-
-    def call(*values: Any) -> Any:
-        known = dict(zip(sources, values, strict=True))
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: known[each])
-        result = decomposition(*args, **kwargs)
-        return list(result) if isinstance(result, tuple) else result  # names would become a call
-
-    trace = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    """The graph of a decomposition over a node's inputs; None where it does not apply."""
     try:
-        with torch.no_grad(), correct_lstm(), _without_onednn(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the export already showed the model's warnings
-            traced = trace(*(value(source) for source in sources))
+        traced = trace_decomposition(node, decomposition)
     except Exception as error:  # whatever PyTorch raises
         node.meta[FAILURE] = brief(error)
         return None
     made = [each.target for each in traced.graph.nodes if each.op == "call_function"]
     return None if made == [node.target] else traced
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _inline(program: GraphProgram, node: Node, traced: GraphModule) -> None:

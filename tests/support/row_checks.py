@@ -1,0 +1,82 @@
+"""Step a module's rows beside the module itself, one of it for each sequence."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace_builder import BuildOptions, RowOptions, capture_exported_rows
+from inplace_builder.capture.capture import Capture
+from inplace_builder.served.build import write_engine
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from support.models import open_instance
+from support.row_cases import RowCase
+
+ROWS, SLOTS, STEPS = 3, 5, 20
+
+
+def check_rows(case: RowCase, folder: Path) -> Capture:
+    """Three sequences of a case, interleaved, with NaN in all slots that are not theirs.
+
+    Returns:
+        The capture.
+    """
+    torch.manual_seed(0)
+    module = case.module()
+    own = [(deepcopy(module), case.states()) for _ in range(ROWS)]
+    with torch.no_grad():
+        capture = capture_exported_rows(
+            module, RowOptions(ROWS + 1), (case.input(0, 0), *case.states()), **case.capture
+        )
+    write_engine(capture, folder / "rows", BuildOptions(slots=SLOTS, max_rows=ROWS + 1))
+    instance = open_instance(folder / "rows")
+    steps = [0] * ROWS
+    for step in range(STEPS):
+        rows = [row for row in range(ROWS) if step >= row and (step + row) % 4]
+        admitted = {
+            row: instance.admit(
+                Request(row + 1, not steps[row], False, _inputs(capture, case, steps[row], row))
+            )
+            for row in rows
+        }
+        if not admitted:
+            continue
+        _spoil_others(instance)
+        instance.step(list(admitted.values()))
+        for row, active in admitted.items():
+            assert active.error is None, active.error
+            expected = _eager(*own[row], case.input(steps[row], row), len(capture.program.outputs))
+            for spec, tensor in zip(capture.program.outputs, expected, strict=True):
+                torch.testing.assert_close(active.outputs[spec.name].reshape(tensor.shape), tensor)
+            instance.finish(active)
+            steps[row] += 1
+    assert min(steps) > STEPS // 2
+    return capture
+
+
+def _inputs(capture: Capture, case: RowCase, step: int, row: int) -> dict[str, Tensor]:
+    spec = capture.program.inputs[0]
+    return {spec.name: case.input(step, row).reshape(1, *spec.shape)}
+
+
+def _eager(module: nn.Module, states: list[Tensor], x: Tensor, outputs: int) -> list[Tensor]:
+    """One step of a sequence alone; new states that are returned are kept for the next."""
+    with torch.no_grad():
+        returned = pytree.tree_leaves(module(x, *states))
+    if states:
+        states[:] = returned[outputs:]
+    return [tensor.clone() for tensor in returned[:outputs]]
+
+
+def _spoil_others(instance: ModelInstance) -> None:
+    """Fill what no sequence owns: what a row reads of it would show in its outputs."""
+    occupied = {
+        instance.table.find(row + 1).slot for row in range(ROWS) if instance.table.get(row + 1)
+    }
+    for tensor in instance.arena.tensors.values():
+        for slot in range(SLOTS):
+            if slot not in occupied:
+                tensor[slot].fill_(float("nan") if tensor.is_floating_point() else 99)

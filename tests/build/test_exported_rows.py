@@ -1,4 +1,4 @@
-"""Modules of one sequence, stepped with a row for each of several by ``torch.vmap`` over slots."""
+"""Modules of one sequence, stepped with a row for each of several, at their own positions."""
 
 from copy import deepcopy
 from pathlib import Path

@@ -71,19 +71,16 @@ def test_arguments_that_do_not_fit_are_refused(
 
 
 def test_calls_of_one_row_each_become_one_call() -> None:
-    import inplace_builder.packing.vmap_rules  # noqa: F401  registers the rule
+    from inplace_builder.packing.row_rules import RULES, RowTensor
 
+    rule = RULES[torch.ops.inplace.grouped_linear.default]
     weight, bias = grouped_weights(SPECS[1], torch.float32)
     ids = expert_ids(SPECS[1], 8, 2)
-
-    def one(x: Tensor, ids: Tensor) -> Tensor:
-        return grouped_linear(x, ids, weight, bias)
-
     for x in (torch.randn(8, 6), torch.randn(8, 2, 6)):
-        batched = torch.vmap(one)(x.unflatten(0, (4, 2)), ids.unflatten(0, (4, 2)))
-        torch.testing.assert_close(batched.flatten(0, 1), one(x, ids))
-    with pytest.raises(RuntimeError, match="weights that differ between calls"):
-        torch.vmap(grouped_linear)(x.unflatten(0, (4, 2)), ids.unflatten(0, (4, 2)), weight[:4])
+        per_row = RowTensor(x.unflatten(0, (4, 2))), RowTensor(ids.unflatten(0, (4, 2)))
+        batched = rule(*per_row, weight, bias)
+        torch.testing.assert_close(batched.flatten(0, 1), grouped_linear(x, ids, weight, bias))
+        assert rule(*per_row, RowTensor(weight[:4])) is NotImplemented, "weights that differ"
 
 
 def test_scratch_memory_grows_with_the_step() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._decomp import decompositions
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.overrides import TorchFunctionMode
 
 from inplace_builder.graph.nodes import copy_graph
@@ -83,7 +84,7 @@ class LengthIndependent(TorchFunctionMode):
     """Export ``reshape``, and a matrix times packed tokens, without a guard on their number.
 
     Where a tensor is not contiguous, PyTorch 2.11 asks for both whether it has one token only, in
-    spite of `size_oblivious`. Here it is copied first.
+    spite of `size_oblivious`. Here it is copied first, without the question.
     """
 
     def __torch_function__(
@@ -96,12 +97,24 @@ class LengthIndependent(TorchFunctionMode):
         """Answer a call of torch."""
         options = kwargs or {}
         if func in (torch.reshape, Tensor.reshape) and not options:
-            return func(args[0].contiguous(), *args[1:])
+            return func(_contiguous(args[0]), *args[1:])
         if getattr(func, "__name__", "") in ("matmul", "__matmul__") and not options:
             matrix, tokens = args
             if matrix.dim() == 2 and tokens.dim() == 3:
-                return torch.nn.functional.linear(tokens.mT.contiguous(), matrix).mT
+                return torch.nn.functional.linear(_contiguous(tokens.mT), matrix).mT
         return func(*args, **options)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """A tensor that is contiguous for every number of tokens: itself, or a copy."""
+    expected: Any = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if isinstance(size, int) and size == 1:
+            continue
+        if not guard_or_false(stride == expected):
+            return x.clone(memory_format=torch.contiguous_format)
+        expected = expected * size
+    return x
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from inplace.operators import causal_conv1d, delta_rule, selective_scan
+from inplace.operators import causal_conv1d, delta_rule, linear_recurrence, selective_scan
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -152,6 +152,61 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
 """Functions of transformers' model modules, and what stands in for them."""
 
 
+class _GriffinBlock:
+    """What replaces methods of a recurrent block of RecurrentGemma, which keeps its own states.
+
+    Args:
+        block: the module.
+        layer: its index.
+    """
+
+    def __init__(self, block: torch.nn.Module, layer: int) -> None:
+        self._block, self._layer = block, layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward as without a cache; its states are ours."""
+        return type(self._block).forward(self._block, *args, **(kwargs | {"use_cache": False}))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """``conv_1d``: x ``[1, channels, tokens]``."""
+        convolution: Any = self._block.conv_1d
+        step_cache().update_conv_state(x, self._layer)
+        return _causal_conv1d(x, convolution.weight[:, 0], convolution.bias)
+
+    def scan(
+        self, hidden_states: Tensor, recurrent_gate: Tensor, reset: Tensor, **_: object
+    ) -> tuple[Tensor, None]:
+        """``_rnn_scan``: tensors ``[1, tokens, channels]``."""
+        cache = step_cache()
+        name, channels = cache.recurrence(), hidden_states.shape[-1]
+        state = cache.state(f"{RECURRENT}_{name}", (channels,), torch.float32)
+        decay = (recurrent_gate * ~reset)[0].float()
+        return linear_recurrence(decay, hidden_states[0], state, *cache.rows())[None], None
+
+
+@contextmanager
+def _griffin_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Let the recurrent blocks of RecurrentGemma compute through the operators."""
+    patched: list[tuple[Any, str]] = []
+    for name, module in model.named_modules():
+        if type(module).__name__ != "RecurrentGemmaRecurrentBlock":
+            continue
+        layer = int(name.rpartition("layers.")[2].partition(".")[0])
+        block, ours = module, _GriffinBlock(module, layer)
+        for owner, method, replacement in (
+            (block, "forward", ours.forward),
+            (block.conv_1d, "forward", ours.convolve),
+            (block.rg_lru, "_rnn_scan", ours.scan),
+        ):
+            owner.__dict__[method] = replacement
+            patched.append((owner, method))
+    try:
+        yield
+    finally:
+        for owner, method in patched:
+            del owner.__dict__[method]
+
+
 @contextmanager
 def slot_recurrences(model: PreTrainedModel) -> Iterator[None]:
     """Let the recurrent layers of a model compute through the operators."""
@@ -166,7 +221,8 @@ def slot_recurrences(model: PreTrainedModel) -> Iterator[None]:
     try:
         for module, name, _ in originals:
             setattr(module, name, REPLACEMENTS[name])
-        yield
+        with _griffin_blocks(model):
+            yield
     finally:
         for module, name, original in originals:
             setattr(module, name, original)

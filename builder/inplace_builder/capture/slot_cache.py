@@ -154,6 +154,11 @@ class SlotCache(TransformersCache):
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
         self._num_scans = 0
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Keep our methods: RecurrentGemma gives its cache others, which read its layers."""
+        if not callable(getattr(type(self), name, None)):
+            super().__setattr__(name, value)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -432,7 +437,7 @@ def slot_attention(
     cache = _current_cache.get()
     layer, cache.updated = cache.updated, None
     kind = type(module).__name__
-    if layer is None or layer != getattr(module, "layer_idx", layer):
+    if layer is None:
         raise BuildError(
             f"{kind} attends without caching its own keys and values (shared or cross-attention "
             f"layers are not supported)"

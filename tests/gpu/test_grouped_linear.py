@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
 )
 SPECS = [
-    GroupedLinearSpec(2048, 1536, 128),
+    GroupedLinearSpec(2048, 1536, 128, activation="silu", gated=True),
     GroupedLinearSpec(768, 2048, 128),
     GroupedLinearSpec(2880, 720, 32, bias=True, transposed=True),
     GroupedLinearSpec(100, 72, 5, bias=True),

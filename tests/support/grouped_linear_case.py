@@ -3,6 +3,8 @@
 The weights of experts that no token has are NaN, so a kernel that multiplies with them is found.
 """
 
+from itertools import product
+
 import torch
 from inplace.kernels.grouped_linear import (
     GroupedBlocks,
@@ -10,6 +12,7 @@ from inplace.kernels.grouped_linear import (
     grouped_linear,
     grouped_linear_workspace,
 )
+from inplace.operators.linear import activate
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -39,6 +42,23 @@ def grouped_weights(spec: GroupedLinearSpec, dtype: torch.dtype) -> tuple[Tensor
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def products(
+    spec: GroupedLinearSpec, x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The result in float64, a product for each token and expert."""
+    out = torch.zeros(*ids.shape, spec.width, dtype=torch.float64)
+    for token, place in product(*map(range, ids.shape)):
+        expert = int(ids[token, place])
+        if not 0 <= expert < spec.experts:
+            continue
+        matrix = weight[expert].mT if spec.transposed else weight[expert]
+        y = matrix.double() @ (x[token] if x.dim() == 2 else x[token, place]).double()
+        y += 0 if bias is None else bias[expert].double()
+        first, second = y.chunk(2) if spec.gated else (y, torch.ones(()))
+        out[token, place] = activate(first, spec.activation) * second
+    return out
+
+
 def check_grouped_linear(
     spec: GroupedLinearSpec,
     tokens: int,
@@ -60,16 +80,7 @@ def check_grouped_linear(
     generator = torch.Generator().manual_seed(2)
     shape = (tokens, spec.inputs) if shared else (tokens, per_token, spec.inputs)
     x = torch.randn(shape, generator=generator).to(dtype)
-    expected = torch.zeros(tokens, per_token, spec.outputs, dtype=torch.float64)
-    for token in range(tokens):
-        for place in range(per_token):
-            expert = int(ids[token, place])
-            if 0 <= expert < spec.experts:
-                matrix = weight[expert].mT if spec.transposed else weight[expert]
-                vector = x[token] if shared else x[token, place]
-                expected[token, place] = matrix.double() @ vector.double()
-                if bias is not None:
-                    expected[token, place] += bias[expert].double()
+    expected = products(spec, x, ids, weight, bias)
     out = torch.full(expected.shape, float("nan"), dtype=dtype, device=device)
     bytes_needed = grouped_linear_workspace(spec, tokens * per_token)
     grouped_linear(

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
 )  # Triton's own
 SPECS = [
-    GroupedLinearSpec(40, 72, 5),
+    GroupedLinearSpec(40, 72, 5, bias=True, activation="gelu_tanh", gated=True),
     GroupedLinearSpec(72, 40, 5, bias=True, transposed=True),
     GroupedLinearSpec(33, 7, 1, bias=True),
-    GroupedLinearSpec(64, 64, 40, transposed=True),
+    GroupedLinearSpec(64, 64, 40, transposed=True, activation="silu", gated=True),
 ]
 STEPS = [(1, 1), (1, 4), (3, 2), (9, 3), (20, 1)]
 """Tokens, and experts of each: fewer pairs than experts, and more."""

@@ -1,23 +1,31 @@
 """``inplace::grouped_linear`` equals a product for each token and expert."""
 
+from typing import Any
+
 import pytest
 import torch
+import triton
 from inplace.kernels.grouped_linear import (
     MAX_FEW_PAIRS,
     GroupedLinearSpec,
     choose_blocks,
     grouped_linear_workspace,
 )
+from inplace.kernels.grouped_linear_kernels import few_pairs_kernel, many_pairs_kernel
+from inplace.kernels.linear import HOPPER_SHARED_MEMORY
 from inplace.operators import grouped_linear
-from support.grouped_linear_case import expert_ids, grouped_weights
+from support.grouped_linear_case import expert_ids, grouped_weights, products
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 SPECS = [
     GroupedLinearSpec(6, 4, 5),
     GroupedLinearSpec(6, 4, 5, bias=True),
-    GroupedLinearSpec(4, 6, 5, transposed=True),
+    GroupedLinearSpec(4, 6, 5, transposed=True, activation="silu", gated=True),
+    GroupedLinearSpec(6, 4, 5, activation="relu"),
     GroupedLinearSpec(4, 6, 1, bias=True, transposed=True),
 ]
 
@@ -31,18 +39,18 @@ def test_equals_a_product_for_each_token_and_expert(
     weight, bias = grouped_weights(spec, torch.float64)
     ids = expert_ids(spec, tokens, per_token)
     x = torch.randn((tokens, spec.inputs) if shared else (tokens, per_token, spec.inputs))
-    own = None if bias is None else bias.float()
-    out = grouped_linear(x, ids, weight.float(), own, transposed=spec.transposed)
-    assert out.shape == (tokens, per_token, spec.outputs)
-    for token in range(tokens):
-        for place in range(per_token):
-            expert = int(ids[token, place])
-            expected = torch.zeros(spec.outputs, dtype=torch.float64)
-            if 0 <= expert < spec.experts:
-                matrix = weight[expert].mT if spec.transposed else weight[expert]
-                expected += matrix @ (x[token] if shared else x[token, place]).double()
-                expected += 0 if bias is None else bias[expert]
-            torch.testing.assert_close(out[token, place].double(), expected, rtol=1e-5, atol=1e-6)
+    out = grouped_linear(
+        x,
+        ids,
+        weight.float(),
+        None if bias is None else bias.float(),
+        transposed=spec.transposed,
+        activation=spec.activation,
+        gated=spec.gated,
+    )
+    assert out.shape == (tokens, per_token, spec.width)
+    expected = products(spec, x, ids, weight, bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 X, IDS, WEIGHT = torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(5, 6, 4)
@@ -92,7 +100,59 @@ def test_scratch_memory_grows_with_the_step() -> None:
         for itemsize in (2, 4):
             blocks = choose_blocks(spec, tokens, 8, itemsize)
             staged = (blocks.m + blocks.n) * blocks.k * itemsize * blocks.stages
-            assert staged <= 227 * 1024, "more shared memory than an H100 has"
+            assert staged <= HOPPER_SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens"),
+    [
+        (GroupedLinearSpec(2048, 1536, 128, activation="silu", gated=True), 1),
+        (GroupedLinearSpec(2048, 1536, 128, activation="silu", gated=True), 64),
+        (GroupedLinearSpec(2880, 5760, 32, bias=True, transposed=True), 2048),
+    ],
+    ids=str,
+)
+def test_kernels_compile_for_a_gpu_that_is_not_here(spec: GroupedLinearSpec, tokens: int) -> None:
+    """For an H100 in bfloat16, which Triton's interpreter does not have."""
+    blocks = choose_blocks(spec, tokens, 8, 2)
+    few = tokens * 8 <= MAX_FEW_PAIRS
+    kernel = few_pairs_kernel if few else many_pairs_kernel
+    constants: dict[str, Any] = {
+        "SHARED": True,
+        "BIAS": spec.bias,
+        "TRANSPOSED": spec.transposed,
+        "ACTIVATION": spec.activation,
+        "GATED": spec.gated,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
+        "STAGES": blocks.stages,
+        "PDL": True,
+        **({"BY_EXPERT": tokens > 16, "PAIRS": tokens * 8} if few else {"EXPERTS": 64}),
+    }
+    floats, integers = {"x", "weight", "bias", "out"}, {"expert_ids": "*i64", "workspace": "*i32"}
+    names = kernel.arg_names
+    types = {
+        name: "constexpr"
+        if name in constants
+        else "*bf16"
+        if name in floats
+        else integers.get(name, "i32")
+        for name in names
+    }
+    aligned = [*floats, "inputs", "width"]
+    source = ASTSource(
+        kernel,
+        types,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(
+        source, GPUTarget("cuda", 90, 32), options={"num_warps": blocks.warps}
+    )
+    assert compiled.metadata.shared <= HOPPER_SHARED_MEMORY
+    # tensor cores, fed through shared memory while earlier tiles are multiplied
+    assert "mma" in compiled.asm["ptx"] and "cp.async" in compiled.asm["ptx"]
 
 
 @needs_interpreter

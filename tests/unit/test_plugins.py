@@ -48,7 +48,7 @@ EXAMPLES: list[Operation] = [
     LinearOperation(inputs=576, outputs=3072, norm=True, eps=1e-5, activation="silu", gated=True),
     LinearOperation(inputs=576, outputs=960, bias=True, residual=True, activation="gelu_tanh"),
     LinearOperation(inputs=576, outputs=49152, norm=True, eps=1e-6, float_out=True),
-    GroupedLinearOperation(inputs=2048, outputs=1536, experts=128),
+    GroupedLinearOperation(inputs=2048, outputs=1536, experts=128, activation="silu", gated=True),
     GroupedLinearOperation(inputs=2880, outputs=5760, experts=32, bias=True, transposed=True),
     RmsNormOperation(width=128, eps=1e-6),
     ArgmaxOperation(max_rows=9),
@@ -159,7 +159,7 @@ def test_layers_of_experts_take_ids_of_both_types() -> None:
     plain, biased = EXAMPLES[7:9]
     assert (plain.input_count, biased.input_count) == (3, 4)
     for x in ([7, 2048], [7, 8, 2048]):
-        assert plain.output_shapes([x, [7, 8], [128, 1536, 2048]]) == [[7, 8, 1536]]
+        assert plain.output_shapes([x, [7, 8], [128, 1536, 2048]]) == [[7, 8, 768]]
     assert plain.output_dtypes([HALF, INT, HALF]) == [HALF]
     assert plain.accepts(1, [HALF, INT]) and plain.accepts(1, [HALF, torch.int64])
     assert not plain.accepts(1, [HALF, HALF])

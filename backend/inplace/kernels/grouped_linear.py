@@ -6,7 +6,7 @@ A step with a prompt has many pairs: `group_pairs_kernel` sorts them by expert, 
 `many_pairs_kernel` is a product for every tile of an expert's rows. None waits for the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -16,6 +16,7 @@ from inplace.kernels.grouped_linear_kernels import (
     group_pairs_kernel,
     many_pairs_kernel,
 )
+from inplace.kernels.linear import MULTIPROCESSORS, shared_memory
 from inplace.kernels.memory import Memory
 
 MAX_FEW_PAIRS = 512
@@ -40,6 +41,8 @@ class GroupedLinearSpec:
         experts: how many there are.
         bias: whether there is one.
         transposed: weights are ``[experts, inputs, outputs]``, not ``[experts, outputs, inputs]``.
+        activation: one of ``inplace.operators.ACTIVATIONS``.
+        gated: ``activation(first half of the outputs) * second half``.
     """
 
     inputs: int
@@ -47,6 +50,13 @@ class GroupedLinearSpec:
     experts: int
     bias: bool = False
     transposed: bool = False
+    activation: str = "none"
+    gated: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return self.outputs // 2 if self.gated else self.outputs
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ def grouped_linear(
         expert_ids: ``[tokens, experts_per_token]``, int32 or int64.
         weight: ``[experts, outputs, inputs]``, or with the last two exchanged.
         bias: ``[experts, outputs]``.
-        out: ``[tokens, experts_per_token, outputs]``.
+        out: ``[tokens, experts_per_token, width]``.
         workspace: int32, `grouped_linear_workspace` bytes.
         tokens: rows of ``expert_ids``.
         experts_per_token: experts of each.
@@ -99,11 +109,13 @@ def grouped_linear(
     pairs = tokens * experts_per_token
     blocks = blocks or choose_blocks(spec, tokens, experts_per_token, x.dtype.itemsize)
     launch: dict[str, Any] = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
-    extents = (pairs, spec.inputs, spec.outputs, spec.experts, experts_per_token)
+    extents = (pairs, spec.inputs, spec.width, spec.experts, experts_per_token)
     flags = {
         "SHARED": shared,
         "BIAS": spec.bias,
         "TRANSPOSED": spec.transposed,
+        "ACTIVATION": spec.activation,
+        "GATED": spec.gated,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         "BLOCK_K": blocks.k,
@@ -112,7 +124,7 @@ def grouped_linear(
         **launch,
     }
     bias = x if bias is None else bias  # the kernels do not read it
-    columns = triton.cdiv(spec.outputs, blocks.n)
+    columns = triton.cdiv(spec.width, blocks.n)
     if pairs <= MAX_FEW_PAIRS:
         by_expert = spec.experts < pairs
         few_pairs_kernel[(columns, spec.experts + 1 if by_expert else pairs)](
@@ -134,13 +146,28 @@ def grouped_linear(
 def choose_blocks(
     spec: GroupedLinearSpec, tokens: int, experts_per_token: int, itemsize: int
 ) -> GroupedBlocks:
-    """The blocks of a step; of few pairs they are those of `inplace.kernels.linear`."""
+    """The blocks of a step.
+
+    They were not tuned: few pairs take blocks as `inplace.kernels.linear` has them, narrow ones
+    where wide ones would be too few to divide evenly over the multiprocessors. As many stages as
+    the GPU has shared memory for.
+    """
+    blocks = _choose_tile(spec, tokens, experts_per_token, itemsize)
+    stage = (blocks.n * (2 if spec.gated else 1) + blocks.m) * blocks.k * itemsize
+    stages = min(blocks.stages, (shared_memory() - 2048) // stage)
+    return replace(blocks, stages=max(1, stages))
+
+
+def _choose_tile(
+    spec: GroupedLinearSpec, tokens: int, experts_per_token: int, itemsize: int
+) -> GroupedBlocks:
     pairs = tokens * experts_per_token
     if pairs <= MAX_FEW_PAIRS:
         rows = min(MAX_FEW_ROWS, max(16, triton.next_power_of_2(tokens)))
         if itemsize == 4:
             return GroupedBlocks(rows, 16, 64, 4, 3)
-        return GroupedBlocks(rows, 64, 128, 4, 3)
+        wide = triton.cdiv(spec.width, 64) * min(pairs, spec.experts) >= 8 * MULTIPROCESSORS
+        return GroupedBlocks(rows, 64 if wide else 32, 128, 4, 3)
     average = triton.next_power_of_2(max(1, pairs // spec.experts))
     if itemsize == 4:
         return GroupedBlocks(min(64, max(16, average)), 32, 32, 4, 3)

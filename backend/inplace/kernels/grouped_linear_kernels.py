@@ -7,50 +7,63 @@ with an id that is no expert's are the rows of one expert more, whose result is 
 import triton
 import triton.language as tl
 
+from inplace.kernels.linear_kernels import activate
+
 
 @triton.jit
 def multiply_rows(
-    x, weight, bias, out, expert, pair, present, n, inputs, outputs, experts, per_token,
+    x, weight, bias, out, expert, pair, present, n, inputs, width, experts, per_token,
     SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store outputs ``n`` of the pairs ``pair``, all of one expert, as ``weight @ x.T``.
 
-    ``SHARED``: x has a vector for each token, otherwise one for each pair.
+    ``SHARED``: x has a vector for each token, otherwise one for each pair. ``GATED``: the weight
+    has ``2 * width`` outputs, the first half of which is the gate.
     """
     k = tl.arange(0, BLOCK_K)
-    inside = (n < outputs) & (expert < experts)
+    outputs = 2 * width if GATED else width
+    inside = (n < width) & (expert < experts)
     pair = tl.where(present, pair, 0).to(tl.int64)
     columns = x + (pair // per_token if SHARED else pair) * inputs
     matrix = weight + expert.to(tl.int64) * inputs * outputs
     rows = matrix + (n if TRANSPOSED else n.to(tl.int64) * inputs)
+    up_rows = rows + (width if TRANSPOSED else width.to(tl.int64) * inputs)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         column = start + k
         step = column.to(tl.int64) * outputs if TRANSPOSED else column
-        w = tl.load(
-            rows[:, None] + step[None, :],
-            mask=inside[:, None] & (column < inputs)[None, :],
-            other=0.0,
-        )
+        known = inside[:, None] & (column < inputs)[None, :]
+        w = tl.load(rows[:, None] + step[None, :], mask=known, other=0.0)
         value = tl.load(
             columns[None, :] + column[:, None],
             mask=present[None, :] & (column < inputs)[:, None],
             other=0.0,
         )
         acc = tl.dot(w, value, acc, input_precision="ieee")
+        if GATED:
+            u = tl.load(up_rows[:, None] + step[None, :], mask=known, other=0.0)
+            up_acc = tl.dot(u, value, up_acc, input_precision="ieee")
     if BIAS:
-        own = tl.load(bias + expert * outputs + n, mask=inside, other=0.0)
-        acc += own.to(tl.float32)[:, None]
-    acc = tl.where(expert < experts, acc, 0.0)  # not 0 x NaN
-    at = out + pair[None, :] * outputs + n[:, None]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(n < outputs)[:, None] & present[None, :])
+        own = bias + expert * outputs + n
+        acc += tl.load(own, mask=inside, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            up_acc += tl.load(own + width, mask=inside, other=0.0).to(tl.float32)[:, None]
+    y = activate(acc, ACTIVATION)
+    if GATED:
+        y *= up_acc
+    y = tl.where(expert < experts, y, 0.0)  # not 0 x NaN
+    at = out + pair[None, :] * width + n[:, None]
+    tl.store(at, y.to(out.dtype.element_ty), mask=(n < width)[:, None] & present[None, :])
 
 
 @triton.jit
 def few_pairs_kernel(
-    x, expert_ids, weight, bias, out, pairs, inputs, outputs, experts, per_token,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, BY_EXPERT: tl.constexpr,
+    x, expert_ids, weight, bias, out, pairs, inputs, width, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BY_EXPERT: tl.constexpr,
     PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +97,8 @@ def few_pairs_kernel(
         # `place` is at most m for the pairs before the expert's m-th one, and larger from it on
         pair = tl.sum((place[None, :] <= m[:, None]).to(tl.int32), 1)
         multiply_rows(
-            x, weight, bias, out, expert, pair, m < count, n, inputs, outputs, experts, per_token,
-            SHARED, BIAS, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            x, weight, bias, out, expert, pair, m < count, n, inputs, width, experts, per_token,
+            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
 
@@ -123,8 +136,9 @@ def group_pairs_kernel(
 
 @triton.jit
 def many_pairs_kernel(
-    x, workspace, weight, bias, out, pairs, inputs, outputs, experts, per_token,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, EXPERTS: tl.constexpr,
+    x, workspace, weight, bias, out, pairs, inputs, width, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -153,6 +167,6 @@ def many_pairs_kernel(
         m += tl.arange(0, BLOCK_M)
         pair = tl.load(workspace + experts + 1 + m, mask=m < stop, other=0)
         multiply_rows(
-            x, weight, bias, out, expert, pair, m < stop, n, inputs, outputs, experts, per_token,
-            SHARED, BIAS, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            x, weight, bias, out, expert, pair, m < stop, n, inputs, width, experts, per_token,
+            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip

@@ -254,14 +254,14 @@ def _fit_shared_memory(spec: LinearSpec, tokens: int, blocks: PipelinedBlocks) -
     """The blocks with as many stages as the GPU has shared memory for."""
     block_m = max(16, triton.next_power_of_2(tokens))
     stage = (blocks.n * (2 if spec.gated else 1) + block_m) * blocks.k * 2
-    stages = min(blocks.stages, (_shared_memory() - 2048) // stage)
+    stages = min(blocks.stages, (shared_memory() - 2048) // stage)
     if stages > 1:
         return replace(blocks, stages=stages)
     return PipelinedBlocks(blocks.n // 2, 64, 4, 2)
 
 
 @cache
-def _shared_memory() -> int:
+def shared_memory() -> int:
     """Bytes that a program can have on the current GPU."""
     if not torch.cuda.is_available():
         return HOPPER_SHARED_MEMORY

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inplace.operators.library import LIBRARY, define
+from inplace.operators.linear import ACTIVATIONS, activate
 
 GROUPED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Element types of inputs and weights."""
@@ -16,8 +17,8 @@ GROUPED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 define(
     "grouped_linear",
-    "(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias=None, *, bool transposed=False) "
-    "-> Tensor",
+    "(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias=None, *, bool transposed=False, "
+    "str activation='none', bool gated=False) -> Tensor",
 )
 
 
@@ -28,6 +29,8 @@ def _empty_result(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    activation: str = "none",
+    gated: bool = False,
 ) -> Tensor:
     """Memory for the result.
 
@@ -71,7 +74,15 @@ def _empty_result(
             f"[{weight.shape[0]}, {outputs}]"
         ),
     )
-    out: Tensor = x.new_empty((*expert_ids.shape, outputs))
+    torch._check(
+        activation in ACTIVATIONS,
+        lambda: f"activation {activation!r} must be one of {ACTIVATIONS}",
+    )
+    torch._check(
+        not gated or outputs % 2 == 0,
+        lambda: f"weight {tuple(weight.shape)} has no two halves, which gated needs",
+    )
+    out: Tensor = x.new_empty((*expert_ids.shape, outputs // 2 if gated else outputs))
     return out
 
 
@@ -83,9 +94,13 @@ def _grouped_linear(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    activation: str = "none",
+    gated: bool = False,
 ) -> Tensor:
     """Sort the rows by experts; then each used expert is one product, its weight read once."""
-    out = _empty_result(x, expert_ids, weight, bias, transposed=transposed).zero_()
+    out = _empty_result(
+        x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
+    ).zero_()
     if not out.numel():
         return out
     results, rows, ids = out.flatten(0, 1), x.flatten(0, -2), expert_ids.flatten()
@@ -98,7 +113,10 @@ def _grouped_linear(
         matrix = weight[expert].t() if transposed else weight[expert]
         source = group if x.dim() == 3 else group // expert_ids.shape[1]
         own_bias = None if bias is None else bias[expert]
-        results[group] = F.linear(rows[source], matrix, own_bias)
+        product = F.linear(rows[source], matrix, own_bias)
+        first, second = product.chunk(2, -1) if gated else (product, None)
+        activated = activate(first, activation)
+        results[group] = activated if second is None else activated * second
     return out
 
 
@@ -110,16 +128,22 @@ def _grouped_linear_on_gpu(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    activation: str = "none",
+    gated: bool = False,
 ) -> Tensor:
     """`grouped_linear` in Triton-language kernels, without a synchronisation with the host."""
     from inplace.kernels import grouped_linear as kernels  # imports Triton
 
-    out = _empty_result(x, expert_ids, weight, bias, transposed=transposed)
+    out = _empty_result(
+        x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
+    )
     if not out.numel():
         return out
     pairs, (experts, *extents) = expert_ids.numel(), weight.shape
     inputs, outputs = extents if transposed else reversed(extents)
-    spec = kernels.GroupedLinearSpec(inputs, outputs, experts, bias is not None, transposed)
+    spec = kernels.GroupedLinearSpec(
+        inputs, outputs, experts, bias is not None, transposed, activation, gated
+    )
     kernels.grouped_linear(
         spec,
         x=x.contiguous(),
@@ -147,6 +171,8 @@ def grouped_linear(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    activation: str = "none",
+    gated: bool = False,
 ) -> Tensor:
     """The linear layers of the experts that tokens are routed to.
 
@@ -161,13 +187,18 @@ def grouped_linear(
         weight: ``[experts, out, in]``, of x's dtype.
         bias: ``[experts, out]``, of x's dtype.
         transposed: the weight is ``[experts, in, out]``.
+        activation: one of `ACTIVATIONS`.
+        gated: ``activation(first half of the outputs) * second half``.
 
     Returns:
-        ``[tokens, k, out]``, of x's dtype: ``x @ weight[id].T + bias[id]``.
+        ``[tokens, k, out]``, or ``[tokens, k, out / 2]`` when gated, of x's dtype: the activation
+        of ``x @ weight[id].T + bias[id]``.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit. Quantized weights are not supported.
     """
-    out = torch.ops.inplace.grouped_linear(x, expert_ids, weight, bias, transposed=transposed)
+    out = torch.ops.inplace.grouped_linear(
+        x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
+    )
     assert isinstance(out, Tensor)
     return out

@@ -225,6 +225,8 @@ class GroupedLinearOperation(Operation):
     experts: int
     bias: bool = False
     transposed: bool = False
+    activation: str = field(default="none", metadata={"choices": ACTIVATIONS})
+    gated: bool = False
 
     @property
     def input_count(self) -> int:
@@ -235,7 +237,13 @@ class GroupedLinearOperation(Operation):
     def spec(self) -> GroupedLinearSpec:
         """The properties that the kernels need."""
         return GroupedLinearSpec(
-            self.inputs, self.outputs, self.experts, self.bias, self.transposed
+            self.inputs,
+            self.outputs,
+            self.experts,
+            self.bias,
+            self.transposed,
+            self.activation,
+            self.gated,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
@@ -250,7 +258,7 @@ class GroupedLinearOperation(Operation):
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """A vector for each id."""
-        return [[*inputs[1], self.outputs]]
+        return [[*inputs[1], self.spec.width]]
 
     def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
         """The pairs sorted by expert, where there are many."""

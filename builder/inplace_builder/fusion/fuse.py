@@ -9,6 +9,7 @@ local and keeps what is computed; only roundings between the fused operators dis
 ``without_sampling`` replaces sampling by argmax for mechanisms that have no kernel for it.
 """
 
+import operator
 from functools import partial
 
 import torch
@@ -73,6 +74,7 @@ class _Fusion(AttentionRewriter):
             self._fuse_linear,
             self._fuse_transposed_linear,
             self._fuse_gate,
+            self._fuse_grouped_gate,
             self.fuse_attention,
             self._fuse_norm_into_linear,
             self._fuse_epilogue,
@@ -201,6 +203,40 @@ class _Fusion(AttentionRewriter):
             options = {"activation": kind, "gated": True}
             width = node.meta["val"].shape[-1]
             self.replace(node, self.insert(node, inplace.linear.default, args, options, width))
+            return
+
+    def _fuse_grouped_gate(self, node: AnyNode) -> None:
+        """``activation(gate) * up``, the two halves of what experts project to, becomes a part."""
+        for activated, up in operand_orders(node, aten.mul.Tensor):
+            kind = activation(activated)
+            if kind is None or only_user(activated) is not node:
+                continue
+            gate = activated.args[0]
+            halves = gate.args[0] if is_call(gate, operator.getitem) else None
+            if (
+                not is_call(halves, aten.chunk.default)
+                or not is_call(up, operator.getitem)
+                or up.args[0] is not halves
+                or (gate.args[1], up.args[1]) != (0, 1)
+                or only_user(gate) is not activated
+                or only_user(up) is not node
+            ):
+                continue
+            source, count, axis = (*halves.args, 0)[:3]
+            grouped = inplace.grouped_linear.default
+            if (
+                not is_call(source, grouped)
+                or only_user(source) is not halves
+                or source.kwargs.get("gated")
+                or (count, axis % 3) != (2, 2)
+                or gate.meta["val"].shape[-1] != up.meta["val"].shape[-1]
+            ):
+                continue
+            options = {**source.kwargs, "activation": kind, "gated": True}
+            with self.graph.inserting_before(node):
+                new = self.graph.call_function(grouped, source.args, options)
+            new.meta.update(node.meta)
+            self.replace(node, new)
             return
 
     def _fuse_norm_into_linear(self, node: AnyNode) -> None:

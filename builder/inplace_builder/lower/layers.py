@@ -191,6 +191,7 @@ class Layers:
         self.extents = Extents(self)
         self.constant_values: dict[str, torch.Tensor] = {}
         self._scalars: dict[tuple[type, Number, torch.dtype, int], ITensor] = {}
+        self._widened: dict[str, ITensor] = {}
         self._ranked: dict[tuple[str, int], ITensor] = {}
         self._names: dict[str, int] = {}
 
@@ -270,13 +271,23 @@ class Layers:
     # Types
 
     def cast(self, x: ITensor, dtype: torch.dtype) -> ITensor:
-        """PyTorch's ``x.to(dtype)``; ``x`` itself where it has that type."""
+        """PyTorch's ``x.to(dtype)``; ``x`` itself where it has that type.
+
+        Of an int32 tensor that was cast to int64, such as the indices of TensorRT's TopK, the cast
+        back is the tensor itself.
+        """
         from_dtype = self.dtype_of(x)
         if from_dtype == dtype:
             return x
+        source = self._widened.get(x.name)
+        if source is not None and self.dtype_of(source) == dtype:
+            return source
         if dtype == torch.bool:
             return self.logical_not(self.equal(x, self.scalar(0, from_dtype, len(x.shape))))
-        return self.output(self.network.add_cast(x, self.tensorrt.dtype(dtype)))
+        cast = self.output(self.network.add_cast(x, self.tensorrt.dtype(dtype)))
+        if (from_dtype, dtype) == (torch.int32, torch.int64):
+            self._widened[cast.name] = x
+        return cast
 
     def as_float32(
         self, compute: Callable[[ITensor], ITensor], x: ITensor, dtype: torch.dtype | None = None

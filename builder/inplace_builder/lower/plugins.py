@@ -104,9 +104,14 @@ def _grouped_linear(
     bias: ITensor | None = None,
     *,
     transposed: bool = False,
+    **options: Any,
 ) -> ITensor:
     """The linear layers of experts, each on the tokens that are routed to it."""
     if not _has_plugins(ctx.tensorrt):
+        if options:
+            raise LoweringError(
+                f"{ctx.node.target}{ctx.origin} is lowered with {options} as a plugin only"
+            )
         return _gathered_linear(ctx, x, expert_ids, weight, bias, transposed=transposed)
     experts, *extents = ctx.meta(ctx.node.args[2]).shape
     inputs, outputs = extents if transposed else reversed(extents)
@@ -116,9 +121,11 @@ def _grouped_linear(
         experts=experts,
         bias=bias is not None,
         transposed=transposed,
+        **options,
     )
     parts = [] if bias is None else [bias]
-    return _add(ctx, operation, [x, expert_ids, weight, *parts])[0]
+    ids = ctx.cast(expert_ids, torch.int32)
+    return _add(ctx, operation, [x, ids, weight, *parts])[0]
 
 
 def _has_plugins(tensorrt: TensorRT) -> bool:

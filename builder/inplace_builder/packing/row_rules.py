@@ -338,14 +338,12 @@ def _attention(
     return _unfolded(out, rows)
 
 
-def _grouped_linear(
-    x: Any, expert_ids: Any, weight: Any, bias: Any = None, *, transposed: bool = False
-) -> Any:
+def _grouped_linear(x: Any, expert_ids: Any, weight: Any, bias: Any = None, **options: Any) -> Any:
     if _any_rows(weight, bias):
         return NotImplemented
     rows = next(each for each in (x, expert_ids) if isinstance(each, RowTensor)).rows.shape[0]
     tokens, ids = _folded_for(x, rows), _folded_for(expert_ids, rows)
-    out = inplace.grouped_linear.default(tokens, ids, weight, bias, transposed=transposed)
+    out = inplace.grouped_linear.default(tokens, ids, weight, bias, **options)
     return _unfolded(out, rows)
 
 

@@ -13,6 +13,7 @@ from support.long import long_except
 from support.lowering import DECODERS, VOCABULARY, captured, decoder_profiles, greedy_rows, lowered
 from support.network_interpreter import interpret
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,8 @@ def _steps_agree(capture: Capture, network: LoweredNetwork) -> None:
 
     The memory is full of NaN at first.
     """
-    module = capture.exported.module()
+    graph = capture.exported.module()
+    assert isinstance(graph, torch.fx.GraphModule)
     expected_memory, memory = _nan(capture), _nan(capture)
     generator = torch.Generator().manual_seed(0)
     at = 0
@@ -71,14 +73,10 @@ def _steps_agree(capture: Capture, network: LoweredNetwork) -> None:
             **greedy_rows(3),
         }
         at += tokens
-        states = list(expected_memory.values())
-        middle = len(states) // 2
+        arguments = (inputs[spec.name] for spec in capture.program.inputs)
         with torch.no_grad():
-            token, logits = module(
-                *(inputs[spec.name] for spec in capture.program.inputs),
-                states[:middle],
-                states[middle:],
-            )
+            results = torch.fx.Interpreter(graph).run(*arguments, *expected_memory.values())
+        token, logits = pytree.tree_leaves(results)
         outputs = interpret(network, inputs | memory)
         memory = {name: outputs[output].clone() for name, output in network.state_outputs.items()}
         assert torch.equal(outputs["next_token"], token)

@@ -13,7 +13,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.specs import StateSpec, Update
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
-from inplace_builder.capture.slot_cache import SlotCache, Windows
+from inplace_builder.capture.slot_cache import SeenLayers, SlotCache
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from support.decoding import SHAPE, generate_together, random_prompt
@@ -263,7 +263,7 @@ def test_capture_leaves_the_functions_of_transformers_as_they_were() -> None:
 
 def test_a_convolution_or_recurrence_of_the_models_own_is_refused() -> None:
     def cache() -> SlotCache:
-        return SlotCache(torch.arange(3), 2, Windows(8))
+        return SlotCache(torch.arange(3), 2, SeenLayers(8))
 
     x = torch.zeros(1, 4, 3)
     own = cache()

@@ -71,62 +71,9 @@ def bloom(folder: Path, _: Path) -> Path:
     return folder
 
 
-def gptj(folder: Path, _: Path) -> Path:
-    config = transformers.GPTJConfig(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=1,
-        n_head=4,
-        n_positions=64,
-        rotary_dim=4,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    transformers.GPTJForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def gpt_neo(folder: Path, _: Path) -> Path:
-    config = transformers.GPTNeoConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=4,
-        attention_types=[[["global"], 1]],
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    transformers.GPTNeoForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def falcon(folder: Path, _: Path) -> Path:
-    config = transformers.FalconConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
-    )
-    transformers.FalconForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def mpt(folder: Path, _: Path) -> Path:
     transformers.MptForCausalLM(
         transformers.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
-    ).save_pretrained(folder)
-    return folder
-
-
-def xglm(folder: Path, _: Path) -> Path:
-    config = transformers.XGLMConfig(
-        vocab_size=64, d_model=32, ffn_dim=64, num_layers=1, attention_heads=4
-    )
-    transformers.XGLMForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def mamba(folder: Path, _: Path) -> Path:
-    transformers.MambaForCausalLM(
-        transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     ).save_pretrained(folder)
     return folder
 
@@ -215,15 +162,10 @@ Source = Callable[[Path, Path], Path]
         (gpt_oss, r"GptOssAttention attends with \['s_aux'\]"),
         (
             llama4,
-            r"layers of the kind \['chunked_attention'\]; only full_attention and "
-            r"sliding_attention",
+            r"layers of the kind \['chunked_attention'\]; only \['conv', 'full_attention'",
         ),
-        (bloom, "BloomForCausalLM does not attend through transformers' attention interface"),
-        (gptj, "GPTJForCausalLM does not attend through transformers' attention interface"),
-        (gpt_neo, "GPTNeoForCausalLM does not attend through transformers' attention interface"),
-        (falcon, "FalconForCausalLM does not attend through transformers' attention interface"),
-        (mpt, "MptForCausalLM does not attend through transformers' attention interface"),
-        (xglm, "XGLMForCausalLM does not attend through transformers' attention interface"),
+        (bloom, "attention of BloomForCausalLM adds a bias to its scores"),
+        (mpt, "attention of MptForCausalLM adds a bias to its scores"),
         (empty, "is no model: it holds neither config.json nor a GGUF file"),
         (nonexistent, "nowhere does not exist"),
         (
@@ -238,7 +180,6 @@ Source = Callable[[Path, Path], Path]
         (two_gguf_files, "is no model: it holds 2 GGUF files; name one"),
         (damaged_gguf, r"a\.gguf has no configuration that transformers can read"),
         (weights_file, "is no model: it holds neither config.json nor a GGUF file"),
-        (mamba, "a 'mamba' model has no attention heads"),
         (tensor_left_out, r"lack \['model\.layers\.1\.mlp\.up_proj\.weight'\] \(1 in all\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -13,8 +13,8 @@ from inplace_builder.capture.capture import Capture, control_input
 from inplace_builder.capture.slot_cache import (
     CacheLength,
     LayerMask,
+    SeenLayers,
     SlotCache,
-    Windows,
     mask_window,
 )
 from inplace_builder.errors import BuildError
@@ -232,7 +232,7 @@ def test_the_length_of_the_cache_is_the_positions_or_an_error() -> None:
 
 
 def test_what_the_cache_does_not_know_is_an_error() -> None:
-    cache = SlotCache(torch.arange(3), 2, Windows(8))
+    cache = SlotCache(torch.arange(3), 2, SeenLayers(8))
     questions: list[Callable[[], object]] = [
         lambda: cache.layers[0],
         cache.get_max_length,
@@ -260,13 +260,12 @@ def test_a_mask_that_the_model_changes_is_an_error() -> None:
             use()
 
 
-def test_heads_that_the_model_does_not_have_are_refused_at_capture() -> None:
+def test_states_have_the_heads_of_the_model_whatever_its_configuration_says() -> None:
     config = transformers.GPTNeoXConfig(**SHAPE)
+    assert config.num_key_value_heads == 2  # which this model does not read
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(
-        BuildError, match=r"key is \[tokens, 4, 8\], but its state holds 2 heads of 8 elements"
-    ):
-        capture_decoder(model, DECODER_OPTIONS)
+    capture = capture_decoder(model, DECODER_OPTIONS)
+    assert {state.shape for state in capture.states} == {(4, CAPACITY, 8)}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ so the tokens of all rows are packed on one axis.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
     CacheLengthError,
     LayerStates,
+    SeenLayer,
+    SeenLayers,
     SlotCache,
-    Windows,
     current_cache,
 )
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.passes import drop_dead_assertions
 from inplace_builder.graph.reexport import LengthIndependent, correct_lstm, size_oblivious
 
 REFERENCE_CHUNK = 1024
@@ -81,16 +84,26 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     config = model.config.get_text_config(decoder=True)
     check_positions(config, options.capacity)
     _check_layer_kinds(config)
-    with _inplace_attention(model), grouped_experts(model), slot_recurrences(model):
-        # 1. Run the model once to read each layer's window off its attention mask, and its states.
+    with (
+        _inplace_attention(model) as own_attention,
+        grouped_experts(model),
+        slot_recurrences(model),
+    ):
+        # 1. Run the model once to see what each layer attends to and keeps.
+        call = StepCall(with_mask=False, own_attention=own_attention)
         try:
-            with_mask, layers = False, _collect_layers(model, options.capacity, with_mask=False)
+            layers = _see_layers(model, options.capacity, call)
         except CacheLengthError:  # OPT makes a mask of that length where none is given
-            with_mask, layers = True, _collect_layers(model, options.capacity, with_mask=True)
-        caches = _layer_caches(config, Dtype.of(model.dtype), layers.by_layer)
+            call = replace(call, with_mask=True)
+            layers = _see_layers(model, options.capacity, call)
+        caches = _layer_caches(layers, Dtype.of(model.dtype))
         states = (*cache_states(caches, options), *_recurrent_states(layers))
         # 2. Export one step, with attention, caches and experts replaced by ours.
-        exported = _export_step(model, caches, StepExamples(options, states), with_mask=with_mask)
+        rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
+        step = DecoderStep(model, layers.by_layer, rings, call)
+        exported = _export_step(step, StepExamples(options, states))
+    if own_attention:
+        drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
     _check_layers(exported.graph, config, layers, type(model).__name__)
     # 3. Clean the graph, check it against the description, read off what it writes.
     program = decoder_program(config.vocab_size, config.vocab_size, options)
@@ -112,33 +125,31 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
 
 
 @contextmanager
-def _inplace_attention(model: PreTrainedModel) -> Iterator[None]:
+def _inplace_attention(model: PreTrainedModel) -> Iterator[str | None]:
     """Let the model attend through `slot_attention`, and embed positions one by one.
+
+    Some models compute attention in code of their own; what they compute is tracked from their
+    cache on. Yields the name of such a model, else None.
 
     A rotary embedding that looks at the longest sequence of a step uses its short form, which is
     right up to the length that `check_positions` allows.
 
-    Raises:
-        BuildError: transformers has not replaced the model's attention. It leaves a model that
-            computes attention in code of its own as it is, with a log message only.
     """
     original = model.config._attn_implementation
     rotary = [module for module in model.modules() if _is_length_dependent(module)]
     with quiet():
         model.set_attn_implementation(IMPLEMENTATION)
     try:
-        if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
-            raise BuildError(
-                f"{type(model).__name__} does not attend through transformers' attention "
-                f"interface, so its keys and values are unknown; choose one that does, such as "
-                f"Llama, Mistral, Qwen, Gemma or GPT-2"
-            )
+        own = model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION
+        if own:  # transformers only logs that it has not replaced the model's attention
+            model.config._attn_implementation = IMPLEMENTATION
         for module in rotary:
             module.forward = _length_independent(module)
-        yield
+        yield type(model).__name__ if own else None
     finally:
         for module in rotary:
             module.__dict__.pop("forward", None)
+        model.config._attn_implementation = original
         with quiet():
             model.set_attn_implementation(original)
 
@@ -163,29 +174,47 @@ def _length_independent(module: torch.nn.Module) -> Callable[..., Any]:
     return embed
 
 
-def _collect_layers(model: PreTrainedModel, capacity: int, *, with_mask: bool) -> Windows:
-    """What each layer keeps: the window of its attention, its other states.
+@dataclass(frozen=True)
+class StepCall:
+    """How the model is called.
+
+    Attributes:
+        with_mask: with a mask that says that no token is padding.
+        own_attention: the name of the model if it attends in code of its own.
+    """
+
+    with_mask: bool
+    own_attention: str | None
+
+
+def _see_layers(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLayers:
+    """What each layer hands to its attention and how it attends, and its other states.
+
+    Sizes are not read from the configuration: layers may differ, and so may keys and values.
 
     Raises:
         BuildError: a layer's mask is no window, or the model cannot run with our cache.
     """
-    ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
-    positions = torch.arange(2, device=model.device)
-    num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
-    windows = Windows(capacity)
+    # a mask of the model's own is read off its scores, so there must be as many positions
+    tokens = 2 if call.own_attention is None else capacity
+    config = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (tokens,), generator=generator).to(model.device)
+    positions = torch.arange(tokens, device=model.device)
+    seen = SeenLayers(capacity)
     try:
         with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()):
-            cache = SlotCache(positions, num_layers, windows)
-            _run(model, ids[0], positions, cache, with_mask=with_mask)
+            cache = SlotCache(positions, config.num_hidden_layers, seen, call.own_attention)
+            _run(model, ids, positions, cache, with_mask=call.with_mask)
             cache.check_states_stored()
     except BuildError:
         raise
     except Exception as error:
         raise BuildError(f"{type(model).__name__} cannot run: {brief(error)}") from error
-    return windows
+    return seen
 
 
-def _recurrent_states(layers: Windows) -> tuple[StateSpec, ...]:
+def _recurrent_states(layers: SeenLayers) -> tuple[StateSpec, ...]:
     """The states that are no keys and values: zeros in a new sequence, rewritten by every step.
 
     Those of all convolutions come first.
@@ -237,15 +266,15 @@ class DecoderStep(torch.nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        windows: Mapping[int, int],
+        layers: Mapping[int, SeenLayer],
         rings: Mapping[int, bool],
-        *,
-        with_mask: bool,
+        call: StepCall,
     ) -> None:
         super().__init__()
-        self.model, self.windows, self.rings = model, windows, rings
+        self.model, self.rings, self.call = model, rings, call
+        self.windows = {index: layer.window for index, layer in layers.items()}
+        self.scales = {index: layer.scale for index, layer in layers.items()}
         self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.with_mask = with_mask
 
     def forward(
         self,
@@ -286,26 +315,16 @@ class DecoderStep(torch.nn.Module):
             write_indices,
             self.windows,
             self.rings,
+            self.scales,
         )
-        cache = SlotCache(positions, self.num_layers, states)
-        out = _run(self.model, input_ids, positions, cache, last_tokens, with_mask=self.with_mask)
+        cache = SlotCache(positions, self.num_layers, states, self.call.own_attention)
+        mask = self.call.with_mask
+        out = _run(self.model, input_ids, positions, cache, last_tokens, with_mask=mask)
         logits = out.logits[0].float()
         return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
 
 
-def _export_step(
-    model: PreTrainedModel,
-    caches: Mapping[int, LayerCache],
-    examples: StepExamples,
-    *,
-    with_mask: bool,
-) -> ExportedProgram:
-    step = DecoderStep(
-        model,
-        {layer: cache.window for layer, cache in caches.items()},
-        {layer: cache.is_ring(examples.options) for layer, cache in caches.items()},
-        with_mask=with_mask,
-    )
+def _export_step(step: DecoderStep, examples: StepExamples) -> ExportedProgram:
     memory = _by_layer(examples.states, examples.memory())
     shapes = _by_layer(examples.states, examples.memory_shapes())
     try:
@@ -319,7 +338,7 @@ def _export_step(
         raise
     except Exception as error:
         raise BuildError(
-            f"torch.export cannot capture {type(model).__name__}: {brief(error)}"
+            f"torch.export cannot capture {type(step.model).__name__}: {brief(error)}"
         ) from error
 
 
@@ -385,29 +404,16 @@ def _check_layer_kinds(config: transformers.PretrainedConfig) -> None:
         )
 
 
-def _layer_caches(
-    config: transformers.PretrainedConfig, dtype: Dtype, windows: Mapping[int, int]
-) -> dict[int, LayerCache]:
-    """The cache of each layer that attends, of the sizes that the configuration states.
-
-    If they are not those of the model, ``inplace::attention`` refuses its keys and values.
-    """
-    if not windows:
-        return {}
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    try:
-        stated = getattr(config, "head_dim", None)
-    except Exception as error:  # transformers raises where layers differ
-        raise BuildError(
-            f"the layers of a {config.model_type!r} model have heads of different sizes, which is "
-            f"not supported ({brief(error)})"
-        ) from error
-    dim: int = stated or config.hidden_size // config.num_attention_heads
-    return {layer: LayerCache(heads, dim, dim, dtype, windows[layer]) for layer in sorted(windows)}
+def _layer_caches(layers: SeenLayers, dtype: Dtype) -> dict[int, LayerCache]:
+    """The cache of each layer that attends, of the sizes that it was seen with."""
+    return {
+        index: LayerCache(*layer.key, layer.value[1], dtype, layer.window)
+        for index, layer in sorted(layers.by_layer.items())
+    }
 
 
 def _check_layers(
-    graph: torch.fx.Graph, config: transformers.PretrainedConfig, layers: Windows, kind: str
+    graph: torch.fx.Graph, config: transformers.PretrainedConfig, layers: SeenLayers, kind: str
 ) -> None:
     """BuildError if a layer keeps nothing, and is of no kind that does: it attends unseen."""
     expected = config.num_hidden_layers

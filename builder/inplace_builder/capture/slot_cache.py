@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
 
+from inplace_builder.capture.own_attention import OwnAttention
 from inplace_builder.errors import BuildError, brief
 
 IMPLEMENTATION = "inplace"
@@ -44,6 +45,7 @@ class LayerStates:
         windows: for each layer that attends how many positions up to its own a token sees; 0 for
             all.
         rings: for each of them whether its states are rings.
+        scales: for each of them the factor of its scores; used where attention is the model's own.
     """
 
     keys: Mapping[int, Tensor]
@@ -54,21 +56,63 @@ class LayerStates:
     write_indices: Tensor
     windows: Mapping[int, int]
     rings: Mapping[int, bool]
+    scales: Mapping[int, float]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """``inplace::attention`` on the states of a layer; all tensors ``[tokens, heads, dim]``."""
+        return attention(
+            query,
+            key,
+            value,
+            self.keys[layer],
+            self.values[layer],
+            self.slots,
+            self.row_offsets,
+            self.write_indices,
+            scale=scale,
+            window=self.windows[layer],
+            ring=self.rings[layer],
+            softcap=softcap,
+        )
+
+
+@dataclass(frozen=True)
+class SeenLayer:
+    """What a layer handed to its attention.
+
+    Attributes:
+        key, value: heads, and elements of a head.
+        window: how many positions up to its own a token sees; 0 for all.
+        scale: the factor of the scores; used where attention is the model's own.
+    """
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+    window: int
+    scale: float = 1.0
 
 
 @dataclass
-class Windows:
-    """Collects the window of each layer while a model runs once; see `slot_attention`.
+class SeenLayers:
+    """Collects what layers attend to and keep while a model runs once; see `slot_attention`.
 
     Attributes:
         capacity: maximum number of positions of a sequence.
-        by_layer: for each layer that attends how many positions up to its own a token sees; 0 for
-            all.
+        by_layer: the layers that attend, by index.
         recurrent: the states of other layers by name: what a slot holds, in zeros.
     """
 
     capacity: int
-    by_layer: dict[int, int] = field(default_factory=dict)
+    by_layer: dict[int, SeenLayer] = field(default_factory=dict)
     recurrent: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -143,12 +187,21 @@ class SlotCache(TransformersCache):
     Args:
         positions: the position of each token, ``[tokens]``.
         num_layers: layers of the model.
-        step: where attention keeps keys and values, or the windows that are collected.
+        step: where attention keeps keys and values, or what is seen of each layer.
+        own_attention: the name of the model if it attends in code of its own; such a model sees an
+            empty cache, and masks of its own kind.
     """
 
-    def __init__(self, positions: Tensor, num_layers: int, step: LayerStates | Windows) -> None:
+    def __init__(
+        self,
+        positions: Tensor,
+        num_layers: int,
+        step: LayerStates | SeenLayers,
+        own_attention: str | None = None,
+    ) -> None:
         # without the constructor of transformers, which makes a list of layers
         self.positions, self.num_layers, self.step = positions, num_layers, step
+        self.own_attention = own_attention
         self.updated: int | None = None
         self._convolved: str | None = None  # the layer whose convolution comes next
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
@@ -165,12 +218,32 @@ class SlotCache(TransformersCache):
         """Note which layer attends next.
 
         Args:
-            key_states, value_states: ``[1, kv_heads, tokens, dim]`` each; returned as they are.
+            key_states, value_states: ``[1, kv_heads, tokens, dim]`` each; returned as they are, or
+                tracked where the model attends in code of its own.
             layer_idx: the layer.
             args, kwargs: not used.
         """
         self.updated = layer_idx
-        return key_states, value_states
+        if self.own_attention is None:
+            return key_states, value_states
+        return self._own_attention(key_states, value_states, layer_idx).tracked()
+
+    def _own_attention(self, key: Tensor, value: Tensor, layer: int) -> OwnAttention:
+        step, sizes = self.step, ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+        assert self.own_attention is not None
+        if isinstance(step, LayerStates):
+            return OwnAttention(
+                self.own_attention,
+                key,
+                value,
+                attend=lambda *packed: step.attend(layer, *packed, scale=step.scales[layer]),
+                proved=lambda *_: None,
+            )
+
+        def proved(scale: float, window: int) -> None:
+            step.by_layer[layer] = SeenLayer(*sizes, window, scale)
+
+        return OwnAttention(self.own_attention, key, value, attend=None, proved=proved)
 
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
@@ -266,10 +339,12 @@ class SlotCache(TransformersCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The number of cached tokens, as far as there is one."""
-        return CacheLength(self.positions)
+        return CacheLength(self.positions) if self.own_attention is None else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
-        """What transformers hands to `_layer_mask`, which does not need it."""
+        """What transformers hands to `_layer_mask`."""
+        if self.own_attention is not None:
+            return self.positions.shape[0], 0
         return CacheLength(self.positions), 0
 
     def __len__(self) -> int:
@@ -346,15 +421,39 @@ class LayerMask:
     __sub__ = __rsub__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse
 
 
-def _layer_mask(*_: object, mask_function: Callable[..., Tensor], **__: object) -> LayerMask:
+def _layer_mask(
+    *_: object,
+    mask_function: Callable[..., Tensor],
+    dtype: torch.dtype = torch.float32,
+    **__: object,
+) -> LayerMask | Tensor:
     """The mask function that transformers calls, once for each kind of layer."""
-    step = _current_cache.get().step
+    cache = _current_cache.get()
+    step = cache.step
+    if cache.own_attention is not None:
+        return _added_mask(cache, mask_function, dtype)
     if isinstance(step, LayerStates):  # evaluated before, on real tensors
         return LayerMask(None)
     try:
         return LayerMask(mask_window(mask_function, step.capacity))
     except BuildError as error:  # models also make masks that no layer uses
         return LayerMask(None, error)
+
+
+def _added_mask(
+    cache: SlotCache, mask_function: Callable[..., Tensor], dtype: torch.dtype
+) -> Tensor:
+    """A mask ``[1, 1, tokens, tokens]`` that is added to scores, as eager attention takes it.
+
+    Nothing uses it while a graph is traced.
+    """
+    tokens = cache.positions.shape[0]
+    added = torch.zeros((1, 1, tokens, tokens), dtype=dtype, device=cache.positions.device)
+    if isinstance(cache.step, LayerStates):
+        return added
+    first, index = torch.zeros((1, 1, 1, 1), dtype=torch.int64), torch.arange(tokens)
+    seen = mask_function(first, first, index.view(1, 1, -1, 1), index.view(1, 1, 1, -1))
+    return added.masked_fill(~seen.to(added.device), torch.finfo(dtype).min)
 
 
 def mask_window(mask_function: Callable[..., Tensor], capacity: int) -> int:
@@ -454,22 +553,20 @@ def slot_attention(
     if not getattr(module, "is_causal", True):
         raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
     step = cache.step
-    if isinstance(step, Windows):
-        step.by_layer[layer] = _layer_window(kind, attention_mask, sliding_window, step.capacity)
+    if isinstance(step, SeenLayers):
+        step.by_layer[layer] = SeenLayer(
+            (key.shape[1], key.shape[3]),
+            (value.shape[1], value.shape[3]),
+            _layer_window(kind, attention_mask, sliding_window, step.capacity),
+        )
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
-    out = attention(
+    out = step.attend(
+        layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        step.keys[layer],
-        step.values[layer],
-        step.slots,
-        step.row_offsets,
-        step.write_indices,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        window=step.windows[layer],
-        ring=step.rings[layer],
         softcap=softcap or 0.0,
     )
     return out.unsqueeze(0), None

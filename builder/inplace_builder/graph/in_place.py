@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
@@ -252,7 +253,7 @@ def _viewed(node: Node) -> Node | None:
         return None
     args: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-    with torch.no_grad(), _without_guards(args[0]):
+    with torch.no_grad(), enable_python_dispatcher(), _without_guards(args[0]):
         result = target(*args, **kwargs)
     first = result[0] if isinstance(result, list | tuple) and result else result
     shares = isinstance(first, torch.Tensor) and _memory(first) == _memory(args[0])

@@ -6,14 +6,15 @@ All go past every window. An engine is equal if it chooses the same tokens and i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from decoders.configs import make_model
 from inplace.schema.dtypes import Dtype
 from inplace.trt import load_tensorrt
-from inplace_builder import BuildOptions, Capture, build_decoder, capture_decoder
-from inplace_builder.capture.checkpoint import quiet
+from inplace_builder import BuildOptions, Capture, capture_decoder, write_engine
+from inplace_builder.capture.checkpoint import check_checkpoint, quiet
 from inplace_builder.fusion.fuse import without_sampling
 from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowerable
 from inplace_builder.served.decoder import decoder_options
@@ -63,6 +64,8 @@ def survey(name: str, folder: Path, report: Report) -> None:
     """
     with quiet():
         model = make_model(name)
+        if getattr(model.config, "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # the default one ignores it
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     prompts = [_prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS)]
     try:
@@ -75,9 +78,15 @@ def survey(name: str, folder: Path, report: Report) -> None:
     report("parameters", sum(parameter.numel() for parameter in model.parameters()))
     with quiet():
         model.save_pretrained(folder / "model")
+
+    @cache  # both engines share it
+    def captured() -> Capture:
+        check_checkpoint(folder / "model", CAPACITY)
+        return capture_decoder(model, decoder_options(OPTIONS))
+
     engines: Mapping[str, Callable[[], list[Decoded]]] = {
-        "cpu": lambda: _on_cpu(folder, prompts),
-        "tensorrt": lambda: _on_tensorrt(model, prompts),
+        "cpu": lambda: _on_cpu(captured(), folder, prompts),
+        "tensorrt": lambda: _on_tensorrt(captured(), prompts),
     }
     for engine, run in engines.items():
         try:
@@ -122,9 +131,9 @@ def _generate(model: PreTrainedModel, prompt: list[int]) -> Decoded:
     return Decoded(out.sequences[0, -TOKENS:].tolist(), logits)
 
 
-def _on_cpu(folder: Path, prompts: list[list[int]]) -> list[Decoded]:
-    """Build the checkpoint as a user does, and decode without a server."""
-    build_decoder(folder / "model", folder / "engine", OPTIONS)
+def _on_cpu(capture: Capture, folder: Path, prompts: list[list[int]]) -> list[Decoded]:
+    """Build the engine, and decode without a server."""
+    write_engine(capture, folder / "engine", OPTIONS)
     instance = open_instance(folder / "engine")
     rows = decode_together(instance, prompts, TOKENS, ("next_token", "logits"))
     return [
@@ -136,9 +145,8 @@ def _on_cpu(folder: Path, prompts: list[list[int]]) -> list[Decoded]:
     ]
 
 
-def _on_tensorrt(model: PreTrainedModel, prompts: list[list[int]]) -> list[Decoded]:
+def _on_tensorrt(capture: Capture, prompts: list[list[int]]) -> list[Decoded]:
     """Define the network through TensorRT-RTX's API, and interpret it in PyTorch."""
-    capture = capture_decoder(model, decoder_options(OPTIONS))
     return _interpreted(capture, _network(capture), prompts)
 
 

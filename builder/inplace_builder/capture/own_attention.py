@@ -1,0 +1,344 @@
+"""Decoders whose attention is code of their own: a product, a softmax and a product.
+
+GPT-J, CodeGen, GPT-Neo, XGLM and Falcon do not call transformers' attention interface. They still
+hand keys and values to a cache, which returns `Tracked` tensors here. These compute what the model
+computes on the tokens of the step alone, and note what becomes of them: keys times a query are
+scores, their softmax are weights, and weights times values is where the result of
+``inplace::attention`` takes the place of the model's own.
+
+The factor of the scores and what is added to them are noted too. A run on the values of one
+sequence proves that attention with this factor and this window gives what the model's own code
+gives.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from inplace.operators import attention
+from torch import Tensor
+
+from inplace_builder.errors import BuildError
+
+Kind = Literal["keys", "values", "scores", "weights"]
+
+VIEWS = frozenset(
+    {"view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "flatten"}
+)
+CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "dropout", "clone"})
+PRODUCTS = frozenset({"matmul", "bmm", "__matmul__", "__rmatmul__"})
+FACTORS = {
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "__imul__", "mul_"), 1),
+    **dict.fromkeys(("div", "true_divide", "__truediv__", "__itruediv__", "div_"), -1),
+}
+SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__", "add_"})
+CLAMPS = frozenset({"max", "maximum", "clamp", "clamp_min"})
+PROPERTIES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad"})
+QUESTIONS = frozenset({"size", "dim", "numel", "is_floating_point", "stride"})
+
+LOWEST = -1e4
+"""What is added to a score that is masked is below this in every type."""
+
+
+@dataclass(frozen=True)
+class Calculation:
+    """How scores come about: ``scale * query @ keys + added``.
+
+    Attributes:
+        query: as the model multiplies it.
+        scale: the factor.
+        added: masks and biases, or None.
+    """
+
+    query: Tensor
+    scale: float = 1.0
+    added: Tensor | None = None
+
+
+class Tracked:
+    """A tensor that comes from cached keys or values.
+
+    Args:
+        tensor: its value for the tokens of the step alone.
+        kind: what it is.
+        layer: the layer that it belongs to.
+        calculation: of scores and weights.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        kind: Kind,
+        layer: "OwnAttention",
+        calculation: Calculation | None = None,
+    ) -> None:
+        self._tensor, self._kind, self._layer = tensor, kind, layer
+        self._calculation = calculation
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PROPERTIES:
+            return getattr(self._tensor, name)
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        function = getattr(Tensor, name)
+        return lambda *args, **kwargs: self.__torch_function__(function, (), (self, *args), kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute, and note what the result is."""
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", str(function))
+        inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tracked)]
+        plain = [_plain(each) for each in args]
+        plain_kwargs = {key: _plain(value) for key, value in kwargs.items()}
+        if inputs[0]._layer.traces and name in (*PRODUCTS, "baddbmm"):
+            factors = [x for x in (*plain, *plain_kwargs.values()) if isinstance(x, Tensor)]
+            result = _empty_product(*factors[-2:])
+        elif name == "dropout":  # the model is in evaluation mode
+            result = plain[0]
+        else:
+            result = function(*plain, **plain_kwargs)
+        if name in QUESTIONS:
+            return result
+        return _noted(name, inputs, args, kwargs, result)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name.replace("__i", "__") if name.startswith("__i") else name)
+
+    def call(self: Tracked, *args: Any) -> Any:
+        return Tracked.__torch_function__(function, (), (self, *args))
+
+    return call
+
+
+for _name in ("add", "radd", "iadd", "mul", "rmul", "imul", "truediv", "itruediv", "matmul"):
+    setattr(Tracked, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _empty_product(a: Tensor, b: Tensor) -> Tensor:
+    """A tensor of the shape of a product.
+
+    While a graph is traced nothing uses the value, and a product would ask whether there is more
+    than one token.
+    """
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _plain(value: Any) -> Any:
+    return value._tensor if isinstance(value, Tracked) else value
+
+
+def _noted(
+    name: str, inputs: list[Tracked], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> Any:
+    """The result of an operator on tracked tensors, as a tracked tensor.
+
+    Raises:
+        BuildError: attention has no such operator.
+    """
+    first = inputs[0]
+    kinds = [each._kind for each in inputs]
+    layer, calculation = first._layer, first._calculation
+    others = [each for each in (*args, *kwargs.values()) if not isinstance(each, Tracked)]
+    if len(inputs) == 1 and name in VIEWS | CASTS:
+        if name in VIEWS and calculation is not None and calculation.added is not None:
+            added = calculation.added.expand(first._tensor.shape)
+            moved = getattr(added, name if name != "view" else "reshape")(*args[1:], **kwargs)
+            calculation = replace(calculation, added=moved)
+        return Tracked(result, first._kind, layer, calculation)
+    if name in PRODUCTS and kinds == ["keys"]:
+        query = next(each for each in others if isinstance(each, Tensor))
+        return Tracked(result, "scores", layer, Calculation(query))
+    if name == "baddbmm" and kinds == ["keys"]:
+        added, query = (each for each in others if isinstance(each, Tensor))
+        beta, alpha = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+        return Tracked(result, "scores", layer, Calculation(query, alpha, layer.keep(added, beta)))
+    if name in PRODUCTS and kinds == ["weights", "values"]:
+        assert calculation is not None
+        return layer.attend(calculation, result)
+    if kinds == ["scores"] and calculation is not None:
+        if name == "softmax":
+            return Tracked(result, "weights", layer, calculation)
+        changed = _changed(name, calculation, args, others, layer)
+        if changed is not None:
+            return Tracked(result, "scores", layer, changed)
+    raise BuildError(
+        f"attention of {layer.name} computes {name} of its {', '.join(kinds)}, which "
+        f"inplace::attention does not have; it has a product with a query, factors, a mask, a "
+        f"softmax and a product with values"
+    )
+
+
+def _changed(
+    name: str,
+    calculation: Calculation,
+    args: Sequence[Any],
+    others: list[Any],
+    layer: "OwnAttention",
+) -> Calculation | None:
+    """How scores come about after an elementwise operator; None if it is no part of attention."""
+    if name in FACTORS and len(others) == 1 and _is_number(others[0]):
+        factor = layer.number(others[0]) ** FACTORS[name]
+        added = calculation.added
+        return Calculation(
+            calculation.query,
+            calculation.scale * factor,
+            None if added is None else added * factor,
+        )
+    if name in SUMS and len(others) == 1 and isinstance(others[0], Tensor):
+        term, added = layer.keep(others[0]), calculation.added
+        total = term if added is None or term is None else added + term
+        return replace(calculation, added=total)
+    if name in CLAMPS:
+        return calculation
+    if name in ("where", "masked_fill", "masked_fill_"):
+        mask, low = (args[0], args[2]) if name == "where" else (args[1], args[2])
+        hidden = layer.hidden(~mask if name == "where" else mask, low)
+        added = calculation.added
+        total = hidden if added is None or hidden is None else added + hidden
+        return replace(calculation, added=total)
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention on packed queries, keys and values ``[tokens, heads, dim]``."""
+
+Proved = Callable[[float, int], None]
+"""Called with the factor of the scores and the window of a layer."""
+
+
+class OwnAttention:
+    """The attention of one layer.
+
+    Args:
+        name: of the model, for errors.
+        key, value: ``[1, kv_heads, tokens, dim]``, what the layer hands to its cache.
+        attend: attention on the layer's states; None for a run on values, which proves what the
+            layer computes.
+        proved: called with the result of that run.
+    """
+
+    def __init__(
+        self, name: str, key: Tensor, value: Tensor, *, attend: Attend | None, proved: Proved
+    ) -> None:
+        self.name, self.key, self.value = name, key, value
+        self._attend, self._proved = attend, proved
+
+    @property
+    def traces(self) -> bool:
+        """Whether a graph is traced, in which only the result of attention matters."""
+        return self._attend is not None
+
+    def tracked(self) -> tuple[Any, Any]:
+        """What the cache returns."""
+        return Tracked(self.key, "keys", self), Tracked(self.value, "values", self)
+
+    def keep(self, added: Tensor, factor: float = 1.0) -> Tensor | None:
+        """A term of the scores, where it has a value."""
+        return added.float() * factor if not self.traces else None
+
+    def hidden(self, mask: Tensor, low: Any) -> Tensor | None:
+        """A mask as a term of the scores, where it has a value."""
+        if self.traces:
+            return None
+        if float(low) > LOWEST:
+            raise BuildError(f"attention of {self.name} replaces scores by {float(low)}")
+        return torch.zeros(mask.shape).masked_fill(mask, float("-inf"))
+
+    def number(self, value: Any) -> float:
+        """The value of a factor, where it is needed."""
+        return 1.0 if self.traces else float(value)
+
+    def attend(self, calculation: Calculation, own: Tensor) -> Tensor:
+        """The result of attention, in the form of the model's own result."""
+        # no reshape: it would ask whether there is more than one token
+        query = calculation.query[0] if calculation.query.dim() == 4 else calculation.query
+        query = query.transpose(0, 1).to(self.key.dtype)
+        key, value = self.key[0].transpose(0, 1), self.value[0].transpose(0, 1)
+        if self._attend is not None:
+            out = self._attend(query, key, value).transpose(0, 1).to(own.dtype)
+            return out.unsqueeze(0) if own.dim() == 4 else out
+        window = _window(calculation.added, len(query), self.name)
+        _prove(self.name, query, key, value, calculation.scale, window, own)
+        self._proved(calculation.scale, window)
+        return own
+
+
+def _prove(
+    name: str, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, own: Tensor
+) -> None:
+    """Check that attention of one sequence gives the model's own result.
+
+    Args:
+        name: of the model.
+        query, key, value: ``[tokens, heads, dim]``.
+        scale, window: of the layer.
+        own: the model's result.
+
+    Raises:
+        BuildError: it differs.
+    """
+    tokens = len(query)
+
+    def state(x: Tensor) -> Tensor:
+        return torch.zeros((1, x.shape[1], tokens, x.shape[2]), dtype=x.dtype, device=x.device)
+
+    zero = torch.zeros(1, dtype=torch.int32, device=query.device)
+    expected = attention(
+        query,
+        key,
+        value,
+        state(key),
+        state(value),
+        zero,
+        torch.tensor([0, tokens], dtype=torch.int32, device=query.device),
+        zero,
+        scale=scale,
+        window=window,
+    )
+    actual = own.reshape(-1, tokens, own.shape[-1]).transpose(0, 1).to(expected.dtype)
+    difference = (expected - actual).abs().max() / actual.abs().max().clamp_min(1e-6)
+    if not difference < (1e-3 if own.dtype == torch.float32 else 5e-2):
+        raise BuildError(
+            f"attention of {name} gives another result than softmax attention with the factor "
+            f"{scale} and the window {window or 'none'}: they differ by {float(difference):.1e}"
+        )
+
+
+def _window(added: Tensor | None, tokens: int, name: str) -> int:
+    """How many positions up to its own a token sees, by what is added to scores; 0 for all.
+
+    Raises:
+        BuildError: it is no mask, or neither causal nor a window.
+    """
+    if added is None:
+        raise BuildError(f"attention of {name} has no mask, so it is not causal")
+    added = added.expand((*added.shape[:-2], tokens, tokens)).cpu()
+    added = added.reshape(-1, tokens, tokens)
+    seen = added > LOWEST
+    if bool((added[seen] != 0).any()):
+        raise BuildError(
+            f"attention of {name} adds a bias to its scores, such as ALiBi's slopes, which "
+            f"inplace::attention does not have"
+        )
+    size = int(seen[0, -1].sum())
+    window = size if size < tokens else 0
+    causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
+    expected = causal & ~causal.tril(-window) if window else causal
+    if not torch.equal(seen, expected.expand_as(seen)):
+        raise BuildError(
+            f"attention of {name} has a mask that is neither causal nor a sliding window"
+        )
+    return window

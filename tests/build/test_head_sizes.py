@@ -1,0 +1,61 @@
+"""Layers whose keys and values have sizes of their own, as the model hands them over."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
+from inplace_builder.served.build import write_engine
+from support.decoding import SHAPE, generate_together, random_prompt
+from support.models import greedy, open_instance
+from transformers import PreTrainedModel
+
+CAPACITY, CHUNK, WINDOW = 64, 8, 12
+OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
+
+
+def latent() -> PreTrainedModel:
+    """Latent attention, expanded: keys of 8 + 4 elements, values of 10."""
+    sizes = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10}
+    fields = SHAPE | sizes | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    return transformers.MiniCPM3ForCausalLM(transformers.MiniCPM3Config(**fields))
+
+
+def global_heads() -> PreTrainedModel:
+    """Heads of 8 elements in a window, of 16 without one."""
+    fields = SHAPE | {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": False,
+    }
+    return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
+
+
+SIZES = {
+    latent: {"key_states_0": (4, CAPACITY, 12), "value_states_0": (4, CAPACITY, 10)},
+    global_heads: {
+        "key_states_0": (2, WINDOW + CHUNK - 1, 8),
+        "value_states_1": (2, CAPACITY, 16),
+    },
+}
+
+
+@pytest.mark.parametrize("make", SIZES)
+@pytest.mark.filterwarnings("ignore")
+def test_states_have_the_sizes_of_their_layer(
+    tmp_path: Path, make: Callable[[], PreTrainedModel]
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    capture = capture_decoder(model, DecoderOptions(CAPACITY, 3, CHUNK))
+    shapes = {state.name: state.shape for state in capture.states}
+    assert SIZES[make].items() <= shapes.items()
+    write_engine(capture, tmp_path / "model", OPTIONS)
+    prompts = [random_prompt(1, 2 * WINDOW + 5), random_prompt(2, 3)]
+    expected = [greedy(model, prompt, 24) for prompt in prompts]
+    assert generate_together(open_instance(tmp_path / "model"), prompts, 24) == expected

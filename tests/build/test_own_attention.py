@@ -1,0 +1,117 @@
+"""Decoders that compute attention in code of their own, from transformers' cache on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_decoder
+from inplace_builder.capture.own_attention import OwnAttention
+from inplace_builder.served.build import write_engine
+from support.decoding import generate_together, random_prompt
+from support.long import long_except
+from support.models import open_instance
+from torch import Tensor
+from transformers import PreTrainedModel
+
+CAPACITY, CHUNK, WINDOW = 64, 8, 12
+OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
+DECODER_OPTIONS = DecoderOptions(CAPACITY, 3, CHUNK)
+TOKENS = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT = TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4}
+FALCON = TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("GPTJConfig", GPT),
+    "codegen": ("CodeGenConfig", GPT),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        TOKENS
+        | {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128}
+        | {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    ),
+    "xglm": (
+        "XGLMConfig",
+        TOKENS | {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    ),
+    "falcon": ("FalconConfig", FALCON | {"num_kv_heads": 1}),
+    "falcon-grouped": ("FalconConfig", FALCON | {"new_decoder_architecture": True}),
+    "bloom": ("BloomConfig", TOKENS | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": ("MptConfig", TOKENS | {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+}
+
+
+def model_of(name: str) -> PreTrainedModel:
+    """A random decoder; its greedy tokens vary."""
+    config, fields = MODELS[name]
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**fields)
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def stock(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
+    """transformers' greedy continuation with its own cache: GPT-Neo is wrong with a static one."""
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    result: list[int] = out[0, len(prompt) :].tolist()
+    return result
+
+
+WORKING = ("gptj", "codegen", "gpt_neo", "xglm", "falcon", "falcon-grouped")
+
+
+@pytest.mark.parametrize("name", long_except(["gptj", "gpt_neo", "falcon"], WORKING))
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
+    model = model_of(name)
+    write_engine(capture_decoder(model, DECODER_OPTIONS), tmp_path / "model", OPTIONS)
+    prompts = [random_prompt(1, 2 * WINDOW + 5), random_prompt(2, 3)]
+    expected = [stock(model, prompt, 24) for prompt in prompts]
+    assert generate_together(open_instance(tmp_path / "model"), prompts, 24) == expected
+
+
+def test_a_window_is_read_off_the_scores() -> None:
+    capture = capture_decoder(model_of("gpt_neo"), DECODER_OPTIONS)
+    target = torch.ops.inplace.attention.default
+    nodes = capture.exported.graph.find_nodes(op="call_function", target=target)
+    assert [node.kwargs.get("window", 0) for node in nodes] == [0, WINDOW]
+    assert {node.kwargs["scale"] for node in nodes} == {1.0}  # GPT-Neo does not divide scores
+    names = {str(node.target) for node in capture.exported.graph.nodes}
+    assert not any("softmax" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_a_bias_of_the_scores_is_refused(name: str) -> None:
+    with pytest.raises(BuildError, match=r"adds a bias to its scores, such as ALiBi's slopes"):
+        capture_decoder(model_of(name), DECODER_OPTIONS)
+
+
+def attend(change: Any, mask: bool = True) -> None:
+    """Attention over 6 tokens, as a model writes it, with a change of the scores."""
+    query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
+    own = OwnAttention("Model", key, value, attend=None, proved=lambda *_: None)
+    keys, values = own.tracked()
+    scores = torch.matmul(query, keys.transpose(-1, -2)) * 0.5
+    if mask:
+        later = torch.ones(6, 6).triu(1) * torch.finfo(torch.float32).min
+        scores = scores + later
+    result: Tensor = torch.softmax(change(scores), dim=-1) @ values
+    assert isinstance(result, Tensor)
+
+
+def test_attention_that_is_none_of_ours_is_refused() -> None:
+    attend(lambda scores: scores)
+    with pytest.raises(BuildError, match="computes tanh of its scores"):
+        attend(lambda scores: scores.tanh())
+    with pytest.raises(BuildError, match="has no mask, so it is not causal"):
+        attend(lambda scores: scores, mask=False)
+    with pytest.raises(BuildError, match="neither causal nor a sliding window"):
+        attend(lambda scores: scores.masked_fill(torch.eye(6) > 0, float("-inf")))
+    with pytest.raises(BuildError, match=r"another result than .* the factor 0.5 "):
+        attend(lambda scores: scores.clamp(min=-0.01))

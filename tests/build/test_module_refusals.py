@@ -46,6 +46,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Tensor, Tensor],
         (torch.zeros(4, 4), torch.zeros(4)),
         rf"no state to keep; what it writes {LINE}.* is a copy that aten\.flip\.default made",
     ),
+    "a view that torch cannot invert": (
+        lambda c, x: c.unflatten(0, (4, 2)).movedim(1, 0).index_copy_(1, torch.tensor([1]), x),
+        (torch.zeros(8, 3), torch.zeros(2, 1, 3)),
+        rf"cannot make the module functional because of aten\.index_copy_\.default {LINE}.*Cannot "
+        "view a tensor .*; write into the state itself, or into a simpler view of it",
+    ),
     "a new version is returned": (
         lambda c, x: torch.index_copy(c, 0, torch.tensor([1]), x),
         (torch.zeros(4, 4), torch.zeros(1, 4)),

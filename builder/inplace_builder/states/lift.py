@@ -5,6 +5,7 @@ memory it was given (which of it is written, by which line, and what of that no 
 and lets torch.export make the graph functional.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -108,7 +109,8 @@ def lift_mutated_buffers(
             program = exported.run_decompositions({})
     except Exception as error:
         raise BuildError(
-            f"torch.export cannot make the module functional: {brief(error)}"
+            f"torch.export cannot make the module functional{_failed_call(exported, error)}: "
+            f"{brief(error)}; write into the state itself, or into a simpler view of it"
         ) from error
     lifted = _lift(program, exported.example_inputs, writers)
     if states != "auto":
@@ -119,6 +121,14 @@ def lift_mutated_buffers(
             f"{_explain_stateless(exported, lifted)}"
         )
     return lifted
+
+
+def _failed_call(exported: ExportedProgram, error: Exception) -> str:
+    """The call that an error of torch.fx names, with the module's line; empty if it names none."""
+    match = re.search(r"While executing %(\w+) ", str(error))
+    named = {node.name: node for node in exported.graph.nodes}
+    node = named.get(match[1]) if match is not None else None
+    return f" because of {node.target}{source_line(node)}" if node is not None else ""
 
 
 def export_module(

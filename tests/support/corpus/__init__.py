@@ -60,7 +60,6 @@ RARELY = (
     "put_",
     "part of a permuted view",
     "part of a part of a view",
-    "part of a permuted view of another shape",
     *(BLOCKS[number].name for number in (0, 2, 3, 4, 7)),
     "states in a tuple",
     "layers indexed by a number that varies",

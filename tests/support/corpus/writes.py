@@ -355,7 +355,7 @@ PLACED = [
         lambda step: (noise(step, *ONE), position(step)),
         {"cache": "slice_scatter"},
         axes=(0,),
-        reason="^the outermost part",
+        reason="the outermost part",
     ),
     ModuleCase(
         "two positions assumed consecutive",
@@ -524,13 +524,6 @@ EXPLICIT = [
         lambda cache, x: cache.reshape(4, 2, 3)[:, 1].index_copy_(0, PLACE, x),
         (8, 3),
         (1, 3),
-        "writes a part of it through a view",
-    ),
-    _write(
-        "part of a permuted view of another shape",
-        lambda cache, x: cache.unflatten(0, (4, 2)).movedim(1, 0).index_copy_(1, PLACE, x),
-        (8, 3),
-        (2, 1, 3),
         "writes a part of it through a view",
     ),
     _write(

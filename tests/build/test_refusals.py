@@ -64,20 +64,6 @@ def llama4(folder: Path, _: Path) -> Path:
     return folder
 
 
-def bloom(folder: Path, _: Path) -> Path:
-    transformers.BloomForCausalLM(
-        transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
-    ).save_pretrained(folder)
-    return folder
-
-
-def mpt(folder: Path, _: Path) -> Path:
-    transformers.MptForCausalLM(
-        transformers.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
-    ).save_pretrained(folder)
-    return folder
-
-
 def empty(folder: Path, _: Path) -> Path:
     folder.mkdir()
     return folder
@@ -164,8 +150,6 @@ Source = Callable[[Path, Path], Path]
             llama4,
             r"layers of the kind \['chunked_attention'\]; only \['conv', 'full_attention'",
         ),
-        (bloom, "attention of BloomForCausalLM adds a bias to its scores"),
-        (mpt, "attention of MptForCausalLM adds a bias to its scores"),
         (empty, "is no model: it holds neither config.json nor a GGUF file"),
         (nonexistent, "nowhere does not exist"),
         (

@@ -273,7 +273,7 @@ class DecoderStep(torch.nn.Module):
         super().__init__()
         self.model, self.rings, self.call = model, rings, call
         self.windows = {index: layer.window for index, layer in layers.items()}
-        self.scales = {index: layer.scale for index, layer in layers.items()}
+        self.scores = {index: layer.scores for index, layer in layers.items()}
         self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
 
     def forward(
@@ -315,7 +315,7 @@ class DecoderStep(torch.nn.Module):
             write_indices,
             self.windows,
             self.rings,
-            self.scales,
+            self.scores,
         )
         cache = SlotCache(positions, self.num_layers, states, self.call.own_attention)
         mask = self.call.with_mask

@@ -215,8 +215,55 @@ def _is_number(value: Any) -> bool:
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention on packed queries, keys and values ``[tokens, heads, dim]``."""
 
-Proved = Callable[[float, int], None]
-"""Called with the factor of the scores and the window of a layer."""
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer computes scores from queries and keys.
+
+    Attributes:
+        scale: their factor.
+        slopes: for each query head what is added for each position of the key (ALiBi,
+            arXiv:2108.12409); None for nothing.
+    """
+
+    scale: float = 1.0
+    slopes: tuple[float, ...] | None = None
+
+    @property
+    def key_components(self) -> int:
+        """Components that a cached key has beside its own."""
+        return 0 if self.slopes is None else 4
+
+    def attended(
+        self, query: Tensor, key: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """Query, key and factor with which attention without slopes gives the same.
+
+        ``slope * position`` is a product like any other. Slope and position are divided in two, so
+        that bfloat16 holds the parts of a position below 32768 and 16 bits of a slope.
+
+        Args:
+            query, key: ``[tokens, heads, dim]``.
+            positions: of the tokens, ``[tokens]``.
+        """
+        if self.slopes is None:
+            return query, key, self.scale
+        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=query.device)
+        high = slopes.to(query.dtype)
+        low = (slopes - high.float()).to(query.dtype)
+        parts = torch.stack([high, high, low, low], -1)
+        rest = positions % 128
+        place = torch.stack([positions - rest, rest] * 2, -1).to(key.dtype)
+        tokens = query.shape[0]
+        return (
+            torch.cat([query * self.scale, parts[None].expand(tokens, -1, -1)], -1),
+            torch.cat([key, place[:, None].expand(-1, key.shape[1], -1)], -1),
+            1.0,
+        )
+
+
+Proved = Callable[[Scores, int], None]
+"""Called with how a layer computes scores, and its window."""
 
 
 class OwnAttention:
@@ -270,27 +317,30 @@ class OwnAttention:
         if self._attend is not None:
             out = self._attend(query, key, value).transpose(0, 1).to(own.dtype)
             return out.unsqueeze(0) if own.dim() == 4 else out
-        window = _window(calculation.added, len(query), self.name)
-        _prove(self.name, query, key, value, calculation.scale, window, own)
-        self._proved(calculation.scale, window)
+        window, slopes = _mask(calculation.added, len(query), self.name)
+        scores = Scores(calculation.scale, slopes)
+        _prove(self.name, query, key, value, scores, window, own)
+        self._proved(scores, window)
         return own
 
 
 def _prove(
-    name: str, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, own: Tensor
+    name: str, query: Tensor, key: Tensor, value: Tensor, scores: Scores, window: int, own: Tensor
 ) -> None:
     """Check that attention of one sequence gives the model's own result.
 
     Args:
         name: of the model.
         query, key, value: ``[tokens, heads, dim]``.
-        scale, window: of the layer.
+        scores, window: of the layer.
         own: the model's result.
 
     Raises:
         BuildError: it differs.
     """
     tokens = len(query)
+    positions = torch.arange(tokens, device=query.device)
+    query, key, scale = scores.attended(query, key, positions)
 
     def state(x: Tensor) -> Tensor:
         return torch.zeros((1, x.shape[1], tokens, x.shape[2]), dtype=x.dtype, device=x.device)
@@ -313,26 +363,22 @@ def _prove(
     if not difference < (1e-3 if own.dtype == torch.float32 else 5e-2):
         raise BuildError(
             f"attention of {name} gives another result than softmax attention with the factor "
-            f"{scale} and the window {window or 'none'}: they differ by {float(difference):.1e}"
+            f"{scores.scale} and the window {window or 'none'}: they differ by "
+            f"{float(difference):.1e}"
         )
 
 
-def _window(added: Tensor | None, tokens: int, name: str) -> int:
-    """How many positions up to its own a token sees, by what is added to scores; 0 for all.
+def _mask(added: Tensor | None, tokens: int, name: str) -> tuple[int, tuple[float, ...] | None]:
+    """What is added to scores: a window (0 for none), and slopes.
 
     Raises:
-        BuildError: it is no mask, or neither causal nor a window.
+        BuildError: it is no mask, neither causal nor a window, or another bias than slopes.
     """
     if added is None:
         raise BuildError(f"attention of {name} has no mask, so it is not causal")
     added = added.expand((*added.shape[:-2], tokens, tokens)).cpu()
     added = added.reshape(-1, tokens, tokens)
     seen = added > LOWEST
-    if bool((added[seen] != 0).any()):
-        raise BuildError(
-            f"attention of {name} adds a bias to its scores, such as ALiBi's slopes, which "
-            f"inplace::attention does not have"
-        )
     size = int(seen[0, -1].sum())
     window = size if size < tokens else 0
     causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
@@ -341,4 +387,16 @@ def _window(added: Tensor | None, tokens: int, name: str) -> int:
         raise BuildError(
             f"attention of {name} has a mask that is neither causal nor a sliding window"
         )
-    return window
+    if not bool((added[seen] != 0).any()):
+        return window, None
+    # a term that is the same for all keys changes no weight
+    bias = added.double() - added[:, :, :1].double()
+    slopes = bias[:, -1, -1] / max(tokens - 1, 1)
+    linear = slopes[:, None, None] * torch.arange(tokens)
+    wrong = (bias - linear).abs() > 1e-5 * linear.abs().clamp_min(1.0)
+    if window or bool((wrong & seen).any()):
+        raise BuildError(
+            f"attention of {name} adds a bias to its scores that is no multiple of the key's "
+            f"position; of biases inplace::attention has slopes only (ALiBi), without a window"
+        )
+    return 0, tuple(slopes.tolist())

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
 
-from inplace_builder.capture.own_attention import OwnAttention
+from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.errors import BuildError, brief
 
 IMPLEMENTATION = "inplace"
@@ -45,7 +45,7 @@ class LayerStates:
         windows: for each layer that attends how many positions up to its own a token sees; 0 for
             all.
         rings: for each of them whether its states are rings.
-        scales: for each of them the factor of its scores; used where attention is the model's own.
+        scores: how each of them computes them; used where attention is the model's own.
     """
 
     keys: Mapping[int, Tensor]
@@ -56,7 +56,7 @@ class LayerStates:
     write_indices: Tensor
     windows: Mapping[int, int]
     rings: Mapping[int, bool]
-    scales: Mapping[int, float]
+    scores: Mapping[int, Scores]
 
     def attend(
         self,
@@ -92,13 +92,13 @@ class SeenLayer:
     Attributes:
         key, value: heads, and elements of a head.
         window: how many positions up to its own a token sees; 0 for all.
-        scale: the factor of the scores; used where attention is the model's own.
+        scores: how they are computed; used where attention is the model's own.
     """
 
     key: tuple[int, int]
     value: tuple[int, int]
     window: int
-    scale: float = 1.0
+    scores: Scores = field(default_factory=Scores)
 
 
 @dataclass
@@ -229,19 +229,23 @@ class SlotCache(TransformersCache):
         return self._own_attention(key_states, value_states, layer_idx).tracked()
 
     def _own_attention(self, key: Tensor, value: Tensor, layer: int) -> OwnAttention:
-        step, sizes = self.step, ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+        step = self.step
         assert self.own_attention is not None
         if isinstance(step, LayerStates):
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                query, key, scale = step.scores[layer].attended(query, key, self.positions)
+                return step.attend(layer, query, key, value, scale=scale)
+
             return OwnAttention(
-                self.own_attention,
-                key,
-                value,
-                attend=lambda *packed: step.attend(layer, *packed, scale=step.scales[layer]),
-                proved=lambda *_: None,
+                self.own_attention, key, value, attend=attend, proved=lambda *_: None
             )
 
-        def proved(scale: float, window: int) -> None:
-            step.by_layer[layer] = SeenLayer(*sizes, window, scale)
+        def proved(scores: Scores, window: int) -> None:
+            dim = key.shape[3] + scores.key_components
+            step.by_layer[layer] = SeenLayer(
+                (key.shape[1], dim), (value.shape[1], value.shape[3]), window, scores
+            )
 
         return OwnAttention(self.own_attention, key, value, attend=None, proved=proved)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from decoders.configs import make_model
 from inplace.trt import load_tensorrt
 from inplace_builder import (
     BuildError,
@@ -16,7 +17,7 @@ from inplace_builder import (
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.fusion.fuse import bindable_weights, fuse
-from inplace_builder.lower import LoweredNetwork, lowerable
+from inplace_builder.lower import LoweredNetwork, lower, lowerable
 from support.comparing import operators
 from support.experts import (
     CAPACITY,
@@ -29,11 +30,12 @@ from support.experts import (
     graph_step,
     moe_decoder,
 )
-from support.exported_decoders import exported
+from support.exported_decoders import exported as exported_decoder
 from support.long import long_except
 from support.lowering import lowered
 from support.network_interpreter import interpret
 from torch import Tensor
+from torch.export import Dim
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.aria.modeling_aria import AriaExperts
@@ -84,7 +86,7 @@ def test_ragged_rows_have_the_logits_of_eager_experts(name: str) -> None:
 def test_a_decoder_that_transformers_exports_may_have_grouped_experts(name: str) -> None:
     model = moe_decoder(name)
     with grouped_experts(model):
-        program = exported(model, dynamic=True)
+        program = exported_decoder(model, dynamic=True)
     capture = capture_exported_decoder(program, OPTIONS)
     assert operators(capture)["grouped_linear"] > 0
     check_ragged_rows(model, capture, graph_step(capture))
@@ -100,6 +102,55 @@ def test_weights_of_experts_are_bound_so_that_no_plan_holds_them() -> None:
     grouped = [node for node in program.graph.nodes if "grouped_linear" in str(node.target)]
     assert len(grouped) == 4
     assert {node.args[2].name for node in grouped} <= bindable_weights(program)
+
+
+BLOCKS = [
+    *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+    *("gpt_oss", "granitemoe_swa", "granitemoehybrid", "hy_v4", "jamba", "kimi_linear", "lfm2_moe"),
+    *("longcat_flash", "mimo_v2_flash", "minimax", "minimax_m3_vl_text", "nemotron_h"),
+    "qwen3_next",
+]
+"""Models whose attention or other layers have more than these tests are about."""
+
+
+class Block(torch.nn.Module):
+    """Router, experts and shared experts of a layer, without the router's scores."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[1, tokens, hidden]`` to the same."""
+        out = self.block(x)
+        result = out[0] if isinstance(out, tuple) else out
+        assert isinstance(result, Tensor)
+        return result
+
+
+@pytest.mark.parametrize("name", long_except(["deepseek_v3", "gpt_oss"], BLOCKS))
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_of_routed_experts_lowers_and_equals_the_eager_one(name: str) -> None:
+    model = make_model(name)
+    if name != "longcat_flash":  # its experts are not behind the interface
+        model.set_experts_implementation("eager")
+    experts = next(
+        path for path, part in model.named_modules() if type(part).__name__.endswith("Experts")
+    )
+    block = Block(model.get_submodule(experts.rpartition(".")[0]))
+    hidden: int = model.config.get_text_config(decoder=True).hidden_size
+    shapes = ({1: Dim("tokens", min=1, max=64)},)
+    with grouped_experts(model), torch.no_grad():
+        exported = torch.export.export(block, (torch.randn(1, 5, hidden),), dynamic_shapes=shapes)
+    program = lowerable(exported)
+    assert sum("grouped_linear" in str(node.target) for node in program.graph.nodes) == 2
+    network = lower(program, outputs=["y"], tensorrt=load_tensorrt("tensorrt_rtx"))
+    for tokens in (1, 9):
+        x = torch.randn(1, tokens, hidden)
+        with torch.no_grad():
+            expected = block(x)
+        result = interpret(network, {network.inputs[0]: x})["y"]
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 GPT_OSS = {

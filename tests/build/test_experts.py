@@ -37,6 +37,7 @@ from support.network_interpreter import interpret
 from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel
+from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
@@ -260,6 +261,13 @@ def test_half_precision_is_rounded_like_batched_products() -> None:
         own = experts(x, ids, weights)
         theirs = ALL_EXPERTS_FUNCTIONS["batched_mm"](experts, x, ids, weights)
     torch.testing.assert_close(own, theirs)
+
+
+def test_experts_that_transformers_has_quantized_are_refused() -> None:
+    model = moe_decoder("mixtral")
+    model.model.layers[0].mlp.experts = FP8Experts(model.config, block_size=(16, 16))
+    with pytest.raises(BuildError, match="the experts of the model are FP8Experts; quantized"):
+        capture_decoder(model, OPTIONS)
 
 
 def test_quantized_experts_are_refused() -> None:

@@ -26,6 +26,13 @@ IMPLEMENTATION = "inplace"
 """The name under which transformers knows `slot_experts`."""
 
 
+QUANTIZED = "transformers.integrations."
+"""Where transformers has the layers of quantized models."""
+
+NOT_QUANTIZED = "quantized experts are not supported; load them as float32, float16 or bfloat16"
+"""Ends the errors about them."""
+
+
 def slot_experts(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -54,10 +61,7 @@ def _project(module: Any, name: str, x: Tensor, expert_ids: Tensor) -> Tensor:
     weight = getattr(module, name)
     if not isinstance(weight, Tensor) or weight.dtype not in GROUPED_DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise BuildError(
-            f"{name} of {type(module).__name__} is {kind}; quantized experts are not supported, "
-            f"load the model dequantized to float32, float16 or bfloat16"
-        )
+        raise BuildError(f"{name} of {type(module).__name__} is {kind}; {NOT_QUANTIZED}")
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     return grouped_linear(x, expert_ids, weight, bias, transposed=module.is_transposed)
 
@@ -130,8 +134,17 @@ def grouped_experts(module: torch.nn.Module) -> Iterator[None]:
 
     Args:
         module: a model, or a module that holds some.
+
+    Raises:
+        BuildError: transformers has replaced the experts of one by quantized ones.
     """
     parts = list(module.modules())
+    for part in parts:
+        if type(part).__module__.startswith(QUANTIZED) and type(part).__name__.endswith("Experts"):
+            raise BuildError(
+                f"the experts of the model are {type(part).__name__}; {NOT_QUANTIZED} "
+                f"(Mxfp4Config and FineGrainedFP8Config of transformers take dequantize=True)"
+            )
     own = [part for part in parts if type(part).__name__ in OWN_CODE and _is_theirs(part)]
     with ExitStack() as stack:
         for model in parts:

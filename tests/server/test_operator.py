@@ -274,6 +274,15 @@ def test_the_example_of_a_mixture_of_experts(capsys: pytest.CaptureFixture[str])
     assert "23 tokens of prompt, then what transformers generates" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_a_hybrid_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "hybrid_decoder.py"
+    runpy.run_path(str(script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "state conv_states_0: [2, 64] a sequence, replace" in out
+    assert "23 tokens of prompt, then what transformers generates" in out
+
+
 def test_a_backend_directory_holds_only_what_triton_loads(tmp_path: Path) -> None:
     install_backend(tmp_path)
     install_backend(tmp_path)  # again, over itself

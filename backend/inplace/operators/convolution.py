@@ -46,6 +46,46 @@ def _causal_conv1d(
     return (F.silu(out) if silu else out).to(x.dtype)
 
 
+@torch.library.impl(LIBRARY, "causal_conv1d", "CUDA")
+def _causal_conv1d_on_gpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+    *,
+    silu: bool = False,
+) -> Tensor:
+    """`causal_conv1d` in Triton-language kernels, without a synchronisation with the host."""
+    from inplace.kernels import recurrence as kernels  # imports Triton
+
+    _check_shapes(x, weight, bias, state)
+    check_contiguous(state)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernels.causal_conv1d(
+        x=x.contiguous(),
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        state=state,
+        slots=slots.int(),
+        row_offsets=row_offsets.int(),
+        out=out,
+        tokens=x.shape[0],
+        rows=slots.shape[0],
+        channels=weight.shape[0],
+        width=weight.shape[1],
+        silu=silu,
+    )
+    return out
+
+
+def check_contiguous(state: Tensor) -> None:
+    """ValueError if a state is not contiguous, which the kernels take it for."""
+    if not state.is_contiguous():
+        raise ValueError(f"the state has strides {state.stride()}; it must be contiguous")
+
+
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> None:
     """Raise if tensors do not fit each other, before a kernel is handed their addresses.
 

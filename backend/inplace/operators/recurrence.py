@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from inplace.operators.convolution import check_contiguous
 from inplace.operators.library import LIBRARY, define
 
 SCAN_CHUNK = 64
@@ -108,6 +109,43 @@ def _selective_scan(
 
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     return _by_rows(recurrence, (x, dt, B, C), out, state, slots, row_offsets)
+
+
+@torch.library.impl(LIBRARY, "selective_scan", "CUDA")
+def _selective_scan_on_gpu(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,  # noqa: N803
+    B: Tensor,  # noqa: N803
+    C: Tensor,  # noqa: N803
+    D: Tensor | None,  # noqa: N803
+    state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+) -> Tensor:
+    """`selective_scan` in a Triton-language kernel, without a synchronisation with the host."""
+    from inplace.kernels import recurrence as kernels  # imports Triton
+
+    _check_scan(x, dt, A, B, C, D, state)
+    check_contiguous(state)
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    kernels.selective_scan(
+        x=x.contiguous(),
+        dt=dt.contiguous(),
+        rates=A.contiguous(),
+        key=B.contiguous(),
+        query=C.contiguous(),
+        skip=None if D is None else D.contiguous(),
+        state=state,
+        slots=slots.int(),
+        row_offsets=row_offsets.int(),
+        out=out,
+        rows=slots.shape[0],
+        shape=(state.shape[1], state.shape[2], state.shape[3]),
+        groups=B.shape[1],
+        rate_shape=(A.shape[1], A.shape[2]),
+    )
+    return out
 
 
 def _scan_tokens(
@@ -265,6 +303,40 @@ def _delta_rule(
     decay = decay if decay.dim() == 3 else decay[..., None]
     inputs = (query, key, value, decay, beta[..., None])
     return _by_rows(_delta_chunks, inputs, out, state, slots, row_offsets)
+
+
+@torch.library.impl(LIBRARY, "delta_rule", "CUDA")
+def _delta_rule_on_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    row_offsets: Tensor,
+) -> Tensor:
+    """`delta_rule` in a Triton-language kernel, without a synchronisation with the host."""
+    from inplace.kernels import recurrence as kernels  # imports Triton
+
+    _check_delta_rule(query, key, value, decay, beta, state)
+    check_contiguous(state)
+    out = torch.zeros_like(value, memory_format=torch.contiguous_format)
+    kernels.delta_rule(
+        query=query.contiguous(),
+        key=key.contiguous(),
+        value=value.contiguous(),
+        decay=decay.contiguous(),
+        beta=beta.contiguous(),
+        state=state,
+        slots=slots.int(),
+        row_offsets=row_offsets.int(),
+        out=out,
+        rows=slots.shape[0],
+        shape=(state.shape[1], state.shape[2], state.shape[3]),
+        diagonal=decay.dim() == 3,
+    )
+    return out
 
 
 def _delta_chunks(inputs: Sequence[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,6 +499,29 @@ def _linear_recurrence(
 
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     return _by_rows(recurrence, (decay, x), out, state, slots, row_offsets)
+
+
+@torch.library.impl(LIBRARY, "linear_recurrence", "CUDA")
+def _linear_recurrence_on_gpu(
+    decay: Tensor, x: Tensor, state: Tensor, slots: Tensor, row_offsets: Tensor
+) -> Tensor:
+    """`linear_recurrence` in a Triton-language kernel, without a synchronisation with the host."""
+    from inplace.kernels import recurrence as kernels  # imports Triton
+
+    _check_linear_recurrence(decay, x, state)
+    check_contiguous(state)
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    kernels.linear_recurrence(
+        decay=decay.contiguous(),
+        x=x.contiguous(),
+        state=state,
+        slots=slots.int(),
+        row_offsets=row_offsets.int(),
+        out=out,
+        rows=slots.shape[0],
+        channels=x.shape[1],
+    )
+    return out
 
 
 def _check_linear_recurrence(decay: Tensor, x: Tensor, state: Tensor) -> None:

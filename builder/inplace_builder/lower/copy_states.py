@@ -14,6 +14,7 @@ from inplace_builder.graph.nodes import source_line
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.mechanisms import Eligibility, StateUse, mechanism
 from inplace_builder.lower.network import Network, NetworkState
+from inplace_builder.lower.recurrences import NAMES as RECURRENCES
 from inplace_builder.lower.registry import state_converter
 from inplace_builder.lower.static_slots import (
     INT,
@@ -46,7 +47,7 @@ def supports_copy(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility:
                 f"the capacity of {use.state.name} is chosen at load; "
                 f"the scatter needs an extent that is known",
             )
-        if use.operator not in ("read", "update", "attention"):
+        if use.operator not in ("read", "update", "attention", *RECURRENCES):
             return Eligibility(
                 False, f"it has no converter for {use.node.target}{source_line(use.node)}"
             )

@@ -22,6 +22,7 @@ from inplace_builder.graph.decomposition import (
 )
 from inplace_builder.graph.in_place import remove_in_place
 from inplace_builder.graph.program import AnyProgram, GraphProgram
+from inplace_builder.lower.recurrences import EXPANSIONS
 from inplace_builder.lower.registry import find_converter, unsupported_reason
 
 ORIGIN = "decomposed_from"
@@ -34,18 +35,27 @@ FAILURE = "not_decomposed"
 def lowerable(program: AnyProgram) -> GraphProgram:
     """A copy of a program without in-place operators, decomposed where a converter is missing.
 
-    Operators on states, and custom operators, stay what they are.
+    Convolutions and recurrences become reads, products and updates. Other operators on states, and
+    custom operators, stay what they are.
 
     Raises:
         BuildError: an in-place operator writes a weight.
         LoweringError: one writes something else that cannot be a value of the network.
     """
     copied = GraphProgram.copy_of(program)
+    _expand_recurrences(copied)
     remove_in_place(copied)
     while _decompose_once(copied):
         remove_in_place(copied)
     copied.recompile()
     return copied
+
+
+def _expand_recurrences(program: GraphProgram) -> None:
+    """Write convolutions and recurrences as plain operators."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and node.target in EXPANSIONS:
+            _inline(program, node, trace_decomposition(node, EXPANSIONS[node.target]))
 
 
 def _decompose_once(program: GraphProgram) -> bool:
@@ -108,7 +118,9 @@ def _inline(program: GraphProgram, node: Node, traced: GraphModule) -> None:
             else:
                 known[each] = program.graph.node_copy(each, lambda source: known[source])
             known[each].meta = {
-                "val": each.meta["val"] if "val" in each.meta else getattr(traced, each.target),
+                "val": getattr(traced, each.target)
+                if each.op == "get_attr" and "val" not in each.meta
+                else each.meta.get("val"),  # None of an operator that returns nothing
                 "stack_trace": node.meta.get("stack_trace"),
                 ORIGIN: origin,
             }

@@ -16,6 +16,7 @@ from inplace.trt import TensorRT
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError, LoweringError
+from inplace_builder.lower.recurrences import NAMES as RECURRENCES
 
 PREFERENCE: tuple[AliasKind, ...] = ("plugin", "kv_cache_update", "copy")
 """Mechanisms in order of preference."""
@@ -55,7 +56,7 @@ class StateUse:
     @property
     def writes(self) -> bool:
         """Whether it updates the state."""
-        return self.operator == "update" or bool(
+        return self.operator in ("update", *RECURRENCES) or bool(
             self.operator.endswith("attention") and self.arguments.get("append", True)
         )
 

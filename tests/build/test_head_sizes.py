@@ -36,11 +36,30 @@ def global_heads() -> PreTrainedModel:
     return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
 
 
+def shared() -> PreTrainedModel:
+    """The last two of four layers attend to keys and values of the first two."""
+    fields = SHAPE | {
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": False,
+    }
+    return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
+
+
 SIZES = {
     latent: {"key_states_0": (4, CAPACITY, 12), "value_states_0": (4, CAPACITY, 10)},
     global_heads: {
         "key_states_0": (2, WINDOW + CHUNK - 1, 8),
         "value_states_1": (2, CAPACITY, 16),
+    },
+    shared: {
+        "key_states_0": (2, WINDOW + CHUNK - 1, 8),
+        "key_states_1": (2, CAPACITY, 16),
     },
 }
 

@@ -421,7 +421,7 @@ def _check_layers(
     stateless = sum(each in STATELESS_KINDS for each in kinds)
     keeping = set(layers.by_layer) | {int(name.split("_")[2]) for name in layers.recurrent}
     count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)
-    if len(keeping) + stateless < expected or count < len(layers.by_layer):
+    if len(keeping) + layers.sharing + stateless < expected or count < len(layers.by_layer):
         raise BuildError(
             f"{kind} has {expected} layers, but {count} of them attend through transformers' "
             f"attention interface, and {len(keeping - set(layers.by_layer))} others keep states "

@@ -107,12 +107,14 @@ class SeenLayers:
 
     Attributes:
         capacity: maximum number of positions of a sequence.
-        by_layer: the layers that attend, by index.
+        by_layer: the layers that attend to keys and values of their own, by index.
+        sharing: how many attentions are to keys and values of another layer.
         recurrent: the states of other layers by name: what a slot holds, in zeros.
     """
 
     capacity: int
     by_layer: dict[int, SeenLayer] = field(default_factory=dict)
+    sharing: int = 0
     recurrent: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -203,6 +205,7 @@ class SlotCache(TransformersCache):
         self.positions, self.num_layers, self.step = positions, num_layers, step
         self.own_attention = own_attention
         self.updated: int | None = None
+        self._keys: dict[int, Tensor] = {}  # of the step, by layer
         self._convolved: str | None = None  # the layer whose convolution comes next
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
         self._num_scans = 0
@@ -225,8 +228,13 @@ class SlotCache(TransformersCache):
         """
         self.updated = layer_idx
         if self.own_attention is None:
+            self._keys[layer_idx] = key_states
             return key_states, value_states
         return self._own_attention(key_states, value_states, layer_idx).tracked()
+
+    def layer_of(self, key: Tensor) -> int | None:
+        """The layer that gave the cache these keys in this step; None if none did."""
+        return next((layer for layer, each in self._keys.items() if each is key), None)
 
     def _own_attention(self, key: Tensor, value: Tensor, layer: int) -> OwnAttention:
         step = self.step
@@ -540,10 +548,13 @@ def slot_attention(
     cache = _current_cache.get()
     layer, cache.updated = cache.updated, None
     kind = type(module).__name__
+    shares = layer is None  # as the last layers of Gemma 3n and Gemma 4 do
+    if layer is None:
+        layer = cache.layer_of(key)
     if layer is None:
         raise BuildError(
-            f"{kind} attends without caching its own keys and values (shared or cross-attention "
-            f"layers are not supported)"
+            f"{kind} attends to keys and values that neither it nor another layer has cached "
+            f"(cross-attention is not supported)"
         )
     if attention_mask is not None and not isinstance(attention_mask, LayerMask):
         raise BuildError(
@@ -558,13 +569,17 @@ def slot_attention(
         raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
     step = cache.step
     if isinstance(step, SeenLayers):
-        step.by_layer[layer] = SeenLayer(
-            (key.shape[1], key.shape[3]),
-            (value.shape[1], value.shape[3]),
-            _layer_window(kind, attention_mask, sliding_window, step.capacity),
-        )
+        window = _layer_window(kind, attention_mask, sliding_window, step.capacity)
+        if shares:
+            _check_shared(kind, window, step.by_layer[layer].window)
+            step.sharing += 1
+        else:
+            step.by_layer[layer] = SeenLayer(
+                (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), window
+            )
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
+    # a layer that shares keys and values appends them once more, to the same positions
     out = step.attend(
         layer,
         query[0].transpose(0, 1),
@@ -574,6 +589,14 @@ def slot_attention(
         softcap=softcap or 0.0,
     )
     return out.unsqueeze(0), None
+
+
+def _check_shared(kind: str, window: int, owner: int) -> None:
+    if window != owner:
+        raise BuildError(
+            f"{kind} attends with a window of {window or 'all'} positions to keys and values of a "
+            f"layer that keeps {owner or 'all'}; layers that share them need the same window"
+        )
 
 
 def _layer_window(kind: str, mask: LayerMask | None, stated: int | None, capacity: int) -> int:

@@ -67,8 +67,8 @@ def test_a_module_s_own_tensors_stay_whole_for_their_callers(tmp_path: Path) -> 
     patterns = {
         record.state: record.reason.partition(":")[0] for record in engine.manifest.lowering
     }
-    assert patterns == {"b_cells": "select_scatter"} | {
-        f"b_cache_{layer}": "index_copy" for layer in range(3)
+    assert patterns == {"cells": "select_scatter"} | {
+        f"cache_{layer}": "index_copy" for layer in range(3)
     }
     assert {name: tuple(tensor.shape) for name, tensor in engine.states.items()} == {
         "cells": (3, 1, 4),

@@ -207,7 +207,7 @@ def test_a_changed_initial_value_is_refused(tmp_path: Path) -> None:
     edit(folder, lambda fields: fields["states"][0].update(initial="other"))
     with pytest.raises(LoadError, match=r"begins with the tensor 'other', and initial.safetensors"):
         ModelInstance.open(folder)
-    edit(folder, lambda fields: fields["states"][0].update(initial="b_total", dtype="float64"))
+    edit(folder, lambda fields: fields["states"][0].update(initial="total", dtype="float64"))
     with pytest.raises(LoadError, match=r"that it begins with is \[4\] torch.float32"):
         ModelInstance.open(folder)
 

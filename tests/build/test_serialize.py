@@ -44,11 +44,11 @@ def test_bindings_describe_every_tensor(recurrent: Serialized) -> None:
         "cache": (2, 1, 24, 4),
     }
     assert {binding.name: (str(binding.dtype), binding.shape) for binding in recurrent.states} == {
-        "b_cell": ("float32", (1, 4)),
-        "b_window": ("float32", (1, 3, 4)),
-        "b_count": ("int64", (1,)),
-        "b_seen": ("bool", (1, 5)),
-        "b_cache": ("float32", (1, 2, 1, 24, 4)),
+        "cell": ("float32", (1, 4)),
+        "window": ("float32", (1, 3, 4)),
+        "count": ("int64", (1,)),
+        "seen": ("bool", (1, 5)),
+        "cache": ("float32", (1, 2, 1, 24, 4)),
     }
     assert [(binding.name, binding.shape) for binding in recurrent.outputs] == [
         ("result_0", (4,)),
@@ -57,7 +57,7 @@ def test_bindings_describe_every_tensor(recurrent: Serialized) -> None:
     assert {alias.input for alias in recurrent.aliases} == {
         binding.name for binding in recurrent.states
     }
-    assert recurrent.initial["b_count"].tolist() == [2]
+    assert recurrent.initial["count"].tolist() == [2]
     assert recurrent.plan is None
 
 
@@ -82,7 +82,7 @@ def test_the_caller_binds_and_threads_the_states(recurrent: Serialized) -> None:
                 eager.get_buffer(state.source),
             )
     assert addresses == {name: tensor.data_ptr() for name, tensor in memory.items()}
-    assert torch.equal(recurrent.initial["b_count"], torch.tensor([2])), "initial values are copies"
+    assert torch.equal(recurrent.initial["count"], torch.tensor([2])), "initial values are copies"
 
 
 @pytest.mark.parametrize(

@@ -291,8 +291,8 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
         optimization_level=1,
     )
     assert sorted(engine.manifest.aliases) == [
-        "b_steps_updated@b_steps@plugin",
-        "b_total_updated@b_total@user",
+        "steps_updated@steps@plugin",
+        "total_updated@total@user",
         "level_updated@level@user",
     ]
     level, eager = torch.zeros(3, 4, device="cuda"), torch.zeros(3, 4)

@@ -28,6 +28,7 @@ from inplace_builder.graph.reexport import (
     size_oblivious,
     without_unused_attributes,
 )
+from inplace_builder.states.adapt import States, adapt_states
 from inplace_builder.states.divide import divide_states
 from inplace_builder.states.lift import FunctionalGraph, example_hint, lift_mutated_buffers
 from inplace_builder.states.rewrite import rewrite_updates
@@ -77,7 +78,7 @@ def capture_exported(
     module: torch.nn.Module | ExportedProgram,
     example_inputs: Sequence[Any] = (),
     *,
-    states: str | Collection[str] = "auto",
+    states: States = "auto",
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     assume_consecutive: Collection[str] = (),
@@ -98,7 +99,9 @@ def capture_exported(
         example_inputs: its positional arguments; also dicts, tuples and registered dataclasses of
             tensors.
         states: ``auto``, or the names of exactly the inputs and buffers that are states, to have
-            that checked.
+            that checked. ``{input: output}`` for states that are passed in and returned: an output
+            by its place, or by its key or field; it is an output no more. With ``auto``, if the
+            module writes nothing, these are matched by shape, and the match is printed.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: its keyword arguments.
         assume_consecutive: integer inputs ``[n]`` that are always consecutive positions
@@ -112,6 +115,10 @@ def capture_exported(
             ``strict``, a write is not matched.
     """
     # 1. Export the module and make it a function: what it mutates goes in and comes out.
+    if isinstance(module, torch.nn.Module):
+        module, states = adapt_states(module, example_inputs, kwargs, states)
+    elif isinstance(states, Mapping):
+        raise BuildError("states={input: output} needs the module itself, not its export")
     functional = lift_mutated_buffers(
         module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )

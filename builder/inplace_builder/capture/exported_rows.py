@@ -24,6 +24,7 @@ from inplace_builder.graph.reexport import (
     size_oblivious,
 )
 from inplace_builder.packing.rows import RowGraph, make_rows_dynamic
+from inplace_builder.states.adapt import States
 from inplace_builder.states.state import SLOTS, CapturedState
 
 
@@ -53,10 +54,13 @@ def capture_exported_rows(
     example_inputs: Sequence[Any] = (),
     *,
     kwargs: Mapping[str, Any] | None = None,
+    states: States = "auto",
 ) -> Capture:
     """Capture a module of one sequence for an engine that steps several, one request of each.
 
-    States are found as by `capture_exported`; each sequence begins with their values at capture.
+    States are the inputs and buffers that the module writes, inputs whose new values it returns
+    (``y, *new = f(x, *states)``, the new values are no outputs then), and Python attributes with
+    tensors that it changes. Each sequence begins with their values at capture.
     Inputs and outputs ``[1, …]`` lose that axis, which a server has for its batch; others get one.
 
     Args:
@@ -64,6 +68,9 @@ def capture_exported_rows(
         options: what to build for.
         example_inputs: positional arguments of the module.
         kwargs: keyword arguments.
+        states: ``{input: output}`` for states that are passed in and returned: an output by its
+            place, or by its key or field. With ``auto``, if the module writes nothing, they are
+            matched by shape, and the match is printed. Or the names of exactly what is written.
 
     Raises:
         BuildError: torch.export cannot capture the module; an operator cannot be run for several
@@ -71,15 +78,15 @@ def capture_exported_rows(
             and neither ``positions`` nor ``max_requests`` limits the length of a sequence.
     """
     # 1. Capture the module as it is, for one sequence.
-    capture = capture_exported(module, example_inputs, kwargs=kwargs)
+    capture = capture_exported(module, example_inputs, kwargs=kwargs, states=states)
     if capture.rows != 1:
         raise BuildError(
             f"the module already steps {capture.rows} rows, each at its own position; give one of "
             f"a single sequence"
         )
     # 2. Describe its states, inputs and outputs for one row.
-    states = tuple(_row_spec(state, options) for state in capture.states)
-    capacity = _capacity(capture, states, options)
+    specs = tuple(_row_spec(state, options) for state in capture.states)
+    capacity = _capacity(capture, specs, options)
     rows = _RowsModule(capture, options)
     program = Program(
         name="step",
@@ -90,22 +97,22 @@ def capture_exported_rows(
         max_rows=options.max_rows,
         chunk=1,
     )
-    # 3. Trace it under vmap, and export that with dynamic numbers of rows and slots.
-    exported = _export_rows(rows, program, states, _unused_primes(capture.graph_module))
+    # 3. Run every operator for many rows, and export that with dynamic numbers of rows and slots.
+    exported = _export_rows(rows, program, specs, _unused_primes(capture.graph_module))
     # 4. Clean the graph, check it against the description, read off what it writes.
-    program, lowering = complete_program(exported, program, states)
+    program, lowering = complete_program(exported, program, specs)
     weights = next(
-        (Dtype.of(weight.dtype) for weight in capture.graph_module.parameters()), states[0].dtype
+        (Dtype.of(weight.dtype) for weight in capture.graph_module.parameters()), specs[0].dtype
     )
     initial = {
         spec.name: state.bound_initial()[0]
-        for spec, state in zip(states, capture.states, strict=True)
+        for spec, state in zip(specs, capture.states, strict=True)
         if spec.initial is not None
     }
     return Capture(
         exported,
         program,
-        states,
+        specs,
         capacity,
         weights,
         lowering,
@@ -306,6 +313,11 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
 def _output_spec(name: str, example: Any) -> TensorSpec:
     if not isinstance(example, Tensor):
         raise BuildError(f"output {name} is {example!r}, which is no tensor")
+    if any(not isinstance(extent, int) for extent in example.shape):
+        raise BuildError(
+            f"output {name} has extents {tuple(map(str, example.shape))} that depend on values; "
+            f"return a tensor of fixed extents, with a mask"
+        )
     return TensorSpec(
         name=name,
         role=Role.VALUE,

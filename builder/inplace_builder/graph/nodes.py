@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -128,12 +129,21 @@ def returned_values(graph: Graph) -> tuple[AnyNode, ...]:
 
 
 def source_line(node: Node) -> str:
-    """The model's line that made a node, as `` at file:line (code)``; empty if none is known."""
+    """The model's line that made a node, as `` at file:line (code)``; empty if none is known.
+
+    A line of PyTorch's own layers gives way to the one that called the layer.
+    """
     lines = [line.strip() for line in (node.stack_trace or "").strip().splitlines()]
-    for where, code in zip(lines[-2::-1], lines[::-1], strict=False):
-        if where.startswith("File "):
-            return f" at {where.removeprefix('File ')} ({code})"
-    return ""
+    found = [
+        f" at {where.removeprefix('File ')} ({code})"
+        for where, code in zip(lines[-2::-1], lines[::-1], strict=False)
+        if where.startswith("File ")
+    ]
+    return next((line for line in found if _PYTORCH not in line), next(iter(found), ""))
+
+
+_PYTORCH = str(Path(torch.nn.__file__).parent)
+"""The folder of PyTorch's own layers."""
 
 
 def copy_graph(graph: Graph) -> Graph:

@@ -2,7 +2,8 @@
 
 A rule takes the arguments of a call for one row. A tensor that differs between rows comes as
 `RowTensor`, with an axis of the rows in front. It returns the results with that axis in front, or
-`NotImplemented` for arguments that it has nothing for. An operator stays one operator where it can:
+`NotImplemented` for arguments that it has nothing for; it raises `NotImplementedError` where no
+decomposition would be right either. An operator stays one operator where it can:
 a linear layer of many rows is a linear layer, a convolution one over a larger batch.
 """
 
@@ -214,6 +215,28 @@ def _normalized(target: Any, x: Any, *arguments: Any, **options: Any) -> Any:
     return _unfolded(target(x.folded, *arguments, **options), x.rows.shape[0])
 
 
+def trilinear(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    expand_a: Sequence[int],
+    expand_b: Sequence[int],
+    expand_c: Sequence[int],
+    sum_dims: Sequence[int],
+    unroll: int = 1,
+) -> Tensor:
+    """``aten::_trilinear``, that `torch.nn.Bilinear` calls: PyTorch has no decomposition of it."""
+    for axes, place in ((expand_a, 0), (expand_b, 1), (expand_c, 2)):
+        for axis in axes:
+            if place == 0:
+                a = a.unsqueeze(axis)
+            elif place == 1:
+                b = b.unsqueeze(axis)
+            else:
+                c = c.unsqueeze(axis)
+    return (a * b * c).sum(list(sum_dims))
+
+
 def _batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, train: bool, *rest: Any
 ) -> Any:
@@ -246,6 +269,11 @@ def _recurrent(
     batch_first: bool,
 ) -> Any:
     """LSTM, GRU and RNN over ``[time, batch, features]``, states ``[layers, batch, hidden]``."""
+    if bidirectional:
+        raise NotImplementedError(
+            "it is bidirectional: the backward direction begins at the end of a sequence, and a "
+            "request has only a part of it; use one direction"
+        )
     if _any_rows(weights):
         return NotImplemented
     states = hidden if isinstance(hidden, list | tuple) else [hidden]
@@ -347,6 +375,33 @@ def _grouped_linear(x: Any, expert_ids: Any, weight: Any, bias: Any = None, **op
     return _unfolded(out, rows)
 
 
+def _index_put(
+    x: Any, indices: Sequence[Any], new: Any, accumulate: bool = False, unsafe: bool = False
+) -> Any:
+    """One value under a mask over the first axes: chosen, as the number of entries varies."""
+    mask = indices[0]
+    if (
+        len(indices) != 1
+        or accumulate
+        or _dtype(mask) is not torch.bool
+        or isinstance(new, RowTensor)
+        or new.numel() != 1
+    ):
+        return NotImplemented
+    rows = next(each for each in (x, mask) if isinstance(each, RowTensor)).rows.shape[0]
+    whole = x.rows if isinstance(x, RowTensor) else x.expand(rows, *x.shape)
+    extents = (*mask.shape, *(1,) * (rank(x) - rank(mask)))
+    if isinstance(mask, RowTensor):
+        mask = mask.rows.reshape(rows, *extents)
+    else:
+        mask = mask.reshape(extents)
+    return torch.where(mask, new.reshape(()).to(whole.dtype), whole)
+
+
+def _dtype(x: Any) -> Any:
+    return x.rows.dtype if isinstance(x, RowTensor) else getattr(x, "dtype", None)
+
+
 def _lookup(weight: Any, indices: Any, *options: Any) -> Any:
     if isinstance(weight, RowTensor):
         return NotImplemented
@@ -361,6 +416,7 @@ def _rules() -> dict[Any, Rule]:
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.batch_norm.default: _batch_norm,
         aten.stft.default: _stft,
+        aten.index_put.default: _index_put,
         aten.expand.default: _expand,
         aten.contiguous.default: _contiguous,
         aten.clone.default: _clone,

@@ -23,7 +23,7 @@ from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.decomposition import find_decomposition, trace_decomposition
 from inplace_builder.graph.nodes import source_line, value
 from inplace_builder.graph.reexport import correct_lstm
-from inplace_builder.packing.row_rules import RULES, RowTensor, pointwise
+from inplace_builder.packing.row_rules import RULES, RowTensor, pointwise, trilinear
 
 
 class _NoRuleError(Exception):
@@ -145,6 +145,8 @@ class RowGraph:
             return self._over_rows(node, args, kwargs)
         except _NoRuleError as reason:
             return self._decomposed(node, sources, reason)
+        except NotImplementedError as reason:
+            raise _refusal(node, str(reason)) from reason
 
     def _over_rows(self, node: Node, args: Any, kwargs: Any) -> Any:
         target, failures = node.target, []
@@ -167,9 +169,9 @@ class RowGraph:
     def _decomposed(self, node: Node, sources: Sequence[Node], reason: _NoRuleError) -> Any:
         """Add the decomposition of a call that has no rule itself."""
         target = node.target
-        decomposition = (
-            find_decomposition(target) if isinstance(target, torch._ops.OpOverload) else None
-        )
+        decomposition = _OWN_DECOMPOSITIONS.get(target)
+        if decomposition is None and isinstance(target, torch._ops.OpOverload):
+            decomposition = find_decomposition(target)
         if decomposition is None:
             raise _refusal(node, str(reason)) from reason
         try:
@@ -243,6 +245,9 @@ class RowGraph:
         raise AssertionError("a graph returns something")
 
 
+_OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten._trilinear.default: trilinear}
+
+
 class _Place:
     """Stands for a tensor among the arguments of a call."""
 
@@ -294,7 +299,7 @@ def _trace_call(
         ):
             warnings.simplefilter("ignore")  # the export already showed the model's warnings
             return trace(*tensors)
-    except _NoRuleError:
+    except (_NoRuleError, NotImplementedError):
         raise
     except Exception as error:  # whatever PyTorch raises
         raise _NoRuleError(brief(error)) from error
@@ -341,7 +346,7 @@ def _never_row_by_row() -> Iterator[None]:
 def _refusal(node: Node, reason: str) -> BuildError:
     return BuildError(
         f"{node.target}{source_line(node)} cannot be run for several rows at once: {reason}; "
-        f"write it with other operators, products and gather for example"
+        f"write this line with other operators (products, gather, where)"
     )
 
 

@@ -18,6 +18,7 @@ from inplace_builder.engine_files import check_target, disk_errors, load_errors,
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.standalone.call import alignment, describe_call, export_for, write_files
 from inplace_builder.standalone.verify import verify
+from inplace_builder.states.adapt import States, adapt_states
 
 
 def build(
@@ -27,7 +28,7 @@ def build(
     path: Path | str,
     kwargs: Mapping[str, Any] | None = None,
     engine: EngineKind = "torch",
-    states: str | Collection[str] = "auto",
+    states: States = "auto",
     dynamic_shapes: Any = None,
     assume_consecutive: Collection[str] = (),
     alias: AliasKind | None = None,
@@ -70,6 +71,8 @@ def build(
         raise BuildError(
             "alias belongs to TensorRT engines; the PyTorch engine has no choice of mechanism"
         )
+    if isinstance(module, torch.nn.Module):
+        module, states = adapt_states(module, example_inputs, kwargs, states)
     exported = export_for(
         module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )

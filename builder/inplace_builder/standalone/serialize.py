@@ -23,6 +23,7 @@ from inplace_builder.standalone.call import (
     lowering_records,
     state_records,
 )
+from inplace_builder.states.adapt import adapt_states
 
 if TYPE_CHECKING:
     from inplace_builder.lower.compile import CompiledPlan
@@ -114,6 +115,8 @@ def serialize(
         BuildError: as in `inplace_builder.build`; or buffers are mutated and not lifted.
         LoadError: the TensorRT that was asked for is not installed.
     """
+    if isinstance(module, torch.nn.Module):
+        module, _ = adapt_states(module, example_inputs, kwargs)
     exported = export_for(
         module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )

@@ -5,6 +5,9 @@ memory it was given (which of it is written, by which line, and what of that no 
 and lets torch.export make the graph functional.
 """
 
+import builtins
+import itertools
+import keyword
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,7 +41,8 @@ from inplace_builder.graph.nodes import (
     value,
 )
 from inplace_builder.graph.reexport import correct_lstm, size_oblivious
-from inplace_builder.states.state import Owner, StateTensor
+from inplace_builder.states.state import SLOTS, Owner, StateTensor
+from inplace_builder.states.unsupported import check_deterministic, check_writes
 
 aten = torch.ops.aten
 
@@ -103,6 +107,7 @@ def lift_mutated_buffers(
     _adopt_written_constants(exported)
     merge_shared_buffers(exported)
     writers = find_first_writers(exported)
+    check_writes(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
@@ -112,6 +117,7 @@ def lift_mutated_buffers(
             f"torch.export cannot make the module functional{_failed_call(exported, error)}: "
             f"{brief(error)}; write into the state itself, or into a simpler view of it"
         ) from error
+    check_deterministic(program.graph)
     lifted = _lift(program, exported.example_inputs, writers)
     if states != "auto":
         _check_declared(lifted.states, {states} if isinstance(states, str) else set(states))
@@ -462,7 +468,7 @@ def _merge_buffers(exported: ExportedProgram, kept: Node, alias: Node, path: lis
 
 
 def _lift(
-    program: ExportedProgram, examples: Any, writers: Mapping[str, FirstWriter]
+    program: ExportedProgram, examples: Any, writers: dict[str, FirstWriter]
 ) -> FunctionalGraph:
     """Make what is mutated an input, and everything else of the module an attribute."""
     graph, signature = program.graph_module.graph, program.graph_signature
@@ -489,6 +495,7 @@ def _lift(
             tensor = _attribute_tensor(program, target)
             if spec.kind is InputKind.BUFFER and target in written_buffers:
                 initial = tensor.detach().clone()
+                _name_after(graph, node, target, writers)
                 tensors[target] = StateTensor(node.name, Owner.MODULE, target, initial)
             else:
                 attributes[target] = tensor
@@ -515,6 +522,25 @@ def _lift(
         len(outputs),
         program.range_constraints,
     )
+
+
+def _name_after(graph: Graph, node: Node, target: str, writers: dict[str, FirstWriter]) -> None:
+    """Name a state as the module does: ``encoder_keys`` for the buffer ``encoder.keys``.
+
+    An input of that name keeps it, and the state the one that torch.export gave it.
+    """
+    name = "".join(part if part.isalnum() else "_" for part in target)
+    others = {other.name: other for other in graph.nodes if other is not node}
+    holder = others.get(name)
+    inputs = (SLOTS, *dir(builtins), *keyword.kwlist)
+    if name in inputs or not name.isidentifier() or (holder and holder.op == "placeholder"):
+        return
+    if holder is not None:
+        suffixes = (f"{name}_{number}" for number in itertools.count(1))
+        holder.name = next(free for free in suffixes if free not in others)
+    if node.name in writers:
+        writers[name] = writers.pop(node.name)
+    node.name = node.target = name
 
 
 def _caller_state(node: Node, example: Any) -> StateTensor:

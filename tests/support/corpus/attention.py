@@ -266,7 +266,7 @@ def _counted(name: str, shared: bool, operators: dict[str, int] | None, reason: 
         lambda: Counted(shared=shared),
         list,
         lambda step: (noise(step, 1, KV_HEADS, 1, DIM),),
-        {"b_keys": "index_copy", "b_values": "index_put", "b_count": "replace"},
+        {"keys": "index_copy", "values": "index_put", "count": "replace"},
         operators,
         reason=reason,
         steps=CAPACITY,

@@ -156,7 +156,7 @@ OWNING = ModuleCase(
     Owning,
     list,
     lambda step: (noise(step, 1, 4), position(step)),
-    {"b_cells": "select_scatter"} | {f"b_cache_{layer}": "index_copy" for layer in range(3)},
+    {"cells": "select_scatter"} | {f"cache_{layer}": "index_copy" for layer in range(3)},
 )
 DIVIDED = [
     LAYERS,
@@ -185,12 +185,12 @@ DIVIDED = [
         list,
         one_token,
         {
-            "b_cache_0_0": "index_copy",
-            "b_cache_0_1": "replace",
-            "b_cache_0_2": "index_put",
-            "b_cache_1_0": "replace",
-            "b_cache_1_1": "replace",
-            "b_cache_1_2": "index_put",
+            "cache_0_0": "index_copy",
+            "cache_0_1": "replace",
+            "cache_0_2": "index_put",
+            "cache_1_0": "replace",
+            "cache_1_1": "replace",
+            "cache_1_2": "index_put",
         },
     ),
     ModuleCase(
@@ -198,7 +198,7 @@ DIVIDED = [
         lambda: Views(whole=True),
         list,
         one_token,
-        {"b_cache": "select_scatter"},
+        {"cache": "select_scatter"},
     ),
 ]
 """Tensors of several layers."""

@@ -1,0 +1,405 @@
+"""States as people have them, as tensors that a module writes in place.
+
+Every route of the builder takes for a state what a module writes. Other modules are given their
+states and return the new ones (``y, *new = f(x, *states)``), or keep them in Python attributes.
+`adapt_states` makes of either a module that writes: the same layers and names, a ``forward`` that
+copies the new values into the states.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from inplace_builder.errors import BuildError, brief
+
+Output = int | str
+"""The place of an output among the leaves of what a module returns; or the field or key of it."""
+
+States = str | Collection[str] | Mapping[str, Output]
+"""``auto``; the names of exactly what the module writes; or the output that becomes each input."""
+
+
+def adapt_states(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    states: States = "auto",
+) -> tuple[nn.Module, str | Collection[str]]:
+    """A module that writes its states, made of one that returns them or has them as attributes.
+
+    What was assumed is printed to stderr.
+
+    Args:
+        module: the module; it is not changed.
+        example_inputs: its positional arguments.
+        kwargs: its keyword arguments.
+        states: for each input that is a state the output that is its new value. With ``auto``, if
+            the module writes nothing, inputs and outputs are matched by shape and type, the last
+            ones first.
+
+    Returns:
+        The module, itself if there is nothing to adapt, and what remains of ``states``.
+
+    Raises:
+        BuildError: ``states`` names no input or no output, or the two differ in shape; an attribute
+            that changes is no tensor of fixed shape.
+    """
+    try:
+        call = _Call.of(module, example_inputs, kwargs)
+    except BuildError:
+        raise
+    except Exception as error:  # of any type: else the export shows what is wrong with the call
+        if isinstance(states, Mapping):
+            raise BuildError(
+                f"states: the module cannot be called with its example inputs: {brief(error)}"
+            ) from error
+        return module, states
+    if call.attributes:
+        module = _with_buffers(module, call.attributes)
+        for path in call.attributes:
+            _print(f"attribute {path} is a state: it changes from step to step")
+    if isinstance(states, Mapping):
+        pairs = _declared(call, states)
+    elif states == "auto" and not call.writes and not call.attributes:
+        pairs = _matched(call)
+        paths = pytree.tree_flatten_with_path(call.returned)[0]
+        for place, of in pairs.items():
+            name, tensor = call.inputs[place]
+            output = pytree.keystr(paths[of][0])
+            _print(
+                f"input {name} {list(tensor.shape)} is a state, and output {output} is its new "
+                f"value: they have the same shape; pass states={{input: output}} if they are not"
+            )
+    else:
+        pairs = {}
+    if pairs:
+        module = _writing(module, pairs)
+    return module, "auto" if isinstance(states, Mapping) else states
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+class _Call:
+    """One call of a copy of a module, and what it changed.
+
+    Attributes:
+        inputs: name and tensor of each leaf of the arguments that is a tensor, by its place.
+        returned: what the module returned.
+        outputs: its leaves.
+        writes: whether it wrote an input, a parameter or a buffer.
+        attributes: Python attributes with tensors that changed, by their path in the module, as
+            they were before the call.
+    """
+
+    inputs: dict[int, tuple[str, Tensor]]
+    returned: Any
+    outputs: list[Any]
+    writes: bool
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, example_inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
+    ) -> "_Call":
+        """Call a copy of the module once."""
+        self = cls()
+        given = (tuple(example_inputs), dict(kwargs or {}))
+        args, named = copy.deepcopy(given)
+        module_before, module = module, copy.deepcopy(module)
+        leaves = _named_leaves(module, args, named)
+        own = [tensor for _, tensor in leaves if isinstance(tensor, Tensor)]
+        own += [*module.parameters(), *module.buffers()]
+        buffers = dict(module.named_buffers())
+        versions = [tensor._version for tensor in own]
+        before = {path: _snapshot(value) for path, value in _attributes(module).items()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            self.returned = module(*args, **named)
+        self.outputs = pytree.tree_leaves(self.returned)
+        self.writes = [tensor._version for tensor in own] != versions or any(
+            tensor is not buffers.get(name) for name, tensor in module.named_buffers()
+        )
+        first = _named_leaves(module, *given)
+        self.inputs = {
+            place: leaf for place, leaf in enumerate(first) if isinstance(leaf[1], Tensor)
+        }
+        after = _attributes(module)
+        _refuse_late(module_before, module, after)
+        self.attributes = {
+            path: value[0] for path, value in before.items() if _changed(path, *value, after)
+        }
+        return self
+
+
+def _named_leaves(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[str, Any]]:
+    """The leaves of a call's arguments, named as torch.export names its placeholders."""
+    names = list(inspect.signature(module.forward).parameters)
+    leaves: list[tuple[str, Any]] = []
+    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        keys = [
+            getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))) for key in path
+        ]
+        top, rest = keys[1], keys[2:]
+        if isinstance(top, int):
+            top = names[top] if top < len(names) else f"argument_{top}"
+        leaves.append(("_".join(map(str, (top, *rest))), leaf))
+    return leaves
+
+
+# Python attributes.
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module and its parts that hold tensors or numbers, by their path."""
+    attributes: dict[str, Any] = {}
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name.startswith("_") or name == "training" or isinstance(value, nn.Module):
+                continue
+            leaves = pytree.tree_leaves(value)
+            if isinstance(value, int | float) or any(isinstance(x, Tensor) for x in leaves):
+                attributes[f"{prefix}.{name}" if prefix else name] = value
+    return attributes
+
+
+def _refuse_late(before: nn.Module, after: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """BuildError if an attribute holds a tensor only after the first step."""
+    parts = dict(before.named_modules())
+    for path, value in attributes.items():
+        prefix, _, name = path.rpartition(".")
+        old = vars(parts[prefix]).get(name, _MISSING) if prefix in parts else _MISSING
+        if old is None or (old is not _MISSING and not pytree.tree_leaves(old)):
+            raise BuildError(
+                f"attribute {path} is {old!r} before the first step and "
+                f"{_described(pytree.tree_leaves(value))} after it: begin with a tensor of that "
+                f"shape, register_buffer({name!r}, …)"
+            )
+
+
+_MISSING = object()
+
+
+def _snapshot(value: Any) -> tuple[Any, list[Any], list[Any]]:
+    """A value, its leaves, and their values now."""
+    leaves = pytree.tree_leaves(value)
+    values = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+    return pytree.tree_unflatten(values, pytree.tree_structure(value)), leaves, values
+
+
+def _changed(
+    path: str, old: Any, leaves: Sequence[Any], values: Sequence[Any], after: Mapping[str, Any]
+) -> bool:
+    """Whether an attribute changed.
+
+    Raises:
+        BuildError: to something that is no tensor of the same shape.
+    """
+    new = pytree.tree_leaves(after.get(path))
+    same = len(new) == len(leaves) and all(
+        a is b and (not isinstance(a, Tensor) or torch.equal(a, value))
+        if isinstance(a, Tensor)
+        else type(a) is type(b) and a == b
+        for a, b, value in zip(leaves, new, values, strict=False)
+    )
+    if same:
+        return False
+    if isinstance(old, int | float):
+        raise BuildError(
+            f"attribute {path} is a Python number that a step changes, from {old} to "
+            f"{after.get(path)}: a graph holds it fast; make it a tensor (register_buffer)"
+        )
+    described = [_described(values), _described(new)]
+    if described[0] != described[1] or not all(isinstance(x, Tensor) for x in new):
+        raise BuildError(
+            f"attribute {path} is {described[0]} before a step and {described[1]} after it: a "
+            f"state keeps its shape, so begin with tensors as large as they get"
+        )
+    return True
+
+
+def _described(leaves: Sequence[Any]) -> list[str]:
+    return [
+        f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in leaves
+    ]
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same parameters and buffers, whose attributes can be changed."""
+    copied = copy.copy(module)
+    for registered in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        copied.__dict__[registered] = copy.copy(module.__dict__[registered])
+    for name, part in module._modules.items():
+        if part is not None:
+            copied._modules[name] = _shallow_copy(part)
+    return copied
+
+
+def _with_buffers(module: nn.Module, attributes: Mapping[str, Any]) -> nn.Module:
+    """The module with these attributes as buffers; ``forward`` makes containers of theirs."""
+    copied = _shallow_copy(module)
+    containers: dict[str, tuple[list[str], Any]] = {}
+    for path, value in attributes.items():
+        prefix, _, name = path.rpartition(".")
+        part = copied.get_submodule(prefix)
+        if isinstance(value, Tensor):
+            del part.__dict__[name]
+            part.register_buffer(name, value, persistent=False)
+            continue
+        leaves, spec = pytree.tree_flatten(value)
+        names = [f"{name}_{place}" for place in range(len(leaves))]
+        for each, leaf in zip(names, leaves, strict=True):
+            part.register_buffer(each, leaf, persistent=False)
+        containers[path] = (names, spec)
+    if not containers:
+        return copied
+    forward = type(copied).forward
+
+    @functools.wraps(forward)
+    def adapted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kept: dict[str, tuple[nn.Module, str, Any, list[Tensor]]] = {}
+        for path, (names, spec) in containers.items():
+            prefix, _, name = path.rpartition(".")
+            part = self.get_submodule(prefix)
+            tensors = [part.get_buffer(each) for each in names]
+            kept[path] = (part, name, part.__dict__[name], tensors)
+            part.__dict__[name] = pytree.tree_unflatten(tensors, spec)
+        try:
+            returned = forward(self, *args, **kwargs)
+            for part, name, _, tensors in kept.values():
+                new = pytree.tree_leaves(part.__dict__[name])
+                _copy_all(zip(tensors, new, strict=True))
+        finally:
+            for part, name, original, _ in kept.values():
+                part.__dict__[name] = original
+        return returned
+
+    return _of_class(copied, adapted)
+
+
+def _of_class(module: nn.Module, forward: Any) -> nn.Module:
+    """Let a module have another ``forward``."""
+    original = type(module)
+    module.__class__ = type(original.__name__, (original,), {"forward": forward})
+    return module
+
+
+def _copy_all(pairs: Any) -> None:
+    """Copy new values into states; none is computed from a state that was written already."""
+    changed = [(old, new) for old, new in pairs if old is not new]
+    fresh = [new.clone() for _, new in changed] if len(changed) > 1 else [x for _, x in changed]
+    for (old, _), new in zip(changed, fresh, strict=True):
+        old.copy_(new)
+
+
+# States that are passed in and returned.
+
+
+def _declared(call: _Call, states: Mapping[str, Output]) -> dict[int, int]:
+    """The leaf of the outputs that becomes each leaf of the inputs, as the caller declares it."""
+    places: dict[int, int] = {}
+    for name, output in states.items():
+        inputs = [
+            place
+            for place, (leaf, _) in call.inputs.items()
+            if leaf == name or leaf.startswith(f"{name}_")
+        ]
+        exact = [place for place in inputs if call.inputs[place][0] == name]
+        inputs = exact or inputs
+        outputs = _outputs_of(call, output)
+        if not inputs:
+            raise BuildError(
+                f"states: {name} is no input; the inputs are "
+                f"{[leaf for leaf, _ in call.inputs.values()]}"
+            )
+        if len(inputs) != len(outputs):
+            raise BuildError(
+                f"states: input {name} has {len(inputs)} tensors, output {output!r} "
+                f"{len(outputs)}; the module returns {_described(call.outputs)}"
+            )
+        for place, of in zip(inputs, outputs, strict=True):
+            old, new = call.inputs[place][1], call.outputs[of]
+            if _described([old]) != _described([new]):
+                raise BuildError(
+                    f"state {call.inputs[place][0]} of {_described([old])[0]} becomes output {of} "
+                    f"of {_described([new])[0]}: a state keeps its shape and its type; make it as "
+                    f"large as it gets, and mask what is not written"
+                )
+            places[place] = of
+    return places
+
+
+def _outputs_of(call: _Call, output: Output) -> list[int]:
+    """The leaves of an output that is named by its place, its key or its field."""
+    if isinstance(output, int):
+        returned = call.returned if isinstance(call.returned, tuple | list) else call.outputs
+        if not -len(returned) <= output < len(returned):
+            raise BuildError(
+                f"states: there is no output {output}; the module returns "
+                f"{_described(call.outputs)}"
+            )
+        begin = len(pytree.tree_leaves(list(returned[: output % len(returned)])))
+        return list(range(begin, begin + len(pytree.tree_leaves(returned[output]))))
+    paths = pytree.tree_flatten_with_path(call.returned)[0]
+    places = [
+        place
+        for place, (path, _) in enumerate(paths)
+        if path and output in (getattr(path[0], "key", None), getattr(path[0], "name", None))
+    ]
+    if not places:
+        raise BuildError(f"states: the module returns nothing named {output!r}")
+    return places
+
+
+def _matched(call: _Call) -> dict[int, int]:
+    """Inputs and outputs of the same shape and type, the last ones first.
+
+    The first input and the first output are never taken for a state.
+    """
+    pairs: dict[int, int] = {}
+    candidates = list(call.inputs)[1:]
+    for of in range(len(call.outputs) - 1, 0, -1):
+        new = call.outputs[of]
+        described = _described([new])
+        match = [x for x in candidates if _described([call.inputs[x][1]]) == described]
+        if not isinstance(new, Tensor) or not match:
+            break
+        pairs[match[-1]] = of
+        candidates = candidates[: candidates.index(match[-1])]
+    return dict(sorted(pairs.items()))
+
+
+def _writing(module: nn.Module, pairs: Mapping[int, int]) -> nn.Module:
+    """The module, returning what is no state and writing the states."""
+    copied = _shallow_copy(module)
+    forward = type(copied).forward
+
+    @functools.wraps(forward)
+    def adapted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = pytree.tree_leaves((args, kwargs))
+        returned = forward(self, *args, **kwargs)
+        leaves, remaining = pytree.tree_leaves(returned), _without(returned, set(pairs.values()))
+        _copy_all((given[place], leaves[of]) for place, of in pairs.items())
+        return remaining
+
+    return _of_class(copied, adapted)
+
+
+def _without(returned: Any, states: Collection[int]) -> Any:
+    """What a module returns, without the states: a dictionary, a tuple or the one tensor left."""
+    leaves = pytree.tree_leaves(returned)
+    kept = [leaf for place, leaf in enumerate(leaves) if place not in states]
+    if isinstance(returned, dict) and len(returned) == len(leaves):
+        return {
+            key: leaf for place, (key, leaf) in enumerate(returned.items()) if place not in states
+        }
+    return kept[0] if len(kept) == 1 else tuple(kept)

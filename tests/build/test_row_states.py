@@ -1,0 +1,270 @@
+"""States as people have them: passed in and returned, in Python attributes; and what is refused."""
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import inplace_builder as ib
+import pytest
+import torch
+from inplace_builder import RowOptions, capture_exported, capture_exported_rows
+from inplace_builder.errors import BuildError
+from support.row_cases import Of, Recurrent, RowCase, Streaming
+from support.row_checks import check_rows
+from torch import Tensor, nn
+
+Pair = namedtuple("Pair", "hidden cell")
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+class Returned(nn.Module):
+    """``y, new = f(x, state)``, as a cell does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 8)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.cell(x, hidden)
+        return hidden * 2, hidden
+
+
+class Named(nn.Module):
+    """The states are a named tuple; the new ones are returned first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 4)
+
+    def forward(self, x: Tensor, state: Pair) -> tuple[Pair, Tensor]:
+        hidden, cell = self.cell(x, (state.hidden, state.cell))
+        return Pair(hidden, cell), hidden * 1.5
+
+
+class Lists(nn.Module):
+    """A list of states for its layers; a dictionary of results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.GRU(4, 4, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor, hidden: list[Tensor], count: Tensor) -> dict[str, Any]:
+        new = []
+        for layer, state in zip(self.layers, hidden, strict=True):
+            x, state = layer(x, state)
+            new.append(state)
+        return {"y": x * count, "hidden": new, "count": count + 1}
+
+
+class Swapped(nn.Module):
+    """The new value of each state is the old one of the other."""
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x + a, b, a + x
+
+
+class Attributes(nn.Module):
+    """Tensors in plain attributes, in a list and in a part of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.part = nn.GRUCell(4, 4), nn.Identity()
+        self.hidden = torch.zeros(1, 4)
+        self.scale = torch.full((4,), 2.0)
+        self.part.window = [torch.zeros(1, 4), torch.ones(1, 4)]  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        window: Any = self.part.window
+        self.hidden = self.cell(x, self.hidden)
+        window[0] = window[1]
+        window[1] = x * self.scale
+        result: Tensor = self.hidden + window[0]
+        return result
+
+
+def test_states_that_are_passed_in_and_returned_are_matched_by_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = RowCase("returned", Returned, (1, 4), lambda: [torch.zeros(1, 8)])
+    capture = check_rows(case, tmp_path)
+    assert [state.name for state in capture.states] == ["hidden"]
+    assert len(capture.program.outputs) == 1, "the new state is no output"
+    assert "input hidden [1, 8] is a state, and output [1] is its new" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "states", "names"),
+    [
+        (Named, [Pair(zeros(1, 4), zeros(1, 4))], {"state": 0}, ["state_hidden", "state_cell"]),
+        (
+            Lists,
+            [[zeros(1, 1, 4), zeros(1, 1, 4)], torch.ones(1)],
+            {"hidden": "hidden", "count": "count"},
+            ["hidden_0", "hidden_1", "count"],
+        ),
+        (Swapped, [zeros(1, 4), zeros(1, 4)], {"a": 1, "b": 2}, ["a", "b"]),
+    ],
+    ids=["named tuple", "lists", "swapped"],
+)
+def test_states_are_declared_by_their_outputs(
+    make: Any, example: list[Any], states: dict[str, Any], names: list[str]
+) -> None:
+    torch.manual_seed(0)
+    module = make().eval()
+    x = torch.randn(1, 2, 4) if make is Lists else torch.randn(1, 4)
+    capture = capture_exported_rows(module, RowOptions(4), (x, *example), states=states)
+    assert [state.name for state in capture.states] == names
+    leaves = torch.utils._pytree.tree_leaves(example)
+    places = torch.utils._pytree.tree_structure(example)
+    requests = []
+    for step in range(5):
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
+        requests.append({"x": x.reshape(capture.program.inputs[0].shape)})
+        given = torch.utils._pytree.tree_unflatten(leaves, places)
+        with torch.no_grad():
+            returned = module(x, *given)
+        if isinstance(returned, dict):
+            out, leaves = returned["y"], [*returned["hidden"], returned["count"]]
+        elif make is Named:
+            out, leaves = returned[1], list(returned[0])
+        else:
+            out, leaves = returned[0], list(returned[1:])
+        computed = capture.reference(requests)["output_0"]
+        torch.testing.assert_close(computed.reshape(out.shape), out)
+
+
+def test_attributes_that_change_become_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture = check_rows(RowCase("attributes", Attributes, (1, 4)), tmp_path)
+    assert [state.name for state in capture.states] == ["hidden", "part_window_0", "part_window_1"]
+    error = capsys.readouterr().err
+    assert "attribute hidden is a state" in error
+    assert "attribute part.window is a state" in error
+    assert "scale" not in error, "what does not change is a constant"
+
+
+def test_an_engine_keeps_states_that_are_returned_in_the_callers_memory(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, own, theirs = Returned(), torch.zeros(1, 8), torch.zeros(1, 8)
+    engine = ib.build(module, (torch.zeros(1, 4), theirs.clone()), path=tmp_path / "engine")
+    for _ in range(4):
+        x = torch.randn(1, 4)
+        with torch.no_grad():
+            out, own = module(x, own)
+        torch.testing.assert_close(engine(x, theirs), out)
+        torch.testing.assert_close(theirs, own)
+
+
+def test_states_have_the_names_of_the_modules_buffers() -> None:
+    module = nn.Sequential()
+    module.add_module("encoder", Recurrent(nn.LSTM(4, 4, batch_first=True)))
+    module.add_module("cat", Streaming(nn.Identity(), (1, 1, 4), 1))
+    capture = capture_exported_rows(module, RowOptions(2), (torch.zeros(1, 2, 4),))
+    names = ["encoder_hidden", "encoder_cell", "cat_context"]
+    assert sorted(state.name for state in capture.states) == sorted(names)
+
+
+class Grows(nn.Module):
+    keys: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, 2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.keys = torch.cat([self.keys, x[:, None]], 1)
+        return self.keys.sum(1)
+
+
+class Learns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.add_(x)
+        return self.weight * 2
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.register_buffer("total", torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.get_buffer("total").add_(x)
+        return self.get_buffer("total") / self.steps
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = x if self.hidden is None else self.hidden + x
+        return self.hidden * 2
+
+
+def streaming(layer: nn.Module) -> nn.Module:
+    return Streaming(layer, (1, 1, 4), 1)
+
+
+def both_ways() -> nn.Module:
+    lstm = nn.LSTM(4, 3, bidirectional=True, batch_first=True)
+    return streaming(Of(lambda x: lstm(x)[0]))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Grows, r"state keys of \(1, 2, 4\) becomes \(1, 3, 4\) at .*test_row_states.py.*mask"),
+        (Learns, r"writes its parameter weight at .*test_row_states.py.*register_buffer"),
+        (Counts, r"attribute steps is a Python number that a step changes, from 0 to 1"),
+        (Late, r"attribute hidden is None before the first step .*register_buffer"),
+        (
+            lambda: streaming(nn.Dropout(0.5)),
+            r"dropout.* at .*row_cases.py.* is random: .*eval\(\)",
+        ),
+        (
+            lambda: streaming(nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True)),
+            r"lstm.* at .*row_cases.py.* is random",
+        ),
+        (lambda: streaming(Of(lambda x: x + torch.randn(4))), r"randn.* at .*row_cases.py.*random"),
+        (both_ways, r"lstm.* at .*row_cases.py.* it is bidirectional: .*use one direction"),
+        (
+            lambda: streaming(Of(lambda x: x.unique().sum()[None])),
+            r"_unique2.* at .*row_cases.py.*cannot be run for several rows at once",
+        ),
+        (
+            lambda: streaming(Of(lambda x: torch.histc(x, 4, -2, 2))),
+            r"histc.* at .*row_cases.py.*cannot be run for several rows at once",
+        ),
+    ],
+)
+def test_what_no_engine_can_keep_is_refused_by_name_and_line(module: Any, message: str) -> None:
+    made = module()
+    shape = (1, 2, 4) if isinstance(made, Streaming) else (1, 4)
+    with pytest.raises(BuildError, match=message):
+        capture_exported_rows(made, RowOptions(4, max_requests=9), (torch.zeros(shape),))
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ({"other": 1}, r"other is no input; the inputs are \['x', 'hidden'\]"),
+        ({"hidden": 2}, "there is no output 2"),
+        ({"hidden": "new"}, "the module returns nothing named 'new'"),
+        ({"x": 1}, r"state x of \[1, 4\] torch.float32 becomes output 1 of \[1, 8\] torch.float32"),
+    ],
+)
+def test_declarations_that_do_not_fit_are_refused(states: Any, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        capture_exported(Returned(), (torch.zeros(1, 4), torch.zeros(1, 8)), states=states)

@@ -63,9 +63,9 @@ def test_one_operator_writes_several_states_where_they_lie(tmp_path: Path) -> No
     assert calls(graph, torch.ops.aten.clone.default, torch.ops.aten.as_strided.default) == 0
     assert calls(graph, torch.ops.inplace.read.default) == 2, "the new total, and the old steps"
     assert sorted(engine.manifest.aliases) == [
+        "level_updated@level@user",
         "steps_updated@steps@operator",
         "total_updated@total@user",
-        "level_updated@level@user",
     ]
     why = {record.state: record.reason for record in engine.manifest.lowering}
     assert (

@@ -171,6 +171,17 @@ def test_a_sequence_that_is_started_again_needs_no_start_of_ours(places: Places)
     assert places.pop_reopened() is None
 
 
+def test_sequences_that_cannot_be_named_count_until_triton_forgets_them(clock: Clock) -> None:
+    places = Places(40, clock, idle_timeout=10.0)
+    for _ in range(35):
+        places.unnamed_arrived()
+    assert len(places) == 35
+    refusal = served(places, 1, start=True)
+    assert refusal is not None and refusal.code == Code.QUEUE_FULL
+    clock.now = 10.0
+    assert served(places, 2, start=True, end=False) is None
+
+
 class Driver:
     """Records what a shutdown asks for."""
 

@@ -122,6 +122,7 @@ class Places:
         self._clock = clock
         self._places: dict[SequenceId, _Place] = {}
         self._num_open = 0
+        self._unnamed: deque[float] = deque()  # when Triton forgets sequences without a name
         self._unused: deque[tuple[float, SequenceId]] = deque()
         self._reopen: deque[SequenceId] = deque()
         self._lock = threading.Lock()
@@ -129,7 +130,7 @@ class Places:
 
     def __len__(self) -> int:
         """The number of open places."""
-        return self._num_open
+        return self._num_open + len(self._unnamed)
 
     # Requests of clients
 
@@ -148,7 +149,8 @@ class Places:
             place.pending += 1
             place.last_arrival = self._clock()
             opens = not end and not place.is_open
-            full = start and opens and self._gate is not None and self._num_open >= self._gate
+            self._forget_unnamed()
+            full = start and opens and self._gate is not None and len(self) >= self._gate
             self._set_open(place, not end)
             place.restarted |= start and not end
         if not full:
@@ -159,6 +161,19 @@ class Places:
             f" again later",
             retryable=True,
         )
+
+    def unnamed_arrived(self) -> None:
+        """A START has arrived whose id is not UTF-8, as HTTP allows.
+
+        No request can name such a sequence, so its place stays open until Triton forgets it.
+        """
+        with self._lock:
+            self._forget_unnamed()
+            self._unnamed.append(self._clock() + self._idle_timeout)
+
+    def _forget_unnamed(self) -> None:
+        while self._unnamed and self._unnamed[0] <= self._clock():
+            self._unnamed.popleft()
 
     def answered(self, sequence_id: SequenceId) -> None:
         """A request that had arrived has its final response."""

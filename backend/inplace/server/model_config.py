@@ -209,9 +209,9 @@ def _sequence_differences(batching: Mapping[str, Any], idle_timeout: float) -> I
         yield "sequence_batching has iterative_sequence, which the backend does not use"
     configured = int(batching.get("max_sequence_idle_microseconds", 0))
     triton_idle = configured or TRITON_IDLE_MICROSECONDS
-    if triton_idle < idle_timeout * 1e6:
+    if triton_idle < round(idle_timeout * 1e6):
         yield (
             f"max_sequence_idle_microseconds is {triton_idle}, below the backend's "
-            f"idle_timeout_seconds {idle_timeout:g}: Triton would forget sequences that the "
+            f"idle_timeout_seconds {idle_timeout:.15g}: Triton would forget sequences that the "
             "backend keeps"
         )

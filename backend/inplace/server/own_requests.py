@@ -105,6 +105,9 @@ class ModelPlaces:
         try:
             sequence_id = request.correlation_id()
         except UnicodeDecodeError:  # over HTTP it may be any bytes; the parser refuses it
+            flags = request.flags()
+            if self._keeper is not None and flags & FLAG_START and not flags & FLAG_END:
+                self._places.unnamed_arrived()
             return "serve"
         if sequence_id in NO_ID:
             return "acknowledge"

@@ -70,6 +70,10 @@ LOG_LEVELS = {
 }
 
 
+MAX_DIGITS = 20
+"""Digits of a number in a setting."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of a deployment.
@@ -174,9 +178,12 @@ def _integers(config: dict[str, Any], name: str) -> list[int]:
     """The integers of a parameter, separated by commas."""
     text = _text(config, name, "")
     parts = text.split(",") if text else []
-    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+    if not all(
+        part.strip().isascii() and part.strip().isdigit() and len(part) <= MAX_DIGITS
+        for part in parts
+    ):
         raise LoadError(
-            f"config.pbtxt: parameter {name} is {text!r}; "
+            f"config.pbtxt: parameter {name} is {text[:100]!r}; "
             "expected whole numbers of at least 0, separated by commas"
         )
     return [int(part) for part in parts]

@@ -149,7 +149,7 @@ def model_config(
         )
     except ValueError as error:
         raise BuildError(str(error)) from error
-    parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:g}"}
+    parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:.15g}"}
     if text is not None:
         parameters[QUEUE] = str(MAX_WAITING)
         if text.eos_token_ids:
@@ -168,7 +168,7 @@ def model_config(
         outputs=tensors.outputs,
         sequence_batching=SequenceBatching(
             candidates=MAX_CANDIDATE_SEQUENCES,
-            idle_microseconds=int(idle_seconds * 1e6),
+            idle_microseconds=round(idle_seconds * 1e6),
             # a stream model forms its batches itself
             queue_delay_microseconds=0 if stream else options.queue_delay_microseconds,
         ),

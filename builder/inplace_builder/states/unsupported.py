@@ -53,9 +53,26 @@ def check_writes(exported: ExportedProgram) -> None:
 
 def _viewed(node: Node) -> Node:
     """The tensor that a chain of views begins with."""
-    while node.op == "call_function" and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while _is_view(node):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
     return node
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a call returns a view of its first argument, or that argument written in place."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return False
+    source, schema = node.args[0], node.target._schema
+    if not isinstance(source, Node) or not schema.returns or not schema.arguments:
+        return False
+    returned, taken = schema.returns[0].alias_info, schema.arguments[0].alias_info
+    if returned is None or taken is None or not returned.before_set & taken.before_set:
+        return False
+    values = [each.meta.get("val") for each in (node, source)]
+    # Casts are declared as views, for they are where the type is the same.
+    return len({each.dtype for each in values if isinstance(each, torch.Tensor)}) < 2
 
 
 def _grows(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:

@@ -36,9 +36,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     if page.RESULTS.exists():
         results = json.loads(page.RESULTS.read_text())["models"]
+    commit = facts(WHAT, "make models", [])["commit"]
     for name in list(_chosen(results, given.only, given.again)):
         begin = time.monotonic()
-        results[name] = _in_a_process(name, given.limit)
+        results[name] = _in_a_process(name, given.limit) | {"commit": commit}
         print(f"{time.monotonic() - begin:6.1f} s  {name}: {results[name]}", flush=True)
         _save(results)
 

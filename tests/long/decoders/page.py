@@ -47,7 +47,9 @@ def page(record: Mapping[str, Any]) -> str:
     parts = [
         HEAD,
         f"{'; '.join(counts)}.\ntransformers {versions['transformers']}, PyTorch "
-        f"{versions['torch']}; {record['date'][:10]}, `{record['command']}`.\n",
+        f"{versions['torch']}; {record['date'][:10]}, `{record['command']}`, which resumes: "
+        f"rows ran at\n{', '.join(sorted({each['commit'] for each in rows.values()}))} "
+        f"(`benchmarks/results/models.json` has each row's).\n",
         "| model | CPU | TensorRT |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n",
     ]
     excluded = record["without_generate"] | {

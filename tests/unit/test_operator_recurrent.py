@@ -89,6 +89,11 @@ def test_opcheck_accepts_them(name: str) -> None:
         ("selective_scan", 0, (3, 8), r"x must be \[tokens, heads, dim\]"),
         ("delta_rule", 5, (2, 2, 5, 4), r"the state holds \[2, 5, 4\] \(heads, key_dim, value_di"),
         ("linear_recurrence", 2, (2, 5), r"state \[slots, channels\]"),
+        ("causal_conv1d", 1, (6, 1), r"weight is \[6, 1\]; its width must be at least 2"),
+        ("causal_conv1d", 5, (2,), r"row_offsets \[rows \+ 1\], not \[2\] and \[2\]"),
+        ("selective_scan", 1, (2, 4), r"inputs have \[3, 2, 3, 3\] tokens"),
+        ("delta_rule", 4, (2, 2), r"inputs have \[3, 3, 3, 3, 2\] tokens"),
+        ("linear_recurrence", 3, (3,), r"slots must be \[rows\]"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_while_a_graph_is_traced(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inplace.operators.library import LIBRARY, define
-from inplace.operators.state import write
+from inplace.operators.state import check_contiguous, write
 
 define(
     "attention",
@@ -121,9 +121,8 @@ def _attention_on_gpu(
             raise TypeError(
                 f"{name} is {tensor.dtype}, key_state is {key_state.dtype}; they must be the same"
             )
-    for name, state in (("key_state", key_state), ("value_state", value_state)):
-        if not state.is_contiguous():
-            raise ValueError(f"{name} has strides {state.stride()}; a state must be contiguous")
+    check_contiguous(key_state, "key_state")
+    check_contiguous(value_state, "value_state")
     query = _token_strided(query)
     new_key, new_value = (x if x is None else _token_strided(x) for x in (key, value))
     rows = slots.shape[0]

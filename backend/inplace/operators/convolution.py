@@ -1,10 +1,14 @@
 """``inplace::causal_conv1d``: a depthwise convolution over each row's own past tokens."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from inplace.operators.library import LIBRARY, define
+from inplace.operators.rows import by_rows, check_rows
+from inplace.operators.state import check_contiguous
 
 define(
     "causal_conv1d",
@@ -24,26 +28,20 @@ def _causal_conv1d(
     *,
     silu: bool = False,
 ) -> Tensor:
-    _check_shapes(x, weight, bias, state)
-    offsets, slot_list = row_offsets.tolist(), slots.tolist()
-    out = torch.zeros_like(x, dtype=weight.dtype, memory_format=torch.contiguous_format)
-    if offsets == list(range(len(slot_list) + 1)) and min(slot_list, default=-1) >= 0:
-        # One token a row: one product for all rows. Calls are what a small step costs.
-        window = torch.cat([state[slots], x[: len(slot_list), None]], 1)
-        state[slots] = window[:, 1:]
-        sums = torch.einsum("rkc,ck->rc", window.float(), weight.float())
-        out[: len(slot_list)] = sums if bias is None else sums + bias.float()
-    else:
-        for row, slot in enumerate(slot_list):
-            first, end = offsets[row], offsets[row + 1]
-            if slot < 0 or first == end:
-                continue
-            window = torch.cat([state[slot], x[first:end]])
-            state[slot].copy_(window[end - first :])
-            out[first:end] = F.conv1d(
-                window.T[None].to(weight.dtype), weight[:, None], bias, groups=len(weight)
-            )[0].T
-    return (F.silu(out) if silu else out).to(x.dtype)
+    out = _empty_result(x, weight, bias, state, slots, row_offsets, silu=silu).zero_()
+    weights = weight.float()
+
+    def convolve(inputs: Sequence[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = inputs[0].shape[1]
+        window = torch.cat([states, inputs[0]], 1)
+        if tokens == 1:
+            sums = torch.einsum("rkc,ck->rc", window, weights)[:, None]
+        else:
+            sums = F.conv1d(window.mT, weights[:, None], groups=len(weights)).mT
+        sums = sums if bias is None else sums + bias.float()
+        return F.silu(sums) if silu else sums, window[:, tokens:]
+
+    return by_rows(convolve, (x,), out, state, slots, row_offsets)
 
 
 @torch.library.impl(LIBRARY, "causal_conv1d", "CUDA")
@@ -60,9 +58,10 @@ def _causal_conv1d_on_gpu(
     """`causal_conv1d` in Triton-language kernels, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    _check_shapes(x, weight, bias, state)
+    out = _empty_result(x, weight, bias, state, slots, row_offsets, silu=silu)
     check_contiguous(state)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not slots.shape[0]:
+        return out.zero_()
     kernels.causal_conv1d(
         x=x.contiguous(),
         weight=weight.contiguous(),
@@ -80,37 +79,7 @@ def _causal_conv1d_on_gpu(
     return out
 
 
-def check_contiguous(state: Tensor) -> None:
-    """ValueError if a state is not contiguous, which the kernels take it for."""
-    if not state.is_contiguous():
-        raise ValueError(f"the state has strides {state.stride()}; it must be contiguous")
-
-
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> None:
-    """Raise if tensors do not fit each other, before a kernel is handed their addresses.
-
-    Raises:
-        RuntimeError: the number of axes, the channels, the kernel's width or a type differ.
-    """
-    if x.dim() != 2 or weight.dim() != 2 or state.dim() != 3:
-        raise RuntimeError(
-            "x must be [tokens, channels], weight [channels, width], "
-            "state [slots, width - 1, channels]"
-        )
-    channels, width = weight.shape
-    if x.shape[1] != channels or tuple(state.shape[1:]) != (width - 1, channels):
-        raise RuntimeError(
-            f"weight is {[channels, width]}, so x must be [tokens, {channels}] and state "
-            f"[slots, {width - 1}, {channels}], not {list(x.shape)} and {list(state.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (channels,):
-        raise RuntimeError(f"bias must be [{channels}], not {list(bias.shape)}")
-    if x.dtype != state.dtype:
-        raise RuntimeError(f"x is {x.dtype}, the state is {state.dtype}; they must be the same")
-
-
-@torch.library.register_fake("inplace::causal_conv1d", lib=LIBRARY)
-def _causal_conv1d_fake(
+def _empty_result(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -120,8 +89,40 @@ def _causal_conv1d_fake(
     *,
     silu: bool = False,
 ) -> Tensor:
-    _check_shapes(x, weight, bias, state)
+    """Memory for the result.
+
+    Raises:
+        RuntimeError: the arguments do not fit.
+    """
+    torch._check(
+        x.dim() == 2 and weight.dim() == 2 and state.dim() == 3,
+        lambda: (
+            "x must be [tokens, channels], weight [channels, width], "
+            "state [slots, width - 1, channels]"
+        ),
+    )
+    channels, width = weight.shape
+    torch._check(width >= 2, lambda: f"weight is {[channels, width]}; its width must be at least 2")
+    torch._check(
+        x.shape[1] == channels and tuple(state.shape[1:]) == (width - 1, channels),
+        lambda: (
+            f"weight is {[channels, width]}, so x must be [tokens, {channels}] and state "
+            f"[slots, {width - 1}, {channels}], not {list(x.shape)} and {list(state.shape)}"
+        ),
+    )
+    torch._check(
+        bias is None or tuple(bias.shape) == (channels,),
+        lambda: f"bias must be [{channels}], not {None if bias is None else list(bias.shape)}",
+    )
+    torch._check(
+        x.dtype == state.dtype,
+        lambda: f"x is {x.dtype}, the state is {state.dtype}; they must be the same",
+    )
+    check_rows((x,), slots, row_offsets)
     return x.new_empty(x.shape)
+
+
+torch.library.register_fake("inplace::causal_conv1d", _empty_result, lib=LIBRARY)
 
 
 def causal_conv1d(
@@ -134,7 +135,7 @@ def causal_conv1d(
     *,
     silu: bool = False,
 ) -> Tensor:
-    """Convolve each channel over its own last tokens, of earlier steps too.
+    """Convolve each channel over its own last tokens, of earlier steps too, in float32.
 
     ``out[t, c] = bias[c] + sum over k of weight[c, k] * input[t - width + 1 + k, c]``. Row r owns
     the packed tokens ``row_offsets[r]:row_offsets[r + 1]``; tokens before them are its slot's.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from inplace.operators.convolution import check_contiguous
 from inplace.operators.library import LIBRARY, define
+from inplace.operators.rows import by_rows, check_rows
+from inplace.operators.state import check_contiguous
 
 SCAN_CHUNK = 64
 """Tokens that one set of matrix products computes, where a head has one decay."""
@@ -20,57 +21,6 @@ SCAN_CHUNK = 64
 
 DIAGONAL_CHUNK = 16
 """Tokens that one set of products computes, where each key component has a decay of its own."""
-
-
-Recurrence = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
-"""From float32 inputs ``[rows, tokens, ...]`` and states ``[rows, ...]`` to outputs
-``[rows, tokens, ...]`` and the states after the last token."""
-
-
-def _by_rows(
-    recurrence: Recurrence,
-    inputs: Sequence[Tensor],
-    out: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    row_offsets: Tensor,
-) -> Tensor:
-    """Run a recurrence over the rows of a step, and update the states of their slots.
-
-    Args:
-        recurrence: what to run.
-        inputs: ``[tokens, ...]`` each.
-        out: zeros ``[tokens, ...]``, filled where a row has a slot.
-        state: ``[slots, ...]``, mutated.
-        slots, row_offsets: the rows.
-
-    Returns:
-        ``out``.
-    """
-    offsets, slot_list = row_offsets.tolist(), slots.tolist()
-    rows = len(slot_list)
-    if offsets == list(range(rows + 1)) and min(slot_list, default=-1) >= 0:
-        # One token a row: one call for all rows. Calls are what a small step costs.
-        tokens = [each[:rows, None].float() for each in inputs]
-        result, new_state = recurrence(tokens, state[slots].float())
-        out[:rows] = result[:, 0].to(out.dtype)
-        state[slots] = new_state.to(state.dtype)
-        return out
-    for row, slot in enumerate(slot_list):
-        first, end = offsets[row], offsets[row + 1]
-        if slot < 0 or first == end:
-            continue
-        tokens = [each[None, first:end].float() for each in inputs]
-        result, new_state = recurrence(tokens, state[slot, None].float())
-        out[first:end] = result[0].to(out.dtype)
-        state[slot].copy_(new_state[0])
-    return out
-
-
-def _check(ok: bool, text: str) -> None:
-    """RuntimeError if tensors do not fit each other, before a kernel is handed their addresses."""
-    if not ok:
-        raise RuntimeError(text)
 
 
 define(
@@ -92,23 +42,20 @@ def _selective_scan(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> Tensor:
-    _check_scan(x, dt, A, B, C, D, state)
-    decay_rates = A.float()
-    if tuple(A.shape[1:]) == (1, 1):
-        decay_rates = decay_rates.flatten()
+    out = _empty_scan(x, dt, A, B, C, D, state, slots, row_offsets).zero_()
+    rates, has_one_rate = A.float(), tuple(A.shape[1:]) == (1, 1)
 
     def recurrence(inputs: Sequence[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
-        group = inputs[0].shape[2] // inputs[2].shape[2]
         x, dt, key, query = inputs
+        group = x.shape[2] // key.shape[2]
         key, query = (each.repeat_interleave(group, 2) for each in (key, query))
-        if decay_rates.dim() == 1 and x.shape[1] > 1:
-            out, states = _scan_chunks(x, dt, decay_rates, key, query, states)
+        if has_one_rate and x.shape[1] > 1:
+            out, states = _scan_chunks(x, dt, rates.flatten(), key, query, states)
         else:
-            out, states = _scan_tokens(x, dt, A.float(), key, query, states)
+            out, states = _scan_tokens(x, dt, rates, key, query, states)
         return (out if D is None else out + x * D.float()[:, None]), states
 
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    return _by_rows(recurrence, (x, dt, B, C), out, state, slots, row_offsets)
+    return by_rows(recurrence, (x, dt, B, C), out, state, slots, row_offsets)
 
 
 @torch.library.impl(LIBRARY, "selective_scan", "CUDA")
@@ -126,9 +73,8 @@ def _selective_scan_on_gpu(
     """`selective_scan` in a Triton-language kernel, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    _check_scan(x, dt, A, B, C, D, state)
+    out = _empty_scan(x, dt, A, B, C, D, state, slots, row_offsets).zero_()
     check_contiguous(state)
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     kernels.selective_scan(
         x=x.contiguous(),
         dt=dt.contiguous(),
@@ -195,42 +141,7 @@ def _scan_chunks(
     return torch.cat(results, 2).transpose(1, 2), states
 
 
-def _check_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,  # noqa: N803
-    B: Tensor,  # noqa: N803
-    C: Tensor,  # noqa: N803
-    D: Tensor | None,  # noqa: N803
-    state: Tensor,
-) -> None:
-    _check(
-        x.dim() == 3 and state.dim() == 4 and A.dim() == 3 and B.dim() == C.dim() == 3,
-        "x must be [tokens, heads, dim], A [heads, dim or 1, size or 1], B and C "
-        "[tokens, groups, size], state [slots, heads, dim, size]",
-    )
-    (_, heads, dim), size = x.shape, state.shape[3]
-    fits = (
-        tuple(state.shape[1:3]) == (heads, dim)
-        and tuple(dt.shape[1:]) == (heads,)
-        and A.shape[0] == heads
-        and A.shape[1] in (1, dim)
-        and A.shape[2] in (1, size)
-        and tuple(B.shape[1:]) == tuple(C.shape[1:])
-        and B.shape[2] == size
-        and heads % B.shape[1] == 0
-        and (D is None or tuple(D.shape) == (heads,))
-    )
-    _check(
-        fits,
-        f"the state holds {list(state.shape[1:])} (heads, dim, size) a slot, which x "
-        f"{list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)}, C "
-        f"{list(C.shape)} and D {None if D is None else list(D.shape)} do not fit",
-    )
-
-
-@torch.library.register_fake("inplace::selective_scan", lib=LIBRARY)
-def _selective_scan_fake(
+def _empty_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,  # noqa: N803
@@ -241,8 +152,40 @@ def _selective_scan_fake(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> Tensor:
-    _check_scan(x, dt, A, B, C, D, state)
+    """Memory for the result of `selective_scan`.
+
+    Raises:
+        RuntimeError: the arguments do not fit.
+    """
+    torch._check(
+        x.dim() == 3 and state.dim() == 4 and A.dim() == 3 and B.dim() == C.dim() == 3,
+        lambda: (
+            "x must be [tokens, heads, dim], A [heads, dim or 1, size or 1], B and C "
+            "[tokens, groups, size], state [slots, heads, dim, size]"
+        ),
+    )
+    (_, heads, dim), size = x.shape, state.shape[3]
+    torch._check(
+        tuple(state.shape[1:3]) == (heads, dim)
+        and tuple(dt.shape[1:]) == (heads,)
+        and A.shape[0] == heads
+        and A.shape[1] in (1, dim)
+        and A.shape[2] in (1, size)
+        and tuple(B.shape[1:]) == tuple(C.shape[1:])
+        and B.shape[2] == size
+        and heads % B.shape[1] == 0
+        and (D is None or tuple(D.shape) == (heads,)),
+        lambda: (
+            f"the state holds {list(state.shape[1:])} (heads, dim, size) a slot, which x "
+            f"{list(x.shape)}, dt {list(dt.shape)}, A {list(A.shape)}, B {list(B.shape)}, C "
+            f"{list(C.shape)} and D {None if D is None else list(D.shape)} do not fit"
+        ),
+    )
+    check_rows((x, dt, B, C), slots, row_offsets)
     return x.new_empty(x.shape)
+
+
+torch.library.register_fake("inplace::selective_scan", _empty_scan, lib=LIBRARY)
 
 
 def selective_scan(
@@ -297,12 +240,11 @@ def _delta_rule(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> Tensor:
-    _check_delta_rule(query, key, value, decay, beta, state)
-    out = torch.zeros_like(value, memory_format=torch.contiguous_format)
+    out = _empty_delta_rule(query, key, value, decay, beta, state, slots, row_offsets).zero_()
     # a decay a head is one of size 1 for all its key components
     decay = decay if decay.dim() == 3 else decay[..., None]
     inputs = (query, key, value, decay, beta[..., None])
-    return _by_rows(_delta_chunks, inputs, out, state, slots, row_offsets)
+    return by_rows(_delta_chunks, inputs, out, state, slots, row_offsets)
 
 
 @torch.library.impl(LIBRARY, "delta_rule", "CUDA")
@@ -319,9 +261,8 @@ def _delta_rule_on_gpu(
     """`delta_rule` in a Triton-language kernel, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    _check_delta_rule(query, key, value, decay, beta, state)
+    out = _empty_delta_rule(query, key, value, decay, beta, state, slots, row_offsets).zero_()
     check_contiguous(state)
-    out = torch.zeros_like(value, memory_format=torch.contiguous_format)
     kernels.delta_rule(
         query=query.contiguous(),
         key=key.contiguous(),
@@ -407,31 +348,7 @@ def _decayed_products(key: Tensor, query: Tensor, total: Tensor) -> tuple[Tensor
     return (decayed @ key[..., None])[..., 0], (decayed @ query[..., None])[..., 0]
 
 
-def _check_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
-) -> None:
-    _check(
-        query.dim() == key.dim() == value.dim() == 3 and state.dim() == 4,
-        "query and key must be [tokens, heads, key_dim], value [tokens, heads, value_dim], state "
-        "[slots, heads, key_dim, value_dim]",
-    )
-    heads, key_dim, value_dim = state.shape[1:]
-    fits = (
-        tuple(query.shape[1:]) == tuple(key.shape[1:]) == (heads, key_dim)
-        and tuple(value.shape[1:]) == (heads, value_dim)
-        and tuple(decay.shape[1:]) in ((heads,), (heads, key_dim))
-        and tuple(beta.shape[1:]) == (heads,)
-    )
-    _check(
-        fits,
-        f"the state holds {[heads, key_dim, value_dim]} (heads, key_dim, value_dim) a slot, which "
-        f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}, decay "
-        f"{list(decay.shape)} and beta {list(beta.shape)} do not fit",
-    )
-
-
-@torch.library.register_fake("inplace::delta_rule", lib=LIBRARY)
-def _delta_rule_fake(
+def _empty_delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -441,8 +358,35 @@ def _delta_rule_fake(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> Tensor:
-    _check_delta_rule(query, key, value, decay, beta, state)
+    """Memory for the result of `delta_rule`.
+
+    Raises:
+        RuntimeError: the arguments do not fit.
+    """
+    torch._check(
+        query.dim() == key.dim() == value.dim() == 3 and state.dim() == 4,
+        lambda: (
+            "query and key must be [tokens, heads, key_dim], value [tokens, heads, value_dim], "
+            "state [slots, heads, key_dim, value_dim]"
+        ),
+    )
+    heads, key_dim, value_dim = state.shape[1:]
+    torch._check(
+        tuple(query.shape[1:]) == tuple(key.shape[1:]) == (heads, key_dim)
+        and tuple(value.shape[1:]) == (heads, value_dim)
+        and tuple(decay.shape[1:]) in ((heads,), (heads, key_dim))
+        and tuple(beta.shape[1:]) == (heads,),
+        lambda: (
+            f"the state holds {[heads, key_dim, value_dim]} (heads, key_dim, value_dim) a slot, "
+            f"which query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}, "
+            f"decay {list(decay.shape)} and beta {list(beta.shape)} do not fit"
+        ),
+    )
+    check_rows((query, key, value, decay, beta), slots, row_offsets)
     return value.new_empty(value.shape)
+
+
+torch.library.register_fake("inplace::delta_rule", _empty_delta_rule, lib=LIBRARY)
 
 
 def delta_rule(
@@ -488,7 +432,7 @@ define(
 def _linear_recurrence(
     decay: Tensor, x: Tensor, state: Tensor, slots: Tensor, row_offsets: Tensor
 ) -> Tensor:
-    _check_linear_recurrence(decay, x, state)
+    out = _empty_linear_recurrence(decay, x, state, slots, row_offsets).zero_()
 
     def recurrence(inputs: Sequence[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
         results = []
@@ -497,8 +441,7 @@ def _linear_recurrence(
             results.append(states)
         return torch.stack(results, 1), states
 
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    return _by_rows(recurrence, (decay, x), out, state, slots, row_offsets)
+    return by_rows(recurrence, (decay, x), out, state, slots, row_offsets)
 
 
 @torch.library.impl(LIBRARY, "linear_recurrence", "CUDA")
@@ -508,9 +451,8 @@ def _linear_recurrence_on_gpu(
     """`linear_recurrence` in a Triton-language kernel, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    _check_linear_recurrence(decay, x, state)
+    out = _empty_linear_recurrence(decay, x, state, slots, row_offsets).zero_()
     check_contiguous(state)
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     kernels.linear_recurrence(
         decay=decay.contiguous(),
         x=x.contiguous(),
@@ -524,20 +466,26 @@ def _linear_recurrence_on_gpu(
     return out
 
 
-def _check_linear_recurrence(decay: Tensor, x: Tensor, state: Tensor) -> None:
-    _check(
-        x.dim() == 2 and decay.shape == x.shape and state.shape[1:] == x.shape[1:],
-        f"decay and x must be [tokens, channels] and state [slots, channels], not "
-        f"{list(decay.shape)}, {list(x.shape)} and {list(state.shape)}",
-    )
-
-
-@torch.library.register_fake("inplace::linear_recurrence", lib=LIBRARY)
-def _linear_recurrence_fake(
+def _empty_linear_recurrence(
     decay: Tensor, x: Tensor, state: Tensor, slots: Tensor, row_offsets: Tensor
 ) -> Tensor:
-    _check_linear_recurrence(decay, x, state)
+    """Memory for the result of `linear_recurrence`.
+
+    Raises:
+        RuntimeError: the arguments do not fit.
+    """
+    torch._check(
+        x.dim() == 2 and decay.shape == x.shape and state.shape[1:] == x.shape[1:],
+        lambda: (
+            f"decay and x must be [tokens, channels] and state [slots, channels], not "
+            f"{list(decay.shape)}, {list(x.shape)} and {list(state.shape)}"
+        ),
+    )
+    check_rows((x,), slots, row_offsets)
     return x.new_empty(x.shape)
+
+
+torch.library.register_fake("inplace::linear_recurrence", _empty_linear_recurrence, lib=LIBRARY)
 
 
 def linear_recurrence(

@@ -58,8 +58,7 @@ def _update_on_gpu(
     """
     from inplace.kernels import update as kernels  # imports Triton
 
-    if not state.is_contiguous():
-        raise ValueError(f"the state has strides {state.stride()}; it must be contiguous")
+    check_contiguous(state)
     spec = kernels.UpdateSpec.of(
         tuple(state.shape), axis, append=write_indices is not None, ring=ring
     )
@@ -79,6 +78,12 @@ def _update_on_gpu(
         if write_indices is None
         else rows * value.shape[axis],
     )
+
+
+def check_contiguous(state: Tensor, name: str = "the state") -> None:
+    """ValueError if a state is not contiguous, which the kernels take it for."""
+    if not state.is_contiguous():
+        raise ValueError(f"{name} has strides {state.stride()}; it must be contiguous")
 
 
 def write(slot: Tensor, new: Tensor, start: int, axis: int, *, ring: bool) -> None:

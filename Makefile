@@ -38,8 +38,8 @@ sync-client: .venv/installed ## write the synchronous client from the asynchrono
 tables: .venv/installed ## write the request parameters in docs/protocol.md, and docs/operators.md
 	@$(BIN)/python tools/parameter_table.py && $(BIN)/python tools/operators.py
 
-models: .venv/installed ## compare every decoder of transformers with `generate`; writes docs/models.md (hours; resumes)
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/long $(BIN)/python -m decoders
+models: .venv/installed ## compare every decoder of transformers with `generate`; writes docs/models.md (hours; resumes; OPTIONS="--restart --jobs 2")
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/long $(BIN)/python -m decoders $(OPTIONS)
 
 .venv/docs: requirements-docs.lock .venv/installed
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -q -r requirements-docs.lock

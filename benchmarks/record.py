@@ -81,6 +81,7 @@ def commit() -> str:
             "--",
             ".",
             ":!benchmarks/results",
+            ":!docs/models.md",  # made of a result
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -717,6 +717,16 @@ WITHOUT_GENERATE: dict[str, str] = {
 }
 """Model types whose stock ``generate`` cannot run alone on token ids, and why."""
 
+FORWARD: dict[str, str] = {
+    "moshi": "its cache keeps the last keys and values only, its mask shows all",
+    "nemotron_h": "time steps are clamped in prefill, not in decode",
+    "zamba2": "time steps are clamped in prefill, not in decode",
+}
+"""Models whose stock ``generate`` differs from their own forward over all tokens, and how.
+
+Their reference is greedy decoding by that forward, without a cache.
+"""
+
 
 def make_config(name: str) -> PretrainedConfig:
     """The configuration of this name in `CONFIGS`."""

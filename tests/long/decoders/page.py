@@ -12,10 +12,9 @@ PAGE, RESULTS = ROOT / "docs" / "models.md", ROOT / "benchmarks" / "results" / "
 HEAD = """\
 # Decoders of transformers
 
-Made by `make models`; do not edit. One row for each model type of
-`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` whose stock `generate` runs on tiny random weights, and for
-variants of it that published checkpoints use: the configurations are
-`tests/long/decoders/configs.py`.
+Made by `make models`; do not edit. `tests/long/decoders/configs.py` has a configuration for each
+model type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` whose stock `generate` runs on tiny random
+weights, and for variants of it that published checkpoints use.
 
 *equal*: 24 tokens generated from three prompts of different lengths, together, are those of
 `generate`, and so are the logits (within 1e-3 of the largest); all prompts go past every window.
@@ -29,47 +28,71 @@ def page(record: Mapping[str, Any]) -> str:
     """The text of the page.
 
     Args:
-        record: facts of the run, ``models`` with the result of each configuration, and
-            ``without_generate``.
+        record: facts of the run; ``models`` with the result of each configuration that ran;
+            ``without_result``, the names of the others; ``without_generate`` and ``forward`` of
+            `decoders.configs`.
     """
     models: dict[str, dict[str, Any]] = record["models"]
     rows = {name: each for name, each in models.items() if each.get("generate") == "ok"}
-    versions = record["versions"]
-    engines = {"cpu": "CPU", "tensorrt": "TensorRT"}
-    counts = [
-        f"{title}: {sum(each.get(key) == 'equal' for each in rows.values())} of {len(rows)} equal"
-        for key, title in engines.items()
-    ]
     lines = [
-        f"| `{name}` | {_cell(row, 'cpu')} | {_cell(row, 'tensorrt')} |"
+        f"| `{name}`{_mark(row)} | {_cell(row, 'cpu')} | {_cell(row, 'tensorrt')} |"
         for name, row in rows.items()
     ]
+    excluded = record["without_generate"] | {
+        name: each["generate"] for name, each in models.items() if name not in rows
+    }
+    reasons = [f"| `{name}` | {_escape(reason)} |" for name, reason in excluded.items()]
     parts = [
         HEAD,
-        f"{'; '.join(counts)}.\ntransformers {versions['transformers']}, PyTorch "
-        f"{versions['torch']}; {record['date'][:10]}, `{record['command']}`, which resumes: "
-        f"rows ran at\n{', '.join(sorted({each['commit'] for each in rows.values()}))} "
-        f"(`benchmarks/results/models.json` has each row's).\n",
+        _counts(record, rows),
         "| model | CPU | TensorRT |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n",
+        _forward(record["forward"], rows),
+        f"## Left out ({len(excluded)})\n",
+        "| model | `generate` alone on token ids |\n| --- | --- |\n" + "\n".join(reasons) + "\n",
     ]
-    excluded = record["without_generate"] | {
-        name: each.get("generate", "not run")
-        for name, each in models.items()
-        if each.get("generate") != "ok"
-    }
-    if excluded:
-        reasons = [f"| `{name}` | {_escape(reason)} |" for name, reason in excluded.items()]
-        parts += [
-            f"## Left out ({len(excluded)})\n",
-            "| model | `generate` alone on token ids |\n| --- | --- |\n"
-            + "\n".join(reasons)
-            + "\n",
-        ]
-    return "\n".join(parts)
+    if missing := record["without_result"]:
+        names = ", ".join(f"`{name}`" for name in missing)
+        parts += [f"## Without result ({len(missing)})\n", f"These have not run yet: {names}.\n"]
+    return "\n".join(part for part in parts if part)
+
+
+def _counts(record: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    models: Mapping[str, Mapping[str, Any]] = record["models"]
+    ran, missing = len(models), len(record["without_result"])
+    cpu = {name for name, row in rows.items() if row.get("cpu") == "equal"}
+    tensorrt = {name for name, row in rows.items() if row.get("tensorrt") == "equal"}
+    commits = sorted({each["commit"] for each in models.values()})
+    versions = record["versions"]
+    several = " in several runs" if len(commits) > 1 else ""
+    unfinished = "" if not missing else f" and {missing} have no result yet"
+    return f"""\
+Of {ran + missing} configurations {ran} ran{unfinished}. {len(rows)} of those that ran have a
+reference to compare with: {len(cpu & tensorrt)} are equal on both engines, {len(cpu - tensorrt)} \
+with the PyTorch engine only,
+{len(tensorrt - cpu)} as a TensorRT network only, {len(rows) - len(cpu | tensorrt)} on neither.
+
+transformers {versions["transformers"]}, PyTorch {versions["torch"]}; {record["date"][:10]}, \
+`{record["command"]}`{several} at {", ".join(commits)}
+(`benchmarks/results/models.json` has each row's; + is with uncommitted changes).
+"""
+
+
+def _forward(reasons: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    marked = [f"`{name}`: {reasons[name]}" for name, row in rows.items() if _mark(row)]
+    if not marked:
+        return ""
+    return (
+        "† The reference is greedy decoding by the model's forward over all tokens, without a "
+        f"cache, from\nwhich its `generate` differs. {'; '.join(marked)}.\n"
+    )
+
+
+def _mark(row: Mapping[str, Any]) -> str:
+    return " †" if row.get("reference") == "forward" else ""
 
 
 def _cell(row: Mapping[str, Any], engine: str) -> str:
-    return _escape(str(row.get(engine, "not run")))
+    return _escape(str(row[engine]))
 
 
 def _escape(text: str) -> str:

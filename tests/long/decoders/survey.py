@@ -2,15 +2,20 @@
 
 Three prompts of different lengths are generated from together, so that rows of a step are ragged.
 All go past every window. An engine is equal if it chooses the same tokens and its logits are close.
+For the models of `decoders.configs.FORWARD`, greedy decoding by the full forward replaces
+``generate``.
 """
 
+import re
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from decoders.configs import make_model
+from decoders.configs import FORWARD, make_model
+from inplace.errors import InplaceError
 from inplace.schema.dtypes import Dtype
 from inplace.trt import load_tensorrt
 from inplace_builder import BuildOptions, Capture, capture_decoder, write_engine
@@ -24,6 +29,7 @@ from support.network_interpreter import interpret
 from torch import Tensor
 from transformers import PreTrainedModel
 
+ROOT = Path(__file__).parents[3]
 CAPACITY, ROWS, CHUNK, TOKENS = 80, 3, 8, 24
 PROMPTS = (41, 23, 9)
 """Tokens of the prompts."""
@@ -59,9 +65,13 @@ def survey(name: str, folder: Path, report: Report) -> None:
     Args:
         name: of `decoders.configs.CONFIGS`.
         folder: an empty folder to build in.
-        report: called with ``generate``, ``cpu`` and ``tensorrt``: "equal", or why not; and with
-            the largest relative differences of the logits.
+        report: called with ``generate``, ``cpu`` and ``tensorrt``: "equal", or why not; with the
+            largest relative differences of the logits; and with ``reference``, "forward", for the
+            models of `FORWARD`.
     """
+    decode = _forward if name in FORWARD else _generate
+    if name in FORWARD:
+        report("reference", "forward")
     with quiet():
         model = make_model(name)
         if getattr(model.config, "attn_logit_softcapping", None):
@@ -69,9 +79,9 @@ def survey(name: str, folder: Path, report: Report) -> None:
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     prompts = [_prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS)]
     try:
-        expected = [_generate(model, prompt) for prompt in prompts]
+        expected = [decode(model, prompt) for prompt in prompts]
     except Exception as error:
-        report("generate", f"fails: {_brief(error)}")
+        report("generate", f"fails: {_brief(error, folder, name)}")
         return
     distinct = len({token for each in expected for token in each.tokens})
     report("generate", "ok" if distinct >= MIN_DISTINCT else f"only {distinct} distinct tokens")
@@ -93,7 +103,7 @@ def survey(name: str, folder: Path, report: Report) -> None:
             verdict, difference = compare(expected, run())
             report(f"{engine}_difference", difference)
         except Exception as error:
-            verdict = f"refused: {_brief(error)}"
+            verdict = f"refused: {_brief(error, folder, name)}"
         report(engine, verdict)
 
 
@@ -129,6 +139,18 @@ def _generate(model: PreTrainedModel, prompt: list[int]) -> Decoded:
         )
     logits = torch.stack([each[0].float() for each in out.logits])
     return Decoded(out.sequences[0, -TOKENS:].tolist(), logits)
+
+
+def _forward(model: PreTrainedModel, prompt: list[int]) -> Decoded:
+    """Decode greedily; each token by the forward over all before it, without a cache."""
+    tokens, logits = list(prompt), []
+    with quiet(), torch.no_grad():
+        for _ in range(TOKENS):
+            ids = torch.tensor([tokens])
+            out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            logits.append(out.logits[0, -1].float())
+            tokens.append(int(logits[-1].argmax()))
+    return Decoded(tokens[-TOKENS:], torch.stack(logits))
 
 
 def _on_cpu(capture: Capture, folder: Path, prompts: list[list[int]]) -> list[Decoded]:
@@ -217,8 +239,27 @@ def _step_inputs(parts: list[list[int]], done: list[int]) -> dict[str, Tensor]:
     }
 
 
-def _brief(error: Exception) -> str:
+def without_paths(text: str, folder: Path, name: str) -> str:
+    """A text without the folders of this machine.
+
+    Files of packages begin with the package, those of this project with its top folder.
+
+    Args:
+        text: for example an error's.
+        folder: a temporary one.
+        name: takes its place.
+    """
+    text = text.replace(str(folder), name)
+    text = re.sub(r"[^\s\"'`(]*/(?:site|dist)-packages/", "", text)
+    for each in (ROOT, Path(sysconfig.get_path("stdlib"))):
+        text = text.replace(f"{each}/", "")
+    return text
+
+
+def _brief(error: Exception, folder: Path, name: str) -> str:
     """The first lines of an error, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    known = type(error).__name__ in ("BuildError", "LoweringError", "LoadError")
-    return (text if known else f"{type(error).__name__}: {text}")[:400]
+    if not isinstance(error, InplaceError):
+        text = f"{type(error).__name__}: {text}"
+    text = without_paths(text, folder, name)
+    return text if len(text) <= 400 else f"{text[:399]}…"

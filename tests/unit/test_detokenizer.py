@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from inplace.drivers.detokenizer import (
-    CONTEXT_TOKENS,
     Detokenizer,
     StopMatcher,
     load_tokenizer,
+    special_tokens,
 )
 from inplace.errors import LoadError
 from inplace.schema.files import EngineFolder, FileRecord, record_files
@@ -41,13 +41,17 @@ def pieces(items: list[int], sizes: list[int]) -> list[list[int]]:
     return parts
 
 
+def detokenizer_of(tokenizer: Tokenizer, prompt: list[int]) -> Detokenizer:
+    return Detokenizer(tokenizer, prompt, special_tokens(tokenizer).values())
+
+
 @given(
     st.lists(st.integers(3, VOCABULARY - 1) | st.sampled_from(WORDS), max_size=120),
     st.lists(st.integers(1, 50), min_size=1, max_size=6),
 )
 def test_the_pieces_make_the_text_of_all_tokens(tokens: list[int], sizes: list[int]) -> None:
     context = tiny_tokenizer().encode("Licensed").ids
-    detokenizer = Detokenizer(tiny_tokenizer(), context)
+    detokenizer = detokenizer_of(tiny_tokenizer(), context)
     text = "".join(detokenizer.append(part) for part in pieces(tokens, sizes))
     assert text + detokenizer.flush() == added(context, tokens)
 
@@ -67,7 +71,7 @@ def test_so_do_those_of_any_tokenizer_after_any_prompt(
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     cut = round(prompted * len(ids))
     prompt, tokens = ids[:cut], ids[cut : cut + round(generated * (len(ids) - cut))]
-    detokenizer = Detokenizer(tokenizer, prompt[-CONTEXT_TOKENS:])
+    detokenizer = detokenizer_of(tokenizer, prompt)
     returned = "".join(detokenizer.append(part) for part in pieces(tokens, sizes))
     if kind == "byte-fallback" and tokenizer.decode(tokens).endswith("\ufffd"):
         return  # the decoder takes complete characters back: the next test
@@ -78,7 +82,7 @@ def test_characters_before_an_invalid_byte_stay_when_the_decoder_takes_them_back
     tokenizer = byte_fallback()
     ids = tokenizer.encode("你好", add_special_tokens=False).ids[1:]  # without the space before it
     assert len(ids) == 6
-    detokenizer = Detokenizer(tokenizer, [])
+    detokenizer = detokenizer_of(tokenizer, [])
     assert [detokenizer.append([token]) for token in ids[:4]] == ["", "", "你", ""]
     assert tokenizer.decode(ids[:4]) == "\ufffd" * 4
     [letter] = tokenizer.encode("za", add_special_tokens=False).ids[-1:]
@@ -108,17 +112,30 @@ def test_a_long_run_of_invalid_bytes_is_not_decoded_again_and_again(kind: str, s
     words = tokenizer.encode("hello 你a", add_special_tokens=False).ids
     tokens = words + [invalid] * 1000 + words + [invalid] * 300
     measured = Measured(tokenizer)
-    detokenizer = Detokenizer(measured, words)  # type: ignore[arg-type]
+    detokenizer = Detokenizer(measured, words, ())  # type: ignore[arg-type]
     returned = "".join(detokenizer.append(part) for part in pieces(tokens, [size]))
     assert returned + detokenizer.flush() == added_to_any_prompt(tokenizer, words, tokens)
     assert max(measured.lengths) < 150
+
+
+@pytest.mark.parametrize("num_special", [1, 40])
+def test_a_space_after_special_tokens_is_kept(num_special: int) -> None:
+    """The decoder strips the space that a text begins with, and no window may begin there."""
+    tokenizer = byte_fallback()
+    [word] = tokenizer.encode("a", add_special_tokens=False).ids  # with the space before it
+    end = special_tokens(tokenizer)["</s>"]
+    generated = [word] * 33 + [end] * num_special + [word] * 3
+    detokenizer = detokenizer_of(tokenizer, [])
+    assert "".join(detokenizer.append([token]) for token in generated) == " ".join("a" * 36)
+    detokenizer = detokenizer_of(tokenizer, [word] + [end] * num_special)
+    assert detokenizer.append([word]) == " a"
 
 
 def test_one_character_of_three_bytes_over_and_over() -> None:
     """The window is cut between characters, never inside one."""
     tokenizer = byte_fallback()
     ids = tokenizer.encode("ខ" * 40, add_special_tokens=False).ids[1:]
-    detokenizer = Detokenizer(tokenizer, ids[:15][-CONTEXT_TOKENS:])
+    detokenizer = detokenizer_of(tokenizer, ids[:15])
     assert [detokenizer.append([token]) for token in ids[15:]] == ["", "", "ខ"] * 35
 
 
@@ -131,7 +148,7 @@ def test_any_tokens_at_all_are_text() -> None:
     for _ in range(500):
         ids = [draw.choice(usable) for _ in range(40)]
         cut = draw.randrange(40)
-        detokenizer = Detokenizer(tokenizer, ids[:cut][-CONTEXT_TOKENS:])
+        detokenizer = detokenizer_of(tokenizer, ids[:cut])
         text = "".join(detokenizer.append([token]) for token in ids[cut:]) + detokenizer.flush()
         assert [letter for letter in text if letter in "xyz"] == [
             letter
@@ -144,7 +161,7 @@ def test_any_tokens_at_all_are_text() -> None:
 def test_a_character_of_several_tokens_is_returned_with_the_last() -> None:
     smile = tiny_tokenizer().encode("🙂", add_special_tokens=False).ids
     assert len(smile) == 4
-    detokenizer = Detokenizer(tiny_tokenizer(), [])
+    detokenizer = detokenizer_of(tiny_tokenizer(), [])
     assert [detokenizer.append([token]) for token in smile] == ["", "", "", "🙂"]
     assert detokenizer.append([1, 2]) == ""  # special tokens add no text
 

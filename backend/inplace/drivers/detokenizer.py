@@ -2,6 +2,8 @@
 
 import codecs
 import re
+from collections.abc import Collection
+from itertools import islice
 
 from tokenizers import Tokenizer
 
@@ -17,7 +19,7 @@ TOKENIZER_NAME = f"{TOKENIZER_FOLDER}/tokenizer.json"
 
 
 CONTEXT_TOKENS = 16
-"""Tokens of the prompt that a detokenizer is given, because its first characters depend on them."""
+"""Tokens of the prompt that a detokenizer keeps, because its first characters depend on them."""
 
 MAX_WINDOW_TOKENS = 32
 """Length at which the window of decoded tokens is cut."""
@@ -64,13 +66,23 @@ def load_tokenizer(folder: EngineFolder, manifest: Manifest) -> Tokenizer | None
     return tokenizer
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens by their text. Decoding leaves them out."""
+    return {
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
+
+
 class Detokenizer:
     """The text that tokens add to the tokens before them, in whole characters.
 
     The last tokens are decoded again with every new one: the text of a token depends on its
     neighbours, and a character may take several tokens. The window is cut only where its text is
     whole, because a tokenizer with byte fallback decodes a run of bytes that begins inside a
-    character to replacement characters alone. Special tokens add no text.
+    character to replacement characters alone. Special tokens add no text and are left out, so that
+    the window never consists of them: a decoder may strip the space that a text begins with.
 
     The pieces and `flush` together are the text of all tokens behind that of the prompt, however
     the tokens are grouped. One exception: where an invalid byte follows complete characters in a
@@ -82,12 +94,15 @@ class Detokenizer:
 
     Args:
         tokenizer: the model's.
-        prompt: the tokens before, or at least the last `CONTEXT_TOKENS` of them.
+        prompt: the tokens before.
+        special: the ids of its special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        self._tokenizer = tokenizer
-        self._window = prompt[self._first_whole(prompt) :]
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], special: Collection[int]) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        last = (token for token in reversed(prompt) if token not in special)
+        context = list(islice(last, CONTEXT_TOKENS))[::-1]
+        self._window = context[self._first_whole(context) :]
         self._prompt_text = self._decode(self._window)
         # The end of the window's longest part whose text is whole, and the length of that text.
         self._whole, self._num_returned = self._whole_part()
@@ -95,7 +110,7 @@ class Detokenizer:
 
     def append(self, tokens: list[int]) -> str:
         """Add tokens and return the text they add, without a last character that is incomplete."""
-        self._window += tokens
+        self._window += [token for token in tokens if token not in self._special]
         text = self._decode(self._window)
         end = len(text.rstrip(REPLACEMENT))  # bytes that are not a character, or not yet
         piece = self._return(text, end)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from inplace.drivers.detokenizer import CONTEXT_TOKENS, Detokenizer
+from inplace.drivers.detokenizer import Detokenizer, special_tokens
 from inplace.drivers.generation import GenerationLimits, GenerationState, decode_utf8
 from inplace.drivers.reply import BufferedReply, Channel, Reply
 from inplace.drivers.sequence_queues import StreamRequest
@@ -66,6 +66,7 @@ class RequestParser:
             self._special_tokens = special_tokens(tokenizer)
             self._first_tokens = first_tokens(tokenizer)
             self._generation_outputs |= {TEXT_OUTPUT}
+        self._special_ids = frozenset(self._special_tokens.values())
 
     def parse(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel
@@ -183,7 +184,7 @@ class RequestParser:
                 " out",
             )
         vocab_size = self._instance.program.vocab_size
-        ids = limits.stop_token_ids - set(self._special_tokens.values())
+        ids = limits.stop_token_ids - self._special_ids
         if vocab_size and any(token >= vocab_size for token in ids):
             given = request.parameters[STOP_TOKEN_IDS]
             raise BY_NAME[STOP_TOKEN_IDS].refusal(given, f"token ids below {vocab_size}")
@@ -197,11 +198,12 @@ class RequestParser:
         tokenizer = self._tokenizer_config.tokenizer
         detokenizer = stop_detokenizer = None
         if tokenizer is not None and (limits.stop or TEXT_OUTPUT in channel.requested_outputs):
-            context = validated.inputs[ids_name][-CONTEXT_TOKENS:].tolist()
+            prompt = validated.inputs[ids_name].tolist()
+            made = Detokenizer(tokenizer, prompt, self._special_ids)
             if limits.stop:  # the engine loop needs the text of every token
-                stop_detokenizer = Detokenizer(tokenizer, context)
+                stop_detokenizer = made
             else:
-                detokenizer = Detokenizer(tokenizer, context)
+                detokenizer = made
         reply_type = BufferedReply if validated.request.flag(FETCH) else Reply
         return StreamRequest(
             replace(validated, min_new_tokens=1, requested_outputs=frozenset((token_name,))),
@@ -273,15 +275,6 @@ def tokenize(
     if not ids:
         raise RequestError(Code.EMPTY_INPUT, f"input {TEXT!r} has no tokens; send at least 1")
     return torch.tensor([ids])
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the special tokens by their text. Decoding leaves them out."""
-    return {
-        token.content: token_id
-        for token_id, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special
-    }
 
 
 def first_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -364,6 +364,12 @@ def test_a_rectangular_program_of_one_entry_a_row_is_consistent() -> None:
     assert program.client_inputs == (SCALE,)
 
 
+def test_a_chunk_must_fit_into_an_empty_sequence() -> None:
+    assert Manifest(**changed(MANIFEST, capacity=8)).capacity == 8
+    with pytest.raises(ValueError, match="program step: a chunk of 8 tokens is longer than the "):
+        Manifest(**changed(MANIFEST, capacity=7))
+
+
 def test_a_program_must_name_states_of_the_engine_and_write_or_only_read_each() -> None:
     with pytest.raises(ValueError, match=r"program step: \['cache', 'window'\] are no states of"):
         Manifest(**changed(MANIFEST, states=(CELL,)))

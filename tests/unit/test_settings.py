@@ -6,11 +6,23 @@ from typing import Any
 
 import pytest
 from inplace.errors import LoadError
+from inplace.schema.dtypes import Dtype
+from inplace.schema.served import Manifest
+from inplace.schema.specs import Role, TensorSpec
 from inplace.server.settings import MAX_WAITING, Settings
 from support.models import LOADABLE
 
 
-def parse(idle: str | None = None, triton_idle: object = None, **changes: object) -> Settings:
+def eos(ids: str) -> dict[str, Any]:
+    return {"eos_token_ids": {"string_value": ids}}
+
+
+def parse(
+    idle: str | None = None,
+    triton_idle: object = None,
+    manifest: Manifest = LOADABLE,
+    **changes: object,
+) -> Settings:
     """Parse a configuration as the builder writes it, with changes; None removes a key."""
     config: dict[str, Any] = {
         "max_batch_size": 4,
@@ -24,7 +36,7 @@ def parse(idle: str | None = None, triton_idle: object = None, **changes: object
         config["sequence_batching"]["max_sequence_idle_microseconds"] = triton_idle
     config |= changes
     return Settings.parse(
-        json.dumps({key: value for key, value in config.items() if value is not None}), LOADABLE
+        json.dumps({key: value for key, value in config.items() if value is not None}), manifest
     )
 
 
@@ -138,6 +150,22 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
 def test_an_invalid_setting_is_a_load_error(name: str, text: str, message: str) -> None:
     with pytest.raises(LoadError, match=message):
         parse(parameters={name: {"string_value": text}})
+
+
+def test_end_tokens_beyond_the_vocabulary_are_a_load_error() -> None:
+    outputs = (
+        TensorSpec(name="logits", role=Role.LOGITS, dtype=Dtype.FLOAT32, shape=(100,)),
+        TensorSpec(
+            name="token", role=Role.TOKEN, dtype=Dtype.INT64, shape=(1,), sampled_from="logits"
+        ),
+    )
+    step = LOADABLE.programs[0].model_copy(update={"outputs": outputs})
+    manifest = LOADABLE.model_copy(update={"programs": (step,)})
+    assert parse(parameters=eos("0,99"), manifest=manifest).eos == {0, 99}
+    with pytest.raises(
+        LoadError, match="parameter eos_token_ids is '0,100'; expected token ids below 100"
+    ):
+        parse(parameters=eos("0,100"), manifest=manifest)
 
 
 def test_a_model_without_sequence_batching_is_refused() -> None:

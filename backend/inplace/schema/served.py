@@ -395,6 +395,11 @@ class Manifest(RecordFile):
         for program in self.programs:
             if unknown := sorted(set(program.states) - known):
                 raise ValueError(f"program {program.name}: {unknown} are no states of this engine")
+            if self.capacity is not None and program.chunk > self.capacity:
+                raise ValueError(
+                    f"program {program.name}: a chunk of {program.chunk} tokens is longer than the "
+                    f"capacity {self.capacity}"
+                )
         if len(devices := {program.engine.device for program in self.programs}) > 1:
             raise ValueError(f"all programs must run on one device, got {sorted(devices)}")
         outputs = {each.name: {spec.name for spec in each.outputs} for each in self.programs}

@@ -131,12 +131,19 @@ class Settings:
                 f"config.pbtxt has max_batch_size {config['max_batch_size']}, "
                 f"the engine was built for 1 to {max_rows} rows a step"
             )
+        eos = frozenset(_integers(config, EOS))
+        vocab_size = manifest.program("step").vocab_size
+        if vocab_size and any(token >= vocab_size for token in eos):
+            raise LoadError(
+                f"config.pbtxt: parameter {EOS} is {_text(config, EOS, '')[:100]!r}; expected "
+                f"token ids below {vocab_size}"
+            )
         idle_timeout, notes = _idle_timeout(config, serve)
         max_waiting = _integer(config, QUEUE)
         return cls(
             idle_timeout,
             serve,
-            frozenset(_integers(config, EOS)),
+            eos,
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             capacity=_integer(config, CAPACITY),
             log_level=_log_level(config),

@@ -38,6 +38,9 @@ TOKEN_IDS = "input_ids"
 class DecoderOptions:
     """The limits that a decoder is built for.
 
+    Raises:
+        ValueError: a chunk is longer than the (smallest) capacity.
+
     Attributes:
         capacity: maximum number of positions of a sequence.
         max_rows: maximum number of sequences in a step.
@@ -51,6 +54,14 @@ class DecoderOptions:
     chunk: int
     max_tokens: int | None = None
     min_capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        capacity = self.min_capacity or self.capacity
+        if self.chunk > capacity:
+            raise ValueError(
+                f"chunk is {self.chunk}, the smallest capacity is {capacity}: a chunk must fit "
+                "into an empty sequence"
+            )
 
     @property
     def dynamic_min_capacity(self) -> int | None:

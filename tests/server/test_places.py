@@ -4,6 +4,7 @@ Clients vanish, cancel, are refused, and send ids with NUL bytes; afterwards a n
 at once, no place stays open, and SIGTERM ends the server soon after its last running request.
 """
 
+import json
 import queue
 import signal
 import subprocess
@@ -246,6 +247,40 @@ def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
         )
     finally:
         server.stop(timeout=5)
+
+
+def test_a_generation_over_http_is_answered_before_the_timeout_too(
+    engines: Engines, tmp_path: Path
+) -> None:
+    """Triton drains HTTP first and says over gRPC that it is live meanwhile."""
+    _, long = long_stream(engines, 2)
+    Deployment(long, "teller", proxy=True).copy_to(tmp_path / "repository")
+    log = tmp_path / "log"
+    timeout = 8.0
+    with TritonServer(
+        tmp_path / "repository",
+        Ports(0, 0, 0),
+        log=log,
+        arguments=[f"--exit-timeout-secs={timeout:g}"],
+    ) as server:
+        assert server.process is not None
+        talk = GrpcStream(server.grpc_url, "teller")
+        assert talk.request("idle", PROMPT, 5, start=True).reason == "length"
+        talk.client.stop_stream()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{server.ports.http}/v2/models/teller_generate/generate_stream",
+            json.dumps({"input_ids": PROMPT, "max_tokens": ENDLESS, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.readline()
+            kill(server.process.pid, signal.SIGTERM)
+            begin = time.monotonic()
+            last = [line for line in answer if line.strip()][-1].decode()
+        assert "INPLACE-SHUTDOWN" in last
+        assert time.monotonic() - begin < timeout
+        assert server.process.wait(60) in (0, 1), log.read_text()[-3000:]
+        assert time.monotonic() - begin < timeout + LIMIT
 
 
 def secure_stream(server: TritonServer, certificate: tuple[Path, Path], mutual: bool) -> GrpcStream:

@@ -32,6 +32,18 @@ def test_the_address_is_one_of_this_machine(words: list[str], target: str) -> No
     assert options(*words).target == target
 
 
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        ([], "127.0.0.1:8000"),
+        (["--http-port=9", "--http-address", "::"], "[::1]:9"),
+        (["--allow-http=false"], ""),
+    ],
+)
+def test_so_is_that_of_the_http_endpoint(words: list[str], target: str) -> None:
+    assert options(*words).http_target == target
+
+
 def test_tls_files_are_relative_to_the_servers_folder() -> None:
     server = options("--grpc-use-ssl=1", "--grpc-server-cert=tls/a", "--grpc-server-key", "/b")
     assert server.tls and not server.mutual

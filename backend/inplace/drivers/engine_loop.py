@@ -11,7 +11,12 @@ from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.reply import BufferedReply
 from inplace.drivers.scheduler import Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
-from inplace.drivers.sequence_queues import SequenceQueues, StreamRequest, find_buffered_reply
+from inplace.drivers.sequence_queues import (
+    FailedGenerations,
+    SequenceQueues,
+    StreamRequest,
+    find_buffered_reply,
+)
 from inplace.drivers.waiting_queue import WaitingQueue
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.runtime.batcher import Answer, split_outputs
@@ -52,6 +57,7 @@ class EngineLoop:
         self._token_output = decoder_io[1] if decoder_io is not None else None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._queues = SequenceQueues(instance.table)
+        self._failed = FailedGenerations()
         self._waiting = WaitingQueue(max_waiting)
         self._scheduler = Scheduler(instance.program)
         self._pipeline = StepPipeline(instance, self._scheduler, self._inbox.empty)
@@ -111,6 +117,7 @@ class EngineLoop:
                 if monotonic() >= self._next_reclaim:
                     self._next_reclaim = monotonic() + RECLAIM_INTERVAL
                     self._instance.table.reclaim_idle()
+                    self._failed.discard_old()
                 self._admit_waiting()
                 if serving and (self._scheduler or self._pipeline):
                     self._step()
@@ -178,6 +185,8 @@ class EngineLoop:
         if request.is_fetch:
             self._fetch(request)
             return
+        if request.request.start:
+            self._failed.discard(request.sequence_id)
         if request.generation is not None:
             # Watched from here on: an earlier cancellation would find no request in the queues.
             self._watcher.add(request, request.reply)
@@ -194,8 +203,10 @@ class EngineLoop:
 
     def _fetch(self, request: StreamRequest) -> None:
         """Have a request answered with the tokens of its sequence's buffered generation."""
-        queued = self._queues.get(request.sequence_id)
+        queued = list(self._queues.get(request.sequence_id))
         live = self._instance.table.get(request.sequence_id)
+        if live is None:
+            queued += self._failed.get(request.sequence_id)
         try:
             reply = find_buffered_reply(request, queued, live)
             if reply.fetch(request.reply.channel):
@@ -362,6 +373,7 @@ class EngineLoop:
 
     def _refuse(self, request: StreamRequest, error: RequestError) -> None:
         self._watcher.remove(request)
+        self._failed.add(request)
         self._responses.add_error(request, error)
 
     def _fail_all(self, error: RequestError, reason: EndReason) -> None:

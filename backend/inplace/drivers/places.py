@@ -361,7 +361,7 @@ class PlaceKeeper:
                 self._requests.check_serving()
                 self._reachable = True
             except ServerStoppingError:
-                self._places.end_delay = 0.0  # no client can START any more
+                self._places.end_delay = 0.0  # few clients START any more
                 self._shutdown.begin()
             except Exception as error:  # of the way to the server
                 if self._reachable:

@@ -1,8 +1,9 @@
 """The requests of each sequence, which run one after another."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from inplace.drivers.generation import GenerationState
 from inplace.drivers.reply import BufferedReply, Reply, nothing_to_fetch
@@ -13,6 +14,10 @@ from inplace.runtime.slots import SequenceId, SequenceState, SlotTable
 
 MAX_QUEUED_PER_SEQUENCE = 64
 """Requests of one sequence that may be queued; STARTs and ENDs may fill twice as many places."""
+
+
+FAILED_KEPT = 10.0
+"""Seconds for which the error of a generation is kept for the request that fetches next."""
 
 
 @dataclass(slots=True, eq=False)
@@ -152,6 +157,40 @@ class SequenceQueues:
         return end or live.key_digest is None or not request.request.continues_sequence
 
 
+class FailedGenerations:
+    """Generations with a `BufferedReply` that failed, perhaps while no request was fetching.
+
+    Their sequences have ended, and their clients learn the reason from the next fetch.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._failed: dict[SequenceId, tuple[StreamRequest, float]] = {}
+
+    def add(self, request: StreamRequest) -> None:
+        """Keep a request if its reply is a buffered one."""
+        if isinstance(request.reply, BufferedReply):
+            self._failed[request.sequence_id] = request, self._clock() + FAILED_KEPT
+
+    def get(self, sequence_id: SequenceId) -> Sequence[StreamRequest]:
+        """The failed generation of a sequence, if it has one."""
+        found = self._failed.get(sequence_id)
+        return () if found is None else (found[0],)
+
+    def discard(self, sequence_id: SequenceId) -> None:
+        """Forget that of a sequence, which starts anew."""
+        self._failed.pop(sequence_id, None)
+
+    def discard_old(self) -> None:
+        """Forget what has been kept for `FAILED_KEPT`."""
+        now = self._clock()
+        for sequence_id in [key for key, (_, until) in self._failed.items() if now >= until]:
+            del self._failed[sequence_id]
+
+
 def find_buffered_reply(
     request: StreamRequest, queued: Iterable[StreamRequest], live: SequenceState | None
 ) -> BufferedReply:
@@ -159,7 +198,7 @@ def find_buffered_reply(
 
     Args:
         request: the request that fetches.
-        queued: the requests of its sequence.
+        queued: the requests of its sequence, and a generation of it that has failed.
         live: its sequence; None if it has no slot.
 
     Raises:

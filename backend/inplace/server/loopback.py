@@ -1,10 +1,11 @@
-"""The gRPC endpoint of the server that this process belongs to, reached from inside its machine.
+"""The endpoints of the server that this process belongs to, reached from inside its machine.
 
-Its address, its TLS files and the headers of restricted protocols are read from the server's
+Their addresses, TLS files and the headers of restricted protocols are read from the server's
 command line.
 """
 
 import contextlib
+import http.client
 import logging
 import os
 import ssl
@@ -33,6 +34,10 @@ PROTOCOLS = {"inference", "health"}
 """The protocols that are used here, as ``--grpc-restricted-protocol`` names them."""
 
 
+CLOSED_CONNECTIONS = 3
+"""HTTP connections in a row that are closed unanswered by a server that is stopping."""
+
+
 EXITING = "Server exiting"
 """Triton's answer to questions about its health once it stops (24.10). It serves live sequences on
 meanwhile."""
@@ -51,6 +56,7 @@ class ServerOptions:
 
     Attributes:
         target: ``host:port`` of its gRPC endpoint; empty if it has none.
+        http_target: the same of its HTTP endpoint.
         tls: it takes TLS connections only.
         mutual: and asks for a certificate of its clients.
         certificate, key: files of its certificate and its key.
@@ -59,6 +65,7 @@ class ServerOptions:
     """
 
     target: str = "127.0.0.1:8001"
+    http_target: str = "127.0.0.1:8000"
     tls: bool = False
     mutual: bool = False
     certificate: Path = Path()
@@ -77,7 +84,7 @@ class ServerOptions:
             return cls.of(CommandLine.of_process(os.getppid()))
         except OSError as error:
             log.warning("the server's command line cannot be read: %s", error)
-            return cls(target="")
+            return cls(target="", http_target="")
 
     @classmethod
     def of(cls, command_line: CommandLine) -> Self:
@@ -91,7 +98,8 @@ class ServerOptions:
         mutual = command_line.is_true("grpc-use-ssl-mutual")
         timeout = command_line.value("exit-timeout-secs", "")
         return cls(
-            target=_target(command_line) if command_line.is_true("allow-grpc", True) else "",
+            target=_target(command_line, "grpc", "8001"),
+            http_target=_target(command_line, "http", "8000"),
             tls=mutual or command_line.is_true("grpc-use-ssl"),
             mutual=mutual,
             certificate=command_line.folder / command_line.value("grpc-server-cert", ""),
@@ -101,12 +109,15 @@ class ServerOptions:
         )
 
 
-def _target(command_line: CommandLine) -> str:
-    host = command_line.value("grpc-address", "0.0.0.0")
+def _target(command_line: CommandLine, endpoint: str, port: str) -> str:
+    """The address of an endpoint; empty if the server has none."""
+    if not command_line.is_true(f"allow-{endpoint}", True):
+        return ""
+    host = command_line.value(f"{endpoint}-address", "0.0.0.0")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
-    return f"{host}:{command_line.value('grpc-port', '8001')}"
+    return f"{host}:{command_line.value(f'{endpoint}-port', port)}"
 
 
 @dataclass(frozen=True)
@@ -231,6 +242,39 @@ class GrpcEndpoint:
             signed = sequence_id - 2**64 if sequence_id >= 2**63 else sequence_id
             request.parameters["sequence_id"].int64_param = signed
         return request
+
+
+class HttpEndpoint:
+    """Tells from the server's HTTP endpoint whether the server is stopping.
+
+    A server that is told to stop answers requests over HTTP first, for as long as its exit timeout,
+    and says over gRPC that it is live meanwhile. But it closes new HTTP connections without an
+    answer (24.10).
+
+    Args:
+        target: ``host:port``; empty if there is none.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._answered, self._num_closed = False, 0
+
+    def is_closing(self) -> bool:
+        """Whether it has answered before, and closed the last `CLOSED_CONNECTIONS` unanswered."""
+        if not self._target:
+            return False
+        connection = http.client.HTTPConnection(self._target, timeout=TIMEOUT)
+        try:
+            connection.request("GET", "/v2/health/live")
+            connection.getresponse()
+            self._answered, self._num_closed = True, 0
+        except ConnectionError:
+            self._num_closed += 1
+        except (OSError, http.client.HTTPException):  # too busy to answer, for example
+            self._num_closed = 0
+        finally:
+            connection.close()
+        return self._answered and self._num_closed >= CLOSED_CONNECTIONS
 
 
 def _open_channel(options: ServerOptions) -> Any:

@@ -23,7 +23,13 @@ from inplace.drivers.shutdown import Shutdown, StoppableDriver
 from inplace.errors import InplaceError, RequestError
 from inplace.runtime.observer import Observer
 from inplace.runtime.slots import SequenceId
-from inplace.server.loopback import GrpcEndpoint, LoopbackError, ServerOptions, ZeroInput
+from inplace.server.loopback import (
+    GrpcEndpoint,
+    HttpEndpoint,
+    LoopbackError,
+    ServerOptions,
+    ZeroInput,
+)
 from inplace.server.messages import FLAG_END, FLAG_START
 from inplace.server.model_config import TRITON_TYPES
 from inplace.server.settings import is_decoupled
@@ -82,7 +88,9 @@ class ModelPlaces:
         observer.watch_places(self._places, limit)
         self._keeper: PlaceKeeper | None = None
         try:
-            self._own_requests = OwnRequests(args, config, self._places, GrpcEndpoint(server))
+            self._own_requests = OwnRequests(
+                args, config, self._places, GrpcEndpoint(server), HttpEndpoint(server.http_target)
+            )
         except LoopbackError as error:
             log.warning(
                 "sequences that end here keep their places in Triton until they have been idle for "
@@ -142,6 +150,7 @@ class OwnRequests:
         config: the model configuration.
         places: is notified of the requests that arrive.
         endpoint: sends them.
+        http: shows that the server is stopping while requests over HTTP are still answered.
     """
 
     def __init__(
@@ -150,11 +159,12 @@ class OwnRequests:
         config: Mapping[str, Any],
         places: Places,
         endpoint: GrpcEndpoint,
+        http: HttpEndpoint,
     ) -> None:
         self._model, self._version = args["model_name"], args["model_version"]
         self._inputs = smallest_inputs(config)
         self._nonce = secrets.token_hex(16)
-        self._places, self._endpoint = places, endpoint
+        self._places, self._endpoint, self._http = places, endpoint, http
 
     # Sending
 
@@ -177,7 +187,7 @@ class OwnRequests:
         Raises:
             LoopbackError: the server cannot be reached.
         """
-        if self._endpoint.is_exiting():
+        if self._http.is_closing() or self._endpoint.is_exiting():
             raise ServerStoppingError
 
     def close(self) -> None:

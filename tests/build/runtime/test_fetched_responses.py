@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from inplace.errors import Code
+from inplace.errors import Code, RequestError
 from inplace.runtime.requests import Request
 from support.driving import random_tokens
 from support.models import SLOTS, Repository, greedy
@@ -132,10 +132,30 @@ def test_a_failure_of_the_engine_is_fetched(streams: OpenStreams) -> None:
         waiting.wait()
         if waiting.error is None:  # the token of the step before the failed one
             waiting = fetch(client, "a").wait()
-    assert waiting.error is not None and waiting.error.code in (
-        Code.ENGINE_FAILED,
-        Code.UNKNOWN_SEQUENCE,
+    waiting.assert_refused(Code.ENGINE_FAILED, retryable=True)
+
+
+def test_an_error_between_two_fetches_is_the_response_to_the_next(streams: OpenStreams) -> None:
+    client = streams()
+    error = RequestError(Code.SHUTDOWN, "the server is stopping", retryable=True)
+    client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS, fetch=True, sequence_key="k").wait()
+    client.driver.stop_running(error)
+    while client.num_free_slots() < SLOTS:
+        pass
+    fetch(client, "a", sequence_key="other").assert_refused(Code.UNKNOWN_SEQUENCE)
+    fetch(client, "a", sequence_key="k").assert_refused(
+        Code.SHUTDOWN, "the server is stopping", retryable=True
     )
+    fetch(client, "a", sequence_key="k").assert_refused(Code.UNKNOWN_SEQUENCE)
+
+
+def test_a_new_start_forgets_the_error(streams: OpenStreams) -> None:
+    client = streams()
+    client.generate("a", random_tokens(1, 8), MAX_NEW_TOKENS, fetch=True).wait()
+    client.driver.stop_running(RequestError(Code.SHUTDOWN, "the server is stopping"))
+    client.generate("a", random_tokens(2, 8), 2).wait()
+    client.end("a").wait()
+    fetch(client, "a").assert_refused(Code.UNKNOWN_SEQUENCE)
 
 
 @pytest.mark.parametrize(("start", "end"), [(True, False), (False, True), (True, True)])

@@ -3,9 +3,6 @@
 Every dtype, wide heads, long slots, CUDA graphs, arenas of more than 2^31 elements.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from inplace.kernels.attention import AttentionSpec
 from inplace.operators import attention, read, update
 from support.attention_case import Row, bits
-from support.kernel_cases import AttentionCase, check_update
+from support.kernel_cases import AttentionCase, check_update, no_synchronisation
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -37,17 +34,6 @@ def case(
     spec: AttentionSpec, rows: list[Row], dtype: torch.dtype, capacity: int = 320, **options: Any
 ) -> AttentionCase:
     return AttentionCase(spec, rows, capacity=capacity, dtype=dtype, device="cuda", **options)
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @STEPS

@@ -4,6 +4,9 @@ States are NaN outside the cached entries, so a kernel that reads more gives NaN
 interpreter and on a GPU.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +19,18 @@ from support.attention_case import Row, bits
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest relative error of a token's output against the reference in float32."""
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """RuntimeError where the host waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ functions that compute are given by name: the operators themselves, or what lowe
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,21 @@ def check(
     reference: Callable[..., tuple[Tensor, Tensor]],
     dtype: torch.dtype = torch.float32,
     tolerance: float = 2e-5,
+    state_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Compare an operator with a reference of one row: its outputs and its last state.
 
     Args:
         operator, inputs: as `over_steps` takes them.
         shape: of one slot.
-        reference: from inputs ``[1, tokens, ...]`` to outputs ``[1, tokens, ...]`` and a state.
-        dtype: of the state.
+        reference: from float32 inputs ``[1, tokens, ...]`` to outputs ``[1, tokens, ...]`` and a
+            state.
+        dtype: of the inputs.
         tolerance: of outputs and states.
+        state_dtype: of the state.
     """
-    state = torch.full((NUM_SLOTS, *shape), NAN, dtype=dtype)
+    inputs = [x.to(dtype) for x in inputs]
+    state = torch.full((NUM_SLOTS, *shape), NAN, dtype=state_dtype)
     state[[slot for slot in SLOTS if slot >= 0]] = 0
     with torch.no_grad():
         outputs = over_steps(operator, inputs, state)
@@ -78,7 +83,7 @@ def check(
                 assert not outputs[row].any()
                 continue
             tokens = sum(counts[row] for counts in STEPS)
-            out, last = reference(*(x[row : row + 1, :tokens] for x in inputs))
+            out, last = reference(*(x[row : row + 1, :tokens].float() for x in inputs))
             torch.testing.assert_close(
                 outputs[row].float(), out[0].float(), rtol=tolerance, atol=tolerance
             )
@@ -107,22 +112,25 @@ def check_causal_conv1d(
     bias = torch.randn(6).to(dtype) if with_bias else None
 
     def reference(x: Tensor) -> tuple[Tensor, Tensor]:
-        activation = "silu" if silu else None
-        out = mamba2.causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation)
+        activation, exact = "silu" if silu else None, None if bias is None else bias.float()
+        out = mamba2.causal_conv1d_fn(x.transpose(1, 2), weight.float(), exact, activation)
         return out.transpose(1, 2), F.pad(x, (0, 0, 3, 0))[:, -3:]
 
     convolve = operators["causal_conv1d"]
     check(
         lambda x, *rest: convolve(x, weight, bias, *rest, silu=silu),
-        [random(6).to(dtype)],
+        [random(6)],
         (3, 6),
         reference,
         dtype,
         tolerance,
+        state_dtype=dtype,
     )
 
 
-def check_mamba_2(operators: Operators) -> None:
+def check_mamba_2(
+    operators: Operators, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5
+) -> None:
     scan = operators["selective_scan"]
     heads, dim, groups, size = 4, 8, 2, 5
     rates, skip = -torch.rand(heads) - 0.1, torch.randn(heads)
@@ -143,10 +151,14 @@ def check_mamba_2(operators: Operators) -> None:
         ],
         (heads, dim, size),
         reference,
+        dtype,
+        tolerance,
     )
 
 
-def check_mamba(operators: Operators) -> None:
+def check_mamba(
+    operators: Operators, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5
+) -> None:
     scan = operators["selective_scan"]
     channels, size = 6, 5
     rates, skip = -torch.rand(channels, size) - 0.1, torch.randn(channels)
@@ -173,6 +185,8 @@ def check_mamba(operators: Operators) -> None:
         ],
         (channels, 1, size),
         reference,
+        dtype,
+        tolerance,
     )
 
 
@@ -191,6 +205,9 @@ def delta_inputs(*decays: int) -> list[Tensor]:
 
 def check_delta_rule(
     operators: Operators,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 2e-5,
+    *,
     reference: Callable[..., tuple[Tensor, Tensor]],
     decays: tuple[int, ...] = (),
 ) -> None:
@@ -200,29 +217,37 @@ def check_delta_rule(
         delta_inputs(*decays),
         (HEADS, KEY_DIM, VALUE_DIM),
         lambda *inputs: reference(*inputs, output_final_state=True),
+        dtype,
+        tolerance,
     )
 
 
-def check_linear_recurrence(operators: Operators) -> None:
+def check_linear_recurrence(
+    operators: Operators, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5
+) -> None:
     def reference(decay: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         states = [torch.zeros_like(x[:, 0])]
         for token in range(x.shape[1]):
             states.append(states[-1] * decay[:, token] + x[:, token])
         return torch.stack(states[1:], 1), states[-1]
 
-    check(operators["linear_recurrence"], [random(5).sigmoid(), random(5, seed=1)], (5,), reference)
+    inputs = [random(5).sigmoid(), random(5, seed=1)]
+    check(operators["linear_recurrence"], inputs, (5,), reference, dtype, tolerance)
 
 
-CHECKS: dict[str, Callable[[Operators], None]] = {
+CHECKS: dict[str, Callable[..., None]] = {
     "convolution": check_causal_conv1d,
     "mamba 2": check_mamba_2,
     "mamba": check_mamba,
-    "gated delta rule": lambda operators: check_delta_rule(
-        operators, qwen3_next.torch_chunk_gated_delta_rule
+    "gated delta rule": partial(
+        check_delta_rule, reference=qwen3_next.torch_chunk_gated_delta_rule
     ),
-    "kimi delta attention": lambda operators: check_delta_rule(
-        operators, kimi_linear.chunk_kimi_delta_attention, (KEY_DIM,)
+    "kimi delta attention": partial(
+        check_delta_rule, reference=kimi_linear.chunk_kimi_delta_attention, decays=(KEY_DIM,)
     ),
     "linear recurrence": check_linear_recurrence,
 }
-"""Comparisons with transformers' functions, or with a loop."""
+"""Comparisons with transformers' functions, or with a loop, in float32.
+
+They take the operators, and optionally the dtype of inputs and the tolerance.
+"""

@@ -5,6 +5,7 @@ python tools/operators.py --check    fails if it is not current
 """
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import inplace.operators  # noqa: F401  registers the operators that converters 
 import inplace_builder.lower  # noqa: F401  registers the converters
 import torch
 from inplace_builder.graph.decomposition import find_decomposition
+from inplace_builder.lower.complex_numbers import complex_operators
 from inplace_builder.lower.registry import Converter, find_converter, registered, unsupported_reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
@@ -31,6 +33,11 @@ model's lines. A converter refuses what the column "only" excludes.
 OWN = """\
 `grouped_linear` is what a captured decoder calls for a mixture of experts; fusion makes the others.
 They are plugins.
+"""
+
+COMPLEX = """\
+TensorRT has no complex numbers. A complex tensor becomes two real ones, its parts, where only these
+operators use it, or others that PyTorch decomposes into them. Inputs, outputs and states stay real.
 """
 
 HANDLED = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
@@ -90,7 +97,8 @@ def page() -> str:
         only = sentence(_converter(overload).validator)
         converted.append((name(overload), mark, sentence(_converter(overload).convert), only))
     inplace_own = sorted((each for each in registered() if each.namespace == "inplace"), key=str)
-    rest = [each for each in tagged if find_converter(each) is None]
+    converted_or_complex = registered() | complex_operators()
+    rest = [each for each in tagged if each not in converted_or_complex]
     refused = [each for each in rest if unsupported_reason(each) is not None]
     decomposed = [
         each for each in rest if each not in refused and find_decomposition(each) is not None
@@ -112,6 +120,9 @@ def page() -> str:
                 for each in inplace_own
             ],
         ),
+        "## On complex numbers\n",
+        COMPLEX,
+        textwrap.fill(", ".join(sorted(map(name, complex_operators()))), 100) + "\n",
         "## Core ATen that is decomposed\n",
         "".join(f"- {name(each)}\n" for each in decomposed),
         "## Core ATen that TensorRT cannot express\n",

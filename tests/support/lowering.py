@@ -29,6 +29,16 @@ _GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
     "query_pre_attn_scalar": 8,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
 
 DECODERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GROUPED)),
@@ -52,6 +62,10 @@ DECODERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         transformers.GPTNeoXConfig(**_SMALL, **_LLAMA)
     ),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_SMALL, **_LLAMA)),
+    # rotary embeddings of complex numbers
+    "deepseek_v2": lambda: transformers.DeepseekV2ForCausalLM(
+        transformers.DeepseekV2Config(**_SMALL, **_LLAMA, **_LATENT)
+    ),
 }
 
 

@@ -7,17 +7,22 @@ there. Operators that write states are left as they are: their memory is the eng
 """
 
 import operator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
-from torch._dispatch.python import enable_python_dispatcher
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from inplace_builder.errors import BuildError, LoweringError
-from inplace_builder.graph.nodes import Emitter, argument, dtype, source_line, value
+from inplace_builder.graph.nodes import (
+    Emitter,
+    argument,
+    dtype,
+    fake_result,
+    source_line,
+    value,
+)
 from inplace_builder.graph.program import GraphProgram
 
 aten = torch.ops.aten
@@ -51,6 +56,13 @@ SELF_INVERSE = frozenset(
     }
 )
 """Views that undo themselves."""
+
+
+_INVERSES = {
+    aten.view_as_real.default: aten.view_as_complex.default,
+    aten.view_as_complex.default: aten.view_as_real.default,
+}
+"""What undoes a view."""
 
 
 _IDENTITIES = frozenset(
@@ -253,22 +265,10 @@ def _viewed(node: Node) -> Node | None:
         return None
     args: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-    with torch.no_grad(), enable_python_dispatcher(), _without_guards(args[0]):
-        result = target(*args, **kwargs)
+    result = fake_result(target, args, kwargs)
     first = result[0] if isinstance(result, list | tuple) and result else result
     shares = isinstance(first, torch.Tensor) and _memory(first) == _memory(args[0])
     return source if shares else None
-
-
-def _without_guards(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Let operators on fake tensors fix no dynamic extent of the program.
-
-    A composite operator compares extents, and one that equals another in the example would be fixed
-    to it.
-    """
-    mode = getattr(x, "fake_mode", None)
-    shape_env = getattr(mode, "shape_env", None)
-    return nullcontext() if shape_env is None else shape_env.suppress_guards()
 
 
 def _memory(x: torch.Tensor) -> int:
@@ -303,6 +303,12 @@ def _put_back(emit: Emitter, view: Node, base: Node, new: Node) -> Node:
         whole = emit.call(target, new, *arguments, **view.kwargs)
     elif target in _IDENTITIES:
         whole = new
+    elif target in _INVERSES:
+        whole = emit.call(_INVERSES[target], new)
+    elif target is aten.real.default:
+        whole = emit.call(aten.complex.default, new, emit.call(aten.imag.default, base))
+    elif target is aten.imag.default:
+        whole = emit.call(aten.complex.default, emit.call(aten.real.default, base), new)
     elif target in _SCATTERS:
         whole = emit.call(_SCATTERS[target], base, new, *arguments, **view.kwargs)
     elif target is aten.permute.default:

@@ -1,12 +1,14 @@
 """Questions about the nodes of a ``torch.fx`` graph, copies of graphs, and new calls in them."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
@@ -160,6 +162,19 @@ def copy_graph(graph: Graph) -> Graph:
     return copied
 
 
+def fake_result(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an operator returns of fake tensors, without fixing a dynamic extent of the program.
+
+    A composite operator compares extents, and one that equals another in the example would be fixed
+    to it; some operators would take the example's extents for all.
+    """
+    mode = detect_fake_mode([args, kwargs])
+    shapes = mode and mode.shape_env
+    unguarded = shapes.suppress_guards() if shapes else nullcontext()
+    with torch.no_grad(), enable_python_dispatcher(), unguarded:
+        return target(*args, **kwargs)
+
+
 class Emitter:
     """Inserts calls at one place of a graph.
 
@@ -187,5 +202,5 @@ class Emitter:
         if (trace := self._source.meta.get("stack_trace")) is not None:
             node.meta["stack_trace"] = trace
         concrete = torch.fx.node.map_arg((arguments, named), value)
-        node.meta["val"] = target(*concrete[0], **concrete[1])
+        node.meta["val"] = fake_result(target, *concrete)
         return node

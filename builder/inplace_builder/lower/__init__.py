@@ -4,7 +4,14 @@ States are inputs of the network and, where they are written, also outputs. `low
 every operator has a converter, an operator on states one for each mechanism.
 """
 
-from inplace_builder.lower import copy_states, kv_cache_update, plugins, static_slots
+from inplace_builder.lower import (
+    complex_rules,
+    copy_states,
+    fourier,
+    kv_cache_update,
+    plugins,
+    static_slots,
+)
 from inplace_builder.lower.compile import CompileOptions, compile_network
 from inplace_builder.lower.converters import (
     accumulate,
@@ -64,6 +71,8 @@ CONVERTER_MODULES = (
     accumulate,
     shape,
     unsupported,
+    complex_rules,
+    fourier,
     static_slots,
     copy_states,
     kv_cache_update,

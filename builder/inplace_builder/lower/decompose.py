@@ -3,8 +3,9 @@
 In-place operators are removed (`inplace_builder.graph.in_place`), and an operator that has no
 converter is replaced by PyTorch's own decomposition of it, into core ATen where there is one. A
 decomposition may write in place, and may use operators that have no converter either, so both are
-repeated until nothing changes. What has a converter stays whole: a layer of TensorRT is faster than
-its parts, and fusion matches whole operators.
+repeated until nothing changes. Then complex numbers become pairs of real ones
+(`inplace_builder.lower.complex_numbers`). What has a converter stays whole: a layer of TensorRT is
+faster than its parts, and fusion matches whole operators.
 """
 
 import operator
@@ -22,6 +23,11 @@ from inplace_builder.graph.decomposition import (
 )
 from inplace_builder.graph.in_place import remove_in_place
 from inplace_builder.graph.program import AnyProgram, GraphProgram
+from inplace_builder.lower.complex_numbers import (
+    has_complex_rule,
+    remove_complex,
+    touches_complex,
+)
 from inplace_builder.lower.recurrences import EXPANSIONS
 from inplace_builder.lower.registry import find_converter, unsupported_reason
 
@@ -44,11 +50,18 @@ def lowerable(program: AnyProgram) -> GraphProgram:
     """
     copied = GraphProgram.copy_of(program)
     _expand_recurrences(copied)
-    remove_in_place(copied)
-    while _decompose_once(copied):
-        remove_in_place(copied)
+    _decompose(copied)
+    if remove_complex(copied):
+        _decompose(copied)
     copied.recompile()
     return copied
+
+
+def _decompose(program: GraphProgram) -> None:
+    """Remove in-place operators, and decompose what has no converter, until nothing changes."""
+    remove_in_place(program)
+    while _decompose_once(program):
+        remove_in_place(program)
 
 
 def _expand_recurrences(program: GraphProgram) -> None:
@@ -71,7 +84,7 @@ def _decompose_once(program: GraphProgram) -> bool:
             or not isinstance(target, torch._ops.OpOverload)
             or target.namespace == NAMESPACE
             or not _holds_tensors(node.meta.get("val"))
-            or find_converter(target) is not None
+            or _stays_whole(node)
             or unsupported_reason(target) is not None
             or str(target) in node.meta.get(ORIGIN, ())
             or FAILURE in node.meta
@@ -83,6 +96,14 @@ def _decompose_once(program: GraphProgram) -> bool:
             _inline(program, node, traced)
             changed = True
     return changed
+
+
+def _stays_whole(node: Node) -> bool:
+    """Whether an operator has a converter, or a form on real numbers if it is complex."""
+    target: Any = node.target
+    if touches_complex(node):
+        return has_complex_rule(target)
+    return find_converter(target) is not None
 
 
 def _holds_tensors(meta: Any) -> bool:

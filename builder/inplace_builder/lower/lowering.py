@@ -16,7 +16,9 @@ from torch.export.graph_signature import ConstantArgument
 from torch.fx import Node
 
 from inplace_builder.errors import LoweringError
+from inplace_builder.graph.nodes import source_line
 from inplace_builder.graph.program import AnyProgram, weights_of
+from inplace_builder.lower.complex_numbers import REFUSED, touches_complex
 from inplace_builder.lower.decompose import FAILURE, ORIGIN
 from inplace_builder.lower.layers import ITensor
 from inplace_builder.lower.network import Network, NetworkState
@@ -117,9 +119,10 @@ def lower(
         }
     walk = _Walk(context, states, kinds or {}, shapes or {})
     walk.check(exported.graph)
+    returned = _check_outputs(exported, outputs)
     for node in exported.graph.nodes:
         walk.visit(node)
-    _mark_outputs(context, exported, outputs)
+    _mark_outputs(context, returned)
     state_outputs = _mark_states(context)
     return LoweredNetwork(
         network=context.network,
@@ -204,6 +207,11 @@ class _Walk:
             return None
         self._context.enter(node)
         made_by = "".join(f", part of {each}," for each in node.meta.get(ORIGIN, ())[:1])
+        if touches_complex(node) and kind is None:
+            if REFUSED not in node.meta:
+                return None  # it uses the result of an operator that is refused
+            text = f"operator {target}{made_by} cannot be lowered{self._context.origin}: "
+            return _Problem(text + node.meta[REFUSED], lacks_converter=False)
         converter = find_converter(target, kind)  # type: ignore[arg-type]
         if converter is None:
             what = "no converter" if kind is None else f"no converter for states of kind {kind}"
@@ -309,7 +317,12 @@ def _needs_converter(node: Node) -> bool:
     )
 
 
-def _mark_outputs(context: Network, exported: AnyProgram, names: Sequence[str]) -> None:
+def _check_outputs(exported: AnyProgram, names: Sequence[str]) -> dict[str, Node]:
+    """What the program returns, by name.
+
+    Raises:
+        LoweringError: it is not a tensor, or not as many; TensorRT does not have its type.
+    """
     by_name = {node.name: node for node in exported.graph.nodes}
     arguments = [spec.arg for spec in exported.graph_signature.output_specs]
     nodes = [by_name[arg.name] for arg in arguments if not isinstance(arg, ConstantArgument)]
@@ -317,9 +330,20 @@ def _mark_outputs(context: Network, exported: AnyProgram, names: Sequence[str]) 
         raise LoweringError(
             f"the graph returns {len(nodes)} tensors, its description names {list(names)}"
         )
-    for node, name in zip(nodes, names, strict=True):
-        if not isinstance(node.meta["val"], Tensor):
+    for name, node in zip(names, nodes, strict=True):
+        meta = node.meta["val"]
+        if not isinstance(meta, Tensor):
             raise LoweringError(f"output {name} is not a tensor of the graph; return tensors only")
+        if meta.is_complex():
+            raise LoweringError(
+                f"output {name} is {meta.dtype}, which TensorRT does not have{source_line(node)}; "
+                f"return torch.view_as_real of it"
+            )
+    return dict(zip(names, nodes, strict=True))
+
+
+def _mark_outputs(context: Network, returned: Mapping[str, Node]) -> None:
+    for name, node in returned.items():
         context.label, context.origin = f"output.{name}", ""
         _mark_output(context, name, context.value(node), node.meta["val"].dtype)
 

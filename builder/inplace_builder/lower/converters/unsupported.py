@@ -36,16 +36,6 @@ unsupported(
 
 
 unsupported(
-    "TensorRT has no complex numbers; a product with the constant matrix of the transform does it",
-    aten._fft_r2c.default,
-    aten._fft_c2r.default,
-    aten._fft_c2c.default,
-    aten.view_as_complex.default,
-    aten.view_as_real.default,
-)
-
-
-unsupported(
     UPDATES_STATISTICS,
     aten._native_batch_norm_legit.default,
 )

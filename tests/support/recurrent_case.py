@@ -210,11 +210,16 @@ def check_delta_rule(
     *,
     reference: Callable[..., tuple[Tensor, Tensor]],
     decays: tuple[int, ...] = (),
+    repeated_keys: bool = False,
 ) -> None:
     scale, rule = KEY_DIM**-0.5, operators["delta_rule"]
+    inputs = delta_inputs(*decays)
+    if repeated_keys:  # powers of the keys' products, as a series has them, would be huge
+        inputs[1] = inputs[1][:, :1].expand_as(inputs[1])
+        inputs[3], inputs[4] = inputs[3] / 1000, torch.ones_like(inputs[4])
     check(
         lambda query, *rest: rule(query * scale, *rest),
-        delta_inputs(*decays),
+        inputs,
         (HEADS, KEY_DIM, VALUE_DIM),
         lambda *inputs: reference(*inputs, output_final_state=True),
         dtype,
@@ -241,6 +246,11 @@ CHECKS: dict[str, Callable[..., None]] = {
     "mamba": check_mamba,
     "gated delta rule": partial(
         check_delta_rule, reference=qwen3_next.torch_chunk_gated_delta_rule
+    ),
+    "gated delta rule with repeated keys": partial(
+        check_delta_rule,
+        reference=qwen3_next.torch_chunk_gated_delta_rule,
+        repeated_keys=True,
     ),
     "kimi delta attention": partial(
         check_delta_rule, reference=kimi_linear.chunk_kimi_delta_attention, decays=(KEY_DIM,)

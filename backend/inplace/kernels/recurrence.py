@@ -1,180 +1,74 @@
 """Convolutions and recurrences on a GPU, over each row's own tokens and the state of its slot.
 
 A program of a recurrence holds a part of one row's state in registers, and goes through the row's
-tokens. So a decode step reads and writes each state once; a prompt takes a time that is linear in
-its tokens. All arithmetic is in float32.
+tokens. So a step reads and writes each state once. Steps with a prompt go from chunk to chunk with
+matrix products where a head has one decay; all others go from token to token. Sums are in float32.
 """
 
-import triton
-import triton.language as tl
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+import triton
+
+from inplace.kernels.linear import MULTIPROCESSORS, shared_memory
 from inplace.kernels.memory import Memory
+from inplace.kernels.recurrence_kernels import (
+    conv_kernel,
+    conv_state_kernel,
+    delta_chunks_kernel,
+    delta_inverse_kernel,
+    delta_kernel,
+    linear_recurrence_kernel,
+    scan_chunks_kernel,
+    scan_kernel,
+)
 
 BLOCK = 64
 """Channels that a program computes."""
 
 
-@triton.jit
-def conv_kernel(
-    x, weight, bias, state, slots, row_offsets, out, rows, channels,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Program (token, block of channels): the token's output. States are only read."""
-    token = tl.program_id(0)
-    r = tl.arange(0, BLOCK_R)
-    ends = tl.load(row_offsets + r + 1, mask=r < rows, other=2147483647)
-    row = tl.sum((ends <= token).to(tl.int32), 0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    slot = tl.load(slots + row, mask=row < rows, other=-1).to(tl.int64)
-    place = token - tl.load(row_offsets + row, mask=row < rows, other=0)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    if BIAS:
-        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(WIDTH):
-        back = WIDTH - 1 - k
-        new = place >= back
-        past = state + (slot * (WIDTH - 1) + (WIDTH - 1) - (back - place)) * channels + c
-        value = tl.load(past, mask=inside & (slot >= 0) & (place < back), other=0.0).to(tl.float32)
-        at = x + (token - back).to(tl.int64) * channels + c
-        value += tl.load(at, mask=inside & new, other=0.0).to(tl.float32)
-        total += value * tl.load(weight + c * WIDTH + k, mask=inside, other=0.0).to(tl.float32)
-    if SILU:
-        total = total / (1.0 + tl.exp(-total))
-    total = tl.where(slot >= 0, total, 0.0)
-    to = out + token.to(tl.int64) * channels + c
-    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+@dataclass(frozen=True)
+class ChunkBlocks:
+    """Blocks of a program that goes from chunk to chunk.
 
+    Attributes:
+        chunk: tokens.
+        inner: the padded extent of the state that products sum over.
+        outer: how much of the other one it has.
+    """
 
-@triton.jit
-def conv_state_kernel(
-    x, state, slots, row_offsets, channels, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """Program (row, block of channels): the last inputs of the row, the newest last."""
-    row = tl.program_id(0)
-    slot = tl.load(slots + row).to(tl.int64)
-    first = tl.load(row_offsets + row)
-    count = tl.load(row_offsets + row + 1) - first
-    if (slot < 0) | (count == 0):
-        return
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    kept = state + slot * (WIDTH - 1) * channels + c
-    # an entry is read before it is written: its source is behind it
-    for entry in tl.static_range(WIDTH - 1):
-        place = entry + count - (WIDTH - 1)  # among the row's tokens; negative: in the old state
-        old = tl.load(
-            kept + (entry + count).to(tl.int64) * channels, mask=inside & (place < 0), other=0.0
-        )
-        at = x + (first + place).to(tl.int64) * channels + c
-        new = tl.load(at, mask=inside & (place >= 0), other=0.0)
-        tl.store(kept + entry * channels, tl.where(place < 0, old, new), mask=inside)
+    chunk: int
+    inner: int
+    outer: int
 
+    @classmethod
+    def of(cls, inner: int, outer: int, states: int, itemsize: int) -> "ChunkBlocks | None":
+        """The largest that fit into shared memory; None if none do.
 
-@triton.jit
-def scan_kernel(
-    x, dt, rates, key, query, skip, state, slots, row_offsets, out,
-    HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    RATE_DIM: tl.constexpr, RATE_SIZE: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Program (row, group, block of its channels): `inplace.operators.selective_scan`."""
-    row, group = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    first = tl.load(row_offsets + row).to(tl.int64)
-    end = tl.load(row_offsets + row + 1).to(tl.int64)
-    of_group: tl.constexpr = HEADS // GROUPS * DIM
-    place = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c, n = group * of_group + place, tl.arange(0, BLOCK_N)
-    known, sized = place < of_group, n < SIZE
-    if slot < 0:
-        for token in range(first, end):
-            to = out + token * HEADS * DIM + c
-            tl.store(to, tl.zeros((BLOCK_C,), out.dtype.element_ty), mask=known)
-        return
-    both = known[:, None] & sized[None, :]
-    at = state + (slot * HEADS * DIM + c[:, None]) * SIZE + n[None, :]
-    h = tl.load(at, mask=both, other=0.0).to(tl.float32)
-    head = c // DIM
-    rate = rates + head[:, None] * RATE_DIM * RATE_SIZE + n[None, :] * (RATE_SIZE > 1)
-    rate += (c % DIM)[:, None] * RATE_SIZE * (RATE_DIM > 1)
-    a = tl.load(rate, mask=both, other=0.0).to(tl.float32)
-    for token in range(first, end):
-        step = tl.load(dt + token * HEADS + head, mask=known, other=0.0).to(tl.float32)
-        value = tl.load(x + token * HEADS * DIM + c, mask=known, other=0.0).to(tl.float32)
-        of_token = (token * GROUPS + group) * SIZE + n
-        k = tl.load(key + of_token, mask=sized, other=0.0).to(tl.float32)
-        q = tl.load(query + of_token, mask=sized, other=0.0).to(tl.float32)
-        h = h * tl.exp(a * step[:, None]) + (step * value)[:, None] * k[None, :]
-        total = tl.sum(h * q[None, :], 1)
-        if SKIP:
-            total += value * tl.load(skip + head, mask=known, other=0.0).to(tl.float32)
-        to = out + token * HEADS * DIM + c
-        tl.store(to, total.to(out.dtype.element_ty), mask=known)
-    tl.store(at, h.to(state.dtype.element_ty), mask=both)
+        Args:
+            inner: extent of a state that queries and keys have.
+            outer: extent of a state that values have.
+            states: how many there are, over rows and heads.
+            itemsize: bytes of an entry of the inputs.
+        """
+        inner, outer = (max(16, triton.next_power_of_2(extent)) for extent in (inner, outer))
+        few = states * triton.cdiv(outer, BLOCK) < MULTIPROCESSORS
+        outer = min(outer, BLOCK // 2 if few else BLOCK)
+        for chunk in (64, 32, 16):
+            # queries, keys and scaled keys, values twice, weights twice, the state
+            entries = chunk * (3 * inner + 2 * outer + 2 * chunk) + inner * outer
+            if itemsize * entries <= shared_memory():
+                return cls(chunk, inner, outer)
+        return None
 
+    def launch(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of a launch, for keys of this type, which all factors are rounded to.
 
-@triton.jit
-def delta_kernel(
-    query, key, value, decay, beta, state, slots, row_offsets, out,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIAGONAL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Program (row, head, block of the value): `inplace.operators.delta_rule`."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    first = tl.load(row_offsets + row).to(tl.int64)
-    end = tl.load(row_offsets + row + 1).to(tl.int64)
-    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    keyed, valued = k < KEY_DIM, v < VALUE_DIM
-    if slot < 0:
-        for token in range(first, end):
-            to = out + (token * HEADS + head) * VALUE_DIM + v
-            tl.store(to, tl.zeros((BLOCK_V,), out.dtype.element_ty), mask=valued)
-        return
-    both = keyed[:, None] & valued[None, :]
-    at = state + ((slot * HEADS + head) * KEY_DIM + k[:, None]) * VALUE_DIM + v[None, :]
-    s = tl.load(at, mask=both, other=0.0).to(tl.float32)
-    for token in range(first, end):
-        this = token * HEADS + head
-        q = tl.load(query + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
-        kk = tl.load(key + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
-        vv = tl.load(value + this * VALUE_DIM + v, mask=valued, other=0.0).to(tl.float32)
-        if DIAGONAL:
-            g = tl.load(decay + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
-            s = s * tl.exp(g)[:, None]
-        else:
-            s = s * tl.exp(tl.load(decay + this).to(tl.float32))
-        known = tl.sum(s * kk[:, None], 0)
-        correction = (vv - known) * tl.load(beta + this).to(tl.float32)
-        s += kk[:, None] * correction[None, :]
-        total = tl.sum(s * q[:, None], 0)
-        to = out + this * VALUE_DIM + v
-        tl.store(to, total.to(out.dtype.element_ty), mask=valued)
-    tl.store(at, s.to(state.dtype.element_ty), mask=both)
-
-
-@triton.jit
-def linear_recurrence_kernel(
-    decay, x, state, slots, row_offsets, out, channels, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """Program (row, block of channels): `inplace.operators.linear_recurrence`."""
-    row = tl.program_id(0)
-    slot = tl.load(slots + row).to(tl.int64)
-    first = tl.load(row_offsets + row).to(tl.int64)
-    end = tl.load(row_offsets + row + 1).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    at = state + slot * channels + c
-    h = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
-    for token in range(first, end):
-        of_token = token * channels + c
-        a = tl.load(decay + of_token, mask=inside, other=0.0).to(tl.float32)
-        h = a * h + tl.load(x + of_token, mask=inside, other=0.0).to(tl.float32)
-        total = tl.where(slot >= 0, h, 0.0)
-        tl.store(out + of_token, total.to(out.dtype.element_ty), mask=inside)
-    tl.store(at, h.to(state.dtype.element_ty), mask=inside & (slot >= 0))
+        A product of float32 is three of TF32.
+        """
+        precision = "tf32x3" if dtype == torch.float32 else "tf32"
+        return {"CHUNK": self.chunk, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
 
 
 def causal_conv1d(
@@ -218,6 +112,7 @@ def selective_scan(
     slots: Memory,
     row_offsets: Memory,
     out: Memory,
+    tokens: int,
     rows: int,
     shape: tuple[int, int, int],
     groups: int,
@@ -228,6 +123,7 @@ def selective_scan(
     Args:
         x, dt, key, query, skip, state, slots, row_offsets: of the operator; ``rates`` is its A.
         out: ``[tokens, heads, dim]``.
+        tokens: of all rows.
         rows: rows of the step.
         shape: of a slot: heads, dim, size.
         groups: of key and query.
@@ -236,13 +132,40 @@ def selective_scan(
     if rows == 0:
         return
     heads, dim, size = shape
+    memories = (x, dt, rates, key, query, x if skip is None else skip)
+    step = (state, slots, row_offsets, out)
+    sizes = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "SIZE": size, "SKIP": skip is not None}
+    by_chunks = tokens > rows and rate_shape == (1, 1)
+    blocks = ChunkBlocks.of(size, dim, rows * heads, key.dtype.itemsize) if by_chunks else None
+    if blocks is not None:
+        scan_chunks_kernel[(rows, heads, triton.cdiv(dim, blocks.outer))](
+            *memories, *step, **sizes, BLOCK_P=blocks.outer, BLOCK_N=blocks.inner,
+            **blocks.launch(key.dtype),
+        )  # fmt: skip
+        return
     block_n = triton.next_power_of_2(size)
     block_c = min(BLOCK, max(1, 4096 // block_n), triton.next_power_of_2(heads // groups * dim))
     scan_kernel[(rows, groups, triton.cdiv(heads // groups * dim, block_c))](
-        x, dt, rates, key, query, x if skip is None else skip, state, slots, row_offsets, out,
-        HEADS=heads, DIM=dim, GROUPS=groups, SIZE=size, RATE_DIM=rate_shape[0],
-        RATE_SIZE=rate_shape[1], SKIP=skip is not None, BLOCK_C=block_c, BLOCK_N=block_n,
+        *memories, *step, **sizes, RATE_DIM=rate_shape[0], RATE_SIZE=rate_shape[1],
+        BLOCK_C=block_c, BLOCK_N=block_n,
     )  # fmt: skip
+
+
+def delta_rule_workspace(
+    tokens: int, rows: int, shape: tuple[int, int, int], itemsize: int, *, diagonal: bool
+) -> int:
+    """Entries of scratch memory that `delta_rule` needs, with its arguments."""
+    blocks = _delta_blocks(tokens, rows, shape, itemsize, diagonal)
+    return 0 if blocks is None else tokens * shape[0] * blocks.chunk
+
+
+def _delta_blocks(
+    tokens: int, rows: int, shape: tuple[int, int, int], itemsize: int, diagonal: bool
+) -> ChunkBlocks | None:
+    """The blocks of a step that goes from chunk to chunk; None: from token to token."""
+    heads, key_dim, value_dim = shape
+    by_chunks = tokens > rows and not diagonal
+    return ChunkBlocks.of(key_dim, value_dim, rows * heads, itemsize) if by_chunks else None
 
 
 def delta_rule(
@@ -256,6 +179,8 @@ def delta_rule(
     slots: Memory,
     row_offsets: Memory,
     out: Memory,
+    workspace: Memory,
+    tokens: int,
     rows: int,
     shape: tuple[int, int, int],
     diagonal: bool,
@@ -265,6 +190,8 @@ def delta_rule(
     Args:
         query, key, value, decay, beta, state, slots, row_offsets: of the operator.
         out: ``[tokens, heads, value_dim]``.
+        workspace: `delta_rule_workspace` entries of the keys' type.
+        tokens: of all rows.
         rows: rows of the step.
         shape: of a slot: heads, key_dim, value_dim.
         diagonal: whether each key component has a decay of its own.
@@ -272,6 +199,20 @@ def delta_rule(
     if rows == 0:
         return
     heads, key_dim, value_dim = shape
+    blocks = _delta_blocks(tokens, rows, shape, key.dtype.itemsize, diagonal)
+    if blocks is not None:
+        # Each row may have a chunk that is not full.
+        delta_inverse_kernel[(tokens // blocks.chunk + rows, heads)](
+            key, decay, beta, slots, row_offsets, workspace, rows,
+            HEADS=heads, KEY_DIM=key_dim, BLOCK_K=blocks.inner,
+            BLOCK_R=triton.next_power_of_2(rows), **blocks.launch(key.dtype),
+        )  # fmt: skip
+        delta_chunks_kernel[(rows, heads, triton.cdiv(value_dim, blocks.outer))](
+            query, key, value, decay, beta, state, slots, row_offsets, workspace, out,
+            HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=blocks.inner,
+            BLOCK_V=blocks.outer, **blocks.launch(key.dtype),
+        )  # fmt: skip
+        return
     block_k = triton.next_power_of_2(key_dim)
     block_v = min(triton.next_power_of_2(value_dim), max(1, 4096 // block_k))
     delta_kernel[(rows, heads, triton.cdiv(value_dim, block_v))](

@@ -70,7 +70,7 @@ def _selective_scan_on_gpu(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> Tensor:
-    """`selective_scan` in a Triton-language kernel, without a synchronisation with the host."""
+    """`selective_scan` in Triton-language kernels, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
     out = _empty_scan(x, dt, A, B, C, D, state, slots, row_offsets).zero_()
@@ -86,6 +86,7 @@ def _selective_scan_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         out=out,
+        tokens=x.shape[0],
         rows=slots.shape[0],
         shape=(state.shape[1], state.shape[2], state.shape[3]),
         groups=B.shape[1],
@@ -258,11 +259,16 @@ def _delta_rule_on_gpu(
     slots: Tensor,
     row_offsets: Tensor,
 ) -> Tensor:
-    """`delta_rule` in a Triton-language kernel, without a synchronisation with the host."""
+    """`delta_rule` in Triton-language kernels, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
     out = _empty_delta_rule(query, key, value, decay, beta, state, slots, row_offsets).zero_()
     check_contiguous(state)
+    tokens, rows, diagonal = value.shape[0], slots.shape[0], decay.dim() == 3
+    shape = (state.shape[1], state.shape[2], state.shape[3])
+    scratch = kernels.delta_rule_workspace(
+        tokens, rows, shape, key.dtype.itemsize, diagonal=diagonal
+    )
     kernels.delta_rule(
         query=query.contiguous(),
         key=key.contiguous(),
@@ -273,9 +279,11 @@ def _delta_rule_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         out=out,
-        rows=slots.shape[0],
-        shape=(state.shape[1], state.shape[2], state.shape[3]),
-        diagonal=decay.dim() == 3,
+        workspace=key.new_empty(scratch),
+        tokens=tokens,
+        rows=rows,
+        shape=shape,
+        diagonal=diagonal,
     )
     return out
 

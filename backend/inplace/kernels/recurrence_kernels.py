@@ -1,0 +1,329 @@
+"""Triton-language kernels of convolutions and recurrences.
+
+`inplace.kernels.recurrence` launches them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def conv_kernel(
+    x, weight, bias, state, slots, row_offsets, out, rows, channels,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block of channels): the token's output. States are only read."""
+    token = tl.program_id(0)
+    r = tl.arange(0, BLOCK_R)
+    ends = tl.load(row_offsets + r + 1, mask=r < rows, other=2147483647)
+    row = tl.sum((ends <= token).to(tl.int32), 0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    slot = tl.load(slots + row, mask=row < rows, other=-1).to(tl.int64)
+    place = token - tl.load(row_offsets + row, mask=row < rows, other=0)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    if BIAS:
+        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(WIDTH):
+        back = WIDTH - 1 - k
+        new = place >= back
+        past = state + (slot * (WIDTH - 1) + (WIDTH - 1) - (back - place)) * channels + c
+        value = tl.load(past, mask=inside & (slot >= 0) & (place < back), other=0.0).to(tl.float32)
+        at = x + (token - back).to(tl.int64) * channels + c
+        value += tl.load(at, mask=inside & new, other=0.0).to(tl.float32)
+        total += value * tl.load(weight + c * WIDTH + k, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        total = total / (1.0 + tl.exp(-total))
+    total = tl.where(slot >= 0, total, 0.0)
+    to = out + token.to(tl.int64) * channels + c
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def conv_state_kernel(
+    x, state, slots, row_offsets, channels, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Program (row, block of channels): the last inputs of the row, the newest last."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    first = tl.load(row_offsets + row)
+    count = tl.load(row_offsets + row + 1) - first
+    if (slot < 0) | (count == 0):
+        return
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    kept = state + slot * (WIDTH - 1) * channels + c
+    # an entry is read before it is written: its source is behind it
+    for entry in tl.static_range(WIDTH - 1):
+        place = entry + count - (WIDTH - 1)  # among the row's tokens; negative: in the old state
+        old = tl.load(
+            kept + (entry + count).to(tl.int64) * channels, mask=inside & (place < 0), other=0.0
+        )
+        at = x + (first + place).to(tl.int64) * channels + c
+        new = tl.load(at, mask=inside & (place >= 0), other=0.0)
+        tl.store(kept + entry * channels, tl.where(place < 0, old, new), mask=inside)
+
+
+@triton.jit
+def scan_kernel(
+    x, dt, rates, key, query, skip, state, slots, row_offsets, out,
+    HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    RATE_DIM: tl.constexpr, RATE_SIZE: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (row, group, block of its channels): `inplace.operators.selective_scan`."""
+    row, group = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    first = tl.load(row_offsets + row).to(tl.int64)
+    end = tl.load(row_offsets + row + 1).to(tl.int64)
+    of_group: tl.constexpr = HEADS // GROUPS * DIM
+    place = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c, n = group * of_group + place, tl.arange(0, BLOCK_N)
+    known, sized = place < of_group, n < SIZE
+    if slot < 0:
+        for token in range(first, end):
+            to = out + token * HEADS * DIM + c
+            tl.store(to, tl.zeros((BLOCK_C,), out.dtype.element_ty), mask=known)
+        return
+    both = known[:, None] & sized[None, :]
+    at = state + (slot * HEADS * DIM + c[:, None]) * SIZE + n[None, :]
+    h = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    head = c // DIM
+    rate = rates + head[:, None] * RATE_DIM * RATE_SIZE + n[None, :] * (RATE_SIZE > 1)
+    rate += (c % DIM)[:, None] * RATE_SIZE * (RATE_DIM > 1)
+    a = tl.load(rate, mask=both, other=0.0).to(tl.float32)
+    for token in range(first, end):
+        step = tl.load(dt + token * HEADS + head, mask=known, other=0.0).to(tl.float32)
+        value = tl.load(x + token * HEADS * DIM + c, mask=known, other=0.0).to(tl.float32)
+        of_token = (token * GROUPS + group) * SIZE + n
+        k = tl.load(key + of_token, mask=sized, other=0.0).to(tl.float32)
+        q = tl.load(query + of_token, mask=sized, other=0.0).to(tl.float32)
+        h = h * tl.exp(a * step[:, None]) + (step * value)[:, None] * k[None, :]
+        total = tl.sum(h * q[None, :], 1)
+        if SKIP:
+            total += value * tl.load(skip + head, mask=known, other=0.0).to(tl.float32)
+        to = out + token * HEADS * DIM + c
+        tl.store(to, total.to(out.dtype.element_ty), mask=known)
+    tl.store(at, h.to(state.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def delta_kernel(
+    query, key, value, decay, beta, state, slots, row_offsets, out,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIAGONAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head, block of the value): `inplace.operators.delta_rule`."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    first = tl.load(row_offsets + row).to(tl.int64)
+    end = tl.load(row_offsets + row + 1).to(tl.int64)
+    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    keyed, valued = k < KEY_DIM, v < VALUE_DIM
+    if slot < 0:
+        for token in range(first, end):
+            to = out + (token * HEADS + head) * VALUE_DIM + v
+            tl.store(to, tl.zeros((BLOCK_V,), out.dtype.element_ty), mask=valued)
+        return
+    both = keyed[:, None] & valued[None, :]
+    at = state + ((slot * HEADS + head) * KEY_DIM + k[:, None]) * VALUE_DIM + v[None, :]
+    s = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    for token in range(first, end):
+        this = token * HEADS + head
+        q = tl.load(query + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
+        kk = tl.load(key + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
+        vv = tl.load(value + this * VALUE_DIM + v, mask=valued, other=0.0).to(tl.float32)
+        if DIAGONAL:
+            g = tl.load(decay + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
+            s = s * tl.exp(g)[:, None]
+        else:
+            s = s * tl.exp(tl.load(decay + this).to(tl.float32))
+        known = tl.sum(s * kk[:, None], 0)
+        correction = (vv - known) * tl.load(beta + this).to(tl.float32)
+        s += kk[:, None] * correction[None, :]
+        total = tl.sum(s * q[:, None], 0)
+        to = out + this * VALUE_DIM + v
+        tl.store(to, total.to(out.dtype.element_ty), mask=valued)
+    tl.store(at, s.to(state.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def linear_recurrence_kernel(
+    decay, x, state, slots, row_offsets, out, channels, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Program (row, block of channels): `inplace.operators.linear_recurrence`."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    first = tl.load(row_offsets + row).to(tl.int64)
+    end = tl.load(row_offsets + row + 1).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    at = state + slot * channels + c
+    h = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+    for token in range(first, end):
+        of_token = token * channels + c
+        a = tl.load(decay + of_token, mask=inside, other=0.0).to(tl.float32)
+        h = a * h + tl.load(x + of_token, mask=inside, other=0.0).to(tl.float32)
+        total = tl.where(slot >= 0, h, 0.0)
+        tl.store(out + of_token, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(at, h.to(state.dtype.element_ty), mask=inside & (slot >= 0))
+
+
+@triton.jit
+def scan_chunks_kernel(
+    x, dt, rates, key, query, skip, state, slots, row_offsets, out,
+    HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head, block of its channels): a chunk of tokens is a few matrix products.
+
+    For heads with one decay: the state-space dual of Mamba 2 (arXiv:2405.21060, section 6).
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    group = head // (HEADS // GROUPS)
+    slot = tl.load(slots + row).to(tl.int64)
+    first = tl.load(row_offsets + row).to(tl.int64)
+    end = tl.load(row_offsets + row + 1).to(tl.int64)
+    if first == end:
+        return
+    t = tl.arange(0, CHUNK)
+    p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    of_head, sized = p < DIM, n < SIZE
+    # Entries of a chunk from its first one: 32-bit offsets need half the registers of addresses.
+    of_values = t[:, None] * (HEADS * DIM) + p[None, :]
+    of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
+    if slot < 0:
+        for start in range(first, end, CHUNK):
+            here = (t < end - start)[:, None] & of_head[None, :]
+            to = out + (start * HEADS + head) * DIM + of_values
+            tl.store(to, tl.zeros((CHUNK, BLOCK_P), out.dtype.element_ty), mask=here)
+        return
+    at = state + ((slot * HEADS + head) * DIM + p[:, None]) * SIZE + n[None, :]
+    both = of_head[:, None] & sized[None, :]
+    h = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    rate = tl.load(rates + head).to(tl.float32)
+    for start in range(first, end, CHUNK):
+        inside = t < end - start
+        this = start * HEADS + head
+        step = tl.load(dt + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        total, last = tl.cumsum(step * rate, 0), tl.sum(step * rate, 0)
+        here = inside[:, None] & of_head[None, :]
+        value = tl.load(x + this * DIM + of_values, mask=here, other=0.0)
+        there = inside[:, None] & sized[None, :]
+        shared = (start * GROUPS + group) * SIZE
+        k = tl.load(key + shared + of_keys, mask=there, other=0.0)
+        q = tl.load(query + shared + of_keys, mask=there, other=0.0).to(k.dtype)
+        past = tl.dot(q, tl.trans(h.to(q.dtype)), input_precision=PRECISION)
+        result = past * tl.exp(total)[:, None]
+        decay = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
+        weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tl.exp(decay) * step[None, :]
+        result += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        if SKIP:
+            result += value.to(tl.float32) * tl.load(skip + head).to(tl.float32)
+        tl.store(out + this * DIM + of_values, result.to(out.dtype.element_ty), mask=here)
+        scaled = (value.to(tl.float32) * (step * tl.exp(last - total))[:, None]).to(k.dtype)
+        h = h * tl.exp(last) + tl.dot(tl.trans(scaled), k, input_precision=PRECISION)
+    tl.store(at, h.to(state.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def delta_inverse_kernel(
+    key, decay, beta, slots, row_offsets, workspace, rows,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk of a row, head): the inverse of ``1 + A`` of its tokens, by rows.
+
+    ``A[i, j] = beta[i] * (k[i] . k[j]) * exp(decay from j to i)`` for j before i. Forward
+    substitution is exact where keys repeat, which a series in A is not.
+    """
+    index, head = tl.program_id(0), tl.program_id(1)
+    r, t, c = tl.arange(0, BLOCK_R), tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
+    firsts = tl.load(row_offsets + r, mask=r < rows, other=0)
+    ends = tl.load(row_offsets + r + 1, mask=r < rows, other=0)
+    chunks = tl.cumsum((ends - firsts + CHUNK - 1) // CHUNK, 0)
+    row = tl.sum((chunks <= index).to(tl.int32), 0)
+    if row >= rows:
+        return
+    if tl.load(slots + row) < 0:
+        return
+    before = tl.max(tl.where(r < row, chunks, 0), 0)
+    first, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    start = first + (index - before) * CHUNK
+    inside = t < end - start
+    this = start.to(tl.int64) * HEADS + head
+    g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    total = tl.cumsum(g, 0)
+    b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    there = inside[:, None] & (c < KEY_DIM)[None, :]
+    of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
+    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+    between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
+    products = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    inverse = -products * tl.exp(between) * b[:, None]
+    for i in range(1, CHUNK):
+        own = tl.sum(tl.where(t[:, None] == i, inverse, 0.0), 0)
+        own += tl.sum(own[:, None] * inverse, 0)
+        inverse = tl.where(t[:, None] == i, own[None, :], inverse)
+    inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+    to = workspace + this * CHUNK + t[:, None] * (HEADS * CHUNK) + t[None, :]
+    tl.store(to, inverse.to(workspace.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def delta_chunks_kernel(
+    query, key, value, decay, beta, state, slots, row_offsets, workspace, out,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head, block of the value): a chunk of tokens is a few matrix products.
+
+    For heads with one decay: the chunks of gated delta networks (arXiv:2412.06464, section 3.3).
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    first = tl.load(row_offsets + row).to(tl.int64)
+    end = tl.load(row_offsets + row + 1).to(tl.int64)
+    if first == end:
+        return
+    t, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
+    v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    keyed, valued = c < KEY_DIM, v < VALUE_DIM
+    of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
+    of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
+    of_inverse = t[:, None] * (HEADS * CHUNK) + t[None, :]
+    if slot < 0:
+        for start in range(first, end, CHUNK):
+            here = (t < end - start)[:, None] & valued[None, :]
+            to = out + (start * HEADS + head) * VALUE_DIM + of_values
+            tl.store(to, tl.zeros((CHUNK, BLOCK_V), out.dtype.element_ty), mask=here)
+        return
+    at = state + ((slot * HEADS + head) * KEY_DIM + c[:, None]) * VALUE_DIM + v[None, :]
+    both = keyed[:, None] & valued[None, :]
+    s = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    for start in range(first, end, CHUNK):
+        inside = t < end - start
+        this = start * HEADS + head
+        g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        total, last = tl.cumsum(g, 0), tl.sum(g, 0)
+        b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        there = inside[:, None] & keyed[None, :]
+        k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+        here = inside[:, None] & valued[None, :]
+        wanted = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0)
+        past = s.to(k.dtype)
+        known = tl.dot(k, past, input_precision=PRECISION) * tl.exp(total)[:, None]
+        missing = ((wanted.to(tl.float32) - known) * b[:, None]).to(k.dtype)
+        inverse = tl.load(workspace + this * CHUNK + of_inverse, mask=inside[:, None], other=0.0)
+        corrections = tl.dot(inverse, missing, input_precision=PRECISION).to(k.dtype)
+        q = tl.load(query + this * KEY_DIM + of_keys, mask=there, other=0.0).to(k.dtype)
+        result = tl.dot(q, past, input_precision=PRECISION) * tl.exp(total)[:, None]
+        between = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
+        weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tl.exp(between)
+        result += tl.dot(weights.to(k.dtype), corrections, input_precision=PRECISION)
+        tl.store(out + this * VALUE_DIM + of_values, result.to(out.dtype.element_ty), mask=here)
+        scaled = (k.to(tl.float32) * tl.exp(last - total)[:, None]).to(k.dtype)
+        s = s * tl.exp(last) + tl.dot(tl.trans(scaled), corrections, input_precision=PRECISION)
+    tl.store(at, s.to(state.dtype.element_ty), mask=both)

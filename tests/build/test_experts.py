@@ -17,7 +17,7 @@ from inplace_builder import (
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.fusion.fuse import bindable_weights, fuse
-from inplace_builder.lower import LoweredNetwork, lower, lowerable
+from inplace_builder.lower import lower, lowerable
 from support.comparing import operators
 from support.experts import (
     CAPACITY,
@@ -25,10 +25,10 @@ from support.experts import (
     CONFIGURATIONS,
     ROWS,
     STATIC_STEPS,
-    Step,
     check_ragged_rows,
     graph_step,
     moe_decoder,
+    network_step,
 )
 from support.exported_decoders import exported as exported_decoder
 from support.long import long_except
@@ -53,18 +53,6 @@ def captured(model: PreTrainedModel) -> Capture:
     capture = capture_decoder(model, OPTIONS)
     assert model.get_experts_implementation()[""] == "eager", "the model is left as it was"
     return capture
-
-
-def network_step(capture: Capture, network: LoweredNetwork) -> Step:
-    """A step of a network, read back and computed in PyTorch."""
-
-    def step(inputs: dict[str, Tensor], states: dict[str, Tensor]) -> Tensor:
-        outputs = interpret(network, inputs | states)
-        for name, output in network.state_outputs.items():
-            states[name].copy_(outputs[output])
-        return outputs["logits"]
-
-    return step
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MixtralConfig,
     PhiConfig,
@@ -48,6 +49,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt_neox": GPTNeoXConfig(**SIZES),
     "phi": PhiConfig(**SIZES),
+    "granite_swa": GraniteSWAConfig(**GROUPED, sliding_window=64),
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
 }
 FULLY_FUSED = {"inplace.linear.default": 4 * 2 + 1, "inplace.qkv_attention.default": 2}
@@ -83,6 +85,7 @@ EXPECTED: dict[str, dict[str, int]] = {
         "aten.silu.default": 0,
         "aten.chunk.default": 0,
     },
+    "granite_swa": FULLY_FUSED,
     "phi": FULLY_FUSED | {"aten.layer_norm.default": 2 + 1, "aten.dropout.default": 0},
 }
 
@@ -165,7 +168,7 @@ def test_a_half_precision_decoder_is_fused_like_one_in_float32(
 
 @pytest.mark.parametrize(
     "family",
-    long_except(["llama-tied", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral"], FAMILIES),
+    long_except(["llama-tied", "qwen3", "gemma2", "gpt2", "granite_swa", "mixtral"], FAMILIES),
 )
 def test_a_fused_decoder_has_fewer_operators_and_the_same_results(family: str) -> None:
     capture = captured(family)

@@ -42,20 +42,6 @@ def bert(folder: Path, _: Path) -> Path:
     return folder
 
 
-def gpt_oss(folder: Path, _: Path) -> Path:
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    config = transformers.GptOssConfig(
-        **SMALL,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        rope_parameters=rope,
-    )
-    transformers.GptOssForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def llama4(folder: Path, _: Path) -> Path:
     config = transformers.Llama4TextConfig(
         **SMALL, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=64, num_local_experts=1
@@ -145,7 +131,6 @@ Source = Callable[[Path, Path], Path]
         (t5, "holds a 't5' model, which is no decoder"),
         (vit, "holds a 'vit' model, which is no decoder"),
         (bert, "BertSelfAttention is not causal"),
-        (gpt_oss, r"GptOssAttention attends with \['s_aux'\]"),
         (
             llama4,
             r"layers of the kind \['chunked_attention'\]; only \['conv', 'full_attention'",

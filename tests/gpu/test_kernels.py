@@ -66,6 +66,10 @@ def test_groups_and_value_widths(
         {"causal": False},
         {"ring": True, "window": 120},
         {"append": False, "causal": False},
+        {"sinks": True},
+        {"sinks": True, "softcap": 0.7, "window": 100},
+        {"sinks": True, "ring": True, "window": 120},
+        {"sinks": True, "append": False, "causal": False},
     ],
 )
 def test_options(options: dict[str, Any], dtype: torch.dtype, rows: list[Row]) -> None:
@@ -103,6 +107,64 @@ def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:
         capacity=capacity,
         slots=4,
     ).check()
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (64, 8), (71, 1)])
+@pytest.mark.parametrize("window", [0, 700])
+def test_sinks_enter_once_where_splits_are_combined(
+    window: int, heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    options = spec(heads, kv_heads, rotary=64, window=window, sinks=True)
+    rows = [Row(0, 3000, 1), Row(1, 0, 1), Row(2, 255, 1), Row(-1, 700, 1)]
+    step = case(options, rows, dtype, capacity=4096, slots=4)
+    assert step.workspace is not None
+    plain = case(replace(options, sinks=False), rows, dtype, capacity=4096, slots=4).check()
+    for _ in range(2):  # again, with what the first launch left in workspace and locks
+        assert (step.check() - plain).abs().max() > 0.01, "the sinks make no difference"
+    prompt = [Row(0, 3000, 512), Row(1, 600, 1)]
+    case(options, prompt, dtype, capacity=4096, slots=4).check()
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sinks_of_another_type_and_a_captured_launch(dtype: torch.dtype, pdl: bool) -> None:
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    rows = [Row(0, 1500, 1), Row(1, 3, 1), Row(2, 600, 1), Row(-1, 0, 1)]
+    step = case(spec(rotary=64, sinks=True), rows, torch.bfloat16, capacity=2048, pdl=pdl)
+    step.sinks = step.sinks.to(dtype)
+    step.check()
+    expected, before = (
+        step.expected(),
+        (step.key_state.clone(), step.value_state.clone()),
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            step.launch()
+    step.out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    step.compare(step.out, expected, before)
+
+
+@STEPS
+@DTYPES
+def test_the_operator_takes_sinks(dtype: torch.dtype, rows: list[Row]) -> None:
+    step = case(spec(sinks=True), rows, dtype, capacity=1024)
+    expected, before = step.expected(), (step.key_state.clone(), step.value_state.clone())
+    out = attention(
+        step.query,
+        step.key,
+        step.value,
+        step.key_state,
+        step.value_state,
+        *step.control,
+        scale=step.spec.scale,
+        sinks=step.sinks,
+    )
+    step.compare(out, expected, before)
 
 
 @DTYPES

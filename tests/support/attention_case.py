@@ -36,6 +36,7 @@ class Options:
     window: int = 0
     ring: bool = False
     softcap: float = 0.0
+    sinks: bool = False
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Case:
         self.query = draw(tokens, self.heads, self.dim)
         self.key = draw(tokens, self.kv_heads, self.dim) if self.options.append else None
         self.value = draw(tokens, self.kv_heads, self.value_dim) if self.options.append else None
+        self.sinks = draw(self.heads) * 2
         self.key_state = torch.full(
             (self.slots, self.kv_heads, self.capacity, self.dim), NAN, dtype=self.dtype
         )
@@ -102,6 +104,7 @@ class Case:
             window=self.options.window,
             ring=self.options.ring,
             softcap=self.options.softcap,
+            sinks=self.sinks if self.options.sinks else None,
         )
 
     def reference(self) -> Tensor:
@@ -137,8 +140,10 @@ class Case:
                     )
                     if self.options.softcap:
                         scores = self.options.softcap * torch.tanh(scores / self.options.softcap)
+                    if self.options.sinks:
+                        scores = torch.cat([scores, self.sinks[head, None].double()])
                     weights = torch.exp(scores - scores.max())
-                    weights = weights / weights.sum()
+                    weights = weights[: len(visible)] / weights.sum()
                     out[first + token, head] = sum(
                         weight * values[position, shared].double()
                         for weight, position in zip(weights, visible, strict=True)

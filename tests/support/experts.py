@@ -6,11 +6,13 @@ from typing import Any
 import torch
 import transformers
 from inplace_builder import Capture
+from inplace_builder.lower import LoweredNetwork
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from support.lowering import greedy_rows
+from support.network_interpreter import interpret
 
 VOCABULARY, CAPACITY, ROWS, CHUNK = 64, 32, 4, 8
 _SMALL: dict[str, Any] = {
@@ -108,6 +110,18 @@ def graph_step(capture: Capture) -> Step:
         _, logits = pytree.tree_leaves(results)
         assert isinstance(logits, Tensor)
         return logits
+
+    return step
+
+
+def network_step(capture: Capture, network: LoweredNetwork) -> Step:
+    """A step of a network, read back and computed in PyTorch."""
+
+    def step(inputs: dict[str, Tensor], states: dict[str, Tensor]) -> Tensor:
+        outputs = interpret(network, inputs | states)
+        for name, output in network.state_outputs.items():
+            states[name].copy_(outputs[output])
+        return outputs["logits"]
 
     return step
 

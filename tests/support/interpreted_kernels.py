@@ -94,6 +94,32 @@ def test_windows_and_soft_caps(options: dict[str, Any], rows: list[Row]) -> None
     assert is_same or (plain - changed).abs().max() > 0.01, "the option makes no difference"
 
 
+@STEPS
+@pytest.mark.parametrize(
+    "options",
+    long_except(
+        [{}, {"window": 5, "softcap": 0.7}], [{}, {"window": 5, "softcap": 0.7}, {"causal": False}]
+    ),
+)
+@pytest.mark.parametrize("heads", [4, 10])
+def test_sinks_take_a_part_of_the_softmax(
+    heads: int, options: dict[str, Any], rows: list[Row]
+) -> None:
+    plain = AttentionCase(spec(heads, **options), rows).check()
+    changed = AttentionCase(spec(heads, sinks=True, **options), rows).check()
+    assert (plain - changed).abs().max() > 0.01, "the sinks make no difference"
+
+
+def test_sinks_enter_once_where_splits_are_combined() -> None:
+    rows = [Row(3, 1030, 1), Row(1, 70, 1), Row(0, 0, 1), Row(-1, 9, 1)]
+    for options in (spec(6, 2, rotary=32, sinks=True), spec(window=700, sinks=True)):
+        case = AttentionCase(options, rows, capacity=1100)
+        assert case.workspace is not None
+        case.check()
+    ring = [Row(3, 1090, 1), Row(1, 450, 1), Row(0, 5000, 1)]
+    AttentionCase(spec(window=700, ring=True, sinks=True), ring, capacity=710).check()
+
+
 @pytest.mark.parametrize("start", long_except([0, 9, 32, 100], [0, 3, 9, 31, 32, 33, 100]))
 def test_a_ring_wraps(start: int) -> None:
     options = spec(window=20, ring=True, rotary=16)  # capacity 32 = window 20 + 13 tokens - 1
@@ -214,6 +240,7 @@ def test_any_step_equals_the_reference(data: st.DataObject) -> None:
         ring=ring,
         softcap=data.draw(st.sampled_from([0.0, 1.5])),
         rotary=data.draw(st.sampled_from([0, 8, 16])),
+        sinks=data.draw(st.booleans()),
     )
     AttentionCase(options, rows, capacity=40, seed=data.draw(st.integers(0, 99))).check()
 

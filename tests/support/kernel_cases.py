@@ -97,7 +97,8 @@ class AttentionCase:
                 self.value_state[row.slot, :, cached] = draw(
                     spec.kv_heads, len(cached), spec.value_dim
                 ).to(self.dtype)
-        for name in ("merged", "cos", "sin", "key_state", "value_state"):
+        self.sinks = draw(spec.heads) * 2
+        for name in ("merged", "cos", "sin", "key_state", "value_state", "sinks"):
             setattr(self, name, getattr(self, name).to(self.device))
         query, key, value = self.merged.split(sizes, 1)
         self.query = query.unflatten(1, (spec.heads, spec.dim))
@@ -138,6 +139,7 @@ class AttentionCase:
             slots=self.control[0],
             row_offsets=self.control[1],
             write_indices=self.control[2],
+            sinks=self.sinks if spec.sinks else None,
             out=self.out,
             workspace=self.workspace,
             locks=self.locks if self.workspace is not None else None,
@@ -172,6 +174,7 @@ class AttentionCase:
             window=spec.window,
             ring=spec.ring,
             softcap=spec.softcap,
+            sinks=self.sinks.cpu() if spec.sinks else None,
         )
         return out, keys, values
 

@@ -36,9 +36,10 @@ SLOTS = (0, -1, 2)
 
 
 class Attend(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, sinks: bool = False, **options: Any) -> None:
         super().__init__()
         self.options = options
+        self.sinks = nn.Parameter(torch.linspace(-2.0, 3.0, HEADS)) if sinks else None
 
     def forward(
         self,
@@ -63,6 +64,7 @@ class Attend(nn.Module):
             row_offsets,
             write_indices,
             scale=0.3,
+            sinks=self.sinks,
             **self.options,
         )
 
@@ -275,9 +277,13 @@ STATE_CASES = [
     _attend("one-kv-head", kv_heads=1),
     _attend("window", window=5),
     _attend("softcap", softcap=2.0),
+    _attend("sinks", sinks=True),
+    _attend("sinks-bfloat16", Dtype.BFLOAT16, window=5, sinks=True),
+    _attend("sinks-softcap", kv_heads=HEADS, softcap=2.0, sinks=True),
     _attend("not-causal", causal=False),
     _attend("cross", append=False, causal=False),
     _attend("ring", capacity=8, window=5, ring=True),
+    _attend("ring-sinks", capacity=8, window=5, ring=True, sinks=True),
     StateCase(
         "packed-append",
         AppendPacked(2),

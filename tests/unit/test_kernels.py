@@ -55,6 +55,12 @@ def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], messa
             "cos and sin must be given exactly when rotary is not 0; rotary is 64",
         ),
         (
+            AttentionSpec(4, 2, 64, 64, 0.125, sinks=True),
+            64,
+            "",
+            "sinks must be given exactly when the spec has them",
+        ),
+        (
             AttentionSpec(4, 2, 64, 64, 0.125),
             4096,
             "",
@@ -83,6 +89,7 @@ def test_arguments_that_contradict_the_spec_are_refused_before_a_launch(
             slots=control,
             row_offsets=control,
             write_indices=control,
+            sinks=None,
             out=memory,
             workspace=None,
             locks=control,

@@ -1,10 +1,17 @@
 """`inplace::attention` equals a reference in plain PyTorch; the rest of the states is NaN."""
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.attention_case import NAN, RAGGED, Case, Options, Row, bits, place
+from torch import Tensor
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.granite_swa import modeling_granite_swa as granite_swa
+from transformers.models.mimo_v2_flash import modeling_mimo_v2_flash as mimo_v2_flash
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,6 +101,81 @@ def test_softcap_bounds_the_scores(options: Options, dtype: torch.dtype) -> None
     capped = Case(RAGGED, options, dtype=dtype).check()
     free = Case(RAGGED, Options(causal=options.causal, window=options.window), dtype=dtype).check()
     assert (capped - free).abs().max() > 0.01, "the cap makes no difference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(sinks=True),
+        Options(sinks=True, window=3),
+        Options(sinks=True, softcap=0.7),
+        Options(sinks=True, causal=False),
+        Options(sinks=True, window=5, ring=True),
+    ],
+)
+def test_sinks_take_a_part_of_the_softmax(options: Options, dtype: torch.dtype) -> None:
+    decode = [Row(3, 7, 1), Row(0, 0, 1), Row(5, 15, 1), Row(-1, 2, 1)]
+    rows = RAGGED if not options.ring else [Row(4, 27, 1), Row(0, 0, 5), Row(2, 9, 3)]
+    for step in (rows, decode[:3], decode):
+        changed = Case(step, options, dtype=dtype).check()
+        plain = Case(step, replace(options, sinks=False), dtype=dtype).check()
+        assert (changed - plain).abs().max() > 0.01, "the sinks make no difference"
+
+
+def test_sinks_of_any_size() -> None:
+    case = Case(RAGGED, Options(sinks=True))
+    plain = Case(RAGGED).run()
+    case.sinks.fill_(-1e30)
+    torch.testing.assert_close(case.run(), plain)
+    case.sinks.fill_(1e4)
+    assert torch.equal(case.run(), torch.zeros_like(plain))
+
+
+EAGER: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "gpt_oss": gpt_oss.eager_attention_forward,
+    "granite_swa": granite_swa.eager_attention_forward,
+    "mimo_v2_flash": mimo_v2_flash.eager_attention_forward,
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_sinks_are_those_of_transformers(name: str) -> None:
+    rows = [Row(4, 7, 1), Row(0, 0, 5), Row(2, 9, 3)]
+    case = Case(rows, Options(sinks=True))
+    assert case.key is not None
+    assert case.value is not None
+    out = case.run()
+    module = SimpleNamespace(num_key_value_groups=2, sinks=case.sinks, training=False)
+    for row, (keys, values), first in zip(rows, case.history, case.offsets[:-1], strict=True):
+        own = slice(first, first + row.tokens)
+        query, key, value = (
+            x.transpose(0, 1)[None]
+            for x in (
+                case.query[own],
+                torch.cat([keys, case.key[own]]),
+                torch.cat([values, case.value[own]]),
+            )
+        )
+        hidden = torch.ones(row.tokens, key.shape[2]).triu(row.start + 1).bool()
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            expected = EAGER[name](module, query, key, value, mask[None, None], case.scale)[0]
+        torch.testing.assert_close(out[own], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "text"),
+    [
+        (torch.zeros(2), r"sinks must be \[4\], .* not \[2\] of torch.float32"),
+        (torch.zeros(4, dtype=torch.int64), r"sinks must be \[4\], .* of torch.int64"),
+    ],
+)
+def test_sinks_that_do_not_fit_are_refused(sinks: Tensor, text: str) -> None:
+    case = Case(RAGGED, Options(sinks=True))
+    case.sinks = sinks
+    with pytest.raises(RuntimeError, match=text):
+        case.run()
 
 
 def test_without_causality_a_token_sees_its_whole_chunk() -> None:

@@ -57,6 +57,9 @@ EXAMPLES: list[Operation] = [
     AttentionOperation(
         heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, readers=2
     ),
+    AttentionOperation(
+        heads=64, kv_heads=8, dim=64, value_dim=64, scale=0.125, max_rows=9, sinks=True, readers=1
+    ),
 ]
 
 
@@ -116,6 +119,17 @@ def test_attention_on_parts_takes_cos_and_sin_behind_them() -> None:
     assert parts.input_count == len(shapes)
     assert parts.output_shapes(shapes) == [[7, 8, 64], [5, 2, 128, 64], [5, 2, 128, 64]]
     assert dict(parts.aliases) == {1: 5, 2: 6}
+
+
+def test_sinks_come_after_the_rows_and_have_any_float_type() -> None:
+    with_sinks = EXAMPLES[-1]
+    assert with_sinks.input_count == 3 + 2 + 3 + 1 + 1
+    before = [HALF] * 5 + [INT] * 3
+    assert all(with_sinks.accepts(8, [*before, kind]) for kind in (HALF, torch.float32))
+    assert not with_sinks.accepts(8, [*before, INT])
+    assert with_sinks.accepts(9, [*before, torch.float32, INT]), "what was read before"
+    assert with_sinks.accepts(10, [*before, torch.float32, INT, HALF])
+    assert not with_sinks.accepts(10, [*before, torch.float32, INT, torch.float32])
 
 
 def test_cross_attention_writes_nothing() -> None:

@@ -41,6 +41,7 @@ class AttentionSpec:
         rotary: if not 0, the kernels apply the rotary embedding to the first ``rotary`` components
             of queries and new keys; component i is paired with ``i + rotary / 2``
             (arXiv:2104.09864, as transformers' Llama).
+        sinks: each query head has a logit without a value, as in `inplace.operators.attention`.
 
     Raises:
         ValueError: a combination that the kernels do not take.
@@ -57,6 +58,7 @@ class AttentionSpec:
     ring: bool = False
     softcap: float = 0.0
     rotary: int = 0
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
@@ -219,6 +221,7 @@ def attention(
     slots: Memory,
     row_offsets: Memory,
     write_indices: Memory,
+    sinks: Memory | None,
     out: Memory,
     workspace: Memory | None,
     locks: Memory | None,
@@ -246,6 +249,7 @@ def attention(
         capacity: positions of a slot.
         slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of
             -1 is a null row.
+        sinks: ``[heads]``, any floating dtype; None exactly when ``spec.sinks`` is False.
         out: ``[tokens, heads, value_dim]``, contiguous.
         workspace: `attention_workspace` bytes, as float32; None where that is 0.
         locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same
@@ -267,17 +271,20 @@ def attention(
         raise ValueError(
             f"cos and sin must be given exactly when rotary is not 0; rotary is {spec.rotary}"
         )
+    if spec.sinks != (sinks is not None):
+        raise ValueError("sinks must be given exactly when the spec has them")
     if tokens == 0 or rows == 0:
         return
     # The query stands for what is absent; the kernels do not read it.
     key, value = key if key is not None else query, value if value is not None else query
     cos, sin = cos if cos is not None else query, sin if sin is not None else query
+    sinks = sinks if sinks is not None else query
     itemsize = key_state.dtype.itemsize
     if tokens == rows:
         launch_decode(
             spec, decode_blocks(spec, itemsize), query, key, value, query_stride, key_stride,
-            value_stride, cos, sin, key_state, value_state, capacity, slots, write_indices, out,
-            workspace, locks, rows, pdl, settled,
+            value_stride, cos, sin, key_state, value_state, capacity, slots, write_indices, sinks,
+            out, workspace, locks, rows, pdl, settled,
         )  # fmt: skip
         return
     if spec.append:
@@ -287,7 +294,7 @@ def attention(
         )  # fmt: skip
     launch_prefill(
         spec, prefill_blocks(spec, itemsize, tokens), query, query_stride, cos, sin, key_state,
-        value_state, capacity, slots, row_offsets, write_indices, out, tokens, rows, pdl,
+        value_state, capacity, slots, row_offsets, write_indices, sinks, out, tokens, rows, pdl,
     )  # fmt: skip
 
 
@@ -295,7 +302,7 @@ def launch_decode(
     spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
     query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory,
     key_state: Memory, value_state: Memory, capacity: int, slots: Memory, write_indices: Memory,
-    out: Memory, workspace: Memory | None, locks: Memory | None, rows: int,
+    sinks: Memory, out: Memory, workspace: Memory | None, locks: Memory | None, rows: int,
     pdl: bool, settled: bool = False,
 ) -> None:  # fmt: skip
     """Launch a step of one token a row, arguments as `attention`; benchmarks pass other blocks.
@@ -311,12 +318,12 @@ def launch_decode(
         )
     block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
     decode_kernel[(rows, _head_blocks(spec), splits)](
-        query, key, value, cos, sin, key_state, value_state, slots, write_indices, out,
+        query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, out,
         out if workspace is None else workspace, slots if locks is None else locks,
         query_stride, key_stride, value_stride, capacity, splits, spec.scale,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, WINDOW=spec.window, RING=spec.ring,
-        SOFTCAP=spec.softcap, SPLIT_KV=splits > 1, MIN_SPLIT=blocks.min_split,
+        SOFTCAP=spec.softcap, SINKS=spec.sinks, SPLIT_KV=splits > 1, MIN_SPLIT=blocks.min_split,
         BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
         BLOCK_D=_padded(spec.dim), BLOCK_V=block_v,
         BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
@@ -344,7 +351,7 @@ def launch_append(
 def launch_prefill(
     spec: AttentionSpec, blocks: PrefillBlocks, query: Memory, query_stride: int,
     cos: Memory, sin: Memory, key_state: Memory, value_state: Memory, capacity: int,
-    slots: Memory, row_offsets: Memory, write_indices: Memory, out: Memory,
+    slots: Memory, row_offsets: Memory, write_indices: Memory, sinks: Memory, out: Memory,
     tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Attend in a mixed step whose keys are in their slots, arguments as `attention`.
@@ -355,12 +362,12 @@ def launch_prefill(
     pack = _cdiv(spec.group, _cdiv(spec.group, 16))
     grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * _cdiv(spec.group, pack))
     prefill_kernel[grid](
-        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out,
+        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, out,
         query_stride, capacity, spec.scale, rows,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, CAUSAL=spec.causal, WINDOW=spec.window,
-        RING=spec.ring, SOFTCAP=spec.softcap, PACK=pack, BLOCK_R=_power_of_2(rows),
-        BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, BLOCK_D=_padded(spec.dim),
-        BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages, PDL=pdl,
+        RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks, PACK=pack,
+        BLOCK_R=_power_of_2(rows), BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
+        BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages, PDL=pdl,
         num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip

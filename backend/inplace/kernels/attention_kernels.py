@@ -77,13 +77,30 @@ def online_softmax(
     return new_max, row_sum, acc
 
 
+@triton.jit
+def start_softmax(
+    sinks, head, inside, SIZE: tl.constexpr, SINKS: tl.constexpr
+):  # fmt: skip
+    """``row_max`` and ``row_sum`` of `online_softmax` before the first position, ``[SIZE]`` each.
+
+    A sink is a score that has no value: with ``SINKS`` it is the largest score so far.
+    """
+    if SINKS:
+        row_max = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        row_sum = tl.full((SIZE,), 1.0, tl.float32)
+    else:
+        row_max = tl.full((SIZE,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((SIZE,), tl.float32)
+    return row_max, row_sum
+
+
 @triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
-    query, key, value, cos, sin, key_state, value_state, slots, write_indices, out,
+    query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, out,
     workspace, locks, query_stride, key_stride, value_stride, capacity, splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
@@ -157,8 +174,9 @@ def decode_kernel(
         q_at, d[None, :], (g < GROUP)[:, None], cos + angles + zero, sin + angles + zero, one,
         DIM, ROTARY,
     )  # fmt: skip
-    row_max = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_G,), tl.float32)
+    # The sinks join the softmax where a row's splits are combined, or at the end of its only one.
+    row_max, row_sum = start_softmax(sinks, g, g < GROUP, BLOCK_G, False)
+    sink, _ = start_softmax(sinks, kv * GROUP + g, g < GROUP, BLOCK_G, SINKS)
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
     if APPEND:
         # The last split takes the new token from registers: it may not see what another program
@@ -206,26 +224,33 @@ def decode_kernel(
         )  # fmt: skip
 
     if active_splits == 1:
+        if SINKS:
+            new_max = tl.maximum(row_max, sink)
+            decay = tl.exp2(row_max - new_max)
+            row_sum = row_sum * decay + tl.exp2(sink - new_max)
+            acc = acc * decay[:, None]
         row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # nothing cached, nothing appended: 0
         tl.store(out_at, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=out_mask)
     elif SPLIT_KV:
         combine_splits(
-            row_max, row_sum, acc, g, e, first_head, split, splits, active_splits, out, workspace,
+            row_max, row_sum, acc, g, e, first_head, split, splits, active_splits,
+            sinks + kv * GROUP, out, workspace,
             locks + row * tl.num_programs(1) + head_block, tl.num_programs(0) * heads,
-            block * BLOCK_G, GROUP, VALUE_DIM, BLOCK_H, BLOCK_V, BLOCK_C,
+            block * BLOCK_G, GROUP, VALUE_DIM, SINKS, BLOCK_H, BLOCK_V, BLOCK_C,
         )  # fmt: skip
 
 
 @triton.jit
 def combine_splits(
-    row_max, row_sum, acc, g, e, first_head, split, splits, active_splits, out, workspace, lock,
-    all_heads, first_g,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
+    row_max, row_sum, acc, g, e, first_head, split, splits, active_splits, sinks, out, workspace,
+    lock, all_heads, first_g,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Store this split's result; the last of ``active_splits`` programs combines all of them.
 
-    It leaves ``lock``, which counts the splits that have arrived, at 0.
+    It leaves ``lock``, which counts the splits that have arrived, at 0. ``sinks`` are those of the
+    kv head's query heads.
 
     The workspace holds float32 results ``[rows, heads, splits, value_dim]``, each a softmax over
     its split, then the log-sum-exp (base 2) of each split, ``[rows, heads, splits]``.
@@ -247,8 +272,7 @@ def combine_splits(
         tl.store(lock, 0)
         h = first_g + tl.arange(0, BLOCK_H)
         own = (h < GROUP) & (h < first_g + BLOCK_H)
-        max_lse = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        weight_sum = tl.zeros((BLOCK_H,), tl.float32)
+        max_lse, weight_sum = start_softmax(sinks, h, own, BLOCK_H, SINKS)
         result = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
         # Both loads of a round are in flight together; most steps need one round.
         for begin in range(0, active_splits, BLOCK_C):
@@ -327,13 +351,13 @@ def append_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def prefill_kernel(
-    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, out,
+    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, out,
     query_stride, capacity, scale, rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RING: tl.constexpr, SOFTCAP: tl.constexpr, PACK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend in a mixed step whose keys and values are in their slots.
 
@@ -397,8 +421,7 @@ def prefill_kernel(
     q = load_rotated(
         q_at, d, present, cos + packed * ROTARY, sin + packed * ROTARY, present, DIM, ROTARY
     )
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max, row_sum = start_softmax(sinks, kv * GROUP + g, g < GROUP, BLOCK_M, SINKS)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     positions = start + token
     masked_from = lower

@@ -16,8 +16,9 @@ from inplace.operators.state import check_contiguous, write
 define(
     "attention",
     "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!) value_state, "
-    "Tensor slots, Tensor row_offsets, Tensor write_indices, *, float scale, bool append=True, "
-    "bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, *, float scale, "
+    "bool append=True, bool causal=True, int window=0, bool ring=False, float softcap=0.0) "
+    "-> Tensor",
 )
 
 
@@ -31,6 +32,7 @@ def _attention(
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -39,7 +41,7 @@ def _attention(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    _check_shapes(query, key, value, key_state, value_state, append=append)
+    _check_shapes(query, key, value, key_state, value_state, sinks, append=append)
     offsets, slot_list, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
     # One token a row and no ring wraps: one call appends all rows. Calls are what a small step
     # costs.
@@ -72,6 +74,7 @@ def _attention(
             keys,
             values,
             mask,
+            sinks,
             scale,
             softcap,
             square=causal and not window and offset == start == 0,
@@ -96,6 +99,7 @@ def _attention_on_gpu(
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -110,11 +114,21 @@ def _attention_on_gpu(
     """
     from inplace.kernels import attention as kernels  # imports Triton
 
-    _check_shapes(query, key, value, key_state, value_state, append=append)
+    _check_shapes(query, key, value, key_state, value_state, sinks, append=append)
     tokens, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = value_state.shape
     spec = kernels.AttentionSpec(
-        heads, kv_heads, dim, value_dim, scale, append, causal, window, ring, softcap
+        heads,
+        kv_heads,
+        dim,
+        value_dim,
+        scale,
+        append,
+        causal,
+        window,
+        ring,
+        softcap,
+        sinks=sinks is not None,
     )
     for name, tensor in (("query", query), ("value_state", value_state)):
         if tensor.dtype != key_state.dtype:
@@ -147,6 +161,7 @@ def _attention_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         write_indices=write_indices.int(),
+        sinks=None if sinks is None else sinks.contiguous(),
         out=out,
         workspace=query.new_empty(scratch, dtype=torch.float32) if scratch else None,
         locks=locks,
@@ -210,6 +225,7 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float,
     *,
@@ -217,11 +233,11 @@ def _attend(
 ) -> Tensor:
     """Softmax attention of one row.
 
-    Query ``[tokens, heads, dim]``; keys and values ``[kv_heads, length, dim]``. ``square``: the
-    mask is the causal mask of as many positions as tokens.
+    Query ``[tokens, heads, dim]``; keys and values ``[kv_heads, length, dim]``; sinks ``[heads]``.
+    ``square``: the mask is the causal mask of as many positions as tokens.
     """
     tokens, heads, dim = query.shape
-    if tokens == 1 and mask is None and not softcap:
+    if tokens == 1 and mask is None and not softcap and sinks is None:
         return _attend_one(query[0], keys, values, scale)[None]
     kv_heads, group = keys.shape[0], heads // keys.shape[0]
     grouped = (
@@ -231,13 +247,17 @@ def _attend(
     )
     if mask is not None:
         mask = mask.repeat(group, 1)
-    if tokens == 1 or softcap:
+    if tokens == 1 or softcap or sinks is not None:
         scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        out = torch.matmul(scores.softmax(-1).to(values.dtype), values)
+        if sinks is not None:
+            of_query = sinks.float().view(kv_heads, group, 1).expand(-1, -1, tokens)
+            scores = torch.cat([scores, of_query.reshape(kv_heads, -1, 1)], -1)
+        weights = scores.softmax(-1)[..., : values.shape[1]].to(values.dtype)
+        out = torch.matmul(weights, values)
     elif square and group == 1 and mask is not None and bool(mask.shape[0] == mask.shape[1]):
         out = F.scaled_dot_product_attention(
             grouped[None], keys[None], values[None], is_causal=True, scale=scale
@@ -259,6 +279,7 @@ def _check_shapes(
     value: Tensor | None,
     key_state: Tensor,
     value_state: Tensor,
+    sinks: Tensor | None,
     *,
     append: bool,
 ) -> None:
@@ -274,6 +295,7 @@ def _check_shapes(
     if append != (key is not None and value is not None):
         raise RuntimeError("key and value must be given exactly when append is True")
     (_, heads, dim), (_, kv_heads, _, key_dim) = query.shape, key_state.shape
+    _check_sinks(sinks, heads)
     if heads % kv_heads:
         raise RuntimeError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     if dim != key_dim:
@@ -294,6 +316,17 @@ def _check_shapes(
             )
 
 
+def _check_sinks(sinks: Tensor | None, heads: int) -> None:
+    """RuntimeError if there are sinks but not one floating-point number for each query head."""
+    if sinks is None:
+        return
+    if tuple(sinks.shape) != (heads,) or not sinks.is_floating_point():
+        raise RuntimeError(
+            f"sinks must be [{heads}], a floating-point number for each query head, not "
+            f"{list(sinks.shape)} of {sinks.dtype}"
+        )
+
+
 @torch.library.register_fake("inplace::attention", lib=LIBRARY)
 def _attention_fake(
     query: Tensor,
@@ -304,6 +337,7 @@ def _attention_fake(
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -312,7 +346,7 @@ def _attention_fake(
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    _check_shapes(query, key, value, key_state, value_state, append=append)
+    _check_shapes(query, key, value, key_state, value_state, sinks, append=append)
     return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
 
 
@@ -332,6 +366,7 @@ def attention(
     window: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Append keys and values, then scaled dot-product attention over each row's own cached length.
 
@@ -357,6 +392,9 @@ def attention(
             ``capacity >= window + tokens of a row - 1``.
         softcap: if not 0, scores become ``softcap * tanh(scores / softcap)`` (Gemma 2,
             arXiv:2408.00118, section 2).
+        sinks: ``[heads]``, any floating dtype: a logit of each query head that takes part in the
+            softmax and has no value (attention sinks, as gpt-oss has them). It is neither scaled
+            nor soft-capped. A head's weights then sum to less than 1.
 
     Returns:
         ``[tokens, heads, dim]``, the query's dtype.
@@ -374,6 +412,7 @@ def attention(
         slots,
         row_offsets,
         write_indices,
+        sinks,
         scale=scale,
         append=append,
         causal=causal,
@@ -388,16 +427,17 @@ def attention(
 define(
     "qkv_attention",
     "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, "
-    "Tensor slots, Tensor row_offsets, Tensor write_indices, *, int heads, float scale, "
-    "bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, *, int heads, "
+    "float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
 define(
     "rotary_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, "
-    "Tensor(b!) value_state, Tensor slots, Tensor row_offsets, Tensor write_indices, *, "
-    "float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "Tensor(b!) value_state, Tensor slots, Tensor row_offsets, Tensor write_indices, "
+    "Tensor? sinks=None, *, float scale, bool causal=True, int window=0, bool ring=False, "
+    "float softcap=0.0) -> Tensor",
 )
 
 
@@ -424,7 +464,7 @@ def _qkv_attention(
     sin: Tensor | None,
     key_state: Tensor,
     value_state: Tensor,
-    *rows: Tensor,
+    *others: Tensor,
     heads: int,
     **options: Any,
 ) -> Tensor:
@@ -434,7 +474,8 @@ def _qkv_attention(
         qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
         cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head; None for no
             rotation.
-        key_state, value_state, rows: states, slots, row_offsets and write_indices of `attention`.
+        key_state, value_state, others: states, slots, row_offsets, write_indices and sinks of
+            `attention`.
         heads: query heads.
         options: scale, causal, window, ring and softcap of `attention`.
 
@@ -447,7 +488,8 @@ def _qkv_attention(
     value = parts[2].unflatten(1, (kv_heads, value_dim))
     if cos is not None and sin is not None:
         query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
-    out = attention(query, key, value, key_state, value_state, *rows, **options)
+    out = torch.ops.inplace.attention(query, key, value, key_state, value_state, *others, **options)
+    assert isinstance(out, Tensor)
     return out.reshape(*qkv.shape[:-1], heads * value_dim)
 
 
@@ -458,12 +500,14 @@ def _rotary_attention(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    *states_and_rows: Tensor,
+    *others: Tensor,
     **options: Any,
 ) -> Tensor:
     """`attention` with the rotary embedding of queries and keys; cos and sin ``[..., rotary]``."""
     query, key = (rotate(x, cos.flatten(0, -2), sin.flatten(0, -2)) for x in (query, key))
-    return attention(query, key, value, *states_and_rows, **options)
+    out = torch.ops.inplace.attention(query, key, value, *others, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _check_rotary(cos: Tensor, dim: int) -> None:

@@ -443,8 +443,8 @@ class AttentionOperation(Operation):
 
     Inputs: query, key, value (one tensor with all three if ``merged``; the query alone without
     ``append``); cos and sin if ``rotary``; the key state and the value state; slots, row_offsets,
-    write_indices; then ``readers`` results of earlier reads of the states. The last make TensorRT
-    run those reads first. Outputs: the attention's, and the two states.
+    write_indices; sinks if ``sinks``; then ``readers`` results of earlier reads of the states. The
+    last make TensorRT run those reads first. Outputs: the attention's, and the two states.
 
     ``settled``: no earlier layer of the network writes slots, write indices or the states.
     """
@@ -463,6 +463,7 @@ class AttentionOperation(Operation):
     ring: bool = False
     softcap: float = 0.0
     rotary: int = 0
+    sinks: bool = False
     merged: bool = False
     settled: bool = False
     readers: int = 0
@@ -479,8 +480,8 @@ class AttentionOperation(Operation):
 
     @property
     def input_count(self) -> int:
-        """Projections, cos and sin, two states, three row descriptions, results of reads."""
-        return self.first_state + 5 + self.readers
+        """Projections, cos and sin, states, three row descriptions, sinks, results of reads."""
+        return self.first_state + 5 + self.sinks + self.readers
 
     @property
     def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
@@ -502,13 +503,16 @@ class AttentionOperation(Operation):
             ring=self.ring,
             softcap=self.softcap,
             rotary=self.rotary,
+            sinks=self.sinks,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Row descriptions are int32, results of reads any, all others have the query's dtype."""
+        """Row descriptions are int32, sinks floating, reads any; others have the query's dtype."""
         end = self.first_state + 5
         if self.first_state + 2 <= position < end:
             return dtypes[position] is torch.int32
+        if self.sinks and position == end:
+            return dtypes[position] in FLOATS
         return end <= position < self.input_count or (
             dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
         )
@@ -573,6 +577,7 @@ class AttentionOperation(Operation):
             slots=inputs[first + 2],
             row_offsets=inputs[first + 3],
             write_indices=inputs[first + 4],
+            sinks=inputs[first + 5] if self.sinks else None,
             out=call.outputs[0],
             workspace=Pointer(call.workspace, torch.float32),
             locks=call.locks,

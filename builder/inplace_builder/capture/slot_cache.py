@@ -67,8 +67,12 @@ class LayerStates:
         *,
         scale: float,
         softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """``inplace::attention`` on the states of a layer; all tensors ``[tokens, heads, dim]``."""
+        """``inplace::attention`` on the states of a layer.
+
+        Query, key and value are ``[tokens, heads, dim]``, sinks ``[heads]``.
+        """
         return attention(
             query,
             key,
@@ -82,6 +86,7 @@ class LayerStates:
             window=self.windows[layer],
             ring=self.rings[layer],
             softcap=softcap,
+            sinks=sinks,
         )
 
 
@@ -524,6 +529,7 @@ def slot_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer.
@@ -537,6 +543,7 @@ def slot_attention(
         dropout: not used: the model is in evaluation mode.
         sliding_window: the window that the model states; must be that of its mask.
         softcap: soft-cap of the scores.
+        s_aux: attention sinks, a logit of each query head.
         others: what else a model passes to its attention.
 
     Returns:
@@ -562,7 +569,7 @@ def slot_attention(
             f"supported"
         )
     if unknown := sorted(
-        name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None
+        name for name in ("position_bias", "head_mask") if others.get(name) is not None
     ):
         raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
     if not getattr(module, "is_causal", True):
@@ -587,6 +594,7 @@ def slot_attention(
         value[0].transpose(0, 1),
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         softcap=softcap or 0.0,
+        sinks=s_aux,
     )
     return out.unsqueeze(0), None
 

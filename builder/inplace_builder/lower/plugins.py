@@ -181,7 +181,7 @@ def _attention(
     query: ITensor,
     key: ITensor | None,
     value: ITensor | None,
-    *others: NetworkState | ITensor,
+    *others: Any,
     **options: Any,
 ) -> ITensor:
     inputs = [part for part in (query, key, value) if part is not None]
@@ -194,7 +194,7 @@ def _qkv_attention(
     qkv: ITensor,
     cos: ITensor | None,
     sin: ITensor | None,
-    *others: NetworkState | ITensor,
+    *others: Any,
     **options: Any,
 ) -> ITensor:
     rotary = 0 if cos is None else ctx.meta(ctx.node.args[1]).shape[-1]
@@ -216,7 +216,7 @@ def _rotary_attention(
     value: ITensor,
     cos: ITensor,
     sin: ITensor,
-    *others: NetworkState | ITensor,
+    *others: Any,
     **options: Any,
 ) -> ITensor:
     heads, rotary = ctx.meta(ctx.node.args[0]).shape[1], ctx.meta(ctx.node.args[3]).shape[-1]
@@ -230,11 +230,14 @@ def _attend(
     inputs: Sequence[ITensor],
     key_state: NetworkState,
     value_state: NetworkState,
-    *rows: ITensor,
+    slots: ITensor,
+    row_offsets: ITensor,
+    write_indices: ITensor,
+    sinks: ITensor | None = None,
     **options: Any,
 ) -> ITensor:
     """Add an attention plugin; ``options`` are fields of `AttentionOperation`."""
-    controls = [ctx.cast(row, torch.int32) for row in rows]
+    controls = [ctx.cast(row, torch.int32) for row in (slots, row_offsets, write_indices)]
     # no kernel of the step computes or converts them
     are_inputs = all(control.is_network_input for control in controls)
     kv_heads, _, dim = key_state.spec.shape
@@ -249,13 +252,14 @@ def _attend(
         dim=dim,
         value_dim=value_state.spec.shape[2],
         max_rows=MAX_ROWS,
+        sinks=sinks is not None,
         settled=are_inputs and not (key_state.written or value_state.written),
         readers=len(readers),
         **options,
     )
-    out, *states = _add(
-        ctx, operation, [*inputs, key_state.current, value_state.current, *controls, *readers]
-    )
+    given = [*inputs, key_state.current, value_state.current, *controls]
+    given += readers if sinks is None else [sinks, *readers]
+    out, *states = _add(ctx, operation, given)
     if not states:  # it only reads them: the next writer must run after it
         for name in names:
             ctx.readers.setdefault(name, []).append(out)

@@ -209,6 +209,7 @@ def append_and_attend(
     slots: ITensor,
     row_offsets: ITensor,
     write_indices: ITensor,
+    sinks: ITensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -221,8 +222,8 @@ def append_and_attend(
     Args:
         ctx: the network.
         append_to_state: how the mechanism appends.
-        query, key, value, key_state, value_state, slots, row_offsets, write_indices, scale, append,
-            softcap, ring: as the operator has them.
+        query, key, value, key_state, value_state, slots, row_offsets, write_indices, sinks, scale,
+            append, softcap, ring: as the operator has them.
         mask: the operator's options ``causal`` and ``window``.
 
     Returns:
@@ -237,7 +238,7 @@ def append_and_attend(
     group = queries.shape[1] // kv_heads
     masks = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **mask)
     keys, values = key_state.current, value_state.current
-    return _attend(ctx, queries, keys, values, masks, scale=scale, softcap=softcap)
+    return _attend(ctx, queries, keys, values, masks, sinks, scale=scale, softcap=softcap)
 
 
 def modulo(ctx: Network, x: ITensor, by: ITensor) -> ITensor:
@@ -251,6 +252,7 @@ def _attend(
     keys: ITensor,
     values: ITensor,
     masks: Visibility,
+    sinks: ITensor | None,
     *,
     scale: float,
     softcap: float,
@@ -267,6 +269,7 @@ def _attend(
         keys: ``[rows, kv_heads, capacity, dim]``.
         values: ``[rows, kv_heads, capacity, value_dim]``.
         masks: which entries are attended to; their ``group`` is the query heads of a cache head.
+        sinks: ``[heads]``: a score of each query head that has no value; None without them.
         scale: factor of the scores.
         softcap: if not 0, scores become ``softcap * tanh(scores / softcap)``.
 
@@ -286,6 +289,25 @@ def _attend(
         cap = ctx.scalar(softcap, torch.float32, 4)
         scores = ctx.multiply(ctx.activation("TANH", ctx.elementwise("DIV", scores, cap)), cap)
     scores = ctx.select(masks.visible, scores, ctx.scalar(MASKED_SCORE, torch.float32, 4))
-    out = ctx.matmul(ctx.cast(ctx.softmax(scores, 3), ctx.dtype_of(values)), values)
+    if sinks is None:
+        weights = ctx.softmax(scores, 3)
+    else:
+        by_head = ctx.reshape(scores, (0, heads, -1, capacity))
+        weights = _softmax_with_sinks(ctx, by_head, ctx.reshape(sinks, (1, heads, 1, 1)))
+        weights = ctx.reshape(weights, (0, kv_heads, -1, capacity))
+    out = ctx.matmul(ctx.cast(weights, ctx.dtype_of(values)), values)
     out = ctx.permute(ctx.reshape(out, (0, heads, -1, value_dim)), (0, 2, 1, 3))
     return ctx.reshape(out, (-1, heads, value_dim))
+
+
+def _softmax_with_sinks(ctx: Network, scores: ITensor, sinks: ITensor) -> ITensor:
+    """The weights of ``scores [rows, heads, tokens, capacity]`` beside ``sinks [1, heads, 1, 1]``.
+
+    The sinks count in the sum only; both are computed in float32.
+    """
+    sinks = ctx.cast(sinks, torch.float32)
+    largest = ctx.elementwise("MAX", ctx.reduce("MAX", scores, [3], keep=True), sinks)
+    weights = ctx.unary("EXP", ctx.subtract(scores, largest))
+    total = ctx.reduce("SUM", weights, [3], keep=True)
+    total = ctx.add(total, ctx.unary("EXP", ctx.subtract(sinks, largest)))
+    return ctx.elementwise("DIV", weights, total)

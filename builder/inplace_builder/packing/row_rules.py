@@ -347,9 +347,10 @@ def _attention(
     slots: RowTensor,
     row_offsets: Tensor,
     write_indices: Any,
+    sinks: Any = None,
     **options: Any,
 ) -> Any:
-    if _any_rows(key_state, value_state, row_offsets) or slots.shape != (1,):
+    if _any_rows(key_state, value_state, row_offsets, sinks) or slots.shape != (1,):
         return NotImplemented
     rows, tokens = slots.rows.shape[0], query.shape[0]
     packed = [each if each is None else _folded_for(each, rows) for each in (query, key, value)]
@@ -361,6 +362,7 @@ def _attention(
         slots.folded,
         starts * tokens,
         _folded_for(write_indices, rows),
+        sinks,
         **options,
     )
     return _unfolded(out, rows)

@@ -69,7 +69,7 @@ def survey(name: str, folder: Path, report: Report) -> None:
             largest relative differences of the logits; and with ``reference``, "forward", for the
             models of `FORWARD`.
     """
-    decode = _forward if name in FORWARD else _generate
+    decode = decode_forward if name in FORWARD else decode_generate
     if name in FORWARD:
         report("reference", "forward")
     with quiet():
@@ -77,7 +77,7 @@ def survey(name: str, folder: Path, report: Report) -> None:
         if getattr(model.config, "attn_logit_softcapping", None):
             model.set_attn_implementation("eager")  # the default one ignores it
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    prompts = [_prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS)]
+    prompts = [prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS)]
     try:
         expected = [decode(model, prompt) for prompt in prompts]
     except Exception as error:
@@ -120,12 +120,14 @@ def compare(expected: list[Decoded], got: list[Decoded]) -> tuple[str, float]:
     return ("equal" if close else f"logits differ by {difference:.1e}"), difference
 
 
-def _prompt(seed: int, length: int, vocabulary: int) -> list[int]:
+def prompt(seed: int, length: int, vocabulary: int) -> list[int]:
+    """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, min(vocabulary, 290), (length,), generator=generator).tolist()
 
 
-def _generate(model: PreTrainedModel, prompt: list[int]) -> Decoded:
+def decode_generate(model: PreTrainedModel, prompt: list[int]) -> Decoded:
+    """Decode greedily by transformers' ``generate``."""
     with quiet(), torch.no_grad():
         out = model.generate(
             torch.tensor([prompt]),
@@ -141,7 +143,7 @@ def _generate(model: PreTrainedModel, prompt: list[int]) -> Decoded:
     return Decoded(out.sequences[0, -TOKENS:].tolist(), logits)
 
 
-def _forward(model: PreTrainedModel, prompt: list[int]) -> Decoded:
+def decode_forward(model: PreTrainedModel, prompt: list[int]) -> Decoded:
     """Decode greedily; each token by the forward over all before it, without a cache."""
     tokens, logits = list(prompt), []
     with quiet(), torch.no_grad():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from inplace_builder.capture.capture import Capture, control_input
 from inplace_builder.capture.slot_cache import (
     CacheLength,
     LayerMask,
+    OwnCacheLength,
     SeenLayers,
     SlotCache,
     mask_window,
@@ -207,14 +209,22 @@ def chunked_llama(size: int) -> PreTrainedModel:
 
 
 def test_the_length_of_the_cache_is_the_positions_or_an_error() -> None:
-    length = CacheLength(torch.tensor([5, 6, 0], dtype=torch.int32))
-    for positions in (torch.arange(3) + length, length + torch.arange(3)):
+    length: Any = CacheLength(torch.tensor([5, 6, 0], dtype=torch.int32))
+    for positions in (
+        torch.arange(3) + length,
+        length + torch.arange(3),
+        torch.arange(length, length + 3),
+        torch.arange(length + 1, 4 + length, dtype=torch.int64) - 1,
+        (torch.arange(3) + (length + 2)) - 2,
+    ):
         assert positions.dtype == torch.int64
         assert positions.tolist() == [5, 6, 0]
     uses: list[Callable[[], object]] = [
-        lambda: length + 1,
-        lambda: 1 + length,
-        lambda: length > 0,
+        lambda: torch.ones(1, length + 1),
+        lambda: torch.arange(length, length + 2),
+        lambda: torch.arange(length, 8),
+        lambda: torch.arange(length + 3),
+        lambda: length + 1 > 0,
         lambda: length == 0,
         lambda: bool(length),
         lambda: int(length),
@@ -228,6 +238,23 @@ def test_the_length_of_the_cache_is_the_positions_or_an_error() -> None:
     ]
     for use in uses:
         with pytest.raises(BuildError, match="the number of cached tokens"):
+            use()
+
+
+def test_a_model_with_attention_of_its_own_sees_an_empty_cache_and_true_positions() -> None:
+    length: Any = OwnCacheLength(torch.tensor([5, 6, 0]))
+    for positions in (torch.arange(3) + length, torch.arange(length, length + 3)):
+        assert positions.tolist() == [5, 6, 0]
+    assert (length + 3, 3 + length, 3 - length) == (3, 3, 3)
+    assert length == 0
+    assert not length > 0
+    assert torch.ones(2, length + 3).shape == (2, 3)
+    uses: list[Callable[[], object]] = [
+        lambda: torch.arange(1, 4) + length,
+        lambda: torch.arange(length, 2),
+    ]
+    for use in uses:
+        with pytest.raises(BuildError, match=r"number of cached tokens at .*test_windows.py"):
             use()
 
 

@@ -100,7 +100,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         states = (*cache_states(caches, options), *_recurrent_states(layers))
         # 2. Export one step, with attention, caches and experts replaced by ours.
         rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
-        step = DecoderStep(model, layers.by_layer, rings, call)
+        step = DecoderStep(model, layers.by_layer, rings, call, layers.num_logits == 1)
         exported = _export_step(step, StepExamples(options, states))
     if own_attention:
         drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
@@ -204,9 +204,10 @@ def _see_layers(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLa
     seen = SeenLayers(capacity)
     try:
         with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()):
-            cache = SlotCache(positions, config.num_hidden_layers, seen, call.own_attention)
-            _run(model, ids, positions, cache, with_mask=call.with_mask)
+            cache = SlotCache(positions, _num_layers(config), seen, call.own_attention)
+            out = _run(model, ids, positions, cache, with_mask=call.with_mask)
             cache.check_states_stored()
+            seen.num_logits = out.logits.shape[1]
     except BuildError:
         raise
     except Exception as error:
@@ -269,12 +270,14 @@ class DecoderStep(torch.nn.Module):
         layers: Mapping[int, SeenLayer],
         rings: Mapping[int, bool],
         call: StepCall,
+        selects_logits: bool,
     ) -> None:
         super().__init__()
         self.model, self.rings, self.call = model, rings, call
         self.windows = {index: layer.window for index, layer in layers.items()}
         self.scores = {index: layer.scores for index, layer in layers.items()}
-        self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.selects_logits = selects_logits
+        self.num_layers = _num_layers(model.config.get_text_config(decoder=True))
 
     def forward(
         self,
@@ -320,7 +323,10 @@ class DecoderStep(torch.nn.Module):
         cache = SlotCache(positions, self.num_layers, states, self.call.own_attention)
         mask = self.call.with_mask
         out = _run(self.model, input_ids, positions, cache, last_tokens, with_mask=mask)
-        logits = out.logits[0].float()
+        logits = out.logits[0]
+        if not self.selects_logits:  # the model ignores logits_to_keep
+            logits = logits.index_select(0, last_tokens)
+        logits = logits.float()
         return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
 
 
@@ -365,15 +371,30 @@ def _reference(model: PreTrainedModel) -> Reference:
 
 
 def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The scores ``[vocab_size]`` of the last of token ids ``[tokens]``."""
+    """The scores ``[vocab_size]`` of the last of token ``ids [tokens]``, as ``generate`` has them.
+
+    Positions are passed where the model takes them. Without, a RoBERTa counts from the index of its
+    padding on.
+    """
     cache: Any = None
     use_cache = len(ids) > REFERENCE_CHUNK
     name = _cache_argument(model)
-    for part in ids.split(REFERENCE_CHUNK):
-        out = model(input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache})
+    positions = torch.arange(len(ids), device=ids.device)
+    for part, places in zip(
+        ids.split(REFERENCE_CHUNK), positions.split(REFERENCE_CHUNK), strict=True
+    ):
+        given = {"position_ids": places[None]} if _takes_positions(model) else {}
+        out = model(
+            input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache}, **given
+        )
         cache = getattr(out, name) if use_cache else None
     logits: Tensor = out.logits[0, -1]
     return logits
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Whether ``generate`` passes positions to a model."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:
@@ -391,7 +412,7 @@ def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:
 
 def _check_layer_kinds(config: transformers.PretrainedConfig) -> None:
     """BuildError if a layer is of a kind whose states are unknown."""
-    if getattr(config, "num_hidden_layers", None) is None:
+    if not _num_layers(config):
         raise BuildError(
             f"a {config.model_type!r} model has no number of layers; only decoders with a "
             f"key-value cache, or with recurrent states in its place, are supported"
@@ -402,6 +423,12 @@ def _check_layer_kinds(config: transformers.PretrainedConfig) -> None:
             f"the model has layers of the kind {unsupported}; only {sorted(LAYER_KINDS)} are "
             f"supported"
         )
+
+
+def _num_layers(config: transformers.PretrainedConfig) -> int:
+    """The layers of the decoder: ``num_hidden_layers`` may be those of an encoder; 0 if unknown."""
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    return next((count for name in names if (count := getattr(config, name, None))), 0)
 
 
 def _layer_caches(layers: SeenLayers, dtype: Dtype) -> dict[int, LayerCache]:
@@ -416,7 +443,7 @@ def _check_layers(
     graph: torch.fx.Graph, config: transformers.PretrainedConfig, layers: SeenLayers, kind: str
 ) -> None:
     """BuildError if a layer keeps nothing, and is of no kind that does: it attends unseen."""
-    expected = config.num_hidden_layers
+    expected = _num_layers(config)
     kinds = getattr(config, "layer_types", None) or []
     stateless = sum(each in STATELESS_KINDS for each in kinds)
     keeping = set(layers.by_layer) | {int(name.split("_")[2]) for name in layers.recurrent}

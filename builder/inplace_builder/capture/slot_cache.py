@@ -10,10 +10,12 @@ layer's window off it. The configuration's window, and the one that a model hand
 function, are not trusted.
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -115,30 +117,30 @@ class SeenLayers:
         by_layer: the layers that attend to keys and values of their own, by index.
         sharing: how many attentions are to keys and values of another layer.
         recurrent: the states of other layers by name: what a slot holds, in zeros.
+        num_logits: for how many tokens the model returned logits, of which one was asked for.
     """
 
     capacity: int
     by_layer: dict[int, SeenLayer] = field(default_factory=dict)
     sharing: int = 0
     recurrent: dict[str, Tensor] = field(default_factory=dict)
+    num_logits: int = 1
 
 
 class CacheLengthError(BuildError):
     """A model computes with the number of cached tokens, which differs from row to row."""
 
 
-class CacheLength:
-    """The number of cached tokens: each row has its own, so it is no number.
-
-    A model that adds it to ``arange(tokens)`` computes the tokens' positions, and gets them. Every
-    other use raises BuildError.
+class _Positions:
+    """What makes the tokens' positions of the number of cached tokens.
 
     Args:
         positions: the position of each token, ``[tokens]``.
+        more: what was added to the number.
     """
 
-    def __init__(self, positions: Tensor) -> None:
-        self._positions = positions
+    def __init__(self, positions: Tensor, more: Any = 0) -> None:
+        self._positions, self._more = positions, more
 
     @classmethod
     def __torch_function__(
@@ -148,44 +150,135 @@ class CacheLength:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Answer a call of torch that takes the length."""
+        """Answer a call of torch that takes the number."""
         if function in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__) and not kwargs:
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             lengths = [arg for arg in args if isinstance(arg, cls)]
             if len(tensors) == len(lengths) == 1:
-                return lengths[0].__radd__(tensors[0])
-        return cls._refuse()
+                length: _Positions = lengths[0]
+                return length._from_indices(tensors[0])
+        if function is torch.arange and len(args) == 2 and isinstance(args[0], _Positions):
+            return args[0]._counted_to(args[1], **(kwargs or {}))
+        return _refuse_length()
 
-    def __radd__(self, indices: object) -> Tensor:
+    def _counted_to(self, end: Any, dtype: torch.dtype = torch.int64, **_: Any) -> Tensor:
+        """The positions, where ``end`` is as many tokens away as the step has."""
+        more = end._more if isinstance(end, _Positions) else self._number(end)
+        if more - self._more == self._positions.shape[0]:
+            positions: Tensor = self._positions.to(dtype) + self._more
+            return positions
+        return _refuse_length()
+
+    @staticmethod
+    def _number(end: Any) -> Any:
+        """What was added to the number to get another one."""
+        return _refuse_length()
+
+    def _from_indices(self, indices: Tensor) -> Tensor:
         """The positions, where ``indices`` counts the tokens of the step."""
         if (
-            isinstance(indices, Tensor)
-            and not indices.is_floating_point()
+            not indices.is_floating_point()
             and indices.shape == self._positions.shape
-            and self._counts_tokens(indices)
+            and _counts_tokens(indices)
         ):
-            return self._positions.to(indices.dtype)
-        return self._refuse()
+            positions: Tensor = self._positions.to(indices.dtype) + self._more
+            return positions
+        return _refuse_length()
+
+
+def _counts_tokens(indices: Tensor) -> bool:
+    """Whether it is ``arange(tokens)``; True while a graph is traced, after a run on values."""
+    if is_fake(indices) or torch.compiler.is_compiling():
+        return True
+    return torch.equal(indices.flatten(), torch.arange(indices.numel(), dtype=indices.dtype))
+
+
+def _refuse_length(*_: object) -> NoReturn:
+    raise CacheLengthError(
+        f"the model computes with the number of cached tokens{_model_line()}, of which every row "
+        f"of a step has its own; only its sum with arange(tokens), the positions, is supported"
+    )
+
+
+class CacheLength(_Positions):
+    """The number of cached tokens: each row has its own, so it is no number.
+
+    A model that adds it to ``arange(tokens)``, or counts ``tokens`` on from it, computes the
+    tokens' positions, and gets them. Every other use raises BuildError.
+    """
+
+    def __radd__(self, other: object) -> Any:
+        """The positions, of indices; the number with more added, of a number."""
+        if isinstance(other, int | torch.SymInt):
+            return CacheLength(self._positions, self._more + other)
+        return self._from_indices(other) if isinstance(other, Tensor) else _refuse_length()
 
     __add__ = __radd__
 
-    @staticmethod
-    def _counts_tokens(indices: Tensor) -> bool:
-        """Whether it is ``arange(tokens)``; True while a graph is traced, after a run on values."""
-        if is_fake(indices) or torch.compiler.is_compiling():
-            return True
-        return torch.equal(indices.flatten(), torch.arange(indices.numel(), dtype=indices.dtype))
+    _no = staticmethod(_refuse_length)
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _no
+    __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _no
+    __eq__ = __ne__ = __hash__ = _no
+
+
+class OwnCacheLength(_Positions):
+    """The number of cached tokens for a model that attends in code of its own.
+
+    It sees an empty cache: as a number, of which it makes its mask, the length is 0. Positions that
+    it computes from the length are those of its tokens.
+    """
 
     @staticmethod
-    def _refuse(*_: object) -> NoReturn:
-        raise CacheLengthError(
-            "the model computes with the number of cached tokens, of which every row of a step has "
-            "its own; only its sum with arange(tokens), the positions, is supported"
-        )
+    def _number(end: Any) -> Any:
+        return end
 
-    __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _refuse
-    __eq__ = __ne__ = __hash__ = _refuse
+    def __radd__(self, other: Any) -> Any:
+        """The positions, of indices; a number stays."""
+        return self._from_indices(other) if isinstance(other, Tensor) else other
+
+    __add__ = __radd__
+
+    def __index__(self) -> int:
+        return 0
+
+    __int__ = __index__
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return other == 0
+
+    def __lt__(self, other: Any) -> Any:
+        return other > 0
+
+    def __gt__(self, other: Any) -> Any:
+        return other < 0
+
+    def __le__(self, other: Any) -> Any:
+        return other >= 0
+
+    def __ge__(self, other: Any) -> Any:
+        return other <= 0
+
+    def __sub__(self, other: Any) -> Any:
+        return -other
+
+    def __rsub__(self, other: Any) -> Any:
+        return other
+
+
+def _model_line() -> str:
+    """The line of the model that runs, as `` at file:line (code)``."""
+    own, torchs = Path(__file__), Path(torch.__file__).parent
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path != own and torchs not in path.parents:
+            return f' at "{frame.filename}", line {frame.lineno}, in {frame.name} ({frame.line})'
+    return ""
 
 
 class SlotCache(TransformersCache):
@@ -356,7 +449,8 @@ class SlotCache(TransformersCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The number of cached tokens, as far as there is one."""
-        return CacheLength(self.positions) if self.own_attention is None else 0
+        kind = CacheLength if self.own_attention is None else OwnCacheLength
+        return kind(self.positions)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
         """What transformers hands to `_layer_mask`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from inplace.schema.dtypes import Dtype
 from inplace_builder import BuildOptions, build_decoder, load_decoder
 from inplace_builder.capture.checkpoint import check_positions, load_tokenizer
@@ -175,3 +176,26 @@ def test_a_tokenizer_without_a_fast_version_is_described(copied: Path) -> None:
     assert description.startswith(
         "CTRLTokenizer has no fast version (tokenizer.json): clients send"
     )
+
+
+def test_the_text_part_of_a_larger_model_is_loaded_by_its_class(tmp_path: Path) -> None:
+    """transformers' table of causal language models does not have its configuration."""
+    config = transformers.Emu3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = transformers.Emu3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    loaded, _ = load_decoder(tmp_path / "source", Dtype.FLOAT32)
+    ids = torch.arange(5)[None]
+    assert type(loaded) is transformers.Emu3ForCausalLM
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    change_config(tmp_path / "source", architectures=["Emu3VQVAE"])
+    with pytest.raises(BuildError, match="'emu3_text_model' model, which is no decoder"):
+        load_decoder(tmp_path / "source", Dtype.FLOAT32)

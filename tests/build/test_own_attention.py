@@ -109,3 +109,13 @@ def test_attention_that_is_none_of_ours_is_refused() -> None:
         attend(lambda scores: scores + torch.arange(6) ** 2)
     with pytest.raises(BuildError, match=r"another result than .* the factor 0.5 "):
         attend(lambda scores: scores.clamp(min=-0.01))
+
+
+def test_attention_to_later_tokens_is_refused() -> None:
+    """transformers makes no causal mask for these encoders, also where they are decoders."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MegatronBertConfig(
+        **TOKENS, **fields, intermediate_size=48, is_decoder=True
+    )
+    with pytest.raises(BuildError, match="MegatronBertForCausalLM lets tokens see later ones"):
+        capture_decoder(transformers.MegatronBertForCausalLM(config).eval(), DECODER_OPTIONS)

@@ -64,7 +64,7 @@ def load_model(
     eager = {"attn_implementation": "eager"} if capped else {}
     try:
         with quiet():
-            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loaded = _decoder_class(config).from_pretrained(
                 folder, dtype=dtype.as_torch, output_loading_info=True, **where, **eager
             )
     except Exception as error:
@@ -130,7 +130,7 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
         raise BuildError(
             f"{source} has no configuration that transformers can read: {brief(error)}"
         ) from error
-    if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.is_encoder_decoder or _decoder_class(config) is None:
         raise BuildError(
             f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has "
             f"no causal language model for it)"
@@ -145,6 +145,21 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
     _check_quantization(config, source)
     check_positions(config.get_text_config(decoder=True), capacity)
     return config
+
+
+def _decoder_class(config: PretrainedConfig) -> Any:
+    """What loads the decoder of a configuration; None if it has none.
+
+    The text part of a larger model (Emu3, Mllama), saved alone, has a type that transformers' table
+    of causal language models does not have; ``architectures`` names its class.
+    """
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
+        if kind is not None and kind.config_class is type(config):
+            return kind
+    return None
 
 
 def _check_quantization(config: PretrainedConfig, source: Path) -> None:

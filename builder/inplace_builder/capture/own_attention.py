@@ -383,6 +383,11 @@ def _mask(added: Tensor | None, tokens: int, name: str) -> tuple[int, tuple[floa
     window = size if size < tokens else 0
     causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
     expected = causal & ~causal.tril(-window) if window else causal
+    if bool((seen & ~causal).any()):
+        raise BuildError(
+            f"attention of {name} lets tokens see later ones, as transformers' code of this model "
+            f"does for a decoder too; a decoder step needs causal attention"
+        )
     if not torch.equal(seen, expected.expand_as(seen)):
         raise BuildError(
             f"attention of {name} has a mask that is neither causal nor a sliding window"

@@ -82,6 +82,39 @@ class Biased(Plain):
         return torch.matmul(weights, values)
 
 
+class Sunk(Plain):
+    """Each head has a sink, written as gpt-oss writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.tensor([0.5, 2.0]))
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        mask = torch.where(self.visible(places), 0.0, torch.finfo(torch.float32).min)
+        scores = torch.matmul(query, keys.transpose(2, 3)) * 0.3 + mask
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
+        both = torch.cat([scores, self.logits(sinks, query)], dim=-1)
+        both = both - both.max(dim=-1, keepdim=True).values
+        weights = F.softmax(both, dim=-1, dtype=both.dtype)[..., :-1]
+        return torch.matmul(F.dropout(weights, 0.0, training=self.training), values)
+
+    def logits(self, sinks: Tensor, query: Tensor) -> Tensor:
+        return sinks
+
+
+class SunkWindow(Sunk):
+    """The same, more briefly, in a window."""
+
+    window = 4
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        scores = query @ keys.transpose(-1, -2) * 0.3
+        scores = scores.masked_fill(~self.visible(places), -math.inf)
+        sinks = self.sinks[:, None, None].expand(1, HEADS, query.shape[2], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)
+        return weights[..., :CAPACITY] @ values
+
+
 class Chosen(Plain):
     """The mask is a part of a table; only the last token's scores are returned."""
 
@@ -125,8 +158,16 @@ def capture(module: nn.Module, tokens: int = 3, *, dynamic: bool = True, **optio
 @pytest.mark.parametrize(
     ("module", "dynamic"),
     long_except(
-        [(Plain, True), (Capped, False), (Biased, True), (Chosen, False), (Counting, False)],
-        product([Plain, Capped, Biased, Chosen, Counting], [True, False]),
+        [
+            (Plain, True),
+            (Capped, False),
+            (Biased, True),
+            (Sunk, True),
+            (SunkWindow, False),
+            (Chosen, False),
+            (Counting, False),
+        ],
+        product([Plain, Capped, Biased, Sunk, SunkWindow, Chosen, Counting], [True, False]),
     ),
 )
 def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
@@ -178,6 +219,11 @@ def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
                 expected = result.reference([{"input_ids": rows[row][:end]}])
                 torch.testing.assert_close(logits[row], expected["logits"], rtol=1e-4, atol=1e-5)
     assert all(bool(tensor[1].isnan().all()) for tensor in memory), "the slot of no row"
+
+
+class Varying(Sunk):
+    def logits(self, sinks: Tensor, query: Tensor) -> Tensor:
+        return sinks * query[..., :1]
 
 
 class Averaging(Plain):
@@ -237,6 +283,11 @@ class Floating(Plain):
             Everything,
             "not provably causal attention over its own cache: its mask is neither causal "
             "nor a sliding window",
+        ),
+        (
+            Varying,
+            "not provably causal attention over its own cache: its sinks are computed from inputs "
+            "or states",
         ),
         (Remembering, r"state last is no cache of an attention, but read at .*self\.scores"),
         (Two, "a decoder returns its scores alone, this module returns 2 outputs"),

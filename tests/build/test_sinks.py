@@ -7,10 +7,18 @@ import pytest
 import torch
 from decoders.configs import make_model
 from inplace.trt import TensorRT, load_tensorrt
-from inplace_builder import BuildOptions, Capture, DecoderOptions, capture_decoder
+from inplace_builder import (
+    BuildOptions,
+    Capture,
+    DecoderOptions,
+    capture_decoder,
+    capture_exported_decoder,
+)
+from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.served.build import write_engine
 from support.decoding import generate_together, random_prompt
 from support.experts import STATIC_STEPS, check_ragged_rows, graph_step, network_step
+from support.exported_decoders import exported
 from support.long import long_except
 from support.lowering import captured, lowered
 from support.models import open_instance
@@ -73,6 +81,19 @@ def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: 
         for parameter in sinks_of(model):
             parameter.fill_(-1e9)
     assert [generate(model, prompt) for prompt in PROMPTS] != expected, "sinks make no difference"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", long_except([True], [True, False]))
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_that_transformers_exports_has_its_sinks(dynamic: bool) -> None:
+    model = model_of("gpt_oss")
+    model.set_attn_implementation("eager")
+    with grouped_experts(model):
+        program = exported(model, dynamic=dynamic)
+    capture = capture_exported_decoder(program, DecoderOptions(32, 4, CHUNK))
+    assert [len(node.args) for node in attentions(capture)] == [9, 9]
+    check_ragged_rows(model, capture, graph_step(capture))
 
 
 @pytest.fixture(scope="module")

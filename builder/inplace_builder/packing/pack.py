@@ -130,7 +130,10 @@ class _Packing:
                 "ring": ring,
                 "softcap": match.softcap,
             }
-            out = call(inplace.attention.default, (*packed, keys, values, *rows), options)
+            arguments = [*packed, keys, values, *rows]
+            if match.sinks is not None:
+                arguments.append(call(aten.reshape.default, (match.sinks, [-1])))
+            out = call(inplace.attention.default, tuple(arguments), options)
             if "stack_trace" in node.meta:
                 out.meta["stack_trace"] = node.meta["stack_trace"]
             tokens_first = call(aten.unsqueeze.default, (out, 0))

@@ -274,6 +274,9 @@ class RewrittenGraph:
             def packed(node: Node) -> Node:
                 return emit.call(aten.transpose.int, emit.call(aten.squeeze.dim, node, 0), 0, 1)
 
+            sinks = (
+                [] if match.sinks is None else [emit.call(aten.reshape.default, match.sinks, [-1])]
+            )
             out = emit.call(
                 inplace.attention.default,
                 packed(match.query),
@@ -285,6 +288,7 @@ class RewrittenGraph:
                 _row_offsets(emit, match.query),
                 # a negative start is an error: masks were compared for starts that fit
                 self.emit_start(emit, key_states, keys, replace(match.keys, wraps_negative=False)),
+                *sinks,
                 scale=match.scale,
                 window=match.window,
                 softcap=match.softcap,

@@ -96,10 +96,14 @@ class Block(nn.Module):
 
 
 class Projected(nn.Module):
-    """One layer over caches in a dict of the caller's; its attention is written out."""
+    """One layer over caches in a dict of the caller's; its attention is written out.
 
-    def __init__(self, dim: int = 8) -> None:
+    With ``sinks`` each head has a score beside those of positions, and drops its weight.
+    """
+
+    def __init__(self, dim: int = 8, *, sinks: bool = False) -> None:
         super().__init__()
+        self.sinks = nn.Parameter(torch.tensor([-0.5, 1.5])) if sinks else None
         self.project, self.out = nn.Linear(2 * dim, 6 * dim), nn.Linear(2 * dim, 2 * dim)
 
     def forward(self, cache: dict[str, Tensor], x: Tensor, position: Tensor) -> Tensor:
@@ -110,7 +114,12 @@ class Projected(nn.Module):
         cache["values"].index_copy_(2, position, value)
         seen = torch.arange(cache["keys"].shape[2]) <= position
         scores = (query @ cache["keys"].transpose(2, 3) / 8**0.5).masked_fill(~seen, float("-inf"))
-        out: Tensor = self.out((scores.softmax(-1) @ cache["values"]).transpose(1, 2).flatten(2))
+        weights = scores.softmax(-1)
+        if self.sinks is not None:
+            beside = self.sinks.view(1, 2, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, beside], -1)
+            weights = (scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., :-1]
+        out: Tensor = self.out((weights @ cache["values"]).transpose(1, 2).flatten(2))
         return out
 
 
@@ -290,6 +299,16 @@ ATTENTIONS = [
     ModuleCase(
         "attention written out",
         Projected,
+        _dict_of_caches,
+        lambda step: (noise(step, 1, 1, 16), position(step)),
+        {"cache_keys": "index_copy", "cache_values": "index_copy"},
+        ATTENTION,
+        fits_cache_layer=True,
+        plans=True,
+    ),
+    ModuleCase(
+        "attention with sinks written out",
+        lambda: Projected(sinks=True),
         _dict_of_caches,
         lambda step: (noise(step, 1, 1, 16), position(step)),
         {"cache_keys": "index_copy", "cache_values": "index_copy"},

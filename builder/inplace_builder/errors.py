@@ -25,4 +25,4 @@ def rejected(reason: str) -> BuildError:
 def brief(error: BaseException) -> str:
     """The type and the first line of another library's error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:500]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:1000]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_decoder
-from inplace_builder.capture.own_attention import OwnAttention
+from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.served.build import write_engine
 from support.decoding import generate_together, random_prompt
 from support.long import long_except
@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon": ("FalconConfig", FALCON | {"num_kv_heads": 1}),
     "falcon-grouped": ("FalconConfig", FALCON | {"new_decoder_architecture": True}),
+    "falcon-alibi": ("FalconConfig", FALCON | {"alibi": True}),
     "bloom": ("BloomConfig", TOKENS | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mpt": ("MptConfig", TOKENS | {"d_model": 32, "n_heads": 4, "n_layers": 2}),
 }
@@ -63,7 +64,9 @@ def stock(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
     return result
 
 
-@pytest.mark.parametrize("name", long_except(["gptj", "gpt_neo", "falcon", "bloom"], MODELS))
+@pytest.mark.parametrize(
+    "name", long_except(["gptj", "gpt_neo", "falcon", "falcon-alibi", "bloom"], MODELS)
+)
 @pytest.mark.filterwarnings("ignore")
 def test_tokens_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     model = model_of(name)
@@ -119,3 +122,33 @@ def test_attention_to_later_tokens_is_refused() -> None:
     )
     with pytest.raises(BuildError, match="MegatronBertForCausalLM lets tokens see later ones"):
         capture_decoder(transformers.MegatronBertForCausalLM(config).eval(), DECODER_OPTIONS)
+
+
+def attend_fused(**options: Any) -> list[tuple[Scores, int]]:
+    """PyTorch's attention over 6 tokens; what it proved."""
+    query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
+    proved: list[tuple[Scores, int]] = []
+    own = OwnAttention(
+        "Model", key, value, attend=None, proved=lambda *result: proved.append(result)
+    )
+    function = torch.nn.functional.scaled_dot_product_attention
+    result: Tensor = function(query, *own.tracked(), **options)
+    expected = function(query, key, value, **options)
+    assert torch.equal(result, expected)
+    return proved
+
+
+def test_attention_by_the_function_of_pytorch_is_tracked() -> None:
+    assert attend_fused(is_causal=True) == [(Scores(0.5), 0)]
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert attend_fused(attn_mask=seen, scale=0.3) == [(Scores(0.3), 0)]
+    assert attend_fused(attn_mask=seen & ~seen.tril(-3)) == [(Scores(0.5), 3)]
+    added = torch.zeros(6, 6).masked_fill(~seen, float("-inf"))
+    biased = torch.tensor([0.5, -0.25])[:, None, None] * torch.arange(6) + added
+    assert attend_fused(attn_mask=biased) == [(Scores(0.5, (0.5, -0.25)), 0)]
+    with pytest.raises(BuildError, match="has no mask, so it is not causal"):
+        attend_fused()
+    own = OwnAttention("Model", added, added, attend=None, proved=lambda *_: None)
+    keys, _ = own.tracked()
+    with pytest.raises(BuildError, match="hands its keys to scaled_dot_product_attention"):
+        torch.nn.functional.scaled_dot_product_attention(added, keys, added)

@@ -100,6 +100,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 8,
         },
     ),
+    # a recurrence for each of several heads
+    "zamba": (
+        "ZambaConfig",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "num_key_value_heads": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
     "qwen3_next": ("Qwen3NextConfig", HYBRID | DELTA | EXPERTS),
     "qwen3_5": ("Qwen3_5TextConfig", HYBRID | DELTA),
     # gated linear recurrences, in code of the model's own

@@ -50,6 +50,13 @@ def llama4(folder: Path, _: Path) -> Path:
     return folder
 
 
+def rwkv(folder: Path, _: Path) -> Path:
+    fields = {key: value for key, value in SMALL.items() if key in ("vocab_size", "hidden_size")}
+    config = transformers.RwkvConfig(**fields, num_hidden_layers=2)
+    transformers.RwkvForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def empty(folder: Path, _: Path) -> Path:
     folder.mkdir()
     return folder
@@ -134,6 +141,11 @@ Source = Callable[[Path, Path], Path]
         (
             llama4,
             r"layers of the kind \['chunked_attention'\]; only \['conv', 'full_attention'",
+        ),
+        (
+            rwkv,
+            r"only for .*input_ids.shape\[0\] == 4 at .*modeling_rwkv.py\", line \d+, in "
+            r"rwkv_linear_attention_cpu \(for current_index in range\(seq_length\):\)",
         ),
         (empty, "is no model: it holds neither config.json nor a GGUF file"),
         (nonexistent, "nowhere does not exist"),

@@ -71,7 +71,7 @@ def test_the_page_counts_what_ran_and_marks_another_reference() -> None:
     assert "1 are equal on both engines, 1 with the PyTorch engine only, 1 as a" in joined
     assert "1 on neither" in joined
     assert "| `moshi` † | equal | refused: no |" in text
-    assert f"`moshi`: {FORWARD['moshi']}." in text
+    assert f"`moshi`: {FORWARD['moshi']}." in joined
     assert "zamba2" not in text
     assert "## Left out (2)" in text
     assert "`qwen2`, `qwen3`" in text

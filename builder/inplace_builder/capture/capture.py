@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.passes import check_state_uses, remove_no_ops
 from inplace_builder.graph.reexport import correct_lstm, size_oblivious
 
@@ -133,7 +134,7 @@ def _export_step(
     arguments = [torch.zeros((2, *spec.shape), dtype=spec.dtype.as_torch) for spec in inputs]
     shapes: tuple[Any, ...] = (*({0: rows} for _ in inputs), *({0: slots} for _ in states))
     try:
-        with torch.no_grad(), correct_lstm(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
             return torch.export.export(
                 module, (*arguments, *_fresh_states(states, 2, initial)), dynamic_shapes=shapes
             )

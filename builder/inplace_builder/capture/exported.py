@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.nodes import placeholders_by_name, value
 from inplace_builder.graph.passes import (
     check_state_uses,
@@ -230,7 +231,7 @@ def _export(
     inputs, memory = _dynamic_shapes(functional, names)
     shapes = (*inputs, None, *({0: slots, **varying} for varying in memory))
     try:
-        with torch.no_grad(), correct_lstm(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
             exported = torch.export.export(
                 InterpretedModule(functional.graph_module), arguments, dynamic_shapes=(shapes,)
             )

@@ -26,6 +26,7 @@ from inplace_builder.capture.decoder import (
     decoder_program,
 )
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.nodes import dtype, shape
 from inplace_builder.graph.passes import drop_dead_assertions, normalise_assignments
 from inplace_builder.graph.reexport import (
@@ -144,7 +145,7 @@ def _export_packed(packed: GraphModule, examples: StepExamples) -> ExportedProgr
     shapes = ((*examples.input_shapes(), *examples.memory_shapes()),)
     try:
         relax_views(packed, arguments)
-        with torch.no_grad(), correct_lstm(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
             exported = torch.export.export(
                 InterpretedModule(without_unused_attributes(packed)),
                 arguments,

@@ -16,6 +16,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from inplace_builder.capture.capture import Capture, complete_program, control_input
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.nodes import placeholders_by_name, returned_values, value
 from inplace_builder.graph.reexport import (
     InterpretedModule,
@@ -204,7 +205,7 @@ def _export_rows(
     num_rows, slots = Dim("rows", min=2, max=max(3, program.max_rows)), Dim("slots", min=1)
     shapes = ((*({0: num_rows} for _ in arguments), *({0: slots} for _ in memory)),)
     try:
-        with torch.no_grad(), correct_lstm(), size_oblivious():
+        with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
             exported = torch.export.export(
                 InterpretedModule(batched), (*arguments, *memory), dynamic_shapes=shapes
             )

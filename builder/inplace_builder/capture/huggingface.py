@@ -21,6 +21,7 @@ from inplace.schema.specs import StateSpec, Update
 from torch import Tensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from inplace_builder.capture.capture import Capture, Reference, complete_program
 from inplace_builder.capture.checkpoint import check_positions, quiet
@@ -45,8 +46,12 @@ from inplace_builder.capture.slot_cache import (
 )
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.passes import drop_dead_assertions
 from inplace_builder.graph.reexport import LengthIndependent, correct_lstm, size_oblivious
+
+SDPA = "sdpa"
+"""transformers' name of PyTorch's ``scaled_dot_product_attention``."""
 
 REFERENCE_CHUNK = 1024
 """Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
@@ -137,16 +142,19 @@ def _inplace_attention(model: PreTrainedModel) -> Iterator[str | None]:
     """
     original = model.config._attn_implementation
     rotary = [module for module in model.modules() if _is_length_dependent(module)]
+    ALL_MASK_ATTENTION_FUNCTIONS[SDPA] = ALL_MASK_ATTENTION_FUNCTIONS[IMPLEMENTATION]
     with quiet():
         model.set_attn_implementation(IMPLEMENTATION)
     try:
         own = model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION
         if own:  # transformers only logs that it has not replaced the model's attention
-            model.config._attn_implementation = IMPLEMENTATION
+            # by this name it may choose PyTorch's function, and prepare masks for that
+            model.config._attn_implementation = original if original == SDPA else IMPLEMENTATION
         for module in rotary:
             module.forward = _length_independent(module)
         yield type(model).__name__ if own else None
     finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS[SDPA]
         for module in rotary:
             module.__dict__.pop("forward", None)
         model.config._attn_implementation = original
@@ -334,7 +342,14 @@ def _export_step(step: DecoderStep, examples: StepExamples) -> ExportedProgram:
     memory = _by_layer(examples.states, examples.memory())
     shapes = _by_layer(examples.states, examples.memory_shapes())
     try:
-        with quiet(), torch.no_grad(), correct_lstm(), size_oblivious(), LengthIndependent():
+        with (
+            quiet(),
+            torch.no_grad(),
+            correct_lstm(),
+            size_oblivious(),
+            named_extents(),
+            LengthIndependent(),
+        ):
             return torch.export.export(
                 step,
                 (*examples.inputs(), *memory),

@@ -1,10 +1,10 @@
-"""Decoders whose attention is code of their own: a product, a softmax and a product.
+"""Decoders whose attention is code of their own: products and a softmax, or PyTorch's function.
 
 GPT-J, CodeGen, GPT-Neo, XGLM and Falcon do not call transformers' attention interface. They still
 hand keys and values to a cache, which returns `Tracked` tensors here. These compute what the model
 computes on the tokens of the step alone, and note what becomes of them: keys times a query are
 scores, their softmax are weights, and weights times values is where the result of
-``inplace::attention`` takes the place of the model's own.
+``inplace::attention`` takes the place of the model's own. So is PyTorch's fused attention.
 
 The factor of the scores and what is added to them are noted too. A run on the values of one
 sequence proves that attention with this factor and this window gives what the model's own code
@@ -28,6 +28,7 @@ VIEWS = frozenset(
 )
 CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "dropout", "clone"})
 PRODUCTS = frozenset({"matmul", "bmm", "__matmul__", "__rmatmul__"})
+FUSED = "scaled_dot_product_attention"
 FACTORS = {
     **dict.fromkeys(("mul", "__mul__", "__rmul__", "__imul__", "mul_"), 1),
     **dict.fromkeys(("div", "true_divide", "__truediv__", "__itruediv__", "div_"), -1),
@@ -98,6 +99,8 @@ class Tracked:
         inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tracked)]
         plain = [_plain(each) for each in args]
         plain_kwargs = {key: _plain(value) for key, value in kwargs.items()}
+        if name == FUSED:
+            return _fused(*args, **kwargs)
         if inputs[0]._layer.traces and name in (*PRODUCTS, "baddbmm"):
             factors = [x for x in (*plain, *plain_kwargs.values()) if isinstance(x, Tensor)]
             result = _empty_product(*factors[-2:])
@@ -130,6 +133,42 @@ def _empty_product(a: Tensor, b: Tensor) -> Tensor:
     than one token.
     """
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _fused(
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """``scaled_dot_product_attention`` with tracked keys and values; it takes its arguments.
+
+    Raises:
+        BuildError: what it gets are not the cached keys and values.
+    """
+    inputs = [each for each in (query, key, value) if isinstance(each, Tracked)]
+    layer, kinds = inputs[0]._layer, [each._kind for each in inputs]
+    if kinds != ["keys", "values"] or inputs != [key, value]:
+        raise BuildError(
+            f"attention of {layer.name} hands its {', '.join(kinds)} to {FUSED}; a query of the "
+            f"step, cached keys and cached values are expected"
+        )
+    scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+    if layer.traces:
+        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return layer.attend(Calculation(query, scale), result)
+    if attn_mask is None and is_causal:
+        attn_mask = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool).tril()
+    result = torch.nn.functional.scaled_dot_product_attention(
+        query, _plain(key), _plain(value), attn_mask, **kwargs
+    )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = layer.hidden(~attn_mask, float("-inf"))
+    added = None if attn_mask is None else layer.keep(attn_mask)
+    return layer.attend(Calculation(query, scale, added), result)
 
 
 def _plain(value: Any) -> Any:

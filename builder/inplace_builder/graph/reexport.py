@@ -81,10 +81,10 @@ def size_oblivious() -> contextlib.AbstractContextManager[None]:
 
 
 class LengthIndependent(TorchFunctionMode):
-    """Export ``reshape``, and a matrix times packed tokens, without a guard on their number.
+    """Export shape changes and products of packed tokens without a guard on their number.
 
-    Where a tensor is not contiguous, PyTorch 2.11 asks for both whether it has one token only, in
-    spite of `size_oblivious`. Here it is copied first, without the question.
+    Where a tensor is not contiguous, PyTorch 2.11 asks whether it has one token only, in spite of
+    `size_oblivious`. Here it is copied first, without the question.
     """
 
     def __torch_function__(
@@ -96,12 +96,15 @@ class LengthIndependent(TorchFunctionMode):
     ) -> Any:
         """Answer a call of torch."""
         options = kwargs or {}
-        if func in (torch.reshape, Tensor.reshape) and not options:
+        name = getattr(func, "__name__", "")
+        if name in ("reshape", "flatten", "contiguous", "linear") and not options:
             return func(_contiguous(args[0]), *args[1:])
-        if getattr(func, "__name__", "") in ("matmul", "__matmul__") and not options:
+        if name in ("matmul", "__matmul__") and not options:
             matrix, tokens = args
             if matrix.dim() == 2 and tokens.dim() == 3:
                 return torch.nn.functional.linear(_contiguous(tokens.mT), matrix).mT
+            if max(matrix.dim(), tokens.dim()) > 3 and min(matrix.dim(), tokens.dim()) > 2:
+                return func(_contiguous(matrix), _contiguous(tokens))
         return func(*args, **options)
 
 

@@ -32,6 +32,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.nodes import (
     Emitter,
     copy_graph,
@@ -158,7 +159,13 @@ def export_module(
     modes: tuple[Callable[[], AbstractContextManager[None]], ...] = (size_oblivious, nullcontext)
     for mode in modes:
         try:
-            with torch.no_grad(), correct_lstm(), warnings.catch_warnings(), mode():
+            with (
+                torch.no_grad(),
+                correct_lstm(),
+                warnings.catch_warnings(),
+                mode(),
+                named_extents(),
+            ):
                 warnings.simplefilter("ignore")
                 return torch.export.export(
                     module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes

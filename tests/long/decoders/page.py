@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     if missing := record["without_result"]:
         names = ", ".join(f"`{name}`" for name in missing)
-        parts += [f"## Without result ({len(missing)})\n", f"These have not run yet: {names}.\n"]
+        text = _filled(f"These have not run yet: {names}.")
+        parts += [f"## Without result ({len(missing)})\n", f"{text}\n"]
     return "\n".join(part for part in parts if part)
 
 
@@ -65,16 +67,18 @@ def _counts(record: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) ->
     versions = record["versions"]
     several = " in several runs" if len(commits) > 1 else ""
     unfinished = "" if not missing else f" and {missing} have no result yet"
-    return f"""\
-Of {ran + missing} configurations {ran} ran{unfinished}. {len(rows)} of those that ran have a
-reference to compare with: {len(cpu & tensorrt)} are equal on both engines, {len(cpu - tensorrt)} \
-with the PyTorch engine only,
-{len(tensorrt - cpu)} as a TensorRT network only, {len(rows) - len(cpu | tensorrt)} on neither.
-
-transformers {versions["transformers"]}, PyTorch {versions["torch"]}; {record["date"][:10]}, \
-`{record["command"]}`{several} at {", ".join(commits)}
-(`benchmarks/results/models.json` has each row's; + is with uncommitted changes).
-"""
+    counts = (
+        f"Of {ran + missing} configurations {ran} ran{unfinished}. {len(rows)} of those that ran "
+        f"have a reference to compare with: {len(cpu & tensorrt)} are equal on both engines, "
+        f"{len(cpu - tensorrt)} with the PyTorch engine only, {len(tensorrt - cpu)} as a TensorRT "
+        f"network only, {len(rows) - len(cpu | tensorrt)} on neither."
+    )
+    origin = (
+        f"transformers {versions['transformers']}, PyTorch {versions['torch']}; "
+        f"{record['date'][:10]}, `{record['command']}`{several} at {', '.join(commits)} "
+        f"(`benchmarks/results/models.json` has each row's; + is with uncommitted changes)."
+    )
+    return "\n\n".join(_filled(each) for each in (counts, origin)) + "\n"
 
 
 def _forward(reasons: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -82,9 +86,16 @@ def _forward(reasons: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) 
     if not marked:
         return ""
     return (
-        "† The reference is greedy decoding by the model's forward over all tokens, without a "
-        f"cache, from\nwhich its `generate` differs. {'; '.join(marked)}.\n"
+        _filled(
+            "† The reference is greedy decoding by the model's forward over all tokens, without a "
+            f"cache, from which its `generate` differs. {'; '.join(marked)}."
+        )
+        + "\n"
     )
+
+
+def _filled(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _mark(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture.slot_cache import SeenLayers, SlotCache
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
-from support.decoding import SHAPE, generate_together, random_prompt
+from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import open_instance
 from torch import Tensor
@@ -144,21 +144,6 @@ def model_of(name: str) -> PreTrainedModel:
     return model
 
 
-def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """transformers' own greedy continuation."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    result: list[int] = out[0, len(prompt) :].tolist()
-    return result
-
-
 def build(model: PreTrainedModel, folder: Path) -> ModelInstance:
     write_engine(capture_decoder(model, DecoderOptions(CAPACITY, 3, CHUNK)), folder, OPTIONS)
     return open_instance(folder)
@@ -172,7 +157,7 @@ def build(model: PreTrainedModel, folder: Path) -> ModelInstance:
 @pytest.mark.filterwarnings("ignore")
 def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: str) -> None:
     model = model_of(name)
-    expected = [generate(model, prompt) for prompt in PROMPTS]
+    expected = [generate(model, prompt, TOKENS) for prompt in PROMPTS]
     assert len({token for tokens in expected for token in tokens}) >= 8
     assert generate_together(build(model, tmp_path / "model"), PROMPTS, TOKENS) == expected
 
@@ -203,13 +188,13 @@ def test_a_slot_that_is_used_again_starts_at_zero(lfm2: tuple[PreTrainedModel, P
         state.fill_(float("nan"))
     prompts = [random_prompt(4, 9), random_prompt(5, 4), random_prompt(6, 1)]
     assert generate_together(instance, PROMPTS, 1) == [
-        generate(model, prompt)[:1] for prompt in PROMPTS
+        generate(model, prompt, TOKENS)[:1] for prompt in PROMPTS
     ]
     for state in instance.arena.tensors.values():
         assert state.isfinite().any()
     # START on a live sequence begins anew
     assert generate_together(instance, prompts, TOKENS) == [
-        generate(model, prompt) for prompt in prompts
+        generate(model, prompt, TOKENS) for prompt in prompts
     ]
 
 
@@ -249,8 +234,8 @@ def test_a_failed_step_ends_its_sequences_because_their_states_are_rewritten(
     instance.engine = engine
     assert instance.table.get(1) is None
     # the other sequence continues, and the first may start again
-    assert run(instance, request(2, [9])) == generate(model, [*other, 9])[0]
-    assert run(instance, request(1, prompt, start=True)) == generate(model, prompt)[0]
+    assert run(instance, request(2, [9])) == generate(model, [*other, 9], TOKENS)[0]
+    assert run(instance, request(1, prompt, start=True)) == generate(model, prompt, TOKENS)[0]
 
 
 def request(sequence: int, tokens: list[int], *, start: bool = False) -> Request:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders.configs import make_model
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder import (
     BuildOptions,
@@ -16,35 +15,21 @@ from inplace_builder import (
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.served.build import write_engine
-from support.decoding import generate_together, random_prompt
+from support.decoding import generate, generate_together, random_prompt
 from support.experts import STATIC_STEPS, check_ragged_rows, graph_step, network_step
 from support.exported_decoders import exported
 from support.long import long_except
 from support.lowering import captured, lowered
 from support.models import open_instance
+from support.sinks import SINKS, decoder_with_sinks, sinks_of
 from torch.fx import Node
-from transformers import PreTrainedModel
 
 CAPACITY, CHUNK, TOKENS = 72, 8, 24
 OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
 PROMPTS = [random_prompt(1, 41), random_prompt(2, 3), random_prompt(3, 17)]
 """Longer than the windows, shorter, and between."""
 
-# how many of two layers have sinks
-MODELS = {"gpt_oss": 2, "granite_swa": 2, "granitemoe_swa": 2, "mimo_v2_flash": 1}
-EACH = pytest.mark.parametrize("name", long_except(["gpt_oss", "mimo_v2_flash"], MODELS))
-
-
-def model_of(name: str) -> PreTrainedModel:
-    """A random decoder whose sinks take different parts of the softmax."""
-    model = make_model(name)
-    for parameter in sinks_of(model):
-        torch.nn.init.normal_(parameter, std=2.0)
-    return model
-
-
-def sinks_of(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if name.endswith("sinks")]
+EACH = pytest.mark.parametrize("name", long_except(["gpt_oss", "mimo_v2_flash"], SINKS))
 
 
 def attentions(capture: Capture) -> list[Node]:
@@ -52,27 +37,12 @@ def attentions(capture: Capture) -> list[Node]:
     return list(capture.exported.graph.find_nodes(op="call_function", target=target))
 
 
-def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """transformers' own greedy continuation."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    result: list[int] = out[0, len(prompt) :].tolist()
-    return result
-
-
 @pytest.mark.slow
 @EACH
 @pytest.mark.filterwarnings("ignore")
 def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: str) -> None:
-    model = model_of(name)
-    expected = [generate(model, prompt) for prompt in PROMPTS]
+    model = decoder_with_sinks(name)
+    expected = [generate(model, prompt, TOKENS) for prompt in PROMPTS]
     assert len({token for tokens in expected for token in tokens}) >= 8
     capture = capture_decoder(model, DecoderOptions(CAPACITY, 3, CHUNK))
     write_engine(capture, tmp_path / "model", OPTIONS)
@@ -80,14 +50,16 @@ def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: 
     with torch.no_grad():
         for parameter in sinks_of(model):
             parameter.fill_(-1e9)
-    assert [generate(model, prompt) for prompt in PROMPTS] != expected, "sinks make no difference"
+    assert [generate(model, prompt, TOKENS) for prompt in PROMPTS] != expected, (
+        "sinks make no difference"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", long_except([True], [True, False]))
 @pytest.mark.filterwarnings("ignore")
 def test_a_decoder_that_transformers_exports_has_its_sinks(dynamic: bool) -> None:
-    model = model_of("gpt_oss")
+    model = decoder_with_sinks("gpt_oss")
     model.set_attn_implementation("eager")
     with grouped_experts(model):
         program = exported(model, dynamic=dynamic)
@@ -104,10 +76,10 @@ def rtx() -> TensorRT:
 @EACH
 @pytest.mark.filterwarnings("ignore")
 def test_networks_for_tensorrt_have_the_logits_of_the_model(rtx: TensorRT, name: str) -> None:
-    model = model_of(name)
+    model = decoder_with_sinks(name)
     capture = capture_decoder(model, DecoderOptions(32, 4, CHUNK))
     with_sinks = [node for node in attentions(capture) if len(node.args) == 9]
-    assert len(with_sinks) == len(sinks_of(model)) == MODELS[name]
+    assert len(with_sinks) == len(sinks_of(model)) == SINKS[name]
     check_ragged_rows(model, capture, graph_step(capture))
     network = lowered(capture, "copy", rtx)
     check_ragged_rows(model, capture, network_step(capture, network), STATIC_STEPS)

@@ -19,8 +19,10 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
+from support.decoding import generate, generate_together, random_prompt
 from support.manifests import edit, exchange
 from support.models import VOCABULARY, accumulator, greedy, tiny_llama
+from support.sinks import SINKS, decoder_with_sinks
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
@@ -79,6 +81,20 @@ def test_a_decoder_builds_verifies_and_gives_the_tokens_of_transformers(
         while len(tokens) < 24:
             tokens.append(run(instance, sequence, tokens[-1:]))
         assert tokens == greedy(model, prompt, 24)
+
+
+@pytest.mark.parametrize("alias", ["plugin", "copy"])
+@pytest.mark.parametrize("name", SINKS)
+@pytest.mark.filterwarnings("ignore")
+def test_decoders_with_sinks_give_the_tokens_of_transformers(
+    tmp_path: Path, name: str, alias: str
+) -> None:
+    model = decoder_with_sinks(name)
+    model.save_pretrained(tmp_path / "model")
+    build_decoder(tmp_path / "model", tmp_path / "out", options(alias=alias))
+    prompts = [random_prompt(1, 41), random_prompt(2, 3), random_prompt(3, 17)]
+    expected = [generate(model, prompt, 20) for prompt in prompts]
+    assert generate_together(opened(tmp_path / "out"), prompts, 20) == expected
 
 
 def test_states_keep_their_addresses_and_other_slots_their_bytes(engine: Path) -> None:

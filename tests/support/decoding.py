@@ -6,6 +6,7 @@ import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from torch import Tensor
+from transformers import PreTrainedModel
 
 SHAPE: dict[str, object] = {
     "vocab_size": 128,
@@ -26,6 +27,21 @@ SHAPE: dict[str, object] = {
 def random_prompt(seed: int, tokens: int) -> list[int]:
     """Token ids of a vocabulary of at least 128."""
     return torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
+    """transformers' own greedy continuation; it never stops early."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    result: list[int] = out[0, len(prompt) :].tolist()
+    return result
 
 
 def generate_together(

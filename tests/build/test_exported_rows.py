@@ -66,10 +66,24 @@ class Attending(nn.Module):
         query, key, value = self.qkv(x).view(1, 1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
         keys.index_copy_(2, position, key)
         values[:, :, position] = value
-        out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=(torch.arange(CAPACITY) <= position)[None, None]
-        )
-        return out.reshape(1, HEADS * DIM)
+        visible = (torch.arange(CAPACITY) <= position)[None, None]
+        return self.attend(query, keys, values, visible).reshape(1, HEADS * DIM)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+
+
+class Sinking(Attending):
+    """The same with attention sinks, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.linspace(-1.0, 2.0, HEADS))
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        scores = (query @ keys.mT / DIM**0.5).masked_fill(~visible, float("-inf"))
+        weights = torch.cat([scores, self.sinks.view(1, -1, 1, 1)], -1).softmax(-1)
+        return weights[..., :-1] @ values
 
 
 class Counting(Attending):
@@ -101,6 +115,7 @@ CASES: dict[str, tuple[Any, list[Tensor], RowOptions, dict[str, int]]] = {
         {"read": 4, "update": 4},
     ),
     "attending": (Attending, caches(), RowOptions(4, positions="position"), {"attention": 1}),
+    "sinking": (Sinking, caches(), RowOptions(4, positions="position"), {"attention": 1}),
     "counting": (Counting, [], RowOptions(4, max_requests=CAPACITY), {"read": 2, "update": 2}),
 }
 

@@ -42,6 +42,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoA, JetMoeMoE
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -181,6 +182,14 @@ def test_layers_of_another_form_equal_eager_ones(name: str) -> None:
 
 
 IDS = torch.tensor([[0, 3], [2, 1], [3, 0], [1, 2], [3, 2]])
+JETMOE: dict[str, object] = {
+    "hidden_size": 24,
+    "intermediate_size": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "kv_channels": 8,
+    "num_key_value_heads": 2,
+}
 OWN_CODE: dict[str, tuple[Any, Callable[[], Any], dict[str, object], tuple[Any, ...]]] = {
     "dbrx": (
         DbrxExperts,
@@ -217,6 +226,7 @@ OWN_CODE: dict[str, tuple[Any, Callable[[], Any], dict[str, object], tuple[Any, 
         },
         (),
     ),
+    "jetmoe": (JetMoeMoE, transformers.JetMoeConfig, JETMOE, ()),
 }
 
 
@@ -231,13 +241,32 @@ def test_experts_in_code_of_their_own_equal_what_they_are_replaced_by(name: str)
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    x = torch.randn(1, 5, 24) if name == "dbrx" else torch.randn(5, 24)
+    x = torch.randn(1, 5, 24) if name in ("dbrx", "jetmoe") else torch.randn(5, 24)
     with torch.no_grad():
         expected = layer(x, *arguments)
         with grouped_experts(layer):
             assert "forward" in vars(layer)
             torch.testing.assert_close(layer(x, *arguments), expected)
     assert "forward" not in vars(layer), "the layer is left as it was"
+
+
+def test_attention_of_experts_equals_what_it_is_replaced_by() -> None:
+    config = transformers.JetMoeConfig()
+    for field, value in JETMOE.items():
+        setattr(config, field, value)
+    layer, x = JetMoeMoA(config), torch.randn(1, 5, 24)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+
+    def attended() -> tuple[Tensor, Tensor]:
+        queries, _, routing = layer.map(x)
+        return queries, layer.reduce(queries.tanh(), routing)
+
+    with torch.no_grad():
+        expected = attended()
+        with grouped_experts(layer):
+            torch.testing.assert_close(attended(), expected)
 
 
 def test_half_precision_is_rounded_like_batched_products() -> None:

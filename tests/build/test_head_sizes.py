@@ -51,6 +51,11 @@ def shared() -> PreTrainedModel:
     return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
 
 
+def twice() -> PreTrainedModel:
+    """Each of two layers attends twice: with the same keys, to each half of its values."""
+    return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**SHAPE))
+
+
 SIZES = {
     latent: {"key_states_0": (4, CAPACITY, 12), "value_states_0": (4, CAPACITY, 10)},
     global_heads: {
@@ -61,6 +66,7 @@ SIZES = {
         "key_states_0": (2, WINDOW + CHUNK - 1, 8),
         "key_states_1": (2, CAPACITY, 16),
     },
+    twice: {"key_states_3": (2, CAPACITY, 8), "value_states_3": (2, CAPACITY, 8)},
 }
 
 

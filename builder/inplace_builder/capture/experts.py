@@ -111,17 +111,53 @@ def _llama4(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return module.shared_expert(x) + out.sum(1), logits
 
 
+def _jetmoe_route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts of vectors ``[tokens, hidden]``, their weights, and the scores of all."""
+    logits = router.layer(x).float()
+    values, ids = logits.topk(router.top_k, dim=1)
+    return ids, torch.softmax(values, dim=1).type_as(x), logits
+
+
+def _jetmoe(module: Any, layer_input: Tensor) -> Tensor:
+    """``JetMoeMoE``, whose own code sorts the tokens by their experts."""
+    x = layer_input.reshape(-1, module.input_size)
+    ids, weights, _ = _jetmoe_route(module.router, x)
+    gate, up = grouped_linear(x, ids, module.input_linear.weight).chunk(2, -1)
+    out = grouped_linear(module.activation(gate) * up, ids, module.output_linear.weight)
+    bias: Tensor = module.bias
+    return _weighted_sum(out, weights).view(layer_input.shape) + bias
+
+
+def _jetmoe_queries(module: Any, layer_input: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """``JetMoeMoA.map``: an expert has a projection to queries, and one of what they attend to."""
+    x = layer_input.reshape(-1, module.input_size)
+    ids, weights, logits = _jetmoe_route(module.router, x)
+    queries = grouped_linear(x, ids, module.input_linear.weight)
+    return queries.view(*layer_input.shape[:-1], module.top_k, -1), logits, (ids, weights)
+
+
+def _jetmoe_attended(module: Any, layer_input: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
+    """``JetMoeMoA.reduce``."""
+    ids, weights = routing
+    x = layer_input.reshape(-1, module.top_k, layer_input.shape[-1])
+    out = _weighted_sum(grouped_linear(x, ids, module.output_linear.weight), weights)
+    bias: Tensor = module.bias
+    return out.view(*layer_input.shape[:-2], module.input_size) + bias
+
+
 def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     return (x * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-OWN_CODE: Mapping[str, Callable[..., Any]] = {
-    "DbrxExperts": _dbrx,
-    "AriaExperts": _aria,
-    "LongcatFlashExperts": _longcat_flash,
-    "Llama4TextMoe": _llama4,
+OWN_CODE: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "DbrxExperts": {"forward": _dbrx},
+    "AriaExperts": {"forward": _aria},
+    "LongcatFlashExperts": {"forward": _longcat_flash},
+    "Llama4TextMoe": {"forward": _llama4},
+    "JetMoeMoE": {"forward": _jetmoe},
+    "JetMoeMoA": {"map": _jetmoe_queries, "reduce": _jetmoe_attended},
 }
-"""The forward of experts in code of their own, by the name of their class in transformers."""
+"""The methods of experts in code of their own, by the name of their class in transformers."""
 
 
 @contextmanager
@@ -151,8 +187,9 @@ def grouped_experts(module: torch.nn.Module) -> Iterator[None]:
             if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
                 stack.enter_context(_implementation(model))
         for part in own:
-            part.forward = partial(OWN_CODE[type(part).__name__], part)
-            stack.callback(part.__dict__.pop, "forward")
+            for name, function in OWN_CODE[type(part).__name__].items():
+                part.__dict__[name] = partial(function, part)
+                stack.callback(part.__dict__.pop, name)
         yield
 
 

@@ -461,11 +461,12 @@ def _check_layers(
     expected = _num_layers(config)
     kinds = getattr(config, "layer_types", None) or []
     stateless = sum(each in STATELESS_KINDS for each in kinds)
-    keeping = set(layers.by_layer) | {int(name.split("_")[2]) for name in layers.recurrent}
+    attending = {index % expected for index in layers.by_layer}
+    keeping = attending | {int(name.split("_")[2]) for name in layers.recurrent}
     count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)
     if len(keeping) + layers.sharing + stateless < expected or count < len(layers.by_layer):
         raise BuildError(
             f"{kind} has {expected} layers, but {count} of them attend through transformers' "
-            f"attention interface, and {len(keeping - set(layers.by_layer))} others keep states "
+            f"attention interface, and {len(keeping - attending)} others keep states "
             f"through its cache"
         )

@@ -304,6 +304,8 @@ class SlotCache(TransformersCache):
         self.own_attention = own_attention
         self.updated: int | None = None
         self._keys: dict[int, Tensor] = {}  # of the step, by layer
+        self._values: dict[int, Tensor] = {}
+        self._again: dict[int, int] = {}  # times that a layer attended after the first
         self._convolved: str | None = None  # the layer whose convolution comes next
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
         self._num_scans = 0
@@ -326,13 +328,30 @@ class SlotCache(TransformersCache):
         """
         self.updated = layer_idx
         if self.own_attention is None:
-            self._keys[layer_idx] = key_states
+            self._keys[layer_idx], self._values[layer_idx] = key_states, value_states
             return key_states, value_states
         return self._own_attention(key_states, value_states, layer_idx).tracked()
 
     def layer_of(self, key: Tensor) -> int | None:
         """The layer that gave the cache these keys in this step; None if none did."""
         return next((layer for layer, each in self._keys.items() if each is key), None)
+
+    def attends_again(self, layer: int, value: Tensor) -> int | None:
+        """Where a layer keeps its keys again, with other values than it gave the cache.
+
+        DiffLlama attends to two halves of its values, with the same queries and keys.
+
+        Args:
+            layer: the layer.
+            value: the values.
+
+        Returns:
+            A number beyond those of layers; None if the values are those of the cache.
+        """
+        if self._values[layer] is value:
+            return None
+        self._again[layer] = self._again.get(layer, 0) + 1
+        return layer + self._again[layer] * self.num_layers
 
     def _own_attention(self, key: Tensor, value: Tensor, layer: int) -> OwnAttention:
         step = self.step
@@ -657,6 +676,8 @@ def slot_attention(
             f"{kind} attends to keys and values that neither it nor another layer has cached "
             f"(cross-attention is not supported)"
         )
+    if shares and (again := cache.attends_again(layer, value)) is not None:
+        layer, shares = again, False
     if attention_mask is not None and not isinstance(attention_mask, LayerMask):
         raise BuildError(
             f"{kind} has an attention mask of its own; only causal and sliding-window attention is "

@@ -21,7 +21,7 @@ test: .venv/installed check ## every kind of test, the real model and the real s
 test-fast: .venv/installed ## without servers, the real model and slow builds, for the loop while working
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not server and not real_model and not slow and not long"
 
-test-long: .venv/installed ## what `make test` has a few cases of: 1600 random modules, all decoders, long soak and fuzz runs
+test-long: .venv/installed ## what `make test` has a few cases of: 1900 random modules, all decoders, long soak and fuzz runs
 	@$(BIN)/python -m pytest $(PARALLEL) --timeout=3600 -m long
 
 check: .venv/installed ## ruff, mypy --strict, the layers of imports, generated files

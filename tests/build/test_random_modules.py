@@ -14,6 +14,7 @@ FEW = {
     "attention": 4,
     "written back whole": 2,
     "refused": 6,
+    "layers": 3,
 }
 
 

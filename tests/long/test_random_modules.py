@@ -11,6 +11,7 @@ MODULES = {
     "attention": 250,
     "written back whole": 100,
     "refused": 500,
+    "layers": 300,
 }
 SHARD = 25
 """Modules of one test, so that the processes of a run share them."""

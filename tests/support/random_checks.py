@@ -9,10 +9,12 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 from inplace.standalone import Engine
-from inplace_builder.errors import BuildError
+from inplace.trt import load_tensorrt
+from inplace_builder.errors import BuildError, LoweringError
 from inplace_builder.standalone.build import build
 
 from support.comparing import compare_engine
+from support.random_layers import stacks
 from support.random_modules import (
     APPENDS,
     STEPS,
@@ -24,6 +26,12 @@ from support.random_modules import (
     unsupported,
 )
 from support.random_steps import Steps, Writes, attending, rows_of_their_own, varying_tokens
+from support.row_cases import RowCase
+from support.row_checks import check_network, check_rows
+from support.time_limit import within
+
+SECONDS_PER_MODULE = 120
+"""Within this a stack of layers is captured, built, verified and compared."""
 
 
 def run(kind: str, examples: int, shard: int | None = None) -> None:
@@ -100,10 +108,31 @@ def check_refused(case: tuple[Random, Defect]) -> None:
         build(module, example, path=Path(folder) / "engine", **defect.options)
 
 
+def check_layers(case: RowCase) -> None:
+    """A stack of layers is built in time; rows compute what it computes for each sequence alone.
+
+    So does the network for TensorRT, which has no states of int8.
+    """
+    within(SECONDS_PER_MODULE, _check_layers, case)
+
+
+def _check_layers(case: RowCase) -> None:
+    hypothesis.note(case.name)
+    with tempfile.TemporaryDirectory() as folder:
+        capture = check_rows(case, Path(folder))
+    tensorrt = load_tensorrt("tensorrt_rtx")
+    if "int8" in case.name:
+        with pytest.raises(LoweringError, match="entries, which is int8"):
+            check_network(capture, case, tensorrt)
+    else:
+        check_network(capture, case, tensorrt)
+
+
 KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "supported": (supported(), check_supported),
     "rows and tokens": (st.one_of(rows_of_their_own(), varying_tokens()), check_steps),
     "attention": (attending(), check_attention),
     "written back whole": (copied(), check_copied),
     "refused": (unsupported(), check_refused),
+    "layers": (stacks(), check_layers),
 }

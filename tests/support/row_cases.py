@@ -21,6 +21,7 @@ class RowCase:
         shape: of the input ``x``.
         states: makes the states that are passed as the arguments after ``x``.
         capture: more options of the capture.
+        options: more of `RowOptions`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class RowCase:
     shape: tuple[int, ...]
     states: Callable[[], list[Tensor]] = list
     capture: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def input(self, step: int, row: int) -> Tensor:
         """What a row is given at one of its steps."""

@@ -26,6 +26,9 @@ def find_decomposition(target: torch._ops.OpOverload) -> Decomposition | None:
     for table in _tables():
         if target in table:
             return table[target]
+    if target.namespace == "prims":  # decompositions make them; each names what computes it
+        implementation: Decomposition | None = getattr(target.overloadpacket, "impl_aten", None)
+        return implementation
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     if target.has_kernel_for_dispatch_key(composite):
         return target.decompose

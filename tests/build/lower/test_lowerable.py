@@ -95,6 +95,12 @@ def test_what_is_written_in_place_becomes_a_value(rtx: TensorRT, case: Case) -> 
     case.check(lambda inputs: interpret(lowered, inputs))
 
 
+def test_operators_of_prims_that_a_decomposition_makes_are_lowered(rtx: TensorRT) -> None:
+    case = fn("xlogy", lambda x: torch.xlogy(x, 2), X)
+    lowered = lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)
+    case.check(lambda inputs: interpret(lowered, inputs))
+
+
 def test_what_has_a_converter_stays_whole() -> None:
     case = fn("whole", lambda x, part: nn.functional.silu(part(x)), X, part=nn.Linear(8, 4))
     before = [node.target for node in case.exported.graph.nodes]

@@ -1,9 +1,10 @@
 """Prepare a captured graph for lowering: functional operators only, and converters for all of them.
 
 In-place operators are removed (`inplace_builder.graph.in_place`), and an operator that has no
-converter is replaced by PyTorch's own decomposition of it, into core ATen where there is one. A
-decomposition may write in place, and may use operators that have no converter either, so both are
-repeated until nothing changes. Then complex numbers become pairs of real ones
+converter is replaced by its value, if it depends on no input, or by PyTorch's own decomposition of
+it, into core ATen where there is one. A decomposition may write in place, and may use operators
+that have no converter either, so both are repeated until nothing changes. Then complex numbers
+become pairs of real ones
 (`inplace_builder.lower.complex_numbers`). What has a converter stays whole: a layer of TensorRT is
 faster than its parts, and fusion matches whole operators.
 """
@@ -28,6 +29,7 @@ from inplace_builder.lower.complex_numbers import (
     remove_complex,
     touches_complex,
 )
+from inplace_builder.lower.constants import ConstantValues
 from inplace_builder.lower.recurrences import EXPANSIONS
 from inplace_builder.lower.registry import find_converter, unsupported_reason
 
@@ -76,7 +78,7 @@ def _decompose_once(program: GraphProgram) -> bool:
 
     What is known to be unsupported stays, so that it is refused under its own name.
     """
-    changed = False
+    changed, constants = False, ConstantValues(program)
     for node in list(program.graph.nodes):
         target = node.target
         if (
@@ -85,6 +87,7 @@ def _decompose_once(program: GraphProgram) -> bool:
             or target.namespace == NAMESPACE
             or not _holds_tensors(node.meta.get("val"))
             or _stays_whole(node)
+            or constants.fold(node)
             or unsupported_reason(target) is not None
             or str(target) in node.meta.get(ORIGIN, ())
             or FAILURE in node.meta

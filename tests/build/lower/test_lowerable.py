@@ -107,6 +107,45 @@ def test_what_has_a_converter_stays_whole() -> None:
     assert [node.target for node in lowerable(case.exported).graph.nodes] == before
 
 
+def quantile(x: Tensor) -> Tensor:
+    """Gemma 3n's cutoff, of a constant share."""
+    multiplier = torch.distributions.normal.Normal(0, 1).icdf(torch.tensor(0.95))
+    return nn.functional.relu(x - x.mean(-1, keepdim=True) * multiplier)
+
+
+def special(x: Tensor) -> Tensor:
+    return x * torch.special.i1(torch.arange(8.0) / 4)
+
+
+CONSTANT = [fn("quantile", quantile, X), fn("special", special, X)]
+
+
+@pytest.mark.parametrize("case", CONSTANT, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore")
+def test_what_depends_on_no_input_and_has_no_converter_is_computed(
+    rtx: TensorRT, case: Case
+) -> None:
+    lowered = lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)
+    case.check(lambda inputs: interpret(lowered, inputs))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.special.i1,
+        lambda x: x * torch.special.i1(x.new_zeros(8) + x),
+        lambda x: x + torch.rand(8),
+    ],
+    ids=["input", "part of an input", "random"],
+)
+def test_what_depends_on_an_input_or_is_random_is_no_constant(
+    rtx: TensorRT, function: Callable[[Tensor], Tensor]
+) -> None:
+    case = fn("varies", function, X)
+    with pytest.raises(BuildError, match=r"special_i1|aten\.rand"):
+        lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)
+
+
 def test_a_write_that_cannot_be_a_value_is_refused_with_its_line() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Result:
 
 def kernel_time(call: Call) -> float:
     """Microseconds that the kernels of a call take, the mean of `CALLS` calls."""
-    for number in range(3):
+    for number in range(CALLS):
         call(number)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -100,6 +100,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda").bfloat16()
 
 
+@cache
 def slots_of(number: int, rows: int) -> Tensor:
     """The slots of a call: other ones than those of the calls before."""
     slots = (torch.arange(rows, device="cuda") + number * rows) % (NUM_SLOTS - 1) + 1

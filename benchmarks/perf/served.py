@@ -48,5 +48,7 @@ def served(
             folder.mkdir(parents=True)
             (folder / "1").symlink_to((model / "1").resolve())
             (folder / "config.pbtxt").write_text(text)
-        with TritonServer(folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log") as server:
+        with TritonServer(
+            folder.parent, Ports(0, 0, 0), log=Path(scratch) / "log", trust_models=[model]
+        ) as server:
             yield server

@@ -1,6 +1,5 @@
 """Standalone engines on TensorRT: values, addresses, CUDA graphs, user plugins, refusals."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 import torch
 from inplace.errors import CallError, LoadError
 from inplace.plugins import plugins, register
-from inplace.schema.standalone import FILE_NAME
+from inplace.schema.standalone import StandaloneManifest
 from inplace.standalone import Engine, execute
 from inplace.trt import load_tensorrt
 from inplace_builder.errors import BuildError
@@ -147,10 +146,9 @@ def test_a_wrong_call_is_refused_and_changes_nothing(attention: Path, case: str)
 
 def edited(folder: Path, tmp_path: Path, old: str, new: str) -> Path:
     inplace.load(folder).save(tmp_path / "edited")
-    path = tmp_path / "edited" / FILE_NAME
-    record = json.loads(path.read_text())
-    record["aliases"] = [alias.replace(old, new) for alias in record["aliases"]]
-    path.write_text(json.dumps(record))
+    manifest = StandaloneManifest.load(tmp_path / "edited")
+    changed = tuple(alias.replace(old, new) for alias in manifest.aliases)
+    manifest.model_copy(update={"aliases": changed}).save(tmp_path / "edited")
     return tmp_path / "edited"
 
 
@@ -291,9 +289,9 @@ def test_a_plugin_of_the_users_own_has_several_aliased_outputs(tmp_path: Path) -
         optimization_level=1,
     )
     assert sorted(engine.manifest.aliases) == [
+        "level_updated@level@user",
         "steps_updated@steps@plugin",
         "total_updated@total@user",
-        "level_updated@level@user",
     ]
     level, eager = torch.zeros(3, 4, device="cuda"), torch.zeros(3, 4)
     bound = {level.data_ptr(), *(tensor.data_ptr() for tensor in engine.states.values())}

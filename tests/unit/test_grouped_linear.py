@@ -123,6 +123,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(spec: GroupedLinearSpec, tok
         "TRANSPOSED": spec.transposed,
         "ACTIVATION": spec.activation,
         "GATED": spec.gated,
+        "EVEN": spec.inputs % blocks.k == 0,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         "BLOCK_K": blocks.k,

@@ -116,6 +116,7 @@ def grouped_linear(
         "TRANSPOSED": spec.transposed,
         "ACTIVATION": spec.activation,
         "GATED": spec.gated,
+        "EVEN": spec.inputs % blocks.k == 0,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         "BLOCK_K": blocks.k,

@@ -14,13 +14,14 @@ from inplace.kernels.linear_kernels import activate
 def multiply_rows(
     x, weight, bias, out, expert, pair, present, n, inputs, width, experts, per_token,
     SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store outputs ``n`` of the pairs ``pair``, all of one expert, as ``weight @ x.T``.
 
     ``SHARED``: x has a vector for each token, otherwise one for each pair. ``GATED``: the weight
-    has ``2 * width`` outputs, the first half of which is the gate.
+    has ``2 * width`` outputs, the first half of which is the gate. ``EVEN``: ``inputs`` is a
+    multiple of ``BLOCK_K``.
     """
     k = tl.arange(0, BLOCK_K)
     outputs = 2 * width if GATED else width
@@ -32,20 +33,24 @@ def multiply_rows(
     up_rows = rows + (width if TRANSPOSED else width.to(tl.int64) * inputs)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    step = k.to(tl.int64) * outputs if TRANSPOSED else k
+    w_at, u_at = rows[:, None] + step[None, :], up_rows[:, None] + step[None, :]
+    x_at = columns[None, :] + k[:, None]
+    further = outputs.to(tl.int64) * BLOCK_K if TRANSPOSED else BLOCK_K
     for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-        column = start + k
-        step = column.to(tl.int64) * outputs if TRANSPOSED else column
-        known = inside[:, None] & (column < inputs)[None, :]
-        w = tl.load(rows[:, None] + step[None, :], mask=known, other=0.0)
-        value = tl.load(
-            columns[None, :] + column[:, None],
-            mask=present[None, :] & (column < inputs)[:, None],
-            other=0.0,
-        )
+        known, given = inside[:, None], present[None, :]
+        if not EVEN:
+            known = known & (start + k < inputs)[None, :]
+            given = given & (start + k < inputs)[:, None]
+        w = tl.load(w_at, mask=known, other=0.0)
+        value = tl.load(x_at, mask=given, other=0.0)
         acc = tl.dot(w, value, acc, input_precision="ieee")
         if GATED:
-            u = tl.load(up_rows[:, None] + step[None, :], mask=known, other=0.0)
+            u = tl.load(u_at, mask=known, other=0.0)
             up_acc = tl.dot(u, value, up_acc, input_precision="ieee")
+        w_at += further
+        u_at += further
+        x_at += BLOCK_K
     if BIAS:
         own = bias + expert * outputs + n
         acc += tl.load(own, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -63,7 +68,7 @@ def multiply_rows(
 def few_pairs_kernel(
     x, expert_ids, weight, bias, out, pairs, inputs, width, experts, per_token,
     SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BY_EXPERT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BY_EXPERT: tl.constexpr,
     PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +103,7 @@ def few_pairs_kernel(
         pair = tl.sum((place[None, :] <= m[:, None]).to(tl.int32), 1)
         multiply_rows(
             x, weight, bias, out, expert, pair, m < count, n, inputs, width, experts, per_token,
-            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
 
@@ -138,7 +143,7 @@ def group_pairs_kernel(
 def many_pairs_kernel(
     x, workspace, weight, bias, out, pairs, inputs, width, experts, per_token,
     SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -168,5 +173,5 @@ def many_pairs_kernel(
         pair = tl.load(workspace + experts + 1 + m, mask=m < stop, other=0)
         multiply_rows(
             x, weight, bias, out, expert, pair, m < stop, n, inputs, width, experts, per_token,
-            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip

@@ -28,6 +28,10 @@ BLOCK = 64
 """Channels that a program computes."""
 
 
+CONV_TOKENS = 16
+"""Tokens of a prompt that a program of the convolution computes."""
+
+
 @dataclass(frozen=True)
 class ChunkBlocks:
     """Blocks of a program that goes from chunk to chunk.
@@ -90,10 +94,11 @@ def causal_conv1d(
     if tokens == 0 or rows == 0:
         return
     blocks = triton.cdiv(channels, 2 * BLOCK)
-    conv_kernel[(tokens, blocks)](
-        x, weight, x if bias is None else bias, state, slots, row_offsets, out, rows, channels,
-        WIDTH=width, BIAS=bias is not None, SILU=silu, BLOCK_C=2 * BLOCK,
-        BLOCK_R=triton.next_power_of_2(rows),
+    together = CONV_TOKENS if tokens > rows else 1
+    conv_kernel[(triton.cdiv(tokens, together), blocks)](
+        x, weight, x if bias is None else bias, state, slots, row_offsets, out, tokens, rows,
+        channels, WIDTH=width, BIAS=bias is not None, SILU=silu, BLOCK_T=together,
+        BLOCK_C=2 * BLOCK, BLOCK_R=triton.next_power_of_2(rows),
     )  # fmt: skip
     conv_state_kernel[(rows, blocks)](
         x, state, slots, row_offsets, channels, WIDTH=width, BLOCK_C=2 * BLOCK
@@ -133,7 +138,7 @@ def selective_scan(
         return
     heads, dim, size = shape
     memories = (x, dt, rates, key, query, x if skip is None else skip)
-    step = (state, slots, row_offsets, out)
+    step = (state, slots, row_offsets, out, tokens)
     sizes = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "SIZE": size, "SKIP": skip is not None}
     by_chunks = tokens > rows and rate_shape == (1, 1)
     blocks = ChunkBlocks.of(size, dim, rows * heads, key.dtype.itemsize) if by_chunks else None
@@ -208,7 +213,7 @@ def delta_rule(
             BLOCK_R=triton.next_power_of_2(rows), **blocks.launch(key.dtype),
         )  # fmt: skip
         delta_chunks_kernel[(rows, heads, triton.cdiv(value_dim, blocks.outer))](
-            query, key, value, decay, beta, state, slots, row_offsets, workspace, out,
+            query, key, value, decay, beta, state, slots, row_offsets, workspace, out, tokens,
             HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=blocks.inner,
             BLOCK_V=blocks.outer, **blocks.launch(key.dtype),
         )  # fmt: skip
@@ -216,7 +221,7 @@ def delta_rule(
     block_k = triton.next_power_of_2(key_dim)
     block_v = min(triton.next_power_of_2(value_dim), max(1, 4096 // block_k))
     delta_kernel[(rows, heads, triton.cdiv(value_dim, block_v))](
-        query, key, value, decay, beta, state, slots, row_offsets, out,
+        query, key, value, decay, beta, state, slots, row_offsets, out, tokens,
         HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, DIAGONAL=diagonal,
         BLOCK_K=block_k, BLOCK_V=block_v,
     )  # fmt: skip
@@ -230,6 +235,7 @@ def linear_recurrence(
     slots: Memory,
     row_offsets: Memory,
     out: Memory,
+    tokens: int,
     rows: int,
     channels: int,
 ) -> None:
@@ -237,5 +243,5 @@ def linear_recurrence(
     if rows == 0:
         return
     linear_recurrence_kernel[(rows, triton.cdiv(channels, 2 * BLOCK))](
-        decay, x, state, slots, row_offsets, out, channels, BLOCK_C=2 * BLOCK
+        decay, x, state, slots, row_offsets, out, tokens, channels, BLOCK_C=2 * BLOCK
     )

@@ -8,36 +8,49 @@ import triton.language as tl
 
 
 @triton.jit
+def store_zeros(out, first, end, stride, entries, mask):
+    """Store zeros for tokens from ``first`` to ``end``: of null rows, and those of no row."""
+    zeros = tl.zeros_like(entries).to(out.dtype.element_ty)
+    for token in range(first, end):
+        tl.store(out + token * stride + entries, zeros, mask=mask)
+
+
+@triton.jit
 def conv_kernel(
-    x, weight, bias, state, slots, row_offsets, out, rows, channels,
+    x, weight, bias, state, slots, row_offsets, out, tokens, rows, channels,
     WIDTH: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, block of channels): the token's output. States are only read."""
-    token = tl.program_id(0)
+    """Program (block of tokens, block of channels): their outputs. States are only read."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     ends = tl.load(row_offsets + r + 1, mask=r < rows, other=2147483647)
-    row = tl.sum((ends <= token).to(tl.int32), 0)
+    row = tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), 1)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     slot = tl.load(slots + row, mask=row < rows, other=-1).to(tl.int64)
     place = token - tl.load(row_offsets + row, mask=row < rows, other=0)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    is_live = (slot >= 0) & (token < tokens)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if BIAS:
-        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(WIDTH):
         back = WIDTH - 1 - k
-        new = place >= back
-        past = state + (slot * (WIDTH - 1) + (WIDTH - 1) - (back - place)) * channels + c
-        value = tl.load(past, mask=inside & (slot >= 0) & (place < back), other=0.0).to(tl.float32)
-        at = x + (token - back).to(tl.int64) * channels + c
-        value += tl.load(at, mask=inside & new, other=0.0).to(tl.float32)
-        total += value * tl.load(weight + c * WIDTH + k, mask=inside, other=0.0).to(tl.float32)
+        is_past = is_live & (place < back)
+        past = state + (slot * (WIDTH - 1) + (WIDTH - 1) - (back - place)) * channels
+        mask = is_past[:, None] & inside[None, :]
+        value = tl.load(past[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = x + (token - back).to(tl.int64) * channels
+        mask = (is_live & (place >= back))[:, None] & inside[None, :]
+        value += tl.load(at[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(weight + c * WIDTH + k, mask=inside, other=0.0).to(tl.float32)
+        total += value * factor[None, :]
     if SILU:
         total = total / (1.0 + tl.exp(-total))
-    total = tl.where(slot >= 0, total, 0.0)
-    to = out + token.to(tl.int64) * channels + c
-    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+    total = tl.where(is_live[:, None], total, 0.0)
+    to = (out + token.to(tl.int64) * channels)[:, None] + c[None, :]
+    mask = (token < tokens)[:, None] & inside[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,7 +80,7 @@ def conv_state_kernel(
 
 @triton.jit
 def scan_kernel(
-    x, dt, rates, key, query, skip, state, slots, row_offsets, out,
+    x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     RATE_DIM: tl.constexpr, RATE_SIZE: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -81,18 +94,20 @@ def scan_kernel(
     place = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     c, n = group * of_group + place, tl.arange(0, BLOCK_N)
     known, sized = place < of_group, n < SIZE
+    if row == tl.num_programs(0) - 1:
+        store_zeros(out, end, tokens, HEADS * DIM, c, known)
     if slot < 0:
-        for token in range(first, end):
-            to = out + token * HEADS * DIM + c
-            tl.store(to, tl.zeros((BLOCK_C,), out.dtype.element_ty), mask=known)
+        store_zeros(out, first, end, HEADS * DIM, c, known)
         return
     both = known[:, None] & sized[None, :]
     at = state + (slot * HEADS * DIM + c[:, None]) * SIZE + n[None, :]
     h = tl.load(at, mask=both, other=0.0).to(tl.float32)
     head = c // DIM
-    rate = rates + head[:, None] * RATE_DIM * RATE_SIZE + n[None, :] * (RATE_SIZE > 1)
-    rate += (c % DIM)[:, None] * RATE_SIZE * (RATE_DIM > 1)
-    a = tl.load(rate, mask=both, other=0.0).to(tl.float32)
+    rate = rates + head * RATE_DIM * RATE_SIZE + (c % DIM) * RATE_SIZE * (RATE_DIM > 1)
+    if RATE_SIZE > 1:
+        a = tl.load(rate[:, None] + n[None, :], mask=both, other=0.0).to(tl.float32)
+    else:
+        a = tl.load(rate, mask=known, other=0.0).to(tl.float32)[:, None]
     for token in range(first, end):
         step = tl.load(dt + token * HEADS + head, mask=known, other=0.0).to(tl.float32)
         value = tl.load(x + token * HEADS * DIM + c, mask=known, other=0.0).to(tl.float32)
@@ -110,7 +125,7 @@ def scan_kernel(
 
 @triton.jit
 def delta_kernel(
-    query, key, value, decay, beta, state, slots, row_offsets, out,
+    query, key, value, decay, beta, state, slots, row_offsets, out, tokens,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIAGONAL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -121,10 +136,11 @@ def delta_kernel(
     end = tl.load(row_offsets + row + 1).to(tl.int64)
     k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     keyed, valued = k < KEY_DIM, v < VALUE_DIM
+    of_head = head * VALUE_DIM + v
+    if row == tl.num_programs(0) - 1:
+        store_zeros(out, end, tokens, HEADS * VALUE_DIM, of_head, valued)
     if slot < 0:
-        for token in range(first, end):
-            to = out + (token * HEADS + head) * VALUE_DIM + v
-            tl.store(to, tl.zeros((BLOCK_V,), out.dtype.element_ty), mask=valued)
+        store_zeros(out, first, end, HEADS * VALUE_DIM, of_head, valued)
         return
     both = keyed[:, None] & valued[None, :]
     at = state + ((slot * HEADS + head) * KEY_DIM + k[:, None]) * VALUE_DIM + v[None, :]
@@ -150,7 +166,7 @@ def delta_kernel(
 
 @triton.jit
 def linear_recurrence_kernel(
-    decay, x, state, slots, row_offsets, out, channels, BLOCK_C: tl.constexpr
+    decay, x, state, slots, row_offsets, out, tokens, channels, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Program (row, block of channels): `inplace.operators.linear_recurrence`."""
     row = tl.program_id(0)
@@ -159,6 +175,8 @@ def linear_recurrence_kernel(
     end = tl.load(row_offsets + row + 1).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
+    if row == tl.num_programs(0) - 1:
+        store_zeros(out, end, tokens, channels, c, inside)
     at = state + slot * channels + c
     h = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
     for token in range(first, end):
@@ -172,7 +190,7 @@ def linear_recurrence_kernel(
 
 @triton.jit
 def scan_chunks_kernel(
-    x, dt, rates, key, query, skip, state, slots, row_offsets, out,
+    x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     SKIP: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -186,19 +204,16 @@ def scan_chunks_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     first = tl.load(row_offsets + row).to(tl.int64)
     end = tl.load(row_offsets + row + 1).to(tl.int64)
-    if first == end:
-        return
     t = tl.arange(0, CHUNK)
     p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     of_head, sized = p < DIM, n < SIZE
     # Entries of a chunk from its first one: 32-bit offsets need half the registers of addresses.
     of_values = t[:, None] * (HEADS * DIM) + p[None, :]
     of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
-    if slot < 0:
-        for start in range(first, end, CHUNK):
-            here = (t < end - start)[:, None] & of_head[None, :]
-            to = out + (start * HEADS + head) * DIM + of_values
-            tl.store(to, tl.zeros((CHUNK, BLOCK_P), out.dtype.element_ty), mask=here)
+    if row == tl.num_programs(0) - 1:
+        store_zeros(out, end, tokens, HEADS * DIM, head * DIM + p, of_head)
+    if (slot < 0) | (first == end):
+        store_zeros(out, first, end, HEADS * DIM, head * DIM + p, of_head)
         return
     at = state + ((slot * HEADS + head) * DIM + p[:, None]) * SIZE + n[None, :]
     both = of_head[:, None] & sized[None, :]
@@ -274,7 +289,7 @@ def delta_inverse_kernel(
 
 @triton.jit
 def delta_chunks_kernel(
-    query, key, value, decay, beta, state, slots, row_offsets, workspace, out,
+    query, key, value, decay, beta, state, slots, row_offsets, workspace, out, tokens,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -286,19 +301,17 @@ def delta_chunks_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     first = tl.load(row_offsets + row).to(tl.int64)
     end = tl.load(row_offsets + row + 1).to(tl.int64)
-    if first == end:
-        return
     t, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     keyed, valued = c < KEY_DIM, v < VALUE_DIM
     of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
     of_inverse = t[:, None] * (HEADS * CHUNK) + t[None, :]
-    if slot < 0:
-        for start in range(first, end, CHUNK):
-            here = (t < end - start)[:, None] & valued[None, :]
-            to = out + (start * HEADS + head) * VALUE_DIM + of_values
-            tl.store(to, tl.zeros((CHUNK, BLOCK_V), out.dtype.element_ty), mask=here)
+    of_head = head * VALUE_DIM + v
+    if row == tl.num_programs(0) - 1:
+        store_zeros(out, end, tokens, HEADS * VALUE_DIM, of_head, valued)
+    if (slot < 0) | (first == end):
+        store_zeros(out, first, end, HEADS * VALUE_DIM, of_head, valued)
         return
     at = state + ((slot * HEADS + head) * KEY_DIM + c[:, None]) * VALUE_DIM + v[None, :]
     both = keyed[:, None] & valued[None, :]

@@ -73,8 +73,10 @@ def _selective_scan_on_gpu(
     """`selective_scan` in Triton-language kernels, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    out = _empty_scan(x, dt, A, B, C, D, state, slots, row_offsets).zero_()
+    out = _empty_scan(x, dt, A, B, C, D, state, slots, row_offsets)
     check_contiguous(state)
+    if not slots.shape[0]:
+        return out.zero_()
     kernels.selective_scan(
         x=x.contiguous(),
         dt=dt.contiguous(),
@@ -262,8 +264,10 @@ def _delta_rule_on_gpu(
     """`delta_rule` in Triton-language kernels, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    out = _empty_delta_rule(query, key, value, decay, beta, state, slots, row_offsets).zero_()
+    out = _empty_delta_rule(query, key, value, decay, beta, state, slots, row_offsets)
     check_contiguous(state)
+    if not slots.shape[0]:
+        return out.zero_()
     tokens, rows, diagonal = value.shape[0], slots.shape[0], decay.dim() == 3
     shape = (state.shape[1], state.shape[2], state.shape[3])
     scratch = kernels.delta_rule_workspace(
@@ -459,8 +463,10 @@ def _linear_recurrence_on_gpu(
     """`linear_recurrence` in a Triton-language kernel, without a synchronisation with the host."""
     from inplace.kernels import recurrence as kernels  # imports Triton
 
-    out = _empty_linear_recurrence(decay, x, state, slots, row_offsets).zero_()
+    out = _empty_linear_recurrence(decay, x, state, slots, row_offsets)
     check_contiguous(state)
+    if not slots.shape[0]:
+        return out.zero_()
     kernels.linear_recurrence(
         decay=decay.contiguous(),
         x=x.contiguous(),
@@ -468,6 +474,7 @@ def _linear_recurrence_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         out=out,
+        tokens=x.shape[0],
         rows=slots.shape[0],
         channels=x.shape[1],
     )

@@ -44,6 +44,7 @@ from inplace_builder.capture.slot_cache import (
     SlotCache,
     current_cache,
 )
+from inplace_builder.capture.uncached import cached_attention
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.guards import named_extents
@@ -90,7 +91,8 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     check_positions(config, options.capacity)
     _check_layer_kinds(config)
     with (
-        _inplace_attention(model) as own_attention,
+        cached_attention(model) as without_cache,
+        _inplace_attention(model, without_cache=without_cache) as own_attention,
         grouped_experts(model),
         slot_recurrences(model),
     ):
@@ -130,7 +132,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
 
 
 @contextmanager
-def _inplace_attention(model: PreTrainedModel) -> Iterator[str | None]:
+def _inplace_attention(model: PreTrainedModel, *, without_cache: bool) -> Iterator[str | None]:
     """Let the model attend through `slot_attention`, and embed positions one by one.
 
     Some models compute attention in code of their own; what they compute is tracked from their
@@ -139,6 +141,10 @@ def _inplace_attention(model: PreTrainedModel) -> Iterator[str | None]:
     A rotary embedding that looks at the longest sequence of a step uses its short form, which is
     right up to the length that `check_positions` allows.
 
+    Args:
+        model: the model.
+        without_cache: it keeps no keys and values, and `cached_attention` has replaced its
+            attention.
     """
     original = model.config._attn_implementation
     rotary = [module for module in model.modules() if _is_length_dependent(module)]
@@ -147,6 +153,7 @@ def _inplace_attention(model: PreTrainedModel) -> Iterator[str | None]:
         model.set_attn_implementation(IMPLEMENTATION)
     try:
         own = model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION
+        own = own and not without_cache
         if own:  # transformers only logs that it has not replaced the model's attention
             # by this name it may choose PyTorch's function, and prepare masks for that
             model.config._attn_implementation = original if original == SDPA else IMPLEMENTATION

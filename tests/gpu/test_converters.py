@@ -54,15 +54,22 @@ def results(tensorrt: TensorRT) -> Results:
         _ = batch.case.exported  # torch.export is not made for threads
     with ThreadPoolExecutor(8) as pool:
         plans = list(zip(BATCHES, pool.map(attempt, BATCHES), strict=True))
+        # If a network fails, each case is built alone, to name the one that does.
+        singles = [
+            Batch((case,))
+            for batch, built in plans
+            if isinstance(built, Exception)
+            for case in batch.cases
+        ]
+        plans += zip(singles, pool.map(attempt, singles), strict=True)
     by_case: Results = {}
     for batch, built in plans:
-        # If a network fails, each case is built alone, to name the one that does.
-        alone = isinstance(built, Exception)
-        for part in [Batch((case,)) for case in batch.cases] if alone else [batch]:
-            try:
-                by_case |= part.run(PlanRunner(tensorrt, plan(part) if alone else built).run)
-            except Exception as error:
-                by_case |= {case.name: error for case in part.cases}
+        try:
+            if isinstance(built, Exception):
+                raise built
+            by_case |= batch.run(PlanRunner(tensorrt, built).run)
+        except Exception as error:
+            by_case |= {case.name: error for case in batch.cases}
     return by_case
 
 

@@ -225,7 +225,11 @@ def on_device(operator: Operator) -> Operator:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@DTYPES
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),  # time steps of up to 20 multiply the rounding of bfloat16
+    [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)],
+    ids=str,
+)
 def test_the_kernels_equal_the_functions_of_transformers(
     dtype: torch.dtype, tolerance: float, name: str
 ) -> None:

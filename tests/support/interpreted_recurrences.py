@@ -4,6 +4,7 @@
 """
 
 import pytest
+import torch
 from inplace.operators.convolution import _causal_conv1d_on_gpu
 from inplace.operators.recurrence import (
     _delta_rule_on_gpu,
@@ -28,3 +29,8 @@ KERNELS: Operators = {
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_kernels_continue_each_row_from_its_slot(name: str) -> None:
     CHECKS[name](KERNELS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_so_do_those_that_go_from_chunk_to_chunk(name: str) -> None:
+    CHECKS[name](KERNELS, torch.float16, 1e-2)

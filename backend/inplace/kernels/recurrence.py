@@ -2,16 +2,16 @@
 
 A program of a recurrence holds a part of one row's state in registers, and goes through the row's
 tokens. So a step reads and writes each state once. Steps with a prompt go from chunk to chunk with
-matrix products where a head has one decay; all others go from token to token. Sums are in float32.
+matrix products where a head has one decay and inputs are float16 or bfloat16; their factors have
+that type. All others go from token to token. Sums are in float32.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 
-from inplace.kernels.linear import MULTIPROCESSORS, shared_memory
+from inplace.kernels.linear import shared_memory
 from inplace.kernels.memory import Memory
 from inplace.kernels.recurrence_kernels import (
     conv_kernel,
@@ -26,6 +26,10 @@ from inplace.kernels.recurrence_kernels import (
 
 BLOCK = 64
 """Channels that a program computes."""
+
+
+SCAN_CHUNK, DELTA_CHUNK = 64, 32
+"""Tokens of a prompt that matrix products compute at once."""
 
 
 CONV_TOKENS = 16
@@ -47,32 +51,28 @@ class ChunkBlocks:
     outer: int
 
     @classmethod
-    def of(cls, inner: int, outer: int, states: int, itemsize: int) -> "ChunkBlocks | None":
+    def of(cls, inner: int, outer: int, chunk: int) -> "ChunkBlocks | None":
         """The largest that fit into shared memory; None if none do.
 
         Args:
             inner: extent of a state that queries and keys have.
             outer: extent of a state that values have.
-            states: how many there are, over rows and heads.
-            itemsize: bytes of an entry of the inputs.
+            chunk: most tokens.
         """
         inner, outer = (max(16, triton.next_power_of_2(extent)) for extent in (inner, outer))
-        few = states * triton.cdiv(outer, BLOCK) < MULTIPROCESSORS
-        outer = min(outer, BLOCK // 2 if few else BLOCK)
-        for chunk in (64, 32, 16):
-            # queries, keys and scaled keys, values twice, weights twice, the state
-            entries = chunk * (3 * inner + 2 * outer + 2 * chunk) + inner * outer
-            if itemsize * entries <= shared_memory():
+        outer = min(outer, BLOCK)
+        while chunk >= 16:
+            # Two stages of queries, keys and values; scaled keys, values, two weights; the state.
+            staged = 2 * chunk * (2 * inner + outer)
+            entries = staged + chunk * (inner + outer + 2 * chunk) + inner * outer
+            if 2 * entries <= shared_memory():
                 return cls(chunk, inner, outer)
+            chunk //= 2
         return None
 
-    def launch(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of a launch, for keys of this type, which all factors are rounded to.
-
-        A product of float32 is three of TF32.
-        """
-        precision = "tf32x3" if dtype == torch.float32 else "tf32"
-        return {"CHUNK": self.chunk, "PRECISION": precision, "num_warps": 8, "num_stages": 1}
+    def launch(self) -> dict[str, int]:
+        """Arguments of a launch."""
+        return {"CHUNK": self.chunk, "num_warps": 4, "num_stages": 2}
 
 
 def causal_conv1d(
@@ -140,12 +140,12 @@ def selective_scan(
     memories = (x, dt, rates, key, query, x if skip is None else skip)
     step = (state, slots, row_offsets, out, tokens)
     sizes = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "SIZE": size, "SKIP": skip is not None}
-    by_chunks = tokens > rows and rate_shape == (1, 1)
-    blocks = ChunkBlocks.of(size, dim, rows * heads, key.dtype.itemsize) if by_chunks else None
+    by_chunks = tokens > rows and rate_shape == (1, 1) and key.dtype.itemsize == 2
+    blocks = ChunkBlocks.of(size, dim, SCAN_CHUNK) if by_chunks else None
     if blocks is not None:
         scan_chunks_kernel[(rows, heads, triton.cdiv(dim, blocks.outer))](
             *memories, *step, **sizes, BLOCK_P=blocks.outer, BLOCK_N=blocks.inner,
-            **blocks.launch(key.dtype),
+            **blocks.launch(),
         )  # fmt: skip
         return
     block_n = triton.next_power_of_2(size)
@@ -157,20 +157,19 @@ def selective_scan(
 
 
 def delta_rule_workspace(
-    tokens: int, rows: int, shape: tuple[int, int, int], itemsize: int, *, diagonal: bool
+    tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, *, diagonal: bool
 ) -> int:
-    """Entries of scratch memory that `delta_rule` needs, with its arguments."""
-    blocks = _delta_blocks(tokens, rows, shape, itemsize, diagonal)
+    """Entries of scratch memory that `delta_rule` needs, with its arguments and the keys' type."""
+    blocks = _delta_blocks(tokens, rows, shape, dtype, diagonal)
     return 0 if blocks is None else tokens * shape[0] * blocks.chunk
 
 
 def _delta_blocks(
-    tokens: int, rows: int, shape: tuple[int, int, int], itemsize: int, diagonal: bool
+    tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, diagonal: bool
 ) -> ChunkBlocks | None:
     """The blocks of a step that goes from chunk to chunk; None: from token to token."""
-    heads, key_dim, value_dim = shape
-    by_chunks = tokens > rows and not diagonal
-    return ChunkBlocks.of(key_dim, value_dim, rows * heads, itemsize) if by_chunks else None
+    by_chunks = tokens > rows and not diagonal and dtype.itemsize == 2
+    return ChunkBlocks.of(shape[1], shape[2], DELTA_CHUNK) if by_chunks else None
 
 
 def delta_rule(
@@ -204,18 +203,18 @@ def delta_rule(
     if rows == 0:
         return
     heads, key_dim, value_dim = shape
-    blocks = _delta_blocks(tokens, rows, shape, key.dtype.itemsize, diagonal)
+    blocks = _delta_blocks(tokens, rows, shape, key.dtype, diagonal)
     if blocks is not None:
         # Each row may have a chunk that is not full.
         delta_inverse_kernel[(tokens // blocks.chunk + rows, heads)](
             key, decay, beta, slots, row_offsets, workspace, rows,
             HEADS=heads, KEY_DIM=key_dim, BLOCK_K=blocks.inner,
-            BLOCK_R=triton.next_power_of_2(rows), **blocks.launch(key.dtype),
+            BLOCK_R=triton.next_power_of_2(rows), **blocks.launch(),
         )  # fmt: skip
         delta_chunks_kernel[(rows, heads, triton.cdiv(value_dim, blocks.outer))](
             query, key, value, decay, beta, state, slots, row_offsets, workspace, out, tokens,
             HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=blocks.inner,
-            BLOCK_V=blocks.outer, **blocks.launch(key.dtype),
+            BLOCK_V=blocks.outer, **blocks.launch(),
         )  # fmt: skip
         return
     block_k = triton.next_power_of_2(key_dim)

@@ -155,10 +155,10 @@ def delta_kernel(
             s = s * tl.exp(g)[:, None]
         else:
             s = s * tl.exp(tl.load(decay + this).to(tl.float32))
-        known = tl.sum(s * kk[:, None], 0)
+        known, past = tl.sum(s * kk[:, None], 0), tl.sum(s * q[:, None], 0)
         correction = (vv - known) * tl.load(beta + this).to(tl.float32)
         s += kk[:, None] * correction[None, :]
-        total = tl.sum(s * q[:, None], 0)
+        total = past + tl.sum(kk * q, 0) * correction
         to = out + this * VALUE_DIM + v
         tl.store(to, total.to(out.dtype.element_ty), mask=valued)
     tl.store(at, s.to(state.dtype.element_ty), mask=both)
@@ -192,7 +192,7 @@ def linear_recurrence_kernel(
 def scan_chunks_kernel(
     x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    SKIP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head, block of its channels): a chunk of tokens is a few matrix products.
@@ -230,23 +230,23 @@ def scan_chunks_kernel(
         shared = (start * GROUPS + group) * SIZE
         k = tl.load(key + shared + of_keys, mask=there, other=0.0)
         q = tl.load(query + shared + of_keys, mask=there, other=0.0).to(k.dtype)
-        past = tl.dot(q, tl.trans(h.to(q.dtype)), input_precision=PRECISION)
+        past = tl.dot(q, tl.trans(h.to(q.dtype)))
         result = past * tl.exp(total)[:, None]
         decay = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
-        weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tl.exp(decay) * step[None, :]
-        result += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        weights = tl.dot(q, tl.trans(k)) * tl.exp(decay) * step[None, :]
+        result += tl.dot(weights.to(value.dtype), value)
         if SKIP:
             result += value.to(tl.float32) * tl.load(skip + head).to(tl.float32)
         tl.store(out + this * DIM + of_values, result.to(out.dtype.element_ty), mask=here)
         scaled = (value.to(tl.float32) * (step * tl.exp(last - total))[:, None]).to(k.dtype)
-        h = h * tl.exp(last) + tl.dot(tl.trans(scaled), k, input_precision=PRECISION)
+        h = h * tl.exp(last) + tl.dot(tl.trans(scaled), k)
     tl.store(at, h.to(state.dtype.element_ty), mask=both)
 
 
 @triton.jit
 def delta_inverse_kernel(
     key, decay, beta, slots, row_offsets, workspace, rows,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk of a row, head): the inverse of ``1 + A`` of its tokens, by rows.
@@ -276,7 +276,7 @@ def delta_inverse_kernel(
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
     k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
     between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
-    products = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    products = tl.dot(k, tl.trans(k))
     inverse = -products * tl.exp(between) * b[:, None]
     for i in range(1, CHUNK):
         own = tl.sum(tl.where(t[:, None] == i, inverse, 0.0), 0)
@@ -290,7 +290,7 @@ def delta_inverse_kernel(
 @triton.jit
 def delta_chunks_kernel(
     query, key, value, decay, beta, state, slots, row_offsets, workspace, out, tokens,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head, block of the value): a chunk of tokens is a few matrix products.
@@ -327,16 +327,16 @@ def delta_chunks_kernel(
         here = inside[:, None] & valued[None, :]
         wanted = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0)
         past = s.to(k.dtype)
-        known = tl.dot(k, past, input_precision=PRECISION) * tl.exp(total)[:, None]
+        known = tl.dot(k, past) * tl.exp(total)[:, None]
         missing = ((wanted.to(tl.float32) - known) * b[:, None]).to(k.dtype)
         inverse = tl.load(workspace + this * CHUNK + of_inverse, mask=inside[:, None], other=0.0)
-        corrections = tl.dot(inverse, missing, input_precision=PRECISION).to(k.dtype)
+        corrections = tl.dot(inverse, missing).to(k.dtype)
         q = tl.load(query + this * KEY_DIM + of_keys, mask=there, other=0.0).to(k.dtype)
-        result = tl.dot(q, past, input_precision=PRECISION) * tl.exp(total)[:, None]
+        result = tl.dot(q, past) * tl.exp(total)[:, None]
         between = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
-        weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tl.exp(between)
-        result += tl.dot(weights.to(k.dtype), corrections, input_precision=PRECISION)
+        weights = tl.dot(q, tl.trans(k)) * tl.exp(between)
+        result += tl.dot(weights.to(k.dtype), corrections)
         tl.store(out + this * VALUE_DIM + of_values, result.to(out.dtype.element_ty), mask=here)
         scaled = (k.to(tl.float32) * tl.exp(last - total)[:, None]).to(k.dtype)
-        s = s * tl.exp(last) + tl.dot(tl.trans(scaled), corrections, input_precision=PRECISION)
+        s = s * tl.exp(last) + tl.dot(tl.trans(scaled), corrections)
     tl.store(at, s.to(state.dtype.element_ty), mask=both)

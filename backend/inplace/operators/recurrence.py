@@ -270,9 +270,7 @@ def _delta_rule_on_gpu(
         return out.zero_()
     tokens, rows, diagonal = value.shape[0], slots.shape[0], decay.dim() == 3
     shape = (state.shape[1], state.shape[2], state.shape[3])
-    scratch = kernels.delta_rule_workspace(
-        tokens, rows, shape, key.dtype.itemsize, diagonal=diagonal
-    )
+    scratch = kernels.delta_rule_workspace(tokens, rows, shape, key.dtype, diagonal=diagonal)
     kernels.delta_rule(
         query=query.contiguous(),
         key=key.contiguous(),

@@ -9,6 +9,7 @@ operators of `inplace.operators` on the layer's state in the engine.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from inplace_builder.capture.slot_cache import step_cache
+from inplace_builder.capture.slot_cache import SlotCache, step_cache
 
 CONV, RECURRENT = "conv_states", "recurrent_states"
 """The beginnings of the names of states: the inputs of a convolution, the state of a recurrence."""
@@ -148,8 +149,9 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": _mamba_scan,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
+    "MiniMaxCache": SlotCache,
 }
-"""Functions of transformers' model modules, and what stands in for them."""
+"""Functions and classes of transformers' model modules, and what stands in for them."""
 
 
 class _GriffinBlock:
@@ -184,11 +186,39 @@ class _GriffinBlock:
         return linear_recurrence(decay, hidden_states[0], state, *cache.rows())[None], None
 
 
+def _lightning_attention(
+    layer: Any, hidden_states: Tensor, *_: object, **__: object
+) -> tuple[Tensor, Tensor]:
+    """``MiniMaxLightningAttention``: ``state = decay * state + k ⊗ v``, ``out = q · state``.
+
+    It is a scan of equal steps (arXiv:2501.08313, section 2.2).
+
+    Args:
+        layer: the module.
+        hidden_states: ``[1, tokens, hidden]``.
+    """
+    heads, dim = layer.num_attention_heads, layer.head_dim
+    projected = layer.act_fn(layer.qkv_proj(hidden_states[0])).unflatten(-1, (heads, 3 * dim))
+    query, key, value = projected.split(dim, -1)
+    cache = step_cache()
+    state = cache.state(f"{RECURRENT}_{layer.layer_idx}", (heads, dim, dim), torch.float32)
+    steps, rates = torch.ones_like(value[..., 0]), -layer.slope_rate.float()
+    out = selective_scan(value, steps, rates, key, query, None, state, *cache.rows())
+    out = layer.norm(out.flatten(1)) * torch.sigmoid(layer.output_gate(hidden_states))
+    return layer.out_proj(out), _final_state(out)
+
+
 @contextmanager
-def _griffin_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Let the recurrent blocks of RecurrentGemma compute through the operators."""
+def _own_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Let recurrent layers with methods of their own compute through the operators.
+
+    They are those of RecurrentGemma and MiniMax.
+    """
     patched: list[tuple[Any, str]] = []
     for name, module in model.named_modules():
+        if type(module).__name__ == "MiniMaxLightningAttention":
+            module.__dict__["forward"] = partial(_lightning_attention, module)
+            patched.append((module, "forward"))
         if type(module).__name__ != "RecurrentGemmaRecurrentBlock":
             continue
         layer = int(name.rpartition("layers.")[2].partition(".")[0])
@@ -221,7 +251,7 @@ def slot_recurrences(model: PreTrainedModel) -> Iterator[None]:
     try:
         for module, name, _ in originals:
             setattr(module, name, REPLACEMENTS[name])
-        with _griffin_blocks(model):
+        with _own_layers(model):
             yield
     finally:
         for module, name, original in originals:

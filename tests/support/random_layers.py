@@ -225,6 +225,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "sums": lambda x: x.cumsum(2) * 0.3 + x.logsumexp(1, keepdim=True),
     "einsum": lambda x: torch.einsum("bct,bdt->bcd", x, x).softmax(-1) @ x,
     "mask": lambda x: torch.where(x > 0, x, x.mean()).masked_fill(x > 1, 0.0).tril(2),
+    "constant mask": lambda x: x[:, torch.tensor([True, False] * 4)].repeat(1, 2, 1),
     "distance": lambda x: torch.cdist(x.mT, x.mT).repeat(1, 2, 1),
     "normalize": lambda x: F.normalize(x, dim=1) * x.norm(dim=2, keepdim=True),
     "cosine": lambda x: F.cosine_similarity(x, x.roll(1, 2), 1)[:, None] * x,

@@ -10,9 +10,10 @@ from inplace.schema.served import Alias, Lowering
 from inplace.schema.specs import StateSpec
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.constant_masks import resolve_constant_masks
 from inplace_builder.graph.guards import named_extents
 from inplace_builder.graph.nodes import placeholders_by_name, value
 from inplace_builder.graph.passes import (
@@ -128,7 +129,8 @@ def capture_exported(
     graph_module = functional.graph_module
     # 2. Keep a copy as it is: the reference to verify against.
     original = copy_module(graph_module)
-    # 3. Replace copies into slices by the values that are assigned.
+    # 3. Select by indices where masks are constant. Assign values instead of copying into slices.
+    resolve_constant_masks(graph_module.graph, _constants(graph_module))
     normalise_assignments(graph_module.graph, functional.num_outputs)
     # 4. Divide tensors that hold the states of several layers.
     functional = replace(
@@ -151,6 +153,15 @@ def capture_exported(
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
     return _described(exported, functional, original, captured, rows)
+
+
+def _constants(module: GraphModule) -> dict[Node, Tensor]:
+    """The parameters, constants and unchanging buffers of a graph, by the nodes that fetch them."""
+    fetched = {
+        node: torch.fx.graph_module._get_attr(module, str(node.target))
+        for node in module.graph.find_nodes(op="get_attr")
+    }
+    return {node: each for node, each in fetched.items() if isinstance(each, Tensor)}
 
 
 def _check_slots_name_is_free(functional: FunctionalGraph) -> None:

@@ -3,10 +3,10 @@
 In-place operators are removed (`inplace_builder.graph.in_place`), and an operator that has no
 converter is replaced by its value, if it depends on no input, or by PyTorch's own decomposition of
 it, into core ATen where there is one. A decomposition may write in place, and may use operators
-that have no converter either, so both are repeated until nothing changes. Then complex numbers
-become pairs of real ones
-(`inplace_builder.lower.complex_numbers`). What has a converter stays whole: a layer of TensorRT is
-faster than its parts, and fusion matches whole operators.
+that have no converter either, so both are repeated until nothing changes. Constant masks become
+indices before (`inplace_builder.graph.constant_masks`), complex numbers pairs of real ones
+afterwards (`inplace_builder.lower.complex_numbers`). What has a converter stays whole: a layer of
+TensorRT is faster than its parts, and fusion matches whole operators.
 """
 
 import operator
@@ -17,19 +17,20 @@ from inplace.operators import NAMESPACE
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import brief
+from inplace_builder.graph.constant_masks import resolve_constant_masks
 from inplace_builder.graph.decomposition import (
     Decomposition,
     find_decomposition,
     trace_decomposition,
 )
 from inplace_builder.graph.in_place import remove_in_place
-from inplace_builder.graph.program import AnyProgram, GraphProgram
+from inplace_builder.graph.program import AnyProgram, GraphProgram, weights_of
 from inplace_builder.lower.complex_numbers import (
     has_complex_rule,
     remove_complex,
     touches_complex,
 )
-from inplace_builder.lower.constants import ConstantValues
+from inplace_builder.lower.constants import FoldedConstants
 from inplace_builder.lower.recurrences import EXPANSIONS
 from inplace_builder.lower.registry import find_converter, unsupported_reason
 
@@ -52,6 +53,8 @@ def lowerable(program: AnyProgram) -> GraphProgram:
     """
     copied = GraphProgram.copy_of(program)
     _expand_recurrences(copied)
+    remove_in_place(copied)
+    resolve_constant_masks(copied.graph, weights_of(copied))
     _decompose(copied)
     if remove_complex(copied):
         _decompose(copied)
@@ -78,7 +81,7 @@ def _decompose_once(program: GraphProgram) -> bool:
 
     What is known to be unsupported stays, so that it is refused under its own name.
     """
-    changed, constants = False, ConstantValues(program)
+    changed, constants = False, FoldedConstants(program)
     for node in list(program.graph.nodes):
         target = node.target
         if (

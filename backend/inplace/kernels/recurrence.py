@@ -1,12 +1,15 @@
 """Convolutions and recurrences on a GPU, over each row's own tokens and the state of its slot.
 
 A program of a recurrence holds a part of one row's state in registers, and goes through the row's
-tokens. So a step reads and writes each state once. Steps with a prompt go from chunk to chunk with
-matrix products where a head has one decay and inputs are float16 or bfloat16; their factors have
-that type. All others go from token to token. Sums are in float32.
+tokens. So a decode step reads and writes each state once. In a step with a prompt, where a head has
+one decay and inputs are float16 or bfloat16, it goes from chunk to chunk with matrix products, and
+keeps the state before each chunk; the outputs of all chunks are then computed side by side. Their
+factors have the inputs' type. Sums are in float32.
 """
 
 from dataclasses import dataclass
+from math import prod
+from typing import Self
 
 import torch
 import triton
@@ -16,19 +19,21 @@ from inplace.kernels.memory import Memory
 from inplace.kernels.recurrence_kernels import (
     conv_kernel,
     conv_state_kernel,
-    delta_chunks_kernel,
-    delta_inverse_kernel,
     delta_kernel,
+    delta_outputs_kernel,
+    delta_solve_kernel,
+    delta_states_kernel,
     linear_recurrence_kernel,
-    scan_chunks_kernel,
     scan_kernel,
+    scan_outputs_kernel,
+    scan_states_kernel,
 )
 
 BLOCK = 64
 """Channels that a program computes."""
 
 
-SCAN_CHUNK, DELTA_CHUNK = 64, 32
+CHUNK = 64
 """Tokens of a prompt that matrix products compute at once."""
 
 
@@ -37,42 +42,50 @@ CONV_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class ChunkBlocks:
-    """Blocks of a program that goes from chunk to chunk.
+class Chunks:
+    """How the rows of a step are cut for matrix products.
 
     Attributes:
-        chunk: tokens.
-        inner: the padded extent of the state that products sum over.
-        outer: how much of the other one it has.
+        size: tokens of a chunk.
+        count: chunks of all rows, at most; a row's last one may not be full.
+        inner: the padded extent of a state that queries and keys have.
+        outer: how much of the other one a program has.
+        block_r: rows, padded.
     """
 
-    chunk: int
+    size: int
+    count: int
     inner: int
     outer: int
+    block_r: int
 
     @classmethod
-    def of(cls, inner: int, outer: int, chunk: int) -> "ChunkBlocks | None":
-        """The largest that fit into shared memory; None if none do.
+    def of(cls, tokens: int, rows: int, inner: int, outer: int, dtype: torch.dtype) -> Self | None:
+        """None if a step goes from token to token.
 
         Args:
+            tokens: of all rows.
+            rows: of the step.
             inner: extent of a state that queries and keys have.
             outer: extent of a state that values have.
-            chunk: most tokens.
+            dtype: of the keys.
         """
+        if tokens <= rows or dtype.itemsize != 2:
+            return None
         inner, outer = (max(16, triton.next_power_of_2(extent)) for extent in (inner, outer))
-        outer = min(outer, BLOCK)
-        while chunk >= 16:
-            # Two stages of queries, keys and values; scaled keys, values, two weights; the state.
-            staged = 2 * chunk * (2 * inner + outer)
-            entries = staged + chunk * (inner + outer + 2 * chunk) + inner * outer
+        outer, size = min(outer, BLOCK), CHUNK
+        while size >= 16:
+            # Two stages of keys, reads and values; scaled keys, weights and the state.
+            entries = 2 * size * (2 * inner + outer) + size * (inner + size) + inner * outer
             if 2 * entries <= shared_memory():
-                return cls(chunk, inner, outer)
-            chunk //= 2
+                count, block_r = tokens // size + rows, triton.next_power_of_2(rows)
+                return cls(size, count, inner, outer, block_r)
+            size //= 2
         return None
 
     def launch(self) -> dict[str, int]:
-        """Arguments of a launch."""
-        return {"CHUNK": self.chunk, "num_warps": 4, "num_stages": 2}
+        """Arguments of all launches."""
+        return {"CHUNK": self.size, "BLOCK_R": self.block_r, "num_warps": 4}
 
 
 def causal_conv1d(
@@ -105,6 +118,29 @@ def causal_conv1d(
     )
 
 
+def selective_scan_workspace(
+    tokens: int,
+    rows: int,
+    shape: tuple[int, int, int],
+    rate_shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> int:
+    """Entries of scratch memory that `selective_scan` needs, with its arguments and keys' type."""
+    chunks = _scan_chunks(tokens, rows, shape, rate_shape, dtype)
+    return 0 if chunks is None else chunks.count * prod(shape)
+
+
+def _scan_chunks(
+    tokens: int,
+    rows: int,
+    shape: tuple[int, int, int],
+    rate_shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Chunks | None:
+    has_one_rate = rate_shape == (1, 1)
+    return Chunks.of(tokens, rows, shape[2], shape[1], dtype) if has_one_rate else None
+
+
 def selective_scan(
     *,
     x: Memory,
@@ -117,6 +153,7 @@ def selective_scan(
     slots: Memory,
     row_offsets: Memory,
     out: Memory,
+    workspace: Memory,
     tokens: int,
     rows: int,
     shape: tuple[int, int, int],
@@ -128,6 +165,7 @@ def selective_scan(
     Args:
         x, dt, key, query, skip, state, slots, row_offsets: of the operator; ``rates`` is its A.
         out: ``[tokens, heads, dim]``.
+        workspace: `selective_scan_workspace` entries of the keys' type.
         tokens: of all rows.
         rows: rows of the step.
         shape: of a slot: heads, dim, size.
@@ -137,39 +175,45 @@ def selective_scan(
     if rows == 0:
         return
     heads, dim, size = shape
-    memories = (x, dt, rates, key, query, x if skip is None else skip)
-    step = (state, slots, row_offsets, out, tokens)
-    sizes = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "SIZE": size, "SKIP": skip is not None}
-    by_chunks = tokens > rows and rate_shape == (1, 1) and key.dtype.itemsize == 2
-    blocks = ChunkBlocks.of(size, dim, SCAN_CHUNK) if by_chunks else None
-    if blocks is not None:
-        scan_chunks_kernel[(rows, heads, triton.cdiv(dim, blocks.outer))](
-            *memories, *step, **sizes, BLOCK_P=blocks.outer, BLOCK_N=blocks.inner,
-            **blocks.launch(),
+    skip, has_skip = (x, False) if skip is None else (skip, True)
+    sizes = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "SIZE": size}
+    chunks = _scan_chunks(tokens, rows, shape, rate_shape, key.dtype)
+    if chunks is not None:
+        blocks = {"BLOCK_P": chunks.outer, "BLOCK_N": chunks.inner} | chunks.launch()
+        parts = triton.cdiv(dim, chunks.outer)
+        scan_states_kernel[(rows, heads, parts)](
+            x, dt, rates, key, state, slots, row_offsets, workspace, out, tokens,
+            **sizes, **blocks, num_stages=2,
+        )  # fmt: skip
+        scan_outputs_kernel[(chunks.count, heads, parts)](
+            x, dt, rates, key, query, skip, slots, row_offsets, workspace, out, rows,
+            **sizes, **blocks, SKIP=has_skip,
         )  # fmt: skip
         return
     block_n = triton.next_power_of_2(size)
     block_c = min(BLOCK, max(1, 4096 // block_n), triton.next_power_of_2(heads // groups * dim))
     scan_kernel[(rows, groups, triton.cdiv(heads // groups * dim, block_c))](
-        *memories, *step, **sizes, RATE_DIM=rate_shape[0], RATE_SIZE=rate_shape[1],
+        x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
+        **sizes, RATE_DIM=rate_shape[0], RATE_SIZE=rate_shape[1], SKIP=has_skip,
         BLOCK_C=block_c, BLOCK_N=block_n,
     )  # fmt: skip
 
 
-def delta_rule_workspace(
+def delta_rule_workspaces(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, *, diagonal: bool
-) -> int:
-    """Entries of scratch memory that `delta_rule` needs, with its arguments and the keys' type."""
-    blocks = _delta_blocks(tokens, rows, shape, dtype, diagonal)
-    return 0 if blocks is None else tokens * shape[0] * blocks.chunk
+) -> tuple[int, int, int]:
+    """Entries of scratch memories that `delta_rule` needs, with its arguments and keys' type."""
+    chunks = _delta_chunks(tokens, rows, shape, dtype, diagonal)
+    heads, key_dim, value_dim = shape
+    if chunks is None:
+        return 0, 0, 0
+    return tokens * heads * key_dim, tokens * heads * value_dim, chunks.count * prod(shape)
 
 
-def _delta_blocks(
+def _delta_chunks(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, diagonal: bool
-) -> ChunkBlocks | None:
-    """The blocks of a step that goes from chunk to chunk; None: from token to token."""
-    by_chunks = tokens > rows and not diagonal and dtype.itemsize == 2
-    return ChunkBlocks.of(shape[1], shape[2], DELTA_CHUNK) if by_chunks else None
+) -> Chunks | None:
+    return None if diagonal else Chunks.of(tokens, rows, shape[1], shape[2], dtype)
 
 
 def delta_rule(
@@ -183,7 +227,7 @@ def delta_rule(
     slots: Memory,
     row_offsets: Memory,
     out: Memory,
-    workspace: Memory,
+    workspaces: tuple[Memory, Memory, Memory],
     tokens: int,
     rows: int,
     shape: tuple[int, int, int],
@@ -194,7 +238,7 @@ def delta_rule(
     Args:
         query, key, value, decay, beta, state, slots, row_offsets: of the operator.
         out: ``[tokens, heads, value_dim]``.
-        workspace: `delta_rule_workspace` entries of the keys' type.
+        workspaces: `delta_rule_workspaces` entries of the keys' type.
         tokens: of all rows.
         rows: rows of the step.
         shape: of a slot: heads, key_dim, value_dim.
@@ -203,26 +247,30 @@ def delta_rule(
     if rows == 0:
         return
     heads, key_dim, value_dim = shape
-    blocks = _delta_blocks(tokens, rows, shape, key.dtype, diagonal)
-    if blocks is not None:
-        # Each row may have a chunk that is not full.
-        delta_inverse_kernel[(tokens // blocks.chunk + rows, heads)](
-            key, decay, beta, slots, row_offsets, workspace, rows,
-            HEADS=heads, KEY_DIM=key_dim, BLOCK_K=blocks.inner,
-            BLOCK_R=triton.next_power_of_2(rows), **blocks.launch(),
+    chunks = _delta_chunks(tokens, rows, shape, key.dtype, diagonal)
+    sizes = {"HEADS": heads, "KEY_DIM": key_dim, "VALUE_DIM": value_dim}
+    if chunks is not None:
+        reads, writes, states = workspaces
+        blocks = {"BLOCK_K": chunks.inner} | chunks.launch()
+        delta_solve_kernel[(chunks.count, heads)](
+            key, value, decay, beta, slots, row_offsets, reads, writes, rows,
+            **sizes, **blocks, BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         )  # fmt: skip
-        delta_chunks_kernel[(rows, heads, triton.cdiv(value_dim, blocks.outer))](
-            query, key, value, decay, beta, state, slots, row_offsets, workspace, out, tokens,
-            HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_K=blocks.inner,
-            BLOCK_V=blocks.outer, **blocks.launch(),
+        parts = triton.cdiv(value_dim, chunks.outer)
+        delta_states_kernel[(rows, heads, parts)](
+            key, decay, state, slots, row_offsets, reads, writes, states, out, tokens,
+            **sizes, **blocks, BLOCK_V=chunks.outer, num_stages=2,
+        )  # fmt: skip
+        delta_outputs_kernel[(chunks.count, heads, parts)](
+            query, key, decay, slots, row_offsets, writes, states, out, rows,
+            **sizes, **blocks, BLOCK_V=chunks.outer,
         )  # fmt: skip
         return
     block_k = triton.next_power_of_2(key_dim)
     block_v = min(triton.next_power_of_2(value_dim), max(1, 4096 // block_k))
     delta_kernel[(rows, heads, triton.cdiv(value_dim, block_v))](
         query, key, value, decay, beta, state, slots, row_offsets, out, tokens,
-        HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, DIAGONAL=diagonal,
-        BLOCK_K=block_k, BLOCK_V=block_v,
+        **sizes, DIAGONAL=diagonal, BLOCK_K=block_k, BLOCK_V=block_v,
     )  # fmt: skip
 
 

@@ -189,86 +189,147 @@ def linear_recurrence_kernel(
 
 
 @triton.jit
-def scan_chunks_kernel(
-    x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
-    HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    SKIP: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Program (row, head, block of its channels): a chunk of tokens is a few matrix products.
+def find_chunk(row_offsets, rows, index, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The row of a chunk, or ``rows`` if there are fewer chunks, and its number in the row.
 
-    For heads with one decay: the state-space dual of Mamba 2 (arXiv:2405.21060, section 6).
+    Every row with tokens begins a chunk of its own.
+    """
+    r = tl.arange(0, BLOCK_R)
+    firsts = tl.load(row_offsets + r, mask=r < rows, other=0)
+    ends = tl.load(row_offsets + r + 1, mask=r < rows, other=0)
+    chunks = tl.cumsum((ends - firsts + CHUNK - 1) // CHUNK, 0)
+    row = tl.sum(((chunks <= index) & (r < rows)).to(tl.int32), 0)
+    return row, index - tl.max(tl.where(r < row, chunks, 0), 0)
+
+
+@triton.jit
+def count_chunks(row_offsets, row, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The number of chunks of the rows before a row."""
+    r = tl.arange(0, BLOCK_R)
+    firsts = tl.load(row_offsets + r, mask=r < row, other=0)
+    ends = tl.load(row_offsets + r + 1, mask=r < row, other=0)
+    return tl.sum((ends - firsts + CHUNK - 1) // CHUNK, 0).to(tl.int64)
+
+
+@triton.jit
+def scan_states_kernel(
+    x, dt, rates, key, state, slots, row_offsets, states, out, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head, block of its channels): the states before each chunk of the row.
+
+    The outputs are `scan_outputs_kernel`'s. Both are the state-space dual of Mamba 2
+    (arXiv:2405.21060, section 6) for heads with one decay.
     """
     row, head = tl.program_id(0), tl.program_id(1)
-    group = head // (HEADS // GROUPS)
     slot = tl.load(slots + row).to(tl.int64)
     first = tl.load(row_offsets + row).to(tl.int64)
     end = tl.load(row_offsets + row + 1).to(tl.int64)
     t = tl.arange(0, CHUNK)
     p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     of_head, sized = p < DIM, n < SIZE
-    # Entries of a chunk from its first one: 32-bit offsets need half the registers of addresses.
-    of_values = t[:, None] * (HEADS * DIM) + p[None, :]
-    of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
     if row == tl.num_programs(0) - 1:
         store_zeros(out, end, tokens, HEADS * DIM, head * DIM + p, of_head)
     if (slot < 0) | (first == end):
-        store_zeros(out, first, end, HEADS * DIM, head * DIM + p, of_head)
         return
-    at = state + ((slot * HEADS + head) * DIM + p[:, None]) * SIZE + n[None, :]
+    # Entries of a chunk from its first one: 32-bit offsets need half the registers of addresses.
+    of_values = t[:, None] * (HEADS * DIM) + p[None, :]
+    of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
+    of_state = p[:, None] * SIZE + n[None, :]
     both = of_head[:, None] & sized[None, :]
-    h = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    at = state + (slot * HEADS + head) * DIM * SIZE
+    h = tl.load(at + of_state, mask=both, other=0.0).to(tl.float32)
     rate = tl.load(rates + head).to(tl.float32)
+    chunk = count_chunks(row_offsets, row, CHUNK, BLOCK_R)
     for start in range(first, end, CHUNK):
+        to = states + (chunk * HEADS + head) * DIM * SIZE
+        tl.store(to + of_state, h.to(states.dtype.element_ty), mask=both)
+        chunk += 1
         inside = t < end - start
         this = start * HEADS + head
         step = tl.load(dt + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
         total, last = tl.cumsum(step * rate, 0), tl.sum(step * rate, 0)
         here = inside[:, None] & of_head[None, :]
-        value = tl.load(x + this * DIM + of_values, mask=here, other=0.0)
+        value = tl.load(x + this * DIM + of_values, mask=here, other=0.0).to(tl.float32)
         there = inside[:, None] & sized[None, :]
-        shared = (start * GROUPS + group) * SIZE
+        shared = (start * GROUPS + head // (HEADS // GROUPS)) * SIZE
         k = tl.load(key + shared + of_keys, mask=there, other=0.0)
-        q = tl.load(query + shared + of_keys, mask=there, other=0.0).to(k.dtype)
-        past = tl.dot(q, tl.trans(h.to(q.dtype)))
-        result = past * tl.exp(total)[:, None]
-        decay = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
-        weights = tl.dot(q, tl.trans(k)) * tl.exp(decay) * step[None, :]
-        result += tl.dot(weights.to(value.dtype), value)
-        if SKIP:
-            result += value.to(tl.float32) * tl.load(skip + head).to(tl.float32)
-        tl.store(out + this * DIM + of_values, result.to(out.dtype.element_ty), mask=here)
-        scaled = (value.to(tl.float32) * (step * tl.exp(last - total))[:, None]).to(k.dtype)
+        scaled = (value * (step * tl.exp(last - total))[:, None]).to(k.dtype)
         h = h * tl.exp(last) + tl.dot(tl.trans(scaled), k)
-    tl.store(at, h.to(state.dtype.element_ty), mask=both)
+    tl.store(at + of_state, h.to(state.dtype.element_ty), mask=both)
 
 
 @triton.jit
-def delta_inverse_kernel(
-    key, decay, beta, slots, row_offsets, workspace, rows,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+def scan_outputs_kernel(
+    x, dt, rates, key, query, skip, slots, row_offsets, states, out, rows,
+    HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    SKIP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk of a row, head): the inverse of ``1 + A`` of its tokens, by rows.
+    """Program (chunk of a row, head, block of its channels): its outputs."""
+    index, head = tl.program_id(0), tl.program_id(1)
+    row, number = find_chunk(row_offsets, rows, index, CHUNK, BLOCK_R)
+    if row >= rows:
+        return
+    slot = tl.load(slots + row)
+    start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK
+    t = tl.arange(0, CHUNK)
+    inside = t < tl.load(row_offsets + row + 1) - start
+    p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    of_head, sized = p < DIM, n < SIZE
+    here = inside[:, None] & of_head[None, :]
+    of_values = t[:, None] * (HEADS * DIM) + p[None, :]
+    this = start * HEADS + head
+    if slot < 0:
+        zeros = tl.zeros((CHUNK, BLOCK_P), out.dtype.element_ty)
+        tl.store(out + this * DIM + of_values, zeros, mask=here)
+        return
+    rate = tl.load(rates + head).to(tl.float32)
+    step = tl.load(dt + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    total = tl.cumsum(step * rate, 0)
+    there = inside[:, None] & sized[None, :]
+    of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
+    shared = (start * GROUPS + head // (HEADS // GROUPS)) * SIZE
+    k = tl.load(key + shared + of_keys, mask=there, other=0.0)
+    q = tl.load(query + shared + of_keys, mask=there, other=0.0).to(k.dtype)
+    at = states + (index.to(tl.int64) * HEADS + head) * DIM * SIZE
+    both = sized[:, None] & of_head[None, :]
+    h = tl.load(at + n[:, None] + p[None, :] * SIZE, mask=both, other=0.0).to(k.dtype)
+    result = tl.dot(q, h) * tl.exp(total)[:, None]
+    decay = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
+    weights = tl.dot(q, tl.trans(k)) * tl.exp(decay) * step[None, :]
+    value = tl.load(x + this * DIM + of_values, mask=here, other=0.0)
+    result += tl.dot(weights.to(value.dtype), value)
+    if SKIP:
+        result += value.to(tl.float32) * tl.load(skip + head).to(tl.float32)
+    tl.store(out + this * DIM + of_values, result.to(out.dtype.element_ty), mask=here)
 
-    ``A[i, j] = beta[i] * (k[i] . k[j]) * exp(decay from j to i)`` for j before i. Forward
-    substitution is exact where keys repeat, which a series in A is not.
+
+@triton.jit
+def delta_solve_kernel(
+    key, value, decay, beta, slots, row_offsets, reads, writes, rows,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk of a row, head): what the chunk writes, but for the state before it.
+
+    With ``A[i, j] = beta[i] * (k[i] . k[j]) * exp(decay from j to i)`` for j before i, a chunk
+    writes ``writes - reads @ state``, where ``writes = (1 + A)^-1 (beta * value)`` and ``reads =
+    (1 + A)^-1 (beta * decayed key)``: the chunks of gated delta networks (arXiv:2412.06464, section
+    3.3), for heads with one decay. Forward substitution is exact where keys repeat, which a series
+    in A is not.
     """
     index, head = tl.program_id(0), tl.program_id(1)
-    r, t, c = tl.arange(0, BLOCK_R), tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
-    firsts = tl.load(row_offsets + r, mask=r < rows, other=0)
-    ends = tl.load(row_offsets + r + 1, mask=r < rows, other=0)
-    chunks = tl.cumsum((ends - firsts + CHUNK - 1) // CHUNK, 0)
-    row = tl.sum((chunks <= index).to(tl.int32), 0)
+    row, number = find_chunk(row_offsets, rows, index, CHUNK, BLOCK_R)
     if row >= rows:
         return
     if tl.load(slots + row) < 0:
         return
-    before = tl.max(tl.where(r < row, chunks, 0), 0)
-    first, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
-    start = first + (index - before) * CHUNK
-    inside = t < end - start
-    this = start.to(tl.int64) * HEADS + head
+    t, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
+    start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK
+    inside = t < tl.load(row_offsets + row + 1) - start
+    this = start * HEADS + head
     g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
     total = tl.cumsum(g, 0)
     b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
@@ -276,26 +337,34 @@ def delta_inverse_kernel(
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
     k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
     between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
-    products = tl.dot(k, tl.trans(k))
-    inverse = -products * tl.exp(between) * b[:, None]
+    inverse = -tl.dot(k, tl.trans(k)) * tl.exp(between) * b[:, None]
     for i in range(1, CHUNK):
         own = tl.sum(tl.where(t[:, None] == i, inverse, 0.0), 0)
         own += tl.sum(own[:, None] * inverse, 0)
         inverse = tl.where(t[:, None] == i, own[None, :], inverse)
     inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-    to = workspace + this * CHUNK + t[:, None] * (HEADS * CHUNK) + t[None, :]
-    tl.store(to, inverse.to(workspace.dtype.element_ty), mask=inside[:, None])
+    solved = inverse.to(k.dtype)
+    decayed = (k.to(tl.float32) * (b * tl.exp(total))[:, None]).to(k.dtype)
+    read = tl.dot(solved, decayed)
+    tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)
+    v = tl.arange(0, BLOCK_V)
+    here = inside[:, None] & (v < VALUE_DIM)[None, :]
+    of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
+    wanted = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0).to(tl.float32)
+    written = tl.dot(solved, (wanted * b[:, None]).to(k.dtype))
+    to = writes + this * VALUE_DIM + of_values
+    tl.store(to, written.to(writes.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def delta_chunks_kernel(
-    query, key, value, decay, beta, state, slots, row_offsets, workspace, out, tokens,
+def delta_states_kernel(
+    key, decay, state, slots, row_offsets, reads, writes, states, out, tokens,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head, block of the value): a chunk of tokens is a few matrix products.
+    """Program (row, head, block of the value): the states before each chunk of the row.
 
-    For heads with one decay: the chunks of gated delta networks (arXiv:2412.06464, section 3.3).
+    ``writes`` becomes what each token writes.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
@@ -304,39 +373,73 @@ def delta_chunks_kernel(
     t, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     keyed, valued = c < KEY_DIM, v < VALUE_DIM
+    if row == tl.num_programs(0) - 1:
+        store_zeros(out, end, tokens, HEADS * VALUE_DIM, head * VALUE_DIM + v, valued)
+    if (slot < 0) | (first == end):
+        return
     of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
-    of_inverse = t[:, None] * (HEADS * CHUNK) + t[None, :]
-    of_head = head * VALUE_DIM + v
-    if row == tl.num_programs(0) - 1:
-        store_zeros(out, end, tokens, HEADS * VALUE_DIM, of_head, valued)
-    if (slot < 0) | (first == end):
-        store_zeros(out, first, end, HEADS * VALUE_DIM, of_head, valued)
-        return
-    at = state + ((slot * HEADS + head) * KEY_DIM + c[:, None]) * VALUE_DIM + v[None, :]
+    of_state = c[:, None] * VALUE_DIM + v[None, :]
     both = keyed[:, None] & valued[None, :]
-    s = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    at = state + (slot * HEADS + head) * KEY_DIM * VALUE_DIM
+    s = tl.load(at + of_state, mask=both, other=0.0).to(tl.float32)
+    chunk = count_chunks(row_offsets, row, CHUNK, BLOCK_R)
     for start in range(first, end, CHUNK):
+        to = states + (chunk * HEADS + head) * KEY_DIM * VALUE_DIM
+        tl.store(to + of_state, s.to(states.dtype.element_ty), mask=both)
+        chunk += 1
         inside = t < end - start
         this = start * HEADS + head
         g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
         total, last = tl.cumsum(g, 0), tl.sum(g, 0)
-        b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
         there = inside[:, None] & keyed[None, :]
-        k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+        read = tl.load(reads + this * KEY_DIM + of_keys, mask=there, other=0.0)
         here = inside[:, None] & valued[None, :]
-        wanted = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0)
-        past = s.to(k.dtype)
-        known = tl.dot(k, past) * tl.exp(total)[:, None]
-        missing = ((wanted.to(tl.float32) - known) * b[:, None]).to(k.dtype)
-        inverse = tl.load(workspace + this * CHUNK + of_inverse, mask=inside[:, None], other=0.0)
-        corrections = tl.dot(inverse, missing).to(k.dtype)
-        q = tl.load(query + this * KEY_DIM + of_keys, mask=there, other=0.0).to(k.dtype)
-        result = tl.dot(q, past) * tl.exp(total)[:, None]
-        between = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
-        weights = tl.dot(q, tl.trans(k)) * tl.exp(between)
-        result += tl.dot(weights.to(k.dtype), corrections)
-        tl.store(out + this * VALUE_DIM + of_values, result.to(out.dtype.element_ty), mask=here)
-        scaled = (k.to(tl.float32) * tl.exp(last - total)[:, None]).to(k.dtype)
-        s = s * tl.exp(last) + tl.dot(tl.trans(scaled), corrections)
-    tl.store(at, s.to(state.dtype.element_ty), mask=both)
+        own = writes + this * VALUE_DIM + of_values
+        written = tl.load(own, mask=here, other=0.0).to(tl.float32)
+        written = (written - tl.dot(read, s.to(read.dtype))).to(read.dtype)
+        tl.store(own, written, mask=here)
+        k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0).to(tl.float32)
+        scaled = (k * tl.exp(last - total)[:, None]).to(read.dtype)
+        s = s * tl.exp(last) + tl.dot(tl.trans(scaled), written)
+    tl.store(at + of_state, s.to(state.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def delta_outputs_kernel(
+    query, key, decay, slots, row_offsets, writes, states, out, rows,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk of a row, head, block of the value): its outputs."""
+    index, head = tl.program_id(0), tl.program_id(1)
+    row, number = find_chunk(row_offsets, rows, index, CHUNK, BLOCK_R)
+    if row >= rows:
+        return
+    slot = tl.load(slots + row)
+    start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK
+    t, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
+    v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    keyed, valued = c < KEY_DIM, v < VALUE_DIM
+    inside = t < tl.load(row_offsets + row + 1) - start
+    here = inside[:, None] & valued[None, :]
+    of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
+    this = start * HEADS + head
+    if slot < 0:
+        zeros = tl.zeros((CHUNK, BLOCK_V), out.dtype.element_ty)
+        tl.store(out + this * VALUE_DIM + of_values, zeros, mask=here)
+        return
+    total = tl.cumsum(tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32), 0)
+    there = inside[:, None] & keyed[None, :]
+    of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
+    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+    q = tl.load(query + this * KEY_DIM + of_keys, mask=there, other=0.0).to(k.dtype)
+    at = states + (index.to(tl.int64) * HEADS + head) * KEY_DIM * VALUE_DIM
+    both = keyed[:, None] & valued[None, :]
+    s = tl.load(at + c[:, None] * VALUE_DIM + v[None, :], mask=both, other=0.0).to(k.dtype)
+    result = tl.dot(q, s) * tl.exp(total)[:, None]
+    between = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
+    weights = tl.dot(q, tl.trans(k)) * tl.exp(between)
+    written = tl.load(writes + this * VALUE_DIM + of_values, mask=here, other=0.0).to(k.dtype)
+    result += tl.dot(weights.to(k.dtype), written)
+    tl.store(out + this * VALUE_DIM + of_values, result.to(out.dtype.element_ty), mask=here)

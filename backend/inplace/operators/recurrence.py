@@ -77,6 +77,9 @@ def _selective_scan_on_gpu(
     check_contiguous(state)
     if not slots.shape[0]:
         return out.zero_()
+    tokens, rows, rate_shape = x.shape[0], slots.shape[0], (A.shape[1], A.shape[2])
+    shape = (state.shape[1], state.shape[2], state.shape[3])
+    scratch = kernels.selective_scan_workspace(tokens, rows, shape, rate_shape, B.dtype)
     kernels.selective_scan(
         x=x.contiguous(),
         dt=dt.contiguous(),
@@ -88,11 +91,12 @@ def _selective_scan_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         out=out,
-        tokens=x.shape[0],
-        rows=slots.shape[0],
-        shape=(state.shape[1], state.shape[2], state.shape[3]),
+        workspace=B.new_empty(scratch),
+        tokens=tokens,
+        rows=rows,
+        shape=shape,
         groups=B.shape[1],
-        rate_shape=(A.shape[1], A.shape[2]),
+        rate_shape=rate_shape,
     )
     return out
 
@@ -270,7 +274,9 @@ def _delta_rule_on_gpu(
         return out.zero_()
     tokens, rows, diagonal = value.shape[0], slots.shape[0], decay.dim() == 3
     shape = (state.shape[1], state.shape[2], state.shape[3])
-    scratch = kernels.delta_rule_workspace(tokens, rows, shape, key.dtype, diagonal=diagonal)
+    reads, writes, states = kernels.delta_rule_workspaces(
+        tokens, rows, shape, key.dtype, diagonal=diagonal
+    )
     kernels.delta_rule(
         query=query.contiguous(),
         key=key.contiguous(),
@@ -281,7 +287,7 @@ def _delta_rule_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         out=out,
-        workspace=key.new_empty(scratch),
+        workspaces=(key.new_empty(reads), key.new_empty(writes), key.new_empty(states)),
         tokens=tokens,
         rows=rows,
         shape=shape,

@@ -56,6 +56,12 @@ def twice() -> PreTrainedModel:
     return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**SHAPE))
 
 
+def repeated() -> PreTrainedModel:
+    """Two stacks of one layer run twice in turn, and keep keys of each time."""
+    fields = SHAPE | {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1, "head_dim": 8}
+    return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**fields))
+
+
 SIZES = {
     latent: {"key_states_0": (4, CAPACITY, 12), "value_states_0": (4, CAPACITY, 10)},
     global_heads: {
@@ -66,6 +72,7 @@ SIZES = {
         "key_states_0": (2, WINDOW + CHUNK - 1, 8),
         "key_states_1": (2, CAPACITY, 16),
     },
+    repeated: {"key_states_3": (4, CAPACITY, 8)},
     twice: {"key_states_3": (2, CAPACITY, 8), "value_states_3": (2, CAPACITY, 8)},
 }
 

@@ -487,6 +487,11 @@ class SlotCache(TransformersCache):
         return [False] * self.num_layers
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether tokens may be cached."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """Whether transformers may call torch.compile."""
         return False

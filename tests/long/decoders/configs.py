@@ -223,7 +223,8 @@ CONFIGS: dict[str, Tiny] = {
     "granite": Tiny({"attention_multiplier": 0.25, "residual_multiplier": 0.22}),
     "granite_swa": Tiny({**WINDOW, "attention_multiplier": 0.25}),
     "helium": Tiny(),
-    "hrm_text": Tiny(),
+    # its stacks run several times: with larger weights float32 and float64 differ by 2 %
+    "hrm_text": Tiny(std=0.1, embedding_std=0.1),
     "hunyuan_v1_dense": Tiny(),
     "hunyuan_v1_dense/dynamic-rope": Tiny(
         rope("dynamic", factor=1.0, alpha=1000.0, beta_fast=32, beta_slow=1)

@@ -58,7 +58,7 @@ def twice() -> PreTrainedModel:
 
 def repeated() -> PreTrainedModel:
     """Two stacks of one layer run twice in turn, and keep keys of each time."""
-    fields = SHAPE | {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1, "head_dim": 8}
+    fields = SHAPE | {"num_hidden_layers": 1, "H_cycles": 2, "L_cycles": 1, "head_dim": 8}
     return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**fields))
 
 

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 import triton
 
-from inplace.kernels.linear import shared_memory
+from inplace.kernels.linear import MULTIPROCESSORS, shared_memory
 from inplace.kernels.memory import Memory
 from inplace.kernels.recurrence_kernels import (
     conv_kernel,
@@ -49,7 +49,8 @@ class Chunks:
         size: tokens of a chunk.
         count: chunks of all rows, at most; a row's last one may not be full.
         inner: the padded extent of a state that queries and keys have.
-        outer: how much of the other one a program has.
+        outer: how much of the other one a program of the outputs has.
+        narrow: the same of the states, which go through a row's chunks one after another.
         block_r: rows, padded.
     """
 
@@ -57,15 +58,19 @@ class Chunks:
     count: int
     inner: int
     outer: int
+    narrow: int
     block_r: int
 
     @classmethod
-    def of(cls, tokens: int, rows: int, inner: int, outer: int, dtype: torch.dtype) -> Self | None:
+    def of(
+        cls, tokens: int, rows: int, heads: int, inner: int, outer: int, dtype: torch.dtype
+    ) -> Self | None:
         """None if a step goes from token to token.
 
         Args:
             tokens: of all rows.
             rows: of the step.
+            heads: of each.
             inner: extent of a state that queries and keys have.
             outer: extent of a state that values have.
             dtype: of the keys.
@@ -73,13 +78,16 @@ class Chunks:
         if tokens <= rows or dtype.itemsize != 2:
             return None
         inner, outer = (max(16, triton.next_power_of_2(extent)) for extent in (inner, outer))
+        parts = triton.cdiv(outer, BLOCK)
         outer, size = min(outer, BLOCK), CHUNK
+        few = rows * heads * parts < MULTIPROCESSORS
+        narrow = outer // 2 if few and outer == BLOCK else outer
         while size >= 16:
             # Two stages of keys, reads and values; scaled keys, weights and the state.
             entries = 2 * size * (2 * inner + outer) + size * (inner + size) + inner * outer
             if 2 * entries <= shared_memory():
                 count, block_r = tokens // size + rows, triton.next_power_of_2(rows)
-                return cls(size, count, inner, outer, block_r)
+                return cls(size, count, inner, outer, narrow, block_r)
             size //= 2
         return None
 
@@ -138,7 +146,9 @@ def _scan_chunks(
     dtype: torch.dtype,
 ) -> Chunks | None:
     has_one_rate = rate_shape == (1, 1)
-    return Chunks.of(tokens, rows, shape[2], shape[1], dtype) if has_one_rate else None
+    if not has_one_rate:
+        return None
+    return Chunks.of(tokens, rows, shape[0], shape[2], shape[1], dtype)
 
 
 def selective_scan(
@@ -179,15 +189,14 @@ def selective_scan(
     sizes = {"HEADS": heads, "DIM": dim, "GROUPS": groups, "SIZE": size}
     chunks = _scan_chunks(tokens, rows, shape, rate_shape, key.dtype)
     if chunks is not None:
-        blocks = {"BLOCK_P": chunks.outer, "BLOCK_N": chunks.inner} | chunks.launch()
-        parts = triton.cdiv(dim, chunks.outer)
-        scan_states_kernel[(rows, heads, parts)](
+        blocks = {"BLOCK_N": chunks.inner} | chunks.launch()
+        scan_states_kernel[(rows, heads, triton.cdiv(dim, chunks.narrow))](
             x, dt, rates, key, state, slots, row_offsets, workspace, out, tokens,
-            **sizes, **blocks, num_stages=2,
+            **sizes, **blocks, BLOCK_P=chunks.narrow, num_stages=2,
         )  # fmt: skip
-        scan_outputs_kernel[(chunks.count, heads, parts)](
+        scan_outputs_kernel[(chunks.count, heads, triton.cdiv(dim, chunks.outer))](
             x, dt, rates, key, query, skip, slots, row_offsets, workspace, out, rows,
-            **sizes, **blocks, SKIP=has_skip,
+            **sizes, **blocks, BLOCK_P=chunks.outer, SKIP=has_skip,
         )  # fmt: skip
         return
     block_n = triton.next_power_of_2(size)
@@ -213,7 +222,7 @@ def delta_rule_workspaces(
 def _delta_chunks(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, diagonal: bool
 ) -> Chunks | None:
-    return None if diagonal else Chunks.of(tokens, rows, shape[1], shape[2], dtype)
+    return None if diagonal else Chunks.of(tokens, rows, *shape, dtype)
 
 
 def delta_rule(
@@ -256,12 +265,11 @@ def delta_rule(
             key, value, decay, beta, slots, row_offsets, reads, writes, rows,
             **sizes, **blocks, BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
         )  # fmt: skip
-        parts = triton.cdiv(value_dim, chunks.outer)
-        delta_states_kernel[(rows, heads, parts)](
+        delta_states_kernel[(rows, heads, triton.cdiv(value_dim, chunks.narrow))](
             key, decay, state, slots, row_offsets, reads, writes, states, out, tokens,
-            **sizes, **blocks, BLOCK_V=chunks.outer, num_stages=2,
+            **sizes, **blocks, BLOCK_V=chunks.narrow, num_stages=2,
         )  # fmt: skip
-        delta_outputs_kernel[(chunks.count, heads, parts)](
+        delta_outputs_kernel[(chunks.count, heads, triton.cdiv(value_dim, chunks.outer))](
             query, key, decay, slots, row_offsets, writes, states, out, rows,
             **sizes, **blocks, BLOCK_V=chunks.outer,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import inplace_builder.lower  # noqa: F401  registers the converters
 import torch
 from inplace_builder.graph.decomposition import find_decomposition
 from inplace_builder.lower.complex_numbers import complex_operators
+from inplace_builder.lower.own_decompositions import OWN as DECOMPOSED
 from inplace_builder.lower.registry import Converter, find_converter, registered, unsupported_reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
@@ -101,7 +102,9 @@ def page() -> str:
     rest = [each for each in tagged if each not in converted_or_complex]
     refused = [each for each in rest if unsupported_reason(each) is not None]
     decomposed = [
-        each for each in rest if each not in refused and find_decomposition(each) is not None
+        each
+        for each in rest
+        if each not in refused and (each in DECOMPOSED or find_decomposition(each) is not None)
     ]
     missing = [each for each in rest if each not in refused and each not in decomposed]
     parts = [

@@ -10,12 +10,11 @@ layer's window off it. The configuration's window, and the one that a model hand
 function, are not trusted.
 """
 
-import traceback
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +26,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.guards import model_line
 
 IMPLEMENTATION = "inplace"
 """The name under which transformers knows `slot_attention` and `_layer_mask`."""
@@ -194,8 +194,9 @@ def _counts_tokens(indices: Tensor) -> bool:
 
 
 def _refuse_length(*_: object) -> NoReturn:
+    line = model_line(sys._getframe())
     raise CacheLengthError(
-        f"the model computes with the number of cached tokens{_model_line()}, of which every row "
+        f"the model computes with the number of cached tokens{line}, of which every row "
         f"of a step has its own; only its sum with arange(tokens), the positions, is supported"
     )
 
@@ -269,16 +270,6 @@ class OwnCacheLength(_Positions):
 
     def __rsub__(self, other: Any) -> Any:
         return other
-
-
-def _model_line() -> str:
-    """The line of the model that runs, as `` at file:line (code)``."""
-    own, torchs = Path(__file__), Path(torch.__file__).parent
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path != own and torchs not in path.parents:
-            return f' at "{frame.filename}", line {frame.lineno}, in {frame.name} ({frame.line})'
-    return ""
 
 
 class SlotCache(TransformersCache):

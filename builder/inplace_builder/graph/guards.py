@@ -92,7 +92,7 @@ def named_extents() -> Iterator[None]:
 
 def _assumption(env: ShapeEnv, guard: Any, frame: FrameType | None) -> Assumption | None:
     """What a guard on one extent assumes; None if it always holds, or if no model asks it."""
-    if len(guard.free_symbols) != 1 or not (line := _model_line(frame)):
+    if len(guard.free_symbols) != 1 or not (line := model_line(frame)):
         return None
     (symbol,) = guard.free_symbols
     limits = env.var_to_range[symbol]
@@ -116,7 +116,7 @@ def _extent_name(source: str) -> str:
     return source.replace(".size()", ".shape")
 
 
-def _model_line(frame: FrameType | None) -> str:
+def model_line(frame: FrameType | None) -> str:
     """The innermost line outside PyTorch and this project; empty if there is none."""
     while frame is not None:
         code, number = frame.f_code, frame.f_lineno
@@ -128,6 +128,14 @@ def _model_line(frame: FrameType | None) -> str:
             return f' at "{file}", line {number}, in {code.co_name} ({text})'
         frame = frame.f_back
     return ""
+
+
+def failing_line(error: BaseException) -> str:
+    """The innermost line outside PyTorch and this project that was running when an error came."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return model_line(trace.tb_frame) if trace is not None else ""
 
 
 def _is_standard(file: str) -> bool:

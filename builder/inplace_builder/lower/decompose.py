@@ -31,6 +31,7 @@ from inplace_builder.lower.complex_numbers import (
     touches_complex,
 )
 from inplace_builder.lower.constants import FoldedConstants
+from inplace_builder.lower.own_decompositions import OWN
 from inplace_builder.lower.recurrences import EXPANSIONS
 from inplace_builder.lower.registry import find_converter, unsupported_reason
 
@@ -67,6 +68,23 @@ def _decompose(program: GraphProgram) -> None:
     remove_in_place(program)
     while _decompose_once(program):
         remove_in_place(program)
+    _drop_empty_parts(program)
+
+
+def _drop_empty_parts(program: GraphProgram) -> None:
+    """Join without parts that have no elements: TensorRT has no shapes for some of them."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts = [part for part in node.args[0] if not _is_empty(part)]
+        if parts:
+            node.update_arg(0, parts)
+    program.graph.eliminate_dead_code(
+        lambda node: node.op in ("placeholder", "output") or node.is_impure()
+    )
+
+
+def _is_empty(node: Node) -> bool:
+    """Whether a tensor certainly has no elements."""
+    return any(isinstance(extent, int) and extent == 0 for extent in node.meta["val"].shape)
 
 
 def _expand_recurrences(program: GraphProgram) -> None:
@@ -96,7 +114,7 @@ def _decompose_once(program: GraphProgram) -> bool:
             or FAILURE in node.meta
         ):
             continue
-        decomposition = find_decomposition(target)
+        decomposition = OWN.get(target) or find_decomposition(target)
         traced = _trace(node, decomposition) if decomposition is not None else None
         if traced is not None:
             _inline(program, node, traced)

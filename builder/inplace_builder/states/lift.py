@@ -32,7 +32,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.guards import named_extents
+from inplace_builder.graph.guards import failing_line, named_extents
 from inplace_builder.graph.nodes import (
     Emitter,
     copy_graph,
@@ -173,8 +173,10 @@ def export_module(
         except Exception as error:
             failures.append(error)
     hint = example_hint(example_inputs) if dynamic_shapes else ""
+    text = str(failures[-1])
+    line = "" if "File " in text else failing_line(failures[-1])
     raise BuildError(
-        f"torch.export cannot capture {type(module).__name__}: {failures[-1]}{hint}"
+        f"torch.export cannot capture {type(module).__name__}: {text}{line}{hint}"
     ) from failures[-1]
 
 

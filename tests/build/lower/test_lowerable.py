@@ -101,6 +101,29 @@ def test_operators_of_prims_that_a_decomposition_makes_are_lowered(rtx: TensorRT
     case.check(lambda inputs: interpret(lowered, inputs))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        fn("kthvalue", lambda x: x.kthvalue(3, 2), Z),
+        fn("median", lambda x: (*x.median(1), x.median()), Z),
+        fn("median-nan", lambda x: torch.where(x > 1.8, float("nan"), x).median(2, True), Z),
+        fn("cummax", lambda x: (*x.cummax(1), *x.cummin(-1)), Z),
+        fn("logcumsumexp", lambda x: x.logcumsumexp(2), Z),
+        fn(
+            "block-diag",
+            lambda x: (
+                torch.block_diag(x[0, :, :2], x[0, 1:, 3:]) + torch.cat([x[0, :0, :], x[1]]).sum()
+            ),
+            Arg((2, 4, 8)),
+        ),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_pytorch_does_not_decompose_is_lowered(rtx: TensorRT, case: Case) -> None:
+    lowered = lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)
+    case.check(lambda inputs: interpret(lowered, inputs))
+
+
 def test_what_has_a_converter_stays_whole() -> None:
     case = fn("whole", lambda x, part: nn.functional.silu(part(x)), X, part=nn.Linear(8, 4))
     before = [node.target for node in case.exported.graph.nodes]

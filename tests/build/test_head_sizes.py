@@ -11,6 +11,7 @@ from inplace_builder.served.build import write_engine
 from support.decoding import SHAPE, generate_together, random_prompt
 from support.models import greedy, open_instance
 from transformers import PreTrainedModel
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 CAPACITY, CHUNK, WINDOW = 64, 8, 12
 OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
@@ -62,6 +63,12 @@ def repeated() -> PreTrainedModel:
     return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**fields))
 
 
+def of_text_alone() -> PreTrainedModel:
+    """The second of three layers attends to images only, so text passes over it."""
+    fields = SHAPE | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    return transformers.MllamaForCausalLM(MllamaTextConfig(**fields))
+
+
 SIZES = {
     latent: {"key_states_0": (4, CAPACITY, 12), "value_states_0": (4, CAPACITY, 10)},
     global_heads: {
@@ -73,6 +80,7 @@ SIZES = {
         "key_states_1": (2, CAPACITY, 16),
     },
     repeated: {"key_states_3": (4, CAPACITY, 8)},
+    of_text_alone: {"key_states_2": (2, CAPACITY, 8)},
     twice: {"key_states_3": (2, CAPACITY, 8), "value_states_3": (2, CAPACITY, 8)},
 }
 

@@ -468,6 +468,7 @@ def _check_layers(
     expected = _num_layers(config)
     kinds = getattr(config, "layer_types", None) or []
     stateless = sum(each in STATELESS_KINDS for each in kinds)
+    stateless += len(getattr(config, "cross_attention_layers", None) or [])  # of Mllama, to images
     attending = {index % expected for index in layers.by_layer}
     keeping = attending | {int(name.split("_")[2]) for name in layers.recurrent}
     count = sum(node.target is torch.ops.inplace.attention.default for node in graph.nodes)

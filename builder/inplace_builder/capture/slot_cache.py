@@ -219,7 +219,27 @@ class CacheLength(_Positions):
     _no = staticmethod(_refuse_length)
     __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _no
     __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _no
-    __eq__ = __ne__ = __hash__ = _no
+    __ne__ = _no
+
+    def __eq__(self, other: object) -> bool:
+        return _refuse_length()
+
+    def __hash__(self) -> int:
+        return _refuse_length()
+
+
+class LayerLength(CacheLength):
+    """The number of cached tokens of one layer.
+
+    Mllama asks whether it is 0, to pass over a layer that attends to images. None is ever cached,
+    and for other layers it ignores the answer.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other == 0 or _refuse_length()
+
+    def __hash__(self) -> int:
+        return _refuse_length()
 
 
 class OwnCacheLength(_Positions):
@@ -457,10 +477,15 @@ class SlotCache(TransformersCache):
             return step.slots, step.row_offsets
         return torch.tensor([0]), torch.tensor([0, len(self.positions)])
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """The number of cached tokens, as far as there is one."""
-        kind = CacheLength if self.own_attention is None else OwnCacheLength
-        return kind(self.positions)
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """The number of cached tokens, as far as there is one.
+
+        Args:
+            layer_idx: the layer that is asked for; None where the model asks for any.
+        """
+        if self.own_attention is not None:
+            return OwnCacheLength(self.positions)
+        return (CacheLength if layer_idx is None else LayerLength)(self.positions)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
         """What transformers hands to `_layer_mask`."""

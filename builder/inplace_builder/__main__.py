@@ -49,7 +49,8 @@ def build(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a Hugging Face decoder (safetensors or one GGUF file), or a GGUF file."
+            help="Folder of a Hugging Face decoder (safetensors, .bin or one GGUF file) or of a "
+            "LoRA adapter, a GGUF file, or the id of a model that `hf download` has fetched."
         ),
     ],
     output: Annotated[

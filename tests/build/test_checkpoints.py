@@ -56,32 +56,6 @@ def test_tensors_that_models_compute_themselves_are_no_weights(copied: Path) -> 
     load_decoder(copied, Dtype.FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter_beside_the_weights_is_refused(copied: Path, tmp_path: Path, name: str) -> None:
-    (copied / name).write_text("{}")
-    remove_weights(copied)
-    with pytest.raises(BuildError, match=rf"an adapter beside the weights \({name}\).*merge"):
-        build_decoder(copied, tmp_path / "model", OPTIONS)
-
-
-def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(BuildError, match="the adapter there needs the model it was trained on"):
-        load_decoder(tmp_path, Dtype.FLOAT32)
-
-
-@pytest.mark.parametrize("method", ["abacus", None])
-def test_an_unknown_quantization_is_refused(
-    copied: Path, tmp_path: Path, method: str | None
-) -> None:
-    change_config(copied, quantization_config={"quant_method": method, "bits": 4})
-    remove_weights(copied)
-    with pytest.raises(
-        BuildError, match=rf"quantized with {method!r}, which transformers does not"
-    ):
-        build_decoder(copied, tmp_path / "model", OPTIONS)
-
-
 def test_a_capacity_that_the_model_was_not_made_for_is_refused_before_it_is_loaded(
     copied: Path, tmp_path: Path
 ) -> None:

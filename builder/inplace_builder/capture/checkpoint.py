@@ -10,17 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from inplace.schema.dtypes import Dtype
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from inplace_builder.capture.lora import merge_lora, read_lora_config
+from inplace_builder.capture.quantized import (
+    check_quantization,
+    dequantizing_config,
+    is_fp8,
+    quantization,
+    read_fp8,
+    without_quantization,
+)
+from inplace_builder.capture.sources import ModelFiles, locate_model
 from inplace_builder.errors import BuildError, brief
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-"""The files of a LoRA or another adapter, as peft writes them."""
-
 
 _RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of tensors that old checkpoints hold and models compute themselves."""
@@ -29,10 +34,13 @@ _RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
 def load_decoder(
     source: Path | str, dtype: Dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a decoder from a local folder or a GGUF file. Nothing is downloaded.
+    """Load a decoder from files of this machine. Nothing is downloaded.
+
+    A LoRA adapter is merged, and weights in fp8 and mxfp4 are dequantized.
 
     Args:
-        source: a folder with safetensors or one GGUF file, or a GGUF file.
+        source: a folder with weights (safetensors, ``.bin``, one GGUF file) or with a LoRA adapter,
+            a GGUF file, a model's folder in the cache of ``hf download``, or its id there.
         dtype: the type of the weights.
 
     Returns:
@@ -42,31 +50,69 @@ def load_decoder(
         BuildError: there is no model, it is no decoder, transformers cannot read it, or it would
             not use all weights.
     """
-    model = load_model(source, dtype)
+    model, _ = load_model(source, dtype)
     return model, load_tokenizer(source)[0]
 
 
 def load_model(
     source: Path | str, dtype: Dtype, config: PretrainedConfig | None = None
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, str]]:
     """Load the model alone, as `load_decoder`.
 
     Args:
         source: as `load_decoder` takes it.
         dtype: the type of the weights.
         config: what `check_checkpoint` returned; None checks here. Reading it from GGUF is slow.
+
+    Returns:
+        The model, and what was done to the weights: ``adapter`` and ``quantization``, in words.
     """
     source = Path(source)
     config = config or check_checkpoint(source)
-    folder, where = _locate_model(source)
+    files = locate_model(source)
+    model, notes = _load_weights(source, files, dtype, config)
+    if files.adapter is not None:
+        with torch.no_grad():
+            notes["adapter"] = merge_lora(model, files.adapter)
+    return model.eval(), notes
+
+
+def _load_weights(
+    source: Path, files: ModelFiles, dtype: Dtype, config: PretrainedConfig
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """Load the model without its adapter; refuse what is missing and what would not be used."""
+    fields = None if files.gguf else quantization(config)
+    notes: dict[str, str] = {}
+    arguments = _arguments(files)
+    if fields is not None:
+        fp8 = is_fp8(fields)
+        notes["quantization"] = (
+            f"{'fp8' if fp8 else 'mxfp4'} weights, dequantized to {dtype}; activations are not "
+            f"quantized"
+        )
+        arguments["config"] = without_quantization(config) if fp8 else dequantizing_config(config)
+        if fp8:
+            arguments["state_dict"] = read_fp8(files.folder, config, dtype.as_torch)
     # SDPA has no soft-cap: it would make a wrong reference of a model that has one
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     eager = {"attn_implementation": "eager"} if capped else {}
     try:
-        with quiet():
-            model, loaded = _decoder_class(config).from_pretrained(
-                folder, dtype=dtype.as_torch, output_loading_info=True, **where, **eager
+        with quiet(), files.without_adapter() as folder:
+            kind, dequantized = _decoder_class(config), "state_dict" in arguments
+            if dequantized:
+                kind = _class_without_folder(kind, arguments)
+            model, loaded = kind.from_pretrained(
+                None if dequantized else folder,  # it takes a folder or tensors
+                dtype=dtype.as_torch,
+                output_loading_info=True,
+                **arguments,
+                **eager,
             )
+            for parameter in model.parameters() if fields is not None else ():
+                if parameter.dtype is torch.bfloat16:  # mxfp4 is dequantized to it
+                    parameter.data = parameter.data.to(dtype.as_torch)
+            if dequantized and (folder / "generation_config.json").is_file():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:
         raise BuildError(f"the weights in {source} cannot be loaded: {brief(error)}") from error
     if missing := sorted(loaded["missing_keys"]):
@@ -82,8 +128,7 @@ def load_model(
             f"{type(model).__name__} does not use: its output would not be that of the model the "
             f"weights belong to; correct config.json, or remove these tensors"
         )
-    result: PreTrainedModel = model.eval()
-    return result
+    return model, notes
 
 
 def load_tokenizer(source: Path | str) -> tuple[PreTrainedTokenizerBase | None, str]:
@@ -93,11 +138,15 @@ def load_tokenizer(source: Path | str) -> tuple[PreTrainedTokenizerBase | None, 
         The tokenizer, None if it has none that can be loaded; and which it is or why it cannot be
         served, in words.
     """
-    folder, where = _locate_model(Path(source))
+    files = locate_model(Path(source))
+    own = files.adapter is not None and (files.adapter / "tokenizer_config.json").is_file()
+    folder, arguments = files.folder, _arguments(files)
+    if own and files.adapter is not None:  # it may have been trained with further tokens
+        folder, arguments = files.adapter, _arguments(ModelFiles("", files.adapter))
     without = "clients send token ids, not text"
     try:
         with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **arguments)
     except Exception as error:  # a model without a tokenizer can be served
         return None, f"none, {without} ({brief(error)[:160]})"
     name = type(tokenizer).__name__
@@ -119,13 +168,13 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
         The configuration.
 
     Raises:
-        BuildError: there is no model, it is no decoder, it has an adapter or an unknown
-            quantization, or it was made for fewer positions.
+        BuildError: there is no model, it is no decoder, its adapter cannot be merged, its
+            quantization is not supported, or it was made for fewer positions.
     """
     source = Path(source)
-    folder, where = _locate_model(source)
+    files = locate_model(source)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **where)
+        config = transformers.AutoConfig.from_pretrained(files.folder, **_arguments(files))
     except Exception as error:  # transformers raises many types for an unreadable folder
         raise BuildError(
             f"{source} has no configuration that transformers can read: {brief(error)}"
@@ -135,14 +184,10 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
             f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has "
             f"no causal language model for it)"
         )
-    adapters = [name for name in ADAPTER_FILES if (folder / name).exists()]
-    if source.is_dir() and adapters:
-        raise BuildError(
-            f"{source} holds an adapter beside the weights ({', '.join(adapters)}), which the "
-            f"build would leave out; merge it (peft: merge_and_unload, then save_pretrained), or "
-            f"remove these files"
-        )
-    _check_quantization(config, source)
+    if files.adapter is not None:
+        read_lora_config(files.adapter)
+    if files.gguf is None:
+        check_quantization(config, source)
     check_positions(config.get_text_config(decoder=True), capacity)
     return config
 
@@ -162,21 +207,21 @@ def _decoder_class(config: PretrainedConfig) -> Any:
     return None
 
 
-def _check_quantization(config: PretrainedConfig, source: Path) -> None:
-    for part in (config, config.get_text_config(decoder=True)):
-        quantization = getattr(part, "quantization_config", None)
-        if quantization is None:
-            continue
-        fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        if fields.get("load_in_8bit") or fields.get("load_in_4bit"):
-            continue
-        method = fields.get("quant_method")
-        method = getattr(method, "value", method)
-        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            raise BuildError(
-                f"{source} is quantized with {method!r}, which transformers does not know and "
-                f"would ignore; it knows {sorted(AUTO_QUANTIZATION_CONFIG_MAPPING)}"
-            )
+def _class_without_folder(kind: Any, arguments: dict[str, Any]) -> Any:
+    """The class that ``AutoModelForCausalLM`` would choose: it looks into a folder itself.
+
+    Args:
+        kind: what `_decoder_class` returned.
+        arguments: of ``from_pretrained``; ``config`` becomes the text part's where the class is of
+            the text part.
+    """
+    if kind is not transformers.AutoModelForCausalLM:
+        return kind
+    config = arguments["config"]
+    chosen = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not isinstance(config, chosen.config_class):
+        arguments["config"] = config.get_text_config(decoder=True)
+    return chosen
 
 
 def check_positions(config: PretrainedConfig, capacity: int) -> None:
@@ -232,28 +277,10 @@ def _scaled_limit(rope: dict[str, Any], limit: int) -> int:
     return max(limit, int(before * float(rope.get("factor") or 1.0)))
 
 
-def _locate_model(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model, and the keyword arguments of ``from_pretrained``."""
-    if not source.exists():
-        raise BuildError(
-            f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file"
-        )
-    folder = source if source.is_dir() else source.parent
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if source.is_dir() and (folder / "config.json").is_file():
-        return folder, where
-    files = sorted(folder.glob("*.gguf")) if source.is_dir() else [source]
-    if len(files) != 1 or files[0].suffix != ".gguf":
-        content = (
-            f"{len(files)} GGUF files; name one"
-            if len(files) > 1
-            else "neither config.json nor a GGUF file"
-        )
-        if (folder / ADAPTER_CONFIG).is_file():
-            content += "; the adapter there needs the model it was trained on: merge the two"
-        raise BuildError(f"{source} is no model: it holds {content}")
-    where["gguf_file"] = files[0].name
-    return folder, where
+def _arguments(files: ModelFiles) -> dict[str, Any]:
+    """The keyword arguments of ``from_pretrained``."""
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    return arguments | ({"gguf_file": files.gguf} if files.gguf else {})
 
 
 @contextlib.contextmanager

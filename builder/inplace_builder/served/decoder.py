@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inplace_builder.capture.checkpoint import check_checkpoint, load_model, load_tokenizer
 from inplace_builder.capture.decoder import DecoderOptions
 from inplace_builder.capture.huggingface import capture_decoder
+from inplace_builder.capture.sources import locate_model
 from inplace_builder.compare import move_to_engine_device
 from inplace_builder.served.build import Stage, check_output, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -23,7 +24,7 @@ def build_decoder(
     """Build a Hugging Face decoder into a model of a Triton repository.
 
     Args:
-        source: a local model folder (safetensors, or one GGUF file), or a GGUF file.
+        source: files of this machine, as `load_decoder` takes them.
         output: the folder to write; its name is the model's. An engine directory there is replaced,
             anything else refused.
         options: what to build for.
@@ -42,7 +43,7 @@ def build_decoder(
         Target.of(options.engine, options.compute_capability)  # raises before the model is loaded
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
-    model = load_model(source, options.dtype, config)
+    model, notes = load_model(source, options.dtype, config)
     stage("capture the graph")
     return write_engine(
         capture_decoder(model, decoder_options(options)),
@@ -50,7 +51,8 @@ def build_decoder(
         options,
         stage,
         notes={
-            "source": source.name,
+            **notes,
+            "source": locate_model(source).name,
             "architecture": type(model).__name__,
             "tokenizer": tokenizer_note,
         },

@@ -24,8 +24,9 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     table.add_row("engine", decimal(manifest.file(engine.file).bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
-    if (tokenizer := manifest.built_with.get("tokenizer")) is not None:
-        table.add_row("tokenizer", tokenizer)
+    for note in ("adapter", "quantization", "tokenizer"):
+        if (text := manifest.built_with.get(note)) is not None:
+            table.add_row(note, text)
     table.add_row("in", str(folder))
     return table
 

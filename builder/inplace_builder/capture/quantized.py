@@ -1,0 +1,185 @@
+"""Quantized checkpoints: fp8 and mxfp4 are dequantized, what has no kernel here is refused."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from inplace_builder.errors import BuildError
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".input_scale_ub")
+
+
+def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a configuration says of the quantization of its weights; None if it says nothing."""
+    for part in (config, config.get_text_config(decoder=True)):
+        fields = getattr(part, "quantization_config", None)
+        if fields is not None:
+            return dict(fields) if isinstance(fields, dict) else fields.to_dict()
+    return None
+
+
+def _method(fields: Mapping[str, Any]) -> str:
+    method = fields.get("quant_method")
+    method = getattr(method, "value", method)
+    if method is None and (fields.get("load_in_8bit") or fields.get("load_in_4bit")):
+        return "bitsandbytes"
+    return str(method)
+
+
+def is_fp8(fields: Mapping[str, Any]) -> bool:
+    """Whether the weights are 8-bit floats with scales."""
+    if _method(fields) == "compressed-tensors":
+        return fields.get("format") == "float-quantized"
+    return _method(fields) in ("fp8", "fbgemm_fp8")
+
+
+def check_quantization(config: PretrainedConfig, source: Path) -> None:
+    """BuildError if the weights can be neither dequantized nor computed with."""
+    fields = quantization(config)
+    if fields is None or is_fp8(fields) or _method(fields) == "mxfp4":
+        return
+    details = [f"{key} {fields[key]}" for key in ("format", "bits") if fields.get(key)]
+    details += [f"{bits} bits" for bits in (8, 4) if fields.get(f"load_in_{bits}bit")]
+    raise BuildError(
+        f"{source} is quantized with {_method(fields)!r}"
+        f"{' (' + ', '.join(details) + ')' if details else ''}: no engine here has a linear layer "
+        f"for such weights, and only fp8 (fp8, fbgemm_fp8, compressed-tensors float-quantized) and "
+        f"mxfp4 are dequantized at the build; give the checkpoint before its quantization"
+    )
+
+
+def dequantizing_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a configuration with which transformers dequantizes mxfp4 on every machine."""
+    changed = copy.deepcopy(config)
+    fields = quantization(config) or {}
+    changed.quantization_config = fields | {"dequantize": True}
+    return changed
+
+
+def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a configuration for weights that are quantized no more."""
+    changed = copy.deepcopy(config)
+    for part in (changed, changed.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")
+    return changed
+
+
+def read_fp8(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read a checkpoint whose weights are 8-bit floats, each multiplied by its scales in float32.
+
+    Args:
+        folder: with one or several safetensors or ``.bin`` files.
+        config: the model's, with its quantization.
+        dtype: the type to round the products to. Other tensors keep their own.
+
+    Raises:
+        BuildError: a weight has no scales, or scales that do not fit it.
+    """
+    stored = dict(_read_weights(folder))
+    block = _block_size(quantization(config) or {})
+    result: dict[str, Tensor] = {}
+    scales: set[str] = set()
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOAT8:
+            continue
+        scale = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in stored), None)
+        if scale is None:
+            raise BuildError(
+                f"{folder} holds {name} as {tensor.dtype} without {name}_scale_inv or {name}_scale"
+            )
+        scales.add(scale)
+        try:
+            result[name] = dequantize(tensor, stored[scale], block).to(dtype)
+        except ValueError as error:
+            raise BuildError(f"{name} in {folder} cannot be dequantized: {error}") from None
+    if not result:
+        raise BuildError(
+            f"{folder} is quantized to fp8 by its config.json, but no weight there is an 8-bit "
+            f"float; remove quantization_config"
+        )
+    unchanged = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name not in result and name not in scales and not name.endswith(_ACTIVATION_SCALES)
+    }
+    return result | unchanged
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Multiply a weight by its scales.
+
+    Args:
+        weight: ``[…, rows, columns]`` 8-bit floats.
+        scale: one number, one of each row, or a grid with one number of each block. As bytes:
+            exponents of 2 with a bias of 127.
+        block: rows and columns of a block; None if the grid divides the weight. The last block of
+            an axis may be smaller.
+
+    Returns:
+        ``[…, rows, columns]`` float32.
+
+    Raises:
+        ValueError: the scales do not fit.
+    """
+    factors = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
+    if factors.numel() == 1:
+        return weight.float() * factors.reshape(())
+    if factors.ndim == weight.ndim - 1:
+        factors = factors.unsqueeze(-1)
+    if factors.ndim != weight.ndim or factors.shape[:-2] != weight.shape[:-2]:
+        raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(weight.shape)}")
+    for axis in (-2, -1):
+        extent, count = weight.shape[axis], factors.shape[axis]
+        if block is not None and math.ceil(extent / block[axis]) == count:
+            size = block[axis]
+        elif extent % count == 0:
+            size = extent // count
+        else:
+            raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(weight.shape)}")
+        factors = factors.repeat_interleave(size, axis).narrow(axis, 0, extent)
+    return weight.float() * factors
+
+
+def _block_size(fields: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a block with one scale."""
+    groups = (fields.get("config_groups") or {}).values()
+    stated = [(group.get("weights") or {}).get("block_structure") for group in groups]
+    for size in (fields.get("weight_block_size"), *stated):
+        if size:
+            return int(size[0]), int(size[1])
+    return None
+
+
+def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint: of the files that its index names, or of its one file."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        files = [folder / name]
+        if index.is_file():
+            files = [
+                folder / n
+                for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
+        elif not files[0].is_file():
+            continue
+        for path in files:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                        yield key, opened.get_tensor(key)
+            else:
+                yield from torch.load(path, map_location="cpu", weights_only=True).items()
+        return
+    raise BuildError(
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index"
+    )

@@ -240,6 +240,22 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "functions": lambda x: torch.erf(x) + F.mish(x) * F.hardswish(x) - torch.atan2(x, x + 5),
     "logarithms": lambda x: torch.log1p(x.abs()) + torch.expm1(-x.abs()) + torch.xlogy(x.abs(), 2),
     "in place": lambda x: x.clone().mul_(2).index_fill_(2, torch.tensor([1]), 0.5).clamp_(-3, 3),
+    "running": lambda x: x.cummax(2)[0] - x.cummin(1)[0] + x.logcumsumexp(2) + x.cumprod(2) * 0.1,
+    "medians": lambda x: x.median(2, keepdim=True)[0] + x.kthvalue(3, 1, keepdim=True)[0] * x,
+    "patches": lambda x: F.fold(F.unfold(x[:, None], 3, padding=1), (8, 4), 3, padding=1)[:, 0],
+    "pixels": lambda x: F.pixel_unshuffle(F.pixel_shuffle(x.view(1, 4, 2, 4), 2), 2).view(SHAPE),
+    "attention": lambda x: F.scaled_dot_product_attention(x.mT, x.mT, x.mT, is_causal=True).mT,
+    "envelope": lambda x: torch.fft.ifft(
+        torch.fft.fft(x) * torch.tensor([1.0, 2.0, 1.0, 0.0])
+    ).abs(),
+    "plane": lambda x: torch.fft.ifft2(torch.fft.fftshift(torch.fft.fft2(x), 1)).real,
+    "blocks": lambda x: torch.block_diag(x[0, :4, :2], x[0, 4:, 2:])[None],
+    "largest of a bin": lambda x: torch.zeros(SHAPE).scatter_reduce(
+        2, x.argsort(2) // 2, x, "amax", include_self=False
+    ),
+    "splits": lambda x: torch.hstack(torch.tensor_split(x, 3, 1)).rot90(2, (1, 2)),
+    "sums of products": lambda x: torch.addcmul(x, x, x, value=0.5).baddbmm(x[..., :2], x[:, :2]),
+    "distances": lambda x: F.pairwise_distance(x.mT, x.mT.roll(1, 1))[:, None] * x,
     "slices": lambda x: x.slice_scatter(x[:, 2:4] * 2, 1, 0, 2).index_add(
         1, torch.tensor([0, 0]), x[:, :2]
     ),

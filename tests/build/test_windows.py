@@ -319,3 +319,21 @@ def test_a_long_sequence_is_fed_to_the_reference_in_parts(
     whole = reference([{"input_ids": ids}])["logits"]
     monkeypatch.setattr(huggingface, "REFERENCE_CHUNK", 16)
     torch.testing.assert_close(reference([{"input_ids": ids}])["logits"], whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_causal_mask_counts_more_than_what_attention_calls_itself(tmp_path: Path) -> None:
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=128,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_position_embeddings=CAPACITY,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not model.model.decoder.layers[0].self_attn.is_causal
+    # compares logits with those of the model
+    write_engine(capture_decoder(model, DECODER_OPTIONS), tmp_path / "model", OPTIONS)

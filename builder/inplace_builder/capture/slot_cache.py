@@ -708,7 +708,9 @@ def slot_attention(
         name for name in ("position_bias", "head_mask") if others.get(name) is not None
     ):
         raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
-    if not getattr(module, "is_causal", True):
+    # BigBird-Pegasus calls its decoder's attention not causal, and gives it a causal mask
+    masked = attention_mask is not None and attention_mask.error is None
+    if not getattr(module, "is_causal", True) and not masked:
         raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
     step = cache.step
     if isinstance(step, SeenLayers):

@@ -268,6 +268,13 @@ def test_the_example_of_a_module_of_your_own(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_example_of_a_module_with_an_lstm(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "lstm_module.py"
+    runpy.run_path(str(script), run_name="__main__")
+    assert "each chunk's scores are those of the module" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_example_of_a_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / "moe_decoder.py"
     runpy.run_path(str(script), run_name="__main__")

@@ -1,7 +1,6 @@
 """A module of your own with an LSTM, from its code to served sequences.
 
-The module takes the states of one sequence and returns their new values. The engine keeps those of
-several in place; a client sends frames only.
+It takes the states of one sequence and returns them; the engine keeps those of several in place.
 """
 
 import tempfile
@@ -37,10 +36,10 @@ def states() -> list[Tensor]:
     return [torch.zeros(2, 1, HIDDEN), torch.zeros(2, 1, HIDDEN)]
 
 
-def serve(client: Client, streams: list[Tensor]) -> list[list[NDArray[np.float32]]]:
+def serve(client: Client, streams: list[Tensor]) -> list[list[NDArray[np.generic]]]:
     """The scores of each chunk of each stream ``[chunks, CHUNK, FEATURES]``, in turns."""
     sequences = [Sequence(client, "detector") for _ in streams]
-    scores: list[list[NDArray[np.float32]]] = [[] for _ in streams]
+    scores: list[list[NDArray[np.generic]]] = [[] for _ in streams]
     for index in range(max(map(len, streams))):
         for sequence, stream, row in zip(sequences, streams, scores, strict=True):
             if index < len(stream):

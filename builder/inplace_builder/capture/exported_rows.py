@@ -1,7 +1,7 @@
 """The front-end for any module of one sequence: one row for each sequence, by batching rules."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,12 +41,22 @@ class RowOptions:
         max_requests: maximum number of requests of a sequence; None for as many as the states that
             are appended to have room for.
         outputs: names of the outputs; None for ``output_0``, ….
+        limits: inclusive limits of the values of integer inputs, by name. A request beyond them is
+            refused; within them the engine is verified, otherwise with 0 and 1.
+
+    **A shorter last chunk.** A step takes a whole chunk of every row. A module that is fed less at
+    the end of a stream takes the number of valid entries as one more input, with limits from 1 to
+    the chunk, and the client pads the chunk. What is valid only the module knows: it selects what
+    its states keep by that number (``torch.where``, ``index_select``). One without such an input
+    takes padding for entries: its states are then those of the padded stream, and the outputs of
+    valid entries are right where the module is causal.
     """
 
     max_rows: int
     positions: str | None = None
     max_requests: int | None = None
     outputs: tuple[str, ...] | None = None
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def capture_exported_rows(
@@ -231,6 +241,12 @@ class _RowsModule:
         graph = capture.exported.graph
         values = {name: node.meta["val"] for name, node in placeholders_by_name(graph).items()}
         self.inputs = tuple(_input_spec(name, values[name], options) for name in capture.inputs)
+        limited = {spec.name for spec in self.inputs if spec.minimum is not None}
+        if unlimited := sorted(options.limits.keys() - limited):
+            raise BuildError(
+                f"limits were given for {unlimited}; the module's integer inputs are "
+                f"{[spec.name for spec in self.inputs if _is_integer(spec)]}"
+            )
         self.shapes = [tuple(values[name].shape) for name in capture.inputs]
         returned = returned_values(graph)
         names = options.outputs
@@ -306,9 +322,20 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
                 f"integer tensor of one entry"
             )
         return TensorSpec(name=name, role=Role.WRITE_INDICES, dtype=element_type)
-    return TensorSpec(
+    spec = TensorSpec(
         name=name, role=Role.ROW, dtype=element_type, shape=_shape_without_batch(example)
     )
+    if name not in options.limits or not _is_integer(spec):
+        return spec
+    low, high = options.limits[name]
+    if low > high:
+        raise BuildError(f"input {name} has the limits {low} to {high}, which no value is within")
+    return spec.model_copy(update={"minimum": low, "maximum": high})
+
+
+def _is_integer(spec: TensorSpec) -> bool:
+    dtype = spec.dtype.as_torch
+    return spec.role is Role.ROW and not dtype.is_floating_point and dtype is not torch.bool
 
 
 def _output_spec(name: str, example: Any) -> TensorSpec:

@@ -19,6 +19,11 @@ SCATTERS: list[Case] = [
     op(aten.slice_scatter.default, X, Arg(("n", 4)), 1, 0, 8, 2, name="slice_scatter-strided"),
     op(aten.slice_scatter.default, X, Arg((1, 8)), 0, 0, 1, name="slice_scatter-of-a-dynamic-axis"),
     op(aten.slice_scatter.default, X, Arg(("n", 8)), 0, 0, 2**63 - 1, name="slice_scatter-whole"),
+    fn(
+        "slice_scatter-of-nothing",
+        lambda x: aten.slice_scatter(x, x[:, 5:5] * 2, 1, 5, 5),
+        X,
+    ),
     op(
         aten.slice_scatter.default,
         Z,

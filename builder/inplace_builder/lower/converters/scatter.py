@@ -83,6 +83,8 @@ def slice_scatter(
     shape = ctx.meta(ctx.node.args[0]).shape
     dim %= len(shape)
     count = ctx.meta(ctx.node.args[1]).shape[dim]
+    if isinstance(count, int) and not count:
+        return base
     return placed(
         ctx,
         base,

@@ -108,7 +108,7 @@ def test_the_tokens_are_those_of_the_merged_model(
     tensors = pair(model, QUERY) | pair(model, DOWN)
     write_adapter(source, tensors, base_model_name_or_path=names.get(place, "/trained/elsewhere"))
     manifest = build_decoder(source, tmp_path / "model", OPTIONS)
-    assert manifest.built_with["adapter"] == "LoRA of rank 4, alpha 12, merged into 2 layers"
+    assert manifest.built_with["adapter"] == "LoRA of rank 4, alpha 12, merged layers: 2"
     prompts = [random_prompt(1, 11), random_prompt(2, 3)]
     unmerged = [generate(model, prompt, 16) for prompt in prompts]
     for module in (QUERY, DOWN):
@@ -138,7 +138,9 @@ def test_ranks_and_alphas_of_layers_and_a_stabilised_scale(
     add(model, tensors, QUERY, ALPHA / math.sqrt(9))
     add(model, tensors, DOWN, 2 / math.sqrt(RANK))
     notes = check(tmp_path, model, base)
-    assert notes["adapter"].startswith("LoRA of rank 4, 9, alpha 12 (rank stabilised), merged into")
+    assert notes["adapter"].startswith(
+        "LoRA of rank 4, 9, alpha 12 (rank stabilised), merged layers: 2"
+    )
 
 
 def test_weights_of_gpt2_are_transposed(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_a_tied_weight_is_changed_where_the_adapter_changes_it(tmp_path: Path, p
         expected.lm_head.weight.data = head
         add(expected, pairs, QUERY, ALPHA / RANK)
     notes = check(tmp_path, expected, base)
-    assert ("; 1 tensors replaced" in notes["adapter"]) == (part != "embeddings")
+    assert (", replaced tensors: 1" in notes["adapter"]) == (part != "embeddings")
     build_decoder(tmp_path, tmp_path / "model", OPTIONS)  # verified beside the merged model
 
 

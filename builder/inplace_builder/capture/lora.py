@@ -198,8 +198,8 @@ def merge_lora(model: PreTrainedModel, folder: Path) -> str:
     ranks = sorted({config.layer(module)[0] for module in layers})
     return (
         f"LoRA of rank {', '.join(map(str, ranks)) or config.rank}, alpha {config.alpha:g}"
-        f"{' (rank stabilised)' if config.stabilized else ''}, merged into {len(layers)} layers"
-        + (f"; {len(whole)} tensors replaced" if whole else "")
+        f"{' (rank stabilised)' if config.stabilized else ''}, merged layers: {len(layers)}"
+        + (f", replaced tensors: {len(whole)}" if whole else "")
     )
 
 

@@ -125,7 +125,8 @@ def _missing(source: Path) -> ModelFiles:
             f"or from the folder that the command prints"
         )
     raise BuildError(
-        f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file"
+        f"{source} does not exist; give the folder of a Hugging Face model, or a GGUF file. "
+        f"`hf download ORGANISATION/NAME` fetches one from the Hugging Face Hub"
     )
 
 

@@ -4,6 +4,8 @@ Many operators share a network, and networks are built in parallel: one network 
 would take minutes.
 """
 
+import contextlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -50,9 +52,15 @@ def results(tensorrt: TensorRT) -> Results:
         except Exception as error:  # raised by its cases
             return error
 
-    for batch in BATCHES:
-        _ = batch.case.exported  # torch.export is not made for threads
+    def exported(batches: Iterable[Batch]) -> list[Batch]:
+        """Export them here: torch.export is not made for threads."""
+        for batch in batches:
+            with contextlib.suppress(Exception):  # raised again where it is planned
+                _ = batch.case.exported
+        return list(batches)
+
     with ThreadPoolExecutor(8) as pool:
+        exported(BATCHES)
         plans = list(zip(BATCHES, pool.map(attempt, BATCHES), strict=True))
         # If a network fails, each case is built alone, to name the one that does.
         singles = [
@@ -61,7 +69,7 @@ def results(tensorrt: TensorRT) -> Results:
             if isinstance(built, Exception)
             for case in batch.cases
         ]
-        plans += zip(singles, pool.map(attempt, singles), strict=True)
+        plans += zip(singles, pool.map(attempt, exported(singles)), strict=True)
     by_case: Results = {}
     for batch, built in plans:
         try:

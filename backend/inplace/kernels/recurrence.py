@@ -33,8 +33,9 @@ BLOCK = 64
 """Channels that a program computes."""
 
 
-CHUNK = 64
-"""Tokens of a prompt that matrix products compute at once."""
+SCAN_CHUNK, DELTA_CHUNK = 64, 32
+"""Tokens of a prompt that matrix products compute at once. The time to solve the delta rule's
+triangles grows with the square of them."""
 
 
 CONV_TOKENS = 16
@@ -63,11 +64,19 @@ class Chunks:
 
     @classmethod
     def of(
-        cls, tokens: int, rows: int, heads: int, inner: int, outer: int, dtype: torch.dtype
+        cls,
+        size: int,
+        tokens: int,
+        rows: int,
+        heads: int,
+        inner: int,
+        outer: int,
+        dtype: torch.dtype,
     ) -> Self | None:
         """None if a step goes from token to token.
 
         Args:
+            size: tokens of a chunk, if shared memory suffices.
             tokens: of all rows.
             rows: of the step.
             heads: of each.
@@ -79,7 +88,7 @@ class Chunks:
             return None
         inner, outer = (max(16, triton.next_power_of_2(extent)) for extent in (inner, outer))
         parts = triton.cdiv(outer, BLOCK)
-        outer, size = min(outer, BLOCK), CHUNK
+        outer = min(outer, BLOCK)
         few = rows * heads * parts < MULTIPROCESSORS
         narrow = outer // 2 if few and outer == BLOCK else outer
         while size >= 16:
@@ -148,7 +157,7 @@ def _scan_chunks(
     has_one_rate = rate_shape == (1, 1)
     if not has_one_rate:
         return None
-    return Chunks.of(tokens, rows, shape[0], shape[2], shape[1], dtype)
+    return Chunks.of(SCAN_CHUNK, tokens, rows, shape[0], shape[2], shape[1], dtype)
 
 
 def selective_scan(
@@ -222,7 +231,7 @@ def delta_rule_workspaces(
 def _delta_chunks(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, diagonal: bool
 ) -> Chunks | None:
-    return None if diagonal else Chunks.of(tokens, rows, *shape, dtype)
+    return None if diagonal else Chunks.of(DELTA_CHUNK, tokens, rows, *shape, dtype)
 
 
 def delta_rule(

@@ -307,38 +307,6 @@ def scan_outputs_kernel(
 
 
 @triton.jit
-def invert(lower, CHUNK: tl.constexpr):
-    """The inverse of ``1 + lower`` ``[CHUNK, CHUNK]``, of a matrix below the diagonal.
-
-    Blocks of 16 by forward substitution, all at once, which is exact where keys repeat; a series in
-    powers is not. Then pairs of blocks are joined: the inverse of ``[[a, 0], [c, b]]`` has ``-b^-1
-    c a^-1`` below its diagonal blocks.
-    """
-    SIZE: tl.constexpr = 16
-    BLOCKS: tl.constexpr = CHUNK // SIZE
-    b, i = tl.arange(0, BLOCKS), tl.arange(0, SIZE)
-    on_diagonal = b[:, None, None, None] == b[None, None, :, None]
-    parts = tl.reshape(lower, (BLOCKS, SIZE, BLOCKS, SIZE))
-    inverse = -tl.sum(tl.where(on_diagonal, parts, 0.0), 2)
-    for row in range(1, SIZE):
-        is_row = i[None, :, None] == row
-        own = tl.sum(tl.where(is_row, inverse, 0.0), 1)
-        own += tl.sum(own[:, :, None] * inverse, 1)
-        inverse = tl.where(is_row, own[:, None, :], inverse)
-    inverse += tl.where(i[None, :, None] == i[None, None, :], 1.0, 0.0)
-    whole = tl.where(on_diagonal, inverse[:, :, None, :], 0.0)
-    result = tl.reshape(whole, (CHUNK, CHUNK))
-    t = tl.arange(0, CHUNK)
-    for level in tl.static_range(3):
-        if (SIZE << level) < CHUNK:
-            block_row, block_column = t[:, None] // (SIZE << level), t[None, :] // (SIZE << level)
-            is_joined = (block_row == block_column + 1) & (block_column % 2 == 0)
-            product = tl.dot(result, tl.where(is_joined, lower, 0.0))
-            result -= tl.dot(product, result)
-    return result
-
-
-@triton.jit
 def delta_solve_kernel(
     key, value, decay, beta, slots, row_offsets, reads, writes, rows,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -349,7 +317,8 @@ def delta_solve_kernel(
     With ``A[i, j] = beta[i] * (k[i] . k[j]) * exp(decay from j to i)`` for j before i, a chunk
     writes ``writes - reads @ state``, where ``writes = (1 + A)^-1 (beta * value)`` and ``reads =
     (1 + A)^-1 (beta * decayed key)``: the chunks of gated delta networks (arXiv:2412.06464, section
-    3.3), for heads with one decay.
+    3.3), for heads with one decay. Forward substitution is exact where keys repeat, which a series
+    in A is not.
     """
     index, head = tl.program_id(0), tl.program_id(1)
     row, number = find_chunk(row_offsets, rows, index, CHUNK, BLOCK_R)
@@ -368,8 +337,13 @@ def delta_solve_kernel(
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
     k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
     between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
-    lower = tl.dot(k, tl.trans(k)) * tl.exp(between) * b[:, None]
-    solved = invert(lower, CHUNK).to(k.dtype)
+    inverse = -tl.dot(k, tl.trans(k)) * tl.exp(between) * b[:, None]
+    for i in range(1, CHUNK):
+        own = tl.sum(tl.where(t[:, None] == i, inverse, 0.0), 0)
+        own += tl.sum(own[:, None] * inverse, 0)
+        inverse = tl.where(t[:, None] == i, own[None, :], inverse)
+    inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+    solved = inverse.to(k.dtype)
     decayed = (k.to(tl.float32) * (b * tl.exp(total))[:, None]).to(k.dtype)
     read = tl.dot(solved, decayed)
     tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)

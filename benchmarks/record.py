@@ -17,6 +17,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "tensorrt",
+    "vllm",
     "numpy",
     "nvidia-pytriton",
     "tritonclient",

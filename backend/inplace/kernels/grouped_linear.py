@@ -150,9 +150,8 @@ def choose_blocks(
 ) -> GroupedBlocks:
     """The blocks of a step.
 
-    16-bit blocks are those that were fastest on an H200 at 1, 8 and 64 tokens and for prompts of
-    2048, for Mixtral-8x7B's and Qwen3-30B-A3B's experts. As many stages as the GPU has shared
-    memory for.
+    Those of 16-bit weights are the fastest of `benchmarks/results/gpu_grouped_blocks.txt`, but for
+    a few percent. As many stages as the GPU has shared memory for.
     """
     blocks = _choose_tile(spec, tokens, experts_per_token, itemsize)
     stage = (blocks.n * (2 if spec.gated else 1) + blocks.m) * blocks.k * itemsize

@@ -18,7 +18,15 @@ from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.models import open_instance
 from support.vocabulary import save_tokenizer
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 RANK, ALPHA = 4, 12
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -169,6 +177,36 @@ def test_dora_scales_rows_to_their_lengths(model: LlamaForCausalLM, tmp_path: Pa
     check(tmp_path, model, base)
 
 
+def test_routers_and_experts_that_are_one_tensor(tmp_path: Path) -> None:
+    """peft keeps the matrices of all experts in one pair, and nests a module's second pair."""
+    torch.manual_seed(0)
+    experts, name = 4, "model.layers.1.mlp"
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=experts)).eval()
+    model.save_pretrained(tmp_path)
+    tensors: dict[str, Tensor] = {}
+    base = logits(model)
+    for key, target in (("gate", "weight"), ("experts", "gate_up_proj"), ("experts", "down_proj")):
+        weight = model.get_parameter(f"{name}.{key}.{target}")
+        count = experts if weight.ndim == 3 else 1
+        a = torch.randn(RANK * count, weight.shape[-1]) * 0.3
+        b = torch.randn(weight.shape[-2], RANK * count) * 0.3
+        nested = ".base_layer" if target == "gate_up_proj" else ""
+        tensors |= {
+            f"{name}.{key}{nested}.lora_{part}.weight": x
+            for part, x in zip("AB", (a, b), strict=True)
+        }
+        for expert in range(count):
+            rows = slice(expert * RANK, (expert + 1) * RANK)
+            product = b[:, expert::count] @ a[rows]
+            (weight[expert] if weight.ndim == 3 else weight).data.add_(ALPHA / RANK * product)
+    targets = ["gate.weight", "mlp.experts.gate_up_proj", "experts.down_proj"]
+    write_adapter(tmp_path, tensors, target_parameters=targets)
+    assert check(tmp_path, model, base)["adapter"].endswith("merged layers: 3")
+    write_adapter(tmp_path, tensors, target_parameters=targets[:2])
+    with pytest.raises(BuildError, match=r"fit 0 of the parameters \['gate_up_proj'\]"):
+        load_decoder(tmp_path, Dtype.FLOAT32)
+
+
 @pytest.mark.parametrize("part", ["embeddings", "saved output layer"])
 def test_a_tied_weight_is_changed_where_the_adapter_changes_it(tmp_path: Path, part: str) -> None:
     torch.manual_seed(0)
@@ -202,7 +240,6 @@ def test_the_adapters_tokenizer_comes_first(model: LlamaForCausalLM, tmp_path: P
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "another adapter": ({"peft_type": "IA3"}, "of type 'IA3'; only LORA is merged"),
-    "parameters": ({"target_parameters": ["experts.up"]}, "uses target_parameters, which"),
     "new layers": ({"layer_replication": [[0, 2], [1, 2]]}, "uses layer_replication, which"),
     "changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa .it changes the"),
     "no rank": ({"r": None}, "no usable r and lora_alpha"),
@@ -230,7 +267,10 @@ def test_tensors_that_do_not_fit_are_refused(model: LlamaForCausalLM, tmp_path: 
         ({f"{QUERY}.lora_A.weight": a}, "has no lora_B"),
         ({f"{QUERY}.lora_A.weight": a, f"{QUERY}.lora_B.weight": b[:9]}, r"for a weight \(9, 32\)"),
         ({"model.embed_tokens.weight": torch.zeros(130, 32)}, "resized vocabulary"),
-        ({"model.norm.lora_A.weight": a, "model.norm.lora_B.weight": b}, "changes a LlamaRMSNorm"),
+        (
+            {"model.norm.lora_A.weight": a, "model.norm.lora_B.weight": b},
+            "norm, a LlamaRMSNorm, has lora_A",
+        ),
         ({}, "holds no tensors"),
     ]
     for tensors, match in cases:

@@ -53,6 +53,7 @@ _SUPPORTED_FIELDS = frozenset(
         "rank_pattern",
         "revision",
         "target_modules",
+        "target_parameters",
         "task_type",
         "use_dora",
         "use_rslora",
@@ -63,6 +64,9 @@ _SUPPORTED_FIELDS = frozenset(
 
 _PRESERVING_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model's weights as they are."""
+
+
+_LAYERS = (nn.Linear, nn.Embedding, Conv1D)
 
 
 _LORA_KEY = re.compile(
@@ -80,6 +84,8 @@ class LoraConfig:
         rank_pattern, alpha_pattern: those of layers, by an expression for the end of their names.
         stabilized: whether the scale has the rank's square root.
         saved_modules: ends of the names of modules that the adapter holds whole.
+        parameters: ends of the names of parameters that are changed in modules which are no linear
+            layers: routers, and tensors with the weights of all experts.
     """
 
     rank: int
@@ -88,6 +94,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     stabilized: bool
     saved_modules: tuple[str, ...]
+    parameters: tuple[str, ...]
 
     def layer(self, module: str) -> tuple[int, float]:
         """The rank of a layer, and the scale of its product."""
@@ -160,6 +167,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
             fields.get("alpha_pattern") or {},
             bool(fields.get("use_rslora")),
             tuple(fields.get("modules_to_save") or ()),
+            tuple(fields.get("target_parameters") or ()),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BuildError(
@@ -192,12 +200,15 @@ def merge_lora(model: PreTrainedModel, folder: Path) -> str:
         raise BuildError(f"the adapter in {folder} holds no tensors")
     for name, tensor in whole.items():  # first: a layer's product is added to a replaced weight
         _replace(model, name, tensor, config, folder)
-    for module, parts in layers.items():
-        _merge_layer(_module(model, module, folder), module, parts, config, folder)
+    for key, parts in layers.items():
+        name = key.removesuffix(".base_layer")  # of a module with two changed parameters
+        module = _module(model, name, folder)
+        merge = _merge_layer if isinstance(module, _LAYERS) else _merge_parameter
+        merge(module, name, parts, config, folder)
     _untie(model)
-    ranks = sorted({config.layer(module)[0] for module in layers})
+    ranks = sorted({config.rank, *config.rank_pattern.values()})
     return (
-        f"LoRA of rank {', '.join(map(str, ranks)) or config.rank}, alpha {config.alpha:g}"
+        f"LoRA of rank {', '.join(map(str, ranks))}, alpha {config.alpha:g}"
         f"{' (rank stabilised)' if config.stabilized else ''}, merged layers: {len(layers)}"
         + (f", replaced tensors: {len(whole)}" if whole else "")
     )
@@ -258,10 +269,6 @@ def _merge_layer(
     module: nn.Module, name: str, parts: dict[str, Tensor], config: LoraConfig, folder: Path
 ) -> None:
     where = f"the adapter in {folder} for {name}"
-    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-        raise BuildError(
-            f"{where} changes a {type(module).__name__}; linear layers and embeddings are merged"
-        )
     rank, scale = config.layer(name)
     try:
         a, b = parts.pop("lora_A").float(), parts.pop("lora_B").float()
@@ -271,7 +278,8 @@ def _merge_layer(
     if parts or (magnitude is not None and isinstance(module, nn.Embedding)):
         raise BuildError(f"{where} has {sorted(parts) or 'DoRA of an embedding'}, not merged here")
     transposed = isinstance(module, nn.Embedding | Conv1D)  # [in, out]
-    weight = module.weight.detach().float()
+    stored = module.get_parameter("weight")
+    weight = stored.detach().float()
     weight = weight.T if transposed else weight
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
         raise BuildError(
@@ -286,11 +294,70 @@ def _merge_layer(
     merged = weight + scale * (b @ a)
     if magnitude is not None:
         merged *= (magnitude.float().flatten() / merged.norm(dim=1))[:, None]
-    _set(module, "weight", (merged.T if transposed else merged).to(module.weight.dtype))
+    _set(module, "weight", (merged.T if transposed else merged).to(stored.dtype))
     if bias is not None:
         if not isinstance(module.bias, Tensor):
             raise BuildError(f"{where} has a bias, and the model's layer has none")
         _set(module, "bias", (module.bias + scale * bias.float()).to(module.bias.dtype))
+
+
+def _merge_parameter(
+    module: nn.Module, name: str, parts: dict[str, Tensor], config: LoraConfig, folder: Path
+) -> None:
+    """Merge the change of a matrix, or of a tensor with a matrix of each expert."""
+    where = f"the adapter in {folder} for {name}"
+    if parts.keys() != {"lora_A", "lora_B"} or any(part.ndim != 2 for part in parts.values()):
+        raise BuildError(
+            f"{where}, a {type(module).__name__}, has {sorted(parts)}, not merged here"
+        )
+    a, b = parts["lora_A"].float(), parts["lora_B"].float()
+    named = (target.rpartition(".") for target in config.parameters)
+    targets = {leaf for parent, _, leaf in named if f".{name}".endswith(f".{parent}")}
+    fitting = []
+    for target in sorted(targets):
+        parameter = getattr(module, target, None)
+        rank, scale = config.layer(f"{name}.{target}")
+        if isinstance(parameter, nn.Parameter) and parameter.ndim in (2, 3):
+            change = _parameter_change(
+                parameter, a, b, rank, getattr(module, "is_transposed", False)
+            )
+            fitting += [] if change is None else [(target, parameter, scale * change)]
+    if len(fitting) != 1:
+        raise BuildError(
+            f"{where}, a {type(module).__name__}, has lora_A {tuple(a.shape)} and lora_B "
+            f"{tuple(b.shape)}, which fit {len(fitting)} of the parameters {sorted(targets)} that "
+            f"{ADAPTER_CONFIG} names"
+        )
+    [(target, parameter, change)] = fitting
+    _set(module, target, (parameter.detach().float() + change).to(parameter.dtype))
+
+
+def _parameter_change(
+    parameter: Tensor, a: Tensor, b: Tensor, rank: int, transposed: bool
+) -> Tensor | None:
+    """The product ``B A`` in the shape of a parameter; None if it does not fit.
+
+    Args:
+        parameter: ``[out, in]``; or of experts ``[experts, out, in]``, if ``transposed``
+            ``[experts, in, out]``.
+        a, b: ``[rank, in]`` and ``[out, rank]``, of experts ``[experts * rank, in]`` and ``[out,
+            rank * experts]``, as peft orders them.
+        rank: of one matrix.
+        transposed: how the experts' matrices lie.
+    """
+    if parameter.ndim == 2:
+        fits = (a.shape[0], b.shape[1]) == (rank, rank)
+        return b @ a if fits and (b.shape[0], a.shape[1]) == parameter.shape else None
+    experts, *matrix = parameter.shape
+    expected = [a.shape[1], b.shape[0]] if transposed else [b.shape[0], a.shape[1]]
+    # earlier versions of peft took every tensor for a transposed one
+    ambiguous = not transposed and matrix[0] == matrix[1]
+    if ambiguous or matrix != expected or {a.shape[0], b.shape[1]} != {experts * rank}:
+        return None
+    order = "ore,eri->eio" if transposed else "ore,eri->eoi"
+    return torch.einsum(
+        order, b.reshape(len(b), rank, experts), a.reshape(experts, rank, a.shape[1])
+    )
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -116,9 +116,12 @@ def _made(emit: PairEmitter, node: Node, args: Sequence[Any], kwargs: dict[str, 
 
 @pair_rule(aten._to_copy.default, aten.to.dtype)
 def _cast(emit: PairEmitter, node: Node, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The imaginary part of what becomes real is dropped, as PyTorch does."""
+    """As PyTorch: what becomes a number loses its imaginary part, 0 alone becomes False."""
     real, imag = as_pair(x)
     assert isinstance(real, Node)
+    if dtype(node) == torch.bool:
+        parts = [emit.call(aten.ne.Scalar, part, 0) for part in (real, imag)]
+        return emit.call(aten.logical_or.default, *parts)
     if not is_complex(node):
         return emit.call(aten.to.dtype, real, dtype(node))
     return _result(emit, node, Pair(real, imag))
@@ -222,7 +225,10 @@ def _joined(emit: PairEmitter, node: Node, xs: Sequence[Any], *args: Any) -> Pai
 )
 def _with_another(
     emit: PairEmitter, node: Node, base: Any, other: Any, *args: Any, **kwargs: Any
-) -> Pair:
+) -> Any:
+    if not is_complex(node):  # a copy of complex numbers to real ones takes their real parts
+        real = as_pair(other).real
+        return emit.call(node.target, as_pair(base).real, real, *args, **kwargs)
     parts = _operands(emit, node, base, other)
     return Pair(*(emit.call(node.target, *each, *args, **kwargs) for each in parts))
 
@@ -300,6 +306,8 @@ def _quotient(emit: PairEmitter, node: Node, a: Any, b: Any) -> Pair:
 
 def _divided(emit: PairEmitter, x: Pair, by: Part) -> Pair:
     def divide(part: Part) -> Part:
+        if part is None:
+            return None
         if isinstance(part, Node):
             return emit.call(aten.div.Tensor, part, by)
         assert isinstance(by, Node)

@@ -106,6 +106,13 @@ def made(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return torch.view_as_real(z), torch.full_like(z, 1j).imag, x.to(torch.complex64).real
 
 
+def made_real(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = torch.complex(x * 0, y * (y > 1)) * (x > 0)
+    copied = torch.zeros_like(x)
+    copied[:, 1:] = z[:, 1:]
+    return z.to(torch.bool), copied, z.real.clone().copy_(z * 1j), (x / 2j).imag
+
+
 def transforms(x: Tensor) -> tuple[Tensor, ...]:
     spectrum = torch.fft.rfft(x, norm="ortho")
     return (
@@ -144,6 +151,7 @@ CASES = [
     fn("moved", moved, Z, Z),
     fn("products", products, Z, Z),
     fn("made", made, X, PAIRS),
+    fn("made-real", made_real, X, PAIRS),
     fn("transforms", transforms, WAVE),
     fn("inverse-short-time", inverse, WAVE, window=torch.hann_window(16)),
     fn("short-time", short_time, WAVE, window=torch.hann_window(16)),
@@ -151,6 +159,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 def test_complex_numbers_become_pairs_of_real_ones(rtx: TensorRT, case: Case) -> None:
     lowered = lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)
     case.check(lambda inputs: interpret(lowered, inputs))

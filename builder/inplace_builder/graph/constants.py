@@ -9,6 +9,8 @@ from inplace.operators import NAMESPACE
 from torch import Tensor
 from torch.fx import Node
 
+from inplace_builder.graph.nodes import insert_constant
+
 MAX_ELEMENTS = 1 << 20
 """Elements of a value that becomes a constant."""
 
@@ -25,8 +27,15 @@ class ConstantValues:
 
     def value(self, node: Node) -> Any:
         """The value of a node; None if it depends on an input."""
-        if node not in self._values:
-            self._values[node] = self._computed(node)
+        pending = [node]  # no recursion: a graph may be deeper than Python's stack
+        while pending:
+            last = pending[-1]
+            if last in self._values:
+                pending.pop()
+            elif (source := self._unknown_source(last)) is not None:
+                pending.append(source)
+            else:
+                self._values[last] = self._computed(last)
         return self._values[node]
 
     def tensor(self, node: Node) -> Tensor | None:
@@ -47,23 +56,30 @@ class ConstantValues:
         Returns:
             The node of the constant, without a fake value.
         """
-        module, count = node.graph.owning_module, 0
-        assert module is not None
-        while hasattr(module, f"{name}_{count}"):
-            count += 1
-        module.register_buffer(f"{name}_{count}", value.detach().clone(), persistent=False)
         with node.graph.inserting_before(node):
-            constant = node.graph.get_attr(f"{name}_{count}")
+            constant = insert_constant(node.graph, value, name)
         constant.meta["stack_trace"] = node.meta.get("stack_trace")
         self._values[constant] = value
         return constant
 
-    def _computed(self, node: Node) -> Any:
+    def _unknown_source(self, node: Node) -> Node | None:
+        """The first input to compute before a node; None if there is none, or if it is in vain."""
         if node.op != "call_function" or not _is_function(node.target):
             return None
-        if any(self.value(each) is None for each in node.all_input_nodes):
+        for source in node.all_input_nodes:
+            if source not in self._values:
+                return source
+            if self._values[source] is None:
+                return None
+        return None
+
+    def _computed(self, node: Node) -> Any:
+        """The value of a node after those of its inputs."""
+        if node.op != "call_function" or not _is_function(node.target):
             return None
-        arguments, options = torch.fx.node.map_arg((node.args, node.kwargs), self.value)
+        if any(self._values.get(each) is None for each in node.all_input_nodes):
+            return None
+        arguments, options = torch.fx.node.map_arg((node.args, node.kwargs), self._values.get)
         target: Any = node.target
         with torch.no_grad():
             return target(*arguments, **options)

@@ -175,6 +175,25 @@ def fake_result(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         return target(*args, **kwargs)
 
 
+def insert_constant(graph: Graph, tensor: torch.Tensor, name: str) -> Node:
+    """Insert a constant, as a buffer of the graph's module.
+
+    Args:
+        graph: to insert into, at its place of insertion.
+        tensor: the constant; it is copied.
+        name: begins the name of the buffer.
+
+    Returns:
+        The node of the constant, without a fake value.
+    """
+    module, count = graph.owning_module, 0
+    assert module is not None
+    while hasattr(module, f"{name}_{count}"):
+        count += 1
+    module.register_buffer(f"{name}_{count}", tensor.detach().clone(), persistent=False)
+    return graph.get_attr(f"{name}_{count}")
+
+
 class Emitter:
     """Inserts calls at one place of a graph.
 

@@ -14,7 +14,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from inplace_builder.graph.nodes import Emitter, dtype, shape
+from inplace_builder.graph.nodes import Emitter, dtype, insert_constant, shape
 from inplace_builder.graph.program import GraphProgram, weights_of
 
 aten = torch.ops.aten
@@ -148,11 +148,7 @@ class PairEmitter(Emitter):
 
     def constant(self, tensor: torch.Tensor, name: str) -> Node:
         """Insert a buffer of the program's module."""
-        module, count = self._program.graph_module, 0
-        while hasattr(module, f"{name}_{count}"):
-            count += 1
-        module.register_buffer(f"{name}_{count}", tensor.detach().clone(), persistent=False)
-        node = self._program.graph.get_attr(f"{name}_{count}")
+        node = insert_constant(self._program.graph, tensor, name)
         node.meta["val"] = self._fake.from_tensor(tensor.detach(), static_shapes=True)
         return node
 

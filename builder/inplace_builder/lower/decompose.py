@@ -24,6 +24,7 @@ from inplace_builder.graph.decomposition import (
     trace_decomposition,
 )
 from inplace_builder.graph.in_place import remove_in_place
+from inplace_builder.graph.nodes import insert_constant
 from inplace_builder.graph.program import AnyProgram, GraphProgram, weights_of
 from inplace_builder.lower.complex_numbers import (
     has_complex_rule,
@@ -159,7 +160,8 @@ def _inline(program: GraphProgram, node: Node, traced: GraphModule) -> None:
                 result = torch.fx.node.map_arg(each.args[0], lambda source: known[source])
                 continue
             if each.op == "get_attr":
-                known[each] = _constant(program, traced, each)
+                constant = getattr(traced, str(each.target))
+                known[each] = insert_constant(program.graph, constant, "decomposed")
             else:
                 known[each] = program.graph.node_copy(each, lambda source: known[source])
             known[each].meta = {
@@ -170,17 +172,6 @@ def _inline(program: GraphProgram, node: Node, traced: GraphModule) -> None:
                 ORIGIN: origin,
             }
     _replace(program.graph, node, result)
-
-
-def _constant(program: GraphProgram, traced: GraphModule, node: Node) -> Node:
-    """A constant of a decomposition, as an attribute of the program's own module."""
-    module, count = program.graph_module, 0
-    while hasattr(module, f"decomposed_{count}"):
-        count += 1
-    module.register_buffer(
-        f"decomposed_{count}", getattr(traced, str(node.target)).detach(), persistent=False
-    )
-    return program.graph.get_attr(f"decomposed_{count}")
 
 
 def _replace(graph: Graph, node: Node, result: Any) -> None:

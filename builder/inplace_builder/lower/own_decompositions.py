@@ -35,17 +35,26 @@ def median_of_all(x: Tensor) -> Tensor:
 
 
 def cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest value so far, and its last position; of all pairs of an axis."""
-    seen = _so_far(x, dim, _lowest(x.dtype))
-    largest = seen.amax(-1, keepdim=True)
-    place = torch.where(seen == largest, torch.arange(x.shape[dim], device=x.device), -1).amax(-1)
-    return largest.squeeze(-1).movedim(-1, dim), place.movedim(-1, dim)
+    """The largest value so far, and its last position."""
+    lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+    return _extreme_so_far(x, dim, torch.amax, lowest)
 
 
 def cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The smallest value so far, and its last position."""
-    values, places = cummax(-x, dim)
-    return -values, places
+    highest = float("inf") if x.is_floating_point() else torch.iinfo(x.dtype).max
+    return _extreme_so_far(x, dim, torch.amin, highest)
+
+
+def _extreme_so_far(x: Tensor, dim: int, extreme: Any, other: float) -> tuple[Tensor, Tensor]:
+    """The extreme and the last place of it, or of a NaN; of all pairs of an axis."""
+    seen = _so_far(x, dim, other)
+    found = extreme(seen, -1, keepdim=True)
+    matches = seen == found
+    if x.is_floating_point():
+        matches = matches | seen.isnan()
+    place = torch.where(matches, torch.arange(x.shape[dim], device=x.device), -1).amax(-1)
+    return found.squeeze(-1).movedim(-1, dim), place.movedim(-1, dim)
 
 
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:
@@ -60,10 +69,6 @@ def _so_far(x: Tensor, dim: int, other: float) -> Tensor:
     index = torch.arange(extent, device=x.device)
     wide = moved.unsqueeze(-2).expand(*moved.shape[:-1], extent, extent)
     return torch.where(index <= index[:, None], wide, other)
-
-
-def _lowest(dtype: torch.dtype) -> float:
-    return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 OWN: dict[Any, Any] = {

@@ -1,13 +1,17 @@
 """Graphs become functional and are decomposed before they are lowered, and compute the same."""
 
+import math
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.constants import ConstantValues
 from inplace_builder.graph.in_place import writes_in_place
 from inplace_builder.lower import lower, lowerable
+from inplace_builder.lower.own_decompositions import OWN
 from support.network_interpreter import interpret
 from support.operator_case import Arg, Case, fn
 from torch import Tensor, nn
@@ -122,6 +126,32 @@ def test_operators_of_prims_that_a_decomposition_makes_are_lowered(rtx: TensorRT
 def test_what_pytorch_does_not_decompose_is_lowered(rtx: TensorRT, case: Case) -> None:
     lowered = lower(lowerable(case.exported), outputs=case.outputs, tensorrt=rtx)
     case.check(lambda inputs: interpret(lowered, inputs))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor([2.0, math.nan, 3.0, math.nan, 1.0]),
+        torch.tensor([3, 2, -(2**31), 2, 7], dtype=torch.int32),
+        torch.tensor([3, 0, 5, 0, 7], dtype=torch.uint8),
+    ],
+    ids=["nan", "int32", "uint8"],
+)
+@pytest.mark.parametrize("target", [aten.cummax.default, aten.cummin.default])
+def test_running_extremes_of_any_numbers_are_those_of_pytorch(
+    target: torch._ops.OpOverload, x: Tensor
+) -> None:
+    for found, expected in zip(OWN[target](x, 0), target(x, 0), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_graph_may_be_deeper_than_the_stack_of_python() -> None:
+    graph = torch.fx.Graph()
+    x = first = graph.placeholder("x")
+    for _ in range(sys.getrecursionlimit()):
+        x = graph.call_function(aten.add.Scalar, (x, 1))
+    assert ConstantValues({}).value(x) is None
+    assert ConstantValues({first: torch.zeros(1)}).value(x) == sys.getrecursionlimit()
 
 
 def test_what_has_a_converter_stays_whole() -> None:

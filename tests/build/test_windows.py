@@ -10,11 +10,10 @@ import transformers
 from inplace.schema.specs import Role, Update
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture import huggingface, slot_cache
+from inplace_builder.capture.cache_length import CacheLength, OwnCacheLength
 from inplace_builder.capture.capture import Capture, control_input
 from inplace_builder.capture.slot_cache import (
-    CacheLength,
     LayerMask,
-    OwnCacheLength,
     SeenLayers,
     SlotCache,
     mask_window,

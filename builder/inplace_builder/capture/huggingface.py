@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from inplace_builder.capture.cache_length import CacheLengthError
 from inplace_builder.capture.capture import Capture, Reference, complete_program
 from inplace_builder.capture.checkpoint import check_positions, quiet
 from inplace_builder.capture.decoder import (
@@ -37,7 +38,6 @@ from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
-    CacheLengthError,
     LayerStates,
     SeenLayer,
     SeenLayers,

@@ -2,7 +2,8 @@
 
 The model's code runs unchanged: its keys and values pass through `SlotCache`, its attention through
 `slot_attention`. Both know each token's position and nothing else. A question that has no one
-answer for the packed tokens of several rows, such as how many tokens are cached, raises BuildError.
+answer for the packed tokens of several rows, such as how many tokens are cached
+(`inplace_builder.capture.cache_length`), raises BuildError.
 
 transformers describes what a token may see by a mask function, and its default implementations of
 attention follow the mask alone. `mask_window` evaluates each layer's mask function and reads the
@@ -10,7 +11,6 @@ layer's window off it. The configuration's window, and the one that a model hand
 function, are not trusted.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,13 +20,12 @@ from typing import Any, NoReturn
 import torch
 from inplace.operators import attention
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
 
+from inplace_builder.capture.cache_length import CacheLength, LayerLength, OwnCacheLength
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.guards import model_line
 
 IMPLEMENTATION = "inplace"
 """The name under which transformers knows `slot_attention` and `_layer_mask`."""
@@ -125,171 +124,6 @@ class SeenLayers:
     sharing: int = 0
     recurrent: dict[str, Tensor] = field(default_factory=dict)
     num_logits: int = 1
-
-
-class CacheLengthError(BuildError):
-    """A model computes with the number of cached tokens, which differs from row to row."""
-
-
-class _Positions:
-    """What makes the tokens' positions of the number of cached tokens.
-
-    Args:
-        positions: the position of each token, ``[tokens]``.
-        more: what was added to the number.
-    """
-
-    def __init__(self, positions: Tensor, more: Any = 0) -> None:
-        self._positions, self._more = positions, more
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Answer a call of torch that takes the number."""
-        if function in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__) and not kwargs:
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            lengths = [arg for arg in args if isinstance(arg, cls)]
-            if len(tensors) == len(lengths) == 1:
-                length: _Positions = lengths[0]
-                return length._from_indices(tensors[0])
-        if function is torch.arange and len(args) == 2 and isinstance(args[0], _Positions):
-            return args[0]._counted_to(args[1], **(kwargs or {}))
-        return _refuse_length()
-
-    def _counted_to(self, end: Any, dtype: torch.dtype = torch.int64, **_: Any) -> Tensor:
-        """The positions, where ``end`` is as many tokens away as the step has."""
-        more = end._more if isinstance(end, _Positions) else self._number(end)
-        if more - self._more == self._positions.shape[0]:
-            positions: Tensor = self._positions.to(dtype) + self._more
-            return positions
-        return _refuse_length()
-
-    @staticmethod
-    def _number(end: Any) -> Any:
-        """What was added to the number to get another one."""
-        return _refuse_length()
-
-    def _from_indices(self, indices: Tensor) -> Tensor:
-        """The positions, where ``indices`` counts the tokens of the step."""
-        if (
-            not indices.is_floating_point()
-            and indices.shape == self._positions.shape
-            and _counts_tokens(indices)
-        ):
-            positions: Tensor = self._positions.to(indices.dtype) + self._more
-            return positions
-        return _refuse_length()
-
-
-def _counts_tokens(indices: Tensor) -> bool:
-    """Whether it is ``arange(tokens)``; True while a graph is traced, after a run on values."""
-    if is_fake(indices) or torch.compiler.is_compiling():
-        return True
-    return torch.equal(indices.flatten(), torch.arange(indices.numel(), dtype=indices.dtype))
-
-
-def _refuse_length(*_: object) -> NoReturn:
-    line = model_line(sys._getframe())
-    raise CacheLengthError(
-        f"the model computes with the number of cached tokens{line}, of which every row "
-        f"of a step has its own; only its sum with arange(tokens), the positions, is supported"
-    )
-
-
-class CacheLength(_Positions):
-    """The number of cached tokens: each row has its own, so it is no number.
-
-    A model that adds it to ``arange(tokens)``, or counts ``tokens`` on from it, computes the
-    tokens' positions, and gets them. Every other use raises BuildError.
-    """
-
-    def __radd__(self, other: object) -> Any:
-        """The positions, of indices; the number with more added, of a number."""
-        if isinstance(other, int | torch.SymInt):
-            return CacheLength(self._positions, self._more + other)
-        return self._from_indices(other) if isinstance(other, Tensor) else _refuse_length()
-
-    __add__ = __radd__
-
-    _no = staticmethod(_refuse_length)
-    __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _no
-    __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _no
-    __ne__ = _no
-
-    def __eq__(self, other: object) -> bool:
-        return _refuse_length()
-
-    def __hash__(self) -> int:
-        return _refuse_length()
-
-
-class LayerLength(CacheLength):
-    """The number of cached tokens of one layer.
-
-    Mllama asks whether it is 0, to pass over a layer that attends to images. None is ever cached,
-    and for other layers it ignores the answer.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return other == 0 or _refuse_length()
-
-    def __hash__(self) -> int:
-        return _refuse_length()
-
-
-class OwnCacheLength(_Positions):
-    """The number of cached tokens for a model that attends in code of its own.
-
-    It sees an empty cache: as a number, of which it makes its mask, the length is 0. Positions that
-    it computes from the length are those of its tokens.
-    """
-
-    @staticmethod
-    def _number(end: Any) -> Any:
-        return end
-
-    def __radd__(self, other: Any) -> Any:
-        """The positions, of indices; a number stays."""
-        return self._from_indices(other) if isinstance(other, Tensor) else other
-
-    __add__ = __radd__
-
-    def __index__(self) -> int:
-        return 0
-
-    __int__ = __index__
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return other == 0
-
-    def __lt__(self, other: Any) -> Any:
-        return other > 0
-
-    def __gt__(self, other: Any) -> Any:
-        return other < 0
-
-    def __le__(self, other: Any) -> Any:
-        return other >= 0
-
-    def __ge__(self, other: Any) -> Any:
-        return other <= 0
-
-    def __sub__(self, other: Any) -> Any:
-        return -other
-
-    def __rsub__(self, other: Any) -> Any:
-        return other
 
 
 class SlotCache(TransformersCache):

@@ -295,10 +295,16 @@ def _matrix_product(emit: PairEmitter, node: Node, a: Any, b: Any) -> Pair:
 
 @pair_rule(aten.div.Tensor, aten.div.Scalar)
 def _quotient(emit: PairEmitter, node: Node, a: Any, b: Any) -> Pair:
-    """``x / y = x * conj(y) / |y|²``; by a real number both parts are divided."""
+    """``x / y = x * conj(y) / |y|²``; by a real number both parts are divided.
+
+    Both are first divided by the larger part of ``y``, whose square would overflow or vanish.
+    """
     x, y = as_pair(a), as_pair(b)
     if y.imag is None:
         return _result(emit, node, _divided(emit, x, y.real))
+    if isinstance(y.real, Node) and isinstance(y.imag, Node):
+        larger, _ = _larger_part(emit, y)
+        x, y = (_divided(emit, each, larger) for each in (x, y))
     size = add(emit, multiply(emit, y.real, y.real), multiply(emit, y.imag, y.imag))
     conjugate = Pair(y.real, negative(emit, y.imag))
     return _result(emit, node, _divided(emit, product(emit, x, conjugate), size))
@@ -334,13 +340,18 @@ def _power(emit: PairEmitter, node: Node, x: Pair, exponent: float) -> Pair:
 @pair_rule(aten.abs.default)
 def _absolute(emit: PairEmitter, node: Node, x: Pair) -> Node:
     """The larger part times ``sqrt(1 + r²)``: squares of large numbers would overflow."""
-    sizes = [emit.call(aten.abs.default, part) for part in x]
-    larger, smaller = (emit.call(each.default, *sizes) for each in (aten.maximum, aten.minimum))
+    larger, smaller = _larger_part(emit, x)
     is_zero = emit.call(aten.eq.Scalar, larger, 0)
     safe = emit.call(aten.where.self, is_zero, emit.call(aten.ones_like.default, larger), larger)
     ratio = emit.call(aten.div.Tensor, smaller, safe)
     square = emit.call(aten.add.Tensor, emit.call(aten.mul.Tensor, ratio, ratio), 1.0)
     return emit.call(aten.mul.Tensor, larger, emit.call(aten.sqrt.default, square))
+
+
+def _larger_part(emit: PairEmitter, x: Pair) -> tuple[Node, Node]:
+    """The sizes of the larger and of the smaller part."""
+    sizes = [emit.call(aten.abs.default, part) for part in x]
+    return emit.call(aten.maximum.default, *sizes), emit.call(aten.minimum.default, *sizes)
 
 
 @pair_rule(aten.angle.default)

@@ -41,6 +41,8 @@ def arithmetic(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         torch.view_as_real(z.conj() * w),
         torch.view_as_real(w / z),
         torch.view_as_real(2.0 / z + w / x),
+        torch.view_as_real((z * 1e-25).reciprocal()) * 1e-25,
+        torch.view_as_real(w * 1e25 / (z * 1e25)),
         torch.view_as_real(1j - z),
         torch.view_as_real(torch.sub(z, w, alpha=2)),
         torch.view_as_real(z**3),

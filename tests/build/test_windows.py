@@ -197,7 +197,7 @@ def test_a_mask_is_a_window_causal_or_refused() -> None:
 
 
 def test_a_chunked_mask_is_refused_beyond_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "_check_layer_kinds", lambda _: None)
+    monkeypatch.setattr(huggingface, "check_positions", lambda *_: None)
     with pytest.raises(BuildError, match="chunked attention only up to the size of its chunks"):
         capture_decoder(chunked_llama(16), DECODER_OPTIONS)
     assert windows_of(capture_decoder(chunked_llama(128), DECODER_OPTIONS)) == [0, 0]

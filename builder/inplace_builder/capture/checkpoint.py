@@ -25,6 +25,7 @@ from inplace_builder.capture.quantized import (
     without_quantization,
 )
 from inplace_builder.capture.sources import ModelFiles, locate_model
+from inplace_builder.capture.sparse import sparse_limits
 from inplace_builder.errors import BuildError, brief
 
 _RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
@@ -225,26 +226,35 @@ def _class_without_folder(kind: Any, arguments: dict[str, Any]) -> Any:
 
 
 def check_positions(config: PretrainedConfig, capacity: int) -> None:
-    """BuildError if a sequence could be longer than the model was made for."""
+    """BuildError if a sequence could be longer than the model was made for, or is captured for."""
+    allowed, reason = min(_position_limits(config), default=(capacity, ""))
+    if capacity > allowed:
+        raise BuildError(
+            f"a capacity of {capacity} is more than the {allowed} positions{reason}; choose at "
+            f"most {allowed}"
+        )
+
+
+def _position_limits(config: PretrainedConfig) -> Iterator[tuple[int, str]]:
+    """Numbers of positions that a sequence may have at most, and why, in words that follow."""
+    for positions, layers in sparse_limits(config):
+        yield (
+            positions,
+            f" up to which its {layers} attend to all positions; sparse attention beyond these is "
+            f"not supported",
+        )
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # XLNet's -1: no limit
         return
     ropes = _rope_parameters(config)
-    limits = [_scaled_limit(rope, limit) for rope in ropes]
-    allowed = min(limits, default=limit)
-    if capacity <= allowed:
-        return
+    positions = min((_scaled_limit(rope, limit) for rope in ropes), default=limit)
     changing = [rope["rope_type"] for rope in ropes if _is_length_dependent(rope)]
-    reason = (
-        f"beyond these its rotary embedding ({changing[0]}) changes with the length of the "
+    yield (
+        positions,
+        f": beyond these its rotary embedding ({changing[0]}) changes with the length of the "
         f"sequence, which is not supported"
         if changing
-        else "this model was made for"
-    )
-    joint = ": " if changing else " "
-    raise BuildError(
-        f"a capacity of {capacity} is more than the {allowed} positions{joint}{reason}; choose at "
-        f"most {allowed}"
+        else " this model was made for",
     )
 
 

@@ -44,6 +44,7 @@ from inplace_builder.capture.slot_cache import (
     SlotCache,
     current_cache,
 )
+from inplace_builder.capture.sparse import SPARSE_KINDS, without_indexers
 from inplace_builder.capture.uncached import cached_attention
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
@@ -63,6 +64,7 @@ STATELESS_KINDS = frozenset({"mlp", "moe"})
 
 
 LAYER_KINDS = STATELESS_KINDS | {
+    *SPARSE_KINDS,
     "full_attention",
     "sliding_attention",
     "conv",
@@ -95,6 +97,7 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         _inplace_attention(model, without_cache=without_cache) as own_attention,
         grouped_experts(model),
         slot_recurrences(model),
+        without_indexers(model),
     ):
         # 1. Run the model once to see what each layer attends to and keeps.
         call = StepCall(with_mask=False, own_attention=own_attention)

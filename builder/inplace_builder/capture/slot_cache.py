@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from inplace_builder.capture.cache_length import CacheLength, LayerLength, OwnCacheLength
 from inplace_builder.capture.own_attention import OwnAttention, Scores
+from inplace_builder.capture.sparse import AllPositions
 from inplace_builder.errors import BuildError, brief
 
 IMPLEMENTATION = "inplace"
@@ -395,6 +396,22 @@ class LayerMask:
         """Refuse a call of torch that takes the mask."""
         cls._refuse()
 
+    def __getitem__(self, index: object) -> "LayerMask":
+        """The mask without its axis of heads, which it does not tell apart."""
+        if index != (slice(None), 0, slice(None), slice(None)):
+            self._refuse()
+        return self
+
+    def is_floating_point(self) -> bool:
+        """False: models combine masks that are boolean by ``&``."""
+        return False
+
+    def __and__(self, other: object) -> "LayerMask":
+        """The mask, of the positions that an indexer selects, if these are all."""
+        if not isinstance(other, AllPositions):
+            self._refuse()
+        return self
+
     @staticmethod
     def _refuse(*_: object) -> NoReturn:
         raise BuildError(
@@ -402,7 +419,7 @@ class LayerMask:
             "is supported"
         )
 
-    __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __rand__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __rand__ = _refuse
     __sub__ = __rsub__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse
 
 
@@ -542,6 +559,9 @@ def slot_attention(
         name for name in ("position_bias", "head_mask") if others.get(name) is not None
     ):
         raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
+    for name in ("indices", "block_indices"):
+        if not isinstance(others.get(name), AllPositions | None):
+            raise BuildError(f"{kind} attends to the positions that it selects ({name}) only")
     # BigBird-Pegasus calls its decoder's attention not causal, and gives it a causal mask
     masked = attention_mask is not None and attention_mask.error is None
     if not getattr(module, "is_causal", True) and not masked:

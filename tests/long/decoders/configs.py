@@ -73,6 +73,8 @@ LATENT = {
     "v_head_dim": 16,
 }
 INDEXED = LATENT | {"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+DENSE = INDEXED | {"index_topk": 256}
+"""Of a sparse model, whose indexer selects all positions of a sequence."""
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,
@@ -441,6 +443,14 @@ CONFIGS: dict[str, Tiny] = {
             "attention_chunk_size": 16,
         }
     ),
+    "llama4_text/long-chunk": Tiny(
+        {
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 96,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 256,
+        }
+    ),
     "mellum": Tiny({**EXPERTS, **WINDOW, "mlp_layer_types": ["dense", "sparse"]}),
     "minimax_m2": Tiny(LOCAL),
     "mixtral": Tiny({**LOCAL, "sliding_window": None}),
@@ -480,10 +490,14 @@ CONFIGS: dict[str, Tiny] = {
     ),
     # sparse attention with an indexer
     "axk2": Tiny({**INDEXED, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
+    "axk2/dense": Tiny({**DENSE, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
     "deepseek_v32": Tiny({**INDEXED, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
+    "deepseek_v32/dense": Tiny({**DENSE, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
     "deepseek_v4": Tiny({**ROUTED, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 16}),
     "glm_moe_dsa": Tiny({**INDEXED, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
+    "glm_moe_dsa/dense": Tiny({**DENSE, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
     "hy_v4": Tiny({**INDEXED, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
+    "hy_v4/dense": Tiny({**DENSE, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
     "minimax_m3_vl_text": Tiny(
         {
             **LOCAL,
@@ -494,6 +508,34 @@ CONFIGS: dict[str, Tiny] = {
             "index_head_dim": 16,
             "index_block_size": 8,
             "index_topk_blocks": 2,
+            "mlp_layer_types": ["dense", "sparse"],
+        }
+    ),
+    "minimax_m3_vl_text/sparse": Tiny(
+        {
+            **LOCAL,
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 32,
+            "rotary_dim": 8,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 8,
+            "index_topk_blocks": 2,
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense", "sparse"],
+        }
+    ),
+    "minimax_m3_vl_text/dense": Tiny(
+        {
+            **LOCAL,
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 32,
+            "rotary_dim": 8,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 8,
+            "index_topk_blocks": 32,
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
             "mlp_layer_types": ["dense", "sparse"],
         }
     ),
@@ -650,6 +692,23 @@ CONFIGS: dict[str, Tiny] = {
             "indexer_kv_heads": 1,
             "indexer_head_dim": 16,
             "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
+    ),
+    "qwen4_exp_text/dense": Tiny(
+        {
+            **DELTA,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 32,
+            "hc_count": 2,
+            "hc_lowrank": 16,
+            "ngram_vocab_size_base": 64,
+            "heads_per_ngram": 2,
+            "split_ngram_parts": 1,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 256,
             "indexer_compress_ratio": 2,
         }
     ),

@@ -265,7 +265,7 @@ REGISTRY: tuple[ParameterSpec, ...] = (
     ),
     _key(
         GROUP,
-        "The generations of one group share one place in the order of the queue for slots.",
+        "The requests of one group share one place in the order of the queue for slots.",
         ANY | {RequestKind.PROXY},
     ),
     ParameterSpec(

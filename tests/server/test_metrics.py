@@ -174,7 +174,7 @@ def test_generations_are_counted(observed: Observed) -> None:
         client.stop_stream()
     expected: Found = {
         ("inplace_generations_total", "length"): 1,
-        ("inplace_generations_waiting", ""): 0,
+        ("inplace_requests_waiting", ""): 0,
         ("inplace_first_token_seconds_count", ""): 1,
         ("inplace_tokens_total", "prefill"): 4,
         ("inplace_tokens_total", "decode"): 4,

@@ -1,4 +1,4 @@
-"""The queue of generations that wait for a slot: groups take turns, and share a full queue."""
+"""The queue of requests that wait for a slot: groups take turns, and share a full queue."""
 
 from inplace.drivers.reply import Reply
 from inplace.drivers.sequence_queues import StreamRequest

@@ -45,7 +45,7 @@ class EngineLoop:
     Args:
         instance: the model instance; nothing else uses it.
         senders: send the responses.
-        max_waiting: generations that may wait for a slot.
+        max_waiting: requests that may wait for a slot.
         thread: of one thread, which runs the loop until it is closed.
     """
 
@@ -221,9 +221,10 @@ class EngineLoop:
             if self._must_wait(request):
                 rejected = self._waiting.append(request)
                 if rejected is not None:
-                    text = f"{len(self._waiting)} generations wait for a slot; send it again later"
+                    text = f"{len(self._waiting)} requests wait for a slot; send it again later"
                     self._refuse(rejected, RequestError(Code.QUEUE_FULL, text, retryable=True))
                 if rejected is not request:
+                    self._watcher.add(request, request.reply)
                     if rejected is not None:
                         self._remove(rejected)
                     return
@@ -238,8 +239,15 @@ class EngineLoop:
             self._start_next(request.sequence_id)
 
     def _on_cancelled(self, request: StreamRequest) -> None:
-        if request not in self._queues or request.generation is None:
+        if request not in self._queues:
             return  # it has finished
+        if request.generation is None:
+            if request in self._waiting:  # a step that runs is not stopped
+                self._waiting.remove(request)
+                text = "the request was cancelled while it waited for a slot"
+                self._refuse(request, RequestError(Code.NO_FREE_SLOT, text, retryable=True))
+                self._remove(request)
+            return
         if request.active is not None:
             self._instance.table.end(request.active.sequence, EndReason.CANCELLED)
         self._finish_generation(request, request.generation, FinishReason.CANCELLED)
@@ -251,12 +259,19 @@ class EngineLoop:
         return request.request.start and not request.only_ends and not is_live
 
     def _must_wait(self, request: StreamRequest) -> bool:
-        """Whether it is a generation that needs a slot and none is free for it."""
-        if request.generation is None or not self._needs_slot(request):
+        """Whether it needs a slot and has to wait for one.
+
+        A generation waits where no slot is free. A step waits only behind requests that wait
+        already, which would otherwise get every slot before it; else it is refused at once, as the
+        steps of a `step` model are.
+        """
+        if not self._needs_slot(request):
             return False
         if not self._instance.table.num_free:
             self._instance.table.reclaim_idle()
-        return bool(self._waiting) or not self._instance.table.num_free
+        if self._waiting:
+            return True
+        return request.generation is not None and not self._instance.table.num_free
 
     def _admit(self, request: StreamRequest) -> bool:
         """Give a request its sequence and schedule it. False: it has been answered instead."""
@@ -265,9 +280,6 @@ class EngineLoop:
                 self._instance.end_sequence(request.validated)
                 self._responses.add_outputs(request, {})
                 return False
-            if self._waiting and request.generation is None and self._needs_slot(request):
-                text = "every slot is owned, and generations wait for the next; send it again later"
-                raise RequestError(Code.NO_FREE_SLOT, text, retryable=True)
             active = request.active = self._instance.admit_validated(request.validated)
         except RequestError as error:
             self._refuse(request, error)
@@ -280,7 +292,7 @@ class EngineLoop:
         return True
 
     def _admit_waiting(self) -> None:
-        """Give free slots to the generations that wait for one."""
+        """Give free slots to the requests that wait for one."""
         while self._waiting and self._instance.table.num_free:
             request = self._waiting.popleft()
             if not self._admit(request):

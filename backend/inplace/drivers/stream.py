@@ -44,7 +44,7 @@ class StreamDriver:
     Args:
         instance: the model instance; nothing else uses it.
         tokenizer_config: for generations.
-        max_waiting: generations that may wait for a slot.
+        max_waiting: requests that may wait for a slot.
         thread: steps the engine from now on; of one thread. None for a new one.
     """
 

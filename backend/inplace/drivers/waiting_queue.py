@@ -1,4 +1,4 @@
-"""The queue of generations that wait for a slot, fair between groups of requests."""
+"""The queue of requests that wait for a slot, fair between groups of requests."""
 
 from collections import OrderedDict, deque
 from itertools import chain

@@ -128,7 +128,7 @@ TOKENS = Metric(
 )
 
 
-WAITING = Metric("inplace_generations_waiting", "gauge", "Generations that wait for a slot.")
+WAITING = Metric("inplace_requests_waiting", "gauge", "Requests that wait for a slot.")
 
 
 PLACES = Metric(

@@ -151,7 +151,7 @@ class Observer:
         self.metrics.observe(QUEUE, queue_seconds)
 
     def watch_waiting(self, waiting: Sized) -> None:
-        """Report the length of this queue, now and later, as the generations that wait."""
+        """Report the length of this queue, now and later, as the requests that wait for a slot."""
         self.metrics.set_function(WAITING, lambda: len(waiting))
 
     def watch_places(self, places: Sized, limit: int) -> None:

@@ -32,7 +32,7 @@ EOS = "eos_token_ids"
 
 
 QUEUE = "generation_queue"
-"""The parameter with the number of generations that may wait for a slot."""
+"""The parameter with the number of requests that may wait for a slot."""
 
 
 CAPACITY = "capacity"
@@ -82,7 +82,7 @@ class Settings:
         idle_timeout: seconds after its last response until a sequence loses its slot.
         serve: the protocol: ``step``, or ``stream`` with generations and steps.
         eos: token ids that end a generation.
-        max_waiting: generations that may wait for a slot.
+        max_waiting: requests that may wait for a slot.
         capacity: positions of a sequence, for an engine that was built for a range of capacities;
             None is the largest.
         log_level: the lowest level of the log records that reach the server's log.

@@ -130,10 +130,10 @@ def test_generations_that_wait_for_a_slot_are_a_metric(streams: OpenStreams) -> 
     with slow_steps(client, 0.02):
         running = [client.generate(1 + number, [1, 2], 40, end=True) for number in range(SLOTS)]
         late = [client.generate(100 + number, [3], 1, end=True) for number in range(3)]
-        wait_until(lambda: numbers.snapshot()["inplace_generations_waiting", ""] == 3)
+        wait_until(lambda: numbers.snapshot()["inplace_requests_waiting", ""] == 3)
         assert all(channel.finish_reason == "length" for channel in [*running, *late])
     metrics = numbers.snapshot()
-    assert metrics["inplace_generations_waiting", ""] == 0
+    assert metrics["inplace_requests_waiting", ""] == 0
     assert metrics["inplace_generations_total", "length"] == SLOTS + 3
     assert metrics["inplace_queue_seconds_bucket", "0.05"] <= SLOTS  # those that waited took longer
 

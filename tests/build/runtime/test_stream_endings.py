@@ -132,21 +132,50 @@ def test_a_waiting_generation_can_be_cancelled(
     assert second.finish_reason == "length"
 
 
-def test_generations_get_slots_in_the_order_they_arrived_and_before_a_step(
-    streams: OpenStreams,
+def test_requests_get_slots_in_the_order_they_arrived(
+    streams: OpenStreams, repository: Repository
 ) -> None:
-    client = streams()
+    client, ids = streams(), random_tokens(9, 3)
     occupy_slots(client)
-    waiting = [
-        client.generate(f"w{index}", random_tokens(index, 3), 4, end=True) for index in range(4)
-    ]
-    client.step("step", [1], start=True).assert_refused(Code.NO_FREE_SLOT, retryable=True)
+    client.step("refused", [1], start=True).assert_refused(Code.NO_FREE_SLOT, retryable=True)
+    first = client.generate("g0", random_tokens(0, 3), 4, end=True)
+    step = client.step("step", ids, start=True)
+    last = client.generate("g1", random_tokens(1, 3), 4, end=True)
+    rest = [client.step("step", [token]) for token in (3, 4)] + [client.end("step")]
     with slow_steps(client, 0.01):
         client.end("idle0").wait()
-        assert [channel.finish_reason for channel in waiting] == ["length"] * 4
-    times = [channel.final_at for channel in waiting]
+        assert first.finish_reason == last.finish_reason == "length"
+    assert step.next_token == greedy(repository.llama, ids, 1)[0]
+    assert rest[0].next_token == greedy(repository.llama, [*ids, 3], 1)[0]
+    assert rest[1].next_token == greedy(repository.llama, [*ids, 3, 4], 1)[0]
+    times = [channel.final_at for channel in (first, step, last)]
     assert times == sorted(times)
-    assert client.step("step", [1], start=True).wait().error is None
+
+
+def test_a_waiting_step_can_be_cancelled(streams: OpenStreams) -> None:
+    client = streams()
+    occupy_slots(client)
+    first = client.generate("g", random_tokens(1, 3), 2, end=True)
+    step, after = client.step("step", [1], start=True), client.step("step", [2])
+    step.client_cancelled = True
+    step.assert_refused(Code.NO_FREE_SLOT, "cancelled while it waited", retryable=True)
+    after.assert_refused(Code.UNKNOWN_SEQUENCE)
+    client.end("idle0").wait()
+    assert first.finish_reason == "length"
+    assert client.num_free_slots() == 1
+
+
+def test_a_cancelled_step_that_has_waited_runs_to_its_end(streams: OpenStreams) -> None:
+    client = streams()
+    occupy_slots(client)
+    client.generate("g", random_tokens(1, 3), 2, end=True)
+    with slow_steps(client, 0.1):
+        step = client.step("step", [1], start=True)
+        client.end("idle0").wait()
+        wait_until(lambda: client.driver.instance.table.get("step") is not None)
+        step.client_cancelled = True
+        assert step.wait().error is None
+    assert client.step("step", [2]).wait().error is None
 
 
 def test_a_full_queue_refuses_and_a_waiting_generation_can_be_replaced(
@@ -158,7 +187,7 @@ def test_a_full_queue_refuses_and_a_waiting_generation_can_be_replaced(
         client.generate(f"w{index}", random_tokens(index, 3), 4, end=True) for index in range(2)
     ]
     client.generate("late", [1], 4).assert_refused(
-        Code.QUEUE_FULL, "2 generations wait for a slot", retryable=True
+        Code.QUEUE_FULL, "2 requests wait for a slot", retryable=True
     )
     assert client.generate("idle0", [1], 2).finish_reason == "length"  # it has a slot
     again = client.generate("w0", [1], 1)  # replaces the waiting generation

@@ -78,7 +78,7 @@ class Watch:
             f"http://{self.server.host}:{self.server.ports.metrics}/metrics", timeout=30
         ) as page:
             live = re.findall(
-                r"^inplace_(?:sequences_live|generations_waiting)\{.*\} (?!0$).*",
+                r"^inplace_(?:sequences_live|requests_waiting)\{.*\} (?!0$).*",
                 page.read().decode(),
                 re.MULTILINE,
             )

@@ -1,10 +1,4 @@
-"""The PyTorch engine: the captured graph itself, its states bound in place.
-
-On a CPU, the weights of linear layers are packed for oneDNN when the graph is loaded. A decode step
-multiplies a few rows with every weight, so its time is the time to read the weights; in the plain
-layout oneDNN repacks them in every call. Packed once, SmolLM2's large layers took less time at
-every row count that was tried, from 1 to 128 (two cores).
-"""
+"""The PyTorch engine: the captured graph itself, its states bound in place."""
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +11,9 @@ from typing_extensions import Buffer
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
-from inplace.engines.graph_reader import LoadedGraph, own_constants, read_graph
+from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
 from inplace.errors import LoadError
 from inplace.schema.served import STEP, Manifest
-
-PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TorchEngine:
@@ -135,61 +127,3 @@ def _bind(loaded: LoadedGraph, arena: Arena, device: torch.device) -> torch.fx.G
             node.replace_all_uses_with(state)
             graph.erase_node(node)
     return finish_module(module, device)
-
-
-def finish_module(module: torch.fx.GraphModule, device: torch.device) -> torch.fx.GraphModule:
-    """The module that runs: with prepacked weights on a CPU, and without what it does not read."""
-    if device.type == "cpu":
-        prepack_linears(module)
-    module = torch.fx.GraphModule(module, module.graph)
-    own_constants(module)
-    return module
-
-
-def prepack_linears(module: torch.fx.GraphModule) -> int:
-    """Replace each linear layer with a constant weight by oneDNN's product with a packed weight.
-
-    The plain weights are left to their other users (a tied embedding);
-    `torch.fx.GraphModule(module, graph)` drops the rest.
-
-    Returns:
-        How many were replaced; 0 where this build of PyTorch has no oneDNN.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return 0
-    replaced = 0
-    for node in list(module.graph.nodes):
-        if node.target is not torch.ops.aten.linear.default or node.args[1].op != "get_attr":
-            continue
-        weight = _attribute(module, node.args[1].target)
-        if weight.device.type != "cpu" or weight.dtype not in PACKABLE_DTYPES:
-            continue
-        name = f"packed_{replaced}"
-        try:
-            packed_weight = torch.ops.mkldnn._reorder_linear_weight(
-                weight.detach().contiguous(), None
-            )
-        except RuntimeError:
-            # The processor has no instructions for this type; PyTorch's own product works.
-            continue
-        module.register_buffer(name, packed_weight, persistent=False)
-        bias = node.args[2] if len(node.args) > 2 else None
-        with module.graph.inserting_before(node):
-            packed = module.graph.get_attr(name)
-            product = module.graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.default,
-                (node.args[0], packed, bias, "none", [], ""),
-            )
-        node.replace_all_uses_with(product)
-        module.graph.erase_node(node)
-        replaced += 1
-    module.graph.eliminate_dead_code()
-    return replaced
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Tensor:
-    """The tensor at a dotted path."""
-    owner, _, name = path.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), name)
-    assert isinstance(tensor, Tensor)
-    return tensor

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-from inplace.engines.graph_reader import LoadedGraph, read_graph
-from inplace.engines.torch_engine import finish_module
+from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
 from inplace.errors import LoadError
 from inplace.operators.library import LIBRARY, define
 from inplace.schema.graph import GraphValue

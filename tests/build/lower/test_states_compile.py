@@ -9,6 +9,7 @@ from inplace.schema.served import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_network, lower
+from support.native_cases import NATIVE_CASES, no_matrix_products
 from support.network_interpreter import interpret
 from support.state_cases import STATE_CASES, StateCase
 from torch import Tensor
@@ -65,3 +66,25 @@ def test_a_use_of_a_state_compiles_or_is_refused(
     assert (
         compile_network(lowered, [case.profile()], CompileOptions(("SM89", "SM120"))).nbytes > 1000
     )
+
+
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=lambda case: case.name)
+def test_the_cache_layers_networks_without_matrix_products_compute_the_same(
+    rtx: TensorRT, case: StateCase
+) -> None:
+    """What `tests/gpu/test_native_kv.py` runs."""
+    kinds: dict[str, AliasKind] = {state.name: "kv_cache_update" for state in case.states}
+    with no_matrix_products():
+        lowered = lower(
+            case.exported, outputs=["out"], states=case.states, kinds=kinds, tensorrt=rtx
+        )
+    layers = [lowered.network.get_layer(index) for index in range(lowered.network.num_layers)]
+    assert rtx.api.LayerType.MATRIX_MULTIPLY not in {layer.type for layer in layers}
+    assert len(case.steps) == 20
+
+    def step(
+        inputs: dict[str, Tensor], memory: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return interpret(lowered, inputs | memory)["out"], memory
+
+    case.check(step)

@@ -13,11 +13,11 @@ Importing this package registers all of them as ``torch.ops.inplace.*``.
 from inplace.operators.attention import attention
 from inplace.operators.convolution import causal_conv1d
 from inplace.operators.grouped_linear import grouped_linear
-from inplace.operators.library import NAMESPACE, written_states
+from inplace.operators.library import NAMESPACE
 from inplace.operators.linear import ACTIVATIONS, linear
 from inplace.operators.recurrence import delta_rule, linear_recurrence, selective_scan
 from inplace.operators.sample import argmax, sample
-from inplace.operators.state import read, update
+from inplace.operators.state import read, update, written_states
 
 __all__ = [
     "ACTIVATIONS",

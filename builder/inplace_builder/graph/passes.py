@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
-from inplace.operators.library import VIEWS, written_arguments
+from inplace.operators.state import VIEWS, written_arguments
 from torch.fx import Graph, Node
 
 from inplace_builder.errors import BuildError

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
-from inplace.operators.library import VIEWS
+from inplace.operators.state import VIEWS
 from inplace.schema.served import Alias, Lowering
 from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT

@@ -18,7 +18,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from inplace.operators.library import written_arguments
+from inplace.operators.state import written_arguments
 from inplace.schema.dtypes import Dtype
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from inplace.operators.library import written_arguments
+from inplace.operators.state import written_arguments
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node

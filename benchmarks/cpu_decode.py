@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import DecoderOptions, capture_decoder, load_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.model_config import MODEL_VERSION

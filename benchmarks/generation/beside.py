@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import load_decoder
 from transformers import PreTrainedModel, StoppingCriteria
 

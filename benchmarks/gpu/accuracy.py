@@ -23,7 +23,7 @@ import torch
 from inplace.engines.arena import Arena
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import capture_decoder, load_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import decoder_options

@@ -20,9 +20,9 @@ from inplace.engines.tensorrt import TensorRtEngine
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import AliasKind, Manifest
+from inplace.schema.served import Manifest
+from inplace.schema.specs import AliasKind, Dtype
 from inplace_builder import DecoderOptions, capture_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.model_config import MODEL_VERSION

@@ -15,8 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inplace.schema.dtypes import Dtype
-    from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+    from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 
     from inplace_builder.capture.capture import Capture, capture_module, control_input
     from inplace_builder.capture.checkpoint import load_decoder
@@ -45,7 +44,7 @@ _MODULES = {
     "Capture": "inplace_builder.capture.capture",
     "Conversation": "inplace_builder.tools.chat",
     "DecoderOptions": "inplace_builder.capture.decoder",
-    "Dtype": "inplace.schema.dtypes",
+    "Dtype": "inplace.schema.specs",
     "ExportedCapture": "inplace_builder.capture.exported",
     "Ports": "inplace_builder.tools.tritonserver",
     "Role": "inplace.schema.specs",

@@ -134,7 +134,7 @@ def build(
 ) -> None:
     """Build a decoder into a model repository, after verifying it against transformers."""
     with _errors("build", "builder"):
-        from inplace.schema.dtypes import Dtype
+        from inplace.schema.specs import Dtype
 
         from inplace_builder.served.choose import build_with_best_engine, first_engine
         from inplace_builder.served.decoder import build_decoder

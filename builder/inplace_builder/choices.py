@@ -21,4 +21,4 @@ Protocol = Literal["step", "stream"]
 """How a model is served: unary requests of one step, or gRPC streams with whole generations."""
 
 Mechanism = Literal["plugin", "kv_cache_update", "copy"]
-"""How TensorRT updates a state; see `inplace.schema.served.AliasKind`."""
+"""How TensorRT updates a state; see `inplace.schema.specs.AliasKind`."""

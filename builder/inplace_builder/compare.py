@@ -7,7 +7,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from torch import Tensor, nn
 
 TOLERANCE = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.FLOAT16: 1e-2, Dtype.BFLOAT16: 8e-2}

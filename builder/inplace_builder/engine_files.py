@@ -14,8 +14,8 @@ import torch
 from inplace import __version__
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile, Plan
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import RestoreError, publish, replace_conflict
+from inplace.schema.specs import Dtype
 from inplace.schema.tensor_file import write_tensors
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import BuildOptions, build_decoder, load_decoder
 from inplace_builder.capture.checkpoint import check_checkpoint, load_model
 from inplace_builder.capture.quantized import dequantize

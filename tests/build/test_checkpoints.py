@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import BuildOptions, build_decoder, load_decoder
 from inplace_builder.capture.checkpoint import check_positions, load_tokenizer
 from inplace_builder.engine_files import check_target

@@ -7,8 +7,8 @@ import torch
 from inplace.errors import LoadError, RequestError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
+from inplace.schema.specs import Dtype
 from inplace.trt import load_tensorrt
 from inplace_builder import capture_decoder, load_decoder
 from inplace_builder.errors import BuildError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import BuildOptions, build_decoder, load_decoder
 from inplace_builder.capture.checkpoint import load_model, load_tokenizer
 from inplace_builder.errors import BuildError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder.errors import BuildError
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions

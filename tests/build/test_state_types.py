@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.operators import read
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder.compare import same_bits
 from inplace_builder.standalone.build import build
 from support.comparing import compare_graph

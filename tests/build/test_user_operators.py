@@ -11,7 +11,7 @@ import pytest
 import torch
 from inplace.errors import LoadError
 from inplace.plugins import Operation, register
-from inplace.schema.served import Alias
+from inplace.schema.specs import Alias
 from inplace.schema.standalone import StandaloneManifest
 from inplace.trt import load_tensorrt
 from inplace_builder.capture.exported import capture_exported

@@ -9,8 +9,7 @@ import pytest
 import torch
 from inplace.operators import read, update
 from inplace.operators.state import write
-from inplace.schema.dtypes import Dtype
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, DecoderOptions, capture_decoder, capture_module
 from inplace_builder.capture.capture import control_input
 from inplace_builder.compare import TOLERANCE

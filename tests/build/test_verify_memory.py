@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from inplace.schema.dtypes import Dtype
-from inplace.schema.specs import StateSpec, Update
+from inplace.schema.specs import Dtype, StateSpec, Update
 from inplace_builder.compare import fill_with_sentinel, is_inexact, same_bits
 from inplace_builder.served.verify import written_parts
 

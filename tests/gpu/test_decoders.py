@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import BuildOptions, capture_decoder, write_engine
 from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.served.decoder import decoder_options

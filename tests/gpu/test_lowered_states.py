@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.schema.served import AliasKind
+from inplace.schema.specs import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import (

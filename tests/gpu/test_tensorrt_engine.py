@@ -12,9 +12,9 @@ from inplace.errors import LoadError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
+from inplace.schema.specs import Dtype
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION

@@ -6,7 +6,7 @@ import pytest
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support.models import greedy, tiny_llama

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import DecoderOptions, capture_exported_decoder, load_decoder
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions

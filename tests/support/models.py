@@ -7,10 +7,9 @@ import torch
 from inplace.operators import read, update
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import FileRecord
 from inplace.schema.served import CompiledProgram, Manifest, Program
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace_builder import BuildOptions, Capture, capture_module
 from inplace_builder.capture.capture import control_input
 from torch import Tensor

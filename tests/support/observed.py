@@ -11,8 +11,7 @@ import psutil
 import torch
 from inplace.operators import read, update
 from inplace.runtime.metrics import exported_metrics
-from inplace.schema.dtypes import Dtype
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, capture_module
 from inplace_builder.capture.capture import control_input
 from inplace_builder.tools.tritonserver import TritonServer

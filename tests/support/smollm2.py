@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inplace.client import Sequence
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace_builder import load_decoder
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions

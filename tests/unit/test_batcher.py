@@ -5,9 +5,8 @@ import torch
 from inplace.runtime.batcher import ActiveRequest, form_batch, schedule_tokens
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import Dtype, Role, TensorSpec
 from pydantic import ValidationError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.errors import LoadError
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import EngineFolder, FileRecord, record_files
+from inplace.schema.specs import Dtype
 from inplace.schema.tensor_file import as_dtype, read_tensors, write_tensors
 
 CONTENT = bytes(range(256)) * 40

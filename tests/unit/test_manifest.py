@@ -10,21 +10,18 @@ import pytest
 import torch
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import FileRecord
 from inplace.schema.records import digest_of
 from inplace.schema.served import (
     FILE_NAME,
-    Alias,
     Call,
     CompiledProgram,
     Loop,
-    Lowering,
     Manifest,
     Program,
     Schedule,
 )
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import Alias, Dtype, Lowering, Role, StateSpec, TensorSpec, Update
 from inplace.schema.standalone import StandaloneManifest
 from pydantic import ValidationError
 from support.manifests import save

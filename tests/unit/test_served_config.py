@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from inplace.errors import LoadError
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.model_config import ServerTensor, check_model_config, model_tensors
 from inplace.server.trust import TRUST_MODELS, trusted_folders
 from support.models import RECTANGULAR

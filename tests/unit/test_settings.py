@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from inplace.errors import LoadError
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Manifest
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.settings import MAX_WAITING, Settings
 from support.models import LOADABLE
 

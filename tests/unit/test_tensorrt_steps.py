@@ -9,9 +9,8 @@ from inplace.engines.tensorrt.steps import (
     mixed_sizes,
     smallest_fit,
 )
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import Dtype, Role, TensorSpec
 from torch import Tensor
 
 CONTROLS = {

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import FileName
 from inplace.schema.records import Record
+from inplace.schema.specs import Dtype
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 """The package of a TensorRT: TensorRT itself, or TensorRT for RTX."""

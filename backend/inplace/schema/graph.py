@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from pydantic import ConfigDict, Field
 
-from inplace.schema.dtypes import Dtype
 from inplace.schema.extents import Extent
 from inplace.schema.records import Record
+from inplace.schema.specs import Dtype
 
 FORMAT: Literal[1] = 1
 

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import FileRecord, find_file
 from inplace.schema.records import Record, RecordFile
 from inplace.schema.specs import (
@@ -20,7 +19,11 @@ from inplace.schema.specs import (
     INPUT_ROLES,
     OUTPUT_ROLES,
     RESERVED_OUTPUT_ROLES,
+    ROW_IS_SLOT_KINDS,
     SAMPLING_ROLES,
+    Alias,
+    Dtype,
+    Lowering,
     Role,
     StateSpec,
     TensorSpec,
@@ -28,62 +31,6 @@ from inplace.schema.specs import (
 )
 
 FILE_NAME = "engine.json"
-
-
-AliasKind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
-"""The mechanism that updates a state.
-
-- ``operator``: an ``inplace::`` operator of a PyTorch graph mutates the bound tensor.
-- ``plugin``: a TensorRT plugin with an aliased output.
-- ``kv_cache_update``: TensorRT's own cache layer.
-- ``user``: an operator or plugin of the user's own.
-- ``copy``: not in place; the engine writes a second buffer and the runtime swaps the two.
-"""
-
-
-ROW_IS_SLOT_KINDS = frozenset({"kv_cache_update", "copy"})
-"""Kinds that update slot r from row r: row r of a step must be slot r."""
-
-
-class Alias(Record):
-    """An output that shares its memory with an input.
-
-    Attributes:
-        output: the output's name.
-        input: the name of the state.
-        kind: the mechanism.
-    """
-
-    output: str
-    input: str
-    kind: AliasKind
-
-    def __str__(self) -> str:
-        return f"{self.output}@{self.input}@{self.kind}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The inverse of ``str``; ValueError if the text is not an alias."""
-        parts = text.split("@")
-        if len(parts) != 3:
-            raise ValueError(f"alias {text!r} is not output@input@kind")
-        return cls.model_validate(dict(zip(("output", "input", "kind"), parts, strict=True)))
-
-
-class Lowering(Record):
-    """How one state's update was lowered, and why.
-
-    Attributes:
-        state: the state's name.
-        kind: the chosen mechanism.
-        reason: why it was chosen.
-        refused: mechanisms tried before it, each as ``kind: reason``.
-    """
-
-    state: str
-    kind: AliasKind
-    reason: str
-    refused: tuple[str, ...] = ()
 
 
 class Program(Record):

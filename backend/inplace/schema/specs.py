@@ -1,16 +1,52 @@
-"""The tensors of a program: its states, and the inputs and outputs of a step.
+"""The tensors of a program: its states and what updates them, the inputs and outputs of a step.
 
 Shapes leave out the batch.
 """
 
 from enum import StrEnum
 from math import prod
-from typing import Self
+from typing import Literal, Self
 
+import torch
 from pydantic import model_validator
 
-from inplace.schema.dtypes import Dtype
 from inplace.schema.records import Record
+
+
+class Dtype(StrEnum):
+    """Element types that a tensor of an engine may have, with PyTorch's names.
+
+    Triton and TensorRT have fewer.
+    """
+
+    BOOL = "bool"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    INT16 = "int16"
+    UINT16 = "uint16"
+    INT32 = "int32"
+    INT64 = "int64"
+    FLOAT8_E4M3FN = "float8_e4m3fn"
+    FLOAT8_E5M2 = "float8_e5m2"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    COMPLEX64 = "complex64"
+    COMPLEX128 = "complex128"
+
+    @property
+    def as_torch(self) -> torch.dtype:
+        """PyTorch's dtype."""
+        return _TORCH[self.value]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Self:
+        """The member for a PyTorch dtype; ValueError for a type that engines do not support."""
+        return cls(str(dtype).removeprefix("torch."))
+
+
+_TORCH: dict[str, torch.dtype] = {dtype.value: getattr(torch, dtype.value) for dtype in Dtype}
 
 
 class Update(StrEnum):
@@ -174,3 +210,59 @@ class TensorSpec(Record):
     on_request: bool = False
     argmax_of: str | None = None
     sampled_from: str | None = None
+
+
+AliasKind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]
+"""The mechanism that updates a state.
+
+- ``operator``: an ``inplace::`` operator of a PyTorch graph mutates the bound tensor.
+- ``plugin``: a TensorRT plugin with an aliased output.
+- ``kv_cache_update``: TensorRT's own cache layer.
+- ``user``: an operator or plugin of the user's own.
+- ``copy``: not in place; the engine writes a second buffer and the runtime swaps the two.
+"""
+
+
+ROW_IS_SLOT_KINDS = frozenset({"kv_cache_update", "copy"})
+"""Kinds that update slot r from row r: row r of a step must be slot r."""
+
+
+class Alias(Record):
+    """An output that shares its memory with an input.
+
+    Attributes:
+        output: the output's name.
+        input: the name of the state.
+        kind: the mechanism.
+    """
+
+    output: str
+    input: str
+    kind: AliasKind
+
+    def __str__(self) -> str:
+        return f"{self.output}@{self.input}@{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of ``str``; ValueError if the text is not an alias."""
+        parts = text.split("@")
+        if len(parts) != 3:
+            raise ValueError(f"alias {text!r} is not output@input@kind")
+        return cls.model_validate(dict(zip(("output", "input", "kind"), parts, strict=True)))
+
+
+class Lowering(Record):
+    """How one state's update was lowered, and why.
+
+    Attributes:
+        state: the state's name.
+        kind: the chosen mechanism.
+        reason: why it was chosen.
+        refused: mechanisms tried before it, each as ``kind: reason``.
+    """
+
+    state: str
+    kind: AliasKind
+    reason: str
+    refused: tuple[str, ...] = ()

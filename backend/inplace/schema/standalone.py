@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.dtypes import Dtype
 from inplace.schema.extents import Extent
 from inplace.schema.files import FileName, FileRecord, find_file
 from inplace.schema.records import Record, RecordFile
-from inplace.schema.served import Alias, Lowering
+from inplace.schema.specs import Alias, Dtype, Lowering
 
 FILE_NAME = "standalone.json"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from inplace.errors import LoadError
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 
 ALIGNMENT = 64
 """The tensors begin at a multiple of this many bytes."""

@@ -19,9 +19,8 @@ from inplace.protocol import (
     TEXT_OUTPUT,
     TOKENS,
 )
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.settings import TRITON_IDLE_MICROSECONDS
 
 TRITON_TYPES = {

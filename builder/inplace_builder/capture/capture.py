@@ -12,9 +12,8 @@ import torch
 from inplace.engines.arena import Arena
 from inplace.errors import LoadError
 from inplace.operators import written_states
-from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Alias, Lowering, Program
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.served import Program
+from inplace.schema.specs import Alias, Dtype, Lowering, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 

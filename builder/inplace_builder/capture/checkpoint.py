@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from inplace_builder.capture.lora import merge_lora, read_lora_config

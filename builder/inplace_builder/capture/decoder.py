@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
-from inplace.schema.specs import SAMPLING_ROLES, Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import SAMPLING_ROLES, Dtype, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from inplace.operators import written_states
-from inplace.schema.served import Alias, Lowering
-from inplace.schema.specs import StateSpec
+from inplace.schema.specs import Alias, Lowering, StateSpec
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule

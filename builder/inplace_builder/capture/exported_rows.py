@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from inplace.schema.dtypes import Dtype
 from inplace.schema.served import Program
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 import transformers
 from inplace.operators import sample
-from inplace.schema.dtypes import Dtype
-from inplace.schema.specs import StateSpec, Update
+from inplace.schema.specs import Dtype, StateSpec, Update
 from torch import Tensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel

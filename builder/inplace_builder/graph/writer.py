@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.schema.dtypes import Dtype
 from inplace.schema.graph import (
     BRANCHES,
     CONSTANT_DTYPES,
@@ -21,6 +20,7 @@ from inplace.schema.graph import (
     GraphValue,
     may_call,
 )
+from inplace.schema.specs import Dtype
 from inplace.schema.tensor_file import ALIGNMENT, write_safetensors
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from inplace.schema.artifacts import Flavor, Plan, Profile
-from inplace.schema.served import Alias, Lowering
+from inplace.schema.specs import Alias, Lowering
 from inplace.trt import TensorRT, load_tensorrt
 from torch import Tensor
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from inplace.operators import NAMESPACE
 from inplace.operators.state import VIEWS
-from inplace.schema.served import Alias, Lowering
-from inplace.schema.specs import StateSpec
+from inplace.schema.specs import Alias, Lowering, StateSpec
 from inplace.trt import TensorRT
 from torch import Tensor
 from torch.export.graph_signature import ConstantArgument

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.schema.served import AliasKind, Lowering
-from inplace.schema.specs import StateSpec
+from inplace.schema.specs import AliasKind, Lowering, StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from inplace.schema.dtypes import Dtype
-from inplace.schema.served import AliasKind
+from inplace.schema.specs import AliasKind, Dtype
 
 from inplace_builder.choices import Device, EngineKind, Protocol
 from inplace_builder.errors import BuildError

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from inplace.engines.tensorrt.steps import decode_sizes, mixed_sizes
 from inplace.schema.artifacts import Profile
-from inplace.schema.served import AliasKind, Program
-from inplace.schema.specs import Role, StateSpec, Update
+from inplace.schema.served import Program
+from inplace.schema.specs import AliasKind, Role, StateSpec, Update
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.fusion.fuse import bindable_weights, fuse, without_sampling

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.schema.served import AliasKind
+from inplace.schema.specs import AliasKind
 from inplace.schema.standalone import FILE_NAME
 from inplace.standalone import Engine
 from torch.export import ExportedProgram

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import record_files
-from inplace.schema.served import Lowering
+from inplace.schema.specs import Dtype, Lowering
 from inplace.schema.standalone import (
     FILE_NAME,
     Argument,

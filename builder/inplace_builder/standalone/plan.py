@@ -5,8 +5,7 @@ from typing import Any
 
 from inplace.schema.artifacts import Profile
 from inplace.schema.extents import evaluate
-from inplace.schema.served import AliasKind, Lowering
-from inplace.schema.specs import StateSpec
+from inplace.schema.specs import AliasKind, Lowering, StateSpec
 from inplace.schema.standalone import SLOTS, CallSignature, result_name
 from inplace.trt import TensorRT
 

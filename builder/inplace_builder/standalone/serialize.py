@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from inplace.schema.artifacts import Plan
-from inplace.schema.dtypes import Dtype
-from inplace.schema.served import Alias, AliasKind, Lowering
+from inplace.schema.specs import Alias, AliasKind, Dtype, Lowering
 from inplace.schema.standalone import SLOTS, CallSignature, StandaloneState, result_name
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace.schema.standalone import Argument, StandaloneManifest
 from inplace.standalone import Engine
 from torch import Tensor

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from inplace.operators.state import written_arguments
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from inplace.schema.dtypes import Dtype
-from inplace.schema.served import AliasKind
-from inplace.schema.specs import StateSpec, Update
+from inplace.schema.specs import AliasKind, Dtype, StateSpec, Update
 from inplace.schema.standalone import Selection, format_selection, select_view
 from torch import Tensor
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 from inplace.errors import LoadError
 from inplace.operators import read, update
-from inplace.schema.dtypes import Dtype
-from inplace.schema.served import AliasKind
-from inplace.schema.specs import StateSpec, Update
+from inplace.schema.specs import AliasKind, Dtype, StateSpec, Update
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.program import weights_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.schema.served import AliasKind
+from inplace.schema.specs import AliasKind
 from inplace.schema.standalone import CallSignature, result_name
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.capture.exported import ExportedCapture, capture_exported

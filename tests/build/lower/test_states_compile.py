@@ -5,7 +5,7 @@ The GPU tests run them with TensorRT.
 """
 
 import pytest
-from inplace.schema.served import AliasKind
+from inplace.schema.specs import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_network, lower

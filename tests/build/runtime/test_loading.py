@@ -14,10 +14,9 @@ from inplace.engines.arena import Arena, available_memory
 from inplace.errors import LoadError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine, make_arena
-from inplace.schema.dtypes import Dtype
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
-from inplace.schema.specs import StateSpec, Update
+from inplace.schema.specs import Dtype, StateSpec, Update
 from support.engine_graph import graph_json, replace_graph
 from support.manifests import edit, exchange
 from support.models import SLOTS, Repository, open_instance

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from decoders.configs import FORWARD, make_model
 from inplace.errors import InplaceError
-from inplace.schema.dtypes import Dtype
+from inplace.schema.specs import Dtype
 from inplace.trt import load_tensorrt
 from inplace_builder import BuildOptions, Capture, capture_decoder, write_engine
 from inplace_builder.capture.checkpoint import check_checkpoint, quiet

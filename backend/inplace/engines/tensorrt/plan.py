@@ -18,7 +18,7 @@ from typing_extensions import Buffer
 
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
-from inplace.schema.served import Alias
+from inplace.schema.specs import Alias
 from inplace.trt import Log, TensorRT, load_tensorrt
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inplace.schema.records import DIGEST, digest_of
+from inplace.schema.files import DIGEST, digest_of
 from inplace.schema.served import FILE_NAME
 
 Change = Callable[[dict[str, Any]], object]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.files import FileRecord
-from inplace.schema.records import digest_of
+from inplace.schema.files import FileRecord, digest_of
 from inplace.schema.served import (
     FILE_NAME,
     Call,

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from inplace.schema.files import FileName
-from inplace.schema.records import Record
+from inplace.schema.files import FileName, Record
 from inplace.schema.specs import Dtype
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]

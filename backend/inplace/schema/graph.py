@@ -18,7 +18,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from inplace.schema.extents import Extent
-from inplace.schema.records import Record
+from inplace.schema.files import Record
 from inplace.schema.specs import Dtype
 
 FORMAT: Literal[1] = 1

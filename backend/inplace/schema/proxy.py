@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from inplace.schema.records import RecordFile
+from inplace.schema.files import RecordFile
 
 FILE_NAME = "proxy.json"
 

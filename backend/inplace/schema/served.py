@@ -11,8 +11,7 @@ from pydantic import Field, model_validator
 
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.files import FileRecord, find_file
-from inplace.schema.records import Record, RecordFile
+from inplace.schema.files import FileRecord, Record, RecordFile, find_file
 from inplace.schema.specs import (
     CLIENT_ROLES,
     INITIAL_FILE,

@@ -10,7 +10,7 @@ from typing import Literal, Self
 import torch
 from pydantic import model_validator
 
-from inplace.schema.records import Record
+from inplace.schema.files import Record
 
 
 class Dtype(StrEnum):

@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.extents import Extent
-from inplace.schema.files import FileName, FileRecord, find_file
-from inplace.schema.records import Record, RecordFile
+from inplace.schema.files import FileName, FileRecord, Record, RecordFile, find_file
 from inplace.schema.specs import Alias, Dtype, Lowering
 
 FILE_NAME = "standalone.json"

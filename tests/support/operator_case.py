@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from inplace_builder.graph.reexport import correct_lstm, size_oblivious
+from inplace_builder.graph.export import correct_lstm, size_oblivious
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from inplace.operators import attention, read, update
 from inplace.schema.specs import Dtype, StateSpec, Update
-from inplace_builder.graph.reexport import size_oblivious
+from inplace_builder.graph.export import size_oblivious
 from inplace_builder.lower.compile import Range
 from torch import Tensor, nn
 from torch.export import Dim

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from inplace_builder.graph.guards import ExtentError, named_extents
-from inplace_builder.graph.reexport import size_oblivious
+from inplace_builder.graph.export import ExtentError, named_extents, size_oblivious
 from torch import Tensor, nn
 from torch.export import Dim
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.guards import model_line
+from inplace_builder.graph.export import model_line
 
 
 class CacheLengthError(BuildError):

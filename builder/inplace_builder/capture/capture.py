@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.export import Dim
 
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.guards import named_extents
+from inplace_builder.graph.export import correct_lstm, named_extents, size_oblivious
 from inplace_builder.graph.passes import check_state_uses, remove_no_ops
-from inplace_builder.graph.reexport import correct_lstm, size_oblivious
 
 Reference = Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]]
 """The original model on one sequence.

@@ -13,21 +13,21 @@ from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.constant_masks import resolve_constant_masks
-from inplace_builder.graph.guards import named_extents
+from inplace_builder.graph.export import (
+    InterpretedModule,
+    copy_module,
+    correct_lstm,
+    named_extents,
+    rename_inputs,
+    size_oblivious,
+    without_unused_attributes,
+)
 from inplace_builder.graph.nodes import placeholders_by_name, value
 from inplace_builder.graph.passes import (
     check_state_uses,
     drop_dead_assertions,
     normalise_assignments,
     remove_no_ops,
-)
-from inplace_builder.graph.reexport import (
-    InterpretedModule,
-    copy_module,
-    correct_lstm,
-    rename_inputs,
-    size_oblivious,
-    without_unused_attributes,
 )
 from inplace_builder.states.adapt import States, adapt_states
 from inplace_builder.states.divide import divide_states

@@ -26,17 +26,17 @@ from inplace_builder.capture.decoder import (
     decoder_program,
 )
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.guards import named_extents
-from inplace_builder.graph.nodes import dtype, shape
-from inplace_builder.graph.passes import drop_dead_assertions, normalise_assignments
-from inplace_builder.graph.reexport import (
+from inplace_builder.graph.export import (
     InterpretedModule,
     copy_module,
     correct_lstm,
+    named_extents,
     rename_inputs,
     size_oblivious,
     without_unused_attributes,
 )
+from inplace_builder.graph.nodes import dtype, shape
+from inplace_builder.graph.passes import drop_dead_assertions, normalise_assignments
 from inplace_builder.packing.pack import pack_rows, relax_views
 from inplace_builder.packing.prove import ProvenDecoder, prove_decoder
 from inplace_builder.states.divide import divide_states

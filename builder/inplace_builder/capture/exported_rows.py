@@ -15,14 +15,14 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from inplace_builder.capture.capture import Capture, complete_program, control_input
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.guards import named_extents
-from inplace_builder.graph.nodes import placeholders_by_name, returned_values, value
-from inplace_builder.graph.reexport import (
+from inplace_builder.graph.export import (
     InterpretedModule,
     correct_lstm,
+    named_extents,
     rename_inputs,
     size_oblivious,
 )
+from inplace_builder.graph.nodes import placeholders_by_name, returned_values, value
 from inplace_builder.packing.rows import RowGraph, make_rows_dynamic
 from inplace_builder.states.adapt import States
 from inplace_builder.states.state import SLOTS, CapturedState

@@ -47,9 +47,13 @@ from inplace_builder.capture.sparse import SPARSE_KINDS, without_indexers
 from inplace_builder.capture.uncached import cached_attention
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.guards import named_extents
+from inplace_builder.graph.export import (
+    LengthIndependent,
+    correct_lstm,
+    named_extents,
+    size_oblivious,
+)
 from inplace_builder.graph.passes import drop_dead_assertions
-from inplace_builder.graph.reexport import LengthIndependent, correct_lstm, size_oblivious
 
 SDPA = "sdpa"
 """transformers' name of PyTorch's ``scaled_dot_product_attention``."""

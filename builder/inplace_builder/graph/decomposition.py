@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from inplace_builder.graph.export import correct_lstm
 from inplace_builder.graph.nodes import value
-from inplace_builder.graph.reexport import correct_lstm
 
 Decomposition = Callable[..., Any]
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.decomposition import find_decomposition, trace_decomposition
+from inplace_builder.graph.export import correct_lstm
 from inplace_builder.graph.nodes import source_line, value
-from inplace_builder.graph.reexport import correct_lstm
 from inplace_builder.packing.row_rules import RULES, RowTensor, pointwise, trilinear
 
 

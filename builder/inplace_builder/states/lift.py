@@ -32,7 +32,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.guards import failing_line, named_extents
+from inplace_builder.graph.export import correct_lstm, failing_line, named_extents, size_oblivious
 from inplace_builder.graph.nodes import (
     Emitter,
     copy_graph,
@@ -41,7 +41,6 @@ from inplace_builder.graph.nodes import (
     source_line,
     value,
 )
-from inplace_builder.graph.reexport import correct_lstm, size_oblivious
 from inplace_builder.states.state import SLOTS, Owner, StateTensor
 from inplace_builder.states.unsupported import check_deterministic, check_writes
 

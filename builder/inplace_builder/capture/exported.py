@@ -12,7 +12,6 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.constant_masks import resolve_constant_masks
 from inplace_builder.graph.export import (
     InterpretedModule,
     copy_module,
@@ -28,6 +27,7 @@ from inplace_builder.graph.passes import (
     drop_dead_assertions,
     normalise_assignments,
     remove_no_ops,
+    resolve_constant_masks,
 )
 from inplace_builder.states.adapt import States, adapt_states
 from inplace_builder.states.divide import divide_states

@@ -1,20 +1,24 @@
-"""Passes that every capture route runs over its graph: normalise, clean up, check.
+"""Passes that every capture route runs over its graph: normalise, resolve masks, clean up, check.
 
 Each changes the graph in place, or only looks at it, and knows nothing of the route.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
 from inplace.operators.state import VIEWS, written_arguments
+from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import (
+    ConstantValues,
     Emitter,
     dtype,
+    fake_result,
     is_call,
     returned_values,
     shape,
@@ -61,7 +65,7 @@ def normalise_assignments(graph: Graph, num_outputs: int) -> None:
 def _assigned_value(emit: Emitter, old: Any, new: Any) -> Node:
     """What is assigned, in the type and the extents of what it is assigned to."""
     extents = [_extent(emit, old, axis) for axis in range(len(shape(old)))]
-    if not isinstance(new, Node) or not isinstance(value(new), torch.Tensor):
+    if not isinstance(new, Node) or not isinstance(value(new), Tensor):
         return emit.call(
             aten.full.default, extents, new, dtype=dtype(old), device=value(old).device
         )
@@ -91,6 +95,105 @@ def _only_stores(user: Node, node: Node) -> bool:
     """
     into = is_call(user, aten.slice_scatter.default, aten.select_scatter.default)
     return (into and user.args[1] is node and user.args[0] is not node) or user.op == "output"
+
+
+_INDEXED = frozenset(
+    {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default}
+)
+
+
+def resolve_constant_masks(graph: Graph, constants: Mapping[Node, Tensor]) -> None:
+    """Replace constant masks by indices, in place: then no extent depends on a value.
+
+    torch.export gives ``x[mask]`` an unknown extent, also where the mask is a buffer that nothing
+    writes. Its entries are known, so the mask becomes the indices of what it selects.
+
+    Args:
+        graph: without operators that write a constant; its module gets the indices as buffers.
+        constants: the tensors behind the nodes that never change.
+    """
+    walk = _MaskWalk(graph, constants)
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            walk.visit(node)
+    if walk.changed:
+        graph.eliminate_dead_code(
+            lambda node: node.op in ("placeholder", "output") or node.is_impure()
+        )
+
+
+class _MaskWalk:
+    """One walk over a graph that resolves masks.
+
+    Attributes:
+        changed: the nodes whose value has other extents than before.
+    """
+
+    def __init__(self, graph: Graph, constants: Mapping[Node, Tensor]) -> None:
+        self.changed: set[Node] = set()
+        self._values = ConstantValues(constants)
+        self._fake: Any = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
+
+    def visit(self, node: Node) -> None:
+        """Resolve what a node selects by, and give it its extents."""
+        if node.target in _INDEXED:
+            self._resolve_indices(node)
+        elif node.target is aten.masked_select.default:
+            self._resolve_selection(node)
+        elif (
+            node.target is aten.nonzero.default
+            and (places := self._values.tensor(node)) is not None
+        ):
+            self._replace(node, self._constant(places, node))
+        if not self.changed.isdisjoint(node.all_input_nodes):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+            node.meta["val"] = fake_result(node.target, args, kwargs)
+            self.changed.add(node)
+
+    def _resolve_indices(self, node: Node) -> None:
+        indices: Any = node.args[1]
+        resolved: list[Any] = []
+        for index in indices:
+            mask = self._values.tensor(index) if _is_mask(index) else None
+            if mask is None:
+                resolved.append(index)
+                continue
+            resolved += self._indices(mask, node)
+            if not mask.any() and node.target is aten.index_put.default:
+                self._replace(node, node.args[0])
+                return
+        if resolved != list(indices):
+            node.update_arg(1, resolved)
+            self.changed |= {each for each in resolved if isinstance(each, Node)}
+
+    def _resolve_selection(self, node: Node) -> None:
+        source, selector = node.args
+        assert isinstance(source, Node) and isinstance(selector, Node)
+        mask, extents = self._values.tensor(selector), value(source).shape
+        if mask is None or not all(isinstance(extent, int) for extent in extents):
+            return
+        whole = torch.broadcast_shapes(mask.shape, extents)
+        places = self._indices(mask.expand(whole), node)
+        with Emitter(node.graph, node).before(node) as emit:
+            wide = emit.call(aten.expand.default, source, list(whole))
+            self._replace(node, emit.call(aten.index.Tensor, wide, places))
+
+    def _replace(self, node: Node, new: Any) -> None:
+        node.replace_all_uses_with(new)
+        self.changed.add(new)
+
+    def _indices(self, mask: Tensor, node: Node) -> list[Node]:
+        """The indices of what a mask selects, one constant for each of its axes."""
+        return [self._constant(places, node) for places in mask.nonzero().unbind(1)]
+
+    def _constant(self, tensor: Tensor, node: Node) -> Node:
+        constant = self._values.insert(node, tensor, "selected")
+        constant.meta["val"] = self._fake.from_tensor(tensor, static_shapes=True)
+        return constant
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Node) and value(index).dtype in (torch.bool, torch.uint8)
 
 
 def drop_dead_assertions(graph: Graph) -> None:
@@ -127,7 +230,7 @@ def _is_assertion(node: Node) -> bool:
 
 def _is_number(node: Node) -> bool:
     """Whether a call only computes a number."""
-    if node.op != "call_function" or isinstance(node.meta.get("val"), torch.Tensor):
+    if node.op != "call_function" or isinstance(node.meta.get("val"), Tensor):
         return False
     overload = isinstance(node.target, torch._ops.OpOverload)
     return not (overload and node.target._schema.is_mutable)  # type: ignore[union-attr]

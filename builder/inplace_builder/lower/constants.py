@@ -3,7 +3,7 @@
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from inplace_builder.graph.constants import ConstantValues
+from inplace_builder.graph.nodes import ConstantValues
 from inplace_builder.graph.program import GraphProgram, weights_of
 
 

@@ -4,7 +4,7 @@ In-place operators are removed (`inplace_builder.graph.in_place`), and an operat
 converter is replaced by its value, if it depends on no input, or by PyTorch's own decomposition of
 it, into core ATen where there is one. A decomposition may write in place, and may use operators
 that have no converter either, so both are repeated until nothing changes. Constant masks become
-indices before (`inplace_builder.graph.constant_masks`), complex numbers pairs of real ones
+indices before (`inplace_builder.graph.passes`), complex numbers pairs of real ones
 afterwards (`inplace_builder.lower.complex_numbers`). What has a converter stays whole: a layer of
 TensorRT is faster than its parts, and fusion matches whole operators.
 """
@@ -17,7 +17,6 @@ from inplace.operators import NAMESPACE
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import brief
-from inplace_builder.graph.constant_masks import resolve_constant_masks
 from inplace_builder.graph.decomposition import (
     Decomposition,
     find_decomposition,
@@ -25,6 +24,7 @@ from inplace_builder.graph.decomposition import (
 )
 from inplace_builder.graph.in_place import remove_in_place
 from inplace_builder.graph.nodes import insert_constant
+from inplace_builder.graph.passes import resolve_constant_masks
 from inplace_builder.graph.program import AnyProgram, GraphProgram, weights_of
 from inplace_builder.lower.complex_numbers import (
     has_complex_rule,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
-from inplace_builder.graph.constants import ConstantValues
 from inplace_builder.graph.in_place import writes_in_place
+from inplace_builder.graph.nodes import ConstantValues
 from inplace_builder.lower import lower, lowerable
 from inplace_builder.lower.own_decompositions import OWN
 from support.network_interpreter import interpret

@@ -41,8 +41,8 @@ from inplace_builder.graph.nodes import (
     source_line,
     value,
 )
+from inplace_builder.graph.passes import check_deterministic, check_writes
 from inplace_builder.states.state import SLOTS, Owner, StateTensor
-from inplace_builder.states.unsupported import check_deterministic, check_writes
 
 aten = torch.ops.aten
 

@@ -28,7 +28,7 @@ from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.choices import EngineKind
 from inplace_builder.engine_files import built_with, write_plan, write_program
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.extents import dtype_and_shape, symbol_ranges
+from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.states.lift import export_module
 from inplace_builder.states.state import CapturedState, Owner
 

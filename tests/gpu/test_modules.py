@@ -17,8 +17,13 @@ from inplace.standalone import Engine
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.lower.compile import Target
-from inplace_builder.standalone.build import build
-from inplace_builder.standalone.call import alignment, describe_call, export_for, write_files
+from inplace_builder.standalone.build import (
+    alignment,
+    build,
+    describe_call,
+    export_for,
+    write_files,
+)
 from inplace_builder.standalone.plan import build_plan
 from support.comparing import compare_engine
 from support.corpus import CORPUS

@@ -1,24 +1,55 @@
-"""Build an engine from a module, to be called without a server: plan, write, verify, publish."""
+"""Build an engine from a module, to be called without a server.
+
+Export, describe the call, write the files, verify, publish.
+"""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from inplace.schema.specs import AliasKind
-from inplace.schema.standalone import FILE_NAME
+from inplace.schema.files import record_files
+from inplace.schema.specs import AliasKind, Dtype, Lowering
+from inplace.schema.standalone import (
+    FILE_NAME,
+    Argument,
+    CallSignature,
+    Result,
+    StandaloneManifest,
+    StandaloneState,
+)
 from inplace.standalone import Engine
+from inplace.standalone.checks import ALIGNMENT
+from inplace.standalone.engine import write_owned_states
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.passes import move_to_device_pass
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-from inplace_builder.capture.exported import capture_exported
+from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.choices import EngineKind
-from inplace_builder.engine_files import check_target, disk_errors, load_errors, publish_engine
+from inplace_builder.engine_files import (
+    built_with,
+    check_target,
+    disk_errors,
+    load_errors,
+    publish_engine,
+    write_plan,
+    write_program,
+)
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.standalone.call import alignment, describe_call, export_for, write_files
+from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.standalone.verify import verify
 from inplace_builder.states.adapt import States, adapt_states
+from inplace_builder.states.lift import export_module
+from inplace_builder.states.state import CapturedState, Owner
+
+if TYPE_CHECKING:
+    from inplace_builder.lower.compile import CompiledPlan
 
 
 def build(
@@ -132,3 +163,290 @@ def _reference(module: torch.nn.Module | ExportedProgram) -> torch.nn.Module:
             f"the module cannot be copied, which verification needs: {brief(error)}"
         ) from error
     return copied.module() if isinstance(copied, ExportedProgram) else copied
+
+
+def alignment(engine: EngineKind) -> int:
+    """Bytes that the address of a state must be a multiple of."""
+    return ALIGNMENT["cpu" if engine == "torch" else "cuda"]
+
+
+def export_for(
+    module: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any],
+    engine: EngineKind,
+    *,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> ExportedProgram:
+    """Export a module for an engine of this kind, on the CPU.
+
+    A module on a GPU is moved to the CPU for the builder, if the engine runs on a GPU.
+
+    Raises:
+        BuildError: it cannot be exported, has no example inputs, or is on a GPU while the engine
+            runs on the CPU.
+    """
+    exported = export_module(module, example_inputs, dynamic_shapes, kwargs)
+    if exported.example_inputs is None:
+        raise BuildError(
+            "the exported program has no example inputs, which the engine is verified with; "
+            "export it anew"
+        )
+    leaves = pytree.tree_leaves(exported.example_inputs)
+    values = {
+        **exported.state_dict,
+        **{f"example input {place}": leaf for place, leaf in enumerate(leaves)},
+    }
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
+            continue
+        if engine == "torch":
+            raise BuildError(
+                f"{name} is on {value.device}; a PyTorch engine runs on the CPU: "
+                f"move module and inputs with .cpu(), or build for TensorRT"
+            )
+        return move_to_device_pass(exported, "cpu")
+    return exported
+
+
+def describe_call(exported: ExportedProgram, capture: ExportedCapture) -> CallSignature:
+    """Describe how the module was called, leaf by leaf.
+
+    Raises:
+        BuildError: an argument or a result has a type that an engine cannot take or return.
+    """
+    args, kwargs = exported.example_inputs
+    signature = exported.module_call_graph[0].signature
+    assert signature is not None and signature.in_spec is not None
+    names = tuple(signature.forward_arg_names or ())
+    if len(names) != len(args) + len(kwargs):
+        names = (*(f"argument_{place}" for place in range(len(args))), *kwargs)
+    arguments = _arguments(exported, capture, names)
+    try:
+        in_spec, out_spec = map(pytree.treespec_dumps, (signature.in_spec, signature.out_spec))
+    except Exception as error:
+        raise BuildError(
+            f"the arguments or outputs have a type that cannot be written ({brief(error)}): "
+            f"register it with a serialized_type_name (torch.export.register_dataclass), "
+            f"or pass and return dicts and tuples"
+        ) from error
+    try:
+        returned = result_records(capture.exported)
+    except ValueError as error:
+        raise BuildError(
+            f"an output cannot be returned by an engine: {brief(error)}; "
+            f"return tensors, numbers and constants"
+        ) from error
+    return CallSignature(
+        arguments=arguments,
+        ranges=symbol_ranges(capture.exported, [argument.shape for argument in arguments]),
+        results=returned,
+        in_spec=in_spec,
+        out_spec=out_spec,
+        parameters=names,
+        positional=len(args),
+    )
+
+
+def result_records(exported: ExportedProgram) -> tuple[Result, ...]:
+    """Describe the leaves of what a graph returns.
+
+    Raises:
+        ValueError: a result has a type that no engine returns.
+    """
+    records = []
+    for leaf in pytree.tree_leaves(exported.graph.output_node().args[0]):
+        if not isinstance(leaf, Node):
+            records.append(Result(kind="constant", value=leaf))
+            continue
+        dtype, shape = dtype_and_shape(leaf.meta["val"])
+        if dtype is None:
+            records.append(Result(kind="number", shape=shape))
+            continue
+        try:
+            records.append(Result(kind="tensor", dtype=Dtype.of(dtype), shape=shape))
+        except ValueError:
+            raise ValueError(
+                f"output {leaf} is {dtype}, which no engine returns; convert it"
+            ) from None
+    return tuple(records)
+
+
+def _arguments(
+    exported: ExportedProgram, capture: ExportedCapture, parameters: Sequence[str]
+) -> tuple[Argument, ...]:
+    """The leaves of ``(args, kwargs)``."""
+    leaves = pytree.tree_flatten_with_path(exported.example_inputs)[0]
+    specs = [
+        spec for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+    ]
+    if len(leaves) != len(specs):
+        raise BuildError(
+            f"torch.export took {len(specs)} of {len(leaves)} arguments; "
+            f"pass each tensor of a call as an argument of its own"
+        )
+    states = {state.tensor.module_tensor.name: state for state in capture.states}
+    placeholders = {node.name: node for node in capture.exported.graph.find_nodes(op="placeholder")}
+    arguments = []
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
+        where = _path_text(path, parameters)
+        if isinstance(spec.arg, ConstantArgument):
+            arguments.append(_constant(where, leaf))
+        elif (state := states.get(spec.arg.name)) is not None:
+            shape = _state_extents(leaf, state, placeholders)
+            arguments.append(
+                Argument(
+                    where=where,
+                    name=spec.arg.name,
+                    kind="state",
+                    dtype=dtype_of(leaf, where),
+                    shape=shape,
+                )
+            )
+        else:
+            arguments.append(_input(where, leaf, placeholders[spec.arg.name]))
+    return tuple(arguments)
+
+
+def _constant(where: str, value: object) -> Argument:
+    if not isinstance(value, bool | int | float | str | None):
+        raise BuildError(
+            f"argument {where} is a {type(value).__name__}; "
+            f"an engine takes tensors, numbers and constants"
+        )
+    return Argument(where=where, kind="constant", value=value)
+
+
+def _input(where: str, leaf: object, placeholder: Node) -> Argument:
+    """A tensor, or a Python number that changes from call to call."""
+    value = placeholder.meta["val"]
+    if isinstance(leaf, Tensor):
+        return Argument(
+            where=where,
+            name=placeholder.name,
+            kind="tensor",
+            dtype=dtype_of(leaf, where),
+            shape=dtype_and_shape(value)[1],
+        )
+    if isinstance(value, torch.SymInt):
+        return Argument(
+            where=where, name=placeholder.name, kind="number", shape=dtype_and_shape(value)[1]
+        )
+    raise BuildError(
+        f"argument {where} is a {type(leaf).__name__} that changes from call to call; pass a tensor"
+    )
+
+
+def _state_extents(
+    tensor: Tensor, state: CapturedState, placeholders: Mapping[str, Node]
+) -> tuple[int | str, ...]:
+    """The extents of a tensor that is a state, or is divided into several."""
+    extents: list[int | str] = list(tensor.shape)
+    if state.tensor.dynamic_axes:  # such a tensor is not divided
+        with_slots = dtype_and_shape(placeholders[state.name].meta["val"])[1]
+        for axis in state.tensor.dynamic_axes:
+            extents[axis] = with_slots[axis + (not state.has_slot_axis)]
+    return tuple(extents)
+
+
+def _path_text(path: tuple[Any, ...], parameters: Sequence[str]) -> str:
+    """The path of a leaf in ``(args, kwargs)`` as the caller writes it."""
+    kind, which, *rest = path
+    name = parameters[which.idx] if kind.idx == 0 else which.key
+    return f"{name}{pytree.keystr(tuple(rest))}"
+
+
+def dtype_of(tensor: Tensor, title: str) -> Dtype:
+    """The element type of a tensor.
+
+    Raises:
+        BuildError: no engine has it; names ``title``.
+    """
+    try:
+        return Dtype.of(tensor.dtype)
+    except ValueError:
+        raise BuildError(
+            f"{title} is {tensor.dtype}, which no engine takes; "
+            f"the types are {[str(dtype) for dtype in Dtype]}"
+        ) from None
+
+
+def write_files(
+    folder: Path, capture: ExportedCapture, call: CallSignature, plan: "CompiledPlan | None"
+) -> StandaloneManifest:
+    """Write a captured module as a graph for PyTorch, or as the plan that it was compiled to.
+
+    The manifest is written too.
+
+    Raises:
+        BuildError: a weight has a type that no engine has.
+        OSError: a file cannot be written.
+    """
+    weights = capture.exported.state_dict.values()
+    weight = next((tensor for tensor in weights if tensor.is_floating_point()), None)
+    dtype = dtype_of(weight, "a weight") if weight is not None else Dtype.FLOAT32
+    if plan is None:
+        engine, notes = write_program(capture.exported, folder, "cpu", dtype), built_with()
+    else:
+        engine = write_plan(plan.content, plan.record, plan.weights, folder, dtype)
+        notes = built_with(plan.record)
+    owned = write_owned_states(folder, _owned_states(capture))
+    manifest = StandaloneManifest(
+        states=state_records(capture, call),
+        aliases=tuple(str(alias) for alias in (plan or capture).aliases),
+        lowering=lowering_records(capture, plan),
+        call=call,
+        rows=capture.rows,
+        engine=engine,
+        owned=owned,
+        files=record_files(folder, leave_out=FILE_NAME),
+        built_with=notes,
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def lowering_records(capture: ExportedCapture, plan: "CompiledPlan | None") -> tuple[Lowering, ...]:
+    """How each state is updated, and why.
+
+    The reason is how the module's writes were recognised, and for a plan also the mechanism's.
+    """
+    if plan is None:
+        return capture.lowering
+    recognised = {record.state: record.reason for record in capture.lowering}
+    return tuple(
+        record
+        if record.kind == "user"
+        else record.model_copy(update={"reason": f"{recognised[record.state]}; {record.reason}"})
+        for record in plan.lowering
+    )
+
+
+def _owned_states(capture: ExportedCapture) -> dict[str, Tensor]:
+    """The initial values of the tensors that hold the engine's own states."""
+    owned = (
+        state.tensor.module_tensor for state in capture.states if state.tensor.owner is Owner.MODULE
+    )
+    return {tensor.source: tensor.initial for tensor in owned}
+
+
+def state_records(capture: ExportedCapture, call: CallSignature) -> tuple[StandaloneState, ...]:
+    """The states as the manifest records them."""
+    arguments = {argument.name: argument for argument in call.arguments}
+    records = []
+    for state in capture.states:
+        tensor = state.tensor.module_tensor
+        argument = arguments.get(tensor.name)
+        records.append(
+            StandaloneState(
+                name=state.name,
+                owner="caller" if state.tensor.owner is Owner.CALLER else "module",
+                source=tensor.source if argument is None else argument.where,
+                dtype=dtype_of(state.tensor.initial, state.tensor.source),
+                shape=tuple(tensor.initial.shape) if argument is None else argument.shape,
+                selection=state.tensor.selects,
+                written_at=state.tensor.first_write.strip(),
+                has_slot_axis=state.has_slot_axis,
+            )
+        )
+    return tuple(records)

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.choices import EngineKind
 from inplace_builder.errors import BuildError
-from inplace_builder.standalone.call import (
+from inplace_builder.standalone.build import (
     alignment,
     describe_call,
     export_for,

@@ -17,7 +17,7 @@ from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import LoweredNetwork
 from inplace_builder.lower.compile import Target
-from inplace_builder.standalone.call import describe_call, export_for
+from inplace_builder.standalone.build import describe_call, export_for
 from inplace_builder.standalone.plan import build_plan, lower_module
 from support.comparing import EagerStates
 from support.corpus import CORPUS

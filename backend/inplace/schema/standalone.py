@@ -33,6 +33,11 @@ SLOTS = "slots"
 """The graph input between the module's arguments and the states."""
 
 
+ALIGNMENT = {"cpu": 1, "cuda": 256}
+"""Alignment of states in bytes, by device type. TensorRT binds no other addresses; all of
+PyTorch's own allocations have it."""
+
+
 Selection = tuple[tuple[int, int], ...]
 """The arguments (axis, index) of successive calls of `Tensor.select`, which make a view."""
 

@@ -1,6 +1,6 @@
 """A standalone engine: called like the module it was built from, states updated in place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -14,14 +14,14 @@ from inplace.schema.extents import evaluate
 from inplace.schema.files import EngineFolder, publish, record_files, replace_conflict
 from inplace.schema.standalone import (
     FILE_NAME,
+    Argument,
     Result,
     StandaloneManifest,
     StandaloneState,
     load_tree,
 )
 from inplace.schema.tensor_file import as_dtype, read_tensors, write_tensors
-from inplace.standalone.checks import ArgumentChecker, check_memory
-from inplace.standalone.execute import Runner, add_loaded, open_runner
+from inplace.standalone.execute import Runner, add_loaded, check_memory, open_runner
 
 STATES_FILE = "states.safetensors"
 """The values of the states that an engine owns, by buffer name."""
@@ -291,3 +291,160 @@ def _tree(text: str, folder: Path) -> pytree.TreeSpec:
             f"({error}); import the module that registers it (torch.export.register_dataclass) "
             "before loading"
         ) from error
+
+
+class ArgumentChecker:
+    """Checks the arguments of an engine against its manifest."""
+
+    def __init__(self, manifest: StandaloneManifest) -> None:
+        self._device = manifest.engine.device
+        self._ranges = manifest.call.ranges
+        self._write_notes = {
+            state.source: state.write_note for state in manifest.bases if state.owner == "caller"
+        }
+
+    def check(self, arguments: Sequence[Argument], given: Sequence[object]) -> dict[str, Any]:
+        """Check the leaves of a call, apart from their memory (`check_memory`).
+
+        Args:
+            arguments: what the engine takes.
+            given: the leaves, in the order of ``arguments``.
+
+        Returns:
+            The value of each symbol in the shapes.
+
+        Raises:
+            CallError: names the argument, what was expected and what to do.
+        """
+        bound: dict[str, tuple[Any, str]] = {}
+        for argument, value in zip(arguments, given, strict=True):
+            if argument.kind == "constant":
+                _check_constant(argument, value)
+            elif argument.kind == "number":
+                if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+                    raise CallError(
+                        f"argument {argument.where} is {_kind(value)}, the engine takes an int"
+                    )
+                self._bind(argument, "value", value, argument.shape[0], bound)
+            else:
+                try:
+                    self._check_tensor(argument, value, bound)
+                except CallError as error:
+                    note = self._write_notes.get(argument.where, "")
+                    raise CallError(f"{error}{note}") from None
+        known = {symbol: value for symbol, (value, _) in bound.items()}
+        _check_computed(arguments, given, known)
+        return known
+
+    def _check_tensor(
+        self, argument: Argument, value: object, bound: dict[str, tuple[Any, str]]
+    ) -> None:
+        assert argument.dtype is not None
+        if not isinstance(value, Tensor):
+            raise CallError(
+                f"argument {argument.where} is {_kind(value)}, "
+                f"the engine takes a tensor of {_shape(argument.shape)}"
+            )
+        state = argument.kind == "state"
+        advice = (
+            "allocate the state like that: it is updated in its own memory"
+            if state
+            else "convert it before the call"
+        )
+        if value.dtype != argument.dtype.as_torch:
+            raise CallError(
+                f"argument {argument.where} is {value.dtype}, "
+                f"the engine was built for {argument.dtype.as_torch}; {advice}"
+            )
+        if value.device.type != self._device:
+            raise CallError(
+                f"argument {argument.where} is on {value.device}, "
+                f"the engine runs on {self._device}; {advice}"
+            )
+        if value.layout is not torch.strided:
+            raise CallError(
+                f"argument {argument.where} has the layout {value.layout}, "
+                f"the engine takes strided tensors; {advice}"
+            )
+        if len(argument.shape) != value.dim():
+            raise CallError(
+                f"argument {argument.where} is {list(value.shape)}, "
+                f"the engine takes {_shape(argument.shape)}; {advice}"
+            )
+        for axis, (extent, expected) in enumerate(zip(value.shape, argument.shape, strict=True)):
+            self._bind(argument, f"extent on axis {axis}", extent, expected, bound)
+        if state and not value.is_contiguous():
+            raise CallError(
+                f"argument {argument.where} is a state with strides {value.stride()}, "
+                "which must be contiguous: call .contiguous() once, "
+                "and pass that tensor in every call"
+            )
+
+    def _bind(
+        self,
+        argument: Argument,
+        what: str,
+        actual: Any,
+        expected: int | str,
+        bound: dict[str, tuple[Any, str]],
+    ) -> None:
+        """Compare a number with the graph's, or bind the graph's symbol to it."""
+        title = f"argument {argument.where} has the {what} {actual}"
+        if isinstance(expected, int):
+            if actual != expected:
+                raise CallError(
+                    f"{title}, the engine was built for {expected}; "
+                    "build it with dynamic_shapes to take others"
+                )
+            return
+        low, high = self._ranges.get(expected, (None, None))
+        if (low is not None and actual < low) or (high is not None and actual > high):
+            raise CallError(
+                f"{title}, the engine was built for {low} to "
+                f"{high if high is not None else 'any'}; widen dynamic_shapes"
+            )
+        if expected.isidentifier():
+            other, source = bound.setdefault(expected, (actual, argument.where))
+            if other != actual:
+                raise CallError(f"{title}, which must be that of {source}, {other}")
+
+
+def _check_computed(
+    arguments: Sequence[Argument], given: Sequence[object], known: Mapping[str, Any]
+) -> None:
+    """Check the extents that are expressions, as far as their symbols are known."""
+    for argument, value in zip(arguments, given, strict=True):
+        extents = value.shape if isinstance(value, Tensor) else (value,)
+        for axis, (extent, expected) in enumerate(zip(extents, argument.shape, strict=False)):
+            if isinstance(expected, int) or expected.isidentifier():
+                continue
+            try:
+                computed = evaluate(expected, known)
+            except ValueError:
+                continue
+            if computed != extent:
+                raise CallError(
+                    f"argument {argument.where} has {extent} on axis {axis}, "
+                    f"which must be {expected} = {computed}"
+                )
+
+
+def _check_constant(argument: Argument, value: object) -> None:
+    if type(value) is not type(argument.value) or value != argument.value:
+        actual = f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise CallError(
+            f"argument {argument.where} is {actual}, the engine was built for {argument.value!r}, "
+            "a constant of its graph: build another engine"
+        )
+
+
+def _kind(value: object) -> str:
+    return (
+        f"a tensor of {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -8,7 +8,7 @@ can make functional.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +16,16 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
-from inplace.errors import LoadError
+from inplace.errors import CallError, LoadError
 from inplace.operators.library import LIBRARY, define
 from inplace.schema.graph import GraphValue
-from inplace.schema.standalone import SLOTS, Result, StandaloneManifest
-from inplace.standalone.checks import check_memory
+from inplace.schema.standalone import (
+    ALIGNMENT,
+    SLOTS,
+    Result,
+    StandaloneManifest,
+    StandaloneState,
+)
 
 
 class Runner(Protocol):
@@ -158,6 +163,69 @@ def _execute_fake(
     results: Sequence[Tensor],
 ) -> None:
     return None
+
+
+def check_memory(
+    states: Sequence[tuple[StandaloneState, Tensor]], others: Mapping[str, object]
+) -> None:
+    """Check that no state overlaps another tensor of the call, as the graph assumes.
+
+    Args:
+        states: each state and its tensor.
+        others: the other arguments, by their title in an error.
+
+    Raises:
+        CallError: a state shares memory with another tensor, or its address is not aligned.
+    """
+    for state, tensor in states:
+        _check_alignment(state, tensor)
+    titled: list[tuple[str, Tensor, StandaloneState | None]] = [
+        (state.label, tensor, state) for state, tensor in states
+    ]
+    titled += [(title, value, None) for title, value in others.items() if isinstance(value, Tensor)]
+    spans = sorted(
+        ((*_span(tensor), title, state) for title, tensor, state in titled if tensor.numel()),
+        key=lambda span: span[:2],
+    )
+    # The tensor and the state that reach farthest so far.
+    last_end, last_title = 0, ""
+    state_end = 0
+    last_state: StandaloneState | None = None
+    for start, end, title, written_state in spans:
+        other = None
+        if last_state is not None and start < state_end:
+            other = last_state.label
+        elif written_state is not None and start < last_end:
+            other = last_title
+        if other is not None:
+            written = written_state or last_state
+            assert written is not None
+            raise CallError(
+                f"{other} and {title} share memory, and one of them is a state, "
+                f"which the call writes: pass a copy of one{written.write_note}"
+            )
+        if end > last_end:
+            last_end, last_title = end, title
+        if written_state is not None and end > state_end:
+            state_end, last_state = end, written_state
+
+
+def _check_alignment(state: StandaloneState, tensor: Tensor) -> None:
+    alignment = ALIGNMENT[tensor.device.type]
+    if tensor.data_ptr() % alignment:
+        raise CallError(
+            f"{state.label} begins at {tensor.data_ptr():#x}, "
+            f"the engine takes states at multiples of {alignment} bytes: "
+            f"allocate it by itself instead of as a part of another tensor{state.write_note}"
+        )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and of the first byte after its last."""
+    last = sum(
+        (extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 ADVICE = "build the engine again"

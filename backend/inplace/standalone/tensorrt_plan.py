@@ -14,8 +14,13 @@ from torch import Tensor
 from inplace.engines.tensorrt.plan import ExecutionContexts, check_native_aliases, open_plan
 from inplace.errors import LoadError
 from inplace.schema.extents import evaluate
-from inplace.schema.standalone import Argument, StandaloneManifest, StandaloneState, result_name
-from inplace.standalone.checks import ALIGNMENT
+from inplace.schema.standalone import (
+    ALIGNMENT,
+    Argument,
+    StandaloneManifest,
+    StandaloneState,
+    result_name,
+)
 
 MAX_GRAPHS = 16
 """CUDA graphs that are kept; the least recently used is dropped first."""

@@ -13,6 +13,7 @@ import torch
 from inplace.schema.files import record_files
 from inplace.schema.specs import AliasKind, Dtype, Lowering
 from inplace.schema.standalone import (
+    ALIGNMENT,
     FILE_NAME,
     Argument,
     CallSignature,
@@ -21,7 +22,6 @@ from inplace.schema.standalone import (
     StandaloneState,
 )
 from inplace.standalone import Engine
-from inplace.standalone.checks import ALIGNMENT
 from inplace.standalone.engine import write_owned_states
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 from pydantic import ConfigDict, Field
 
-from inplace.schema.extents import Extent
 from inplace.schema.files import Record
-from inplace.schema.specs import Dtype
+from inplace.schema.specs import Dtype, Extent
 
 FORMAT: Literal[1] = 1
 

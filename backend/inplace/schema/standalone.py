@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inplace.schema.artifacts import EngineFile
-from inplace.schema.extents import Extent
 from inplace.schema.files import FileName, FileRecord, Record, RecordFile, find_file
-from inplace.schema.specs import Alias, Dtype, Lowering
+from inplace.schema.specs import Alias, Dtype, Extent, Lowering
 
 FILE_NAME = "standalone.json"
 
@@ -69,7 +68,7 @@ class Argument(Record):
             integer. ``constant``: must have the value that it had at the build.
         dtype: of a tensor.
         shape: of a tensor, or the one value of a number; a text is a dynamic extent
-            (`inplace.schema.extents`).
+            (`inplace.schema.specs`).
         value: of a constant.
     """
 
@@ -89,7 +88,7 @@ class Result(Record):
             same in every call.
         dtype: of a tensor.
         shape: of a tensor, or the one value of a number; a text is an expression in the symbols of
-            the arguments' shapes (`inplace.schema.extents`). An expression with another symbol
+            the arguments' shapes (`inplace.schema.specs`). An expression with another symbol
             depends on the values of tensors.
         value: of a constant.
     """

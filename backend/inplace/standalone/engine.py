@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inplace.errors import CallError, LoadError
-from inplace.schema.extents import evaluate
 from inplace.schema.files import EngineFolder, publish, record_files, replace_conflict
+from inplace.schema.specs import evaluate_extent
 from inplace.schema.standalone import (
     FILE_NAME,
     Argument,
@@ -210,7 +210,7 @@ class Engine(nn.Module):
     def _allocate(self, result: Result, known: Mapping[str, Any]) -> Any:
         """A new tensor for a result; or the value of a result that is a number."""
         try:
-            extents = [evaluate(extent, known) for extent in result.shape]
+            extents = [evaluate_extent(extent, known) for extent in result.shape]
         except ValueError as error:
             raise CallError(
                 f"a result of the shape {list(result.shape)} cannot be exported ({error}): "
@@ -419,7 +419,7 @@ def _check_computed(
             if isinstance(expected, int) or expected.isidentifier():
                 continue
             try:
-                computed = evaluate(expected, known)
+                computed = evaluate_extent(expected, known)
             except ValueError:
                 continue
             if computed != extent:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inplace.engines.tensorrt.plan import ExecutionContexts, check_native_aliases, open_plan
 from inplace.errors import LoadError
-from inplace.schema.extents import evaluate
+from inplace.schema.specs import evaluate_extent
 from inplace.schema.standalone import (
     ALIGNMENT,
     Argument,
@@ -153,7 +153,7 @@ class TensorRtPlan:
         }
         return {
             result_name(index): torch.empty(
-                [evaluate(extent, known) for extent in result.shape],
+                [evaluate_extent(extent, known) for extent in result.shape],
                 dtype=result.dtype.as_torch,
                 device="cuda",
             )
@@ -273,7 +273,7 @@ class TensorRtPlan:
             symbol: max(low or 0, 1) for symbol, (low, _) in self._manifest.call.ranges.items()
         }
         return torch.zeros(
-            [evaluate(extent, smallest) for extent in argument.shape],
+            [evaluate_extent(extent, smallest) for extent in argument.shape],
             dtype=argument.dtype.as_torch,
             device="cuda",
         )

@@ -10,7 +10,6 @@ from typing import Any
 
 import sympy
 import torch
-from inplace.schema.extents import UNKNOWN, parse, symbols
 from inplace.schema.graph import (
     BRANCHES,
     CONSTANT_DTYPES,
@@ -25,7 +24,7 @@ from inplace.schema.graph import (
     GraphValue,
     may_call,
 )
-from inplace.schema.specs import Dtype
+from inplace.schema.specs import UNKNOWN, Dtype, extent_symbols, parse_extent
 from inplace.schema.tensor_file import ALIGNMENT, write_safetensors
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -315,7 +314,7 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
 
 
 def extent_text(extent: Any) -> int | str:
-    """A number of a graph: an integer, or the text of its expression (`inplace.schema.extents`).
+    """A number of a graph: an integer, or the text of its expression (`inplace.schema.specs`).
 
     Numbers that the expressions do not cover, floating-point ones for example, are `UNKNOWN`.
     """
@@ -328,7 +327,7 @@ def extent_text(extent: Any) -> int | str:
         return int(expression)
     try:
         text = _text(expression, nested=False)
-        parse(text)
+        parse_extent(text)
     except ValueError:
         return UNKNOWN
     return text
@@ -395,7 +394,7 @@ def symbol_ranges(
         for shape in shapes
         for extent in shape
         if isinstance(extent, str)
-        for symbol in symbols(extent)
+        for symbol in extent_symbols(extent)
     }
     return {
         str(symbol): _limits(limits)

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inplace.schema.artifacts import Profile
-from inplace.schema.extents import evaluate
-from inplace.schema.specs import AliasKind, Lowering, StateSpec
+from inplace.schema.specs import AliasKind, Lowering, StateSpec, evaluate_extent
 from inplace.schema.standalone import SLOTS, CallSignature, result_name
 from inplace.trt import TensorRT
 
@@ -148,13 +147,13 @@ def _ranges(call: CallSignature) -> dict[str, Range]:
         if argument.kind != "tensor" or all(isinstance(extent, int) for extent in argument.shape):
             continue
         try:
-            largest = tuple(evaluate(extent, highest) for extent in argument.shape)
+            largest = tuple(evaluate_extent(extent, highest) for extent in argument.shape)
         except ValueError as error:
             raise BuildError(
                 f"argument {argument.where} is {list(argument.shape)}, and an extent has no "
                 f"largest value ({error}): a plan needs one; give it in dynamic_shapes, as "
                 f"torch.export.Dim(name, max=…)"
             ) from error
-        smallest = tuple(evaluate(extent, lowest) for extent in argument.shape)
+        smallest = tuple(evaluate_extent(extent, lowest) for extent in argument.shape)
         ranges[argument.name] = (smallest, largest, largest)
     return ranges

@@ -131,6 +131,8 @@ def count_build() -> dict[str, Any]:
     from inplace_builder import build
 
     class Cached(torch.nn.Module):
+        cache: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.linear = torch.nn.Linear(8, 8)

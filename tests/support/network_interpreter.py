@@ -61,7 +61,10 @@ def interpret(lowered: LoweredNetwork, inputs: Mapping[str, Tensor]) -> dict[str
         name: inputs[name]
         for name in (network.get_input(index).name for index in range(network.num_inputs))
     }
+    plugins = list(getattr(network, "plugins", ()))  # of `support.plugin_networks`
     for index in range(network.num_layers):
+        while plugins and plugins[0].position <= index:
+            plugins.pop(0).run(values)
         layer = network.get_layer(index)
         tensors = [layer.get_input(each) for each in range(layer.num_inputs)]
         outputs = [layer.get_output(each) for each in range(layer.num_outputs)]

@@ -13,13 +13,18 @@ from inplace.plugins import (
     OPERATIONS,
     ArgmaxOperation,
     AttentionOperation,
+    CausalConv1dOperation,
+    DeltaRuleOperation,
     GroupedLinearOperation,
     LinearOperation,
+    LinearRecurrenceOperation,
     Operation,
     RmsNormOperation,
+    SelectiveScanOperation,
     UpdateOperation,
     plugins,
 )
+from inplace.plugins.recurrences import RecurrentOperation
 from inplace.trt import load_tensorrt
 
 HALF, INT = torch.bfloat16, torch.int32
@@ -60,6 +65,10 @@ EXAMPLES: list[Operation] = [
     AttentionOperation(
         heads=64, kv_heads=8, dim=64, value_dim=64, scale=0.125, max_rows=9, sinks=True, readers=1
     ),
+    CausalConv1dOperation(bias=True, silu=True),
+    SelectiveScanOperation(skip=True, readers=1),
+    DeltaRuleOperation(),
+    LinearRecurrenceOperation(readers=2),
 ]
 
 
@@ -122,7 +131,7 @@ def test_attention_on_parts_takes_cos_and_sin_behind_them() -> None:
 
 
 def test_sinks_come_after_the_rows_and_have_any_float_type() -> None:
-    with_sinks = EXAMPLES[-1]
+    with_sinks = EXAMPLES[14]
     assert with_sinks.input_count == 3 + 2 + 3 + 1 + 1
     before = [HALF] * 5 + [INT] * 3
     assert all(with_sinks.accepts(8, [*before, kind]) for kind in (HALF, torch.float32))
@@ -200,7 +209,7 @@ def test_update_takes_results_of_earlier_reads() -> None:
 
 
 def test_attention_takes_results_of_earlier_reads() -> None:
-    attention = EXAMPLES[-1]
+    attention = EXAMPLES[14]
     assert attention.input_count == 10
     assert dict(attention.aliases) == {1: 3, 2: 4}
     dtypes = [HALF] * 5 + [INT] * 3 + [torch.float32, torch.bool] + [HALF] * 3
@@ -215,6 +224,65 @@ def test_scratch_memory_is_for_many_tokens_only() -> None:
     assert (
         layer.workspace([(1, 512, 576), (3072, 576), (576,)], [HALF] * 3) >= 512 * (576 + 3072) * 2
     )
+
+
+RECURRENCES: list[tuple[RecurrentOperation, list[list[int]], int]] = [
+    (
+        CausalConv1dOperation(bias=True, silu=True),
+        [[7, 64], [64, 4], [5, 3, 64], [3], [4], [64]],
+        0,
+    ),
+    (
+        SelectiveScanOperation(skip=True),
+        [
+            *([7, 8, 16], [7, 8], [8, 1, 1], [7, 2, 32], [7, 2, 32]),
+            *([5, 8, 16, 32], [3], [4], [8]),
+        ],
+        0,
+    ),
+    (
+        DeltaRuleOperation(),
+        [[7, 4, 16], [7, 4, 16], [7, 4, 24], [7, 4], [7, 4], [5, 4, 16, 24], [3], [4]],
+        2,
+    ),
+    (LinearRecurrenceOperation(), [[7, 64], [7, 64], [5, 64], [3], [4]], 1),
+]
+"""Operations with their inputs' shapes, and the input whose shape the result has."""
+
+
+@pytest.mark.parametrize(("operation", "shapes", "values"), RECURRENCES, ids=str)
+def test_a_recurrence_aliases_its_state(
+    operation: RecurrentOperation, shapes: list[list[int]], values: int
+) -> None:
+    state = operation.first_state
+    assert operation.input_count == len(shapes)
+    assert operation.output_shapes(shapes) == [shapes[values], shapes[state]]
+    plugin = plugins(load_tensorrt("tensorrt_rtx")).make(operation)
+    assert [plugin.get_aliased_input(output) for output in range(2)] == [-1, state]
+    dtypes = [HALF] * len(shapes)
+    dtypes[state : state + 3] = [torch.float32, INT, INT]
+    outputs = operation.output_dtypes(dtypes)
+    assert outputs == [HALF, torch.float32]
+    every = [*dtypes, *outputs]
+    assert all(operation.accepts(position, every[: position + 1]) for position in range(len(every)))
+    assert not operation.accepts(state + 1, [*every[: state + 1], torch.int64])
+    assert not operation.accepts(state, [*every[:state], INT])
+    assert not operation.accepts(len(every) - 1, [*every[:-1], HALF])
+    reading = replace(operation, readers=1)
+    assert reading.input_count == len(shapes) + 1
+    assert reading.accepts(len(shapes), [*dtypes, torch.bool]), "what was read before"
+
+
+def test_scratch_memory_of_prompts_suffices_for_fewer_rows() -> None:
+    """One token for each row needs none; the same tokens in one row do."""
+    for operation, shapes, _ in RECURRENCES[1:3]:
+        most = [tuple(8 if extent == 7 else extent for extent in shape) for shape in shapes]
+        most[operation.first_state + 1] = (8,)
+        one = [*most]
+        one[operation.first_state + 1] = (1,)
+        dtypes = [HALF] * len(shapes)
+        assert operation.workspace(most, dtypes) >= operation.workspace(one, dtypes) > 0
+        assert operation.workspace(most, [torch.float32] * len(shapes)) == 0, "no chunks"
 
 
 def test_a_launch_that_fails_is_counted() -> None:

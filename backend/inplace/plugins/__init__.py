@@ -1,30 +1,39 @@
 """TensorRT plugins of the operators; the states that they update are aliased outputs."""
 
 from inplace.plugins.adapter import Plugins, plugins, register
+from inplace.plugins.operation import Launch, Operation
 from inplace.plugins.operations import (
     OPERATIONS,
     ArgmaxOperation,
     AttentionOperation,
     GroupedLinearOperation,
-    Launch,
     LinearOperation,
-    Operation,
     RmsNormOperation,
     SampleOperation,
     UpdateOperation,
+)
+from inplace.plugins.recurrences import (
+    CausalConv1dOperation,
+    DeltaRuleOperation,
+    LinearRecurrenceOperation,
+    SelectiveScanOperation,
 )
 
 __all__ = [
     "OPERATIONS",
     "ArgmaxOperation",
     "AttentionOperation",
+    "CausalConv1dOperation",
+    "DeltaRuleOperation",
     "GroupedLinearOperation",
     "Launch",
     "LinearOperation",
+    "LinearRecurrenceOperation",
     "Operation",
     "Plugins",
     "RmsNormOperation",
     "SampleOperation",
+    "SelectiveScanOperation",
     "UpdateOperation",
     "plugins",
     "register",

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from inplace.kernels.memory import Pointer
-from inplace.plugins.operations import OPERATIONS, Launch, Operation, Shape
+from inplace.plugins.operation import Launch, Operation, Shape
+from inplace.plugins.operations import OPERATIONS
 from inplace.trt import TensorRT
 
 NAMESPACE, PLUGIN_VERSION = "", "1"

@@ -10,10 +10,12 @@ TensorRT is faster than its parts, and fusion matches whole operators.
 """
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
+from inplace.operators.state import written_arguments
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.errors import brief
@@ -43,18 +45,22 @@ FAILURE = "not_decomposed"
 """Key of a node's metadata: why PyTorch could not decompose it."""
 
 
-def lowerable(program: AnyProgram) -> GraphProgram:
+def lowerable(program: AnyProgram, kinds: Mapping[str, str] | None = None) -> GraphProgram:
     """A copy of a program without in-place operators, decomposed where a converter is missing.
 
-    Convolutions and recurrences become reads, products and updates. Other operators on states, and
-    custom operators, stay what they are.
+    Convolutions and recurrences become reads, products and updates, except where a plugin updates
+    their state. Other operators on states, and custom operators, stay what they are.
+
+    Args:
+        program: the program.
+        kinds: for each state the mechanism that updates it.
 
     Raises:
         BuildError: an in-place operator writes a weight.
         LoweringError: one writes something else that cannot be a value of the network.
     """
     copied = GraphProgram.copy_of(program)
-    _expand_recurrences(copied)
+    _expand_recurrences(copied, kinds or {})
     remove_in_place(copied)
     resolve_constant_masks(copied.graph, weights_of(copied))
     _decompose(copied)
@@ -88,10 +94,13 @@ def _is_empty(node: Node) -> bool:
     return any(isinstance(extent, int) and extent == 0 for extent in node.meta["val"].shape)
 
 
-def _expand_recurrences(program: GraphProgram) -> None:
-    """Write convolutions and recurrences as plain operators."""
+def _expand_recurrences(program: GraphProgram, kinds: Mapping[str, str]) -> None:
+    """Write convolutions and recurrences as plain operators, where no plugin computes them."""
     for node in list(program.graph.nodes):
-        if node.op == "call_function" and node.target in EXPANSIONS:
+        if node.op != "call_function" or node.target not in EXPANSIONS:
+            continue
+        (state,) = written_arguments(node)
+        if kinds.get(state.name) != "plugin":
             _inline(program, node, trace_decomposition(node, EXPANSIONS[node.target]))
 
 

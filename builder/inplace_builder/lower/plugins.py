@@ -4,7 +4,8 @@
 the plugin that the user has declared for an operator of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from inplace.kernels.attention import MAX_DIM
 from inplace.plugins import (
     ArgmaxOperation,
     AttentionOperation,
+    CausalConv1dOperation,
+    DeltaRuleOperation,
     GroupedLinearOperation,
     LinearOperation,
+    LinearRecurrenceOperation,
     Operation,
     RmsNormOperation,
     SampleOperation,
+    SelectiveScanOperation,
     UpdateOperation,
     plugins,
 )
@@ -292,6 +297,99 @@ def _update(
     ]
     inputs = [state.current, ctx.cast(slots, torch.int32), value, *rows, *readers]
     ctx.update_state(state, _add(ctx, operation, inputs)[0])
+
+
+@state_converter(inplace.causal_conv1d.default, "plugin")
+def _causal_conv1d(
+    ctx: Network,
+    x: ITensor,
+    weight: ITensor,
+    bias: ITensor | None,
+    state: NetworkState,
+    slots: ITensor,
+    row_offsets: ITensor,
+    *,
+    silu: bool = False,
+) -> ITensor:
+    """The convolution of each row over its last inputs."""
+    operation = partial(CausalConv1dOperation, bias=bias is not None, silu=silu)
+    return _add_recurrence(ctx, operation, [x, weight], state, slots, row_offsets, bias)
+
+
+@state_converter(inplace.selective_scan.default, "plugin")
+def _selective_scan(
+    ctx: Network,
+    x: ITensor,
+    dt: ITensor,
+    A: ITensor,  # noqa: N803  the names of the operator's arguments
+    B: ITensor,  # noqa: N803
+    C: ITensor,  # noqa: N803
+    D: ITensor | None,  # noqa: N803
+    state: NetworkState,
+    slots: ITensor,
+    row_offsets: ITensor,
+) -> ITensor:
+    """The scan of each row."""
+    operation = partial(SelectiveScanOperation, skip=D is not None)
+    return _add_recurrence(ctx, operation, [x, dt, A, B, C], state, slots, row_offsets, D)
+
+
+@state_converter(inplace.delta_rule.default, "plugin")
+def _delta_rule(
+    ctx: Network,
+    query: ITensor,
+    key: ITensor,
+    value: ITensor,
+    decay: ITensor,
+    beta: ITensor,
+    state: NetworkState,
+    slots: ITensor,
+    row_offsets: ITensor,
+) -> ITensor:
+    """The delta rule of each row."""
+    own = [query, key, value, decay, beta]
+    return _add_recurrence(ctx, DeltaRuleOperation, own, state, slots, row_offsets)
+
+
+@state_converter(inplace.linear_recurrence.default, "plugin")
+def _linear_recurrence(
+    ctx: Network,
+    decay: ITensor,
+    x: ITensor,
+    state: NetworkState,
+    slots: ITensor,
+    row_offsets: ITensor,
+) -> ITensor:
+    """The recurrence of each row."""
+    operation = LinearRecurrenceOperation
+    return _add_recurrence(ctx, operation, [decay, x], state, slots, row_offsets)
+
+
+def _add_recurrence(
+    ctx: Network,
+    operation: Callable[..., Operation],
+    own: Sequence[ITensor],
+    state: NetworkState,
+    slots: ITensor,
+    row_offsets: ITensor,
+    weight: ITensor | None = None,
+) -> ITensor:
+    """Add the plugin of a convolution or recurrence that updates a state; its result.
+
+    Args:
+        ctx: the network.
+        operation: makes the plugin's operation from its ``readers``.
+        own: the operator's inputs before its state.
+        state, slots, row_offsets: of the operator.
+        weight: its optional input.
+    """
+    readers = ctx.readers.pop(state.spec.name, [])
+    rows = [ctx.cast(row, torch.int32) for row in (slots, row_offsets)]
+    weights = [] if weight is None else [weight]
+    inputs = [*own, state.current, *rows, *weights, *readers]
+    out, current = _add(ctx, operation(readers=len(readers)), inputs)
+    ctx.update_state(state, current)
+    return out
 
 
 @state_converter(inplace.read.default, "plugin")

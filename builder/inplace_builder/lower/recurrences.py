@@ -1,9 +1,9 @@
-"""Convolutions and recurrences as plain operators, for TensorRT, which has no loops over tokens.
+"""Convolutions and recurrences as plain operators, for networks of TensorRT without plugins.
 
-Each is written as ``inplace::read`` of its state, products over the tokens of the whole step, and
-``inplace::update``. Masks keep the rows of a step apart, so tokens may be packed in any way. What
-depends on the tokens before it in its row is a product with a triangular matrix, its inverse, or a
-scan in as many rounds as a number of tokens has binary digits.
+They have no loops over tokens. Each operator is written as ``inplace::read`` of its state, products
+over the tokens of the whole step, and ``inplace::update``. Masks keep the rows of a step apart, so
+tokens may be packed in any way. What depends on the tokens before it in its row is a product with a
+triangular matrix, its inverse, or a scan in as many rounds as a number of tokens has binary digits.
 """
 
 from collections.abc import Callable, Sequence

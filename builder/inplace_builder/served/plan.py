@@ -67,7 +67,7 @@ def build_plan(
     order = candidates(alias, strict=strict)
     lowering = choose_mechanisms(capture.exported.graph, states, tensorrt, order=order)
     kinds = {record.state: record.kind for record in lowering}
-    functional = lowerable(capture.exported)
+    functional = lowerable(capture.exported, kinds)
     names = [spec.name for spec in capture.program.outputs]
     if set(kinds.values()) == {"plugin"}:
         graph, program = fuse(functional), capture.program

@@ -75,16 +75,17 @@ def lower_module(
     )
     records = {record.state: record for record in (*capture.lowering, *chosen)}
     lowering = tuple(records[state.name] for state in capture.states)
+    kinds = {record.state: record.kind for record in lowering}
     states = tuple(zip(capture.states, capture.state_specs, strict=True))
     lowered = lower(
-        lowerable(capture.exported),
+        lowerable(capture.exported, kinds),
         outputs=[
             result_name(place)
             for place, result in enumerate(call.results)
             if result.kind == "tensor"
         ],
         states=capture.state_specs,
-        kinds={record.state: record.kind for record in lowering},
+        kinds=kinds,
         tensorrt=tensorrt,
         shapes={
             state.name: _bound_shape(state, spec, capture.rows, records[state.name].kind)

@@ -1,53 +1,22 @@
 """Convolutions and recurrences become plain operators for TensorRT, which compute the same."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder import Capture, DecoderOptions, capture_decoder
 from inplace_builder.lower import LoweredNetwork, choose_mechanisms
 from inplace_builder.lower.recurrences import EXPANSIONS, NAMES
-from support.decoding import SHAPE
 from support.long import long_except
 from support.lowering import greedy_rows, lowered
 from support.network_interpreter import interpret
 from support.recurrent_case import CHECKS, Operators
+from support.recurrent_models import MODELS, recurrent_model
 from torch import Tensor
 
 ROWS, CHUNK = 3, 4
 EXPANDED: Operators = dict(zip(NAMES, EXPANSIONS.values(), strict=True))
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "head_dim": 8,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-SCAN = {"state_size": 8, "num_hidden_layers": 1}
-MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "lfm2": ("Lfm2Config", SHAPE | {"layer_types": ["conv", "full_attention"]}),
-    "mamba2": (
-        "Mamba2Config",
-        SCAN
-        | {
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "num_heads": 8,
-            "head_dim": 8,
-            "n_groups": 2,
-            "initializer_range": 0.3,
-        },
-    ),
-    "mamba": (
-        "MambaConfig",
-        SCAN | {"vocab_size": 128, "hidden_size": 32, "initializer_range": 0.3},
-    ),
-    "olmo_hybrid": ("OlmoHybridConfig", SHAPE | DELTA),
-}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -65,10 +34,8 @@ def rtx() -> TensorRT:
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_computes_what_the_model_computes(rtx: TensorRT, name: str) -> None:
     """A prompt in two chunks, then single tokens beside a sequence that starts, and a null row."""
-    torch.manual_seed(0)
-    config, fields = MODELS[name]
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**fields))
-    capture = capture_decoder(model.eval(), DecoderOptions(32, ROWS, CHUNK))
+    model = recurrent_model(name)
+    capture = capture_decoder(model, DecoderOptions(32, ROWS, CHUNK))
     records = choose_mechanisms(capture.exported.graph, capture.states, rtx, order=("copy",))
     assert {record.kind for record in records} == {"copy"}
     network = lowered(capture, "copy", rtx)

@@ -135,7 +135,7 @@ class Decode:
                     spec, blocks, self.query, self.key, self.value,
                     self.stride, self.stride, self.stride, self.angles, self.angles,
                     self.keys, self.values, self.capacity, self.slots[index % len(self.slots)],
-                    self.starts, self.query, self.out, scratch, locks, rows, self.pdl,
+                    self.starts, self.query, self.query, self.out, scratch, locks, rows, self.pdl,
                     settled=self.pdl,
                 )  # fmt: skip
 
@@ -195,7 +195,7 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
             for slot in slots:
                 launch_prefill(
                     spec, blocks, query, stride, angles, angles, keys, values,
-                    1024, slot, offsets, starts, query, out, PROMPT, 1, pdl,
+                    1024, slot, offsets, starts, query, query, out, PROMPT, 1, pdl,
                 )  # fmt: skip
 
         return launch

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_decoder
+from inplace_builder.capture.masks import MaskOptions
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.served.build import write_engine
 from support.decoding import generate_together, random_prompt
@@ -105,8 +106,6 @@ def test_attention_that_is_none_of_ours_is_refused() -> None:
     attend(lambda scores: scores)
     with pytest.raises(BuildError, match="computes tanh of its scores"):
         attend(lambda scores: scores.tanh())
-    with pytest.raises(BuildError, match="has no mask, so it is not causal"):
-        attend(lambda scores: scores, mask=False)
     with pytest.raises(BuildError, match="neither causal nor a sliding window"):
         attend(lambda scores: scores.masked_fill(torch.eye(6) > 0, float("-inf")))
     attend(lambda scores: scores + torch.tensor([0.5, -0.3])[:, None, None] * torch.arange(6))
@@ -116,20 +115,10 @@ def test_attention_that_is_none_of_ours_is_refused() -> None:
         attend(lambda scores: scores.clamp(min=-0.01))
 
 
-def test_attention_to_later_tokens_is_refused() -> None:
-    """transformers makes no causal mask for these encoders, also where they are decoders."""
-    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.MegatronBertConfig(
-        **TOKENS, **fields, intermediate_size=48, is_decoder=True
-    )
-    with pytest.raises(BuildError, match="MegatronBertForCausalLM lets tokens see later ones"):
-        capture_decoder(transformers.MegatronBertForCausalLM(config).eval(), DECODER_OPTIONS)
-
-
-def attend_fused(**options: Any) -> list[tuple[Scores, int]]:
+def attend_fused(**options: Any) -> list[tuple[Scores, MaskOptions]]:
     """PyTorch's attention over 6 tokens; what it proved."""
     query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
-    proved: list[tuple[Scores, int]] = []
+    proved: list[tuple[Scores, MaskOptions]] = []
     own = OwnAttention(
         "Model", key, value, attend=None, proved=lambda *result: proved.append(result)
     )
@@ -141,15 +130,18 @@ def attend_fused(**options: Any) -> list[tuple[Scores, int]]:
 
 
 def test_attention_by_the_function_of_pytorch_is_tracked() -> None:
-    assert attend_fused(is_causal=True) == [(Scores(0.5), 0)]
+    causal = MaskOptions()
+    assert attend_fused(is_causal=True) == [(Scores(0.5), causal)]
     seen = torch.ones(6, 6, dtype=torch.bool).tril()
-    assert attend_fused(attn_mask=seen, scale=0.3) == [(Scores(0.3), 0)]
-    assert attend_fused(attn_mask=seen & ~seen.tril(-3)) == [(Scores(0.5), 3)]
+    assert attend_fused(attn_mask=seen, scale=0.3) == [(Scores(0.3), causal)]
+    assert attend_fused(attn_mask=seen & ~seen.tril(-3)) == [(Scores(0.5), MaskOptions(window=3))]
     added = torch.zeros(6, 6).masked_fill(~seen, float("-inf"))
     biased = torch.tensor([0.5, -0.25])[:, None, None] * torch.arange(6) + added
-    assert attend_fused(attn_mask=biased) == [(Scores(0.5, (0.5, -0.25)), 0)]
-    with pytest.raises(BuildError, match="has no mask, so it is not causal"):
-        attend_fused()
+    assert attend_fused(attn_mask=biased) == [(Scores(0.5, (0.5, -0.25)), causal)]
+    lookahead = MaskOptions(lookahead=True)
+    assert attend_fused() == [(Scores(0.5), lookahead)]
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    assert attend_fused(attn_mask=everything) == [(Scores(0.5), lookahead)]
     own = OwnAttention("Model", added, added, attend=None, proved=lambda *_: None)
     keys, _ = own.tracked()
     with pytest.raises(BuildError, match="hands its keys to scaled_dot_product_attention"):

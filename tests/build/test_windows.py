@@ -12,16 +12,16 @@ from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture import huggingface, slot_cache
 from inplace_builder.capture.cache_length import CacheLength, OwnCacheLength
 from inplace_builder.capture.capture import Capture, control_input
+from inplace_builder.capture.masks import MaskOptions, mask_options
 from inplace_builder.capture.slot_cache import (
     LayerMask,
     SeenLayers,
     SlotCache,
-    mask_window,
 )
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.reach import position_constants, positions_to_verify
-from support.decoding import SHAPE, generate_together, random_prompt
+from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import greedy, open_instance
 from torch import Tensor
@@ -127,7 +127,7 @@ def test_verification_finds_a_window_that_is_left_out(
 ) -> None:
     """Outputs are wrong only from position 57 on."""
     model = model_of("phimoe", sliding_window=57)
-    monkeypatch.setattr(slot_cache, "_layer_window", lambda *_: 0)
+    monkeypatch.setattr(slot_cache, "_layer_options", lambda *_: MaskOptions())
     capture = capture_decoder(model, DecoderOptions(128, 3, chunk))
     options = BuildOptions(slots=3, max_rows=3, capacity=128, chunk=chunk)
     with pytest.raises(BuildError, match="differs from the model"):
@@ -177,30 +177,47 @@ def test_numbers_that_positions_are_compared_with_are_found(
     assert position_constants(exported, program) == constants
 
 
-def test_a_mask_is_a_window_causal_or_refused() -> None:
+def test_a_mask_is_causal_a_window_in_chunks_lookahead_or_refused() -> None:
     causal = masking_utils.causal_mask_function
-    assert mask_window(causal, 50) == 0
-    assert mask_window(masking_utils.sliding_window_causal_mask_function(7), 50) == 7
-    assert mask_window(masking_utils.sliding_window_causal_mask_function(50), 50) == 0
+    window = masking_utils.sliding_window_causal_mask_function
     chunked = masking_utils.chunked_causal_mask_function(16, torch.zeros(1, dtype=torch.int64))
-    assert mask_window(chunked, 16) == 0
+    assert mask_options(causal, 50) == MaskOptions()
+    assert mask_options(window(7), 50) == MaskOptions(window=7)
+    assert mask_options(window(50), 50) == MaskOptions()
+    assert mask_options(chunked, 16) == MaskOptions()
+    assert mask_options(chunked, 17) == mask_options(chunked, 5000)
+    assert mask_options(chunked, 50) == MaskOptions(attention_chunk=16)
+    bidirectional = masking_utils.bidirectional_mask_function
+    assert mask_options(bidirectional, 50) == MaskOptions(lookahead=True)
     others = [
-        chunked,
-        masking_utils.bidirectional_mask_function,
         masking_utils.and_masks(causal, lambda batch, head, query, key: key % 2 == 0),
         masking_utils.or_masks(causal, lambda batch, head, query, key: key < 4),
-        masking_utils.sliding_window_causal_mask_function(0),
+        masking_utils.and_masks(window(9), chunked),
+        window(0),
     ]
     for mask in others:
-        with pytest.raises(BuildError, match="neither causal nor a sliding window"):
-            mask_window(mask, 50)
+        with pytest.raises(BuildError, match="neither causal nor a sliding window nor in chunks"):
+            mask_options(mask, 50)
 
 
-def test_a_chunked_mask_is_refused_beyond_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "check_positions", lambda *_: None)
-    with pytest.raises(BuildError, match="chunked attention only up to the size of its chunks"):
-        capture_decoder(chunked_llama(16), DECODER_OPTIONS)
-    assert windows_of(capture_decoder(chunked_llama(128), DECODER_OPTIONS)) == [0, 0]
+@pytest.mark.filterwarnings("ignore")
+def test_attention_in_chunks_starts_anew_in_each(tmp_path: Path) -> None:
+    model = chunked_llama(16)
+    capture = capture_decoder(model, DECODER_OPTIONS)
+    assert chunks_of(capture) == [16, 16]
+    assert {state.update for state in capture.states} == {Update.RING}
+    write_engine(capture, tmp_path / "model", OPTIONS)  # compares logits with the model's
+    prompts = [random_prompt(1, 37), random_prompt(2, 3)]
+    expected = [generate(model, prompt, 40) for prompt in prompts]
+    assert generate_together(open_instance(tmp_path / "model"), prompts, 40) == expected
+    whole = capture_decoder(chunked_llama(128), DECODER_OPTIONS)
+    assert chunks_of(whole) == windows_of(whole) == [0, 0]
+
+
+def chunks_of(capture: Capture) -> list[int]:
+    target = torch.ops.inplace.attention.default
+    nodes = capture.exported.graph.find_nodes(op="call_function", target=target)
+    return [node.kwargs.get("attention_chunk", 0) for node in nodes]
 
 
 def chunked_llama(size: int) -> PreTrainedModel:
@@ -314,7 +331,7 @@ def test_a_long_sequence_is_fed_to_the_reference_in_parts(
     monkeypatch: pytest.MonkeyPatch, phimoe: PreTrainedModel
 ) -> None:
     ids = torch.tensor(random_prompt(3, 70))
-    reference = huggingface._reference(phimoe)
+    reference = huggingface._reference(phimoe, as_fed=False)
     whole = reference([{"input_ids": ids}])["logits"]
     monkeypatch.setattr(huggingface, "REFERENCE_CHUNK", 16)
     torch.testing.assert_close(reference([{"input_ids": ids}])["logits"], whole)

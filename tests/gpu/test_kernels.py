@@ -70,6 +70,11 @@ def test_groups_and_value_widths(
         {"sinks": True, "softcap": 0.7, "window": 100},
         {"sinks": True, "ring": True, "window": 120},
         {"sinks": True, "append": False, "causal": False},
+        {"attention_chunk": 64},
+        {"attention_chunk": 120, "ring": True},
+        {"bias_heads": 1},
+        {"bias_heads": 4, "softcap": 0.7, "window": 100},
+        {"bias_heads": 4, "causal": False, "sinks": True},
     ],
 )
 def test_options(options: dict[str, Any], dtype: torch.dtype, rows: list[Row]) -> None:

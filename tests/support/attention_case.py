@@ -37,6 +37,15 @@ class Options:
     ring: bool = False
     softcap: float = 0.0
     sinks: bool = False
+    attention_chunk: int = 0
+    bias_heads: int = 0
+
+
+def hiding(bias: Tensor) -> Tensor:
+    """A bias ``[tokens, heads, capacity]`` of random numbers, a third of them replaced by -inf."""
+    hidden = bias.roll(1, -1) > 0.45
+    hidden[..., ::7] = False
+    return (2 * bias).masked_fill(hidden, float("-inf"))
 
 
 @dataclass
@@ -67,6 +76,7 @@ class Case:
         self.key = draw(tokens, self.kv_heads, self.dim) if self.options.append else None
         self.value = draw(tokens, self.kv_heads, self.value_dim) if self.options.append else None
         self.sinks = draw(self.heads) * 2
+        self.bias = hiding(draw(tokens, max(self.options.bias_heads, 1), self.capacity))
         self.key_state = torch.full(
             (self.slots, self.kv_heads, self.capacity, self.dim), NAN, dtype=self.dtype
         )
@@ -105,11 +115,14 @@ class Case:
             ring=self.options.ring,
             softcap=self.options.softcap,
             sinks=self.sinks if self.options.sinks else None,
+            attention_chunk=self.options.attention_chunk,
+            bias=self.bias if self.options.bias_heads else None,
         )
 
     def reference(self) -> Tensor:
         """Each token and head separately, over the row's whole history of keys, in float64."""
         out = torch.zeros(len(self.query), self.heads, self.value_dim, dtype=torch.float64)
+        chunk = self.options.attention_chunk
         for row, (keys, values), first in zip(
             self.rows, self.history, self.offsets[:-1], strict=True
         ):
@@ -125,6 +138,7 @@ class Case:
                     for position in range(len(keys))
                     if (not self.options.causal or position <= own)
                     and (not self.options.window or position > own - self.options.window)
+                    and (not chunk or position >= own // chunk * chunk)
                 ]
                 for head in range(self.heads):
                     shared = head // (self.heads // self.kv_heads)
@@ -140,8 +154,14 @@ class Case:
                     )
                     if self.options.softcap:
                         scores = self.options.softcap * torch.tanh(scores / self.options.softcap)
+                    if self.options.bias_heads:
+                        added = self.bias[first + token, head % self.options.bias_heads, visible]
+                        scores = scores + added.double()
                     if self.options.sinks:
                         scores = torch.cat([scores, self.sinks[head, None].double()])
+                    if scores.max() == float("-inf"):  # all is hidden
+                        out[first + token, head] = 0
+                        continue
                     weights = torch.exp(scores - scores.max())
                     weights = weights[: len(visible)] / weights.sum()
                     out[first + token, head] = sum(

@@ -85,12 +85,17 @@ def test_values_of_another_width(dims: tuple[int, int], rows: list[Row]) -> None
         {"softcap": 0.7},
         {"softcap": 0.7, "window": 5},
         {"causal": False},
+        {"attention_chunk": 12},
+        {"bias_heads": 1},
+        {"bias_heads": 4},
+        {"bias_heads": 4, "window": 5, "softcap": 0.7, "sinks": True},
+        {"bias_heads": 1, "causal": False},
     ],
 )
-def test_windows_and_soft_caps(options: dict[str, Any], rows: list[Row]) -> None:
+def test_options_of_the_mask_and_of_the_scores(options: dict[str, Any], rows: list[Row]) -> None:
     plain = AttentionCase(spec(), rows).check()
     changed = AttentionCase(spec(**options), rows).check()
-    is_same = rows is DECODE and "causal" in options  # one token sees all positions anyway
+    is_same = rows is DECODE and options == {"causal": False}  # one token sees all positions anyway
     assert is_same or (plain - changed).abs().max() > 0.01, "the option makes no difference"
 
 
@@ -176,6 +181,17 @@ def test_splits_of_a_window_and_of_a_ring() -> None:
     rows = [Row(3, 1090, 1), Row(1, 450, 1), Row(0, 5000, 1)]
     AttentionCase(spec(window=700), rows[:2], capacity=1100).check()
     AttentionCase(spec(window=700, ring=True), rows, capacity=710).check()
+    chunked = spec(attention_chunk=700, ring=True)
+    AttentionCase(chunked, [*rows, Row(2, 699, 1), Row(5, 1400, 1)], capacity=710).check()
+    AttentionCase(replace(chunked, ring=False), rows[:2], capacity=1100).check()
+
+
+def test_splits_with_a_bias() -> None:
+    rows = [Row(3, 1090, 1), Row(1, 450, 1), Row(0, 0, 1), Row(-1, 9, 1)]
+    for options in (spec(bias_heads=1), spec(6, 2, rotary=32, bias_heads=6, sinks=True)):
+        case = AttentionCase(options, rows, capacity=1100)
+        assert case.workspace is not None
+        case.check()
 
 
 def test_more_splits_than_one_combining_pass_takes() -> None:
@@ -241,6 +257,8 @@ def test_any_step_equals_the_reference(data: st.DataObject) -> None:
         softcap=data.draw(st.sampled_from([0.0, 1.5])),
         rotary=data.draw(st.sampled_from([0, 8, 16])),
         sinks=data.draw(st.booleans()),
+        attention_chunk=data.draw(st.sampled_from([0, 0, 1, 7, 24] if not ring else [0])),
+        bias_heads=0 if ring else data.draw(st.sampled_from([0, 0, 1, heads])),
     )
     AttentionCase(options, rows, capacity=40, seed=data.draw(st.integers(0, 99))).check()
 

@@ -15,7 +15,7 @@ from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import attention as reference_attention
 from torch import Tensor
 
-from support.attention_case import Row, bits
+from support.attention_case import Row, bits, hiding
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest relative error of a token's output against the reference in float32."""
@@ -98,7 +98,8 @@ class AttentionCase:
                     spec.kv_heads, len(cached), spec.value_dim
                 ).to(self.dtype)
         self.sinks = draw(spec.heads) * 2
-        for name in ("merged", "cos", "sin", "key_state", "value_state", "sinks"):
+        self.bias = hiding(draw(tokens, max(spec.bias_heads, 1), self.capacity))
+        for name in ("merged", "cos", "sin", "key_state", "value_state", "sinks", "bias"):
             setattr(self, name, getattr(self, name).to(self.device))
         query, key, value = self.merged.split(sizes, 1)
         self.query = query.unflatten(1, (spec.heads, spec.dim))
@@ -140,6 +141,7 @@ class AttentionCase:
             row_offsets=self.control[1],
             write_indices=self.control[2],
             sinks=self.sinks if spec.sinks else None,
+            bias=self.bias if spec.bias_heads else None,
             out=self.out,
             workspace=self.workspace,
             locks=self.locks if self.workspace is not None else None,
@@ -175,6 +177,8 @@ class AttentionCase:
             ring=spec.ring,
             softcap=spec.softcap,
             sinks=self.sinks.cpu() if spec.sinks else None,
+            attention_chunk=spec.attention_chunk,
+            bias=self.bias.cpu() if spec.bias_heads else None,
         )
         return out, keys, values
 

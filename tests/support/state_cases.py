@@ -50,6 +50,7 @@ class Attend(nn.Module):
         write_indices: Tensor,
         keys: Tensor,
         values: Tensor,
+        bias: Tensor | None = None,
     ) -> Tensor:
         appends = self.options.get("append", True)
         new_key, new_value = (key, value) if appends else (None, None)
@@ -64,8 +65,26 @@ class Attend(nn.Module):
             write_indices,
             scale=0.3,
             sinks=self.sinks,
+            bias=bias,
             **self.options,
         )
+
+
+class AttendWithBias(Attend):
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        row_offsets: Tensor,
+        write_indices: Tensor,
+        bias: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        rows = slots, row_offsets, write_indices
+        return super().forward(query, key, value, *rows, keys, values, bias)
 
 
 class AppendPacked(nn.Module):
@@ -240,6 +259,7 @@ def _attend(
     dtype: Dtype = Dtype.FLOAT32,
     kv_heads: int = KV_HEADS,
     capacity: int = CAPACITY,
+    bias_heads: int = 0,
     **options: Any,
 ) -> StateCase:
     kind = Update.RING if options.get("ring") else Update.APPEND
@@ -259,6 +279,9 @@ def _attend(
     steps = (
         RING_STEPS if kind is Update.RING else STEPS if options.get("append", True) else CROSS_STEPS
     )
+    if bias_heads:
+        shapes["bias"] = ("t", bias_heads, capacity)
+        return StateCase(name, AttendWithBias(**options), states, steps, shapes)
     return StateCase(name, Attend(**options), states, steps, shapes)
 
 
@@ -280,9 +303,17 @@ STATE_CASES = [
     _attend("sinks-bfloat16", Dtype.BFLOAT16, window=5, sinks=True),
     _attend("sinks-softcap", kv_heads=HEADS, softcap=2.0, sinks=True),
     _attend("not-causal", causal=False),
+    _attend("not-causal-one-kv-head", kv_heads=1, causal=False, sinks=True),
+    _attend("attention-chunk", attention_chunk=3),
+    _attend("attention-chunk-not-grouped", kv_heads=HEADS, attention_chunk=4),
+    _attend("bias", bias_heads=HEADS),
+    _attend("bias-not-grouped", kv_heads=HEADS, bias_heads=HEADS, sinks=True),
+    _attend("bias-of-all-heads", bias_heads=1, window=5),
+    _attend("bias-bfloat16", Dtype.BFLOAT16, bias_heads=1),
     _attend("cross", append=False, causal=False),
     _attend("ring", capacity=8, window=5, ring=True),
     _attend("ring-sinks", capacity=8, window=5, ring=True, sinks=True),
+    _attend("ring-chunk", capacity=8, attention_chunk=5, ring=True),
     StateCase(
         "packed-append",
         AppendPacked(2),

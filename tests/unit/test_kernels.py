@@ -25,7 +25,10 @@ def test_kernels_equal_the_operators_in_the_interpreter(marked: str) -> None:
         ({"heads": 5}, "5 query heads are not a multiple of 2 kv heads"),
         ({"dim": 513}, "head dimensions 513 and 64 must be from 1 to 512"),
         ({"rotary": 33}, "rotary is 33; it must be even and at most the head dimension 64"),
-        ({"window": -1}, "window -1 and softcap 0.0 must not be negative"),
+        ({"window": -1}, "window -1, attention_chunk 0 and softcap 0.0 must not be neg"),
+        ({"attention_chunk": -8}, "window 0, attention_chunk -8 and softcap 0.0 must not be neg"),
+        ({"bias_heads": 2}, "a bias is of 1 or 4 heads, not 2"),
+        ({"bias_heads": 1, "ring": True}, "and its states are no rings"),
     ],
 )
 def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], message: str) -> None:
@@ -61,6 +64,12 @@ def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], messa
             "sinks must be given exactly when the spec has them",
         ),
         (
+            AttentionSpec(4, 2, 64, 64, 0.125, bias_heads=1),
+            64,
+            "",
+            "a bias must be given exactly when the spec has heads of one",
+        ),
+        (
             AttentionSpec(4, 2, 64, 64, 0.125),
             4096,
             "",
@@ -90,6 +99,7 @@ def test_arguments_that_contradict_the_spec_are_refused_before_a_launch(
             row_offsets=control,
             write_indices=control,
             sinks=None,
+            bias=None,
             out=memory,
             workspace=None,
             locks=control,

@@ -104,6 +104,76 @@ def test_softcap_bounds_the_scores(options: Options, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0, 3, 4, 5, 8, 11])
+def test_chunked_attention_sees_from_the_start_of_the_chunk_on(
+    start: int, dtype: torch.dtype
+) -> None:
+    options = Options(attention_chunk=4)
+    Case([Row(3, start, 1), Row(1, start, 5), Row(5, 0, 2)], options, dtype=dtype).check()
+    Case([Row(3, start, 1), Row(1, 7, 1), Row(-1, 3, 1)], options, dtype=dtype).check()
+    Case([Row(0, 0, 9)], options, kv_heads=4, dtype=dtype).check()
+    ring = Options(attention_chunk=4, ring=True)  # capacity 8 = chunk 4 + 5 tokens - 1
+    Case([Row(3, start, 1), Row(1, 3 * start, 5)], ring, capacity=8, dtype=dtype).check()
+
+
+def test_tokens_of_a_step_see_each_other_with_lookahead() -> None:
+    together = Case([Row(1, 3, 4)], Options(causal=False)).check()
+    causal = Case([Row(1, 3, 4)]).check()
+    assert torch.equal(together[-1], causal[-1])
+    assert (together[:-1] - causal[:-1]).abs().amax((1, 2)).min() > 0.01
+    for step in ([Row(4, 7, 1), Row(2, 0, 6), Row(-1, 2, 2)], [Row(4, 7, 1), Row(0, 0, 1)]):
+        Case(step, Options(causal=False), kv_heads=4).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(window=5),
+        Options(attention_chunk=8),
+        Options(causal=False),
+        Options(softcap=0.7, sinks=True),
+    ],
+)
+def test_a_bias_is_added_to_the_scores(options: Options, heads: int, dtype: torch.dtype) -> None:
+    for step in (RAGGED, [Row(3, 7, 1), Row(0, 0, 1), Row(-1, 2, 1)]):
+        changed = Case(step, replace(options, bias_heads=heads), dtype=dtype).check()
+        plain = Case(step, options, dtype=dtype).check()
+        assert (changed - plain).abs().max() > 0.01, "the bias makes no difference"
+
+
+def test_a_bias_of_what_no_token_sees_may_be_anything() -> None:
+    case = Case(RAGGED, Options(bias_heads=1))
+    expected = Case(RAGGED, Options(bias_heads=1)).run()
+    for row, first in zip(case.rows, case.offsets[:-1], strict=True):
+        for token in range(row.tokens):
+            case.bias[first + token, :, row.start + token + 1 :] = NAN
+    assert torch.equal(case.run(), expected)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.zeros(9, 1, 16),
+        torch.zeros(10, 2, 16),
+        torch.zeros(10, 4, 15),
+        torch.zeros(10, 16),
+        torch.ones(10, 1, 16, dtype=torch.bool),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused(bias: Tensor) -> None:
+    case = Case(RAGGED, Options(bias_heads=1))
+    case.bias = bias
+    with pytest.raises(RuntimeError, match=r"bias must be \[10, 4 or 1, 16\], floating-point"):
+        case.run()
+    case = Case(RAGGED, Options(bias_heads=1, ring=True))
+    with pytest.raises(RuntimeError, match="its states must not be rings"):
+        case.run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
     [

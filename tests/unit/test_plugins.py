@@ -69,6 +69,17 @@ EXAMPLES: list[Operation] = [
     SelectiveScanOperation(skip=True, readers=1),
     DeltaRuleOperation(),
     LinearRecurrenceOperation(readers=2),
+    AttentionOperation(
+        heads=8,
+        kv_heads=2,
+        dim=64,
+        value_dim=64,
+        scale=0.125,
+        max_rows=9,
+        attention_chunk=8192,
+        bias_heads=8,
+        readers=1,
+    ),
 ]
 
 
@@ -139,6 +150,15 @@ def test_sinks_come_after_the_rows_and_have_any_float_type() -> None:
     assert with_sinks.accepts(9, [*before, torch.float32, INT]), "what was read before"
     assert with_sinks.accepts(10, [*before, torch.float32, INT, HALF])
     assert not with_sinks.accepts(10, [*before, torch.float32, INT, torch.float32])
+
+
+def test_a_bias_comes_after_the_sinks_and_has_any_float_type() -> None:
+    operation = replace(EXAMPLES[-1], sinks=True)  # type: ignore[call-arg]
+    assert operation.input_count == EXAMPLES[-1].input_count + 1 == 3 + 2 + 3 + 2 + 1
+    before = [*[HALF] * 5, *[INT] * 3, torch.float32]
+    assert all(operation.accepts(9, [*before, kind]) for kind in (HALF, torch.float32))
+    assert not operation.accepts(9, [*before, INT])
+    assert operation.accepts(10, [*before, HALF, INT]), "what was read before"
 
 
 def test_cross_attention_writes_nothing() -> None:

@@ -33,7 +33,8 @@ class Scheduler:
 
     A step has as many decode rows as fit, and beside them at most one chunk of prefill tokens in
     all, so that running generations wait for at most one chunk of other prompts. A step without
-    decode rows is filled with prefill.
+    decode rows is filled with prefill. With lookahead, a prompt is in a step as a whole or not at
+    all.
 
     Args:
         program: the program that runs.
@@ -41,6 +42,7 @@ class Scheduler:
 
     def __init__(self, program: Program) -> None:
         self._max_rows, self._chunk = program.max_rows, program.chunk
+        self._is_divisible = not program.lookahead
         self._token_budget = program.token_budget
         self._decodes: deque[StreamRequest] = deque()
         self._prefills: deque[StreamRequest] = deque()
@@ -102,10 +104,11 @@ class Scheduler:
             return ScheduledStep(rows, num_decodes, num_decodes)
         prefill_budget = left = self._chunk if rows else self._token_budget
         for request in self._prefills:
-            if left <= 0 or len(rows) == self._max_rows:
+            tokens = min(_num_waiting_tokens(request), self._chunk)
+            if left < (1 if self._is_divisible else tokens) or len(rows) == self._max_rows:
                 break
             rows.append(request)
-            left -= min(_num_waiting_tokens(request), self._chunk)
+            left -= tokens
         return ScheduledStep(
             rows, num_decodes, min(num_decodes + prefill_budget, self._token_budget)
         )

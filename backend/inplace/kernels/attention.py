@@ -42,6 +42,8 @@ class AttentionSpec:
             of queries and new keys; component i is paired with ``i + rotary / 2``
             (arXiv:2104.09864, as transformers' Llama).
         sinks: each query head has a logit without a value, as in `inplace.operators.attention`.
+        attention_chunk: as in `inplace.operators.attention`.
+        bias_heads: heads of the bias: 1 for one that all share, 0 for no bias.
 
     Raises:
         ValueError: a combination that the kernels do not take.
@@ -59,6 +61,8 @@ class AttentionSpec:
     softcap: float = 0.0
     rotary: int = 0
     sinks: bool = False
+    attention_chunk: int = 0
+    bias_heads: int = 0
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
@@ -74,9 +78,15 @@ class AttentionSpec:
                 f"rotary is {self.rotary}; it must be even and at most the head dimension "
                 f"{self.dim}"
             )
-        if self.window < 0 or self.softcap < 0:
+        if min(self.window, self.attention_chunk, self.softcap) < 0:
             raise ValueError(
-                f"window {self.window} and softcap {self.softcap} must not be negative"
+                f"window {self.window}, attention_chunk {self.attention_chunk} and softcap "
+                f"{self.softcap} must not be negative"
+            )
+        if self.bias_heads not in (0, 1, self.heads) or (self.bias_heads and self.ring):
+            raise ValueError(
+                f"a bias is of 1 or {self.heads} heads, not {self.bias_heads}, and its states are "
+                f"no rings"
             )
 
     @property
@@ -174,7 +184,7 @@ def _head_blocks(spec: AttentionSpec) -> int:
 
 def _num_splits(spec: AttentionSpec, rows: int, capacity: int, min_split: int) -> int:
     """Programs that share one row and kv head of a decode step."""
-    reach = min(capacity, spec.window) if spec.window else capacity
+    reach = min(capacity, spec.window or capacity, spec.attention_chunk or capacity)
     target = max(MIN_SPLITS, _cdiv(TARGET_PROGRAMS, rows * _head_blocks(spec)))
     return max(1, min(MAX_SPLITS, _cdiv(reach, min_split), target))
 
@@ -222,6 +232,7 @@ def attention(
     row_offsets: Memory,
     write_indices: Memory,
     sinks: Memory | None,
+    bias: Memory | None,
     out: Memory,
     workspace: Memory | None,
     locks: Memory | None,
@@ -250,6 +261,8 @@ def attention(
         slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of
             -1 is a null row.
         sinks: ``[heads]``, any floating dtype; None exactly when ``spec.sinks`` is False.
+        bias: ``[tokens, spec.bias_heads, capacity]``, contiguous, any floating dtype; None exactly
+            when ``spec.bias_heads`` is 0.
         out: ``[tokens, heads, value_dim]``, contiguous.
         workspace: `attention_workspace` bytes, as float32; None where that is 0.
         locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same
@@ -273,18 +286,21 @@ def attention(
         )
     if spec.sinks != (sinks is not None):
         raise ValueError("sinks must be given exactly when the spec has them")
+    if (spec.bias_heads > 0) != (bias is not None):
+        raise ValueError("a bias must be given exactly when the spec has heads of one")
     if tokens == 0 or rows == 0:
         return
     # The query stands for what is absent; the kernels do not read it.
     key, value = key if key is not None else query, value if value is not None else query
     cos, sin = cos if cos is not None else query, sin if sin is not None else query
     sinks = sinks if sinks is not None else query
+    bias = bias if bias is not None else query
     itemsize = key_state.dtype.itemsize
     if tokens == rows:
         launch_decode(
             spec, decode_blocks(spec, itemsize), query, key, value, query_stride, key_stride,
             value_stride, cos, sin, key_state, value_state, capacity, slots, write_indices, sinks,
-            out, workspace, locks, rows, pdl, settled,
+            bias, out, workspace, locks, rows, pdl, settled,
         )  # fmt: skip
         return
     if spec.append:
@@ -294,7 +310,8 @@ def attention(
         )  # fmt: skip
     launch_prefill(
         spec, prefill_blocks(spec, itemsize, tokens), query, query_stride, cos, sin, key_state,
-        value_state, capacity, slots, row_offsets, write_indices, sinks, out, tokens, rows, pdl,
+        value_state, capacity, slots, row_offsets, write_indices, sinks, bias, out, tokens, rows,
+        pdl,
     )  # fmt: skip
 
 
@@ -302,8 +319,8 @@ def launch_decode(
     spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
     query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory,
     key_state: Memory, value_state: Memory, capacity: int, slots: Memory, write_indices: Memory,
-    sinks: Memory, out: Memory, workspace: Memory | None, locks: Memory | None, rows: int,
-    pdl: bool, settled: bool = False,
+    sinks: Memory, bias: Memory, out: Memory, workspace: Memory | None, locks: Memory | None,
+    rows: int, pdl: bool, settled: bool = False,
 ) -> None:  # fmt: skip
     """Launch a step of one token a row, arguments as `attention`; benchmarks pass other blocks.
 
@@ -318,12 +335,13 @@ def launch_decode(
         )
     block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
     decode_kernel[(rows, _head_blocks(spec), splits)](
-        query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, out,
+        query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias, out,
         out if workspace is None else workspace, slots if locks is None else locks,
         query_stride, key_stride, value_stride, capacity, splits, spec.scale,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
-        ROTARY=spec.rotary, APPEND=spec.append, WINDOW=spec.window, RING=spec.ring,
-        SOFTCAP=spec.softcap, SINKS=spec.sinks, SPLIT_KV=splits > 1, MIN_SPLIT=blocks.min_split,
+        ROTARY=spec.rotary, APPEND=spec.append, WINDOW=spec.window,
+        CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
+        BIAS_HEADS=spec.bias_heads, SPLIT_KV=splits > 1, MIN_SPLIT=blocks.min_split,
         BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
         BLOCK_D=_padded(spec.dim), BLOCK_V=block_v,
         BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
@@ -351,8 +369,8 @@ def launch_append(
 def launch_prefill(
     spec: AttentionSpec, blocks: PrefillBlocks, query: Memory, query_stride: int,
     cos: Memory, sin: Memory, key_state: Memory, value_state: Memory, capacity: int,
-    slots: Memory, row_offsets: Memory, write_indices: Memory, sinks: Memory, out: Memory,
-    tokens: int, rows: int, pdl: bool,
+    slots: Memory, row_offsets: Memory, write_indices: Memory, sinks: Memory, bias: Memory,
+    out: Memory, tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Attend in a mixed step whose keys are in their slots, arguments as `attention`.
 
@@ -362,11 +380,12 @@ def launch_prefill(
     pack = _cdiv(spec.group, _cdiv(spec.group, 16))
     grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * _cdiv(spec.group, pack))
     prefill_kernel[grid](
-        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, out,
-        query_stride, capacity, spec.scale, rows,
+        query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, bias,
+        out, query_stride, capacity, spec.scale, rows,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, CAUSAL=spec.causal, WINDOW=spec.window,
-        RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks, PACK=pack,
+        CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
+        BIAS_HEADS=spec.bias_heads, PACK=pack,
         BLOCK_R=_power_of_2(rows), BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
         BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages, PDL=pdl,
         num_warps=blocks.warps, launch_pdl=pdl,

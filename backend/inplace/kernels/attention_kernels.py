@@ -46,25 +46,30 @@ def scaled_scores(products, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def online_softmax(
-    q, k, v, positions, j, upper, scale, row_max, row_sum, acc,
-    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, EMPTY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    q, k, v, bias, positions, j, upper, scale, row_max, row_sum, acc,
+    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    EMPTY: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys and values of positions ``j``; return the new ``row_max, row_sum, acc``.
 
     One block of online softmax (arXiv:2205.14135): ``row_max`` is the largest score so far,
     ``row_sum`` the sum of ``exp2(score - row_max)``, ``acc`` the values weighted by it.
 
-    ``BOUNDED``: positions from ``upper`` on are masked, and what ``CAUSAL`` and ``WINDOW`` hide.
+    ``BOUNDED``: positions from ``upper`` on are masked, and what ``CAUSAL``, ``WINDOW`` and
+    ``CHUNK`` hide. ``BIAS``: ``bias``, in `load_bias`'s form, is added to the scores.
     ``EMPTY``: a query may see none of these positions and none before them.
     """
     scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+    if BIAS:
+        scores += bias
     if BOUNDED:
         visible = (j < upper)[None, :]
         if CAUSAL:
             visible = visible & (j[None, :] <= positions[:, None])
         if WINDOW > 0:
             visible = visible & (j[None, :] > positions[:, None] - WINDOW)
+        if CHUNK > 0:
+            visible = visible & (j[None, :] >= positions[:, None] // CHUNK * CHUNK)
         scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     shift = new_max
@@ -75,6 +80,27 @@ def online_softmax(
     row_sum = row_sum * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_max, row_sum, acc
+
+
+@triton.jit
+def load_bias(
+    bias, token, head, j, inside, upper, capacity, BIAS_HEADS: tl.constexpr
+):  # fmt: skip
+    """What is added to the scores of positions ``j``, times log2(e); 0 without a bias.
+
+    ``token``, ``head`` and ``inside`` are of the rows of a block of scores. A bias has heads of
+    its own, or one that all share.
+    """
+    if BIAS_HEADS > 0:
+        of_head = head if BIAS_HEADS > 1 else head * 0
+        at = bias + (token.to(tl.int64) * BIAS_HEADS + of_head) * capacity
+        loaded = tl.load(
+            at[:, None] + j[None, :], mask=inside[:, None] & (j < upper)[None, :], other=0.0
+        )
+        added = loaded.to(tl.float32) * LOG2E
+    else:
+        added = 0.0
+    return added
 
 
 @triton.jit
@@ -96,11 +122,12 @@ def start_softmax(
 
 @triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
-    query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, out,
+    query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias, out,
     workspace, locks, query_stride, key_stride, value_stride, capacity, splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    ROTARY: tl.constexpr, APPEND: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    ROTARY: tl.constexpr, APPEND: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BIAS_HEADS: tl.constexpr,
+    SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
@@ -135,6 +162,8 @@ def decode_kernel(
     lower = start * 0
     if WINDOW > 0:
         lower = tl.maximum(start - WINDOW + 1, 0)
+    if CHUNK > 0:
+        lower = tl.maximum(lower, start // CHUNK * CHUNK)
     if RING:
         lower = tl.maximum(lower, start + (1 if APPEND else 0) - capacity)
     split_length = MIN_SPLIT
@@ -174,6 +203,7 @@ def decode_kernel(
         q_at, d[None, :], (g < GROUP)[:, None], cos + angles + zero, sin + angles + zero, one,
         DIM, ROTARY,
     )  # fmt: skip
+    token = tl.zeros((BLOCK_G,), tl.int32) + row
     # The sinks join the softmax where a row's splits are combined, or at the end of its only one.
     row_max, row_sum = start_softmax(sinks, g, g < GROUP, BLOCK_G, False)
     sink, _ = start_softmax(sinks, kv * GROUP + g, g < GROUP, BLOCK_G, SINKS)
@@ -199,17 +229,29 @@ def decode_kernel(
             mask=write & (e < VALUE_DIM)[None, :],
         )
         score = scaled_scores(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, SOFTCAP)
+        if BIAS_HEADS > 0:
+            own = load_bias(
+                bias, token, kv * GROUP + g, start + tl.arange(0, 1), g < GROUP, capacity, capacity,
+                BIAS_HEADS,
+            )  # fmt: skip
+            score += tl.sum(own, 1)
         row_max = tl.where(owns_token, score, row_max)
         row_sum = tl.where(owns_token, 1.0, row_sum)
         acc += v.to(tl.float32)
+        if BIAS_HEADS > 0:  # it may hide the token from itself
+            hidden = score == float("-inf")
+            row_sum = tl.where(hidden, 0.0, row_sum)
+            acc = tl.where(hidden[:, None], 0.0, acc)
 
     # There are not enough registers for wider elements.
     keep: tl.constexpr = PDL and key_state.dtype.element_ty.primitive_bitwidth == 16
     if keep:
         old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
+    added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
     row_max, row_sum, acc = online_softmax(
-        q, old_k, old_v, g, j, upper, scale, row_max, row_sum, acc, True, False, 0, True, SOFTCAP
-    )
+        q, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
+        True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0,
+    )  # fmt: skip
     for block_begin in tl.range(begin + BLOCK_N, upper, BLOCK_N, num_stages=STAGES):
         j = block_begin + tl.arange(0, BLOCK_N)
         old_k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
@@ -218,9 +260,10 @@ def decode_kernel(
         )
         if keep and STAGES == 1:
             old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
+        added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
         row_max, row_sum, acc = online_softmax(
-            q, old_k, old_v, g, j, upper, scale, row_max, row_sum, acc,
-            True, False, 0, True, SOFTCAP,
+            q, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
+            True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0,
         )  # fmt: skip
 
     if active_splits == 1:
@@ -351,11 +394,12 @@ def append_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def prefill_kernel(
-    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, out,
+    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, bias, out,
     query_stride, capacity, scale, rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PACK: tl.constexpr,
+    CHUNK: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -390,7 +434,8 @@ def prefill_kernel(
     i = tl.arange(0, BLOCK_M)
     token = begin + i // PACK
     g = pack * PACK + i % PACK
-    present = ((i < span * PACK) & (token < count) & (g < GROUP))[:, None]
+    in_pack = (i < span * PACK) & (token < count) & (g < GROUP)
+    present = in_pack[:, None]
     packed = (first + token).to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     e = tl.arange(0, BLOCK_V)[None, :]
@@ -410,6 +455,8 @@ def prefill_kernel(
     lower = start * 0
     if WINDOW > 0:
         lower = tl.maximum(start + begin - WINDOW + 1, 0)
+    if CHUNK > 0:
+        lower = tl.maximum(lower, (start + begin) // CHUNK * CHUNK)
     if RING:
         lower = tl.maximum(lower, cached - capacity)
     else:
@@ -425,7 +472,7 @@ def prefill_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     positions = start + token
     masked_from = lower
-    if WINDOW == 0:  # positions that every token of the block sees need no mask
+    if WINDOW == 0 and CHUNK == 0:  # positions that every token of the block sees need no mask
         visible_to_all = tl.minimum(upper, start + begin + 1) if CAUSAL else upper
         masked_from = lower + tl.maximum(visible_to_all - lower, 0) // BLOCK_N * BLOCK_N
         for block_begin in tl.range(lower, masked_from, BLOCK_N, num_stages=STAGES):
@@ -434,20 +481,26 @@ def prefill_kernel(
             v = load_cached(
                 values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V
             )
+            added = load_bias(
+                bias, first + token, kv * GROUP + g, j, in_pack, upper, capacity, BIAS_HEADS
+            )
             row_max, row_sum, acc = online_softmax(
-                q, k, v, positions, j, upper, scale, row_max, row_sum, acc,
-                False, False, 0, False, SOFTCAP,
+                q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
+                False, False, 0, 0, BIAS_HEADS > 0, SOFTCAP, BIAS_HEADS > 0,
             )  # fmt: skip
-    may_be_empty: tl.constexpr = CAUSAL or WINDOW > 0
+    may_be_empty: tl.constexpr = CAUSAL or WINDOW > 0 or CHUNK > 0 or BIAS_HEADS > 0
     for block_begin in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
         j = block_begin + tl.arange(0, BLOCK_N)
         k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
         v = load_cached(
             values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
         )
+        added = load_bias(
+            bias, first + token, kv * GROUP + g, j, in_pack, upper, capacity, BIAS_HEADS
+        )
         row_max, row_sum, acc = online_softmax(
-            q, k, v, positions, j, upper, scale, row_max, row_sum, acc,
-            True, CAUSAL, WINDOW, may_be_empty, SOFTCAP,
+            q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
+            True, CAUSAL, WINDOW, CHUNK, may_be_empty, SOFTCAP, BIAS_HEADS > 0,
         )  # fmt: skip
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # a token that sees nothing: 0
     tl.store(

@@ -16,9 +16,9 @@ from inplace.operators.state import check_contiguous, write
 define(
     "attention",
     "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!) value_state, "
-    "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, *, float scale, "
-    "bool append=True, bool causal=True, int window=0, bool ring=False, float softcap=0.0) "
-    "-> Tensor",
+    "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, "
+    "Tensor? bias=None, *, float scale, bool append=True, bool causal=True, int window=0, "
+    "int attention_chunk=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
@@ -33,15 +33,17 @@ def _attention(
     row_offsets: Tensor,
     write_indices: Tensor,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
     causal: bool = True,
     window: int = 0,
+    attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    _check_shapes(query, key, value, key_state, value_state, sinks, append=append)
+    _check_shapes(query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring)
     offsets, slot_list, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
     # One token a row and no ring wraps: one call appends all rows. Calls are what a small step
     # costs.
@@ -67,7 +69,15 @@ def _attention(
             write(keys, key[first:end].transpose(0, 1), start, 1, ring=ring)
             write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
         keys, values, offset, mask = _visible(
-            keys, values, start, end - first, cached, causal=causal, window=window, ring=ring
+            keys,
+            values,
+            start,
+            end - first,
+            cached,
+            causal=causal,
+            window=window,
+            attention_chunk=attention_chunk,
+            ring=ring,
         )
         out[first:end] = _attend(
             query[first:end],
@@ -75,9 +85,10 @@ def _attention(
             values,
             mask,
             sinks,
+            None if bias is None else bias[first:end, :, offset : offset + keys.shape[1]],
             scale,
             softcap,
-            square=causal and not window and offset == start == 0,
+            square=causal and not window and not attention_chunk and offset == start == 0,
         )
     return out
 
@@ -100,11 +111,13 @@ def _attention_on_gpu(
     row_offsets: Tensor,
     write_indices: Tensor,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
     causal: bool = True,
     window: int = 0,
+    attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
@@ -114,7 +127,7 @@ def _attention_on_gpu(
     """
     from inplace.kernels import attention as kernels  # imports Triton
 
-    _check_shapes(query, key, value, key_state, value_state, sinks, append=append)
+    _check_shapes(query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring)
     tokens, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = value_state.shape
     spec = kernels.AttentionSpec(
@@ -129,6 +142,8 @@ def _attention_on_gpu(
         ring,
         softcap,
         sinks=sinks is not None,
+        attention_chunk=attention_chunk,
+        bias_heads=0 if bias is None else bias.shape[1],
     )
     for name, tensor in (("query", query), ("value_state", value_state)):
         if tensor.dtype != key_state.dtype:
@@ -162,6 +177,7 @@ def _attention_on_gpu(
         row_offsets=row_offsets.int(),
         write_indices=write_indices.int(),
         sinks=None if sinks is None else sinks.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
         out=out,
         workspace=query.new_empty(scratch, dtype=torch.float32) if scratch else None,
         locks=locks,
@@ -185,6 +201,7 @@ def _visible(
     *,
     causal: bool,
     window: int,
+    attention_chunk: int,
     ring: bool,
 ) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """The part of a slot that some token of the row may see.
@@ -203,11 +220,13 @@ def _visible(
         offset = 0
     else:
         offset = max(0, start - window + 1) if window else 0
+        if attention_chunk:
+            offset = max(offset, start // attention_chunk * attention_chunk)
         keys, values = keys[:, offset:cached], values[:, offset:cached]
         if tokens == 1 and causal:
             return keys, values, offset, None
         positions = torch.arange(offset, cached, device=keys.device)
-    if not causal and not window:
+    if not causal and not window and not attention_chunk:
         return keys, values, offset, None
     rows = torch.arange(start, start + tokens, device=keys.device).unsqueeze(1)
     mask = (
@@ -217,6 +236,8 @@ def _visible(
     )
     if window:
         mask &= positions > rows - window
+    if attention_chunk:
+        mask &= positions >= rows // attention_chunk * attention_chunk
     return keys, values, offset, mask
 
 
@@ -226,6 +247,7 @@ def _attend(
     values: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     softcap: float,
     *,
@@ -233,11 +255,12 @@ def _attend(
 ) -> Tensor:
     """Softmax attention of one row.
 
-    Query ``[tokens, heads, dim]``; keys and values ``[kv_heads, length, dim]``; sinks ``[heads]``.
-    ``square``: the mask is the causal mask of as many positions as tokens.
+    Query ``[tokens, heads, dim]``; keys and values ``[kv_heads, length, dim]``; sinks ``[heads]``;
+    bias ``[tokens, heads or 1, length]``. ``square``: the mask is the causal mask of as many
+    positions as tokens.
     """
     tokens, heads, dim = query.shape
-    if tokens == 1 and mask is None and not softcap and sinks is None:
+    if tokens == 1 and mask is None and not softcap and sinks is None and bias is None:
         return _attend_one(query[0], keys, values, scale)[None]
     kv_heads, group = keys.shape[0], heads // keys.shape[0]
     grouped = (
@@ -247,16 +270,21 @@ def _attend(
     )
     if mask is not None:
         mask = mask.repeat(group, 1)
-    if tokens == 1 or softcap or sinks is not None:
+    if tokens == 1 or softcap or sinks is not None or bias is not None:
         scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            of_head = bias.float().expand(-1, heads, -1).unflatten(1, (kv_heads, group))
+            scores = scores + of_head.permute(1, 2, 0, 3).reshape(scores.shape)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         if sinks is not None:
             of_query = sinks.float().view(kv_heads, group, 1).expand(-1, -1, tokens)
             scores = torch.cat([scores, of_query.reshape(kv_heads, -1, 1)], -1)
         weights = scores.softmax(-1)[..., : values.shape[1]].to(values.dtype)
+        if bias is not None:  # it may hide everything
+            weights = weights.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0)
         out = torch.matmul(weights, values)
     elif square and group == 1 and mask is not None and bool(mask.shape[0] == mask.shape[1]):
         out = F.scaled_dot_product_attention(
@@ -280,8 +308,10 @@ def _check_shapes(
     key_state: Tensor,
     value_state: Tensor,
     sinks: Tensor | None,
+    bias: Tensor | None,
     *,
     append: bool,
+    ring: bool,
 ) -> None:
     """Raise if tensors do not fit each other, before a kernel is handed their addresses.
 
@@ -294,8 +324,11 @@ def _check_shapes(
         )
     if append != (key is not None and value is not None):
         raise RuntimeError("key and value must be given exactly when append is True")
-    (_, heads, dim), (_, kv_heads, _, key_dim) = query.shape, key_state.shape
+    (tokens, heads, dim), (_, kv_heads, capacity, key_dim) = query.shape, key_state.shape
     _check_sinks(sinks, heads)
+    _check_bias(bias, tokens, heads, capacity)
+    if bias is not None and ring:
+        raise RuntimeError("a bias has a number for each position, so its states must not be rings")
     if heads % kv_heads:
         raise RuntimeError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     if dim != key_dim:
@@ -327,6 +360,18 @@ def _check_sinks(sinks: Tensor | None, heads: int) -> None:
         )
 
 
+def _check_bias(bias: Tensor | None, tokens: int, heads: int, capacity: int) -> None:
+    """RuntimeError if a bias has not one floating-point number for each token, head and entry."""
+    if bias is None:
+        return
+    fits = bias.dim() == 3 and bias.shape[1] in (1, heads) and bias.is_floating_point()
+    if not fits or bias.shape[0] != tokens or bias.shape[2] != capacity:
+        raise RuntimeError(
+            f"bias must be [{tokens}, {heads} or 1, {capacity}], floating-point numbers for each "
+            f"token, query head and entry of a slot, not {list(bias.shape)} of {bias.dtype}"
+        )
+
+
 @torch.library.register_fake("inplace::attention", lib=LIBRARY)
 def _attention_fake(
     query: Tensor,
@@ -338,15 +383,17 @@ def _attention_fake(
     row_offsets: Tensor,
     write_indices: Tensor,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
     causal: bool = True,
     window: int = 0,
+    attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    _check_shapes(query, key, value, key_state, value_state, sinks, append=append)
+    _check_shapes(query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring)
     return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
 
 
@@ -364,9 +411,11 @@ def attention(
     append: bool = True,
     causal: bool = True,
     window: int = 0,
+    attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Append keys and values, then scaled dot-product attention over each row's own cached length.
 
@@ -386,8 +435,12 @@ def attention(
             starts.
         scale: factor of ``query @ key``, before softmax.
         append: write ``key`` and ``value`` first.
-        causal: token i of a row sees positions up to its own.
+        causal: token i of a row sees positions up to its own. If False it also sees the later
+            tokens that its row has in this step (lookahead): the result depends on which tokens
+            are fed together.
         window: if not 0, a token at position p sees positions ``p - window + 1`` to ``p``.
+        attention_chunk: if not 0, a token at position p sees positions from
+            ``p // attention_chunk * attention_chunk`` on (chunked attention, as Llama 4 has it).
         ring: the states hold position p at ``p % capacity``; needs
             ``capacity >= window + tokens of a row - 1``.
         softcap: if not 0, scores become ``softcap * tanh(scores / softcap)`` (Gemma 2,
@@ -395,6 +448,9 @@ def attention(
         sinks: ``[heads]``, any floating dtype: a logit of each query head that takes part in the
             softmax and has no value (attention sinks, as gpt-oss has them). It is neither scaled
             nor soft-capped. A head's weights then sum to less than 1.
+        bias: ``[tokens, heads or 1, capacity]``, any floating dtype: added to the score of each
+            entry of the token's slot after scale and soft-cap; ``-inf`` hides an entry. What is
+            not visible anyway may hold anything. The states must not be rings.
 
     Returns:
         ``[tokens, heads, dim]``, the query's dtype.
@@ -413,10 +469,12 @@ def attention(
         row_offsets,
         write_indices,
         sinks,
+        bias,
         scale=scale,
         append=append,
         causal=causal,
         window=window,
+        attention_chunk=attention_chunk,
         ring=ring,
         softcap=softcap,
     )
@@ -427,8 +485,9 @@ def attention(
 define(
     "qkv_attention",
     "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, "
-    "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, *, int heads, "
-    "float scale, bool causal=True, int window=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, "
+    "Tensor? bias=None, *, int heads, float scale, bool causal=True, int window=0, "
+    "int attention_chunk=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
@@ -436,8 +495,8 @@ define(
     "rotary_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, "
     "Tensor(b!) value_state, Tensor slots, Tensor row_offsets, Tensor write_indices, "
-    "Tensor? sinks=None, *, float scale, bool causal=True, int window=0, bool ring=False, "
-    "float softcap=0.0) -> Tensor",
+    "Tensor? sinks=None, Tensor? bias=None, *, float scale, bool causal=True, int window=0, "
+    "int attention_chunk=0, bool ring=False, float softcap=0.0) -> Tensor",
 )
 
 
@@ -474,10 +533,10 @@ def _qkv_attention(
         qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
         cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head; None for no
             rotation.
-        key_state, value_state, others: states, slots, row_offsets, write_indices and sinks of
-            `attention`.
+        key_state, value_state, others: states, slots, row_offsets, write_indices, sinks and
+            bias of `attention`.
         heads: query heads.
-        options: scale, causal, window, ring and softcap of `attention`.
+        options: scale, causal, window, attention_chunk, ring and softcap of `attention`.
 
     Returns:
         ``[..., heads * value_dim]``.

@@ -334,8 +334,9 @@ class AttentionOperation(Operation):
 
     Inputs: query, key, value (one tensor with all three if ``merged``; the query alone without
     ``append``); cos and sin if ``rotary``; the key state and the value state; slots, row_offsets,
-    write_indices; sinks if ``sinks``; then ``readers`` results of earlier reads of the states. The
-    last make TensorRT run those reads first. Outputs: the attention's, and the two states.
+    write_indices; sinks if ``sinks``; a bias if ``bias_heads``; then ``readers`` results of earlier
+    reads of the states. The last make TensorRT run those reads first. Outputs: the attention's, and
+    the two states.
 
     ``settled``: no earlier layer of the network writes slots, write indices or the states.
     """
@@ -355,6 +356,8 @@ class AttentionOperation(Operation):
     softcap: float = 0.0
     rotary: int = 0
     sinks: bool = False
+    attention_chunk: int = 0
+    bias_heads: int = 0
     merged: bool = False
     settled: bool = False
     readers: int = 0
@@ -371,8 +374,13 @@ class AttentionOperation(Operation):
 
     @property
     def input_count(self) -> int:
-        """Projections, cos and sin, states, three row descriptions, sinks, results of reads."""
-        return self.first_state + 5 + self.sinks + self.readers
+        """Projections, cos and sin, states, row descriptions, sinks, bias, results of reads."""
+        return self.first_state + 5 + self.num_terms + self.readers
+
+    @property
+    def num_terms(self) -> int:
+        """How many of sinks and bias there are."""
+        return self.sinks + (self.bias_heads > 0)
 
     @property
     def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
@@ -395,14 +403,16 @@ class AttentionOperation(Operation):
             softcap=self.softcap,
             rotary=self.rotary,
             sinks=self.sinks,
+            attention_chunk=self.attention_chunk,
+            bias_heads=self.bias_heads,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Row descriptions are int32, sinks floating, reads any; others have the query's dtype."""
+        """Row descriptions are int32, sinks and bias floating, reads any, others as the query."""
         end = self.first_state + 5
         if self.first_state + 2 <= position < end:
             return dtypes[position] is torch.int32
-        if self.sinks and position == end:
+        if end <= position < end + self.num_terms:
             return dtypes[position] in FLOATS
         return end <= position < self.input_count or (
             dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
@@ -469,6 +479,7 @@ class AttentionOperation(Operation):
             row_offsets=inputs[first + 3],
             write_indices=inputs[first + 4],
             sinks=inputs[first + 5] if self.sinks else None,
+            bias=inputs[first + 5 + self.sinks] if self.bias_heads else None,
             out=call.outputs[0],
             workspace=Pointer(call.workspace, torch.float32),
             locks=call.locks,

@@ -208,6 +208,8 @@ class ModelInstance:
                     "the input has no tokens, and the sequence has no generated token that could be"
                     " continued from; send at least 1 token",
                 )
+            pending = sequence is not None and sequence.pending_token is not None
+            self._check_chunk(validated.num_tokens + pending)
             self._check_fits(validated, sequence.position if sequence is not None else 0)
             if sequence is None:
                 sequence = self.table.start(request.sequence_id, validated.key_digest)
@@ -283,6 +285,16 @@ class ModelInstance:
                 f"{num_tokens} tokens{f' and {new} more' if new else ''} do not fit: the sequence"
                 f" holds {length} of {capacity} positions, {capacity - length} are left; send"
                 f" fewer, or build with a larger capacity",
+            )
+
+    def _check_chunk(self, num_tokens: int) -> None:
+        """Refuse tokens that one step does not take, where they must be fed in one."""
+        if self.program.lookahead and num_tokens > self.program.chunk:
+            raise RequestError(
+                Code.CAPACITY,
+                f"{num_tokens} tokens do not fit into one step, which takes {self.program.chunk} of"
+                f" a sequence; tokens of this model see later ones that are fed with them, so a"
+                f" prompt cannot be divided: send fewer, or build with a larger chunk",
             )
 
     def _prepend_pending_token(self, active: ActiveRequest) -> None:

@@ -45,6 +45,8 @@ class Program(Record):
         max_rows: maximum rows of a step.
         chunk: maximum tokens of one row in a step; 1 for ``rectangular``.
         max_tokens: maximum tokens of a step, over all rows; None is ``max_rows * chunk``.
+        lookahead: tokens of a row that are in the same step see each other in both directions, so
+            all tokens of a request are fed in one step: it has at most ``chunk``.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Program(Record):
     max_rows: int = Field(ge=1)
     chunk: int = Field(ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    lookahead: bool = False
 
     @property
     def token_budget(self) -> int:
@@ -160,6 +163,11 @@ class Program(Record):
             raise ValueError(
                 f"program {self.name}: {self.max_tokens} tokens a step are too few for "
                 f"{self.max_rows} rows"
+            )
+        if self.lookahead and self.token_budget < self.max_rows * self.chunk:
+            raise ValueError(
+                f"program {self.name}: with lookahead a step must have room for a whole chunk of "
+                f"each row, {self.max_rows * self.chunk} tokens"
             )
         if self.row_layout == "packed" and Role.TOKENS not in roles:
             raise ValueError(

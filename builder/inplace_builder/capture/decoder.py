@@ -68,13 +68,17 @@ class DecoderOptions:
         return None if self.min_capacity == self.capacity else self.min_capacity
 
 
-def decoder_program(vocab_size: int, num_scores: int, options: DecoderOptions) -> Program:
+def decoder_program(
+    vocab_size: int, num_scores: int, options: DecoderOptions, *, lookahead: bool = False
+) -> Program:
     """The description of a decoder's step.
 
     Args:
         vocab_size: number of token ids that it takes.
         num_scores: number of scores that it returns for a token.
         options: what it is built for.
+        lookahead: tokens that are fed together see each other. Whole chunks of all rows then fit
+            into a step.
     """
     return Program(
         name="step",
@@ -109,7 +113,8 @@ def decoder_program(vocab_size: int, num_scores: int, options: DecoderOptions) -
         aliases=(),
         max_rows=options.max_rows,
         chunk=options.chunk,
-        max_tokens=options.max_tokens,
+        max_tokens=None if lookahead else options.max_tokens,
+        lookahead=lookahead,
     )
 
 
@@ -121,23 +126,23 @@ class LayerCache:
         heads: key-value heads.
         key_dim, value_dim: elements of a head.
         dtype: element type.
-        window: how many positions up to its own a token sees; 0 for all.
+        reach: how many positions up to its own a token may see; 0 for all.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     dtype: Dtype
-    window: int = 0
+    reach: int = 0
 
     def positions(self, options: DecoderOptions) -> int:
-        """Positions that a slot holds: the capacity, or what a window needs if that is less.
+        """Positions that a slot holds: the capacity, or what ``reach`` needs if that is less.
 
-        A token must still see its whole window when the last token of its chunk is appended.
+        A token must still see all that it may see when the last token of its chunk is appended.
         """
-        if not self.window:
+        if not self.reach:
             return options.capacity
-        return min(options.capacity, self.window + options.chunk - 1)
+        return min(options.capacity, self.reach + options.chunk - 1)
 
     def is_ring(self, options: DecoderOptions) -> bool:
         """Whether a slot holds fewer positions than the capacity, so that it must be a ring."""

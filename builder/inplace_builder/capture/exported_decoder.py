@@ -136,7 +136,7 @@ def _layer_caches(decoder: ProvenDecoder, options: DecoderOptions) -> list[Layer
                 f"or export it with larger caches"
             )
         element_type = Dtype.of(dtype(match.keys.base))
-        caches.append(LayerCache(keys[1], keys[3], values[3], element_type, window=match.window))
+        caches.append(LayerCache(keys[1], keys[3], values[3], element_type, reach=match.window))
     return caches
 
 

@@ -70,6 +70,7 @@ LAYER_KINDS = STATELESS_KINDS | {
     *SPARSE_KINDS,
     "full_attention",
     "sliding_attention",
+    "chunked_attention",
     "conv",
     "linear_attention",
     "hybrid",
@@ -119,10 +120,16 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
     _check_layers(exported.graph, config, layers, type(model).__name__)
     # 3. Clean the graph, check it against the description, read off what it writes.
-    program = decoder_program(config.vocab_size, config.vocab_size, options)
+    lookahead = any(layer.mask.lookahead for layer in layers.by_layer.values())
+    size = config.vocab_size
+    program = decoder_program(size, size, options, lookahead=lookahead)
     program, lowering = complete_program(exported, program, states)
     # 4. The model itself is the reference, in its own type and, if that rounds, in float32.
     rounds = model.dtype in (torch.float16, torch.bfloat16)
+
+    def float32_reference() -> Reference:
+        return _reference(float32_copy(model), as_fed=lookahead)
+
     return Capture(
         exported=exported,
         program=program,
@@ -130,9 +137,9 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         capacity=options.capacity,
         dtype=Dtype.of(model.dtype),
         lowering=lowering,
-        reference=_reference(model),
+        reference=_reference(model, as_fed=lookahead),
         min_capacity=options.dynamic_min_capacity,
-        float32_reference=(lambda: _reference(float32_copy(model))) if rounds else None,
+        float32_reference=float32_reference if rounds else None,
         thresholds=frozenset(_thresholds(config.to_dict())),
     )
 
@@ -295,7 +302,7 @@ class DecoderStep(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.rings, self.call = model, rings, call
-        self.windows = {index: layer.window for index, layer in layers.items()}
+        self.masks = {index: layer.mask for index, layer in layers.items()}
         self.scores = {index: layer.scores for index, layer in layers.items()}
         self.selects_logits = selects_logits
         self.num_layers = _num_layers(model.config.get_text_config(decoder=True))
@@ -337,7 +344,7 @@ class DecoderStep(torch.nn.Module):
             slots,
             row_offsets,
             write_indices,
-            self.windows,
+            self.masks,
             self.rings,
             self.scores,
         )
@@ -388,29 +395,41 @@ def _by_layer(states: Sequence[StateSpec], values: Sequence[Any]) -> list[dict[A
     return list(groups.values())
 
 
-def _reference(model: PreTrainedModel) -> Reference:
+def _reference(model: PreTrainedModel, *, as_fed: bool) -> Reference:
+    """The model on one sequence.
+
+    Args:
+        model: the model.
+        as_fed: feed the tokens of each request together, because tokens that are fed together see
+            each other; else as few times as possible.
+    """
+
     def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        ids = torch.cat([request[TOKEN_IDS] for request in requests]).to(model.device)
+        parts = [request[TOKEN_IDS].to(model.device) for request in requests]
+        if not as_fed:
+            parts = list(torch.cat(parts).split(REFERENCE_CHUNK))
         with torch.no_grad():
-            logits = _last_logits(model, ids).float().cpu()
+            logits = _last_logits(model, parts).float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return reference
 
 
-def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The scores ``[vocab_size]`` of the last of token ``ids [tokens]``, as ``generate`` has them.
+def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
+    """The scores ``[vocab_size]`` of the last token, as ``generate`` has them.
 
     Positions are passed where the model takes them. Without, a RoBERTa counts from the index of its
     padding on.
+
+    Args:
+        model: the model.
+        parts: token ids ``[tokens]`` that are fed together, of one sequence.
     """
     cache: Any = None
-    use_cache = len(ids) > REFERENCE_CHUNK
+    use_cache = len(parts) > 1
     name = _cache_argument(model)
-    positions = torch.arange(len(ids), device=ids.device)
-    for part, places in zip(
-        ids.split(REFERENCE_CHUNK), positions.split(REFERENCE_CHUNK), strict=True
-    ):
+    positions = torch.arange(sum(map(len, parts)), device=model.device)
+    for part, places in zip(parts, positions.split([*map(len, parts)]), strict=True):
         given = {"position_ids": places[None]} if _takes_positions(model) else {}
         out = model(
             input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache}, **given
@@ -462,7 +481,7 @@ def _num_layers(config: transformers.PretrainedConfig) -> int:
 def _layer_caches(layers: SeenLayers, dtype: Dtype) -> dict[int, LayerCache]:
     """The cache of each layer that attends, of the sizes that it was seen with."""
     return {
-        index: LayerCache(*layer.key, layer.value[1], dtype, layer.window)
+        index: LayerCache(*layer.key, layer.value[1], dtype, layer.mask.reach)
         for index, layer in sorted(layers.by_layer.items())
     }
 

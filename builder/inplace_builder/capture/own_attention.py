@@ -7,8 +7,9 @@ scores, their softmax are weights, and weights times values is where the result 
 ``inplace::attention`` takes the place of the model's own. So is PyTorch's fused attention.
 
 The factor of the scores and what is added to them are noted too. A run on the values of one
-sequence proves that attention with this factor and this window gives what the model's own code
-gives.
+sequence proves that attention with this factor and this mask gives what the model's own code gives.
+Where that lets tokens see later ones, as transformers' code of some encoders does for a decoder
+too, the operator does so as well (lookahead).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from inplace.operators import attention
 from torch import Tensor
 
+from inplace_builder.capture.masks import MaskOptions
 from inplace_builder.errors import BuildError
 
 Kind = Literal["keys", "values", "scores", "weights"]
@@ -301,8 +303,8 @@ class Scores:
         )
 
 
-Proved = Callable[[Scores, int], None]
-"""Called with how a layer computes scores, and its window."""
+Proved = Callable[[Scores, MaskOptions], None]
+"""Called with how a layer computes scores, and what a token may see."""
 
 
 class OwnAttention:
@@ -356,22 +358,28 @@ class OwnAttention:
         if self._attend is not None:
             out = self._attend(query, key, value).transpose(0, 1).to(own.dtype)
             return out.unsqueeze(0) if own.dim() == 4 else out
-        window, slopes = _mask(calculation.added, len(query), self.name)
+        mask, slopes = _mask(calculation.added, len(query), self.name)
         scores = Scores(calculation.scale, slopes)
-        _prove(self.name, query, key, value, scores, window, own)
-        self._proved(scores, window)
+        _prove(self.name, query, key, value, scores, mask, own)
+        self._proved(scores, mask)
         return own
 
 
 def _prove(
-    name: str, query: Tensor, key: Tensor, value: Tensor, scores: Scores, window: int, own: Tensor
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    mask: MaskOptions,
+    own: Tensor,
 ) -> None:
     """Check that attention of one sequence gives the model's own result.
 
     Args:
         name: of the model.
         query, key, value: ``[tokens, heads, dim]``.
-        scores, window: of the layer.
+        scores, mask: of the layer.
         own: the model's result.
 
     Raises:
@@ -395,52 +403,53 @@ def _prove(
         torch.tensor([0, tokens], dtype=torch.int32, device=query.device),
         zero,
         scale=scale,
-        window=window,
+        causal=not mask.lookahead,
+        window=mask.window,
     )
     actual = own.reshape(-1, tokens, own.shape[-1]).transpose(0, 1).to(expected.dtype)
     difference = (expected - actual).abs().max() / actual.abs().max().clamp_min(1e-6)
     if not difference < (1e-3 if own.dtype == torch.float32 else 5e-2):
         raise BuildError(
             f"attention of {name} gives another result than softmax attention with the factor "
-            f"{scores.scale} and the window {window or 'none'}: they differ by "
+            f"{scores.scale} where a token sees {mask}: they differ by "
             f"{float(difference):.1e}"
         )
 
 
-def _mask(added: Tensor | None, tokens: int, name: str) -> tuple[int, tuple[float, ...] | None]:
-    """What is added to scores: a window (0 for none), and slopes.
+def _mask(
+    added: Tensor | None, tokens: int, name: str
+) -> tuple[MaskOptions, tuple[float, ...] | None]:
+    """What is added to scores: a mask, and slopes.
 
     Raises:
-        BuildError: it is no mask, neither causal nor a window, or another bias than slopes.
+        BuildError: the operator does not have the mask, or it is another bias than slopes.
     """
     if added is None:
-        raise BuildError(f"attention of {name} has no mask, so it is not causal")
+        return MaskOptions(lookahead=True), None
     added = added.expand((*added.shape[:-2], tokens, tokens)).cpu()
     added = added.reshape(-1, tokens, tokens)
     seen = added > LOWEST
     size = int(seen[0, -1].sum())
-    window = size if size < tokens else 0
-    causal = torch.ones((tokens, tokens), dtype=torch.bool).tril()
-    expected = causal & ~causal.tril(-window) if window else causal
-    if bool((seen & ~causal).any()):
+    if bool(seen.all()):
+        mask = MaskOptions(lookahead=True)
+    else:
+        mask = MaskOptions(window=size if size < tokens else 0)
+    positions = torch.arange(tokens)
+    if not torch.equal(seen, mask.visible(positions, positions).expand_as(seen)):
         raise BuildError(
-            f"attention of {name} lets tokens see later ones, as transformers' code of this model "
-            f"does for a decoder too; a decoder step needs causal attention"
-        )
-    if not torch.equal(seen, expected.expand_as(seen)):
-        raise BuildError(
-            f"attention of {name} has a mask that is neither causal nor a sliding window"
+            f"attention of {name} has a mask that is neither causal nor a sliding window, and does "
+            f"not let all tokens see each other either"
         )
     if not bool((added[seen] != 0).any()):
-        return window, None
+        return mask, None
     # a term that is the same for all keys changes no weight
     bias = added.double() - added[:, :, :1].double()
     slopes = bias[:, -1, -1] / max(tokens - 1, 1)
     linear = slopes[:, None, None] * torch.arange(tokens)
     wrong = (bias - linear).abs() > 1e-5 * linear.abs().clamp_min(1.0)
-    if window or bool((wrong & seen).any()):
+    if mask.window or bool((wrong & seen).any()):
         raise BuildError(
             f"attention of {name} adds a bias to its scores that is no multiple of the key's "
             f"position; of biases inplace::attention has slopes only (ALiBi), without a window"
         )
-    return 0, tuple(slopes.tolist())
+    return mask, tuple(slopes.tolist())

@@ -4,11 +4,6 @@ The model's code runs unchanged: its keys and values pass through `SlotCache`, i
 `slot_attention`. Both know each token's position and nothing else. A question that has no one
 answer for the packed tokens of several rows, such as how many tokens are cached
 (`inplace_builder.capture.cache_length`), raises BuildError.
-
-transformers describes what a token may see by a mask function, and its default implementations of
-attention follow the mask alone. `mask_window` evaluates each layer's mask function and reads the
-layer's window off it. The configuration's window, and the one that a model hands to its attention
-function, are not trusted.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
 
 from inplace_builder.capture.cache_length import CacheLength, LayerLength, OwnCacheLength
+from inplace_builder.capture.masks import MaskOptions, mask_options
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.capture.sparse import AllPositions
-from inplace_builder.errors import BuildError, brief
+from inplace_builder.errors import BuildError
 
 IMPLEMENTATION = "inplace"
 """The name under which transformers knows `slot_attention` and `_layer_mask`."""
-
-
-NUM_SAMPLED_QUERIES = 64
-"""Positions of queries at which a mask is evaluated, beside those around its window."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +36,7 @@ class LayerStates:
         keys, values: the states of each layer that attends, ``[slots, kv_heads, capacity, dim]``.
         recurrent: the other states by name, ``[slots, ...]``.
         slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
-        windows: for each layer that attends how many positions up to its own a token sees; 0 for
-            all.
+        masks: for each layer that attends what a token may see.
         rings: for each of them whether its states are rings.
         scores: how each of them computes them; used where attention is the model's own.
     """
@@ -56,7 +47,7 @@ class LayerStates:
     slots: Tensor
     row_offsets: Tensor
     write_indices: Tensor
-    windows: Mapping[int, int]
+    masks: Mapping[int, MaskOptions]
     rings: Mapping[int, bool]
     scores: Mapping[int, Scores]
 
@@ -75,6 +66,7 @@ class LayerStates:
 
         Query, key and value are ``[tokens, heads, dim]``, sinks ``[heads]``.
         """
+        mask = self.masks[layer]
         return attention(
             query,
             key,
@@ -85,7 +77,9 @@ class LayerStates:
             self.row_offsets,
             self.write_indices,
             scale=scale,
-            window=self.windows[layer],
+            causal=not mask.lookahead,
+            window=mask.window,
+            attention_chunk=mask.attention_chunk,
             ring=self.rings[layer],
             softcap=softcap,
             sinks=sinks,
@@ -98,13 +92,13 @@ class SeenLayer:
 
     Attributes:
         key, value: heads, and elements of a head.
-        window: how many positions up to its own a token sees; 0 for all.
+        mask: what a token may see.
         scores: how they are computed; used where attention is the model's own.
     """
 
     key: tuple[int, int]
     value: tuple[int, int]
-    window: int
+    mask: MaskOptions
     scores: Scores = field(default_factory=Scores)
 
 
@@ -212,10 +206,10 @@ class SlotCache(TransformersCache):
                 self.own_attention, key, value, attend=attend, proved=lambda *_: None
             )
 
-        def proved(scores: Scores, window: int) -> None:
+        def proved(scores: Scores, mask: MaskOptions) -> None:
             dim = key.shape[3] + scores.key_components
             step.by_layer[layer] = SeenLayer(
-                (key.shape[1], dim), (value.shape[1], value.shape[3]), window, scores
+                (key.shape[1], dim), (value.shape[1], value.shape[3]), mask, scores
             )
 
         return OwnAttention(self.own_attention, key, value, attend=None, proved=proved)
@@ -379,12 +373,12 @@ class LayerMask:
     """Stands for a mask of transformers; only `slot_attention` reads it.
 
     Attributes:
-        window: how many positions up to its own a token sees; 0 for all, None if not evaluated.
-        error: why there is no window, raised for a layer that uses the mask.
+        options: what a token may see; None if not evaluated.
+        error: why there are no options, raised for a layer that uses the mask.
     """
 
-    def __init__(self, window: int | None, error: BuildError | None = None) -> None:
-        self.window, self.error = window, error
+    def __init__(self, options: MaskOptions | None, error: BuildError | None = None) -> None:
+        self.options, self.error = options, error
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # what Python and torch ask of any object
@@ -415,8 +409,8 @@ class LayerMask:
     @staticmethod
     def _refuse(*_: object) -> NoReturn:
         raise BuildError(
-            "the model changes its attention mask itself; only causal and sliding-window attention "
-            "is supported"
+            "the model changes its attention mask itself; only causal attention, with a window or "
+            "in chunks or without, is supported"
         )
 
     __add__ = __radd__ = __mul__ = __rmul__ = __rand__ = _refuse
@@ -437,7 +431,7 @@ def _layer_mask(
     if isinstance(step, LayerStates):  # evaluated before, on real tensors
         return LayerMask(None)
     try:
-        return LayerMask(mask_window(mask_function, step.capacity))
+        return LayerMask(mask_options(mask_function, step.capacity))
     except BuildError as error:  # models also make masks that no layer uses
         return LayerMask(None, error)
 
@@ -456,52 +450,6 @@ def _added_mask(
     first, index = torch.zeros((1, 1, 1, 1), dtype=torch.int64), torch.arange(tokens)
     seen = mask_function(first, first, index.view(1, 1, -1, 1), index.view(1, 1, 1, -1))
     return added.masked_fill(~seen.to(added.device), torch.finfo(dtype).min)
-
-
-def mask_window(mask_function: Callable[..., Tensor], capacity: int) -> int:
-    """The window of a mask function, evaluated over all positions of a sequence.
-
-    Args:
-        mask_function: of transformers: from batch, head, query and key index to whether the query
-            sees the key.
-        capacity: maximum number of positions of a sequence.
-
-    Returns:
-        How many positions up to its own a token sees; 0 for all.
-
-    Raises:
-        BuildError: it is neither causal nor a sliding window.
-    """
-    first = torch.zeros((1, 1, 1, 1), dtype=torch.int64)
-    keys = torch.arange(capacity).view(1, 1, 1, -1)
-
-    def visible(queries: Tensor) -> Tensor:
-        """Whether queries ``[n]`` see each position, ``[n, capacity]``."""
-        try:
-            mask = mask_function(first, first, queries.view(1, 1, -1, 1), keys)
-        except Exception as error:
-            raise BuildError(
-                f"an attention mask of the model cannot be evaluated: {brief(error)}"
-            ) from error
-        return mask.expand(1, 1, len(queries), capacity)[0, 0]
-
-    seen = int(visible(torch.tensor([capacity - 1])).sum())
-    window = seen if 0 < seen < capacity else 0
-    queries = torch.linspace(0, capacity - 1, min(capacity, NUM_SAMPLED_QUERIES)).long()
-    around = torch.arange(window - 2, window + 3)
-    ends = torch.tensor([0, 1, capacity - 2])
-    queries = torch.cat([queries, around, ends]).clamp(0, capacity - 1)
-    positions, own = torch.arange(capacity), queries[:, None]
-    expected = (positions <= own) & (positions > own - (window or capacity))
-    wrong = (visible(queries) != expected).any(1)
-    if wrong.any():
-        raise BuildError(
-            f"the model has an attention mask that is neither causal nor a sliding window: the "
-            f"token at position {int(queries[wrong].min())} does not see just those before it; "
-            f"only causal and sliding-window attention is supported (chunked attention only up to "
-            f"the size of its chunks: choose a smaller capacity)"
-        )
-    return window
 
 
 def slot_attention(
@@ -552,8 +500,8 @@ def slot_attention(
         layer, shares = again, False
     if attention_mask is not None and not isinstance(attention_mask, LayerMask):
         raise BuildError(
-            f"{kind} has an attention mask of its own; only causal and sliding-window attention is "
-            f"supported"
+            f"{kind} has an attention mask of its own; only causal attention, with a window or in "
+            f"chunks or without, is supported"
         )
     if unknown := sorted(
         name for name in ("position_bias", "head_mask") if others.get(name) is not None
@@ -562,19 +510,15 @@ def slot_attention(
     for name in ("indices", "block_indices"):
         if not isinstance(others.get(name), AllPositions | None):
             raise BuildError(f"{kind} attends to the positions that it selects ({name}) only")
-    # BigBird-Pegasus calls its decoder's attention not causal, and gives it a causal mask
-    masked = attention_mask is not None and attention_mask.error is None
-    if not getattr(module, "is_causal", True) and not masked:
-        raise BuildError(f"{kind} is not causal; a decoder step needs causal attention")
     step = cache.step
     if isinstance(step, SeenLayers):
-        window = _layer_window(kind, attention_mask, sliding_window, step.capacity)
+        mask = _layer_options(module, attention_mask, sliding_window, step.capacity)
         if shares:
-            _check_shared(kind, window, step.by_layer[layer].window)
+            _check_shared(kind, mask, step.by_layer[layer].mask)
             step.sharing += 1
         else:
             step.by_layer[layer] = SeenLayer(
-                (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), window
+                (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), mask
             )
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
@@ -591,31 +535,52 @@ def slot_attention(
     return out.unsqueeze(0), None
 
 
-def _check_shared(kind: str, window: int, owner: int) -> None:
-    if window != owner:
+def _check_shared(kind: str, mask: MaskOptions, owner: MaskOptions) -> None:
+    if mask != owner:
         raise BuildError(
-            f"{kind} attends with a window of {window or 'all'} positions to keys and values of a "
-            f"layer that keeps {owner or 'all'}; layers that share them need the same window"
+            f"{kind} lets a token see {mask}, and attends to keys and values of a layer that lets "
+            f"it see {owner}; layers that share them need the same mask"
         )
 
 
-def _layer_window(kind: str, mask: LayerMask | None, stated: int | None, capacity: int) -> int:
-    """The window of a layer, from its mask and from what the model hands to its attention.
+def _layer_options(
+    module: torch.nn.Module, mask: LayerMask | None, stated: int | None, capacity: int
+) -> MaskOptions:
+    """What a token of a layer may see, from its mask and from what its attention is given.
+
+    Without a mask, transformers' attention functions ask the module whether it is causal. With one
+    they do not: BigBird-Pegasus calls its decoder's attention not causal, and gives it a causal
+    mask.
+
+    Args:
+        module: the layer's attention.
+        mask: its mask.
+        stated: the window that its attention function is given.
+        capacity: maximum number of positions of a sequence.
 
     Raises:
-        BuildError: the two differ, or the mask is no window.
+        BuildError: the two differ, or the operator does not have the mask.
     """
+    kind = type(module).__name__
     stated = stated if stated and stated < capacity else 0
     if mask is not None and mask.error is not None:
         raise mask.error
-    if mask is None or mask.window is None:
-        return stated
-    if stated not in (0, mask.window):
+    if mask is None or mask.options is None:
+        options = MaskOptions(lookahead=not getattr(module, "is_causal", True))
+    else:
+        options = mask.options
+        if stated not in (0, options.reach):
+            raise BuildError(
+                f"{kind} hands a window of {stated} positions to its attention, but its mask lets "
+                f"a token see {options}: implementations of attention would differ"
+            )
+        return options
+    if stated and options.lookahead:
         raise BuildError(
-            f"{kind} hands a window of {stated} positions to its attention, but its mask has "
-            f"{mask.window or 'none'}: implementations of attention would differ"
+            f"{kind} is not causal and has a window of {stated} positions; lookahead is only "
+            f"supported without a window"
         )
-    return mask.window
+    return MaskOptions(window=stated, lookahead=options.lookahead)
 
 
 AttentionInterface.register(IMPLEMENTATION, slot_attention)

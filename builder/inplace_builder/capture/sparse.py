@@ -1,8 +1,8 @@
 """Sparse attention, as far as it is full causal attention.
 
-Chunked layers attend within a chunk of fixed size. Other layers have an indexer, which selects a
-fixed number of positions. Up to that many positions both attend to all of them, and so they are
-captured; what the indexer computes then has no effect on the result and is left out.
+Some layers have an indexer, which selects a fixed number of positions. Up to that many positions
+they attend to all of them, and so they are captured; what the indexer computes then has no effect
+on the result and is left out.
 `check_positions` refuses a larger capacity.
 """
 
@@ -41,9 +41,6 @@ class SparseKind:
 
 
 SPARSE_KINDS = {
-    "chunked_attention": SparseKind(
-        "attention_chunk_size", lambda config: config.attention_chunk_size
-    ),
     "deepseek_sparse_attention": SparseKind("index_topk", lambda config: config.index_topk),
     "minimax_m3_sparse": SparseKind("index_topk_blocks of index_block_size", _whole_blocks),
     "qwen_sparse_attention": SparseKind(

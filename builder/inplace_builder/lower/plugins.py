@@ -239,6 +239,7 @@ def _attend(
     row_offsets: ITensor,
     write_indices: ITensor,
     sinks: ITensor | None = None,
+    bias: ITensor | None = None,
     **options: Any,
 ) -> ITensor:
     """Add an attention plugin; ``options`` are fields of `AttentionOperation`."""
@@ -258,12 +259,13 @@ def _attend(
         value_dim=value_state.spec.shape[2],
         max_rows=MAX_ROWS,
         sinks=sinks is not None,
+        bias_heads=0 if bias is None else bias.shape[1],
         settled=are_inputs and not (key_state.written or value_state.written),
         readers=len(readers),
         **options,
     )
     given = [*inputs, key_state.current, value_state.current, *controls]
-    given += readers if sinks is None else [sinks, *readers]
+    given += [term for term in (sinks, bias) if term is not None] + readers
     out, *states = _add(ctx, operation, given)
     if not states:  # it only reads them: the next writer must run after it
         for name in names:

@@ -119,6 +119,7 @@ def visibility(
     ring: bool,
     causal: bool = True,
     window: int = 0,
+    attention_chunk: int = 0,
     group: int = 1,
 ) -> Visibility:
     """The masks of queries over caches that already hold the appended tokens.
@@ -130,23 +131,19 @@ def visibility(
         rows: its rows.
         query: from `by_row`.
         capacity: entries of a cache.
-        append, causal, window, ring: as the operator has them.
+        append, causal, window, attention_chunk, ring: as the operator has them.
         group: query heads that are packed into one cache head, see `_attend`.
     """
-    key = (Visibility, rows.null, rows.starts, capacity, append, causal, window, ring, group)
-    make = partial(
-        _visibility,
-        ctx,
-        rows,
-        query,
-        capacity,
-        append=append,
-        causal=causal,
-        window=window,
-        ring=ring,
-        group=group,
-    )
-    return ctx.cached(key, make)
+    options: dict[str, Any] = {
+        "append": append,
+        "causal": causal,
+        "window": window,
+        "attention_chunk": attention_chunk,
+        "ring": ring,
+        "group": group,
+    }
+    key = (Visibility, rows.null, rows.starts, capacity, *options.values())
+    return ctx.cached(key, partial(_visibility, ctx, rows, query, capacity, **options))
 
 
 def _visibility(
@@ -158,6 +155,7 @@ def _visibility(
     append: bool,
     causal: bool,
     window: int,
+    attention_chunk: int,
     ring: bool,
     group: int,
 ) -> Visibility:
@@ -191,6 +189,10 @@ def _visibility(
     if window:
         oldest = ctx.subtract(query_positions, ctx.scalar(window, INT, 4))
         visible = ctx.logical_and(visible, ctx.elementwise("GREATER", positions, oldest))
+    if attention_chunk:
+        inside = modulo(ctx, query_positions, ctx.scalar(attention_chunk, INT, 4))
+        before = ctx.less(positions, ctx.subtract(query_positions, inside))
+        visible = ctx.logical_and(visible, ctx.logical_not(before))
     return Visibility(written, visible)
 
 
@@ -210,6 +212,7 @@ def append_and_attend(
     row_offsets: ITensor,
     write_indices: ITensor,
     sinks: ITensor | None = None,
+    bias: ITensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -222,9 +225,9 @@ def append_and_attend(
     Args:
         ctx: the network.
         append_to_state: how the mechanism appends.
-        query, key, value, key_state, value_state, slots, row_offsets, write_indices, sinks, scale,
-            append, softcap, ring: as the operator has them.
-        mask: the operator's options ``causal`` and ``window``.
+        query, key, value, key_state, value_state, slots, row_offsets, write_indices, sinks, bias,
+            scale, append, softcap, ring: as the operator has them.
+        mask: the operator's options ``causal``, ``window`` and ``attention_chunk``.
 
     Returns:
         Packed, ``[tokens, heads, value_dim]``.
@@ -238,7 +241,9 @@ def append_and_attend(
     group = queries.shape[1] // kv_heads
     masks = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **mask)
     keys, values = key_state.current, value_state.current
-    return _attend(ctx, queries, keys, values, masks, sinks, scale=scale, softcap=softcap)
+    if bias is not None:
+        bias = by_row(ctx, bias, rows)
+    return _attend(ctx, queries, keys, values, masks, sinks, bias, scale=scale, softcap=softcap)
 
 
 def modulo(ctx: Network, x: ITensor, by: ITensor) -> ITensor:
@@ -253,6 +258,7 @@ def _attend(
     values: ITensor,
     masks: Visibility,
     sinks: ITensor | None,
+    bias: ITensor | None,
     *,
     scale: float,
     softcap: float,
@@ -270,6 +276,7 @@ def _attend(
         values: ``[rows, kv_heads, capacity, value_dim]``.
         masks: which entries are attended to; their ``group`` is the query heads of a cache head.
         sinks: ``[heads]``: a score of each query head that has no value; None without them.
+        bias: ``[rows, heads or 1, tokens of a row, capacity]``: added to the scores; None without.
         scale: factor of the scores.
         softcap: if not 0, scores become ``softcap * tanh(scores / softcap)``.
 
@@ -288,6 +295,8 @@ def _attend(
     if softcap:
         cap = ctx.scalar(softcap, torch.float32, 4)
         scores = ctx.multiply(ctx.activation("TANH", ctx.elementwise("DIV", scores, cap)), cap)
+    if bias is not None:
+        scores = ctx.add(scores, _bias_of_heads(ctx, bias, heads, kv_heads))
     scores = ctx.select(masks.visible, scores, ctx.scalar(MASKED_SCORE, torch.float32, 4))
     if sinks is None:
         weights = ctx.softmax(scores, 3)
@@ -298,6 +307,14 @@ def _attend(
     out = ctx.matmul(ctx.cast(weights, ctx.dtype_of(values)), values)
     out = ctx.permute(ctx.reshape(out, (0, heads, -1, value_dim)), (0, 2, 1, 3))
     return ctx.reshape(out, (-1, heads, value_dim))
+
+
+def _bias_of_heads(ctx: Network, bias: ITensor, heads: int, kv_heads: int) -> ITensor:
+    """A bias as scores are: ``[rows, kv_heads or 1, tokens of all heads of a group, capacity]``."""
+    bias, capacity = ctx.cast(bias, torch.float32), bias.shape[3]
+    if bias.shape[1] == heads:
+        return ctx.reshape(bias, (0, kv_heads, -1, capacity))
+    return ctx.concatenate([bias] * (heads // kv_heads), 2)
 
 
 def _softmax_with_sinks(ctx: Network, scores: ITensor, sinks: ITensor) -> ITensor:

@@ -348,21 +348,25 @@ def _attention(
     row_offsets: Tensor,
     write_indices: Any,
     sinks: Any = None,
+    bias: Any = None,
     **options: Any,
 ) -> Any:
     if _any_rows(key_state, value_state, row_offsets, sinks) or slots.shape != (1,):
         return NotImplemented
     rows, tokens = slots.rows.shape[0], query.shape[0]
-    packed = [each if each is None else _folded_for(each, rows) for each in (query, key, value)]
+    packed = [
+        each if each is None else _folded_for(each, rows) for each in (query, key, value, bias)
+    ]
     starts = torch.arange(rows + 1, dtype=row_offsets.dtype, device=row_offsets.device)
     out = inplace.attention.default(
-        *packed,
+        *packed[:3],
         key_state,
         value_state,
         slots.folded,
         starts * tokens,
         _folded_for(write_indices, rows),
         sinks,
+        packed[3],
         **options,
     )
     return _unfolded(out, rows)

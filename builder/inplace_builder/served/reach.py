@@ -60,12 +60,14 @@ def positions_to_verify(capture: Capture, capacity: int) -> int:
         capacity: maximum number of positions of a sequence.
 
     Returns:
-        Twice the largest window and a chunk, and a chunk past each constant; at most the capacity.
+        Twice the largest window (or chunk of chunked attention) and a chunk, and a chunk past each
+        constant; at most the capacity.
     """
     program = capture.program
     target = torch.ops.inplace.attention.default
     attentions = capture.exported.graph.find_nodes(op="call_function", target=target)
-    window = max((node.kwargs.get("window", 0) for node in attentions), default=0)
+    options = ("window", "attention_chunk")
+    window = max((node.kwargs.get(x, 0) for node in attentions for x in options), default=0)
     limit = capacity if program.row_layout == "packed" else min(capacity, MAX_RECTANGULAR)
     stated = max((number for number in capture.thresholds if number < limit), default=0)
     constants = position_constants(capture.exported, program)

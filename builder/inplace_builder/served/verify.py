@@ -173,9 +173,14 @@ def _token_counts(
     if program.row_layout == "packed":
         # across a chunk, and around every ring
         long = min(max(program.chunk, ring) + 3, max(1, capacity - 3))
+        if program.lookahead:  # tokens of a request are fed together
+            long = min(program.chunk, max(1, capacity - 3))
         rest = reach - (long + 4)
         further = [rest, 1] if rest > 0 else []
-        return [[1, 1, long, 1, *further], [5, 1, 2, 1], [0, long, 1, 2]]
+        if program.lookahead and further:
+            further = [*[long] * (rest // long), *([rest % long] if rest % long else []), 1]
+        two = min(2, long)
+        return [[1, 1, long, 1, *further], [min(5, long), 1, two, 1], [0, long, 1, two]]
     return [[1] * max(4 + ring, reach), [1] * 4, [0, 1, 1, 1]]
 
 

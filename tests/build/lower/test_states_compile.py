@@ -17,6 +17,7 @@ from torch import Tensor
 REFUSED = {
     "ring": "keys is a ring",
     "ring-sinks": "keys is a ring",
+    "ring-chunk": "keys is a ring",
     "packed-first-axis": "memory has rank 3 with its slots",
     "packed-ring": "memory grows along axis 3",
     "replace": "memory has rank 3",

@@ -19,6 +19,7 @@ weights, and for variants of it that published checkpoints use.
 
 *equal*: 24 tokens generated from three prompts of different lengths, together, are those of
 `generate`, and so are the logits (within 1e-3 of the largest); all prompts go past every window.
+They are fed in chunks of 8 tokens, or whole where tokens see later ones that are fed with them.
 *CPU*: the model is saved, built with the PyTorch engine and run without a server.
 *TensorRT*: the network is defined through TensorRT-RTX's API and computed by an interpreter that
 reads it back; no GPU takes part.

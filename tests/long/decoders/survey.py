@@ -1,15 +1,16 @@
 """One model of the survey: what ``generate`` computes, and what both engines compute.
 
 Three prompts of different lengths are generated from together, so that rows of a step are ragged.
-All go past every window. An engine is equal if it chooses the same tokens and its logits are close.
-For the models of `decoders.configs.FORWARD`, greedy decoding by the full forward replaces
-``generate``.
+All go past every window. They are fed in chunks, or as one chunk where the model lets tokens that
+are fed together see each other (lookahead). An engine is equal if it chooses the same tokens and
+its logits are close. For the models of `decoders.configs.FORWARD`, greedy decoding by the full
+forward replaces ``generate``.
 """
 
 import re
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,7 @@ TOLERANCE = 1e-3
 OPTIONS = BuildOptions(
     capacity=CAPACITY, slots=ROWS + 1, max_rows=ROWS, chunk=CHUNK, dtype=Dtype.FLOAT32
 )
+WHOLE_PROMPTS = replace(OPTIONS, chunk=max(PROMPTS))
 
 Report = Callable[[str, object], None]
 """Called with each field of the result as soon as it is known."""
@@ -92,7 +94,10 @@ def survey(name: str, folder: Path, report: Report) -> None:
     @cache  # both engines share it
     def captured() -> Capture:
         check_checkpoint(folder / "model", CAPACITY)
-        return capture_decoder(model, decoder_options(OPTIONS))
+        capture = capture_decoder(model, decoder_options(OPTIONS))
+        if capture.program.lookahead:
+            return capture_decoder(model, decoder_options(WHOLE_PROMPTS))
+        return capture
 
     engines: Mapping[str, Callable[[], list[Decoded]]] = {
         "cpu": lambda: _on_cpu(captured(), folder, prompts),
@@ -157,7 +162,8 @@ def decode_forward(model: PreTrainedModel, prompt: list[int]) -> Decoded:
 
 def _on_cpu(capture: Capture, folder: Path, prompts: list[list[int]]) -> list[Decoded]:
     """Build the engine, and decode without a server."""
-    write_engine(capture, folder / "engine", OPTIONS)
+    options = WHOLE_PROMPTS if capture.program.lookahead else OPTIONS
+    write_engine(capture, folder / "engine", options)
     instance = open_instance(folder / "engine")
     rows = decode_together(instance, prompts, TOKENS, ("next_token", "logits"))
     return [
@@ -201,6 +207,7 @@ def _interpreted(
         )
         for state in capture.states
     }
+    chunk = capture.program.chunk
     chosen: list[list[int]] = []
     logits: list[list[Tensor]] = []
 
@@ -212,8 +219,8 @@ def _interpreted(
         return outputs
 
     for row, prompt in enumerate(prompts):
-        for at in range(0, len(prompt), CHUNK):
-            outputs = step(slice(row, row + 1), [prompt[at : at + CHUNK]], [at])
+        for at in range(0, len(prompt), chunk):
+            outputs = step(slice(row, row + 1), [prompt[at : at + chunk]], [at])
         chosen.append([int(outputs["next_token"][0])])
         logits.append([outputs["logits"][0]])
     for count in range(1, TOKENS):

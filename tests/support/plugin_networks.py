@@ -176,19 +176,20 @@ def _grouped_linear(operation: GroupedLinearOperation, *inputs: Tensor) -> list[
 def _attention(operation: AttentionOperation, *inputs: Tensor) -> list[Tensor]:
     first = operation.first_state
     given = inputs[first : first + 5]
-    sinks = inputs[first + 5] if operation.sinks else None
-    options: dict[str, Any] = {
-        name: getattr(operation, name) for name in ("scale", "causal", "window", "ring", "softcap")
-    }
+    terms = iter(inputs[first + 5 :])
+    sinks = next(terms) if operation.sinks else None
+    bias = next(terms) if operation.bias_heads else None
+    names = ("scale", "causal", "window", "attention_chunk", "ring", "softcap")
+    options: dict[str, Any] = {name: getattr(operation, name) for name in names}
     if operation.merged:
         rotary = inputs[1:3] if operation.rotary else (None, None)
         heads = operation.heads
-        out = ops.qkv_attention(inputs[0], *rotary, *given, sinks, heads=heads, **options)
+        out = ops.qkv_attention(inputs[0], *rotary, *given, sinks, bias, heads=heads, **options)
     elif operation.rotary:
-        out = ops.rotary_attention(*inputs[:5], *given, sinks, **options)
+        out = ops.rotary_attention(*inputs[:5], *given, sinks, bias, **options)
     else:
         parts = inputs[:3] if operation.append else (inputs[0], None, None)
-        out = ops.attention(*parts, *given, sinks, append=operation.append, **options)
+        out = ops.attention(*parts, *given, sinks, bias, append=operation.append, **options)
     return [out, *given[:2]] if operation.append else [out]
 
 

@@ -9,20 +9,10 @@ from inplace.schema.specs import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_network, lower
-from support.native_cases import NATIVE_CASES, no_matrix_products
+from support.native_cases import NATIVE_CASES, REFUSED, no_matrix_products
 from support.network_interpreter import interpret
 from support.state_cases import STATE_CASES, StateCase
 from torch import Tensor
-
-REFUSED = {
-    "ring": "keys is a ring",
-    "ring-sinks": "keys is a ring",
-    "ring-chunk": "keys is a ring",
-    "packed-first-axis": "memory has rank 3 with its slots",
-    "packed-ring": "memory grows along axis 3",
-    "replace": "memory has rank 3",
-    "replace-int32": "memory has rank 2",
-}
 
 
 @pytest.fixture(scope="module")

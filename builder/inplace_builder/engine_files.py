@@ -19,11 +19,11 @@ from inplace.schema.specs import Dtype
 from inplace.schema.tensor_file import write_tensors
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.passes import move_to_device_pass
 from typing_extensions import Buffer
 
 from inplace_builder.choices import Device
 from inplace_builder.errors import BuildError, rejected
+from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import save_graph
 
 TORCH_FILE, PLAN_FILE, WEIGHTS_FILE = "engine.safetensors", "engine.plan", "weights.safetensors"
@@ -45,7 +45,7 @@ def write_program(
         OSError: it cannot be written.
     """
     if device != "cpu":
-        exported = move_to_device_pass(exported, device)
+        exported = move_to_device(exported, device)
     save_graph(exported, folder / TORCH_FILE)
     return EngineFile(file=TORCH_FILE, kind="torch", device=device, dtype=dtype)
 

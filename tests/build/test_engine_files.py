@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import save_graph
 from support.engine_graph import load_graph
 
@@ -31,6 +32,33 @@ def test_what_is_saved_loads_and_computes_the_same(tmp_path: Path) -> None:
     value = torch.randn(1, 8)
     (result,) = load_graph(tmp_path / "engine.safetensors").module(value)
     assert torch.equal(result, program.module()(value))
+
+
+class MakesTensors(torch.nn.Module):
+    """Calls that name a device, as arguments of each kind."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        wide = x.to(device=x.device, dtype=torch.float64) + torch.zeros_like(x)
+        made = torch.full((1, x.shape[1]), 2.0, device=torch.device("cpu"))
+        return (wide * made.to("cpu") + at).to(x.device, torch.float32)
+
+
+def test_a_program_that_was_moved_to_another_device_can_be_loaded(tmp_path: Path) -> None:
+    module, value = MakesTensors(), torch.randn(1, 8)
+    program = move_to_device(torch.export.export(module, (value,)), "cpu")
+    save_graph(program, tmp_path / "engine.safetensors")
+    (result,) = load_graph(tmp_path / "engine.safetensors").module(value)
+    assert torch.equal(result, module(value))
+    moved = move_to_device(torch.export.export(module, (value,)), "meta")
+    devices = [
+        argument
+        for node in moved.graph.nodes
+        for argument in (*node.args, *node.kwargs.values())
+        if isinstance(argument, (torch.device, str))
+    ]
+    assert devices
+    assert set(devices) == {torch.device("meta")}
 
 
 def peak_growth(folder: Path) -> None:

@@ -336,4 +336,5 @@ CASES = [
     *REDUCTIONS,
     *SCATTERS,
 ]
+assert len({case.name for case in CASES}) == len(CASES), "two cases have one name"
 BATCHES = [Batch(tuple(CASES[first : first + 28])) for first in range(0, len(CASES), 28)]

@@ -19,7 +19,7 @@ TOGETHER = {
     ),
 }
 """Files whose tests use the same models on a server: one process loads them."""
-APART = ("test_recognition", "test_engines_of_modules", "test_random_modules")
+APART = ("test_recognition", "test_engines_of_modules", "test_random_modules", "test_decoders")
 """Files whose tests share nothing that is expensive: any process may run each test."""
 
 

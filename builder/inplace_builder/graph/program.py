@@ -8,6 +8,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.export.passes import move_to_device_pass
 from torch.fx import Node
 
 from inplace_builder.graph.nodes import copy_graph
@@ -55,6 +56,34 @@ class GraphProgram:
 
 
 AnyProgram: TypeAlias = ExportedProgram | GraphProgram
+
+
+def move_to_device(exported: ExportedProgram, device: str) -> ExportedProgram:
+    """Move a program's tensors to a device, and have its calls make theirs there.
+
+    PyTorch's pass writes the device as text and only into some arguments; an engine file holds
+    devices where an operator's schema has them.
+    """
+    moved = move_to_device_pass(exported, device)
+    for module in moved.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.OpOverload):
+                    _make_on(node, torch.device(device))
+            module.recompile()
+    return moved
+
+
+def _make_on(node: Node, device: torch.device) -> None:
+    """Replace the devices among the arguments of a call."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for place, argument in enumerate(node.target._schema.arguments):
+        if str(argument.type) not in ("Device", "Optional[Device]"):
+            continue
+        if place < len(node.args) and node.args[place] is not None:
+            node.update_arg(place, device)
+        elif node.kwargs.get(argument.name) is not None:
+            node.update_kwarg(argument.name, device)
 
 
 def weights_of(program: AnyProgram) -> dict[Node, torch.Tensor]:

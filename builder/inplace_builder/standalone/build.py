@@ -26,7 +26,6 @@ from inplace.standalone.engine import write_owned_states
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
-from torch.export.passes import move_to_device_pass
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -42,6 +41,7 @@ from inplace_builder.engine_files import (
     write_program,
 )
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.standalone.verify import verify
 from inplace_builder.states.adapt import States, adapt_states
@@ -205,7 +205,7 @@ def export_for(
                 f"{name} is on {value.device}; a PyTorch engine runs on the CPU: "
                 f"move module and inputs with .cpu(), or build for TensorRT"
             )
-        return move_to_device_pass(exported, "cpu")
+        return move_to_device(exported, "cpu")
     return exported
 
 

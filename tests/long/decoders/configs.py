@@ -813,4 +813,8 @@ def make_model(name: str) -> PreTrainedModel:
             if parameter.dim() > 1:
                 small = id(parameter) in embeddings
                 nn.init.normal_(parameter, std=tiny.embedding_std if small else tiny.std)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            # Routers begin at zero: every expert is a tie, and devices break ties differently.
+            nn.init.normal_(parameter, std=0.1)
     return model.eval()

@@ -48,12 +48,23 @@ for _name, _overload in {
     "ASINH": aten.asinh.default,
     "ACOSH": aten.acosh.default,
     "ATANH": aten.atanh.default,
+}.items():
+    _summary = f"TensorRT's {_name}."
+    function(_summary, lambda ctx, x, name=_name: ctx.unary(name, x), _overload)  # type: ignore[misc]
+
+
+for _name, _overload in {
     "FLOOR": aten.floor.default,
     "CEIL": aten.ceil.default,
     "ROUND": aten.round.default,
 }.items():
-    _summary = f"TensorRT's {_name}."
-    function(_summary, lambda ctx, x, name=_name: ctx.unary(name, x), _overload)  # type: ignore[misc]
+
+    @converter(_overload)
+    def whole(ctx: Network, x: ITensor, name: str = _name) -> ITensor:
+        """The whole number below, above or nearest; of integers, themselves."""
+        if not ctx.dtype_of(x).is_floating_point:
+            return x
+        return ctx.as_float32(lambda value: ctx.unary(name, value), x)
 
 
 for _name, _overload in {"TANH": aten.tanh.default, "SIGMOID": aten.sigmoid.default}.items():
@@ -202,7 +213,10 @@ def softplus(ctx: Network, x: ITensor, beta: float = 1, threshold: float = 20) -
 @converter(aten.relu.default)
 def relu(ctx: Network, x: ITensor) -> ITensor:
     """``max(x, 0)``."""
-    return ctx.activation("RELU", x)
+    dtype = ctx.dtype_of(x)
+    if dtype.is_floating_point:
+        return ctx.activation("RELU", x)  # which takes no integers
+    return ctx.elementwise("MAX", x, ctx.scalar(0, dtype, len(x.shape)))
 
 
 @converter(aten.gelu.default)

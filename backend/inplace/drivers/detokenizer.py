@@ -89,8 +89,8 @@ class Detokenizer:
     run of byte-fallback tokens, the decoder takes these characters back; a piece that was returned
     keeps them.
 
-    ``tokenizers.decoders.DecodeStream`` (0.23) does not do: it raises in that case, and it has no
-    way to return an incomplete end.
+    ``tokenizers.decoders.DecodeStream`` (0.23) cannot be used instead: it raises in that case, and
+    it has no way to return an incomplete end.
 
     Args:
         tokenizer: the model's.

@@ -167,11 +167,10 @@ class GenerationState:
 
     @property
     def expects_two_more(self) -> bool:
-        """Whether two more tokens follow, unless the next one ends the generation by what it is.
+        """Whether the limits of length allow two more tokens.
 
-        It does if it is an end or stop token, or completes a stop text.
-
-        If two follow, the step after the next one can be launched before the next token is known.
+        The step after the next one can then be launched before the next token is known. That token
+        may still end the generation: an end or stop token, or one that completes a stop text.
         """
         return self.num_tokens + 1 < min(self.limits.max_tokens, self._max_new_tokens)
 

@@ -340,7 +340,7 @@ class PlaceKeeper:
                 was_known = self._requests.end(unused)
             except Exception as error:  # of the server, or of the way to it
                 retry = True
-                level = logging.WARNING if self._reachable else logging.DEBUG  # said already
+                level = logging.WARNING if self._reachable else logging.DEBUG  # logged already
                 log.log(
                     level, "no END could be sent for sequence %r, it is retried: %s", unused, error
                 )

@@ -91,6 +91,7 @@ TokenUpdate = tuple[Reply, int, str | None]
 
 
 FinalUpdate = tuple[Reply, FinalResponse]
+"""A reply and how it ends."""
 
 
 class Senders:
@@ -130,7 +131,7 @@ class Senders:
     @property
     def behind(self) -> bool:
         """Whether more replies wait to be sent than there are threads."""
-        return self._queue.qsize() > NUM_SENDERS
+        return self._queue.qsize() > len(self._threads)
 
     def enqueue(self, reply: Reply) -> None:
         """Have a reply sent. Only if one of its methods has asked for it."""

@@ -177,8 +177,8 @@ class FailedGenerations:
 
     def get(self, sequence_id: SequenceId) -> Sequence[StreamRequest]:
         """The failed generation of a sequence, if it has one."""
-        found = self._failed.get(sequence_id)
-        return () if found is None else (found[0],)
+        failed = self._failed.get(sequence_id)
+        return () if failed is None else (failed[0],)
 
     def discard(self, sequence_id: SequenceId) -> None:
         """Forget that of a sequence, which starts anew."""

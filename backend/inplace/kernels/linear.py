@@ -168,8 +168,8 @@ def linear(
         out: ``[tokens, width]``.
         workspace: address of `linear_workspace` bytes.
         tokens: rows of ``x``.
-        pdl: use programmatic dependent launch (compute capability 9.0 or later). Weights, biases
-            and norms are then loaded before the wait.
+        pdl: use programmatic dependent launch (compute capability 9.0 or later). Most kernels then
+            load their first weights before they wait for their predecessor on the stream.
         blocks: in place of what `choose_blocks` chooses; for tuning.
     """
     blocks = blocks or choose_blocks(spec, tokens, x.dtype.itemsize)

@@ -1,9 +1,9 @@
 """The kernels of linear layers with few rows, and the kernels around cuBLAS for many.
 
-The kernels for few rows stream the weights: each weight is read once, at the speed of memory. They
-load their first weights before the wait of programmatic dependent launch, so that memory is busy
-while one grid ends and the next starts. Only what no kernel writes is loaded there: weights,
-biases, norms.
+The kernels for few rows stream the weights: each weight is read once, at the speed of memory.
+`gemv_kernel` and `sliced_k_kernel` load their first weights before the wait of programmatic
+dependent launch, so that memory is busy while one grid ends and the next starts. Only what no
+kernel writes is loaded there: weights, biases, norms. `pipelined_kernel` waits first.
 """
 
 import triton

@@ -3,8 +3,8 @@
 A program of a recurrence holds a part of one row's state in registers, and goes through the row's
 tokens. So a decode step reads and writes each state once. In a step with a prompt, where a head has
 one decay and inputs are float16 or bfloat16, it goes from chunk to chunk with matrix products, and
-keeps the state before each chunk; the outputs of all chunks are then computed side by side. Their
-factors have the inputs' type. Sums are in float32.
+keeps the state before each chunk; the outputs of all chunks are then computed side by side. The
+factors of these products have the inputs' type; sums are in float32.
 """
 
 from dataclasses import dataclass

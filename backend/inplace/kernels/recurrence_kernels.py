@@ -155,8 +155,8 @@ def delta_kernel(
             s = s * tl.exp(g)[:, None]
         else:
             s = s * tl.exp(tl.load(decay + this).to(tl.float32))
-        known = tl.sum(s * kk[:, None], 0)
-        correction = (vv - known) * tl.load(beta + this).to(tl.float32)
+        predicted = tl.sum(s * kk[:, None], 0)
+        correction = (vv - predicted) * tl.load(beta + this).to(tl.float32)
         s += kk[:, None] * correction[None, :]
         total = tl.sum(s * q[:, None], 0)
         to = out + this * VALUE_DIM + v
@@ -350,8 +350,8 @@ def delta_solve_kernel(
     v = tl.arange(0, BLOCK_V)
     here = inside[:, None] & (v < VALUE_DIM)[None, :]
     of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
-    wanted = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0).to(tl.float32)
-    written = tl.dot(solved, (wanted * b[:, None]).to(k.dtype))
+    target = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0).to(tl.float32)
+    written = tl.dot(solved, (target * b[:, None]).to(k.dtype))
     to = writes + this * VALUE_DIM + of_values
     tl.store(to, written.to(writes.dtype.element_ty), mask=here)
 

@@ -104,8 +104,12 @@ class CacheLength(_Positions):
 
     __add__ = __radd__
 
+    def __sub__(self, other: object) -> Any:
+        """No answer."""
+        return _refuse_length()
+
     _no = staticmethod(_refuse_length)
-    __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _no
+    __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _no
     __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _no
     __ne__ = _no
 
@@ -114,6 +118,34 @@ class CacheLength(_Positions):
 
     def __hash__(self) -> int:
         return _refuse_length()
+
+
+class MaskLength(CacheLength):
+    """The number of positions that a mask is made for.
+
+    A model may pad to it what it knows of its tokens. It is the capacity while masks are evaluated;
+    while a graph is traced nothing reads them.
+
+    Args:
+        positions: the position of each token, ``[tokens]``.
+        capacity: maximum number of positions of a sequence; None while a graph is traced.
+    """
+
+    def __init__(self, positions: Tensor, capacity: int | None) -> None:
+        super().__init__(positions)
+        self._capacity = capacity
+
+    def __add__(self, other: object) -> Any:
+        """The number itself, of no more positions."""
+        return self if isinstance(other, int) and other == 0 else super().__add__(other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: object) -> Any:
+        """How many positions are missing."""
+        if not isinstance(other, int | torch.SymInt):
+            return _refuse_length()
+        return 0 if self._capacity is None else self._capacity - int(other)
 
 
 class LayerLength(CacheLength):

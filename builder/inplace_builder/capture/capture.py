@@ -47,6 +47,7 @@ class Capture:
             engine's error; None if its weights are not rounded, or if there is no such model.
         thresholds: positions at which the model states that something changes; verification runs
             past them, whatever was captured.
+        notes: what the build records of how it was captured.
     """
 
     exported: torch.export.ExportedProgram
@@ -60,6 +61,7 @@ class Capture:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     float32_reference: Callable[[], Reference] | None = None
     thresholds: frozenset[int] = frozenset()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def capture_module(

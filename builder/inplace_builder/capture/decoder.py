@@ -33,6 +33,10 @@ TOKEN_IDS = "input_ids"
 """The name of the input of token ids."""
 
 
+INPUT_NAMES = (TOKEN_IDS, *(role.value for role in CONTROL_ROLES))
+"""The names of the graph's inputs before its states."""
+
+
 @dataclass(frozen=True)
 class DecoderOptions:
     """The limits that a decoder is built for.
@@ -203,12 +207,16 @@ class StepExamples:
         """States of two slots; never touched, so they cost address space only."""
         return [torch.empty((2, *state.shape), dtype=state.dtype.as_torch) for state in self.states]
 
-    def input_shapes(self) -> tuple[Any, ...]:
-        """Which extents of `inputs` vary."""
+    def input_shapes(self, min_rows: int = 1) -> tuple[Any, ...]:
+        """Which extents of `inputs` vary.
+
+        Args:
+            min_rows: the smallest number of rows.
+        """
         max_rows = max(2, self.options.max_rows)
         max_tokens = max(2 * max_rows, max_rows * self.options.chunk)
         tokens = {0: Dim("tokens", min=1, max=max_tokens)}
-        num_rows = Dim("rows", min=1, max=max_rows)
+        num_rows = Dim("rows", min=min_rows, max=max_rows)
         rows: Any = {0: num_rows}
         return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES))
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.decoder import (
-    CONTROL_ROLES,
+    INPUT_NAMES,
     TOKEN_IDS,
     DecoderOptions,
     LayerCache,
@@ -41,8 +41,6 @@ from inplace_builder.packing.pack import pack_rows, relax_views
 from inplace_builder.packing.prove import ProvenDecoder, prove_decoder
 from inplace_builder.states.divide import divide_states
 from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
-
-INPUT_NAMES = (TOKEN_IDS, *(role.value for role in CONTROL_ROLES))
 
 
 def capture_exported_decoder(

@@ -95,9 +95,9 @@ def capture_exported_rows(
             f"a single sequence"
         )
     # 2. Describe its states, inputs and outputs for one row.
-    specs = tuple(_row_spec(state, options) for state in capture.states)
+    specs = tuple(row_spec(state, options) for state in capture.states)
     capacity = _capacity(capture, specs, options)
-    rows = _RowsModule(capture, options)
+    rows = RowsModule(capture, options)
     program = Program(
         name="step",
         row_layout="rectangular",
@@ -108,7 +108,7 @@ def capture_exported_rows(
         chunk=1,
     )
     # 3. Run every operator for many rows, and export that with dynamic numbers of rows and slots.
-    exported = _export_rows(rows, program, specs, _unused_primes(capture.graph_module))
+    exported = _export_rows(rows, program, specs, unused_primes(capture.graph_module))
     # 4. Clean the graph, check it against the description, read off what it writes.
     program, lowering = complete_program(exported, program, specs)
     weights = next(
@@ -135,7 +135,7 @@ def _capacity(
     capture: ExportedCapture, states: Sequence[StateSpec], options: RowOptions
 ) -> int | None:
     """Maximum number of requests of a sequence; None if nothing grows."""
-    appends = any(state.update is Update.APPEND for state in capture.states)
+    appends = any(state.update is Update.APPEND and not state.is_fixed for state in capture.states)
     if options.max_requests is not None or not appends:
         return options.max_requests
     ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
@@ -147,7 +147,7 @@ def _capacity(
     return min(ends)
 
 
-def _row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
+def row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
     """The manifest's description of a state."""
     if state.tensor.dynamic_axes:
         raise BuildError(
@@ -156,7 +156,7 @@ def _row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
     initial, spec = state.tensor.initial, state.spec()
     if initial.numel() and not bool((initial == spec.fill).all()):
         spec = spec.model_copy(update={"initial": spec.name})
-    if spec.update is Update.APPEND and options.positions is None:
+    if spec.update is Update.APPEND and (options.positions is None or state.is_fixed):
         # only the module knows where it writes
         return spec.model_copy(update={"update": Update.REPLACE, "axis": None})
     return spec
@@ -170,7 +170,7 @@ number of the module.
 """
 
 
-def _unused_primes(module: GraphModule) -> tuple[int, int]:
+def unused_primes(module: GraphModule) -> tuple[int, int]:
     """Two primes that divide no number in the module's graph: for the rows, and for the slots.
 
     Raises:
@@ -201,7 +201,7 @@ def _unused_primes(module: GraphModule) -> tuple[int, int]:
 
 
 def _export_rows(
-    rows: "_RowsModule", program: Program, states: Sequence[StateSpec], example: tuple[int, int]
+    rows: "RowsModule", program: Program, states: Sequence[StateSpec], example: tuple[int, int]
 ) -> ExportedProgram:
     """Export the module over rows, built with these numbers of rows and slots."""
     batched = rows.graph_over_rows(states, example)
@@ -226,8 +226,8 @@ def _export_rows(
     return exported
 
 
-class _RowsModule:
-    """The module over rows.
+class RowsModule:
+    """A captured module over rows.
 
     Attributes:
         inputs, outputs: their descriptions for one row.

@@ -34,9 +34,11 @@ from inplace_builder.capture.decoder import (
     decoder_program,
 )
 from inplace_builder.capture.experts import grouped_experts
+from inplace_builder.capture.model_memory import memory_argument
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
+    ChangedMaskError,
     LayerStates,
     SeenLayer,
     SeenLayers,
@@ -44,6 +46,7 @@ from inplace_builder.capture.slot_cache import (
     current_cache,
 )
 from inplace_builder.capture.sparse import SPARSE_KINDS, without_indexers
+from inplace_builder.capture.token_steps import capture_token_steps
 from inplace_builder.capture.uncached import cached_attention
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
@@ -86,15 +89,36 @@ THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "l
 def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     """Export one step of a decoder over packed rows.
 
+    A model that does something that the operators do not have takes one token of each row a step,
+    if it keeps tensors of fixed size from one token to the next.
+
     Args:
         model: a causal language model of transformers.
         options: what to build for.
 
     Raises:
+        BuildError: neither is possible.
+    """
+    check_positions(model.config.get_text_config(decoder=True), options.capacity)
+    try:
+        return _capture_packed(model, options)
+    except BuildError as reason:
+        try:
+            references = _references(model, as_fed=False)
+            return capture_token_steps(model, options, references, str(reason))
+        except BuildError as error:
+            raise BuildError(
+                f"{reason}; nor can its own code take one token of each row a step: {error}"
+            ) from reason
+
+
+def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
+    """Capture a decoder whose tokens are packed, by the operators.
+
+    Raises:
         BuildError: the model does something that the operators do not have.
     """
     config = model.config.get_text_config(decoder=True)
-    check_positions(config, options.capacity)
     _check_layer_kinds(config)
     with (
         cached_attention(model) as without_cache,
@@ -104,32 +128,29 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         without_indexers(model),
     ):
         # 1. Run the model once to see what each layer attends to and keeps.
-        call = StepCall(with_mask=False, own_attention=own_attention)
-        try:
-            layers = _see_layers(model, options.capacity, call)
-        except CacheLengthError:  # OPT makes a mask of that length where none is given
-            call = replace(call, with_mask=True)
-            layers = _see_layers(model, options.capacity, call)
+        layers, call = _see_layers(
+            model, options.capacity, StepCall(with_mask=False, own_attention=own_attention)
+        )
         caches = _layer_caches(layers, Dtype.of(model.dtype))
         states = (*cache_states(caches, options), *_recurrent_states(layers))
         # 2. Export one step, with attention, caches and experts replaced by ours.
         rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
         step = DecoderStep(model, layers.by_layer, rings, call, layers.num_logits == 1)
         exported = _export_step(step, StepExamples(options, states))
-    if own_attention:
+    if call.own_attention:
         drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
     _check_layers(exported.graph, config, layers, type(model).__name__)
     # 3. Clean the graph, check it against the description, read off what it writes.
     lookahead = any(layer.mask.lookahead for layer in layers.by_layer.values())
+    if lookahead and getattr(config, "is_decoder", None) is False:
+        raise BuildError(
+            f"{type(model).__name__} is an encoder: is_decoder in its configuration is False, its "
+            f"attention is not causal, and it caches nothing; set it if the weights are a decoder's"
+        )
     size = config.vocab_size
     program = decoder_program(size, size, options, lookahead=lookahead)
     program, lowering = complete_program(exported, program, states)
-    # 4. The model itself is the reference, in its own type and, if that rounds, in float32.
-    rounds = model.dtype in (torch.float16, torch.bfloat16)
-
-    def float32_reference() -> Reference:
-        return _reference(float32_copy(model), as_fed=lookahead)
-
+    # 4. The model itself is the reference.
     return Capture(
         exported=exported,
         program=program,
@@ -137,11 +158,27 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         capacity=options.capacity,
         dtype=Dtype.of(model.dtype),
         lowering=lowering,
-        reference=_reference(model, as_fed=lookahead),
         min_capacity=options.dynamic_min_capacity,
-        float32_reference=float32_reference if rounds else None,
-        thresholds=frozenset(_thresholds(config.to_dict())),
+        **_references(model, as_fed=lookahead),
     )
+
+
+def _references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
+    """The fields of a capture that say what it is verified against, and how far.
+
+    The model is the reference in its own type and, if that rounds, in float32.
+    """
+    config = model.config.get_text_config(decoder=True)
+    rounds = model.dtype in (torch.float16, torch.bfloat16)
+
+    def float32_reference() -> Reference:
+        return _reference(float32_copy(model), as_fed=as_fed)
+
+    return {
+        "reference": _reference(model, as_fed=as_fed),
+        "float32_reference": float32_reference if rounds else None,
+        "thresholds": frozenset(_thresholds(config.to_dict())),
+    }
 
 
 @contextmanager
@@ -215,7 +252,24 @@ class StepCall:
     own_attention: str | None
 
 
-def _see_layers(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLayers:
+def _see_layers(
+    model: PreTrainedModel, capacity: int, call: StepCall
+) -> tuple[SeenLayers, StepCall]:
+    """What each layer attends to and keeps, and how the model must be called for that.
+
+    Raises:
+        BuildError: a layer's mask is no window, or the model cannot run with our cache.
+    """
+    try:
+        return _run_once(model, capacity, call), call
+    except CacheLengthError:  # OPT makes a mask of that length where none is given
+        call = replace(call, with_mask=True)
+    except ChangedMaskError:  # GIT lets its attention be chosen, but computes it in its own code
+        call = replace(call, own_attention=type(model).__name__)
+    return _run_once(model, capacity, call), call
+
+
+def _run_once(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLayers:
     """What each layer hands to its attention and how it attends, and its other states.
 
     Sizes are not read from the configuration: layers may differ, and so may keys and values.
@@ -282,8 +336,7 @@ def _run(
 
 def _cache_argument(model: PreTrainedModel) -> str:
     """The name of the argument that a model takes its cache as."""
-    names = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in names else "past_key_values"
+    return memory_argument(model) or "past_key_values"
 
 
 class DecoderStep(torch.nn.Module):

@@ -18,7 +18,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
 
-from inplace_builder.capture.cache_length import CacheLength, LayerLength, OwnCacheLength
+from inplace_builder.capture.cache_length import (
+    CacheLength,
+    LayerLength,
+    MaskLength,
+    OwnCacheLength,
+)
 from inplace_builder.capture.masks import MaskOptions, mask_options
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.capture.sparse import AllPositions
@@ -320,7 +325,8 @@ class SlotCache(TransformersCache):
         """What transformers hands to `_layer_mask`."""
         if self.own_attention is not None:
             return self.positions.shape[0], 0
-        return CacheLength(self.positions), 0
+        capacity = self.step.capacity if isinstance(self.step, SeenLayers) else None
+        return MaskLength(self.positions, capacity), 0
 
     def __len__(self) -> int:
         """The number of layers."""
@@ -369,6 +375,10 @@ def current_cache(cache: SlotCache) -> Iterator[None]:
         _current_cache.reset(token)
 
 
+class ChangedMaskError(BuildError):
+    """A model computes with its mask, instead of handing it to an attention function."""
+
+
 class LayerMask:
     """Stands for a mask of transformers; only `slot_attention` reads it.
 
@@ -408,7 +418,7 @@ class LayerMask:
 
     @staticmethod
     def _refuse(*_: object) -> NoReturn:
-        raise BuildError(
+        raise ChangedMaskError(
             "the model changes its attention mask itself; only causal attention, with a window or "
             "in chunks or without, is supported"
         )

@@ -76,7 +76,7 @@ def write_engine(
             folder.mkdir()
             plan = _plan(capture, options)
             manifest = write_files(folder, output.name, capture, options, plan, extras)
-        manifest = _with_notes(manifest, notes or {})
+        manifest = _with_notes(manifest, {**capture.notes, **(notes or {})})
         if _runs_here(manifest):
             stage("verify it against the model")
             prepare()

@@ -450,6 +450,7 @@ def _describe_updates(state: StateTensor, chain: WriteChain, rows: int) -> Captu
         operators=("update",) * len(chain.writes),
         update=Update.APPEND if appends else Update.REPLACE,
         axis=axes.pop() if appends else None,
+        is_fixed=all(isinstance(write.start, int) for write in chain.writes),
     )
 
 

@@ -99,6 +99,7 @@ class CapturedState:
             for a user's own operator.
         update: how the manifest describes its updates.
         axis: the axis of a slot that an append grows along, else None.
+        is_fixed: every step writes at the same places.
     """
 
     tensor: StateTensor
@@ -108,6 +109,7 @@ class CapturedState:
     operators: tuple[str, ...]
     update: Update
     axis: int | None
+    is_fixed: bool = False
 
     @property
     def name(self) -> str:

@@ -1,0 +1,262 @@
+"""The front-end for Hugging Face decoders that only their own code can step, one token a row.
+
+`inplace_builder.capture.huggingface` packs the tokens of all rows on one axis and computes
+attention and recurrences by operators. A model that keeps other states, or attends in another way,
+is captured as it steps one sequence, and made one that steps several by batching rules, as any
+module is. Such an engine takes one token of each row a step, of prompts too, and attention reads
+all positions of its caches.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from inplace.operators import sample
+from inplace.schema.specs import Dtype, Role, StateSpec
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils._sympy.value_ranges import ValueRanges
+from transformers import PreTrainedModel
+
+from inplace_builder.capture.capture import Capture, complete_program
+from inplace_builder.capture.checkpoint import quiet
+from inplace_builder.capture.decoder import (
+    INPUT_NAMES,
+    DecoderOptions,
+    StepExamples,
+    decoder_program,
+)
+from inplace_builder.capture.experts import grouped_experts
+from inplace_builder.capture.exported import capture_exported
+from inplace_builder.capture.exported_rows import RowOptions, RowsModule, row_spec, unused_primes
+from inplace_builder.capture.model_memory import ModelMemory, positions_argument
+from inplace_builder.compare import float32_copy
+from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.export import (
+    InterpretedModule,
+    correct_lstm,
+    named_extents,
+    rename_inputs,
+    size_oblivious,
+)
+from inplace_builder.graph.nodes import placeholders_by_name, value
+from inplace_builder.packing.rows import make_rows_dynamic
+
+POSITION = "position"
+"""The name of the input of `SequenceStep` that counts the tokens so far."""
+
+
+CHECKED_TOKENS = 48
+"""Tokens that a model's steps are compared for with its forward over all of them."""
+
+
+MAX_DIFFERENCE = 1e-4
+"""Largest difference of scores in float32, relative to the largest score."""
+
+
+def capture_token_steps(
+    model: PreTrainedModel, options: DecoderOptions, references: Mapping[str, Any], reason: str
+) -> Capture:
+    """Capture a decoder whose engine takes one token of each row a step.
+
+    Args:
+        model: a causal language model of transformers.
+        options: what to build for; chunks are of one token.
+        references: the fields of the capture that say what it is verified against.
+        reason: why it is not captured in another way; recorded.
+
+    Raises:
+        BuildError: the model keeps nothing between two tokens, or tensors that grow; its steps
+            give another result than its forward; an operator cannot be run for several rows; or
+            the capacity is to be chosen at load.
+    """
+    if options.dynamic_min_capacity is not None:
+        raise BuildError("the capacity of its own caches is fixed; build without a smallest one")
+    options = replace(
+        options,
+        chunk=1,
+        max_tokens=min(options.max_tokens or options.max_rows, options.max_rows),
+        min_capacity=None,
+    )
+    # 1. Check that the model may be stepped token by token, without its rounding.
+    rounds = model.dtype in (torch.float16, torch.bfloat16)
+    _check_steps(float32_copy(model) if rounds else model, options.capacity)
+    # 2. Capture one token of one sequence.
+    with quiet(), _eager_attention(model), grouped_experts(model):
+        step = SequenceStep(model, options.capacity)
+        captured = capture_exported(step, (step.token(0), step.position(0)))
+    # 3. Run every operator for many rows, and export that with a decoder's inputs.
+    row_options = RowOptions(options.max_rows, positions=POSITION, outputs=("logits",))
+    states = tuple(row_spec(state, row_options) for state in captured.states)
+    rows = RowsModule(captured, row_options)
+    example = unused_primes(captured.graph_module)
+    batched = rows.graph_over_rows(states, example)
+    make_rows_dynamic(batched, example[0])
+    exported = _export(batched, options, states)
+    # 4. Clean the graph, check it against the description, read off what it writes.
+    config = model.config.get_text_config(decoder=True)
+    program = decoder_program(config.vocab_size, rows.outputs[0].shape[-1], options)
+    program, lowering = complete_program(exported, program, states)
+    initial = {
+        spec.name: state.bound_initial()[0]
+        for spec, state in zip(states, captured.states, strict=True)
+        if spec.initial is not None
+    }
+    return Capture(
+        exported,
+        program,
+        states,
+        options.capacity,
+        Dtype.of(model.dtype),
+        lowering,
+        initial=initial,
+        **references,
+        notes={"capture": f"one token of each row a step, in the model's own code: {reason}"},
+    )
+
+
+class SequenceStep(torch.nn.Module):
+    """One token of one sequence, in the model's own code; the states are its buffers.
+
+    Args:
+        model: the model.
+        capacity: maximum number of positions of a sequence.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        super().__init__()
+        self.model = model
+        self.memory = ModelMemory.of(model, capacity)
+        self.parameter_names = inspect.signature(model.forward).parameters
+        for place, initial in zip(self.memory.states, self.memory.initial, strict=True):
+            self.register_buffer(place.name, initial.clone(), persistent=False)
+
+    def states(self) -> list[Tensor]:
+        """The states, in the order of the memory's."""
+        return [getattr(self, place.name) for place in self.memory.states]
+
+    def token(self, number: int) -> Tensor:
+        """A token id, as `forward` takes it."""
+        return self.position(number)[None]
+
+    def position(self, number: int) -> Tensor:
+        """A number of tokens, as `forward` takes it."""
+        return torch.tensor([number], device=self.model.device)
+
+    def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """From a token id ``[1, 1]`` at a position ``[1]`` to scores ``[1, vocab_size]``."""
+        memory, states = self.memory, self.states()
+        memory.put(states, position)
+        out = self.model(
+            input_ids=input_ids,
+            use_cache=True,
+            **{memory.argument: memory.object},
+            **positions_argument(self.parameter_names, position),
+        )
+        for place, state in zip(memory.states, states, strict=True):
+            new = place.get()
+            if new is not state:
+                state.copy_(new)
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+def _check_steps(model: PreTrainedModel, capacity: int) -> None:
+    """Check that steps of one token have the scores of the forward over all of them.
+
+    Args:
+        model: the model in float32; attention of the forward is in the model's own implementation.
+        capacity: maximum number of positions of a sequence.
+
+    Raises:
+        BuildError: they differ, or the model cannot run.
+    """
+    name = type(model).__name__
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    count = min(capacity, CHECKED_TOKENS)
+    ids = torch.randint(0, vocabulary, (1, count), generator=generator)
+    try:
+        with quiet(), torch.no_grad():
+            expected = model(ids.to(model.device), use_cache=False).logits[0]
+            with _eager_attention(model):
+                step = SequenceStep(model, capacity)
+                steps = [
+                    step(step.token(token), step.position(at))
+                    for at, token in enumerate(ids[0].tolist())
+                ]
+    except BuildError:
+        raise
+    except Exception as error:
+        raise BuildError(f"{name} cannot run token by token: {brief(error)}") from error
+    differences = (torch.cat(steps) - expected).abs().amax(-1) / expected.abs().max()
+    wrong = ~(differences <= MAX_DIFFERENCE)  # True for NaN
+    if bool(wrong.any()):
+        raise BuildError(
+            f"{name} gives other scores token by token than for all tokens at once, from position "
+            f"{int(wrong.int().argmax())} on: a token depends on later ones, or on their number"
+        )
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model compute attention in its own code."""
+    original = model.config._attn_implementation
+    with quiet():
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        with quiet():
+            model.set_attn_implementation(original)
+
+
+class _PackedStep(torch.nn.Module):
+    """The packed inputs of a decoder's step, of which each row has one token."""
+
+    def __init__(self, body: GraphModule) -> None:
+        super().__init__()
+        self.body = InterpretedModule(body)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        row_offsets: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        write_indices: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seed: Tensor,
+        next_positions: Tensor,
+        *states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ids = input_ids.index_select(0, last_tokens).unsqueeze(1)
+        (logits,) = self.body(ids, write_indices.to(torch.int64), slots, *states)
+        return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
+
+
+def _export(
+    batched: GraphModule, options: DecoderOptions, states: tuple[StateSpec, ...]
+) -> ExportedProgram:
+    """Export the graph over rows, with packed inputs."""
+    # from 2 rows: torch's own bookkeeping of strides tells 1 apart, which changes no operator
+    examples = StepExamples(replace(options, max_rows=max(3, options.max_rows)), states)
+    shapes = (*examples.input_shapes(min_rows=2), tuple(examples.memory_shapes()))
+    arguments = (*examples.inputs(), *examples.memory())
+    try:
+        with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
+            exported = torch.export.export(_PackedStep(batched), arguments, dynamic_shapes=shapes)
+    except Exception as error:
+        raise BuildError(f"torch.export cannot make rows of the model: {brief(error)}") from error
+    rename_inputs(exported, [*INPUT_NAMES, *(spec.name for spec in states)])
+    slots = placeholders_by_name(exported.graph)[Role.SLOTS.value]
+    symbol = value(slots).shape[0].node.expr
+    exported.range_constraints[symbol] = ValueRanges(1, max(2, options.max_rows))
+    return exported

@@ -1,0 +1,114 @@
+"""Decoders that only their own code can step: one token of each row a step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from inplace.schema.specs import Update
+from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_decoder
+from inplace_builder.capture.model_memory import ModelMemory
+from inplace_builder.served.build import write_engine
+from support.decoding import SHAPE, generate, generate_together, random_prompt
+from support.long import long_except
+from support.models import open_instance
+from transformers import PreTrainedModel
+
+CAPACITY = 48
+OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=8)
+DECODER_OPTIONS = DecoderOptions(CAPACITY, 3, 8)
+BOTH = (Update.APPEND, Update.REPLACE)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rwkv": ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64}),
+    "xlstm": (
+        "xLSTMConfig",
+        {"num_heads": 4, "num_blocks": 2, "chunk_size": 8, "qk_dim_factor": 1.0},
+    ),
+    # attention, convolutions and the last token's values
+    "zaya": (
+        "ZayaConfig",
+        {"num_experts": 4, "moe_intermediate_size": 16, "router_hidden_size": 8, "head_dim": 8},
+    ),
+    # scores have a bias that the query and the distance of the key choose
+    "inkling": (
+        "InklingTextConfig",
+        {
+            "head_dim": 8,
+            "swa_head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "sliding_window_size": 12,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "d_rel": 4,
+            "rel_extent": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+}
+
+
+def model_of(name: str) -> PreTrainedModel:
+    """A random decoder; its greedy tokens vary."""
+    config, fields = MODELS[name]
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**{**SHAPE, **fields})
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.03)
+    return model
+
+
+@pytest.mark.parametrize("name", long_except(["rwkv", "zaya"], MODELS))
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_of_ragged_rows_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
+    model = model_of(name)
+    manifest = write_engine(capture_decoder(model, DECODER_OPTIONS), tmp_path / "model", OPTIONS)
+    prompts = [random_prompt(1, 25), random_prompt(2, 3)]
+    expected = [generate(model, prompt, 20) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) >= 8
+    assert generate_together(open_instance(tmp_path / "model"), prompts, 20) == expected
+    assert manifest.programs[0].chunk == 1
+    updates = {state.update for state in manifest.states}
+    assert updates == ({Update.REPLACE} if name in ("rwkv", "xlstm") else set(BOTH))
+    assert manifest.built_with["capture"].startswith("one token of each row a step")
+
+
+def test_states_are_what_the_model_keeps() -> None:
+    rwkv = ModelMemory.of(model_of("rwkv"), CAPACITY)
+    assert [place.name for place in rwkv.states] == [f"state_{number}" for number in range(5)]
+    assert rwkv.initial[4].unique().item() == pytest.approx(-1e30)  # the maximum over no tokens
+    zaya = ModelMemory.of(model_of("zaya"), CAPACITY)
+    shapes = {
+        place.name: tuple(initial.shape)
+        for place, initial in zip(zaya.states, zaya.initial, strict=True)
+    }
+    assert shapes["layers_0_keys"] == (1, 2, CAPACITY, 8)
+    assert shapes["layers_1_conv_states_0"] == (1, 48, 2)
+    # the number of cached tokens is the position that the runtime gives
+    assert [place.name for place in zaya.counters] == [
+        f"layers_{layer}_cumulative_length" for layer in range(2)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(**SHAPE)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(BuildError) as refused:
+        capture_decoder(model, DECODER_OPTIONS)
+    assert "which inplace::attention does not have" in str(refused.value)
+    assert "gives other scores token by token than for all tokens at once" in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_capacity_chosen_at_load_is_refused() -> None:
+    options = DecoderOptions(CAPACITY, 3, 8, min_capacity=16)
+    with pytest.raises(BuildError, match="the capacity of its own caches is fixed"):
+        capture_decoder(model_of("rwkv"), options)

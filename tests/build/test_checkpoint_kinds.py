@@ -135,6 +135,10 @@ def test_the_id_of_a_model_is_answered_with_the_command_that_fetches_it(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BuildError, match=r"fetch it with `hf download some/llama-1\.5B`, then"):
         build_decoder("some/llama-1.5B", tmp_path / "model", OPTIONS)
+    with pytest.raises(BuildError, match="fetch it with `hf download gpt2`, then"):
+        build_decoder("gpt2", tmp_path / "model", OPTIONS)
+    with pytest.raises(BuildError, match=r"gpt2\.gguf does not exist; give the folder"):
+        check_checkpoint("gpt2.gguf")
     with pytest.raises(BuildError, match=r"/no/such/folder does not exist; give the folder"):
         check_checkpoint("/no/such/folder")
 
@@ -153,6 +157,29 @@ def quantize(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, T
             whole[block] = quantized[block].float() * scale
             grid[-1].append(scale)
     return quantized, torch.tensor(grid), whole
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_scales_of_an_8_bit_cache_are_named(
+    model: LlamaForCausalLM, tmp_path: Path, stated: bool
+) -> None:
+    """Keys and values are cached as they are, whatever the checkpoint has for another cache."""
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("k_scale", "v_scale"):
+        tensors[f"model.layers.1.self_attn.{name}"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    if stated:
+        cache = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+        fields = {"quant_method": "compressed-tensors", "kv_cache_scheme": cache}
+        change_config(tmp_path, quantization_config=fields | {"config_groups": {}})
+    loaded, notes = load_model(tmp_path, Dtype.FLOAT32)
+    assert torch.equal(logits(loaded), logits(model))
+    assert notes == {
+        "cache": "keys and values are cached in float32, not in 8 bits: "
+        "['model.layers.1.self_attn.k_scale', 'model.layers.1.self_attn.v_scale'] (2 scales in "
+        "all) are not used"
+    }
 
 
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}

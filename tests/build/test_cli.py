@@ -134,7 +134,7 @@ def test_inspect_prints_everything_of_an_engine(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["build", "nowhere", "--output", "m"], "error: nowhere does not exist"),
+        (["build", "nowhere", "--output", "m"], "error: nowhere is no folder here"),
         (
             ["build", ".", "--output", "m"],
             "error: . is no model: it holds neither config.json nor a GGUF file",

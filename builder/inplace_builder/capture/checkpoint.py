@@ -17,8 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from inplace_builder.capture.lora import merge_lora, read_lora_config
 from inplace_builder.capture.quantized import (
+    CACHE_SCALES,
     check_quantization,
     dequantizing_config,
+    is_cache_only,
     is_fp8,
     quantization,
     read_fp8,
@@ -85,6 +87,8 @@ def _load_weights(
     fields = None if files.gguf else quantization(config)
     notes: dict[str, str] = {}
     arguments = _arguments(files)
+    if fields is not None and is_cache_only(fields):
+        arguments["config"], fields = without_quantization(config), None
     if fields is not None:
         fp8 = is_fp8(fields)
         notes["quantization"] = (
@@ -121,9 +125,15 @@ def _load_weights(
             f"the weights in {source} lack {missing[:3]} ({len(missing)} in all); transformers "
             f"would fill them with random numbers"
         )
-    if unused := sorted(
-        key for key in loaded["unexpected_keys"] if not key.endswith(_RECOMPUTED_KEYS)
-    ):
+    unexpected = sorted(loaded["unexpected_keys"])
+    if scales := [key for key in unexpected if key.endswith(CACHE_SCALES)]:
+        notes["cache"] = (
+            f"keys and values are cached in {dtype}, not in 8 bits: {scales[:2]} ({len(scales)} "
+            f"scales in all) are not used"
+        )
+    if unused := [
+        key for key in unexpected if not key.endswith((*_RECOMPUTED_KEYS, *CACHE_SCALES))
+    ]:
         raise BuildError(
             f"the weights in {source} hold {unused[:3]} ({len(unused)} in all), which "
             f"{type(model).__name__} does not use: its output would not be that of the model the "

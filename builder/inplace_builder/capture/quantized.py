@@ -15,6 +15,13 @@ from transformers import PretrainedConfig
 from inplace_builder.errors import BuildError
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CACHE_SCALES = (
+    *(f".{name}_scale" for name in ("q", "k", "v", "kv", "prob")),
+    *(f".{name}_proj.output_scale" for name in ("q", "k", "v")),
+)
+"""Ends of the names of scales with which vLLM and others quantize keys and values to 8 bits."""
+
+
 _ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".input_scale_ub")
 
 
@@ -42,10 +49,16 @@ def is_fp8(fields: Mapping[str, Any]) -> bool:
     return _method(fields) in ("fp8", "fbgemm_fp8")
 
 
+def is_cache_only(fields: Mapping[str, Any]) -> bool:
+    """Whether only keys and values are meant to be quantized, when they are cached."""
+    stated = fields.get("kv_cache_scheme") is not None and not fields.get("config_groups")
+    return stated and _method(fields) == "compressed-tensors"
+
+
 def check_quantization(config: PretrainedConfig, source: Path) -> None:
     """BuildError if the weights can be neither dequantized nor computed with."""
     fields = quantization(config)
-    if fields is None or is_fp8(fields) or _method(fields) == "mxfp4":
+    if fields is None or is_fp8(fields) or is_cache_only(fields) or _method(fields) == "mxfp4":
         return
     details = [f"{key} {fields[key]}" for key in ("format", "bits") if fields.get(key)]
     details += [f"{bits} bits" for bits in (8, 4) if fields.get(f"load_in_{bits}bit")]

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from inplace_builder.capture.lora import ADAPTER_CONFIG, ADAPTER_FILES, base_model
 from inplace_builder.errors import BuildError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(?<!\.gguf)")
+"""Ids of the Hugging Face Hub; the oldest models have no organisation (``gpt2``)."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     table.add_row("engine", decimal(manifest.file(engine.file).bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
-    for note in ("adapter", "quantization", "tokenizer", "capture"):
+    for note in ("adapter", "quantization", "cache", "tokenizer", "capture"):
         if (text := manifest.built_with.get(note)) is not None:
             table.add_row(note, text)
     table.add_row("in", str(folder))

@@ -10,7 +10,7 @@ from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_de
 from inplace_builder.capture.masks import MaskOptions
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.served.build import write_engine
-from support.decoding import generate_together, random_prompt
+from support.decoding import SHAPE, generate_together, random_prompt
 from support.long import long_except
 from support.models import open_instance
 from torch import Tensor
@@ -77,6 +77,56 @@ def test_tokens_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     prompts = [random_prompt(1, 2 * WINDOW + 5), random_prompt(2, 3)]
     expected = [stock(model, prompt, 24) for prompt in prompts]
     assert generate_together(open_instance(tmp_path / "model"), prompts, 24) == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_branch_for_one_token_is_left_out(tmp_path: Path) -> None:
+    """GIT lets its attention be chosen, but computes it in its own code; its positions depend on
+    whether there is one token, and are wrong in transformers' own decode."""
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = transformers.GitForCausalLM(
+        transformers.GitConfig(
+            vision_config={**fields, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+            **TOKENS,
+            **fields,
+            num_attention_heads=4,
+        )
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    write_engine(capture_decoder(model, DECODER_OPTIONS), tmp_path / "model", OPTIONS)
+    prompts = [random_prompt(1, 20), random_prompt(2, 3)]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 12:
+            with torch.no_grad():
+                scores = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            tokens.append(int(scores.argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert len({token for tokens in expected for token in tokens}) > 3
+    assert generate_together(open_instance(tmp_path / "model"), prompts, 12) == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_branch_for_one_token_that_differs_is_refused() -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
+    original = model.forward
+
+    def forward(input_ids: Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        """Scores of several tokens lose their mean, those of one token keep it."""
+        kwargs["logits_to_keep"] = 0
+        out = original(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        if input_ids.shape[1] != 1:
+            out.logits = out.logits - out.logits.mean(1, keepdim=True)
+        return out
+
+    model.forward = forward
+    with pytest.raises(BuildError, match="has other code for one token than for several, and the"):
+        capture_decoder(model, DECODER_OPTIONS)
 
 
 def test_a_window_is_read_off_the_scores() -> None:

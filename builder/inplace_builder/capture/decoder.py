@@ -189,16 +189,26 @@ class StepExamples:
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Token ids and what the runtime fills."""
-        offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+        return self._of_rows(torch.zeros(4, dtype=torch.int64), 2, 0)
+
+    def one_token(self, token: int, position: int) -> tuple[Tensor, ...]:
+        """The same of one row with one token, at a position of slot 0."""
+        return self._of_rows(torch.tensor([token]), 1, position)
+
+    @staticmethod
+    def _of_rows(ids: Tensor, rows: int, position: int) -> tuple[Tensor, ...]:
+        """Inputs of rows with as many tokens each, from a position on."""
+        tokens = len(ids) // rows
+        offsets = torch.arange(0, len(ids) + 1, tokens, dtype=torch.int32)
         return (
-            torch.zeros(4, dtype=torch.int64),
-            torch.tensor([0, 1, 0, 1], dtype=torch.int32),
+            ids,
+            torch.arange(position, position + tokens, dtype=torch.int32).repeat(rows),
             offsets,
             offsets[1:] - 1,
-            torch.arange(2, dtype=torch.int32),
-            torch.zeros(2, dtype=torch.int32),
+            torch.arange(rows, dtype=torch.int32),
+            torch.full((rows,), position, dtype=torch.int32),
             *(
-                torch.zeros(2, dtype=control_input("", role).dtype.as_torch)
+                torch.zeros(rows, dtype=control_input("", role).dtype.as_torch)
                 for role in SAMPLING_ROLES
             ),
         )
@@ -207,15 +217,15 @@ class StepExamples:
         """States of two slots; never touched, so they cost address space only."""
         return [torch.empty((2, *state.shape), dtype=state.dtype.as_torch) for state in self.states]
 
-    def input_shapes(self, min_rows: int = 1) -> tuple[Any, ...]:
+    def input_shapes(self, min_rows: int = 1, min_tokens: int = 1) -> tuple[Any, ...]:
         """Which extents of `inputs` vary.
 
         Args:
-            min_rows: the smallest number of rows.
+            min_rows, min_tokens: the smallest numbers of rows and of tokens.
         """
         max_rows = max(2, self.options.max_rows)
         max_tokens = max(2 * max_rows, max_rows * self.options.chunk)
-        tokens = {0: Dim("tokens", min=1, max=max_tokens)}
+        tokens = {0: Dim("tokens", min=min_tokens, max=max_tokens)}
         num_rows = Dim("rows", min=min_rows, max=max_rows)
         rows: Any = {0: num_rows}
         return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES))

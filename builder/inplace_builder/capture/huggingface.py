@@ -19,6 +19,7 @@ from inplace.operators import sample
 from inplace.schema.specs import Dtype, StateSpec, Update
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.utils._sympy.value_ranges import ValueRanges
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -48,14 +49,16 @@ from inplace_builder.capture.slot_cache import (
 from inplace_builder.capture.sparse import SPARSE_KINDS, without_indexers
 from inplace_builder.capture.token_steps import capture_token_steps
 from inplace_builder.capture.uncached import cached_attention
-from inplace_builder.compare import float32_copy
+from inplace_builder.compare import TOLERANCE, float32_copy, relative_error
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.export import (
+    ExtentError,
     LengthIndependent,
     correct_lstm,
     named_extents,
     size_oblivious,
 )
+from inplace_builder.graph.nodes import placeholders_by_name, value
 from inplace_builder.graph.passes import drop_dead_assertions
 
 SDPA = "sdpa"
@@ -136,10 +139,13 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         # 2. Export one step, with attention, caches and experts replaced by ours.
         rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
         step = DecoderStep(model, layers.by_layer, rings, call, layers.num_logits == 1)
-        exported = _export_step(step, StepExamples(options, states))
+        examples = StepExamples(options, states)
+        exported, drops_branch = _export_step(step, examples)
     if call.own_attention:
         drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
     _check_layers(exported.graph, config, layers, type(model).__name__)
+    if drops_branch:
+        _check_one_token(model, exported, examples)
     # 3. Clean the graph, check it against the description, read off what it writes.
     lookahead = any(layer.mask.lookahead for layer in layers.by_layer.values())
     if lookahead and getattr(config, "is_decoder", None) is False:
@@ -411,29 +417,77 @@ class DecoderStep(torch.nn.Module):
         return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
 
 
-def _export_step(step: DecoderStep, examples: StepExamples) -> ExportedProgram:
-    memory = _by_layer(examples.states, examples.memory())
-    shapes = _by_layer(examples.states, examples.memory_shapes())
+def _export_step(step: DecoderStep, examples: StepExamples) -> tuple[ExportedProgram, bool]:
+    """Export a step.
+
+    Returns:
+        The step; and whether the model has code of its own for one token, which is left out.
+
+    Raises:
+        BuildError: torch.export cannot capture the model.
+    """
     try:
-        with (
-            quiet(),
-            torch.no_grad(),
-            correct_lstm(),
-            size_oblivious(),
-            named_extents(),
-            LengthIndependent(),
-        ):
-            return torch.export.export(
-                step,
-                (*examples.inputs(), *memory),
-                dynamic_shapes=(*examples.input_shapes(), *shapes),
-            )
+        return _exported(step, examples, min_tokens=1), False
     except BuildError:
         raise
+    except ExtentError as error:
+        if any(each.condition != f"{TOKEN_IDS}.shape[0] != 1" for each in error.assumptions):
+            raise _not_captured(step, error) from error
+        reason = error
     except Exception as error:
+        raise _not_captured(step, error) from error
+    # GIT has a branch for one token; packed tokens may belong to several rows
+    try:
+        exported = _exported(step, examples, min_tokens=2)
+    except Exception as error:
+        raise _not_captured(step, reason) from error
+    tokens = value(placeholders_by_name(exported.graph)[TOKEN_IDS]).shape[0].node.expr
+    limits = exported.range_constraints[tokens]
+    exported.range_constraints[tokens] = ValueRanges(1, limits.upper)
+    return exported, True
+
+
+def _exported(step: DecoderStep, examples: StepExamples, *, min_tokens: int) -> ExportedProgram:
+    memory = _by_layer(examples.states, examples.memory())
+    shapes = _by_layer(examples.states, examples.memory_shapes())
+    with (
+        quiet(),
+        torch.no_grad(),
+        correct_lstm(),
+        size_oblivious(),
+        named_extents(),
+        LengthIndependent(),
+    ):
+        return torch.export.export(
+            step,
+            (*examples.inputs(), *memory),
+            dynamic_shapes=(*examples.input_shapes(min_tokens=min_tokens), *shapes),
+        )
+
+
+def _check_one_token(
+    model: PreTrainedModel, exported: ExportedProgram, examples: StepExamples
+) -> None:
+    """BuildError if what a model does for several tokens is not right for one."""
+    module, memory = exported.module(), [torch.zeros_like(each) for each in examples.memory()]
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocabulary, (8,), generator=torch.Generator().manual_seed(0))
+    results = []
+    with quiet(), torch.no_grad():
+        expected = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+        for at, token in enumerate(ids):
+            inputs = (*examples.one_token(int(token), at), *_by_layer(examples.states, memory))
+            results.append(module(*inputs)[1])
+    error = relative_error(torch.cat(results), expected.float().cpu())
+    if not error <= TOLERANCE[Dtype.of(model.dtype)]:
         raise BuildError(
-            f"torch.export cannot capture {type(step.model).__name__}: {brief(error)}"
-        ) from error
+            f"{type(model).__name__} has other code for one token than for several, and the latter "
+            f"gives other scores for one: they differ by {error:.1e}"
+        )
+
+
+def _not_captured(step: DecoderStep, error: Exception) -> BuildError:
+    return BuildError(f"torch.export cannot capture {type(step.model).__name__}: {brief(error)}")
 
 
 def _by_layer(states: Sequence[StateSpec], values: Sequence[Any]) -> list[dict[Any, Any]]:
@@ -441,10 +495,10 @@ def _by_layer(states: Sequence[StateSpec], values: Sequence[Any]) -> list[dict[A
     groups: dict[str, dict[Any, Any]] = {
         part: {} for part in ("key_states", "value_states", CONV, RECURRENT)
     }
-    for state, value in zip(states, values, strict=True):
+    for state, given in zip(states, values, strict=True):
         part, _, rest = state.name.partition("_states_")
         part = f"{part}_states"
-        groups[part][rest if part in (CONV, RECURRENT) else int(rest)] = value
+        groups[part][rest if part in (CONV, RECURRENT) else int(rest)] = given
     return list(groups.values())
 
 

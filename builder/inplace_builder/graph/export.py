@@ -206,10 +206,6 @@ def _one_layer_lstm(
     return torch.stack(outputs[::-1] if reverse else outputs), state
 
 
-class ExtentError(Exception):
-    """A model's code fixes an extent that varies."""
-
-
 @dataclass(frozen=True)
 class Assumption:
     """What an export assumed of one extent.
@@ -224,6 +220,18 @@ class Assumption:
     minimum: int
     maximum: int | None
     line: str
+
+
+class ExtentError(Exception):
+    """A model's code fixes an extent that varies.
+
+    Args:
+        assumptions: what the export assumed of extents.
+    """
+
+    def __init__(self, assumptions: list[Assumption]) -> None:
+        super().__init__(_text(assumptions))
+        self.assumptions = assumptions
 
 
 @contextlib.contextmanager
@@ -248,7 +256,7 @@ def named_extents() -> Iterator[None]:
     except Exception as error:
         if not assumptions or "Constraints violated" not in str(error):
             raise
-        raise ExtentError(_text(list(assumptions))) from error
+        raise ExtentError(list(assumptions)) from error
     finally:
         environment._log_guard = original
 

@@ -778,6 +778,7 @@ WITHOUT_GENERATE: dict[str, str] = {
 """Model types whose stock ``generate`` cannot run alone on token ids, and why."""
 
 FORWARD: dict[str, str] = {
+    "git": "positions in decode count the cached tokens twice",
     "moshi": "its cache keeps the last keys and values only, its mask shows all",
     "nemotron_h": "time steps are clamped in prefill, not in decode",
     "zamba2": "time steps are clamped in prefill, not in decode",

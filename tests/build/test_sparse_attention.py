@@ -1,6 +1,11 @@
-"""Sparse attention is full causal attention up to a number of positions, and refused beyond."""
+"""Sparse attention: indexers select positions; up to a number of them they are left out.
+
+Indexers have enough heads that no two scores are equal: of equal ones, torch selects others where
+more tokens are fed together.
+"""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +13,8 @@ import torch
 import transformers
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture import huggingface
-from inplace_builder.capture.checkpoint import check_positions
-from inplace_builder.capture.slot_cache import LayerMask
-from inplace_builder.capture.sparse import AllPositions
+from inplace_builder.capture.masks import LayerMask
+from inplace_builder.capture.sparse import AllPositions, sparse_limits
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from support.decoding import SHAPE, generate, generate_together, random_prompt
@@ -39,7 +43,7 @@ INDEXED = ROUTED | {
     "v_head_dim": 16,
     "head_dim": 8,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
 }
 MINIMAX: dict[str, object] = {
     "layer_types": ["full_attention", "minimax_m3_sparse"],
@@ -54,13 +58,6 @@ MINIMAX: dict[str, object] = {
     "index_head_dim": 16,
     "index_block_size": 8,
 }
-LLAMA4: dict[str, object] = {
-    "layer_types": ["chunked_attention", "full_attention"],
-    "no_rope_layers": [1, 0],
-    "head_dim": 8,
-    "intermediate_size_mlp": 48,
-    "num_local_experts": 2,
-}
 QWEN4: dict[str, object] = {
     "layer_types": ["qwen_sparse_attention"] * 2,
     "num_experts": 4,
@@ -70,21 +67,15 @@ QWEN4: dict[str, object] = {
     "head_dim": 16,
     "hc_count": 2,
     "hc_lowrank": 16,
-    "indexer_n_heads": 2,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
     "indexer_compress_ratio": 4,
 }
 MODELS: dict[str, tuple[str, dict[str, object], dict[str, int], dict[str, int]]] = {
-    # at the limit of what is full attention, and one less
-    "llama4": (
-        "Llama4TextConfig",
-        LLAMA4,
-        {"attention_chunk_size": CAPACITY},
-        {"attention_chunk_size": CAPACITY - 1},
-    ),
+    # as many positions as the capacity, and fewer
     **{
-        name: (config, INDEXED, {"index_topk": CAPACITY}, {"index_topk": CAPACITY - 1})
+        name: (config, INDEXED, {"index_topk": CAPACITY}, {"index_topk": 6})
         for name, config in (
             ("deepseek_v32", "DeepseekV32Config"),
             ("axk2", "AXK2Config"),
@@ -96,14 +87,13 @@ MODELS: dict[str, tuple[str, dict[str, object], dict[str, int], dict[str, int]]]
         "MiniMaxM3VLTextConfig",
         MINIMAX,
         {"index_topk_blocks": CAPACITY // 8},
-        {"index_topk_blocks": CAPACITY // 8 - 1},
+        {"index_topk_blocks": 2},
     ),
-    # of 32 positions the last blocks of 4 are 8 with an incomplete one, of 31 they are 7
     "qwen4_exp": (
         "Qwen4ExpTextConfig",
         QWEN4,
         {"indexer_budget": CAPACITY},
-        {"indexer_budget": CAPACITY - 4},
+        {"indexer_budget": 8},
     ),
 }
 
@@ -117,27 +107,77 @@ def model_of(name: str, **changes: object) -> PreTrainedModel:
     return model
 
 
+def doge(**changes: object) -> PreTrainedModel:
+    """A random decoder that computes masks from its values."""
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(**(SHAPE | changes))
+    model: PreTrainedModel = transformers.DogeForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)
+    return model
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", long_except(["llama4", "deepseek_v32", "qwen4_exp"], MODELS))
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", long_except(["deepseek_v32", "minimax_m3", "qwen4_exp"], MODELS))
 @pytest.mark.filterwarnings("ignore")
-def test_tokens_up_to_the_limit_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
-    model = model_of(name)
-    write_engine(capture_decoder(model, DECODER_OPTIONS), tmp_path / "model", OPTIONS)
+def test_tokens_equal_those_of_transformers(tmp_path: Path, name: str, dense: bool) -> None:
+    model = model_of(name, **({} if dense else MODELS[name][3]))
+    capture = capture_decoder(model, DECODER_OPTIONS)
+    states = [state.name for state in capture.states if state.name.startswith("index_states")]
+    assert bool(states) == (not dense)
+    write_engine(capture, tmp_path / "model", OPTIONS)  # compares logits with the model's
     prompts = [random_prompt(1, CAPACITY - TOKENS + 1), random_prompt(2, 3)]
     expected = [generate(model, prompt, TOKENS) for prompt in prompts]
     assert generate_together(open_instance(tmp_path / "model"), prompts, TOKENS) == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_capacity_beyond_the_limit_is_refused_with_what_limits_it(name: str) -> None:
-    model = model_of(name, **MODELS[name][3])
-    (field,) = MODELS[name][3]
-    with pytest.raises(
-        BuildError,
-        match=rf"a capacity of {CAPACITY} is more than the \d+ positions up to which its layers of "
-        rf"the kind '\w+' \(.*{field}.*\) attend to all positions; .*; choose at most \d+",
-    ):
-        capture_decoder(model, DECODER_OPTIONS)
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "hy_v4"])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_may_share_what_one_of_them_selects(tmp_path: Path, name: str) -> None:
+    model = model_of(name, index_topk=6, indexer_types=["full", "shared"])
+    capture = capture_decoder(model, DECODER_OPTIONS)
+    assert sum(state.name.startswith("index_states") for state in capture.states) == 1
+    write_engine(capture, tmp_path / "model", OPTIONS)
+
+
+@pytest.mark.parametrize("window", [64, 12])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_mask_that_is_computed_from_values(
+    tmp_path: Path, window: int, implementation: str
+) -> None:
+    """With PyTorch's attention, transformers makes no mask for a prompt that begins a sequence."""
+    model = doge(keep_window_size=window)
+    model.set_attn_implementation(implementation)
+    capture = capture_decoder(model, DecoderOptions(CAPACITY, 3, CAPACITY))
+    assert capture.program.lookahead == (implementation == "sdpa")
+    options = replace(OPTIONS, chunk=CAPACITY)
+    write_engine(capture, tmp_path / "model", options)  # also later requests of several tokens
+    prompts = [random_prompt(1, 20), random_prompt(2, 3)]
+    expected = [generate(model, prompt, TOKENS) for prompt in prompts]
+    assert generate_together(open_instance(tmp_path / "model"), prompts, TOKENS) == expected
+
+
+def test_a_computed_mask_with_a_window_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"computes its attention mask, and .* window of 9 pos"):
+        capture_decoder(doge(sliding_window=9), DECODER_OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_error_of_a_model_that_selects_names_equal_scores(tmp_path: Path) -> None:
+    model = model_of("deepseek_v32", index_topk=6)
+    capture = capture_decoder(model, DECODER_OPTIONS)
+    other = capture_decoder(model_of("deepseek_v32", index_topk=5), DECODER_OPTIONS)
+    wrong = replace(capture, reference=other.reference)
+    with pytest.raises(BuildError, match=r"differs from the model by .*; of equal scores torch"):
+        write_engine(wrong, tmp_path / "model", OPTIONS)
+
+
+def test_a_selection_needs_one_capacity() -> None:
+    options = DecoderOptions(CAPACITY, 3, CHUNK, min_capacity=CAPACITY // 2)
+    with pytest.raises(BuildError, match=r"layers \[0, 1\] select the positions .* one capacity"):
+        capture_decoder(model_of("deepseek_v32", index_topk=6), options)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,30 +185,20 @@ def test_the_limit_is_the_last_position_up_to_which_transformers_attends_to_all(
     """Beyond it the model differs from one with a larger limit, at it they are alike."""
     model, larger = model_of(name, **MODELS[name][3]), model_of(name)
     larger.load_state_dict(model.state_dict())
-    limit = largest_capacity(model)
+    (limit,) = sparse_limits(model.config)
     ids = torch.tensor([random_prompt(3, CAPACITY)])
     with torch.no_grad():
         logits, unlimited = model(ids).logits[0], larger(ids).logits[0]
     torch.testing.assert_close(logits[:limit], unlimited[:limit])
     assert limit < CAPACITY
     assert not torch.allclose(logits[limit:], unlimited[limit:])
-
-
-def largest_capacity(model: PreTrainedModel) -> int:
-    """The largest capacity that is not refused."""
-    allowed = 0
-    for capacity in range(1, CAPACITY + 1):
-        try:
-            check_positions(model.config, capacity)
-        except BuildError:
-            break
-        allowed = capacity
-    return allowed
-
-
-def test_a_layer_without_a_limit_of_its_own_is_not_limited_by_it() -> None:
-    model = model_of("llama4", layer_types=["full_attention"] * 2, attention_chunk_size=4)
-    check_positions(model.config, CAPACITY)
+    at_limit = capture_decoder(model, DecoderOptions(limit, 3, 4))
+    beyond = capture_decoder(model, DecoderOptions(limit + 1, 3, 4))
+    assert [
+        any(state.name.startswith("index_states") for state in capture.states)
+        for capture in (at_limit, beyond)
+    ] == [False, True]
+    assert limit in beyond.thresholds, "verification runs past it"
 
 
 def test_the_graph_reads_no_weight_of_an_indexer_and_the_model_keeps_it() -> None:
@@ -192,7 +222,7 @@ def test_positions_that_an_indexer_selects_are_refused_by_attention(
     monkeypatch: pytest.MonkeyPatch, name: str, given: str
 ) -> None:
     model = model_of(name)
-    monkeypatch.setattr(huggingface, "without_indexers", lambda _: nullcontext())
+    monkeypatch.setattr(huggingface, "slot_indexers", lambda *_, **__: nullcontext())
     for layer in model.model.layers:
         if layer.self_attn.indexer is not None:
             monkeypatch.setattr(layer.self_attn.indexer, "forward", lambda *_, **__: torch.zeros(1))

@@ -12,12 +12,8 @@ from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture import huggingface, slot_cache
 from inplace_builder.capture.cache_length import CacheLength, OwnCacheLength
 from inplace_builder.capture.capture import Capture, control_input
-from inplace_builder.capture.masks import MaskOptions, mask_options
-from inplace_builder.capture.slot_cache import (
-    LayerMask,
-    SeenLayers,
-    SlotCache,
-)
+from inplace_builder.capture.masks import LayerMask, MaskOptions, mask_options
+from inplace_builder.capture.slot_cache import SeenLayers, SlotCache
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.reach import position_constants, positions_to_verify

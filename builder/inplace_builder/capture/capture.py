@@ -48,6 +48,7 @@ class Capture:
         thresholds: positions at which the model states that something changes; verification runs
             past them, whatever was captured.
         notes: what the build records of how it was captured.
+        caveat: what may explain a difference from the reference; ends the error of one.
     """
 
     exported: torch.export.ExportedProgram
@@ -62,6 +63,7 @@ class Capture:
     float32_reference: Callable[[], Reference] | None = None
     thresholds: frozenset[int] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
+    caveat: str = ""
 
 
 def capture_module(

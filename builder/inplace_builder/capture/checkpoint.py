@@ -27,7 +27,6 @@ from inplace_builder.capture.quantized import (
     without_quantization,
 )
 from inplace_builder.capture.sources import ModelFiles, locate_model
-from inplace_builder.capture.sparse import sparse_limits
 from inplace_builder.errors import BuildError, brief
 
 _RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
@@ -247,12 +246,6 @@ def check_positions(config: PretrainedConfig, capacity: int) -> None:
 
 def _position_limits(config: PretrainedConfig) -> Iterator[tuple[int, str]]:
     """Numbers of positions that a sequence may have at most, and why, in words that follow."""
-    for positions, layers in sparse_limits(config):
-        yield (
-            positions,
-            f" up to which its {layers} attend to all positions; sparse attention beyond these is "
-            f"not supported",
-        )
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # XLNet's -1: no limit
         return

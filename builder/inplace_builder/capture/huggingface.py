@@ -35,18 +35,19 @@ from inplace_builder.capture.decoder import (
     decoder_program,
 )
 from inplace_builder.capture.experts import grouped_experts
+from inplace_builder.capture.indexers import slot_indexers
+from inplace_builder.capture.masks import ChangedMaskError
 from inplace_builder.capture.model_memory import memory_argument
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
-    ChangedMaskError,
     LayerStates,
     SeenLayer,
     SeenLayers,
     SlotCache,
     current_cache,
 )
-from inplace_builder.capture.sparse import SPARSE_KINDS, without_indexers
+from inplace_builder.capture.sparse import SPARSE_KINDS, sparse_limits
 from inplace_builder.capture.token_steps import capture_token_steps
 from inplace_builder.capture.uncached import cached_attention
 from inplace_builder.compare import TOLERANCE, float32_copy, relative_error
@@ -66,6 +67,13 @@ SDPA = "sdpa"
 
 REFERENCE_CHUNK = 1024
 """Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
+
+
+TIES = (
+    " (it attends to the positions with the best scores; of equal scores torch chooses others "
+    "where it is fed otherwise)"
+)
+"""A caveat of a model that selects positions."""
 
 
 STATELESS_KINDS = frozenset({"mlp", "moe"})
@@ -123,19 +131,24 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     """
     config = model.config.get_text_config(decoder=True)
     _check_layer_kinds(config)
+    implementation = config._attn_implementation
     with (
         cached_attention(model) as without_cache,
         _inplace_attention(model, without_cache=without_cache) as own_attention,
         grouped_experts(model),
         slot_recurrences(model),
-        without_indexers(model),
+        slot_indexers(model, options.capacity, skips_masks=implementation == SDPA),
     ):
         # 1. Run the model once to see what each layer attends to and keeps.
         layers, call = _see_layers(
             model, options.capacity, StepCall(with_mask=False, own_attention=own_attention)
         )
         caches = _layer_caches(layers, Dtype.of(model.dtype))
-        states = (*cache_states(caches, options), *_recurrent_states(layers))
+        states = (
+            *cache_states(caches, options),
+            *_index_states(layers, Dtype.of(model.dtype), options),
+            *_recurrent_states(layers),
+        )
         # 2. Export one step, with attention, caches and experts replaced by ours.
         rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
         step = DecoderStep(model, layers.by_layer, rings, call, layers.num_logits == 1)
@@ -166,6 +179,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         lowering=lowering,
         min_capacity=options.dynamic_min_capacity,
         **_references(model, as_fed=lookahead),
+        caveat=TIES if layers.index else "",
     )
 
 
@@ -183,7 +197,7 @@ def _references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
     return {
         "reference": _reference(model, as_fed=as_fed),
         "float32_reference": float32_reference if rounds else None,
-        "thresholds": frozenset(_thresholds(config.to_dict())),
+        "thresholds": frozenset([*_thresholds(config.to_dict()), *sparse_limits(config)]),
     }
 
 
@@ -303,6 +317,32 @@ def _run_once(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLaye
     return seen
 
 
+def _index_states(
+    layers: SeenLayers, dtype: Dtype, options: DecoderOptions
+) -> tuple[StateSpec, ...]:
+    """The keys of indexers.
+
+    Raises:
+        BuildError: the capacity is to be chosen at load.
+    """
+    if layers.index and options.dynamic_min_capacity is not None:
+        raise BuildError(
+            f"layers {sorted(layers.index)} select the positions that they attend to, which needs "
+            f"one capacity; leave min_capacity out"
+        )
+    return tuple(
+        StateSpec(
+            name=f"index_states_{layer}",
+            shape=(1, options.capacity, elements),
+            dtype=dtype,
+            update=Update.APPEND,
+            axis=1,
+            reset=False,  # a token sees only what lies within the cached length
+        )
+        for layer, elements in layers.index.items()
+    )
+
+
 def _recurrent_states(layers: SeenLayers) -> tuple[StateSpec, ...]:
     """The states that are no keys and values: zeros in a new sequence, rewritten by every step.
 
@@ -381,6 +421,7 @@ class DecoderStep(torch.nn.Module):
         next_positions: Tensor,
         key_states: dict[int, Tensor],
         value_states: dict[int, Tensor],
+        index_states: dict[int, Tensor],
         conv_states: dict[str, Tensor],
         recurrent_states: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
@@ -399,6 +440,7 @@ class DecoderStep(torch.nn.Module):
         states = LayerStates(
             key_states,
             value_states,
+            index_states,
             recurrent,
             slots,
             row_offsets,
@@ -493,7 +535,7 @@ def _not_captured(step: DecoderStep, error: Exception) -> BuildError:
 def _by_layer(states: Sequence[StateSpec], values: Sequence[Any]) -> list[dict[Any, Any]]:
     """Values of the states as `DecoderStep` takes them: in groups, by what follows their names."""
     groups: dict[str, dict[Any, Any]] = {
-        part: {} for part in ("key_states", "value_states", CONV, RECURRENT)
+        part: {} for part in ("key_states", "value_states", "index_states", CONV, RECURRENT)
     }
     for state, given in zip(states, values, strict=True):
         part, _, rest = state.name.partition("_states_")

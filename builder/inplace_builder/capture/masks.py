@@ -8,10 +8,12 @@ trusted.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from inplace_builder.capture.sparse import AllPositions, Selection
 from inplace_builder.errors import BuildError, brief
 
 NUM_SAMPLED_QUERIES = 64
@@ -107,3 +109,63 @@ def _candidates(size: int, capacity: int) -> Iterator[MaskOptions]:
     elif size:
         yield MaskOptions(window=size)
         yield MaskOptions(attention_chunk=size)
+
+
+class ChangedMaskError(BuildError):
+    """A model computes with its mask, instead of handing it to an attention function."""
+
+
+class LayerMask:
+    """Stands for a mask of transformers; only the attention function reads it.
+
+    Attributes:
+        options: what a token may see; None if not evaluated.
+        error: why there are no options, raised for a layer that uses the mask.
+        selection: the positions that an indexer selects of those.
+    """
+
+    def __init__(
+        self,
+        options: MaskOptions | None,
+        error: BuildError | None = None,
+        selection: Selection | None = None,
+    ) -> None:
+        self.options, self.error, self.selection = options, error, selection
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python and torch ask of any object
+            raise AttributeError(name)
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_: object) -> NoReturn:
+        """Refuse a call of torch that takes the mask."""
+        cls._refuse()
+
+    def __getitem__(self, index: object) -> "LayerMask":
+        """The mask without its axis of heads, which it does not tell apart."""
+        if index != (slice(None), 0, slice(None), slice(None)):
+            self._refuse()
+        return self
+
+    def is_floating_point(self) -> bool:
+        """False: models combine masks that are boolean by ``&``."""
+        return False
+
+    def __and__(self, other: object) -> "LayerMask":
+        """The mask, of the positions that an indexer selects."""
+        if isinstance(other, Selection):
+            return LayerMask(self.options, self.error, other)
+        if not isinstance(other, AllPositions):
+            self._refuse()
+        return self
+
+    @staticmethod
+    def _refuse(*_: object) -> NoReturn:
+        raise ChangedMaskError(
+            "the model changes its attention mask itself; only causal attention, with a window or "
+            "in chunks or without, is supported"
+        )
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __rand__ = _refuse
+    __sub__ = __rsub__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse

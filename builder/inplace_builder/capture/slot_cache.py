@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from inplace.operators import attention
+from inplace.operators import attention, read, update
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache as TransformersCache
@@ -24,9 +24,9 @@ from inplace_builder.capture.cache_length import (
     MaskLength,
     OwnCacheLength,
 )
-from inplace_builder.capture.masks import MaskOptions, mask_options
+from inplace_builder.capture.masks import LayerMask, MaskOptions, mask_options
 from inplace_builder.capture.own_attention import OwnAttention, Scores
-from inplace_builder.capture.sparse import AllPositions
+from inplace_builder.capture.sparse import AllPositions, Selection
 from inplace_builder.errors import BuildError
 
 IMPLEMENTATION = "inplace"
@@ -39,6 +39,7 @@ class LayerStates:
 
     Attributes:
         keys, values: the states of each layer that attends, ``[slots, kv_heads, capacity, dim]``.
+        index: the keys of the indexers of layers, ``[slots, 1, capacity, dim]``.
         recurrent: the other states by name, ``[slots, ...]``.
         slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
         masks: for each layer that attends what a token may see.
@@ -48,6 +49,7 @@ class LayerStates:
 
     keys: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
+    index: Mapping[int, Tensor]
     recurrent: Mapping[str, Tensor]
     slots: Tensor
     row_offsets: Tensor
@@ -66,10 +68,12 @@ class LayerStates:
         scale: float,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """``inplace::attention`` on the states of a layer.
 
-        Query, key and value are ``[tokens, heads, dim]``, sinks ``[heads]``.
+        Query, key and value are ``[tokens, heads, dim]``, sinks ``[heads]``, and bias
+        ``[tokens, heads or 1, capacity]``.
         """
         mask = self.masks[layer]
         return attention(
@@ -88,6 +92,7 @@ class LayerStates:
             ring=self.rings[layer],
             softcap=softcap,
             sinks=sinks,
+            bias=bias,
         )
 
 
@@ -114,6 +119,7 @@ class SeenLayers:
     Attributes:
         capacity: maximum number of positions of a sequence.
         by_layer: the layers that attend to keys and values of their own, by index.
+        index: for each layer with an indexer the elements of its keys.
         sharing: how many attentions are to keys and values of another layer.
         recurrent: the states of other layers by name: what a slot holds, in zeros.
         num_logits: for how many tokens the model returned logits, of which one was asked for.
@@ -121,6 +127,7 @@ class SeenLayers:
 
     capacity: int
     by_layer: dict[int, SeenLayer] = field(default_factory=dict)
+    index: dict[int, int] = field(default_factory=dict)
     sharing: int = 0
     recurrent: dict[str, Tensor] = field(default_factory=dict)
     num_logits: int = 1
@@ -154,6 +161,8 @@ class SlotCache(TransformersCache):
         self._convolved: str | None = None  # the layer whose convolution comes next
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
         self._num_scans = 0
+        self._token_rows: Tensor | None = None
+        self.computed_mask: MaskOptions | None = None  # of the layer that attends next
 
     def __setattr__(self, name: str, value: object) -> None:
         """Keep our methods: RecurrentGemma gives its cache others, which read its layers."""
@@ -311,6 +320,59 @@ class SlotCache(TransformersCache):
             return step.slots, step.row_offsets
         return torch.tensor([0]), torch.tensor([0, len(self.positions)])
 
+    def append_index(self, layer: int, keys: Tensor) -> Tensor:
+        """Append a key of each token to those of a layer's indexer.
+
+        Args:
+            layer: the layer.
+            keys: ``[tokens, 1, dim]``.
+
+        Returns:
+            The keys of each row at all positions, ``[rows, capacity, dim]``; see `of_tokens`. What
+            lies beyond a row's length holds anything.
+        """
+        step = self.step
+        if isinstance(step, SeenLayers):
+            step.index[layer] = keys.shape[2]
+            return keys[:1].expand(-1, step.capacity, -1)
+        state = step.index[layer]
+        update(state, step.slots, keys, step.row_offsets, step.write_indices, axis=2)
+        return read(state, step.slots).squeeze(1)
+
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """What each token's own row has, ``[tokens, ...]``, of ``rows``, ``[rows, ...]``."""
+        step = self.step
+        if isinstance(step, SeenLayers):  # one row
+            return rows.expand(self.positions.shape[0], *rows.shape[1:])
+        return rows.index_select(0, self._rows_of_tokens(step.row_offsets))
+
+    def _rows_of_tokens(self, row_offsets: Tensor) -> Tensor:
+        """The row of each token, ``[tokens]``."""
+        if self._token_rows is None:
+            tokens = torch.arange(self.positions.shape[0], device=row_offsets.device)
+            self._token_rows = (row_offsets[:-1] <= tokens[:, None]).sum(1) - 1
+        return self._token_rows
+
+    def visible(self, *, whole_prompts: bool = False) -> Tensor:
+        """What each token may see of its row, ``[tokens, capacity]``.
+
+        Args:
+            whole_prompts: not only positions up to its own, but all tokens of a step that begins
+                its sequence.
+        """
+        step = self.step
+        if isinstance(step, SeenLayers):
+            capacity = step.capacity
+        else:
+            capacity = next(iter(step.index.values())).shape[2]
+        entries = torch.arange(capacity, device=self.positions.device)
+        visible = entries <= self.positions[:, None]
+        if whole_prompts and isinstance(step, LayerStates):
+            counts = step.row_offsets[1:] - step.row_offsets[:-1]
+            begins = torch.where(step.write_indices == 0, counts, 0)
+            visible = visible | (entries < self.of_tokens(begins)[:, None])
+        return visible
+
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
         """The number of cached tokens, as far as there is one.
 
@@ -373,58 +435,6 @@ def current_cache(cache: SlotCache) -> Iterator[None]:
         yield
     finally:
         _current_cache.reset(token)
-
-
-class ChangedMaskError(BuildError):
-    """A model computes with its mask, instead of handing it to an attention function."""
-
-
-class LayerMask:
-    """Stands for a mask of transformers; only `slot_attention` reads it.
-
-    Attributes:
-        options: what a token may see; None if not evaluated.
-        error: why there are no options, raised for a layer that uses the mask.
-    """
-
-    def __init__(self, options: MaskOptions | None, error: BuildError | None = None) -> None:
-        self.options, self.error = options, error
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # what Python and torch ask of any object
-            raise AttributeError(name)
-        self._refuse()
-
-    @classmethod
-    def __torch_function__(cls, *_: object) -> NoReturn:
-        """Refuse a call of torch that takes the mask."""
-        cls._refuse()
-
-    def __getitem__(self, index: object) -> "LayerMask":
-        """The mask without its axis of heads, which it does not tell apart."""
-        if index != (slice(None), 0, slice(None), slice(None)):
-            self._refuse()
-        return self
-
-    def is_floating_point(self) -> bool:
-        """False: models combine masks that are boolean by ``&``."""
-        return False
-
-    def __and__(self, other: object) -> "LayerMask":
-        """The mask, of the positions that an indexer selects, if these are all."""
-        if not isinstance(other, AllPositions):
-            self._refuse()
-        return self
-
-    @staticmethod
-    def _refuse(*_: object) -> NoReturn:
-        raise ChangedMaskError(
-            "the model changes its attention mask itself; only causal attention, with a window or "
-            "in chunks or without, is supported"
-        )
-
-    __add__ = __radd__ = __mul__ = __rmul__ = __rand__ = _refuse
-    __sub__ = __rsub__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse
 
 
 def _layer_mask(
@@ -508,6 +518,11 @@ def slot_attention(
         )
     if shares and (again := cache.attends_again(layer, value)) is not None:
         layer, shares = again, False
+    selection: Selection | None = None
+    computed, cache.computed_mask = cache.computed_mask, None
+    if computed is not None and isinstance(attention_mask, Tensor):
+        selection = Selection(attention_mask.squeeze(2))
+        attention_mask = LayerMask(computed)
     if attention_mask is not None and not isinstance(attention_mask, LayerMask):
         raise BuildError(
             f"{kind} has an attention mask of its own; only causal attention, with a window or in "
@@ -517,9 +532,13 @@ def slot_attention(
         name for name in ("position_bias", "head_mask") if others.get(name) is not None
     ):
         raise BuildError(f"{kind} attends with {unknown}, which inplace::attention does not have")
+    if attention_mask is not None and attention_mask.selection is not None:
+        selection = attention_mask.selection
     for name in ("indices", "block_indices"):
-        if not isinstance(others.get(name), AllPositions | None):
+        selected = others.get(name)
+        if not isinstance(selected, AllPositions | Selection | None):
             raise BuildError(f"{kind} attends to the positions that it selects ({name}) only")
+        selection = selected if isinstance(selected, Selection) else selection
     step = cache.step
     if isinstance(step, SeenLayers):
         mask = _layer_options(module, attention_mask, sliding_window, step.capacity)
@@ -541,6 +560,7 @@ def slot_attention(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        bias=None if selection is None else selection.bias,
     )
     return out.unsqueeze(0), None
 

@@ -306,6 +306,7 @@ class _OutputComparison:
         if error <= self._tolerance:
             return
         text = f"{where} differs from the model by {error:.1e}, more than {self._tolerance:.0e}"
+        text += self._capture.caveat
         if self._capture.float32_reference is None:
             raise rejected(text)
         exact = self._in_float32(history)[name]

@@ -72,7 +72,7 @@ LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
 }
-INDEXED = LATENT | {"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+INDEXED = LATENT | {"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 DENSE = INDEXED | {"index_topk": 256}
 """Of a sparse model, whose indexer selects all positions of a sequence."""
 DELTA = {
@@ -688,7 +688,7 @@ CONFIGS: dict[str, Tiny] = {
             "ngram_vocab_size_base": 64,
             "heads_per_ngram": 2,
             "split_ngram_parts": 1,
-            "indexer_n_heads": 2,
+            "indexer_n_heads": 16,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 16,
             "indexer_budget": 8,
@@ -705,7 +705,7 @@ CONFIGS: dict[str, Tiny] = {
             "ngram_vocab_size_base": 64,
             "heads_per_ngram": 2,
             "split_ngram_parts": 1,
-            "indexer_n_heads": 2,
+            "indexer_n_heads": 16,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 16,
             "indexer_budget": 256,

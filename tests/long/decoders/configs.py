@@ -72,8 +72,8 @@ LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
 }
-# With few heads some positions have the score 0 for all of them. Of equal scores torch selects others
-# where more tokens are fed together, so ``generate`` itself depends on how it is fed.
+# With few heads some positions have the score 0 for all of them. Of equal scores torch selects
+# others where more tokens are fed together, so ``generate`` itself depends on how it is fed.
 INDEXED = LATENT | {"head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 DENSE = INDEXED | {"index_topk": 256}
 """Of a sparse model, whose indexer selects all positions of a sequence."""

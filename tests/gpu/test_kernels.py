@@ -93,6 +93,19 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, rows: list[Row]) -
 
 
 @DTYPES
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("pdl", [False, True])
+def test_blocks_that_a_bias_hides_as_a_whole(heads: int, pdl: bool, dtype: torch.dtype) -> None:
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    decode = [Row(0, 3000, 1), Row(1, 0, 1), Row(2, 255, 1), Row(-1, 700, 1)]
+    for rows in (decode, [Row(0, 3000, 512), Row(1, 600, 1)]):
+        step = case(spec(bias_heads=heads), rows, dtype, capacity=4096, slots=4, pdl=pdl)
+        step.bias[..., torch.arange(4096) // 128 % 3 == 1] = float("-inf")
+        step.check()
+
+
+@DTYPES
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("capacity", [4096, 32768])
 def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:

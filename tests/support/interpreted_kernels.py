@@ -194,6 +194,28 @@ def test_splits_with_a_bias() -> None:
         case.check()
 
 
+@STEPS
+def test_a_bias_of_what_no_token_sees_may_be_anything(rows: list[Row]) -> None:
+    case = AttentionCase(spec(bias_heads=1), rows)
+    expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
+    for row, first in zip(case.rows, case.offsets[:-1], strict=True):
+        for token in range(row.tokens):
+            case.bias[first + token, :, row.start + token + 1 :] = float("nan")
+    case.compare(case.launch(), expected, before)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_blocks_that_a_bias_hides_as_a_whole_are_not_loaded(heads: int) -> None:
+    for rows in ([Row(3, 1090, 1), Row(1, 450, 1), Row(0, 90, 1)], [Row(3, 900, 40), Row(1, 5, 2)]):
+        case = AttentionCase(spec(bias_heads=heads), rows, capacity=1100)
+        plain = case.expected()
+        hidden = torch.arange(1100) // 128 % 3 == 1
+        case.bias[..., hidden] = float("-inf")
+        expected, before = case.expected(), (case.key_state.clone(), case.value_state.clone())
+        assert (expected[0] - plain[0]).abs().max() > 0.01
+        case.compare(case.launch(), expected, before)
+
+
 def test_more_splits_than_one_combining_pass_takes() -> None:
     case = AttentionCase(
         spec(16, 1, 256), [Row(0, 2500, 1)], capacity=2600, slots=1, dtype=torch.float16

@@ -104,6 +104,20 @@ def load_bias(
 
 
 @triton.jit
+def is_attended(added, inside, BIAS_HEADS: tl.constexpr):
+    """Whether a block of scores has any that its bias, from `load_bias`, does not hide.
+
+    Keys and values of a block that is hidden as a whole are not loaded.
+    """
+    if BIAS_HEADS > 0:
+        shown = (inside[:, None] & (added != float("-inf"))).to(tl.int32)
+        attended = tl.max(tl.max(shown, 1), 0) > 0
+    else:
+        attended = True
+    return attended
+
+
+@triton.jit
 def start_softmax(
     sinks, head, inside, SIZE: tl.constexpr, SINKS: tl.constexpr
 ):  # fmt: skip
@@ -254,17 +268,20 @@ def decode_kernel(
     )  # fmt: skip
     for block_begin in tl.range(begin + BLOCK_N, upper, BLOCK_N, num_stages=STAGES):
         j = block_begin + tl.arange(0, BLOCK_N)
-        old_k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
-        old_v = load_cached(
-            values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
-        )
-        if keep and STAGES == 1:
-            old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
         added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
-        row_max, row_sum, acc = online_softmax(
-            q, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
-            True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0,
-        )  # fmt: skip
+        if is_attended(added, g < GROUP, BIAS_HEADS):
+            old_k = load_cached(
+                keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D
+            )
+            old_v = load_cached(
+                values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
+            )
+            if keep and STAGES == 1:
+                old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
+            row_max, row_sum, acc = online_softmax(
+                q, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
+                True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0,
+            )  # fmt: skip
 
     if active_splits == 1:
         if SINKS:
@@ -477,31 +494,35 @@ def prefill_kernel(
         masked_from = lower + tl.maximum(visible_to_all - lower, 0) // BLOCK_N * BLOCK_N
         for block_begin in tl.range(lower, masked_from, BLOCK_N, num_stages=STAGES):
             j = block_begin + tl.arange(0, BLOCK_N)
-            k = load_cached(keys, j, lower, upper, ring_first, capacity, False, RING, DIM, BLOCK_D)
-            v = load_cached(
-                values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V
-            )
             added = load_bias(
                 bias, first + token, kv * GROUP + g, j, in_pack, upper, capacity, BIAS_HEADS
             )
-            row_max, row_sum, acc = online_softmax(
-                q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
-                False, False, 0, 0, BIAS_HEADS > 0, SOFTCAP, BIAS_HEADS > 0,
-            )  # fmt: skip
+            if is_attended(added, in_pack, BIAS_HEADS):
+                k = load_cached(
+                    keys, j, lower, upper, ring_first, capacity, False, RING, DIM, BLOCK_D
+                )
+                v = load_cached(
+                    values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V
+                )
+                row_max, row_sum, acc = online_softmax(
+                    q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
+                    False, False, 0, 0, BIAS_HEADS > 0, SOFTCAP, BIAS_HEADS > 0,
+                )  # fmt: skip
     may_be_empty: tl.constexpr = CAUSAL or WINDOW > 0 or CHUNK > 0 or BIAS_HEADS > 0
     for block_begin in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
         j = block_begin + tl.arange(0, BLOCK_N)
-        k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
-        v = load_cached(
-            values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
-        )
         added = load_bias(
             bias, first + token, kv * GROUP + g, j, in_pack, upper, capacity, BIAS_HEADS
         )
-        row_max, row_sum, acc = online_softmax(
-            q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
-            True, CAUSAL, WINDOW, CHUNK, may_be_empty, SOFTCAP, BIAS_HEADS > 0,
-        )  # fmt: skip
+        if is_attended(added, in_pack, BIAS_HEADS):
+            k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+            v = load_cached(
+                values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
+            )
+            row_max, row_sum, acc = online_softmax(
+                q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
+                True, CAUSAL, WINDOW, CHUNK, may_be_empty, SOFTCAP, BIAS_HEADS > 0,
+            )  # fmt: skip
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # a token that sees nothing: 0
     tl.store(
         out_at, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=present & (e < VALUE_DIM)

@@ -51,8 +51,13 @@ def test_more_rows_of_an_expert_than_a_block_has() -> None:
 def test_many_pairs(monkeypatch: pytest.MonkeyPatch, spec: GroupedLinearSpec, shared: bool) -> None:
     monkeypatch.setattr(kernels, "MAX_FEW_PAIRS", 8)
     monkeypatch.setattr(kernels, "SORTED_BLOCK", 32)
-    blocks = GroupedBlocks(16, 32, 32, 4, 2)
-    check_grouped_linear(spec, 29, 3, shared=shared, dtype=torch.float16, blocks=blocks)
+    for blocks in (
+        GroupedBlocks(16, 32, 32, 4, 2),
+        GroupedBlocks(16, 32, 32, 4, 2, together=2, rows_first=True),
+        GroupedBlocks(32, 16, 32, 4, 2, together=3, rest=16),
+        GroupedBlocks(64, 16, 32, 4, 2, rest=16, rows_first=True),
+    ):
+        check_grouped_linear(spec, 29, 3, shared=shared, dtype=torch.float16, blocks=blocks)
     check_grouped_linear(spec, 5, 2, shared=shared, dtype=torch.float32)
 
 

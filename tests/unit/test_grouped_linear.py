@@ -129,7 +129,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(spec: GroupedLinearSpec, tok
         "BLOCK_K": blocks.k,
         "STAGES": blocks.stages,
         "PDL": True,
-        **({"BY_EXPERT": tokens > 16, "PAIRS": tokens * 8} if few else {"EXPERTS": 64}),
+        **(
+            {"BY_EXPERT": tokens > 16, "PAIRS": tokens * 8}
+            if few
+            else {"REST": blocks.rest, "ROWS_FIRST": blocks.rows_first}
+        ),
     }
     floats, integers = {"x", "weight", "bias", "out"}, {"expert_ids": "*i64", "workspace": "*i32"}
     names = kernel.arg_names

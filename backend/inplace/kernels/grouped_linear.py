@@ -29,6 +29,10 @@ MAX_FEW_ROWS = 64
 from the L2 cache."""
 
 
+MIN_ROWS = 16
+"""The smallest tile that tensor cores multiply."""
+
+
 SORTED_BLOCK = 2048
 """Pairs that a program of `group_pairs_kernel` looks at at once."""
 
@@ -62,18 +66,39 @@ class GroupedLinearSpec:
 
 @dataclass(frozen=True)
 class GroupedBlocks:
-    """Blocks of a launch: rows and outputs of a program, inputs of a round, warps, stages."""
+    """Blocks of a launch.
+
+    Attributes:
+        m: rows of a program.
+        n: outputs of a program.
+        k: inputs of a round.
+        warps, stages: of a program.
+        rest: rows of the smaller tile that multiplies the last ones of an expert with many; 0 for
+            none.
+        together: tiles of rows that take the same outputs one after another, where rows are many.
+        rows_first: multiply ``x @ weight.T`` where rows are many, not ``weight @ x.T``.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    rest: int = 0
+    together: int = 16
+    rows_first: bool = False
 
 
 def grouped_linear_workspace(spec: GroupedLinearSpec, pairs: int) -> int:
     """Bytes of scratch memory that `grouped_linear` needs for up to so many pairs."""
-    return 0 if pairs <= MAX_FEW_PAIRS else 4 * (pairs + spec.experts + 1)
+    if pairs <= MAX_FEW_PAIRS:
+        return 0
+    return 4 * (pairs + spec.experts + 2 + _tiles(spec, pairs, MIN_ROWS))
+
+
+def _tiles(spec: GroupedLinearSpec, pairs: int, rows: int) -> int:
+    """Tiles of so many rows that there is room for; those of the experts, and of no expert."""
+    return pairs // rows + spec.experts + 1
 
 
 def grouped_linear(
@@ -135,13 +160,12 @@ def grouped_linear(
         )  # fmt: skip
         return
     group_pairs_kernel[(spec.experts + 1,)](
-        expert_ids, workspace, pairs, spec.experts,
+        expert_ids, workspace, pairs, spec.experts, BLOCK_M=blocks.m,
         BLOCK=min(SORTED_BLOCK, triton.next_power_of_2(pairs)), num_warps=8, **launch,
     )  # fmt: skip
-    tiles = pairs // blocks.m + min(pairs, spec.experts + 1)
-    many_pairs_kernel[(columns, tiles)](
-        x, workspace, weight, bias, out, *extents,
-        EXPERTS=triton.next_power_of_2(spec.experts + 2), **flags,
+    many_pairs_kernel[(columns * _tiles(spec, pairs, blocks.m),)](
+        x, workspace, weight, bias, out, *extents, blocks.together, **flags,
+        REST=blocks.rest, ROWS_FIRST=blocks.rows_first,
     )  # fmt: skip
 
 
@@ -167,7 +191,7 @@ def _choose_tile(
     if pairs <= MAX_FEW_PAIRS:
         likely = ceil(average + 2 * sqrt(average))  # tokens choose experts almost at random
         rows = min(MAX_FEW_ROWS, tokens, likely)
-        rows = max(16, triton.next_power_of_2(rows))
+        rows = max(MIN_ROWS, triton.next_power_of_2(rows))
         if itemsize == 4:
             return GroupedBlocks(rows, 16, 64, 4, 3)
         if spec.gated and rows == 16:
@@ -175,7 +199,8 @@ def _choose_tile(
         if not spec.gated and triton.cdiv(spec.width, 64) * pairs < MULTIPROCESSORS:
             return GroupedBlocks(rows, 32, 128, 4, 4)
         return GroupedBlocks(rows, 64, 64, 4, 4)
-    rows = max(16, triton.next_power_of_2(ceil(average)))
+    rows = max(MIN_ROWS, triton.next_power_of_2(ceil(average)))
     if itemsize == 4:
         return GroupedBlocks(min(64, rows), 32, 32, 4, 3)
-    return GroupedBlocks(min(128, rows), 128, 64, 8, 3)
+    rows = min(128, rows)
+    return GroupedBlocks(rows, 128, 64, 8, 3, rest=32 if rows == 128 else 0)

@@ -19,6 +19,7 @@ from inplace.kernels.memory import Memory
 from inplace.kernels.recurrence_kernels import (
     conv_kernel,
     conv_state_kernel,
+    delta_inverse_kernel,
     delta_kernel,
     delta_outputs_kernel,
     delta_solve_kernel,
@@ -33,13 +34,45 @@ BLOCK = 64
 """Channels that a program computes."""
 
 
-SCAN_CHUNK, DELTA_CHUNK = 64, 32
-"""Tokens of a prompt that matrix products compute at once. The time to solve the delta rule's
-triangles grows with the square of them."""
+CHUNK = 64
+"""Tokens of a prompt that matrix products compute at once."""
 
 
 CONV_TOKENS = 16
 """Tokens of a prompt that a program of the convolution computes."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of launches; `benchmarks/recurrence_tune.py` times others.
+
+    Attributes:
+        entries: of a state that a program of a decode step has.
+        warps: of that program.
+        evict: the eviction policy of states in a decode step.
+        narrow: components of values that a program of a few rows' states has.
+        stages: of a program of the delta rule's states.
+        states_warps: of that program.
+        outer: components of values that a program of the delta rule's outputs has.
+        outputs_warps: of that program.
+        solve_warps: of a program that solves a chunk.
+        inverse_warps: of a program that inverts a triangle.
+    """
+
+    entries: int = 4096
+    warps: int = 4
+    evict: str = ""
+    narrow: int = 32
+    stages: int = 2
+    states_warps: int = 4
+    outer: int = 64
+    outputs_warps: int = 4
+    solve_warps: int = 4
+    inverse_warps: int = 1
+
+
+BLOCKS = Blocks()
+"""What is launched."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +98,6 @@ class Chunks:
     @classmethod
     def of(
         cls,
-        size: int,
         tokens: int,
         rows: int,
         heads: int,
@@ -76,7 +108,6 @@ class Chunks:
         """None if a step goes from token to token.
 
         Args:
-            size: tokens of a chunk, if shared memory suffices.
             tokens: of all rows.
             rows: of the step.
             heads: of each.
@@ -90,19 +121,26 @@ class Chunks:
         parts = triton.cdiv(outer, BLOCK)
         outer = min(outer, BLOCK)
         few = rows * heads * parts < MULTIPROCESSORS
-        narrow = outer // 2 if few and outer == BLOCK else outer
+        narrow = min(outer, BLOCKS.narrow) if few and outer == BLOCK else outer
+        size = CHUNK
         while size >= 16:
-            # Two stages of keys, reads and values; scaled keys, weights and the state.
-            entries = 2 * size * (2 * inner + outer) + size * (inner + size) + inner * outer
+            # Stages of keys, reads and values; scaled keys, weights and the state.
+            staged = BLOCKS.stages * size * (2 * inner + outer)
+            entries = staged + size * (inner + size) + inner * outer
             if 2 * entries <= shared_memory():
                 count, block_r = tokens // size + rows, triton.next_power_of_2(rows)
                 return cls(size, count, inner, outer, narrow, block_r)
             size //= 2
         return None
 
+    @property
+    def part(self) -> int:
+        """Tokens of a triangle that is inverted at once."""
+        return max(16, self.size // 2)
+
     def launch(self) -> dict[str, int]:
         """Arguments of all launches."""
-        return {"CHUNK": self.size, "BLOCK_R": self.block_r, "num_warps": 4}
+        return {"CHUNK": self.size, "BLOCK_R": self.block_r}
 
 
 def causal_conv1d(
@@ -157,7 +195,7 @@ def _scan_chunks(
     has_one_rate = rate_shape == (1, 1)
     if not has_one_rate:
         return None
-    return Chunks.of(SCAN_CHUNK, tokens, rows, shape[0], shape[2], shape[1], dtype)
+    return Chunks.of(tokens, rows, shape[0], shape[2], shape[1], dtype)
 
 
 def selective_scan(
@@ -201,37 +239,39 @@ def selective_scan(
         blocks = {"BLOCK_N": chunks.inner} | chunks.launch()
         scan_states_kernel[(rows, heads, triton.cdiv(dim, chunks.narrow))](
             x, dt, rates, key, state, slots, row_offsets, workspace, out, tokens,
-            **sizes, **blocks, BLOCK_P=chunks.narrow, num_stages=2,
+            **sizes, **blocks, BLOCK_P=chunks.narrow, num_stages=2, num_warps=4,
         )  # fmt: skip
         scan_outputs_kernel[(chunks.count, heads, triton.cdiv(dim, chunks.outer))](
             x, dt, rates, key, query, skip, slots, row_offsets, workspace, out, rows,
-            **sizes, **blocks, BLOCK_P=chunks.outer, SKIP=has_skip,
+            **sizes, **blocks, BLOCK_P=chunks.outer, SKIP=has_skip, num_warps=4,
         )  # fmt: skip
         return
     block_n = triton.next_power_of_2(size)
-    block_c = min(BLOCK, max(1, 4096 // block_n), triton.next_power_of_2(heads // groups * dim))
-    scan_kernel[(rows, groups, triton.cdiv(heads // groups * dim, block_c))](
+    channels = heads // groups * dim
+    block_c = min(BLOCK, max(1, BLOCKS.entries // block_n), triton.next_power_of_2(channels))
+    scan_kernel[(triton.cdiv(channels, block_c), groups, rows)](
         x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
         **sizes, RATE_DIM=rate_shape[0], RATE_SIZE=rate_shape[1], SKIP=has_skip,
-        BLOCK_C=block_c, BLOCK_N=block_n,
+        BLOCK_C=block_c, BLOCK_N=block_n, EVICT=BLOCKS.evict, num_warps=BLOCKS.warps,
     )  # fmt: skip
 
 
 def delta_rule_workspaces(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, *, diagonal: bool
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, int]:
     """Entries of scratch memories that `delta_rule` needs, with its arguments and keys' type."""
     chunks = _delta_chunks(tokens, rows, shape, dtype, diagonal)
     heads, key_dim, value_dim = shape
     if chunks is None:
-        return 0, 0, 0
-    return tokens * heads * key_dim, tokens * heads * value_dim, chunks.count * prod(shape)
+        return 0, 0, 0, 0
+    pairs = tokens * heads
+    return pairs * chunks.part, pairs * key_dim, pairs * value_dim, chunks.count * prod(shape)
 
 
 def _delta_chunks(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, diagonal: bool
 ) -> Chunks | None:
-    return None if diagonal else Chunks.of(DELTA_CHUNK, tokens, rows, *shape, dtype)
+    return None if diagonal else Chunks.of(tokens, rows, *shape, dtype)
 
 
 def delta_rule(
@@ -245,7 +285,7 @@ def delta_rule(
     slots: Memory,
     row_offsets: Memory,
     out: Memory,
-    workspaces: tuple[Memory, Memory, Memory],
+    workspaces: tuple[Memory, Memory, Memory, Memory],
     tokens: int,
     rows: int,
     shape: tuple[int, int, int],
@@ -268,26 +308,34 @@ def delta_rule(
     chunks = _delta_chunks(tokens, rows, shape, key.dtype, diagonal)
     sizes = {"HEADS": heads, "KEY_DIM": key_dim, "VALUE_DIM": value_dim}
     if chunks is not None:
-        reads, writes, states = workspaces
+        inverses, reads, writes, states = workspaces
         blocks = {"BLOCK_K": chunks.inner} | chunks.launch()
+        part, block_v = chunks.part, max(16, triton.next_power_of_2(value_dim))
+        delta_inverse_kernel[(chunks.count * (chunks.size // part), heads)](
+            key, decay, beta, slots, row_offsets, inverses, rows,
+            HEADS=heads, KEY_DIM=key_dim, PART=part, **blocks, num_warps=BLOCKS.inverse_warps,
+        )  # fmt: skip
         delta_solve_kernel[(chunks.count, heads)](
-            key, value, decay, beta, slots, row_offsets, reads, writes, rows,
-            **sizes, **blocks, BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+            key, value, decay, beta, slots, row_offsets, inverses, reads, writes, rows,
+            **sizes, **blocks, PART=part, BLOCK_V=block_v, num_warps=BLOCKS.solve_warps,
         )  # fmt: skip
         delta_states_kernel[(rows, heads, triton.cdiv(value_dim, chunks.narrow))](
             key, decay, state, slots, row_offsets, reads, writes, states, out, tokens,
-            **sizes, **blocks, BLOCK_V=chunks.narrow, num_stages=2,
+            **sizes, **blocks, BLOCK_V=chunks.narrow,
+            num_stages=BLOCKS.stages, num_warps=BLOCKS.states_warps,
         )  # fmt: skip
-        delta_outputs_kernel[(chunks.count, heads, triton.cdiv(value_dim, chunks.outer))](
+        outer = min(block_v, BLOCKS.outer)
+        delta_outputs_kernel[(chunks.count, heads, triton.cdiv(value_dim, outer))](
             query, key, decay, slots, row_offsets, writes, states, out, rows,
-            **sizes, **blocks, BLOCK_V=chunks.outer,
+            **sizes, **blocks, BLOCK_V=outer, num_warps=BLOCKS.outputs_warps,
         )  # fmt: skip
         return
     block_k = triton.next_power_of_2(key_dim)
-    block_v = min(triton.next_power_of_2(value_dim), max(1, 4096 // block_k))
-    delta_kernel[(rows, heads, triton.cdiv(value_dim, block_v))](
+    block_v = min(triton.next_power_of_2(value_dim), max(1, BLOCKS.entries // block_k))
+    delta_kernel[(triton.cdiv(value_dim, block_v), heads, rows)](
         query, key, value, decay, beta, state, slots, row_offsets, out, tokens,
         **sizes, DIAGONAL=diagonal, BLOCK_K=block_k, BLOCK_V=block_v,
+        EVICT=BLOCKS.evict, num_warps=BLOCKS.warps,
     )  # fmt: skip
 
 

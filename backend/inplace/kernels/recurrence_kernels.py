@@ -83,25 +83,28 @@ def scan_kernel(
     x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     RATE_DIM: tl.constexpr, RATE_SIZE: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, group, block of its channels): `inplace.operators.selective_scan`."""
-    row, group = tl.program_id(0), tl.program_id(1)
+    """Program (block of channels, group, row): `inplace.operators.selective_scan`.
+
+    Programs that follow each other work on parts of a state that do so too.
+    """
+    row, group = tl.program_id(2), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     first = tl.load(row_offsets + row).to(tl.int64)
     end = tl.load(row_offsets + row + 1).to(tl.int64)
     of_group: tl.constexpr = HEADS // GROUPS * DIM
-    place = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c, n = group * of_group + place, tl.arange(0, BLOCK_N)
     known, sized = place < of_group, n < SIZE
-    if row == tl.num_programs(0) - 1:
+    if row == tl.num_programs(2) - 1:
         store_zeros(out, end, tokens, HEADS * DIM, c, known)
     if slot < 0:
         store_zeros(out, first, end, HEADS * DIM, c, known)
         return
     both = known[:, None] & sized[None, :]
-    at = state + (slot * HEADS * DIM + c[:, None]) * SIZE + n[None, :]
-    h = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    at = state + slot * HEADS * DIM * SIZE + (c[:, None] * SIZE + n[None, :])
+    h = tl.load(at, mask=both, other=0.0, eviction_policy=EVICT).to(tl.float32)
     head = c // DIM
     rate = rates + head * RATE_DIM * RATE_SIZE + (c % DIM) * RATE_SIZE * (RATE_DIM > 1)
     if RATE_SIZE > 1:
@@ -120,31 +123,35 @@ def scan_kernel(
             total += value * tl.load(skip + head, mask=known, other=0.0).to(tl.float32)
         to = out + token * HEADS * DIM + c
         tl.store(to, total.to(out.dtype.element_ty), mask=known)
-    tl.store(at, h.to(state.dtype.element_ty), mask=both)
+    tl.store(at, h.to(state.dtype.element_ty), mask=both, eviction_policy=EVICT)
 
 
 @triton.jit
 def delta_kernel(
     query, key, value, decay, beta, state, slots, row_offsets, out, tokens,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIAGONAL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head, block of the value): `inplace.operators.delta_rule`."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """Program (block of the value, head, row): `inplace.operators.delta_rule`.
+
+    Programs that follow each other work on parts of a state that do so too.
+    """
+    row, head = tl.program_id(2), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     first = tl.load(row_offsets + row).to(tl.int64)
     end = tl.load(row_offsets + row + 1).to(tl.int64)
-    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    k, v = tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     keyed, valued = k < KEY_DIM, v < VALUE_DIM
     of_head = head * VALUE_DIM + v
-    if row == tl.num_programs(0) - 1:
+    if row == tl.num_programs(2) - 1:
         store_zeros(out, end, tokens, HEADS * VALUE_DIM, of_head, valued)
     if slot < 0:
         store_zeros(out, first, end, HEADS * VALUE_DIM, of_head, valued)
         return
     both = keyed[:, None] & valued[None, :]
-    at = state + ((slot * HEADS + head) * KEY_DIM + k[:, None]) * VALUE_DIM + v[None, :]
-    s = tl.load(at, mask=both, other=0.0).to(tl.float32)
+    of_state = k[:, None] * VALUE_DIM + v[None, :]
+    at = state + (slot * HEADS + head) * KEY_DIM * VALUE_DIM + of_state
+    s = tl.load(at, mask=both, other=0.0, eviction_policy=EVICT).to(tl.float32)
     for token in range(first, end):
         this = token * HEADS + head
         q = tl.load(query + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
@@ -161,7 +168,7 @@ def delta_kernel(
         total = tl.sum(s * q[:, None], 0)
         to = out + this * VALUE_DIM + v
         tl.store(to, total.to(out.dtype.element_ty), mask=valued)
-    tl.store(at, s.to(state.dtype.element_ty), mask=both)
+    tl.store(at, s.to(state.dtype.element_ty), mask=both, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -307,18 +314,56 @@ def scan_outputs_kernel(
 
 
 @triton.jit
+def delta_inverse_kernel(
+    key, decay, beta, slots, row_offsets, inverses, rows,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (part of a chunk of a row, head): ``(1 + A)^-1`` of the part, ``[PART, PART]``.
+
+    With ``A[i, j] = beta[i] * (k[i] . k[j]) * exp(decay from j to i)`` for j before i. Forward
+    substitution is exact where keys repeat, which a series in A is not.
+    """
+    index, head = tl.program_id(0), tl.program_id(1)
+    parts: tl.constexpr = CHUNK // PART
+    row, number = find_chunk(row_offsets, rows, index // parts, CHUNK, BLOCK_R)
+    if row >= rows:
+        return
+    start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK + index % parts * PART
+    end = tl.load(row_offsets + row + 1)
+    if (tl.load(slots + row) < 0) | (start >= end):
+        return
+    t, c = tl.arange(0, PART), tl.arange(0, BLOCK_K)
+    inside = t < end - start
+    this = start * HEADS + head
+    total = tl.cumsum(tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32), 0)
+    b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    there = inside[:, None] & (c < KEY_DIM)[None, :]
+    of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
+    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+    between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
+    inverse = -tl.dot(k, tl.trans(k)) * tl.exp(between) * b[:, None]
+    for i in range(1, PART):
+        own = tl.sum(tl.where(t[:, None] == i, inverse, 0.0), 0)
+        own += tl.sum(own[:, None] * inverse, 0)
+        inverse = tl.where(t[:, None] == i, own[None, :], inverse)
+    inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+    to = inverses + this * PART + (t[:, None] * (HEADS * PART) + t[None, :])
+    tl.store(to, inverse.to(inverses.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
 def delta_solve_kernel(
-    key, value, decay, beta, slots, row_offsets, reads, writes, rows,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    key, value, decay, beta, slots, row_offsets, inverses, reads, writes, rows,
+    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr,
+    PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk of a row, head): what the chunk writes, but for the state before it.
 
-    With ``A[i, j] = beta[i] * (k[i] . k[j]) * exp(decay from j to i)`` for j before i, a chunk
-    writes ``writes - reads @ state``, where ``writes = (1 + A)^-1 (beta * value)`` and ``reads =
-    (1 + A)^-1 (beta * decayed key)``: the chunks of gated delta networks (arXiv:2412.06464, section
-    3.3), for heads with one decay. Forward substitution is exact where keys repeat, which a series
-    in A is not.
+    A chunk writes ``writes - reads @ state``, where ``writes = (1 + A)^-1 (beta * value)`` and
+    ``reads = (1 + A)^-1 (beta * decayed key)``, with A as in `delta_inverse_kernel` but of the
+    whole chunk: the chunks of gated delta networks (arXiv:2412.06464, section 3.3), for heads with
+    one decay. The second part of a chunk is solved with the first one's result.
     """
     index, head = tl.program_id(0), tl.program_id(1)
     row, number = find_chunk(row_offsets, rows, index, CHUNK, BLOCK_R)
@@ -326,34 +371,46 @@ def delta_solve_kernel(
         return
     if tl.load(slots + row) < 0:
         return
-    t, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
-    start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK
-    inside = t < tl.load(row_offsets + row + 1) - start
-    this = start * HEADS + head
-    g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
-    total = tl.cumsum(g, 0)
-    b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
-    there = inside[:, None] & (c < KEY_DIM)[None, :]
+    t, c, v = tl.arange(0, PART), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    keyed, valued = (c < KEY_DIM)[None, :], (v < VALUE_DIM)[None, :]
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
-    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
-    between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
-    inverse = -tl.dot(k, tl.trans(k)) * tl.exp(between) * b[:, None]
-    for i in range(1, CHUNK):
-        own = tl.sum(tl.where(t[:, None] == i, inverse, 0.0), 0)
-        own += tl.sum(own[:, None] * inverse, 0)
-        inverse = tl.where(t[:, None] == i, own[None, :], inverse)
-    inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-    solved = inverse.to(k.dtype)
-    decayed = (k.to(tl.float32) * (b * tl.exp(total))[:, None]).to(k.dtype)
-    read = tl.dot(solved, decayed)
-    tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)
-    v = tl.arange(0, BLOCK_V)
-    here = inside[:, None] & (v < VALUE_DIM)[None, :]
     of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
+    of_inverse = t[:, None] * (HEADS * PART) + t[None, :]
+    start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK
+    count = tl.load(row_offsets + row + 1) - start
+    this, inside = start * HEADS + head, t < count
+    g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    total, so_far = tl.cumsum(g, 0), tl.sum(g, 0)
+    b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    there, here = inside[:, None] & keyed, inside[:, None] & valued
+    inverse = tl.load(inverses + this * PART + of_inverse, mask=inside[:, None], other=0.0)
+    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+    decayed = (k.to(tl.float32) * (b * tl.exp(total))[:, None]).to(k.dtype)
+    read = tl.dot(inverse, decayed).to(k.dtype)
+    tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)
     target = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0).to(tl.float32)
-    written = tl.dot(solved, (target * b[:, None]).to(k.dtype))
+    written = tl.dot(inverse, (target * b[:, None]).to(k.dtype)).to(k.dtype)
     to = writes + this * VALUE_DIM + of_values
     tl.store(to, written.to(writes.dtype.element_ty), mask=here)
+    if CHUNK > PART:
+        this += PART * HEADS
+        inside = t < count - PART
+        g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        later = so_far + tl.cumsum(g, 0)
+        b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        there, here = inside[:, None] & keyed, inside[:, None] & valued
+        inverse = tl.load(inverses + this * PART + of_inverse, mask=inside[:, None], other=0.0)
+        own = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+        between = tl.exp(later[:, None] - total[None, :]) * b[:, None]
+        across = (tl.dot(own, tl.trans(k)) * between).to(k.dtype)
+        decayed = own.to(tl.float32) * (b * tl.exp(later))[:, None]
+        read = tl.dot(inverse, (decayed - tl.dot(across, read)).to(k.dtype))
+        tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)
+        target = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0)
+        target = target.to(tl.float32) * b[:, None]
+        written = tl.dot(inverse, (target - tl.dot(across, written)).to(k.dtype))
+        to = writes + this * VALUE_DIM + of_values
+        tl.store(to, written.to(writes.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -397,11 +454,11 @@ def delta_states_kernel(
         here = inside[:, None] & valued[None, :]
         own = writes + this * VALUE_DIM + of_values
         written = tl.load(own, mask=here, other=0.0).to(tl.float32)
-        written = (written - tl.dot(read, s.to(read.dtype))).to(read.dtype)
-        tl.store(own, written, mask=here)
-        k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0).to(tl.float32)
-        scaled = (k * tl.exp(last - total)[:, None]).to(read.dtype)
-        s = s * tl.exp(last) + tl.dot(tl.trans(scaled), written)
+        written -= tl.dot(read, s.to(read.dtype))
+        tl.store(own, written.to(read.dtype), mask=here)
+        k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+        scaled = (written * tl.exp(last - total)[:, None]).to(k.dtype)
+        s = s * tl.exp(last) + tl.dot(tl.trans(k), scaled)
     tl.store(at + of_state, s.to(state.dtype.element_ty), mask=both)
 
 

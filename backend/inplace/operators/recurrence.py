@@ -274,8 +274,9 @@ def _delta_rule_on_gpu(
         return out.zero_()
     tokens, rows, diagonal = value.shape[0], slots.shape[0], decay.dim() == 3
     shape = (state.shape[1], state.shape[2], state.shape[3])
-    reads, writes, states = kernels.delta_rule_workspaces(
-        tokens, rows, shape, key.dtype, diagonal=diagonal
+    inverses, reads, writes, states = map(
+        key.new_empty,
+        kernels.delta_rule_workspaces(tokens, rows, shape, key.dtype, diagonal=diagonal),
     )
     kernels.delta_rule(
         query=query.contiguous(),
@@ -287,7 +288,7 @@ def _delta_rule_on_gpu(
         slots=slots.int(),
         row_offsets=row_offsets.int(),
         out=out,
-        workspaces=(key.new_empty(reads), key.new_empty(writes), key.new_empty(states)),
+        workspaces=(inverses, reads, writes, states),
         tokens=tokens,
         rows=rows,
         shape=shape,

@@ -51,6 +51,7 @@ class Layer:
         self.slots = [slots_of(number, rows) for number in range(STEPS)]
         self.offsets = offsets(rows, inputs[0].shape[0])
         self.by_torch = by_torch
+        self.initial = torch.randn_like(state[self.slots[0]])
         self.expected: Tensor | None = None
 
     def call(self, number: int = 0) -> Tensor:
@@ -58,15 +59,15 @@ class Layer:
         return self.gpu(*self.inputs, self.state, self.slots[number], self.offsets)
 
     def error(self) -> float:
-        """Of the first step's outputs and states, from states of zeros."""
+        """Of the first step's outputs and states, from random states."""
         if self.expected is None:
             self.expected = self._results(self.by_torch)
         results = self._results(self.gpu)
         return float((results - self.expected).norm() / self.expected.norm())
 
     def _results(self, operator: Operator) -> Tensor:
-        self.state.zero_()
         slots = self.slots[0]
+        self.state[slots] = self.initial
         out = operator(*self.inputs, self.state, slots, self.offsets)
         return torch.cat([out.float().flatten(), self.state[slots].flatten()])
 

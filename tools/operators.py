@@ -32,8 +32,8 @@ model's lines. A converter refuses what the column "only" excludes.
 """
 
 OWN = """\
-`grouped_linear` is what a captured decoder calls for a mixture of experts; fusion makes the others.
-They are plugins.
+`grouped_linear` and `weighted_sum` are what a captured decoder calls for a mixture of experts;
+fusion makes the others. They are plugins but for `weighted_sum`, which becomes layers.
 """
 
 COMPLEX = """\

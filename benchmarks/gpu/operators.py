@@ -135,8 +135,7 @@ def experts(layer: str, hidden: int, inner: int, count: int, chosen: int) -> Ite
             number: int, x: Tensor = x, weights: Tensor = weights, ids: Tensor = ids
         ) -> Tensor:
             gate = operators.grouped_linear(x, ids, up, activation="silu", gated=True)
-            result = operators.grouped_linear(gate, ids, down)
-            return torch.einsum("tkh,tk->th", result, weights.to(x.dtype))
+            return operators.weighted_sum(operators.grouped_linear(gate, ids, down), weights)
 
         def peers(x: Tensor = x, weights: Tensor = weights, ids: Tensor = ids) -> Call:
             from vllm.model_executor.layers.fused_moe import fused_experts

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.kernels.grouped_linear import GroupedLinearSpec
-from inplace.operators import grouped_linear
+from inplace.operators import grouped_linear, weighted_sum
 from inplace_builder.choices import EngineKind
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
@@ -42,6 +42,18 @@ def test_equals_the_products(
         check_grouped_linear(
             spec, tokens, per_token, shared=shared, dtype=dtype, device="cuda", pdl=not shared
         )
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("tokens", "per_token", "width"), [(1, 8, 2048), (300, 2, 1100)])
+def test_a_weighted_sum_equals_the_one_in_float64(
+    dtype: torch.dtype, tokens: int, per_token: int, width: int
+) -> None:
+    x = torch.randn(tokens, per_token, width, dtype=dtype, device="cuda")
+    for weights in (torch.rand(tokens, per_token, device="cuda"), torch.rand_like(x[..., 0])):
+        expected = (x.double() * weights.double().unsqueeze(-1)).sum(1)
+        error = (weighted_sum(x, weights).double() - expected).norm() / expected.norm()
+        assert float(error) < TOLERANCE[dtype]
 
 
 def test_a_graph_computes_a_step_with_other_experts() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from inplace.kernels import grouped_linear as kernels
 from inplace.kernels.grouped_linear import GroupedBlocks, GroupedLinearSpec
-from inplace.operators.grouped_linear import _grouped_linear_on_gpu
+from inplace.operators.grouped_linear import _grouped_linear_on_gpu, _weighted_sum_on_gpu
 
 from support.grouped_linear_case import check_grouped_linear, expert_ids, grouped_weights
 from support.long import long_except
@@ -71,5 +71,9 @@ def test_the_operator_for_gpus_equals_the_one_for_cpus() -> None:
             _grouped_linear_on_gpu(*arguments, transposed=True),
             torch.ops.inplace.grouped_linear(*arguments, transposed=True),
         )
+    x, weights = torch.randn(6, 3, 1030).half(), torch.rand(6, 3)
+    torch.testing.assert_close(
+        _weighted_sum_on_gpu(x, weights), torch.ops.inplace.weighted_sum(x, weights)
+    )
     nobody = _grouped_linear_on_gpu(torch.zeros(0, 72), ids[:0], weight, bias, transposed=True)
     assert nobody.shape == (0, 2, 40)

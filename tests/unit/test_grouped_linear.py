@@ -13,7 +13,7 @@ from inplace.kernels.grouped_linear import (
 )
 from inplace.kernels.grouped_linear_kernels import few_pairs_kernel, many_pairs_kernel
 from inplace.kernels.linear import HOPPER_SHARED_MEMORY
-from inplace.operators import grouped_linear
+from inplace.operators import grouped_linear, weighted_sum
 from support.grouped_linear_case import expert_ids, grouped_weights, products
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
@@ -89,6 +89,22 @@ def test_calls_of_one_row_each_become_one_call() -> None:
         batched = rule(*per_row, weight, bias)
         torch.testing.assert_close(batched.flatten(0, 1), grouped_linear(x, ids, weight, bias))
         assert rule(*per_row, RowTensor(weight[:4])) is NotImplemented, "weights that differ"
+
+
+def test_a_weighted_sum_is_that_of_the_experts_of_each_token() -> None:
+    from inplace_builder.packing.row_rules import RULES, RowTensor
+
+    x, weights = torch.randn(8, 3, 5), torch.rand(8, 3)
+    expected = torch.stack([weights[token] @ x[token] for token in range(8)])
+    torch.testing.assert_close(weighted_sum(x, weights), expected)
+    assert weighted_sum(x.bfloat16(), weights).dtype == torch.bfloat16
+    rule = RULES[torch.ops.inplace.weighted_sum.default]
+    rows = rule(RowTensor(x.unflatten(0, (4, 2))), RowTensor(weights.unflatten(0, (4, 2))))
+    torch.testing.assert_close(rows.flatten(0, 1), expected)
+    with pytest.raises(RuntimeError, match=r"x \(8, 3, 5\) and weights \(8, 2\) do not fit"):
+        weighted_sum(x, weights[:, :2])
+    with pytest.raises(RuntimeError, match=r"weights \[tokens, k\], got"):
+        weighted_sum(x[0], weights)
 
 
 def test_scratch_memory_grows_with_the_step() -> None:

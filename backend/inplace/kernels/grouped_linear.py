@@ -16,6 +16,7 @@ from inplace.kernels.grouped_linear_kernels import (
     few_pairs_kernel,
     group_pairs_kernel,
     many_pairs_kernel,
+    sum_pairs_kernel,
 )
 from inplace.kernels.linear import MULTIPROCESSORS, shared_memory
 from inplace.kernels.memory import Memory
@@ -35,6 +36,10 @@ MIN_ROWS = 16
 
 SORTED_BLOCK = 2048
 """Pairs that a program of `group_pairs_kernel` looks at at once."""
+
+
+SUM_BLOCK = 1024
+"""Columns that a program of `weighted_sum` adds."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,16 @@ def grouped_linear(
         x, workspace, weight, bias, out, *extents, blocks.together, **flags,
         REST=blocks.rest, ROWS_FIRST=blocks.rows_first,
     )  # fmt: skip
+
+
+def weighted_sum(
+    *, x: Memory, weights: Memory, out: Memory, tokens: int, per_token: int, width: int
+) -> None:
+    """Launch `inplace.operators.weighted_sum` on the current stream; all memory is contiguous."""
+    block = min(SUM_BLOCK, triton.next_power_of_2(width))
+    sum_pairs_kernel[(tokens, triton.cdiv(width, block))](
+        x, weights, out, width, PER_TOKEN=per_token, BLOCK_N=block, num_warps=4
+    )
 
 
 def choose_blocks(

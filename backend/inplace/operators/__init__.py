@@ -5,14 +5,15 @@ keys and values; `causal_conv1d`, `selective_scan`, `delta_rule` and `linear_rec
 of fixed size. Each takes the whole arena tensor ``[slots, ...]`` and the slots of the step's rows,
 so one graph serves any rows in any slots. All but `read` mutate it in place, so no state is an
 output that must be copied back. `sample` chooses each row's next token, `grouped_linear` computes a
-mixture's experts. Lowering fuses neighbours into `linear`, `argmax` and ``qkv_attention``.
+mixture's experts and `weighted_sum` adds them. Lowering fuses neighbours into `linear`, `argmax`
+and ``qkv_attention``.
 
 Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
 
 from inplace.operators.attention import attention
 from inplace.operators.convolution import causal_conv1d
-from inplace.operators.grouped_linear import grouped_linear
+from inplace.operators.grouped_linear import grouped_linear, weighted_sum
 from inplace.operators.library import NAMESPACE
 from inplace.operators.linear import ACTIVATIONS, linear
 from inplace.operators.recurrence import delta_rule, linear_recurrence, selective_scan
@@ -33,5 +34,6 @@ __all__ = [
     "sample",
     "selective_scan",
     "update",
+    "weighted_sum",
     "written_states",
 ]

@@ -1,7 +1,8 @@
-"""``inplace::grouped_linear``: the linear layers of a mixture of experts, on rows routed to them.
+"""A mixture of experts: ``inplace::grouped_linear`` and ``inplace::weighted_sum``.
 
-Every token has some experts, each a layer of its own. The operator takes which experts those are,
-and computes all of their layers. It touches no state.
+Every token has some experts, each a layer of its own. `grouped_linear` takes which experts those
+are, and computes all of their layers; `weighted_sum` adds the results of a token. Neither touches a
+state.
 """
 
 import torch
@@ -200,5 +201,74 @@ def grouped_linear(
     out = torch.ops.inplace.grouped_linear(
         x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
     )
+    assert isinstance(out, Tensor)
+    return out
+
+
+define("weighted_sum", "(Tensor x, Tensor weights) -> Tensor")
+
+
+def _empty_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """Memory for the sum.
+
+    Raises:
+        RuntimeError: the arguments do not fit.
+    """
+    torch._check(
+        x.dim() == 3 and weights.dim() == 2,
+        lambda: (
+            f"x must be [tokens, k, width] and weights [tokens, k], got {tuple(x.shape)} and "
+            f"{tuple(weights.shape)}"
+        ),
+    )
+    for axis in range(2):
+        torch._check(
+            x.shape[axis] == weights.shape[axis],
+            lambda: f"x {tuple(x.shape)} and weights {tuple(weights.shape)} do not fit",
+        )
+    return x.new_empty(x.shape[0], x.shape[2])
+
+
+@torch.library.impl(LIBRARY, "weighted_sum", "CompositeExplicitAutograd")
+def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    _empty_sum(x, weights)
+    return (x * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+@torch.library.impl(LIBRARY, "weighted_sum", "CUDA")
+def _weighted_sum_on_gpu(x: Tensor, weights: Tensor) -> Tensor:
+    """`weighted_sum` in one kernel."""
+    from inplace.kernels import grouped_linear as kernels  # imports Triton
+
+    out = _empty_sum(x, weights)
+    if out.numel():
+        kernels.weighted_sum(
+            x=x.contiguous(),
+            weights=weights.contiguous(),
+            out=out,
+            tokens=x.shape[0],
+            per_token=x.shape[1],
+            width=x.shape[2],
+        )
+    return out
+
+
+torch.library.register_fake("inplace::weighted_sum", _empty_sum, lib=LIBRARY)
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over the experts of each token; on a GPU, in float32.
+
+    Args:
+        x: ``[tokens, k, width]``.
+        weights: ``[tokens, k]``, of any floating-point dtype.
+
+    Returns:
+        ``[tokens, width]``, of x's dtype.
+
+    Raises:
+        RuntimeError: shapes do not fit.
+    """
+    out = torch.ops.inplace.weighted_sum(x, weights)
     assert isinstance(out, Tensor)
     return out

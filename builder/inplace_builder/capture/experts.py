@@ -2,9 +2,9 @@
 
 transformers' own implementations are loops over the experts that are used, which do not export, or
 sort and gather on their way to a product. Where a model has its experts behind the experts
-interface of transformers, `grouped_experts` lets it call `slot_experts` instead: two operators,
-with the model's own gate between them and its own router before them. `OWN_CODE` has the same for
-models whose experts are not behind that interface.
+interface of transformers, `grouped_experts` lets it call `slot_experts` instead: two layers and a
+sum as operators, with the model's own gate between them and its own router before them. `OWN_CODE`
+has the same for models whose experts are not behind that interface.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from inplace.operators import grouped_linear
+from inplace.operators import grouped_linear, weighted_sum
 from inplace.operators.grouped_linear import GROUPED_DTYPES
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ def slot_experts(
     projected = _project(module, up, hidden_states, top_k_index)
     inner = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
     out = _project(module, "down_proj", inner, top_k_index)
-    return _weighted_sum(out, top_k_weights)
+    return weighted_sum(out, top_k_weights)
 
 
 def _project(module: Any, name: str, x: Tensor, expert_ids: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tens
     gate, up = (grouped_linear(x, top_k_index, part.view(extents)) for part in (mlp.w1, mlp.v1))
     inner = mlp.activation_fn(gate) * up
     out = grouped_linear(inner, top_k_index, mlp.w2.view(extents), transposed=True)
-    return _weighted_sum(out, weights).view(hidden_states.shape[0], -1, module.hidden_size)
+    return weighted_sum(out, weights).view(hidden_states.shape[0], -1, module.hidden_size)
 
 
 def _aria(module: Any, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _aria(module: Any, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
     projected = grouped_linear(hidden_states, ids, module.fc1.weight, transposed=True)
     gate, up = projected.chunk(2, -1)
     inner = torch.nn.functional.silu(gate) * up
-    return _weighted_sum(grouped_linear(inner, ids, module.fc2.weight, transposed=True), weights)
+    return weighted_sum(grouped_linear(inner, ids, module.fc2.weight, transposed=True), weights)
 
 
 def _longcat_flash(
@@ -92,10 +92,10 @@ def _longcat_flash(
     unchanged = (top_k_index >= module.num_routed_experts).unsqueeze(-1)
     vectors = hidden_states.unsqueeze(1)
     if module.gate_up_proj is None:
-        return _weighted_sum(vectors.expand(-1, top_k_index.shape[1], -1), weights)
+        return weighted_sum(vectors.expand(-1, top_k_index.shape[1], -1), weights)
     gate, up = grouped_linear(hidden_states, top_k_index, module.gate_up_proj).chunk(2, -1)
     out = grouped_linear(module.act_fn(gate) * up, top_k_index, module.down_proj)
-    return _weighted_sum(torch.where(unchanged, vectors, out), weights)
+    return weighted_sum(torch.where(unchanged, vectors, out), weights)
 
 
 def _llama4(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _jetmoe(module: Any, layer_input: Tensor) -> Tensor:
     gate, up = grouped_linear(x, ids, module.input_linear.weight).chunk(2, -1)
     out = grouped_linear(module.activation(gate) * up, ids, module.output_linear.weight)
     bias: Tensor = module.bias
-    return _weighted_sum(out, weights).view(layer_input.shape) + bias
+    return weighted_sum(out, weights).view(layer_input.shape) + bias
 
 
 def _jetmoe_queries(module: Any, layer_input: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -140,13 +140,9 @@ def _jetmoe_attended(module: Any, layer_input: Tensor, routing: tuple[Tensor, Te
     """``JetMoeMoA.reduce``."""
     ids, weights = routing
     x = layer_input.reshape(-1, module.top_k, layer_input.shape[-1])
-    out = _weighted_sum(grouped_linear(x, ids, module.output_linear.weight), weights)
+    out = weighted_sum(grouped_linear(x, ids, module.output_linear.weight), weights)
     bias: Tensor = module.bias
     return out.view(*layer_input.shape[:-2], module.input_size) + bias
-
-
-def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    return (x * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
 OWN_CODE: Mapping[str, Mapping[str, Callable[..., Any]]] = {

@@ -386,6 +386,13 @@ def _grouped_linear(axes: TokenAxes, node: AnyNode) -> int:
     return 0
 
 
+def _weighted_sum(axes: TokenAxes, node: AnyNode) -> int:
+    """Over the second axis of every token."""
+    for operand in node.args:
+        axes.align(node, operand, 0)
+    return 0
+
+
 def _made(axes: TokenAxes, node: AnyNode) -> int | None:
     """A constant of the type of a tensor."""
     return _axis_without_token_operands(axes, node) if len(node.all_input_nodes) > 1 else None
@@ -478,6 +485,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.topk.default, aten.repeat_interleave.self_int), _counted),
     **dict.fromkeys((aten.gather.default, aten.scatter.value, aten.scatter.src), _gathered),
     torch.ops.inplace.grouped_linear.default: _grouped_linear,
+    torch.ops.inplace.weighted_sum.default: _weighted_sum,
 }
 """An operator without a rule that has torch's tag ``_pointwise`` has the rule `_pointwise`."""
 

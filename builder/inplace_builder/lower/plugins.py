@@ -161,6 +161,14 @@ def _gathered_linear(
     return ctx.select(valid, out, ctx.scalar(0, ctx.dtype_of(out), 3))
 
 
+@converter(inplace.weighted_sum.default)
+def _weighted_sum(ctx: Network, x: ITensor, weights: ITensor) -> ITensor:
+    """The weighted sum over the experts of each token, in float32."""
+    value, factor = (ctx.cast(each, torch.float32) for each in (x, weights))
+    product = ctx.multiply(value, ctx.unsqueeze(factor, [2]))
+    return ctx.cast(ctx.reduce("SUM", product, [1], keep=False), ctx.dtype_of(x))
+
+
 @converter(inplace.rms_norm.default)
 def _rms_norm(ctx: Network, x: ITensor, weight: ITensor, eps: float) -> ITensor:
     """RMS norm over the last axis."""

@@ -381,6 +381,12 @@ def _grouped_linear(x: Any, expert_ids: Any, weight: Any, bias: Any = None, **op
     return _unfolded(out, rows)
 
 
+def _weighted_sum(x: Any, weights: Any) -> Any:
+    rows = next(each for each in (x, weights) if isinstance(each, RowTensor)).rows.shape[0]
+    out = inplace.weighted_sum.default(_folded_for(x, rows), _folded_for(weights, rows))
+    return _unfolded(out, rows)
+
+
 def _index_put(
     x: Any, indices: Sequence[Any], new: Any, accumulate: bool = False, unsafe: bool = False
 ) -> Any:
@@ -432,6 +438,7 @@ def _rules() -> dict[Any, Rule]:
         inplace.update.default: _update,
         inplace.attention.default: _attention,
         inplace.grouped_linear.default: _grouped_linear,
+        inplace.weighted_sum.default: _weighted_sum,
     }
     views = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
     rules |= dict.fromkeys(views, _reshape)

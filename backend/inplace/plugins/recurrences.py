@@ -220,14 +220,14 @@ class DeltaRuleOperation(RecurrentOperation):
         return [-(-each * dtype.itemsize // ALIGNMENT) * ALIGNMENT for each in entries]
 
     def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
-        """What the chunks of a prompt read and write, and the states before them."""
+        """What the chunks of a prompt invert, read and write, and the states before them."""
         return sum(self._scratch_sizes(self.most_tokens(shapes), shapes, dtypes[1]))
 
     def launch(self, call: Launch) -> None:
         """Launch `inplace.kernels.recurrence.delta_rule`."""
         query, key, value, decay, beta, state, slots, row_offsets = call.inputs[:8]
         tokens = call.shapes[2][0]
-        reads, writes, _ = self._scratch_sizes(tokens, call.shapes, key.dtype)
+        inverses, reads, writes, _ = self._scratch_sizes(tokens, call.shapes, key.dtype)
         delta_rule(
             query=query,
             key=key,
@@ -240,8 +240,9 @@ class DeltaRuleOperation(RecurrentOperation):
             out=call.outputs[0],
             workspaces=(
                 call.scratch(0, key.dtype),
-                call.scratch(reads, key.dtype),
-                call.scratch(reads + writes, key.dtype),
+                call.scratch(inverses, key.dtype),
+                call.scratch(inverses + reads, key.dtype),
+                call.scratch(inverses + reads + writes, key.dtype),
             ),
             tokens=tokens,
             rows=self.num_rows(call.shapes),

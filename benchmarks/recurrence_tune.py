@@ -10,13 +10,15 @@ PyTorch.
 
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import cycle, product
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from inplace.kernels import recurrence
-from inplace.kernels.recurrence import Blocks
+from inplace.kernels.recurrence import PromptBlocks, StateBlocks
 from inplace.operators.recurrence import (
     _delta_rule,
     _delta_rule_on_gpu,
@@ -36,7 +38,6 @@ ENTRIES += [(8192, 4), (8192, 8), (16384, 8)]
 """Entries of a state that a program has, and its warps."""
 
 
-DEFAULT = recurrence.BLOCKS
 STEPS = 25
 """Different steps; a CUDA graph has fewer."""
 
@@ -99,31 +100,44 @@ def delta(rows: int, tokens: int) -> Layer:
 LAYERS = {"Mamba2-2.7B scan": scan, "Qwen3-Next delta rule": delta}
 
 
-def decode_blocks() -> Iterator[Blocks]:
+def decode_blocks() -> Iterator[StateBlocks]:
     """What is tried for decode steps."""
     for evict, (entries, warps) in product(("", "evict_first"), ENTRIES):
-        yield replace(DEFAULT, entries=entries, warps=warps, evict=evict)
+        yield StateBlocks(entries, warps, evict)
 
 
-def prompt_blocks() -> Iterator[Blocks]:
+def prompt_blocks() -> Iterator[PromptBlocks]:
     """What is tried for prompts: each size beside the others as they are."""
-    yield DEFAULT
+    now = PromptBlocks()
+    yield now
     for narrow, stages, warps in product((16, 32, 64), (2, 3), (4, 8)):
-        yield replace(DEFAULT, narrow=narrow, stages=stages, states_warps=warps)
+        yield replace(now, narrow=narrow, stages=stages, states_warps=warps)
     for outer, warps in product((64, 128), (4, 8)):
-        yield replace(DEFAULT, outer=outer, outputs_warps=warps)
+        yield replace(now, outer=outer, outputs_warps=warps)
     for warps in (1, 2, 4, 8):
-        yield replace(DEFAULT, solve_warps=max(2, warps), inverse_warps=warps)
+        yield replace(now, solve_warps=max(2, warps), inverse_warps=warps)
 
 
-def each() -> Iterator[tuple[str, Callable[[int, int], Layer], int, int, Blocks]]:
-    """Name, layer, rows, tokens and blocks of everything that is timed."""
-    for name, make in LAYERS.items():
+@contextmanager
+def launched_with(blocks: StateBlocks | PromptBlocks) -> Iterator[None]:
+    """Launch with other sizes than those that are chosen."""
+    with ExitStack() as stack:
+        if isinstance(blocks, PromptBlocks):
+            stack.enter_context(patch.object(recurrence, "PROMPT_BLOCKS", blocks))
+        else:
+            for name in ("choose_scan_blocks", "choose_delta_blocks"):
+                stack.enter_context(patch.object(recurrence, name, lambda *_, **__: blocks))
+        yield
+
+
+def each() -> Iterator[tuple[Callable[[int, int], Layer], int, int, StateBlocks | PromptBlocks]]:
+    """Layer, rows, tokens and blocks of everything that is timed."""
+    for make in LAYERS.values():
         for rows in ROWS:
             for blocks in decode_blocks():
-                yield name, make, rows, rows, blocks
-        for blocks in prompt_blocks():
-            yield name, make, 1, PROMPT, blocks
+                yield make, rows, rows, blocks
+        for prompt in prompt_blocks():
+            yield make, 1, PROMPT, prompt
 
 
 def time_decode(layer: Layer) -> float:
@@ -152,10 +166,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.share:
         share, of = map(int, given.share.split("/"))
-        for number, (_, make, rows, tokens, blocks) in enumerate(each()):
+        for number, (make, rows, tokens, blocks) in enumerate(each()):
             if number % of == share:
-                recurrence.BLOCKS = blocks
-                make(rows, tokens).call()
+                with launched_with(blocks):
+                    make(rows, tokens).call()
         return
     on_all_cores("benchmarks.recurrence_tune")
     speed = bandwidth()
@@ -164,20 +178,20 @@ def main() -> None:
             tune_decode(name, make(rows, rows), speed)
         layer = make(1, PROMPT)
         print(f"{name} {PROMPT}", flush=True)
-        for blocks in prompt_blocks():
-            recurrence.BLOCKS = blocks
-            times = time_kernels(layer.call)
-            print(f"    {sum(times.values()):.1f} {layer.error():.1e} {times} {blocks}", flush=True)
+        for prompt in prompt_blocks():
+            with launched_with(prompt):
+                times, error = time_kernels(layer.call), layer.error()
+            print(f"    {sum(times.values()):.1f} {error:.1e} {times} {prompt}", flush=True)
 
 
 def tune_decode(name: str, layer: Layer, speed: float) -> None:
     """Time the sizes of a decode step, and print the fastest."""
-    timed = []
-    for blocks in [DEFAULT, *decode_blocks()]:
-        recurrence.BLOCKS = blocks
-        timed.append((time_decode(layer), layer.error(), blocks))
+    now, timed = time_decode(layer), []
+    for blocks in decode_blocks():
+        with launched_with(blocks):
+            timed.append((time_decode(layer), layer.error(), blocks))
     moved = 2 * layer.rows * layer.state[0].numel() * layer.state.itemsize
-    head = f"{name} {layer.rows} limit {1e6 * moved / speed:.1f} default {timed[0][0]:.1f}"
+    head = f"{name} {layer.rows} limit {1e6 * moved / speed:.1f} default {now:.1f}"
     print(f"{head}, largest error {max(error for _, error, _ in timed):.1e}", flush=True)
     for us, error, blocks in sorted(timed, key=lambda each: each[0])[:10]:
         print(f"    {us:.1f} {error:.1e} {blocks.entries} {blocks.warps} {blocks.evict!r}")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from inplace.kernels import recurrence
 from inplace.kernels.memory import Memory, Pointer
 from inplace.operators.convolution import _causal_conv1d_on_gpu
 from inplace.operators.recurrence import (
@@ -47,6 +48,16 @@ def test_the_kernels_continue_each_row_from_its_slot(name: str) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_so_do_those_that_go_from_chunk_to_chunk(name: str) -> None:
     CHECKS[name](KERNELS, torch.float16, 1e-2)
+
+
+@pytest.mark.parametrize(("memory", "size"), [(14000, 32), (7000, 16)])
+def test_chunks_are_shorter_where_shared_memory_is_small(
+    monkeypatch: pytest.MonkeyPatch, memory: int, size: int
+) -> None:
+    monkeypatch.setattr(recurrence, "shared_memory", lambda: memory)
+    chunks = recurrence._delta_chunks(80, 5, (3, 8, 6), torch.float16, diagonal=False)
+    assert chunks is not None and chunks.size == size
+    CHECKS["gated delta rule"](KERNELS, torch.float16, 1e-2)
 
 
 @dataclass(frozen=True)

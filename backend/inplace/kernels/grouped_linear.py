@@ -34,7 +34,7 @@ MIN_ROWS = 16
 """The smallest tile that tensor cores multiply."""
 
 
-SORTED_BLOCK = 2048
+SORTED_BLOCK = 8192
 """Pairs that a program of `group_pairs_kernel` looks at at once."""
 
 
@@ -90,7 +90,7 @@ class GroupedBlocks:
     warps: int
     stages: int
     rest: int = 0
-    together: int = 16
+    together: int = 4
     rows_first: bool = False
 
 
@@ -217,5 +217,18 @@ def _choose_tile(
     rows = max(MIN_ROWS, triton.next_power_of_2(ceil(average)))
     if itemsize == 4:
         return GroupedBlocks(min(64, rows), 32, 32, 4, 3)
-    rows = min(128, rows)
-    return GroupedBlocks(rows, 128, 64, 8, 3, rest=32 if rows == 128 else 0)
+    if rows < 128 or spec.transposed:
+        return GroupedBlocks(min(128, rows), 128, 64, 8, 3)
+    return _choose_wide_tile(spec, average)
+
+
+def _choose_wide_tile(spec: GroupedLinearSpec, average: float) -> GroupedBlocks:
+    """Of weights ``[experts, out, in]``, whose experts have more than 64 rows on average."""
+    if spec.gated:
+        if average < 256:
+            return GroupedBlocks(128, 128, 64, 8, 4, rest=32)
+        return GroupedBlocks(256, 64, 64, 8, 4, rest=32)
+    if spec.width < 256:
+        return GroupedBlocks(128, 128, 64, 8, 3, rest=32)
+    stages, rest = (4, 32) if average < 256 else (3, 64)
+    return GroupedBlocks(128, 256, 64, 8, stages, rest=rest, rows_first=True)

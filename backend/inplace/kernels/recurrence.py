@@ -38,18 +38,36 @@ CHUNK = 64
 """Tokens of a prompt that matrix products compute at once."""
 
 
+SCAN_STAGES = 2
+"""Stages of the launch that goes through the chunks of a scan."""
+
+
 CONV_TOKENS = 16
 """Tokens of a prompt that a program of the convolution computes."""
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Sizes of launches; `benchmarks/recurrence_tune.py` times others.
+class StateBlocks:
+    """Sizes of a launch that goes from token to token.
 
     Attributes:
-        entries: of a state that a program of a decode step has.
-        warps: of that program.
-        evict: the eviction policy of states in a decode step.
+        entries: of a state that a program has.
+        warps: of a program.
+        evict: the eviction policy of states.
+    """
+
+    entries: int = 4096
+    warps: int = 4
+    evict: str = ""
+
+
+@dataclass(frozen=True)
+class PromptBlocks:
+    """Sizes of the launches that go from chunk to chunk.
+
+    The fastest of `benchmarks/results/gpu_recurrence_blocks.txt`.
+
+    Attributes:
         narrow: components of values that a program of a few rows' states has.
         stages: of a program of the delta rule's states.
         states_warps: of that program.
@@ -59,20 +77,43 @@ class Blocks:
         inverse_warps: of a program that inverts a triangle.
     """
 
-    entries: int = 4096
-    warps: int = 4
-    evict: str = ""
     narrow: int = 32
-    stages: int = 2
+    stages: int = 3
     states_warps: int = 4
-    outer: int = 64
+    outer: int = 128
     outputs_warps: int = 4
-    solve_warps: int = 4
+    solve_warps: int = 2
     inverse_warps: int = 1
 
 
-BLOCKS = Blocks()
+PROMPT_BLOCKS = PromptBlocks()
 """What is launched."""
+
+
+FEW_PROGRAMS = 16 * MULTIPROCESSORS
+"""Where a decode step has fewer programs of 4096 entries of states, smaller ones are faster."""
+
+
+def choose_scan_blocks(tokens: int, rows: int, *, has_one_rate: bool) -> StateBlocks:
+    """The fastest of `benchmarks/results/gpu_recurrence_blocks.txt` for a scan's decode step.
+
+    Args:
+        tokens: of all rows.
+        rows: of the step.
+        has_one_rate: whether a head has one rate.
+    """
+    if tokens <= rows and has_one_rate:
+        return StateBlocks(512, 1, "evict_first")
+    return StateBlocks()
+
+
+def choose_delta_blocks(tokens: int, rows: int, shape: tuple[int, int, int]) -> StateBlocks:
+    """The same for the delta rule; ``shape`` is that of a slot."""
+    if tokens > rows:
+        return StateBlocks()
+    if rows * prod(shape) < FEW_PROGRAMS * 4096:
+        return StateBlocks(2048, 1, "evict_first")
+    return StateBlocks(4096, 2, "evict_first")
 
 
 @dataclass(frozen=True)
@@ -104,6 +145,7 @@ class Chunks:
         inner: int,
         outer: int,
         dtype: torch.dtype,
+        stages: int,
     ) -> Self | None:
         """None if a step goes from token to token.
 
@@ -114,6 +156,7 @@ class Chunks:
             inner: extent of a state that queries and keys have.
             outer: extent of a state that values have.
             dtype: of the keys.
+            stages: of the launch that goes through a row's chunks.
         """
         if tokens <= rows or dtype.itemsize != 2:
             return None
@@ -121,11 +164,11 @@ class Chunks:
         parts = triton.cdiv(outer, BLOCK)
         outer = min(outer, BLOCK)
         few = rows * heads * parts < MULTIPROCESSORS
-        narrow = min(outer, BLOCKS.narrow) if few and outer == BLOCK else outer
+        narrow = min(outer, PROMPT_BLOCKS.narrow) if few and outer == BLOCK else outer
         size = CHUNK
         while size >= 16:
             # Stages of keys, reads and values; scaled keys, weights and the state.
-            staged = BLOCKS.stages * size * (2 * inner + outer)
+            staged = stages * size * (2 * inner + outer)
             entries = staged + size * (inner + size) + inner * outer
             if 2 * entries <= shared_memory():
                 count, block_r = tokens // size + rows, triton.next_power_of_2(rows)
@@ -195,7 +238,7 @@ def _scan_chunks(
     has_one_rate = rate_shape == (1, 1)
     if not has_one_rate:
         return None
-    return Chunks.of(tokens, rows, shape[0], shape[2], shape[1], dtype)
+    return Chunks.of(tokens, rows, shape[0], shape[2], shape[1], dtype, SCAN_STAGES)
 
 
 def selective_scan(
@@ -239,7 +282,7 @@ def selective_scan(
         blocks = {"BLOCK_N": chunks.inner} | chunks.launch()
         scan_states_kernel[(rows, heads, triton.cdiv(dim, chunks.narrow))](
             x, dt, rates, key, state, slots, row_offsets, workspace, out, tokens,
-            **sizes, **blocks, BLOCK_P=chunks.narrow, num_stages=2, num_warps=4,
+            **sizes, **blocks, BLOCK_P=chunks.narrow, num_stages=SCAN_STAGES, num_warps=4,
         )  # fmt: skip
         scan_outputs_kernel[(chunks.count, heads, triton.cdiv(dim, chunks.outer))](
             x, dt, rates, key, query, skip, slots, row_offsets, workspace, out, rows,
@@ -248,11 +291,13 @@ def selective_scan(
         return
     block_n = triton.next_power_of_2(size)
     channels = heads // groups * dim
-    block_c = min(BLOCK, max(1, BLOCKS.entries // block_n), triton.next_power_of_2(channels))
+    state_blocks = choose_scan_blocks(tokens, rows, has_one_rate=rate_shape == (1, 1))
+    entries = max(1, state_blocks.entries // block_n)
+    block_c = min(BLOCK, entries, triton.next_power_of_2(channels))
     scan_kernel[(triton.cdiv(channels, block_c), groups, rows)](
         x, dt, rates, key, query, skip, state, slots, row_offsets, out, tokens,
         **sizes, RATE_DIM=rate_shape[0], RATE_SIZE=rate_shape[1], SKIP=has_skip,
-        BLOCK_C=block_c, BLOCK_N=block_n, EVICT=BLOCKS.evict, num_warps=BLOCKS.warps,
+        BLOCK_C=block_c, BLOCK_N=block_n, EVICT=state_blocks.evict, num_warps=state_blocks.warps,
     )  # fmt: skip
 
 
@@ -271,7 +316,9 @@ def delta_rule_workspaces(
 def _delta_chunks(
     tokens: int, rows: int, shape: tuple[int, int, int], dtype: torch.dtype, diagonal: bool
 ) -> Chunks | None:
-    return None if diagonal else Chunks.of(tokens, rows, *shape, dtype)
+    if diagonal:
+        return None
+    return Chunks.of(tokens, rows, *shape, dtype, PROMPT_BLOCKS.stages)
 
 
 def delta_rule(
@@ -313,29 +360,31 @@ def delta_rule(
         part, block_v = chunks.part, max(16, triton.next_power_of_2(value_dim))
         delta_inverse_kernel[(chunks.count * (chunks.size // part), heads)](
             key, decay, beta, slots, row_offsets, inverses, rows,
-            HEADS=heads, KEY_DIM=key_dim, PART=part, **blocks, num_warps=BLOCKS.inverse_warps,
+            HEADS=heads, KEY_DIM=key_dim, PART=part, **blocks,
+            num_warps=PROMPT_BLOCKS.inverse_warps,
         )  # fmt: skip
         delta_solve_kernel[(chunks.count, heads)](
             key, value, decay, beta, slots, row_offsets, inverses, reads, writes, rows,
-            **sizes, **blocks, PART=part, BLOCK_V=block_v, num_warps=BLOCKS.solve_warps,
+            **sizes, **blocks, PART=part, BLOCK_V=block_v, num_warps=PROMPT_BLOCKS.solve_warps,
         )  # fmt: skip
         delta_states_kernel[(rows, heads, triton.cdiv(value_dim, chunks.narrow))](
             key, decay, state, slots, row_offsets, reads, writes, states, out, tokens,
             **sizes, **blocks, BLOCK_V=chunks.narrow,
-            num_stages=BLOCKS.stages, num_warps=BLOCKS.states_warps,
+            num_stages=PROMPT_BLOCKS.stages, num_warps=PROMPT_BLOCKS.states_warps,
         )  # fmt: skip
-        outer = min(block_v, BLOCKS.outer)
+        outer = min(block_v, PROMPT_BLOCKS.outer)
         delta_outputs_kernel[(chunks.count, heads, triton.cdiv(value_dim, outer))](
             query, key, decay, slots, row_offsets, writes, states, out, rows,
-            **sizes, **blocks, BLOCK_V=outer, num_warps=BLOCKS.outputs_warps,
+            **sizes, **blocks, BLOCK_V=outer, num_warps=PROMPT_BLOCKS.outputs_warps,
         )  # fmt: skip
         return
     block_k = triton.next_power_of_2(key_dim)
-    block_v = min(triton.next_power_of_2(value_dim), max(1, BLOCKS.entries // block_k))
+    state_blocks = choose_delta_blocks(tokens, rows, shape)
+    block_v = min(triton.next_power_of_2(value_dim), max(1, state_blocks.entries // block_k))
     delta_kernel[(triton.cdiv(value_dim, block_v), heads, rows)](
         query, key, value, decay, beta, state, slots, row_offsets, out, tokens,
         **sizes, DIAGONAL=diagonal, BLOCK_K=block_k, BLOCK_V=block_v,
-        EVICT=BLOCKS.evict, num_warps=BLOCKS.warps,
+        EVICT=state_blocks.evict, num_warps=state_blocks.warps,
     )  # fmt: skip
 
 

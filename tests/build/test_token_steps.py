@@ -9,21 +9,24 @@ import transformers
 from inplace.schema.specs import Update
 from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture.model_memory import ModelMemory
+from inplace_builder.capture.token_steps import _check_steps
 from inplace_builder.served.build import write_engine
 from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import open_instance
+from torch import Tensor
 from transformers import PreTrainedModel
 
 CAPACITY = 48
 OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=8)
 DECODER_OPTIONS = DecoderOptions(CAPACITY, 3, 8)
-BOTH = (Update.APPEND, Update.REPLACE)
+UPDATES = {"rwkv": {Update.REPLACE}, "xlstm": {Update.REPLACE}}
+"""How the states change, where not some grow and others are replaced."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64}),
     "xlstm": (
         "xLSTMConfig",
-        {"num_heads": 4, "num_blocks": 2, "chunk_size": 8, "qk_dim_factor": 1.0},
+        {"num_heads": 4, "num_blocks": 2, "chunk_size": 8, "qk_dim_factor": 1.0, "hidden_size": 64},
     ),
     # attention, convolutions and the last token's values
     "zaya": (
@@ -75,7 +78,7 @@ def test_tokens_of_ragged_rows_equal_those_of_transformers(tmp_path: Path, name:
     assert generate_together(open_instance(tmp_path / "model"), prompts, 20) == expected
     assert manifest.programs[0].chunk == 1
     updates = {state.update for state in manifest.states}
-    assert updates == ({Update.REPLACE} if name in ("rwkv", "xlstm") else set(BOTH))
+    assert updates == UPDATES.get(name, {Update.APPEND, Update.REPLACE})
     assert manifest.built_with["capture"].startswith("one token of each row a step")
 
 
@@ -97,14 +100,32 @@ def test_states_are_what_the_model_keeps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+def test_a_model_whose_steps_differ_is_refused() -> None:
     torch.manual_seed(0)
-    config = transformers.DogeConfig(**SHAPE)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.CpmAntForCausalLM(
+        transformers.CpmAntConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)
+    ).eval()
     with pytest.raises(BuildError) as refused:
         capture_decoder(model, DECODER_OPTIONS)
-    assert "which inplace::attention does not have" in str(refused.value)
-    assert "gives other scores token by token than for all tokens at once" in str(refused.value)
+    assert "computes masked_fill of its weights" in str(refused.value)
+    assert "cannot run token by token with states of fixed size" in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_steps_are_compared_with_the_forward_of_all_tokens() -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
+    _check_steps(model, CAPACITY)
+    layer = model.model.layers[0].self_attn
+    original = layer.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        later = hidden_states.roll(-1, 1)  # of one token it is the token
+        return original(hidden_states + later, *args, **kwargs)
+
+    layer.forward = forward
+    with pytest.raises(BuildError, match=r"other scores token by token .*, from position 0 on"):
+        _check_steps(model, CAPACITY)
 
 
 @pytest.mark.filterwarnings("ignore")

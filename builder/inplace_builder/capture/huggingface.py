@@ -313,7 +313,12 @@ def _run_once(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLaye
     except BuildError:
         raise
     except Exception as error:
-        raise BuildError(f"{type(model).__name__} cannot run: {brief(error)}") from error
+        name, reason = type(model).__name__, brief(error)
+        if SlotCache.__name__ in reason:  # it asks the cache for something that none has
+            raise BuildError(
+                f"{name} keeps its states in an object of its own, not in transformers' cache"
+            ) from error
+        raise BuildError(f"{name} cannot run: {reason}") from error
     return seen
 
 

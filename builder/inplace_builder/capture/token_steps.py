@@ -192,7 +192,9 @@ def _check_steps(model: PreTrainedModel, capacity: int) -> None:
     except BuildError:
         raise
     except Exception as error:
-        raise BuildError(f"{name} cannot run token by token: {brief(error)}") from error
+        raise BuildError(
+            f"{name} cannot run token by token with states of fixed size: {brief(error)}"
+        ) from error
     differences = (torch.cat(steps) - expected).abs().amax(-1) / expected.abs().max()
     wrong = ~(differences <= MAX_DIFFERENCE)  # True for NaN
     if bool(wrong.any()):

@@ -74,6 +74,7 @@ def test_the_operator_is_not_causal_and_the_program_says_so(folder: Path) -> Non
     target = torch.ops.inplace.attention.default
     nodes = capture.exported.graph.find_nodes(op="call_function", target=target)
     assert [node.kwargs["causal"] for node in nodes] == [False, False]
+    assert f"at most {CHUNK} (chunk)" in open_instance(folder).manifest.built_with["capture"]
     program = open_instance(folder).program
     assert program.lookahead
     assert program.token_budget == ROWS * CHUNK, "room for whole prompts, whatever was asked for"

@@ -9,7 +9,7 @@ import torch
 import transformers
 from inplace.schema.specs import Role, Update
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
-from inplace_builder.capture import huggingface, slot_cache
+from inplace_builder.capture import reference, slot_cache
 from inplace_builder.capture.cache_length import CacheLength, OwnCacheLength
 from inplace_builder.capture.capture import Capture, control_input
 from inplace_builder.capture.masks import LayerMask, MaskOptions, mask_options
@@ -327,10 +327,10 @@ def test_a_long_sequence_is_fed_to_the_reference_in_parts(
     monkeypatch: pytest.MonkeyPatch, phimoe: PreTrainedModel
 ) -> None:
     ids = torch.tensor(random_prompt(3, 70))
-    reference = huggingface._reference(phimoe, as_fed=False)
-    whole = reference([{"input_ids": ids}])["logits"]
-    monkeypatch.setattr(huggingface, "REFERENCE_CHUNK", 16)
-    torch.testing.assert_close(reference([{"input_ids": ids}])["logits"], whole)
+    model = reference.reference(phimoe, as_fed=False)
+    whole = model([{"input_ids": ids}])["logits"]
+    monkeypatch.setattr(reference, "REFERENCE_CHUNK", 16)
+    torch.testing.assert_close(model([{"input_ids": ids}])["logits"], whole)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,6 @@ recurrences go through `slot_recurrences`, a mixture of experts through
 so the tokens of all rows are packed on one axis.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from inplace_builder.capture.cache_length import CacheLengthError
-from inplace_builder.capture.capture import Capture, Reference, complete_program
+from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.checkpoint import check_positions, quiet
 from inplace_builder.capture.decoder import (
     TOKEN_IDS,
@@ -37,8 +36,8 @@ from inplace_builder.capture.decoder import (
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.indexers import slot_indexers
 from inplace_builder.capture.masks import ChangedMaskError
-from inplace_builder.capture.model_memory import memory_argument
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
+from inplace_builder.capture.reference import cache_argument, references
 from inplace_builder.capture.slot_cache import (
     IMPLEMENTATION,
     LayerStates,
@@ -47,10 +46,10 @@ from inplace_builder.capture.slot_cache import (
     SlotCache,
     current_cache,
 )
-from inplace_builder.capture.sparse import SPARSE_KINDS, sparse_limits
+from inplace_builder.capture.sparse import SPARSE_KINDS
 from inplace_builder.capture.token_steps import capture_token_steps
 from inplace_builder.capture.uncached import cached_attention
-from inplace_builder.compare import TOLERANCE, float32_copy, relative_error
+from inplace_builder.compare import TOLERANCE, relative_error
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.export import (
     ExtentError,
@@ -64,10 +63,6 @@ from inplace_builder.graph.passes import drop_dead_assertions
 
 SDPA = "sdpa"
 """transformers' name of PyTorch's ``scaled_dot_product_attention``."""
-
-REFERENCE_CHUNK = 1024
-"""Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
-
 
 TIES = (
     " (it attends to the positions with the best scores; of equal scores torch chooses others "
@@ -93,10 +88,6 @@ LAYER_KINDS = STATELESS_KINDS | {
 """Kinds of layers that can be captured, in transformers' names."""
 
 
-THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "local_attention")
-"""Parts of the names of a configuration's fields that are positions where something changes."""
-
-
 def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     """Export one step of a decoder over packed rows.
 
@@ -115,8 +106,8 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         return _capture_packed(model, options)
     except BuildError as reason:
         try:
-            references = _references(model, as_fed=False)
-            return capture_token_steps(model, options, references, str(reason))
+            fields = references(model, as_fed=False)
+            return capture_token_steps(model, options, fields, str(reason))
         except BuildError as error:
             raise BuildError(
                 f"{reason}; nor can its own code take one token of each row a step: {error}"
@@ -178,26 +169,16 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         dtype=Dtype.of(model.dtype),
         lowering=lowering,
         min_capacity=options.dynamic_min_capacity,
-        **_references(model, as_fed=lookahead),
+        **references(model, as_fed=lookahead),
         caveat=TIES if layers.index else "",
+        notes=_lookahead_note(options) if lookahead else {},
     )
 
 
-def _references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
-    """The fields of a capture that say what it is verified against, and how far.
-
-    The model is the reference in its own type and, if that rounds, in float32.
-    """
-    config = model.config.get_text_config(decoder=True)
-    rounds = model.dtype in (torch.float16, torch.bfloat16)
-
-    def float32_reference() -> Reference:
-        return _reference(float32_copy(model), as_fed=as_fed)
-
+def _lookahead_note(options: DecoderOptions) -> dict[str, str]:
     return {
-        "reference": _reference(model, as_fed=as_fed),
-        "float32_reference": float32_reference if rounds else None,
-        "thresholds": frozenset([*_thresholds(config.to_dict()), *sparse_limits(config)]),
+        "capture": f"tokens see later ones that are fed with them: the tokens of a request are fed "
+        f"in one step, at most {options.chunk} (chunk)"
     }
 
 
@@ -380,14 +361,9 @@ def _run(
             position_ids=positions.unsqueeze(0),
             use_cache=True,
             logits_to_keep=logits_to_keep,
-            **{_cache_argument(model): cache},
+            **{cache_argument(model): cache},
             **given,
         )
-
-
-def _cache_argument(model: PreTrainedModel) -> str:
-    """The name of the argument that a model takes its cache as."""
-    return memory_argument(model) or "past_key_values"
 
 
 class DecoderStep(torch.nn.Module):
@@ -547,68 +523,6 @@ def _by_layer(states: Sequence[StateSpec], values: Sequence[Any]) -> list[dict[A
         part = f"{part}_states"
         groups[part][rest if part in (CONV, RECURRENT) else int(rest)] = given
     return list(groups.values())
-
-
-def _reference(model: PreTrainedModel, *, as_fed: bool) -> Reference:
-    """The model on one sequence.
-
-    Args:
-        model: the model.
-        as_fed: feed the tokens of each request together, because tokens that are fed together see
-            each other; else as few times as possible.
-    """
-
-    def reference(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        parts = [request[TOKEN_IDS].to(model.device) for request in requests]
-        if not as_fed:
-            parts = list(torch.cat(parts).split(REFERENCE_CHUNK))
-        with torch.no_grad():
-            logits = _last_logits(model, parts).float().cpu()
-        return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
-
-    return reference
-
-
-def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
-    """The scores ``[vocab_size]`` of the last token, as ``generate`` has them.
-
-    Positions are passed where the model takes them. Without, a RoBERTa counts from the index of its
-    padding on.
-
-    Args:
-        model: the model.
-        parts: token ids ``[tokens]`` that are fed together, of one sequence.
-    """
-    cache: Any = None
-    use_cache = len(parts) > 1
-    name = _cache_argument(model)
-    positions = torch.arange(sum(map(len, parts)), device=model.device)
-    for part, places in zip(parts, positions.split([*map(len, parts)]), strict=True):
-        given = {"position_ids": places[None]} if _takes_positions(model) else {}
-        out = model(
-            input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache}, **given
-        )
-        cache = getattr(out, name) if use_cache else None
-    logits: Tensor = out.logits[0, -1]
-    return logits
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    """Whether ``generate`` passes positions to a model."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:
-    """The positions that a configuration names: windows, chunks, steps of a temperature.
-
-    Args:
-        fields: its fields; some are mappings themselves.
-    """
-    for name, given in fields.items():
-        if isinstance(given, Mapping):
-            yield from _thresholds(given)
-        elif type(given) is int and any(part in name for part in THRESHOLD_NAMES):
-            yield given
 
 
 def _check_layer_kinds(config: transformers.PretrainedConfig) -> None:

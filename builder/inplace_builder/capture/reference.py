@@ -1,0 +1,107 @@
+"""A decoder of transformers as the reference of its engine: what it computes of one sequence."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from inplace_builder.capture.capture import Reference
+from inplace_builder.capture.decoder import TOKEN_IDS
+from inplace_builder.capture.model_memory import memory_argument
+from inplace_builder.capture.sparse import sparse_limits
+from inplace_builder.compare import float32_copy
+
+REFERENCE_CHUNK = 1024
+"""Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
+
+
+THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "local_attention")
+"""Parts of the names of a configuration's fields that are positions where something changes."""
+
+
+def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
+    """The fields of a capture that say what it is verified against, and how far.
+
+    The model is the reference in its own type and, if that rounds, in float32.
+    """
+    config = model.config.get_text_config(decoder=True)
+    rounds = model.dtype in (torch.float16, torch.bfloat16)
+
+    def float32_reference() -> Reference:
+        return reference(float32_copy(model), as_fed=as_fed)
+
+    return {
+        "reference": reference(model, as_fed=as_fed),
+        "float32_reference": float32_reference if rounds else None,
+        "thresholds": frozenset([*_thresholds(config.to_dict()), *sparse_limits(config)]),
+    }
+
+
+def reference(model: PreTrainedModel, *, as_fed: bool) -> Reference:
+    """The model on one sequence.
+
+    Args:
+        model: the model.
+        as_fed: feed the tokens of each request together, because tokens that are fed together see
+            each other; else as few times as possible.
+    """
+
+    def run(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        parts = [request[TOKEN_IDS].to(model.device) for request in requests]
+        if not as_fed:
+            parts = list(torch.cat(parts).split(REFERENCE_CHUNK))
+        with torch.no_grad():
+            logits = _last_logits(model, parts).float().cpu()
+        return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
+
+    return run
+
+
+def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
+    """The scores ``[vocab_size]`` of the last token, as ``generate`` has them.
+
+    Positions are passed where the model takes them. Without, a RoBERTa counts from the index of its
+    padding on.
+
+    Args:
+        model: the model.
+        parts: token ids ``[tokens]`` that are fed together, of one sequence.
+    """
+    cache: Any = None
+    use_cache = len(parts) > 1
+    name = cache_argument(model)
+    positions = torch.arange(sum(map(len, parts)), device=model.device)
+    for part, places in zip(parts, positions.split([*map(len, parts)]), strict=True):
+        given = {"position_ids": places[None]} if _takes_positions(model) else {}
+        out = model(
+            input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache}, **given
+        )
+        cache = getattr(out, name) if use_cache else None
+    logits: Tensor = out.logits[0, -1]
+    return logits
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Whether ``generate`` passes positions to a model."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:
+    """The positions that a configuration names: windows, chunks, steps of a temperature.
+
+    Args:
+        fields: its fields; some are mappings themselves.
+    """
+    for name, given in fields.items():
+        if isinstance(given, Mapping):
+            yield from _thresholds(given)
+        elif type(given) is int and any(part in name for part in THRESHOLD_NAMES):
+            yield given
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name of the argument that a model takes its cache as."""
+    return memory_argument(model) or "past_key_values"

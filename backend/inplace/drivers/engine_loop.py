@@ -216,6 +216,12 @@ class EngineLoop:
 
     def _start_next(self, sequence_id: SequenceId) -> None:
         """Start the next request of a sequence; requests that cannot start are answered."""
+        next_id: SequenceId | None = sequence_id
+        while next_id is not None:  # a loop: in a long queue one may follow another very often
+            next_id = self._start_first(next_id)
+
+    def _start_first(self, sequence_id: SequenceId) -> SequenceId | None:
+        """As `_start_next`; returns a sequence whose request has lost its place in the queue."""
         while queued := self._queues.get(sequence_id):
             request = queued[0]
             if self._must_wait(request):
@@ -225,12 +231,14 @@ class EngineLoop:
                     self._refuse(rejected, RequestError(Code.QUEUE_FULL, text, retryable=True))
                 if rejected is not request:
                     self._watcher.add(request, request.reply)
-                    if rejected is not None:
-                        self._remove(rejected)
-                    return
+                    if rejected is None:
+                        return None
+                    self._queues.remove(rejected)
+                    return rejected.sequence_id
             elif self._admit(request):
-                return
+                return None
             self._queues.remove(request)
+        return None
 
     def _remove(self, request: StreamRequest) -> None:
         """Remove a request that has been answered and start the next one of its sequence."""
@@ -255,8 +263,11 @@ class EngineLoop:
     # Slots
 
     def _needs_slot(self, request: StreamRequest) -> bool:
+        """Whether it is a START that takes a slot, and not one that is refused anyway."""
+        if not request.request.start or request.only_ends:
+            return False
         is_live = self._instance.table.get(request.sequence_id) is not None
-        return request.request.start and not request.only_ends and not is_live
+        return not is_live and self._instance.can_start(request.validated)
 
     def _must_wait(self, request: StreamRequest) -> bool:
         """Whether it needs a slot and has to wait for one.

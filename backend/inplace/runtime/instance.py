@@ -19,7 +19,7 @@ from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decod
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
-from inplace.runtime.slots import EndReason, SlotTable
+from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import STEP, Manifest, Program
 from inplace.schema.specs import Update
@@ -202,15 +202,7 @@ class ModelInstance:
             if validated.refusal is not None:
                 raise validated.refusal
             sequence = None if request.start else self.table.find(request.sequence_id)
-            if validated.num_tokens == 0 and (sequence is None or sequence.pending_token is None):
-                raise RequestError(
-                    Code.EMPTY_INPUT,
-                    "the input has no tokens, and the sequence has no generated token that could be"
-                    " continued from; send at least 1 token",
-                )
-            pending = sequence is not None and sequence.pending_token is not None
-            self._check_chunk(validated.num_tokens + pending)
-            self._check_fits(validated, sequence.position if sequence is not None else 0)
+            self._check_tokens(validated, sequence)
             if sequence is None:
                 sequence = self.table.start(request.sequence_id, validated.key_digest)
                 self.arena.reset(sequence.slot)
@@ -274,6 +266,32 @@ class ModelInstance:
         if request.start:
             self.table.end(live, EndReason.START)
         return request
+
+    def can_start(self, validated: ValidatedRequest) -> bool:
+        """Whether a START of a sequence that is not live is admitted once a slot is free."""
+        if validated.refusal is not None:
+            return False
+        try:
+            self._check_tokens(validated, None)
+        except RequestError:
+            return False
+        return True
+
+    def _check_tokens(self, validated: ValidatedRequest, sequence: SequenceState | None) -> None:
+        """Refuse tokens that do not continue this sequence, or begin a new one if it is None.
+
+        Raises:
+            RequestError: EMPTY_INPUT, CAPACITY or POSITION.
+        """
+        pending = sequence is not None and sequence.pending_token is not None
+        if validated.num_tokens == 0 and not pending:
+            raise RequestError(
+                Code.EMPTY_INPUT,
+                "the input has no tokens, and the sequence has no generated token that could be"
+                " continued from; send at least 1 token",
+            )
+        self._check_chunk(validated.num_tokens + pending)
+        self._check_fits(validated, sequence.position if sequence is not None else 0)
 
     def _check_fits(self, validated: ValidatedRequest, length: int) -> None:
         _check_position(validated, length)

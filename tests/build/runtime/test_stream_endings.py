@@ -165,6 +165,49 @@ def test_a_waiting_step_can_be_cancelled(streams: OpenStreams) -> None:
     assert client.num_free_slots() == 1
 
 
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ({"group": ""}, Code.BAD_PARAMETER),
+        ({"temprature": 1}, Code.BAD_PARAMETER),
+        ({"position": 5, "sequence_key": "mine"}, Code.POSITION),
+    ],
+)
+def test_a_start_that_no_slot_can_help_is_refused_before_those_that_wait(
+    streams: OpenStreams, parameters: dict[str, int | str], code: Code
+) -> None:
+    client = streams()
+    occupy_slots(client)
+    waiting = client.generate("g", random_tokens(1, 3), 2, end=True)
+    step = client.step("step", [1], start=True, **parameters)  # type: ignore[arg-type]
+    step.assert_refused(code)
+    client.generate("more", [1], 2, **parameters).assert_refused(code)  # type: ignore[arg-type]
+    client.step("long", [1] * (CAPACITY + 1), start=True).assert_refused(Code.CAPACITY)
+    client.end("idle0").wait()
+    assert waiting.finish_reason == "length"
+    assert client.num_free_slots() == 1
+
+
+def test_a_queue_full_of_pipelined_starts_is_emptied_one_by_one(streams: OpenStreams) -> None:
+    """Each request that makes room is followed by one of a group that has fewer."""
+    number = 1000
+    client = streams(max_waiting=number)
+    occupy_slots(client)
+    first = client.generate("g", random_tokens(1, 3), 2, end=True, group="g")
+    for index in range(number):
+        client.step(f"s{index}", [1], start=True, group="crowd")
+    chained = [
+        client.step(f"s{index}", [1], start=True, group=f"own{index}") for index in range(number)
+    ]
+    client.generate("late", [1], 2, end=True, group="late")
+    for index in range(SLOTS):
+        client.end(f"idle{index}").wait()
+    assert first.finish_reason == "length"
+    assert all(
+        channel.error is None or channel.error.code is not Code.ENGINE_FAILED for channel in chained
+    )
+
+
 def test_a_cancelled_step_that_has_waited_runs_to_its_end(streams: OpenStreams) -> None:
     client = streams()
     occupy_slots(client)

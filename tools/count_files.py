@@ -15,11 +15,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-PACKAGES = ("/inplace/", "/inplace_builder/")
+PACKAGES = {
+    f"{Path(spec.origin).parent}/": f"{name}/"
+    for name in ("inplace", "inplace_builder")
+    if (spec := find_spec(name)) is not None and spec.origin is not None
+}
+"""The folder of each package, and how its files are called here."""
+
+
 TRACED_MODEL = """
 import json, sys
 sys.path.insert(0, {tools!r})
@@ -81,12 +89,10 @@ class Walk:
         if event != "call":
             return
         name = frame.f_code.co_filename
-        ours = any(package in name for package in PACKAGES) and not name.endswith("/model.py")
-        if not ours or frame.f_code.co_name == "<module>":
+        folder = next((folder for folder in PACKAGES if name.startswith(folder)), None)
+        if folder is None or frame.f_code.co_name == "<module>":
             return
-        for package in PACKAGES:
-            if package in name:
-                name = package.strip("/") + "/" + name.rpartition(package)[2]
+        name = PACKAGES[folder] + name.removeprefix(folder)
         thread = threading.get_ident()
         if name in self._order and self._last.get(thread) != name:
             self.returns += 1

@@ -177,9 +177,11 @@ def _check_steps(model: PreTrainedModel, capacity: int) -> None:
     """
     name = type(model).__name__
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    config = model.config.get_text_config(decoder=True)
     count = min(capacity, CHECKED_TOKENS)
-    ids = torch.randint(0, vocabulary, (1, count), generator=generator)
+    ids = torch.randint(0, config.vocab_size, (1, count), generator=generator)
+    if config.pad_token_id is not None and 0 <= config.pad_token_id < config.vocab_size:
+        ids[0, count // 4] = config.pad_token_id  # positions of some models skip it
     try:
         with quiet(), torch.no_grad():
             expected = model(ids.to(model.device), use_cache=False).logits[0]

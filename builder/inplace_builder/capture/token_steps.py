@@ -180,8 +180,9 @@ def _check_steps(model: PreTrainedModel, capacity: int) -> None:
     config = model.config.get_text_config(decoder=True)
     count = min(capacity, CHECKED_TOKENS)
     ids = torch.randint(0, config.vocab_size, (1, count), generator=generator)
-    if config.pad_token_id is not None and 0 <= config.pad_token_id < config.vocab_size:
-        ids[0, count // 4] = config.pad_token_id  # positions of some models skip it
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and 0 <= padding < config.vocab_size:
+        ids[0, count // 4] = padding  # positions of some models skip it
     try:
         with quiet(), torch.no_grad():
             expected = model(ids.to(model.device), use_cache=False).logits[0]

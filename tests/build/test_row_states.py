@@ -240,6 +240,10 @@ def both_ways() -> nn.Module:
         (lambda: streaming(Of(lambda x: x + torch.randn(4))), r"randn.* at .*row_cases.py.*random"),
         (both_ways, r"lstm.* at .*row_cases.py.* it is bidirectional: .*use one direction"),
         (
+            lambda: streaming(Of(lambda x: x[:, x.argmax().clamp(max=0)])),
+            r"data-dependent.* at .*test_row_states.py.*depends on a tensor's value; index",
+        ),
+        (
             lambda: streaming(Of(lambda x: x.unique().sum()[None])),
             r"_unique2.* at .*row_cases.py.*cannot be run for several rows at once",
         ),

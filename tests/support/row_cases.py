@@ -253,6 +253,34 @@ class Spectrum(nn.Module):
         return spectrum.abs()
 
 
+class Ring(nn.Module):
+    """Writes at a remainder of its own counter: more steps than the ring has entries."""
+
+    ring: Tensor
+    line: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ring", torch.zeros(1, 6, 4))
+        self.register_buffer("line", torch.zeros(1, 8, 4))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = self.count % 6
+        self.ring.scatter_(1, place.view(1, 1, 1).expand(1, 1, 4), x[:, None])
+        self.line.index_copy_(1, self.count % 8, x[:, None] + 1)
+        self.count += 1
+        return self.ring.cumsum(1) + self.line[:, 2:]
+
+
+def _encoders() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+    mask = torch.triu(torch.full((6, 6), float("-inf")), 1)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    return Of(lambda x: encoder(x, mask=mask))
+
+
 def _norms() -> nn.Module:
     norm = nn.BatchNorm1d(8)
     norm.running_mean = torch.linspace(-1, 1, 8)
@@ -326,6 +354,13 @@ ROW_CASES = [
         lambda: Streaming(
             Of(lambda x: torch.einsum("bct,bdt->bcd", x, x).softmax(-1).cumsum(1)), (1, 3, 2)
         ),
+        (1, 3, 4),
+    ),
+    RowCase("stack of encoders", lambda: Streaming(_encoders(), (1, 4, 8), 1).eval(), (1, 2, 8)),
+    RowCase("ring", Ring, (1, 4)),
+    RowCase(
+        "masked scatter",
+        lambda: Streaming(Of(lambda x: x.masked_scatter(x > 0, x * 2 + 1)), (1, 3, 2)),
         (1, 3, 4),
     ),
     RowCase(

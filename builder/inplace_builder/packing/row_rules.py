@@ -237,6 +237,13 @@ def trilinear(
     return (a * b * c).sum(list(sum_dims))
 
 
+def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """``aten::masked_scatter`` with the place of each masked element counted."""
+    x, mask = torch.broadcast_tensors(x, mask)
+    places = mask.reshape(-1).cumsum(0).sub(1).clamp(0, source.numel() - 1)
+    return torch.where(mask, source.reshape(-1)[places].reshape(x.shape), x)
+
+
 def _batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, train: bool, *rest: Any
 ) -> Any:

@@ -23,7 +23,13 @@ from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.decomposition import find_decomposition, trace_decomposition
 from inplace_builder.graph.export import correct_lstm
 from inplace_builder.graph.nodes import source_line, value
-from inplace_builder.packing.row_rules import RULES, RowTensor, pointwise, trilinear
+from inplace_builder.packing.row_rules import (
+    RULES,
+    RowTensor,
+    masked_scatter,
+    pointwise,
+    trilinear,
+)
 
 
 class _NoRuleError(Exception):
@@ -245,7 +251,10 @@ class RowGraph:
         raise AssertionError("a graph returns something")
 
 
-_OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten._trilinear.default: trilinear}
+_OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._trilinear.default: trilinear,
+    torch.ops.aten.masked_scatter.default: masked_scatter,
+}
 
 
 class _Place:

@@ -21,6 +21,7 @@ import torch
 from inplace.operators.state import written_arguments
 from inplace.schema.specs import Dtype
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -30,9 +31,16 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.export import correct_lstm, failing_line, named_extents, size_oblivious
+from inplace_builder.graph.export import (
+    correct_lstm,
+    failing_line,
+    masks_as_given,
+    named_extents,
+    size_oblivious,
+)
 from inplace_builder.graph.nodes import (
     Emitter,
     copy_graph,
@@ -161,6 +169,7 @@ def export_module(
             with (
                 torch.no_grad(),
                 correct_lstm(),
+                masks_as_given(),
                 warnings.catch_warnings(),
                 mode(),
                 named_extents(),
@@ -173,6 +182,15 @@ def export_module(
             failures.append(error)
     hint = example_hint(example_inputs) if dynamic_shapes else ""
     text = str(failures[-1])
+    if isinstance(failures[-1], GuardOnDataDependentSymNode | DataDependentOutputException):
+        text = (
+            f"{text.splitlines()[0]}{failing_line(failures[-1])}: what the line does depends on a "
+            f"tensor's value; index with a tensor of one axis, as x[:, n.view(1)] or "
+            f"x.index_copy_(1, n.view(1), new), and choose with torch.where"
+        )
+        raise BuildError(
+            f"torch.export cannot capture {type(module).__name__}: {text}"
+        ) from failures[-1]
     line = "" if "File " in text else failing_line(failures[-1])
     raise BuildError(
         f"torch.export cannot capture {type(module).__name__}: {text}{line}{hint}"

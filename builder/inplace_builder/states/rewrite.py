@@ -42,6 +42,18 @@ from inplace_builder.states.writes import (
 aten = torch.ops.aten
 inplace = torch.ops.inplace
 
+_SAME_PLACE = (
+    aten.expand.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.clone.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+)
+"""What changes no value of a place."""
+
 
 def rewrite_updates(
     module: GraphModule,
@@ -450,8 +462,17 @@ def _describe_updates(state: StateTensor, chain: WriteChain, rows: int) -> Captu
         operators=("update",) * len(chain.writes),
         update=Update.APPEND if appends else Update.REPLACE,
         axis=axes.pop() if appends else None,
-        is_fixed=all(isinstance(write.start, int) for write in chain.writes),
+        is_fixed=all(
+            isinstance(write.start, int) or _starts_over(write.start) for write in chain.writes
+        ),
     )
+
+
+def _starts_over(start: Any) -> bool:
+    """Whether a place is a remainder, which does not grow with the number of steps."""
+    while isinstance(start, torch.fx.Node) and start.target in _SAME_PLACE:
+        start = start.args[0]
+    return is_call(start, aten.remainder.Scalar) and isinstance(start.args[1], int)
 
 
 def _add_attention(

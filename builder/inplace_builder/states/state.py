@@ -99,7 +99,8 @@ class CapturedState:
             for a user's own operator.
         update: how the manifest describes its updates.
         axis: the axis of a slot that an append grows along, else None.
-        is_fixed: every step writes at the same places.
+        is_fixed: every step writes at the same places, or at a remainder (``n % capacity``): the
+            state is never full.
     """
 
     tensor: StateTensor

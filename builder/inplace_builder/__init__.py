@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inplace.schema.served import Call, Loop
     from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 
     from inplace_builder.capture.capture import Capture, capture_module, control_input
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from inplace_builder.capture.exported_rows import RowOptions, capture_exported_rows
     from inplace_builder.capture.huggingface import capture_decoder
     from inplace_builder.capture.inline import inline_lifted_buffers
+    from inplace_builder.capture.programs import ProgramsCapture, capture_programs
     from inplace_builder.errors import BuildError
     from inplace_builder.served.build import write_engine
     from inplace_builder.served.decoder import build_decoder
@@ -41,12 +43,15 @@ if TYPE_CHECKING:
 _MODULES = {
     "BuildError": "inplace_builder.errors",
     "BuildOptions": "inplace_builder.served.options",
+    "Call": "inplace.schema.served",
     "Capture": "inplace_builder.capture.capture",
     "Conversation": "inplace_builder.tools.chat",
     "DecoderOptions": "inplace_builder.capture.decoder",
     "Dtype": "inplace.schema.specs",
     "ExportedCapture": "inplace_builder.capture.exported",
+    "Loop": "inplace.schema.served",
     "Ports": "inplace_builder.tools.tritonserver",
+    "ProgramsCapture": "inplace_builder.capture.programs",
     "Role": "inplace.schema.specs",
     "RowOptions": "inplace_builder.capture.exported_rows",
     "Serialized": "inplace_builder.standalone.serialize",
@@ -62,6 +67,7 @@ _MODULES = {
     "capture_exported_decoder": "inplace_builder.capture.exported_decoder",
     "capture_exported_rows": "inplace_builder.capture.exported_rows",
     "capture_module": "inplace_builder.capture.capture",
+    "capture_programs": "inplace_builder.capture.programs",
     "control_input": "inplace_builder.capture.capture",
     "declare_alias": "inplace_builder.states.user_operators",
     "grouped_experts": "inplace_builder.capture.experts",
@@ -79,12 +85,15 @@ _MODULES = {
 __all__ = [
     "BuildError",
     "BuildOptions",
+    "Call",
     "Capture",
     "Conversation",
     "DecoderOptions",
     "Dtype",
     "ExportedCapture",
+    "Loop",
     "Ports",
+    "ProgramsCapture",
     "Role",
     "RowOptions",
     "Serialized",
@@ -100,6 +109,7 @@ __all__ = [
     "capture_exported_decoder",
     "capture_exported_rows",
     "capture_module",
+    "capture_programs",
     "control_input",
     "declare_alias",
     "grouped_experts",

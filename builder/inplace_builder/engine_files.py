@@ -30,7 +30,7 @@ TORCH_FILE, PLAN_FILE, WEIGHTS_FILE = "engine.safetensors", "engine.plan", "weig
 
 
 def write_program(
-    exported: ExportedProgram, folder: Path, device: Device, dtype: Dtype
+    exported: ExportedProgram, folder: Path, device: Device, dtype: Dtype, file: str = TORCH_FILE
 ) -> EngineFile:
     """Write a captured graph for PyTorch.
 
@@ -39,6 +39,7 @@ def write_program(
         folder: where to write it.
         device: where the engine runs.
         dtype: element type of the weights.
+        file: the name of the file.
 
     Raises:
         BuildError: the graph calls or holds something that an engine file cannot hold.
@@ -46,12 +47,17 @@ def write_program(
     """
     if device != "cpu":
         exported = move_to_device(exported, device)
-    save_graph(exported, folder / TORCH_FILE)
-    return EngineFile(file=TORCH_FILE, kind="torch", device=device, dtype=dtype)
+    save_graph(exported, folder / file)
+    return EngineFile(file=file, kind="torch", device=device, dtype=dtype)
 
 
 def write_plan(
-    content: Buffer, record: Plan, weights: Mapping[str, Tensor], folder: Path, dtype: Dtype
+    content: Buffer,
+    record: Plan,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    dtype: Dtype,
+    files: tuple[str, str] = (PLAN_FILE, WEIGHTS_FILE),
 ) -> EngineFile:
     """Write a plan, and the weights that it takes as inputs beside it.
 
@@ -61,15 +67,17 @@ def write_plan(
         weights: the weights that it takes as inputs, by name.
         folder: where to write it.
         dtype: element type of the weights.
+        files: the names of the plan's file and of the weights'.
 
     Raises:
         OSError: it cannot be written.
     """
-    (folder / PLAN_FILE).write_bytes(content)
+    plan_file, weights_file = files
+    (folder / plan_file).write_bytes(content)
     if weights:
-        write_tensors(folder / WEIGHTS_FILE, weights)
-        record = record.model_copy(update={"weights": WEIGHTS_FILE})
-    return EngineFile(file=PLAN_FILE, kind="tensorrt", device="cuda", dtype=dtype, plan=record)
+        write_tensors(folder / weights_file, weights)
+        record = record.model_copy(update={"weights": weights_file})
+    return EngineFile(file=plan_file, kind="tensorrt", device="cuda", dtype=dtype, plan=record)
 
 
 def built_with(plan: Plan | None = None) -> dict[str, str]:

@@ -40,6 +40,7 @@ TOKEN = TensorSpec(name="token", role=Role.TOKEN, dtype=Dtype.INT64, shape=(1,),
 LOGITS = TensorSpec(
     name="logits", role=Role.LOGITS, dtype=Dtype.FLOAT32, shape=(100,), on_request=True
 )
+DONE = TensorSpec(name="done", role=Role.DONE, dtype=Dtype.BOOL, shape=(1,))
 
 STEP = CompiledProgram(
     name="step",
@@ -384,8 +385,12 @@ def test_a_program_must_name_states_of_the_engine_and_write_or_only_read_each() 
             r"schedule s calls \['encode'\]; the programs are \['step'\]",
         ),
         (
-            (Call(program="step", until="done"),),
-            "schedule s runs until 'done', which is not an output of program step",
+            (Call(program="step", until="token", at_most=3),),
+            r"runs until 'token'; the outputs of program step with the role done are \[\]",
+        ),
+        (
+            (Loop(calls=(Call(program="step"),), until="done", at_most=3),),
+            r"runs until 'done'; the outputs of program step with the role done are \[\]",
         ),
     ],
 )
@@ -395,11 +400,104 @@ def test_a_schedule_must_name_programs_and_outputs(calls: Any, message: str) -> 
 
 
 def test_a_schedule_of_calls_and_loops_survives_the_file(tmp_path: Path) -> None:
-    step = Call(program="step", until="token", at_most=3)
-    loop = Loop(calls=(step, Call(program="step")), until="token", at_most=9)
+    step = Call(program="step", until="done", at_most=3)
+    loop = Loop(calls=(step, Call(program="step")), until="done", at_most=9)
     schedule = Schedule(name="s", calls=(step, loop))
-    Manifest(**changed(MANIFEST, schedules=(schedule,))).save(tmp_path)
+    program = CompiledProgram(**changed(STEP, outputs=(TOKEN, LOGITS, DONE)))
+    Manifest(**changed(MANIFEST, programs=(program,), schedules=(schedule,))).save(tmp_path)
     assert Manifest.load(tmp_path).schedules == (schedule,)
+    assert schedule.loops == (Loop(calls=(step,)), loop)
+
+
+def test_a_schedule_must_end() -> None:
+    with pytest.raises(ValueError, match="until 'done' needs an at_most, so that every request"):
+        Schedule(name="s", calls=(Call(program="step", until="done"),))
+    with pytest.raises(ValueError, match="until 'done' needs an at_most, so that every request"):
+        Schedule(name="s", calls=(Loop(calls=(Call(program="step"),), until="done"),))
+
+
+@pytest.mark.parametrize(
+    ("role", "dtype", "shape", "message"),
+    [
+        ("tokens", Dtype.INT32, (1,), "of the role tokens must be int64 with one axis a row"),
+        ("tokens", Dtype.INT64, (1, 2), "of the role tokens must be int64 with one axis a row"),
+        ("tokens", Dtype.INT64, (-1,), "output said must have a fixed shape in each call"),
+        ("done", Dtype.INT64, (1,), "of the role done must be bool with one axis a row"),
+        ("done", Dtype.BOOL, (2,), "of the role done must have one entry a row"),
+        ("accepted", Dtype.INT64, (2,), "of the role accepted must have one entry a row"),
+    ],
+)
+def test_outputs_of_a_schedule_have_types_of_their_own(
+    role: str, dtype: Dtype, shape: tuple[int, ...], message: str
+) -> None:
+    output = TensorSpec(name="said", role=Role(role), dtype=dtype, shape=shape)
+    with pytest.raises(ValueError, match=message):
+        CompiledProgram(**changed(STEP, outputs=(TOKEN, LOGITS, output)))
+
+
+def row_program(name: str, **values: Any) -> CompiledProgram:
+    """A rectangular program that writes the state `cell`."""
+    fields = {
+        "name": name,
+        "row_layout": "rectangular",
+        "inputs": (SCALE, SLOTS),
+        "outputs": (renamed(DONE, name=f"done_{name}"),),
+        "aliases": (Alias(output="cell_updated", input="cell", kind="operator"),),
+        "chunk": 1,
+        "states": ("cell",),
+        "read_only": (),
+    }
+    return CompiledProgram(**changed(STEP, **fields | values))
+
+
+def two_programs(*, calls: tuple[str, ...] = ("a", "b"), **values: Any) -> Manifest:
+    programs = (row_program("a"), row_program("b", **values))
+    schedule = Schedule(name="s", calls=tuple(Call(program=name) for name in calls))
+    return Manifest(
+        **changed(MANIFEST, capacity=None, states=(CELL,), programs=programs, schedules=(schedule,))
+    )
+
+
+def test_a_request_of_several_programs_has_their_inputs_and_outputs() -> None:
+    tokens = TensorSpec(name="ids", role=Role.TOKENS, dtype=Dtype.INT64, shape=(2,))
+    manifest = two_programs(outputs=(tokens,), max_rows=3)
+    assert manifest.is_scheduled
+    assert [spec.name for spec in manifest.interface.inputs] == ["scale"]
+    assert [(spec.name, spec.shape) for spec in manifest.interface.outputs] == [
+        ("done_a", (1,)),
+        ("ids", (-1,)),
+    ]
+    assert manifest.interface.max_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"calls": ("a",)}, r"no schedule calls the programs \['b'\]"),
+        (
+            {"outputs": (renamed(DONE, name="done_a"),)},
+            r"outputs \['done_a'\] are of more than one program",
+        ),
+        ({"inputs": (renamed(SCALE, shape=(4,)), SLOTS)}, "input scale differs between programs"),
+        (
+            {"aliases": (Alias(output="cell_updated", input="cell", kind="copy"),)},
+            "which other programs would not see",
+        ),
+    ],
+)
+def test_programs_must_fit_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_programs(**values)
+
+
+def test_a_state_of_several_programs_must_be_written_by_one() -> None:
+    programs = tuple(
+        row_program(name, aliases=(), read_only=("cell",), outputs=()) for name in ("a", "b")
+    )
+    schedule = Schedule(name="s", calls=(Call(program="a"), Call(program="b")))
+    values = {"states": (CELL,), "programs": programs, "schedules": (schedule,)}
+    with pytest.raises(ValueError, match=r"no program writes the states \['cell'\]"):
+        Manifest(**changed(MANIFEST, capacity=None, **values))
 
 
 def test_a_needed_file_must_be_listed() -> None:

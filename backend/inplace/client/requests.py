@@ -90,8 +90,10 @@ class ModelMetadata:
     @classmethod
     def of(cls, config: Any) -> "ModelMetadata":
         """From Triton's ModelConfig message."""
+        decoupled = config.model_transaction_policy.decoupled
+        generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if decoupled else ()
         return cls(
-            decoupled=config.model_transaction_policy.decoupled,
+            decoupled=decoupled,
             token_inputs=frozenset(
                 tensor.name
                 for tensor in config.input
@@ -99,9 +101,7 @@ class ModelMetadata:
             ),
             has_text=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
             step_outputs=tuple(
-                tensor.name
-                for tensor in config.output
-                if tensor.name not in (TOKENS, TEXT_OUTPUT, FINISH_REASON, LOGITS)
+                tensor.name for tensor in config.output if tensor.name not in (*generated, LOGITS)
             ),
         )
 

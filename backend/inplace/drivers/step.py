@@ -10,6 +10,7 @@ from inplace.protocol import MAX_TOKENS
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
+from inplace.runtime.schedules import ScheduledInstance
 from inplace.runtime.slots import EndReason, SequenceId
 
 NO_GENERATIONS = (
@@ -115,6 +116,9 @@ class StepDriver:
         self, admitted: list[tuple[int, ActiveRequest]], answers: list[Answer | None]
     ) -> None:
         """Step until every request is answered; a prompt longer than the chunk takes several."""
+        if isinstance(self.instance, ScheduledInstance):
+            self._run_schedules(self.instance, admitted, answers)
+            return
         max_rows = self.instance.program.max_rows
         while admitted:
             rows = admitted[:max_rows]
@@ -133,6 +137,34 @@ class StepDriver:
             if answer is not None:
                 answers[index] = answer
                 self.instance.finish(active)
+
+    def _run_schedules(
+        self,
+        instance: ScheduledInstance,
+        admitted: list[tuple[int, ActiveRequest]],
+        answers: list[Answer | None],
+    ) -> None:
+        """Call programs until every schedule has ended; rows that were called go to the back."""
+        indices = {active: index for index, active in admitted}
+        waiting = list(indices)
+        while waiting:
+            rows = instance.next_rows(waiting)
+            try:
+                instance.step(rows)
+            except Exception as error:  # a defect; errors of the engine are answers
+                log.exception("the step driver failed")
+                failed = [(indices[active], active) for active in rows]
+                self._fail(failed, answers, backend_failure(error))
+                waiting = [active for active in waiting if active not in rows]
+                continue
+            called = set(rows)
+            waiting = [active for active in waiting if active not in called]
+            for active in rows:
+                if not active.finished:
+                    waiting.append(active)
+                    continue
+                answers[indices[active]] = active.error or active.outputs
+                instance.finish(active)
 
     def _fail(
         self,

@@ -13,7 +13,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
 from inplace.errors import LoadError
-from inplace.schema.served import STEP, Manifest
+from inplace.schema.served import STEP, CompiledProgram, Manifest
 
 
 class TorchEngine:
@@ -24,6 +24,7 @@ class TorchEngine:
         title: what errors call it.
         manifest: the manifest of the engine.
         arena: the memory to bind the states to.
+        program: the program that the file holds.
 
     Raises:
         LoadError: the file cannot be read, or what its graph takes, returns or writes is not what
@@ -32,13 +33,15 @@ class TorchEngine:
 
     overlaps = False
 
-    def __init__(self, content: Buffer, title: str, manifest: Manifest, arena: Arena) -> None:
-        self._program = manifest.program(STEP)
+    def __init__(
+        self, content: Buffer, title: str, manifest: Manifest, arena: Arena, program: str = STEP
+    ) -> None:
+        self._program = manifest.program(program)
         self._device = torch.device(manifest.device)
         graph = read_graph(content, title, self._device)
-        _check_signature(title, graph, manifest)
-        _check_states(title, graph, manifest)
-        self._module = _bind(graph, arena, self._device)
+        _check_signature(title, graph, self._program)
+        _check_states(title, graph, manifest, self._program)
+        self._module = _bind(graph, arena, self._program.states, self._device)
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Do nothing: steps run on the stream of the thread that calls them."""
@@ -67,13 +70,13 @@ class TorchEngine:
             }
 
 
-def _check_signature(title: str, graph: LoadedGraph, manifest: Manifest) -> None:
+def _check_signature(title: str, graph: LoadedGraph, program: CompiledProgram) -> None:
     """Compare the graph's inputs and outputs with the manifest's.
 
     Raises:
         LoadError: they differ.
     """
-    program, inputs = manifest.program(STEP), list(graph.inputs)
+    inputs = list(graph.inputs)
     expected = [spec.name for spec in program.inputs] + list(program.states)
     if inputs != expected:
         raise LoadError(
@@ -88,14 +91,15 @@ def _check_signature(title: str, graph: LoadedGraph, manifest: Manifest) -> None
         )
 
 
-def _check_states(title: str, graph: LoadedGraph, manifest: Manifest) -> None:
+def _check_states(
+    title: str, graph: LoadedGraph, manifest: Manifest, program: CompiledProgram
+) -> None:
     """Compare the states of the graph, and those it writes, with the manifest's.
 
     Raises:
         LoadError: they differ.
     """
     values = {value.name: value for value in graph.record.graph.inputs}
-    program = manifest.program(STEP)
     for state in manifest.states:
         if state.name not in program.states:
             continue
@@ -116,11 +120,13 @@ def _check_states(title: str, graph: LoadedGraph, manifest: Manifest) -> None:
         )
 
 
-def _bind(loaded: LoadedGraph, arena: Arena, device: torch.device) -> torch.fx.GraphModule:
+def _bind(
+    loaded: LoadedGraph, arena: Arena, states: Collection[str], device: torch.device
+) -> torch.fx.GraphModule:
     """Replace each state input by the arena's tensor, and prepack weights."""
     module, graph = loaded.module, loaded.module.graph
     for index, (name, node) in enumerate(loaded.inputs.items()):
-        if name in arena.tensors:
+        if name in states:
             module.register_buffer(f"state_{index}", arena.tensors[name], persistent=False)
             with graph.inserting_before(node):
                 state = graph.get_attr(f"state_{index}")

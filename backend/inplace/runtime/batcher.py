@@ -1,7 +1,7 @@
 """The batcher: from admitted requests to the input tensors of one step, and back to responses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from inplace.errors import RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.sampling import GREEDY, SamplingParams
 from inplace.runtime.slots import SequenceState
-from inplace.schema.served import Program
+from inplace.schema.served import Call, Loop, Program
 from inplace.schema.specs import Role, TensorSpec
 
 NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)
@@ -38,6 +38,7 @@ class ActiveRequest:
         step_outputs: outputs of its last step for all rows, ``[rows, ...]``, and its row.
         error: why the engine could not finish it.
         dropped: its client has its answer already; a step in flight must not change it any more.
+        progress: its place in its schedule; None in an engine without one.
     """
 
     request: Request
@@ -53,6 +54,7 @@ class ActiveRequest:
     step_outputs: tuple[Mapping[str, Tensor], int] = NO_OUTPUTS
     error: RequestError | None = None
     dropped: bool = False
+    progress: "ScheduleProgress | None" = None
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -77,6 +79,80 @@ class ActiveRequest:
     def feed(self, token: int) -> None:
         """Continue with a generated token: the next step decodes it."""
         self.decode_token, self.num_tokens, self.num_computed_tokens = token, 1, 0
+
+
+@dataclass(slots=True, eq=False)
+class ScheduleProgress:
+    """The place of a request in its schedule, and what its calls have produced.
+
+    Attributes:
+        loops: the schedule.
+        loop, call: the indices of the next call.
+        rounds: finished rounds of this loop.
+        count: finished calls at this place, in this round.
+        tokens: by output of the role ``tokens`` what each call has produced, ``[tokens]``.
+        values: the last call's other outputs, ``[1, ...]``.
+    """
+
+    loops: tuple[Loop, ...]
+    loop: int = 0
+    call: int = 0
+    rounds: int = 0
+    count: int = 0
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def next_call(self) -> Call:
+        """What is called next; not after the end."""
+        return self.loops[self.loop].calls[self.call]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule has ended."""
+        return self.loop == len(self.loops)
+
+    def add(self, program: Program, outputs: Mapping[str, Tensor], row: int) -> None:
+        """Keep what a call produced, and go to the next place.
+
+        Args:
+            program: the program that was called.
+            outputs: its outputs by name, ``[rows, ...]``, among them those of the roles ``tokens``
+                and ``done``.
+            row: the row.
+        """
+        for spec in program.outputs:
+            if spec.name not in outputs:
+                continue
+            output = outputs[spec.name][row : row + 1]
+            if spec.role is Role.TOKENS:
+                tokens = output[output >= 0]
+                self.tokens.setdefault(spec.name, []).append(tokens)
+            else:
+                self.values[spec.name] = output
+        self._advance()
+
+    def _advance(self) -> None:
+        loop, call = self.loops[self.loop], self.next_call
+        self.count += 1
+        if not self._has_ended(call, self.count):
+            return
+        self.count, self.call = 0, self.call + 1
+        if self.call < len(loop.calls):
+            return
+        self.call, self.rounds = 0, self.rounds + 1
+        if self._has_ended(loop, self.rounds):
+            self.rounds, self.loop = 0, self.loop + 1
+
+    def _has_ended(self, each: Call | Loop, count: int) -> bool:
+        """Whether so many calls, or rounds, were the last ones."""
+        done = each.until is not None and bool(self.values[each.until])
+        return done or count >= (each.at_most or 1)
+
+    def answer(self) -> dict[str, Tensor]:
+        """What the whole schedule produced: tokens ``[1, tokens]``, other outputs ``[1, ...]``."""
+        tokens = {name: torch.cat(parts)[None] for name, parts in self.tokens.items()}
+        return tokens | self.values
 
 
 Answer = dict[str, Tensor] | RequestError

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
-from inplace.errors import Code, RequestError
+from inplace.errors import Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
 from inplace.protocol import LOGITS
 from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
-from inplace.runtime.loading import load_engine, make_arena
+from inplace.runtime.loading import check_engine, load_engine, make_arena
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import STEP, Manifest, Program
+from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Update
 
 
@@ -79,7 +79,7 @@ class ModelInstance:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.manifest = manifest
-        self.program: Program = manifest.program(STEP)
+        self.program: Program = manifest.interface
         self.arena = arena
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
@@ -117,6 +117,12 @@ class ModelInstance:
         """
         manifest = manifest or Manifest.load(folder)
         files = EngineFolder(folder, trust)
+        check_engine(files, manifest)
+        if manifest.is_scheduled:
+            raise LoadError(
+                f"{folder} has a schedule of programs; open it with "
+                "inplace.runtime.schedules.open_model"
+            )
         arena = make_arena(files, manifest, slots or manifest.slots)
         return cls(manifest, arena, load_engine(files, manifest, arena), idle_timeout)
 
@@ -361,7 +367,7 @@ class ModelInstance:
             for active, count in zip(rows, batch.num_scheduled_tokens, strict=True)
             if active.num_waiting_tokens == count
         }
-        return self._launch(batch, frozenset().union(*requested))
+        return self._launch(self.engine, batch, frozenset().union(*requested))
 
     def launch_next(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
         """Launch the decode step after ``step``, as if each row was fed the token it has sampled.
@@ -373,12 +379,14 @@ class ModelInstance:
         assert self.program.decoder_io is not None
         tokens = outputs[self.program.decoder_io[1]]
         batch = next_decode_batch(self.program, step.batch, tokens)
-        return self._launch(batch, step.requested_outputs)
+        return self._launch(self.engine, batch, step.requested_outputs)
 
-    def _launch(self, batch: Batch, requested_outputs: frozenset[str]) -> InFlightStep:
+    def _launch(
+        self, engine: StepEngine, batch: Batch, requested_outputs: frozenset[str]
+    ) -> InFlightStep:
         launch_time = monotonic()
         try:
-            finish: Finish | Exception = self.engine.launch(batch.inputs, requested_outputs)
+            finish: Finish | Exception = engine.launch(batch.inputs, requested_outputs)
         except Exception as error:  # raised in `wait`, like an error of the step itself
             finish = error
         return InFlightStep(batch, requested_outputs, launch_time, finish)

@@ -9,9 +9,10 @@ from inplace.errors import LoadError
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
+from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import DEFAULT_SCHEDULE, FILE_NAME, STEP, Manifest, Program
-from inplace.schema.specs import INITIAL_FILE, RESERVED_OUTPUT_ROLES, Role
+from inplace.schema.served import FILE_NAME, STEP, Manifest, Program
+from inplace.schema.specs import INITIAL_FILE, RESERVED_OUTPUT_ROLES, SCHEDULED_ROLES, Role
 from inplace.schema.tensor_file import read_tensors
 
 NULL_SLOT = -1
@@ -33,8 +34,10 @@ def make_arena(folder: EngineFolder, manifest: Manifest, slots: int) -> Arena:
     return Arena(manifest.states, slots, torch.device(manifest.device), initial)
 
 
-def load_engine(folder: EngineFolder, manifest: Manifest, arena: Arena) -> StepEngine:
-    """Load the engine file that the manifest names, bind its states to the arena and warm it up.
+def load_engine(
+    folder: EngineFolder, manifest: Manifest, arena: Arena, name: str = STEP
+) -> StepEngine:
+    """Load the engine file of a program, bind its states to the arena and warm it up.
 
     Raises:
         LoadError: the file is missing, truncated or changed, disagrees with the manifest or was
@@ -42,15 +45,16 @@ def load_engine(folder: EngineFolder, manifest: Manifest, arena: Arena) -> StepE
             that is not trusted, or fails in its first step.
     """
     check_engine(folder, manifest)
-    program = manifest.program(STEP)
+    program = manifest.program(name)
     record = manifest.file(program.engine.file)
     if program.engine.kind == "torch":
-        engine = TorchEngine(folder.read(record), str(folder.path / record.name), manifest, arena)
+        title = str(folder.path / record.name)
+        engine = TorchEngine(folder.read(record), title, manifest, arena, name)
         warm_up(engine, program)
         return engine
     from inplace.engines.tensorrt import TensorRtEngine  # imports TensorRT
 
-    return TensorRtEngine(folder, manifest, arena)
+    return TensorRtEngine(folder, manifest, arena, program=name)
 
 
 def check_engine(folder: EngineFolder, manifest: Manifest) -> None:
@@ -61,7 +65,11 @@ def check_engine(folder: EngineFolder, manifest: Manifest) -> None:
             is not trusted.
     """
     _check_version(folder, manifest)
-    engine = manifest.program(STEP).engine
+    for program in manifest.programs:
+        _check_engine_file(folder, manifest, program.engine)
+
+
+def _check_engine_file(folder: EngineFolder, manifest: Manifest, engine: EngineFile) -> None:
     record = manifest.file(engine.file)
     if engine.kind == "tensorrt":
         folder.check_trusted(record)
@@ -77,14 +85,22 @@ def check_engine(folder: EngineFolder, manifest: Manifest) -> None:
 
 def _check_version(folder: EngineFolder, manifest: Manifest) -> None:
     """Refuse what the format has room for and this runtime does not run."""
-    step = manifest.program(STEP)
-    later = [f"program {each.name}" for each in manifest.programs if each.name != STEP]
-    later += [f"schedule {each.name}" for each in manifest.schedules if each != DEFAULT_SCHEDULE]
+    later = [f"schedule {each.name}" for each in manifest.schedules[1:]]
+    if manifest.is_scheduled:
+        later += [
+            f"input {spec.name} of the role {spec.role} in a schedule"
+            for program in manifest.programs
+            for spec in program.inputs
+            if spec.role not in SCHEDULED_ROLES
+        ]
     later += [f"scale of state {each.name}" for each in manifest.states if each.scale is not None]
-    later += [f"scales of weight {name}" for name in step.engine.scales]
+    later += [
+        f"scales of weight {name}" for each in manifest.programs for name in each.engine.scales
+    ]
     later += [
         f"output {spec.name} of the role {spec.role}"
-        for spec in step.outputs
+        for each in manifest.programs
+        for spec in each.outputs
         if spec.role in RESERVED_OUTPUT_ROLES
     ]
     if later:

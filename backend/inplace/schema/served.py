@@ -32,6 +32,9 @@ from inplace.schema.specs import (
 FILE_NAME = "engine.json"
 
 
+_OUTPUT_TYPES = {Role.TOKENS: Dtype.INT64, Role.DONE: Dtype.BOOL, Role.ACCEPTED: Dtype.INT64}
+
+
 class Program(Record):
     """One callable of an engine, as it is captured.
 
@@ -117,6 +120,8 @@ class Program(Record):
         outputs = {output.name for output in self.outputs}
         for spec in (*self.inputs, *self.outputs):
             has_tokens = spec.role in (Role.TOKENS, Role.LOGPROBS)
+            if spec.role is Role.TOKENS and spec.name in outputs:
+                continue  # see `_check_roles`
             if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != has_tokens:
                 raise ValueError(
                     f"program {self.name}: the shape of a tokens input starts with -1, "
@@ -145,6 +150,18 @@ class Program(Record):
                 raise ValueError(
                     f"program {self.name}: {kind} {wrong[0].name} has the role {wrong[0].role}; "
                     f"an {kind} has one of {sorted(known)}"
+                )
+        for spec in self.outputs:
+            expected = _OUTPUT_TYPES.get(spec.role)
+            if expected and (spec.dtype, len(spec.shape)) != (expected, 1):
+                raise ValueError(
+                    f"program {self.name}: output {spec.name} of the role {spec.role} must be "
+                    f"{expected} with one axis a row; got {spec.dtype} {list(spec.shape)}"
+                )
+            if spec.role in (Role.DONE, Role.ACCEPTED) and spec.shape != (1,):
+                raise ValueError(
+                    f"program {self.name}: output {spec.name} of the role {spec.role} must have "
+                    f"one entry a row; got {list(spec.shape)}"
                 )
         for role in INPUT_ROLES - CLIENT_ROLES:
             if roles.count(role) > 1:
@@ -209,6 +226,11 @@ class CompiledProgram(Program):
 
     @model_validator(mode="after")
     def _check_states(self) -> Self:
+        for spec in self.outputs:
+            if spec.role is Role.TOKENS and spec.shape == (-1,):
+                raise ValueError(
+                    f"program {self.name}: output {spec.name} must have a fixed shape in each call"
+                )
         for alias in self.aliases:
             if alias.input not in self.states:
                 raise ValueError(
@@ -227,33 +249,38 @@ class CompiledProgram(Program):
         return self
 
 
-class Call(Record):
+class _Repeated(Record):
+    """What a schedule repeats: until an output says that it is done, or a number of times."""
+
+    until: str | None = None
+    at_most: int | None = Field(default=None, ge=1)
+
+
+class Call(_Repeated):
     """Calls of one program in a schedule.
 
     Attributes:
         program: the name of the program.
-        until: the output that ends the calls when it is true; None for a fixed number.
-        at_most: the largest number of calls; None without a limit.
+        until: the output of the role ``done`` that ends the calls when it is true; None for a
+            fixed number.
+        at_most: the largest number of calls; the number of calls without ``until``, None for one.
     """
 
     program: str
-    until: str | None = None
-    at_most: int | None = Field(default=None, ge=1)
 
 
-class Loop(Record):
+class Loop(_Repeated):
     """Calls that are repeated together; loops are not nested.
 
     Attributes:
         calls: one round.
-        until: the output of the last call that ends the rounds when it is true; None for a fixed
-            number.
-        at_most: the largest number of rounds; None without a limit.
+        until: the output of the role ``done``, of the last call, that ends the rounds when it is
+            true; None for a fixed number.
+        at_most: the largest number of rounds; the number of rounds without ``until``, None for
+            one.
     """
 
     calls: tuple[Call, ...] = Field(min_length=1)
-    until: str | None = None
-    at_most: int | None = Field(default=None, ge=1)
 
 
 class Schedule(Record):
@@ -267,9 +294,25 @@ class Schedule(Record):
     name: str
     calls: tuple[Call | Loop, ...] = Field(min_length=1)
 
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The schedule as loops: a call outside one is a loop of one round."""
+        return tuple(each if isinstance(each, Loop) else Loop(calls=(each,)) for each in self.calls)
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        for loop in self.loops:
+            for each in (loop, *loop.calls):
+                if each.until is not None and each.at_most is None:
+                    raise ValueError(
+                        f"schedule {self.name}: until {each.until!r} needs an at_most, so that "
+                        f"every request ends"
+                    )
+        return self
+
 
 STEP = "step"
-"""The program that the runtime runs."""
+"""The program of an engine with one."""
 
 
 DEFAULT_SCHEDULE = Schedule(name="default", calls=(Call(program=STEP),))
@@ -356,24 +399,64 @@ class Manifest(RecordFile):
                 )
         if len(devices := {program.engine.device for program in self.programs}) > 1:
             raise ValueError(f"all programs must run on one device, got {sorted(devices)}")
-        outputs = {each.name: {spec.name for spec in each.outputs} for each in self.programs}
         for schedule in self.schedules:
-            for call in schedule.calls:
-                inner = call.calls if isinstance(call, Loop) else (call,)
-                if unknown := sorted({each.program for each in inner} - set(names)):
-                    raise ValueError(
-                        f"schedule {schedule.name} calls {unknown}; the programs are {names}"
-                    )
-                for until, program_name in (
-                    (call.until, inner[-1].program),
-                    *((each.until, each.program) for each in inner),
-                ):
-                    if until is not None and until not in outputs[program_name]:
-                        raise ValueError(
-                            f"schedule {schedule.name} runs until {until!r}, which is not an "
-                            f"output of program {program_name}"
-                        )
+            self._check_schedule(schedule)
+        called = {
+            call.program
+            for schedule in self.schedules
+            for loop in schedule.loops
+            for call in loop.calls
+        }
+        if uncalled := sorted(set(names) - called):
+            raise ValueError(f"no schedule calls the programs {uncalled}")
+        if len(self.programs) > 1:
+            self._check_shared()
         return self
+
+    def _check_schedule(self, schedule: Schedule) -> None:
+        names = [program.name for program in self.programs]
+        done = {
+            program.name: [spec.name for spec in program.outputs if spec.role is Role.DONE]
+            for program in self.programs
+        }
+        for loop in schedule.loops:
+            if unknown := sorted({call.program for call in loop.calls} - set(names)):
+                raise ValueError(
+                    f"schedule {schedule.name} calls {unknown}; the programs are {names}"
+                )
+            for until, program in (
+                (loop.until, loop.calls[-1].program),
+                *((call.until, call.program) for call in loop.calls),
+            ):
+                if until is not None and until not in done[program]:
+                    raise ValueError(
+                        f"schedule {schedule.name} runs until {until!r}; the outputs of program "
+                        f"{program} with the role done are {done[program]}"
+                    )
+
+    def _check_shared(self) -> None:
+        """Check what several programs have together: states, inputs and outputs."""
+        written = {alias.input for program in self.programs for alias in program.aliases}
+        if unwritten := sorted({state.name for state in self.states} - written):
+            raise ValueError(f"no program writes the states {unwritten}")
+        for program in self.programs:
+            if program.rows_are_slots:
+                kinds = [str(alias) for alias in program.aliases if alias.kind in ROW_IS_SLOT_KINDS]
+                raise ValueError(
+                    f"program {program.name} updates states with {kinds}, which other programs "
+                    f"would not see"
+                )
+        inputs: dict[str, TensorSpec] = {}
+        for spec in (spec for program in self.programs for spec in program.client_inputs):
+            if inputs.setdefault(spec.name, spec) != spec:
+                raise ValueError(
+                    f"input {spec.name} differs between programs: {inputs[spec.name]} and {spec}"
+                )
+        outputs = [spec.name for program in self.programs for spec in program.outputs]
+        if twice := sorted({name for name in outputs if outputs.count(name) > 1}):
+            raise ValueError(f"outputs {twice} are of more than one program: rename them")
+        if both := sorted(inputs.keys() & set(outputs)):
+            raise ValueError(f"{both} name both an input and an output")
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -450,6 +533,35 @@ class Manifest(RecordFile):
     def has_file(self, name: str) -> bool:
         """Whether the engine has a file of this name."""
         return any(record.name == name for record in self.files)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a request is more than one call, or its answer more than one call's outputs."""
+        return (
+            len(self.programs) > 1
+            or self.schedules != (DEFAULT_SCHEDULE,)
+            or any(spec.role in _OUTPUT_TYPES for spec in self.programs[0].outputs)
+        )
+
+    @property
+    def interface(self) -> Program:
+        """What a request takes and is answered with: the program, or its schedule as one."""
+        if not self.is_scheduled:
+            return self.program(STEP)
+        inputs = {spec.name: spec for each in self.programs for spec in each.client_inputs}
+        outputs = [spec for each in self.programs for spec in each.outputs]
+        return Program(
+            name=self.schedules[0].name,
+            row_layout="rectangular",
+            inputs=tuple(inputs.values()),
+            outputs=tuple(
+                spec.model_copy(update={"shape": (-1,)}) if spec.role is Role.TOKENS else spec
+                for spec in outputs
+            ),
+            aliases=(),
+            max_rows=max(program.max_rows for program in self.programs),
+            chunk=1,
+        )
 
     def program(self, name: str) -> CompiledProgram:
         """The program of this name; LoadError if there is none."""

@@ -79,7 +79,7 @@ class Role(StrEnum):
     TOKENS = "tokens"
     """From the client: any number of entries a request, packed along axis 0 over the rows.
 
-    As the role of an output, reserved.
+    As the role of an output: int64, ``[n]`` a row in each call; negative numbers are no tokens.
     """
     ROW = "row"
     """From the client: one entry of fixed shape a request."""
@@ -120,24 +120,36 @@ class Role(StrEnum):
     LOGPROBS = "logprobs"
     """An output, reserved: the log-probability of every fed token."""
     DONE = "done"
-    """An output, reserved: whether a row has ended."""
+    """An output, bool, ``[1]`` a row: the row's calls of this program have ended.
+
+    The program must be at a fixed point then: called again, it changes no state of the row and
+    produces no token.
+    """
     ACCEPTED = "accepted"
-    """An output, reserved: how many of the fed tokens count. ``tokens`` is reserved too."""
+    """An output, reserved, int64, ``[1]`` a row: how many of the fed tokens count."""
 
 
 CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
 
 
-OUTPUT_ROLES = frozenset({Role.VALUE, Role.LOGITS, Role.TOKEN})
+OUTPUT_ROLES = frozenset({Role.VALUE, Role.LOGITS, Role.TOKEN, Role.TOKENS, Role.DONE})
 """The roles of outputs that the runtime sends."""
 
 
-RESERVED_OUTPUT_ROLES = frozenset({Role.LOGPROBS, Role.TOKENS, Role.DONE, Role.ACCEPTED})
+RESERVED_OUTPUT_ROLES = frozenset({Role.LOGPROBS, Role.ACCEPTED})
 """The roles of outputs that a later runtime uses."""
 
 
-INPUT_ROLES = frozenset(Role) - OUTPUT_ROLES - (RESERVED_OUTPUT_ROLES - {Role.TOKENS})
+INPUT_ROLES = frozenset(Role) - (OUTPUT_ROLES - {Role.TOKENS}) - RESERVED_OUTPUT_ROLES
 """The roles of inputs."""
+
+
+SCHEDULED_ROLES = frozenset({Role.ROW, Role.SLOTS, Role.VALID_LENGTHS})
+"""The roles of inputs that a program may have which a schedule calls.
+
+Positions are not among them: how often a program has been called, only the program knows. It keeps
+that in a state.
+"""
 
 
 SAMPLING_ROLES = (Role.TEMPERATURE, Role.TOP_K, Role.TOP_P, Role.SEED, Role.NEXT_POSITIONS)

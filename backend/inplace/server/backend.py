@@ -24,8 +24,9 @@ from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.observer import Observer, log_line
 from inplace.runtime.requests import Request
+from inplace.runtime.schedules import open_model
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import STEP, Manifest
+from inplace.schema.served import Manifest
 from inplace.server.generate_proxy import GenerateProxy
 from inplace.server.messages import (
     FLAG_END,
@@ -89,7 +90,12 @@ def _load(args: dict[str, str]) -> LoadedModel:
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
     settings = Settings.parse(args["model_config"], manifest)
-    program = manifest.program(STEP)
+    program = manifest.interface
+    if settings.serve == "stream" and manifest.is_scheduled:
+        raise LoadError(
+            "config.pbtxt has the parameter serve = stream, and the engine has a schedule of "
+            "programs, which is served step by step: set it to step"
+        )
     tensors = model_tensors(
         program,
         generates=settings.serve == "stream" and program.decoder_io is not None,
@@ -99,9 +105,7 @@ def _load(args: dict[str, str]) -> LoadedModel:
     if settings.capacity is not None:
         manifest = manifest.at_capacity(settings.capacity)
     trust = trusted_folders(os.getppid())
-    load = partial(
-        ModelInstance.open, folder, manifest, idle_timeout=settings.idle_timeout, trust=trust
-    )
+    load = partial(open_model, folder, manifest, idle_timeout=settings.idle_timeout, trust=trust)
     streams = settings.serve == "stream"
     if streams:
         check_numpy(Path("/proc/self/exe"), np.__version__)

@@ -125,14 +125,14 @@ class Settings:
                 f"config.pbtxt has decoupled: {str(decoupled).lower()} and {SERVE}: {serve}; "
                 "only stream models are decoupled: build the model again to restore it"
             )
-        max_rows = manifest.program("step").max_rows
+        max_rows = manifest.interface.max_rows
         if not 1 <= config["max_batch_size"] <= max_rows:
             raise LoadError(
                 f"config.pbtxt has max_batch_size {config['max_batch_size']}, "
                 f"the engine was built for 1 to {max_rows} rows a step"
             )
         eos = frozenset(_integers(config, EOS))
-        vocab_size = manifest.program("step").vocab_size
+        vocab_size = manifest.interface.vocab_size
         if vocab_size and any(token >= vocab_size for token in eos):
             raise LoadError(
                 f"config.pbtxt: parameter {EOS} is {_text(config, EOS, '')[:100]!r}; expected "

@@ -4,7 +4,7 @@ Every front-end returns a `Capture`: a graph on the ``inplace::`` operators with
 `capture_module` is the simplest one: the module calls the operators itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,7 +196,10 @@ def _reference_input(spec: TensorSpec, request: Mapping[str, Tensor], index: int
 
 
 def complete_program(
-    exported: torch.export.ExportedProgram, program: Program, states: tuple[StateSpec, ...]
+    exported: torch.export.ExportedProgram,
+    program: Program,
+    states: tuple[StateSpec, ...],
+    read_only: Collection[str] = (),
 ) -> tuple[Program, tuple[Lowering, ...]]:
     """Clean a graph, check it against its description, and add what it writes.
 
@@ -204,9 +207,10 @@ def complete_program(
         exported: the graph; cleaned in place.
         program: its description, without aliases.
         states: the states that it takes after the inputs.
+        read_only: names of states that another program writes, so that this one need not.
 
     Returns:
-        The program with an alias for each state, and how each state is updated.
+        The program with an alias for each state that it writes, and how each state is updated.
 
     Raises:
         BuildError: the graph takes other inputs, returns more or fewer outputs, uses a state
@@ -227,11 +231,13 @@ def complete_program(
         )
     names = [state.name for state in states]
     check_state_uses(exported.graph, names)
-    if unwritten := sorted(set(names) - set(written_states(exported.graph))):
+    written = written_states(exported.graph)
+    if unwritten := sorted(set(names) - set(written) - set(read_only)):
         raise BuildError(
             f"the model never writes {unwritten}: what it only reads is a constant, not a state; "
             f"make it a buffer"
         )
+    names = [name for name in names if name in written]
     aliases = tuple(Alias(output=f"{name}_updated", input=name, kind="operator") for name in names)
     reason = (
         "the PyTorch engine runs the inplace:: operators themselves, which write the bound tensor"

@@ -85,6 +85,7 @@ def capture_exported(
     assume_consecutive: Collection[str] = (),
     strict: bool = False,
     alignment: int = 1,
+    shared: Collection[str] = (),
 ) -> ExportedCapture:
     """Capture a module that mutates its inputs or its buffers.
 
@@ -110,6 +111,8 @@ def capture_exported(
         strict: refuse a module that writes a part of a state in a way that no pattern covers.
         alignment: bytes that the address of a state must be a multiple of; a tensor whose parts lie
             closer stays one state.
+        shared: names of buffers that are states of other programs too, see
+            `inplace_builder.capture.programs`. They stay one state each, and may be only read.
 
     Raises:
         BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if
@@ -121,7 +124,12 @@ def capture_exported(
     elif isinstance(states, Mapping):
         raise BuildError("states={input: output} needs the module itself, not its export")
     functional = lift_mutated_buffers(
-        module, example_inputs, states=states, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+        module,
+        example_inputs,
+        states=states,
+        dynamic_shapes=dynamic_shapes,
+        kwargs=kwargs,
+        shared=shared,
     )
     functional.check_assumed(assume_consecutive)
     _check_slots_name_is_free(functional)
@@ -135,7 +143,7 @@ def capture_exported(
     functional = replace(
         functional,
         states=divide_states(
-            graph_module, original, functional.states, functional.num_outputs, alignment
+            graph_module, original, functional.states, functional.num_outputs, alignment, shared
         ),
     )
     # 5. Match writes and attention; put inplace::update, read and attention in their place.
@@ -151,7 +159,7 @@ def capture_exported(
     check_state_uses(functional.graph_module.graph, [state.name for state in captured])
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
-    return _described(exported, functional, original, captured, rows)
+    return _described(exported, functional, original, captured, rows, shared)
 
 
 def _constants(module: GraphModule) -> dict[Node, Tensor]:
@@ -206,9 +214,10 @@ def _described(
     original: GraphModule,
     states: tuple[CapturedState, ...],
     rows: int,
+    shared: Collection[str],
 ) -> ExportedCapture:
     """The capture with the manifest's description of it."""
-    names = {state.name for state in states}
+    names = {state.name for state in states if state.tensor.source not in shared}
     if unwritten := sorted(names - set(written_states(exported.graph))):
         raise BuildError(f"internal: the rewritten graph does not write {unwritten}")
     lowering = tuple(

@@ -1,11 +1,11 @@
 """The front-end for any module of one sequence: one row for each sequence, by batching rules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from inplace.schema.served import Program
+from inplace.schema.served import STEP, Program
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
@@ -42,6 +42,9 @@ class RowOptions:
         outputs: names of the outputs; None for ``output_0``, ….
         limits: inclusive limits of the values of integer inputs, by name. A request beyond them is
             refused; within them the engine is verified, otherwise with 0 and 1.
+        roles: what outputs are besides values, by name: ``tokens`` (int64, ``[n]`` a row, negative
+            numbers are no tokens) and ``done`` (bool, one entry a row), see
+            `inplace.schema.specs.Role`.
 
     **A shorter last chunk.** A step takes a whole chunk of every row. A module that is fed less at
     the end of a stream takes the number of valid entries as one more input, with limits from 1 to
@@ -56,6 +59,7 @@ class RowOptions:
     max_requests: int | None = None
     outputs: tuple[str, ...] | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
 
 
 def capture_exported_rows(
@@ -87,8 +91,45 @@ def capture_exported_rows(
             rows, which is named with the module's line; an extent varies; or the module appends,
             and neither ``positions`` nor ``max_requests`` limits the length of a sequence.
     """
+    return capture_rows(module, options, example_inputs, kwargs=kwargs, states=states).capture
+
+
+@dataclass(frozen=True)
+class CapturedRows:
+    """A module over rows, and the module of one sequence that it was made of.
+
+    Attributes:
+        capture: the capture.
+        rows: the module.
+    """
+
+    capture: Capture
+    rows: "RowsModule"
+
+
+def capture_rows(
+    module: torch.nn.Module | ExportedProgram,
+    options: RowOptions,
+    example_inputs: Sequence[Any],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    states: States = "auto",
+    name: str = STEP,
+    shared: Collection[str] = (),
+) -> CapturedRows:
+    """Capture a module as `capture_exported_rows` does, as one program of several.
+
+    Args:
+        module: the module.
+        options: what to build for.
+        example_inputs: its positional arguments.
+        kwargs: its keyword arguments.
+        states: as for `capture_exported_rows`.
+        name: the program's name.
+        shared: names of buffers that are states of other programs too.
+    """
     # 1. Capture the module as it is, for one sequence.
-    capture = capture_exported(module, example_inputs, kwargs=kwargs, states=states)
+    capture = capture_exported(module, example_inputs, kwargs=kwargs, states=states, shared=shared)
     if capture.rows != 1:
         raise BuildError(
             f"the module already steps {capture.rows} rows, each at its own position; give one of "
@@ -99,7 +140,7 @@ def capture_exported_rows(
     capacity = _capacity(capture, specs, options)
     rows = RowsModule(capture, options)
     program = Program(
-        name="step",
+        name=name,
         row_layout="rectangular",
         inputs=(*rows.inputs, control_input(SLOTS, Role.SLOTS)),
         outputs=rows.outputs,
@@ -110,7 +151,8 @@ def capture_exported_rows(
     # 3. Run every operator for many rows, and export that with dynamic numbers of rows and slots.
     exported = _export_rows(rows, program, specs, unused_primes(capture.graph_module))
     # 4. Clean the graph, check it against the description, read off what it writes.
-    program, lowering = complete_program(exported, program, specs)
+    read_only = [state.name for state in capture.states if state.tensor.source in shared]
+    program, lowering = complete_program(exported, program, specs, read_only)
     weights = next(
         (Dtype.of(weight.dtype) for weight in capture.graph_module.parameters()), specs[0].dtype
     )
@@ -119,7 +161,7 @@ def capture_exported_rows(
         for spec, state in zip(specs, capture.states, strict=True)
         if spec.initial is not None
     }
-    return Capture(
+    result = Capture(
         exported,
         program,
         specs,
@@ -129,6 +171,7 @@ def capture_exported_rows(
         rows.reference,
         initial=initial,
     )
+    return CapturedRows(result, rows)
 
 
 def _capacity(
@@ -257,8 +300,11 @@ class RowsModule:
                 f"{list(names)}"
             )
         self.outputs = tuple(
-            _output_spec(name, value(node)) for name, node in zip(names, returned, strict=True)
+            _output_spec(name, value(node), options)
+            for name, node in zip(names, returned, strict=True)
         )
+        if unknown := sorted(options.roles.keys() - set(names)):
+            raise BuildError(f"roles were given for {unknown}; the outputs are {list(names)}")
 
     def graph_over_rows(self, states: Sequence[StateSpec], example: tuple[int, int]) -> GraphModule:
         """The graph over ``inputs [rows, …]``, ``slots [rows]`` and ``states [slots, …]``."""
@@ -282,18 +328,34 @@ class RowsModule:
     def reference(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """A `Reference`: the original module, before anything of it was rewritten."""
         states = [state.tensor.initial.clone() for state in self.states]
-        results: list[Tensor] = []
+        outputs: dict[str, Tensor] = {}
         for index, request in enumerate(requests):
-            inputs = [
-                _reference_input(spec, shape, request, index)
-                for spec, shape in zip(self.inputs, self.shapes, strict=True)
-            ]
-            with torch.no_grad():
-                results = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
-            states = results[len(self.outputs) :]
-        return {
+            outputs, states = self.call(request, states, index)
+        return outputs
+
+    def call(
+        self, request: Mapping[str, Tensor], states: Sequence[Tensor], index: int = 0
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Run the original module once.
+
+        Args:
+            request: its inputs by name, without a batch axis.
+            states: in their own shapes and order.
+            index: how many requests the sequence has had.
+
+        Returns:
+            The outputs by name, and the states' new values.
+        """
+        inputs = [
+            _reference_input(spec, shape, request, index)
+            for spec, shape in zip(self.inputs, self.shapes, strict=True)
+        ]
+        with torch.no_grad():
+            results = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
+        outputs = {
             spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)
         }
+        return outputs, results[len(self.outputs) :]
 
 
 def _reference_input(
@@ -337,7 +399,7 @@ def _is_integer(spec: TensorSpec) -> bool:
     return spec.role is Role.ROW and not dtype.is_floating_point and dtype is not torch.bool
 
 
-def _output_spec(name: str, example: Any) -> TensorSpec:
+def _output_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
     if not isinstance(example, Tensor):
         raise BuildError(f"output {name} is {example!r}, which is no tensor")
     if any(not isinstance(extent, int) for extent in example.shape):
@@ -347,7 +409,7 @@ def _output_spec(name: str, example: Any) -> TensorSpec:
         )
     return TensorSpec(
         name=name,
-        role=Role.VALUE,
+        role=options.roles.get(name, Role.VALUE),
         dtype=Dtype.of(example.dtype),
         shape=_shape_without_batch(example),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inplace.drivers.detokenizer import TOKENIZER_NAME
-from inplace.schema.served import FILE_NAME, STEP, Manifest
+from inplace.schema.served import DEFAULT_SCHEDULE, FILE_NAME, Manifest
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.engine_files import check_target, disk_errors, publish_engine
@@ -26,6 +26,7 @@ from inplace_builder.served.verify import verify
 from inplace_builder.served.write import write_files
 
 if TYPE_CHECKING:
+    from inplace_builder.capture.programs import ProgramsCapture
     from inplace_builder.served.plan import ServedPlan
 
 Stage = Callable[[str], None]
@@ -33,7 +34,7 @@ Stage = Callable[[str], None]
 
 
 def write_engine(
-    capture: Capture,
+    capture: "Capture | ProgramsCapture",
     output: Path | str,
     options: BuildOptions,
     stage: Stage = lambda _: None,
@@ -45,7 +46,7 @@ def write_engine(
     """Write a captured model as an engine directory, verify it, and publish it.
 
     Args:
-        capture: the captured model.
+        capture: the captured model, or the captured programs of one.
         output: the folder to write, a model of a Triton repository; its name is the model's. An
             engine directory there is replaced, anything else refused.
         options: what to build for.
@@ -63,24 +64,31 @@ def write_engine(
     """
     output = Path(output)
     check_output(output, options)
-    if capture.program.max_rows > options.slots:
+    captures = (capture,) if isinstance(capture, Capture) else capture.captures
+    max_rows = max(each.program.max_rows for each in captures)
+    if max_rows > options.slots:
         raise BuildError(
-            f"a batch of {capture.program.max_rows} rows needs as many slots; there are "
+            f"a batch of {max_rows} rows needs as many slots; there are "
             f"{options.slots}: raise slots or lower the batch"
         )
-    generates = options.serve == "stream" and capture.program.decoder_io is not None
+    if not isinstance(capture, Capture) and options.serve == "stream":
+        raise BuildError(
+            "a model with a schedule of programs is served step by step: build it with serve step"
+        )
+    generates = options.serve == "stream" and captures[0].program.decoder_io is not None
     with _drafts(output, with_proxy=generates) as (draft, proxy_draft):
         folder = draft / MODEL_VERSION
         stage("write the engine")
         with disk_errors(output):
             folder.mkdir()
-            plan = _plan(capture, options)
-            manifest = write_files(folder, output.name, capture, options, plan, extras)
-        manifest = _with_notes(manifest, {**capture.notes, **(notes or {})})
+            plans = [_plan(each, options) for each in captures]
+            schedule = DEFAULT_SCHEDULE if isinstance(capture, Capture) else capture.schedule
+            manifest = write_files(folder, output.name, captures, options, plans, extras, schedule)
+        manifest = _with_notes(manifest, {**captures[0].notes, **(notes or {})})
         if _runs_here(manifest):
             stage("verify it against the model")
             prepare()
-            manifest = _with_notes(manifest, verify(folder, manifest, capture))
+            manifest = _with_notes(manifest, _verify(folder, manifest, capture))
             manifest = manifest.model_copy(update={"verified": "executed"})
         text = None
         if generates:
@@ -94,6 +102,17 @@ def write_engine(
     if not generates:
         remove_proxy(output)
     return manifest
+
+
+def _verify(
+    folder: Path, manifest: Manifest, capture: "Capture | ProgramsCapture"
+) -> dict[str, str]:
+    if isinstance(capture, Capture):
+        return verify(folder, manifest, capture)
+    # only here: most builds have one program
+    from inplace_builder.served.verify_schedule import verify_schedule
+
+    return verify_schedule(folder, manifest, capture)
 
 
 @contextlib.contextmanager
@@ -122,7 +141,7 @@ def _plan(capture: Capture, options: BuildOptions) -> "ServedPlan | None":
 
 def _runs_here(manifest: Manifest) -> bool:
     """Whether the engine was built for a device that this machine has."""
-    plan = manifest.program(STEP).engine.plan
+    plan = manifest.programs[0].engine.plan
     return plan is None or plan.gpu != ""
 
 

@@ -139,7 +139,7 @@ def model_config(
     Raises:
         BuildError: a tensor of the model has a name of the generate protocol.
     """
-    program = manifest.program("step")
+    program = manifest.interface
     stream = options.serve == "stream"
     try:
         tensors = model_tensors(

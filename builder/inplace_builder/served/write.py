@@ -1,16 +1,32 @@
 """Write the files of a served engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inplace.schema.files import record_files
-from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
+from inplace.schema.served import (
+    DEFAULT_SCHEDULE,
+    FILE_NAME,
+    CompiledProgram,
+    Manifest,
+    Schedule,
+)
 from inplace.schema.specs import INITIAL_FILE
 from inplace.schema.tensor_file import write_tensors
+from pydantic import ValidationError
 
 from inplace_builder.capture.capture import Capture
-from inplace_builder.engine_files import built_with, write_plan, write_program
+from inplace_builder.capture.union import union_of_states
+from inplace_builder.engine_files import (
+    PLAN_FILE,
+    TORCH_FILE,
+    WEIGHTS_FILE,
+    built_with,
+    write_plan,
+    write_program,
+)
+from inplace_builder.errors import BuildError
 from inplace_builder.served.options import BuildOptions
 
 if TYPE_CHECKING:
@@ -20,47 +36,89 @@ if TYPE_CHECKING:
 def write_files(
     folder: Path,
     name: str,
-    capture: Capture,
+    captures: Sequence[Capture],
     options: BuildOptions,
-    compiled: "ServedPlan | None",
+    plans: "Sequence[ServedPlan | None]",
     extras: Callable[[Path], None],
+    schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> Manifest:
-    """Write a captured model as a graph for PyTorch, or as the plan that it was compiled to.
+    """Write captured programs, each as a graph for PyTorch or as the plan it was compiled to.
 
     Args:
         folder: the version folder.
         name: the model's name.
-        capture: the captured model.
-        options: what it is built for.
-        compiled: the plan; None for PyTorch.
+        captures: the captured programs.
+        options: what they are built for.
+        plans: the plan of each; None for PyTorch.
         extras: writes further files into the folder.
+        schedule: in which order a request calls them.
 
     Returns:
         The engine's manifest, which is not written yet.
 
     Raises:
+        BuildError: programs do not fit together.
         OSError: a file cannot be written.
     """
-    if compiled is None:
-        program, lowering, notes = capture.program, capture.lowering, built_with()
-        engine = write_program(capture.exported, folder, options.device, capture.dtype)
-    else:
-        plan = compiled.plan
-        program, lowering, notes = compiled.program, plan.lowering, built_with(plan.record)
-        notes["weights_in_plan_bytes"] = str(plan.constant_bytes)
-        engine = write_plan(plan.content, plan.record, plan.weights, folder, capture.dtype)
-    if capture.initial:
-        write_tensors(folder / INITIAL_FILE, capture.initial)
+    notes: dict[str, str] = {}
+    programs = [
+        _write_program(folder, capture, options, plan, notes, alone=len(captures) == 1)
+        for capture, plan in zip(captures, plans, strict=True)
+    ]
+    states = union_of_states(captures)
+    initial = {name: tensor for capture in captures for name, tensor in capture.initial.items()}
+    if initial:
+        write_tensors(folder / INITIAL_FILE, initial)
     extras(folder)
+    limits = [capture.capacity for capture in captures if capture.capacity is not None]
+    try:
+        return Manifest(
+            name=name,
+            slots=options.slots,
+            capacity=min(limits, default=None),
+            min_capacity=captures[0].min_capacity,
+            states=states,
+            programs=tuple(programs),
+            schedules=(schedule,),
+            files=record_files(folder, leave_out=FILE_NAME),
+            verified="compiled_only",
+            built_with=notes,
+        )
+    except ValidationError as error:
+        if len(captures) == 1:
+            raise
+        reasons = "; ".join(
+            str(each["msg"]).removeprefix("Value error, ") for each in error.errors()
+        )
+        raise BuildError(f"the programs do not fit together: {reasons}") from error
+
+
+def _write_program(
+    folder: Path,
+    capture: Capture,
+    options: BuildOptions,
+    compiled: "ServedPlan | None",
+    notes: dict[str, str],
+    *,
+    alone: bool,
+) -> CompiledProgram:
+    """Write the file of one program; what built it is added to ``notes``."""
+
+    def file(name: str) -> str:
+        stem, _, ending = name.partition(".")
+        return name if alone else f"{stem}-{capture.program.name}.{ending}"
+
     states = [state.name for state in capture.states]
-    return Manifest(
-        name=name,
-        slots=options.slots,
-        capacity=capture.capacity,
-        min_capacity=capture.min_capacity,
-        states=capture.states,
-        programs=(CompiledProgram.of(program, engine, lowering, states),),
-        files=record_files(folder, leave_out=FILE_NAME),
-        verified="compiled_only",
-        built_with=notes,
-    )
+    if compiled is None:
+        notes |= built_with()
+        engine = write_program(
+            capture.exported, folder, options.device, capture.dtype, file(TORCH_FILE)
+        )
+        return CompiledProgram.of(capture.program, engine, capture.lowering, states)
+    plan = compiled.plan
+    notes |= built_with(plan.record)
+    constants = int(notes.get("weights_in_plan_bytes", 0)) + plan.constant_bytes
+    notes["weights_in_plan_bytes"] = str(constants)
+    files = file(PLAN_FILE), file(WEIGHTS_FILE)
+    engine = write_plan(plan.content, plan.record, plan.weights, folder, capture.dtype, files)
+    return CompiledProgram.of(compiled.program, engine, plan.lowering, states)

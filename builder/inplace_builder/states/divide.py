@@ -7,7 +7,7 @@ it. The parts are views of the tensor, so its owner keeps one tensor.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,7 @@ def divide_states(
     states: Sequence[StateTensor],
     num_outputs: int,
     alignment: int,
+    whole: Collection[str] = (),
 ) -> tuple[StateTensor, ...]:
     """Divide each state that is only used by constant indices on one axis.
 
@@ -60,6 +61,7 @@ def divide_states(
         num_outputs: outputs of the module.
         alignment: bytes that the address of a part must be a multiple of; a state whose parts lie
             closer stays whole.
+        whole: the module's names of states that are not divided.
 
     Returns:
         The states of both graphs now: the parts, in order, in place of a state that was divided.
@@ -68,7 +70,9 @@ def divide_states(
     place = 0
     while place < len(result):
         state = result[place]
-        division = _find_division(module, place + num_outputs, state, alignment)
+        division = None
+        if state.module_tensor.source not in whole:
+            division = _find_division(module, place + num_outputs, state, alignment)
         if division is None:
             place += 1
             continue

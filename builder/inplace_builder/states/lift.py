@@ -93,6 +93,7 @@ def lift_mutated_buffers(
     states: str | Collection[str] = "auto",
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
+    shared: Collection[str] = (),
 ) -> FunctionalGraph:
     """Export a module and lift its states to inputs of a function.
 
@@ -105,6 +106,8 @@ def lift_mutated_buffers(
         states: ``auto``, or the names of exactly the inputs and buffers that are states.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: its keyword arguments.
+        shared: names of buffers that other programs write: states although this module only reads
+            them.
 
     Raises:
         BuildError: torch.export cannot capture the module; ``states`` does not name exactly what is
@@ -126,7 +129,7 @@ def lift_mutated_buffers(
             f"{brief(error)}; write into the state itself, or into a simpler view of it"
         ) from error
     check_deterministic(program.graph)
-    lifted = _lift(program, exported.example_inputs, writers)
+    lifted = _lift(program, exported.example_inputs, writers, shared)
     if states != "auto":
         _check_declared(lifted.states, {states} if isinstance(states, str) else set(states))
     if not lifted.states:
@@ -494,7 +497,10 @@ def _merge_buffers(exported: ExportedProgram, kept: Node, alias: Node, path: lis
 
 
 def _lift(
-    program: ExportedProgram, examples: Any, writers: dict[str, FirstWriter]
+    program: ExportedProgram,
+    examples: Any,
+    writers: dict[str, FirstWriter],
+    shared: Collection[str],
 ) -> FunctionalGraph:
     """Make what is mutated an input, and everything else of the module an attribute."""
     graph, signature = program.graph_module.graph, program.graph_signature
@@ -506,6 +512,7 @@ def _lift(
     attributes: dict[str, Any] = {}
     inputs: list[str] = []
     example_inputs: list[Any] = []
+    only_read: dict[str, Node] = {}
     for spec in signature.input_specs:
         node = nodes[spec.arg.name]
         if spec.kind is InputKind.USER_INPUT:
@@ -519,10 +526,13 @@ def _lift(
                 example_inputs.append(leaf)
         elif (target := _attribute_target(spec)) is not None:
             tensor = _attribute_tensor(program, target)
-            if spec.kind is InputKind.BUFFER and target in written_buffers:
+            reads = target in shared and target not in written_buffers and bool(node.users)
+            if spec.kind is InputKind.BUFFER and (target in written_buffers or reads):
                 initial = tensor.detach().clone()
                 _name_after(graph, node, target, writers)
                 tensors[target] = StateTensor(node.name, Owner.MODULE, target, initial)
+                if reads:
+                    only_read[target] = node
             else:
                 attributes[target] = tensor
                 _make_attribute(graph, node, target)
@@ -533,6 +543,7 @@ def _lift(
             )
     attributes |= _subgraphs(program, attributes)
     outputs, new_values = _split_outputs(program)
+    new_values |= only_read
     states = tuple(
         _checked_state(tensors[key], new, writers.get(tensors[key].name))
         for key, new in new_values.items()

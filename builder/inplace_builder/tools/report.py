@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from inplace.schema.served import STEP, CompiledProgram, Manifest, Program
+from inplace.schema.served import CompiledProgram, Manifest, Program
 from inplace.schema.specs import StateSpec, TensorSpec
 from rich.filesize import decimal
 from rich.table import Table
@@ -12,7 +12,7 @@ from rich.table import Table
 
 def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     """States, bytes a slot, the arena, and where the model is."""
-    engine = manifest.program(STEP).engine
+    engine = manifest.programs[0].engine
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{manifest.name} ({engine.kind}, {engine.dtype}, {engine.device})")
     for line in _describe_states(manifest.states):
@@ -21,7 +21,8 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     table.add_row("a slot", f"{size}, capacity {manifest.capacity or 'unlimited'}")
     arena = decimal(arena_bytes(manifest, manifest.slots))
     table.add_row("arena", f"{manifest.slots} slots, {arena}")
-    table.add_row("engine", decimal(manifest.file(engine.file).bytes))
+    engine_bytes = sum(manifest.file(each.engine.file).bytes for each in manifest.programs)
+    table.add_row("engine", decimal(engine_bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
     for note in ("adapter", "quantization", "cache", "tokenizer", "capture"):

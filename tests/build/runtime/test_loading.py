@@ -196,13 +196,13 @@ def test_an_engine_for_a_gpu_is_refused_where_there_is_none(model: Path) -> None
     )
 
 
-def test_an_engine_without_a_step_is_refused(model: Path) -> None:
+def test_an_engine_without_a_step_has_a_schedule_which_packed_programs_lack(model: Path) -> None:
     def rename(fields: dict[str, Any]) -> None:
         fields["programs"][0].update(name="encode")
         fields["schedules"] = [{"name": "default", "calls": [{"program": "encode"}]}]
 
     edit(model / "1", rename)
-    with pytest.raises(LoadError, match=r"the engine has no program 'step', only \['encode'\]"):
+    with pytest.raises(LoadError, match="input input_ids of the role tokens in a schedule"):
         ModelInstance.open(model / "1")
 
 
@@ -216,8 +216,10 @@ def test_an_engine_without_a_step_is_refused(model: Path) -> None:
             "schedule twice",
         ),
         (
-            lambda fields: fields["programs"].append(fields["programs"][0] | {"name": "encode"}),
-            "program encode",
+            lambda fields: fields.update(
+                schedules=[{"name": "twice", "calls": [{"program": "step", "at_most": 2}]}]
+            ),
+            "input input_ids of the role tokens in a schedule",
         ),
         (
             lambda fields: fields["states"][0].update(scale="scales"),

@@ -23,7 +23,7 @@ from inplace.engines.tensorrt.steps import DynamicSlotSteps, StaticSlotSteps
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import STEP, Manifest
+from inplace.schema.served import STEP, CompiledProgram, Manifest
 from inplace.schema.tensor_file import read_tensors
 
 log = logging.getLogger("inplace")
@@ -37,6 +37,7 @@ class TensorRtEngine:
         manifest: its manifest.
         arena: the memory to bind the states to; on a GPU.
         graphs: replay steps as CUDA graphs; False launches every step kernel by kernel.
+        program: the program whose plan is run.
 
     Raises:
         LoadError: the plan was built for another GPU or TensorRT, cannot be read, has other inputs
@@ -52,29 +53,35 @@ class TensorRtEngine:
     """
 
     def __init__(
-        self, folder: EngineFolder, manifest: Manifest, arena: Arena, *, graphs: bool = True
+        self,
+        folder: EngineFolder,
+        manifest: Manifest,
+        arena: Arena,
+        *,
+        graphs: bool = True,
+        program: str = STEP,
     ) -> None:
-        program = manifest.program(STEP)
-        plan = program.engine.plan
+        compiled = manifest.program(program)
+        plan = compiled.engine.plan
         if plan is None:
             raise LoadError(
                 f"{folder.path}: the manifest has no record of its TensorRT plan; build the model "
                 "again"
             )
-        record = manifest.file(program.engine.file)
+        record = manifest.file(compiled.engine.file)
         path = folder.path / record.name
         self._arena, self._addresses = arena, list(arena.addresses().values())
         before = _DeviceMemory.now()
         opened = open_plan(str(path), partial(folder.read_code, record), plan)
         engine = opened.engine
-        _check_names(path, engine, manifest)
-        check_native_aliases(str(path), engine, program.aliases)
+        _check_names(path, engine, manifest, compiled)
+        check_native_aliases(str(path), engine, compiled.aliases)
         try:
             weights = _weights(folder, manifest, plan)
             contexts = ExecutionContexts(opened, plan, weights)
-            kind = StaticSlotSteps if program.rows_are_slots else DynamicSlotSteps
+            kind = StaticSlotSteps if compiled.rows_are_slots else DynamicSlotSteps
             self._steps: StaticSlotSteps | DynamicSlotSteps = kind(
-                program, arena, contexts, graphs=graphs
+                compiled, arena, contexts, graphs=graphs
             )
             self._steps.warm_up()
         except torch.cuda.OutOfMemoryError as error:
@@ -147,13 +154,12 @@ class _DeviceMemory:
         return cls(reserved, total - free - reserved)
 
 
-def _check_names(path: Path, engine: Any, manifest: Manifest) -> None:
+def _check_names(path: Path, engine: Any, manifest: Manifest, program: CompiledProgram) -> None:
     """Compare the plan's inputs, outputs and shapes of states with the manifest's.
 
     Raises:
         LoadError: they differ.
     """
-    program = manifest.program(STEP)
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     inputs = input_names(engine)
     outputs = names - inputs

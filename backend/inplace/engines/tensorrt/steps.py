@@ -20,7 +20,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.errors import LoadError
-from inplace.schema.served import Program
+from inplace.schema.served import CompiledProgram, Program
 from inplace.schema.specs import Role, TensorSpec
 
 DECODE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -260,7 +260,12 @@ class DynamicSlotSteps:
     moves_states, overlaps = False, True
 
     def __init__(
-        self, program: Program, arena: Arena, contexts: ExecutionContexts, *, graphs: bool
+        self,
+        program: CompiledProgram,
+        arena: Arena,
+        contexts: ExecutionContexts,
+        *,
+        graphs: bool,
     ) -> None:
         self._program, self._arena, self._contexts, self._graphs = program, arena, contexts, graphs
         self._sizes = decode_sizes(program) + mixed_sizes(program)
@@ -281,6 +286,7 @@ class DynamicSlotSteps:
         self._arrays = _numpy_views(self._host)  # see `InputBuffers`
         self._captured: dict[StepSize, CapturedStep] = {}
         self.on_stream = contexts.on_stream
+        self._states = {name: arena.tensors[name] for name in program.states}
         self._aliases = {
             alias.output: arena.tensors[alias.input].data_ptr() for alias in program.aliases
         }
@@ -384,7 +390,7 @@ class DynamicSlotSteps:
         self._contexts.enqueue(
             size.rows,
             size.tokens,
-            {**inputs.tensors, **self._arena.tensors, **outputs},
+            {**inputs.tensors, **self._states, **outputs},
             self._aliases,
         )
         for name in self._downloaded:

@@ -1,0 +1,332 @@
+"""Several modules over shared states, as the programs of one engine.
+
+A buffer that is the same tensor in several modules is one state: what one program writes, the
+others read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from inplace.runtime.batcher import ScheduleProgress
+from inplace.schema.served import Call, Loop, Schedule
+from inplace.schema.specs import Role
+from pydantic import ValidationError
+from torch import Tensor
+
+from inplace_builder.capture.capture import Capture
+from inplace_builder.capture.exported_rows import (
+    CapturedRows,
+    RowOptions,
+    RowsModule,
+    capture_rows,
+)
+from inplace_builder.capture.union import union_of_states
+from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.export import rename_inputs
+
+ProgramModule = tuple[torch.nn.Module, RowOptions, Sequence[Any]]
+"""A module of one sequence, what it is built for, and example inputs."""
+
+
+@dataclass(frozen=True)
+class ProgramsCapture:
+    """Captured programs, and in which order a request calls them.
+
+    Attributes:
+        captures: one for each program; a state that several use has one name in all.
+        schedule: what a request runs.
+        modules: by program, the original module and the names of its states, to verify against.
+    """
+
+    captures: tuple[Capture, ...]
+    schedule: Schedule
+    modules: Mapping[str, tuple[RowsModule, tuple[str, ...]]]
+
+    def fresh_states(self) -> dict[str, Tensor]:
+        """What the states of a sequence hold when it starts, in the modules' own shapes."""
+        return {
+            name: state.tensor.initial.clone()
+            for rows, names in self.modules.values()
+            for name, state in zip(names, rows.states, strict=True)
+        }
+
+    def run(
+        self, states: dict[str, Tensor], inputs: Mapping[str, Tensor], loops: tuple[Loop, ...]
+    ) -> dict[str, Tensor]:
+        """Run a request through the original modules.
+
+        Args:
+            states: of its sequence; changed to what they are afterwards.
+            inputs: the request's, by name, without a batch axis.
+            loops: the schedule.
+
+        Returns:
+            What the schedule produces, as `ScheduleProgress.answer`.
+        """
+        programs = {capture.program.name: capture.program for capture in self.captures}
+        progress = ScheduleProgress(loops)
+        while not progress.finished:
+            name = progress.next_call.program
+            rows, names = self.modules[name]
+            outputs, new = rows.call(inputs, [states[state] for state in names])
+            states |= dict(zip(names, new, strict=True))
+            rowed = {output: tensor[None] for output, tensor in outputs.items()}
+            progress.add(programs[name], rowed, 0)
+        return progress.answer()
+
+
+def capture_programs(
+    programs: Mapping[str, ProgramModule], schedule: Sequence[Call | Loop]
+) -> ProgramsCapture:
+    """Capture modules of one sequence as the programs of one engine.
+
+    A state is a buffer that some module writes. Buffers that are the same tensor are one state,
+    with the shortest of their qualified names (the first, if there are several; with the program's
+    name in front, if another state has it).
+
+    Args:
+        programs: by name: the module, its options and example inputs. Outputs of the role
+            ``tokens`` are joined over the calls of a request, of others the last call's are sent;
+            outputs of different programs have different names. Inputs of the same name are one.
+        schedule: the calls of a request, in order, and at most one level of loops. ``until`` names
+            an output of the role ``done``.
+
+    Raises:
+        BuildError: a module cannot be captured, see `capture_exported_rows`; the schedule names
+            an unknown program or output, or leaves a program out; modules share memory otherwise
+            than as one tensor, or have different initial values of one; a program takes positions.
+    """
+    _check_names(programs)
+    try:
+        described = Schedule(name="default", calls=tuple(schedule))
+    except ValidationError as error:
+        raise BuildError(_reason(error)) from error
+    _check_called(described, programs)
+    for name, (_, options, _) in programs.items():
+        if options.positions is not None:
+            raise BuildError(
+                f"program {name} has the positions {options.positions!r}: a program of several "
+                f"counts its own calls in a buffer, because a request may call it any number of "
+                f"times"
+            )
+    buffers = _Buffers(programs)
+    captured: dict[str, CapturedRows] = {}
+    for name, (module, options, examples) in programs.items():
+        try:
+            captured[name] = capture_rows(
+                module, options, examples, name=name, shared=buffers.shared(name)
+            )
+        except BuildError as error:
+            raise BuildError(f"program {name}: {error}") from error
+    names = _state_names(captured, buffers)
+    captures = tuple(_renamed(each, names[name]) for name, each in captured.items())
+    _check_done(described, captures)
+    union_of_states(captures)
+    modules = {name: (each.rows, names[name]) for name, each in captured.items()}
+    result = ProgramsCapture(captures, described, modules)
+    _check_initial(result)
+    return result
+
+
+def _check_names(programs: Mapping[str, ProgramModule]) -> None:
+    if not programs:
+        raise BuildError("capture_programs needs at least one program")
+    if wrong := [name for name in programs if not (name.isidentifier() and name.isascii())]:
+        raise BuildError(f"programs {wrong} have names that are no ASCII identifiers")
+
+
+def _check_called(schedule: Schedule, programs: Mapping[str, ProgramModule]) -> None:
+    called = {call.program for loop in schedule.loops for call in loop.calls}
+    if unknown := sorted(called - programs.keys()):
+        raise BuildError(f"the schedule calls {unknown}; the programs are {list(programs)}")
+    if uncalled := [name for name in programs if name not in called]:
+        raise BuildError(f"the schedule does not call the programs {uncalled}: leave them out")
+
+
+def _check_done(schedule: Schedule, captures: Sequence[Capture]) -> None:
+    done = {
+        capture.program.name: [
+            spec.name for spec in capture.program.outputs if spec.role is Role.DONE
+        ]
+        for capture in captures
+    }
+    for loop in schedule.loops:
+        named = [(loop.until, loop.calls[-1].program)]
+        named += [(call.until, call.program) for call in loop.calls]
+        for until, program in named:
+            if until is not None and until not in done[program]:
+                raise BuildError(
+                    f"the schedule runs {program} until {until!r}; its outputs of the role done "
+                    f"are {done[program]}: name one in RowOptions(outputs=…, roles={{…: "
+                    f"Role.DONE}})"
+                )
+
+
+def _reason(error: ValidationError) -> str:
+    return "; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())
+
+
+class _Buffers:
+    """The buffers of all modules, and which are one tensor.
+
+    Args:
+        programs: the modules.
+    """
+
+    def __init__(self, programs: Mapping[str, ProgramModule]) -> None:
+        self.tensors = {
+            name: dict(module.named_buffers(remove_duplicate=False))
+            for name, (module, _, _) in programs.items()
+        }
+        self.written = {
+            key
+            for name, (module, _, examples) in programs.items()
+            for key in _written(name, module, examples)
+        }
+        self._check_overlaps()
+
+    def _items(self) -> Iterator[tuple[str, str, Tensor]]:
+        for program, buffers in self.tensors.items():
+            for name, tensor in buffers.items():
+                yield program, name, tensor
+
+    def _check_overlaps(self) -> None:
+        """BuildError if modules share memory that is written, otherwise than as one tensor."""
+        by_storage: dict[int, tuple[str, str, Tensor]] = {}
+        for program, name, tensor in self._items():
+            if not tensor.numel():
+                continue
+            storage = tensor.untyped_storage().data_ptr()
+            other, other_name, first = by_storage.setdefault(storage, (program, name, tensor))
+            keys = {_key(first), _key(tensor)}
+            if other != program and len(keys) == 2 and keys & self.written:
+                raise BuildError(
+                    f"buffer {name} of program {program} and buffer {other_name} of program "
+                    f"{other} share memory, but are not the same tensor: share one buffer and "
+                    f"take views of it in forward"
+                )
+
+    def shared(self, program: str) -> list[str]:
+        """The names in one module of the states that other modules have too."""
+        others = {_key(tensor) for other, _, tensor in self._items() if other != program}
+        return [
+            name
+            for name, tensor in self.tensors[program].items()
+            if _key(tensor) in others & self.written
+        ]
+
+    def names_of(self, program: str, source: str) -> list[str]:
+        """All qualified names of the tensor of a buffer, in the order of the programs."""
+        tensor = self.tensors[program].get(source)
+        if tensor is None:
+            return []
+        return [name for _, name, other in self._items() if _key(other) == _key(tensor)]
+
+    def key(self, program: str, source: str) -> object:
+        """What is the same for the same state."""
+        tensor = self.tensors[program].get(source)
+        return (program, source) if tensor is None else _key(tensor)
+
+
+def _key(tensor: Tensor) -> tuple[object, ...]:
+    """What two names of one tensor have in common."""
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _written(
+    program: str, module: torch.nn.Module, examples: Sequence[Any]
+) -> list[tuple[object, ...]]:
+    """The buffers that one call of a module writes, whose values are put back afterwards."""
+    buffers = list(module.buffers())
+    values = [tensor.clone() for tensor in buffers]
+    versions = [tensor._version for tensor in buffers]
+    inputs = torch.utils._pytree.tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tuple(examples)
+    )
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except Exception as error:
+        raise BuildError(
+            f"program {program}: the module cannot be called with its example inputs: "
+            f"{brief(error)}"
+        ) from error
+    changed = [
+        tensor for tensor, old in zip(buffers, versions, strict=True) if tensor._version != old
+    ]
+    with torch.no_grad():
+        for tensor, value in zip(buffers, values, strict=True):
+            if any(tensor is each for each in changed):
+                tensor.copy_(value)
+    return [_key(tensor) for tensor in changed]
+
+
+def _state_names(
+    captured: Mapping[str, CapturedRows], buffers: _Buffers
+) -> dict[str, tuple[str, ...]]:
+    """The names of each program's states in the engine."""
+    chosen: dict[object, str] = {}
+    inputs = {spec.name for each in captured.values() for spec in each.rows.inputs}
+    taken = inputs | {"slots"}
+    result: dict[str, tuple[str, ...]] = {}
+    for program, each in captured.items():
+        names = []
+        for state in each.rows.states:
+            source = state.tensor.module_tensor.source
+            key = (buffers.key(program, source), state.tensor.selects)
+            if key not in chosen:
+                name = state.name
+                if not state.tensor.selects and (all_names := buffers.names_of(program, source)):
+                    shortest = min(all_names, key=len)
+                    name = "".join(c if c.isalnum() else "_" for c in shortest)
+                    name = name if name.isidentifier() else state.name
+                chosen[key] = name if name not in taken else f"{program}_{name}"
+                taken.add(chosen[key])
+            names.append(chosen[key])
+        result[program] = tuple(names)
+    return result
+
+
+def _renamed(captured: CapturedRows, names: Sequence[str]) -> Capture:
+    """The capture with these names of its states."""
+    capture = captured.capture
+    new = dict(zip((state.name for state in capture.states), names, strict=True))
+    inputs = [spec.name for spec in capture.program.inputs]
+    rename_inputs(capture.exported, [*inputs, *names])
+    aliases = tuple(
+        alias.model_copy(
+            update={"input": new[alias.input], "output": f"{new[alias.input]}_updated"}
+        )
+        for alias in capture.program.aliases
+    )
+    return replace(
+        capture,
+        program=capture.program.model_copy(update={"aliases": aliases}),
+        states=tuple(
+            spec.model_copy(
+                update={"name": new[spec.name], "initial": spec.initial and new[spec.name]}
+            )
+            for spec in capture.states
+        ),
+        lowering=tuple(
+            each.model_copy(update={"state": new[each.state]}) for each in capture.lowering
+        ),
+        initial={new[name]: tensor for name, tensor in capture.initial.items()},
+    )
+
+
+def _check_initial(programs: ProgramsCapture) -> None:
+    """BuildError if two programs have different initial values of one state."""
+    first = programs.fresh_states()
+    for program, (rows, names) in programs.modules.items():
+        for name, state in zip(names, rows.states, strict=True):
+            if not torch.equal(
+                first[name].contiguous().view(-1).view(torch.uint8),
+                state.tensor.initial.contiguous().view(-1).view(torch.uint8),
+            ):
+                raise BuildError(
+                    f"state {name} has other initial values in program {program}: a call of a "
+                    f"module changed it while the others were captured"
+                )

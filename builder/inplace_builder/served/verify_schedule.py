@@ -1,0 +1,237 @@
+"""Verify an engine with a schedule: requests of three sequences against the original modules.
+
+Requests begin at different times, so rows of one call are at different counts of their loops.
+Every byte of a slot that has not been started is NaN, or the largest integer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from inplace.engines import NO_OTHER_THREADS
+from inplace.runtime.batcher import ActiveRequest, form_batch
+from inplace.runtime.requests import Request
+from inplace.runtime.schedules import ScheduledInstance
+from inplace.schema.served import Loop, Manifest
+from inplace.schema.specs import Role
+from torch import Tensor
+
+from inplace_builder.capture.programs import ProgramsCapture
+from inplace_builder.compare import TOLERANCE, fill_with_sentinel, relative_error, same_bits
+from inplace_builder.engine_files import load_errors
+from inplace_builder.errors import rejected
+from inplace_builder.served.verify import NUM_SEQUENCES, SPARE_SLOTS, random_input
+
+REQUESTS = 4
+"""Requests of each sequence. The last one runs with a limit of 1 for every ``until``."""
+
+
+STAGGER = 2
+"""Calls between the starts of two sequences, so that they are at different loop counts."""
+
+
+def verify_schedule(folder: Path, manifest: Manifest, programs: ProgramsCapture) -> dict[str, str]:
+    """Run the engine in ``folder`` against the original modules in the same schedule.
+
+    Returns:
+        The largest relative error of an output; and a note if all tokens were the same, which
+        proves little.
+
+    Raises:
+        BuildError: the engine cannot be loaded or fails; an output differs by more than rounding
+            explains; a call changed states that its program does not write, or slots of other
+            rows; or a row that was done changed when it was called again.
+    """
+    with load_errors():
+        instance = ScheduledInstance.open(
+            folder, manifest, slots=NUM_SEQUENCES + SPARE_SLOTS, idle_timeout=float("inf")
+        )
+    for tensor in instance.arena.tensors.values():
+        fill_with_sentinel(tensor)
+    check = _Verification(instance, programs)
+    check.run()
+    return check.notes()
+
+
+@dataclass
+class _Sequence:
+    """A sequence: its states in the original modules, and what is left to do."""
+
+    id: int
+    states: dict[str, Tensor]
+    num_requests: int = 0
+    active: ActiveRequest | None = None
+
+
+@dataclass
+class _Verification:
+    """One run.
+
+    Attributes:
+        instance: the engine.
+        programs: what it is compared with.
+        max_error: the largest relative error so far.
+        tokens: all tokens that were produced.
+        num_fixed_points: how many rows were called again after they were done.
+    """
+
+    instance: ScheduledInstance
+    programs: ProgramsCapture
+    max_error: float = 0.0
+    tokens: set[int] = field(default_factory=set)
+    num_fixed_points: int = 0
+
+    def run(self) -> None:
+        """Run all requests of all sequences; the first sequence then starts anew."""
+        generator = torch.Generator().manual_seed(0)
+        sequences = [
+            _Sequence(number + 1, self.programs.fresh_states()) for number in range(NUM_SEQUENCES)
+        ]
+        num_calls = 0
+        while True:
+            for sequence in sequences:
+                started = num_calls >= STAGGER * (sequence.id - 1)
+                if started and sequence.active is None and sequence.num_requests < REQUESTS:
+                    self._admit(sequence, generator)
+            waiting = [each.active for each in sequences if each.active is not None]
+            if not waiting:
+                if num_calls >= STAGGER * NUM_SEQUENCES:
+                    break
+                num_calls += 1
+                continue
+            self._call(self.instance.next_rows(waiting))
+            num_calls += 1
+            for sequence in sequences:
+                if sequence.active is not None and sequence.active.finished:
+                    self._compare(sequence, sequence.active)
+            sequences = sequences[1:] + sequences[:1]  # another one waits longest
+
+    def _admit(self, sequence: _Sequence, generator: torch.Generator) -> None:
+        inputs = {
+            spec.name: random_input(spec, 1, generator)
+            for spec in self.instance.program.client_inputs
+        }
+        if sequence.id == 1 and sequence.num_requests == REQUESTS - 2:
+            sequence.states = self.programs.fresh_states()  # a slot that is used again
+        start = sequence.num_requests == 0 or (
+            sequence.id == 1 and sequence.num_requests == REQUESTS - 2
+        )
+        sequence.num_requests += 1
+        request = Request(
+            sequence.id,
+            start=start,
+            end=False,
+            inputs=inputs,
+            requested_outputs=frozenset(spec.name for spec in self.instance.program.outputs),
+        )
+        sequence.active = self.instance.admit(request)
+        if sequence.num_requests == REQUESTS:
+            assert sequence.active.progress is not None
+            sequence.active.progress.loops = _limited(sequence.active.progress.loops)
+
+    def _call(self, rows: list[ActiveRequest]) -> None:
+        """Make a call; check what it changed, and that rows which are done stay as they are."""
+        instance, progress = self.instance, rows[0].progress
+        assert progress is not None
+        program = instance.programs[progress.next_call.program]
+        inputs = form_batch(program, rows).inputs
+        calls = [row.progress.next_call for row in rows if row.progress is not None]
+        before = {name: tensor.clone() for name, tensor in instance.arena.tensors.items()}
+        outputs = instance.step(rows)
+        for row in rows:
+            if row.error is not None:
+                raise rejected(str(row.error))
+        written = {alias.input for alias in program.aliases}
+        for name, tensor in instance.arena.tensors.items():
+            if name in written:
+                for row in rows:
+                    before[name][row.sequence.slot].copy_(tensor[row.sequence.slot])
+            if not same_bits(before[name], tensor):
+                raise rejected(
+                    f"program {program.name} changed bytes of state {name} outside the rows of its "
+                    f"call, or which it only reads"
+                )
+        for place, call in enumerate(calls):
+            if call.until is not None and bool(outputs[call.until][place]):
+                one = {name: tensor[place : place + 1] for name, tensor in inputs.items()}
+                self._call_again(program.name, call.until, one)
+
+    def _call_again(self, name: str, until: str, inputs: Mapping[str, Tensor]) -> None:
+        """Call a program again for a row that is done: nothing may change."""
+        instance = self.instance
+        before = {state: tensor.clone() for state, tensor in instance.arena.tensors.items()}
+        outputs = instance.engines[name].launch(
+            inputs, [spec.name for spec in instance.programs[name].outputs]
+        )(NO_OTHER_THREADS)
+        self.num_fixed_points += 1
+        where = f"program {name}, called again for a row that is done ({until}),"
+        for state, tensor in instance.arena.tensors.items():
+            if not same_bits(before[state], tensor):
+                raise rejected(
+                    f"{where} changes state {state}: a module whose row is done must keep its "
+                    f"states (torch.where)"
+                )
+        if not bool(outputs[until]):
+            raise rejected(f"{where} is not done any more")
+        for spec in instance.programs[name].outputs:
+            if spec.role is Role.TOKENS and bool((outputs[spec.name] >= 0).any()):
+                raise rejected(f"{where} produces the tokens {outputs[spec.name].tolist()}")
+
+    def _compare(self, sequence: _Sequence, active: ActiveRequest) -> None:
+        """Compare a finished request with the original modules."""
+        assert active.progress is not None
+        expected = self.programs.run(sequence.states, active.inputs, active.progress.loops)
+        for spec in self.instance.program.outputs:
+            output, reference = active.outputs[spec.name], expected[spec.name]
+            where = f"output {spec.name} of request {sequence.num_requests} of {sequence.id}"
+            if output.dtype.is_floating_point:
+                self._check_close(where, output, reference)
+            elif not torch.equal(output, reference):
+                raise rejected(f"{where} is {output.tolist()}, expected {reference.tolist()}")
+            if spec.role is Role.TOKENS:
+                self.tokens |= set(output.flatten().tolist())
+        self.instance.finish(active)
+        sequence.active = None
+
+    def _check_close(self, where: str, output: Tensor, expected: Tensor) -> None:
+        if output.shape != expected.shape:
+            raise rejected(
+                f"{where} has the shape {tuple(output.shape)}, the model's is "
+                f"{tuple(expected.shape)}"
+            )
+        error = relative_error(output, expected)
+        self.max_error = max(self.max_error, error)
+        tolerance = max(
+            TOLERANCE.get(each.engine.dtype, 0.0) for each in self.instance.manifest.programs
+        )
+        if not error <= tolerance:
+            raise rejected(f"{where} differs from the model by {error:.1e}, more than {tolerance}")
+
+    def notes(self) -> dict[str, str]:
+        """What the manifest records."""
+        notes = {"verified_error": f"{self.max_error:.1e}"}
+        notes["verified_fixed_points"] = str(self.num_fixed_points)
+        has_tokens = any(spec.role is Role.TOKENS for spec in self.instance.program.outputs)
+        if has_tokens and len(self.tokens) < 2:
+            notes["verified_tokens"] = (
+                f"random inputs gave the tokens {sorted(self.tokens)} only: an answer that is "
+                f"always the same proves little"
+            )
+        return notes
+
+
+def _limited(loops: tuple[Loop, ...]) -> tuple[Loop, ...]:
+    """The same schedule with at most one call wherever there is an ``until``."""
+    return tuple(
+        loop.model_copy(
+            update={
+                "at_most": 1 if loop.until else loop.at_most,
+                "calls": tuple(
+                    call.model_copy(update={"at_most": 1}) if call.until else call
+                    for call in loop.calls
+                ),
+            }
+        )
+        for loop in loops
+    )

@@ -1,0 +1,368 @@
+"""Several modules as programs of one engine: captured, verified, and stepped through a schedule."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inplace.drivers.step import StepDriver
+from inplace.engines import Finish
+from inplace.errors import Code, LoadError, RequestError
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.runtime.schedules import ScheduledInstance
+from inplace.schema.served import Manifest
+from inplace_builder import (
+    BuildError,
+    BuildOptions,
+    Call,
+    Loop,
+    Role,
+    RowOptions,
+    capture_programs,
+    write_engine,
+)
+from inplace_builder.capture.programs import ProgramsCapture
+from support.transducing import GreedySearch, chunks
+from torch import Tensor, nn
+from transducer import Listen, Memory, Speak, capture, modules
+
+OPTIONS = BuildOptions(slots=4, max_rows=4)
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Listen, Speak]:
+    return modules()
+
+
+@pytest.fixture(scope="module")
+def captured(parts: tuple[Listen, Speak]) -> ProgramsCapture:
+    return capture(*parts)
+
+
+@pytest.fixture(scope="module")
+def folder(captured: ProgramsCapture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("programs") / "transducer"
+    write_engine(captured, path, OPTIONS)
+    return path / "1"
+
+
+@pytest.fixture
+def instance(folder: Path) -> ScheduledInstance:
+    opened = ScheduledInstance.open(folder)
+    for tensor in opened.arena.tensors.values():
+        tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+    return opened
+
+
+@pytest.fixture
+def driver(instance: ScheduledInstance) -> Iterator[StepDriver]:
+    running = StepDriver(instance)
+    yield running
+    running.close()
+
+
+def request(sequence: int, features: Tensor, *, start: bool = False, end: bool = False) -> Request:
+    return Request(sequence, start, end, {"features": features[None]})
+
+
+def tokens(answer: Mapping[str, Tensor] | RequestError) -> list[int]:
+    assert not isinstance(answer, RequestError), answer
+    assert answer["tokens"].shape[0] == 1
+    assert answer["tokens"].dtype == torch.int64
+    [row] = answer["tokens"].tolist()
+    return list(row)
+
+
+# --- the engine ---
+
+
+def test_a_shared_buffer_is_one_state(folder: Path) -> None:
+    manifest = Manifest.load(folder)
+    names = ["context", "memory_frames", "memory_frame", "hidden", "last", "symbols"]
+    assert [state.name for state in manifest.states] == names
+    listen, speak = manifest.programs
+    assert listen.states == ("context", "memory_frames", "memory_frame")
+    assert speak.read_only == ("memory_frames",)
+    assert listen.engine.file == "engine-listen.safetensors"
+    assert manifest.verified == "executed"
+    assert int(manifest.built_with["verified_fixed_points"]) > 3
+    assert "verified_tokens" not in manifest.built_with
+
+
+def test_three_streams_in_one_call_get_the_tokens_of_greedy_search(
+    driver: StepDriver, parts: tuple[Listen, Speak]
+) -> None:
+    searches = [GreedySearch(*parts) for _ in range(3)]
+    streams = [chunks(stream, 6) for stream in range(3)]
+    seen: set[int] = set()
+    for place in range(6):
+        answers = driver.run(
+            [request(s + 1, streams[s][place], start=place == 0) for s in range(3)]
+        )
+        for search, stream, answer in zip(searches, streams, answers, strict=True):
+            expected = search.feed(stream[place])
+            assert tokens(answer) == expected
+            seen |= set(expected)
+    assert len(seen) > 3
+
+
+def test_rows_join_at_different_loop_counts(
+    instance: ScheduledInstance, parts: tuple[Listen, Speak]
+) -> None:
+    """The second stream begins while the first is in its loop; then both share calls."""
+    first = instance.admit(request(1, chunks(1, 1)[0], start=True))
+    for _ in range(3):
+        instance.step([first])
+    second = instance.admit(request(2, chunks(2, 1)[0], start=True))
+    instance.step([second])
+    counts = []
+    while waiting := [each for each in (first, second) if not each.finished]:
+        rows = instance.next_rows(waiting)
+        counts.append([row.progress.count for row in rows if row.progress is not None])
+        instance.step(rows)
+    assert counts[0] == [2, 0]
+    for active, stream in ((first, 1), (second, 2)):
+        assert tokens(active.outputs) == GreedySearch(*parts).feed(chunks(stream, 1)[0])
+
+
+def test_no_program_is_called_twice_while_rows_wait_for_another(
+    instance: ScheduledInstance,
+) -> None:
+    decoding = instance.admit(request(1, chunks(1, 1)[0], start=True))
+    instance.step([decoding])
+    new = [instance.admit(request(s, chunks(s, 1)[0], start=True)) for s in (2, 3)]
+    limited = instance.programs["listen"].model_copy(update={"max_rows": 1})
+    instance.programs["listen"] = limited
+    waiting, programs = [*new, decoding], []
+    for _ in range(4):
+        rows = instance.next_rows(waiting)
+        assert rows[0].progress is not None
+        programs.append(rows[0].progress.next_call.program)
+        instance.step(rows)
+        waiting = [each for each in waiting if each not in rows]
+        waiting += [each for each in rows if not each.finished]
+    assert programs == ["speak", "listen", "speak", "listen"]
+
+
+def test_a_slot_that_is_used_again_starts_anew(
+    driver: StepDriver, parts: tuple[Listen, Speak]
+) -> None:
+    first, again = chunks(5, 2)
+    driver.run([request(1, first, start=True)])
+    [answer] = driver.run([request(1, again, start=True, end=True)])
+    assert tokens(answer) == GreedySearch(*parts).feed(again)
+    [unknown] = driver.run([request(1, again)])
+    assert isinstance(unknown, RequestError)
+    assert unknown.code is Code.UNKNOWN_SEQUENCE
+
+
+class FailingEngine:
+    """Fails in its n-th launch."""
+
+    def __init__(self, engine: Any, launches: int) -> None:
+        self.engine, self.launches = engine, launches
+
+    def launch(self, inputs: Any, requested: Any) -> Finish:
+        self.launches -= 1
+        if self.launches == 0:
+            raise RuntimeError("out of luck")
+        finish: Finish = self.engine.launch(inputs, requested)
+        return finish
+
+
+def test_a_failed_call_of_several_ends_its_sequence(
+    instance: ScheduledInstance, driver: StepDriver, parts: tuple[Listen, Speak]
+) -> None:
+    first, again = chunks(7, 2)
+    driver.run([request(1, first, start=True), request(2, first, start=True)])
+    failing: Any = FailingEngine(instance.engines["speak"], 2)
+    instance.engines = {**instance.engines, "speak": failing}
+    [error] = driver.run([request(1, again)])
+    assert isinstance(error, RequestError)
+    assert error.code is Code.ENGINE_FAILED
+    assert "out of luck); the sequence has ended, START it again" in str(error)
+    search = GreedySearch(*parts)
+    search.feed(first)
+    lost, kept = driver.run([request(1, again), request(2, again)])
+    assert isinstance(lost, RequestError)
+    assert tokens(kept) == search.feed(again)
+
+
+def test_a_schedule_is_opened_with_its_own_instance(folder: Path) -> None:
+    with pytest.raises(LoadError, match="has a schedule of programs"):
+        ModelInstance.open(folder)
+
+
+def test_a_schedule_is_not_served_as_a_stream(captured: ProgramsCapture, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="is served step by step: build it with serve step"):
+        write_engine(captured, tmp_path / "model", replace(OPTIONS, serve="stream"))
+
+
+# --- verification ---
+
+
+class NotFixed(Speak):
+    """Counts its calls, also those of a row that is done."""
+
+    calls: Tensor
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__(memory)
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        self.calls.add_(1)
+        return super().forward()
+
+
+class Constant(Speak):
+    """Emits one token, whatever it hears."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        emitted, done = super().forward()
+        return torch.where(emitted >= 0, 7, -1), done
+
+
+def with_speak(kind: type[Speak]) -> ProgramsCapture:
+    torch.manual_seed(0)
+    memory = Memory()
+    return capture(Listen(memory).eval(), kind(memory).eval())
+
+
+def test_a_loop_without_a_fixed_point_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"called again for a row that is done \(done\), changes"):
+        write_engine(with_speak(NotFixed), tmp_path / "model", OPTIONS)
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_answer_that_is_always_the_same_is_noted(tmp_path: Path) -> None:
+    manifest = write_engine(with_speak(Constant), tmp_path / "model", OPTIONS)
+    assert "always the same proves little" in manifest.built_with["verified_tokens"]
+
+
+# --- captures ---
+
+
+class Adds(nn.Module):
+    """Adds to a total that it may share with others."""
+
+    total: Tensor
+
+    def __init__(self, total: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("total", total)
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.total.add_(value)
+        return self.total * 1
+
+
+class Reads(nn.Module):
+    """Only reads the total, under a longer name, and doubles it."""
+
+    def __init__(self, total: Tensor) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.register_buffer("total_of_all", total)
+
+    def forward(self) -> Tensor:
+        total: Any = self.inner.total_of_all
+        return torch.mul(total, 2)
+
+
+def adds(total: Tensor, **options: Any) -> tuple[nn.Module, RowOptions, tuple[Tensor, ...]]:
+    fields: dict[str, Any] = {"max_rows": 2, "outputs": ("sum",)}
+    return Adds(total), RowOptions(**fields | options), (torch.ones(1, 3),)
+
+
+def reads(total: Tensor) -> tuple[nn.Module, RowOptions, tuple[Tensor, ...]]:
+    return Reads(total), RowOptions(max_rows=2, outputs=("double",)), ()
+
+
+def test_a_program_may_only_read_and_the_shortest_name_is_the_state_s(tmp_path: Path) -> None:
+    total = torch.zeros(1, 3)
+    programs = {"read": reads(total), "add": adds(total)}
+    result = capture_programs(programs, [Call(program="add"), Call(program="read")])
+    manifest = write_engine(result, tmp_path / "sum", BuildOptions(slots=2, max_rows=2))
+    assert [state.name for state in manifest.states] == ["total"]
+    assert manifest.program("read").read_only == ("total",)
+    driver = StepDriver(ScheduledInstance.open(tmp_path / "sum" / "1"))
+    try:
+        value = torch.tensor([[1.0, 2.0, 3.0]])
+        for count in (1, 2):
+            [answer] = driver.run([Request(9, count == 1, False, {"value": value})])
+            assert not isinstance(answer, RequestError)
+            assert answer["sum"].tolist() == (count * value).tolist()
+            assert answer["double"].tolist() == (2 * count * value).tolist()
+    finally:
+        driver.close()
+
+
+def test_buffers_of_one_name_are_two_states_if_they_are_two_tensors() -> None:
+    programs = {
+        "a": adds(torch.zeros(1, 3)),
+        "b": adds(torch.zeros(1, 3), outputs=("other",)),
+    }
+    result = capture_programs(programs, [Call(program="a"), Call(program="b")])
+    assert [capture.states[0].name for capture in result.captures] == ["total", "b_total"]
+
+
+def test_a_loop_repeats_its_calls(tmp_path: Path) -> None:
+    total = torch.zeros(1, 3)
+    loop = Loop(calls=(Call(program="add", at_most=2), Call(program="read")), at_most=3)
+    result = capture_programs({"add": adds(total), "read": reads(total)}, [loop])
+    write_engine(result, tmp_path / "sum", BuildOptions(slots=2, max_rows=2))
+    instance = ScheduledInstance.open(tmp_path / "sum" / "1")
+    active = instance.admit(Request(1, True, True, {"value": torch.ones(1, 3)}))
+    calls: Counter[str] = Counter()
+    while not active.finished:
+        assert active.progress is not None
+        calls[active.progress.next_call.program] += 1
+        instance.step([active])
+    assert calls == {"add": 6, "read": 3}
+    assert active.outputs["double"].tolist() == [[12.0] * 3]
+
+
+def refusal(programs: dict[str, Any], *calls: Call | Loop) -> str:
+    with pytest.raises(BuildError) as error:
+        capture_programs(programs, calls)
+    return str(error.value)
+
+
+def test_what_does_not_fit_together_is_refused_with_the_reason() -> None:
+    total = torch.zeros(1, 3)
+    both = {"add": adds(total), "read": reads(total)}
+    add, read = Call(program="add"), Call(program="read")
+    assert "the schedule calls ['other']; the programs are ['add', 'read']" in refusal(
+        both, add, Call(program="other")
+    )
+    assert "the schedule does not call the programs ['read']" in refusal(both, add)
+    until = Call(program="add", until="sum", at_most=3)
+    assert "runs add until 'sum'; its outputs of the role done are []" in refusal(both, until, read)
+    endless = Call(program="add", until="sum")
+    assert "needs an at_most, so that every request ends" in refusal(both, endless, read)
+    assert "names that are no ASCII identifiers" in refusal({"a b": adds(total)}, add)
+    counted = {"add": adds(total, positions="value"), "read": reads(total)}
+    assert "counts its own calls in a buffer" in refusal(counted, add, read)
+
+
+def test_a_state_that_no_program_writes_is_refused() -> None:
+    message = refusal({"read": reads(torch.zeros(1, 3))}, Call(program="read"))
+    assert "program read: the module mutates none of its inputs and buffers" in message
+
+
+def test_memory_that_is_shared_in_part_is_refused() -> None:
+    total = torch.zeros(2, 3)
+    programs = {"add": adds(total[:1]), "read": reads(total)}
+    message = refusal(programs, Call(program="add"), Call(program="read"))
+    assert "share memory, but are not the same tensor: share one buffer" in message
+
+
+def test_roles_are_given_to_outputs_that_exist() -> None:
+    programs = {"add": adds(torch.zeros(1, 3), roles={"done": Role.DONE})}
+    message = refusal(programs, Call(program="add"))
+    assert "roles were given for ['done']; the outputs are ['sum']" in message

@@ -1,0 +1,41 @@
+"""The transducer of the examples in eager PyTorch: the usual greedy search, frame by frame."""
+
+import torch
+from torch import Tensor
+from transducer import BLANK, FEATURES, FRAMES, MAX_SYMBOLS, Listen, Speak
+
+
+class GreedySearch:
+    """One stream, without buffers or schedules.
+
+    Args:
+        listen, speak: the modules, of which only the layers are used.
+    """
+
+    def __init__(self, listen: Listen, speak: Speak) -> None:
+        self.listen, self.speak = listen, speak
+        self.context = torch.zeros(1, 1, listen.gru.hidden_size)
+        self.hidden = torch.zeros(1, listen.gru.hidden_size)
+        self.last = torch.tensor([BLANK])
+
+    @torch.no_grad()
+    def feed(self, features: Tensor) -> list[int]:
+        """The tokens of one more chunk, ``[FRAMES, FEATURES]``."""
+        encoded, self.context = self.listen.gru(features[None], self.context)
+        tokens = []
+        for frame in encoded[0]:
+            for _ in range(MAX_SYMBOLS):
+                hidden = self.speak.cell(self.speak.embedding(self.last), self.hidden)
+                scores = self.speak.joint(torch.cat([frame[None], hidden], 1))
+                token = int(scores.argmax())
+                if token == BLANK:
+                    break
+                tokens.append(token)
+                self.hidden, self.last = hidden, torch.tensor([token])
+        return tokens
+
+
+def chunks(stream: int, count: int) -> list[Tensor]:
+    """Features of so many chunks, different for each stream."""
+    generator = torch.Generator().manual_seed(stream)
+    return list(2 * torch.randn(count, FRAMES, FEATURES, generator=generator))

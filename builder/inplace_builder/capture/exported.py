@@ -159,7 +159,7 @@ def capture_exported(
     check_state_uses(functional.graph_module.graph, [state.name for state in captured])
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
-    return _described(exported, functional, original, captured, rows, shared)
+    return _described(exported, functional, original, captured, rows)
 
 
 def _constants(module: GraphModule) -> dict[Node, Tensor]:
@@ -214,10 +214,9 @@ def _described(
     original: GraphModule,
     states: tuple[CapturedState, ...],
     rows: int,
-    shared: Collection[str],
 ) -> ExportedCapture:
     """The capture with the manifest's description of it."""
-    names = {state.name for state in states if state.tensor.source not in shared}
+    names = {state.name for state in states if not state.tensor.only_read}
     if unwritten := sorted(names - set(written_states(exported.graph))):
         raise BuildError(f"internal: the rewritten graph does not write {unwritten}")
     lowering = tuple(

@@ -530,7 +530,9 @@ def _lift(
             if spec.kind is InputKind.BUFFER and (target in written_buffers or reads):
                 initial = tensor.detach().clone()
                 _name_after(graph, node, target, writers)
-                tensors[target] = StateTensor(node.name, Owner.MODULE, target, initial)
+                tensors[target] = StateTensor(
+                    node.name, Owner.MODULE, target, initial, only_read=reads
+                )
                 if reads:
                     only_read[target] = node
             else:

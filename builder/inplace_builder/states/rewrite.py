@@ -153,7 +153,7 @@ def _drop_new_values(
     returned = returned_values(graph)
     last.args = (returned[:num_outputs],)
     for state, new in zip(states, returned[num_outputs:], strict=True):
-        if isinstance(new, Node) and new is not placeholders[state.name]:  # it is only read
+        if isinstance(new, Node) and not state.only_read:
             rewritten.emit_replacement(placeholders[state.name], state, new)
 
 

@@ -23,7 +23,7 @@ class Owner(StrEnum):
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor that a module mutates.
+    """A tensor that a module mutates, or reads while another program mutates it.
 
     Attributes:
         name: the graph's placeholder.
@@ -37,6 +37,7 @@ class StateTensor:
         whole: the tensor that it is a part of; None if it is a tensor of its own.
         selects: axis and index of each `Tensor.select` that takes the part from the whole: a
             contiguous view of a contiguous tensor.
+        only_read: the module does not write it, but another program of the engine does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StateTensor:
     unmatched_view: str = ""
     whole: "StateTensor | None" = None
     selects: Selection = ()
+    only_read: bool = False
 
     @property
     def module_tensor(self) -> "StateTensor":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from inplace.drivers.places import PROBE_INTERVAL
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.faults import (
     FORGOTTEN,
@@ -162,6 +163,7 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(
         assert server.process is not None
         assert add(client, "doomed", 1, 1.0, start=True) == (1.0, 1)
         assert http(server, server.ports.http, "/v2/health/live") == 200
+        time.sleep(2 * PROBE_INTERVAL)  # the backend has seen HTTP answer
         kill(server.process.pid, signal.SIGTERM)
         eventually(
             lambda: "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True)),

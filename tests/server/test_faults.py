@@ -164,18 +164,19 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(
         assert add(client, "doomed", 1, 1.0, start=True) == (1.0, 1)
         assert http(server, server.ports.http, "/v2/health/live") == 200
         time.sleep(2 * PROBE_INTERVAL)  # the backend has seen HTTP answer
+        assert add(client, "doomed", 1, 1.0) == (2.0, 2)  # not idle when the server is told to end
         kill(server.process.pid, signal.SIGTERM)
         eventually(
             lambda: "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True)),
             "it refuses",
             10.0,
         )
-        for step in range(2, 6):
+        for step in range(3, 7):
             assert add(client, "doomed", 1, 1.0) == (float(step), step)
             time.sleep(0.1)
         with InferenceServerClient(server.grpc_url) as late:  # over new connections too
-            assert add(late, "doomed", 1, 1.0) == (6.0, 6)
-        assert add(client, "doomed", 1, 1.0, end=True) == (7.0, 7)
+            assert add(late, "doomed", 1, 1.0) == (7.0, 7)
+        assert add(client, "doomed", 1, 1.0, end=True) == (8.0, 8)
         begin = time.monotonic()
         with pytest.raises(InferenceServerException, match="Server exiting"):
             client.is_server_live()

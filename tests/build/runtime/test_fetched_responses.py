@@ -77,9 +77,10 @@ def test_tokens_are_kept_until_they_are_fetched(
     streams: OpenStreams, repository: Repository
 ) -> None:
     client, ids = streams(), random_tokens(1, 8)
-    first = client.generate("a", ids, 6, fetch=True).wait()
-    while client.driver.instance.table.find("a").busy:
-        pass
+    with slow_steps(client, 0.05):  # so that the first response has not all tokens
+        first = client.generate("a", ids, 6, fetch=True).wait()
+        while client.driver.instance.table.find("a").busy:
+            pass
     rest, reason = fetch_all(client, "a", fetch(client, "a"))
     assert first.tokens + rest == greedy(repository.llama, ids, 6)
     assert reason == "length"

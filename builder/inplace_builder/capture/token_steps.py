@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from inplace.operators import sample
-from inplace.schema.specs import Dtype, Role, StateSpec
+from inplace.schema.specs import SAMPLING_ROLES, Dtype, Role, StateSpec
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -26,6 +26,7 @@ from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.capture.decoder import (
     INPUT_NAMES,
+    TOKEN_IDS,
     DecoderOptions,
     StepExamples,
     decoder_program,
@@ -227,24 +228,12 @@ class _PackedStep(torch.nn.Module):
         super().__init__()
         self.body = InterpretedModule(body)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        row_offsets: Tensor,
-        last_tokens: Tensor,
-        slots: Tensor,
-        write_indices: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        seed: Tensor,
-        next_positions: Tensor,
-        *states: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ids = input_ids.index_select(0, last_tokens).unsqueeze(1)
-        (logits,) = self.body(ids, write_indices.to(torch.int64), slots, *states)
-        return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
+    def forward(self, inputs: dict[str, Tensor], states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """From `INPUT_NAMES` and states to each row's next token and scores."""
+        ids = inputs[TOKEN_IDS].index_select(0, inputs[Role.LAST_TOKENS]).unsqueeze(1)
+        positions = inputs[Role.WRITE_INDICES].to(torch.int64)
+        (logits,) = self.body(ids, positions, inputs[Role.SLOTS], *states)
+        return sample(logits, *(inputs[role] for role in SAMPLING_ROLES)), logits
 
 
 def _export(
@@ -253,8 +242,9 @@ def _export(
     """Export the graph over rows, with packed inputs."""
     # from 2 rows: torch's own bookkeeping of strides tells 1 apart, which changes no operator
     examples = StepExamples(replace(options, max_rows=max(3, options.max_rows)), states)
-    shapes = (*examples.input_shapes(min_rows=2), tuple(examples.memory_shapes()))
-    arguments = (*examples.inputs(), *examples.memory())
+    input_shapes = dict(zip(INPUT_NAMES, examples.input_shapes(min_rows=2), strict=True))
+    shapes = (input_shapes, examples.memory_shapes())
+    arguments = (dict(zip(INPUT_NAMES, examples.inputs(), strict=True)), examples.memory())
     try:
         with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
             exported = torch.export.export(_PackedStep(batched), arguments, dynamic_shapes=shapes)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from inplace_builder.capture.capture import Reference
 from inplace_builder.capture.decoder import TOKEN_IDS
-from inplace_builder.capture.model_memory import memory_argument
+from inplace_builder.capture.model_memory import memory_argument, positions_argument
 from inplace_builder.capture.sparse import sparse_limits
 from inplace_builder.compare import float32_copy
 
@@ -73,20 +73,19 @@ def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
     cache: Any = None
     use_cache = len(parts) > 1
     name = cache_argument(model)
+    parameters = inspect.signature(model.forward).parameters
     positions = torch.arange(sum(map(len, parts)), device=model.device)
     for part, places in zip(parts, positions.split([*map(len, parts)]), strict=True):
-        given = {"position_ids": places[None]} if _takes_positions(model) else {}
         out = model(
-            input_ids=part[None], use_cache=use_cache, logits_to_keep=1, **{name: cache}, **given
+            input_ids=part[None],
+            use_cache=use_cache,
+            logits_to_keep=1,
+            **{name: cache},
+            **positions_argument(parameters, places),
         )
         cache = getattr(out, name) if use_cache else None
     logits: Tensor = out.logits[0, -1]
     return logits
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    """Whether ``generate`` passes positions to a model."""
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _thresholds(fields: Mapping[str, Any]) -> Iterator[int]:

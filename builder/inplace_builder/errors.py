@@ -1,6 +1,7 @@
 """Errors of a build."""
 
 from inplace.errors import InplaceError
+from pydantic import ValidationError
 
 
 class BuildError(InplaceError):
@@ -26,3 +27,8 @@ def brief(error: BaseException) -> str:
     """The type and the first line of another library's error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:1000]
+
+
+def validation_reasons(error: ValidationError) -> str:
+    """Why a description is not valid, without pydantic's own words and links."""
+    return "; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())

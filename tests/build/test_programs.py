@@ -350,6 +350,24 @@ def test_what_does_not_fit_together_is_refused_with_the_reason() -> None:
     assert "counts its own calls in a buffer" in refusal(counted, add, read)
 
 
+def test_inputs_of_one_name_must_be_the_same() -> None:
+    total = torch.zeros(1, 3)
+    _, options, _ = adds(total, outputs=("other",))
+    calls = Call(program="a"), Call(program="b")
+    for example in (torch.ones(1, 1), torch.ones(1, 3, dtype=torch.int64)):
+        programs = {"a": adds(total), "b": (Adds(total), options, (example,))}
+        assert "input value differs between programs" in refusal(programs, *calls)
+    programs = {"a": adds(total), "b": adds(total)}
+    assert "outputs ['sum'] are of more than one program" in refusal(programs, *calls)
+
+
+def test_outputs_that_no_manifest_may_have_are_refused() -> None:
+    programs = {"add": adds(torch.zeros(1, 3), outputs=("value",))}
+    assert "program add: tensor names must differ" in refusal(programs, Call(program="add"))
+    programs = {"add": adds(torch.zeros(1, 3), roles={"sum": Role.DONE})}
+    assert "of the role done must be bool" in refusal(programs, Call(program="add"))
+
+
 def test_a_state_that_no_program_writes_is_refused() -> None:
     message = refusal({"read": reads(torch.zeros(1, 3))}, Call(program="read"))
     assert "program read: the module mutates none of its inputs and buffers" in message

@@ -4,6 +4,7 @@ Shapes leave out the batch: a state's ``shape`` is that of one slot, an input's 
 request.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, Literal, Self
 
@@ -249,6 +250,25 @@ class CompiledProgram(Program):
         return self
 
 
+def check_interfaces(programs: Sequence[Program]) -> None:
+    """Check that a request can have the inputs and outputs of all programs.
+
+    Raises:
+        ValueError: programs have different inputs of one name, or outputs of the same name.
+    """
+    inputs: dict[str, TensorSpec] = {}
+    for spec in (spec for program in programs for spec in program.client_inputs):
+        if inputs.setdefault(spec.name, spec) != spec:
+            raise ValueError(
+                f"input {spec.name} differs between programs: {inputs[spec.name]} and {spec}"
+            )
+    outputs = [spec.name for program in programs for spec in program.outputs]
+    if twice := sorted({name for name in outputs if outputs.count(name) > 1}):
+        raise ValueError(f"outputs {twice} are of more than one program: rename them")
+    if both := sorted(inputs.keys() & set(outputs)):
+        raise ValueError(f"{both} name both an input and an output")
+
+
 class _Repeated(Record):
     """What a schedule repeats: until an output says that it is done, or a number of times."""
 
@@ -446,17 +466,7 @@ class Manifest(RecordFile):
                     f"program {program.name} updates states with {kinds}, which other programs "
                     f"would not see"
                 )
-        inputs: dict[str, TensorSpec] = {}
-        for spec in (spec for program in self.programs for spec in program.client_inputs):
-            if inputs.setdefault(spec.name, spec) != spec:
-                raise ValueError(
-                    f"input {spec.name} differs between programs: {inputs[spec.name]} and {spec}"
-                )
-        outputs = [spec.name for program in self.programs for spec in program.outputs]
-        if twice := sorted({name for name in outputs if outputs.count(name) > 1}):
-            raise ValueError(f"outputs {twice} are of more than one program: rename them")
-        if both := sorted(inputs.keys() & set(outputs)):
-            raise ValueError(f"{both} name both an input and an output")
+        check_interfaces(self.programs)
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from inplace.schema.served import STEP, Program
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
+from pydantic import ValidationError
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -14,7 +15,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from inplace_builder.capture.capture import Capture, complete_program, control_input
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
-from inplace_builder.errors import BuildError, brief
+from inplace_builder.errors import BuildError, brief, validation_reasons
 from inplace_builder.graph.export import (
     InterpretedModule,
     correct_lstm,
@@ -139,15 +140,18 @@ def capture_rows(
     specs = tuple(row_spec(state, options) for state in capture.states)
     capacity = _capacity(capture, specs, options)
     rows = RowsModule(capture, options)
-    program = Program(
-        name=name,
-        row_layout="rectangular",
-        inputs=(*rows.inputs, control_input(SLOTS, Role.SLOTS)),
-        outputs=rows.outputs,
-        aliases=(),
-        max_rows=options.max_rows,
-        chunk=1,
-    )
+    try:
+        program = Program(
+            name=name,
+            row_layout="rectangular",
+            inputs=(*rows.inputs, control_input(SLOTS, Role.SLOTS)),
+            outputs=rows.outputs,
+            aliases=(),
+            max_rows=options.max_rows,
+            chunk=1,
+        )
+    except ValidationError as error:
+        raise BuildError(validation_reasons(error)) from error
     # 3. Run every operator for many rows, and export that with dynamic numbers of rows and slots.
     exported = _export_rows(rows, program, specs, unused_primes(capture.graph_module))
     # 4. Clean the graph, check it against the description, read off what it writes.

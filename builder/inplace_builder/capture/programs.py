@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from inplace.runtime.batcher import ScheduleProgress
-from inplace.schema.served import Call, Loop, Schedule
+from inplace.schema.served import Call, Loop, Schedule, check_interfaces
 from inplace.schema.specs import Role
 from pydantic import ValidationError
 from torch import Tensor
@@ -23,7 +23,8 @@ from inplace_builder.capture.exported_rows import (
     capture_rows,
 )
 from inplace_builder.capture.union import union_of_states
-from inplace_builder.errors import BuildError, brief
+from inplace_builder.compare import same_bits
+from inplace_builder.errors import BuildError, brief, validation_reasons
 from inplace_builder.graph.export import rename_inputs
 
 ProgramModule = tuple[torch.nn.Module, RowOptions, Sequence[Any]]
@@ -95,14 +96,15 @@ def capture_programs(
 
     Raises:
         BuildError: a module cannot be captured, see `capture_exported_rows`; the schedule names
-            an unknown program or output, or leaves a program out; modules share memory otherwise
-            than as one tensor, or have different initial values of one; a program takes positions.
+            an unknown program or output, or leaves a program out; programs have different inputs
+            of one name, or an output of the same name; modules share memory otherwise than as one
+            tensor, or have different initial values of one; a program takes positions.
     """
     _check_names(programs)
     try:
         described = Schedule(name="default", calls=tuple(schedule))
     except ValidationError as error:
-        raise BuildError(_reason(error)) from error
+        raise BuildError(validation_reasons(error)) from error
     _check_called(described, programs)
     for name, (_, options, _) in programs.items():
         if options.positions is not None:
@@ -124,6 +126,10 @@ def capture_programs(
     captures = tuple(_renamed(each, names[name]) for name, each in captured.items())
     _check_done(described, captures)
     union_of_states(captures)
+    try:
+        check_interfaces([capture.program for capture in captures])
+    except ValueError as error:
+        raise BuildError(str(error)) from error
     modules = {name: (each.rows, names[name]) for name, each in captured.items()}
     result = ProgramsCapture(captures, described, modules)
     _check_initial(result)
@@ -162,10 +168,6 @@ def _check_done(schedule: Schedule, captures: Sequence[Capture]) -> None:
                     f"are {done[program]}: name one in RowOptions(outputs=…, roles={{…: "
                     f"Role.DONE}})"
                 )
-
-
-def _reason(error: ValidationError) -> str:
-    return "; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())
 
 
 class _Buffers:
@@ -322,10 +324,7 @@ def _check_initial(programs: ProgramsCapture) -> None:
     first = programs.fresh_states()
     for program, (rows, names) in programs.modules.items():
         for name, state in zip(names, rows.states, strict=True):
-            if not torch.equal(
-                first[name].contiguous().view(-1).view(torch.uint8),
-                state.tensor.initial.contiguous().view(-1).view(torch.uint8),
-            ):
+            if not same_bits(first[name].reshape(-1), state.tensor.initial.reshape(-1)):
                 raise BuildError(
                     f"state {name} has other initial values in program {program}: a call of a "
                     f"module changed it while the others were captured"

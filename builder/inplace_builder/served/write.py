@@ -26,7 +26,7 @@ from inplace_builder.engine_files import (
     write_plan,
     write_program,
 )
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import BuildError, validation_reasons
 from inplace_builder.served.options import BuildOptions
 
 if TYPE_CHECKING:
@@ -87,10 +87,9 @@ def write_files(
     except ValidationError as error:
         if len(captures) == 1:
             raise
-        reasons = "; ".join(
-            str(each["msg"]).removeprefix("Value error, ") for each in error.errors()
-        )
-        raise BuildError(f"the programs do not fit together: {reasons}") from error
+        raise BuildError(
+            f"the programs do not fit together: {validation_reasons(error)}"
+        ) from error
 
 
 def _write_program(

@@ -311,6 +311,32 @@ def test_buffers_of_one_name_are_two_states_if_they_are_two_tensors() -> None:
     assert [capture.states[0].name for capture in result.captures] == ["total", "b_total"]
 
 
+class AddsToTwo(Adds):
+    """Has a total of its own beside one that is named as those of others are made to differ."""
+
+    b_total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(1, 3))
+        self.register_buffer("b_total", torch.zeros(1, 3))
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.b_total.sub_(value)
+        return super().forward(value) + self.b_total
+
+
+def test_a_name_that_tells_states_apart_may_be_taken_too() -> None:
+    options = RowOptions(max_rows=2, outputs=("both",))
+    programs = {
+        "a": (AddsToTwo(), options, (torch.ones(1, 3),)),
+        "b": adds(torch.zeros(1, 3)),
+    }
+    result = capture_programs(programs, [Call(program="a"), Call(program="b")])
+    names = [[state.name for state in capture.states] for capture in result.captures]
+    assert sorted(names[0]) == ["b_total", "total"]
+    assert names[1] == ["b_b_total"]
+
+
 def test_a_loop_repeats_its_calls(tmp_path: Path) -> None:
     total = torch.zeros(1, 3)
     loop = Loop(calls=(Call(program="add", at_most=2), Call(program="read")), at_most=3)

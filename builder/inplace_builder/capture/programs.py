@@ -284,8 +284,10 @@ def _state_names(
                     shortest = min(all_names, key=len)
                     name = "".join(c if c.isalnum() else "_" for c in shortest)
                     name = name if name.isidentifier() else state.name
-                chosen[key] = name if name not in taken else f"{program}_{name}"
-                taken.add(chosen[key])
+                while name in taken:
+                    name = f"{program}_{name}"
+                chosen[key] = name
+                taken.add(name)
             names.append(chosen[key])
         result[program] = tuple(names)
     return result

@@ -394,6 +394,12 @@ def test_outputs_that_no_manifest_may_have_are_refused() -> None:
     assert "of the role done must be bool" in refusal(programs, Call(program="add"))
 
 
+def test_example_inputs_are_a_tuple() -> None:
+    module, options, (example,) = adds(torch.zeros(1, 3))
+    message = refusal({"add": (module, options, example)}, Call(program="add"))
+    assert "program add: example_inputs is one tensor, not a tuple of arguments" in message
+
+
 def test_a_state_that_no_program_writes_is_refused() -> None:
     message = refusal({"read": reads(torch.zeros(1, 3))}, Call(program="read"))
     assert "program read: the module mutates none of its inputs and buffers" in message

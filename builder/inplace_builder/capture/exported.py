@@ -118,6 +118,8 @@ def capture_exported(
         BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if
             ``strict``, a write is not matched.
     """
+    if isinstance(example_inputs, Tensor):  # a sequence too: of its rows
+        raise BuildError("example_inputs is one tensor, not a tuple of arguments: write (x,)")
     # 1. Export the module and make it a function: what it mutates goes in and comes out.
     if isinstance(module, torch.nn.Module):
         module, states = adapt_states(module, example_inputs, kwargs, states)

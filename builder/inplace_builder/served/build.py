@@ -84,7 +84,8 @@ def write_engine(
             plans = [_plan(each, options) for each in captures]
             schedule = DEFAULT_SCHEDULE if isinstance(capture, Capture) else capture.schedule
             manifest = write_files(folder, output.name, captures, options, plans, extras, schedule)
-        manifest = _with_notes(manifest, {**captures[0].notes, **(notes or {})})
+        captured = {name: note for each in captures for name, note in each.notes.items()}
+        manifest = _with_notes(manifest, captured | (notes or {}))
         if _runs_here(manifest):
             stage("verify it against the model")
             prepare()

@@ -102,13 +102,13 @@ def scan_kernel(
     if slot < 0:
         store_zeros(out, first, end, HEADS * DIM, c, known)
         return
-    both = known[:, None] & sized[None, :]
+    state_mask = known[:, None] & sized[None, :]
     at = state + slot * HEADS * DIM * SIZE + (c[:, None] * SIZE + n[None, :])
-    h = tl.load(at, mask=both, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    h = tl.load(at, mask=state_mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     head = c // DIM
     rate = rates + head * RATE_DIM * RATE_SIZE + (c % DIM) * RATE_SIZE * (RATE_DIM > 1)
     if RATE_SIZE > 1:
-        a = tl.load(rate[:, None] + n[None, :], mask=both, other=0.0).to(tl.float32)
+        a = tl.load(rate[:, None] + n[None, :], mask=state_mask, other=0.0).to(tl.float32)
     else:
         a = tl.load(rate, mask=known, other=0.0).to(tl.float32)[:, None]
     for token in range(first, end):
@@ -123,7 +123,7 @@ def scan_kernel(
             total += value * tl.load(skip + head, mask=known, other=0.0).to(tl.float32)
         to = out + token * HEADS * DIM + c
         tl.store(to, total.to(out.dtype.element_ty), mask=known)
-    tl.store(at, h.to(state.dtype.element_ty), mask=both, eviction_policy=EVICT)
+    tl.store(at, h.to(state.dtype.element_ty), mask=state_mask, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -148,27 +148,27 @@ def delta_kernel(
     if slot < 0:
         store_zeros(out, first, end, HEADS * VALUE_DIM, of_head, valued)
         return
-    both = keyed[:, None] & valued[None, :]
+    state_mask = keyed[:, None] & valued[None, :]
     of_state = k[:, None] * VALUE_DIM + v[None, :]
     at = state + (slot * HEADS + head) * KEY_DIM * VALUE_DIM + of_state
-    s = tl.load(at, mask=both, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    s = tl.load(at, mask=state_mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     for token in range(first, end):
-        this = token * HEADS + head
-        q = tl.load(query + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
-        kk = tl.load(key + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
-        vv = tl.load(value + this * VALUE_DIM + v, mask=valued, other=0.0).to(tl.float32)
+        pair = token * HEADS + head
+        q = tl.load(query + pair * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
+        kk = tl.load(key + pair * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
+        vv = tl.load(value + pair * VALUE_DIM + v, mask=valued, other=0.0).to(tl.float32)
         if DIAGONAL:
-            g = tl.load(decay + this * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
+            g = tl.load(decay + pair * KEY_DIM + k, mask=keyed, other=0.0).to(tl.float32)
             s = s * tl.exp(g)[:, None]
         else:
-            s = s * tl.exp(tl.load(decay + this).to(tl.float32))
+            s = s * tl.exp(tl.load(decay + pair).to(tl.float32))
         predicted = tl.sum(s * kk[:, None], 0)
-        correction = (vv - predicted) * tl.load(beta + this).to(tl.float32)
+        correction = (vv - predicted) * tl.load(beta + pair).to(tl.float32)
         s += kk[:, None] * correction[None, :]
         total = tl.sum(s * q[:, None], 0)
-        to = out + this * VALUE_DIM + v
+        to = out + pair * VALUE_DIM + v
         tl.store(to, total.to(out.dtype.element_ty), mask=valued)
-    tl.store(at, s.to(state.dtype.element_ty), mask=both, eviction_policy=EVICT)
+    tl.store(at, s.to(state.dtype.element_ty), mask=state_mask, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -244,27 +244,27 @@ def scan_states_kernel(
     of_values = t[:, None] * (HEADS * DIM) + p[None, :]
     of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
     of_state = p[:, None] * SIZE + n[None, :]
-    both = of_head[:, None] & sized[None, :]
+    state_mask = of_head[:, None] & sized[None, :]
     at = state + (slot * HEADS + head) * DIM * SIZE
-    h = tl.load(at + of_state, mask=both, other=0.0).to(tl.float32)
+    h = tl.load(at + of_state, mask=state_mask, other=0.0).to(tl.float32)
     rate = tl.load(rates + head).to(tl.float32)
     chunk = count_chunks(row_offsets, row, CHUNK, BLOCK_R)
     for start in range(first, end, CHUNK):
         to = states + (chunk * HEADS + head) * DIM * SIZE
-        tl.store(to + of_state, h.to(states.dtype.element_ty), mask=both)
+        tl.store(to + of_state, h.to(states.dtype.element_ty), mask=state_mask)
         chunk += 1
         inside = t < end - start
-        this = start * HEADS + head
-        step = tl.load(dt + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        pair = start * HEADS + head
+        step = tl.load(dt + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
         total, last = tl.cumsum(step * rate, 0), tl.sum(step * rate, 0)
-        here = inside[:, None] & of_head[None, :]
-        value = tl.load(x + this * DIM + of_values, mask=here, other=0.0).to(tl.float32)
-        there = inside[:, None] & sized[None, :]
+        value_mask = inside[:, None] & of_head[None, :]
+        value = tl.load(x + pair * DIM + of_values, mask=value_mask, other=0.0).to(tl.float32)
+        key_mask = inside[:, None] & sized[None, :]
         shared = (start * GROUPS + head // (HEADS // GROUPS)) * SIZE
-        k = tl.load(key + shared + of_keys, mask=there, other=0.0)
+        k = tl.load(key + shared + of_keys, mask=key_mask, other=0.0)
         scaled = (value * (step * tl.exp(last - total))[:, None]).to(k.dtype)
         h = h * tl.exp(last) + tl.dot(tl.trans(scaled), k)
-    tl.store(at + of_state, h.to(state.dtype.element_ty), mask=both)
+    tl.store(at + of_state, h.to(state.dtype.element_ty), mask=state_mask)
 
 
 @triton.jit
@@ -285,32 +285,32 @@ def scan_outputs_kernel(
     inside = t < tl.load(row_offsets + row + 1) - start
     p, n = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     of_head, sized = p < DIM, n < SIZE
-    here = inside[:, None] & of_head[None, :]
+    value_mask = inside[:, None] & of_head[None, :]
     of_values = t[:, None] * (HEADS * DIM) + p[None, :]
-    this = start * HEADS + head
+    pair = start * HEADS + head
     if slot < 0:
         zeros = tl.zeros((CHUNK, BLOCK_P), out.dtype.element_ty)
-        tl.store(out + this * DIM + of_values, zeros, mask=here)
+        tl.store(out + pair * DIM + of_values, zeros, mask=value_mask)
         return
     rate = tl.load(rates + head).to(tl.float32)
-    step = tl.load(dt + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    step = tl.load(dt + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
     total = tl.cumsum(step * rate, 0)
-    there = inside[:, None] & sized[None, :]
+    key_mask = inside[:, None] & sized[None, :]
     of_keys = t[:, None] * (GROUPS * SIZE) + n[None, :]
     shared = (start * GROUPS + head // (HEADS // GROUPS)) * SIZE
-    k = tl.load(key + shared + of_keys, mask=there, other=0.0)
-    q = tl.load(query + shared + of_keys, mask=there, other=0.0).to(k.dtype)
+    k = tl.load(key + shared + of_keys, mask=key_mask, other=0.0)
+    q = tl.load(query + shared + of_keys, mask=key_mask, other=0.0).to(k.dtype)
     at = states + (index.to(tl.int64) * HEADS + head) * DIM * SIZE
-    both = sized[:, None] & of_head[None, :]
-    h = tl.load(at + n[:, None] + p[None, :] * SIZE, mask=both, other=0.0).to(k.dtype)
+    state_mask = sized[:, None] & of_head[None, :]
+    h = tl.load(at + n[:, None] + p[None, :] * SIZE, mask=state_mask, other=0.0).to(k.dtype)
     result = tl.dot(q, h) * tl.exp(total)[:, None]
     decay = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
     weights = tl.dot(q, tl.trans(k)) * tl.exp(decay) * step[None, :]
-    value = tl.load(x + this * DIM + of_values, mask=here, other=0.0)
+    value = tl.load(x + pair * DIM + of_values, mask=value_mask, other=0.0)
     result += tl.dot(weights.to(value.dtype), value)
     if SKIP:
         result += value.to(tl.float32) * tl.load(skip + head).to(tl.float32)
-    tl.store(out + this * DIM + of_values, result.to(out.dtype.element_ty), mask=here)
+    tl.store(out + pair * DIM + of_values, result.to(out.dtype.element_ty), mask=value_mask)
 
 
 @triton.jit
@@ -335,12 +335,12 @@ def delta_inverse_kernel(
         return
     t, c = tl.arange(0, PART), tl.arange(0, BLOCK_K)
     inside = t < end - start
-    this = start * HEADS + head
-    total = tl.cumsum(tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32), 0)
-    b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
-    there = inside[:, None] & (c < KEY_DIM)[None, :]
+    pair = start * HEADS + head
+    total = tl.cumsum(tl.load(decay + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32), 0)
+    b = tl.load(beta + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    key_mask = inside[:, None] & (c < KEY_DIM)[None, :]
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
-    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+    k = tl.load(key + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0)
     between = tl.where(t[:, None] > t[None, :], total[:, None] - total[None, :], float("-inf"))
     inverse = -tl.dot(k, tl.trans(k)) * tl.exp(between) * b[:, None]
     for i in range(1, PART):
@@ -348,7 +348,7 @@ def delta_inverse_kernel(
         own += tl.sum(own[:, None] * inverse, 0)
         inverse = tl.where(t[:, None] == i, own[None, :], inverse)
     inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-    to = inverses + this * PART + (t[:, None] * (HEADS * PART) + t[None, :])
+    to = inverses + pair * PART + (t[:, None] * (HEADS * PART) + t[None, :])
     tl.store(to, inverse.to(inverses.dtype.element_ty), mask=inside[:, None])
 
 
@@ -378,39 +378,41 @@ def delta_solve_kernel(
     of_inverse = t[:, None] * (HEADS * PART) + t[None, :]
     start = tl.load(row_offsets + row).to(tl.int64) + number * CHUNK
     count = tl.load(row_offsets + row + 1) - start
-    this, inside = start * HEADS + head, t < count
-    g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    pair, inside = start * HEADS + head, t < count
+    g = tl.load(decay + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
     total, so_far = tl.cumsum(g, 0), tl.sum(g, 0)
-    b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
-    there, here = inside[:, None] & keyed, inside[:, None] & valued
-    inverse = tl.load(inverses + this * PART + of_inverse, mask=inside[:, None], other=0.0)
-    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+    b = tl.load(beta + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+    key_mask, value_mask = inside[:, None] & keyed, inside[:, None] & valued
+    inverse = tl.load(inverses + pair * PART + of_inverse, mask=inside[:, None], other=0.0)
+    k = tl.load(key + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0)
     decayed = (k.to(tl.float32) * (b * tl.exp(total))[:, None]).to(k.dtype)
     read = tl.dot(inverse, decayed).to(k.dtype)
-    tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)
-    target = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0).to(tl.float32)
+    tl.store(reads + pair * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=key_mask)
+    target = tl.load(value + pair * VALUE_DIM + of_values, mask=value_mask, other=0.0).to(
+        tl.float32
+    )
     written = tl.dot(inverse, (target * b[:, None]).to(k.dtype)).to(k.dtype)
-    to = writes + this * VALUE_DIM + of_values
-    tl.store(to, written.to(writes.dtype.element_ty), mask=here)
+    to = writes + pair * VALUE_DIM + of_values
+    tl.store(to, written.to(writes.dtype.element_ty), mask=value_mask)
     if CHUNK > PART:
-        this += PART * HEADS
+        pair += PART * HEADS
         inside = t < count - PART
-        g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(decay + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
         later = so_far + tl.cumsum(g, 0)
-        b = tl.load(beta + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
-        there, here = inside[:, None] & keyed, inside[:, None] & valued
-        inverse = tl.load(inverses + this * PART + of_inverse, mask=inside[:, None], other=0.0)
-        own = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+        b = tl.load(beta + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        key_mask, value_mask = inside[:, None] & keyed, inside[:, None] & valued
+        inverse = tl.load(inverses + pair * PART + of_inverse, mask=inside[:, None], other=0.0)
+        own = tl.load(key + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0)
         between = tl.exp(later[:, None] - total[None, :]) * b[:, None]
         across = (tl.dot(own, tl.trans(k)) * between).to(k.dtype)
         decayed = own.to(tl.float32) * (b * tl.exp(later))[:, None]
         read = tl.dot(inverse, (decayed - tl.dot(across, read)).to(k.dtype))
-        tl.store(reads + this * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=there)
-        target = tl.load(value + this * VALUE_DIM + of_values, mask=here, other=0.0)
+        tl.store(reads + pair * KEY_DIM + of_keys, read.to(reads.dtype.element_ty), mask=key_mask)
+        target = tl.load(value + pair * VALUE_DIM + of_values, mask=value_mask, other=0.0)
         target = target.to(tl.float32) * b[:, None]
         written = tl.dot(inverse, (target - tl.dot(across, written)).to(k.dtype))
-        to = writes + this * VALUE_DIM + of_values
-        tl.store(to, written.to(writes.dtype.element_ty), mask=here)
+        to = writes + pair * VALUE_DIM + of_values
+        tl.store(to, written.to(writes.dtype.element_ty), mask=value_mask)
 
 
 @triton.jit
@@ -437,29 +439,29 @@ def delta_states_kernel(
     of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
     of_state = c[:, None] * VALUE_DIM + v[None, :]
-    both = keyed[:, None] & valued[None, :]
+    state_mask = keyed[:, None] & valued[None, :]
     at = state + (slot * HEADS + head) * KEY_DIM * VALUE_DIM
-    s = tl.load(at + of_state, mask=both, other=0.0).to(tl.float32)
+    s = tl.load(at + of_state, mask=state_mask, other=0.0).to(tl.float32)
     chunk = count_chunks(row_offsets, row, CHUNK, BLOCK_R)
     for start in range(first, end, CHUNK):
         to = states + (chunk * HEADS + head) * KEY_DIM * VALUE_DIM
-        tl.store(to + of_state, s.to(states.dtype.element_ty), mask=both)
+        tl.store(to + of_state, s.to(states.dtype.element_ty), mask=state_mask)
         chunk += 1
         inside = t < end - start
-        this = start * HEADS + head
-        g = tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32)
+        pair = start * HEADS + head
+        g = tl.load(decay + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32)
         total, last = tl.cumsum(g, 0), tl.sum(g, 0)
-        there = inside[:, None] & keyed[None, :]
-        read = tl.load(reads + this * KEY_DIM + of_keys, mask=there, other=0.0)
-        here = inside[:, None] & valued[None, :]
-        own = writes + this * VALUE_DIM + of_values
-        written = tl.load(own, mask=here, other=0.0).to(tl.float32)
+        key_mask = inside[:, None] & keyed[None, :]
+        read = tl.load(reads + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0)
+        value_mask = inside[:, None] & valued[None, :]
+        own = writes + pair * VALUE_DIM + of_values
+        written = tl.load(own, mask=value_mask, other=0.0).to(tl.float32)
         written -= tl.dot(read, s.to(read.dtype))
-        tl.store(own, written.to(read.dtype), mask=here)
-        k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
+        tl.store(own, written.to(read.dtype), mask=value_mask)
+        k = tl.load(key + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0)
         scaled = (written * tl.exp(last - total)[:, None]).to(k.dtype)
         s = s * tl.exp(last) + tl.dot(tl.trans(k), scaled)
-    tl.store(at + of_state, s.to(state.dtype.element_ty), mask=both)
+    tl.store(at + of_state, s.to(state.dtype.element_ty), mask=state_mask)
 
 
 @triton.jit
@@ -479,24 +481,24 @@ def delta_outputs_kernel(
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     keyed, valued = c < KEY_DIM, v < VALUE_DIM
     inside = t < tl.load(row_offsets + row + 1) - start
-    here = inside[:, None] & valued[None, :]
+    value_mask = inside[:, None] & valued[None, :]
     of_values = t[:, None] * (HEADS * VALUE_DIM) + v[None, :]
-    this = start * HEADS + head
+    pair = start * HEADS + head
     if slot < 0:
         zeros = tl.zeros((CHUNK, BLOCK_V), out.dtype.element_ty)
-        tl.store(out + this * VALUE_DIM + of_values, zeros, mask=here)
+        tl.store(out + pair * VALUE_DIM + of_values, zeros, mask=value_mask)
         return
-    total = tl.cumsum(tl.load(decay + this + t * HEADS, mask=inside, other=0.0).to(tl.float32), 0)
-    there = inside[:, None] & keyed[None, :]
+    total = tl.cumsum(tl.load(decay + pair + t * HEADS, mask=inside, other=0.0).to(tl.float32), 0)
+    key_mask = inside[:, None] & keyed[None, :]
     of_keys = t[:, None] * (HEADS * KEY_DIM) + c[None, :]
-    k = tl.load(key + this * KEY_DIM + of_keys, mask=there, other=0.0)
-    q = tl.load(query + this * KEY_DIM + of_keys, mask=there, other=0.0).to(k.dtype)
+    k = tl.load(key + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0)
+    q = tl.load(query + pair * KEY_DIM + of_keys, mask=key_mask, other=0.0).to(k.dtype)
     at = states + (index.to(tl.int64) * HEADS + head) * KEY_DIM * VALUE_DIM
-    both = keyed[:, None] & valued[None, :]
-    s = tl.load(at + c[:, None] * VALUE_DIM + v[None, :], mask=both, other=0.0).to(k.dtype)
+    state_mask = keyed[:, None] & valued[None, :]
+    s = tl.load(at + c[:, None] * VALUE_DIM + v[None, :], mask=state_mask, other=0.0).to(k.dtype)
     result = tl.dot(q, s) * tl.exp(total)[:, None]
     between = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
     weights = tl.dot(q, tl.trans(k)) * tl.exp(between)
-    written = tl.load(writes + this * VALUE_DIM + of_values, mask=here, other=0.0).to(k.dtype)
+    written = tl.load(writes + pair * VALUE_DIM + of_values, mask=value_mask, other=0.0).to(k.dtype)
     result += tl.dot(weights.to(k.dtype), written)
-    tl.store(out + this * VALUE_DIM + of_values, result.to(out.dtype.element_ty), mask=here)
+    tl.store(out + pair * VALUE_DIM + of_values, result.to(out.dtype.element_ty), mask=value_mask)

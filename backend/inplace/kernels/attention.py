@@ -6,6 +6,8 @@ counts, so a launch can be captured into a CUDA graph and stays right for any ca
 
 from dataclasses import dataclass
 
+import triton
+
 from inplace.kernels.attention_kernels import append_kernel, decode_kernel, prefill_kernel
 from inplace.kernels.memory import Memory
 
@@ -127,17 +129,10 @@ class PrefillBlocks:
     stages: int
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(minimum: int) -> int:
-    return 1 << (minimum - 1).bit_length()
-
-
 def _padded(extent: int) -> int:
     """The extent of a block for `tl.dot`: a power of two, at least 16."""
-    return max(16, _power_of_2(extent))
+    block: int = triton.next_power_of_2(extent)
+    return max(16, block)
 
 
 def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
@@ -179,14 +174,16 @@ def _group_block(spec: AttentionSpec) -> int:
 
 def _head_blocks(spec: AttentionSpec) -> int:
     """Programs of a decode row and split: its kv heads times the blocks of their query heads."""
-    return spec.kv_heads * _cdiv(spec.group, _group_block(spec))
+    blocks: int = triton.cdiv(spec.group, _group_block(spec))
+    return spec.kv_heads * blocks
 
 
 def _num_splits(spec: AttentionSpec, rows: int, capacity: int, min_split: int) -> int:
     """Programs that share one row and kv head of a decode step."""
     reach = min(capacity, spec.window or capacity, spec.attention_chunk or capacity)
-    target = max(MIN_SPLITS, _cdiv(TARGET_PROGRAMS, rows * _head_blocks(spec)))
-    return max(1, min(MAX_SPLITS, _cdiv(reach, min_split), target))
+    filling: int = triton.cdiv(TARGET_PROGRAMS, rows * _head_blocks(spec))
+    parts: int = triton.cdiv(reach, min_split)
+    return max(1, min(MAX_SPLITS, parts, max(MIN_SPLITS, filling)))
 
 
 def attention_workspace(
@@ -333,7 +330,8 @@ def launch_decode(
         raise ValueError(
             f"{rows} rows over a capacity of {capacity} need a workspace of {size} bytes, and locks"
         )
-    block_h, block_v = min(_group_block(spec), _power_of_2(spec.group)), _padded(spec.value_dim)
+    block_h = min(_group_block(spec), triton.next_power_of_2(spec.group))
+    block_v = _padded(spec.value_dim)
     decode_kernel[(rows, _head_blocks(spec), splits)](
         query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias, out,
         out if workspace is None else workspace, slots if locks is None else locks,
@@ -357,12 +355,13 @@ def launch_append(
 ) -> None:  # fmt: skip
     """Append the keys and values of a mixed step, arguments as `attention`."""
     block_t = 16
-    append_kernel[(_cdiv(tokens, block_t), spec.kv_heads)](
+    append_kernel[(triton.cdiv(tokens, block_t), spec.kv_heads)](
         key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
         key_stride, value_stride, capacity, rows, tokens,
         KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary,
-        RING=spec.ring, BLOCK_R=_power_of_2(rows), BLOCK_T=block_t, BLOCK_D=_padded(spec.dim),
-        BLOCK_V=_padded(spec.value_dim), PDL=pdl, num_warps=4, launch_pdl=pdl,
+        RING=spec.ring, BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t,
+        BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim), PDL=pdl, num_warps=4,
+        launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -377,8 +376,11 @@ def launch_prefill(
     Benchmarks pass other blocks.
     """
     # At most 16 heads in a pack; all packs of about the same size.
-    pack = _cdiv(spec.group, _cdiv(spec.group, 16))
-    grid = (tokens // (blocks.queries // pack) + rows, spec.kv_heads * _cdiv(spec.group, pack))
+    pack = triton.cdiv(spec.group, triton.cdiv(spec.group, 16))
+    grid = (
+        tokens // (blocks.queries // pack) + rows,
+        spec.kv_heads * triton.cdiv(spec.group, pack),
+    )
     prefill_kernel[grid](
         query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, bias,
         out, query_stride, capacity, spec.scale, rows,
@@ -386,7 +388,7 @@ def launch_prefill(
         ROTARY=spec.rotary, APPEND=spec.append, CAUSAL=spec.causal, WINDOW=spec.window,
         CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
         BIAS_HEADS=spec.bias_heads, PACK=pack,
-        BLOCK_R=_power_of_2(rows), BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
+        BLOCK_R=triton.next_power_of_2(rows), BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
         BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages, PDL=pdl,
         num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip

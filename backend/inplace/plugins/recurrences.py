@@ -4,7 +4,6 @@ A convolution keeps its last inputs, a recurrence one state for each head or cha
 those of the tensors that a launch gets.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,9 +44,9 @@ class RecurrentOperation(Operation):
     readers: int = 0
 
     @property
-    @abstractmethod
     def optional(self) -> bool:
         """Whether there is the optional weight."""
+        return False
 
     @property
     def input_count(self) -> int:
@@ -203,11 +202,6 @@ class DeltaRuleOperation(RecurrentOperation):
     values: ClassVar[int] = 2
     aliases: ClassVar[Mapping[int, int]] = {1: 5}
 
-    @property
-    def optional(self) -> bool:
-        """There is no weight."""
-        return False
-
     def _scratch_sizes(self, tokens: int, shapes: Sequence[Shape], dtype: torch.dtype) -> list[int]:
         """Bytes of the scratch memories of a step with so many tokens."""
         entries = delta_rule_workspaces(
@@ -266,11 +260,6 @@ class LinearRecurrenceOperation(RecurrentOperation):
     first_state: ClassVar[int] = 2
     values: ClassVar[int] = 1
     aliases: ClassVar[Mapping[int, int]] = {1: 2}
-
-    @property
-    def optional(self) -> bool:
-        """There is no weight."""
-        return False
 
     def launch(self, call: Launch) -> None:
         """Launch `inplace.kernels.recurrence.linear_recurrence`."""

@@ -16,7 +16,7 @@ from inplace.errors import Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
 from inplace.protocol import LOGITS
 from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
-from inplace.runtime.loading import check_engine, load_engine, make_arena
+from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
@@ -117,13 +117,19 @@ class ModelInstance:
         """
         manifest = manifest or Manifest.load(folder)
         files = EngineFolder(folder, trust)
-        check_engine(files, manifest)
+        arena = make_arena(files, manifest, slots or manifest.slots)
+        return cls._load(files, manifest, arena, idle_timeout)
+
+    @classmethod
+    def _load(
+        cls, files: EngineFolder, manifest: Manifest, arena: Arena, idle_timeout: float
+    ) -> Self:
+        """Load the engines over an arena."""
         if manifest.is_scheduled:
             raise LoadError(
-                f"{folder} has a schedule of programs; open it with "
+                f"{files.path} has a schedule of programs; open it with "
                 "inplace.runtime.schedules.open_model"
             )
-        arena = make_arena(files, manifest, slots or manifest.slots)
         return cls(manifest, arena, load_engine(files, manifest, arena), idle_timeout)
 
     # Requests

@@ -16,7 +16,7 @@ from inplace.engines import StepEngine
 from inplace.engines.arena import Arena
 from inplace.runtime.batcher import ActiveRequest, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
-from inplace.runtime.loading import load_engine, make_arena
+from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import ValidatedRequest
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Loop, Manifest
@@ -60,19 +60,9 @@ class ScheduledInstance(ModelInstance):
         self._last_program = ""
 
     @classmethod
-    def open(
-        cls,
-        folder: Path | str,
-        manifest: Manifest | None = None,
-        *,
-        slots: int | None = None,
-        idle_timeout: float = 600.0,
-        trust: Sequence[Path | str] | None = None,
+    def _load(
+        cls, files: EngineFolder, manifest: Manifest, arena: Arena, idle_timeout: float
     ) -> Self:
-        """Load the engines of all programs over one arena; see `ModelInstance.open`."""
-        manifest = manifest or Manifest.load(folder)
-        files = EngineFolder(folder, trust)
-        arena = make_arena(files, manifest, slots or manifest.slots)
         engines = {
             program.name: load_engine(files, manifest, arena, program.name)
             for program in manifest.programs
@@ -88,8 +78,8 @@ class ScheduledInstance(ModelInstance):
     def next_rows(self, waiting: Sequence[ActiveRequest]) -> list[ActiveRequest]:
         """The rows of the next call: of the program at which the first of them waits.
 
-        But no program is called twice while rows wait for another: a row waits for one call of
-        each other program at most, besides those that its own program needs for earlier rows.
+        But no program is called twice in succession while rows wait for another one: the other one
+        is called first.
 
         Args:
             waiting: the longest waiting first.

@@ -149,16 +149,15 @@ class StepDriver:
         waiting = list(indices)
         while waiting:
             rows = instance.next_rows(waiting)
+            called = set(rows)
+            waiting = [active for active in waiting if active not in called]
             try:
                 instance.step(rows)
             except Exception as error:  # a defect; errors of the engine are answers
                 log.exception("the step driver failed")
                 failed = [(indices[active], active) for active in rows]
                 self._fail(failed, answers, backend_failure(error))
-                waiting = [active for active in waiting if active not in rows]
                 continue
-            called = set(rows)
-            waiting = [active for active in waiting if active not in called]
             for active in rows:
                 if not active.finished:
                     waiting.append(active)

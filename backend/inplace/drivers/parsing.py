@@ -166,12 +166,8 @@ class RequestParser:
                 f"the inputs {unused} are not used by this request; it takes {expected}"
                 + ("" if generates else f" (with {MAX_TOKENS!r} it would be a generation)"),
             )
-        if TEXT not in texts and request.flag(ADD_SPECIAL_TOKENS):
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {ADD_SPECIAL_TOKENS!r} is for requests with the input {TEXT!r}: put the"
-                f" special tokens into 'input_ids', or leave it out",
-            )
+        if TEXT not in texts:
+            check_no_special_tokens(request)
 
     def _parse_limits(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]]
@@ -301,4 +297,18 @@ def _check_fetch(request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> No
             Code.BAD_INPUT,
             f"the inputs {unused} are not used by this request, which fetches tokens: send an empty"
             f" 'input_ids'",
+        )
+
+
+def check_no_special_tokens(request: Request) -> None:
+    """Refuse a request without text that asks for the tokenizer's special tokens.
+
+    Raises:
+        RequestError: BAD_PARAMETER.
+    """
+    if request.flag(ADD_SPECIAL_TOKENS):
+        raise RequestError(
+            Code.BAD_PARAMETER,
+            f"parameter {ADD_SPECIAL_TOKENS!r} is for requests with the input {TEXT!r}: put the"
+            f" special tokens into 'input_ids', or leave it out",
         )

@@ -5,8 +5,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
+from inplace.drivers.parsing import check_no_special_tokens
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.protocol import MAX_TOKENS
+from inplace.protocol import ADD_SPECIAL_TOKENS, MAX_TOKENS
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
@@ -103,6 +104,11 @@ class StepDriver:
     def _admit(self, request: Request) -> ActiveRequest:
         if MAX_TOKENS in request.parameters:
             request = replace(request, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATIONS))
+        elif ADD_SPECIAL_TOKENS in request.parameters:
+            try:
+                check_no_special_tokens(request)
+            except RequestError as error:
+                request = replace(request, refusal=error)
         return self.instance.admit(request)
 
     def _will_free_slot(self, waiting: list[tuple[int, Request]]) -> bool:

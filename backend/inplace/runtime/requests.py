@@ -103,22 +103,21 @@ class Request:
         """How its next token is chosen; greedy if it has no sampling parameter.
 
         Raises:
-            RequestError: BAD_PARAMETER, as `SamplingParams.parse`; or it has a temperature above 0
-                and the program computes the most likely token only.
+            RequestError: BAD_PARAMETER, as `SamplingParams.parse`; or the program does not sample
+                and one of them is not what it is if absent.
         """
         if not SAMPLING_PARAMETERS & self.parameters.keys():
             return GREEDY
         if program.vocab_size:
             return SamplingParams.parse(self.parameters, program.vocab_size)
-        temperature = self.parameters.get("temperature")
-        if temperature is None:
-            return GREEDY
-        if SamplingParams.parse({"temperature": temperature}, 0).temperature > 0:
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter 'temperature' is {temperature!r}; this engine does not sample: send 0"
-                f" or leave it out, or build an engine that samples",
-            )
+        for name in sorted(SAMPLING_PARAMETERS & self.parameters.keys()):
+            spec = BY_NAME[name]
+            if spec.parse(self.parameters[name]) != spec.default:
+                raise RequestError(
+                    Code.BAD_PARAMETER,
+                    f"parameter {name!r} is {self.parameters[name]!r}; this engine does not sample:"
+                    f" send {spec.default} or leave it out, or build an engine that samples",
+                )
         return GREEDY
 
 

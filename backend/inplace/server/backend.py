@@ -22,6 +22,7 @@ from inplace.drivers.detokenizer import TOKENIZER_NAME, load_tokenizer
 from inplace.errors import LoadError, RequestError, backend_failure
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
+from inplace.runtime.loading import check_engine
 from inplace.runtime.observer import Observer, log_line
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import open_model
@@ -89,6 +90,8 @@ def _load(args: dict[str, str]) -> LoadedModel:
         return GenerateProxy(args)
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
+    trust = trusted_folders(os.getppid())
+    check_engine(EngineFolder(folder, trust), manifest)
     settings = Settings.parse(args["model_config"], manifest)
     program = manifest.interface
     if settings.serve == "stream" and manifest.is_scheduled:
@@ -104,7 +107,6 @@ def _load(args: dict[str, str]) -> LoadedModel:
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
     if settings.capacity is not None:
         manifest = manifest.at_capacity(settings.capacity)
-    trust = trusted_folders(os.getppid())
     load = partial(open_model, folder, manifest, idle_timeout=settings.idle_timeout, trust=trust)
     streams = settings.serve == "stream"
     if streams:

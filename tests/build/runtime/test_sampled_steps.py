@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from inplace.errors import Code
 from inplace.operators import sample
@@ -92,12 +93,23 @@ def test_an_invalid_parameter_is_refused_alone_and_changes_nothing(
     assert next_token(run_one(driver, step_request(1, [3]))) == next_token(good)
 
 
-def test_an_engine_that_does_not_sample_refuses_a_temperature(
-    repository: Repository, drive: OpenDriver
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"temperature": 0.5}, "this engine does not sample"),
+        ({"top_k": 5}, "this engine does not sample"),
+        ({"top_p": 0.5}, "this engine does not sample"),
+        ({"seed": 3, "temperature": 0}, "this engine does not sample"),
+        ({"top_p": "half"}, "'top_p' is 'half'"),
+        ({"add_special_tokens": True}, "is for requests with the input 'text'"),
+    ],
+)
+def test_what_a_step_cannot_use_is_refused(
+    repository: Repository, drive: OpenDriver, parameters: dict[str, Any], reason: str
 ) -> None:
     driver = drive(repository.path / "accumulator")
     request = sum_request(1, 1.0, start=True)
-    hot, cold = (replace(request, parameters={"temperature": heat}) for heat in (0.5, 0))
-    answers = driver.run([hot])
-    assert_refused(answers[0], Code.BAD_PARAMETER, "this engine does not sample")
-    outputs_of(run_one(driver, cold))
+    answers = driver.run([replace(request, parameters=parameters)])
+    assert_refused(answers[0], Code.BAD_PARAMETER, reason)
+    absent = {"temperature": 0, "top_k": 0, "top_p": 1, "seed": 0, "add_special_tokens": False}
+    outputs_of(run_one(driver, replace(request, parameters=absent)))

@@ -1,7 +1,11 @@
 """Errors of a build."""
 
+from typing import TYPE_CHECKING
+
 from inplace.errors import InplaceError
-from pydantic import ValidationError
+
+if TYPE_CHECKING:  # a client has no pydantic
+    from pydantic import ValidationError
 
 
 class BuildError(InplaceError):
@@ -29,6 +33,6 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:1000]
 
 
-def validation_reasons(error: ValidationError) -> str:
+def validation_reasons(error: "ValidationError") -> str:
     """Why a description is not valid, without pydantic's own words and links."""
     return "; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())

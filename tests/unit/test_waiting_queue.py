@@ -1,8 +1,7 @@
 """The queue of requests that wait for a slot: groups take turns, and share a full queue."""
 
+from inplace.drivers.queues import StreamRequest, WaitingQueue
 from inplace.drivers.reply import Reply
-from inplace.drivers.sequence_queues import StreamRequest
-from inplace.drivers.waiting_queue import WaitingQueue
 from inplace.runtime.requests import Request, ValidatedRequest
 from support.streaming import RecordingChannel
 

@@ -8,16 +8,16 @@ from concurrent.futures import Executor
 from time import monotonic
 
 from inplace.drivers.generation import FinishReason, GenerationState
-from inplace.drivers.reply import BufferedReply
-from inplace.drivers.scheduler import Scheduler, StepPipeline
-from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
-from inplace.drivers.sequence_queues import (
+from inplace.drivers.queues import (
     FailedGenerations,
     SequenceQueues,
     StreamRequest,
+    WaitingQueue,
     find_buffered_reply,
 )
-from inplace.drivers.waiting_queue import WaitingQueue
+from inplace.drivers.reply import BufferedReply
+from inplace.drivers.scheduler import Scheduler, StepPipeline
+from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.runtime.batcher import Answer, split_outputs
 from inplace.runtime.instance import ModelInstance

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from inplace.drivers.detokenizer import Detokenizer, special_tokens
 from inplace.drivers.generation import GenerationLimits, GenerationState, decode_utf8
+from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import BufferedReply, Channel, Reply
-from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME, RequestKind, parse_parameters
 from inplace.protocol import (

@@ -7,7 +7,7 @@ from itertools import islice
 
 from torch import Tensor
 
-from inplace.drivers.sequence_queues import StreamRequest
+from inplace.drivers.queues import StreamRequest
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.schema.served import Program

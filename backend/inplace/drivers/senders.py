@@ -13,8 +13,8 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from inplace.drivers.generation import FinishReason, GenerationState
+from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import FinalResponse, Outputs, Reply
-from inplace.drivers.sequence_queues import StreamRequest
 from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
 

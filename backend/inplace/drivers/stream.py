@@ -8,9 +8,9 @@ from functools import partial
 
 from inplace.drivers.engine_loop import EngineLoop
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
+from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import Channel, FinalResponse, Reply
 from inplace.drivers.senders import Senders
-from inplace.drivers.sequence_queues import StreamRequest
 from inplace.drivers.shutdown import unloading
 from inplace.errors import RequestError, backend_failure
 from inplace.protocol import TEXT

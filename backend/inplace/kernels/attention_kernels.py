@@ -25,7 +25,7 @@ on the device.
 import triton
 import triton.language as tl
 
-from inplace.kernels.loads import keep_in_registers, load_cached, load_rotated
+from inplace.kernels.memory import keep_in_registers, load_cached, load_rotated
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -9,7 +9,7 @@ kernel writes is loaded there: weights, biases, norms. `pipelined_kernel` waits 
 import triton
 import triton.language as tl
 
-from inplace.kernels.loads import keep_in_registers, load_weights
+from inplace.kernels.memory import keep_in_registers, load_weights
 
 
 @triton.jit

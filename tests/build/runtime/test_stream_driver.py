@@ -11,7 +11,7 @@ import pytest
 import torch
 from inplace.drivers import StreamDriver, TokenizerConfig, engine_thread
 from inplace.drivers.parsing import RequestParser
-from inplace.drivers.sequence_queues import StreamRequest
+from inplace.drivers.queues import StreamRequest
 from inplace.engines import Finish
 from inplace.errors import Code
 from inplace.runtime.requests import Request

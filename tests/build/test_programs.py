@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from transducer import Listen, Memory, Speak, capture, modules
 
 OPTIONS = BuildOptions(slots=4, max_rows=4)
+VERIFIED = ("fixed_points", "mixed_calls", "limits", "tokens")
+"""What a manifest says that verification came across."""
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +91,11 @@ def test_a_shared_buffer_is_one_state(folder: Path) -> None:
     assert speak.read_only == ("memory_frames",)
     assert listen.engine.file == "engine-listen.safetensors"
     assert manifest.verified == "executed"
-    assert int(manifest.built_with["verified_fixed_points"]) > 3
-    assert "verified_tokens" not in manifest.built_with
+    notes = {name: int(manifest.built_with[f"verified_{name}"]) for name in VERIFIED}
+    assert notes["fixed_points"] > 3
+    assert notes["mixed_calls"] > 1
+    assert notes["limits"] > 1
+    assert notes["tokens"] > 5
 
 
 def test_three_streams_in_one_call_get_the_tokens_of_greedy_search(
@@ -219,14 +224,6 @@ class NotFixed(Speak):
         return super().forward()
 
 
-class Constant(Speak):
-    """Emits one token, whatever it hears."""
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        emitted, done = super().forward()
-        return torch.where(emitted >= 0, 7, -1), done
-
-
 def with_speak(kind: type[Speak]) -> ProgramsCapture:
     torch.manual_seed(0)
     memory = Memory()
@@ -239,9 +236,110 @@ def test_a_loop_without_a_fixed_point_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_an_answer_that_is_always_the_same_is_noted(tmp_path: Path) -> None:
-    manifest = write_engine(with_speak(Constant), tmp_path / "model", OPTIONS)
-    assert "always the same proves little" in manifest.built_with["verified_tokens"]
+class Rare(nn.Module):
+    """Gives one token, except for large values."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return torch.where(value > 100, 8, 7)
+
+
+def test_an_answer_that_is_always_the_same_is_refused(tmp_path: Path) -> None:
+    options = RowOptions(max_rows=2, outputs=("tokens",), roles={"tokens": Role.TOKENS})
+    programs = {"rare": (Rare(), options, (torch.ones(1),))}
+    build = BuildOptions(slots=2, max_rows=2)
+
+    def write(**arguments: Any) -> Manifest:
+        captured = capture_programs(programs, [Call(program="rare")], **arguments)
+        return write_engine(captured, tmp_path / "rare", build)
+
+    with pytest.raises(BuildError, match=r"random inputs gave the tokens \[7\] only"):
+        write()
+    small, large = ({"value": torch.tensor([value])} for value in (1.0, 101.0))
+    with pytest.raises(BuildError, match=r"the examples gave the tokens \[7\] only"):
+        write(examples=[small])
+    assert write(examples=[small, large]).built_with["verified_tokens"] == "2"
+    assert write(constant_tokens=True).built_with["verified_tokens"] == "1"
+    with pytest.raises(BuildError, match=r"an example has the inputs \['x'\]; a request has"):
+        write(examples=[{"x": torch.ones(1)}])
+    with pytest.raises(BuildError, match=r"input value of shape \[2\] and torch.float32"):
+        write(examples=[{"value": torch.ones(2)}])
+
+
+class Left(nn.Module):
+    """How many rounds are left."""
+
+    left: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("left", torch.full((1,), 2, dtype=torch.int64))
+
+
+class Doubles(nn.Module):
+    """Doubles a value in each round; if it is careless, also when no round is left."""
+
+    total: Tensor
+
+    def __init__(self, shared: Left, careless: bool) -> None:
+        super().__init__()
+        self.shared, self.careless = shared, careless
+        self.register_buffer("total", torch.ones(1))
+
+    def forward(self, value: Tensor) -> Tensor:
+        doubled = 2 * self.total + value
+        self.total.copy_(torch.where(self.shared.left + self.careless > 0, doubled, self.total))
+        return self.total * 1
+
+
+class CountsDown(nn.Module):
+    """One round less is left."""
+
+    def __init__(self, shared: Left) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self) -> Tensor:
+        self.shared.left.copy_((self.shared.left - 1).clamp(min=0))
+        return self.shared.left == 0
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_a_loop_that_is_done_is_run_again(careless: bool, tmp_path: Path) -> None:
+    shared = Left()
+    counts = RowOptions(max_rows=2, outputs=("done",), roles={"done": Role.DONE})
+    programs = {
+        "double": (
+            Doubles(shared, careless),
+            RowOptions(max_rows=2, outputs=("total_so_far",)),
+            (torch.ones(1),),
+        ),
+        "count": (CountsDown(shared), counts, ()),
+    }
+    loop = Loop(calls=(Call(program="double"), Call(program="count")), until="done", at_most=5)
+    captured = capture_programs(programs, [loop])
+    folder = tmp_path / "loop"
+    if careless:
+        expected = r"the loop of double, count, called again for a row .* changes state total"
+        with pytest.raises(BuildError, match=expected):
+            write_engine(captured, folder, BuildOptions(slots=2, max_rows=2))
+        return
+    manifest = write_engine(captured, folder, BuildOptions(slots=2, max_rows=2))
+    assert int(manifest.built_with["verified_fixed_points"]) > 3
+    assert int(manifest.built_with["verified_limits"]) > 0
+    driver = StepDriver(ScheduledInstance.open(folder / "1"))
+    try:
+        [answer] = driver.run([Request(1, True, True, {"value": torch.ones(1, 1)})])
+        assert not isinstance(answer, RequestError)
+        assert answer["total_so_far"].tolist() == [[7.0]]  # 1, 3, 7
+    finally:
+        driver.close()
 
 
 # --- captures ---
@@ -392,6 +490,15 @@ def test_outputs_that_no_manifest_may_have_are_refused() -> None:
     assert "program add: tensor names must differ" in refusal(programs, Call(program="add"))
     programs = {"add": adds(torch.zeros(1, 3), roles={"sum": Role.DONE})}
     assert "of the role done must be bool" in refusal(programs, Call(program="add"))
+
+
+def test_an_exported_program_is_refused() -> None:
+    module, options, inputs = adds(torch.zeros(1, 3))
+    exported = torch.export.export(module, inputs)
+    programs: dict[str, Any] = {"add": (exported, options, inputs)}
+    message = refusal(programs, Call(program="add"))
+    assert "program add is an exported program" in message
+    assert "give the module that was exported" in message
 
 
 def test_example_inputs_are_a_tuple() -> None:

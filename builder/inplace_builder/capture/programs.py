@@ -39,11 +39,15 @@ class ProgramsCapture:
         captures: one for each program; a state that several use has one name in all.
         schedule: what a request runs.
         modules: by program, the original module and the names of its states, to verify against.
+        examples: inputs of requests to verify with; random ones without any.
+        constant_tokens: the modules may give the same tokens for all requests.
     """
 
     captures: tuple[Capture, ...]
     schedule: Schedule
     modules: Mapping[str, tuple[RowsModule, tuple[str, ...]]]
+    examples: tuple[Mapping[str, Tensor], ...] = ()
+    constant_tokens: bool = False
 
     def fresh_states(self) -> dict[str, Tensor]:
         """What the states of a sequence hold when it starts, in the modules' own shapes."""
@@ -79,7 +83,11 @@ class ProgramsCapture:
 
 
 def capture_programs(
-    programs: Mapping[str, ProgramModule], schedule: Sequence[Call | Loop]
+    programs: Mapping[str, ProgramModule],
+    schedule: Sequence[Call | Loop],
+    *,
+    examples: Sequence[Mapping[str, Tensor]] = (),
+    constant_tokens: bool = False,
 ) -> ProgramsCapture:
     """Capture modules of one sequence as the programs of one engine.
 
@@ -93,14 +101,21 @@ def capture_programs(
             outputs of different programs have different names. Inputs of the same name are one.
         schedule: the calls of a request, in order, and at most one level of loops. ``until`` names
             an output of the role ``done``.
+        examples: inputs of requests by name, as a module takes them. Verification sends them in
+            turn, instead of random numbers: for models that random numbers say little to.
+        constant_tokens: the schedule may give the same tokens whatever it is sent. Without it, a
+            verification that sees fewer than two different tokens fails: an answer that is always
+            the same would be compared with itself.
 
     Raises:
         BuildError: a module cannot be captured, see `capture_exported_rows`; the schedule names
             an unknown program or output, or leaves a program out; programs have different inputs
             of one name, or an output of the same name; modules share memory otherwise than as one
-            tensor, or have different initial values of one; a program takes positions.
+            tensor, or have different initial values of one; a program takes positions, or is an
+            exported program; an example has other inputs than a request.
     """
     _check_names(programs)
+    _check_modules(programs)
     try:
         described = Schedule(name="default", calls=tuple(schedule))
     except ValidationError as error:
@@ -115,10 +130,10 @@ def capture_programs(
             )
     buffers = _Buffers(programs)
     captured: dict[str, CapturedRows] = {}
-    for name, (module, options, examples) in programs.items():
+    for name, (module, options, arguments) in programs.items():
         try:
             captured[name] = capture_rows(
-                module, options, examples, name=name, shared=buffers.shared(name)
+                module, options, arguments, name=name, shared=buffers.shared(name)
             )
         except BuildError as error:
             raise BuildError(f"program {name}: {error}") from error
@@ -131,7 +146,13 @@ def capture_programs(
     except ValueError as error:
         raise BuildError(str(error)) from error
     modules = {name: (each.rows, names[name]) for name, each in captured.items()}
-    result = ProgramsCapture(captures, described, modules)
+    result = ProgramsCapture(
+        captures,
+        described,
+        modules,
+        tuple(_example(captures, example) for example in examples),
+        constant_tokens,
+    )
     _check_initial(result)
     return result
 
@@ -141,6 +162,34 @@ def _check_names(programs: Mapping[str, ProgramModule]) -> None:
         raise BuildError("capture_programs needs at least one program")
     if wrong := [name for name in programs if not (name.isidentifier() and name.isascii())]:
         raise BuildError(f"programs {wrong} have names that are no ASCII identifiers")
+
+
+def _check_modules(programs: Mapping[str, ProgramModule]) -> None:
+    for name, (module, _, _) in programs.items():
+        if isinstance(module, torch.export.ExportedProgram):
+            raise BuildError(
+                f"program {name} is an exported program, whose tensors are no longer those of "
+                f"other modules, so it can share no states: give the module that was exported"
+            )
+
+
+def _example(captures: Sequence[Capture], example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of a request, with the batch axis of a server, ``[1, ...]``."""
+    specs = {spec.name: spec for each in captures for spec in each.program.client_inputs}
+    if example.keys() != specs.keys():
+        raise BuildError(
+            f"an example has the inputs {sorted(example)}; a request has {sorted(specs)}"
+        )
+    result = {}
+    for name, spec in specs.items():
+        tensor = torch.as_tensor(example[name])
+        if tensor.numel() != torch.Size(spec.shape).numel() or tensor.dtype != spec.dtype.as_torch:
+            raise BuildError(
+                f"an example has input {name} of shape {list(tensor.shape)} and {tensor.dtype}; "
+                f"the program takes {list(spec.shape)} {spec.dtype}"
+            )
+        result[name] = tensor.reshape(1, *spec.shape)
+    return result
 
 
 def _check_called(schedule: Schedule, programs: Mapping[str, ProgramModule]) -> None:

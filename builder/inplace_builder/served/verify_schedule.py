@@ -1,10 +1,11 @@
 """Verify an engine with a schedule: requests of three sequences against the original modules.
 
 Requests begin at different times, so rows of one call are at different counts of their loops.
-Every byte of a slot that has not been started is NaN, or the largest integer.
+Every byte of a slot that has not been started is NaN, or the largest integer. What is done is
+called again, a program as well as a whole round of a loop, and may change nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from inplace.engines import NO_OTHER_THREADS
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.schema.served import Loop, Manifest
+from inplace.schema.served import Call, Loop, Manifest
 from inplace.schema.specs import Role
 from torch import Tensor
 
@@ -27,6 +28,10 @@ REQUESTS = 4
 """Requests of each sequence. The last one runs with a limit of 1 for every ``until``."""
 
 
+LIMITED_START = 2
+"""The sequence whose first request runs with these limits too."""
+
+
 STAGGER = 2
 """Calls between the starts of two sequences, so that they are at different loop counts."""
 
@@ -36,12 +41,13 @@ def verify_schedule(folder: Path, manifest: Manifest, programs: ProgramsCapture)
 
     Returns:
         The largest relative error of an output; how many rows were called again after they were
-        done; and a note if all tokens were the same, which proves little.
+        done; how many calls had rows at different counts of a loop; how many times a limit
+        (``at_most``) ended what was not done; and how many different tokens there were.
 
     Raises:
         BuildError: the engine cannot be loaded or fails; an output differs by more than rounding
             explains; a call changed states that its program does not write, or slots of other
-            rows; or a row that was done changed when it was called again.
+            rows; a row that was done changed when it was called again; or all tokens were the same.
     """
     with load_errors():
         instance = ScheduledInstance.open(
@@ -51,6 +57,7 @@ def verify_schedule(folder: Path, manifest: Manifest, programs: ProgramsCapture)
         fill_with_sentinel(tensor)
     check = _Verification(instance, programs)
     check.run()
+    check.check_tokens()
     return check.notes()
 
 
@@ -74,6 +81,8 @@ class _Verification:
         max_error: the largest relative error so far.
         tokens: all tokens that were produced.
         num_fixed_points: how many rows were called again after they were done.
+        num_mixed_calls: how many calls had rows at different counts of a loop.
+        num_limits: how many times a limit ended what was not done.
     """
 
     instance: ScheduledInstance
@@ -81,6 +90,9 @@ class _Verification:
     max_error: float = 0.0
     tokens: set[int] = field(default_factory=set)
     num_fixed_points: int = 0
+    num_mixed_calls: int = 0
+    num_limits: int = 0
+    num_requests: int = 0
 
     def run(self) -> None:
         """Run all requests of all sequences; the first sequence then starts anew."""
@@ -108,10 +120,16 @@ class _Verification:
             sequences = sequences[1:] + sequences[:1]  # another one waits longest
 
     def _admit(self, sequence: _Sequence, generator: torch.Generator) -> None:
-        inputs = {
-            spec.name: random_input(spec, 1, generator)
-            for spec in self.instance.program.client_inputs
-        }
+        examples = self.programs.examples
+        inputs = (
+            examples[self.num_requests % len(examples)]
+            if examples
+            else {
+                spec.name: random_input(spec, 1, generator)
+                for spec in self.instance.program.client_inputs
+            }
+        )
+        self.num_requests += 1
         again = sequence.id == 1 and sequence.num_requests == REQUESTS - 2
         if again:
             sequence.states = self.programs.fresh_states()  # a slot that is used again
@@ -125,18 +143,16 @@ class _Verification:
             requested_outputs=frozenset(spec.name for spec in self.instance.program.outputs),
         )
         sequence.active = self.instance.admit(request)
-        if sequence.num_requests == REQUESTS:
+        if sequence.num_requests == REQUESTS or (start and sequence.id == LIMITED_START):
             assert sequence.active.progress is not None
             sequence.active.progress.loops = _limited(sequence.active.progress.loops)
 
     def _call(self, rows: list[ActiveRequest]) -> None:
         """Make a call; check what it changed, and that rows which are done stay as they are."""
-        instance, progress = self.instance, rows[0].progress
-        assert progress is not None
-        program = instance.programs[progress.next_call.program]
-        inputs = form_batch(program, rows).inputs
-        calls = [row.progress.next_call for row in rows if row.progress is not None]
-        before = {name: tensor.clone() for name, tensor in instance.arena.tensors.items()}
+        instance = self.instance
+        places = [_Place.of(row) for row in rows]
+        program = instance.programs[places[0].call.program]
+        before = self._memory()
         outputs = instance.step(rows)
         for row in rows:
             if row.error is not None:
@@ -151,21 +167,33 @@ class _Verification:
                     f"program {program.name} changed bytes of state {name} outside the rows of its "
                     f"call, or which it only reads"
                 )
-        for place, call in enumerate(calls):
-            if call.until is not None and bool(outputs[call.until][place]):
-                one = {name: tensor[place : place + 1] for name, tensor in inputs.items()}
-                self._call_again(program.name, call.until, one)
+        self.num_mixed_calls += len({place.count for place in places}) > 1
+        for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+            self._check_end(place, row, {name: bool(outputs[name][index]) for name in place.untils})
 
-    def _call_again(self, name: str, until: str, inputs: Mapping[str, Tensor]) -> None:
-        """Call a program again for a row that is done: nothing may change."""
-        instance = self.instance
-        before = {state: tensor.clone() for state, tensor in instance.arena.tensors.items()}
-        outputs = instance.engines[name].launch(
-            inputs, [spec.name for spec in instance.programs[name].outputs]
-        )(NO_OTHER_THREADS)
+    def _check_end(self, place: "_Place", row: ActiveRequest, done: Mapping[str, bool]) -> None:
+        """Call again what a call has ended: its program, and the loop that it is the last of."""
+        progress, call, loop = row.progress, place.call, place.loop
+        assert progress is not None
+        if call.until is not None and done[call.until]:
+            self._call_again((call,), call.until, row)
+        moved = (progress.loop, progress.rounds, progress.call) != place.indices
+        self.num_limits += call.until is not None and moved and not done[call.until]
+        if loop.until is None or not moved or not place.is_last:
+            return
+        if done[loop.until]:
+            self._call_again(loop.calls, loop.until, row)
+        self.num_limits += progress.loop != place.indices[0] and not done[loop.until]
+
+    def _call_again(self, calls: Sequence[Call], until: str, row: ActiveRequest) -> None:
+        """Call programs again for a row that is done: nothing may change."""
+        before = self._memory()
         self.num_fixed_points += 1
-        where = f"program {name}, called again for a row that is done ({until}),"
-        for state, tensor in instance.arena.tensors.items():
+        for call in calls:
+            for _ in range(1 if call.until else call.at_most or 1):
+                outputs = self._repeat(call.program, until, row)
+        where = f"{_title(calls)}, called again for a row that is done ({until}),"
+        for state, tensor in self.instance.arena.tensors.items():
             if not same_bits(before[state], tensor):
                 raise rejected(
                     f"{where} changes state {state}: a module whose row is done must keep its "
@@ -173,9 +201,23 @@ class _Verification:
                 )
         if not bool(outputs[until]):
             raise rejected(f"{where} is not done any more")
-        for spec in instance.programs[name].outputs:
+
+    def _repeat(self, name: str, until: str, row: ActiveRequest) -> dict[str, Tensor]:
+        """Call a program for a row that is done; it may produce no token."""
+        program = self.instance.programs[name]
+        outputs = self.instance.engines[name].launch(
+            form_batch(program, [row]).inputs, [spec.name for spec in program.outputs]
+        )(NO_OTHER_THREADS)
+        for spec in program.outputs:
             if spec.role is Role.TOKENS and bool((outputs[spec.name] >= 0).any()):
-                raise rejected(f"{where} produces the tokens {outputs[spec.name].tolist()}")
+                raise rejected(
+                    f"program {name}, called again for a row that is done ({until}), produces the "
+                    f"tokens {outputs[spec.name].tolist()}"
+                )
+        return outputs
+
+    def _memory(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.instance.arena.tensors.items()}
 
     def _compare(self, sequence: _Sequence, active: ActiveRequest) -> None:
         """Compare a finished request with the original modules."""
@@ -207,17 +249,70 @@ class _Verification:
         if not error <= tolerance:
             raise rejected(f"{where} differs from the model by {error:.1e}, more than {tolerance}")
 
+    def check_tokens(self) -> None:
+        """BuildError if the tokens prove nothing, because all of them are the same."""
+        has_tokens = any(spec.role is Role.TOKENS for spec in self.instance.program.outputs)
+        if not has_tokens or len(self.tokens) > 1 or self.programs.constant_tokens:
+            return
+        sent = "the examples" if self.programs.examples else "random inputs"
+        raise rejected(
+            f"{sent} gave the tokens {sorted(self.tokens)} only, and an answer that is always the "
+            f"same proves nothing: give examples that have different answers "
+            f"(capture_programs(examples=…)), or constant_tokens=True if the schedule has but one"
+        )
+
     def notes(self) -> dict[str, str]:
         """What the manifest records."""
-        notes = {"verified_error": f"{self.max_error:.1e}"}
-        notes["verified_fixed_points"] = str(self.num_fixed_points)
-        has_tokens = any(spec.role is Role.TOKENS for spec in self.instance.program.outputs)
-        if has_tokens and len(self.tokens) < 2:
-            notes["verified_tokens"] = (
-                f"random inputs gave the tokens {sorted(self.tokens)} only: an answer that is "
-                f"always the same proves little"
-            )
-        return notes
+        return {
+            "verified_error": f"{self.max_error:.1e}",
+            "verified_fixed_points": str(self.num_fixed_points),
+            "verified_mixed_calls": str(self.num_mixed_calls),
+            "verified_limits": str(self.num_limits),
+            "verified_tokens": str(len(self.tokens)),
+        }
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a request is in its schedule before a call.
+
+    Attributes:
+        loop, call: what is called next.
+        is_last: whether the call is the last one of a round.
+        indices: the indices of loop, round and call.
+        count: finished calls at this place.
+    """
+
+    loop: Loop
+    call: Call
+    is_last: bool
+    indices: tuple[int, int, int]
+    count: int
+
+    @classmethod
+    def of(cls, row: ActiveRequest) -> "_Place":
+        """The place of a request."""
+        progress = row.progress
+        assert progress is not None
+        loop = progress.loops[progress.loop]
+        return cls(
+            loop,
+            progress.next_call,
+            progress.call == len(loop.calls) - 1,
+            (progress.loop, progress.rounds, progress.call),
+            progress.count,
+        )
+
+    @property
+    def untils(self) -> list[str]:
+        """The outputs of the call that say whether something is done."""
+        untils = [self.call.until, self.loop.until if self.is_last else None]
+        return [until for until in untils if until is not None]
+
+
+def _title(calls: Sequence[Call]) -> str:
+    names = list(dict.fromkeys(call.program for call in calls))
+    return f"program {names[0]}" if len(names) == 1 else f"the loop of {', '.join(names)}"
 
 
 def _limited(loops: tuple[Loop, ...]) -> tuple[Loop, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.metrics import STEP
+from inplace.runtime.observer import STEP
 from inplace.runtime.requests import Request
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.engines import Finish
 from inplace.errors import Code, LoadError, RequestError
 from inplace.runtime.instance import ModelInstance

@@ -18,7 +18,7 @@ import yaml
 from inplace.alive import failures, is_alive
 from inplace.client import Sequence
 from inplace.errors import Code, RequestError
-from inplace.runtime.metrics import exported_metrics
+from inplace.runtime.observer import exported_metrics
 from inplace.schema.served import Manifest
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder

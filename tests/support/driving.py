@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import Answer

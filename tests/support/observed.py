@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from inplace.operators import read, update
-from inplace.runtime.metrics import exported_metrics
+from inplace.runtime.observer import exported_metrics
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace_builder import Capture, capture_module
 from inplace_builder.capture.capture import control_input

@@ -8,17 +8,19 @@ import inplace.runtime.observer
 import pytest
 from inplace.drivers.generation import FinishReason
 from inplace.errors import Code, RequestError
-from inplace.runtime.metrics import (
+from inplace.runtime.observer import (
     ENDED,
     GENERATIONS,
     HISTOGRAMS,
+    MAX_LINES_PER_SECOND,
     METRICS,
     ROWS,
     MetricsExporter,
     MetricValues,
+    Observer,
     exported_metrics,
+    log_line,
 )
-from inplace.runtime.observer import MAX_LINES_PER_SECOND, Observer, log_line
 from inplace.runtime.slots import EndReason, SequenceState
 
 REFUSAL = RequestError(Code.CAPACITY, "too many")

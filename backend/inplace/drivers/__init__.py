@@ -5,7 +5,7 @@ thread of its own and answers from others; it serves generations.
 """
 
 from inplace.drivers.parsing import TokenizerConfig
-from inplace.drivers.step import StepDriver
-from inplace.drivers.stream import Arrival, StreamDriver, engine_thread
+from inplace.drivers.step_driver import StepDriver
+from inplace.drivers.stream_driver import Arrival, StreamDriver, engine_thread
 
 __all__ = ["Arrival", "StepDriver", "StreamDriver", "TokenizerConfig", "engine_thread"]

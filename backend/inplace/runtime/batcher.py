@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inplace.errors import RequestError
-from inplace.runtime.requests import Request
-from inplace.runtime.sampling import GREEDY, SamplingParams
+from inplace.runtime.requests import GREEDY, Request, SamplingParams
 from inplace.runtime.slots import SequenceState
 from inplace.schema.served import Call, Loop, Program
 from inplace.schema.specs import Role, TensorSpec

@@ -96,7 +96,7 @@ class Role(StrEnum):
     NEXT_POSITIONS = "next_positions"
     """From the runtime, ``[rows]``: cached length after the step, the sampled token's position."""
     TEMPERATURE = "temperature"
-    """From the runtime, ``[rows]``: a request's sampling parameter (`inplace.runtime.sampling`).
+    """From the runtime, ``[rows]``: a request's sampling parameter (`inplace.runtime.requests`).
 
     0 in a row that samples no token.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from inplace.runtime.metrics import Metric, MetricsExporter, MetricValues
+from inplace.runtime.observer import Metric, MetricsExporter, MetricValues
 
 log = logging.getLogger("inplace")
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from inplace.drivers import StepDriver, TokenizerConfig
-from inplace.runtime.metrics import (
+from inplace.runtime.observer import (
     ENDED,
     QUEUE,
     ROWS,

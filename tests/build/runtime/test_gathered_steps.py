@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from inplace.drivers import engine_loop
+from inplace.drivers import stream_driver
 from inplace.drivers.reply import Outputs
 from inplace.runtime.requests import Request
 from support.driving import random_tokens
@@ -54,7 +54,7 @@ def test_requests_that_arrive_while_answers_are_being_sent_share_a_step(
     unblock: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_loop, "MAX_GATHER_TIME", 60.0)
+    monkeypatch.setattr(stream_driver, "MAX_GATHER_TIME", 60.0)
     channels = [answering_client.step(f"s{slot}", [3]) for slot in range(SLOTS - 1)]
     time.sleep(0.1)
     assert len(answering_client.engine.slots) == 1
@@ -68,7 +68,7 @@ def test_requests_that_arrive_while_answers_are_being_sent_share_a_step(
 def test_a_full_step_is_not_delayed(
     answering_client: StreamClient, unblock: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_loop, "MAX_GATHER_TIME", 60.0)
+    monkeypatch.setattr(stream_driver, "MAX_GATHER_TIME", 60.0)
     for slot in range(SLOTS):
         answering_client.step(f"s{slot}", [3])
     wait_until(lambda: sum(len(rows) for rows in answering_client.engine.slots) == 2 * SLOTS)
@@ -81,7 +81,7 @@ def test_a_step_is_delayed_for_the_gather_time_at_most(
     begin = time.monotonic()
     answering_client.step("s0", [3])
     wait_until(lambda: len(answering_client.engine.slots) == 2)
-    assert time.monotonic() - begin > engine_loop.MAX_GATHER_TIME
+    assert time.monotonic() - begin > stream_driver.MAX_GATHER_TIME
     unblock.set()
 
 
@@ -91,7 +91,7 @@ def test_generations_are_not_delayed(
     unblock: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_loop, "MAX_GATHER_TIME", 60.0)
+    monkeypatch.setattr(stream_driver, "MAX_GATHER_TIME", 60.0)
     answering_client.step("s0", [3])
     answering_client.generate("s1", [3], 4, start=False)
     wait_until(lambda: len(answering_client.engine.slots) > 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace_builder.served.decoder import build_decoder

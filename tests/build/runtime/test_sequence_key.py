@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.errors import Code, RequestError
 from inplace.parameters import MAX_KEY_LENGTH
 from inplace.runtime.batcher import Answer

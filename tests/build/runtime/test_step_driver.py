@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.errors import Code
 from support.driving import (
     OpenDriver,

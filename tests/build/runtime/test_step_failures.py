@@ -5,7 +5,7 @@ Some sequences must START again, some requests can be repeated, the others are u
 
 import pytest
 import torch
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.errors import Code
 from support.driving import (
     OpenDriver,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.errors import Code
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId

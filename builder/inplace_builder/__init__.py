@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from inplace_builder.errors import BuildError
     from inplace_builder.served.build import write_engine
     from inplace_builder.served.decoder import build_decoder
+    from inplace_builder.served.model import build_model
     from inplace_builder.served.options import BuildOptions
     from inplace_builder.standalone.build import build
     from inplace_builder.standalone.serialize import Serialized, serialize
@@ -62,6 +63,7 @@ _MODULES = {
     "Update": "inplace.schema.specs",
     "build": "inplace_builder.standalone.build",
     "build_decoder": "inplace_builder.served.decoder",
+    "build_model": "inplace_builder.served.model",
     "capture_decoder": "inplace_builder.capture.huggingface",
     "capture_exported": "inplace_builder.capture.exported",
     "capture_exported_decoder": "inplace_builder.capture.exported_decoder",
@@ -104,6 +106,7 @@ __all__ = [
     "Update",
     "build",
     "build_decoder",
+    "build_model",
     "capture_decoder",
     "capture_exported",
     "capture_exported_decoder",

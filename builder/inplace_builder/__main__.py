@@ -49,8 +49,9 @@ def build(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a Hugging Face decoder (safetensors, .bin or one GGUF file) or of a "
-            "LoRA adapter, a GGUF file, or the id of a model that `hf download` has fetched."
+            help="Folder of a Hugging Face decoder (safetensors, .bin or one GGUF file), of a "
+            "streaming speech model or of a LoRA adapter, a GGUF file, or the id of a model that "
+            "`hf download` has fetched."
         ),
     ],
     output: Annotated[
@@ -109,6 +110,13 @@ def build(
             help="Maximum number of tokens of all sequences in one step; default: four chunks."
         ),
     ] = None,
+    lookahead: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames that a streaming speech model hears ahead; a chunk has one more. Default: "
+            "the model's own."
+        ),
+    ] = None,
     serve: Annotated[
         Protocol,
         typer.Option(
@@ -132,12 +140,12 @@ def build(
         int, typer.Option(help="Processes that serve it, each with an engine and slots of its own.")
     ] = 1,
 ) -> None:
-    """Build a decoder into a model repository, after verifying it against transformers."""
+    """Build a model into a model repository, after verifying it against transformers."""
     with _errors("build", "builder"):
         from inplace.schema.specs import Dtype
 
         from inplace_builder.served.choose import build_with_best_engine, first_engine
-        from inplace_builder.served.decoder import build_decoder
+        from inplace_builder.served.model import build_model
         from inplace_builder.served.options import BuildOptions
         from inplace_builder.tools.report import summary_table
 
@@ -150,6 +158,7 @@ def build(
             strict=strict,
             compute_capability=compute_capability,
             step_tokens=step_tokens,
+            lookahead=lookahead,
             slots=slots,
             max_rows=max_batch if max_batch is not None else min(slots, 8),
             capacity=capacity,
@@ -167,7 +176,7 @@ def build(
                     model, target, build_options, stage, partial(console.print, soft_wrap=True)
                 )
             else:
-                manifest = build_decoder(model, target, build_options, stage)
+                manifest = build_model(model, target, build_options, stage)
             stage("done")
         console.print(summary_table(manifest, target))
         console.print(f"written to {target}", soft_wrap=True, highlight=False)

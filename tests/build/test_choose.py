@@ -24,7 +24,7 @@ def test_the_choice_is_reported_with_its_reason(
         tried.append((options.engine, options.device))
         raise LoweringError(f"{options.engine} cannot run it")
 
-    monkeypatch.setattr(choose, "build_decoder", refuse)
+    monkeypatch.setattr(choose, "build_model", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reports: list[str] = []
     options = BuildOptions(engine="tensorrt", device="cuda")

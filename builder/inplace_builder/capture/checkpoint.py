@@ -72,17 +72,31 @@ def load_model(
     source = Path(source)
     config = config or check_checkpoint(source)
     files = locate_model(source)
-    model, notes = _load_weights(source, files, dtype, config)
+    model, notes = load_weights(source, files, dtype, config, _decoder_class(config))
     if files.adapter is not None:
         with torch.no_grad():
             notes["adapter"] = merge_lora(model, files.adapter)
     return model.eval(), notes
 
 
-def _load_weights(
-    source: Path, files: ModelFiles, dtype: Dtype, config: PretrainedConfig
+def load_weights(
+    source: Path, files: ModelFiles, dtype: Dtype, config: PretrainedConfig, kind: Any
 ) -> tuple[PreTrainedModel, dict[str, str]]:
-    """Load the model without its adapter; refuse what is missing and what would not be used."""
+    """Load a model without its adapter; refuse what is missing and what would not be used.
+
+    Args:
+        source: for errors.
+        files: of the model.
+        dtype: the type of the weights.
+        config: the configuration.
+        kind: the class of transformers whose ``from_pretrained`` loads it.
+
+    Returns:
+        The model, and what was done to the weights, in words.
+
+    Raises:
+        BuildError: the weights cannot be loaded, or are not those of the configuration.
+    """
     fields = None if files.gguf else quantization(config)
     notes: dict[str, str] = {}
     arguments = _arguments(files)
@@ -102,7 +116,7 @@ def _load_weights(
     eager = {"attn_implementation": "eager"} if capped else {}
     try:
         with quiet(), files.without_adapter() as folder:
-            kind, dequantized = _decoder_class(config), "state_dict" in arguments
+            dequantized = "state_dict" in arguments
             if dequantized:
                 kind = _class_without_folder(kind, arguments)
             model, loaded = kind.from_pretrained(
@@ -183,12 +197,7 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
     """
     source = Path(source)
     files = locate_model(source)
-    try:
-        config = transformers.AutoConfig.from_pretrained(files.folder, **_arguments(files))
-    except Exception as error:  # transformers raises many types for an unreadable folder
-        raise BuildError(
-            f"{source} has no configuration that transformers can read: {brief(error)}"
-        ) from error
+    config = read_config(source, files)
     if config.is_encoder_decoder or _decoder_class(config) is None:
         raise BuildError(
             f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has "
@@ -200,6 +209,24 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
         check_quantization(config, source)
     check_positions(config.get_text_config(decoder=True), capacity)
     return config
+
+
+def read_config(source: Path, files: ModelFiles) -> PretrainedConfig:
+    """Read the configuration of a model of any kind.
+
+    Args:
+        source: for errors.
+        files: of the model.
+
+    Raises:
+        BuildError: transformers cannot read it.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(files.folder, **_arguments(files))
+    except Exception as error:  # transformers raises many types for an unreadable folder
+        raise BuildError(
+            f"{source} has no configuration that transformers can read: {brief(error)}"
+        ) from error
 
 
 def _decoder_class(config: PretrainedConfig) -> Any:

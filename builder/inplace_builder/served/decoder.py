@@ -56,7 +56,7 @@ def build_decoder(
             "architecture": type(model).__name__,
             "tokenizer": tokenizer_note,
         },
-        extras=lambda folder: _save_tokenizer(tokenizer, folder),
+        extras=lambda folder: save_tokenizer(tokenizer, folder),
         prepare=lambda: move_to_engine_device(model, options.device),
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )
@@ -71,7 +71,7 @@ def decoder_options(options: BuildOptions) -> DecoderOptions:
     )
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write the tokenizer, if there is one.
 
     Raises:

@@ -46,6 +46,8 @@ class BuildOptions:
         alias: the only mechanism allowed to update states (TensorRT); None takes the first that
             can.
         strict: never copy a state (TensorRT).
+        lookahead: of a streaming speech model: how many encoded frames a frame sees ahead of it;
+            None for the model's default.
         compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT
             for RTX); such an engine is not verified.
 
@@ -69,6 +71,7 @@ class BuildOptions:
     strict: bool = False
     compute_capability: str | None = None
     min_capacity: int | None = None
+    lookahead: int | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()

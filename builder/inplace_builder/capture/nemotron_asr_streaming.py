@@ -1,0 +1,393 @@
+"""Streaming speech recognition: transformers' ``nemotron_asr_streaming`` as two programs.
+
+``listen`` encodes a chunk of log-mel frames with the cache-aware FastConformer. ``speak`` is one
+iteration of greedy search with predictor and joint (RNN-T); it is called until the encoded frames
+are used up. The modules are transformers' own, with states where it has caches.
+"""
+
+import json
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from inplace.schema.served import Call
+from inplace.schema.specs import Role
+from torch import Tensor, nn
+from transformers import NemotronAsrStreamingForRNNT, PretrainedConfig, PreTrainedModel
+from transformers.models.nemotron_asr_streaming.processing_nemotron_asr_streaming import (
+    DEFAULT_NUM_LOOKAHEAD_TOKENS,
+)
+
+from inplace_builder.capture.exported_rows import RowOptions
+from inplace_builder.capture.programs import ProgramsCapture, capture_programs
+from inplace_builder.errors import BuildError
+
+MODEL_TYPE = "nemotron_asr_streaming"
+"""The ``model_type`` of its configurations."""
+
+
+ModelClass = NemotronAsrStreamingForRNNT
+"""The class of transformers that loads it."""
+
+
+_PROCESSOR_CONFIG = "processor_config.json"
+
+
+def choose_lookahead(folder: Path, config: PretrainedConfig, requested: int | None) -> int:
+    """The lookahead of a build: the requested one, if the model was trained with it.
+
+    Args:
+        folder: of the model; its processor's configuration lists them. Without one they are those
+            that transformers' processor has by default.
+        config: of the model.
+        requested: None for the model's default.
+
+    Raises:
+        BuildError: the model was not trained with it, or the processor's configuration cannot be
+            read.
+    """
+    fields: dict[str, Any] = {}
+    path = folder / _PROCESSOR_CONFIG
+    if path.is_file():
+        try:
+            fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise BuildError(f"{path} cannot be read: {error}") from error
+    supported = fields.get("supported_num_lookahead_tokens") or DEFAULT_NUM_LOOKAHEAD_TOKENS
+    default = fields.get("default_num_lookahead_tokens")
+    if default is None:
+        default = config.encoder_config.default_num_lookahead_tokens
+    lookahead = default if requested is None else requested
+    if lookahead not in supported:
+        raise BuildError(
+            f"the lookahead is {lookahead}; the model in {folder} was trained with "
+            f"{sorted(supported)}: choose one of them"
+        )
+    return int(lookahead)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The sizes of a stream's chunks.
+
+    Attributes:
+        lookahead: encoded frames that a frame sees ahead of it, at most.
+        factor: log-mel frames of one encoded frame.
+    """
+
+    lookahead: int
+    factor: int
+
+    @property
+    def frames(self) -> int:
+        """Encoded frames of a chunk: all of them see each other."""
+        return self.lookahead + 1
+
+    @property
+    def features(self) -> int:
+        """Log-mel frames of a chunk."""
+        return self.factor * self.frames
+
+    @property
+    def front(self) -> int:
+        """Frames of zeros in front of a stream, which make its first chunk as long as others."""
+        return self.factor - 1
+
+
+class Encoded(nn.Module):
+    """What both programs know of a chunk: its encoded frames, and how far the search is."""
+
+    frames: Tensor
+    num_frames: Tensor
+    frame: Tensor
+    seen: Tensor
+
+    def __init__(self, frames: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("frames", torch.zeros(1, frames, dim, dtype=dtype))
+        for name in ("num_frames", "frame", "seen"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.int64))
+
+
+class Listen(nn.Module):
+    """The encoder: one chunk of a stream.
+
+    States are what transformers keeps in its caches: the last inputs of every convolution, and the
+    keys and values of the frames that attention looks back to.
+
+    Args:
+        model: whose encoder it is; not changed.
+        chunks: the sizes.
+        encoded: where the encoded frames go.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunks: Chunks, encoded: Encoded) -> None:
+        super().__init__()
+        encoder, config = model.encoder, model.config.encoder_config
+        self.chunks, self.encoded = chunks, encoded
+        self.subsampling, self.projector = encoder.subsampling, model.encoder_projector
+        self.input_scale, self.dtype = encoder.input_scale, encoded.frames.dtype
+        self.left = config.sliding_window - 1
+        # Attention looks back whole chunks.
+        self.unseen = self.left % chunks.frames
+        positions = encoder.encode_positions(
+            torch.empty(1, chunks.frames, 1, dtype=self.dtype), cached_frames=self.left
+        )
+        self.layers = nn.ModuleList(_fixed_positions(layer, positions) for layer in encoder.layers)
+        self._register_states(config)
+
+    def _register_states(self, config: Any) -> None:
+        def register(name: str, *shape: int) -> None:
+            self.register_buffer(name, torch.zeros(1, *shape, dtype=self.dtype))
+
+        bins, channels = config.num_mel_bins, 1
+        for place, conv in enumerate(self._convolutions):
+            padded = bins + sum(conv.freq_pad)
+            register(f"subsampling_{place}", channels, conv.left_pad, padded)
+            bins = (padded - conv.kernel_size[1]) // conv.stride[1] + 1
+            channels = conv.out_channels
+        heads = config.num_attention_heads
+        for place in range(config.num_hidden_layers):
+            for name in ("keys", "values"):
+                register(f"{name}_{place}", heads, self.left, config.hidden_size // heads)
+            register(f"conv_{place}", config.hidden_size, config.conv_kernel_size - 1)
+
+    @property
+    def _convolutions(self) -> list[Any]:
+        """The convolutions over time of the subsampling, in order."""
+        sub = self.subsampling
+        return [sub.conv_in, *(layer.depthwise_conv for layer in sub.layers)]
+
+    def forward(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a chunk, and put the search at its first frame.
+
+        Args:
+            features: log-mel frames ``[1, features, bins]``. A stream's first chunk begins with
+                `Chunks.front` frames that do not count, whatever they hold.
+            length: how many of them are valid, ``[1]``: fewer only in a stream's last chunk.
+
+        Returns:
+            The encoded frames ``[1, frames, dim]``, and how many of them are valid, ``[1]``.
+        """
+        x = self._subsampled(features.to(self.dtype), length) * self.input_scale
+        valid = self._valid(self.chunks.frames, self.chunks.factor, length)
+        cached = torch.arange(self.left)
+        seen = (cached >= self.left - self.encoded.seen) & (cached >= self.unseen)
+        mask = torch.cat([seen, valid])[None, None, None].expand(1, 1, self.chunks.frames, -1)
+        window, tails = _Window(self, valid), _Tails(self)
+        for layer in self.layers:
+            x = layer(
+                x,
+                attention_mask=mask,
+                all_masked_rows=~valid[None, None],
+                position_embeddings=None,
+                past_key_values=window,
+                padding_cache=tails,
+            )
+        frames = torch.where(valid[None, :, None], self.projector(x), 0.0)
+        num_frames = valid.sum(0, keepdim=True)
+        self.encoded.frames.copy_(frames)
+        self.encoded.num_frames.copy_(num_frames)
+        self.encoded.frame.zero_()
+        self.encoded.seen.add_(num_frames)
+        return frames.float(), num_frames
+
+    def _subsampled(self, features: Tensor, length: Tensor) -> Tensor:
+        """Subsample as transformers, with zeros for what is in front of the stream or after it.
+
+        At its end a stream has a frame wherever a convolution reaches a valid one, as transformers
+        has without chunks.
+        """
+        x, tails, first = features[:, None], _Tails(self), self.encoded.seen == 0
+        stages = [self.subsampling.conv_in, *self.subsampling.layers]
+        stride, front = 1, self.chunks.front
+        for place, (stage, conv) in enumerate(zip(stages, self._convolutions, strict=True)):
+            outside = first & (torch.arange(x.shape[2]) < front)
+            valid = self._valid(x.shape[2], stride, length) & ~outside
+            x = torch.where(valid[None, None, :, None], x, 0.0)
+            x = conv(x, padding_cache=tails)
+            x = self.subsampling.act_fn(stage.pointwise_conv(x) if place else x)
+            stride, front = stride * conv.stride[0], front // conv.stride[0]
+        x = x.transpose(1, 2).flatten(2)
+        result: Tensor = self.subsampling.linear(x)
+        return result
+
+    @staticmethod
+    def _valid(extent: int, stride: int, length: Tensor) -> Tensor:
+        """Which frames come from valid ones, ``[extent]``; each comes from ``stride``."""
+        return torch.arange(0, extent * stride, stride) < length
+
+
+class _Tails:
+    """The last inputs of convolutions, as transformers' ``padding_cache``."""
+
+    def __init__(self, listen: Listen) -> None:
+        self.listen = listen
+
+    def update(self, x: Tensor, key: str, module: nn.Module) -> Tensor:
+        """The inputs of a convolution: those kept, then ``x``; the last ones are kept."""
+        state: Tensor = getattr(self.listen, key.replace(".", "_"))
+        whole = torch.cat([state, x], 2)
+        state.copy_(whole[:, :, -state.shape[2] :])
+        return whole
+
+
+class _Window:
+    """Keys and values that attention looks back to, as transformers' ``past_key_values``."""
+
+    def __init__(self, listen: Listen, valid: Tensor) -> None:
+        self.listen, self.valid = listen, valid[None, None, :, None]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Those kept, then the new ones; the last ones are kept, zeros for padding."""
+        results = []
+        for name, new in (("keys", keys), ("values", values)):
+            state: Tensor = getattr(self.listen, f"{name}_{layer}")
+            whole = torch.cat([state, torch.where(self.valid, new, 0.0)], 2)
+            state.copy_(whole[:, :, -state.shape[2] :])
+            results.append(whole)
+        return results[0], results[1]
+
+
+class _Constant(nn.Module):
+    """Returns a tensor, whatever it is given."""
+
+    result: Tensor
+
+    def __init__(self, result: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("result", result)
+
+    def forward(self, _: object) -> Tensor:
+        return self.result
+
+
+def _fixed_positions(layer: nn.Module, positions: Tensor) -> nn.Module:
+    """A layer with the same weights whose relative positions are projected once, here."""
+    fixed, attention = _shallow_copy(layer), _shallow_copy(layer.self_attn)
+    with torch.no_grad():
+        attention.relative_k_proj = _Constant(layer.self_attn.relative_k_proj(positions))
+    fixed.self_attn = attention
+    return fixed
+
+
+def _shallow_copy(module: Any) -> Any:
+    """A module with the same parameters, whose submodules can be replaced."""
+    new = copy(module)
+    new._modules = dict(module._modules)
+    return new
+
+
+class Speak(nn.Module):
+    """One iteration of greedy search: a token, or the next frame. Nothing changes when it is done.
+
+    Its states begin with what the predictor gives for the start token. The predictor runs after a
+    token, not before the next one as in transformers: the values are the same.
+
+    Args:
+        model: whose predictor and joint they are.
+        encoded: the frames.
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    predicted: Tensor
+    symbols: Tensor
+
+    def __init__(self, model: PreTrainedModel, encoded: Encoded) -> None:
+        super().__init__()
+        self.encoded, self.joint = encoded, model.joint
+        self.embedding, self.lstm = model.decoder.embedding, model.decoder.lstm
+        self.project = model.decoder.decoder_projector
+        self.blank, self.max_symbols = model.config.blank_token_id, model.max_symbols_per_step
+        with torch.no_grad():
+            output, (hidden, cell) = self.lstm(self.embedding(torch.tensor([[_start(model)]])))
+            self.register_buffer("predicted", self.project(output[:, 0]))
+        self.register_buffer("hidden", hidden)
+        self.register_buffer("cell", cell)
+        self.register_buffer("symbols", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The token, -1 for none; its frame from the stream's first; whether the chunk is done."""
+        at, count = self.encoded.frame, self.encoded.num_frames
+        last = self.encoded.frames.shape[1] - 1
+        place = at.clamp(max=last)[:, None, None].expand(-1, -1, self.encoded.frames.shape[2])
+        here = self.encoded.frames.gather(1, place)[:, 0]
+        active = at < count
+        best = self.joint(self.predicted, here).argmax(-1)
+        emits = active & (best != self.blank)
+        symbols = torch.where(emits, self.symbols + 1, 0)
+        leaves = active & (~emits | (symbols >= self.max_symbols))
+        output, (hidden, cell) = self.lstm(self.embedding(best)[:, None], (self.hidden, self.cell))
+        predicted = self.project(output[:, 0])
+        self.predicted.copy_(torch.where(emits[:, None], predicted, self.predicted))
+        self.hidden.copy_(torch.where(emits[:, None, None], hidden, self.hidden))
+        self.cell.copy_(torch.where(emits[:, None, None], cell, self.cell))
+        self.symbols.copy_(torch.where(active & ~leaves, symbols, 0))
+        following = torch.where(leaves, at + 1, at)
+        frame = torch.where(emits, self.encoded.seen - count + at, -1)
+        self.encoded.frame.copy_(following)
+        return torch.where(emits, best, -1), frame, following >= count
+
+
+def _start(model: PreTrainedModel) -> int:
+    """The token that transformers' ``generate`` begins with."""
+    config = model.generation_config
+    for token in (config.decoder_start_token_id, config.bos_token_id):
+        if token is not None:
+            return int(token)
+    return int(model.config.blank_token_id)
+
+
+def capture_nemotron_asr_streaming(
+    model: PreTrainedModel, lookahead: int, max_rows: int
+) -> ProgramsCapture:
+    """Capture the model's encoder and search as the programs of one engine.
+
+    A request has a chunk, ``features`` and ``length``, and is answered with ``tokens``,
+    ``token_frames`` (the encoded frame of each, counted from the stream's first) and
+    ``num_frames``.
+
+    Args:
+        model: a `NemotronAsrStreamingForRNNT`; not changed.
+        lookahead: encoded frames that a frame sees ahead of it; a chunk has one more.
+        max_rows: streams in one call, at most.
+
+    Raises:
+        BuildError: it cannot be captured.
+    """
+    config = model.config.encoder_config
+    chunks = Chunks(lookahead, config.subsampling_factor)
+    dtype = model.encoder_projector.weight.dtype
+    encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, dtype)
+    listen = Listen(model, chunks, encoded).eval()
+    speak = Speak(model, encoded).eval()
+    examples = (
+        torch.zeros(1, chunks.features, config.num_mel_bins),
+        torch.full((1,), chunks.features),
+    )
+    programs = {
+        "listen": (
+            listen,
+            RowOptions(
+                max_rows=max_rows,
+                outputs=("encoded", "num_frames"),
+                limits={"length": (1, chunks.features)},
+            ),
+            examples,
+        ),
+        "speak": (
+            speak,
+            RowOptions(
+                max_rows=max_rows,
+                outputs=("tokens", "token_frames", "done"),
+                roles={"tokens": Role.TOKENS, "token_frames": Role.TOKENS, "done": Role.DONE},
+            ),
+            (),
+        ),
+    }
+    at_most = chunks.frames * model.max_symbols_per_step
+    schedule = [Call(program="listen"), Call(program="speak", until="done", at_most=at_most)]
+    return capture_programs(programs, schedule)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inplace.drivers.step import StepDriver
+from inplace.drivers.step_driver import StepDriver
 from inplace.errors import Code, RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance

@@ -264,9 +264,10 @@ class _Constant(nn.Module):
         return self.result
 
 
-def _fixed_positions(layer: nn.Module, positions: Tensor) -> nn.Module:
+def _fixed_positions(layer: Any, positions: Tensor) -> nn.Module:
     """A layer with the same weights whose relative positions are projected once, here."""
-    fixed, attention = _shallow_copy(layer), _shallow_copy(layer.self_attn)
+    fixed: nn.Module = _shallow_copy(layer)
+    attention = _shallow_copy(layer.self_attn)
     with torch.no_grad():
         attention.relative_k_proj = _Constant(layer.self_attn.relative_k_proj(positions))
     fixed.self_attn = attention

@@ -1,9 +1,6 @@
 """TensorRT plugins of the operators; the states that they update are aliased outputs."""
 
-from inplace.plugins.adapter import Plugins, plugins, register
-from inplace.plugins.operation import Launch, Operation
 from inplace.plugins.operations import (
-    OPERATIONS,
     ArgmaxOperation,
     AttentionOperation,
     GroupedLinearOperation,
@@ -12,6 +9,7 @@ from inplace.plugins.operations import (
     SampleOperation,
     UpdateOperation,
 )
+from inplace.plugins.plugin import OPERATIONS, Launch, Operation, Plugins, plugins, register
 from inplace.plugins.recurrences import (
     CausalConv1dOperation,
     DeltaRuleOperation,

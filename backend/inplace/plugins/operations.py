@@ -1,8 +1,4 @@
-"""What plugins do, without TensorRT: shapes, types, aliases, scratch memory and kernel launches.
-
-`inplace.plugins.adapter` makes a TensorRT plugin of any `Operation`. The two are apart so that what
-a plugin answers to TensorRT can be tested on a machine without a GPU.
-"""
+"""What plugins do, without TensorRT: shapes, types, aliases, scratch memory and kernel launches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +18,10 @@ from inplace.kernels.memory import Pointer
 from inplace.kernels.sample import argmax, argmax_workspace, sample, sample_workspace
 from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import ACTIVATIONS
-from inplace.plugins.operation import FLOATS, Launch, Operation, Shape, num_tokens
-from inplace.plugins.recurrences import (
-    CausalConv1dOperation,
-    DeltaRuleOperation,
-    LinearRecurrenceOperation,
-    SelectiveScanOperation,
-)
+from inplace.plugins.plugin import FLOATS, Launch, Operation, Shape, num_tokens, register
 
 
+@register
 @dataclass(frozen=True)
 class LinearOperation(Operation):
     """``inplace::linear``. Inputs: x, weight, then those of bias, norm and residual that exist."""
@@ -105,6 +96,7 @@ class LinearOperation(Operation):
         )
 
 
+@register
 @dataclass(frozen=True)
 class GroupedLinearOperation(Operation):
     """``inplace::grouped_linear``. Inputs: x, expert ids, weight, and the bias if there is one."""
@@ -173,6 +165,7 @@ class GroupedLinearOperation(Operation):
         )
 
 
+@register
 @dataclass(frozen=True)
 class RmsNormOperation(Operation):
     """``inplace::rms_norm``. Inputs: x, weight."""
@@ -213,6 +206,7 @@ class RmsNormOperation(Operation):
         )
 
 
+@register
 @dataclass(frozen=True)
 class ArgmaxOperation(Operation):
     """``inplace::argmax``. Input: scores ``[rows, count]``."""
@@ -272,6 +266,7 @@ SAMPLE_DTYPES = (
 """Of scores, temperature, top_k, top_p, seeds and positions, and of the result."""
 
 
+@register
 @dataclass(frozen=True)
 class SampleOperation(Operation):
     """``inplace::sample``.
@@ -328,6 +323,7 @@ class SampleOperation(Operation):
         )
 
 
+@register
 @dataclass(frozen=True)
 class AttentionOperation(Operation):
     """``inplace::attention``, ``inplace::qkv_attention`` and ``inplace::rotary_attention``.
@@ -490,6 +486,7 @@ class AttentionOperation(Operation):
         )
 
 
+@register
 @dataclass(frozen=True)
 class UpdateOperation(Operation):
     """``inplace::update``.
@@ -546,22 +543,3 @@ class UpdateOperation(Operation):
             units=units,
             pdl=call.pdl,
         )
-
-
-OPERATIONS: dict[str, type[Operation]] = {
-    kind.name: kind
-    for kind in (
-        LinearOperation,
-        GroupedLinearOperation,
-        RmsNormOperation,
-        ArgmaxOperation,
-        SampleOperation,
-        AttentionOperation,
-        UpdateOperation,
-        CausalConv1dOperation,
-        SelectiveScanOperation,
-        DeltaRuleOperation,
-        LinearRecurrenceOperation,
-    )
-}
-"""Every kind of operation by its name in plans; `inplace.plugins.register` adds to it."""

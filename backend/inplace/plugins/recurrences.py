@@ -19,7 +19,7 @@ from inplace.kernels.recurrence import (
     selective_scan,
     selective_scan_workspace,
 )
-from inplace.plugins.operation import FLOATS, Launch, Operation, Shape
+from inplace.plugins.plugin import FLOATS, Launch, Operation, Shape, register
 
 ALIGNMENT = 256
 """Bytes. Each scratch memory of a launch begins at a multiple of it."""
@@ -92,6 +92,7 @@ class RecurrentOperation(Operation):
         return call.inputs[self.first_state + 3] if self.optional else None
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class CausalConv1dOperation(RecurrentOperation):
     """``inplace::causal_conv1d``.
@@ -132,6 +133,7 @@ class CausalConv1dOperation(RecurrentOperation):
         )
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class SelectiveScanOperation(RecurrentOperation):
     """``inplace::selective_scan``.
@@ -190,6 +192,7 @@ def _rate_shape(rates: Shape) -> tuple[int, int]:
     return dim, size
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class DeltaRuleOperation(RecurrentOperation):
     """``inplace::delta_rule``.
@@ -249,6 +252,7 @@ def _is_diagonal(decay: Shape) -> bool:
     return len(decay) == 3
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class LinearRecurrenceOperation(RecurrentOperation):
     """``inplace::linear_recurrence``.

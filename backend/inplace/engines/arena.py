@@ -1,7 +1,7 @@
 """The arena: the memory of all slots of all states of one model instance, allocated once."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -81,6 +81,15 @@ class Arena:
         for spec in self.specs:
             if spec.reset:
                 self._refill(spec, self.tensors[spec.name][slot])
+
+    def save(self, slot: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of some states of a slot, by name."""
+        return {name: self.tensors[name][slot].clone() for name in names}
+
+    def restore(self, slot: int, saved: Mapping[str, Tensor]) -> None:
+        """Put back what `save` has copied."""
+        for name, tensor in saved.items():
+            self.tensors[name][slot].copy_(tensor)
 
     def _refill(self, spec: StateSpec, tensor: Tensor) -> Tensor:
         """Write what a fresh slot holds into a slot, or into all of them."""

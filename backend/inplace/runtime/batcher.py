@@ -91,6 +91,9 @@ class ScheduleProgress:
         count: finished calls at this place, in this round.
         tokens: by output of the role ``tokens`` what each call has produced, ``[tokens]``.
         values: the last call's other outputs, ``[1, ...]``.
+        start_positions: `SequenceState.positions` when the request was admitted.
+        saved: what its sequence's states held then, as far as taking its calls back needs them;
+            None if they cannot be taken back.
     """
 
     loops: tuple[Loop, ...]
@@ -100,6 +103,8 @@ class ScheduleProgress:
     count: int = 0
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    start_positions: Mapping[str, int] = field(default_factory=dict)
+    saved: Mapping[str, Tensor] | None = None
 
     @property
     def next_call(self) -> Call:

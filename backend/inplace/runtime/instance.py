@@ -451,29 +451,37 @@ class ModelInstance:
 
     def _roll_back(self, active: ActiveRequest, error: Exception) -> RequestError:
         """Restore the sequence of a request whose step failed, or end it; what its client reads."""
-        request, sequence = active.request, active.sequence
-        restored = (
-            self._appends_only
-            and not request.start
-            and not request.end
-            and active.decode_token is None
-        )
-        if restored:
-            sequence.length, sequence.pending_token = active.start_length, active.pending_token
-            advice = "nothing was changed, send it again"
-        else:
-            self.table.end(sequence, EndReason.ENGINE_FAILED)
-            advice = (
-                "no slot is held, START again"
-                if request.start
-                else "the sequence has ended, START it again"
-            )
+        restored, advice = self._take_back(active)
         text = str(error).partition("\n")[0]
         return RequestError(
             Code.ENGINE_FAILED,
             f"the engine failed ({type(error).__name__}: {text}); {advice}",
-            retryable=restored or request.start,
+            retryable=restored or active.request.start,
         )
+
+    def _take_back(
+        self, active: ActiveRequest, reason: EndReason = EndReason.ENGINE_FAILED
+    ) -> tuple[bool, str]:
+        """Undo a request that cannot be finished: restore its sequence, or end it.
+
+        Returns:
+            Whether it was restored, and what the client is told to do.
+        """
+        request = active.request
+        if not request.start and not request.end and self.restore(active):
+            return True, "nothing was changed, send it again"
+        self.table.end(active.sequence, reason)
+        if request.start:
+            return False, "no slot is held, START again"
+        return False, "the sequence has ended, START it again"
+
+    def restore(self, active: ActiveRequest) -> bool:
+        """Restore a sequence to what it was before a request, if its states allow it."""
+        if not self._appends_only or active.decode_token is not None:
+            return False
+        sequence = active.sequence
+        sequence.length, sequence.pending_token = active.start_length, active.pending_token
+        return True
 
 
 def _check_sequence_id(request: Request) -> None:

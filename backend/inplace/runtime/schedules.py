@@ -14,15 +14,22 @@ from torch import Tensor
 
 from inplace.engines import StepEngine
 from inplace.engines.arena import Arena
+from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import ValidatedRequest
+from inplace.runtime.slots import EndReason, SequenceState
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import Loop, Manifest
+from inplace.schema.served import Loop, Manifest, Program
 from inplace.schema.specs import Role
 
 _READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE})
+
+
+MAX_SAVED_BYTES = 64
+"""Bytes of a state that is copied when a request begins, so that its calls can be taken back:
+enough for a counter, a last token and the like."""
 
 
 class ScheduledInstance(ModelInstance):
@@ -57,6 +64,7 @@ class ScheduledInstance(ModelInstance):
             )
             for program in manifest.programs
         }
+        self._saved_states = saved_states(manifest)
         self._last_program = ""
 
     @classmethod
@@ -72,8 +80,29 @@ class ScheduledInstance(ModelInstance):
     def admit_validated(self, validated: ValidatedRequest) -> ActiveRequest:
         """Give a request its sequence, and put it at the start of the schedule."""
         active = super().admit_validated(validated)
-        active.progress = ScheduleProgress(self.loops)
+        sequence, names = active.sequence, self._saved_states
+        active.progress = ScheduleProgress(
+            self.loops,
+            start_positions=dict(sequence.positions),
+            saved=None if names is None else self.arena.save(sequence.slot, names),
+        )
         return active
+
+    def _check_tokens(self, validated: ValidatedRequest, sequence: SequenceState | None) -> None:
+        super()._check_tokens(validated, sequence)
+        if sequence is not None:
+            name = self.loops[0].calls[0].program
+            if (full := self.full(name, sequence)) is not None:
+                raise RequestError(Code.CAPACITY, f"{full}; nothing was changed: START it again")
+
+    def full(self, name: str, sequence: SequenceState) -> str | None:
+        """Why a program cannot be called for a sequence any more; None if it can."""
+        limit, used = self.programs[name].max_positions, sequence.positions.get(name, 0)
+        if limit is None or used < limit:
+            return None
+        restarting = [each.name for each in self.programs.values() if name in each.restarts]
+        begins = f", which {restarting[0]} begins anew" if restarting else ""
+        return f"program {name} has used {used} of the sequence's {limit} positions{begins}"
 
     def next_rows(self, waiting: Sequence[ActiveRequest]) -> list[ActiveRequest]:
         """The rows of the next call: of the program at which the first of them waits.
@@ -110,12 +139,57 @@ class ScheduledInstance(ModelInstance):
                 continue
             assert active.progress is not None
             active.progress.add(program, outputs, row)
+            self._count(program, active.sequence)
             if active.progress.finished:
                 num_finished += 1
                 active.sequence.length += 1
                 active.num_computed_tokens = active.num_tokens
                 active.step_outputs = (active.progress.answer(), 0)
+            elif (full := self.full(_next_program(active), active.sequence)) is not None:
+                restored, advice = self._take_back(active, EndReason.CAPACITY)
+                advice = "nothing was changed: START it again" if restored else advice
+                active.error = RequestError(
+                    Code.CAPACITY, f"{full}, and the request is not done; {advice}"
+                )
         self.observer.step_finished(step.seconds, len(step.batch.rows), num_finished, 0)
+
+    def _count(self, program: Program, sequence: SequenceState) -> None:
+        """Count the positions that a call has taken."""
+        for name in program.restarts:
+            sequence.positions[name] = 0
+        if program.max_positions is not None:
+            sequence.positions[program.name] = sequence.positions.get(program.name, 0) + 1
+
+    def restore(self, active: ActiveRequest) -> bool:
+        """Restore a sequence to what it was before a request, if its states allow it.
+
+        They do if each is appended to, or so small that it was copied.
+        """
+        progress, sequence = active.progress, active.sequence
+        assert progress is not None
+        if progress.saved is None:
+            return False
+        self.arena.restore(sequence.slot, progress.saved)
+        sequence.positions = dict(progress.start_positions)
+        sequence.length = active.start_length
+        return True
+
+
+def saved_states(manifest: Manifest) -> tuple[str, ...] | None:
+    """The states that must be copied to take calls of a request back; None if some are too large.
+
+    States to which every program that writes them only appends need no copy.
+    """
+    replaced = {
+        alias.input
+        for program in manifest.programs
+        for alias in program.aliases
+        if alias.input not in program.appended
+    }
+    states = [state for state in manifest.states if state.name in replaced]
+    if any(state.slot_bytes > MAX_SAVED_BYTES for state in states):
+        return None
+    return tuple(state.name for state in states)
 
 
 def _next_program(active: ActiveRequest) -> str:

@@ -3,7 +3,7 @@
 import hmac
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic
 from typing import Protocol
@@ -31,6 +31,8 @@ class EndReason(StrEnum):
     """A START of the same id took its place."""
     IDLE = "idle"
     ENGINE_FAILED = "engine_failed"
+    CAPACITY = "capacity"
+    """A request of several calls found no room in the middle, and could not be taken back."""
     CANCELLED = "cancelled"
     SHUTDOWN = "shutdown"
     """The server was stopping, or the model was unloaded while a request was running."""
@@ -50,6 +52,7 @@ class SequenceState:
         last_response: when it was last answered, in seconds of the table's clock.
         busy: a request of it is running, so it is not reclaimed.
         driver_state: what a driver keeps with it until its next request.
+        positions: of a schedule, by program how many positions its calls have taken.
     """
 
     id: SequenceId
@@ -60,6 +63,7 @@ class SequenceState:
     last_response: float = 0.0
     busy: bool = False
     driver_state: object = None
+    positions: dict[str, int] = field(default_factory=dict)
 
     @property
     def position(self) -> int:

@@ -51,6 +51,10 @@ class Program(Record):
         max_tokens: maximum tokens of a step, over all rows; None is ``max_rows * chunk``.
         lookahead: tokens of a row that are in the same step see each other in both directions, so
             all tokens of a request are fed in one step: it has at most ``chunk``.
+        max_positions: of a program that a schedule calls: how many positions of a sequence the
+            states have room for that it appends to. A call takes one, or as many as its output of
+            the role ``accepted`` says. None if it appends to none.
+        restarts: the programs whose positions are counted from 0 again after a call of this one.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Program(Record):
     chunk: int = Field(ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     lookahead: bool = False
+    max_positions: int | None = Field(default=None, ge=1)
+    restarts: tuple[str, ...] = ()
 
     @property
     def token_budget(self) -> int:
@@ -201,12 +207,15 @@ class CompiledProgram(Program):
         states: the names of the states that it is bound to, in the order of the graph's
             placeholders.
         read_only: those of them that it only reads. Each other one has an alias.
+        appended: those to which a call only appends, behind what the sequence uses of them: to take
+            a call back, the sequence forgets how many positions it has used.
         engine: the compiled graph.
         lowering: how the update of each state was lowered.
     """
 
     states: tuple[str, ...]
     read_only: tuple[str, ...] = ()
+    appended: tuple[str, ...] = ()
     engine: EngineFile
     lowering: tuple[Lowering, ...]
 
@@ -242,6 +251,10 @@ class CompiledProgram(Program):
             raise ValueError(
                 f"program {self.name}: each of the states {list(self.states)} must have one alias "
                 f"or be read-only; the aliases have {written}, {list(self.read_only)} are read-only"
+            )
+        if unwritten := sorted(set(self.appended) - set(written)):
+            raise ValueError(
+                f"program {self.name}: it does not write {unwritten}, which it appends"
             )
         if shared := set(self.states) & {spec.name for spec in self.inputs}:
             raise ValueError(
@@ -412,6 +425,10 @@ class Manifest(RecordFile):
         for program in self.programs:
             if unknown := sorted(set(program.states) - known):
                 raise ValueError(f"program {program.name}: {unknown} are no states of this engine")
+            if unknown := sorted(set(program.restarts) - set(names)):
+                raise ValueError(
+                    f"program {program.name} restarts {unknown}; the programs are {names}"
+                )
             if self.capacity is not None and program.chunk > self.capacity:
                 raise ValueError(
                     f"program {program.name}: a chunk of {program.chunk} tokens is longer than the "

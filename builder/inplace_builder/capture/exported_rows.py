@@ -46,6 +46,11 @@ class RowOptions:
         roles: what outputs are besides values, by name: ``tokens`` (int64, ``[n]`` a row, negative
             numbers are no tokens) and ``done`` (bool, one entry a row), see
             `inplace.schema.specs.Role`.
+        max_positions: of a program of several (`capture_programs`) that appends to states: how many
+            positions a sequence has room for. A call takes one. The runtime refuses the call that
+            would find no room.
+        restarts: of a program of several: the programs that begin anew at position 0 after a call
+            of this one, because it sets their counters back.
 
     **A shorter last chunk.** A step takes a whole chunk of every row. A module that is fed less at
     the end of a stream takes the number of valid entries as one more input, with limits from 1 to
@@ -61,6 +66,8 @@ class RowOptions:
     outputs: tuple[str, ...] | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     roles: Mapping[str, Role] = field(default_factory=dict)
+    max_positions: int | None = None
+    restarts: tuple[str, ...] = ()
 
 
 def capture_exported_rows(
@@ -116,7 +123,7 @@ def capture_rows(
     kwargs: Mapping[str, Any] | None = None,
     states: States = "auto",
     name: str = STEP,
-    shared: Collection[str] = (),
+    shared: Collection[str] | None = None,
 ) -> CapturedRows:
     """Capture a module as `capture_exported_rows` does, as one program of several.
 
@@ -127,10 +134,12 @@ def capture_rows(
         kwargs: its keyword arguments.
         states: as for `capture_exported_rows`.
         name: the program's name.
-        shared: names of buffers that are states of other programs too.
+        shared: of a program of several, the names of buffers that are states of others too.
     """
     # 1. Capture the module as it is, for one sequence.
-    capture = capture_exported(module, example_inputs, kwargs=kwargs, states=states, shared=shared)
+    capture = capture_exported(
+        module, example_inputs, kwargs=kwargs, states=states, shared=shared or ()
+    )
     if capture.rows != 1:
         raise BuildError(
             f"the module already steps {capture.rows} rows, each at its own position; give one of "
@@ -138,7 +147,12 @@ def capture_rows(
         )
     # 2. Describe its states, inputs and outputs for one row.
     specs = tuple(row_spec(state, options) for state in capture.states)
-    capacity = _capacity(capture, specs, options)
+    if shared is None:
+        _check_alone(options)
+        capacity = _capacity(capture, specs, options)
+    else:
+        _check_positions(capture, options)
+        capacity = options.max_requests
     rows = RowsModule(capture, options)
     try:
         program = Program(
@@ -149,13 +163,15 @@ def capture_rows(
             aliases=(),
             max_rows=options.max_rows,
             chunk=1,
+            max_positions=options.max_positions,
+            restarts=options.restarts,
         )
     except ValidationError as error:
         raise BuildError(validation_reasons(error)) from error
     # 3. Run every operator for many rows, and export that with dynamic numbers of rows and slots.
     exported = _export_rows(rows, program, specs, unused_primes(capture.graph_module))
     # 4. Clean the graph, check it against the description, read off what it writes.
-    read_only = [state.name for state in capture.states if state.tensor.source in shared]
+    read_only = [state.name for state in capture.states if state.tensor.source in (shared or ())]
     program, lowering = complete_program(exported, program, specs, read_only)
     weights = next(
         (Dtype.of(weight.dtype) for weight in capture.graph_module.parameters()), specs[0].dtype
@@ -182,8 +198,7 @@ def _capacity(
     capture: ExportedCapture, states: Sequence[StateSpec], options: RowOptions
 ) -> int | None:
     """Maximum number of requests of a sequence; None if nothing grows."""
-    appends = any(state.update is Update.APPEND and not state.is_fixed for state in capture.states)
-    if options.max_requests is not None or not appends:
+    if options.max_requests is not None or not any(appends(state) for state in capture.states):
         return options.max_requests
     ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
     if not ends:
@@ -192,6 +207,41 @@ def _capacity(
             "(positions), or the maximum number of requests (max_requests)"
         )
     return min(ends)
+
+
+def _check_alone(options: RowOptions) -> None:
+    if options.max_positions is not None or options.restarts:
+        raise BuildError(
+            "max_positions and restarts are of programs that a schedule calls "
+            "(capture_programs): a module alone has max_requests"
+        )
+
+
+def _check_positions(capture: ExportedCapture, options: RowOptions) -> None:
+    """Refuse a program that appends to states and does not say how often it can."""
+    room = {
+        state.tensor.source: state.spec().shape[state.axis]
+        for state in capture.states
+        if appends(state) and state.axis is not None
+    }
+    if not room:
+        return
+    name, extent = min(room.items(), key=lambda item: item[1])
+    if options.max_positions is None:
+        raise BuildError(
+            f"the module appends to {name}, which has room for {extent} entries: give "
+            f"RowOptions(max_positions=…), after how many calls it is full"
+        )
+    if options.max_positions > extent:
+        raise BuildError(
+            f"max_positions is {options.max_positions}, and {name}, which the module appends to, "
+            f"has room for {extent} entries only"
+        )
+
+
+def appends(state: CapturedState) -> bool:
+    """Whether a step writes behind what earlier ones wrote, until the state is full."""
+    return state.update is Update.APPEND and not state.is_fixed and not state.tensor.only_read
 
 
 def row_spec(state: CapturedState, options: RowOptions) -> StateSpec:

@@ -20,6 +20,7 @@ from inplace_builder.capture.exported_rows import (
     CapturedRows,
     RowOptions,
     RowsModule,
+    appends,
     capture_rows,
 )
 from inplace_builder.capture.union import union_of_states
@@ -55,6 +56,15 @@ class ProgramsCapture:
             name: state.tensor.initial.clone()
             for rows, names in self.modules.values()
             for name, state in zip(names, rows.states, strict=True)
+        }
+
+    def appended(self) -> dict[str, tuple[str, ...]]:
+        """By program, the states that its module writes as one appends to them."""
+        return {
+            program: tuple(
+                name for name, state in zip(names, rows.states, strict=True) if appends(state)
+            )
+            for program, (rows, names) in self.modules.items()
         }
 
     def run(
@@ -121,13 +131,7 @@ def capture_programs(
     except ValidationError as error:
         raise BuildError(validation_reasons(error)) from error
     _check_called(described, programs)
-    for name, (_, options, _) in programs.items():
-        if options.positions is not None:
-            raise BuildError(
-                f"program {name} has the positions {options.positions!r}: a program of several "
-                f"counts its own calls in a buffer, because a request may call it any number of "
-                f"times"
-            )
+    _check_options(programs)
     buffers = _Buffers(programs)
     captured: dict[str, CapturedRows] = {}
     for name, (module, options, arguments) in programs.items():
@@ -170,6 +174,20 @@ def _check_modules(programs: Mapping[str, ProgramModule]) -> None:
             raise BuildError(
                 f"program {name} is an exported program, whose tensors are no longer those of "
                 f"other modules, so it can share no states: give the module that was exported"
+            )
+
+
+def _check_options(programs: Mapping[str, ProgramModule]) -> None:
+    for name, (_, options, _) in programs.items():
+        if options.positions is not None:
+            raise BuildError(
+                f"program {name} has the positions {options.positions!r}: a program of several "
+                f"counts its own calls in a buffer, because a request may call it any number of "
+                f"times"
+            )
+        if unknown := [each for each in options.restarts if each not in programs]:
+            raise BuildError(
+                f"program {name} restarts {unknown}; the programs are {list(programs)}"
             )
 
 

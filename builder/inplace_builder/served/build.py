@@ -89,8 +89,7 @@ def write_engine(
         if _runs_here(manifest):
             stage("verify it against the model")
             prepare()
-            manifest = _with_notes(manifest, _verify(folder, manifest, capture))
-            manifest = manifest.model_copy(update={"verified": "executed"})
+            manifest = _verified(folder, manifest, capture)
         text = None
         if generates:
             text = TextSettings(eos_token_ids, manifest.has_file(TOKENIZER_NAME))
@@ -105,15 +104,17 @@ def write_engine(
     return manifest
 
 
-def _verify(
-    folder: Path, manifest: Manifest, capture: "Capture | ProgramsCapture"
-) -> dict[str, str]:
+def _verified(folder: Path, manifest: Manifest, capture: "Capture | ProgramsCapture") -> Manifest:
+    """Verify an engine; its manifest, with what verification found."""
     if isinstance(capture, Capture):
-        return verify(folder, manifest, capture)
-    # only here: most builds have one program
-    from inplace_builder.served.verify_schedule import verify_schedule
+        manifest = _with_notes(manifest, verify(folder, manifest, capture))
+    else:
+        # only here: most builds have one program
+        from inplace_builder.served.verify_schedule import verify_schedule, with_appended
 
-    return verify_schedule(folder, manifest, capture)
+        manifest = _with_notes(manifest, verify_schedule(folder, manifest, capture))
+        manifest = with_appended(folder, manifest, capture)
+    return manifest.model_copy(update={"verified": "executed"})
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from inplace.engines import NO_OTHER_THREADS
+from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
-from inplace.runtime.schedules import ScheduledInstance
+from inplace.runtime.schedules import ScheduledInstance, saved_states
 from inplace.schema.served import Call, Loop, Manifest
 from inplace.schema.specs import Role
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from inplace_builder.capture.programs import ProgramsCapture
 from inplace_builder.compare import TOLERANCE, fill_with_sentinel, relative_error, same_bits
 from inplace_builder.engine_files import load_errors
-from inplace_builder.errors import rejected
+from inplace_builder.errors import BuildError, rejected
 from inplace_builder.served.verify import NUM_SEQUENCES, SPARE_SLOTS, random_input
 
 REQUESTS = 4
@@ -34,6 +35,10 @@ LIMITED_START = 2
 
 STAGGER = 2
 """Calls between the starts of two sequences, so that they are at different loop counts."""
+
+
+CALLS_TAKEN_BACK = 3
+"""Calls of a request that are taken back."""
 
 
 def verify_schedule(folder: Path, manifest: Manifest, programs: ProgramsCapture) -> dict[str, str]:
@@ -49,26 +54,63 @@ def verify_schedule(folder: Path, manifest: Manifest, programs: ProgramsCapture)
             explains; a call changed states that its program does not write, or slots of other
             rows; a row that was done changed when it was called again; or all tokens were the same.
     """
+    check = _Verification(_open(folder, manifest), programs)
+    check.run()
+    check.check_tokens()
+    return check.notes()
+
+
+def with_appended(folder: Path, manifest: Manifest, programs: ProgramsCapture) -> Manifest:
+    """The manifest with the states to which programs append (`CompiledProgram.appended`).
+
+    Only if the engine bears it out: calls of requests are taken back, and what follows must be what
+    the original modules give that never had those calls.
+    """
+    names = programs.appended()
+    candidate = manifest.model_copy(
+        update={
+            "programs": tuple(
+                program.model_copy(update={"appended": names[program.name]})
+                for program in manifest.programs
+            )
+        }
+    )
+    if not any(names.values()) or saved_states(candidate) is None:
+        return manifest
+    try:
+        _Verification(_open(folder, candidate), programs, takes_back=True).run()
+    except BuildError:
+        return manifest
+    return candidate
+
+
+def _open(folder: Path, manifest: Manifest) -> ScheduledInstance:
     with load_errors():
         instance = ScheduledInstance.open(
             folder, manifest, slots=NUM_SEQUENCES + SPARE_SLOTS, idle_timeout=float("inf")
         )
     for tensor in instance.arena.tensors.values():
         fill_with_sentinel(tensor)
-    check = _Verification(instance, programs)
-    check.run()
-    check.check_tokens()
-    return check.notes()
+    return instance
 
 
 @dataclass
 class _Sequence:
-    """A sequence: its states in the original modules, and what is left to do."""
+    """A sequence: its states in the original modules, and what is left to do.
+
+    Attributes:
+        id: its number.
+        states: in the original modules.
+        num_requests: how many it has had.
+        active: the one that runs.
+        starts: whether the next one is a START.
+    """
 
     id: int
     states: dict[str, Tensor]
     num_requests: int = 0
     active: ActiveRequest | None = None
+    starts: bool = True
 
 
 @dataclass
@@ -83,6 +125,9 @@ class _Verification:
         num_fixed_points: how many rows were called again after they were done.
         num_mixed_calls: how many calls had rows at different counts of a loop.
         num_limits: how many times a limit ended what was not done.
+        num_requests: how many requests were sent.
+        num_compared: how many of them were compared.
+        takes_back: take calls of another request back before each one that is no START.
     """
 
     instance: ScheduledInstance
@@ -93,6 +138,8 @@ class _Verification:
     num_mixed_calls: int = 0
     num_limits: int = 0
     num_requests: int = 0
+    num_compared: int = 0
+    takes_back: bool = False
 
     def run(self) -> None:
         """Run all requests of all sequences; the first sequence then starts anew."""
@@ -118,34 +165,55 @@ class _Verification:
                 if sequence.active is not None and sequence.active.finished:
                     self._compare(sequence, sequence.active)
             sequences = sequences[1:] + sequences[:1]  # another one waits longest
+        if not self.num_compared:
+            raise rejected(
+                "no request was done before its sequence was full: raise max_positions, or lower "
+                "at_most"
+            )
 
     def _admit(self, sequence: _Sequence, generator: torch.Generator) -> None:
-        examples = self.programs.examples
-        inputs = (
-            examples[self.num_requests % len(examples)]
-            if examples
-            else {
-                spec.name: random_input(spec, 1, generator)
-                for spec in self.instance.program.client_inputs
-            }
-        )
-        self.num_requests += 1
-        again = sequence.id == 1 and sequence.num_requests == REQUESTS - 2
-        if again:
-            sequence.states = self.programs.fresh_states()  # a slot that is used again
-        start = again or sequence.num_requests == 0
         sequence.num_requests += 1
-        request = Request(
-            sequence.id,
-            start=start,
-            end=False,
-            inputs=inputs,
-            requested_outputs=frozenset(spec.name for spec in self.instance.program.outputs),
-        )
-        sequence.active = self.instance.admit(request)
-        if sequence.num_requests == REQUESTS or (start and sequence.id == LIMITED_START):
+        if sequence.id == 1 and sequence.num_requests == REQUESTS - 1:
+            sequence.starts = True  # a slot that is used again
+        if self.takes_back and not sequence.starts:
+            self._take_back(sequence, generator)
+        inputs = self._inputs(generator)
+        try:
+            sequence.active = self.instance.admit(_request(self.instance, sequence, inputs))
+        except RequestError as error:
+            if error.code is not Code.CAPACITY:
+                raise
+            sequence.starts = True
+            sequence.active = self.instance.admit(_request(self.instance, sequence, inputs))
+        if sequence.starts:
+            sequence.states = self.programs.fresh_states()
+        limited = sequence.starts and sequence.id == LIMITED_START
+        if limited or sequence.num_requests == REQUESTS:
             assert sequence.active.progress is not None
             sequence.active.progress.loops = _limited(sequence.active.progress.loops)
+        sequence.starts = False
+
+    def _inputs(self, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """What the next request has: an example, or random numbers."""
+        self.num_requests += 1
+        if examples := self.programs.examples:
+            return examples[self.num_requests % len(examples)]
+        specs = self.instance.program.client_inputs
+        return {spec.name: random_input(spec, 1, generator) for spec in specs}
+
+    def _take_back(self, sequence: _Sequence, generator: torch.Generator) -> None:
+        """Make some calls of a request, and take them back."""
+        request = _request(self.instance, sequence, self._inputs(generator))
+        try:
+            active = self.instance.admit(request)
+        except RequestError:  # it is full
+            return
+        for _ in range(CALLS_TAKEN_BACK):
+            if not active.finished:
+                self.instance.step([active])
+        if active.error is None:
+            self.instance.restore(active)
+        self.instance.finish(active)
 
     def _call(self, rows: list[ActiveRequest]) -> None:
         """Make a call; check what it changed, and that rows which are done stay as they are."""
@@ -155,7 +223,7 @@ class _Verification:
         before = self._memory()
         outputs = instance.step(rows)
         for row in rows:
-            if row.error is not None:
+            if row.error is not None and row.error.code is not Code.CAPACITY:
                 raise rejected(str(row.error))
         written = {alias.input for alias in program.aliases}
         for name, tensor in instance.arena.tensors.items():
@@ -187,6 +255,8 @@ class _Verification:
 
     def _call_again(self, calls: Sequence[Call], until: str, row: ActiveRequest) -> None:
         """Call programs again for a row that is done: nothing may change."""
+        if any(self.instance.full(call.program, row.sequence) for call in calls):
+            return  # no row is called that has no room
         before = self._memory()
         self.num_fixed_points += 1
         for call in calls:
@@ -222,6 +292,12 @@ class _Verification:
     def _compare(self, sequence: _Sequence, active: ActiveRequest) -> None:
         """Compare a finished request with the original modules."""
         assert active.progress is not None
+        sequence.active = None
+        self.instance.finish(active)
+        if active.error is not None:  # its sequence is full
+            sequence.starts = True
+            return
+        self.num_compared += 1
         expected = self.programs.run(sequence.states, active.inputs, active.progress.loops)
         for spec in self.instance.program.outputs:
             output, reference = active.outputs[spec.name], expected[spec.name]
@@ -232,8 +308,6 @@ class _Verification:
                 raise rejected(f"{where} is {output.tolist()}, expected {reference.tolist()}")
             if spec.role is Role.TOKENS:
                 self.tokens |= set(output.flatten().tolist())
-        self.instance.finish(active)
-        sequence.active = None
 
     def _check_close(self, where: str, output: Tensor, expected: Tensor) -> None:
         if output.shape != expected.shape:
@@ -270,6 +344,18 @@ class _Verification:
             "verified_limits": str(self.num_limits),
             "verified_tokens": str(len(self.tokens)),
         }
+
+
+def _request(
+    instance: ScheduledInstance, sequence: _Sequence, inputs: Mapping[str, Tensor]
+) -> Request:
+    return Request(
+        sequence.id,
+        start=sequence.starts,
+        end=False,
+        inputs=inputs,
+        requested_outputs=frozenset(spec.name for spec in instance.program.outputs),
+    )
 
 
 @dataclass(frozen=True)

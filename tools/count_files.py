@@ -1,14 +1,21 @@
 """Count the files of this project that one job enters: how far a reader has to walk.
 
 ``count_files.py token REPOSITORY MODEL`` serves a stream model with the real tritonserver and
-streams one generation; it lists the files entered between the request's arrival and the last
-response, and beside them the kernels and plugins that the engine recorded while it was loaded
-(a CUDA graph replays them without entering Python).
+streams one sampled generation; it lists the files entered between the request's arrival and the
+last response, and beside them the kernels and plugins that the engine recorded while it was loaded
+(a CUDA graph replays them without entering Python). Threads that wake by the clock are left out.
+It needs what the server needs, and no transformers, so the engine may come from another
+environment::
+
+    builder/bin/inplace build MODEL --output REPOSITORY/llama --engine tensorrt --serve stream
+    server/bin/python tools/count_files.py token REPOSITORY llama
+
 ``count_files.py build`` builds a plain `nn.Module` with `inplace_builder.build`; it also counts
 how often the call comes back to a file that it has left.
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -17,7 +24,7 @@ import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 PACKAGES = {
@@ -26,6 +33,25 @@ PACKAGES = {
     if (spec := find_spec(name)) is not None and spec.origin is not None
 }
 """The folder of each package, and how its files are called here."""
+
+
+CLOCK_THREADS = ("inplace-places", "inplace-metrics")
+"""Threads that ask the server whether it stops, and that export metrics, once in a while: no token
+passes them."""
+
+
+LAUNCH = "/triton/runtime/jit.py"
+"""The file whose ``run`` launches a kernel. Kernels are compiled, so Python never enters them."""
+
+
+GENERATION: dict[str, Any] = {
+    "max_tokens": 16,
+    "ignore_eos": True,
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.95,
+    "seed": 1,
+}
 
 
 TRACED_MODEL = """
@@ -58,6 +84,9 @@ class TritonPythonModel(Model):
 class Walk:
     """The files of this project in the order in which they are first entered.
 
+    Importing a file does not enter it. Launching a kernel of Triton's language enters its file, and
+    those of the device functions that it calls.
+
     Attributes:
         returns: how often a file was entered again after another one.
     """
@@ -65,6 +94,7 @@ class Walk:
     def __init__(self) -> None:
         self._order: dict[str, None] = {}
         self._last: dict[int, str] = {}
+        self._imports: dict[int, int] = {}  # thread → modules that are being imported
         self.returns = 0
 
     def start(self) -> None:
@@ -86,18 +116,42 @@ class Walk:
         return list(self._order)
 
     def _enter(self, frame: FrameType, event: str, argument: object) -> None:
-        if event != "call":
+        thread, code = threading.get_ident(), frame.f_code
+        if event in ("call", "return") and code.co_name == "<module>":
+            change = 1 if event == "call" else -1
+            # Modules whose import began before the walk return too.
+            self._imports[thread] = max(0, self._imports.get(thread, 0) + change)
+        if event != "call" or self._imports.get(thread, 0):
             return
-        name = frame.f_code.co_filename
+        if code.co_name == "run" and code.co_filename.endswith(LAUNCH):
+            for kernel in _device_code(frame.f_locals["self"]):
+                self._add(thread, kernel)
+        elif code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a class
+            self._add(thread, code)
+
+    def _add(self, thread: int, code: CodeType) -> None:
+        name = code.co_filename
         folder = next((folder for folder in PACKAGES if name.startswith(folder)), None)
-        if folder is None or frame.f_code.co_name == "<module>":
+        if folder is None or threading.current_thread().name in CLOCK_THREADS:
             return
         name = PACKAGES[folder] + name.removeprefix(folder)
-        thread = threading.get_ident()
         if name in self._order and self._last.get(thread) != name:
             self.returns += 1
         self._last[thread] = name
         self._order.setdefault(name)
+
+
+def _device_code(kernel: Any) -> list[CodeType]:
+    """The code of a kernel and of all device functions that it calls."""
+    todo, seen = [kernel], []
+    while todo:
+        function = todo.pop().fn
+        if function.__code__ in seen:
+            continue
+        seen.append(function.__code__)
+        named = (function.__globals__.get(name) for name in function.__code__.co_names)
+        todo += [value for value in named if hasattr(value, "fn") and callable(value.fn)]
+    return seen
 
 
 def count_token(repository: Path, model: str) -> dict[str, Any]:
@@ -121,10 +175,10 @@ def count_token(repository: Path, model: str) -> dict[str, Any]:
         ):
             tokens = [
                 token
-                for piece in sequence.generate([1, 2, 3], max_tokens=16, ignore_eos=True)
+                for piece in sequence.generate([1, 2, 3], **GENERATION)
                 for token in piece.tokens
             ]
-        assert len(tokens) == 16, tokens
+        assert len(tokens) == GENERATION["max_tokens"], tokens
         entered: dict[str, list[str]] = json.loads(out.read_text())
     device = [name for name in entered["loaded"] if "/kernels/" in name or "/plugins/" in name]
     files = [*entered["served"], *(name for name in device if name not in entered["served"])]

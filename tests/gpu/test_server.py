@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.manifests import edit
 from support.models import greedy, tiny_llama
 from support.streams import generate
+from support.vocabulary import llama_with_tokenizer
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient
+
+from tools.count_files import count_token
 
 pytestmark = [
     pytest.mark.server,
@@ -98,3 +102,15 @@ def test_a_plan_for_another_gpu_does_not_load_and_harms_no_other_model(
         assert "engine.plan was built for NVIDIA A100" in running.log.read_text()
         with Sequence(client, "llama") as sequence:
             assert isinstance(sequence.tokens([5]), int)
+
+
+def test_a_streamed_token_enters_few_files(tmp_path: Path) -> None:
+    llama_with_tokenizer(tmp_path / "source")
+    options = BuildOptions(
+        device="cuda", engine="tensorrt", capacity=64, chunk=8, slots=4, max_rows=4, serve="stream"
+    )
+    build_decoder(tmp_path / "source", tmp_path / "repository" / "llama", options)
+    files = count_token(tmp_path / "repository", "llama")["files"]
+    assert "inplace/engines/tensorrt/steps.py" in files
+    assert "inplace/kernels/attention_kernels.py" in files
+    assert len(files) <= 30, "\n".join(files)

@@ -10,7 +10,10 @@ from tools.count_files import count_token
 pytestmark = pytest.mark.server
 
 MAX_FILES = 30
-"""With the PyTorch engine, from the request's arrival in Triton to the last response."""
+"""From the request's arrival in Triton to the last response, with the PyTorch engine.
+
+`tests/gpu/test_server.py` asks for the same with a TensorRT engine.
+"""
 
 
 def test_a_streamed_token_enters_few_files(stream_models: Path) -> None:

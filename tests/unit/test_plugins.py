@@ -5,6 +5,7 @@ The base classes are those of TensorRT for RTX. Its networks take no plugins, so
 
 from dataclasses import replace
 
+import inplace.plugins
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,10 @@ def test_every_kind_is_registered_under_its_name() -> None:
     owner = plugins(load_tensorrt("tensorrt_rtx"))
     names = {creator.name for creator in owner.tensorrt.api.get_plugin_registry().all_creators}
     assert set(OPERATIONS) <= names
+    kinds = [kind for kind in vars(inplace.plugins).values() if isinstance(kind, type)]
+    ours = {kind for kind in kinds if issubclass(kind, Operation) and kind is not Operation}
+    assert len(ours) > 10
+    assert ours <= set(OPERATIONS.values())
     assert plugins(load_tensorrt("tensorrt_rtx")) is owner
 
 

@@ -30,6 +30,8 @@ SPECS = pytest.mark.parametrize(
         LinearSpec(80, 48, bias=True, norm=True, residual=True, eps=1e-5, activation="gelu"),
         LinearSpec(100, 72, bias=True, activation="gelu_tanh", gated=True, residual=True),
         LinearSpec(64, 1000, norm=True, eps=1e-6, float_out=True),
+        LinearSpec(64, 1),
+        LinearSpec(64, 2, bias=True, gated=True),
     ],
     ids=lambda spec: f"{spec.inputs}x{spec.outputs}",
 )

@@ -1,15 +1,20 @@
 """The GPU kernels on a CPU, in Triton's interpreter."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import triton
 from inplace.kernels.attention import AttentionSpec, attention, attention_workspace
+from inplace.kernels.linear_kernels import gemv_kernel, pipelined_kernel, sliced_k_kernel
 from inplace.kernels.memory import Pointer
 from inplace.kernels.update import UpdateSpec, update
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
 from torch import bool as torch_bool
 from torch import float16, int32
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 
 @needs_interpreter
@@ -129,3 +134,33 @@ def test_entries_that_do_not_divide_over_rows_are_refused() -> None:
             rows=2,
             units=7,
         )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        (gemv_kernel, {}),
+        (sliced_k_kernel, {"BLOCK_M": 8, "SLICES": 4, "LONG": False}),
+        (pipelined_kernel, {"BLOCK_M": 16, "STAGES": 3}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_linear_kernels_compile_for_extents_of_one(
+    kernel: Any, constants: dict[str, object]
+) -> None:
+    """Triton compiles an argument of 1 as a Python number; its interpreter does not."""
+    constants = {
+        "BIAS": True, "NORM": False, "RESIDUAL": False, "ACTIVATION": "none", "GATED": True,
+        "BLOCK_N": 16, "BLOCK_K": 32, "PDL": True, "inputs": 1, "width": 1, **constants,
+    }  # fmt: skip
+    if "count" in kernel.arg_names:
+        constants["count"] = 1
+    names = kernel.arg_names
+    types = {
+        name: "constexpr" if name in constants else "fp32" if name == "eps" else "*fp32"
+        for name in names
+    }
+    source = ASTSource(
+        kernel, types, {(names.index(name),): value for name, value in constants.items()}
+    )
+    assert triton.compile(source, GPUTarget("cuda", 90, 32)).asm["ptx"]

@@ -34,7 +34,7 @@ def multiply_rows(
     matrix = weight + tl.where(expert < experts, expert, 0).to(tl.int64) * inputs * outputs
     existing = tl.where(n < width, n, 0)
     rows = matrix + (existing if TRANSPOSED else existing.to(tl.int64) * inputs)
-    up_rows = rows + (width if TRANSPOSED else width.to(tl.int64) * inputs)
+    up_rows = rows + (width if TRANSPOSED else tl.cast(width, tl.int64) * inputs)
     step = k.to(tl.int64) * outputs if TRANSPOSED else k
     w_at, u_at = rows[:, None] + step[None, :], up_rows[:, None] + step[None, :]
     if ROWS_FIRST:
@@ -45,7 +45,7 @@ def multiply_rows(
         x_at = vectors[None, :] + k[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    further = outputs.to(tl.int64) * BLOCK_K if TRANSPOSED else BLOCK_K
+    further = tl.cast(outputs, tl.int64) * BLOCK_K if TRANSPOSED else BLOCK_K
     for start in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         known = inside[:, None]
         given = present[:, None] if ROWS_FIRST else present[None, :]

@@ -46,7 +46,7 @@ def gemv_kernel(
     k = tl.arange(0, BLOCK_K)
     inside = n < width
     rows = weight + n[:, None].to(tl.int64) * inputs
-    up_rows = rows + width.to(tl.int64) * inputs
+    up_rows = rows + tl.cast(width, tl.int64) * inputs
     w = load_weights(rows, k[None, :], inside[:, None], inputs)
     if GATED:
         u = load_weights(up_rows, k[None, :], inside[:, None], inputs)
@@ -166,7 +166,7 @@ def sliced_k_kernel(
     k = (tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
     inside, present = (n < width)[None, :, None], (m < count)[None, :, None]
     rows = weight + n[None, :, None].to(tl.int64) * inputs
-    up_rows = rows + width.to(tl.int64) * inputs
+    up_rows = rows + tl.cast(width, tl.int64) * inputs
     w0 = load_weights(rows, k, inside, inputs)
     w1 = load_weights(rows, k + tile, inside, inputs)
     w2 = load_weights(rows, k + 2 * tile, inside, inputs)
@@ -258,7 +258,7 @@ def pipelined_kernel(
     k = tl.arange(0, BLOCK_K)
     inside, present = n < width, m < count
     rows = weight + n[:, None].to(tl.int64) * inputs
-    up_rows = rows + width.to(tl.int64) * inputs
+    up_rows = rows + tl.cast(width, tl.int64) * inputs
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -333,12 +333,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--peer", choices=["none", "vllm"], default="none")
+    parser.add_argument("--only", action="append", choices=LAYERS, help="this layer; repeatable")
     options = parser.parse_args()
     speed = bandwidth()
     head = facts("kernels of operators, one layer", "python -m benchmarks.gpu.operators")
     record: dict[str, Any] = head | {"bandwidth": speed, "states": "float32", "results": []}
-    for layer, cases in LAYERS.items():
-        for case in cases(layer):
+    for layer in options.only or LAYERS:
+        for case in LAYERS[layer](layer):
             result = measure(case, speed, peer=options.peer == "vllm")
             record["results"].append(asdict(result))
             print(json.dumps(asdict(result)), flush=True)

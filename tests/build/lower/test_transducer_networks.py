@@ -1,0 +1,83 @@
+"""A streaming speech model as two networks with plugins on the states' own memory.
+
+They are defined and interpreted as `support.plugin_networks` says; the tokens are transformers'.
+"""
+
+import pytest
+import torch
+from inplace.schema.served import Program
+from inplace_builder.capture.nemotron_asr_streaming import capture_nemotron_asr_streaming
+from inplace_builder.capture.programs import ProgramsCapture
+from inplace_builder.compare import fill_with_sentinel
+from inplace_builder.lower import LoweredNetwork
+from support.nemotron import FACTOR, Tokens, features, feed, offline, tiny_nemotron
+from support.network_interpreter import interpret
+from support.plugin_decoders import plugin_network
+from support.plugin_networks import tensorrt_with_plugins
+from torch import Tensor
+
+pytestmark = pytest.mark.slow
+
+LOOKAHEAD, SLOTS = 1, 4
+
+
+class Networks:
+    """Both programs over one memory, in which every byte is a sentinel until a stream starts."""
+
+    def __init__(self, captured: ProgramsCapture) -> None:
+        tensorrt = tensorrt_with_plugins()
+        self.programs: dict[str, tuple[LoweredNetwork, Program]] = {
+            each.program.name: (plugin_network(each, tensorrt), each.program)
+            for each in captured.captures
+        }
+        self.memory, self.initial = {}, {}
+        for each in captured.captures:
+            for state in each.states:
+                tensor = torch.empty((SLOTS, *state.shape), dtype=state.dtype.as_torch)
+                fill_with_sentinel(tensor)
+                self.memory[state.name] = tensor
+                self.initial[state.name] = each.initial.get(state.name, state.fill)
+
+    def start(self, slot: int) -> None:
+        for name, initial in self.initial.items():
+            self.memory[name][slot] = initial
+
+    def call(self, name: str, slots: list[int], **inputs: Tensor) -> dict[str, Tensor]:
+        """A call of rows in these slots; -1 is a null row."""
+        network, program = self.programs[name]
+        given = {**inputs, "slots": torch.tensor(slots, dtype=torch.int32), **self.memory}
+        given |= network.bound_weights
+        outputs = interpret(network, {each: given[each] for each in network.inputs})
+        for state, output in network.state_outputs.items():
+            assert outputs[output].data_ptr() == self.memory[state].data_ptr()
+        return {spec.name: outputs[spec.name] for spec in program.outputs}
+
+
+def test_both_networks_give_the_tokens_of_generate() -> None:
+    """Two streams, a null row between them, and slots that stay as they are."""
+    model = tiny_nemotron()
+    networks = Networks(capture_nemotron_asr_streaming(model, LOOKAHEAD, 4))
+    slots, length = [3, -1, 1], FACTOR * (LOOKAHEAD + 1)
+    mels = [features(stream, 3 + 4 * length) for stream in (1, 2)]
+    tokens: list[Tokens] = [[], []]
+    networks.start(3)
+    networks.start(1)
+    for one, other in zip(*(list(feed(mel, LOOKAHEAD)) for mel in mels), strict=True):
+        rows = [one[0], torch.full_like(one[0], float("nan")), other[0]]
+        lengths = torch.tensor([[one[1]], [1], [other[1]]])
+        networks.call("listen", slots, features=torch.cat(rows), length=lengths)
+        done = [False, False]
+        while not all(done):  # a row that is done is called again, and gives nothing
+            result = networks.call("speak", slots)
+            for place, row in enumerate((0, 2)):
+                token, frame = int(result["tokens"][row]), int(result["token_frames"][row])
+                assert token < 0 or not done[place]
+                tokens[place] += [(token, frame)] if token >= 0 else []
+                done[place] = bool(result["done"][row])
+    assert tokens == [offline(model, mel, LOOKAHEAD) for mel in mels]
+    assert len({token for stream in tokens for token, _ in stream}) > 2
+    others = torch.empty_like(networks.memory["encoded_frames"][[0, 2]])
+    fill_with_sentinel(others)
+    torch.testing.assert_close(
+        networks.memory["encoded_frames"][[0, 2]], others, equal_nan=True, rtol=0, atol=0
+    )

@@ -226,8 +226,8 @@ class Counts(nn.Module):
         self.counts.index_add_(0, place[None], torch.ones(1))
         both = torch.cat([self.largest, x], 1)
         self.largest.copy_(both.sort(1, descending=True)[0][:, :3])
-        found = torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0]), x)
-        return self.counts.cumsum(0), self.largest * 1, F.one_hot(found, 4).float()
+        bucket = torch.searchsorted(torch.tensor([-1.0, 0.0, 1.0]), x)
+        return self.counts.cumsum(0), self.largest * 1, F.one_hot(bucket, 4).float()
 
 
 class Spectrum(nn.Module):

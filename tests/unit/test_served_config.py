@@ -58,8 +58,8 @@ CONFIG: Config = {
 
 
 def tensor(config: Config, kind: str, name: str) -> Config:
-    [found] = [each for each in config[kind] if each["name"] == name]
-    result: Config = found
+    [entry] = [each for each in config[kind] if each["name"] == name]
+    result: Config = entry
     return result
 
 

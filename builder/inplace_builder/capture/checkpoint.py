@@ -1,4 +1,4 @@
-"""The files of a Hugging Face decoder: what can be said of them before and after they are loaded.
+"""The files of a Hugging Face decoder: checks before and after they are loaded.
 
 Weights that transformers would drop, ignore or fill with random numbers are refused.
 """

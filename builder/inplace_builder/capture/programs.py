@@ -111,8 +111,8 @@ def capture_programs(
             outputs of different programs have different names. Inputs of the same name are one.
         schedule: the calls of a request, in order, and at most one level of loops. ``until`` names
             an output of the role ``done``.
-        examples: inputs of requests by name, as a module takes them. Verification sends them in
-            turn, instead of random numbers: for models that random numbers say little to.
+        examples: inputs of requests by name, as a module takes them. Verification sends them one
+            after another instead of random numbers, of which some models make little.
         constant_tokens: the schedule may give the same tokens whatever it is sent. Without it, a
             verification that sees fewer than two different tokens fails: an answer that is always
             the same would be compared with itself.

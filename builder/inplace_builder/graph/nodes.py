@@ -139,12 +139,12 @@ def source_line(node: Node) -> str:
     A line of PyTorch's own layers gives way to the one that called the layer.
     """
     lines = [line.strip() for line in (node.stack_trace or "").strip().splitlines()]
-    found = [
+    frames = [
         f" at {where.removeprefix('File ')} ({code})"
         for where, code in zip(lines[-2::-1], lines[::-1], strict=False)
         if where.startswith("File ")
     ]
-    return next((line for line in found if _PYTORCH not in line), next(iter(found), ""))
+    return next((line for line in frames if _PYTORCH not in line), next(iter(frames), ""))
 
 
 _PYTORCH = str(Path(torch.nn.__file__).parent)

@@ -11,8 +11,8 @@ aten = torch.ops.aten
 def kthvalue(x: Tensor, k: Any, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """The k-th smallest value of an axis, and its position: by a sort."""
     values, places = x.sort(dim)
-    found = (each.narrow(dim, k - 1, 1) for each in (values, places))
-    value, place = (each if keepdim else each.squeeze(dim) for each in found)
+    kth = (each.narrow(dim, k - 1, 1) for each in (values, places))
+    value, place = (each if keepdim else each.squeeze(dim) for each in kth)
     return value, place
 
 
@@ -49,12 +49,12 @@ def cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _extreme_so_far(x: Tensor, dim: int, extreme: Any, other: float) -> tuple[Tensor, Tensor]:
     """The extreme and the last place of it, or of a NaN; of all pairs of an axis."""
     seen = _so_far(x, dim, other)
-    found = extreme(seen, -1, keepdim=True)
-    matches = seen == found
+    value = extreme(seen, -1, keepdim=True)
+    matches = seen == value
     if x.is_floating_point():
         matches = matches | seen.isnan()
     place = torch.where(matches, torch.arange(x.shape[dim], device=x.device), -1).amax(-1)
-    return found.squeeze(-1).movedim(-1, dim), place.movedim(-1, dim)
+    return value.squeeze(-1).movedim(-1, dim), place.movedim(-1, dim)
 
 
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:

@@ -482,12 +482,12 @@ def _over_batches() -> list[tuple[Any, int]]:
         3: "conv3d.default conv3d.padding conv_transpose3d.input avg_pool3d.default "
         "adaptive_avg_pool3d.default",
     }
-    found: list[tuple[Any, int]] = []
+    operators: list[tuple[Any, int]] = []
     for spatial, names in named.items():
         for name in names.split():
             operator, overload = name.split(".")
-            found.append((getattr(getattr(aten, operator), overload), spatial))
-    return found
+            operators.append((getattr(getattr(aten, operator), overload), spatial))
+    return operators
 
 
 RULES: dict[Any, Rule] = _rules()

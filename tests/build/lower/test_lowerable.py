@@ -141,8 +141,8 @@ def test_what_pytorch_does_not_decompose_is_lowered(rtx: TensorRT, case: Case) -
 def test_running_extremes_of_any_numbers_are_those_of_pytorch(
     target: torch._ops.OpOverload, x: Tensor
 ) -> None:
-    for found, expected in zip(OWN[target](x, 0), target(x, 0), strict=True):
-        torch.testing.assert_close(found, expected, equal_nan=True)
+    for actual, expected in zip(OWN[target](x, 0), target(x, 0), strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_a_graph_may_be_deeper_than_the_stack_of_python() -> None:

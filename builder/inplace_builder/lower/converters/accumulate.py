@@ -368,10 +368,10 @@ def masked_scatter(ctx: Network, x: ITensor, mask: ITensor, source: ITensor) -> 
     count: Size = 1
     for extent in shape:
         count = count * extent
-    held = ctx.reshape(ctx.cast(ctx.expand(mask, shape), INT), [count])
+    is_set = ctx.reshape(ctx.cast(ctx.expand(mask, shape), INT), [count])
     places = ctx.iota(count, INT)
     upto = ctx.logical_not(ctx.less(ctx.unsqueeze(places, [1]), ctx.unsqueeze(places, [0])))
-    chosen = ctx.select(upto, ctx.unsqueeze(held, [0]), ctx.scalar(0, INT, 2))
+    chosen = ctx.select(upto, ctx.unsqueeze(is_set, [0]), ctx.scalar(0, INT, 2))
     order = ctx.subtract(ctx.reduce("SUM", chosen, [1], keep=False), ctx.scalar(1, INT, 1))
     order = ctx.elementwise("MAX", order, ctx.scalar(0, INT, 1))
     available: Size = 1

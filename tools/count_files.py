@@ -220,11 +220,11 @@ def main() -> None:
     token.add_argument("model")
     what.add_parser("build")
     given = parser.parse_args()
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+    counts: dict[str, Callable[[], dict[str, Any]]] = {
         "token": lambda: count_token(given.repository, given.model),
         "build": count_build,
     }
-    json.dump(jobs[given.what](), sys.stdout, indent=1)
+    json.dump(counts[given.what](), sys.stdout, indent=1)
     print()
 
 

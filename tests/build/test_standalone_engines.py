@@ -16,8 +16,8 @@ from inplace.schema.standalone import FILE_NAME, StandaloneManifest
 from inplace.standalone import Engine
 from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.export import export_module
 from inplace_builder.standalone.build import build
-from inplace_builder.states.lift import export_module
 from support.corpus.case import noise
 from support.corpus.states import Assigned
 from support.manifests import edit

@@ -16,6 +16,7 @@ from inplace_builder.graph.export import (
     InterpretedModule,
     copy_module,
     correct_lstm,
+    example_hint,
     named_extents,
     rename_inputs,
     size_oblivious,
@@ -31,7 +32,7 @@ from inplace_builder.graph.passes import (
 )
 from inplace_builder.states.adapt import States, adapt_states
 from inplace_builder.states.divide import divide_states
-from inplace_builder.states.lift import FunctionalGraph, example_hint, lift_mutated_buffers
+from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
 from inplace_builder.states.rewrite import rewrite_updates
 from inplace_builder.states.state import SLOTS, CapturedState, common_rows
 from inplace_builder.states.user_operators import apply_user_operators

@@ -12,7 +12,10 @@ import linecache
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,11 +26,17 @@ import sympy
 import torch
 from torch import Tensor
 from torch._decomp import decompositions
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    guard_or_false,
+)
 from torch.overrides import TorchFunctionMode
 
+from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import copy_graph
 
 MAX_VALUES = 64
@@ -51,6 +60,87 @@ _FOREIGN = tuple(
 
 _STANDARD = f"{sysconfig.get_path('stdlib')}/"
 """The folder of Python's own files; packages may be in it."""
+
+
+def export_module(
+    module: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any],
+    dynamic_shapes: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> ExportedProgram:
+    """Export a module as it is; copy an exported program, because lifting changes it.
+
+    A copy has the same tensors.
+
+    Raises:
+        BuildError: torch.export cannot capture the module.
+    """
+    if isinstance(module, ExportedProgram):
+        return _copy_program(module)
+    failures: list[Exception] = []
+    # size-oblivious, so that an extent of 1 may vary; a position that is passed as a Python number
+    # needs the usual rules
+    modes: tuple[Callable[[], AbstractContextManager[None]], ...] = (size_oblivious, nullcontext)
+    for mode in modes:
+        try:
+            with (
+                torch.no_grad(),
+                correct_lstm(),
+                masks_as_given(),
+                warnings.catch_warnings(),
+                mode(),
+                named_extents(),
+            ):
+                warnings.simplefilter("ignore")
+                return torch.export.export(
+                    module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
+                )
+        except Exception as error:
+            failures.append(error)
+    hint = example_hint(example_inputs) if dynamic_shapes else ""
+    text = str(failures[-1])
+    if isinstance(failures[-1], GuardOnDataDependentSymNode | DataDependentOutputException):
+        text = (
+            f"{text.splitlines()[0]}{failing_line(failures[-1])}: what the line does depends on a "
+            f"tensor's value; index with a tensor of one axis, as x[:, n.view(1)] or "
+            f"x.index_copy_(1, n.view(1), new), and choose with torch.where"
+        )
+        raise BuildError(
+            f"torch.export cannot capture {type(module).__name__}: {text}"
+        ) from failures[-1]
+    line = "" if "File " in text else failing_line(failures[-1])
+    raise BuildError(
+        f"torch.export cannot capture {type(module).__name__}: {text}{line}{hint}"
+    ) from failures[-1]
+
+
+def example_hint(example_inputs: Sequence[Any]) -> str:
+    """What may be wrong with example inputs of which an extent varies, to append to an error."""
+    tensors = [
+        leaf
+        for leaf in torch.utils._pytree.tree_leaves(list(example_inputs))
+        if isinstance(leaf, Tensor)
+    ]
+    if not any(extent == 1 for tensor in tensors for extent in tensor.shape):
+        return ""
+    return (
+        "; if an extent that varies is 1 in the example, give it 2 entries or more: torch.export "
+        "often takes a 1 for a constant"
+    )
+
+
+def _copy_program(program: ExportedProgram) -> ExportedProgram:
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=copy_graph(program.graph),
+        graph_signature=deepcopy(program.graph_signature),
+        state_dict=dict(program.state_dict),
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
 
 
 def copy_module(module: GraphModule) -> GraphModule:

@@ -41,11 +41,11 @@ from inplace_builder.engine_files import (
     write_program,
 )
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.graph.export import export_module
 from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.standalone.verify import verify
 from inplace_builder.states.adapt import States, adapt_states
-from inplace_builder.states.lift import export_module
 from inplace_builder.states.state import CapturedState, Owner
 
 if TYPE_CHECKING:

@@ -10,9 +10,7 @@ import itertools
 import keyword
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -21,7 +19,6 @@ import torch
 from inplace.operators.state import written_arguments
 from inplace.schema.specs import Dtype
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -31,19 +28,11 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.graph.export import (
-    correct_lstm,
-    failing_line,
-    masks_as_given,
-    named_extents,
-    size_oblivious,
-)
+from inplace_builder.graph.export import export_module
 from inplace_builder.graph.nodes import (
     Emitter,
-    copy_graph,
     placeholders_by_name,
     returned_values,
     source_line,
@@ -146,87 +135,6 @@ def _failed_call(exported: ExportedProgram, error: Exception) -> str:
     named = {node.name: node for node in exported.graph.nodes}
     node = named.get(match[1]) if match is not None else None
     return f" because of {node.target}{source_line(node)}" if node is not None else ""
-
-
-def export_module(
-    module: torch.nn.Module | ExportedProgram,
-    example_inputs: Sequence[Any],
-    dynamic_shapes: Any,
-    kwargs: Mapping[str, Any] | None,
-) -> ExportedProgram:
-    """Export a module as it is; copy an exported program, because lifting changes it.
-
-    A copy has the same tensors.
-
-    Raises:
-        BuildError: torch.export cannot capture the module.
-    """
-    if isinstance(module, ExportedProgram):
-        return _copy_program(module)
-    failures: list[Exception] = []
-    # size-oblivious, so that an extent of 1 may vary; a position that is passed as a Python number
-    # needs the usual rules
-    modes: tuple[Callable[[], AbstractContextManager[None]], ...] = (size_oblivious, nullcontext)
-    for mode in modes:
-        try:
-            with (
-                torch.no_grad(),
-                correct_lstm(),
-                masks_as_given(),
-                warnings.catch_warnings(),
-                mode(),
-                named_extents(),
-            ):
-                warnings.simplefilter("ignore")
-                return torch.export.export(
-                    module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
-                )
-        except Exception as error:
-            failures.append(error)
-    hint = example_hint(example_inputs) if dynamic_shapes else ""
-    text = str(failures[-1])
-    if isinstance(failures[-1], GuardOnDataDependentSymNode | DataDependentOutputException):
-        text = (
-            f"{text.splitlines()[0]}{failing_line(failures[-1])}: what the line does depends on a "
-            f"tensor's value; index with a tensor of one axis, as x[:, n.view(1)] or "
-            f"x.index_copy_(1, n.view(1), new), and choose with torch.where"
-        )
-        raise BuildError(
-            f"torch.export cannot capture {type(module).__name__}: {text}"
-        ) from failures[-1]
-    line = "" if "File " in text else failing_line(failures[-1])
-    raise BuildError(
-        f"torch.export cannot capture {type(module).__name__}: {text}{line}{hint}"
-    ) from failures[-1]
-
-
-def example_hint(example_inputs: Sequence[Any]) -> str:
-    """What may be wrong with example inputs of which an extent varies, to append to an error."""
-    tensors = [
-        leaf
-        for leaf in torch.utils._pytree.tree_leaves(list(example_inputs))
-        if isinstance(leaf, Tensor)
-    ]
-    if not any(extent == 1 for tensor in tensors for extent in tensor.shape):
-        return ""
-    return (
-        "; if an extent that varies is 1 in the example, give it 2 entries or more: torch.export "
-        "often takes a 1 for a constant"
-    )
-
-
-def _copy_program(program: ExportedProgram) -> ExportedProgram:
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=copy_graph(program.graph),
-        graph_signature=deepcopy(program.graph_signature),
-        state_dict=dict(program.state_dict),
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=dict(program.constants),
-        verifiers=program.verifiers,
-    )
 
 
 def _adopt_written_constants(exported: ExportedProgram) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,7 @@ def test_no_program_is_called_twice_while_rows_wait_for_another(
     decoding = instance.admit(request(1, chunks(1, 1)[0], start=True))
     instance.step([decoding])
     new = [instance.admit(request(s, chunks(s, 1)[0], start=True)) for s in (2, 3)]
-    limited = instance.programs["listen"].model_copy(update={"max_rows": 1})
-    instance.programs["listen"] = limited
+    instance.max_rows["listen"] = 1
     waiting, programs = [*new, decoding], []
     for _ in range(4):
         rows = instance.next_rows(waiting)
@@ -200,11 +198,6 @@ def test_a_failed_call_of_several_ends_its_sequence(
 def test_a_schedule_is_opened_with_its_own_instance(folder: Path) -> None:
     with pytest.raises(LoadError, match="has a schedule of programs"):
         ModelInstance.open(folder)
-
-
-def test_a_schedule_is_not_served_as_a_stream(captured: ProgramsCapture, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="is served step by step: build it with serve step"):
-        write_engine(captured, tmp_path / "model", replace(OPTIONS, serve="stream"))
 
 
 # --- verification ---

@@ -27,7 +27,7 @@ DECODER = Program(
     max_rows=4,
     chunk=8,
 )
-TENSORS = model_tensors(DECODER, generates=True, has_tokenizer=True)
+TENSORS = model_tensors(DECODER, generates=True, has_tokenizer=True, streams=True)
 
 Config = dict[str, Any]
 
@@ -176,7 +176,7 @@ def test_all_differences_are_in_one_error() -> None:
 
 
 def test_a_step_model_has_no_generation_and_needs_each_input() -> None:
-    tensors = model_tensors(RECTANGULAR, generates=False, has_tokenizer=False)
+    tensors = model_tensors(RECTANGULAR, generates=False, has_tokenizer=False, streams=False)
     assert tensors.inputs == (ServerTensor("value", "TYPE_FP32", (4,)),)
     with pytest.raises(LoadError, match="input value is missing"):
         check_model_config({"sequence_batching": {}}, tensors, 1.0)

@@ -21,6 +21,9 @@ TOKENIZER_NAME = f"{TOKENIZER_FOLDER}/tokenizer.json"
 CONTEXT_TOKENS = 16
 """Tokens of the prompt that a detokenizer keeps, because its first characters depend on them."""
 
+MAX_CONTEXT = 4 * CONTEXT_TOKENS
+"""Tokens of a text that are kept for a later detokenizer: some of them may be special ones."""
+
 MAX_WINDOW_TOKENS = 32
 """Length at which the window of decoded tokens is cut."""
 

@@ -16,7 +16,7 @@ MAX_STOP_TEXTS, MAX_STOP_LENGTH = 16, 256
 
 
 class FinishReason(StrEnum):
-    """Why a generation finished, as clients read it in ``finish_reason``."""
+    """Why a generation or a schedule finished, as clients read it in ``finish_reason``."""
 
     LENGTH = "length"
     EOS = "eos"
@@ -24,6 +24,8 @@ class FinishReason(StrEnum):
     CAPACITY = "capacity"
     CANCELLED = "cancelled"
     ENDED = "ended"
+    DONE = "done"
+    """A schedule has ended, and what it runs until was done."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Runs on the server's threads.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +14,7 @@ from torch import Tensor
 from inplace.drivers.detokenizer import Detokenizer, special_tokens
 from inplace.drivers.generation import GenerationLimits, GenerationState, decode_utf8
 from inplace.drivers.queues import StreamRequest
-from inplace.drivers.reply import BufferedReply, Channel, Reply
+from inplace.drivers.reply import BufferedReply, Channel, Reply, ScheduleReply
 from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME, RequestKind, parse_parameters
 from inplace.protocol import (
@@ -29,6 +30,7 @@ from inplace.protocol import (
 )
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
+from inplace.schema.specs import Role
 
 MAX_BYTES_PER_POSITION = 64
 """A text with more bytes for each position of a sequence is refused without tokenizing it."""
@@ -58,6 +60,9 @@ class RequestParser:
     def __init__(self, instance: ModelInstance, tokenizer_config: TokenizerConfig) -> None:
         self._instance, self._tokenizer_config = instance, tokenizer_config
         self._decoder_io = instance.program.decoder_io
+        self._token_outputs = tuple(
+            spec.name for spec in instance.program.outputs if spec.role is Role.TOKENS
+        )
         self._special_tokens: dict[str, int] = {}
         self._first_tokens: list[int] = []
         self._step_outputs = frozenset(spec.name for spec in instance.program.outputs)
@@ -110,6 +115,8 @@ class RequestParser:
         validated = self._instance.validate(
             replace(request, requested_outputs=channel.requested_outputs), allow_empty=continues
         )
+        if validated.refusal is None and self._token_outputs:
+            return self._make_schedule(validated, channel)
         if limits is None or validated.refusal is not None:
             return StreamRequest(validated, Reply(channel))
         return self._make_generation(validated, limits, channel)
@@ -186,6 +193,15 @@ class RequestParser:
             raise BY_NAME[STOP_TOKEN_IDS].refusal(given, f"token ids below {vocab_size}")
         return limits
 
+    def _make_schedule(self, validated: ValidatedRequest, channel: Channel) -> StreamRequest:
+        names, tokenizer = self._token_outputs, self._tokenizer_config.tokenizer
+        make_detokenizer = None
+        if tokenizer is not None and TEXT_OUTPUT in channel.requested_outputs:
+            make_detokenizer = partial(Detokenizer, tokenizer, special=self._special_ids)
+        ends = validated.request.end
+        reply = ScheduleReply(channel, names, text_output(names), make_detokenizer, ends=ends)
+        return StreamRequest(validated, reply)
+
     def _make_generation(
         self, validated: ValidatedRequest, limits: GenerationLimits, channel: Channel
     ) -> StreamRequest:
@@ -228,6 +244,11 @@ class RequestParser:
             first_tokens=self._first_tokens,
         )
         return replace(request, inputs=dict(request.inputs) | {ids_name: ids})
+
+
+def text_output(token_outputs: Sequence[str]) -> str:
+    """Of a schedule's outputs of the role ``tokens``, the one whose tokens are text."""
+    return TOKENS if TOKENS in token_outputs else token_outputs[0]
 
 
 def tokenize(

@@ -8,10 +8,10 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ Outputs = Mapping[str, Tensor | str]
 
 NewToken = tuple[int, str | None]
 """A token and the text that it adds; None if the reply's detokenizer makes the text."""
+
+
+Piece = NewToken | Mapping[str, list[int]]
+"""What is added to a reply: a token, or tokens by the name of the output."""
 
 
 log = logging.getLogger("inplace")
@@ -59,12 +63,14 @@ class FinalResponse:
     """How a request ends.
 
     Attributes:
-        result: why a generation finished; or an error; or the outputs of a step.
+        result: why a generation or a schedule finished; or an error; or the outputs of a step.
         text: text of a generation that no token adds.
+        outputs: of a schedule, all but its tokens.
     """
 
     result: FinishReason | RequestError | Outputs
     text: str = ""
+    outputs: Outputs = field(default_factory=dict)
 
 
 class Reply:
@@ -102,7 +108,7 @@ class Reply:
         self.channel = channel
         self._stream_interval = stream_interval
         self._detokenizer = detokenizer
-        self._tokens: deque[NewToken] = deque()
+        self._tokens: deque[Any] = deque()  # of `Piece`, all of one kind
         self._final: FinalResponse | None = None
         # Locked from when the reply is enqueued until its sender has sent.
         self._enqueued = threading.Lock()
@@ -111,13 +117,13 @@ class Reply:
         self._send_failed = False
         self.finished = False
 
-    def add_token(self, token: int, text: str | None) -> bool:
-        """Add a token; ``text`` as in `NewToken`.
+    def add(self, piece: Piece) -> bool:
+        """Add a token, or tokens.
 
         Returns:
             Whether the caller must enqueue the reply for a sender.
         """
-        self._tokens.append((token, text))
+        self._tokens.append(piece)
         return len(self._tokens) >= self._stream_interval and self._try_enqueue()
 
     def finish(self, final: FinalResponse) -> bool:
@@ -157,7 +163,7 @@ class Reply:
     def _try_enqueue(self) -> bool:
         return self._enqueued.acquire(blocking=False)
 
-    def _send(self, tokens: list[NewToken], final: FinalResponse | None) -> None:
+    def _send(self, tokens: list[Any], final: FinalResponse | None) -> None:
         if self.finished or (final is None and not tokens):
             return
         answer = self._make_answer(tokens, final)
@@ -180,7 +186,7 @@ class Reply:
                 self._send_failed = self.finished = True
 
     def _make_answer(
-        self, tokens: list[NewToken], final: FinalResponse | None
+        self, tokens: list[Any], final: FinalResponse | None
     ) -> Outputs | RequestError:
         if final is not None and not isinstance(final.result, FinishReason):
             return final.result
@@ -197,6 +203,66 @@ class Reply:
         if FINISH_REASON in requested:
             outputs[FINISH_REASON] = "" if final is None else str(final.result)
         return outputs
+
+
+class ScheduleReply(Reply):
+    """The responses of a schedule: tokens as its calls produce them, other outputs at the end.
+
+    Args:
+        channel: sends the responses.
+        token_outputs: names of the outputs of the role ``tokens``.
+        text_from: the one of them whose tokens are text.
+        make_detokenizer: makes what makes that text, from the tokens before; None if no text is
+            requested.
+        ends: it is the last request of its sequence, so an incomplete character is sent too.
+
+    Attributes:
+        context: the last tokens of the text before it. Set before the first token is added.
+    """
+
+    __slots__ = ("_ends", "_make_detokenizer", "_token_outputs", "context", "text_from")
+
+    def __init__(
+        self,
+        channel: Channel,
+        token_outputs: tuple[str, ...],
+        text_from: str,
+        make_detokenizer: Callable[[list[int]], Detokenizer] | None,
+        *,
+        ends: bool,
+    ) -> None:
+        super().__init__(channel)
+        self._token_outputs, self.text_from = token_outputs, text_from
+        self._make_detokenizer, self._ends = make_detokenizer, ends
+        self.context: list[int] = []
+
+    def _make_answer(
+        self, tokens: list[Any], final: FinalResponse | None
+    ) -> Outputs | RequestError:
+        if final is not None and not isinstance(final.result, FinishReason):
+            return final.result
+        requested = self.channel.requested_outputs
+        joined: dict[str, list[int]] = {name: [] for name in self._token_outputs}
+        for piece in tokens:
+            for name, part in piece.items():
+                joined[name] += part
+        outputs: dict[str, Tensor | str] = {
+            name: torch.tensor([part], dtype=torch.int64)
+            for name, part in joined.items()
+            if name in requested
+        }
+        if self._make_detokenizer is not None:
+            outputs[TEXT_OUTPUT] = self._text(joined[self.text_from], final)
+        if FINISH_REASON in requested:
+            outputs[FINISH_REASON] = "" if final is None else str(final.result)
+        return outputs if final is None else {**outputs, **final.outputs}
+
+    def _text(self, tokens: list[int], final: FinalResponse | None) -> str:
+        assert self._make_detokenizer is not None
+        if self._detokenizer is None:
+            self._detokenizer = self._make_detokenizer(self.context)
+        text = self._detokenizer.append(tokens)
+        return text + self._detokenizer.flush() if final is not None and self._ends else text
 
 
 class BufferedReply(Reply):
@@ -249,10 +315,10 @@ class BufferedReply(Reply):
             self._fetching = self.channel = channel
             return self._enqueue_if_ready()
 
-    def add_token(self, token: int, text: str | None) -> bool:
+    def add(self, piece: Piece) -> bool:
         """Add a token; returns whether the caller must enqueue the reply for a sender."""
         with self._lock:
-            self._tokens.append((token, text))
+            self._tokens.append(piece)
             return self._enqueue_if_ready()
 
     def finish(self, final: FinalResponse) -> bool:

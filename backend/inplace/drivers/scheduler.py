@@ -10,6 +10,7 @@ from torch import Tensor
 from inplace.drivers.queues import StreamRequest
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import InFlightStep, ModelInstance
+from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Program
 
 
@@ -112,6 +113,54 @@ class Scheduler:
         return ScheduledStep(
             rows, num_decodes, min(num_decodes + prefill_budget, self._token_budget)
         )
+
+
+class CallQueue(Scheduler):
+    """Requests that run a schedule, the longest waiting first.
+
+    Args:
+        instance: chooses the rows of each call.
+    """
+
+    def __init__(self, instance: ScheduledInstance) -> None:
+        super().__init__(instance.program)
+        self._instance = instance
+        self._requests: dict[ActiveRequest, StreamRequest] = {}  # in their order
+
+    def __bool__(self) -> bool:
+        """Whether any request waits for a call."""
+        return bool(self._requests)
+
+    def add(self, request: StreamRequest) -> None:
+        """Add an admitted request."""
+        assert request.active is not None
+        self._requests[request.active] = request
+
+    def remove(self, request: StreamRequest) -> None:
+        """Remove a request, if it is there."""
+        if request.active is not None:
+            self._requests.pop(request.active, None)
+
+    def clear(self) -> None:
+        """Remove all requests."""
+        self._requests.clear()
+
+    @property
+    def has_generations(self) -> bool:
+        """True: their calls do not wait for more requests."""
+        return bool(self._requests)
+
+    def call(self) -> list[StreamRequest]:
+        """Call a program; its rows go to the back.
+
+        Returns:
+            The requests that were called.
+        """
+        rows = self._instance.next_rows(list(self._requests))
+        requests = [self._requests.pop(active) for active in rows]
+        self._requests.update(zip(rows, requests, strict=True))
+        self._instance.step(rows)
+        return requests
 
 
 def _num_waiting_tokens(request: StreamRequest) -> int:

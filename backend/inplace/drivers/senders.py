@@ -7,14 +7,14 @@ the engine's thread hands over what it has for clients (`ResponseBuffer`).
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Generic, TypeVar
 
 from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.queues import StreamRequest
-from inplace.drivers.reply import FinalResponse, Outputs, Reply
+from inplace.drivers.reply import FinalResponse, Outputs, Piece, Reply
 from inplace.errors import RequestError
 from inplace.runtime.observer import Observer
 
@@ -86,8 +86,8 @@ class _Released(AbstractContextManager[None]):
         self._gil.acquire()
 
 
-TokenUpdate = tuple[Reply, int, str | None]
-"""A token for a reply, and the text it adds; see `inplace.drivers.reply.NewToken`."""
+TokenUpdate = tuple[Reply, Piece]
+"""A token for a reply, or several."""
 
 
 FinalUpdate = tuple[Reply, FinalResponse]
@@ -152,8 +152,8 @@ class Senders:
         while (update := self._updates.get()) is not None:
             tokens, finals = update
             self.gil.wait_for_engine()
-            for reply, token, text in tokens:
-                if reply.add_token(token, text):
+            for reply, piece in tokens:
+                if reply.add(piece):
                     self._queue.put(reply)
             for reply, final in finals:
                 if reply.finish(final):
@@ -189,7 +189,31 @@ class ResponseBuffer:
         assert generation.last_token is not None
         if generation.num_tokens == 1:
             self._observer.first_token(monotonic() - request.request.arrival_time)
-        self._tokens.append((request.reply, generation.last_token, text))
+        self._tokens.append((request.reply, (generation.last_token, text)))
+
+    def add_tokens(
+        self, request: StreamRequest, tokens: Mapping[str, list[int]], *, first: bool
+    ) -> None:
+        """Add tokens of a schedule by the names of the outputs; ``first`` if it had none before."""
+        if first:
+            self._observer.first_token(monotonic() - request.request.arrival_time)
+        self._tokens.append((request.reply, tokens))
+
+    def add_end(
+        self, request: StreamRequest, reason: FinishReason, outputs: Outputs, num_tokens: int
+    ) -> None:
+        """Add the final response of a schedule.
+
+        Args:
+            request: the request.
+            reason: why it ended.
+            outputs: all but its tokens.
+            num_tokens: how many it produced.
+        """
+        self._observer.generation_finished(
+            request.sequence_id, request.request.request_id, reason, num_tokens
+        )
+        self._finals.append((request.reply, FinalResponse(reason, outputs=outputs)))
 
     def add_outputs(self, request: StreamRequest, outputs: Outputs) -> None:
         """Add the outputs of a step, its final response."""

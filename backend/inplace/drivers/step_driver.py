@@ -4,10 +4,14 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from inplace.drivers.parsing import check_no_special_tokens
+from tokenizers import Tokenizer
+
+from inplace.drivers.detokenizer import Detokenizer, special_tokens
+from inplace.drivers.parsing import check_no_special_tokens, text_output
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.protocol import ADD_SPECIAL_TOKENS, MAX_TOKENS
+from inplace.protocol import ADD_SPECIAL_TOKENS, MAX_TOKENS, TEXT_OUTPUT
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
@@ -30,10 +34,15 @@ class StepDriver:
 
     Args:
         instance: the model instance; nothing else uses it.
+        tokenizer: of the tokens that a schedule produces; None if they are no text.
     """
 
-    def __init__(self, instance: ModelInstance) -> None:
+    def __init__(self, instance: ModelInstance, tokenizer: Tokenizer | None = None) -> None:
         self.instance = instance
+        self._tokenizer = tokenizer
+        self._special = frozenset[int]()
+        if tokenizer is not None:
+            self._special = frozenset(special_tokens(tokenizer).values())
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._reclaimer = threading.Thread(
@@ -168,8 +177,21 @@ class StepDriver:
                 if not active.finished:
                     waiting.append(active)
                     continue
-                answers[indices[active]] = active.error or active.outputs
+                answers[indices[active]] = active.error or self._with_text(active)
                 instance.finish(active)
+
+    def _with_text(self, active: ActiveRequest) -> Answer:
+        """The outputs of a schedule, with the text that its tokens add to the sequence's."""
+        outputs: dict[str, Any] = {**active.outputs}
+        progress, sequence = active.progress, active.sequence
+        if self._tokenizer is None or progress is None or not progress.tokens:
+            return outputs
+        text = sequence.driver_state
+        if not isinstance(text, Detokenizer):
+            text = sequence.driver_state = Detokenizer(self._tokenizer, [], self._special)
+        piece = text.append(progress.tokens[text_output(list(progress.tokens))])
+        outputs[TEXT_OUTPUT] = piece + text.flush() if active.request.end else piece
+        return outputs
 
     def _fail(
         self,

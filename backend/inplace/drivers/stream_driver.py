@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from time import monotonic
 
+from inplace.drivers.detokenizer import MAX_CONTEXT
 from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.queues import (
@@ -21,15 +22,16 @@ from inplace.drivers.queues import (
     WaitingQueue,
     find_buffered_reply,
 )
-from inplace.drivers.reply import BufferedReply, Channel, FinalResponse, Reply
-from inplace.drivers.scheduler import Scheduler, StepPipeline
+from inplace.drivers.reply import BufferedReply, Channel, FinalResponse, Reply, ScheduleReply
+from inplace.drivers.scheduler import CallQueue, Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
 from inplace.drivers.shutdown import unloading
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import TEXT
-from inplace.runtime.batcher import Answer, split_outputs
+from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
+from inplace.runtime.schedules import ScheduledInstance
 from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId
 
 MAX_GATHER_TIME, GATHER_POLL_INTERVAL = 0.005, 0.0001
@@ -160,7 +162,8 @@ class EngineLoop:
         self._queues = SequenceQueues(instance.table)
         self._failed = FailedGenerations()
         self._waiting = WaitingQueue(max_waiting)
-        self._scheduler = Scheduler(instance.program)
+        self._calls = CallQueue(instance) if isinstance(instance, ScheduledInstance) else None
+        self._scheduler = Scheduler(instance.program) if self._calls is None else self._calls
         self._pipeline = StepPipeline(instance, self._scheduler, self._inbox.empty)
         self._responses = ResponseBuffer(senders, instance.observer)
         self._watcher: CancellationWatcher[StreamRequest] = CancellationWatcher(
@@ -288,7 +291,7 @@ class EngineLoop:
             return
         if request.request.start:
             self._failed.discard(request.sequence_id)
-        if request.generation is not None:
+        if request.generation is not None or isinstance(request.reply, ScheduleReply):
             # Watched from here on: an earlier cancellation would find no request in the queues.
             self._watcher.add(request, request.reply)
         for other in self._queues.generations_ended_by(request):
@@ -350,6 +353,9 @@ class EngineLoop:
     def _on_cancelled(self, request: StreamRequest) -> None:
         if request not in self._queues:
             return  # it has finished
+        if isinstance(request.reply, ScheduleReply):
+            self._cancel_schedule(request)
+            return
         if request.generation is None:
             if request in self._waiting:  # a step that runs is not stopped
                 self._waiting.remove(request)
@@ -400,6 +406,10 @@ class EngineLoop:
             capacity = self._instance.manifest.capacity
             used = active.sequence.length + active.num_tokens
             request.generation.set_room(None if capacity is None else capacity - used)
+        if isinstance(request.reply, ScheduleReply) and isinstance(
+            context := active.sequence.driver_state, list
+        ):
+            request.reply.context = context
         self._scheduler.add(request)
         return True
 
@@ -414,6 +424,9 @@ class EngineLoop:
 
     def _step(self) -> None:
         """Run one step and route its outputs."""
+        if self._calls is not None:
+            self._call(self._calls)
+            return
         result = self._pipeline.step()
         outputs, tokens = result.outputs, list[int]()
         if self._token_output in outputs:
@@ -441,6 +454,57 @@ class EngineLoop:
                 active.feed(token)
                 if row >= result.num_decodes:
                     self._scheduler.start_decoding(request)
+
+    # Schedules
+
+    def _call(self, calls: CallQueue) -> None:
+        """Call a program and route its outputs."""
+        for request in calls.call():
+            active, reply = request.active, request.reply
+            assert active is not None
+            if active.error is not None:
+                if isinstance(reply, ScheduleReply):
+                    active.sequence.driver_state = reply.context
+                self._finish_step(request, active.error)
+            elif isinstance(reply, ScheduleReply):
+                self._send_tokens(request, active, reply)
+            elif active.finished:
+                self._finish_step(request, active.outputs)
+
+    def _send_tokens(
+        self, request: StreamRequest, active: ActiveRequest, reply: ScheduleReply
+    ) -> None:
+        """Send what a call has produced; at the end of the schedule, all its outputs."""
+        progress, sequence = active.progress, active.sequence
+        assert progress is not None
+        first = progress.num_tokens == 0
+        if tokens := progress.take_tokens():
+            self._responses.add_tokens(request, tokens, first=first)
+            context = sequence.driver_state if isinstance(sequence.driver_state, list) else []
+            sequence.driver_state = [*context, *tokens[reply.text_from]][-MAX_CONTEXT:]
+        if not active.finished:
+            return
+        self._scheduler.remove(request)
+        self._instance.finish(active)
+        reason = FinishReason.LENGTH if progress.limited else FinishReason.DONE
+        outputs = {
+            name: tensor for name, tensor in active.outputs.items() if name not in progress.tokens
+        }
+        self._responses.add_end(request, reason, outputs, progress.num_tokens)
+        self._remove(request)
+
+    def _cancel_schedule(self, request: StreamRequest) -> None:
+        """End a request whose client has gone. A sequence between two calls of it ends too."""
+        active, num_tokens = request.active, 0
+        if active is not None:
+            assert active.progress is not None
+            active.dropped, num_tokens = True, active.progress.num_tokens
+            self._scheduler.remove(request)
+            self._instance.table.end(active.sequence, EndReason.CANCELLED)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+        self._responses.add_end(request, FinishReason.CANCELLED, {}, num_tokens)
+        self._remove(request)
 
     def _finish_step(self, request: StreamRequest, answer: Answer | None) -> None:
         """Answer a request with the outputs of a step or with the error of the engine."""

@@ -80,6 +80,33 @@ class ActiveRequest:
         self.decode_token, self.num_tokens, self.num_computed_tokens = token, 1, 0
 
 
+class CallOutputs:
+    """The outputs of a call of a schedule's program, those that the schedule reads as lists.
+
+    Attributes:
+        tokens: outputs of the role ``tokens`` by name: a list for each row.
+        done: outputs of the role ``done`` by name: a value for each row.
+        values: all outputs but the tokens by name, ``[rows, ...]``.
+    """
+
+    __slots__ = ("done", "tokens", "values")
+
+    def __init__(self, program: Program, outputs: Mapping[str, Tensor]) -> None:
+        self.tokens: dict[str, list[list[int]]] = {}
+        self.done: dict[str, list[bool]] = {}
+        self.values: dict[str, Tensor] = {}
+        for spec in program.outputs:
+            if spec.name not in outputs:
+                continue
+            tensor = outputs[spec.name]
+            if spec.role is Role.TOKENS:
+                self.tokens[spec.name] = tensor.tolist()
+                continue
+            self.values[spec.name] = tensor
+            if spec.role is Role.DONE:
+                self.done[spec.name] = tensor.flatten().tolist()
+
+
 @dataclass(slots=True, eq=False)
 class ScheduleProgress:
     """The place of a request in its schedule, and what its calls have produced.
@@ -89,8 +116,10 @@ class ScheduleProgress:
         loop, call: the indices of the next call.
         rounds: finished rounds of this loop.
         count: finished calls at this place, in this round.
-        tokens: by output of the role ``tokens`` what each call has produced, ``[tokens]``.
-        values: the last call's other outputs, ``[1, ...]``.
+        tokens: by output of the role ``tokens``, what was produced and not taken yet.
+        num_tokens: how many tokens were taken, of all such outputs.
+        values: by name the last call's other outputs for all its rows, and the row.
+        limited: what ended last was not done, it had reached its limit (``at_most``).
         start_positions: `SequenceState.positions` when the request was admitted.
         saved: what its sequence's states held then, as far as taking its calls back needs them;
             None if they cannot be taken back.
@@ -101,8 +130,10 @@ class ScheduleProgress:
     call: int = 0
     rounds: int = 0
     count: int = 0
-    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    num_tokens: int = 0
+    values: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    limited: bool = False
     start_positions: Mapping[str, int] = field(default_factory=dict)
     saved: Mapping[str, Tensor] | None = None
 
@@ -116,51 +147,59 @@ class ScheduleProgress:
         """Whether the schedule has ended."""
         return self.loop == len(self.loops)
 
-    def add(self, program: Program, outputs: Mapping[str, Tensor], row: int) -> None:
-        """Keep what a call produced, and go to the next place.
+    def add(self, outputs: CallOutputs, row: int) -> None:
+        """Keep what a call produced in this row, and go to the next place."""
+        for name, rows in outputs.tokens.items():
+            self.tokens.setdefault(name, []).extend([token for token in rows[row] if token >= 0])
+        for name, tensor in outputs.values.items():
+            self.values[name] = tensor, row
+        self._advance(outputs, row)
 
-        Args:
-            program: the program that was called.
-            outputs: its outputs by name, ``[rows, ...]``, among them those of the roles ``tokens``
-                and ``done``.
-            row: the row.
-        """
-        for spec in program.outputs:
-            if spec.name not in outputs:
-                continue
-            output = outputs[spec.name][row : row + 1]
-            if spec.role is Role.TOKENS:
-                tokens = output[output >= 0]
-                self.tokens.setdefault(spec.name, []).append(tokens)
-            else:
-                self.values[spec.name] = output
-        self._advance()
-
-    def _advance(self) -> None:
+    def _advance(self, outputs: CallOutputs, row: int) -> None:
         loop, call = self.loops[self.loop], self.next_call
         self.count += 1
-        if not self._has_ended(call, self.count):
+        if not self._ends(call, self.count, outputs, row):
             return
         self.count, self.call = 0, self.call + 1
         if self.call < len(loop.calls):
             return
         self.call, self.rounds = 0, self.rounds + 1
-        if self._has_ended(loop, self.rounds):
+        if self._ends(loop, self.rounds, outputs, row):
             self.rounds, self.loop = 0, self.loop + 1
 
-    def _has_ended(self, each: Call | Loop, count: int) -> bool:
+    def _ends(self, each: Call | Loop, count: int, outputs: CallOutputs, row: int) -> bool:
         """Whether so many calls, or rounds, were the last ones."""
-        done = each.until is not None and bool(self.values[each.until])
+        if each.until is None:
+            return count >= (each.at_most or 1)
+        done = outputs.done[each.until][row]
+        self.limited = not done
         return done or count >= (each.at_most or 1)
 
+    def take_tokens(self) -> dict[str, list[int]]:
+        """The tokens since the last time, by output; empty if there are none."""
+        count = sum(map(len, self.tokens.values()))
+        if not count:
+            return {}
+        self.num_tokens += count
+        tokens, self.tokens = self.tokens, {name: [] for name in self.tokens}
+        return tokens
+
     def answer(self) -> dict[str, Tensor]:
-        """What the whole schedule produced: tokens ``[1, tokens]``, other outputs ``[1, ...]``."""
-        tokens = {name: torch.cat(parts)[None] for name, parts in self.tokens.items()}
-        return tokens | self.values
+        """What the schedule produced: tokens ``[1, tokens]``, other outputs ``[1, ...]``.
+
+        Without the tokens that were taken.
+        """
+        answer = {
+            name: torch.tensor([tokens], dtype=torch.int64) for name, tokens in self.tokens.items()
+        }
+        return answer | {name: rows[row : row + 1] for name, (rows, row) in self.values.items()}
 
 
-Answer = dict[str, Tensor] | RequestError
-"""The answer to a request: its outputs by name, ``[1, ...]``, or why it was refused."""
+Answer = dict[str, Any] | RequestError
+"""The answer to a request: its outputs by name, ``[1, ...]``, or why it was refused.
+
+Outputs are tensors; the text of a schedule's tokens is a ``str``.
+"""
 
 
 def split_outputs(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> list[Answer | None]:

@@ -153,9 +153,9 @@ PLACES_OPEN = Metric("inplace_places_open", "gauge", "Sequences that have a plac
 GENERATIONS = Metric(
     "inplace_generations_total",
     "counter",
-    "Generations that finished, by reason.",
+    "Generations and streamed schedules that finished, by reason.",
     "reason",
-    ("length", "eos", "stop", "capacity", "cancelled", "ended"),
+    ("length", "eos", "stop", "capacity", "cancelled", "ended", "done"),
 )
 
 

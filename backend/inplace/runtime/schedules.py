@@ -15,10 +15,10 @@ from torch import Tensor
 from inplace.engines import StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
-from inplace.runtime.batcher import ActiveRequest, ScheduleProgress, form_batch
+from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
-from inplace.runtime.requests import ValidatedRequest
+from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Loop, Manifest, Program
@@ -41,6 +41,12 @@ class ScheduledInstance(ModelInstance):
         engines: by program, what runs a call of it.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds.
+
+    Attributes:
+        loops: the schedule.
+        engines: by program, what runs a call of it.
+        programs: the programs by name.
+        max_rows: by program, most rows of a call. Fewer let decoding wait less for an encoder.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class ScheduledInstance(ModelInstance):
             )
             for program in manifest.programs
         }
+        self.max_rows = {program.name: program.max_rows for program in manifest.programs}
+        self._repeated = _repeated_programs(self.loops)
         self._saved_states = saved_states(manifest)
         self._last_program = ""
 
@@ -105,20 +113,26 @@ class ScheduledInstance(ModelInstance):
         return f"program {name} has used {used} of the sequence's {limit} positions{begins}"
 
     def next_rows(self, waiting: Sequence[ActiveRequest]) -> list[ActiveRequest]:
-        """The rows of the next call: of the program at which the first of them waits.
+        """The rows of the next call, all of one program.
 
-        But no program is called twice in succession while rows wait for another one: the other one
-        is called first.
+        It is the program at which the first of them waits, but no program is called twice in
+        succession while rows wait for another one. After a program that is called once, one that is
+        called repeatedly comes first: decoding waits for at most one call of another program.
 
         Args:
             waiting: the longest waiting first.
         """
-        program = _next_program(waiting[0])
-        if program == self._last_program:
-            names = (_next_program(active) for active in waiting)
-            program = next((name for name in names if name != program), program)
-        rows = [active for active in waiting if _next_program(active) == program]
-        return rows[: self.programs[program].max_rows]
+        names = dict.fromkeys(_next_program(active) for active in waiting)  # in their order
+        others = [name for name in names if name != self._last_program] or list(names)
+        if self._last_program not in self._repeated:
+            others = [name for name in others if name in self._repeated] or others
+        rows = [active for active in waiting if _next_program(active) == others[0]]
+        return rows[: self.max_rows[others[0]]]
+
+    def _outputs(self, request: Request) -> frozenset[str]:
+        """As for one program, without the outputs that the client has not named."""
+        outputs, named = super()._outputs(request), request.requested_outputs
+        return outputs if named is None else outputs & named
 
     def launch(self, rows: list[ActiveRequest], token_budget: int | None = None) -> InFlightStep:
         """Launch a call of the program at which these rows are, the same for all."""
@@ -133,12 +147,13 @@ class ScheduledInstance(ModelInstance):
         if step.failed:
             return
         program = self.programs[self._last_program]
+        called = CallOutputs(program, outputs)
         num_finished = 0
         for row, active in enumerate(step.batch.rows):
             if active.dropped:
                 continue
             assert active.progress is not None
-            active.progress.add(program, outputs, row)
+            active.progress.add(called, row)
             self._count(program, active.sequence)
             if active.progress.finished:
                 num_finished += 1
@@ -192,6 +207,16 @@ def saved_states(manifest: Manifest) -> tuple[str, ...] | None:
     return tuple(state.name for state in states)
 
 
+def _repeated_programs(loops: Sequence[Loop]) -> frozenset[str]:
+    """The programs that a request calls more than once in succession."""
+    return frozenset(
+        call.program
+        for loop in loops
+        for call in loop.calls
+        if (loop.at_most or 1) > 1 or (call.at_most or 1) > 1
+    )
+
+
 def _next_program(active: ActiveRequest) -> str:
     assert active.progress is not None
     return active.progress.next_call.program
@@ -203,7 +228,16 @@ def open_model(
     *,
     idle_timeout: float,
     trust: Sequence[Path | str] | None,
+    call_rows: Mapping[str, int],
 ) -> ModelInstance:
-    """Load an engine with an arena of its own, whatever its programs; see `ModelInstance.open`."""
+    """Load an engine with an arena of its own, whatever its programs; see `ModelInstance.open`.
+
+    Args:
+        folder, manifest, idle_timeout, trust: as `ModelInstance.open` takes them.
+        call_rows: by program, most rows of a call, where they are fewer than it was built for.
+    """
     kind = ScheduledInstance if manifest.is_scheduled else ModelInstance
-    return kind.open(folder, manifest, idle_timeout=idle_timeout, trust=trust)
+    instance = kind.open(folder, manifest, idle_timeout=idle_timeout, trust=trust)
+    if isinstance(instance, ScheduledInstance):
+        instance.max_rows |= call_rows
+    return instance

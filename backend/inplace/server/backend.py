@@ -93,25 +93,29 @@ def _load(args: dict[str, str]) -> LoadedModel:
     trust = trusted_folders(os.getppid())
     check_engine(EngineFolder(folder, trust), manifest)
     settings = Settings.parse(args["model_config"], manifest)
-    program = manifest.interface
-    if settings.serve == "stream" and manifest.is_scheduled:
-        raise LoadError(
-            "config.pbtxt has the parameter serve = stream, and the engine has a schedule of "
-            "programs, which is served step by step: set it to step"
-        )
+    program, streams = manifest.interface, settings.serve == "stream"
     tensors = model_tensors(
         program,
-        generates=settings.serve == "stream" and program.decoder_io is not None,
+        generates=streams and program.decoder_io is not None,
         has_tokenizer=manifest.has_file(TOKENIZER_NAME),
+        streams=streams,
     )
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
     if settings.capacity is not None:
         manifest = manifest.at_capacity(settings.capacity)
-    load = partial(open_model, folder, manifest, idle_timeout=settings.idle_timeout, trust=trust)
-    streams = settings.serve == "stream"
-    if streams:
+    load = partial(
+        open_model,
+        folder,
+        manifest,
+        idle_timeout=settings.idle_timeout,
+        trust=trust,
+        call_rows=settings.call_rows,
+    )
+    tokenizer = None
+    if streams or (manifest.is_scheduled and manifest.has_file(TOKENIZER_NAME)):
         check_numpy(Path("/proc/self/exe"), np.__version__)
-        tokenizer = TokenizerConfig(load_tokenizer(EngineFolder(folder), manifest), settings.eos)
+        tokenizer = load_tokenizer(EngineFolder(folder), manifest)
+    if streams:
         thread = engine_thread()
         instance = thread.submit(load).result()
     else:
@@ -119,9 +123,10 @@ def _load(args: dict[str, str]) -> LoadedModel:
     instance.is_forwarded = settings.is_forwarded
     metrics = _start_reports(instance, settings, args)
     if streams:
-        driver = StreamDriver(instance, tokenizer, settings.max_waiting, thread)
+        config = TokenizerConfig(tokenizer, settings.eos)
+        driver = StreamDriver(instance, config, settings.max_waiting, thread)
         return _StreamModel(driver, metrics, ModelPlaces(args, driver, instance.observer))
-    steps = StepDriver(instance)
+    steps = StepDriver(instance, tokenizer)
     return _StepModel(steps, metrics, ModelPlaces(args, steps, instance.observer))
 
 

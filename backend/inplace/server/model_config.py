@@ -85,13 +85,16 @@ class ServerTensors:
     outputs: tuple[ServerTensor, ...]
 
 
-def model_tensors(program: Program, *, generates: bool, has_tokenizer: bool) -> ServerTensors:
+def model_tensors(
+    program: Program, *, generates: bool, has_tokenizer: bool, streams: bool
+) -> ServerTensors:
     """The tensors of an engine's model.
 
     Args:
-        program: the program of a step.
+        program: the program of a step, or what a request of a schedule takes and is answered with.
         generates: whether it is served for generations too.
-        has_tokenizer: whether requests may be texts.
+        has_tokenizer: whether requests may be texts, and the tokens of a schedule are text.
+        streams: whether a request may have several responses.
 
     Raises:
         ValueError: Triton has no type for a tensor.
@@ -101,6 +104,9 @@ def model_tensors(program: Program, *, generates: bool, has_tokenizer: bool) -> 
     if generates:
         inputs += _text_inputs(has_tokenizer, ragged=True)
         outputs += _generation_outputs(has_tokenizer)
+    if any(spec.role is Role.TOKENS for spec in program.outputs):
+        outputs += _text_outputs(has_tokenizer)
+        outputs += (FINISH_OUTPUT,) if streams else ()
     return ServerTensors(inputs, outputs)
 
 
@@ -124,13 +130,16 @@ def _text_inputs(has_tokenizer: bool, *, ragged: bool) -> tuple[ServerTensor, ..
     )
 
 
+FINISH_OUTPUT = ServerTensor(FINISH_REASON, "TYPE_STRING", (1,))
+
+
+def _text_outputs(has_tokenizer: bool) -> tuple[ServerTensor, ...]:
+    return (ServerTensor(TEXT_OUTPUT, "TYPE_STRING", (1,)),) if has_tokenizer else ()
+
+
 def _generation_outputs(has_tokenizer: bool) -> tuple[ServerTensor, ...]:
-    text = (ServerTensor(TEXT_OUTPUT, "TYPE_STRING", (1,)),) if has_tokenizer else ()
-    return (
-        ServerTensor(TOKENS, TRITON_TYPES[Dtype.INT64], (-1,)),
-        *text,
-        ServerTensor(FINISH_REASON, "TYPE_STRING", (1,)),
-    )
+    tokens = ServerTensor(TOKENS, TRITON_TYPES[Dtype.INT64], (-1,))
+    return (tokens, *_text_outputs(has_tokenizer), FINISH_OUTPUT)
 
 
 def check_model_config(

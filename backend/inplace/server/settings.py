@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from inplace.errors import LoadError
@@ -39,12 +39,16 @@ CAPACITY = "capacity"
 """The parameter with the positions of a sequence, for engines built for a range of capacities."""
 
 
+CALL_ROWS = "call_rows"
+"""The parameter with the most rows of a call, by program of a schedule: ``listen=4,speak=64``."""
+
+
 FORWARDED_HEADERS = "forwarded_headers"
 """The parameter with a regular expression for the headers that the server forwards as parameters of
 requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pattern`` have."""
 
 
-PARAMETERS = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY, FORWARDED_HEADERS)
+PARAMETERS = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY, CALL_ROWS, FORWARDED_HEADERS)
 
 
 TRITON_IDLE_MICROSECONDS = 1_000_000
@@ -85,6 +89,7 @@ class Settings:
         max_waiting: requests that may wait for a slot.
         capacity: positions of a sequence, for an engine that was built for a range of capacities;
             None is the largest.
+        call_rows: by program of a schedule, most rows of a call.
         log_level: the lowest level of the log records that reach the server's log.
         forwarded_headers: matches the names of headers that arrive as parameters; None if the
             server forwards none.
@@ -96,6 +101,7 @@ class Settings:
     eos: frozenset[int] = frozenset()
     max_waiting: int = MAX_WAITING
     capacity: int | None = None
+    call_rows: Mapping[str, int] = field(default_factory=dict)
     log_level: int = logging.INFO
     forwarded_headers: re.Pattern[str] | None = None
     notes: tuple[str, ...] = ()
@@ -146,6 +152,7 @@ class Settings:
             eos,
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             capacity=_integer(config, CAPACITY),
+            call_rows=_call_rows(config, manifest),
             log_level=_log_level(config),
             forwarded_headers=forwarded_headers(model_config),
             notes=notes,
@@ -205,6 +212,25 @@ def _integer(config: dict[str, Any], name: str) -> int | None:
             "expected one whole number of at least 0"
         )
     return values[0] if values else None
+
+
+def _call_rows(config: dict[str, Any], manifest: "Manifest") -> dict[str, int]:
+    text = _text(config, CALL_ROWS, "")
+    limits = {program.name: program.max_rows for program in manifest.programs}
+    if not manifest.is_scheduled:
+        limits = {}
+    result: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        name, _, digits = (each.strip() for each in part.partition("="))
+        rows = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else 0
+        if name not in limits or not 1 <= rows <= limits[name]:
+            known = ", ".join(f"{name}=1…{most}" for name, most in limits.items())
+            raise LoadError(
+                f"config.pbtxt: parameter {CALL_ROWS} is {text[:100]!r}; expected rows by program"
+                + (f", separated by commas: {known}" if known else ", and this engine has one")
+            )
+        result[name] = rows
+    return result
 
 
 def forwarded_headers(model_config: str) -> re.Pattern[str] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from inplace.runtime.batcher import ScheduleProgress
+from inplace.runtime.batcher import CallOutputs, ScheduleProgress
 from inplace.schema.served import Call, Loop, Schedule, check_interfaces
 from inplace.schema.specs import Role
 from pydantic import ValidationError
@@ -88,7 +88,7 @@ class ProgramsCapture:
             outputs, new = rows.call(inputs, [states[state] for state in names])
             states |= dict(zip(names, new, strict=True))
             rowed = {output: tensor[None] for output, tensor in outputs.items()}
-            progress.add(programs[name], rowed, 0)
+            progress.add(CallOutputs(programs[name], rowed), 0)
         return progress.answer()
 
 

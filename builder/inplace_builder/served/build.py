@@ -71,10 +71,6 @@ def write_engine(
             f"a batch of {max_rows} rows needs as many slots; there are "
             f"{options.slots}: raise slots or lower the batch"
         )
-    if not isinstance(capture, Capture) and options.serve == "stream":
-        raise BuildError(
-            "a model with a schedule of programs is served step by step: build it with serve step"
-        )
     generates = options.serve == "stream" and captures[0].program.decoder_io is not None
     with _drafts(output, with_proxy=generates) as (draft, proxy_draft):
         folder = draft / MODEL_VERSION

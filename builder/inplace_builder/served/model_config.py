@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf import text_format
+from inplace.drivers.detokenizer import TOKENIZER_NAME
 from inplace.schema.served import Manifest
 from inplace.server.model_config import ServerTensor, model_tensors, proxy_tensors
 from inplace.server.settings import EOS, GENERATE_PROXY, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
@@ -145,7 +146,8 @@ def model_config(
         tensors = model_tensors(
             program,
             generates=text is not None,
-            has_tokenizer=text is not None and text.has_tokenizer,
+            has_tokenizer=manifest.has_file(TOKENIZER_NAME),
+            streams=stream,
         )
     except ValueError as error:
         raise BuildError(str(error)) from error

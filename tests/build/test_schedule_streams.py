@@ -1,0 +1,191 @@
+"""A schedule that is served as a stream: its tokens as they come, in several responses."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig, engine_thread
+from inplace.drivers.senders import CANCEL_CHECK_INTERVAL
+from inplace.errors import Code, LoadError
+from inplace.runtime.requests import Request
+from inplace.runtime.schedules import ScheduledInstance, open_model
+from inplace.schema.served import Manifest
+from inplace.server.settings import Settings
+from inplace_builder import BuildOptions, write_engine
+from support.streaming import RecordingChannel, StreamClient, wait_until
+from support.transducing import GreedySearch, chunks
+from support.vocabulary import tiny_tokenizer
+from torch import Tensor
+from transducer import Listen, Speak, capture, modules
+
+OUTPUTS = frozenset({"tokens", "level", "text_output", "finish_reason"})
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Listen, Speak]:
+    return modules()
+
+
+@pytest.fixture(scope="module")
+def folder(parts: tuple[Listen, Speak], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("streams") / "transducer"
+    options = BuildOptions(slots=4, max_rows=4, serve="stream")
+    write_engine(capture(*parts), path, options)
+    return path / "1"
+
+
+@pytest.fixture
+def instance(folder: Path) -> ScheduledInstance:
+    return ScheduledInstance.open(folder)
+
+
+@pytest.fixture
+def client(instance: ScheduledInstance) -> Iterator[StreamClient]:
+    driver = StreamDriver(instance, TokenizerConfig(tiny_tokenizer()), 4, engine_thread())
+    yield StreamClient(driver)
+    driver.close()
+
+
+def send(
+    client: StreamClient, sequence: str, chunk: Tensor, *, start: bool = False, end: bool = False
+) -> RecordingChannel:
+    request = Request(sequence, start, end, {"features": chunk[None]}, "r")
+    return client.send(request, requested_outputs=OUTPUTS)
+
+
+class Slow:
+    """Calls of a program that wait until the test lets them go on."""
+
+    def __init__(self, instance: ScheduledInstance, program: str) -> None:
+        self.engine, self.calls, self.allowed = instance.engines[program], 0, 0
+        instance.engines = {**instance.engines, program: self}  # type: ignore[dict-item]
+
+    def launch(self, *arguments: Any) -> Any:
+        self.calls += 1
+        wait_until(lambda: self.calls <= self.allowed)
+        return self.engine.launch(*arguments)
+
+
+def test_tokens_are_sent_as_calls_produce_them(
+    client: StreamClient, parts: tuple[Listen, Speak]
+) -> None:
+    streams = {f"s{number}": chunks(number, 6) for number in range(3)}
+    channels = {
+        name: [send(client, name, chunk, start=place == 0) for place, chunk in enumerate(stream)]
+        for name, stream in streams.items()
+    }
+    for name, stream in streams.items():
+        search, text, tokens = GreedySearch(*parts), "", list[int]()
+        for chunk, channel in zip(stream, channels[name], strict=True):
+            expected = search.feed(chunk)
+            assert channel.finish_reason == "done"
+            assert channel.tokens == expected
+            *earlier, last = channel.responses
+            assert len(earlier) <= len(expected)
+            assert all("level" not in response for response in earlier)
+            assert last["level"].shape == (1, 16)  # type: ignore[union-attr]
+            text, tokens = text + channel.text, tokens + expected
+        assert text == tiny_tokenizer().decode(tokens)
+
+
+def test_a_token_is_sent_before_the_next_call(
+    client: StreamClient, instance: ScheduledInstance, parts: tuple[Listen, Speak]
+) -> None:
+    slow, [chunk] = Slow(instance, "speak"), chunks(1, 1)
+    channel = send(client, "a", chunk, start=True)
+    expected = GreedySearch(*parts).feed(chunk)
+    while not channel.tokens:
+        calls, slow.allowed = slow.calls, slow.allowed + 1
+        wait_until(lambda calls=calls: slow.calls > calls or bool(channel.tokens))  # type: ignore[misc]
+    assert channel.tokens == expected[:1]
+    slow.allowed = 100
+    assert channel.finish_reason == "done"
+    assert channel.tokens == expected
+
+
+def test_a_client_that_vanishes_in_the_middle_ends_its_sequence(
+    client: StreamClient, instance: ScheduledInstance, parts: tuple[Listen, Speak]
+) -> None:
+    slow, [chunk] = Slow(instance, "speak"), chunks(1, 1)
+    gone, other = (send(client, name, chunk, start=True) for name in ("gone", "other"))
+    later = send(client, "gone", chunk)
+    wait_until(lambda: slow.calls == 1)
+    gone.client_cancelled = later.client_cancelled = True
+    time.sleep(5 * CANCEL_CHECK_INTERVAL)  # both are found before the call has ended
+    slow.allowed = 100
+    assert gone.finish_reason == "cancelled"
+    assert later.wait().tokens == []
+    assert other.finish_reason == "done"
+    assert other.tokens == GreedySearch(*parts).feed(chunk)
+    send(client, "gone", chunk).assert_refused(Code.UNKNOWN_SEQUENCE)
+    assert len(instance.table) == 1
+    counted = client.metrics()
+    assert counted["inplace_sequences_ended_total", "cancelled"] == 1
+
+
+def test_an_end_in_the_middle_waits_for_the_loop(
+    client: StreamClient, instance: ScheduledInstance, parts: tuple[Listen, Speak]
+) -> None:
+    slow, [chunk] = Slow(instance, "speak"), chunks(1, 1)
+    channel = send(client, "a", chunk, start=True)
+    wait_until(lambda: slow.calls == 1)
+    end = client.end("a")
+    slow.allowed = 100
+    assert channel.finish_reason == "done"
+    assert channel.tokens == GreedySearch(*parts).feed(chunk)
+    end.wait()
+    assert end.error is None
+    assert client.num_free_slots() == 4
+
+
+def test_a_step_has_the_text_of_its_tokens(
+    instance: ScheduledInstance, parts: tuple[Listen, Speak]
+) -> None:
+    driver, text, tokens = StepDriver(instance, tiny_tokenizer()), "", list[int]()
+    try:
+        for place, chunk in enumerate(chunks(1, 4)):
+            [answer] = driver.run([Request(1, place == 0, False, {"features": chunk[None]})])
+            assert isinstance(answer, dict)
+            text, tokens = text + answer["text_output"], tokens + answer["tokens"][0].tolist()
+    finally:
+        driver.close()
+    assert len(text) > 4
+    assert text == tiny_tokenizer().decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("listen=2", {"listen": 2}), (" listen=1 , speak=4 ", {"speak": 4})]
+)
+def test_calls_may_have_fewer_rows(folder: Path, text: str, expected: dict[str, int]) -> None:
+    manifest = Manifest.load(folder)
+    settings = Settings.parse(served_with(text), manifest)
+    assert expected.items() <= settings.call_rows.items()
+    instance = open_model(
+        folder, manifest, idle_timeout=1.0, trust=None, call_rows=settings.call_rows
+    )
+    assert isinstance(instance, ScheduledInstance)
+    assert instance.max_rows == {"listen": 4, "speak": 4, **settings.call_rows}
+
+
+@pytest.mark.parametrize("text", ["listen", "listen=0", "listen=5", "other=1", "listen=1,,"])
+def test_rows_of_calls_must_fit_the_engine(folder: Path, text: str) -> None:
+    with pytest.raises(LoadError, match=r"expected rows by program.*: listen=1…4, speak=1…4"):
+        Settings.parse(served_with(text), Manifest.load(folder))
+
+
+def served_with(call_rows: str) -> str:
+    """A configuration as Triton passes it."""
+    return json.dumps(
+        {
+            "max_batch_size": 4,
+            "sequence_batching": {"oldest": {}},
+            "model_transaction_policy": {"decoupled": True},
+            "parameters": {
+                "serve": {"string_value": "stream"},
+                "call_rows": {"string_value": call_rows},
+            },
+        }
+    )

@@ -16,6 +16,10 @@ from inplace.schema.served import Call
 from inplace.schema.specs import Role
 from torch import Tensor, nn
 from transformers import NemotronAsrStreamingForRNNT, PretrainedConfig, PreTrainedModel
+from transformers.audio_utils import mel_filter_bank
+from transformers.models.nemotron_asr_streaming.feature_extraction_nemotron_asr_streaming import (
+    LOG_ZERO_GUARD_VALUE,
+)
 from transformers.models.nemotron_asr_streaming.processing_nemotron_asr_streaming import (
     DEFAULT_NUM_LOOKAHEAD_TOKENS,
 )
@@ -32,40 +36,105 @@ ModelClass = NemotronAsrStreamingForRNNT
 """The class of transformers that loads it."""
 
 
-_PROCESSOR_CONFIG = "processor_config.json"
+@dataclass(frozen=True)
+class Extraction:
+    """How transformers' feature extractor computes log-mel frames from audio.
 
-
-def choose_lookahead(folder: Path, config: PretrainedConfig, requested: int | None) -> int:
-    """The lookahead of a build: the requested one, if the model was trained with it.
-
-    Args:
-        folder: of the model; its processor's configuration lists them. Without one they are those
-            that transformers' processor has by default.
-        config: of the model.
-        requested: None for the model's default.
-
-    Raises:
-        BuildError: the model was not trained with it, or the processor's configuration cannot be
-            read.
+    Attributes:
+        sample_rate: samples in a second.
+        hop: samples from one frame to the next.
+        window: samples of a frame's window, whose middle is the frame's place.
+        size: samples of the Fourier transform; the window is in their middle.
+        preemphasis: which part of the sample before is subtracted from a sample; None for nothing.
     """
-    fields: dict[str, Any] = {}
-    path = folder / _PROCESSOR_CONFIG
-    if path.is_file():
-        try:
-            fields = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise BuildError(f"{path} cannot be read: {error}") from error
-    supported = fields.get("supported_num_lookahead_tokens") or DEFAULT_NUM_LOOKAHEAD_TOKENS
-    default = fields.get("default_num_lookahead_tokens")
-    if default is None:
-        default = config.encoder_config.default_num_lookahead_tokens
-    lookahead = default if requested is None else requested
-    if lookahead not in supported:
-        raise BuildError(
-            f"the lookahead is {lookahead}; the model in {folder} was trained with "
-            f"{sorted(supported)}: choose one of them"
+
+    sample_rate: int = 16000
+    hop: int = 160
+    window: int = 400
+    size: int = 512
+    preemphasis: float | None = 0.97
+
+
+_EXTRACTION_FIELDS = {
+    "sample_rate": "sampling_rate",
+    "hop": "hop_length",
+    "window": "win_length",
+    "size": "n_fft",
+    "preemphasis": "preemphasis",
+}
+"""What transformers' feature extractor calls them."""
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """What a model's folder says of its processor; without a file, what transformers' has.
+
+    Attributes:
+        lookaheads: those that the model was trained with.
+        lookahead: the default.
+        extraction: of features.
+    """
+
+    lookaheads: tuple[int, ...]
+    lookahead: int
+    extraction: Extraction
+
+    @classmethod
+    def read(cls, folder: Path, config: PretrainedConfig) -> "ProcessorConfig":
+        """Read it.
+
+        Raises:
+            BuildError: a file cannot be read, or does not fit to the model.
+        """
+        fields = _read_json(folder / "processor_config.json")
+        features = fields.get("feature_extractor")
+        if not isinstance(features, dict):
+            features = _read_json(folder / "preprocessor_config.json")
+        extraction = Extraction(
+            **{name: features[key] for name, key in _EXTRACTION_FIELDS.items() if key in features}
         )
-    return int(lookahead)
+        encoder = config.encoder_config
+        if extraction.window % 2 or extraction.size % 2 or extraction.window > extraction.size:
+            raise BuildError(
+                f"the feature extractor in {folder} has a window of {extraction.window} samples "
+                f"and a transform of {extraction.size}; expected even numbers and a window that "
+                f"fits into the transform"
+            )
+        bins = features.get("feature_size", encoder.num_mel_bins)
+        if bins != encoder.num_mel_bins:
+            raise BuildError(
+                f"the feature extractor in {folder} makes {bins} bins, the encoder takes "
+                f"{encoder.num_mel_bins}"
+            )
+        lookaheads = fields.get("supported_num_lookahead_tokens") or DEFAULT_NUM_LOOKAHEAD_TOKENS
+        default = fields.get("default_num_lookahead_tokens")
+        if default is None:
+            default = encoder.default_num_lookahead_tokens
+        return cls(tuple(lookaheads), default, extraction)
+
+    def choose_lookahead(self, requested: int | None) -> int:
+        """The requested lookahead, or the default.
+
+        Raises:
+            BuildError: the model was not trained with it.
+        """
+        lookahead = self.lookahead if requested is None else requested
+        if lookahead not in self.lookaheads:
+            raise BuildError(
+                f"the lookahead is {lookahead}; the model was trained with "
+                f"{sorted(self.lookaheads)}: choose one of them"
+            )
+        return lookahead
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one without a file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BuildError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -96,6 +165,86 @@ class Chunks:
         return self.factor - 1
 
 
+class LogMel(nn.Module):
+    """Log-mel frames of a chunk of a stream, as transformers' feature extractor has them.
+
+    The Fourier transform is a product with its matrix: engines have no complex numbers. A stream
+    is thought to begin with `lead` zeros, so that the frames which a chunk completes are those that
+    the encoder takes of it.
+
+    Args:
+        extraction: how.
+        bins: of a frame.
+        chunks: the sizes.
+    """
+
+    tail: Tensor
+    basis: Tensor
+    filters: Tensor
+
+    def __init__(self, extraction: Extraction, bins: int, chunks: Chunks) -> None:
+        super().__init__()
+        self.extraction, self.chunks = extraction, chunks
+        hop, size = extraction.hop, extraction.size
+        self.hops = -(-extraction.window // hop)
+        window = torch.hann_window(extraction.window, periodic=False, dtype=torch.float64)
+        spectrum = torch.fft.rfft(torch.diag(window), n=size)
+        basis = torch.cat([spectrum.real, spectrum.imag], 1)
+        # A frame is whole hops, of which the window is the last part.
+        front = self.hops * hop - extraction.window
+        self.register_buffer("basis", nn.functional.pad(basis, (0, 0, front, 0)).float())
+        filters = mel_filter_bank(
+            size // 2 + 1,
+            bins,
+            0.0,
+            extraction.sample_rate / 2,
+            extraction.sample_rate,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        self.register_buffer("filters", torch.from_numpy(filters).float())
+        self.register_buffer("tail", torch.zeros(1, (self.hops - 1) * hop))
+
+    @property
+    def samples(self) -> int:
+        """Samples of a chunk."""
+        return self.chunks.features * self.extraction.hop
+
+    @property
+    def lead(self) -> int:
+        """Zeros that a stream begins with: its first chunk has so many samples less."""
+        return self.chunks.factor * self.extraction.hop - self.extraction.window // 2
+
+    def forward(self, audio: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames that a chunk completes.
+
+        Args:
+            audio: ``[1, samples]``.
+            length: how many of them are valid, ``[1]``.
+
+        Returns:
+            Frames ``[1, features, bins]``, and how many of them are valid, ``[1]``.
+        """
+        extraction, hop = self.extraction, self.extraction.hop
+        valid = torch.arange(self.samples) < length
+        new = torch.where(valid[None], audio, 0.0)
+        whole = torch.cat([self.tail, new], 1)
+        self.tail.copy_(whole[:, -self.tail.shape[1] :])
+        if extraction.preemphasis is not None:
+            before = nn.functional.pad(whole[:, :-1], (1, 0))
+            whole = whole - extraction.preemphasis * before
+        inside = nn.functional.pad(valid, (self.tail.shape[1], 0), value=True)
+        blocks = torch.where(inside[None], whole, 0.0).reshape(1, -1, hop)
+        frames = self.chunks.features
+        parts = [blocks[:, place : place + frames] for place in range(self.hops)]
+        spectrum = torch.matmul(torch.cat(parts, 2), self.basis)
+        real, imaginary = spectrum.chunk(2, 2)
+        power = real * real + imaginary * imaginary
+        mel = torch.log(torch.matmul(power, self.filters) + LOG_ZERO_GUARD_VALUE)
+        ends = torch.arange(2, frames + 2) * hop - extraction.window // 2
+        return mel, (ends <= length).sum(0, keepdim=True)
+
+
 class Encoded(nn.Module):
     """What both programs know of a chunk: its encoded frames, and how far the search is."""
 
@@ -120,13 +269,17 @@ class Listen(nn.Module):
     Args:
         model: whose encoder it is; not changed.
         chunks: the sizes.
+        extraction: of features.
         encoded: where the encoded frames go.
     """
 
-    def __init__(self, model: PreTrainedModel, chunks: Chunks, encoded: Encoded) -> None:
+    def __init__(
+        self, model: PreTrainedModel, chunks: Chunks, extraction: Extraction, encoded: Encoded
+    ) -> None:
         super().__init__()
         encoder, config = model.encoder, model.config.encoder_config
         self.chunks, self.encoded = chunks, encoded
+        self.log_mel = LogMel(extraction, config.num_mel_bins, chunks)
         self.subsampling, self.projector = encoder.subsampling, model.encoder_projector
         self.input_scale, self.dtype = encoder.input_scale, encoded.frames.dtype
         self.left = config.sliding_window - 1
@@ -160,8 +313,20 @@ class Listen(nn.Module):
         sub = self.subsampling
         return [sub.conv_in, *(layer.depthwise_conv for layer in sub.layers)]
 
-    def forward(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, audio: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a chunk, and put the search at its first frame.
+
+        Args:
+            audio: ``[1, samples]``; a stream begins with `LogMel.lead` zeros.
+            length: how many of them are valid, ``[1]``: fewer only in a stream's last chunk.
+
+        Returns:
+            As `encode`.
+        """
+        return self.encode(*self.log_mel(audio, length))
+
+    def encode(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a chunk of features.
 
         Args:
             features: log-mel frames ``[1, features, bins]``. A stream's first chunk begins with
@@ -175,7 +340,9 @@ class Listen(nn.Module):
         valid = self._valid(self.chunks.frames, self.chunks.factor, length)
         cached = torch.arange(self.left)
         seen = (cached >= self.left - self.encoded.seen) & (cached >= self.unseen)
-        mask = torch.cat([seen, valid])[None, None, None].expand(1, 1, self.chunks.frames, -1)
+        # a chunk without a valid frame still has one to attend to
+        attended = valid | (torch.arange(self.chunks.frames) == 0)
+        mask = torch.cat([seen, attended])[None, None, None].expand(1, 1, self.chunks.frames, -1)
         window, tails = _Window(self, valid), _Tails(self)
         for layer in self.layers:
             x = layer(
@@ -343,11 +510,14 @@ def _start(model: PreTrainedModel) -> int:
 
 
 def capture_nemotron_asr_streaming(
-    model: PreTrainedModel, lookahead: int, max_rows: int
+    model: PreTrainedModel,
+    lookahead: int,
+    max_rows: int,
+    extraction: Extraction = Extraction(),
 ) -> ProgramsCapture:
     """Capture the model's encoder and search as the programs of one engine.
 
-    A request has a chunk, ``features`` and ``length``, and is answered with ``tokens``,
+    A request has a chunk, ``audio`` and ``length``, and is answered with ``tokens``,
     ``token_frames`` (the encoded frame of each, counted from the stream's first) and
     ``num_frames``.
 
@@ -355,6 +525,7 @@ def capture_nemotron_asr_streaming(
         model: a `NemotronAsrStreamingForRNNT`; not changed.
         lookahead: encoded frames that a frame sees ahead of it; a chunk has one more.
         max_rows: streams in one call, at most.
+        extraction: of features from audio.
 
     Raises:
         BuildError: it cannot be captured.
@@ -363,19 +534,17 @@ def capture_nemotron_asr_streaming(
     chunks = Chunks(lookahead, config.subsampling_factor)
     dtype = model.encoder_projector.weight.dtype
     encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, dtype)
-    listen = Listen(model, chunks, encoded).eval()
+    listen = Listen(model, chunks, extraction, encoded).eval()
     speak = Speak(model, encoded).eval()
-    examples = (
-        torch.zeros(1, chunks.features, config.num_mel_bins),
-        torch.full((1,), chunks.features),
-    )
+    samples = listen.log_mel.samples
+    examples = (torch.zeros(1, samples), torch.full((1,), samples))
     programs = {
         "listen": (
             listen,
             RowOptions(
                 max_rows=max_rows,
                 outputs=("encoded", "num_frames"),
-                limits={"length": (1, chunks.features)},
+                limits={"length": (1, samples)},
             ),
             examples,
         ),

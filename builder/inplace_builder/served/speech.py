@@ -8,8 +8,8 @@ from inplace_builder.capture.checkpoint import load_tokenizer, load_weights, rea
 from inplace_builder.capture.nemotron_asr_streaming import (
     MODEL_TYPE,
     ModelClass,
+    ProcessorConfig,
     capture_nemotron_asr_streaming,
-    choose_lookahead,
 )
 from inplace_builder.capture.sources import locate_model
 from inplace_builder.errors import BuildError
@@ -50,14 +50,15 @@ def build_speech_model(
             "min_capacity and step_tokens are sizes of sequences of tokens; a stream of speech "
             "keeps what its model looks back to, however long it is: leave them out"
         )
-    lookahead = choose_lookahead(files.folder, config, options.lookahead)
+    processor = ProcessorConfig.read(files.folder, config)
+    lookahead = processor.choose_lookahead(options.lookahead)
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
     model, notes = load_weights(source, files, options.dtype, config, ModelClass)
     model.eval()
     stage("capture the programs")
     return write_engine(
-        capture_nemotron_asr_streaming(model, lookahead, options.max_rows),
+        capture_nemotron_asr_streaming(model, lookahead, options.max_rows, processor.extraction),
         output,
         options,
         stage,

@@ -10,7 +10,16 @@ from inplace_builder.capture.nemotron_asr_streaming import capture_nemotron_asr_
 from inplace_builder.capture.programs import ProgramsCapture
 from inplace_builder.compare import fill_with_sentinel
 from inplace_builder.lower import LoweredNetwork
-from support.nemotron import FACTOR, Tokens, features, feed, offline, tiny_nemotron
+from support.nemotron import (
+    FACTOR,
+    HOP,
+    Tokens,
+    feed_audio,
+    log_mel,
+    offline,
+    speech,
+    tiny_nemotron,
+)
 from support.network_interpreter import interpret
 from support.plugin_decoders import plugin_network
 from support.plugin_networks import tensorrt_with_plugins
@@ -57,15 +66,15 @@ def test_both_networks_give_the_tokens_of_generate() -> None:
     """Two streams, a null row between them, and slots that stay as they are."""
     model = tiny_nemotron()
     networks = Networks(capture_nemotron_asr_streaming(model, LOOKAHEAD, 4))
-    slots, length = [3, -1, 1], FACTOR * (LOOKAHEAD + 1)
-    mels = [features(stream, 3 + 4 * length) for stream in (1, 2)]
+    slots, length = [3, -1, 1], HOP * FACTOR * (LOOKAHEAD + 1)
+    streams = [speech(stream, 300 + 6 * length) for stream in (1, 2)]
     tokens: list[Tokens] = [[], []]
     networks.start(3)
     networks.start(1)
-    for one, other in zip(*(list(feed(mel, LOOKAHEAD)) for mel in mels), strict=True):
+    for one, other in zip(*(feed_audio(audio, LOOKAHEAD) for audio in streams), strict=True):
         rows = [one[0], torch.full_like(one[0], float("nan")), other[0]]
         lengths = torch.tensor([[one[1]], [1], [other[1]]])
-        networks.call("listen", slots, features=torch.cat(rows), length=lengths)
+        networks.call("listen", slots, audio=torch.cat(rows), length=lengths)
         done = [False, False]
         while not all(done):  # a row that is done is called again, and gives nothing
             result = networks.call("speak", slots)
@@ -74,7 +83,7 @@ def test_both_networks_give_the_tokens_of_generate() -> None:
                 assert token < 0 or not done[place]
                 tokens[place] += [(token, frame)] if token >= 0 else []
                 done[place] = bool(result["done"][row])
-    assert tokens == [offline(model, mel, LOOKAHEAD) for mel in mels]
+    assert tokens == [offline(model, log_mel(audio), LOOKAHEAD) for audio in streams]
     assert len({token for stream in tokens for token, _ in stream}) > 2
     others = torch.empty_like(networks.memory["encoded_frames"][[0, 2]])
     fill_with_sentinel(others)

@@ -32,6 +32,12 @@ FETCH = "fetch"
 """The parameter that buffers a generation's tokens; without ``max_tokens``, it fetches them."""
 
 
+POSITIONS, REQUESTS = "positions", "requests"
+"""The parameter of config.pbtxt that says what ``position`` counts, and its value if that is
+requests: in a model that has no tokens, or runs schedules. Without it, it counts tokens where an
+input has them."""
+
+
 INPUT_IDS, TEXT, STOP = "input_ids", "text", "stop"
 """Inputs of a language model."""
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inplace.schema.served import Call, Loop
+    from inplace.schema.served import Call, Loop, Schedule
     from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 
     from inplace_builder.capture.capture import Capture, capture_module, control_input
@@ -55,6 +55,7 @@ _MODULES = {
     "ProgramsCapture": "inplace_builder.capture.programs",
     "Role": "inplace.schema.specs",
     "RowOptions": "inplace_builder.capture.exported_rows",
+    "Schedule": "inplace.schema.served",
     "Serialized": "inplace_builder.standalone.serialize",
     "ServerError": "inplace_builder.tools.tritonserver",
     "StateSpec": "inplace.schema.specs",
@@ -98,6 +99,7 @@ __all__ = [
     "ProgramsCapture",
     "Role",
     "RowOptions",
+    "Schedule",
     "Serialized",
     "ServerError",
     "StateSpec",

@@ -19,6 +19,8 @@ from inplace.protocol import (
     INPUT_IDS,
     LOGITS,
     MAX_TOKENS,
+    POSITIONS,
+    REQUESTS,
     STOP,
     STOP_TOKEN_IDS,
     TEXT,
@@ -91,13 +93,16 @@ class ModelMetadata:
     def of(cls, config: Any) -> "ModelMetadata":
         """From Triton's ModelConfig message."""
         decoupled = config.model_transaction_policy.decoupled
+        counts_requests = (
+            POSITIONS in config.parameters and config.parameters[POSITIONS].string_value == REQUESTS
+        )
         generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if decoupled else ()
         return cls(
             decoupled=decoupled,
             token_inputs=frozenset(
                 tensor.name
                 for tensor in config.input
-                if tensor.allow_ragged_batch or tensor.name == INPUT_IDS
+                if not counts_requests and (tensor.allow_ragged_batch or tensor.name == INPUT_IDS)
             ),
             has_text=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
             step_outputs=tuple(

@@ -30,6 +30,7 @@ from inplace.protocol import (
 )
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
+from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.specs import Role
 
 MAX_BYTES_PER_POSITION = 64
@@ -60,6 +61,7 @@ class RequestParser:
     def __init__(self, instance: ModelInstance, tokenizer_config: TokenizerConfig) -> None:
         self._instance, self._tokenizer_config = instance, tokenizer_config
         self._decoder_io = instance.program.decoder_io
+        self._runs_at_end = isinstance(instance, ScheduledInstance) and instance.runs_at_end
         self._token_outputs = tuple(
             spec.name for spec in instance.program.outputs if spec.role is Role.TOKENS
         )
@@ -131,7 +133,7 @@ class RequestParser:
                 )
             return RequestKind.GENERATION
         empty = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
-        if request.end and not request.start and empty:
+        if request.end and not request.start and empty and not self._runs_at_end:
             return RequestKind.END
         return RequestKind.FETCH if request.flag(FETCH) else RequestKind.STEP
 

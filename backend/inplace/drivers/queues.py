@@ -57,7 +57,7 @@ class StreamRequest:
     @property
     def only_ends(self) -> bool:
         """Whether it is an END without anything to compute."""
-        return (
+        return self.validated.only_ends or (
             self.validated.num_tokens == 0
             and self.validated.refusal is None
             and self.generation is None

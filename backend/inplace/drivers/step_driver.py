@@ -98,7 +98,11 @@ class StepDriver:
                 continue
             seen.add(request.sequence_id)
             try:
-                admitted.append((index, self._admit(request)))
+                active = self._admit(request)
+                if active is None:
+                    answers[index] = {}
+                else:
+                    admitted.append((index, active))
             except RequestError as error:
                 if error.code is Code.NO_FREE_SLOT and self._will_free_slot(waiting):
                     later.append((index, request))
@@ -110,7 +114,8 @@ class StepDriver:
         self._run_steps(admitted, answers)
         return later
 
-    def _admit(self, request: Request) -> ActiveRequest:
+    def _admit(self, request: Request) -> ActiveRequest | None:
+        """Admit a request; None if it was an END that had nothing to compute."""
         if MAX_TOKENS in request.parameters:
             request = replace(request, refusal=RequestError(Code.BAD_PARAMETER, NO_GENERATIONS))
         elif ADD_SPECIAL_TOKENS in request.parameters:
@@ -118,7 +123,11 @@ class StepDriver:
                 check_no_special_tokens(request)
             except RequestError as error:
                 request = replace(request, refusal=error)
-        return self.instance.admit(request)
+        validated = self.instance.validate(request)
+        if validated.only_ends:
+            self.instance.end_sequence(validated)
+            return None
+        return self.instance.admit_validated(validated)
 
     def _will_free_slot(self, waiting: list[tuple[int, Request]]) -> bool:
         """Whether one of these requests is the END of a live sequence."""

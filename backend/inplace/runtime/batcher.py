@@ -263,6 +263,9 @@ def form_batch(
             inputs[spec.name] = _pack_tokens(spec, rows, counts)
         elif spec.role is Role.ROW:
             inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
+        elif spec.role is Role.VALID_LENGTHS and spec.name in rows[0].inputs:
+            lengths = torch.stack([active.inputs[spec.name] for active in rows])
+            inputs[spec.name] = lengths.to(spec.dtype.as_torch)
         else:
             values = columns.get(spec.role)
             if values is None:

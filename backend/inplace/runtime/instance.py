@@ -158,7 +158,7 @@ class ModelInstance:
             if names:
                 parse_parameters(request.parameters, request.kind, self.is_forwarded)
             inputs, num_tokens = validate_inputs(
-                self.program, request.inputs, allow_empty=allow_empty
+                self._interface(request), request.inputs, allow_empty=allow_empty, last=request.end
             )
             validated = ValidatedRequest(
                 request, key_digest, inputs, num_tokens, requested_outputs=self._outputs(request)
@@ -172,6 +172,10 @@ class ModelInstance:
         except RequestError as error:
             return ValidatedRequest(request, key_digest, refusal=error)
         return validated
+
+    def _interface(self, request: Request) -> Program:
+        """What a request takes."""
+        return self.program
 
     def _outputs(self, request: Request) -> frozenset[str]:
         """The outputs of a step: those that need no asking, and those that are asked for.

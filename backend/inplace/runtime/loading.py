@@ -85,7 +85,7 @@ def _check_engine_file(folder: EngineFolder, manifest: Manifest, engine: EngineF
 
 def _check_version(folder: EngineFolder, manifest: Manifest) -> None:
     """Refuse what the format has room for and this runtime does not run."""
-    later = [f"schedule {each.name}" for each in manifest.schedules[1:]]
+    later: list[str] = []
     if manifest.is_scheduled:
         later += [
             f"input {spec.name} of the role {spec.role} in a schedule"

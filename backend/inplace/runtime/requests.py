@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME, SAMPLING_PARAMETERS, Parameter, RequestKind
 from inplace.protocol import GROUP, MAX_TOKENS, POSITION, SEQUENCE_KEY
 from inplace.runtime.slots import SequenceId
-from inplace.schema.served import Program
+from inplace.schema.served import Program, Schedule
 from inplace.schema.specs import Role, TensorSpec
 
 
@@ -183,6 +184,8 @@ class ValidatedRequest:
         sampling_params: how its next token is chosen.
         requested_outputs: names of the outputs to compute.
         refusal: why it is refused; its START and END take effect all the same.
+        schedule: what it runs, in an engine with schedules; known once its sequence is.
+        only_ends: it is an END that has nothing to compute.
     """
 
     request: Request
@@ -194,6 +197,8 @@ class ValidatedRequest:
     sampling_params: SamplingParams = GREEDY
     requested_outputs: frozenset[str] = frozenset()
     refusal: RequestError | None = None
+    schedule: Schedule | None = None
+    only_ends: bool = False
 
 
 def _digest(value: object) -> bytes:
@@ -201,7 +206,7 @@ def _digest(value: object) -> bytes:
 
 
 def validate_inputs(
-    program: Program, inputs: Mapping[str, Tensor], *, allow_empty: bool = False
+    program: Program, inputs: Mapping[str, Tensor], *, allow_empty: bool = False, last: bool = False
 ) -> tuple[dict[str, Tensor], int]:
     """The client's tensors without their batch axis, and the number of their tokens.
 
@@ -211,6 +216,7 @@ def validate_inputs(
         program: the program.
         inputs: by name.
         allow_empty: whether an input of tokens may have none.
+        last: the request is the last of its sequence (`TensorSpec.shorter`).
 
     Raises:
         RequestError: BAD_INPUT, MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT or VALUE_RANGE.
@@ -231,6 +237,8 @@ def validate_inputs(
                 f"input {spec.name!r} is missing; this model takes"
                 f" {[s.name for s in program.client_inputs]}",
             )
+        if spec.length_input is not None:
+            tensor, validated[spec.length_input] = _pad(spec, tensor, last=last)
         validated[spec.name] = _validate_tensor(spec, tensor, allow_empty=allow_empty)
         if spec.role is Role.TOKENS:
             num_tokens[spec.name] = validated[spec.name].shape[0]
@@ -261,6 +269,23 @@ def _validate_tensor(spec: TensorSpec, tensor: Tensor, *, allow_empty: bool) -> 
         raise RequestError(Code.EMPTY_INPUT, f"input {spec.name!r} is empty; send at least 1 token")
     _check_values(spec, tensor)
     return tensor
+
+
+def _pad(spec: TensorSpec, tensor: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
+    """An input that may be shorter, with zeros up to its whole length; and its own length."""
+    whole, shape = spec.shape[0], tensor.shape
+    fits = len(shape) == 1 + len(spec.shape) and shape[0] == 1 and shape[2:] == spec.shape[1:]
+    if not fits or not 1 <= shape[1] < whole:
+        return tensor, torch.tensor(whole)  # whole, or refused later
+    if spec.shorter == "last" and not last:
+        raise RequestError(
+            Code.BAD_SHAPE,
+            f"input {spec.name!r} has {shape[1]} entries, a request has {whole}: only the last one,"
+            f" with END, may have fewer",
+        )
+    _check_values(spec, tensor)  # the padding may be outside the limits
+    padding = tensor.new_zeros(1, whole - shape[1], *shape[2:])
+    return torch.cat([tensor, padding], 1), torch.tensor(shape[1])
 
 
 def _check_values(spec: TensorSpec, tensor: Tensor) -> None:

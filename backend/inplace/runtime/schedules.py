@@ -6,6 +6,7 @@ and at whatever count of a loop they are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Self
@@ -15,13 +16,14 @@ from torch import Tensor
 from inplace.engines import StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
+from inplace.parameters import RequestKind, parse_parameters
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import Loop, Manifest, Program
+from inplace.schema.served import Manifest, Program, RequestFlag, Schedule
 from inplace.schema.specs import Role
 
 _READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE})
@@ -43,7 +45,7 @@ class ScheduledInstance(ModelInstance):
         clock: monotonic seconds.
 
     Attributes:
-        loops: the schedule.
+        interfaces: by schedule, what a request takes and is answered with.
         engines: by program, what runs a call of it.
         programs: the programs by name.
         max_rows: by program, most rows of a call. Fewer let decoding wait less for an encoder.
@@ -57,11 +59,16 @@ class ScheduledInstance(ModelInstance):
         idle_timeout: float,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.loops: tuple[Loop, ...] = manifest.schedules[0].loops
-        # A fresh slot is filled on the stream of the program that a START calls first; the others
-        # are called after that call was waited for.
-        first = engines[self.loops[0].calls[0].program]
+        # Slots are filled on the stream of this engine. The others' streams wait for the stream
+        # that the caller has made its own (`StepEngine.on_stream`).
+        first = engines[manifest.programs[0].name]
         super().__init__(manifest, arena, first, idle_timeout, clock)
+        self.interfaces = {each.name: manifest.interface_of(each) for each in manifest.schedules}
+        self._by_inputs = {
+            (flag, frozenset(spec.name for spec in self.interfaces[each.name].inputs)): each
+            for each in manifest.schedules
+            for flag in each.requests
+        }
         self.engines = engines
         self.programs = {program.name: program for program in manifest.programs}
         self._read = {
@@ -71,8 +78,10 @@ class ScheduledInstance(ModelInstance):
             for program in manifest.programs
         }
         self.max_rows = {program.name: program.max_rows for program in manifest.programs}
-        self._repeated = _repeated_programs(self.loops)
-        self._saved_states = saved_states(manifest)
+        self._repeated = _repeated_programs(manifest)
+        self._saved_states = {
+            each.name: saved_states(manifest, each) for each in manifest.schedules
+        }
         self._last_program = ""
 
     @classmethod
@@ -85,12 +94,57 @@ class ScheduledInstance(ModelInstance):
         }
         return cls(manifest, arena, engines, idle_timeout)
 
+    def validate(self, request: Request, *, allow_empty: bool = False) -> ValidatedRequest:
+        """As for one program; inputs that are empty are absent."""
+        present = {name: tensor for name, tensor in request.inputs.items() if tensor.numel()}
+        only_ends = request.end and not request.start and not present and not self.runs_at_end
+        request = replace(request, inputs=present)
+        if not only_ends or request.refusal is not None:
+            return super().validate(request, allow_empty=allow_empty)
+        validated = ValidatedRequest(request, request.key_digest(), only_ends=True)
+        try:
+            parse_parameters(request.parameters, RequestKind.END, self.is_forwarded)
+            validated.position = request.position()
+        except RequestError as error:
+            validated.only_ends, validated.refusal = False, error
+        return validated
+
+    @property
+    def runs_at_end(self) -> bool:
+        """Whether an END without inputs has a schedule; else it only ends the sequence."""
+        return ("end", frozenset()) in self._by_inputs
+
+    def _interface(self, request: Request) -> Program:
+        return self.interfaces[self._choose(request, start=request.start).name]
+
+    def _choose(self, request: Request, *, start: bool) -> Schedule:
+        """The schedule of a request.
+
+        Raises:
+            RequestError: BAD_INPUT, or MISSING_INPUT: there is none for its flags and inputs.
+        """
+        flag: RequestFlag = "start" if start else "end" if request.end else "next"
+        inputs = frozenset(request.inputs)
+        if (schedule := self._by_inputs.get((flag, inputs))) is not None:
+            return schedule
+        takes = [sorted(names) for of, names in self._by_inputs if of == flag]
+        given = f"a request ({flag}) has the inputs {sorted(inputs)}"
+        if not takes:
+            raise RequestError(Code.BAD_INPUT, f"{given}; no schedule of this model is for it")
+        expected = " or ".join(str(names) if names else "none" for names in takes)
+        missing = any(inputs < set(names) for names in takes)
+        raise RequestError(
+            Code.MISSING_INPUT if missing else Code.BAD_INPUT, f"{given}; it takes {expected}"
+        )
+
     def admit_validated(self, validated: ValidatedRequest) -> ActiveRequest:
-        """Give a request its sequence, and put it at the start of the schedule."""
+        """Give a request its sequence, and put it at the start of its schedule."""
         active = super().admit_validated(validated)
-        sequence, names = active.sequence, self._saved_states
+        sequence, schedule = active.sequence, validated.schedule
+        assert schedule is not None
+        names = self._saved_states[schedule.name]
         active.progress = ScheduleProgress(
-            self.loops,
+            schedule.loops,
             start_positions=dict(sequence.positions),
             saved=None if names is None else self.arena.save(sequence.slot, names),
         )
@@ -98,8 +152,10 @@ class ScheduledInstance(ModelInstance):
 
     def _check_tokens(self, validated: ValidatedRequest, sequence: SequenceState | None) -> None:
         super()._check_tokens(validated, sequence)
+        schedule = self._choose(validated.request, start=sequence is None)
+        validated.schedule = schedule
         if sequence is not None:
-            name = self.loops[0].calls[0].program
+            name = schedule.loops[0].calls[0].program
             if (full := self.full(name, sequence)) is not None:
                 raise RequestError(Code.CAPACITY, f"{full}; nothing was changed: START it again")
 
@@ -190,14 +246,16 @@ class ScheduledInstance(ModelInstance):
         return True
 
 
-def saved_states(manifest: Manifest) -> tuple[str, ...] | None:
+def saved_states(manifest: Manifest, schedule: Schedule) -> tuple[str, ...] | None:
     """The states that must be copied to take calls of a request back; None if some are too large.
 
     States to which every program that writes them only appends need no copy.
     """
+    called = {call.program for loop in schedule.loops for call in loop.calls}
     replaced = {
         alias.input
         for program in manifest.programs
+        if program.name in called
         for alias in program.aliases
         if alias.input not in program.appended
     }
@@ -207,11 +265,12 @@ def saved_states(manifest: Manifest) -> tuple[str, ...] | None:
     return tuple(state.name for state in states)
 
 
-def _repeated_programs(loops: Sequence[Loop]) -> frozenset[str]:
-    """The programs that a request calls more than once in succession."""
+def _repeated_programs(manifest: Manifest) -> frozenset[str]:
+    """The programs that some request calls more than once in succession."""
     return frozenset(
         call.program
-        for loop in loops
+        for schedule in manifest.schedules
+        for loop in schedule.loops
         for call in loop.calls
         if (loop.at_most or 1) > 1 or (call.at_most or 1) > 1
     )

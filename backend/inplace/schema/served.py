@@ -4,7 +4,7 @@ Shapes leave out the batch: a state's ``shape`` is that of one slot, an input's 
 request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import ClassVar, Literal, Self
 
@@ -199,6 +199,17 @@ class Program(Record):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        lengths = [spec.name for spec in self.inputs if spec.role is Role.VALID_LENGTHS]
+        padded = [spec.length_input for spec in self.inputs if spec.length_input is not None]
+        if lengths and set(padded) - set(lengths):
+            raise ValueError(
+                f"program {self.name}: {sorted(set(padded))} are named as lengths of inputs; its "
+                f"inputs of the role valid_lengths are {lengths}"
+            )
+        return self
+
 
 class CompiledProgram(Program):
     """A program with the file that runs it.
@@ -316,16 +327,25 @@ class Loop(_Repeated):
     calls: tuple[Call, ...] = Field(min_length=1)
 
 
+RequestFlag = Literal["start", "next", "end"]
+"""What a request is to its sequence: a START; an END without START; or neither."""
+
+
 class Schedule(Record):
     """In which order a request runs the programs.
 
+    A request runs the schedule that is for its flag and takes exactly its inputs. An input that is
+    empty counts as absent.
+
     Attributes:
-        name: by which requests will choose it.
+        name: its name, in errors.
         calls: in their order.
+        requests: for which requests it is.
     """
 
     name: str
     calls: tuple[Call | Loop, ...] = Field(min_length=1)
+    requests: tuple[RequestFlag, ...] = Field(default=("start", "next", "end"), min_length=1)
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
@@ -342,6 +362,40 @@ class Schedule(Record):
                         f"every request ends"
                     )
         return self
+
+
+def schedule_inputs(schedule: Schedule, programs: Sequence[Program]) -> dict[str, TensorSpec]:
+    """What a client sends for a schedule: the inputs of all programs that it calls, by name."""
+    called = {call.program for loop in schedule.loops for call in loop.calls}
+    return {
+        spec.name: spec
+        for program in programs
+        if program.name in called
+        for spec in program.client_inputs
+    }
+
+
+def check_schedules(schedules: Sequence[Schedule], programs: Sequence[Program]) -> None:
+    """Check that each request has at most one schedule, and that sequences can begin.
+
+    Raises:
+        ValueError: two schedules have one name, or are for the same requests; or none is for START.
+    """
+    names = [schedule.name for schedule in schedules]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"schedules {twice} are given more than once: rename them")
+    seen: dict[tuple[RequestFlag, frozenset[str]], str] = {}
+    for schedule in schedules:
+        inputs = frozenset(schedule_inputs(schedule, programs))
+        for flag in schedule.requests:
+            other = seen.setdefault((flag, inputs), schedule.name)
+            if other != schedule.name:
+                raise ValueError(
+                    f"schedules {other} and {schedule.name} are both for requests ({flag}) with "
+                    f"the inputs {sorted(inputs)}"
+                )
+    if not any(flag == "start" for flag, _ in seen):
+        raise ValueError(f"none of the schedules {names} is for requests with START")
 
 
 STEP = "step"
@@ -438,6 +492,7 @@ class Manifest(RecordFile):
             raise ValueError(f"all programs must run on one device, got {sorted(devices)}")
         for schedule in self.schedules:
             self._check_schedule(schedule)
+        check_schedules(self.schedules, self.programs)
         called = {
             call.program
             for schedule in self.schedules
@@ -575,10 +630,25 @@ class Manifest(RecordFile):
         """What a request takes and is answered with: the program, or its schedule as one."""
         if not self.is_scheduled:
             return self.program(STEP)
-        inputs = {spec.name: spec for each in self.programs for spec in each.client_inputs}
-        outputs = [spec for each in self.programs for spec in each.outputs]
+        return self._interface("schedule", [program.name for program in self.programs])
+
+    def interface_of(self, schedule: Schedule) -> Program:
+        """What a request of one schedule takes and is answered with."""
+        called = {call.program for loop in schedule.loops for call in loop.calls}
+        return self._interface(schedule.name, called)
+
+    @property
+    def optional_inputs(self) -> frozenset[str]:
+        """The inputs that requests of some schedule leave out."""
+        each = [frozenset(schedule_inputs(one, self.programs)) for one in self.schedules]
+        return frozenset().union(*each) - each[0].intersection(*each)
+
+    def _interface(self, name: str, called: Collection[str]) -> Program:
+        programs = [program for program in self.programs if program.name in called]
+        inputs = {spec.name: spec for each in programs for spec in each.client_inputs}
+        outputs = [spec for each in programs for spec in each.outputs]
         return Program(
-            name=self.schedules[0].name,
+            name=name,
             row_layout="rectangular",
             inputs=tuple(inputs.values()),
             outputs=tuple(
@@ -586,7 +656,7 @@ class Manifest(RecordFile):
                 for spec in outputs
             ),
             aliases=(),
-            max_rows=max(program.max_rows for program in self.programs),
+            max_rows=max(program.max_rows for program in programs),
             chunk=1,
         )
 

@@ -109,7 +109,8 @@ class Role(StrEnum):
     VALID_LENGTHS = "valid_lengths"
     """From the runtime, ``[rows]``: how many entries each row has in the step.
 
-    Its tokens in a packed program, 1 in a rectangular one; 0 in the padding of a captured step.
+    Its tokens in a packed program. In a rectangular one, the entries of the input that names this
+    one as its ``length_input``, or 1. 0 in the padding of a captured step.
     """
     VALUE = "value"
     """An output, one of fixed shape a row."""
@@ -224,6 +225,10 @@ class TensorSpec(Record):
         argmax_of: the output whose largest value this integer output is the index of.
         sampled_from: the output with the scores that `inplace.operators.sample` samples this
             integer output from.
+        shorter: of an input of the role ``row``: which requests may have fewer entries along its
+            first axis, at least 1: none, only those with END, or any. The runtime pads them with
+            zeros.
+        length_input: the input of the role ``valid_lengths`` that says how many entries count.
     """
 
     name: str
@@ -235,6 +240,20 @@ class TensorSpec(Record):
     on_request: bool = False
     argmax_of: str | None = None
     sampled_from: str | None = None
+    shorter: Literal["never", "last", "any"] = "never"
+    length_input: str | None = None
+
+    @model_validator(mode="after")
+    def _check_shorter(self) -> Self:
+        if (self.shorter != "never") != (self.length_input is not None) or (
+            self.shorter != "never" and (self.role is not Role.ROW or not self.shape)
+        ):
+            raise ValueError(
+                f"input {self.name}: an input that may be shorter has the role row, an axis of "
+                f"entries and a length_input; got {self.role}, {list(self.shape)}, {self.shorter}, "
+                f"{self.length_input}"
+            )
+        return self
 
 
 AliasKind = Literal["operator", "plugin", "kv_cache_update", "copy", "user"]

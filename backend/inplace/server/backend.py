@@ -99,6 +99,7 @@ def _load(args: dict[str, str]) -> LoadedModel:
         generates=streams and program.decoder_io is not None,
         has_tokenizer=manifest.has_file(TOKENIZER_NAME),
         streams=streams,
+        optional=manifest.optional_inputs,
     )
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
     if settings.capacity is not None:

@@ -5,7 +5,7 @@ the model is loaded: instance groups, parameters, smaller batches, priorities, w
 are the operator's; what would answer nothing or refuse everything is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,12 @@ class ServerTensor:
     optional: bool = False
 
     @classmethod
-    def of(cls, spec: TensorSpec, *, optional: bool = False) -> "ServerTensor":
+    def of(
+        cls, spec: TensorSpec, *, optional: bool = False, may_be_empty: bool = False
+    ) -> "ServerTensor":
         """The server's view of a program's tensor.
+
+        An input that may be shorter, or empty because it is absent then, has any number of entries.
 
         Raises:
             ValueError: Triton has no such type.
@@ -69,8 +73,10 @@ class ServerTensor:
                 f"{spec.name} is {spec.dtype}, which Triton has no type for: "
                 f"convert it in the module (view_as_real, to)"
             )
-        ragged = spec.role is Role.TOKENS
-        return cls(spec.name, TRITON_TYPES[spec.dtype], spec.shape, ragged, optional)
+        varies = spec.shape != () and (spec.shorter != "never" or may_be_empty)
+        shape = (-1, *spec.shape[1:]) if varies else spec.shape
+        ragged = spec.role is Role.TOKENS or varies
+        return cls(spec.name, TRITON_TYPES[spec.dtype], shape, ragged, optional)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,12 @@ class ServerTensors:
 
 
 def model_tensors(
-    program: Program, *, generates: bool, has_tokenizer: bool, streams: bool
+    program: Program,
+    *,
+    generates: bool,
+    has_tokenizer: bool,
+    streams: bool,
+    optional: Collection[str] = (),
 ) -> ServerTensors:
     """The tensors of an engine's model.
 
@@ -95,11 +106,17 @@ def model_tensors(
         generates: whether it is served for generations too.
         has_tokenizer: whether requests may be texts, and the tokens of a schedule are text.
         streams: whether a request may have several responses.
+        optional: the inputs that a request of some schedule leaves out.
 
     Raises:
         ValueError: Triton has no type for a tensor.
     """
-    inputs = tuple(ServerTensor.of(spec, optional=generates) for spec in program.client_inputs)
+    inputs = tuple(
+        ServerTensor.of(
+            spec, optional=generates or spec.name in optional, may_be_empty=spec.name in optional
+        )
+        for spec in program.client_inputs
+    )
     outputs = tuple(ServerTensor.of(spec) for spec in program.outputs)
     if generates:
         inputs += _text_inputs(has_tokenizer, ragged=True)

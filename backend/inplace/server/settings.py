@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from inplace.errors import LoadError
+from inplace.protocol import POSITIONS
 
 if TYPE_CHECKING:
     from inplace.schema.served import Manifest
@@ -48,7 +49,17 @@ FORWARDED_HEADERS = "forwarded_headers"
 requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pattern`` have."""
 
 
-PARAMETERS = (SERVE, IDLE_TIMEOUT, LOG_LEVEL, EOS, QUEUE, CAPACITY, CALL_ROWS, FORWARDED_HEADERS)
+PARAMETERS = (
+    SERVE,
+    IDLE_TIMEOUT,
+    LOG_LEVEL,
+    EOS,
+    QUEUE,
+    CAPACITY,
+    CALL_ROWS,
+    FORWARDED_HEADERS,
+    POSITIONS,
+)
 
 
 TRITON_IDLE_MICROSECONDS = 1_000_000

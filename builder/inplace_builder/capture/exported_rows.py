@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from inplace.schema.served import STEP, Program
@@ -49,12 +49,19 @@ class RowOptions:
         max_positions: of a program of several (`capture_programs`) that appends to states: how many
             positions a sequence has room for. A call takes one. The runtime refuses the call that
             would find no room.
+        valid_lengths: of a program of several: ``{length: input}``, the input that says how many
+            entries of another one count, an integer tensor of one entry, and that other one. The
+            runtime fills it: a request may then have fewer entries along the first axis (behind the
+            batch axis), and the rest are zeros.
+        shorter: which requests may: with ``last`` those with END, for streams in chunks; or
+            ``any``.
         restarts: of a program of several: the programs that begin anew at position 0 after a call
             of this one, because it sets their counters back.
 
     **A shorter last chunk.** A step takes a whole chunk of every row. A module that is fed less at
-    the end of a stream takes the number of valid entries as one more input, with limits from 1 to
-    the chunk, and the client pads the chunk. What is valid only the module knows: it selects what
+    the end of a stream takes the number of valid entries as one more input. The client sends it
+    with a padded chunk, within limits from 1 to the chunk; or the runtime fills it
+    (``valid_lengths``). What is valid only the module knows: it selects what
     its states keep by that number (``torch.where``, ``index_select``). One without such an input
     takes padding for entries: its states are then those of the padded stream, and the outputs of
     valid entries are right where the module is causal.
@@ -67,6 +74,8 @@ class RowOptions:
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     roles: Mapping[str, Role] = field(default_factory=dict)
     max_positions: int | None = None
+    valid_lengths: Mapping[str, str] = field(default_factory=dict)
+    shorter: Literal["last", "any"] = "last"
     restarts: tuple[str, ...] = ()
 
 
@@ -210,9 +219,9 @@ def _capacity(
 
 
 def _check_alone(options: RowOptions) -> None:
-    if options.max_positions is not None or options.restarts:
+    if options.max_positions is not None or options.restarts or options.valid_lengths:
         raise BuildError(
-            "max_positions and restarts are of programs that a schedule calls "
+            "max_positions, valid_lengths and restarts are of programs that a schedule calls "
             "(capture_programs): a module alone has max_requests"
         )
 
@@ -337,6 +346,7 @@ class RowsModule:
         graph = capture.exported.graph
         values = {name: node.meta["val"] for name, node in placeholders_by_name(graph).items()}
         self.inputs = tuple(_input_spec(name, values[name], options) for name in capture.inputs)
+        _check_lengths(self.inputs, options)
         limited = {spec.name for spec in self.inputs if spec.minimum is not None}
         if unlimited := sorted(options.limits.keys() - limited):
             raise BuildError(
@@ -418,7 +428,7 @@ def _reference_input(
     """The module's own input for a sequence's ``index``-th request."""
     if spec.role is Role.WRITE_INDICES:
         return torch.full(shape, index, dtype=spec.dtype.as_torch)
-    return request[spec.name].reshape(shape)
+    return request[spec.name].to(spec.dtype.as_torch).reshape(shape)
 
 
 def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
@@ -437,8 +447,21 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
                 f"integer tensor of one entry"
             )
         return TensorSpec(name=name, role=Role.WRITE_INDICES, dtype=element_type)
+    if name in options.valid_lengths:
+        if example.numel() != 1 or example.is_floating_point():
+            raise BuildError(
+                f"input {name} {tuple(example.shape)} of {example.dtype} is no length: an integer "
+                f"tensor of one entry"
+            )
+        return TensorSpec(name=name, role=Role.VALID_LENGTHS, dtype=element_type)
+    length = next((key for key, of in options.valid_lengths.items() if of == name), None)
     spec = TensorSpec(
-        name=name, role=Role.ROW, dtype=element_type, shape=_shape_without_batch(example)
+        name=name,
+        role=Role.ROW,
+        dtype=element_type,
+        shape=_shape_without_batch(example),
+        shorter="never" if length is None else options.shorter,
+        length_input=length,
     )
     if name not in options.limits or not _is_integer(spec):
         return spec
@@ -446,6 +469,17 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
     if low > high:
         raise BuildError(f"input {name} has the limits {low} to {high}, which no value is within")
     return spec.model_copy(update={"minimum": low, "maximum": high})
+
+
+def _check_lengths(inputs: Sequence[TensorSpec], options: RowOptions) -> None:
+    names = [spec.name for spec in inputs]
+    for length, padded in options.valid_lengths.items():
+        if unknown := [name for name in (length, padded) if name not in names]:
+            raise BuildError(f"valid_lengths names {unknown}; the module's inputs are {names}")
+    if len(options.valid_lengths) > 1:
+        raise BuildError(
+            f"valid_lengths has {sorted(options.valid_lengths)}; a program has one such input"
+        )
 
 
 def _is_integer(spec: TensorSpec) -> bool:

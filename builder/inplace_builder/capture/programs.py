@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from inplace.runtime.batcher import CallOutputs, ScheduleProgress
-from inplace.schema.served import Call, Loop, Schedule, check_interfaces
+from inplace.schema.served import (
+    Call,
+    Loop,
+    Schedule,
+    check_interfaces,
+    check_schedules,
+    schedule_inputs,
+)
 from inplace.schema.specs import Role
 from pydantic import ValidationError
 from torch import Tensor
@@ -38,14 +45,14 @@ class ProgramsCapture:
 
     Attributes:
         captures: one for each program; a state that several use has one name in all.
-        schedule: what a request runs.
+        schedules: what requests run.
         modules: by program, the original module and the names of its states, to verify against.
         examples: inputs of requests to verify with; random ones without any.
         constant_tokens: the modules may give the same tokens for all requests.
     """
 
     captures: tuple[Capture, ...]
-    schedule: Schedule
+    schedules: tuple[Schedule, ...]
     modules: Mapping[str, tuple[RowsModule, tuple[str, ...]]]
     examples: tuple[Mapping[str, Tensor], ...] = ()
     constant_tokens: bool = False
@@ -94,7 +101,7 @@ class ProgramsCapture:
 
 def capture_programs(
     programs: Mapping[str, ProgramModule],
-    schedule: Sequence[Call | Loop],
+    schedule: Sequence[Call | Loop] | Sequence[Schedule],
     *,
     examples: Sequence[Mapping[str, Tensor]] = (),
     constant_tokens: bool = False,
@@ -110,7 +117,8 @@ def capture_programs(
             ``tokens`` are joined over the calls of a request, of others the last call's are sent;
             outputs of different programs have different names. Inputs of the same name are one.
         schedule: the calls of a request, in order, and at most one level of loops. ``until`` names
-            an output of the role ``done``.
+            an output of the role ``done``. Or several schedules, for different requests: a START, a
+            later one, an END; or for different inputs.
         examples: inputs of requests by name, as a module takes them. Verification sends them one
             after another instead of random numbers, of which some models make little.
         constant_tokens: the schedule may give the same tokens whatever it is sent. Without it, a
@@ -127,10 +135,10 @@ def capture_programs(
     _check_names(programs)
     _check_modules(programs)
     try:
-        described = Schedule(name="default", calls=tuple(schedule))
+        schedules = _schedules(schedule)
     except ValidationError as error:
         raise BuildError(validation_reasons(error)) from error
-    _check_called(described, programs)
+    _check_called(schedules, programs)
     _check_options(programs)
     buffers = _Buffers(programs)
     captured: dict[str, CapturedRows] = {}
@@ -143,18 +151,19 @@ def capture_programs(
             raise BuildError(f"program {name}: {error}") from error
     names = _state_names(captured, buffers)
     captures = tuple(_renamed(each, names[name]) for name, each in captured.items())
-    _check_done(described, captures)
+    _check_done(schedules, captures)
     union_of_states(captures)
     try:
         check_interfaces([capture.program for capture in captures])
+        check_schedules(schedules, [capture.program for capture in captures])
     except ValueError as error:
         raise BuildError(str(error)) from error
     modules = {name: (each.rows, names[name]) for name, each in captured.items()}
     result = ProgramsCapture(
         captures,
-        described,
+        schedules,
         modules,
-        tuple(_example(captures, example) for example in examples),
+        tuple(_example(schedules, captures, example) for example in examples),
         constant_tokens,
     )
     _check_initial(result)
@@ -191,41 +200,58 @@ def _check_options(programs: Mapping[str, ProgramModule]) -> None:
             )
 
 
-def _example(captures: Sequence[Capture], example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _schedules(schedule: Sequence[Call | Loop] | Sequence[Schedule]) -> tuple[Schedule, ...]:
+    schedules = [each for each in schedule if isinstance(each, Schedule)]
+    calls = [each for each in schedule if not isinstance(each, Schedule)]
+    if schedules and calls:
+        raise BuildError("give either calls and loops, or schedules with names")
+    return tuple(schedules) or (Schedule(name="default", calls=tuple(calls)),)
+
+
+def _example(
+    schedules: Sequence[Schedule], captures: Sequence[Capture], example: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The inputs of a request, with the batch axis of a server, ``[1, ...]``."""
-    specs = {spec.name: spec for each in captures for spec in each.program.client_inputs}
-    if example.keys() != specs.keys():
-        raise BuildError(
-            f"an example has the inputs {sorted(example)}; a request has {sorted(specs)}"
-        )
+    programs = [capture.program for capture in captures]
+    taken = [schedule_inputs(schedule, programs) for schedule in schedules]
+    specs = next((inputs for inputs in taken if inputs.keys() == example.keys()), None)
+    if specs is None:
+        expected = " or ".join(dict.fromkeys(str(sorted(inputs)) for inputs in taken))
+        raise BuildError(f"an example has the inputs {sorted(example)}; a request has {expected}")
     result = {}
     for name, spec in specs.items():
         tensor = torch.as_tensor(example[name])
-        if tensor.numel() != torch.Size(spec.shape).numel() or tensor.dtype != spec.dtype.as_torch:
+        shape = torch.Size(spec.shape)
+        if spec.length_input is not None:  # it may be shorter
+            count = tensor.numel() // max(1, shape[1:].numel())
+            shape = torch.Size((min(count, shape[0]), *shape[1:]))
+        if tensor.numel() != shape.numel() or tensor.dtype != spec.dtype.as_torch:
             raise BuildError(
                 f"an example has input {name} of shape {list(tensor.shape)} and {tensor.dtype}; "
                 f"the program takes {list(spec.shape)} {spec.dtype}"
             )
-        result[name] = tensor.reshape(1, *spec.shape)
+        result[name] = tensor.reshape(1, *shape)
     return result
 
 
-def _check_called(schedule: Schedule, programs: Mapping[str, ProgramModule]) -> None:
-    called = {call.program for loop in schedule.loops for call in loop.calls}
+def _check_called(schedules: Sequence[Schedule], programs: Mapping[str, ProgramModule]) -> None:
+    called = {
+        call.program for schedule in schedules for loop in schedule.loops for call in loop.calls
+    }
     if unknown := sorted(called - programs.keys()):
         raise BuildError(f"the schedule calls {unknown}; the programs are {list(programs)}")
     if uncalled := [name for name in programs if name not in called]:
         raise BuildError(f"the schedule does not call the programs {uncalled}: leave them out")
 
 
-def _check_done(schedule: Schedule, captures: Sequence[Capture]) -> None:
+def _check_done(schedules: Sequence[Schedule], captures: Sequence[Capture]) -> None:
     done = {
         capture.program.name: [
             spec.name for spec in capture.program.outputs if spec.role is Role.DONE
         ]
         for capture in captures
     }
-    for loop in schedule.loops:
+    for loop in (loop for schedule in schedules for loop in schedule.loops):
         named = [(loop.until, loop.calls[-1].program)]
         named += [(call.until, call.program) for call in loop.calls]
         for until, program in named:

@@ -78,8 +78,8 @@ def write_engine(
         with disk_errors(output):
             folder.mkdir()
             plans = [_plan(each, options) for each in captures]
-            schedule = DEFAULT_SCHEDULE if isinstance(capture, Capture) else capture.schedule
-            manifest = write_files(folder, output.name, captures, options, plans, extras, schedule)
+            schedules = (DEFAULT_SCHEDULE,) if isinstance(capture, Capture) else capture.schedules
+            manifest = write_files(folder, output.name, captures, options, plans, extras, schedules)
         captured = {name: note for each in captures for name, note in each.notes.items()}
         manifest = _with_notes(manifest, captured | (notes or {}))
         if _runs_here(manifest):

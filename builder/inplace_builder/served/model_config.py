@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from google.protobuf import text_format
 from inplace.drivers.detokenizer import TOKENIZER_NAME
+from inplace.protocol import POSITIONS, REQUESTS
 from inplace.schema.served import Manifest
 from inplace.server.model_config import ServerTensor, model_tensors, proxy_tensors
 from inplace.server.settings import EOS, GENERATE_PROXY, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
@@ -148,10 +149,13 @@ def model_config(
             generates=text is not None,
             has_tokenizer=manifest.has_file(TOKENIZER_NAME),
             streams=stream,
+            optional=manifest.optional_inputs,
         )
     except ValueError as error:
         raise BuildError(str(error)) from error
     parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:.15g}"}
+    if manifest.is_scheduled:
+        parameters[POSITIONS] = REQUESTS
     if text is not None:
         parameters[QUEUE] = str(MAX_WAITING)
         if text.eos_token_ids:

@@ -5,6 +5,7 @@ Every byte of a slot that has not been started is NaN, or the largest integer. W
 called again, a program as well as a whole round of a loop, and may change nothing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from inplace.errors import Code, RequestError
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, saved_states
-from inplace.schema.served import Call, Loop, Manifest
+from inplace.schema.served import Call, Loop, Manifest, Program, RequestFlag, Schedule
 from inplace.schema.specs import Role
 from torch import Tensor
 
@@ -25,8 +26,9 @@ from inplace_builder.engine_files import load_errors
 from inplace_builder.errors import BuildError, rejected
 from inplace_builder.served.verify import NUM_SEQUENCES, SPARE_SLOTS, random_input
 
-REQUESTS = 4
-"""Requests of each sequence. The last one runs with a limit of 1 for every ``until``."""
+MIN_REQUESTS = 4
+"""Requests of each sequence, at least. The last one has END, if a schedule is for it, and runs with
+a limit of 1 for every ``until``."""
 
 
 LIMITED_START = 2
@@ -75,7 +77,8 @@ def with_appended(folder: Path, manifest: Manifest, programs: ProgramsCapture) -
             )
         }
     )
-    if not any(names.values()) or saved_states(candidate) is None:
+    saved = [saved_states(candidate, schedule) for schedule in manifest.schedules]
+    if not any(names.values()) or saved.count(None) == len(saved):
         return manifest
     try:
         _Verification(_open(folder, candidate), programs, takes_back=True).run()
@@ -125,7 +128,8 @@ class _Verification:
         num_fixed_points: how many rows were called again after they were done.
         num_mixed_calls: how many calls had rows at different counts of a loop.
         num_limits: how many times a limit ended what was not done.
-        num_requests: how many requests were sent.
+        num_runs: by schedule, how many requests ran it.
+        num_examples: how many of them had an example.
         num_compared: how many of them were compared.
         takes_back: take calls of another request back before each one that is no START.
     """
@@ -137,13 +141,15 @@ class _Verification:
     num_fixed_points: int = 0
     num_mixed_calls: int = 0
     num_limits: int = 0
-    num_requests: int = 0
+    num_runs: Counter[str] = field(default_factory=Counter)
+    num_examples: int = 0
     num_compared: int = 0
     takes_back: bool = False
 
     def run(self) -> None:
         """Run all requests of all sequences; the first sequence then starts anew."""
         generator = torch.Generator().manual_seed(0)
+        requests = self.requests
         sequences = [
             _Sequence(number + 1, self.programs.fresh_states()) for number in range(NUM_SEQUENCES)
         ]
@@ -151,7 +157,7 @@ class _Verification:
         while True:
             for sequence in sequences:
                 started = num_calls >= STAGGER * (sequence.id - 1)
-                if started and sequence.active is None and sequence.num_requests < REQUESTS:
+                if started and sequence.active is None and sequence.num_requests < requests:
                     self._admit(sequence, generator)
             waiting = [each.active for each in sequences if each.active is not None]
             if not waiting:
@@ -165,45 +171,91 @@ class _Verification:
                 if sequence.active is not None and sequence.active.finished:
                     self._compare(sequence, sequence.active)
             sequences = sequences[1:] + sequences[:1]  # another one waits longest
+        if unused := [
+            each.name for each in self.instance.manifest.schedules if not self.num_runs[each.name]
+        ]:
+            raise rejected(f"the schedules {unused} were not run: no request came to them")
         if not self.num_compared:
             raise rejected(
                 "no request was done before its sequence was full: raise max_positions, or lower "
                 "at_most"
             )
 
+    @property
+    def requests(self) -> int:
+        """Requests of each sequence: enough for every schedule of those that are no START."""
+        return max(MIN_REQUESTS, 3 + len(self._schedules("next")))
+
+    def _schedules(self, flag: RequestFlag) -> list[Schedule]:
+        return [each for each in self.instance.manifest.schedules if flag in each.requests]
+
     def _admit(self, sequence: _Sequence, generator: torch.Generator) -> None:
         sequence.num_requests += 1
-        if sequence.id == 1 and sequence.num_requests == REQUESTS - 1:
+        last = sequence.num_requests == self.requests
+        if sequence.id == 1 and sequence.num_requests == self.requests - 1:
             sequence.starts = True  # a slot that is used again
-        if self.takes_back and not sequence.starts:
+        if not self._schedules("next") and not (last and self._schedules("end")):
+            sequence.starts = True
+        if self.takes_back and not sequence.starts and self._schedules("next"):
             self._take_back(sequence, generator)
-        inputs = self._inputs(generator)
         try:
-            sequence.active = self.instance.admit(_request(self.instance, sequence, inputs))
+            sequence.active = self.instance.admit(self._request(sequence, generator))
         except RequestError as error:
             if error.code is not Code.CAPACITY:
                 raise
             sequence.starts = True
-            sequence.active = self.instance.admit(_request(self.instance, sequence, inputs))
+            sequence.active = self.instance.admit(self._request(sequence, generator))
         if sequence.starts:
             sequence.states = self.programs.fresh_states()
-        limited = sequence.starts and sequence.id == LIMITED_START
-        if limited or sequence.num_requests == REQUESTS:
+        if last or (sequence.starts and sequence.id == LIMITED_START):
             assert sequence.active.progress is not None
             sequence.active.progress.loops = _limited(sequence.active.progress.loops)
         sequence.starts = False
 
-    def _inputs(self, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """What the next request has: an example, or random numbers."""
-        self.num_requests += 1
-        if examples := self.programs.examples:
-            return examples[self.num_requests % len(examples)]
-        specs = self.instance.program.client_inputs
-        return {spec.name: random_input(spec, 1, generator) for spec in specs}
+    def _request(
+        self, sequence: _Sequence, generator: torch.Generator, *, last: bool | None = None
+    ) -> Request:
+        """The next request of a sequence; its schedules take turns.
+
+        Args:
+            sequence: the sequence.
+            generator: of random inputs.
+            last: whether it is the last one; None if its number says so.
+        """
+        end = sequence.num_requests == self.requests if last is None else last
+        end = end and bool(self._schedules("end")) and not sequence.starts
+        schedules = self._schedules("start" if sequence.starts else "end" if end else "next")
+        schedule = schedules[(sequence.id + sequence.num_requests) % len(schedules)]
+        self.num_runs[schedule.name] += 1
+        interface = self.instance.interfaces[schedule.name]
+        return Request(
+            sequence.id,
+            start=sequence.starts,
+            end=end,
+            inputs=self._inputs(interface, generator, last=end),
+            requested_outputs=frozenset(spec.name for spec in interface.outputs),
+        )
+
+    def _inputs(
+        self, interface: Program, generator: torch.Generator, *, last: bool
+    ) -> Mapping[str, Tensor]:
+        """What a request has: an example, or random numbers; fewer entries where it may."""
+        specs = interface.inputs
+        names = {spec.name for spec in specs}
+        examples = [example for example in self.programs.examples if example.keys() == names]
+        if examples:
+            self.num_examples += 1
+            return examples[self.num_examples % len(examples)]
+        inputs = {spec.name: random_input(spec, 1, generator) for spec in specs}
+        for spec in specs:
+            if spec.shorter == "any" or (spec.shorter == "last" and last):
+                count = int(torch.randint(1, spec.shape[0] + 1, (1,), generator=generator))
+                inputs[spec.name] = inputs[spec.name][:, :count]
+        return inputs
 
     def _take_back(self, sequence: _Sequence, generator: torch.Generator) -> None:
         """Make some calls of a request, and take them back."""
-        request = _request(self.instance, sequence, self._inputs(generator))
+        request = self._request(sequence, generator, last=False)
         try:
             active = self.instance.admit(request)
         except RequestError:  # it is full
@@ -300,6 +352,8 @@ class _Verification:
         self.num_compared += 1
         expected = self.programs.run(sequence.states, active.inputs, active.progress.loops)
         for spec in self.instance.program.outputs:
+            if spec.name not in expected:
+                continue
             output, reference = active.outputs[spec.name], expected[spec.name]
             where = f"output {spec.name} of request {sequence.num_requests} of {sequence.id}"
             if output.dtype.is_floating_point:
@@ -344,18 +398,6 @@ class _Verification:
             "verified_limits": str(self.num_limits),
             "verified_tokens": str(len(self.tokens)),
         }
-
-
-def _request(
-    instance: ScheduledInstance, sequence: _Sequence, inputs: Mapping[str, Tensor]
-) -> Request:
-    return Request(
-        sequence.id,
-        start=sequence.starts,
-        end=False,
-        inputs=inputs,
-        requested_outputs=frozenset(spec.name for spec in instance.program.outputs),
-    )
 
 
 @dataclass(frozen=True)

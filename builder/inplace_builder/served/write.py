@@ -40,7 +40,7 @@ def write_files(
     options: BuildOptions,
     plans: "Sequence[ServedPlan | None]",
     extras: Callable[[Path], None],
-    schedule: Schedule = DEFAULT_SCHEDULE,
+    schedules: tuple[Schedule, ...] = (DEFAULT_SCHEDULE,),
 ) -> Manifest:
     """Write captured programs, each as a graph for PyTorch or as the plan it was compiled to.
 
@@ -51,7 +51,7 @@ def write_files(
         options: what they are built for.
         plans: the plan of each; None for PyTorch.
         extras: writes further files into the folder.
-        schedule: in which order a request calls them.
+        schedules: in which order requests call them.
 
     Returns:
         The engine's manifest, which is not written yet.
@@ -79,7 +79,7 @@ def write_files(
             min_capacity=captures[0].min_capacity,
             states=states,
             programs=tuple(programs),
-            schedules=(schedule,),
+            schedules=schedules,
             files=record_files(folder, leave_out=FILE_NAME),
             verified="compiled_only",
             built_with=notes,

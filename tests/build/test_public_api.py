@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("inplace", "inplace.client", "inplace.operators", "inplace_builder")
+PACKAGES = ("inplace", "inplace.client", "inplace.operators", "inplace.plugins", "inplace_builder")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -18,13 +18,17 @@ from inplace.protocol import (
     FETCH,
     GROUP,
     IGNORE_EOS,
+    LANGUAGE,
     LOGITS,
     MAX_TOKENS,
     POSITION,
+    SAMPLE_RATE,
     SEQUENCE_KEY,
     STOP_TOKEN_IDS,
     STREAM,
     STREAM_INTERVAL,
+    TASK,
+    TIMESTAMPS,
 )
 
 Parameter = bool | int | float | str
@@ -91,9 +95,9 @@ GENERATIONS = frozenset({RequestKind.GENERATION, RequestKind.PROXY})
 STEPS_AND_GENERATIONS = STEPS | GENERATIONS
 
 
-ParameterType = Literal["boolean", "integer", "number", "key", "token ids"]
-"""``key`` is a text or an integer, whose digits are the text then; ``token ids`` is an integer, or
-a text of integers with commas between them."""
+ParameterType = Literal["boolean", "integer", "number", "key", "name", "token ids"]
+"""``key`` is a text or an integer, whose digits are the text then; ``name`` is a text; ``token
+ids`` is an integer, or a text of integers with commas between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +204,10 @@ def _parse_key(spec: ParameterSpec, value: object) -> str | None:
     return text if fits and "\0" not in text else None  # Triton cuts texts at a NUL byte
 
 
+def _parse_name(spec: ParameterSpec, value: object) -> str | None:
+    return value if isinstance(value, str) and 1 <= len(value) <= MAX_KEY_LENGTH else None
+
+
 def _parse_token_ids(spec: ParameterSpec, value: object) -> tuple[int, ...] | None:
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
@@ -220,6 +228,7 @@ _PARSERS: dict[ParameterType, Callable[[ParameterSpec, object], Value | None]] =
     "integer": _parse_integer,
     "number": _parse_number,
     "key": _parse_key,
+    "name": _parse_name,
     "token ids": _parse_token_ids,
 }
 
@@ -246,6 +255,10 @@ def _count(name: str, description: str, default: int | None) -> ParameterSpec:
 def _key(name: str, description: str, kinds: frozenset[RequestKind]) -> ParameterSpec:
     limits = f"a text of 1 to {MAX_KEY_LENGTH} characters without a NUL byte, or a whole number"
     return ParameterSpec(name, "key", description, kinds, limits=limits)
+
+
+def _name(name: str, description: str, limits: str) -> ParameterSpec:
+    return ParameterSpec(name, "name", description, STEPS, limits=limits)
 
 
 def _reserved(name: str, description: str) -> ParameterSpec:
@@ -316,6 +329,19 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         STEPS,
         default=None,
     ),
+    ParameterSpec(
+        SAMPLE_RATE,
+        "integer",
+        "Samples of the audio in a second; required with audio. Another rate than the model's is"
+        " refused.",
+        frozenset({RequestKind.STEP, RequestKind.END}),
+        minimum=1,
+        maximum=MAX_COUNT,
+        limits=f"a whole number of at least 1 and at most {MAX_COUNT}",
+    ),
+    _name(LANGUAGE, "The language of the audio.", "the code of a language that the model has"),
+    _name(TASK, "What to do with the audio.", "a task that the model has, such as `transcribe`"),
+    _boolean(TIMESTAMPS, "Add tokens with times, as the model makes them.", STEPS, default=None),
     _count(MAX_TOKENS, "The most tokens to generate; makes the request a generation.", None),
     _boolean(IGNORE_EOS, "Continue after an end token of the model.", GENERATIONS),
     ParameterSpec(
@@ -356,6 +382,13 @@ REGISTRY: tuple[ParameterSpec, ...] = (
 
 
 BY_NAME: Mapping[str, ParameterSpec] = {spec.name: spec for spec in REGISTRY}
+
+
+OPTIONS = frozenset({LANGUAGE, TASK, TIMESTAMPS})
+"""Parameters whose values each model lists for itself."""
+
+
+AUDIO_PARAMETERS = OPTIONS | {SAMPLE_RATE}
 
 
 SAMPLING_PARAMETERS = frozenset({"temperature", "top_k", "top_p", "seed"})

@@ -42,6 +42,14 @@ INPUT_IDS, TEXT, STOP = "input_ids", "text", "stop"
 """Inputs of a language model."""
 
 
+AUDIO, AUDIO_INT16 = "audio", "audio_int16"
+"""Inputs of a speech model, of which a request has one: float32 in -1 … 1, or int16."""
+
+
+SAMPLE_RATE, LANGUAGE, TASK, TIMESTAMPS = "sample_rate", "language", "task", "timestamps"
+"""Parameters of requests with audio."""
+
+
 FOREIGN_PROMPTS = ("prompt", "text_input")
 """What other backends call `TEXT`."""
 

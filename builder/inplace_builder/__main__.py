@@ -50,8 +50,8 @@ def build(
         Path,
         typer.Argument(
             help="Folder of a Hugging Face decoder (safetensors, .bin or one GGUF file), of a "
-            "streaming speech model or of a LoRA adapter, a GGUF file, or the id of a model that "
-            "`hf download` has fetched."
+            "speech model (Whisper, Nemotron streaming) or of a LoRA adapter, a GGUF file, or the "
+            "id of a model that `hf download` has fetched."
         ),
     ],
     output: Annotated[

@@ -30,6 +30,8 @@ from inplace.client.requests import (
 )
 from inplace.errors import Code
 from inplace.protocol import (
+    AUDIO,
+    AUDIO_INT16,
     FINISH_REASON,
     GROUP,
     INPUT_IDS,
@@ -242,7 +244,11 @@ class SequenceTracker:
         """
         # Triton may have forgotten the sequence, and then it takes nothing but a START
         start = bool(self.key) and (self._unanswered or not self.live)
-        end = SequenceRequest(self._last_inputs, end=True, parameters={POSITION: INVALID_POSITION})
+        inputs = {
+            name: array[:0] if name in (AUDIO, AUDIO_INT16) else array
+            for name, array in self._last_inputs.items()
+        }
+        end = SequenceRequest(inputs, end=True, parameters={POSITION: INVALID_POSITION})
         return self._infer_request(end, model, None, start=start)
 
     def _extended_history(self, segments: Sequence[Segment] = ()) -> list[Segment]:

@@ -169,7 +169,7 @@ class RequestParser:
         """
         used = () if self._decoder_io is None else (TEXT, STOP) if generates else (TEXT,)
         if unused := sorted(texts.keys() - set(used)):
-            expected = [*(spec.name for spec in self._instance.program.client_inputs), *used]
+            expected = [*self._instance.program.input_names, *used]
             raise RequestError(
                 Code.BAD_INPUT,
                 f"the inputs {unused} are not used by this request; it takes {expected}"

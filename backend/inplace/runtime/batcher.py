@@ -14,7 +14,7 @@ from inplace.errors import RequestError
 from inplace.runtime.requests import GREEDY, Request, SamplingParams
 from inplace.runtime.slots import SequenceState
 from inplace.schema.served import Call, Loop, Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import ENTRY_ROLES, Role, TensorSpec
 
 NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)
 
@@ -261,7 +261,7 @@ def form_batch(
     for spec in program.inputs:
         if spec.role is Role.TOKENS:
             inputs[spec.name] = _pack_tokens(spec, rows, counts)
-        elif spec.role is Role.ROW:
+        elif spec.role in ENTRY_ROLES:
             inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
         elif spec.role is Role.VALID_LENGTHS and spec.name in rows[0].inputs:
             lengths = torch.stack([active.inputs[spec.name] for active in rows])

@@ -158,7 +158,11 @@ class ModelInstance:
             if names:
                 parse_parameters(request.parameters, request.kind, self.is_forwarded)
             inputs, num_tokens = validate_inputs(
-                self._interface(request), request.inputs, allow_empty=allow_empty, last=request.end
+                self._interface(request),
+                request.inputs,
+                request.parameters,
+                allow_empty=allow_empty,
+                last=request.end,
             )
             validated = ValidatedRequest(
                 request, key_digest, inputs, num_tokens, requested_outputs=self._outputs(request)

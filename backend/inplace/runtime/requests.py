@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from inplace.errors import Code, RequestError
-from inplace.parameters import BY_NAME, SAMPLING_PARAMETERS, Parameter, RequestKind
+from inplace.parameters import (
+    AUDIO_PARAMETERS,
+    BY_NAME,
+    SAMPLING_PARAMETERS,
+    Parameter,
+    RequestKind,
+)
 from inplace.protocol import GROUP, MAX_TOKENS, POSITION, SEQUENCE_KEY
+from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
 from inplace.runtime.slots import SequenceId
 from inplace.schema.served import Program, Schedule
 from inplace.schema.specs import Role, TensorSpec
@@ -201,12 +208,20 @@ class ValidatedRequest:
     only_ends: bool = False
 
 
+NO_PARAMETERS: Mapping[str, Parameter] = {}
+
+
 def _digest(value: object) -> bytes:
     return hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
 
 
 def validate_inputs(
-    program: Program, inputs: Mapping[str, Tensor], *, allow_empty: bool = False, last: bool = False
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+    *,
+    allow_empty: bool = False,
+    last: bool = False,
 ) -> tuple[dict[str, Tensor], int]:
     """The client's tensors without their batch axis, and the number of their tokens.
 
@@ -215,27 +230,39 @@ def validate_inputs(
     Args:
         program: the program.
         inputs: by name.
+        parameters: of the request.
         allow_empty: whether an input of tokens may have none.
         last: the request is the last of its sequence (`TensorSpec.shorter`).
 
     Raises:
-        RequestError: BAD_INPUT, MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT or VALUE_RANGE.
+        RequestError: BAD_INPUT, MISSING_INPUT, BAD_DTYPE, BAD_SHAPE, EMPTY_INPUT, VALUE_RANGE,
+            CAPACITY or BAD_PARAMETER.
     """
-    if unknown := sorted(inputs.keys() - {spec.name for spec in program.client_inputs}):
+    if unknown := sorted(inputs.keys() - set(program.input_names)):
         raise RequestError(
             Code.BAD_INPUT,
             f"the inputs {unknown} are not used by this request; it takes"
-            f" {[spec.name for spec in program.client_inputs]}",
+            f" {list(program.input_names)}",
         )
+    if AUDIO_PARAMETERS & parameters.keys():
+        check_audio_parameters(program, parameters)
     validated: dict[str, Tensor] = {}
     num_tokens: dict[str, int] = {}
     for spec in program.client_inputs:
+        if spec.role is Role.AUDIO:
+            audio, length = read_audio(spec, inputs, parameters, last=last)
+            validated[spec.name] = audio
+            if spec.length_input is not None:
+                validated[spec.length_input] = length
+            continue
+        if spec.role is Role.OPTION:
+            validated[spec.name] = read_option(spec, parameters)
+            continue
         tensor = inputs.get(spec.name)
         if tensor is None:
             raise RequestError(
                 Code.MISSING_INPUT,
-                f"input {spec.name!r} is missing; this model takes"
-                f" {[s.name for s in program.client_inputs]}",
+                f"input {spec.name!r} is missing; this model takes {list(program.input_names)}",
             )
         if spec.length_input is not None:
             tensor, validated[spec.length_input] = _pad(spec, tensor, last=last)

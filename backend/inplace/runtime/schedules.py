@@ -17,6 +17,7 @@ from inplace.engines import StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.parameters import RequestKind, parse_parameters
+from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
@@ -65,7 +66,7 @@ class ScheduledInstance(ModelInstance):
         super().__init__(manifest, arena, first, idle_timeout, clock)
         self.interfaces = {each.name: manifest.interface_of(each) for each in manifest.schedules}
         self._by_inputs = {
-            (flag, frozenset(spec.name for spec in self.interfaces[each.name].inputs)): each
+            (flag, _tensor_names(self.interfaces[each.name])): each
             for each in manifest.schedules
             for flag in each.requests
         }
@@ -124,7 +125,7 @@ class ScheduledInstance(ModelInstance):
             RequestError: BAD_INPUT, or MISSING_INPUT: there is none for its flags and inputs.
         """
         flag: RequestFlag = "start" if start else "end" if request.end else "next"
-        inputs = frozenset(request.inputs)
+        inputs = frozenset(AUDIO if name == AUDIO_INT16 else name for name in request.inputs)
         if (schedule := self._by_inputs.get((flag, inputs))) is not None:
             return schedule
         takes = [sorted(names) for of, names in self._by_inputs if of == flag]
@@ -244,6 +245,11 @@ class ScheduledInstance(ModelInstance):
         sequence.positions = dict(progress.start_positions)
         sequence.length = active.start_length
         return True
+
+
+def _tensor_names(interface: Program) -> frozenset[str]:
+    """The inputs that a request has as tensors; audio under one name, whatever its type."""
+    return frozenset(spec.name for spec in interface.inputs if spec.role is not Role.OPTION)
 
 
 def saved_states(manifest: Manifest, schedule: Schedule) -> tuple[str, ...] | None:

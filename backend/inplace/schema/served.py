@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from inplace.errors import LoadError
+from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import FileRecord, Record, RecordFile, find_file
 from inplace.schema.specs import (
@@ -83,6 +84,16 @@ class Program(Record):
     def client_inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs that a request carries; the runtime fills the others."""
         return tuple(spec for spec in self.inputs if spec.role in CLIENT_ROLES)
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the tensors that a request may have."""
+        return tuple(
+            name
+            for spec in self.client_inputs
+            if spec.role is not Role.OPTION
+            for name in ((AUDIO, AUDIO_INT16) if spec.role is Role.AUDIO else (spec.name,))
+        )
 
     @cached_property
     def vocab_size(self) -> int:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, model_validator
 
+from inplace.protocol import AUDIO
 from inplace.schema.files import Record
 
 
@@ -83,6 +84,13 @@ class Role(StrEnum):
     """
     ROW = "row"
     """From the client: one entry of fixed shape a request."""
+    AUDIO = "audio"
+    """From the client: mono samples, at most ``shape[0]``; the runtime adds zeros behind them."""
+    OPTION = "option"
+    """From the client: the number of the value that the request's parameter of this name has.
+
+    int64, ``[1]`` a row; 0 where the request does not have the parameter.
+    """
     POSITIONS = "positions"
     """From the runtime, ``[tokens]``: each token's position in its sequence."""
     ROW_OFFSETS = "row_offsets"
@@ -130,7 +138,11 @@ class Role(StrEnum):
     """An output, reserved, int64, ``[1]`` a row: how many of the fed tokens count."""
 
 
-CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW})
+CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW, Role.AUDIO, Role.OPTION})
+
+
+ENTRY_ROLES = CLIENT_ROLES - {Role.TOKENS}
+"""The roles of inputs from the client that have one entry of fixed shape for a request."""
 
 
 OUTPUT_ROLES = frozenset({Role.VALUE, Role.LOGITS, Role.TOKEN, Role.TOKENS, Role.DONE})
@@ -145,7 +157,7 @@ INPUT_ROLES = frozenset(Role) - (OUTPUT_ROLES - {Role.TOKENS}) - RESERVED_OUTPUT
 """The roles of inputs."""
 
 
-SCHEDULED_ROLES = frozenset({Role.ROW, Role.SLOTS, Role.VALID_LENGTHS})
+SCHEDULED_ROLES = ENTRY_ROLES | {Role.SLOTS, Role.VALID_LENGTHS}
 """The roles of inputs that a program may have which a schedule calls.
 
 Positions are not among them: how often a program has been called, only the program knows. It keeps
@@ -220,14 +232,17 @@ class TensorSpec(Record):
         shape: shape for one request; -1, only first and only with the role ``tokens``, is the
             number of tokens.
         minimum, maximum: inclusive limits of the values that a client may send; None is no limit.
+        sample_rate: of the role ``audio``: samples in a second.
+        choices: of the role ``option``: the values of the parameter, in the order of their
+            numbers. The first is the default, or empty if the parameter has no value for it.
         on_request: an output that is sent only if the request has a parameter of its name with
             the value true.
         argmax_of: the output whose largest value this integer output is the index of.
         sampled_from: the output with the scores that `inplace.operators.sample` samples this
             integer output from.
-        shorter: of an input of the role ``row``: which requests may have fewer entries along its
-            first axis, at least 1: none, only those with END, or any. The runtime pads them with
-            zeros.
+        shorter: of an input of the role ``row`` or ``audio``: which requests may have fewer entries
+            along its first axis, at least 1: none, only those with END, or any. The runtime pads
+            them with zeros.
         length_input: the input of the role ``valid_lengths`` that says how many entries count.
     """
 
@@ -237,6 +252,8 @@ class TensorSpec(Record):
     shape: tuple[int, ...] = ()
     minimum: int | None = None
     maximum: int | None = None
+    sample_rate: int | None = None
+    choices: tuple[str, ...] = ()
     on_request: bool = False
     argmax_of: str | None = None
     sampled_from: str | None = None
@@ -245,13 +262,35 @@ class TensorSpec(Record):
 
     @model_validator(mode="after")
     def _check_shorter(self) -> Self:
-        if (self.shorter != "never") != (self.length_input is not None) or (
-            self.shorter != "never" and (self.role is not Role.ROW or not self.shape)
-        ):
+        shorter, has_length = self.shorter != "never", self.length_input is not None
+        fits = shorter == has_length or (shorter and self.role is Role.AUDIO)  # zeros are silence
+        if not fits or (shorter and (self.role not in (Role.ROW, Role.AUDIO) or not self.shape)):
             raise ValueError(
-                f"input {self.name}: an input that may be shorter has the role row, an axis of "
-                f"entries and a length_input; got {self.role}, {list(self.shape)}, {self.shorter}, "
-                f"{self.length_input}"
+                f"input {self.name}: an input that may be shorter has the role row or audio, an "
+                f"axis of entries and, unless it is audio, a length_input; got {self.role}, "
+                f"{list(self.shape)}, {self.shorter}, {self.length_input}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_speech(self) -> Self:
+        is_audio, is_option = self.role is Role.AUDIO, self.role is Role.OPTION
+        if is_audio and (self.name, self.dtype, len(self.shape)) != (AUDIO, Dtype.FLOAT32, 1):
+            raise ValueError(
+                f"input {self.name} of the role audio must be {AUDIO!r}, float32 with one axis; "
+                f"got {self.dtype} {list(self.shape)}"
+            )
+        if is_audio != (self.sample_rate is not None):
+            raise ValueError(f"{self.name}: the role audio has a sample rate, and no other role")
+        if is_option and (self.dtype, self.shape) != (Dtype.INT64, (1,)):
+            raise ValueError(
+                f"input {self.name} of the role option must be int64 [1]; got {self.dtype} "
+                f"{list(self.shape)}"
+            )
+        if is_option != bool(self.choices) or len(set(self.choices)) != len(self.choices):
+            raise ValueError(
+                f"{self.name}: different choices belong to the role option, and only to it; got "
+                f"{list(self.choices)}"
             )
         return self
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from inplace.errors import LoadError
 from inplace.protocol import (
+    AUDIO,
+    AUDIO_INT16,
     FINISH_REASON,
     FOREIGN_PROMPTS,
     INPUT_IDS,
@@ -111,12 +113,13 @@ def model_tensors(
     Raises:
         ValueError: Triton has no type for a tensor.
     """
-    inputs = tuple(
-        ServerTensor.of(
-            spec, optional=generates or spec.name in optional, may_be_empty=spec.name in optional
-        )
-        for spec in program.client_inputs
-    )
+    inputs: tuple[ServerTensor, ...] = ()
+    for spec in program.client_inputs:
+        if spec.role is Role.AUDIO:
+            inputs += _AUDIO_INPUTS
+        elif spec.role is not Role.OPTION:
+            absent = spec.name in optional
+            inputs += (ServerTensor.of(spec, optional=generates or absent, may_be_empty=absent),)
     outputs = tuple(ServerTensor.of(spec) for spec in program.outputs)
     if generates:
         inputs += _text_inputs(has_tokenizer, ragged=True)
@@ -125,6 +128,12 @@ def model_tensors(
         outputs += _text_outputs(has_tokenizer)
         outputs += (FINISH_OUTPUT,) if streams else ()
     return ServerTensors(inputs, outputs)
+
+
+_AUDIO_INPUTS = tuple(
+    ServerTensor(name, TRITON_TYPES[dtype], (-1,), ragged=True, optional=True)
+    for name, dtype in ((AUDIO, Dtype.FLOAT32), (AUDIO_INT16, Dtype.INT16))
+)
 
 
 def proxy_tensors(*, has_tokenizer: bool) -> ServerTensors:

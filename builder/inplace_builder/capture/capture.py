@@ -180,7 +180,7 @@ def _module_reference(
 def _reference_input(spec: TensorSpec, request: Mapping[str, Tensor], index: int) -> Tensor:
     """An input of a sequence in slot 0, at its ``index``-th request."""
     match spec.role:
-        case Role.ROW:
+        case Role.ROW | Role.AUDIO | Role.OPTION:
             return request[spec.name][None]
         case Role.SLOTS:
             return torch.zeros(1, dtype=spec.dtype.as_torch)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from inplace.protocol import AUDIO
 from inplace.schema.served import STEP, Program
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from pydantic import ValidationError
@@ -46,6 +47,11 @@ class RowOptions:
         roles: what outputs are besides values, by name: ``tokens`` (int64, ``[n]`` a row, negative
             numbers are no tokens) and ``done`` (bool, one entry a row), see
             `inplace.schema.specs.Role`.
+        sample_rate: of a module with the input ``audio``, mono samples in float32: in a second. A
+            request may be shorter; zeros are added behind it.
+        choices: inputs that a request sets by the parameter of their name, with the values that the
+            parameter may have: the module gets the number of the value, int64 ``[1]``, and 0
+            without the parameter. An empty first value is none that a request can name.
         max_positions: of a program of several (`capture_programs`) that appends to states: how many
             positions a sequence has room for. A call takes one. The runtime refuses the call that
             would find no room.
@@ -73,6 +79,8 @@ class RowOptions:
     outputs: tuple[str, ...] | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     roles: Mapping[str, Role] = field(default_factory=dict)
+    sample_rate: int | None = None
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_positions: int | None = None
     valid_lengths: Mapping[str, str] = field(default_factory=dict)
     shorter: Literal["last", "any"] = "last"
@@ -347,6 +355,7 @@ class RowsModule:
         values = {name: node.meta["val"] for name, node in placeholders_by_name(graph).items()}
         self.inputs = tuple(_input_spec(name, values[name], options) for name in capture.inputs)
         _check_lengths(self.inputs, options)
+        _check_speech(self.inputs, options)
         limited = {spec.name for spec in self.inputs if spec.minimum is not None}
         if unlimited := sorted(options.limits.keys() - limited):
             raise BuildError(
@@ -354,7 +363,7 @@ class RowsModule:
                 f"{[spec.name for spec in self.inputs if _is_integer(spec)]}"
             )
         self.shapes = [tuple(values[name].shape) for name in capture.inputs]
-        returned = returned_values(graph)
+        returned = [node for node in returned_values(graph) if node is not None]
         names = options.outputs
         if names is None:
             names = tuple(f"output_{place}" for place in range(len(returned)))
@@ -384,7 +393,8 @@ class RowsModule:
             for spec in states
         ]
         shaped = [graph.reshaped(*each) for each in zip(inputs, self.shapes, strict=True)]
-        results = graph.run(self.body, [*shaped, graph.reshaped(slot, (1,)), *memory])
+        returned = graph.run(self.body, [*shaped, graph.reshaped(slot, (1,)), *memory])
+        results = [node for node in returned if node is not None]
         return graph.finish(
             [graph.reshaped(x, spec.shape) for x, spec in zip(results, self.outputs, strict=True)]
         )
@@ -415,7 +425,8 @@ class RowsModule:
             for spec, shape in zip(self.inputs, self.shapes, strict=True)
         ]
         with torch.no_grad():
-            results = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
+            leaves = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
+        results = [leaf for leaf in leaves if leaf is not None]
         outputs = {
             spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)
         }
@@ -455,20 +466,37 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
             )
         return TensorSpec(name=name, role=Role.VALID_LENGTHS, dtype=element_type)
     length = next((key for key, of in options.valid_lengths.items() if of == name), None)
-    spec = TensorSpec(
-        name=name,
-        role=Role.ROW,
-        dtype=element_type,
-        shape=_shape_without_batch(example),
-        shorter="never" if length is None else options.shorter,
-        length_input=length,
-    )
+    role, is_audio = Role.ROW, options.sample_rate is not None and name == AUDIO
+    if is_audio or name in options.choices:
+        role = Role.AUDIO if is_audio else Role.OPTION
+    try:
+        spec = TensorSpec(
+            name=name,
+            role=role,
+            dtype=element_type,
+            shape=_shape_without_batch(example),
+            sample_rate=options.sample_rate if is_audio else None,
+            choices=options.choices.get(name, ()),
+            shorter=options.shorter if is_audio or length is not None else "never",
+            length_input=length,
+        )
+    except ValidationError as error:
+        raise BuildError(validation_reasons(error)) from error
     if name not in options.limits or not _is_integer(spec):
         return spec
     low, high = options.limits[name]
     if low > high:
         raise BuildError(f"input {name} has the limits {low} to {high}, which no value is within")
     return spec.model_copy(update={"minimum": low, "maximum": high})
+
+
+def _check_speech(inputs: Sequence[TensorSpec], options: RowOptions) -> None:
+    names = [spec.name for spec in inputs]
+    expected = {*options.choices, *([AUDIO] if options.sample_rate is not None else [])}
+    if unknown := sorted(expected - set(names)):
+        raise BuildError(
+            f"choices or a sample rate were given for {unknown}; the module's inputs are {names}"
+        )
 
 
 def _check_lengths(inputs: Sequence[TensorSpec], options: RowOptions) -> None:

@@ -190,6 +190,8 @@ def random_input(spec: TensorSpec, tokens: int, generator: torch.Generator) -> T
     dtype = spec.dtype.as_torch
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
+    if spec.choices:
+        return torch.randint(len(spec.choices), shape, generator=generator)
     low = spec.minimum if spec.minimum is not None else 0
     high = spec.maximum if spec.maximum is not None else low + 1
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from inplace.engines import NO_OTHER_THREADS
 from inplace.errors import Code, RequestError
+from inplace.parameters import Parameter
+from inplace.protocol import SAMPLE_RATE
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, saved_states
@@ -228,11 +230,14 @@ class _Verification:
         schedule = schedules[(sequence.id + sequence.num_requests) % len(schedules)]
         self.num_runs[schedule.name] += 1
         interface = self.instance.interfaces[schedule.name]
+        inputs = self._inputs(interface, generator, last=end)
+        tensors, parameters = _as_sent(interface, inputs)
         return Request(
             sequence.id,
             start=sequence.starts,
             end=end,
-            inputs=self._inputs(interface, generator, last=end),
+            inputs=tensors,
+            parameters=parameters,
             requested_outputs=frozenset(spec.name for spec in interface.outputs),
         )
 
@@ -398,6 +403,23 @@ class _Verification:
             "verified_limits": str(self.num_limits),
             "verified_tokens": str(len(self.tokens)),
         }
+
+
+def _as_sent(
+    interface: Program, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Parameter]]:
+    """What a client sends so that programs have these inputs: tensors, and parameters."""
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, Parameter] = {}
+    for spec in interface.client_inputs:
+        tensor = inputs[spec.name]
+        if spec.role is not Role.OPTION:
+            tensors[spec.name] = tensor
+        elif choice := spec.choices[int(tensor)]:
+            parameters[spec.name] = choice
+        if spec.sample_rate is not None:
+            parameters[SAMPLE_RATE] = spec.sample_rate
+    return tensors, parameters
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from inplace.engines.tensorrt.plan import OpenPlan, input_names
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.served import CompiledProgram, Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import CLIENT_ROLES, Role, TensorSpec
 
 DECODE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of captured decode steps; a step is padded to the next."""
@@ -331,7 +331,7 @@ class InputBuffers:
             return -1
         if spec.role is Role.ROW_OFFSETS:
             return last_offset
-        if spec.role in (Role.TOKENS, Role.ROW):
+        if spec.role in CLIENT_ROLES:
             return max(spec.minimum or 0, 0)
         return 0
 

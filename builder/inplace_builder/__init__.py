@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inplace.schema.served import Call, Loop, Schedule
+    from inplace.schema.schedule import Call, Loop, Schedule
     from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 
     from inplace_builder.capture.capture import Capture, capture_module, control_input
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
 _MODULES = {
     "BuildError": "inplace_builder.errors",
     "BuildOptions": "inplace_builder.served.options",
-    "Call": "inplace.schema.served",
+    "Call": "inplace.schema.schedule",
     "Capture": "inplace_builder.capture.capture",
     "Conversation": "inplace_builder.tools.chat",
     "DecoderOptions": "inplace_builder.capture.decoder",
     "Dtype": "inplace.schema.specs",
     "ExportedCapture": "inplace_builder.capture.exported",
-    "Loop": "inplace.schema.served",
+    "Loop": "inplace.schema.schedule",
     "Ports": "inplace_builder.tools.tritonserver",
     "ProgramsCapture": "inplace_builder.capture.programs",
     "Role": "inplace.schema.specs",
     "RowOptions": "inplace_builder.capture.exported_rows",
-    "Schedule": "inplace.schema.served",
+    "Schedule": "inplace.schema.schedule",
     "Serialized": "inplace_builder.standalone.serialize",
     "ServerError": "inplace_builder.tools.tritonserver",
     "StateSpec": "inplace.schema.specs",

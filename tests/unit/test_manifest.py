@@ -11,15 +11,8 @@ import torch
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import FileRecord, digest_of
-from inplace.schema.served import (
-    FILE_NAME,
-    Call,
-    CompiledProgram,
-    Loop,
-    Manifest,
-    Program,
-    Schedule,
-)
+from inplace.schema.schedule import Call, Loop, Schedule
+from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest, Program
 from inplace.schema.specs import Alias, Dtype, Lowering, Role, StateSpec, TensorSpec, Update
 from inplace.schema.standalone import StandaloneManifest
 from pydantic import ValidationError

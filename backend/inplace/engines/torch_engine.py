@@ -13,7 +13,8 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
 from inplace.errors import LoadError
-from inplace.schema.served import STEP, CompiledProgram, Manifest
+from inplace.schema.schedule import STEP
+from inplace.schema.served import CompiledProgram, Manifest
 
 
 class TorchEngine:

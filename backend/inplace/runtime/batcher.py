@@ -13,7 +13,8 @@ from torch import Tensor
 from inplace.errors import RequestError
 from inplace.runtime.requests import GREEDY, Request, SamplingParams
 from inplace.runtime.slots import SequenceState
-from inplace.schema.served import Call, Loop, Program
+from inplace.schema.schedule import Call, Loop
+from inplace.schema.served import Program
 from inplace.schema.specs import ENTRY_ROLES, Role, TensorSpec
 
 NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)

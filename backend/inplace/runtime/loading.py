@@ -11,7 +11,8 @@ from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import FILE_NAME, STEP, Manifest, Program
+from inplace.schema.schedule import STEP
+from inplace.schema.served import FILE_NAME, Manifest, Program
 from inplace.schema.specs import INITIAL_FILE, RESERVED_OUTPUT_ROLES, SCHEDULED_ROLES, Role
 from inplace.schema.tensor_file import read_tensors
 

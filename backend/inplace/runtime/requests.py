@@ -23,7 +23,8 @@ from inplace.parameters import (
 from inplace.protocol import GROUP, MAX_TOKENS, POSITION, SEQUENCE_KEY
 from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
 from inplace.runtime.slots import SequenceId
-from inplace.schema.served import Program, Schedule
+from inplace.schema.schedule import Schedule
+from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 
 

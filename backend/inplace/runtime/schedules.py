@@ -24,7 +24,8 @@ from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import Manifest, Program, RequestFlag, Schedule
+from inplace.schema.schedule import RequestFlag, Schedule
+from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Role
 
 _READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE})

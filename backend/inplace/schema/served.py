@@ -14,6 +14,7 @@ from inplace.errors import LoadError
 from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import FileRecord, Record, RecordFile, find_file
+from inplace.schema.schedule import DEFAULT_SCHEDULE, STEP, RequestFlag, Schedule
 from inplace.schema.specs import (
     CLIENT_ROLES,
     INITIAL_FILE,
@@ -304,77 +305,6 @@ def check_interfaces(programs: Sequence[Program]) -> None:
         raise ValueError(f"{both} name both an input and an output")
 
 
-class _Repeated(Record):
-    """What a schedule repeats: until an output says that it is done, or a number of times."""
-
-    until: str | None = None
-    at_most: int | None = Field(default=None, ge=1)
-
-
-class Call(_Repeated):
-    """Calls of one program in a schedule.
-
-    Attributes:
-        program: the name of the program.
-        until: the output of the role ``done`` that ends the calls when it is true; None for a
-            fixed number.
-        at_most: the largest number of calls; the number of calls without ``until``, None for one.
-    """
-
-    program: str
-
-
-class Loop(_Repeated):
-    """Calls that are repeated together; loops are not nested.
-
-    Attributes:
-        calls: one round.
-        until: the output of the role ``done``, of the last call, that ends the rounds when it is
-            true; None for a fixed number.
-        at_most: the largest number of rounds; the number of rounds without ``until``, None for
-            one.
-    """
-
-    calls: tuple[Call, ...] = Field(min_length=1)
-
-
-RequestFlag = Literal["start", "next", "end"]
-"""What a request is to its sequence: a START; an END without START; or neither."""
-
-
-class Schedule(Record):
-    """In which order a request runs the programs.
-
-    A request runs the schedule that is for its flag and takes exactly its inputs. An input that is
-    empty counts as absent.
-
-    Attributes:
-        name: its name, in errors.
-        calls: in their order.
-        requests: for which requests it is.
-    """
-
-    name: str
-    calls: tuple[Call | Loop, ...] = Field(min_length=1)
-    requests: tuple[RequestFlag, ...] = Field(default=("start", "next", "end"), min_length=1)
-
-    @cached_property
-    def loops(self) -> tuple[Loop, ...]:
-        """The schedule as loops: a call outside one is a loop of one round."""
-        return tuple(each if isinstance(each, Loop) else Loop(calls=(each,)) for each in self.calls)
-
-    @model_validator(mode="after")
-    def _check_limits(self) -> Self:
-        for loop in self.loops:
-            for each in (loop, *loop.calls):
-                if each.until is not None and each.at_most is None:
-                    raise ValueError(
-                        f"schedule {self.name}: until {each.until!r} needs an at_most, so that "
-                        f"every request ends"
-                    )
-        return self
-
-
 def schedule_inputs(schedule: Schedule, programs: Sequence[Program]) -> dict[str, TensorSpec]:
     """What a client sends for a schedule: the inputs of all programs that it calls, by name."""
     called = {call.program for loop in schedule.loops for call in loop.calls}
@@ -407,14 +337,6 @@ def check_schedules(schedules: Sequence[Schedule], programs: Sequence[Program]) 
                 )
     if not any(flag == "start" for flag, _ in seen):
         raise ValueError(f"none of the schedules {names} is for requests with START")
-
-
-STEP = "step"
-"""The program of an engine with one."""
-
-
-DEFAULT_SCHEDULE = Schedule(name="default", calls=(Call(program=STEP),))
-"""The schedule of an engine with one program."""
 
 
 class Manifest(RecordFile):

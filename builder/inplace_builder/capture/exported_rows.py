@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import torch
 from inplace.protocol import AUDIO
-from inplace.schema.served import STEP, Program
+from inplace.schema.schedule import STEP
+from inplace.schema.served import Program
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from pydantic import ValidationError
 from torch import Tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.schema.served import Call
+from inplace.schema.schedule import Call
 from inplace.schema.specs import Role
 from torch import Tensor, nn
 from transformers import NemotronAsrStreamingForRNNT, PretrainedConfig, PreTrainedModel

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from inplace.protocol import LANGUAGE, TASK, TIMESTAMPS
-from inplace.schema.served import Call
+from inplace.schema.schedule import Call
 from inplace.schema.specs import Role
 from torch import Tensor, nn
 from transformers import (

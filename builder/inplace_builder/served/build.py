@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inplace.drivers.detokenizer import TOKENIZER_NAME
-from inplace.schema.served import DEFAULT_SCHEDULE, FILE_NAME, Manifest
+from inplace.schema.schedule import DEFAULT_SCHEDULE
+from inplace.schema.served import FILE_NAME, Manifest
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.engine_files import check_target, disk_errors, publish_engine

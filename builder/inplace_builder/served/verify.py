@@ -17,7 +17,8 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.requests import Request
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import STEP, Manifest, Program
+from inplace.schema.schedule import STEP
+from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 

@@ -18,7 +18,8 @@ from inplace.protocol import SAMPLE_RATE
 from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, saved_states
-from inplace.schema.served import Call, Loop, Manifest, Program, RequestFlag, Schedule
+from inplace.schema.schedule import Call, Loop, RequestFlag, Schedule
+from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Role
 from torch import Tensor
 

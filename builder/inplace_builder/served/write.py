@@ -5,13 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inplace.schema.files import record_files
-from inplace.schema.served import (
-    DEFAULT_SCHEDULE,
-    FILE_NAME,
-    CompiledProgram,
-    Manifest,
-    Schedule,
-)
+from inplace.schema.schedule import DEFAULT_SCHEDULE, Schedule
+from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
 from inplace.schema.specs import INITIAL_FILE
 from inplace.schema.tensor_file import write_tensors
 from pydantic import ValidationError

@@ -19,7 +19,8 @@ from inplace.engines.tensorrt.steps import DynamicSlotSteps, ExecutionContexts
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.files import EngineFolder
-from inplace.schema.served import STEP, CompiledProgram, Manifest
+from inplace.schema.schedule import STEP
+from inplace.schema.served import CompiledProgram, Manifest
 from inplace.schema.tensor_file import read_tensors
 
 log = logging.getLogger("inplace")

@@ -1,0 +1,86 @@
+"""The schedule of an engine with several programs: which calls answer a request."""
+
+from functools import cached_property
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from inplace.schema.files import Record
+
+STEP = "step"
+"""The program of an engine with one."""
+
+
+class _Repeated(Record):
+    """What a schedule repeats: until an output says that it is done, or a number of times."""
+
+    until: str | None = None
+    at_most: int | None = Field(default=None, ge=1)
+
+
+class Call(_Repeated):
+    """Calls of one program in a schedule.
+
+    Attributes:
+        program: the name of the program.
+        until: the output of the role ``done`` that ends the calls when it is true; None for a
+            fixed number.
+        at_most: the largest number of calls; the number of calls without ``until``, None for one.
+    """
+
+    program: str
+
+
+class Loop(_Repeated):
+    """Calls that are repeated together; loops are not nested.
+
+    Attributes:
+        calls: one round.
+        until: the output of the role ``done``, of the last call, that ends the rounds when it is
+            true; None for a fixed number.
+        at_most: the largest number of rounds; the number of rounds without ``until``, None for
+            one.
+    """
+
+    calls: tuple[Call, ...] = Field(min_length=1)
+
+
+RequestFlag = Literal["start", "next", "end"]
+"""What a request is to its sequence: a START; an END without START; or neither."""
+
+
+class Schedule(Record):
+    """In which order a request runs the programs.
+
+    A request runs the schedule that is for its flag and takes exactly its inputs. An input that is
+    empty counts as absent.
+
+    Attributes:
+        name: its name, in errors.
+        calls: in their order.
+        requests: for which requests it is.
+    """
+
+    name: str
+    calls: tuple[Call | Loop, ...] = Field(min_length=1)
+    requests: tuple[RequestFlag, ...] = Field(default=("start", "next", "end"), min_length=1)
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The schedule as loops: a call outside one is a loop of one round."""
+        return tuple(each if isinstance(each, Loop) else Loop(calls=(each,)) for each in self.calls)
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        for loop in self.loops:
+            for each in (loop, *loop.calls):
+                if each.until is not None and each.at_most is None:
+                    raise ValueError(
+                        f"schedule {self.name}: until {each.until!r} needs an at_most, so that "
+                        f"every request ends"
+                    )
+        return self
+
+
+DEFAULT_SCHEDULE = Schedule(name="default", calls=(Call(program=STEP),))
+"""The schedule of an engine with one program."""

@@ -2,9 +2,11 @@
 
 The exit status is 0 if all do. A server reports a model as ready even if the process behind it
 hangs or is gone. So each model of this backend is asked for one step, in a sequence of one request.
-A generate proxy gets an invalid request, which it refuses by itself. Every answer of the backend
-counts, also that all slots are taken, but not that the engine failed. If a model has several
-instances, Triton chooses which one is asked.
+Where requests of a stream model wait for a slot, the step waits behind them; so it is followed by a
+request that must be refused, which the same thread does between two steps. A generate proxy gets an
+invalid request, which it refuses by itself. Every answer of the backend counts, also that all slots
+are taken, but not that the engine failed. If a model has several instances, Triton chooses which
+one is asked.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from inplace.errors import Code
+from inplace.protocol import POSITION
 from inplace.server.settings import GENERATE_PROXY, SERVE
 
 BACKEND = "inplace"
@@ -27,6 +30,14 @@ BACKEND = "inplace"
 
 TIMEOUT = 15.0
 """Default timeout in seconds."""
+
+
+STEP_TIMEOUT = 2.0
+"""Seconds for which the step is waited for once the request after it was refused."""
+
+
+NO_POSITION = 1
+"""A position that no new sequence has: a START with it is refused."""
 
 
 def failures(url: str, timeout: float = TIMEOUT) -> dict[str, str]:
@@ -69,31 +80,30 @@ def is_alive(error: str) -> bool:
 
 
 class _Probe:
-    """One request to a model, on a stream: decoupled models answer only there, others there too."""
+    """Requests to a model, on a stream: decoupled models answer only there, others there too."""
 
     def __init__(self, url: str, config: Any) -> None:
         self._client = InferenceServerClient(url)
         self._answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._answers.put(error))
-        sequence = {
-            "sequence_id": secrets.randbits(62) + 1,
-            "sequence_start": True,
-            "sequence_end": True,
-        }
         try:
-            self._client.async_stream_infer(
-                config.name, _inputs(config), **({} if _is_generate_proxy(config) else sequence)
-            )
+            for request in _requests(config):
+                self._client.async_stream_infer(config.name, _inputs(config), **request)
         except InferenceServerException as error:  # the stream broke at once
             self._answers.put(error)
 
     def failure(self, deadline: float, timeout: float) -> str | None:
         """Why the model did not answer; None if it did."""
-        try:
-            error = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            return f"no answer within {timeout:g} s"
-        return None if error is None or is_alive(str(error)) else str(error)
+        refuses = False
+        while True:
+            try:
+                error = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None if refuses else f"no answer within {timeout:g} s"
+            if error is None or not _is_of_position(str(error)):
+                return None if error is None or is_alive(str(error)) else str(error)
+            refuses = True
+            deadline = min(deadline, time.monotonic() + STEP_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
@@ -101,6 +111,28 @@ class _Probe:
     def __exit__(self, *_: object) -> None:
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
+
+
+def _is_of_position(error: str) -> bool:
+    """Whether an error answers the request that must be refused."""
+    return f"INPLACE-{Code.POSITION} " in error
+
+
+def _requests(config: Any) -> list[dict[str, Any]]:
+    """What tells the requests to a model apart, in order."""
+    if _is_generate_proxy(config):
+        return [{}]
+    is_stream = config.model_transaction_policy.decoupled
+    others = [{"parameters": {POSITION: NO_POSITION}}] if is_stream else []
+    return [
+        {
+            "sequence_id": secrets.randbits(62) + 1,
+            "sequence_start": True,
+            "sequence_end": True,
+            **each,
+        }
+        for each in ({}, *others)
+    ]
 
 
 def _is_generate_proxy(config: Any) -> bool:

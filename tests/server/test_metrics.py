@@ -24,6 +24,7 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support import served
+from support.generating import GrpcStream
 from support.models import CAPACITY, CHUNK, Repository
 from support.observed import Found, Observed, failing
 from support.pool import Deployment, ServerPool
@@ -284,6 +285,22 @@ def test_a_model_whose_slots_are_all_taken_is_alive(observed: Observed) -> None:
     assert failures(observed.server.grpc_url) == {}
     for sequence in range(SLOTS):
         send(observed.client, 1 + sequence, [1], end=True)
+
+
+def test_a_model_whose_slots_others_wait_for_is_alive(observed: Observed) -> None:
+    """The step of the check waits behind them."""
+    with GrpcStream(observed.server.grpc_url, "talk") as idle:
+        for number in range(served.SLOTS):
+            assert not idle.request(f"idle-{number}", [1], start=True).error
+        with GrpcStream(observed.server.grpc_url, "talk") as waiting:
+            waiting.send("waiting", [1], 5, start=True, end=True)
+            waits: Found = {("inplace_requests_waiting", ""): 1}
+            assert observed.settled("talk", waits).items() >= waits.items()
+            assert failures(observed.server.grpc_url) == {}
+            idle.request("idle-0", [1], end=True)
+            assert waiting.collect().reason == "length"
+        for number in range(1, served.SLOTS):
+            idle.request(f"idle-{number}", [1], end=True)
 
 
 def test_a_model_whose_process_hangs_is_not_alive_though_the_server_reports_it_ready(

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from inplace.drivers.places import PROBE_INTERVAL
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.faults import (
     FORGOTTEN,
@@ -163,7 +162,6 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(
         assert server.process is not None
         assert add(client, "doomed", 1, 1.0, start=True) == (1.0, 1)
         assert http(server, server.ports.http, "/v2/health/live") == 200
-        time.sleep(2 * PROBE_INTERVAL)  # the backend has seen HTTP answer
         assert add(client, "doomed", 1, 1.0) == (2.0, 2)  # not idle when the server is told to end
         kill(server.process.pid, signal.SIGTERM)
         eventually(

@@ -55,7 +55,7 @@ class ServerOptions:
     """The options of a tritonserver that say how to reach it.
 
     Attributes:
-        target: ``host:port`` of its gRPC endpoint; empty if it has none.
+        target: ``host:port`` of its gRPC endpoint; empty if it has none of its own.
         http_target: the same of its HTTP endpoint.
         tls: it takes TLS connections only.
         mutual: and asks for a certificate of its clients.
@@ -110,9 +110,11 @@ class ServerOptions:
 
 
 def _target(command_line: CommandLine, endpoint: str, port: str) -> str:
-    """The address of an endpoint; empty if the server has none."""
+    """The address of an endpoint; empty if the server has none, or shares it with other servers."""
     if not command_line.is_true(f"allow-{endpoint}", True):
         return ""
+    if command_line.is_true(f"reuse-{endpoint}-port"):
+        return ""  # another server may answer, and end a sequence of its own
     host = command_line.value(f"{endpoint}-address", "0.0.0.0")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
     if ":" in host and not host.startswith("["):
@@ -151,7 +153,8 @@ class GrpcEndpoint:
     def __init__(self, options: ServerOptions) -> None:
         if not options.target:
             raise LoopbackError(
-                "the server has no gRPC endpoint (--allow-grpc=false), or it is not known"
+                "the server has no gRPC endpoint of its own (--allow-grpc=false, "
+                "--reuse-grpc-port=true), or it is not known"
             )
         try:
             import grpc
@@ -248,8 +251,8 @@ class HttpEndpoint:
     """Tells from the server's HTTP endpoint whether the server is stopping.
 
     A server that is told to stop answers requests over HTTP first, for as long as its exit timeout,
-    and says over gRPC that it is live meanwhile. But it closes new HTTP connections without an
-    answer (24.10).
+    and says over gRPC that it is live meanwhile. But it accepts new HTTP connections and closes
+    them without an answer (24.10). A server that has not opened HTTP yet refuses them.
 
     Args:
         target: ``host:port``; empty if there is none.
@@ -257,24 +260,26 @@ class HttpEndpoint:
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._answered, self._num_closed = False, 0
+        self._num_closed = 0
 
     def is_closing(self) -> bool:
-        """Whether it has answered before, and closed the last `CLOSED_CONNECTIONS` unanswered."""
+        """Whether it has closed the last `CLOSED_CONNECTIONS` unanswered, this one among them."""
         if not self._target:
             return False
         connection = http.client.HTTPConnection(self._target, timeout=TIMEOUT)
         try:
             connection.request("GET", "/v2/health/live")
             connection.getresponse()
-            self._answered, self._num_closed = True, 0
+            self._num_closed = 0
+        except ConnectionRefusedError:
+            self._num_closed = 0
         except ConnectionError:
             self._num_closed += 1
         except (OSError, http.client.HTTPException):  # too busy to answer, for example
             self._num_closed = 0
         finally:
             connection.close()
-        return self._answered and self._num_closed >= CLOSED_CONNECTIONS
+        return self._num_closed >= CLOSED_CONNECTIONS
 
 
 def _open_channel(options: ServerOptions) -> Any:

@@ -359,8 +359,8 @@ class EngineLoop:
         if request.generation is None:
             if request in self._waiting:  # a step that runs is not stopped
                 self._waiting.remove(request)
-                text = "the request was cancelled while it waited for a slot"
-                self._refuse(request, RequestError(Code.NO_FREE_SLOT, text, retryable=True))
+                text = "it was cancelled while it waited for a slot; nothing was changed"
+                self._refuse(request, RequestError(Code.CANCELLED, text, retryable=True))
                 self._remove(request)
             return
         if request.active is not None:

@@ -158,7 +158,7 @@ def test_a_waiting_step_can_be_cancelled(streams: OpenStreams) -> None:
     first = client.generate("g", random_tokens(1, 3), 2, end=True)
     step, after = client.step("step", [1], start=True), client.step("step", [2])
     step.client_cancelled = True
-    step.assert_refused(Code.NO_FREE_SLOT, "cancelled while it waited", retryable=True)
+    step.assert_refused(Code.CANCELLED, "while it waited for a slot", retryable=True)
     after.assert_refused(Code.UNKNOWN_SEQUENCE)
     client.end("idle0").wait()
     assert first.finish_reason == "length"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig, engine_thread
 from inplace.drivers.senders import CANCEL_CHECK_INTERVAL
-from inplace.errors import Code, LoadError
+from inplace.errors import Code, LoadError, RequestError
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, open_model
 from inplace.schema.served import Manifest
@@ -17,9 +18,9 @@ from inplace.server.settings import Settings
 from inplace_builder import BuildOptions, write_engine
 from support.streaming import RecordingChannel, StreamClient, wait_until
 from support.transducing import GreedySearch, chunks
-from support.vocabulary import tiny_tokenizer
+from support.vocabulary import panicking, tiny_tokenizer
 from torch import Tensor
-from transducer import Listen, Speak, capture, modules
+from transducer import FEATURES, FRAMES, Listen, Speak, capture, modules
 
 OUTPUTS = frozenset({"tokens", "level", "text_output", "finish_reason"})
 
@@ -154,6 +155,29 @@ def test_a_step_has_the_text_of_its_tokens(
         driver.close()
     assert len(text) > 4
     assert text == tiny_tokenizer().decode(tokens)
+
+
+def test_a_step_whose_text_cannot_be_made_fails_alone(
+    instance: ScheduledInstance, parts: tuple[Listen, Speak]
+) -> None:
+    first, second = chunks(1, 1)[0], torch.zeros(FRAMES, FEATURES)
+    good = GreedySearch(*parts).feed(second)
+    bad = next(token for token in GreedySearch(*parts).feed(first) if token not in good)
+    driver = StepDriver(instance, panicking(bad))
+    try:
+        failed, answer = driver.run(
+            [
+                Request(name, True, False, {"features": each[None]})
+                for name, each in (("a", first), ("b", second))
+            ]
+        )
+        assert isinstance(failed, RequestError)
+        assert failed.code is Code.ENGINE_FAILED
+        assert isinstance(answer, dict)
+        assert answer["tokens"][0].tolist() == good
+        assert [instance.table.get(name) is None for name in "ab"] == [True, False]
+    finally:
+        driver.close()
 
 
 @pytest.mark.parametrize(

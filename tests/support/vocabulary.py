@@ -118,6 +118,17 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def panicking(bad: int) -> Tokenizer:
+    """Its library panics where this token is decoded, which is no `Exception`.
+
+    Only texts that are the name of a token have ids.
+    """
+    vocabulary = {"x" if token == bad else f"t{token}": token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.decoder = decoders.Strip("x", 0, 2)
+    return tokenizer
+
+
 TOKENIZERS = {
     "byte-level": tiny_tokenizer,
     "byte-fallback": byte_fallback,

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from inplace.drivers.detokenizer import (
     Detokenizer,
     StopMatcher,
+    TokenizerError,
+    decode,
+    encode,
     load_tokenizer,
     special_tokens,
 )
@@ -19,6 +22,7 @@ from support.vocabulary import (
     added,
     added_to_any_prompt,
     byte_fallback,
+    panicking,
     save_tokenizer,
     tiny_tokenizer,
 )
@@ -231,3 +235,12 @@ def test_a_foreign_tokenizer_is_refused_by_its_checksum(
         load_tokenizer(EngineFolder(folder), manifest)
     assert str(error.value).startswith(f"{path} has the checksum ")
     assert str(error.value).endswith("…: it was changed; build the model again")
+
+
+def test_errors_of_the_library_are_ours_panics_too() -> None:
+    tokenizer = panicking(0)
+    assert encode(tokenizer, "x", add_special_tokens=False) == [0]
+    with pytest.raises(TokenizerError, match=r"failed on the text: .*UNK"):
+        encode(tokenizer, "y", add_special_tokens=False)
+    with pytest.raises(TokenizerError, match=r"failed on generated tokens: .*out of bounds"):
+        decode(tokenizer, [0])

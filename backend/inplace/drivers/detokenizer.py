@@ -7,7 +7,7 @@ from itertools import islice
 
 from tokenizers import Tokenizer
 
-from inplace.errors import LoadError
+from inplace.errors import InplaceError, LoadError
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 
@@ -42,6 +42,37 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How tokenizers with byte fallback spell a token that is one byte."""
 
 
+class TokenizerError(InplaceError):
+    """The tokenizer's library failed on a text or on tokens."""
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        TokenizerError: the library failed. Its panics are no `Exception`: they would end the thread
+            that they reach.
+    """
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"the tokenizer failed on the text: {error}") from error
+    return ids
+
+
+def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The text of tokens, without special ones; the same error."""
+    try:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"the tokenizer failed on generated tokens: {error}") from error
+    return text
+
+
 def load_tokenizer(folder: EngineFolder, manifest: Manifest) -> Tokenizer | None:
     """Load the tokenizer that the builder put beside the engine; None if there is none.
 
@@ -60,7 +91,9 @@ def load_tokenizer(folder: EngineFolder, manifest: Manifest) -> Tokenizer | None
     content = folder.read(manifest.file(TOKENIZER_NAME))
     try:
         tokenizer: Tokenizer = Tokenizer.from_buffer(bytes(content))
-    except Exception as error:  # the library raises Exception itself
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself, and panics
         raise LoadError(
             f"{path} cannot be read as a tokenizer ({error}); build the model again"
         ) from error
@@ -202,8 +235,7 @@ class Detokenizer:
         return length, len(self._prompt_text)
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        return decode(self._tokenizer, tokens)
 
 
 class StopMatcher:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from inplace.drivers.detokenizer import Detokenizer, special_tokens
+from inplace.drivers.detokenizer import Detokenizer, TokenizerError, encode, special_tokens
 from inplace.drivers.generation import GenerationLimits, GenerationState, decode_utf8
 from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import BufferedReply, Channel, Reply, ScheduleReply
@@ -213,7 +213,11 @@ class RequestParser:
         detokenizer = stop_detokenizer = None
         if tokenizer is not None and (limits.stop or TEXT_OUTPUT in channel.requested_outputs):
             prompt = validated.inputs[ids_name].tolist()
-            made = Detokenizer(tokenizer, prompt, self._special_ids)
+            try:
+                made = Detokenizer(tokenizer, prompt, self._special_ids)
+            except TokenizerError as error:
+                refusal = RequestError(Code.VALUE_RANGE, f"the prompt has no text: {error}")
+                return StreamRequest(replace(validated, refusal=refusal), Reply(channel))
             if limits.stop:  # the engine loop needs the text of every token
                 stop_detokenizer = made
             else:
@@ -287,7 +291,10 @@ def tokenize(
             f"input {TEXT!r} has {len(text)} bytes, more than {max_bytes}: it does not fit"
             f" {capacity} positions",
         )
-    ids = tokenizer.encode(decode_utf8(TEXT, text), add_special_tokens=add_special_tokens).ids
+    try:
+        ids = encode(tokenizer, decode_utf8(TEXT, text), add_special_tokens=add_special_tokens)
+    except TokenizerError as error:
+        raise RequestError(Code.VALUE_RANGE, f"input {TEXT!r} has no token ids: {error}") from None
     first = list(first_tokens)
     if add_special_tokens and first and ids[: 2 * len(first)] == first + first:
         ids = ids[len(first) :]  # a rendered chat template begins with them
@@ -299,8 +306,11 @@ def tokenize(
 def first_tokens(tokenizer: Tokenizer) -> list[int]:
     """The tokens that the tokenizer puts before a text; for most, one beginning-of-text token."""
     for probe in ("a", "0", " a", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
-        plain = tokenizer.encode(probe, add_special_tokens=False).ids
-        whole = tokenizer.encode(probe, add_special_tokens=True).ids
+        try:
+            plain = encode(tokenizer, probe, add_special_tokens=False)
+            whole = encode(tokenizer, probe, add_special_tokens=True)
+        except TokenizerError:  # it has no tokens for this text
+            continue
         for place in range(len(whole) - len(plain) + 1):
             if plain and whole[place : place + len(plain)] == plain:
                 return list(whole[:place])

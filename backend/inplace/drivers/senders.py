@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Generic, TypeVar
 
+from inplace.drivers.detokenizer import TokenizerError
 from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import FinalResponse, Outputs, Piece, Reply
-from inplace.errors import RequestError
+from inplace.errors import RequestError, backend_failure
 from inplace.runtime.observer import Observer
 
 MAX_GIL_WAIT = 0.005
@@ -226,7 +227,11 @@ class ResponseBuffer:
         self._observer.generation_finished(
             request.sequence_id, request.request.request_id, reason, generation.num_tokens
         )
-        self._finals.append((request.reply, FinalResponse(reason, generation.flush_text())))
+        try:
+            final = FinalResponse(reason, generation.flush_text())
+        except TokenizerError as error:
+            final = FinalResponse(backend_failure(error))
+        self._finals.append((request.reply, final))
 
     def add_error(self, request: StreamRequest, error: RequestError) -> None:
         """Add an error as the final response."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from inplace.drivers.detokenizer import Detokenizer, special_tokens
+from inplace.drivers.detokenizer import Detokenizer, TokenizerError, special_tokens
 from inplace.drivers.parsing import check_no_special_tokens, text_output
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import ADD_SPECIAL_TOKENS, MAX_TOKENS, TEXT_OUTPUT
@@ -186,7 +186,10 @@ class StepDriver:
                 if not active.finished:
                     waiting.append(active)
                     continue
-                answers[indices[active]] = active.error or self._with_text(active)
+                try:
+                    answers[indices[active]] = active.error or self._with_text(active)
+                except TokenizerError as error:
+                    self._fail([(indices[active], active)], answers, backend_failure(error))
                 instance.finish(active)
 
     def _with_text(self, active: ActiveRequest) -> Answer:

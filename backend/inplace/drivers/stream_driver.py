@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from time import monotonic
 
-from inplace.drivers.detokenizer import MAX_CONTEXT
+from inplace.drivers.detokenizer import MAX_CONTEXT, TokenizerError
 from inplace.drivers.generation import FinishReason, GenerationState
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.queues import (
@@ -446,7 +446,11 @@ class EngineLoop:
                 self._finish_step(request, answers[row])
             else:
                 token = tokens[row]
-                text, reason = generation.append(token)
+                try:
+                    text, reason = generation.append(token)
+                except TokenizerError as error:
+                    self._fail_generation(request, error)
+                    continue
                 add_token(request, generation, text)
                 if reason is not None:
                     self._finish_generation(request, generation, reason)
@@ -536,6 +540,13 @@ class EngineLoop:
             self._waiting.remove(request)
         self._responses.add_finish(request, generation, reason)
         self._remove(request)
+
+    def _fail_generation(self, request: StreamRequest, error: Exception) -> None:
+        """Answer a generation with an error and end its sequence; the others of the step go on."""
+        assert request.active is not None
+        request.active.dropped = True
+        self._instance.table.end(request.active.sequence, EndReason.ENGINE_FAILED)
+        self._finish_step(request, backend_failure(error))
 
     # Shutdown. These run on the loop's thread.
 

@@ -11,7 +11,7 @@ from inplace.drivers import TokenizerConfig
 from inplace.errors import Code
 from inplace.runtime.requests import Request
 from support.driving import random_tokens
-from support.models import CAPACITY, CHUNK, SLOTS, VOCABULARY, Repository, greedy
+from support.models import CAPACITY, CHUNK, SLOTS, VOCABULARY, Repository, greedy, late_token
 from support.streaming import (
     MAX_NEW_TOKENS,
     FailingChannel,
@@ -21,7 +21,7 @@ from support.streaming import (
     slow_steps,
     wait_until,
 )
-from support.vocabulary import added, tiny_tokenizer
+from support.vocabulary import added, panicking, tiny_tokenizer
 
 
 def occupy_slots(client: StreamClient) -> None:
@@ -442,6 +442,28 @@ def test_a_response_that_cannot_be_sent_is_an_error_to_its_client_alone(
     )
     assert other.finish_reason == "length"
     wait_until(lambda: client.num_free_slots() == SLOTS)
+
+
+def test_a_tokenizer_that_fails_ends_its_generation_alone(
+    streams: OpenStreams, repository: Repository
+) -> None:
+    ids = random_tokens(1, 8)
+    bad = late_token(greedy(repository.llama, ids, 20))
+    client = streams(TokenizerConfig(panicking(bad)))
+    tokens_alone = frozenset({"tokens"})
+    with slow_steps(client, 0.01):
+        other = client.generate("other", ids, 30, end=True, requested_outputs=tokens_alone)
+        for number, stop in enumerate([("never",), ()]):
+            failing = client.generate(f"a{number}", ids, 30, stop=stop)
+            failing.assert_refused(Code.ENGINE_FAILED, "the tokenizer failed on generated tokens")
+        wait_until(lambda: client.num_free_slots() == SLOTS - 1)  # all but the other's
+    assert other.wait().tokens == greedy(repository.llama, ids, 30)
+    client.step("kept", [1], start=True).wait()
+    unknown = client.generate("kept", "unknown", 3, start=False, end=True)
+    unknown.assert_refused(Code.VALUE_RANGE, "input 'text' has no token ids")
+    prompt = client.generate("prompt", [bad], 3)
+    prompt.assert_refused(Code.VALUE_RANGE, "the prompt has no text")
+    assert client.num_free_slots() == SLOTS
 
 
 def test_a_generation_whose_client_cannot_be_answered_is_cancelled(streams: OpenStreams) -> None:

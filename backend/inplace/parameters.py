@@ -18,16 +18,19 @@ from inplace.protocol import (
     FETCH,
     GROUP,
     IGNORE_EOS,
+    INPUT_IDS,
     LANGUAGE,
     LOGITS,
     MAX_TOKENS,
     POSITION,
     SAMPLE_RATE,
     SEQUENCE_KEY,
+    STOP,
     STOP_TOKEN_IDS,
     STREAM,
     STREAM_INTERVAL,
     TASK,
+    TEXT,
     TIMESTAMPS,
 )
 
@@ -472,6 +475,8 @@ def unknown_parameter(name: str, kind: RequestKind) -> RequestError:
     names = [spec.name for spec in REGISTRY if not spec.reserved]
     close = difflib.get_close_matches(name[:MAX_SHOWN_LENGTH], names, 1)
     question = f", did you mean {close[0]!r}?" if close else ";"
+    if name in (INPUT_IDS, TEXT, STOP):
+        question = f", {name!r} is the name of an input;"
     return RequestError(
         Code.BAD_PARAMETER,
         f"parameter {show(name)} is unknown{question} {_SINGULAR[kind]} takes {known_names(kind)}",

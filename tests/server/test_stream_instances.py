@@ -27,6 +27,7 @@ pytestmark = pytest.mark.server
 MODEL = "stream_twins"
 SLOTS, MANY = 8, 12
 BOTH = (0, 1)
+MAX_FETCHING = 8  # as in `inplace.server.generate_proxy`
 LIVE, FREE, STARTED = (
     ("inplace_sequences_live", ""),
     ("inplace_slots_free", ""),
@@ -83,7 +84,7 @@ def twins(engines: Engines, pool: ServerPool) -> Iterator[Twins]:
         config.parameters["log_level"].string_value = "debug"
 
     with (
-        pool.serve(Deployment(model, MODEL, double)) as server,
+        pool.serve(Deployment(model, MODEL, double, proxy=True)) as server,
         InferenceServerClient(server.grpc_url) as client,
     ):
         assert len(stubs(server, MODEL)) == 2
@@ -145,6 +146,22 @@ def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_
         assert (
             result["inplace_step_rows_sum", ""] > result["inplace_step_rows_count", ""]
         )  # in company
+
+
+def test_requests_for_large_responses_delay_no_others_of_the_proxy(twins: Twins) -> None:
+    """As many of them as the proxy fetches for at the same time."""
+    no_sequence, large = 0, 400
+    url, proxy = twins.observed.server.grpc_url, f"{MODEL}_generate"
+    with ExitStack() as stack:
+        talks = [stack.enter_context(GrpcStream(url, proxy)) for _ in range(MAX_FETCHING)]
+        for seed, talk in enumerate(talks):
+            talk.send(no_sequence, prompt(seed, 5), ENDLESS, stream_interval=large)
+        for talk in talks:
+            assert large <= len(talk.receive().tokens) < 2 * large
+        with GrpcStream(url, proxy) as other:
+            other.send(no_sequence, prompt(1, 5), 10, stream=True)
+            assert other.collect() == twins.expected(prompt(1, 5), 10)
+        assert [talk.num_pending for talk in talks] == [0] * MAX_FETCHING
 
 
 def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins) -> None:

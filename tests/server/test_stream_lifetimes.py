@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from inplace.alive import failures
-from inplace.server.settings import IDLE_TIMEOUT
+from inplace.server.settings import IDLE_TIMEOUT, MAX_WAITING
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.engines import Engines
 from support.faults import FORGOTTEN, eventually, gone, kill, state, stub
@@ -192,6 +192,35 @@ def test_a_client_that_goes_away_while_it_waits_for_the_proxy_never_gets_a_slot(
     with tellers.talk("teller_generate") as last:
         last.send(no_sequence, PROMPT, 20)
         assert last.collect() == Output(tellers.expected[:20], "length")
+    assert seconds_until(tellers.all_free) < SOON
+
+
+def test_a_group_that_fills_the_proxy_keeps_no_other_group_out(tellers: Tellers) -> None:
+    """One more is refused or, if its group has fewer, takes the place of one that waits."""
+    no_sequence, full = 0, SLOTS + MAX_WAITING
+    with (
+        tellers.talk() as first,
+        tellers.talk() as second,
+        tellers.talk("teller_generate") as crowd,
+        tellers.talk("teller_generate") as modest,
+    ):
+        first.send("first", PROMPT, ENDLESS, start=True)
+        second.send("second", PROMPT, ENDLESS, start=True)
+        tellers.beginning(first)
+        tellers.beginning(second)
+        for _ in range(full + 2):
+            crowd.send(no_sequence, PROMPT, 20, group="crowd")
+        refused = [crowd.receive().error for _ in range(2)]
+        modest.send(no_sequence, PROMPT, 20, group="modest")
+        refused.append(crowd.receive().error)
+        message = f"INPLACE-QUEUE_FULL retryable=1 sequence=- request=-: {full} generations run or"
+        assert all(message in error for error in refused)
+        with pytest.raises(queue.Empty):
+            modest.receive(timeout=0.5)
+        second.drop()
+        assert modest.collect() == Output(tellers.expected[:20], "length")
+        assert crowd.num_pending < full / 4
+    assert tellers.slot_free() < SOON
     assert seconds_until(tellers.all_free) < SOON
 
 

@@ -101,6 +101,11 @@ class GrpcStream:
             return Output([], reason="step")  # of an END that brings nothing
         return Output(tokens[0].tolist(), result.as_numpy("finish_reason")[0, 0].decode())
 
+    @property
+    def num_pending(self) -> int:
+        """How many responses have arrived and were not received yet."""
+        return self._answers.qsize()
+
     def collect(self, tokens: int = 1 << 60, timeout: float = 60.0) -> Output:
         """One request's responses, until there are so many tokens or it is over."""
         collected = Output([])

@@ -91,7 +91,13 @@ def test_an_unknown_name_is_refused_with_a_similar_one_and_all_names(name: str, 
     assert "'max_tokens'" not in text.partition(" takes ")[2]
 
 
-@pytest.mark.parametrize("name", ["n", "stop", "", "\0", "best_of" * 1000])
+@pytest.mark.parametrize("name", ["stop", "text", "input_ids"])
+def test_a_name_that_is_an_input_is_refused_with_that(name: str) -> None:
+    text = refusal(RequestKind.GENERATION, **{name: "x"})
+    assert text.startswith(f"parameter {name!r} is unknown, {name!r} is the name of an input; a ")
+
+
+@pytest.mark.parametrize("name", ["n", "", "\0", "best_of" * 1000])
 def test_an_unknown_name_without_a_similar_one_is_refused_with_all_names(name: str) -> None:
     text = refusal(RequestKind.GENERATION, **{name: 1})
     assert "is unknown" in text

@@ -161,7 +161,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._queues = SequenceQueues(instance.table)
         self._failed = FailedGenerations()
-        self._waiting = WaitingQueue(max_waiting)
+        self._waiting: WaitingQueue[StreamRequest] = WaitingQueue(max_waiting)
         self._calls = CallQueue(instance) if isinstance(instance, ScheduledInstance) else None
         self._scheduler = Scheduler(instance.program) if self._calls is None else self._calls
         self._pipeline = StepPipeline(instance, self._scheduler, self._inbox.empty)

@@ -17,8 +17,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from inplace.drivers.queues import StartQueue
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.parameters import BY_NAME, RequestKind, parse_parameters
+from inplace.parameters import BY_NAME, MAX_COUNT, RequestKind, parse_parameters
 from inplace.protocol import (
     FETCH,
     FINISH_REASON,
@@ -30,8 +31,10 @@ from inplace.protocol import (
     STREAM,
     STREAM_INTERVAL,
     TEXT,
+    TOKENS,
 )
 from inplace.runtime.observer import log_line
+from inplace.runtime.requests import Request
 from inplace.schema.proxy import ProxyFile
 from inplace.server.messages import (
     FLAG_END,
@@ -92,7 +95,7 @@ class GenerateProxy:
         self._is_forwarded = partial(matches, forwarded_headers(args["model_config"]))
         self._running: dict[int, _ProxiedRequest] = {}  # by sequence id
         self._responses = RecentResponses()
-        self._starting = threading.BoundedSemaphore(MAX_STARTING)
+        self._starts: StartQueue[_ProxiedRequest] = StartQueue(MAX_STARTING)
         self._fetching = threading.BoundedSemaphore(MAX_FETCHING)
         self._end_threads = ThreadPoolExecutor(END_THREADS, "inplace-proxy-end")
         self._threads = ThreadPoolExecutor(file.max_requests, "inplace-proxy")
@@ -112,24 +115,31 @@ class GenerateProxy:
                 self._warmups_left -= 1
                 TritonChannel(request).send({}, final=True)
                 continue
-            if len(self._running) >= self._max_requests:
-                error = RequestError(
-                    Code.QUEUE_FULL,
-                    f"{self._max_requests} generations run or wait; send it again later",
-                    retryable=True,
-                )
-                TritonChannel(request).send_error(error)
-                continue
             proxied = _ProxiedRequest(
                 self._model,
                 request,
                 self._is_forwarded,
                 self._responses,
-                self._starting,
+                self._starts,
                 self._fetching,
             )
+            if len(self._running) >= self._max_requests and not self._make_room(proxied):
+                TritonChannel(request).send_error(self._queue_full())
+                continue
             self._running[proxied.sequence_id] = proxied
             self._threads.submit(self._run, proxied)
+
+    def _make_room(self, proxied: "_ProxiedRequest") -> bool:
+        """Refuse a request that waits, of a group with more of them than this one's."""
+        rejected = self._starts.replaced_by(proxied)
+        if rejected is None:
+            return False
+        rejected.stop(self._end_threads, self._queue_full())
+        return True
+
+    def _queue_full(self) -> RequestError:
+        text = f"{self._max_requests} generations run or wait; send it again later"
+        return RequestError(Code.QUEUE_FULL, text, retryable=True)
 
     def close(self) -> None:
         """End the generations that run, and wait until they have ended."""
@@ -179,11 +189,13 @@ class _ProxiedRequest:
         request: the client's request.
         is_forwarded: whether a parameter is a header that the server forwards.
         responses: keeps the stream model's responses.
-        starting: limits STARTs that have no response yet.
+        starts: limits STARTs that have no response yet.
         fetching: limits fetches that have no response yet.
 
     Attributes:
         sequence_id: the correlation id of its sequence, chosen at random.
+        group: what it shares its turn to start with; see `Request.fairness_group`.
+        proceed: set when it may start, or has been stopped.
     """
 
     def __init__(
@@ -192,14 +204,18 @@ class _ProxiedRequest:
         request: Any,
         is_forwarded: Callable[[str], bool],
         responses: RecentResponses,
-        starting: threading.Semaphore,
+        starts: "StartQueue[_ProxiedRequest]",
         fetching: threading.Semaphore,
     ) -> None:
         self.sequence_id = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
         self._is_forwarded = is_forwarded
-        self._collected: dict[str, list[NDArray[Any]]] | None = {}  # None: responses are streamed
-        self._responses, self._starting, self._fetching = responses, starting, fetching
+        self.group = self._read_group()
+        self.proceed = threading.Event()
+        # Outputs of the next response, and its tokens: all of the generation, unless it streams.
+        self._collected: dict[str, list[NDArray[Any]]] = {}
+        self._num_collected, self._min_tokens = 0, MAX_COUNT
+        self._responses, self._starts, self._fetching = responses, starts, fetching
         self._end_in_progress = threading.Lock()
         # Guards the flags below. The final response is sent under it too, so that `is_cancelled`
         # is never called after that: it crashes the server.
@@ -246,6 +262,7 @@ class _ProxiedRequest:
         """
         with self._lock:
             self._stopped, self._stop_error = True, error
+            self.proceed.set()
             if self._started and not self._ending and self._end_in_progress.acquire(blocking=False):
                 end_threads.submit(self._end_early)
 
@@ -257,11 +274,12 @@ class _ProxiedRequest:
 
     def _acquire_start(self) -> bool:
         """Wait until the START may be sent; False if the request was stopped before."""
-        self._starting.acquire()
+        self._starts.add(self)
+        self.proceed.wait()
         with self._lock:
             self._started = not self._stopped
         if not self._started:
-            self._starting.release()
+            self._starts.remove(self)
         return self._started
 
     def _generate(self, start: Any) -> Any:
@@ -273,16 +291,15 @@ class _ProxiedRequest:
         Returns:
             The error that the stream model answered with, or None.
         """
-        requested = self._request.requested_output_names()
         try:
             response = self._send(start)
         finally:
-            self._starting.release()
+            self._starts.remove(self)
         while response is not None and not response.has_error():
             outputs = {tensor.name(): tensor for tensor in response.output_tensors()}
-            self._pass_on([tensor for name, tensor in outputs.items() if name in requested])
-            if FINISH_REASON not in outputs or outputs[FINISH_REASON].as_numpy().item():
-                self._send_collected()
+            last = FINISH_REASON not in outputs or bool(outputs[FINISH_REASON].as_numpy().item())
+            self._pass_on(outputs, last=last)
+            if last:
                 return None
             with self._fetching:
                 response = self._send(
@@ -290,21 +307,25 @@ class _ProxiedRequest:
                 )
         return None if response is None else response.error()
 
-    def _pass_on(self, outputs: list[Any]) -> None:
-        """Send outputs to the client, or collect them for its only response."""
-        if self._collected is None:
-            if outputs:
-                self._sender.send(pb_utils.InferenceResponse(output_tensors=outputs))
+    def _pass_on(self, outputs: Mapping[str, Any], *, last: bool) -> None:
+        """Collect outputs, and send them to the client once they are enough for a response."""
+        if TOKENS in outputs:
+            self._num_collected += outputs[TOKENS].as_numpy().shape[1]
+        requested = self._request.requested_output_names()
+        tensors = [tensor for name, tensor in outputs.items() if name in requested]
+        complete = last or self._num_collected >= self._min_tokens
+        if self._collected or not complete:
+            for tensor in tensors:
+                self._collected.setdefault(tensor.name(), []).append(tensor.as_numpy().copy())
+        if not complete:
             return
-        for tensor in outputs:
-            self._collected.setdefault(tensor.name(), []).append(tensor.as_numpy().copy())
-
-    def _send_collected(self) -> None:
         if self._collected:
             tensors = [
                 pb_utils.Tensor(name, _joined(parts)) for name, parts in self._collected.items()
             ]
+        if tensors:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        self._collected, self._num_collected = {}, 0
 
     def _send(self, request: Any) -> Any:
         """Send a request to the stream model; returns its response, or None if it has none."""
@@ -360,12 +381,15 @@ class _ProxiedRequest:
                 f"parameter {MAX_TOKENS!r} is missing; expected {BY_NAME[MAX_TOKENS].limits}",
             )
         if values.get(STREAM, STREAM_INTERVAL in values):
-            self._collected = None
-        # The backend reads numbers from texts too; a BLS request takes no float parameters.
+            interval = values.get(STREAM_INTERVAL, 1)
+            assert isinstance(interval, int)
+            self._min_tokens = interval
+        # The backend reads numbers from texts too; a BLS request takes no float parameters. With
+        # `stream_interval` a request of ours would stay unanswered and keep others from being sent.
         passed = {
             name: repr(value) if isinstance(value, float) else value
             for name, value in parameters.items()
-            if name in values and name != STREAM
+            if name in values and name not in (STREAM, STREAM_INTERVAL)
         }
         return self._model_request(
             request_id=request_id,
@@ -374,8 +398,18 @@ class _ProxiedRequest:
             parameters={**passed, FETCH: True},
         )
 
+    def _read_group(self) -> bytes:
+        """The group of a request that may be refused later."""
+        try:
+            parameters = json.loads(self._request.parameters() or "{}")
+            return Request(
+                self.sequence_id, True, False, {}, parameters=parameters
+            ).fairness_group()
+        except (ValueError, RequestError):
+            return str(self.sequence_id).encode()
+
     def _model_request(self, **fields: Any) -> Any:
-        names = {*self._request.requested_output_names(), FINISH_REASON}
+        names = {*self._request.requested_output_names(), TOKENS, FINISH_REASON}
         return pb_utils.InferenceRequest(
             model_name=self._model,
             correlation_id=self.sequence_id,

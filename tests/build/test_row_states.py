@@ -1,13 +1,21 @@
 """States as people have them: passed in and returned, in Python attributes; and what is refused."""
 
+import itertools
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import inplace_builder as ib
 import pytest
 import torch
-from inplace_builder import RowOptions, capture_exported, capture_exported_rows
+from inplace_builder import (
+    BuildOptions,
+    RowOptions,
+    capture_exported,
+    capture_exported_rows,
+    write_engine,
+)
 from inplace_builder.errors import BuildError
 from support.row_cases import Of, Recurrent, RowCase, Streaming
 from support.row_checks import check_rows
@@ -222,6 +230,16 @@ def both_ways() -> nn.Module:
     return streaming(Of(lambda x: lstm(x)[0]))
 
 
+def branching_on_an_index(x: Tensor) -> Any:
+    place = (x.sum() * 9).long().reshape(1)
+    return torch.cond(
+        place[0] < 2,
+        lambda x, place: x.index_select(1, place),
+        lambda x, place: x[:, :1] * 2,
+        (x, place),
+    )
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -240,9 +258,23 @@ def both_ways() -> nn.Module:
         (lambda: streaming(Of(lambda x: x + torch.randn(4))), r"randn.* at .*row_cases.py.*random"),
         (both_ways, r"lstm.* at .*row_cases.py.* it is bidirectional: .*use one direction"),
         (
-            lambda: streaming(Of(lambda x: x[:, x.argmax().clamp(max=0)])),
-            r"data-dependent.* at .*test_row_states.py.*depends on a tensor's value; index",
+            lambda: streaming(Of(lambda x: x[:, int(x.argmax().clamp(max=0))])),
+            r"data-dependent.* at .*test_row_states.py.*depends on a tensor's value; index and",
         ),
+        (
+            lambda: streaming(Of(lambda x: x[:, : x.argmax()])),
+            r"how long a slice is depends on .*torch.arange.* at .*test_row_states.py",
+        ),
+        (
+            lambda: streaming(Of(lambda x: torch.full((1, 2), x.sum().item()))),
+            r"item.* at .*row_cases.py.*asks for a tensor's value, which every row has another of",
+        ),
+        (
+            lambda: streaming(Of(branching_on_an_index)),
+            r"torch.cond at .*row_cases.py.*index_select.*may index outside .*clamp the index",
+        ),
+        (lambda: streaming(Of(lambda x: (x * 2, 3))), r"output 1 of the module is 3, .*tensors"),
+        (lambda: streaming(Of(lambda x: None)), r"returns no tensor: .*return at least one"),
         (
             lambda: streaming(Of(lambda x: x.unique().sum()[None])),
             r"_unique2.* at .*row_cases.py.*cannot be run for several rows at once",
@@ -258,6 +290,92 @@ def test_what_no_engine_can_keep_is_refused_by_name_and_line(module: Any, messag
     shape = (1, 2, 4) if isinstance(made, Streaming) else (1, 4)
     with pytest.raises(BuildError, match=message):
         capture_exported_rows(made, RowOptions(4, max_requests=9), (torch.zeros(shape),))
+
+
+class Outside(nn.Module):
+    """Changes what is no part of it: no export sees that."""
+
+    total: Tensor
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+        self.register_buffer("total", torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        result: Tensor = self.total * self.change(x)
+        return result
+
+
+def counting() -> nn.Module:
+    numbers = itertools.count(1)
+    return Outside(lambda x: next(numbers))
+
+
+def closed_over() -> nn.Module:
+    kept = {"x": torch.ones(1, 4)}
+
+    def change(x: Tensor) -> Tensor:
+        kept["x"] = kept["x"] + x
+        return kept["x"]
+
+    return Outside(change)
+
+
+def looking_back() -> nn.Module:
+    def change(x: Tensor) -> Tensor:
+        n = module.get_buffer("n")
+        n.add_(1)
+        return module.get_buffer("past")[n - 3 : n - 1].sum()
+
+    module = Outside(change)
+    module.register_buffer("n", torch.zeros((), dtype=torch.int64))
+    module.register_buffer("past", torch.arange(1.0, 9.0))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (counting, r"differs from the model by .*Python object .* changes is held fast: .*buffer"),
+        (
+            closed_over,
+            r"keeps a tensor outside itself, in a closure or a global variable: .*buffer",
+        ),
+        (looking_back, r"differs from the model by"),
+    ],
+)
+def test_an_engine_is_compared_with_the_module_itself(
+    make: Callable[[], nn.Module], message: str, tmp_path: Path
+) -> None:
+    """Not with its export, which has lost what the module does outside of tensors."""
+    capture = capture_exported_rows(make(), RowOptions(2), (torch.ones(1, 4),))
+    with pytest.raises(BuildError, match=message):
+        write_engine(capture, tmp_path / "engine", BuildOptions(slots=3, max_rows=2))
+
+
+class Table(nn.Module):
+    """Writes where a client says."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(6, 2))
+
+    def forward(self, place: Tensor) -> Tensor:
+        self.table[place] = place + 1.0
+        return self.table.sum(0)
+
+
+def test_a_state_that_clients_index_within_limits_is_never_full(tmp_path: Path) -> None:
+    example = (torch.tensor([3]),)
+    with pytest.raises(BuildError, match=r"or the limits of the inputs that it indexes by"):
+        capture_exported_rows(Table(), RowOptions(2), example)
+    capture = capture_exported_rows(Table(), RowOptions(2, limits={"place": (0, 5)}), example)
+    assert capture.capacity is None
+    write_engine(capture, tmp_path / "engine", BuildOptions(slots=3, max_rows=2))
 
 
 @pytest.mark.parametrize(

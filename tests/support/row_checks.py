@@ -130,7 +130,7 @@ def _inputs(capture: Capture, case: RowCase, step: int, row: int) -> dict[str, T
 def _eager(module: nn.Module, states: list[Tensor], x: Tensor, outputs: int) -> list[Tensor]:
     """One step of a sequence alone; new states that are returned are kept for the next."""
     with torch.no_grad():
-        returned = pytree.tree_leaves(module(x, *states))
+        returned = [leaf for leaf in pytree.tree_leaves(module(x, *states)) if leaf is not None]
     if states:
         states[:] = returned[outputs:]
     return [tensor.clone() for tensor in returned[:outputs]]

@@ -26,6 +26,8 @@ from inplace_builder.graph.nodes import placeholders_by_name, value
 from inplace_builder.graph.passes import (
     check_state_uses,
     drop_dead_assertions,
+    give_indices_an_axis,
+    index_strided,
     normalise_assignments,
     remove_no_ops,
     resolve_constant_masks,
@@ -50,6 +52,8 @@ class ExportedCapture:
         original: the module as a function, before it was rewritten: takes the inputs and the states
             in their own shapes (parts of a tensor that was divided), returns the outputs and the
             states' new values.
+        eager: the module itself, with its states in its own memory.
+        places: the place of each input among the leaves of the module's arguments, by its name.
         inputs: names of the placeholders before ``slots``.
         states: in the order of the placeholders, and how each is updated.
         rows: 1; more if every state's first axis counts rows and each row has its own position.
@@ -60,6 +64,8 @@ class ExportedCapture:
     exported: ExportedProgram
     graph_module: GraphModule
     original: GraphModule
+    eager: torch.nn.Module
+    places: Mapping[str, int]
     inputs: tuple[str, ...]
     states: tuple[CapturedState, ...]
     rows: int
@@ -122,6 +128,7 @@ def capture_exported(
     if isinstance(example_inputs, Tensor):  # a sequence too: of its rows
         raise BuildError("example_inputs is one tensor, not a tuple of arguments: write (x,)")
     # 1. Export the module and make it a function: what it mutates goes in and comes out.
+    module = getattr(module, "_orig_mod", module)  # what torch.compile was called with
     if isinstance(module, torch.nn.Module):
         module, states = adapt_states(module, example_inputs, kwargs, states)
     elif isinstance(states, Mapping):
@@ -137,11 +144,14 @@ def capture_exported(
     functional.check_assumed(assume_consecutive)
     _check_slots_name_is_free(functional)
     graph_module = functional.graph_module
-    # 2. Keep a copy as it is: the reference to verify against.
+    # 2. Keep a copy as it is: what programs that share states are verified against.
     original = copy_module(graph_module)
-    # 3. Select by indices where masks are constant. Assign values instead of copying into slices.
+    # 3. Select by indices where masks are constant, and where a view reads memory. Assign values
+    #    instead of copying into slices.
+    index_strided(graph_module.graph)
     resolve_constant_masks(graph_module.graph, _constants(graph_module))
     normalise_assignments(graph_module.graph, functional.num_outputs)
+    give_indices_an_axis(graph_module.graph)
     # 4. Divide tensors that hold the states of several layers.
     functional = replace(
         functional,
@@ -162,7 +172,8 @@ def capture_exported(
     check_state_uses(functional.graph_module.graph, [state.name for state in captured])
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
-    return _described(exported, functional, original, captured, rows)
+    eager = module.module() if isinstance(module, ExportedProgram) else module
+    return _described(exported, functional, original, eager, captured, rows)
 
 
 def _constants(module: GraphModule) -> dict[Node, Tensor]:
@@ -215,6 +226,7 @@ def _described(
     exported: ExportedProgram,
     functional: FunctionalGraph,
     original: GraphModule,
+    eager: torch.nn.Module,
     states: tuple[CapturedState, ...],
     rows: int,
 ) -> ExportedCapture:
@@ -233,6 +245,8 @@ def _described(
         exported,
         functional.graph_module,
         original,
+        eager,
+        dict(zip(functional.inputs, functional.places, strict=True)),
         functional.inputs,
         states,
         rows,

@@ -1,5 +1,7 @@
 """The front-end for any module of one sequence: one row for each sequence, by batching rules."""
 
+import functools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,10 +14,11 @@ from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from pydantic import ValidationError
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from inplace_builder.capture.capture import Capture, complete_program, control_input
+from inplace_builder.capture.eager import EagerModule
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.errors import BuildError, brief, validation_reasons
 from inplace_builder.graph.export import (
@@ -171,7 +174,15 @@ def capture_rows(
     else:
         _check_positions(capture, options)
         capacity = options.max_requests
+    arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
+    if isinstance(module, ExportedProgram):
+        arguments = module.example_inputs
+    eager = EagerModule(capture.eager, arguments, capture.places)
     rows = RowsModule(capture, options)
+    if shared is None and not rows.outputs:
+        raise BuildError(
+            "the module returns no tensor: a request is answered with outputs; return at least one"
+        )
     try:
         program = Program(
             name=name,
@@ -206,23 +217,34 @@ def capture_rows(
         capacity,
         weights,
         lowering,
-        rows.reference,
+        functools.partial(rows.reference, eager),
         initial=initial,
+        caveat=_CAVEAT,
     )
     return CapturedRows(result, rows)
+
+
+_CAVEAT = (
+    "; a number, a list or another Python object that the module changes is held fast: keep it in "
+    "a buffer"
+)
+"""What else may explain that an engine differs from the module."""
 
 
 def _capacity(
     capture: ExportedCapture, states: Sequence[StateSpec], options: RowOptions
 ) -> int | None:
     """Maximum number of requests of a sequence; None if nothing grows."""
-    if options.max_requests is not None or not any(appends(state) for state in capture.states):
+    if options.max_requests is not None or not any(
+        appends(state, options.limits) for state in capture.states
+    ):
         return options.max_requests
     ends = [spec.shape[spec.axis] for spec in states if spec.axis is not None]
     if not ends:
         raise BuildError(
             "the module appends to its states: name the input that holds the position "
-            "(positions), or the maximum number of requests (max_requests)"
+            "(positions), or the maximum number of requests (max_requests), or the limits of the "
+            "inputs that it indexes by (limits)"
         )
     return min(ends)
 
@@ -240,7 +262,7 @@ def _check_positions(capture: ExportedCapture, options: RowOptions) -> None:
     room = {
         state.tensor.source: state.spec().shape[state.axis]
         for state in capture.states
-        if appends(state) and state.axis is not None
+        if appends(state, options.limits) and state.axis is not None
     }
     if not room:
         return
@@ -257,9 +279,14 @@ def _check_positions(capture: ExportedCapture, options: RowOptions) -> None:
         )
 
 
-def appends(state: CapturedState) -> bool:
-    """Whether a step writes behind what earlier ones wrote, until the state is full."""
-    return state.update is Update.APPEND and not state.is_fixed and not state.tensor.only_read
+def appends(state: CapturedState, limits: Collection[str]) -> bool:
+    """Whether a step writes behind what earlier ones wrote, until the state is full.
+
+    Not where its places start over, or are inputs of which the limits are given.
+    """
+    sources = state.index_sources
+    within = state.is_fixed or bool(sources and sources <= set(limits))
+    return state.update is Update.APPEND and not within and not state.tensor.only_read
 
 
 def row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
@@ -271,7 +298,9 @@ def row_spec(state: CapturedState, options: RowOptions) -> StateSpec:
     initial, spec = state.tensor.initial, state.spec()
     if initial.numel() and not bool((initial == spec.fill).all()):
         spec = spec.model_copy(update={"initial": spec.name})
-    if spec.update is Update.APPEND and (options.positions is None or state.is_fixed):
+    if spec.update is Update.APPEND and (
+        options.positions is None or not appends(state, options.limits)
+    ):
         # only the module knows where it writes
         return spec.model_copy(update={"update": Update.REPLACE, "axis": None})
     return spec
@@ -346,12 +375,14 @@ class RowsModule:
 
     Attributes:
         inputs, outputs: their descriptions for one row.
+        returned: the places of the outputs among what the module returns.
     """
 
     def __init__(self, capture: ExportedCapture, options: RowOptions) -> None:
         self.body = capture.graph_module
         self.original = capture.original
         self.states = capture.states
+        self.limits = frozenset(options.limits)
         graph = capture.exported.graph
         values = {name: node.meta["val"] for name, node in placeholders_by_name(graph).items()}
         self.inputs = tuple(_input_spec(name, values[name], options) for name in capture.inputs)
@@ -364,7 +395,9 @@ class RowsModule:
                 f"{[spec.name for spec in self.inputs if _is_integer(spec)]}"
             )
         self.shapes = [tuple(values[name].shape) for name in capture.inputs]
-        returned = [node for node in returned_values(graph) if node is not None]
+        self.num_returned = len(returned_values(graph))
+        returned = _returned_tensors(returned_values(graph))
+        self.returned = tuple(returned)
         names = options.outputs
         if names is None:
             names = tuple(f"output_{place}" for place in range(len(returned)))
@@ -375,7 +408,7 @@ class RowsModule:
             )
         self.outputs = tuple(
             _output_spec(name, value(node), options)
-            for name, node in zip(names, returned, strict=True)
+            for name, node in zip(names, returned.values(), strict=True)
         )
         if unknown := sorted(options.roles.keys() - set(names)):
             raise BuildError(f"roles were given for {unknown}; the outputs are {list(names)}")
@@ -394,19 +427,39 @@ class RowsModule:
             for spec in states
         ]
         shaped = [graph.reshaped(*each) for each in zip(inputs, self.shapes, strict=True)]
-        returned = graph.run(self.body, [*shaped, graph.reshaped(slot, (1,)), *memory])
-        results = [node for node in returned if node is not None]
+        results = graph.run(self.body, [*shaped, graph.reshaped(slot, (1,)), *memory])
         return graph.finish(
-            [graph.reshaped(x, spec.shape) for x, spec in zip(results, self.outputs, strict=True)]
+            [
+                graph.reshaped(results[place], spec.shape)
+                for place, spec in zip(self.returned, self.outputs, strict=True)
+            ]
         )
 
-    def reference(self, requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """A `Reference`: the original module, before anything of it was rewritten."""
-        states = [state.tensor.initial.clone() for state in self.states]
-        outputs: dict[str, Tensor] = {}
-        for index, request in enumerate(requests):
-            outputs, states = self.call(request, states, index)
-        return outputs
+    def reference(
+        self, eager: EagerModule, requests: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """A `Reference`, of the module itself on one sequence."""
+        given = [
+            {
+                spec.name: _reference_input(spec, shape, request, index)
+                for spec, shape in zip(self.inputs, self.shapes, strict=True)
+            }
+            for index, request in enumerate(requests)
+        ]
+        returned = eager.run(given)
+        results: dict[str, Tensor] = {}
+        for spec, place in zip(self.outputs, self.returned, strict=True):
+            result = torch.as_tensor(returned[place])
+            if result.numel() != math.prod(spec.shape) or result.dtype != spec.dtype.as_torch:
+                raise BuildError(
+                    f"output {spec.name} of the module is {list(result.shape)} {result.dtype} at "
+                    f"request {len(requests)} of a sequence, and {list(spec.shape)} "
+                    f"{spec.dtype.as_torch} at its export: its extents depend on values, or a "
+                    f"Python branch on what no graph has; use torch.where, and masks over fixed "
+                    f"extents"
+                )
+            results[spec.name] = result.reshape(spec.shape)
+        return results
 
     def call(
         self, request: Mapping[str, Tensor], states: Sequence[Tensor], index: int = 0
@@ -426,12 +479,30 @@ class RowsModule:
             for spec, shape in zip(self.inputs, self.shapes, strict=True)
         ]
         with torch.no_grad():
-            leaves = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
-        results = [leaf for leaf in leaves if leaf is not None]
+            results = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
         outputs = {
-            spec.name: x.reshape(spec.shape) for spec, x in zip(self.outputs, results, strict=False)
+            spec.name: results[place].reshape(spec.shape)
+            for spec, place in zip(self.outputs, self.returned, strict=True)
         }
-        return outputs, results[len(self.outputs) :]
+        return outputs, results[self.num_returned :]
+
+
+def _returned_tensors(returned: Sequence[Any]) -> dict[int, Node]:
+    """What a module returns that is a tensor, by its place; None is left out.
+
+    Raises:
+        BuildError: it returns something else.
+    """
+    tensors: dict[int, Node] = {}
+    for place, node in enumerate(returned):
+        if isinstance(node, Node) and isinstance(value(node), Tensor):
+            tensors[place] = node
+        elif node is not None:
+            kind = "a number that depends on a tensor's value" if isinstance(node, Node) else node
+            raise BuildError(
+                f"output {place} of the module is {kind!s}, which is no tensor; return tensors only"
+            )
+    return tensors
 
 
 def _reference_input(

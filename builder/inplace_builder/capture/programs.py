@@ -63,7 +63,9 @@ class ProgramsCapture:
         """By program, the states that its module writes as one appends to them."""
         return {
             program: tuple(
-                name for name, state in zip(names, rows.states, strict=True) if appends(state)
+                name
+                for name, state in zip(names, rows.states, strict=True)
+                if appends(state, rows.limits)
             )
             for program, (rows, names) in self.modules.items()
         }

@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from inplace_builder.errors import BuildError
 from inplace_builder.graph.nodes import copy_graph
+from inplace_builder.graph.value_independent import ValueIndependent
 
 MAX_VALUES = 64
 """Values of an extent that are tried, beside its largest one."""
@@ -78,32 +79,32 @@ def export_module(
     if isinstance(module, ExportedProgram):
         return _copy_program(module)
     failures: list[Exception] = []
+    asking: list[ExportedProgram] = []
     # size-oblivious, so that an extent of 1 may vary; a position that is passed as a Python number
     # needs the usual rules
-    modes: tuple[Callable[[], AbstractContextManager[None]], ...] = (size_oblivious, nullcontext)
-    for mode in modes:
+    modes: tuple[_Mode, ...] = (size_oblivious, nullcontext)
+    # only where a line asks for a tensor's value, so that every other module is exported as it is
+    for values, mode in itertools.product((nullcontext, ValueIndependent), modes):
+        if asking and values is nullcontext:
+            continue
         try:
-            with (
-                torch.no_grad(),
-                correct_lstm(),
-                masks_as_given(),
-                warnings.catch_warnings(),
-                mode(),
-                named_extents(),
-            ):
-                warnings.simplefilter("ignore")
-                return torch.export.export(
-                    module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
-                )
+            with mode(), values():
+                exported = _exported(module, example_inputs, dynamic_shapes, kwargs)
         except Exception as error:
             failures.append(error)
+            continue
+        if values is ValueIndependent or not _asks_for_values(exported):
+            return exported
+        asking.append(exported)
+    if asking:
+        return asking[0]
     hint = example_hint(example_inputs) if dynamic_shapes else ""
     text = str(failures[-1])
     if isinstance(failures[-1], GuardOnDataDependentSymNode | DataDependentOutputException):
         text = (
             f"{text.splitlines()[0]}{failing_line(failures[-1])}: what the line does depends on a "
-            f"tensor's value; index with a tensor of one axis, as x[:, n.view(1)] or "
-            f"x.index_copy_(1, n.view(1), new), and choose with torch.where"
+            f"tensor's value; index and calculate with the tensor itself, as x[:, n] * n, and "
+            f"choose with torch.where instead of a branch"
         )
         raise BuildError(
             f"torch.export cannot capture {type(module).__name__}: {text}"
@@ -112,6 +113,35 @@ def export_module(
     raise BuildError(
         f"torch.export cannot capture {type(module).__name__}: {text}{line}{hint}"
     ) from failures[-1]
+
+
+_Mode = Callable[[], AbstractContextManager[Any]]
+
+
+def _exported(
+    module: torch.nn.Module,
+    example_inputs: Sequence[Any],
+    dynamic_shapes: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> ExportedProgram:
+    """Export a module once."""
+    with (
+        torch.no_grad(),
+        correct_lstm(),
+        masks_as_given(),
+        warnings.catch_warnings(),
+        named_extents(),
+    ):
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
+        )
+
+
+def _asks_for_values(exported: ExportedProgram) -> bool:
+    """Whether a graph asks for the value of a tensor."""
+    asking = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+    return any(node.target in asking for node in exported.graph.nodes)
 
 
 def example_hint(example_inputs: Sequence[Any]) -> str:

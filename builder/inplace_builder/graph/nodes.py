@@ -142,10 +142,13 @@ def source_line(node: Node) -> str:
     frames = [
         f" at {where.removeprefix('File ')} ({code})"
         for where, code in zip(lines[-2::-1], lines[::-1], strict=False)
-        if where.startswith("File ")
+        if where.startswith("File ") and _TRACED not in where
     ]
     return next((line for line in frames if _PYTORCH not in line), next(iter(frames), ""))
 
+
+_TRACED = '"<eval_with_key>'
+"""The file that PyTorch names for code of a graph, such as a branch of ``torch.cond``."""
 
 _PYTORCH = str(Path(torch.nn.__file__).parent)
 """The folder of PyTorch's own layers."""

@@ -22,6 +22,7 @@ from inplace_builder.graph.nodes import (
     argument,
     dtype,
     fake_result,
+    insert_constant,
     is_call,
     placeholders_by_name,
     returned_values,
@@ -64,6 +65,40 @@ def normalise_assignments(graph: Graph, num_outputs: int) -> None:
             node.replace_all_uses_with(assigned)
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def cast_copies(exported: ExportedProgram) -> None:
+    """Cast what a module copies into a tensor of another type, in place.
+
+    PyTorch 2.11 forgets the cast of ``state.copy_(x)`` when it makes a program functional.
+    """
+    graph = exported.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        old, new = node.args[0], node.args[1]
+        if isinstance(new, Node) and dtype(new) != dtype(old):
+            with Emitter(graph, node).before(node) as emit:
+                node.update_arg(1, emit.call(aten.to.dtype, new, dtype(old)))
+    exported.graph_module.recompile()
+
+
+_INDEXED_ALONG_AN_AXIS = (
+    aten.index_select.default,
+    aten.index_copy.default,
+    aten.index_add.default,
+    aten.index_reduce.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+)
+"""Operators ``(x, axis, index, …)`` whose index has one axis, or none for one entry."""
+
+
+def give_indices_an_axis(graph: Graph) -> None:
+    """Give an index of no axes one, in place: it means the same, and rules expect one."""
+    for node in list(graph.nodes):
+        if is_call(node, *_INDEXED_ALONG_AN_AXIS) and not value(node.args[2]).dim():
+            with Emitter(graph, node).before(node) as emit:
+                index = emit.call(aten.reshape.default, node.args[2], [1])
+            node.args = (*node.args[:2], index, *node.args[3:])
 
 
 def _assigned_value(emit: Emitter, old: Any, new: Any) -> Node:
@@ -198,6 +233,75 @@ class _MaskWalk:
 
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Node) and value(index).dtype in (torch.bool, torch.uint8)
+
+
+def index_strided(graph: Graph) -> None:
+    """Replace ``as_strided``, which reads memory, by an index, which reads elements, in place.
+
+    Passes and rows may lay out a tensor in another way than PyTorch does. Where the elements are is
+    known from the export. A call stays where an extent is not known or memory has gaps.
+
+    Args:
+        graph: functional, as it was exported; its module gets the indices as buffers.
+    """
+    for node in list(graph.nodes):
+        if not is_call(node, aten.as_strided.default):
+            continue
+        root = _memory_of(node)
+        index = None if root is None else _elements(value(root), value(node))
+        if root is None or index is None:
+            continue
+        with graph.inserting_before(node):
+            constant = insert_constant(graph, index.reshape(-1), "elements")
+        fake_mode = value(root).fake_mode
+        constant.meta["val"] = fake_mode.from_tensor(index.reshape(-1), static_shapes=True)
+        with Emitter(graph, node).before(node) as emit:
+            flat = emit.call(aten.reshape.default, root, [-1])
+            chosen = emit.call(aten.index_select.default, flat, 0, constant)
+            node.replace_all_uses_with(emit.call(aten.reshape.default, chosen, list(index.shape)))
+        graph.erase_node(node)
+
+
+def _memory_of(node: Node) -> Node | None:
+    """The first node whose memory a view has; None if it is not known."""
+    while True:
+        memory = _storage(node)
+        if memory is None:
+            return None
+        source = next((each for each in node.all_input_nodes if _storage(each) == memory), None)
+        if source is None:
+            return node
+        node = source
+
+
+def _storage(node: Node) -> Any:
+    """What tells apart the memory of tensors; for several results, that of the first."""
+    given = node.meta.get("val")
+    if isinstance(given, list | tuple) and given:
+        given = given[0]
+    return given.untyped_storage()._cdata if isinstance(given, Tensor) else None
+
+
+def _elements(root: Tensor, view: Tensor) -> Tensor | None:
+    """Which elements of a tensor a view of its memory has, in the view's shape.
+
+    Returns:
+        None if the tensor does not fill its memory, or if an extent is not known.
+    """
+    extents = (*root.shape, *root.stride(), *view.shape, *view.stride())
+    if not all(isinstance(each, int) for each in extents) or root.dtype != view.dtype:
+        return None
+    count = root.numel()
+    places = torch.arange(count)
+    try:
+        own = places.as_strided(root.shape, root.stride(), root.storage_offset()).reshape(-1)
+        if own.unique().numel() != count:
+            return None
+        order = torch.empty_like(places)
+        order[own] = places
+        return order.as_strided(view.shape, view.stride(), view.storage_offset())
+    except RuntimeError:  # it reaches beyond the tensor
+        return None
 
 
 def drop_dead_assertions(graph: Graph) -> None:

@@ -124,6 +124,17 @@ def pointwise(target: Any, *arguments: Any, **options: Any) -> Any:
     return target(*arguments, **{name: aligned(each) for name, each in options.items()})
 
 
+def chosen(predicate: Any, one: Any, other: Any) -> Any:
+    """The result of ``torch.cond``: each row has one branch's, of the same shape and type."""
+    extents = (1,) * rank(one)
+    if isinstance(predicate, RowTensor):
+        mask = predicate.rows.reshape(predicate.rows.shape[0], *extents)
+    else:
+        mask = predicate.reshape(1, *extents)
+    one, other = (x.rows if isinstance(x, RowTensor) else x[None] for x in (one, other))
+    return torch.where(mask, one, other)
+
+
 # Products.
 
 
@@ -242,6 +253,27 @@ def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     x, mask = torch.broadcast_tensors(x, mask)
     places = mask.reshape(-1).cumsum(0).sub(1).clamp(0, source.numel() - 1)
     return torch.where(mask, source.reshape(-1)[places].reshape(x.shape), x)
+
+
+def as_strided_scatter(
+    x: Tensor,
+    new: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
+    """``aten::as_strided_scatter`` with an index, for a tensor that fills its memory in order."""
+    if not x.is_contiguous() or x.storage_offset():
+        raise ValueError("it writes the memory of a view")
+    places = torch.arange(x.numel()).as_strided(size, stride, storage_offset or 0)
+    return x.reshape(-1).index_copy(0, places.reshape(-1), new.reshape(-1)).reshape(x.shape)
+
+
+def _view_as_type(x: Any, dtype: torch.dtype) -> Any:
+    """The bytes of each row as another type: the last axis changes with the size of an element."""
+    if rank(x) == 0 and x.rows.dtype.itemsize != dtype.itemsize:
+        return NotImplemented
+    return x.rows.contiguous().view(dtype)
 
 
 def _batch_norm(
@@ -437,6 +469,7 @@ def _rules() -> dict[Any, Rule]:
         aten.stft.default: _stft,
         aten.index_put.default: _index_put,
         aten.expand.default: _expand,
+        aten.view.dtype: _view_as_type,
         aten.contiguous.default: _contiguous,
         aten.clone.default: _clone,
         aten.to.other: _to_other,

@@ -26,10 +26,14 @@ from inplace_builder.graph.nodes import source_line, value
 from inplace_builder.packing.row_rules import (
     RULES,
     RowTensor,
+    as_strided_scatter,
+    chosen,
     masked_scatter,
     pointwise,
     trilinear,
 )
+
+aten: Any = torch.ops.aten
 
 
 class _NoRuleError(Exception):
@@ -142,6 +146,8 @@ class RowGraph:
         if node.target is operator.getitem and isinstance(known[node.all_input_nodes[0]], list):
             return known[node.all_input_nodes[0]][node.args[1]]
         args, kwargs = map_arg((node.args, node.kwargs), lambda each: known[each])
+        if node.target is torch.ops.higher_order.cond:
+            return self._chosen(node, args)
         sources = [known[each] for each in node.all_input_nodes]
         if not any(source in self._per_row for source in sources):
             copied = self.graph.create_node("call_function", node.target, args, kwargs)
@@ -154,8 +160,28 @@ class RowGraph:
         except NotImplementedError as reason:
             raise _refusal(node, str(reason)) from reason
 
+    def _chosen(self, node: Node, args: Any) -> list[Any]:
+        """Both branches of a ``torch.cond``, and for each row the results of one of them."""
+        predicate, *_, operands = args
+        branches = []
+        for branch in node.args[1:3]:
+            assert isinstance(branch, Node) and node.graph.owning_module is not None
+            module = torch.fx.graph_module._get_attr(node.graph.owning_module, str(branch.target))
+            check_branch(node, module)
+            branches.append(self.run(module, operands))
+        results = []
+        for pair in zip(*branches, strict=True):
+            traced, nodes = self._trace(node.target, chosen, (predicate, *pair), {})
+            results.append(self._inline(traced, nodes, node)[0])
+        return results
+
     def _over_rows(self, node: Node, args: Any, kwargs: Any) -> Any:
         target, failures = node.target, []
+        if target in (aten.item.default, aten._local_scalar_dense.default):
+            raise NotImplementedError(
+                "it asks for a tensor's value, which every row has another of; compute with the "
+                "tensor itself"
+            )
         if not isinstance(target, torch._ops.OpOverload):
             raise _NoRuleError(f"{target} is no operator of PyTorch's")
         rule = RULES.get(target)
@@ -254,6 +280,7 @@ class RowGraph:
 _OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._trilinear.default: trilinear,
     torch.ops.aten.masked_scatter.default: masked_scatter,
+    torch.ops.aten.as_strided_scatter.default: as_strided_scatter,
 }
 
 
@@ -350,6 +377,62 @@ def _never_row_by_row() -> Iterator[None]:
         yield
     finally:
         functorch._set_vmap_fallback_enabled(enabled)
+
+
+_INDEX_ARGUMENTS: dict[Any, int] = {
+    aten.index.Tensor: 1,
+    aten.index_put.default: 1,
+    aten.index_select.default: 2,
+    aten.index_copy.default: 2,
+    aten.index_add.default: 2,
+    aten.gather.default: 2,
+    aten.scatter.src: 2,
+    aten.scatter.value: 2,
+    aten.scatter_add.default: 2,
+    aten.embedding.default: 1,
+    aten.take.default: 1,
+}
+"""The position of the index among the arguments of operators that have one."""
+
+_WITHIN = (
+    aten.clamp.default,
+    aten.remainder.Scalar,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.arange.default,
+)
+"""Operators whose result is within limits whatever is computed from."""
+
+
+def check_branch(cond: Node, branch: GraphModule) -> None:
+    """BuildError if a branch of ``torch.cond`` cannot be computed where it is not taken."""
+    for node in branch.graph.nodes:
+        place = _INDEX_ARGUMENTS.get(node.target)
+        if place is None:
+            continue
+        indices = torch.utils._pytree.tree_leaves(node.args[place])
+        for index in indices:
+            while isinstance(index, Node) and index.target in _KEEP_VALUES:
+                index = index.args[0]
+            if isinstance(index, Node) and index.op != "get_attr" and index.target not in _WITHIN:
+                raise BuildError(
+                    f"torch.cond{source_line(cond)} cannot be run for several rows at once: both "
+                    f"branches are computed and one is chosen for each row, and {node.target}"
+                    f"{source_line(node)} may index outside where its branch is not taken; clamp "
+                    f"the index inside the branch"
+                )
+
+
+_KEEP_VALUES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+)
+"""Operators that change no value."""
 
 
 def _refusal(node: Node, reason: str) -> BuildError:

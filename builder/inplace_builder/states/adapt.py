@@ -159,25 +159,68 @@ def _named_leaves(
 # Python attributes.
 
 
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes of every module that are PyTorch's."""
+
+MAX_DEPTH = 3
+"""Objects, lists and dictionaries between a module and an attribute with a tensor."""
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module and its parts that hold tensors or numbers, by their path."""
+    """Attributes of a module, its parts and their objects that hold tensors or numbers.
+
+    Returns:
+        Their values by their path: ``encoder.hidden``, ``encoder.cache.keys``, ``caches.0.keys``.
+    """
     attributes: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def collect(path: str, value: Any, depth: int) -> None:
+        leaves = pytree.tree_leaves(value)
+        if isinstance(value, int | float) or any(isinstance(x, Tensor) for x in leaves):
+            attributes[path] = value
+        elif depth < MAX_DEPTH and id(value) not in seen:
+            seen.add(id(value))
+            for name, held in _held(value):
+                collect(f"{path}.{name}", held, depth + 1)
+
     for prefix, part in module.named_modules():
         for name, value in vars(part).items():
-            if name.startswith("_") or name == "training" or isinstance(value, nn.Module):
-                continue
-            leaves = pytree.tree_leaves(value)
-            if isinstance(value, int | float) or any(isinstance(x, Tensor) for x in leaves):
-                attributes[f"{prefix}.{name}" if prefix else name] = value
+            if name not in _OWN_ATTRIBUTES and not isinstance(value, nn.Module):
+                collect(f"{prefix}.{name}" if prefix else name, value, 0)
     return attributes
+
+
+def _held(value: Any) -> list[tuple[str, Any]]:
+    """What an object, a list or a dictionary holds, by name."""
+    if isinstance(value, list | tuple):
+        return [(str(place), each) for place, each in enumerate(value)]
+    if isinstance(value, dict):
+        return [(key, each) for key, each in value.items() if isinstance(key, str)]
+    known = isinstance(value, nn.Module | type | torch.dtype) or callable(value)
+    if known or type(value).__module__.partition(".")[0] == "torch":
+        return []
+    return list(getattr(value, "__dict__", {}).items())
+
+
+def _holder(module: nn.Module, path: str) -> Any:
+    """The object at a path, which an attribute belongs to; None if there is none."""
+    holder: Any = module
+    for name in path.split(".") if path else ():
+        if isinstance(holder, nn.Module) and name in holder._modules:
+            holder = holder._modules[name]
+        else:
+            held = vars(holder) if isinstance(holder, nn.Module) else dict(_held(holder))
+            holder = held.get(name)
+    return holder
 
 
 def _refuse_late(before: nn.Module, after: nn.Module, attributes: Mapping[str, Any]) -> None:
     """BuildError if an attribute holds a tensor only after the first step."""
-    parts = dict(before.named_modules())
     for path, value in attributes.items():
         prefix, _, name = path.rpartition(".")
-        old = vars(parts[prefix]).get(name, _MISSING) if prefix in parts else _MISSING
+        holder = _holder(before, prefix)
+        old = getattr(holder, "__dict__", {}).get(name, _MISSING)
         if old is None or (old is not _MISSING and not pytree.tree_leaves(old)):
             raise BuildError(
                 f"attribute {path} is {old!r} before the first step and "
@@ -245,43 +288,52 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 def _with_buffers(module: nn.Module, attributes: Mapping[str, Any]) -> nn.Module:
     """The module with these attributes as buffers; ``forward`` makes containers of theirs."""
     copied = _shallow_copy(module)
-    containers: dict[str, tuple[list[str], Any]] = {}
+    containers: dict[str, tuple[str, list[str], Any]] = {}
     for path, value in attributes.items():
         prefix, _, name = path.rpartition(".")
-        part = copied.get_submodule(prefix)
-        if isinstance(value, Tensor):
+        part = _holder(copied, prefix)
+        if isinstance(value, Tensor) and isinstance(part, nn.Module):
             del part.__dict__[name]
             part.register_buffer(name, value, persistent=False)
             continue
         leaves, spec = pytree.tree_flatten(value)
-        names = [f"{name}_{place}" for place in range(len(leaves))]
+        owner, base = _owner(copied, path)
+        names = [base] if isinstance(value, Tensor) else [f"{base}_{x}" for x in range(len(leaves))]
         for each, leaf in zip(names, leaves, strict=True):
-            part.register_buffer(each, leaf, persistent=False)
-        containers[path] = (names, spec)
+            copied.get_submodule(owner).register_buffer(each, leaf, persistent=False)
+        containers[path] = (owner, names, spec)
     if not containers:
         return copied
     forward = type(copied).forward
 
     @functools.wraps(forward)
     def adapted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kept: dict[str, tuple[nn.Module, str, Any, list[Tensor]]] = {}
-        for path, (names, spec) in containers.items():
+        kept: list[tuple[dict[str, Any], str, Any, list[Tensor]]] = []
+        for path, (owner, names, spec) in containers.items():
             prefix, _, name = path.rpartition(".")
-            part = self.get_submodule(prefix)
-            tensors = [part.get_buffer(each) for each in names]
-            kept[path] = (part, name, part.__dict__[name], tensors)
-            part.__dict__[name] = pytree.tree_unflatten(tensors, spec)
+            attributes = vars(_holder(self, prefix))
+            tensors = [self.get_submodule(owner).get_buffer(each) for each in names]
+            kept.append((attributes, name, attributes[name], tensors))
+            attributes[name] = pytree.tree_unflatten(tensors, spec)
         try:
             returned = forward(self, *args, **kwargs)
-            for part, name, _, tensors in kept.values():
-                new = pytree.tree_leaves(part.__dict__[name])
+            for attributes, name, _, tensors in kept:
+                new = pytree.tree_leaves(attributes[name])
                 _copy_all(zip(tensors, new, strict=True))
         finally:
-            for part, name, original, _ in kept.values():
-                part.__dict__[name] = original
+            for attributes, name, original, _ in kept:
+                attributes[name] = original
         return returned
 
     return _of_class(copied, adapted)
+
+
+def _owner(module: nn.Module, path: str) -> tuple[str, str]:
+    """The part of a module that an attribute of an object is kept in, and its name there."""
+    names = path.split(".")
+    parts = dict(module.named_modules())
+    count = next(n for n in reversed(range(len(names))) if ".".join(names[:n]) in parts)
+    return ".".join(names[:count]), "_".join(names[count:])
 
 
 def _of_class(module: nn.Module, forward: Any) -> nn.Module:

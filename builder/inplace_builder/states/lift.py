@@ -38,7 +38,7 @@ from inplace_builder.graph.nodes import (
     source_line,
     value,
 )
-from inplace_builder.graph.passes import check_deterministic, check_writes
+from inplace_builder.graph.passes import cast_copies, check_deterministic, check_writes
 from inplace_builder.states.state import SLOTS, Owner, StateTensor
 
 aten = torch.ops.aten
@@ -55,6 +55,7 @@ class FunctionalGraph:
         states: in the order of the placeholders.
         inputs: names of the placeholders before them.
         example_inputs: a tensor or a number for each of them.
+        places: the place of each of them among the leaves of the module's arguments.
         num_outputs: how many outputs are returned before the states' values.
         range_constraints: torch.export's range of each dynamic extent.
     """
@@ -63,6 +64,7 @@ class FunctionalGraph:
     states: tuple[StateTensor, ...]
     inputs: tuple[str, ...]
     example_inputs: tuple[Any, ...]
+    places: tuple[int, ...]
     num_outputs: int
     range_constraints: Mapping[Any, Any]
 
@@ -108,6 +110,7 @@ def lift_mutated_buffers(
     merge_shared_buffers(exported)
     writers = find_first_writers(exported)
     check_writes(exported)
+    cast_copies(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
@@ -421,10 +424,12 @@ def _lift(
     inputs: list[str] = []
     example_inputs: list[Any] = []
     only_read: dict[str, Node] = {}
+    places: list[int] = []
+    arguments = itertools.count()
     for spec in signature.input_specs:
         node = nodes[spec.arg.name]
         if spec.kind is InputKind.USER_INPUT:
-            leaf = next(leaves, None)
+            leaf, place = next(leaves, None), next(arguments)
             if isinstance(spec.arg, ConstantArgument):
                 graph.erase_node(node)  # a Python constant, part of the graph
             elif isinstance(spec.arg, TensorArgument) and node.name in written_inputs:
@@ -432,6 +437,7 @@ def _lift(
             else:
                 inputs.append(node.name)
                 example_inputs.append(leaf)
+                places.append(place)
         elif (target := _attribute_target(spec)) is not None:
             tensor = _attribute_tensor(program, target)
             reads = target in shared and target not in written_buffers and bool(node.users)
@@ -466,6 +472,7 @@ def _lift(
         states,
         tuple(inputs),
         tuple(example_inputs),
+        tuple(places),
         len(outputs),
         program.range_constraints,
     )

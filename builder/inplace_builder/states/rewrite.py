@@ -29,7 +29,7 @@ from inplace_builder.states.attention import (
     UnfusedAttention,
     match_cache_attentions,
 )
-from inplace_builder.states.indices import number_as_tensor
+from inplace_builder.states.indices import number_as_tensor, source_placeholders
 from inplace_builder.states.state import SLOTS, CapturedState, StateTensor, common_rows
 from inplace_builder.states.writes import (
     MatchContext,
@@ -465,7 +465,20 @@ def _describe_updates(state: StateTensor, chain: WriteChain, rows: int) -> Captu
         is_fixed=all(
             isinstance(write.start, int) or _starts_over(write.start) for write in chain.writes
         ),
+        index_sources=_sources([write.start for write in chain.writes]),
     )
+
+
+def _sources(starts: Sequence[Any]) -> frozenset[str] | None:
+    """The placeholders that places are computed from; None if one is not understood."""
+    sources: set[str] = set()
+    for start in starts:
+        if isinstance(start, Node):
+            placeholders = source_placeholders(start)
+            if placeholders is None:
+                return None
+            sources |= {placeholder.name for placeholder in placeholders}
+    return frozenset(sources)
 
 
 def _starts_over(start: Any) -> bool:

@@ -103,6 +103,7 @@ class CapturedState:
         axis: the axis of a slot that an append grows along, else None.
         is_fixed: every step writes at the same places, or at a remainder (``n % capacity``): the
             state is never full.
+        index_sources: the placeholders that the places are computed from; None if unknown.
     """
 
     tensor: StateTensor
@@ -113,6 +114,7 @@ class CapturedState:
     update: Update
     axis: int | None
     is_fixed: bool = False
+    index_sources: frozenset[str] | None = None
 
     @property
     def name(self) -> str:

@@ -188,9 +188,10 @@ def test_calls_may_have_fewer_rows(folder: Path, text: str, expected: dict[str, 
     settings = Settings.parse(served_with(text), manifest)
     assert expected.items() <= settings.call_rows.items()
     instance = open_model(
-        folder, manifest, idle_timeout=1.0, trust=None, call_rows=settings.call_rows
+        folder, manifest, idle_timeout=1, trust=None, call_rows=settings.call_rows, loop_calls=3
     )
     assert isinstance(instance, ScheduledInstance)
+    assert instance.loop_calls == 3
     assert instance.max_rows == {"listen": 4, "speak": 4, **settings.call_rows}
 
 

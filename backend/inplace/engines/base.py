@@ -43,3 +43,23 @@ class StepEngine(Protocol):
             inputs: all inputs of the program by name, on the host.
             requested: names of the outputs to return; the others may stay on the device.
         """
+
+
+class RepeatingEngine(StepEngine, Protocol):
+    """A loaded program that can be stepped several times in succession."""
+
+    def launch_repeated(
+        self, inputs: Mapping[str, Tensor], requested: Collection[str], count: int
+    ) -> Finish:
+        """Begin several steps of the same inputs, one after the other.
+
+        Nothing waits between them: each sees the states that the one before has written.
+
+        Args:
+            inputs: as for `launch`.
+            requested: as for `launch`.
+            count: how many steps.
+
+        Returns:
+            As `launch`; the outputs have one more axis in front, ``[count, rows, ...]``.
+        """

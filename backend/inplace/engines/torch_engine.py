@@ -52,20 +52,49 @@ class TorchEngine:
         """Prepare a step, see `inplace.engines.base.StepEngine.launch`; it runs when finished."""
         return partial(self._step, inputs, requested)
 
+    def launch_repeated(
+        self, inputs: Mapping[str, Tensor], requested: Collection[str], count: int
+    ) -> Finish:
+        """Prepare several steps, see `inplace.engines.base.StepEngine.launch_repeated`."""
+        return partial(self._steps, inputs, requested, count)
+
+    def _steps(
+        self,
+        inputs: Mapping[str, Tensor],
+        requested: Collection[str],
+        count: int,
+        while_waiting: AbstractContextManager[object],
+    ) -> dict[str, Tensor]:
+        with while_waiting:
+            steps = []
+            for _ in range(count):
+                outputs = self._compute(inputs, requested)
+                # copied, because an output may be memory of a state, which the next step writes
+                steps.append({name: output.clone() for name, output in outputs.items()})
+            return {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
+
     def _step(
         self,
         inputs: Mapping[str, Tensor],
         requested: Collection[str],
         while_waiting: AbstractContextManager[object],
     ) -> dict[str, Tensor]:
-        with while_waiting, torch.inference_mode():
+        with while_waiting:
+            outputs = self._compute(inputs, requested)
+            return {name: output.cpu() for name, output in outputs.items()}
+
+    def _compute(
+        self, inputs: Mapping[str, Tensor], requested: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The requested outputs of a step, on the engine's device."""
+        with torch.inference_mode():
             arguments = [
                 inputs[spec.name].to(self._device, non_blocking=True)
                 for spec in self._program.inputs
             ]
             outputs = self._module(*arguments)
             return {
-                spec.name: output.cpu()
+                spec.name: output
                 for spec, output in zip(self._program.outputs, outputs, strict=True)
                 if spec.name in requested
             }

@@ -148,25 +148,27 @@ class ScheduleProgress:
         """Whether the schedule has ended."""
         return self.loop == len(self.loops)
 
-    def add(self, outputs: CallOutputs, row: int) -> None:
-        """Keep what a call produced in this row, and go to the next place."""
+    def add(self, outputs: CallOutputs, row: int) -> bool:
+        """Keep what a call produced in this row, and go to the next place.
+
+        Returns:
+            Whether that is another place than that of the call: it was the last one there.
+        """
         for name, rows in outputs.tokens.items():
             self.tokens.setdefault(name, []).extend([token for token in rows[row] if token >= 0])
         for name, tensor in outputs.values.items():
             self.values[name] = tensor, row
-        self._advance(outputs, row)
-
-    def _advance(self, outputs: CallOutputs, row: int) -> None:
         loop, call = self.loops[self.loop], self.next_call
         self.count += 1
         if not self._ends(call, self.count, outputs, row):
-            return
+            return False
         self.count, self.call = 0, self.call + 1
         if self.call < len(loop.calls):
-            return
+            return True
         self.call, self.rounds = 0, self.rounds + 1
         if self._ends(loop, self.rounds, outputs, row):
             self.rounds, self.loop = 0, self.loop + 1
+        return True
 
     def _ends(self, each: Call | Loop, count: int, outputs: CallOutputs, row: int) -> bool:
         """Whether so many calls, or rounds, were the last ones."""

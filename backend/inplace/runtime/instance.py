@@ -1,6 +1,6 @@
 """A model instance: one engine, its arena and its sequences. All drivers run steps through it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ class InFlightStep:
         finish: waits for it; an exception if it could not be launched.
         seconds: from its launch until it was waited for.
         failed: the engine raised.
+        num_calls: how many times the program is called, of a schedule.
     """
 
     batch: Batch
@@ -44,6 +45,7 @@ class InFlightStep:
     finish: Finish | Exception
     seconds: float = 0.0
     failed: bool = False
+    num_calls: int = 1
 
 
 class ModelInstance:
@@ -381,7 +383,7 @@ class ModelInstance:
             for active, count in zip(rows, batch.num_scheduled_tokens, strict=True)
             if active.num_waiting_tokens == count
         }
-        return self._launch(self.engine, batch, frozenset().union(*requested))
+        return self._launch(self.engine.launch, batch, frozenset().union(*requested))
 
     def launch_next(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
         """Launch the decode step after ``step``, as if each row was fed the token it has sampled.
@@ -393,14 +395,17 @@ class ModelInstance:
         assert self.program.decoder_io is not None
         tokens = outputs[self.program.decoder_io[1]]
         batch = next_decode_batch(self.program, step.batch, tokens)
-        return self._launch(self.engine, batch, step.requested_outputs)
+        return self._launch(self.engine.launch, batch, step.requested_outputs)
 
     def _launch(
-        self, engine: StepEngine, batch: Batch, requested_outputs: frozenset[str]
+        self,
+        launch: Callable[[Mapping[str, Tensor], Collection[str]], Finish],
+        batch: Batch,
+        requested_outputs: frozenset[str],
     ) -> InFlightStep:
         launch_time = monotonic()
         try:
-            finish: Finish | Exception = engine.launch(batch.inputs, requested_outputs)
+            finish: Finish | Exception = launch(batch.inputs, requested_outputs)
         except Exception as error:  # raised in `wait`, like an error of the step itself
             finish = error
         return InFlightStep(batch, requested_outputs, launch_time, finish)

@@ -2,7 +2,7 @@
 
 import torch
 
-from inplace.engines import NO_OTHER_THREADS, StepEngine
+from inplace.engines import NO_OTHER_THREADS, RepeatingEngine, StepEngine
 from inplace.engines.arena import Arena
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
@@ -37,7 +37,7 @@ def make_arena(folder: EngineFolder, manifest: Manifest, slots: int) -> Arena:
 
 def load_engine(
     folder: EngineFolder, manifest: Manifest, arena: Arena, name: str = STEP
-) -> StepEngine:
+) -> RepeatingEngine:
     """Load the engine file of a program, bind its states to the arena and warm it up.
 
     Raises:

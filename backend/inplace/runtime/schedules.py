@@ -7,13 +7,14 @@ and at whatever count of a loop they are.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Self
 
 from torch import Tensor
 
-from inplace.engines import StepEngine
+from inplace.engines import RepeatingEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.parameters import RequestKind, parse_parameters
@@ -36,6 +37,14 @@ MAX_SAVED_BYTES = 64
 enough for a counter, a last token and the like."""
 
 
+MAX_LOOP_CALLS = 8
+"""The default of `ScheduledInstance.loop_calls` on a GPU."""
+
+
+NEEDED_REQUESTS = 8
+"""Over how many requests the calls that are needed are averaged."""
+
+
 class ScheduledInstance(ModelInstance):
     """A model instance whose requests run a schedule; a step is one call of one program.
 
@@ -51,13 +60,15 @@ class ScheduledInstance(ModelInstance):
         engines: by program, what runs a call of it.
         programs: the programs by name.
         max_rows: by program, most rows of a call. Fewer let decoding wait less for an encoder.
+        loop_calls: most calls of a program in succession before the host reads what they gave. On
+            the CPU 1: there is no round trip to save, and calls of rows that are done cost time.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         arena: Arena,
-        engines: Mapping[str, StepEngine],
+        engines: Mapping[str, RepeatingEngine],
         idle_timeout: float,
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -81,8 +92,14 @@ class ScheduledInstance(ModelInstance):
         }
         self.max_rows = {program.name: program.max_rows for program in manifest.programs}
         self._repeated = _repeated_programs(manifest)
+        self.loop_calls = MAX_LOOP_CALLS if manifest.device == "cuda" else 1
+        self._needed: dict[str, float] = {}  # by program, how many calls rows have needed of late
         self._saved_states = {
             each.name: saved_states(manifest, each) for each in manifest.schedules
+        }
+        self._output_names = {
+            program.name: frozenset(spec.name for spec in program.outputs)
+            for program in manifest.programs
         }
         self._last_program = ""
 
@@ -193,31 +210,63 @@ class ScheduledInstance(ModelInstance):
         return outputs if named is None else outputs & named
 
     def launch(self, rows: list[ActiveRequest], token_budget: int | None = None) -> InFlightStep:
-        """Launch a call of the program at which these rows are, the same for all."""
+        """Launch calls of the program at which these rows are, the same for all."""
         name = _next_program(rows[0])
         self._last_program = name
         batch = form_batch(self.programs[name], rows, token_budget)
         requested = self._read[name].union(*(active.requested_outputs for active in rows))
-        return self._launch(self.engines[name], batch, requested)
+        requested &= self._output_names[name]
+        num_calls = 1 if requested - self._read[name] else self._num_calls(name, rows)
+        engine = self.engines[name]
+        if num_calls == 1:
+            return self._launch(engine.launch, batch, requested)
+        repeated = partial(engine.launch_repeated, count=num_calls)
+        step = self._launch(repeated, batch, requested)
+        step.num_calls = num_calls
+        return step
+
+    def _num_calls(self, name: str, rows: Sequence[ActiveRequest]) -> int:
+        """How often to call a program before the host looks at what it gave.
+
+        As often as rows have needed of late, on average over these rows; where a row has had more
+        calls than that, half as many again. No row is called beyond its limit or the end of its
+        room; rows that are done meanwhile do not change.
+        """
+        most, expected = self.loop_calls, 0.0
+        if most == 1:
+            return 1
+        room, needed = self.programs[name].max_positions, self._needed.get(name, 1.0)
+        for active in rows:
+            assert active.progress is not None
+            call, count = active.progress.next_call, active.progress.count
+            left = (call.at_most or 1) - count
+            if room is not None:
+                left = min(left, room - active.sequence.positions.get(name, 0))
+            most = min(most, left)
+            expected += left if call.until is None else max(1.0, needed - count, count / 2)
+        return max(1, min(most, round(expected / len(rows))))
 
     def advance(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> None:
-        """Advance the rows of a call; a row whose schedule ends has its answer."""
+        """Advance the rows of a call, or calls; a row whose schedule ends has its answer."""
         if step.failed:
             return
         program = self.programs[self._last_program]
-        called = CallOutputs(program, outputs)
+        calls = [
+            CallOutputs(program, outputs if step.num_calls == 1 else _of_call(outputs, index))
+            for index in range(step.num_calls)
+        ]
         num_finished = 0
         for row, active in enumerate(step.batch.rows):
             if active.dropped:
                 continue
-            assert active.progress is not None
-            active.progress.add(called, row)
-            self._count(program, active.sequence)
-            if active.progress.finished:
+            progress = active.progress
+            assert progress is not None
+            self._add(program, calls, row, active)
+            if progress.finished:
                 num_finished += 1
                 active.sequence.length += 1
                 active.num_computed_tokens = active.num_tokens
-                active.step_outputs = (active.progress.answer(), 0)
+                active.step_outputs = (progress.answer(), 0)
             elif (full := self.full(_next_program(active), active.sequence)) is not None:
                 restored, advice = self._take_back(active, EndReason.CAPACITY)
                 advice = "nothing was changed: START it again" if restored else advice
@@ -225,6 +274,25 @@ class ScheduledInstance(ModelInstance):
                     Code.CAPACITY, f"{full}, and the request is not done; {advice}"
                 )
         self.observer.step_finished(step.seconds, len(step.batch.rows), num_finished, 0)
+
+    def _add(
+        self, program: Program, calls: Sequence[CallOutputs], row: int, active: ActiveRequest
+    ) -> None:
+        """Add calls of a program to a row, up to the one that ends what it repeats."""
+        progress = active.progress
+        assert progress is not None
+        until, num_calls = progress.next_call.until, progress.count
+        for outputs in calls:
+            num_calls += 1
+            moved = progress.add(outputs, row)
+            self._count(program, active.sequence)
+            if moved:
+                break
+        else:
+            return
+        if until is not None:
+            needed = self._needed.get(program.name, float(num_calls))
+            self._needed[program.name] = needed + (num_calls - needed) / NEEDED_REQUESTS
 
     def _count(self, program: Program, sequence: SequenceState) -> None:
         """Count the positions that a call has taken."""
@@ -283,6 +351,10 @@ def _repeated_programs(manifest: Manifest) -> frozenset[str]:
     )
 
 
+def _of_call(outputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: tensor[index] for name, tensor in outputs.items()}
+
+
 def _next_program(active: ActiveRequest) -> str:
     assert active.progress is not None
     return active.progress.next_call.program
@@ -295,15 +367,18 @@ def open_model(
     idle_timeout: float,
     trust: Sequence[Path | str] | None,
     call_rows: Mapping[str, int],
+    loop_calls: int | None,
 ) -> ModelInstance:
     """Load an engine with an arena of its own, whatever its programs; see `ModelInstance.open`.
 
     Args:
         folder, manifest, idle_timeout, trust: as `ModelInstance.open` takes them.
         call_rows: by program, most rows of a call, where they are fewer than it was built for.
+        loop_calls: `ScheduledInstance.loop_calls`; None for its default.
     """
     kind = ScheduledInstance if manifest.is_scheduled else ModelInstance
     instance = kind.open(folder, manifest, idle_timeout=idle_timeout, trust=trust)
     if isinstance(instance, ScheduledInstance):
         instance.max_rows |= call_rows
+        instance.loop_calls = loop_calls or instance.loop_calls
     return instance

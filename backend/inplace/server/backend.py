@@ -111,6 +111,7 @@ def _load(args: dict[str, str]) -> LoadedModel:
         idle_timeout=settings.idle_timeout,
         trust=trust,
         call_rows=settings.call_rows,
+        loop_calls=settings.loop_calls,
     )
     tokenizer = None
     if streams or (manifest.is_scheduled and manifest.has_file(TOKENIZER_NAME)):

@@ -44,6 +44,11 @@ CALL_ROWS = "call_rows"
 """The parameter with the most rows of a call, by program of a schedule: ``listen=4,speak=64``."""
 
 
+LOOP_CALLS = "loop_calls"
+"""The parameter with the most calls of a loop of a schedule that are made without asking the host
+in between."""
+
+
 FORWARDED_HEADERS = "forwarded_headers"
 """The parameter with a regular expression for the headers that the server forwards as parameters of
 requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pattern`` have."""
@@ -57,9 +62,14 @@ PARAMETERS = (
     QUEUE,
     CAPACITY,
     CALL_ROWS,
+    LOOP_CALLS,
     FORWARDED_HEADERS,
     POSITIONS,
 )
+
+
+MAX_LOOP_CALLS = 256
+"""The largest value of `LOOP_CALLS`."""
 
 
 TRITON_IDLE_MICROSECONDS = 1_000_000
@@ -101,6 +111,8 @@ class Settings:
         capacity: positions of a sequence, for an engine that was built for a range of capacities;
             None is the largest.
         call_rows: by program of a schedule, most rows of a call.
+        loop_calls: most calls of a program of a schedule in succession before the host reads what
+            they gave; None for the engine's default.
         log_level: the lowest level of the log records that reach the server's log.
         forwarded_headers: matches the names of headers that arrive as parameters; None if the
             server forwards none.
@@ -113,6 +125,7 @@ class Settings:
     max_waiting: int = MAX_WAITING
     capacity: int | None = None
     call_rows: Mapping[str, int] = field(default_factory=dict)
+    loop_calls: int | None = None
     log_level: int = logging.INFO
     forwarded_headers: re.Pattern[str] | None = None
     notes: tuple[str, ...] = ()
@@ -164,6 +177,7 @@ class Settings:
             max_waiting=MAX_WAITING if max_waiting is None else max_waiting,
             capacity=_integer(config, CAPACITY),
             call_rows=_call_rows(config, manifest),
+            loop_calls=_loop_calls(config, manifest),
             log_level=_log_level(config),
             forwarded_headers=forwarded_headers(model_config),
             notes=notes,
@@ -242,6 +256,16 @@ def _call_rows(config: dict[str, Any], manifest: "Manifest") -> dict[str, int]:
             )
         result[name] = rows
     return result
+
+
+def _loop_calls(config: dict[str, Any], manifest: "Manifest") -> int | None:
+    calls = _integer(config, LOOP_CALLS)
+    if calls is not None and not (manifest.is_scheduled and 1 <= calls <= MAX_LOOP_CALLS):
+        raise LoadError(
+            f"config.pbtxt: parameter {LOOP_CALLS} is {calls}; expected 1 to {MAX_LOOP_CALLS}, for "
+            "an engine with a schedule of programs"
+        )
+    return calls
 
 
 def forwarded_headers(model_config: str) -> re.Pattern[str] | None:

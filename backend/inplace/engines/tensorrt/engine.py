@@ -113,6 +113,22 @@ class TensorRtEngine:
             RuntimeError: TensorRT or a plugin failed, or a state is not at the address it was
                 bound at: a captured graph holds addresses, and none is replayed on stale ones.
         """
+        self._check_addresses()
+        return self._steps.launch(inputs, requested)
+
+    def launch_repeated(
+        self, inputs: Mapping[str, Tensor], requested: Collection[str], count: int
+    ) -> Finish:
+        """Launch several steps, see `inplace.engines.base.StepEngine.launch_repeated`.
+
+        Raises:
+            RuntimeError: as `launch`.
+        """
+        self._check_addresses()
+        assert isinstance(self._steps, DynamicSlotSteps)  # schedules have no other programs
+        return self._steps.launch_repeated(inputs, requested, count)
+
+    def _check_addresses(self) -> None:
         tensors = self._arena.tensors
         if (
             not self._steps.moves_states
@@ -127,7 +143,6 @@ class TensorRtEngine:
                 f"states {moved} are no longer at the addresses the engine was bound to; load the "
                 "engine again"
             )
-        return self._steps.launch(inputs, requested)
 
     def time(self, inputs: Mapping[str, Tensor], count: int) -> float:
         """Microseconds of one step on the GPU, see `DynamicSlotSteps.time`."""

@@ -428,6 +428,7 @@ class DynamicSlotSteps:
         }
         self._arrays = _numpy_views(self._host)  # see `InputBuffers`
         self._captured: dict[StepSize, CapturedStep] = {}
+        self._repeated: dict[str, Tensor] = {}
         self.on_stream = contexts.on_stream
         self._states = {name: arena.tensors[name] for name in program.states}
         self._aliases = {
@@ -476,6 +477,33 @@ class DynamicSlotSteps:
         Raises:
             RuntimeError: no captured size fits, or TensorRT or a plugin failed.
         """
+        rows, captured = self._fill(inputs)
+        with self.on_stream():
+            self._replay(captured)
+        return partial(self._finish, rows, requested)
+
+    def launch_repeated(
+        self, inputs: Mapping[str, Tensor], requested: Collection[str], count: int
+    ) -> Finish:
+        """Launch several steps, see `inplace.engines.base.StepEngine.launch_repeated`.
+
+        Each replay writes its outputs to the same memory, so they are copied to the host in
+        between, on the stream.
+
+        Raises:
+            RuntimeError: as `launch`.
+        """
+        rows, captured = self._fill(inputs)
+        kept = {name: self._repeated_memory(name, count) for name in requested}
+        with self.on_stream():
+            for index in range(count):
+                self._replay(captured)
+                for name, memory in kept.items():
+                    memory[index, :rows].copy_(self._outputs[name][:rows], non_blocking=True)
+        return partial(self._finish_repeated, rows, kept)
+
+    def _fill(self, inputs: Mapping[str, Tensor]) -> tuple[int, CapturedStep]:
+        """How many rows a step has, and the captured size that it was written to."""
         step = step_size(self._program, inputs)
         size = smallest_fit(self._sizes, step)
         if size is None:
@@ -485,9 +513,26 @@ class DynamicSlotSteps:
             )
         captured = self._captured[size]
         captured.inputs.fill(inputs)
-        with self.on_stream():
-            self._replay(captured)
-        return partial(self._finish, step.rows, requested)
+        return step.rows, captured
+
+    def _repeated_memory(self, name: str, count: int) -> Tensor:
+        """Pinned memory for an output of so many steps, ``[count, rows, ...]``."""
+        memory, output = self._repeated.get(name), self._outputs[name]
+        if memory is None or memory.shape[0] < count:
+            memory = self._repeated[name] = torch.empty(
+                (count, *output.shape), dtype=output.dtype, pin_memory=True
+            )
+        return memory[:count]
+
+    def _finish_repeated(
+        self,
+        rows: int,
+        kept: Mapping[str, Tensor],
+        while_waiting: AbstractContextManager[object],
+    ) -> dict[str, Tensor]:
+        with while_waiting:
+            self._contexts.stream.synchronize()
+        return {name: memory[:, :rows].clone() for name, memory in kept.items()}
 
     def _finish(
         self, rows: int, requested: Collection[str], while_waiting: AbstractContextManager[object]

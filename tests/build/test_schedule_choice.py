@@ -16,100 +16,21 @@ from inplace_builder import (
     BuildError,
     BuildOptions,
     Call,
-    ProgramsCapture,
-    Role,
     RowOptions,
     Schedule,
     capture_programs,
     write_engine,
 )
 from inplace_builder.served.model_config import model_config
-from torch import Tensor, nn
+from support.sums import SCHEDULES, Set, Total, capture_sums
 
-CHUNK, OPTIONS = 4, BuildOptions(slots=4, max_rows=4)
-
-
-class Total(nn.Module):
-    """The sum of a stream."""
-
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("total", torch.zeros(1))
-
-
-class Add(nn.Module):
-    """Adds the valid entries of a chunk."""
-
-    def __init__(self, shared: Total) -> None:
-        super().__init__()
-        self.shared = shared
-
-    def forward(self, entries: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        valid = torch.arange(CHUNK) < length
-        self.shared.total.add_(torch.where(valid, entries, 0.0).sum(1))
-        return self.shared.total.round().to(torch.int64).abs(), length * 1
-
-
-class Set(nn.Module):
-    """Sets the sum."""
-
-    def __init__(self, shared: Total) -> None:
-        super().__init__()
-        self.shared = shared
-
-    def forward(self, value: Tensor) -> Tensor:
-        self.shared.total.copy_(value)
-        return value * 1
-
-
-class Flush(nn.Module):
-    """The sum, from 1000, and clears it."""
-
-    def __init__(self, shared: Total) -> None:
-        super().__init__()
-        self.shared = shared
-
-    def forward(self) -> Tensor:
-        last = 1000 + self.shared.total.round().to(torch.int64).abs()
-        self.shared.total.zero_()
-        return last
-
-
-SCHEDULES = [
-    Schedule(name="chunk", calls=(Call(program="add"),), requests=("start", "next")),
-    Schedule(name="set", calls=(Call(program="set"), Call(program="add")), requests=("next",)),
-    Schedule(name="last", calls=(Call(program="add"), Call(program="flush")), requests=("end",)),
-    Schedule(name="flush", calls=(Call(program="flush"),), requests=("end",)),
-]
-
-
-def capture(schedules: list[Schedule], **options: Any) -> ProgramsCapture:
-    shared = Total()
-    add = RowOptions(
-        max_rows=4,
-        outputs=("tokens", "counted"),
-        valid_lengths={"length": "entries"},
-        roles={"tokens": Role.TOKENS},
-        **options,
-    )
-    flush = RowOptions(max_rows=4, outputs=("last",), roles={"last": Role.TOKENS})
-    programs = {
-        "add": (Add(shared), add, (torch.ones(1, CHUNK), torch.full((1,), CHUNK))),
-        "set": (Set(shared), RowOptions(max_rows=4, outputs=("was_set",)), (torch.zeros(1),)),
-        "flush": (Flush(shared), flush, ()),
-    }
-    called = {call.program for each in schedules for loop in each.loops for call in loop.calls}
-    return capture_programs(
-        {name: program for name, program in programs.items() if name in called}, schedules
-    )
+OPTIONS = BuildOptions(slots=4, max_rows=4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("choice") / "sums"
-    write_engine(capture(SCHEDULES), path, OPTIONS)
+    write_engine(capture_sums(SCHEDULES), path, OPTIONS)
     return path / "1"
 
 
@@ -163,7 +84,7 @@ def test_an_end_without_inputs_flushes(driver: StepDriver) -> None:
 
 def test_an_end_without_a_schedule_only_ends(tmp_path: Path) -> None:
     chunk = Schedule(name="chunk", calls=(Call(program="add"),), requests=("start", "next"))
-    write_engine(capture([chunk], shorter="any"), tmp_path / "sums", OPTIONS)
+    write_engine(capture_sums([chunk], shorter="any"), tmp_path / "sums", OPTIONS)
     driver = StepDriver(ScheduledInstance.open(tmp_path / "sums" / "1"))
     try:
         run(driver, "start", entries=[1.0])
@@ -199,11 +120,11 @@ def test_the_server_may_leave_inputs_out(folder: Path) -> None:
 def test_schedules_that_no_request_can_tell_apart_are_refused() -> None:
     chunk, other = (Schedule(name=name, calls=(Call(program="add"),)) for name in ("one", "two"))
     with pytest.raises(BuildError, match=r"schedules one and two are both for requests \(start\)"):
-        capture([chunk, other])
+        capture_sums([chunk, other])
     with pytest.raises(BuildError, match=r"schedules \['one'\] are given more than once"):
-        capture([chunk, chunk])
+        capture_sums([chunk, chunk])
     with pytest.raises(BuildError, match=r"none of the schedules .* is for requests with START"):
-        capture([chunk.model_copy(update={"requests": ("next",)})])
+        capture_sums([chunk.model_copy(update={"requests": ("next",)})])
     mixed: Any = [chunk, Call(program="add")]
     programs = {"add": (Set(Total()), RowOptions(max_rows=2), (torch.zeros(1),))}
     with pytest.raises(BuildError, match="give either calls and loops, or schedules"):

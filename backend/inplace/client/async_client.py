@@ -32,11 +32,13 @@ from inplace.client.requests import (
     Segment,
     SequenceRequest,
     decode_outputs,
+    decode_text,
     generation_request,
+    join_outputs,
 )
 from inplace.client.servers import NO_RETRY, Retry, ServerList
 from inplace.errors import Code
-from inplace.protocol import INPUT_IDS
+from inplace.protocol import FINISH_REASON, INPUT_IDS
 
 Result = TypeVar("Result")
 
@@ -213,6 +215,55 @@ class AsyncSequence:
         request = SequenceRequest(inputs, end, parameters or {}, outputs, request_id)
         return await self._retry(lambda: self._step(request))
 
+    async def stream(
+        self,
+        inputs: abc.Mapping[str, Array],
+        *,
+        end: bool = False,
+        parameters: abc.Mapping[str, ParameterArgument] | None = None,
+        outputs: tuple[str, ...] = (),
+        request_id: str = "",
+    ) -> abc.AsyncIterator[dict[str, Array]]:
+        """Send the next inputs to a model that streams; iterate over its responses as they come.
+
+        Each has the next ``tokens`` and their ``text_output``. The last one has a
+        ``finish_reason`` and the outputs that are no tokens. `step` returns all of them joined.
+
+        Args:
+            inputs, end, parameters, outputs, request_id: as for `step`.
+
+        Raises:
+            RefusedError, SequenceLostError, UnreachableError: as `step`.
+            ValueError: the model answers a step with one response.
+        """
+        await self._cancel_unfinished()
+        request = SequenceRequest(inputs, end, parameters or {}, outputs, request_id)
+        model = await self._metadata()
+        if not model.streams_steps:
+            raise ValueError(f"model {self.model!r} answers a step with one response: use step()")
+        sent, response = await self._retry(lambda: self._begin(request, model))
+        finished = False
+        try:
+            while True:
+                finished = bool(decode_text(response, FINISH_REASON))
+                if finished:
+                    self._tracker.answered(request, model)
+                yield response
+                if finished:
+                    return
+                response = await self._receive(sent, self.timeout, partial=True)
+        finally:
+            if not finished:
+                self._tracker.interrupted(sent)
+
+    async def _begin(
+        self, request: SequenceRequest, model: ModelMetadata
+    ) -> tuple[InferRequest, dict[str, Array]]:
+        """Send a request, and wait for its first response."""
+        sent = await self._replay(request, model)
+        await self._send(sent, model)
+        return sent, await self._receive(sent, self.timeout)
+
     async def tokens(
         self,
         ids: Array | abc.Sequence[int],
@@ -338,10 +389,16 @@ class AsyncSequence:
         return last
 
     async def _exchange(self, request: InferRequest, model: ModelMetadata) -> dict[str, Array]:
-        """Send a request and return the outputs of its first response."""
+        """Send a request and return its outputs; of a generation, those of the first response."""
         if model.decoupled:
             await self._send(request, model)
-            return await self._receive(request, self.timeout)
+            outputs = await self._receive(request, self.timeout)
+            finished = not (model.streams_steps and FINISH_REASON in request.outputs)
+            finished = finished or bool(decode_text(outputs, FINISH_REASON))
+            while not finished:
+                more = await self._receive(request, self.timeout, partial=True)
+                outputs, finished = join_outputs(outputs, more)
+            return outputs
         async with self._map_errors(request):
             connection = self._client.connection(self._server)
             self._tracker.sending(request, model)

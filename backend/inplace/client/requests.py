@@ -82,12 +82,14 @@ class ModelMetadata:
             without any of them counts as one position.
         has_text: its generations return text beside tokens.
         step_outputs: the outputs of a step that names none: all that need no asking.
+        streams_steps: a step may have several responses; the last one has a ``finish_reason``.
     """
 
     decoupled: bool
     token_inputs: frozenset[str]
     has_text: bool
     step_outputs: tuple[str, ...] = ()
+    streams_steps: bool = False
 
     @classmethod
     def of(cls, config: Any) -> "ModelMetadata":
@@ -96,7 +98,10 @@ class ModelMetadata:
         counts_requests = (
             POSITIONS in config.parameters and config.parameters[POSITIONS].string_value == REQUESTS
         )
-        generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if decoupled else ()
+        names = [tensor.name for tensor in config.output]
+        streams_steps = decoupled and counts_requests and FINISH_REASON in names
+        generates = decoupled and not streams_steps
+        generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if generates else ()
         return cls(
             decoupled=decoupled,
             token_inputs=frozenset(
@@ -104,10 +109,9 @@ class ModelMetadata:
                 for tensor in config.input
                 if not counts_requests and (tensor.allow_ragged_batch or tensor.name == INPUT_IDS)
             ),
-            has_text=any(tensor.name == TEXT_OUTPUT for tensor in config.output),
-            step_outputs=tuple(
-                tensor.name for tensor in config.output if tensor.name not in (*generated, LOGITS)
-            ),
+            has_text=TEXT_OUTPUT in names,
+            step_outputs=tuple(name for name in names if name not in (*generated, LOGITS)),
+            streams_steps=streams_steps,
         )
 
     def num_positions(self, inputs: Mapping[str, Array]) -> int:
@@ -142,7 +146,9 @@ class SequenceRequest:
     def output_names(self, model: ModelMetadata) -> tuple[str, ...]:
         """The outputs to ask the server for."""
         if self.outputs or {MAX_TOKENS, FETCH} & self.parameters.keys():
-            return tuple(name for name in self.outputs if name != TEXT_OUTPUT or model.has_text)
+            last = (FINISH_REASON,) if model.streams_steps else ()
+            names = dict.fromkeys((*self.outputs, *last))
+            return tuple(name for name in names if name != TEXT_OUTPUT or model.has_text)
         return model.step_outputs + ((LOGITS,) if self._asks_for_logits else ())
 
     @property
@@ -358,6 +364,25 @@ def decode_outputs(result: InferResult) -> dict[str, Array]:
     return {
         output.name: result.as_numpy(output.name)[0] for output in result.get_response().outputs
     }
+
+
+def join_outputs(
+    outputs: Mapping[str, Array], more: Mapping[str, Array]
+) -> tuple[dict[str, Array], bool]:
+    """The outputs of a step that has one more response, and whether that is the last one.
+
+    What both have are tokens, or their text.
+    """
+    joined = dict(outputs)
+    for name, array in more.items():
+        if name not in joined or name == FINISH_REASON:
+            joined[name] = array
+        elif name == TEXT_OUTPUT:
+            text = decode_text(joined, name) + decode_text(more, name)
+            joined[name] = np.array([text.encode()], dtype=np.object_)
+        else:
+            joined[name] = np.concatenate([joined[name], array])
+    return joined, bool(decode_text(joined, FINISH_REASON))
 
 
 def decode_tokens(outputs: Mapping[str, Array]) -> list[int]:

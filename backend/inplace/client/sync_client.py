@@ -31,11 +31,13 @@ from inplace.client.requests import (
     Segment,
     SequenceRequest,
     decode_outputs,
+    decode_text,
     generation_request,
+    join_outputs,
 )
 from inplace.client.servers import NO_RETRY, Retry, ServerList
 from inplace.errors import Code
-from inplace.protocol import INPUT_IDS
+from inplace.protocol import FINISH_REASON, INPUT_IDS
 
 Result = TypeVar("Result")
 
@@ -212,6 +214,55 @@ class Sequence:
         request = SequenceRequest(inputs, end, parameters or {}, outputs, request_id)
         return self._retry(lambda: self._step(request))
 
+    def stream(
+        self,
+        inputs: abc.Mapping[str, Array],
+        *,
+        end: bool = False,
+        parameters: abc.Mapping[str, ParameterArgument] | None = None,
+        outputs: tuple[str, ...] = (),
+        request_id: str = "",
+    ) -> abc.Iterator[dict[str, Array]]:
+        """Send the next inputs to a model that streams; iterate over its responses as they come.
+
+        Each has the next ``tokens`` and their ``text_output``. The last one has a
+        ``finish_reason`` and the outputs that are no tokens. `step` returns all of them joined.
+
+        Args:
+            inputs, end, parameters, outputs, request_id: as for `step`.
+
+        Raises:
+            RefusedError, SequenceLostError, UnreachableError: as `step`.
+            ValueError: the model answers a step with one response.
+        """
+        self._cancel_unfinished()
+        request = SequenceRequest(inputs, end, parameters or {}, outputs, request_id)
+        model = self._metadata()
+        if not model.streams_steps:
+            raise ValueError(f"model {self.model!r} answers a step with one response: use step()")
+        sent, response = self._retry(lambda: self._begin(request, model))
+        finished = False
+        try:
+            while True:
+                finished = bool(decode_text(response, FINISH_REASON))
+                if finished:
+                    self._tracker.answered(request, model)
+                yield response
+                if finished:
+                    return
+                response = self._receive(sent, self.timeout, partial=True)
+        finally:
+            if not finished:
+                self._tracker.interrupted(sent)
+
+    def _begin(
+        self, request: SequenceRequest, model: ModelMetadata
+    ) -> tuple[InferRequest, dict[str, Array]]:
+        """Send a request, and wait for its first response."""
+        sent = self._replay(request, model)
+        self._send(sent, model)
+        return sent, self._receive(sent, self.timeout)
+
     def tokens(
         self,
         ids: Array | abc.Sequence[int],
@@ -337,10 +388,16 @@ class Sequence:
         return last
 
     def _exchange(self, request: InferRequest, model: ModelMetadata) -> dict[str, Array]:
-        """Send a request and return the outputs of its first response."""
+        """Send a request and return its outputs; of a generation, those of the first response."""
         if model.decoupled:
             self._send(request, model)
-            return self._receive(request, self.timeout)
+            outputs = self._receive(request, self.timeout)
+            finished = not (model.streams_steps and FINISH_REASON in request.outputs)
+            finished = finished or bool(decode_text(outputs, FINISH_REASON))
+            while not finished:
+                more = self._receive(request, self.timeout, partial=True)
+                outputs, finished = join_outputs(outputs, more)
+            return outputs
         with self._map_errors(request):
             connection = self._client.connection(self._server)
             self._tracker.sending(request, model)

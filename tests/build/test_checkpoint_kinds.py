@@ -17,7 +17,7 @@ from inplace_builder.capture.quantized import dequantize
 from inplace_builder.errors import BuildError
 from safetensors.torch import load_file, save_file
 from support.decoding import SHAPE, generate, generate_together, random_prompt
-from support.models import open_instance
+from support.models import change_config, open_instance
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -42,11 +42,6 @@ def model() -> LlamaForCausalLM:
 def check_equal(source: Path | str, model: PreTrainedModel) -> None:
     loaded, _ = load_decoder(source, Dtype.FLOAT32)
     assert torch.equal(logits(loaded), logits(model))
-
-
-def change_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def save_as_bin(folder: Path, shards: int) -> None:

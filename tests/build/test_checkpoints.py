@@ -16,6 +16,7 @@ from inplace_builder.capture.checkpoint import check_positions, load_tokenizer
 from inplace_builder.engine_files import check_target
 from inplace_builder.errors import BuildError
 from safetensors.torch import load_file, save_file
+from support.models import change_config
 from support.vocabulary import save_tokenizer
 
 OPTIONS = BuildOptions(slots=2, max_rows=2, capacity=32, chunk=8)
@@ -30,11 +31,6 @@ def copied(llama_folder: Path, tmp_path: Path) -> Path:
 
 def add_weights(folder: Path, **tensors: torch.Tensor) -> None:
     save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def remove_weights(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Small real models the tests build and serve."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def tiny_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
     model.save_pretrained(folder)
     return model
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    """Set fields of a saved model's configuration."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def late_token(generated: list[int]) -> int:

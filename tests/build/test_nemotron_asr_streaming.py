@@ -1,12 +1,14 @@
 """transformers' streaming speech model as two programs: the tokens are those of ``generate``."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from inplace.drivers.step_driver import StepDriver
+from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig, engine_thread
 from inplace.errors import Code, RequestError
+from inplace.parameters import Parameter
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Manifest
@@ -25,6 +27,7 @@ from support.nemotron import (
     FACTOR,
     HOP,
     LEAD,
+    SAMPLE_RATE,
     Tokens,
     features,
     feed,
@@ -36,6 +39,7 @@ from support.nemotron import (
     streamed,
 )
 from support.nemotron import tiny_nemotron as tiny
+from support.streaming import StreamClient
 from torch import Tensor
 from transformers import NemotronAsrStreamingForRNNT
 from typer.testing import CliRunner
@@ -133,47 +137,114 @@ def test_features_are_those_of_the_extractor(lookahead: int) -> None:
 # --- the engine ---
 
 
+def request(stream: int, samples: Tensor, *, start: bool = False, end: bool = False) -> Request:
+    parameters: dict[str, Parameter] = {"sample_rate": SAMPLE_RATE}
+    return Request(stream, start, end, {"audio": samples[None]}, parameters=parameters)
+
+
 def test_three_interleaved_streams_get_the_tokens_of_generate(
     driver: StepDriver, model: NemotronAsrStreamingForRNNT
 ) -> None:
-    """They start at different calls and end with chunks of different lengths."""
-    lengths = {1: 300 + 8 * CHUNK, 2: 1999 + 4 * CHUNK, 3: 6 * CHUNK - LEAD}
-    audio = {stream: speech(stream, length) for stream, length in lengths.items()}
-    sent = {stream: list(feed_audio(samples, LOOKAHEAD)) for stream, samples in audio.items()}
+    """Each sends its samples in pieces of its own, from less than a chunk to several."""
+    audio = {1: speech(1, 300 + 8 * CHUNK), 2: speech(2, 1999 + 4 * CHUNK), 3: speech(3, 9 * CHUNK)}
+    pieces = {1: 1000, 2: CHUNK - 1, 3: 3 * CHUNK + 77}
+    sent = {stream: samples.split(pieces[stream]) for stream, samples in audio.items()}
     tokens: dict[int, Tokens] = {stream: [] for stream in audio}
-    for place in range(12):
+    for place in range(max(map(len, sent.values())) + 2):
         requests = []
-        for stream, chunks in sent.items():
+        for stream, parts in sent.items():
             index = place - stream + 1
-            if 0 <= index < len(chunks):
-                chunk, valid = chunks[index]
-                inputs = {"audio": chunk, "length": torch.tensor([[valid]])}
-                end = index == len(chunks) - 1
-                requests.append(Request(stream, index == 0, end, inputs))
-        for request, answer in zip(requests, driver.run(requests), strict=True):
-            tokens[int(request.sequence_id)] += pairs(answer)
+            if 0 <= index < len(parts):
+                start, end = index == 0, index == len(parts) - 1
+                requests.append(request(stream, parts[index], start=start, end=end))
+        for each, answer in zip(requests, driver.run(requests), strict=True):
+            tokens[int(each.sequence_id)] += pairs(answer)
     for stream, samples in audio.items():
         assert tokens[stream] == offline(model, log_mel(samples), LOOKAHEAD)
-    assert tokens[3] == streamed(model, log_mel(audio[3]), LOOKAHEAD)
     assert len({token for stream in tokens.values() for token, _ in stream}) > 3
+
+
+def test_whole_chunks_give_the_tokens_of_streaming_generate(
+    driver: StepDriver, model: NemotronAsrStreamingForRNNT
+) -> None:
+    """The first piece is as long as transformers' first chunk: each has its answer at once."""
+    audio = speech(5, 6 * CHUNK - LEAD)
+    tokens: Tokens = []
+    for place, part in enumerate([audio[: CHUNK - LEAD], *audio[CHUNK - LEAD :].split(CHUNK)]):
+        [answer] = driver.run([request(5, part, start=place == 0)])
+        new = pairs(answer)
+        frames = range(place * (LOOKAHEAD + 1), (place + 1) * (LOOKAHEAD + 1))
+        assert {frame for _, frame in new} <= set(frames)
+        tokens += new
+    assert tokens == streamed(model, log_mel(audio), LOOKAHEAD)
 
 
 def test_encoded_frames_are_those_of_transformers(
     driver: StepDriver, model: NemotronAsrStreamingForRNNT
 ) -> None:
-    audio = speech(7, 700 + 4 * CHUNK)
-    mel = log_mel(audio)
+    audio = speech(7, 700 + 4 * CHUNK - LEAD)
     with torch.no_grad():
-        expected = model.get_audio_features(input_features=mel, num_lookahead_tokens=LOOKAHEAD)
+        expected = model.get_audio_features(
+            input_features=log_mel(audio), num_lookahead_tokens=LOOKAHEAD
+        )
     frames = []
-    for place, (chunk, valid) in enumerate(feed_audio(audio, LOOKAHEAD)):
-        inputs = {"audio": chunk, "length": torch.tensor([[valid]])}
-        [answer] = driver.run([Request(1, place == 0, False, inputs)])
+    parts = [audio[: CHUNK - LEAD], *audio[CHUNK - LEAD :].split(CHUNK)]
+    for place, part in enumerate(parts):
+        [answer] = driver.run([request(1, part, start=place == 0, end=place == len(parts) - 1)])
         assert not isinstance(answer, RequestError), answer
         frames.append(answer["encoded"][0, : int(answer["num_frames"])])
-    torch.testing.assert_close(
-        torch.cat(frames), expected.pooler_output[0, : len(torch.cat(frames))], rtol=0, atol=1e-3
-    )
+    result = torch.cat(frames)
+    torch.testing.assert_close(result, expected.pooler_output[0], rtol=0, atol=1e-3)
+
+
+def test_a_piece_that_completes_no_chunk_is_answered_without_a_call(
+    folder: Path, model: NemotronAsrStreamingForRNNT
+) -> None:
+    instance = ScheduledInstance.open(folder)
+    audio = speech(9, CHUNK)
+    active = instance.admit(request(1, audio[:5], start=True))
+    assert active.finished
+    assert active.outputs["tokens"].shape == (1, 0)
+    assert int(active.outputs["num_frames"]) == 0
+    instance.finish(active)
+    # an END without a sample gives what is left; one of a stream that has none gives nothing
+    last = instance.admit(request(1, audio[5:]))
+    tokens: Tokens = []
+    for active in (last, instance.admit(request(1, audio[:0], end=True))):
+        while not active.finished:
+            instance.step([active])
+        tokens += pairs(active.outputs)
+        instance.finish(active)
+    assert tokens == offline(model, log_mel(audio), LOOKAHEAD)
+    active = instance.admit(request(2, audio[:0], start=True, end=True))
+    assert active.finished
+
+
+def test_int16_samples_are_the_same(driver: StepDriver, model: NemotronAsrStreamingForRNNT) -> None:
+    audio = (speech(4, 5 * CHUNK).clamp(-1, 1) * 32767).short()
+    sent = replace(request(1, audio, start=True, end=True), inputs={"audio_int16": audio[None]})
+    [answer] = driver.run([sent])
+    assert pairs(answer) == offline(model, log_mel(audio / 32768), LOOKAHEAD)
+
+
+def test_a_stream_model_answers_pieces_that_complete_no_chunk(
+    folder: Path, model: NemotronAsrStreamingForRNNT
+) -> None:
+    """Several responses for a piece of several chunks, one for a piece of none."""
+    instance, audio = ScheduledInstance.open(folder), speech(3, 5 * CHUNK)
+    driver = StreamDriver(instance, TokenizerConfig(None), 4, engine_thread())
+    client, tokens = StreamClient(driver), list[int]()
+    try:
+        parts = [audio[:7], audio[7 : 3 * CHUNK], audio[3 * CHUNK :], audio[:0]]
+        for place, part in enumerate(parts):
+            sent = request(1, part, start=place == 0, end=place == len(parts) - 1)
+            channel = client.send(sent, requested_outputs=frozenset({"tokens", "finish_reason"}))
+            assert channel.finish_reason == "done"
+            tokens += channel.tokens
+    finally:
+        driver.close()
+    expected = offline(model, log_mel(audio), LOOKAHEAD)
+    assert tokens == [token for token, _ in expected]
 
 
 def test_what_a_stream_keeps_does_not_grow(folder: Path) -> None:
@@ -186,12 +257,26 @@ def test_what_a_stream_keeps_does_not_grow(folder: Path) -> None:
     assert manifest.built_with["lookahead"] == str(LOOKAHEAD)
 
 
-def test_a_wrong_length_is_refused(driver: StepDriver) -> None:
-    for length in (0, CHUNK + 1):
-        inputs = {"audio": torch.zeros(1, CHUNK), "length": torch.tensor([[length]])}
-        [answer] = driver.run([Request(1, True, True, inputs)])
+def test_audio_that_is_none_is_refused_and_the_stream_goes_on(
+    driver: StepDriver, model: NemotronAsrStreamingForRNNT
+) -> None:
+    audio = speech(6, 3 * CHUNK)
+    [first] = driver.run([request(1, audio[:CHUNK], start=True)])
+    wrong = replace(request(1, audio), parameters={"sample_rate": 8000})
+    nan = torch.full((CHUNK,), float("nan"))
+    long = torch.zeros(61 * SAMPLE_RATE)
+    for refused, code in (
+        (wrong, Code.BAD_PARAMETER),
+        (request(1, nan), Code.VALUE_RANGE),
+        (request(1, long), Code.CAPACITY),
+        (request(1, audio[:0]), Code.MISSING_INPUT),
+        (replace(request(1, audio), inputs={"audio": audio[None].double()}), Code.BAD_DTYPE),
+    ):
+        [answer] = driver.run([refused])
         assert isinstance(answer, RequestError)
-        assert answer.code is Code.VALUE_RANGE
+        assert answer.code is code
+    [last] = driver.run([request(1, audio[CHUNK:], end=True)])
+    assert pairs(first) + pairs(last) == offline(model, log_mel(audio), LOOKAHEAD)
 
 
 # --- builds that are refused ---

@@ -7,6 +7,7 @@ import pytest
 import torch
 from inplace.errors import Code, RequestError
 from inplace.protocol import AUDIO, AUDIO_INT16, LANGUAGE, SAMPLE_RATE
+from inplace.runtime.audio import cut_stream
 from inplace.runtime.requests import validate_inputs
 from inplace.schema.served import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
@@ -130,3 +131,25 @@ def test_a_description_of_other_audio_is_refused(changes: dict[str, Any]) -> Non
 def test_a_description_of_other_options_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TensorSpec(**SPOKEN.model_dump() | changes)
+
+
+def test_a_stream_is_cut_into_chunks() -> None:
+    samples = torch.arange(11.0)
+    chunks, rest = cut_stream(samples[:2], samples[2:], 4, ends=False)
+    assert [(chunk.tolist(), length) for chunk, length in chunks] == [
+        ([0, 1, 2, 3], 4),
+        ([4, 5, 6, 7], 4),
+    ]
+    assert rest.tolist() == [8, 9, 10]
+    chunks, rest = cut_stream(rest, samples[:0], 4, ends=True)
+    assert [(chunk.tolist(), length) for chunk, length in chunks] == [([8, 9, 10, 0], 3)]
+    assert len(rest) == 0
+    assert cut_stream(rest, rest, 4, ends=True)[0] == []
+
+
+def test_a_lead_belongs_to_audio_with_a_length() -> None:
+    fields = SPEECH.model_dump() | {"shorter": "last", "length_input": "length"}
+    assert TensorSpec.model_validate(fields | {"lead": SAMPLES - 1}).lead == SAMPLES - 1
+    for wrong in ({"lead": SAMPLES}, {"lead": 1, "length_input": None}):
+        with pytest.raises(ValidationError, match="a lead belongs to the role audio"):
+            TensorSpec.model_validate(fields | wrong)

@@ -126,24 +126,30 @@ class CallQueue(Scheduler):
         super().__init__(instance.program)
         self._instance = instance
         self._requests: dict[ActiveRequest, StreamRequest] = {}  # in their order
+        self._finished: list[StreamRequest] = []
 
     def __bool__(self) -> bool:
         """Whether any request waits for a call."""
         return bool(self._requests)
 
     def add(self, request: StreamRequest) -> None:
-        """Add an admitted request."""
+        """Add an admitted request; one that has nothing to call is returned by the next call."""
         assert request.active is not None
         self._requests[request.active] = request
+        if request.active.finished:
+            self._finished.append(request)
 
     def remove(self, request: StreamRequest) -> None:
         """Remove a request, if it is there."""
         if request.active is not None:
             self._requests.pop(request.active, None)
+        if request in self._finished:
+            self._finished.remove(request)
 
     def clear(self) -> None:
         """Remove all requests."""
         self._requests.clear()
+        self._finished.clear()
 
     @property
     def has_generations(self) -> bool:
@@ -156,6 +162,9 @@ class CallQueue(Scheduler):
         Returns:
             The requests that were called.
         """
+        if self._finished:
+            finished, self._finished = self._finished, []
+            return finished
         rows = self._instance.next_rows(list(self._requests))
         requests = [self._requests.pop(active) for active in rows]
         self._requests.update(zip(rows, requests, strict=True))

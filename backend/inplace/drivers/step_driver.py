@@ -17,6 +17,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.runtime.slots import EndReason, SequenceId
+from inplace.schema.specs import Role
 
 NO_GENERATIONS = (
     f"parameter {MAX_TOKENS!r} asks for a generation, but this model is served step by step: leave"
@@ -40,6 +41,9 @@ class StepDriver:
     def __init__(self, instance: ModelInstance, tokenizer: Tokenizer | None = None) -> None:
         self.instance = instance
         self._tokenizer = tokenizer
+        self._token_outputs = [
+            spec.name for spec in instance.program.outputs if spec.role is Role.TOKENS
+        ]
         self._special = frozenset[int]()
         if tokenizer is not None:
             self._special = frozenset(special_tokens(tokenizer).values())
@@ -170,7 +174,13 @@ class StepDriver:
     ) -> None:
         """Call programs until every schedule has ended; rows that were called go to the back."""
         indices = {active: index for index, active in admitted}
-        waiting = list(indices)
+        waiting = []
+        for active, index in indices.items():
+            if not active.finished:
+                waiting.append(active)
+                continue
+            answers[index] = self._with_text(active)  # it has nothing to call
+            instance.finish(active)
         while waiting:
             rows = instance.next_rows(waiting)
             called = set(rows)
@@ -196,12 +206,12 @@ class StepDriver:
         """The outputs of a schedule, with the text that its tokens add to the sequence's."""
         outputs: dict[str, Any] = {**active.outputs}
         progress, sequence = active.progress, active.sequence
-        if self._tokenizer is None or progress is None or not progress.tokens:
+        if self._tokenizer is None or progress is None or not self._token_outputs:
             return outputs
         text = sequence.driver_state
         if not isinstance(text, Detokenizer):
             text = sequence.driver_state = Detokenizer(self._tokenizer, [], self._special)
-        piece = text.append(progress.tokens[text_output(list(progress.tokens))])
+        piece = text.append(progress.tokens.get(text_output(self._token_outputs), []))
         outputs[TEXT_OUTPUT] = piece + text.flush() if active.request.end else piece
         return outputs
 

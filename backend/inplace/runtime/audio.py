@@ -17,6 +17,9 @@ INT16_SCALE = 1 / 32768
 MAX_LEVEL = 8.0
 """The largest float32 sample. Full scale is 1; integers sent as floats are far larger."""
 
+MAX_STREAM_SECONDS = 60
+"""Seconds of a stream in one request; more take several."""
+
 AUDIO_DTYPES = {AUDIO: torch.float32, AUDIO_INT16: torch.int16}
 """The inputs that samples may come in."""
 
@@ -53,6 +56,8 @@ def read_audio(
 ) -> tuple[Tensor, Tensor]:
     """The samples of a request, float32 ``[spec.shape[0]]`` with zeros behind; and their number.
 
+    Of a stream (`TensorSpec.lead`), as many as were sent; none where the last request has none.
+
     Args:
         spec: the program's audio.
         inputs: of the request, with a batch axis of 1.
@@ -64,6 +69,8 @@ def read_audio(
             VALUE_RANGE or BAD_PARAMETER.
     """
     given = [name for name in AUDIO_DTYPES if name in inputs]
+    if spec.lead is not None and last and not given:
+        return torch.zeros(0), torch.tensor(0)
     if not given:
         raise RequestError(
             Code.MISSING_INPUT,
@@ -76,7 +83,7 @@ def read_audio(
     name = given[0]
     samples = _check_samples(name, inputs[name], spec, last=last)
     _check_rate(spec, parameters)
-    audio = torch.zeros(spec.shape)
+    audio = torch.zeros(spec.shape if spec.lead is None else len(samples))
     audio[: len(samples)] = samples
     if name == AUDIO_INT16:
         audio *= INT16_SCALE
@@ -95,17 +102,17 @@ def _check_samples(name: str, tensor: Tensor, spec: TensorSpec, *, last: bool) -
             f"input {name!r} has the shape {list(tensor.shape)}; expected [1, samples]: one "
             f"channel, as one row",
         )
-    samples, (longest,) = tensor[0], spec.shape
+    samples, rate = tensor[0], spec.sample_rate or 1
+    longest = spec.shape[0] if spec.lead is None else MAX_STREAM_SECONDS * rate
     if not len(samples):
         raise RequestError(Code.EMPTY_INPUT, f"input {name!r} is empty; send at least 1 sample")
     if len(samples) > longest:
-        rate = spec.sample_rate or 1
         raise RequestError(
             Code.CAPACITY,
             f"input {name!r} has {len(samples)} samples ({len(samples) / rate:g} s), more than the"
             f" {longest} ({longest / rate:g} s) that this model takes at once: send it in parts",
         )
-    if len(samples) < longest and spec.shorter == "last" and not last:
+    if len(samples) < longest and spec.shorter == "last" and spec.lead is None and not last:
         raise RequestError(
             Code.BAD_SHAPE,
             f"input {name!r} has {len(samples)} samples, a request has {longest}: only the last"
@@ -155,3 +162,28 @@ def read_option(spec: TensorSpec, parameters: Mapping[str, Parameter]) -> Tensor
             f"parameter {spec.name!r} is {show(value)}; this model has {known}",
         )
     return torch.tensor([spec.choices.index(name)])
+
+
+def cut_stream(
+    held: Tensor, new: Tensor, chunk: int, *, ends: bool
+) -> tuple[list[tuple[Tensor, int]], Tensor]:
+    """Cut what a stream has not fed yet into chunks.
+
+    Args:
+        held: samples from before, fewer than a chunk.
+        new: those of a request.
+        chunk: samples of a chunk.
+        ends: the stream ends: what is left is a chunk too, with zeros behind it.
+
+    Returns:
+        Chunks ``[chunk]``, each with the number of its valid samples; and the samples that are
+        left.
+    """
+    samples = torch.cat([held, new])
+    whole = len(samples) // chunk * chunk
+    chunks = [(part, chunk) for part in samples[:whole].split(chunk)] if whole else []
+    rest = samples[whole:]
+    if ends and len(rest):
+        chunks.append((torch.nn.functional.pad(rest, (0, chunk - len(rest))), len(rest)))
+        rest = rest[:0]
+    return chunks, rest.clone()

@@ -1,5 +1,6 @@
 """The batcher: from admitted requests to the input tensors of one step, and back to responses."""
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -121,7 +122,9 @@ class ScheduleProgress:
         num_tokens: how many tokens were taken, of all such outputs.
         values: by name the last call's other outputs for all its rows, and the row.
         limited: what ended last was not done, it had reached its limit (``at_most``).
+        chunks: of a stream, the inputs of further runs of the schedule.
         start_positions: `SequenceState.positions` when the request was admitted.
+        start_audio: `SequenceState.audio` then.
         saved: what its sequence's states held then, as far as taking its calls back needs them;
             None if they cannot be taken back.
     """
@@ -135,7 +138,9 @@ class ScheduleProgress:
     num_tokens: int = 0
     values: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     limited: bool = False
+    chunks: deque[Mapping[str, Tensor]] = field(default_factory=deque)
     start_positions: Mapping[str, int] = field(default_factory=dict)
+    start_audio: Tensor | None = None
     saved: Mapping[str, Tensor] | None = None
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from inplace.engines import RepeatingEngine
@@ -19,6 +20,7 @@ from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.parameters import RequestKind, parse_parameters
 from inplace.protocol import AUDIO, AUDIO_INT16
+from inplace.runtime.audio import audio_spec, cut_stream
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
@@ -27,7 +29,7 @@ from inplace.runtime.slots import EndReason, SequenceState
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import RequestFlag, Schedule
 from inplace.schema.served import Manifest, Program
-from inplace.schema.specs import Role
+from inplace.schema.specs import Role, TensorSpec
 
 _READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE})
 
@@ -101,6 +103,9 @@ class ScheduledInstance(ModelInstance):
             program.name: frozenset(spec.name for spec in program.outputs)
             for program in manifest.programs
         }
+        audio = audio_spec(self.program)
+        self._stream = None if audio is None or audio.lead is None else audio
+        self._empty_answer = {} if self._stream is None else _empty_answer(self.program)
         self._last_program = ""
 
     @classmethod
@@ -130,8 +135,11 @@ class ScheduledInstance(ModelInstance):
 
     @property
     def runs_at_end(self) -> bool:
-        """Whether an END without inputs has a schedule; else it only ends the sequence."""
-        return ("end", frozenset()) in self._by_inputs
+        """Whether an END without inputs has a schedule; else it only ends the sequence.
+
+        With END a stream may have a chunk left.
+        """
+        return self._stream is not None or ("end", frozenset()) in self._by_inputs
 
     def _interface(self, request: Request) -> Program:
         return self.interfaces[self._choose(request, start=request.start).name]
@@ -144,6 +152,8 @@ class ScheduledInstance(ModelInstance):
         """
         flag: RequestFlag = "start" if start else "end" if request.end else "next"
         inputs = frozenset(AUDIO if name == AUDIO_INT16 else name for name in request.inputs)
+        if self._stream is not None and request.end:
+            inputs |= {AUDIO}  # what is left of it
         if (schedule := self._by_inputs.get((flag, inputs))) is not None:
             return schedule
         takes = [sorted(names) for of, names in self._by_inputs if of == flag]
@@ -165,9 +175,41 @@ class ScheduledInstance(ModelInstance):
         active.progress = ScheduleProgress(
             schedule.loops,
             start_positions=dict(sequence.positions),
+            start_audio=sequence.audio,
             saved=None if names is None else self.arena.save(sequence.slot, names),
         )
+        if self._stream is not None and self._stream.name in active.inputs:
+            self._cut(self._stream, active, active.progress)
         return active
+
+    def _cut(self, stream: TensorSpec, active: ActiveRequest, progress: ScheduleProgress) -> None:
+        """Cut a stream into chunks. A request that completes none has its answer at once."""
+        sequence, new, (chunk,) = active.sequence, active.inputs[stream.name], stream.shape
+        held, ends = sequence.audio, active.request.end
+        if held is None:
+            held = torch.zeros(stream.lead or 0)
+            ends = ends and len(new) > 0  # a stream without a sample has no chunk
+        assert stream.length_input is not None
+        chunks, sequence.audio = cut_stream(held, new, chunk, ends=ends)
+        for samples, length in chunks:
+            given = {stream.name: samples, stream.length_input: torch.tensor(length)}
+            progress.chunks.append({**active.inputs, **given})
+        if not self._next_chunk(active, progress):
+            progress.loop = len(progress.loops)
+            self._finish(active, progress)
+
+    @staticmethod
+    def _next_chunk(active: ActiveRequest, progress: ScheduleProgress) -> bool:
+        """Begin the schedule for the next chunk of a stream, if there is one."""
+        if not progress.chunks:
+            return False
+        active.inputs, progress.loop = progress.chunks.popleft(), 0
+        return True
+
+    def _finish(self, active: ActiveRequest, progress: ScheduleProgress) -> None:
+        active.sequence.length += 1
+        active.num_computed_tokens = active.num_tokens
+        active.step_outputs = ({**self._empty_answer, **progress.answer()}, 0)
 
     def _check_tokens(self, validated: ValidatedRequest, sequence: SequenceState | None) -> None:
         super()._check_tokens(validated, sequence)
@@ -262,11 +304,9 @@ class ScheduledInstance(ModelInstance):
             progress = active.progress
             assert progress is not None
             self._add(program, calls, row, active)
-            if progress.finished:
+            if progress.finished and not self._next_chunk(active, progress):
                 num_finished += 1
-                active.sequence.length += 1
-                active.num_computed_tokens = active.num_tokens
-                active.step_outputs = (progress.answer(), 0)
+                self._finish(active, progress)
             elif (full := self.full(_next_program(active), active.sequence)) is not None:
                 restored, advice = self._take_back(active, EndReason.CAPACITY)
                 advice = "nothing was changed: START it again" if restored else advice
@@ -312,6 +352,7 @@ class ScheduledInstance(ModelInstance):
             return False
         self.arena.restore(sequence.slot, progress.saved)
         sequence.positions = dict(progress.start_positions)
+        sequence.audio = progress.start_audio
         sequence.length = active.start_length
         return True
 
@@ -338,6 +379,16 @@ def saved_states(manifest: Manifest, schedule: Schedule) -> tuple[str, ...] | No
     if any(state.slot_bytes > MAX_SAVED_BYTES for state in states):
         return None
     return tuple(state.name for state in states)
+
+
+def _empty_answer(program: Program) -> dict[str, Tensor]:
+    """The answer to a request that calls nothing: no tokens, done, zeros for other outputs."""
+    return {
+        spec.name: torch.empty((1, 0), dtype=torch.int64)
+        if spec.role is Role.TOKENS
+        else torch.full((1, *spec.shape), spec.role is Role.DONE, dtype=spec.dtype.as_torch)
+        for spec in program.outputs
+    }
 
 
 def _repeated_programs(manifest: Manifest) -> frozenset[str]:

@@ -8,6 +8,8 @@ from enum import StrEnum
 from time import monotonic
 from typing import Protocol
 
+from torch import Tensor
+
 from inplace.errors import Code, RequestError
 
 SequenceId = int | str
@@ -53,6 +55,7 @@ class SequenceState:
         busy: a request of it is running, so it is not reclaimed.
         driver_state: what a driver keeps with it until its next request.
         positions: of a schedule, by program how many positions its calls have taken.
+        audio: of a stream, samples that are no whole chunk yet; None before the first ones.
     """
 
     id: SequenceId
@@ -64,6 +67,7 @@ class SequenceState:
     busy: bool = False
     driver_state: object = None
     positions: dict[str, int] = field(default_factory=dict)
+    audio: Tensor | None = None
 
     @property
     def position(self) -> int:

@@ -85,7 +85,10 @@ class Role(StrEnum):
     ROW = "row"
     """From the client: one entry of fixed shape a request."""
     AUDIO = "audio"
-    """From the client: mono samples, at most ``shape[0]``; the runtime adds zeros behind them."""
+    """From the client: mono samples, at most ``shape[0]``; the runtime adds zeros behind them.
+
+    With a ``lead``, any number of samples of a stream, which the runtime cuts into chunks.
+    """
     OPTION = "option"
     """From the client: the number of the value that the request's parameter of this name has.
 
@@ -244,6 +247,10 @@ class TensorSpec(Record):
             along its first axis, at least 1: none, only those with END, or any. The runtime pads
             them with zeros.
         length_input: the input of the role ``valid_lengths`` that says how many entries count.
+        lead: of the role ``audio``, with a ``length_input``: a request has any number of samples of
+            its sequence's stream, which begins with so many zeros. The runtime cuts the stream into
+            chunks of ``shape[0]`` samples and runs the schedule for each. With END the last one is
+            shorter.
     """
 
     name: str
@@ -259,6 +266,7 @@ class TensorSpec(Record):
     sampled_from: str | None = None
     shorter: Literal["never", "last", "any"] = "never"
     length_input: str | None = None
+    lead: int | None = None
 
     @model_validator(mode="after")
     def _check_shorter(self) -> Self:
@@ -275,6 +283,13 @@ class TensorSpec(Record):
     @model_validator(mode="after")
     def _check_speech(self) -> Self:
         is_audio, is_option = self.role is Role.AUDIO, self.role is Role.OPTION
+        if self.lead is not None and not (
+            is_audio and self.length_input and self.shape and 0 <= self.lead < self.shape[0]
+        ):
+            raise ValueError(
+                f"{self.name}: a lead belongs to the role audio with a length_input, and is less "
+                f"than a chunk; got {self.lead}"
+            )
         if is_audio and (self.name, self.dtype, len(self.shape)) != (AUDIO, Dtype.FLOAT32, 1):
             raise ValueError(
                 f"input {self.name} of the role audio must be {AUDIO!r}, float32 with one axis; "

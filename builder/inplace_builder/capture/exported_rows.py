@@ -65,6 +65,9 @@ class RowOptions:
             batch axis), and the rest are zeros.
         shorter: which requests may: with ``last`` those with END, for streams in chunks; or
             ``any``.
+        lead: of a program with ``audio`` and its valid length: requests have any number of samples
+            of a stream, which begins with so many zeros, and the schedule runs for each chunk that
+            they complete. None: a request is a chunk.
         restarts: of a program of several: the programs that begin anew at position 0 after a call
             of this one, because it sets their counters back.
 
@@ -88,6 +91,7 @@ class RowOptions:
     max_positions: int | None = None
     valid_lengths: Mapping[str, str] = field(default_factory=dict)
     shorter: Literal["last", "any"] = "last"
+    lead: int | None = None
     restarts: tuple[str, ...] = ()
 
 
@@ -551,6 +555,7 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
             choices=options.choices.get(name, ()),
             shorter=options.shorter if is_audio or length is not None else "never",
             length_input=length,
+            lead=options.lead if is_audio else None,
         )
     except ValidationError as error:
         raise BuildError(validation_reasons(error)) from error
@@ -564,6 +569,8 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
 
 def _check_speech(inputs: Sequence[TensorSpec], options: RowOptions) -> None:
     names = [spec.name for spec in inputs]
+    if options.lead is not None and options.sample_rate is None:
+        raise BuildError("a lead belongs to a stream of audio: give its sample_rate")
     expected = {*options.choices, *([AUDIO] if options.sample_rate is not None else [])}
     if unknown := sorted(expected - set(names)):
         raise BuildError(

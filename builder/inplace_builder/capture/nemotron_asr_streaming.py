@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inplace.protocol import AUDIO
 from inplace.schema.schedule import Call
 from inplace.schema.specs import Role
 from torch import Tensor, nn
@@ -517,9 +518,9 @@ def capture_nemotron_asr_streaming(
 ) -> ProgramsCapture:
     """Capture the model's encoder and search as the programs of one engine.
 
-    A request has a chunk, ``audio`` and ``length``, and is answered with ``tokens``,
-    ``token_frames`` (the encoded frame of each, counted from the stream's first) and
-    ``num_frames``.
+    A request has the next samples of a stream, ``audio``, and is answered with what the chunks give
+    that they complete: ``tokens`` and ``token_frames`` (the encoded frame of each, counted from the
+    stream's first).
 
     Args:
         model: a `NemotronAsrStreamingForRNNT`; not changed.
@@ -544,7 +545,9 @@ def capture_nemotron_asr_streaming(
             RowOptions(
                 max_rows=max_rows,
                 outputs=("encoded", "num_frames"),
-                limits={"length": (1, samples)},
+                sample_rate=extraction.sample_rate,
+                lead=listen.log_mel.lead,
+                valid_lengths={"length": AUDIO},
             ),
             examples,
         ),
@@ -560,4 +563,5 @@ def capture_nemotron_asr_streaming(
     }
     at_most = chunks.frames * model.max_symbols_per_step
     schedule = [Call(program="listen"), Call(program="speak", until="done", at_most=at_most)]
-    return capture_programs(programs, schedule)
+    # noise may be no speech to the model: encoded frames are compared, tokens may be none
+    return capture_programs(programs, schedule, constant_tokens=True)

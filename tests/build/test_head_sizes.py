@@ -18,7 +18,7 @@ OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
 
 
 def latent() -> PreTrainedModel:
-    """Latent attention, expanded: keys of 8 + 4 elements, values of 10."""
+    """Latent attention: latents of 16 elements and rotated parts of 4, shared by all heads."""
     sizes = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10}
     fields = SHAPE | sizes | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
     return transformers.MiniCPM3ForCausalLM(transformers.MiniCPM3Config(**fields))
@@ -70,7 +70,7 @@ def of_text_alone() -> PreTrainedModel:
 
 
 SIZES = {
-    latent: {"key_states_0": (4, CAPACITY, 12), "value_states_0": (4, CAPACITY, 10)},
+    latent: {"key_states_0": (1, CAPACITY, 20), "key_states_1": (1, CAPACITY, 20)},
     global_heads: {
         "key_states_0": (2, WINDOW + CHUNK - 1, 8),
         "value_states_1": (2, CAPACITY, 16),

@@ -71,6 +71,22 @@ def test_groups_of_any_size(heads: int, kv_heads: int, rows: list[Row]) -> None:
 
 
 @STEPS
+@pytest.mark.parametrize("dims", long_except([(48, 32)], [(48, 32), (36, 20), (576, 512)]))
+@pytest.mark.parametrize("options", [{}, {"bias_heads": 1, "window": 20}, {"sinks": True}])
+def test_values_that_are_a_part_of_keys(
+    dims: tuple[int, int], options: dict[str, Any], rows: list[Row]
+) -> None:
+    AttentionCase(spec(9, 1, *dims, latent=True, **options), rows).check()
+
+
+def test_latents_whose_splits_are_combined_and_that_wrap() -> None:
+    rows = [Row(3, 1030, 1), Row(1, 70, 1), Row(0, 0, 1), Row(-1, 9, 1)]
+    AttentionCase(spec(6, 1, 48, 32, latent=True), rows, capacity=1100).check()
+    ring = spec(6, 1, 48, 32, latent=True, window=20, ring=True)
+    AttentionCase(ring, [Row(3, 33, 1), Row(1, 5, 13), Row(5, 66, 2)], capacity=32).check()
+
+
+@STEPS
 @pytest.mark.parametrize("dims", [(32, 64), (80, 48), (20, 10)])
 def test_values_of_another_width(dims: tuple[int, int], rows: list[Row]) -> None:
     AttentionCase(spec(4, 2, *dims), rows, dtype=torch.float16).check()

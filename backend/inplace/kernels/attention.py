@@ -46,6 +46,8 @@ class AttentionSpec:
         sinks: each query head has a logit without a value, as in `inplace.operators.attention`.
         attention_chunk: as in `inplace.operators.attention`.
         bias_heads: heads of the bias: 1 for one that all share, 0 for no bias.
+        latent: there is no value state: a value is the first ``value_dim`` elements of its key,
+            which has more.
 
     Raises:
         ValueError: a combination that the kernels do not take.
@@ -65,16 +67,19 @@ class AttentionSpec:
     sinks: bool = False
     attention_chunk: int = 0
     bias_heads: int = 0
+    latent: bool = False
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.heads} query heads are not a multiple of {self.kv_heads} kv heads"
             )
-        if not (1 <= self.dim <= MAX_DIM and 1 <= self.value_dim <= MAX_DIM):
+        if not (1 <= self.key_width <= MAX_DIM and 1 <= self.value_dim <= MAX_DIM):
             raise ValueError(
-                f"head dimensions {self.dim} and {self.value_dim} must be from 1 to {MAX_DIM}"
+                f"head dimensions {self.key_width} and {self.value_dim} must be from 1 to {MAX_DIM}"
             )
+        if self.latent and self.rotary:
+            raise ValueError("keys that hold their values are not rotated")
         if self.rotary % 2 or not 0 <= self.rotary <= self.dim:
             raise ValueError(
                 f"rotary is {self.rotary}; it must be even and at most the head dimension "
@@ -90,6 +95,11 @@ class AttentionSpec:
                 f"a bias is of 1 or {self.heads} heads, not {self.bias_heads}, and its states are "
                 f"no rings"
             )
+
+    @property
+    def key_width(self) -> int:
+        """Elements of a key that are not those of its value."""
+        return self.dim - self.value_dim if self.latent else self.dim
 
     @property
     def group(self) -> int:
@@ -142,7 +152,7 @@ def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
     pipeline. Wider positions keep the bytes of a block, which is in registers from the first load
     on. ``min_split`` is always the same, because the workspace follows from it.
     """
-    width = (_padded(spec.dim) + _padded(spec.value_dim)) * itemsize  # bytes of a position
+    width = (_padded(spec.key_width) + _padded(spec.value_dim)) * itemsize  # bytes of a position
     keys = DecodeBlocks.keys
     while keys > 16 and keys * width > BLOCK_BYTES:
         keys //= 2
@@ -153,7 +163,7 @@ def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
 
 def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBlocks:
     """Blocks of a mixed step; heads of 64 in 16 bits were measured on an H100 with 512 tokens."""
-    widest = max(_padded(spec.dim), _padded(spec.value_dim))
+    widest = max(_padded(spec.key_width), _padded(spec.value_dim))
     if itemsize > 2:
         return PrefillBlocks(
             queries=32, keys=32 if widest <= 128 else 16, warps=4 if widest <= 128 else 8, stages=1
@@ -223,7 +233,7 @@ def attention(
     cos: Memory | None,
     sin: Memory | None,
     key_state: Memory,
-    value_state: Memory,
+    value_state: Memory | None,
     capacity: int,
     slots: Memory,
     row_offsets: Memory,
@@ -248,12 +258,13 @@ def attention(
         spec: the static properties.
         query: component d of head h of token t at element ``t * query_stride + h * dim + d``;
             fp32, fp16 or bf16.
-        key, value: the same way over kv heads; None exactly when ``spec.append`` is False.
+        key, value: the same way over kv heads; None exactly when ``spec.append`` is False; no value
+            if ``spec.latent``.
         query_stride, key_stride, value_stride: elements from token to token: the three may be
             slices of one merged projection.
         cos, sin: ``[tokens, rotary]``, any floating dtype; None exactly when ``spec.rotary`` is 0.
         key_state, value_state: ``[slots, kv_heads, capacity, dim]`` and ``[…, value_dim]``,
-            contiguous; the query's dtype.
+            contiguous; the query's dtype. No value state if ``spec.latent``.
         capacity: positions of a slot.
         slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of
             -1 is a null row.
@@ -275,8 +286,11 @@ def attention(
     Raises:
         ValueError: arguments that contradict the spec.
     """
-    if spec.append != (key is not None and value is not None):
+    needs_value = spec.append and not spec.latent
+    if (spec.append, needs_value) != (key is not None, value is not None):
         raise ValueError("key and value must be given exactly when append is True")
+    if spec.latent != (value_state is None):
+        raise ValueError("a value state must be given exactly when the spec is not latent")
     if (spec.rotary > 0) != (cos is not None and sin is not None):
         raise ValueError(
             f"cos and sin must be given exactly when rotary is not 0; rotary is {spec.rotary}"
@@ -289,6 +303,7 @@ def attention(
         return
     # The query stands for what is absent; the kernels do not read it.
     key, value = key if key is not None else query, value if value is not None else query
+    value_state = value_state if value_state is not None else key_state
     cos, sin = cos if cos is not None else query, sin if sin is not None else query
     sinks = sinks if sinks is not None else query
     bias = bias if bias is not None else query
@@ -339,9 +354,10 @@ def launch_decode(
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, WINDOW=spec.window,
         CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
-        BIAS_HEADS=spec.bias_heads, SPLIT_KV=splits > 1, MIN_SPLIT=blocks.min_split,
+        BIAS_HEADS=spec.bias_heads, LATENT=spec.latent, SPLIT_KV=splits > 1,
+        MIN_SPLIT=blocks.min_split,
         BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
-        BLOCK_D=_padded(spec.dim), BLOCK_V=block_v,
+        BLOCK_D=_padded(spec.key_width), BLOCK_V=block_v,
         BLOCK_C=min(MAX_SPLITS, max(1, 4096 // (block_h * block_v))),
         STAGES=blocks.stages, PDL=pdl, PREFETCH=pdl and settled,
         num_warps=blocks.warps, launch_pdl=pdl,
@@ -359,9 +375,9 @@ def launch_append(
         key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
         key_stride, value_stride, capacity, rows, tokens,
         KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary,
-        RING=spec.ring, BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t,
-        BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim), PDL=pdl, num_warps=4,
-        launch_pdl=pdl,
+        RING=spec.ring, LATENT=spec.latent, BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t,
+        BLOCK_D=_padded(spec.key_width), BLOCK_V=_padded(spec.value_dim), PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -387,8 +403,8 @@ def launch_prefill(
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, CAUSAL=spec.causal, WINDOW=spec.window,
         CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
-        BIAS_HEADS=spec.bias_heads, PACK=pack,
+        BIAS_HEADS=spec.bias_heads, LATENT=spec.latent, PACK=pack,
         BLOCK_R=triton.next_power_of_2(rows), BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
-        BLOCK_D=_padded(spec.dim), BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages, PDL=pdl,
-        num_warps=blocks.warps, launch_pdl=pdl,
+        BLOCK_D=_padded(spec.key_width), BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages,
+        PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,
     )  # fmt: skip

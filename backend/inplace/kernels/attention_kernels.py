@@ -46,9 +46,9 @@ def scaled_scores(products, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def online_softmax(
-    q, k, v, bias, positions, j, upper, scale, row_max, row_sum, acc,
+    q, latent, k, v, bias, positions, j, upper, scale, row_max, row_sum, acc,
     BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    EMPTY: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    EMPTY: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys and values of positions ``j``; return the new ``row_max, row_sum, acc``.
 
@@ -57,9 +57,14 @@ def online_softmax(
 
     ``BOUNDED``: positions from ``upper`` on are masked, and what ``CAUSAL``, ``WINDOW`` and
     ``CHUNK`` hide. ``BIAS``: ``bias``, in `load_bias`'s form, is added to the scores.
-    ``EMPTY``: a query may see none of these positions and none before them.
+    ``EMPTY``: a query may see none of these positions and none before them. ``LATENT``: values are
+    a part of keys: ``latent`` is the part of the queries that they are multiplied with, ``q`` and
+    ``k`` are the rest.
     """
-    scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if LATENT:
+        products = tl.dot(latent, tl.trans(v), products, input_precision="ieee")
+    scores = scaled_scores(products, scale, SOFTCAP)
     if BIAS:
         scores += bias
     if BOUNDED:
@@ -141,7 +146,7 @@ def decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BIAS_HEADS: tl.constexpr,
-    SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    LATENT: tl.constexpr, SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
@@ -157,6 +162,8 @@ def decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         if not PREFETCH:
             tl.extra.cuda.gdc_wait()
+    KEY_WIDTH: tl.constexpr = DIM - VALUE_DIM if LATENT else DIM
+    VALUE_STRIDE: tl.constexpr = DIM if LATENT else VALUE_DIM
     row, head_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     heads: tl.constexpr = KV_HEADS * GROUP
@@ -199,13 +206,17 @@ def decode_kernel(
         upper = tl.minimum(upper, begin + split_length)
     ring_first = lower % capacity if RING else lower
 
-    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM
-    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_DIM
+    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM + (DIM - KEY_WIDTH)
+    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_STRIDE
     j = begin + tl.arange(0, BLOCK_N)
-    old_k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+    old_k = load_cached(
+        keys, j, lower, upper, ring_first, capacity, True, RING,
+        DIM, KEY_WIDTH, BLOCK_D,
+    )  # fmt: skip
     old_v = load_cached(
-        values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
-    )
+        values, j, lower, upper, ring_first, capacity, True, RING,
+        VALUE_STRIDE, VALUE_DIM, BLOCK_V,
+    )  # fmt: skip
     if PREFETCH:
         tl.extra.cuda.gdc_wait()
 
@@ -214,9 +225,14 @@ def decode_kernel(
     zero = tl.zeros((1, 1), tl.int32)
     q_at = query + row.to(tl.int64) * query_stride + kv * GROUP * DIM + g[:, None] * DIM
     q = load_rotated(
-        q_at, d[None, :], (g < GROUP)[:, None], cos + angles + zero, sin + angles + zero, one,
-        DIM, ROTARY,
+        q_at + (DIM - KEY_WIDTH), d[None, :], (g < GROUP)[:, None], cos + angles + zero,
+        sin + angles + zero, one, KEY_WIDTH, ROTARY,
     )  # fmt: skip
+    latent = q
+    if LATENT:
+        latent = tl.load(
+            q_at + e[None, :], mask=(g < GROUP)[:, None] & (e < VALUE_DIM)[None, :], other=0.0
+        )
     token = tl.zeros((BLOCK_G,), tl.int32) + row
     # The sinks join the softmax where a row's splits are combined, or at the end of its only one.
     row_max, row_sum = start_softmax(sinks, g, g < GROUP, BLOCK_G, False)
@@ -228,21 +244,26 @@ def decode_kernel(
         owns_token = live & (split == active_splits - 1)
         k_at = key + row.to(tl.int64) * key_stride + kv * DIM + zero
         k = load_rotated(
-            k_at, d[None, :], one & owns_token, cos + angles + zero, sin + angles + zero,
-            one & owns_token, DIM, ROTARY,
+            k_at + (DIM - KEY_WIDTH), d[None, :], one & owns_token, cos + angles + zero,
+            sin + angles + zero, one & owns_token, KEY_WIDTH, ROTARY,
         )  # fmt: skip
         k = k.to(key_state.dtype.element_ty)
-        v_at = value + row.to(tl.int64) * value_stride + kv * VALUE_DIM + e[None, :]
+        v_at = k_at + e[None, :]
+        if not LATENT:
+            v_at = value + row.to(tl.int64) * value_stride + kv * VALUE_DIM + e[None, :]
         v = tl.load(v_at, mask=owns_token & (e < VALUE_DIM)[None, :], other=0.0)
         entry = start % capacity if RING else start
         write = owns_token & (block == 0) & (entry < capacity)
-        tl.store(keys + entry * DIM + d[None, :], k, mask=write & (d < DIM)[None, :])
+        tl.store(keys + entry * DIM + d[None, :], k, mask=write & (d < KEY_WIDTH)[None, :])
         tl.store(
-            values + entry * VALUE_DIM + e[None, :],
+            values + entry * VALUE_STRIDE + e[None, :],
             v.to(value_state.dtype.element_ty),
             mask=write & (e < VALUE_DIM)[None, :],
         )
-        score = scaled_scores(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, SOFTCAP)
+        product = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        if LATENT:
+            product += tl.sum(latent.to(tl.float32) * v.to(tl.float32), 1)
+        score = scaled_scores(product, scale, SOFTCAP)
         if BIAS_HEADS > 0:
             own = load_bias(
                 bias, token, kv * GROUP + g, start + tl.arange(0, 1), g < GROUP, capacity, capacity,
@@ -263,24 +284,26 @@ def decode_kernel(
         old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
     added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
     row_max, row_sum, acc = online_softmax(
-        q, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
-        True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0,
+        q, latent, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
+        True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0, LATENT,
     )  # fmt: skip
     for block_begin in tl.range(begin + BLOCK_N, upper, BLOCK_N, num_stages=STAGES):
         j = block_begin + tl.arange(0, BLOCK_N)
         added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
         if is_attended(added, g < GROUP, BIAS_HEADS):
             old_k = load_cached(
-                keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D
-            )
+                keys, j, lower, upper, ring_first, capacity, True, RING,
+                DIM, KEY_WIDTH, BLOCK_D,
+            )  # fmt: skip
             old_v = load_cached(
-                values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
-            )
+                values, j, lower, upper, ring_first, capacity, True, RING,
+                VALUE_STRIDE, VALUE_DIM, BLOCK_V,
+            )  # fmt: skip
             if keep and STAGES == 1:
                 old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
             row_max, row_sum, acc = online_softmax(
-                q, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
-                True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0,
+                q, latent, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
+                True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0, LATENT,
             )  # fmt: skip
 
     if active_splits == 1:
@@ -367,8 +390,8 @@ def append_kernel(
     key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
     key_stride, value_stride, capacity, rows, tokens,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    RING: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, PDL: tl.constexpr,
+    RING: tl.constexpr, LATENT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Append the keys, rotated, and values of a mixed step. Program (block of tokens, kv head)."""
     if PDL:
@@ -389,21 +412,27 @@ def append_kernel(
     entry = position % capacity if RING else position
     present &= (slot >= 0) & (entry < capacity)
 
+    KEY_WIDTH: tl.constexpr = DIM - VALUE_DIM if LATENT else DIM
+    VALUE_STRIDE: tl.constexpr = DIM if LATENT else VALUE_DIM
     d = tl.arange(0, BLOCK_D)[None, :]
     e = tl.arange(0, BLOCK_V)[None, :]
     token = t.to(tl.int64)[:, None]
     to = ((slot.to(tl.int64) * KV_HEADS + kv) * capacity + entry)[:, None]
     mask = present[:, None]
+    k_at = key + token * key_stride + kv * DIM
     k = load_rotated(
-        key + token * key_stride + kv * DIM, d, mask, cos + token * ROTARY, sin + token * ROTARY,
-        mask, DIM, ROTARY,
+        k_at + (DIM - KEY_WIDTH), d, mask, cos + token * ROTARY, sin + token * ROTARY, mask,
+        KEY_WIDTH, ROTARY,
     )  # fmt: skip
-    tl.store(key_state + to * DIM + d, k.to(key_state.dtype.element_ty), mask=mask & (d < DIM))
-    v = tl.load(
-        value + token * value_stride + kv * VALUE_DIM + e, mask=mask & (e < VALUE_DIM), other=0.0
-    )
     tl.store(
-        value_state + to * VALUE_DIM + e,
+        key_state + to * DIM + (DIM - KEY_WIDTH) + d,
+        k.to(key_state.dtype.element_ty),
+        mask=mask & (d < KEY_WIDTH),
+    )
+    v_at = k_at if LATENT else value + token * value_stride + kv * VALUE_DIM
+    v = tl.load(v_at + e, mask=mask & (e < VALUE_DIM), other=0.0)
+    tl.store(
+        value_state + to * VALUE_STRIDE + e,
         v.to(value_state.dtype.element_ty),
         mask=mask & (e < VALUE_DIM),
     )
@@ -416,7 +445,7 @@ def prefill_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CHUNK: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    BIAS_HEADS: tl.constexpr, PACK: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, LATENT: tl.constexpr, PACK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -429,6 +458,8 @@ def prefill_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    KEY_WIDTH: tl.constexpr = DIM - VALUE_DIM if LATENT else DIM
+    VALUE_STRIDE: tl.constexpr = DIM if LATENT else VALUE_DIM
     span: tl.constexpr = BLOCK_M // PACK
     packs: tl.constexpr = (GROUP + PACK - 1) // PACK
     # The last tokens of a row see most positions, so their blocks start first.
@@ -479,12 +510,16 @@ def prefill_kernel(
     else:
         upper = tl.minimum(upper, capacity)
     ring_first = lower % capacity if RING else lower
-    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM
-    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_DIM
+    keys = key_state + (slot * KV_HEADS + kv) * capacity * DIM + (DIM - KEY_WIDTH)
+    values = value_state + (slot * KV_HEADS + kv) * capacity * VALUE_STRIDE
     q_at = query + packed * query_stride + (kv * GROUP + g)[:, None] * DIM
     q = load_rotated(
-        q_at, d, present, cos + packed * ROTARY, sin + packed * ROTARY, present, DIM, ROTARY
-    )
+        q_at + (DIM - KEY_WIDTH), d, present, cos + packed * ROTARY, sin + packed * ROTARY, present,
+        KEY_WIDTH, ROTARY,
+    )  # fmt: skip
+    latent = q
+    if LATENT:
+        latent = tl.load(q_at + e, mask=present & (e < VALUE_DIM), other=0.0)
     row_max, row_sum = start_softmax(sinks, kv * GROUP + g, g < GROUP, BLOCK_M, SINKS)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     positions = start + token
@@ -499,14 +534,16 @@ def prefill_kernel(
             )
             if is_attended(added, in_pack, BIAS_HEADS):
                 k = load_cached(
-                    keys, j, lower, upper, ring_first, capacity, False, RING, DIM, BLOCK_D
-                )
+                    keys, j, lower, upper, ring_first, capacity, False, RING,
+                    DIM, KEY_WIDTH, BLOCK_D,
+                )  # fmt: skip
                 v = load_cached(
-                    values, j, lower, upper, ring_first, capacity, False, RING, VALUE_DIM, BLOCK_V
-                )
+                    values, j, lower, upper, ring_first, capacity, False, RING,
+                    VALUE_STRIDE, VALUE_DIM, BLOCK_V,
+                )  # fmt: skip
                 row_max, row_sum, acc = online_softmax(
-                    q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
-                    False, False, 0, 0, BIAS_HEADS > 0, SOFTCAP, BIAS_HEADS > 0,
+                    q, latent, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
+                    False, False, 0, 0, BIAS_HEADS > 0, SOFTCAP, BIAS_HEADS > 0, LATENT,
                 )  # fmt: skip
     may_be_empty: tl.constexpr = CAUSAL or WINDOW > 0 or CHUNK > 0 or BIAS_HEADS > 0
     for block_begin in tl.range(masked_from, upper, BLOCK_N, num_stages=STAGES):
@@ -515,13 +552,17 @@ def prefill_kernel(
             bias, first + token, kv * GROUP + g, j, in_pack, upper, capacity, BIAS_HEADS
         )
         if is_attended(added, in_pack, BIAS_HEADS):
-            k = load_cached(keys, j, lower, upper, ring_first, capacity, True, RING, DIM, BLOCK_D)
+            k = load_cached(
+                keys, j, lower, upper, ring_first, capacity, True, RING,
+                DIM, KEY_WIDTH, BLOCK_D,
+            )  # fmt: skip
             v = load_cached(
-                values, j, lower, upper, ring_first, capacity, True, RING, VALUE_DIM, BLOCK_V
-            )
+                values, j, lower, upper, ring_first, capacity, True, RING,
+                VALUE_STRIDE, VALUE_DIM, BLOCK_V,
+            )  # fmt: skip
             row_max, row_sum, acc = online_softmax(
-                q, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
-                True, CAUSAL, WINDOW, CHUNK, may_be_empty, SOFTCAP, BIAS_HEADS > 0,
+                q, latent, k, v, added, positions, j, upper, scale, row_max, row_sum, acc,
+                True, CAUSAL, WINDOW, CHUNK, may_be_empty, SOFTCAP, BIAS_HEADS > 0, LATENT,
             )  # fmt: skip
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # a token that sees nothing: 0
     tl.store(

@@ -96,9 +96,12 @@ def load_rotated(
 @triton.jit
 def load_cached(
     state, j, lower, upper, ring_first, capacity,
-    BOUNDED: tl.constexpr, RING: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    BOUNDED: tl.constexpr, RING: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Load positions ``j`` of one slot and head, ``[len(j), BLOCK]``.
+    """Load ``WIDTH`` elements of positions ``j`` of one slot and head, ``[len(j), BLOCK]``.
+
+    ``STRIDE``: elements from position to position.
 
     ``BOUNDED``: positions from ``upper`` on are not loaded and are zero. Their memory may hold NaN,
     and 0 x NaN is NaN. ``RING``: position ``lower`` is at entry ``ring_first``.
@@ -108,7 +111,7 @@ def load_cached(
     if RING:  # the visible positions wrap around at most once
         entry = ring_first + (j - lower)
         entry = tl.where(entry >= capacity, entry - capacity, entry)
-    at = state + entry[:, None] * WIDTH + d[None, :]
+    at = state + entry[:, None] * STRIDE + d[None, :]
     if BOUNDED:
         loaded = tl.load(at, mask=(j < upper)[:, None] & (d < WIDTH)[None, :], other=0.0)
     elif WIDTH == BLOCK:

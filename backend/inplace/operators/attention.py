@@ -15,10 +15,10 @@ from inplace.operators.state import check_contiguous, write
 
 define(
     "attention",
-    "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!) value_state, "
+    "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!)? value_state, "
     "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, "
     "Tensor? bias=None, *, float scale, bool append=True, bool causal=True, int window=0, "
-    "int attention_chunk=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "int attention_chunk=0, bool ring=False, float softcap=0.0, int latent_dim=0) -> Tensor",
 )
 
 
@@ -28,7 +28,7 @@ def _attention(
     key: Tensor | None,
     value: Tensor | None,
     key_state: Tensor,
-    value_state: Tensor,
+    value_state: Tensor | None,
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
@@ -42,8 +42,12 @@ def _attention(
     attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
+    latent_dim: int = 0,
 ) -> Tensor:
-    _check_shapes(query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring)
+    _check_shapes(
+        query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring,
+        latent_dim=latent_dim,
+    )  # fmt: skip
     offsets, slot_list, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
     # One token a row and no ring wraps: one call appends all rows. Calls are what a small step
     # costs.
@@ -53,21 +57,24 @@ def _attention(
         and 0 <= min(starts) <= max(starts) < key_state.shape[2]
     )
     if one_token_each and append:
-        assert key is not None and value is not None
+        assert key is not None
         key_state[slots, :, write_indices] = key
-        value_state[slots, :, write_indices] = value
-    out = query.new_empty((*query.shape[:2], value_state.shape[3]))
+        if value_state is not None and value is not None:
+            value_state[slots, :, write_indices] = value
+    out = query.new_empty((*query.shape[:2], _value_dim(value_state, latent_dim)))
     for row, (slot, start) in enumerate(zip(slot_list, starts, strict=True)):
         first, end = offsets[row], offsets[row + 1]
         if slot < 0:
             out[first:end] = 0
             continue
-        keys, values = key_state[slot], value_state[slot]
+        keys = key_state[slot]
+        values = keys[..., :latent_dim] if value_state is None else value_state[slot]
         cached = start + (end - first if append else 0)
         if append and not one_token_each:
-            assert key is not None and value is not None
+            assert key is not None
             write(keys, key[first:end].transpose(0, 1), start, 1, ring=ring)
-            write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
+            if value is not None:
+                write(values, value[first:end].transpose(0, 1), start, 1, ring=ring)
         keys, values, offset, mask = _visible(
             keys,
             values,
@@ -93,6 +100,11 @@ def _attention(
     return out
 
 
+def _value_dim(value_state: Tensor | None, latent_dim: int) -> int:
+    """Elements of a value."""
+    return latent_dim if value_state is None else value_state.shape[3]
+
+
 def _attend_one(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """One token ``[heads, dim]`` over all of keys and values ``[kv_heads, length, dim]``."""
     return F.scaled_dot_product_attention(
@@ -106,7 +118,7 @@ def _attention_on_gpu(
     key: Tensor | None,
     value: Tensor | None,
     key_state: Tensor,
-    value_state: Tensor,
+    value_state: Tensor | None,
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
@@ -120,6 +132,7 @@ def _attention_on_gpu(
     attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
+    latent_dim: int = 0,
 ) -> Tensor:
     """`attention` in Triton-language kernels, without a synchronisation with the host.
 
@@ -127,9 +140,13 @@ def _attention_on_gpu(
     """
     from inplace.kernels import attention as kernels  # imports Triton
 
-    _check_shapes(query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring)
+    _check_shapes(
+        query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring,
+        latent_dim=latent_dim,
+    )  # fmt: skip
     tokens, heads, dim = query.shape
-    _, kv_heads, capacity, value_dim = value_state.shape
+    _, kv_heads, capacity, _ = key_state.shape
+    value_dim = _value_dim(value_state, latent_dim)
     spec = kernels.AttentionSpec(
         heads,
         kv_heads,
@@ -144,14 +161,16 @@ def _attention_on_gpu(
         sinks=sinks is not None,
         attention_chunk=attention_chunk,
         bias_heads=0 if bias is None else bias.shape[1],
+        latent=value_state is None,
     )
     for name, tensor in (("query", query), ("value_state", value_state)):
-        if tensor.dtype != key_state.dtype:
+        if tensor is not None and tensor.dtype != key_state.dtype:
             raise TypeError(
                 f"{name} is {tensor.dtype}, key_state is {key_state.dtype}; they must be the same"
             )
     check_contiguous(key_state, "key_state")
-    check_contiguous(value_state, "value_state")
+    if value_state is not None:
+        check_contiguous(value_state, "value_state")
     query = _token_strided(query)
     new_key, new_value = (x if x is None else _token_strided(x) for x in (key, value))
     rows = slots.shape[0]
@@ -306,24 +325,27 @@ def _check_shapes(
     key: Tensor | None,
     value: Tensor | None,
     key_state: Tensor,
-    value_state: Tensor,
+    value_state: Tensor | None,
     sinks: Tensor | None,
     bias: Tensor | None,
     *,
     append: bool,
     ring: bool,
+    latent_dim: int,
 ) -> None:
     """Raise if tensors do not fit each other, before a kernel is handed their addresses.
 
     Raises:
         RuntimeError: the number of axes, the heads, a head's elements or a type differ.
     """
-    if query.dim() != 3 or key_state.dim() != 4 or value_state.dim() != 4:
+    if any(x is not None and x.dim() != 4 for x in (key_state, value_state)) or query.dim() != 3:
         raise RuntimeError(
             "query must be [tokens, heads, dim], states [slots, kv_heads, capacity, dim]"
         )
-    if append != (key is not None and value is not None):
-        raise RuntimeError("key and value must be given exactly when append is True")
+    if append != (key is not None) or (append and value_state is not None) != (value is not None):
+        raise RuntimeError(
+            "key and value must be given exactly when append is True; value only if value_state is"
+        )
     (tokens, heads, dim), (_, kv_heads, capacity, key_dim) = query.shape, key_state.shape
     _check_sinks(sinks, heads)
     _check_bias(bias, tokens, heads, capacity)
@@ -333,12 +355,18 @@ def _check_shapes(
         raise RuntimeError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     if dim != key_dim:
         raise RuntimeError(f"queries have {dim} elements a head, key_state has {key_dim}")
-    if value_state.shape[1] != kv_heads:
+    fits = latent_dim == 0 if value_state is not None else 0 < latent_dim <= key_dim
+    if not fits:
+        raise RuntimeError(
+            f"without value_state, values are the first latent_dim of {key_dim} elements of keys, "
+            f"with it latent_dim is 0; got {latent_dim}"
+        )
+    if value_state is not None and value_state.shape[1] != kv_heads:
         raise RuntimeError(
             f"key_state has {kv_heads} kv heads, value_state has {value_state.shape[1]}"
         )
     for name, new, state in (("key", key, key_state), ("value", value, value_state)):
-        if new is None:
+        if new is None or state is None:
             continue
         if new.dtype != state.dtype:
             raise RuntimeError("keys and values must have their state's dtype")
@@ -378,7 +406,7 @@ def _attention_fake(
     key: Tensor | None,
     value: Tensor | None,
     key_state: Tensor,
-    value_state: Tensor,
+    value_state: Tensor | None,
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
@@ -392,9 +420,13 @@ def _attention_fake(
     attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
+    latent_dim: int = 0,
 ) -> Tensor:
-    _check_shapes(query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring)
-    return query.new_empty((query.shape[0], query.shape[1], value_state.shape[3]))
+    _check_shapes(
+        query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring,
+        latent_dim=latent_dim,
+    )  # fmt: skip
+    return query.new_empty((*query.shape[:2], _value_dim(value_state, latent_dim)))
 
 
 def attention(
@@ -402,7 +434,7 @@ def attention(
     key: Tensor | None,
     value: Tensor | None,
     key_state: Tensor,
-    value_state: Tensor,
+    value_state: Tensor | None,
     slots: Tensor,
     row_offsets: Tensor,
     write_indices: Tensor,
@@ -414,6 +446,7 @@ def attention(
     attention_chunk: int = 0,
     ring: bool = False,
     softcap: float = 0.0,
+    latent_dim: int = 0,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -426,9 +459,9 @@ def attention(
     Args:
         query: ``[tokens, heads, dim]``.
         key: ``[tokens, kv_heads, dim]``; None exactly when ``append`` is False (cross-attention).
-        value: as ``key``.
+        value: as ``key``; None also if ``value_state`` is.
         key_state: ``[slots, kv_heads, capacity, dim]``, mutated when ``append``.
-        value_state: as ``key_state``.
+        value_state: as ``key_state``; None if values are a part of keys, see ``latent_dim``.
         slots: ``[rows]``, int32 or int64; a row with slot -1 writes nothing and its output is 0.
         row_offsets: ``[rows + 1]``.
         write_indices: ``[rows]``: cached length of each row before the step, where its append
@@ -453,7 +486,7 @@ def attention(
             not visible anyway may hold anything. The states must not be rings.
 
     Returns:
-        ``[tokens, heads, dim]``, the query's dtype.
+        ``[tokens, heads, value_dim]``, the query's dtype.
 
     Raises:
         IndexError: a row does not fit its slot. Only on the CPU: on a GPU, where the host does not
@@ -477,6 +510,7 @@ def attention(
         attention_chunk=attention_chunk,
         ring=ring,
         softcap=softcap,
+        latent_dim=latent_dim,
     )
     assert isinstance(out, Tensor)
     return out

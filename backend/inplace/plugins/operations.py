@@ -332,7 +332,7 @@ class AttentionOperation(Operation):
     ``append``); cos and sin if ``rotary``; the key state and the value state; slots, row_offsets,
     write_indices; sinks if ``sinks``; a bias if ``bias_heads``; then ``readers`` results of earlier
     reads of the states. The last make TensorRT run those reads first. Outputs: the attention's, and
-    the two states.
+    the two states. If ``latent``, there is neither a value nor a value state.
 
     ``settled``: no earlier layer of the network writes slots, write indices or the states.
     """
@@ -354,6 +354,7 @@ class AttentionOperation(Operation):
     sinks: bool = False
     attention_chunk: int = 0
     bias_heads: int = 0
+    latent: bool = False
     merged: bool = False
     settled: bool = False
     readers: int = 0
@@ -361,7 +362,17 @@ class AttentionOperation(Operation):
     @property
     def projections(self) -> int:
         """How many inputs have queries, keys and values."""
-        return 1 if self.merged or not self.append else 3
+        return 1 if self.merged or not self.append else 3 - self.latent
+
+    @property
+    def num_states(self) -> int:
+        """How many of the inputs are states."""
+        return 2 - self.latent
+
+    @property
+    def first_row(self) -> int:
+        """The index of the slots among the inputs; row offsets and write indices come next."""
+        return self.first_state + self.num_states
 
     @property
     def first_state(self) -> int:
@@ -371,7 +382,7 @@ class AttentionOperation(Operation):
     @property
     def input_count(self) -> int:
         """Projections, cos and sin, states, row descriptions, sinks, bias, results of reads."""
-        return self.first_state + 5 + self.num_terms + self.readers
+        return self.first_row + 3 + self.num_terms + self.readers
 
     @property
     def num_terms(self) -> int:
@@ -380,8 +391,10 @@ class AttentionOperation(Operation):
 
     @property
     def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
-        """With ``append``, outputs 1 and 2 are the states."""
-        return {1: self.first_state, 2: self.first_state + 1} if self.append else {}
+        """With ``append``, the outputs from 1 on are the states."""
+        return {
+            index + 1: self.first_state + index for index in range(self.num_states * self.append)
+        }
 
     @property
     def spec(self) -> AttentionSpec:
@@ -401,12 +414,13 @@ class AttentionOperation(Operation):
             sinks=self.sinks,
             attention_chunk=self.attention_chunk,
             bias_heads=self.bias_heads,
+            latent=self.latent,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
         """Row descriptions are int32, sinks and bias floating, reads any, others as the query."""
-        end = self.first_state + 5
-        if self.first_state + 2 <= position < end:
+        end = self.first_row + 3
+        if self.first_row <= position < end:
             return dtypes[position] is torch.int32
         if end <= position < end + self.num_terms:
             return dtypes[position] in FLOATS
@@ -438,7 +452,7 @@ class AttentionOperation(Operation):
         """Results of split rows, see `inplace.kernels.attention.attention_workspace`."""
         state = shapes[self.first_state]
         return attention_workspace(
-            self.spec, self._num_tokens(shapes[0]), shapes[self.first_state + 2][0], state[2]
+            self.spec, self._num_tokens(shapes[0]), shapes[self.first_row][0], state[2]
         )
 
     def locks(self) -> int:
@@ -447,7 +461,7 @@ class AttentionOperation(Operation):
 
     def launch(self, call: Launch) -> None:
         """Launch `inplace.kernels.attention.attention`."""
-        inputs, first = call.inputs, self.first_state
+        inputs, first, rows = call.inputs, self.first_state, self.first_row
         query, key, value = inputs[0], None, None
         strides = (self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.value_dim)
         if self.merged:
@@ -456,7 +470,7 @@ class AttentionOperation(Operation):
             value = Pointer(key.address + strides[1] * size, query.dtype)
             strides = (sum(strides),) * 3
         elif self.append:
-            key, value = inputs[1:3]
+            key, value = inputs[1], None if self.latent else inputs[2]
         cos, sin = inputs[first - 2 : first] if self.rotary else (None, None)
         attention(
             self.spec,
@@ -469,18 +483,18 @@ class AttentionOperation(Operation):
             cos=cos,
             sin=sin,
             key_state=inputs[first],
-            value_state=inputs[first + 1],
+            value_state=None if self.latent else inputs[first + 1],
             capacity=call.shapes[first][2],
-            slots=inputs[first + 2],
-            row_offsets=inputs[first + 3],
-            write_indices=inputs[first + 4],
-            sinks=inputs[first + 5] if self.sinks else None,
-            bias=inputs[first + 5 + self.sinks] if self.bias_heads else None,
+            slots=inputs[rows],
+            row_offsets=inputs[rows + 1],
+            write_indices=inputs[rows + 2],
+            sinks=inputs[rows + 3] if self.sinks else None,
+            bias=inputs[rows + 3 + self.sinks] if self.bias_heads else None,
             out=call.outputs[0],
             workspace=Pointer(call.workspace, torch.float32),
             locks=call.locks,
             tokens=self._num_tokens(call.shapes[0]),
-            rows=call.shapes[first + 2][0],
+            rows=call.shapes[rows][0],
             pdl=call.pdl,
             settled=self.settled,
         )

@@ -128,7 +128,7 @@ class LayerCache:
 
     Attributes:
         heads: key-value heads.
-        key_dim, value_dim: elements of a head.
+        key_dim, value_dim: elements of a head; no values are kept if the latter is 0.
         dtype: element type.
         reach: how many positions up to its own a token may see; 0 for all.
     """
@@ -172,6 +172,7 @@ def cache_states(
         )
         for part in ("key", "value")
         for layer, cache in caches.items()
+        if part == "key" or cache.value_dim
     )
 
 

@@ -35,6 +35,7 @@ from inplace_builder.capture.decoder import (
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.indexers import slot_indexers
+from inplace_builder.capture.latent import absorbed_latents
 from inplace_builder.capture.masks import ChangedMaskError
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.reference import cache_argument, references
@@ -128,6 +129,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         _inplace_attention(model, without_cache=without_cache) as own_attention,
         grouped_experts(model),
         slot_recurrences(model),
+        absorbed_latents(model),
         slot_indexers(model, options.capacity, skips_masks=implementation == SDPA),
     ):
         # 1. Run the model once to see what each layer attends to and keeps.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from inplace.operators import attention, read, update
@@ -29,6 +29,9 @@ from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.capture.sparse import AllPositions, Selection
 from inplace_builder.errors import BuildError
 
+if TYPE_CHECKING:
+    from inplace_builder.capture.latent import LatentExpansion
+
 IMPLEMENTATION = "inplace"
 """The name under which transformers knows `slot_attention` and `_layer_mask`."""
 
@@ -38,7 +41,8 @@ class LayerStates:
     """The states of all layers, and how ``inplace::attention`` addresses them.
 
     Attributes:
-        keys, values: the states of each layer that attends, ``[slots, kv_heads, capacity, dim]``.
+        keys, values: the states of each layer that attends, ``[slots, kv_heads, capacity, dim]``;
+            no values where latents are the keys.
         index: the keys of the indexers of layers, ``[slots, 1, capacity, dim]``.
         recurrent: the other states by name, ``[slots, ...]``.
         slots, row_offsets, write_indices: as ``inplace::attention`` takes them.
@@ -63,17 +67,19 @@ class LayerStates:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         *,
         scale: float,
         softcap: float = 0.0,
+        latent_dim: int = 0,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """``inplace::attention`` on the states of a layer.
 
         Query, key and value are ``[tokens, heads, dim]``, sinks ``[heads]``, and bias
-        ``[tokens, heads or 1, capacity]``.
+        ``[tokens, heads or 1, capacity]``. Without a value it is the first ``latent_dim`` elements
+        of the key.
         """
         mask = self.masks[layer]
         return attention(
@@ -81,7 +87,7 @@ class LayerStates:
             key,
             value,
             self.keys[layer],
-            self.values[layer],
+            self.values.get(layer),
             self.slots,
             self.row_offsets,
             self.write_indices,
@@ -91,6 +97,7 @@ class LayerStates:
             attention_chunk=mask.attention_chunk,
             ring=self.rings[layer],
             softcap=softcap,
+            latent_dim=latent_dim,
             sinks=sinks,
             bias=bias,
         )
@@ -101,7 +108,7 @@ class SeenLayer:
     """What a layer handed to its attention.
 
     Attributes:
-        key, value: heads, and elements of a head.
+        key, value: heads, and elements of a head; 0 for values that are a part of keys.
         mask: what a token may see.
         scores: how they are computed; used where attention is the model's own.
     """
@@ -162,6 +169,7 @@ class SlotCache(TransformersCache):
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
         self._num_scans = 0
         self._token_rows: Tensor | None = None
+        self.expansion: LatentExpansion | None = None  # of the layer that attends next
         self.computed_mask: MaskOptions | None = None  # of the layer that attends next
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -189,6 +197,13 @@ class SlotCache(TransformersCache):
     def layer_of(self, key: Tensor) -> int | None:
         """The layer that gave the cache these keys in this step; None if none did."""
         return next((layer for layer, each in self._keys.items() if each is key), None)
+
+    def absorbed(self, key: Tensor, value: Tensor) -> "LatentExpansion | None":
+        """The expansion that gave the keys and values of a layer, if it is to be absorbed."""
+        expansion, self.expansion = self.expansion, None
+        if expansion is None or not expansion.absorbed:
+            return None
+        return expansion if expansion.key is key and expansion.value is value else None
 
     def attends_again(self, layer: int, value: Tensor) -> int | None:
         """Where a layer keeps its keys again, with other values than it gave the cache.
@@ -422,6 +437,11 @@ _current_cache: ContextVar[SlotCache] = ContextVar("inplace_cache")
 """The cache of the step that runs: transformers does not pass it to attention functions."""
 
 
+def current_step_cache() -> SlotCache | None:
+    """The cache of the step that runs; None while none does."""
+    return _current_cache.get(None)
+
+
 def step_cache() -> SlotCache:
     """The cache of the step that runs."""
     return _current_cache.get()
@@ -539,30 +559,36 @@ def slot_attention(
         if not isinstance(selected, AllPositions | Selection | None):
             raise BuildError(f"{kind} attends to the positions that it selects ({name}) only")
         selection = selected if isinstance(selected, Selection) else selection
-    step = cache.step
+    step, latent = cache.step, cache.absorbed(key, value)
     if isinstance(step, SeenLayers):
         mask = _layer_options(module, attention_mask, sliding_window, step.capacity)
         if shares:
             _check_shared(kind, mask, step.by_layer[layer].mask)
             step.sharing += 1
         else:
-            step.by_layer[layer] = SeenLayer(
-                (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), mask
-            )
+            sizes = ((1, latent.key_dim), (1, 0)) if latent is not None else _sizes(key, value)
+            step.by_layer[layer] = SeenLayer(*sizes, mask)
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
     # a layer that shares keys and values appends them once more, to the same positions
+    queries = query[0].transpose(0, 1)
     out = step.attend(
         layer,
-        query[0].transpose(0, 1),
+        queries if latent is None else latent.query(queries),
         key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        value[0].transpose(0, 1) if latent is None else None,
+        latent_dim=0 if latent is None else latent.latent_dim,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         softcap=softcap or 0.0,
         sinks=s_aux,
         bias=None if selection is None else selection.bias,
     )
-    return out.unsqueeze(0), None
+    return (out if latent is None else latent.result(out)).unsqueeze(0), None
+
+
+def _sizes(key: Tensor, value: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads, and elements of a head, of keys and of values ``[1, heads, tokens, dim]``."""
+    return (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
 
 
 def _check_shared(kind: str, mask: MaskOptions, owner: MaskOptions) -> None:

@@ -245,7 +245,7 @@ class AttentionRewriter(Rewriter):
         if not is_call(node, inplace.attention.default):
             return
         query, key, value, key_state, value_state, *rows = node.args
-        if key is None or node.kwargs.get("append") is False:
+        if key is None or value is None or node.kwargs.get("append") is False:
             return
         rotations = match_rotation(query), match_rotation(key)
         if any(rotations) and not self._rotates_both(node, *rotations):

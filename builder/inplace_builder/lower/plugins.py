@@ -53,12 +53,14 @@ def supports_plugin(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility
     if tensorrt.version[:2] < MIN_VERSION:
         return Eligibility(False, f"aliased plugin outputs need TensorRT 10.3, this is {tensorrt}")
     for use in uses:
-        if use.operator.endswith("attention") and max(use.state.shape[2:]) > MAX_DIM:
-            return Eligibility(
-                False,
-                f"heads of {use.state.name} are {use.state.shape[2]} wide; "
-                f"the attention kernels take up to {MAX_DIM}",
-            )
+        if use.operator.endswith("attention"):
+            latent = use.arguments.get("latent_dim") or 0  # the kernels take it and the rest apart
+            if max(latent, use.state.shape[2] - latent) > MAX_DIM:
+                return Eligibility(
+                    False,
+                    f"heads of {use.state.name} are {use.state.shape[2]} wide; "
+                    f"the attention kernels take up to {MAX_DIM}",
+                )
         if not tensorrt.has_dtype(use.state.dtype.as_torch):
             return Eligibility(
                 False, f"{use.state.name} is {use.state.dtype}, which {tensorrt} does not have"
@@ -242,12 +244,13 @@ def _attend(
     ctx: Network,
     inputs: Sequence[ITensor],
     key_state: NetworkState,
-    value_state: NetworkState,
+    value_state: NetworkState | None,
     slots: ITensor,
     row_offsets: ITensor,
     write_indices: ITensor,
     sinks: ITensor | None = None,
     bias: ITensor | None = None,
+    latent_dim: int = 0,
     **options: Any,
 ) -> ITensor:
     """Add an attention plugin; ``options`` are fields of `AttentionOperation`."""
@@ -255,7 +258,8 @@ def _attend(
     # no kernel of the step computes or converts them
     are_inputs = all(control.is_network_input for control in controls)
     kv_heads, _, dim = key_state.spec.shape
-    names = (key_state.spec.name, value_state.spec.name)
+    states = [state for state in (key_state, value_state) if state is not None]
+    names = [state.spec.name for state in states]
     readers = (
         [reader for name in names for reader in ctx.readers.pop(name, [])]
         if options.get("append", True)
@@ -264,21 +268,22 @@ def _attend(
     operation = AttentionOperation(
         kv_heads=kv_heads,
         dim=dim,
-        value_dim=value_state.spec.shape[2],
+        value_dim=latent_dim if value_state is None else value_state.spec.shape[2],
+        latent=value_state is None,
         max_rows=MAX_ROWS,
         sinks=sinks is not None,
         bias_heads=0 if bias is None else bias.shape[1],
-        settled=are_inputs and not (key_state.written or value_state.written),
+        settled=are_inputs and not any(state.written for state in states),
         readers=len(readers),
         **options,
     )
-    given = [*inputs, key_state.current, value_state.current, *controls]
+    given = [*inputs, *(state.current for state in states), *controls]
     given += [term for term in (sinks, bias) if term is not None] + readers
-    out, *states = _add(ctx, operation, given)
-    if not states:  # it only reads them: the next writer must run after it
+    out, *updated = _add(ctx, operation, given)
+    if not updated:  # it only reads them: the next writer must run after it
         for name in names:
             ctx.readers.setdefault(name, []).append(out)
-    for state, current in zip((key_state, value_state), states, strict=False):
+    for state, current in zip(states, updated, strict=False):
         ctx.update_state(state, current)
     return out
 

@@ -11,7 +11,7 @@ they hold: their scores are replaced, and their values are replaced by zeros, be
 zero times NaN is NaN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ class Rows:
 
 
 def rows_of(
-    ctx: Network, states: tuple[NetworkState, ...], slots: ITensor, write_indices: ITensor | None
+    ctx: Network, states: Sequence[NetworkState], slots: ITensor, write_indices: ITensor | None
 ) -> Rows:
     """The rows that the arguments of the current operator describe.
 
@@ -207,7 +207,7 @@ def append_and_attend(
     key: ITensor | None,
     value: ITensor | None,
     key_state: NetworkState,
-    value_state: NetworkState,
+    value_state: NetworkState | None,
     slots: ITensor,
     row_offsets: ITensor,
     write_indices: ITensor,
@@ -218,6 +218,7 @@ def append_and_attend(
     append: bool = True,
     softcap: float = 0.0,
     ring: bool = False,
+    latent_dim: int = 0,
     **mask: Any,
 ) -> ITensor:
     """Lower ``inplace::attention``: append keys and values, then attend to the updated caches.
@@ -226,21 +227,26 @@ def append_and_attend(
         ctx: the network.
         append_to_state: how the mechanism appends.
         query, key, value, key_state, value_state, slots, row_offsets, write_indices, sinks, bias,
-            scale, append, softcap, ring: as the operator has them.
+            scale, append, softcap, ring, latent_dim: as the operator has them.
         mask: the operator's options ``causal``, ``window`` and ``attention_chunk``.
 
     Returns:
         Packed, ``[tokens, heads, value_dim]``.
     """
-    rows = rows_of(ctx, (key_state, value_state), slots, write_indices)
+    states = [state for state in (key_state, value_state) if state is not None]
+    rows = rows_of(ctx, states, slots, write_indices)
     if append:
-        for state, new in ((key_state, key), (value_state, value)):
+        for state, new in zip(states, (key, value), strict=False):
             append_to_state(ctx, state, rows, new)
     queries = by_row(ctx, query, rows)
     kv_heads, capacity = key_state.spec.shape[:2]
     group = queries.shape[1] // kv_heads
     masks = visibility(ctx, rows, queries, capacity, append=append, ring=ring, group=group, **mask)
-    keys, values = key_state.current, value_state.current
+    keys = key_state.current
+    if value_state is None:
+        values = ctx.slice(keys, [0] * 4, [*ctx.extents.of(keys)[:3], latent_dim])
+    else:
+        values = value_state.current
     if bias is not None:
         bias = by_row(ctx, bias, rows)
     return _attend(ctx, queries, keys, values, masks, sinks, bias, scale=scale, softcap=softcap)

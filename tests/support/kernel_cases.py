@@ -200,7 +200,8 @@ class AttentionCase:
             (self.key_state, self.value_state), before, expected[1:], strict=True
         ):
             written = torch.zeros(state.shape[0], state.shape[2], dtype=torch.bool)
-            for row in self.rows if self.spec.append else []:
+            appended = self.spec.append and not (state is self.value_state and self.spec.latent)
+            for row in self.rows if appended else []:
                 if row.slot >= 0:
                     written[
                         row.slot, torch.arange(row.start, row.start + row.tokens) % self.capacity

@@ -46,7 +46,7 @@ STEPS = pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"]
 def spec(
     heads: int = 4, kv_heads: int = 2, dim: int = 32, value_dim: int | None = None, **options: Any
 ) -> AttentionSpec:
-    return replace(AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5), **options)
+    return AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5, **options)
 
 
 @STEPS
@@ -80,8 +80,11 @@ def test_values_that_are_a_part_of_keys(
 
 
 def test_latents_whose_splits_are_combined_and_that_wrap() -> None:
-    rows = [Row(3, 1030, 1), Row(1, 70, 1), Row(0, 0, 1), Row(-1, 9, 1)]
-    AttentionCase(spec(6, 1, 48, 32, latent=True), rows, capacity=1100).check()
+    rows = [Row(3, 1030, 1), Row(1, 70, 1), Row(0, 0, 1), Row(-1, 9, 1), Row(2, 1099, 1)]
+    biased = spec(6, 1, 48, 32, latent=True, bias_heads=6)
+    AttentionCase(biased, rows, capacity=1100).check()
+    whole_blocks = [Row(3, 127, 1), Row(1, 128, 1), Row(0, 256, 1), Row(2, 1024, 1)]
+    AttentionCase(spec(6, 1, 48, 32, latent=True), whole_blocks, capacity=1100).check()
     ring = spec(6, 1, 48, 32, latent=True, window=20, ring=True)
     AttentionCase(ring, [Row(3, 33, 1), Row(1, 5, 13), Row(5, 66, 2)], capacity=32).check()
 

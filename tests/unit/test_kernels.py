@@ -29,6 +29,11 @@ def test_kernels_equal_the_operators_in_the_interpreter(marked: str) -> None:
     [
         ({"heads": 5}, "5 query heads are not a multiple of 2 kv heads"),
         ({"dim": 513}, "head dimensions 513 and 64 must be from 1 to 512"),
+        ({"latent": True}, "head dimensions 0 and 64 must be from 1 to 512"),
+        (
+            {"latent": True, "dim": 96, "rotary": 32},
+            "keys that hold their values are not rotated",
+        ),
         ({"rotary": 33}, "rotary is 33; it must be even and at most the head dimension 64"),
         ({"window": -1}, "window -1, attention_chunk 0 and softcap 0.0 must not be neg"),
         ({"attention_chunk": -8}, "window 0, attention_chunk -8 and softcap 0.0 must not be neg"),

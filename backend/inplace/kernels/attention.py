@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import triton
 
 from inplace.kernels.attention_kernels import append_kernel, decode_kernel, prefill_kernel
+from inplace.kernels.linear import shared_memory
 from inplace.kernels.memory import Memory
 
 MAX_DIM = 512
@@ -29,6 +30,10 @@ TARGET_PROGRAMS = 512
 
 BLOCK_BYTES = 32 * 1024
 """Keys and values of a decode program's block; at 4 warps a quarter of a thread's registers."""
+
+
+LATENT_SHARED_MEMORY = 144 * 1024
+"""What a prefill program needs for 64 queries over latents of 512 elements, in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +155,17 @@ def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
 
     Heads of 64 in 16 bits were measured on an H100: one block of 128 positions a program, no
     pipeline. Wider positions keep the bytes of a block, which is in registers from the first load
-    on. ``min_split`` is always the same, because the workspace follows from it.
+    on. Latents have more query heads, and results as wide as themselves: wide ones take more warps,
+    by the registers that the compiler spills. ``min_split`` is always the same, because the
+    workspace follows from it.
     """
     width = (_padded(spec.key_width) + _padded(spec.value_dim)) * itemsize  # bytes of a position
+    warps = 8 if width >= (512 if spec.latent else 1024) else 4
+    block_bytes = BLOCK_BYTES * warps // 4 if spec.latent else BLOCK_BYTES
     keys = DecodeBlocks.keys
-    while keys > 16 and keys * width > BLOCK_BYTES:
+    while keys > 16 and keys * width > block_bytes:
         keys //= 2
-    return DecodeBlocks(
-        keys=keys, warps=8 if width >= 1024 else 4, stages=1 if keys == DecodeBlocks.keys else 2
-    )
+    return DecodeBlocks(keys=keys, warps=warps, stages=1 if keys == DecodeBlocks.keys else 2)
 
 
 def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBlocks:
@@ -174,6 +181,9 @@ def prefill_blocks(spec: AttentionSpec, itemsize: int, tokens: int) -> PrefillBl
         return PrefillBlocks(queries=64, keys=64, warps=4, stages=2)
     if widest <= 256:
         return PrefillBlocks(queries=64, keys=32, warps=8, stages=2)
+    if spec.latent:  # a block is loaded once, for scores and results
+        queries = 64 if shared_memory() >= LATENT_SHARED_MEMORY else 32
+        return PrefillBlocks(queries=queries, keys=32, warps=8, stages=2)
     return PrefillBlocks(queries=32, keys=16, warps=8, stages=1)
 
 

@@ -217,6 +217,8 @@ def decode_kernel(
         values, j, lower, upper, ring_first, capacity, True, RING,
         VALUE_STRIDE, VALUE_DIM, BLOCK_V,
     )  # fmt: skip
+    # Of the first block: the positions of its bias, and how many of them are cached.
+    bias_positions, num_cached = j, BLOCK_N
     if PREFETCH:
         tl.extra.cuda.gdc_wait()
 
@@ -260,34 +262,44 @@ def decode_kernel(
             v.to(value_state.dtype.element_ty),
             mask=write & (e < VALUE_DIM)[None, :],
         )
-        product = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         if LATENT:
-            product += tl.sum(latent.to(tl.float32) * v.to(tl.float32), 1)
-        score = scaled_scores(product, scale, SOFTCAP)
-        if BIAS_HEADS > 0:
-            own = load_bias(
-                bias, token, kv * GROUP + g, start + tl.arange(0, 1), g < GROUP, capacity, capacity,
-                BIAS_HEADS,
-            )  # fmt: skip
-            score += tl.sum(own, 1)
-        row_max = tl.where(owns_token, score, row_max)
-        row_sum = tl.where(owns_token, 1.0, row_sum)
-        acc += v.to(tl.float32)
-        if BIAS_HEADS > 0:  # it may hide the token from itself
-            hidden = score == float("-inf")
-            row_sum = tl.where(hidden, 0.0, row_sum)
-            acc = tl.where(hidden[:, None], 0.0, acc)
+            # The token takes the last place of the first block, as a position that is visible: a
+            # score of its own, of so many elements, needs registers that there are not.
+            own = (tl.arange(0, BLOCK_N) == BLOCK_N - 1) & owns_token
+            old_k = tl.where(own[:, None], k, old_k)
+            old_v = tl.where(own[:, None], v, old_v)
+            bias_positions, j = tl.where(own, start, j), tl.where(own, -1, j)
+            num_cached -= owns_token.to(tl.int32)
+        else:
+            product = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+            score = scaled_scores(product, scale, SOFTCAP)
+            if BIAS_HEADS > 0:
+                added = load_bias(
+                    bias, token, kv * GROUP + g, start + tl.arange(0, 1), g < GROUP, capacity,
+                    capacity, BIAS_HEADS,
+                )  # fmt: skip
+                score += tl.sum(added, 1)
+            row_max = tl.where(owns_token, score, row_max)
+            row_sum = tl.where(owns_token, 1.0, row_sum)
+            acc += v.to(tl.float32)
+            if BIAS_HEADS > 0:  # it may hide the token from itself
+                hidden = score == float("-inf")
+                row_sum = tl.where(hidden, 0.0, row_sum)
+                acc = tl.where(hidden[:, None], 0.0, acc)
 
     # There are not enough registers for wider elements.
     keep: tl.constexpr = PDL and key_state.dtype.element_ty.primitive_bitwidth == 16
     if keep:
         old_k, old_v = keep_in_registers(old_k), keep_in_registers(old_v)
-    added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
+    bias_end = tl.minimum(upper + 1, capacity) if LATENT and APPEND else upper
+    added = load_bias(
+        bias, token, kv * GROUP + g, bias_positions, g < GROUP, bias_end, capacity, BIAS_HEADS
+    )
     row_max, row_sum, acc = online_softmax(
         q, latent, old_k, old_v, added, g, j, upper, scale, row_max, row_sum, acc,
         True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0, LATENT,
     )  # fmt: skip
-    for block_begin in tl.range(begin + BLOCK_N, upper, BLOCK_N, num_stages=STAGES):
+    for block_begin in tl.range(begin + num_cached, upper, BLOCK_N, num_stages=STAGES):
         j = block_begin + tl.arange(0, BLOCK_N)
         added = load_bias(bias, token, kv * GROUP + g, j, g < GROUP, upper, capacity, BIAS_HEADS)
         if is_attended(added, g < GROUP, BIAS_HEADS):

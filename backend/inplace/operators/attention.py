@@ -355,11 +355,11 @@ def _check_shapes(
         raise RuntimeError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     if dim != key_dim:
         raise RuntimeError(f"queries have {dim} elements a head, key_state has {key_dim}")
-    fits = latent_dim == 0 if value_state is not None else 0 < latent_dim <= key_dim
+    fits = latent_dim == 0 if value_state is not None else 0 < latent_dim < key_dim
     if not fits:
         raise RuntimeError(
-            f"without value_state, values are the first latent_dim of {key_dim} elements of keys, "
-            f"with it latent_dim is 0; got {latent_dim}"
+            f"latent_dim is {latent_dim}; it must be 0 with value_state and from 1 to {key_dim - 1} "
+            f"without, where values are the first elements of keys, which have {key_dim}"
         )
     if value_state is not None and value_state.shape[1] != kv_heads:
         raise RuntimeError(
@@ -478,6 +478,9 @@ def attention(
             ``capacity >= window + tokens of a row - 1``.
         softcap: if not 0, scores become ``softcap * tanh(scores / softcap)`` (Gemma 2,
             arXiv:2408.00118, section 2).
+        latent_dim: without a value state, the elements of a value: a value is the first elements
+            of its key, which has more (latent attention, DeepSeek V2, arXiv:2405.04434, section
+            2.1).
         sinks: ``[heads]``, any floating dtype: a logit of each query head that takes part in the
             softmax and has no value (attention sinks, as gpt-oss has them). It is neither scaled
             nor soft-capped. A head's weights then sum to less than 1.

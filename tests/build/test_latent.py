@@ -1,10 +1,25 @@
 """Latent attention: what is cached is the latent, on every engine."""
 
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import transformers
+from inplace.schema.served import Manifest
+from inplace.schema.specs import Dtype
 from inplace.trt import TensorRT, load_tensorrt
-from inplace_builder import Capture, DecoderOptions, capture_decoder
+from inplace_builder import (
+    BuildOptions,
+    Capture,
+    DecoderOptions,
+    capture_decoder,
+    write_engine,
+)
+from inplace_builder.tools.report import position_bytes, summary_table
+from rich.console import Console
+from safetensors.torch import load_file
 from support.decoding import SHAPE
 from support.experts import STATIC_STEPS, check_ragged_rows, graph_step, network_step
 from support.lowering import lowered
@@ -30,14 +45,30 @@ def rtx() -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return decoder()
+
+
+@pytest.fixture(scope="module")
+def capture(model: PreTrainedModel) -> Capture:
+    return capture_decoder(model, OPTIONS)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
-def test_latents_are_the_only_state_and_logits_the_models(rtx: TensorRT, kind: str) -> None:
-    model = decoder()
-    capture = capture_decoder(model, OPTIONS)
+def test_latents_are_the_only_state_and_logits_the_models(
+    model: PreTrainedModel, capture: Capture
+) -> None:
     assert sizes(capture) == {f"key_states_{layer}": (1, 32, 20) for layer in range(2)}
+    assert capture.notes == {"latents": "latents of 16 elements and rotated parts of 4 (2 layers)"}
     check_ragged_rows(model, capture, graph_step(capture))
-    network = lowered(capture, kind, rtx)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
+def test_networks_take_values_from_keys(
+    model: PreTrainedModel, capture: Capture, rtx: TensorRT, kind: Any
+) -> None:
+    network = lowered(capture, kind, rtx)
     check_ragged_rows(model, capture, network_step(capture, network), STATIC_STEPS)
 
 
@@ -46,6 +77,7 @@ def test_latents_larger_than_keys_and_values_are_expanded() -> None:
     model = decoder(kv_lora_rank=90)
     capture = capture_decoder(model, OPTIONS)
     assert sizes(capture)["value_states_0"] == (4, 32, 10)
+    assert "94 elements are not fewer than the 88 of all heads" in capture.notes["latents"]
     check_ragged_rows(model, capture, graph_step(capture))
 
 
@@ -57,5 +89,24 @@ def test_an_expansion_that_is_not_linear_stays() -> None:
             module.kv_b_proj.bias = torch.nn.Parameter(torch.randn(4 * 18))
     capture = capture_decoder(model, OPTIONS)
     assert sizes(capture)["key_states_1"] == (4, 32, 12)
+    assert "expand_kv is not proved to be linear (2 layers)" in capture.notes["latents"]
     check_ragged_rows(model, capture, graph_step(capture))
     assert not [name for name, _ in model.named_parameters() if "absorbed" in name]
+
+
+def test_an_engine_has_the_projections_in_place_of_the_expansion(
+    model: PreTrainedModel, capture: Capture, tmp_path: Path
+) -> None:
+    options = BuildOptions(capacity=32, slots=4, max_rows=4, chunk=8, dtype=Dtype.FLOAT32)
+    write_engine(capture, tmp_path, options)
+    folder = tmp_path / "1"
+    stored = [each.nbytes for each in load_file(folder / "engine.safetensors").values()]
+    attention = model.model.layers[0].self_attn
+    assert attention.o_proj.weight.nbytes in stored
+    assert attention.kv_b_proj.weight.nbytes not in stored
+    manifest = Manifest.load(folder)
+    assert position_bytes(manifest) == 2 * 20 * 4
+    printed = StringIO()
+    Console(width=120, file=printed).print(summary_table(manifest, folder))
+    assert "a position  160 bytes" in printed.getvalue()
+    assert "latents of 16 elements and rotated parts of 4" in printed.getvalue()

@@ -358,8 +358,8 @@ def _check_shapes(
     fits = latent_dim == 0 if value_state is not None else 0 < latent_dim < key_dim
     if not fits:
         raise RuntimeError(
-            f"latent_dim is {latent_dim}; it must be 0 with value_state and from 1 to {key_dim - 1} "
-            f"without, where values are the first elements of keys, which have {key_dim}"
+            f"latent_dim is {latent_dim}; it must be 0 with a value state, and from 1 to "
+            f"{key_dim - 1} without one, where values are the first elements of keys"
         )
     if value_state is not None and value_state.shape[1] != kv_heads:
         raise RuntimeError(

@@ -35,7 +35,7 @@ from inplace_builder.capture.decoder import (
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.indexers import slot_indexers
-from inplace_builder.capture.latent import absorbed_latents
+from inplace_builder.capture.latent import absorbed_latents, describe_latents
 from inplace_builder.capture.masks import ChangedMaskError
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.reference import cache_argument, references
@@ -129,7 +129,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         _inplace_attention(model, without_cache=without_cache) as own_attention,
         grouped_experts(model),
         slot_recurrences(model),
-        absorbed_latents(model),
+        absorbed_latents(model) as expansions,
         slot_indexers(model, options.capacity, skips_masks=implementation == SDPA),
     ):
         # 1. Run the model once to see what each layer attends to and keeps.
@@ -162,6 +162,9 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     size = config.vocab_size
     program = decoder_program(size, size, options, lookahead=lookahead)
     program, lowering = complete_program(exported, program, states)
+    notes = _lookahead_note(options) if lookahead else {}
+    if latents := describe_latents(expansions):
+        notes["latents"] = latents
     # 4. The model itself is the reference.
     return Capture(
         exported=exported,
@@ -173,7 +176,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         min_capacity=options.dynamic_min_capacity,
         **references(model, as_fed=lookahead),
         caveat=TIES if layers.index else "",
-        notes=_lookahead_note(options) if lookahead else {},
+        notes=notes,
     )
 
 

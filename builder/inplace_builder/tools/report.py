@@ -5,13 +5,13 @@ from itertools import groupby
 from pathlib import Path
 
 from inplace.schema.served import CompiledProgram, Manifest, Program
-from inplace.schema.specs import StateSpec, TensorSpec
+from inplace.schema.specs import StateSpec, TensorSpec, Update
 from rich.filesize import decimal
 from rich.table import Table
 
 
 def summary_table(manifest: Manifest, folder: Path | str) -> Table:
-    """States, bytes a slot, the arena, and where the model is."""
+    """States, bytes of a slot and of a position, the arena, and where the model is."""
     engine = manifest.programs[0].engine
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{manifest.name} ({engine.kind}, {engine.dtype}, {engine.device})")
@@ -19,17 +19,28 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
         table.add_row("states", line)
     size = f"{decimal(manifest.slot_bytes)} ({manifest.slot_bytes:,} bytes)"
     table.add_row("a slot", f"{size}, capacity {manifest.capacity or 'unlimited'}")
+    if position := position_bytes(manifest):
+        table.add_row("a position", f"{position:,} bytes")
     arena = decimal(arena_bytes(manifest, manifest.slots))
     table.add_row("arena", f"{manifest.slots} slots, {arena}")
     engine_bytes = sum(manifest.file(each.engine.file).bytes for each in manifest.programs)
     table.add_row("engine", decimal(engine_bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
-    for note in ("adapter", "quantization", "cache", "tokenizer", "capture"):
+    for note in ("adapter", "quantization", "cache", "tokenizer", "latents", "capture"):
         if (text := manifest.built_with.get(note)) is not None:
             table.add_row(note, text)
     table.add_row("in", str(folder))
     return table
+
+
+def position_bytes(manifest: Manifest) -> int:
+    """Bytes that a slot grows by for each position of the capacity; rings and others do not."""
+    return sum(
+        state.slot_bytes // state.shape[state.axis]
+        for state in manifest.states
+        if state.update is Update.APPEND and state.axis is not None
+    )
 
 
 def arena_bytes(manifest: Manifest, slots: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from inplace.plugins.operations import AttentionOperation
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype
 from inplace.trt import TensorRT, load_tensorrt
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from support.decoding import SHAPE
 from support.experts import STATIC_STEPS, check_ragged_rows, graph_step, network_step
 from support.lowering import lowered
+from support.plugin_decoders import TwoSequences
+from support.plugin_networks import tensorrt_with_plugins
 from transformers import PreTrainedModel
 
 OPTIONS = DecoderOptions(32, 4, 8)
@@ -70,6 +73,23 @@ def test_networks_take_values_from_keys(
 ) -> None:
     network = lowered(capture, kind, rtx)
     check_ragged_rows(model, capture, network_step(capture, network), STATIC_STEPS)
+
+
+def test_plugins_have_one_state_of_latents(model: PreTrainedModel, capture: Capture) -> None:
+    sequences = TwoSequences(capture, tensorrt_with_plugins())
+    operations = [layer.operation for layer in sequences.network.network.plugins]
+    attentions = [each for each in operations if isinstance(each, AttentionOperation)]
+    assert [(each.latent, each.dim, each.value_dim) for each in attentions] == [(True, 20, 16)] * 2
+    assert [each.aliases for each in attentions] == [{1: 2}] * 2
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    ends = [0, 0]
+    for counts in ((4, 1), (1, 8), (1, 1)):
+        starts, ends = ends, [end + count for end, count in zip(ends, counts, strict=True)]
+        outputs = sequences.step(*(ids[row, starts[row] : ends[row]].tolist() for row in (0, 1)))
+        for row in (0, 1):
+            with torch.no_grad():
+                expected = model(input_ids=ids[row : row + 1, : ends[row]]).logits[0, -1]
+            torch.testing.assert_close(outputs[row]["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -47,7 +47,7 @@ EXPERTS = [
     "mixtral", "mixtral/window", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe",
     "granitemoeshared", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe", "dots1", "afmoe",
     "aria_text", "cohere2_moe", "dbrx", "exaone_moe", "flex_olmo", "glm4_moe", "deepseek_v2",
-    "deepseek_v3", "axk1", "longcat_flash", "youtu", "gpt_oss", "llama4_text",
+    "deepseek_v3", "axk1", "glm4_moe_lite", "longcat_flash", "youtu", "gpt_oss", "llama4_text",
 ]
 RECURRENCES = [
     "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",

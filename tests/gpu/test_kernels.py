@@ -27,7 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 def spec(
     heads: int = 8, kv_heads: int = 2, dim: int = 64, value_dim: int | None = None, **options: Any
 ) -> AttentionSpec:
-    return replace(AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5), **options)
+    return AttentionSpec(heads, kv_heads, dim, value_dim or dim, dim**-0.5, **options)
 
 
 def case(
@@ -125,6 +125,47 @@ def test_long_slots(capacity: int, dim: int, dtype: torch.dtype) -> None:
         capacity=capacity,
         slots=4,
     ).check()
+
+
+LATENTS = pytest.mark.parametrize(
+    ("heads", "dims"), [(128, (576, 512)), (16, (576, 512)), (40, (288, 256)), (5, (36, 20))]
+)
+"""Those of DeepSeek V3, of V2 Lite, of MiniCPM3, and of no power of two."""
+
+
+@STEPS
+@DTYPES
+@LATENTS
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias_heads": 1}, {"sinks": True, "window": 100}, {"ring": True, "window": 120}],
+)
+def test_values_that_are_a_part_of_keys(
+    options: dict[str, Any],
+    heads: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    rows: list[Row],
+) -> None:
+    case(spec(heads, 1, *dims, latent=True, **options), rows, dtype).check()
+
+
+@DTYPES
+@LATENTS
+@pytest.mark.parametrize(("pdl", "settled"), [(False, False), (True, False), (True, True)])
+def test_long_latents(
+    pdl: bool, settled: bool, heads: int, dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    options: dict[str, Any] = {"capacity": 4096, "slots": 5, "pdl": pdl, "settled": settled}
+    decode = [Row(0, 4000, 1), Row(1, 0, 1), Row(2, 255, 1), Row(-1, 700, 1), Row(4, 1024, 1)]
+    latent = spec(heads, 1, *dims, latent=True)
+    step = case(latent, decode, dtype, **options)
+    assert step.workspace is not None
+    step.check()
+    step.check()  # again, with what the first launch left in workspace and locks
+    case(latent, [Row(0, 3000, 512), Row(1, 600, 1)], dtype, **options).check()
 
 
 @DTYPES

@@ -39,6 +39,7 @@ class Options:
     sinks: bool = False
     attention_chunk: int = 0
     bias_heads: int = 0
+    latent: bool = False  # values are a part of keys; the value state is not used
 
 
 def hiding(bias: Tensor) -> Tensor:
@@ -90,21 +91,26 @@ class Case:
             )
             for row in self.rows
         ]
+        if self.options.latent:
+            self.value = None if self.key is None else self.key[..., : self.value_dim]
+            self.history = [(keys, keys[..., : self.value_dim]) for keys, _ in self.history]
         for row, (keys, values) in zip(self.rows, self.history, strict=True):
             if row.slot >= 0:
                 place(self.key_state, row.slot, keys, 0)
-                place(self.value_state, row.slot, values, 0)
+                if not self.options.latent:
+                    place(self.value_state, row.slot, values, 0)
         self.offsets = [0]
         for row in self.rows:
             self.offsets.append(self.offsets[-1] + row.tokens)
 
     def run(self) -> Tensor:
+        latent = self.options.latent
         return attention(
             self.query,
             self.key,
-            self.value,
+            None if latent else self.value,
             self.key_state,
-            self.value_state,
+            None if latent else self.value_state,
             indices(*[row.slot for row in self.rows], dtype=self.index_dtype),
             indices(*self.offsets, dtype=self.index_dtype),
             indices(*[row.start for row in self.rows], dtype=self.index_dtype),
@@ -114,6 +120,7 @@ class Case:
             window=self.options.window,
             ring=self.options.ring,
             softcap=self.options.softcap,
+            latent_dim=self.value_dim if latent else 0,
             sinks=self.sinks if self.options.sinks else None,
             attention_chunk=self.options.attention_chunk,
             bias=self.bias if self.options.bias_heads else None,
@@ -178,7 +185,9 @@ class Case:
             for row, first in zip(self.rows, self.offsets[:-1], strict=True):
                 if row.slot >= 0:
                     place(allowed[0], row.slot, self.key[first : first + row.tokens], row.start)
-                    place(allowed[1], row.slot, self.value[first : first + row.tokens], row.start)
+                    if not self.options.latent:
+                        value = self.value[first : first + row.tokens]
+                        place(allowed[1], row.slot, value, row.start)
         out, expected = self.run(), self.reference()
         assert (self.key_state.data_ptr(), self.value_state.data_ptr()) == addresses
         assert torch.equal(bits(self.key_state), bits(allowed[0]))

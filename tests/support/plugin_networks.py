@@ -174,9 +174,10 @@ def _grouped_linear(operation: GroupedLinearOperation, *inputs: Tensor) -> list[
 
 
 def _attention(operation: AttentionOperation, *inputs: Tensor) -> list[Tensor]:
-    first = operation.first_state
-    given = inputs[first : first + 5]
-    terms = iter(inputs[first + 5 :])
+    first, row = operation.first_state, operation.first_row
+    states = inputs[first:row]
+    given = [*states, *[None] * operation.latent, *inputs[row : row + 3]]
+    terms = iter(inputs[row + 3 :])
     sinks = next(terms) if operation.sinks else None
     bias = next(terms) if operation.bias_heads else None
     names = ("scale", "causal", "window", "attention_chunk", "ring", "softcap")
@@ -188,9 +189,13 @@ def _attention(operation: AttentionOperation, *inputs: Tensor) -> list[Tensor]:
     elif operation.rotary:
         out = ops.rotary_attention(*inputs[:5], *given, sinks, bias, **options)
     else:
-        parts = inputs[:3] if operation.append else (inputs[0], None, None)
-        out = ops.attention(*parts, *given, sinks, bias, append=operation.append, **options)
-    return [out, *given[:2]] if operation.append else [out]
+        new = inputs[1 : operation.projections]
+        parts = [inputs[0], *new, *[None] * (2 - len(new))]
+        latent = operation.value_dim if operation.latent else 0
+        out = ops.attention(
+            *parts, *given, sinks, bias, append=operation.append, latent_dim=latent, **options
+        )
+    return [out, *states] if operation.append else [out]
 
 
 def _update(

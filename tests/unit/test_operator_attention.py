@@ -322,5 +322,24 @@ def test_one_token_of_each_of_several_rows(options: Options) -> None:
         Case([*rows, Row(2, 21, 1)], options).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(window=5),
+        Options(window=5, ring=True, sinks=True),
+        Options(causal=False),
+        Options(append=False, causal=False),
+        Options(softcap=0.7, bias_heads=1),
+    ],
+)
+def test_values_are_a_part_of_keys(options: Options, kv_heads: int, dtype: torch.dtype) -> None:
+    for step in (RAGGED, [Row(3, 7, 1), Row(0, 2, 1), Row(-1, 2, 1)]):
+        rows = step if options.append else [replace(row, start=row.start + 1) for row in step]
+        Case(rows, replace(options, latent=True), kv_heads=kv_heads, dtype=dtype).check()
+
+
 def test_exactly_the_capacity_fits() -> None:
     Case([Row(1, 0, 16), Row(2, 15, 1), Row(3, 12, 4)]).check()

@@ -85,6 +85,12 @@ def test_fake_attention_refuses_what_does_not_fit_its_states() -> None:
             setattr(case, wrong, getattr(case, wrong).to(torch.bfloat16))
             with pytest.raises(RuntimeError, match="keys and values must have their state's dtype"):
                 case.run()
+        for value_dim in (0, 8):  # of keys of 8 elements
+            case = Case(RAGGED, Options(latent=True), value_dim=value_dim)
+            with pytest.raises(
+                RuntimeError, match=f"latent_dim is {value_dim}; it must be 0 with a value state, "
+            ):
+                case.run()
 
 
 def test_opcheck_accepts_read() -> None:
@@ -118,15 +124,16 @@ def test_opcheck_accepts_update(
     torch.library.opcheck(torch.ops.inplace.update.default, arguments, keywords)
 
 
+@pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("append", [True, False])
-def test_opcheck_accepts_attention(append: bool) -> None:
+def test_opcheck_accepts_attention(append: bool, latent: bool) -> None:
     case = Case(RAGGED, Options(append=append, causal=append))
     arguments = (
         case.query,
         case.key,
-        case.value,
+        None if latent else case.value,
         case.key_state.nan_to_num(),
-        case.value_state.nan_to_num(),
+        None if latent else case.value_state.nan_to_num(),
         indices(*[row.slot for row in RAGGED]),
         indices(*case.offsets),
         indices(*[max(1, row.start) for row in RAGGED]),
@@ -134,5 +141,5 @@ def test_opcheck_accepts_attention(append: bool) -> None:
     torch.library.opcheck(
         torch.ops.inplace.attention.default,
         arguments,
-        {"scale": 0.3, "append": append, "causal": append},
+        {"scale": 0.3, "append": append, "causal": append, "latent_dim": 6 if latent else 0},
     )

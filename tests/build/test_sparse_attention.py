@@ -213,7 +213,7 @@ def test_the_graph_reads_no_weight_of_an_indexer_and_the_model_keeps_it() -> Non
         for node in exported.graph.nodes
         if node.users and node.name in parameters
     ]
-    assert any("kv_b_proj" in name for name in read)
+    assert any("kv_a_proj" in name for name in read)
     assert not any("indexer" in name for name in read)
     assert "forward" not in model.model.layers[0].self_attn.indexer.__dict__
 

@@ -499,7 +499,8 @@ def _check_one_token(
     """BuildError if what a model does for several tokens is not right for one."""
     module, memory = exported.module(), [torch.zeros_like(each) for each in examples.memory()]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(0, vocabulary, (8,), generator=torch.Generator().manual_seed(0))
+    tokens = min(8, examples.options.capacity)
+    ids = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
     results = []
     with quiet(), torch.no_grad():
         expected = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]

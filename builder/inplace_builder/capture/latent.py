@@ -146,10 +146,10 @@ class LatentExpansion:
         """A query ``[tokens, heads, dim]`` as one of latents, ``[tokens, heads, key_dim]``."""
         weight: Any = getattr(self.module, KEY_PROJECTION)
         own, rotated = query.split([weight.shape[1], self.rotary_dim], -1)
-        projected = torch.matmul(own.transpose(0, 1), weight).transpose(0, 1)
+        projected = torch.bmm(own.transpose(0, 1), weight).transpose(0, 1)
         return torch.cat([projected, rotated], -1)
 
     def result(self, attended: Tensor) -> Tensor:
         """Attention over latents, ``[tokens, heads, latent_dim]``, as one over values."""
         weight: Any = getattr(self.module, VALUE_PROJECTION)
-        return torch.matmul(attended.transpose(0, 1), weight).transpose(0, 1)
+        return torch.bmm(attended.transpose(0, 1), weight).transpose(0, 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from inplace.operators import attention, read, update
@@ -28,9 +28,6 @@ from inplace_builder.capture.masks import LayerMask, MaskOptions, mask_options
 from inplace_builder.capture.own_attention import OwnAttention, Scores
 from inplace_builder.capture.sparse import AllPositions, Selection
 from inplace_builder.errors import BuildError
-
-if TYPE_CHECKING:
-    from inplace_builder.capture.latent import LatentExpansion
 
 IMPLEMENTATION = "inplace"
 """The name under which transformers knows `slot_attention` and `_layer_mask`."""
@@ -140,6 +137,31 @@ class SeenLayers:
     num_logits: int = 1
 
 
+class Latents(Protocol):
+    """What gave a layer its keys and values; see `inplace_builder.capture.latent`.
+
+    Attributes:
+        key, value: what it gave last.
+        absorbed: they are the latents, so queries and results are those of latents.
+        latent_dim: elements of a latent, and of a value.
+    """
+
+    key: Tensor
+    value: Tensor
+    absorbed: bool
+    latent_dim: int
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of a key: of a latent, and of the rotated part."""
+
+    def query(self, query: Tensor) -> Tensor:
+        """A query of keys, ``[tokens, heads, dim]``, as one of latents."""
+
+    def result(self, attended: Tensor) -> Tensor:
+        """Attention over latents, ``[tokens, heads, latent_dim]``, as one over values."""
+
+
 class SlotCache(TransformersCache):
     """A cache that keeps nothing: the attention function appends the keys and values it gets.
 
@@ -169,7 +191,7 @@ class SlotCache(TransformersCache):
         self._scanned: int | None = None  # the layer whose recurrence comes next, or came last
         self._num_scans = 0
         self._token_rows: Tensor | None = None
-        self.expansion: LatentExpansion | None = None  # of the layer that attends next
+        self.expansion: Latents | None = None  # of the layer that attends next
         self.computed_mask: MaskOptions | None = None  # of the layer that attends next
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -198,7 +220,7 @@ class SlotCache(TransformersCache):
         """The layer that gave the cache these keys in this step; None if none did."""
         return next((layer for layer, each in self._keys.items() if each is key), None)
 
-    def absorbed(self, key: Tensor, value: Tensor) -> "LatentExpansion | None":
+    def absorbed(self, key: Tensor, value: Tensor) -> Latents | None:
         """The expansion that gave the keys and values of a layer, if it is to be absorbed."""
         expansion, self.expansion = self.expansion, None
         if expansion is None or not expansion.absorbed:

@@ -31,7 +31,12 @@ class Dtype(StrEnum):
     """Element types that a tensor of an engine may have, with PyTorch's names.
 
     Triton and TensorRT have fewer.
+
+    Attributes:
+        as_torch: PyTorch's dtype.
     """
+
+    as_torch: torch.dtype
 
     BOOL = "bool"
     INT8 = "int8"
@@ -49,18 +54,13 @@ class Dtype(StrEnum):
     COMPLEX64 = "complex64"
     COMPLEX128 = "complex128"
 
-    @property
-    def as_torch(self) -> torch.dtype:
-        """PyTorch's dtype."""
-        return _TORCH[self.value]
+    def __init__(self, name: str) -> None:
+        self.as_torch = getattr(torch, name)
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Self:
         """The member for a PyTorch dtype; ValueError for a type that engines do not support."""
         return cls(str(dtype).removeprefix("torch."))
-
-
-_TORCH: dict[str, torch.dtype] = {dtype.value: getattr(torch, dtype.value) for dtype in Dtype}
 
 
 class Update(StrEnum):

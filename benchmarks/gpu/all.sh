@@ -5,7 +5,7 @@
 #
 #   OUT=build/gpu COMMIT=$(git rev-parse --short HEAD) benchmarks/gpu/all.sh [PART ...]
 #
-# Parts: tests accuracy server steps generate memory bench profile.
+# Parts: tests accuracy server steps generate memory bench profile; and, if it is named, streams.
 # PYTHON names the interpreter (with torch, transformers, triton, tensorrt, pytest). The default is
 # .venv/bin/python if there is one, else python3.
 set -uo pipefail
@@ -70,6 +70,8 @@ for name in "$@"; do
         ;;
     memory) part memory 240 "$PYTHON" -m benchmarks.gpu.memory --out "$OUT" ;;
     bench) part bench 600 "$PYTHON" -m benchmarks.gpu.run --out "$OUT" --budget "${BUDGET:-480}" ;;
+    streams) part streams 1500 "$PYTHON" -m benchmarks.streams \
+        --engines "$OUT/engines/streams" --out "$OUT/gpu_streams.json" ;;
     profile) part profile 240 "$PYTHON" -m benchmarks.gpu.profile --out "$OUT" ;;
     *)
         echo "unknown part '$name'; see the head of this file" >&2

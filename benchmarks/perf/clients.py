@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
+from tritonclient.utils import triton_to_np_dtype
 
 Mode = Literal["unary", "stream", "generate"]
 
@@ -37,6 +38,8 @@ class Load:
         rate: requests a second of all these clients together; None sends the next request when the
             last is answered.
         max_tokens: tokens of a generation.
+        output: the output that a step asks for.
+        parameters: of every request.
     """
 
     url: str
@@ -49,6 +52,8 @@ class Load:
     rate: float | None = None
     max_tokens: int = 64
     warm_up: float = 1.0
+    output: str = "next_token"
+    parameters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -126,9 +131,13 @@ class Client:
     def _request(self, item: dict[str, Any], sequence: str, *, start: bool, end: bool) -> Any:
         request = pb.ModelInferRequest(model_name=self.load.model)
         for name, tensor in item.items():
-            request.inputs.add(name=name, datatype="INT64", shape=[1, *tensor["shape"]])
-            request.raw_input_contents.append(np.array(tensor["content"], np.int64).tobytes())
-        request.outputs.add(name="tokens" if self.load.mode == "generate" else "next_token")
+            datatype = tensor.get("datatype", "INT64")
+            request.inputs.add(name=name, datatype=datatype, shape=[1, *tensor["shape"]])
+            content = np.array(tensor["content"], triton_to_np_dtype(datatype))
+            request.raw_input_contents.append(content.tobytes())
+        request.outputs.add(name="tokens" if self.load.mode == "generate" else self.load.output)
+        for name, value in self.load.parameters.items():
+            request.parameters[name].int64_param = value
         if self.load.mode == "generate":
             request.outputs.add(name="finish_reason")
             request.parameters["max_tokens"].int64_param = self.load.max_tokens

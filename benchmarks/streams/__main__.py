@@ -1,0 +1,104 @@
+"""How many streams of speech keep up: each sends its audio in real time, a chunk at a time.
+
+    python -m benchmarks.streams [--lookaheads 0,3] [--streams 64,256,560] [--server 64,200]
+
+The model has the published size of ``nemotron_asr_streaming``, with random weights, and the blank's
+bias such that noise gives about as many tokens as speech. Streams keep up if the 99th
+percentile of a chunk's answer is below the chunk's length and no chunk was complete before the one
+before it was answered. ``--streams`` are measured in the engine alone, ``--server`` with clients of
+a real tritonserver on this machine; each stops at the first number that does not keep up. Writes
+one JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from inplace_builder.choices import EngineKind
+
+from benchmarks.record import facts
+from benchmarks.streams.model import MODEL, TOKENS_PER_FRAME, build
+
+
+def main() -> None:
+    """Build, measure, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lookaheads", default="0,3", help="encoded frames of 80 ms; a chunk has one more"
+    )
+    parser.add_argument("--streams", default="64,128,256,384,560,768,1024,1280,1536,2048")
+    parser.add_argument("--server", default="64,128,200,256,384,560")
+    parser.add_argument("--rows", type=int, default=256, help="most streams in one call")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each number of streams")
+    parser.add_argument("--engine", choices=get_args(EngineKind), default="tensorrt")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--layers", type=int, help="of the encoder; default: the published 24")
+    parser.add_argument("--engines", type=Path, help="keep engines here, and take what is kept")
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu/gpu_streams.json"))
+    given = parser.parse_args()
+    document = facts(__doc__.partition("\n")[0], "python -m benchmarks.streams") | {
+        "tokens_per_frame": TOKENS_PER_FRAME,
+        "lines": [],
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in measured(given, given.engines or Path(scratch)):
+            print(json.dumps(line), flush=True)
+            document["lines"].append(line)
+            given.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"written to {given.out}")
+
+
+def measured(given: argparse.Namespace, engines: Path) -> Iterator[dict[str, Any]]:
+    """All lines of the result."""
+    alone, served = (
+        [int(count) for count in numbers.split(",") if count]
+        for numbers in (given.streams, given.server)
+    )
+    for lookahead in map(int, given.lookaheads.split(",")):
+        folder = engines / f"{given.engine}-{lookahead}" / MODEL
+        manifest = build(
+            folder,
+            lookahead,
+            streams=max(alone + served),
+            rows=given.rows,
+            engine=given.engine,
+            device=given.device,
+            layers=given.layers,
+        )
+        about = {"lookahead": lookahead, "engine": given.engine, "slot_bytes": manifest.slot_bytes}
+        if given.device == "cuda":
+            torch.cuda.empty_cache()
+        if given.build_only:
+            yield about
+            continue
+        for where, counts in (("alone", alone), ("server", served)):
+            command = [sys.executable, "-m", f"benchmarks.streams.{where}", str(folder)]
+            for count in counts:
+                line = about | _line([*command, str(count), str(given.seconds)])
+                yield line
+                if not line.get("keeps_up"):
+                    break
+
+
+def _line(command: list[str]) -> dict[str, Any]:
+    """What a process of its own measured, which is the last line that it printed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return {"command": " ".join(command[2:]), "failed": f"exit status {done.returncode}"}
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()

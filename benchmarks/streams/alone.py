@@ -1,0 +1,157 @@
+"""Streams in the engine alone: the requests of clients that speak in real time, without a server.
+
+    python -m benchmarks.streams.alone FOLDER STREAMS SECONDS
+
+prints one line of JSON.
+"""
+
+import json
+import random
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from inplace.protocol import AUDIO, SAMPLE_RATE
+from inplace.runtime.audio import audio_spec
+from inplace.runtime.batcher import ActiveRequest
+from inplace.runtime.requests import Request
+from inplace.runtime.schedules import ScheduledInstance
+
+from benchmarks.perf.generator import percentiles
+
+Line = dict[str, Any]
+
+WARM_UP = 2.0
+"""Seconds that are not measured."""
+
+
+@dataclass
+class Result:
+    """What was measured.
+
+    Attributes:
+        latencies: seconds from when a chunk was complete until its answer.
+        calls: of programs, by name.
+        tokens: that were answered.
+        late: chunks that were complete before the stream's last one was answered.
+    """
+
+    latencies: list[float] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    late: int = 0
+
+
+class Streams:
+    """So many streams, whose chunks are complete at evenly spaced times.
+
+    Args:
+        folder: the version folder of an engine with a slot for each stream.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.instance = ScheduledInstance.open(folder, idle_timeout=float("inf"))
+        audio = audio_spec(self.instance.program)
+        assert audio is not None
+        assert audio.sample_rate is not None
+        self.samples, self.rate = audio.shape[0], audio.sample_rate
+        self.chunk_seconds = self.samples / self.rate
+        self._chunks = 0.1 * torch.randn(64, 1, self.samples)
+
+    def run(self, streams: int, seconds: float) -> Result:
+        """Measure for so many seconds."""
+        with self.instance.engine.on_stream():
+            return self._run(streams, seconds)
+
+    def _run(self, streams: int, seconds: float) -> Result:
+        result, waiting = Result(), deque[ActiveRequest]()
+        begin, due = time.perf_counter(), 0
+        until = begin + WARM_UP + seconds
+        busy: dict[int, float] = {}
+        while (now := time.perf_counter()) < until:
+            while (at := begin + due / streams * self.chunk_seconds) <= now:
+                stream = due % streams + 1
+                if stream in busy:
+                    result.late += at >= begin + WARM_UP
+                else:
+                    waiting.append(self._admit(stream, first=due < streams))
+                    busy[stream] = at
+                due += 1
+            if waiting:
+                self._call(waiting, busy, result, begin + WARM_UP)
+        while waiting:
+            self._call(waiting, busy, result, float("inf"))
+        return result
+
+    def _admit(self, stream: int, *, first: bool) -> ActiveRequest:
+        chunk = self._chunks[random.randrange(len(self._chunks))]
+        request = Request(
+            stream,
+            first,
+            False,
+            {AUDIO: chunk},
+            parameters={SAMPLE_RATE: self.rate},
+            requested_outputs=frozenset({"tokens"}),
+        )
+        return self.instance.admit(request)
+
+    def _call(
+        self, waiting: deque[ActiveRequest], busy: dict[int, float], result: Result, since: float
+    ) -> None:
+        """Call a program; answer what is finished, put the others back behind the waiting ones."""
+        rows = self.instance.next_rows(waiting)
+        called = set(rows)
+        left = [active for active in waiting if active not in called]
+        assert rows[0].progress is not None
+        name = rows[0].progress.next_call.program
+        self.instance.step(rows)
+        result.calls[name] = result.calls.get(name, 0) + 1
+        waiting.clear()
+        waiting.extend(left)
+        for active in rows:
+            if not active.finished:
+                waiting.append(active)
+                continue
+            if active.error is not None:
+                raise active.error
+            tokens = active.outputs["tokens"]
+            self.instance.finish(active)
+            at = busy.pop(int(active.sequence.id))
+            if at >= since:
+                result.tokens += tokens.shape[1]
+                result.latencies.append(time.perf_counter() - at)
+
+
+def line(where: str, streams: int, chunk_seconds: float, latencies: list[float], late: int) -> Line:
+    """A line of the result: whether so many streams keep up."""
+    times = percentiles(latencies)
+    return {
+        "where": where,
+        "streams": streams,
+        "chunk_ms": chunk_seconds * 1e3,
+        "latency_us": times,
+        "late": late,
+        "keeps_up": not late and bool(times) and times["p99"] < chunk_seconds * 1e6,
+    }
+
+
+def main() -> None:
+    """Measure one number of streams."""
+    folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    streams = Streams(folder / "1")
+    result = streams.run(count, seconds)
+    measured = line("alone", count, streams.chunk_seconds, result.latencies, result.late)
+    audio_seconds = len(result.latencies) * streams.chunk_seconds
+    measured |= {
+        "calls": result.calls,
+        "tokens_per_second": result.tokens / audio_seconds if audio_seconds else 0.0,
+    }
+    print(json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()

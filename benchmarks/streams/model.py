@@ -1,0 +1,104 @@
+"""The published size of ``nemotron_asr_streaming`` with random weights, and its engines."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from inplace.schema.served import Manifest
+from inplace.schema.specs import Dtype
+from inplace_builder.capture.nemotron_asr_streaming import (
+    Chunks,
+    Encoded,
+    Extraction,
+    Listen,
+    Speak,
+    capture_nemotron_asr_streaming,
+)
+from inplace_builder.choices import Device, EngineKind
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from torch import Tensor
+from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
+
+MODEL = "nemotron"
+TOKENS_PER_FRAME = 0.3
+"""Tokens for each encoded frame of 80 ms: English has about four tokens a second."""
+
+CALIBRATION_CHUNKS = 8
+
+
+def random_nemotron(layers: int | None, dtype: torch.dtype) -> NemotronAsrStreamingForRNNT:
+    """A model of the published size, which is the configuration's default.
+
+    The bias of the blank is such that about as many tokens come as in speech: without it, random
+    weights emit the largest number of tokens at every frame.
+
+    Args:
+        layers: of the encoder; None for the published number.
+        dtype: of the weights.
+    """
+    torch.manual_seed(0)
+    options: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
+    config = NemotronAsrStreamingConfig(encoder_config=options)
+    model = NemotronAsrStreamingForRNNT(config).eval()
+    model.generation_config.decoder_start_token_id = config.blank_token_id
+    with torch.no_grad():
+        _set_blank(model)
+    return model.to(dtype)
+
+
+def _set_blank(model: NemotronAsrStreamingForRNNT) -> None:
+    """Find the bias of the blank with which noise gives `TOKENS_PER_FRAME`."""
+    chunks = Chunks(13, model.config.encoder_config.subsampling_factor)
+    encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, torch.float32)
+    listen = Listen(model, chunks, Extraction(), encoded)
+    samples = listen.log_mel.samples
+    parts = []
+    for _ in range(CALIBRATION_CHUNKS):
+        listen(0.1 * torch.randn(1, samples), torch.tensor([samples]))
+        parts.append(encoded.frames.clone())
+    bias = model.joint.head.bias[model.config.blank_token_id]
+    low, high = 0.0, 8.0
+    while high - low > 0.01:
+        bias.fill_((low + high) / 2)
+        if _tokens_per_frame(model, encoded, parts) > TOKENS_PER_FRAME:
+            low = float(bias)
+        else:
+            high = float(bias)
+
+
+def _tokens_per_frame(
+    model: NemotronAsrStreamingForRNNT, encoded: Encoded, parts: list[Tensor]
+) -> float:
+    speak, tokens = Speak(model, encoded), 0
+    for frames in parts:
+        encoded.frames.copy_(frames)
+        encoded.num_frames.fill_(frames.shape[1])
+        encoded.frame.zero_()
+        done = False
+        while not done:
+            token, _, last = speak()
+            tokens, done = tokens + int(token >= 0), bool(last)
+    return tokens / (len(parts) * parts[0].shape[1])
+
+
+def build(
+    folder: Path,
+    lookahead: int,
+    *,
+    streams: int,
+    rows: int,
+    engine: EngineKind,
+    device: Device,
+    layers: int | None,
+) -> Manifest:
+    """Build the engine into ``folder``, unless it is there."""
+    if (folder / "1").is_dir():
+        return Manifest.load(folder / "1")
+    dtype = Dtype.BFLOAT16 if device == "cuda" else Dtype.FLOAT32
+    model = random_nemotron(layers, dtype.as_torch)
+    options = BuildOptions(
+        dtype=dtype, device=device, slots=streams, max_rows=min(rows, streams), engine=engine
+    )
+    capture = capture_nemotron_asr_streaming(model, lookahead, options.max_rows)
+    return write_engine(capture, folder, options)

@@ -1,0 +1,78 @@
+"""Streams through a real tritonserver on this machine, by clients that speak in real time.
+
+    python -m benchmarks.streams.server FOLDER STREAMS SECONDS
+
+prints one line of JSON.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from inplace.protocol import AUDIO_INT16, SAMPLE_RATE
+from inplace.runtime.audio import audio_spec
+from inplace.schema.served import Manifest
+from inplace_builder.tools.tritonserver import Ports, TritonServer
+
+from benchmarks.perf import generator
+from benchmarks.perf.clients import Load
+
+CHUNKS = 250
+"""Chunks of a client's stream; then it begins another one."""
+
+
+def main() -> None:
+    """Serve the model and drive it with so many streams."""
+    folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    audio = audio_spec(Manifest.load(folder / "1").interface)
+    assert audio is not None
+    assert audio.sample_rate is not None
+    samples, rate = audio.shape[0], audio.sample_rate
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "chunks.json"
+        data.write_text(json.dumps({"data": [_stream(samples)]}))
+        repository = Path(scratch) / "repository"
+        repository.mkdir()
+        (repository / folder.name).symlink_to(folder.resolve())
+        log = Path(scratch) / "log"
+        with TritonServer(repository, Ports(0, 0, 0), log=log, trust_models=[folder]) as server:
+            load = Load(
+                url=server.grpc_url,
+                model=folder.name,
+                mode="unary",
+                sequences=count,
+                begin=0.0,
+                seconds=seconds,
+                input_data=str(data),
+                rate=count * rate / samples,
+                warm_up=4.0,
+                output="tokens",
+                parameters={SAMPLE_RATE: rate},
+            )
+            result = generator.run(load)
+    period_us = samples / rate * 1e6
+    times = result["latency_us"]
+    result |= {
+        "where": "server",
+        "streams": count,
+        "chunk_ms": period_us / 1e3,
+        "keeps_up": not result["refused"] and bool(times) and times["p99"] < period_us,
+    }
+    print(json.dumps(result), flush=True)
+
+
+def _stream(samples: int) -> list[dict[str, Any]]:
+    """The requests of one stream of noise, in the format of `benchmarks.perf`."""
+    noise = np.random.default_rng(0).normal(0.0, 3000.0, (8, samples)).astype(np.int16)
+    chunks = [
+        {AUDIO_INT16: {"content": row.tolist(), "shape": [samples], "datatype": "INT16"}}
+        for row in noise
+    ]
+    return [chunks[place % len(chunks)] for place in range(CHUNKS)]
+
+
+if __name__ == "__main__":
+    main()

@@ -61,6 +61,7 @@ class RequestParser:
     def __init__(self, instance: ModelInstance, tokenizer_config: TokenizerConfig) -> None:
         self._instance, self._tokenizer_config = instance, tokenizer_config
         self._decoder_io = instance.program.decoder_io
+        self._input_names = instance.program.input_names
         self._runs_at_end = isinstance(instance, ScheduledInstance) and instance.runs_at_end
         self._token_outputs = tuple(
             spec.name for spec in instance.program.outputs if spec.role is Role.TOKENS
@@ -169,7 +170,7 @@ class RequestParser:
         """
         used = () if self._decoder_io is None else (TEXT, STOP) if generates else (TEXT,)
         if unused := sorted(texts.keys() - set(used)):
-            expected = [*self._instance.program.input_names, *used]
+            expected = [*self._input_names, *used]
             raise RequestError(
                 Code.BAD_INPUT,
                 f"the inputs {unused} are not used by this request; it takes {expected}"

@@ -31,7 +31,8 @@ from inplace.protocol import (
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.schema.specs import Role
+from inplace.schema.served import Program
+from inplace.schema.specs import JOINED_ROLES, Role
 
 MAX_BYTES_PER_POSITION = 64
 """A text with more bytes for each position of a sequence is refused without tokenizing it."""
@@ -64,8 +65,9 @@ class RequestParser:
         self._input_names = instance.program.input_names
         self._runs_at_end = isinstance(instance, ScheduledInstance) and instance.runs_at_end
         self._token_outputs = tuple(
-            spec.name for spec in instance.program.outputs if spec.role is Role.TOKENS
+            spec.name for spec in instance.program.outputs if spec.role in JOINED_ROLES
         )
+        self._text_output = text_output(instance.program)
         self._special_tokens: dict[str, int] = {}
         self._first_tokens: list[int] = []
         self._step_outputs = frozenset(spec.name for spec in instance.program.outputs)
@@ -118,8 +120,8 @@ class RequestParser:
         validated = self._instance.validate(
             replace(request, requested_outputs=channel.requested_outputs), allow_empty=continues
         )
-        if validated.refusal is None and self._token_outputs:
-            return self._make_schedule(validated, channel)
+        if validated.refusal is None and self._text_output is not None:
+            return self._make_schedule(validated, self._text_output, channel)
         if limits is None or validated.refusal is not None:
             return StreamRequest(validated, Reply(channel))
         return self._make_generation(validated, limits, channel)
@@ -196,13 +198,15 @@ class RequestParser:
             raise BY_NAME[STOP_TOKEN_IDS].refusal(given, f"token ids below {vocab_size}")
         return limits
 
-    def _make_schedule(self, validated: ValidatedRequest, channel: Channel) -> StreamRequest:
+    def _make_schedule(
+        self, validated: ValidatedRequest, text_from: str, channel: Channel
+    ) -> StreamRequest:
         names, tokenizer = self._token_outputs, self._tokenizer_config.tokenizer
         make_detokenizer = None
         if tokenizer is not None and TEXT_OUTPUT in channel.requested_outputs:
             make_detokenizer = partial(Detokenizer, tokenizer, special=self._special_ids)
         ends = validated.request.end
-        reply = ScheduleReply(channel, names, text_output(names), make_detokenizer, ends=ends)
+        reply = ScheduleReply(channel, names, text_from, make_detokenizer, ends=ends)
         return StreamRequest(validated, reply)
 
     def _make_generation(
@@ -253,9 +257,10 @@ class RequestParser:
         return replace(request, inputs=dict(request.inputs) | {ids_name: ids})
 
 
-def text_output(token_outputs: Sequence[str]) -> str:
+def text_output(program: Program) -> str | None:
     """Of a schedule's outputs of the role ``tokens``, the one whose tokens are text."""
-    return TOKENS if TOKENS in token_outputs else token_outputs[0]
+    names = [spec.name for spec in program.outputs if spec.role is Role.TOKENS]
+    return TOKENS if TOKENS in names else next(iter(names), None)
 
 
 def tokenize(

@@ -17,7 +17,6 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.runtime.slots import EndReason, SequenceId
-from inplace.schema.specs import Role
 
 NO_GENERATIONS = (
     f"parameter {MAX_TOKENS!r} asks for a generation, but this model is served step by step: leave"
@@ -41,9 +40,7 @@ class StepDriver:
     def __init__(self, instance: ModelInstance, tokenizer: Tokenizer | None = None) -> None:
         self.instance = instance
         self._tokenizer = tokenizer
-        self._token_outputs = [
-            spec.name for spec in instance.program.outputs if spec.role is Role.TOKENS
-        ]
+        self._text_output = text_output(instance.program)
         self._special = frozenset[int]()
         if tokenizer is not None:
             self._special = frozenset(special_tokens(tokenizer).values())
@@ -206,12 +203,12 @@ class StepDriver:
         """The outputs of a schedule, with the text that its tokens add to the sequence's."""
         outputs: dict[str, Any] = {**active.outputs}
         progress, sequence = active.progress, active.sequence
-        if self._tokenizer is None or progress is None or not self._token_outputs:
+        if self._tokenizer is None or progress is None or self._text_output is None:
             return outputs
         text = sequence.driver_state
         if not isinstance(text, Detokenizer):
             text = sequence.driver_state = Detokenizer(self._tokenizer, [], self._special)
-        piece = text.append(progress.tokens.get(text_output(self._token_outputs), []))
+        piece = text.append(progress.tokens.get(self._text_output, []))
         outputs[TEXT_OUTPUT] = piece + text.flush() if active.request.end else piece
         return outputs
 

@@ -16,7 +16,7 @@ from inplace.runtime.requests import GREEDY, Request, SamplingParams
 from inplace.runtime.slots import SequenceState
 from inplace.schema.schedule import Call, Loop
 from inplace.schema.served import Program
-from inplace.schema.specs import ENTRY_ROLES, Role, TensorSpec
+from inplace.schema.specs import ENTRY_ROLES, JOINED_ROLES, Role, TensorSpec
 
 NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)
 
@@ -86,14 +86,21 @@ class CallOutputs:
     """The outputs of a call of a schedule's program, those that the schedule reads as lists.
 
     Attributes:
-        tokens: outputs of the role ``tokens`` by name: a list for each row.
+        tokens: outputs of the roles ``tokens`` and ``accepted`` by name: a list for each row.
+        accepted: how many entries of the tokens count, for each row; None if all do.
         done: outputs of the role ``done`` by name: a value for each row.
         values: all outputs but the tokens by name, ``[rows, ...]``.
     """
 
-    __slots__ = ("done", "tokens", "values")
+    __slots__ = ("accepted", "done", "tokens", "values")
 
     def __init__(self, program: Program, outputs: Mapping[str, Tensor]) -> None:
+        """Read them.
+
+        Raises:
+            ValueError: a number of accepted tokens is below 0 or above that of all.
+        """
+        self.accepted: list[int] | None = None
         self.tokens: dict[str, list[list[int]]] = {}
         self.done: dict[str, list[bool]] = {}
         self.values: dict[str, Tensor] = {}
@@ -101,12 +108,27 @@ class CallOutputs:
             if spec.name not in outputs:
                 continue
             tensor = outputs[spec.name]
-            if spec.role is Role.TOKENS:
+            if spec.role in JOINED_ROLES:
                 self.tokens[spec.name] = tensor.tolist()
+                if spec.role is Role.ACCEPTED:
+                    self.accepted = tensor.flatten().tolist()
                 continue
             self.values[spec.name] = tensor
             if spec.role is Role.DONE:
                 self.done[spec.name] = tensor.flatten().tolist()
+        if self.accepted is not None:
+            self._drop_tokens(program)
+
+    def _drop_tokens(self, program: Program) -> None:
+        """Keep the tokens that count."""
+        assert self.accepted is not None
+        most = program.entries_per_call
+        if wrong := [count for count in self.accepted if not 0 <= count <= most]:
+            raise ValueError(f"program {program.name} accepts {wrong[0]} of {most} tokens")
+        for spec in program.outputs:
+            if spec.role is Role.TOKENS and spec.name in self.tokens:
+                rows = zip(self.tokens[spec.name], self.accepted, strict=True)
+                self.tokens[spec.name] = [tokens[:count] for tokens, count in rows]
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +140,8 @@ class ScheduleProgress:
         loop, call: the indices of the next call.
         rounds: finished rounds of this loop.
         count: finished calls at this place, in this round.
-        tokens: by output of the role ``tokens``, what was produced and not taken yet.
+        tokens: by output of the roles ``tokens`` and ``accepted``, what was produced and not taken
+            yet.
         num_tokens: how many tokens were taken, of all such outputs.
         values: by name the last call's other outputs for all its rows, and the row.
         limited: what ended last was not done, it had reached its limit (``at_most``).

@@ -31,7 +31,7 @@ from inplace.schema.schedule import RequestFlag, Schedule
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import Role, TensorSpec
 
-_READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE})
+_READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE, Role.ACCEPTED})
 
 
 MAX_SAVED_BYTES = 64
@@ -222,12 +222,15 @@ class ScheduledInstance(ModelInstance):
 
     def full(self, name: str, sequence: SequenceState) -> str | None:
         """Why a program cannot be called for a sequence any more; None if it can."""
-        limit, used = self.programs[name].max_positions, sequence.positions.get(name, 0)
-        if limit is None or used < limit:
+        program, used = self.programs[name], sequence.positions.get(name, 0)
+        limit = program.max_positions
+        if limit is None or used + program.entries_per_call <= limit:
             return None
         restarting = [each.name for each in self.programs.values() if name in each.restarts]
         begins = f", which {restarting[0]} begins anew" if restarting else ""
-        return f"program {name} has used {used} of the sequence's {limit} positions{begins}"
+        takes = program.entries_per_call
+        more = f", and a call may take {takes}" if takes > 1 else ""
+        return f"program {name} has used {used} of the sequence's {limit} positions{more}{begins}"
 
     def next_rows(self, waiting: Sequence[ActiveRequest]) -> list[ActiveRequest]:
         """The rows of the next call, all of one program.
@@ -278,12 +281,13 @@ class ScheduledInstance(ModelInstance):
         if most == 1:
             return 1
         room, needed = self.programs[name].max_positions, self._needed.get(name, 1.0)
+        takes = self.programs[name].entries_per_call
         for active in rows:
             assert active.progress is not None
             call, count = active.progress.next_call, active.progress.count
             left = (call.at_most or 1) - count
             if room is not None:
-                left = min(left, room - active.sequence.positions.get(name, 0))
+                left = min(left, (room - active.sequence.positions.get(name, 0)) // takes)
             most = min(most, left)
             expected += left if call.until is None else max(1.0, needed - count, count / 2)
         return max(1, min(most, round(expected / len(rows))))
@@ -293,10 +297,16 @@ class ScheduledInstance(ModelInstance):
         if step.failed:
             return
         program = self.programs[self._last_program]
-        calls = [
-            CallOutputs(program, outputs if step.num_calls == 1 else _of_call(outputs, index))
-            for index in range(step.num_calls)
-        ]
+        try:
+            calls = [
+                CallOutputs(program, outputs if step.num_calls == 1 else _of_call(outputs, index))
+                for index in range(step.num_calls)
+            ]
+        except ValueError as error:  # what the engine gave cannot be right
+            for active in step.batch.rows:
+                if not active.dropped:
+                    active.error = self._roll_back(active, error)
+            return
         num_finished = 0
         for row, active in enumerate(step.batch.rows):
             if active.dropped:
@@ -325,7 +335,8 @@ class ScheduledInstance(ModelInstance):
         for outputs in calls:
             num_calls += 1
             moved = progress.add(outputs, row)
-            self._count(program, active.sequence)
+            taken = 1 if outputs.accepted is None else outputs.accepted[row]
+            self._count(program, active.sequence, taken)
             if moved:
                 break
         else:
@@ -334,12 +345,12 @@ class ScheduledInstance(ModelInstance):
             needed = self._needed.get(program.name, float(num_calls))
             self._needed[program.name] = needed + (num_calls - needed) / NEEDED_REQUESTS
 
-    def _count(self, program: Program, sequence: SequenceState) -> None:
+    def _count(self, program: Program, sequence: SequenceState, taken: int) -> None:
         """Count the positions that a call has taken."""
         for name in program.restarts:
             sequence.positions[name] = 0
         if program.max_positions is not None:
-            sequence.positions[program.name] = sequence.positions.get(program.name, 0) + 1
+            sequence.positions[program.name] = sequence.positions.get(program.name, 0) + taken
 
     def restore(self, active: ActiveRequest) -> bool:
         """Restore a sequence to what it was before a request, if its states allow it.

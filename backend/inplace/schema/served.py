@@ -19,6 +19,7 @@ from inplace.schema.specs import (
     CLIENT_ROLES,
     INITIAL_FILE,
     INPUT_ROLES,
+    JOINED_ROLES,
     OUTPUT_ROLES,
     RESERVED_OUTPUT_ROLES,
     ROW_IS_SLOT_KINDS,
@@ -97,6 +98,16 @@ class Program(Record):
         )
 
     @cached_property
+    def entries_per_call(self) -> int:
+        """How many positions a call of a schedule may take.
+
+        One; or of a program with an output of the role ``accepted``, as many as it has tokens.
+        """
+        if all(spec.role is not Role.ACCEPTED for spec in self.outputs):
+            return 1
+        return min(spec.shape[0] for spec in self.outputs if spec.role is Role.TOKENS)
+
+    @cached_property
     def vocab_size(self) -> int:
         """The number of scores that an output is sampled from; 0 if no output is sampled."""
         scores = {spec.name: spec.shape for spec in self.outputs}
@@ -139,7 +150,7 @@ class Program(Record):
         outputs = {output.name for output in self.outputs}
         for spec in (*self.inputs, *self.outputs):
             has_tokens = spec.role in (Role.TOKENS, Role.LOGPROBS)
-            if spec.role is Role.TOKENS and spec.name in outputs:
+            if spec.role in JOINED_ROLES and spec.name in outputs:
                 continue  # see `_check_roles`
             if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != has_tokens:
                 raise ValueError(
@@ -177,7 +188,8 @@ class Program(Record):
                     f"program {self.name}: output {spec.name} of the role {spec.role} must be "
                     f"{expected} with one axis a row; got {spec.dtype} {list(spec.shape)}"
                 )
-            if spec.role in (Role.DONE, Role.ACCEPTED) and spec.shape != (1,):
+            joined = spec.role is Role.ACCEPTED and spec.shape == (-1,)  # over a schedule's calls
+            if spec.role in (Role.DONE, Role.ACCEPTED) and spec.shape != (1,) and not joined:
                 raise ValueError(
                     f"program {self.name}: output {spec.name} of the role {spec.role} must have "
                     f"one entry a row; got {list(spec.shape)}"
@@ -260,7 +272,7 @@ class CompiledProgram(Program):
     @model_validator(mode="after")
     def _check_states(self) -> Self:
         for spec in self.outputs:
-            if spec.role is Role.TOKENS and spec.shape == (-1,):
+            if spec.role in JOINED_ROLES and spec.shape == (-1,):
                 raise ValueError(
                     f"program {self.name}: output {spec.name} must have a fixed shape in each call"
                 )
@@ -290,8 +302,17 @@ def check_interfaces(programs: Sequence[Program]) -> None:
     """Check that a request can have the inputs and outputs of all programs.
 
     Raises:
-        ValueError: programs have different inputs of one name, or outputs of the same name.
+        ValueError: programs have different inputs of one name, or outputs of the same name; or the
+            outputs of one do not say how many tokens are accepted.
     """
+    for program in programs:
+        accepted = [spec.name for spec in program.outputs if spec.role is Role.ACCEPTED]
+        has_tokens = any(spec.role is Role.TOKENS for spec in program.outputs)
+        if len(accepted) > 1 or (accepted and not has_tokens):
+            raise ValueError(
+                f"program {program.name}: outputs {accepted} have the role accepted; one, beside "
+                f"an output of the role tokens, says how many tokens of a call count"
+            )
     inputs: dict[str, TensorSpec] = {}
     for spec in (spec for program in programs for spec in program.client_inputs):
         if inputs.setdefault(spec.name, spec) != spec:
@@ -434,6 +455,7 @@ class Manifest(RecordFile):
         }
         if uncalled := sorted(set(names) - called):
             raise ValueError(f"no schedule calls the programs {uncalled}")
+        check_interfaces(self.programs)
         if len(self.programs) > 1:
             self._check_shared()
         return self
@@ -460,7 +482,7 @@ class Manifest(RecordFile):
                     )
 
     def _check_shared(self) -> None:
-        """Check what several programs have together: states, inputs and outputs."""
+        """Check the states that several programs have together."""
         written = {alias.input for program in self.programs for alias in program.aliases}
         if unwritten := sorted({state.name for state in self.states} - written):
             raise ValueError(f"no program writes the states {unwritten}")
@@ -471,7 +493,6 @@ class Manifest(RecordFile):
                     f"program {program.name} updates states with {kinds}, which other programs "
                     f"would not see"
                 )
-        check_interfaces(self.programs)
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -585,7 +606,7 @@ class Manifest(RecordFile):
             row_layout="rectangular",
             inputs=tuple(inputs.values()),
             outputs=tuple(
-                spec.model_copy(update={"shape": (-1,)}) if spec.role is Role.TOKENS else spec
+                spec.model_copy(update={"shape": (-1,)}) if spec.role in JOINED_ROLES else spec
                 for spec in outputs
             ),
             aliases=(),

@@ -138,7 +138,10 @@ class Role(StrEnum):
     produces no token.
     """
     ACCEPTED = "accepted"
-    """An output, reserved, int64, ``[1]`` a row: how many of the fed tokens count."""
+    """An output, int64, ``[1]`` a row: how many entries of the call's ``tokens`` outputs count.
+
+    The first ones do. A row that is done has 0.
+    """
 
 
 CLIENT_ROLES = frozenset({Role.TOKENS, Role.ROW, Role.AUDIO, Role.OPTION})
@@ -148,11 +151,17 @@ ENTRY_ROLES = CLIENT_ROLES - {Role.TOKENS}
 """The roles of inputs from the client that have one entry of fixed shape for a request."""
 
 
-OUTPUT_ROLES = frozenset({Role.VALUE, Role.LOGITS, Role.TOKEN, Role.TOKENS, Role.DONE})
+OUTPUT_ROLES = frozenset(
+    {Role.VALUE, Role.LOGITS, Role.TOKEN, Role.TOKENS, Role.DONE, Role.ACCEPTED}
+)
 """The roles of outputs that the runtime sends."""
 
 
-RESERVED_OUTPUT_ROLES = frozenset({Role.LOGPROBS, Role.ACCEPTED})
+JOINED_ROLES = frozenset({Role.TOKENS, Role.ACCEPTED})
+"""The roles of outputs that a schedule joins over its calls."""
+
+
+RESERVED_OUTPUT_ROLES = frozenset({Role.LOGPROBS})
 """The roles of outputs that a later runtime uses."""
 
 

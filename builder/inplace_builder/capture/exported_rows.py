@@ -49,8 +49,8 @@ class RowOptions:
         limits: inclusive limits of the values of integer inputs, by name. A request beyond them is
             refused; within them the engine is verified, otherwise with 0 and 1.
         roles: what outputs are besides values, by name: ``tokens`` (int64, ``[n]`` a row, negative
-            numbers are no tokens) and ``done`` (bool, one entry a row), see
-            `inplace.schema.specs.Role`.
+            numbers are no tokens), ``done`` (bool, one entry a row) and ``accepted`` (int64, one
+            entry a row: how many of the call's tokens count), see `inplace.schema.specs.Role`.
         sample_rate: of a module with the input ``audio``, mono samples in float32: in a second. A
             request may be shorter; zeros are added behind it.
         choices: inputs that a request sets by the parameter of their name, with the values that the

@@ -15,7 +15,7 @@ from inplace.engines import NO_OTHER_THREADS
 from inplace.errors import Code, RequestError
 from inplace.parameters import Parameter
 from inplace.protocol import SAMPLE_RATE
-from inplace.runtime.batcher import ActiveRequest, form_batch
+from inplace.runtime.batcher import ActiveRequest, CallOutputs, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, saved_states
 from inplace.schema.schedule import Call, Loop, RequestFlag, Schedule
@@ -339,8 +339,14 @@ class _Verification:
         outputs = self.instance.engines[name].launch(
             form_batch(program, [row]).inputs, [spec.name for spec in program.outputs]
         )(NO_OTHER_THREADS)
+        called = CallOutputs(program, outputs)
         for spec in program.outputs:
-            if spec.role is Role.TOKENS and bool((outputs[spec.name] >= 0).any()):
+            if spec.role is Role.ACCEPTED and bool(outputs[spec.name].any()):
+                raise rejected(
+                    f"program {name}, called again for a row that is done ({until}), accepts "
+                    f"{outputs[spec.name].tolist()} tokens"
+                )
+            if spec.role is Role.TOKENS and max(called.tokens[spec.name][0], default=-1) >= 0:
                 raise rejected(
                     f"program {name}, called again for a row that is done ({until}), produces the "
                     f"tokens {outputs[spec.name].tolist()}"

@@ -28,6 +28,7 @@ from inplace.protocol import (
     TEXT_OUTPUT,
     TOKENS,
 )
+from inplace.runtime.audio import check_audio_parameters
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.schedules import ScheduledInstance
@@ -102,6 +103,7 @@ class RequestParser:
             kind = self._kind(request, texts)
             parse_parameters(request.parameters, kind, self._instance.is_forwarded)
             if kind is RequestKind.END:
+                check_audio_parameters(self._instance.program, request.parameters)
                 return StreamRequest(
                     replace(unvalidated, position=request.position()), Reply(channel)
                 )

@@ -116,6 +116,9 @@ def test_an_end_without_tokens_checks_its_position_and_frees_its_slot(
         ended = client.end("a", position=position).wait()
         assert (ended.error and ended.error.code) == code
         assert client.num_free_slots() == SLOTS
+    client.step("a", [5], start=True).wait()
+    client.end("a", sample_rate=16000).assert_refused(Code.BAD_PARAMETER, "it takes no audio")
+    assert client.num_free_slots() == SLOTS
 
 
 def test_an_end_that_cannot_be_read_frees_its_slot(streams: OpenStreams) -> None:

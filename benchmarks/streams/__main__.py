@@ -7,7 +7,7 @@ bias such that noise gives about as many tokens as speech. Streams keep up if th
 percentile of a chunk's answer is below the chunk's length and no chunk was complete before the one
 before it was answered. ``--streams`` are measured in the engine alone, ``--server`` with clients of
 a real tritonserver on this machine; each stops at the first number that does not keep up. Writes
-one JSON.
+one JSON. Kept engines are measured without transformers.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from inplace.schema.served import Manifest
 from inplace_builder.choices import EngineKind
 
 from benchmarks.record import facts
-from benchmarks.streams.model import MODEL, TOKENS_PER_FRAME, build
+from benchmarks.streams import MODEL, TOKENS_PER_FRAME
 
 
 def main() -> None:
@@ -66,18 +67,10 @@ def measured(given: argparse.Namespace, engines: Path) -> Iterator[dict[str, Any
     )
     for lookahead in map(int, given.lookaheads.split(",")):
         folder = engines / f"{given.engine}-{lookahead}" / MODEL
-        manifest = build(
-            folder,
-            lookahead,
-            streams=max(alone + served),
-            rows=given.rows,
-            engine=given.engine,
-            device=given.device,
-            layers=given.layers,
-        )
+        if not (folder / "1").is_dir():
+            _build(folder, lookahead, max(alone + served), given)
+        manifest = Manifest.load(folder / "1")
         about = {"lookahead": lookahead, "engine": given.engine, "slot_bytes": manifest.slot_bytes}
-        if given.device == "cuda":
-            torch.cuda.empty_cache()
         if given.build_only:
             yield about
             continue
@@ -88,6 +81,22 @@ def measured(given: argparse.Namespace, engines: Path) -> Iterator[dict[str, Any
                 yield line
                 if not line.get("keeps_up"):
                     break
+
+
+def _build(folder: Path, lookahead: int, streams: int, given: argparse.Namespace) -> None:
+    from benchmarks.streams.model import build  # transformers: kept engines need none
+
+    build(
+        folder,
+        lookahead,
+        streams=streams,
+        rows=given.rows,
+        engine=given.engine,
+        device=given.device,
+        layers=given.layers,
+    )
+    if given.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _line(command: list[str]) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from inplace_builder.served.options import BuildOptions
 from torch import Tensor
 from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
 
-MODEL = "nemotron"
-TOKENS_PER_FRAME = 0.3
-"""Tokens for each encoded frame of 80 ms: English has about four tokens a second."""
+from benchmarks.streams import TOKENS_PER_FRAME
 
-CALIBRATION_CHUNKS = 8
+CALIBRATION_FRAMES = 112
 
 
-def random_nemotron(layers: int | None, dtype: torch.dtype) -> NemotronAsrStreamingForRNNT:
+def random_nemotron(
+    layers: int | None, lookahead: int, dtype: torch.dtype
+) -> NemotronAsrStreamingForRNNT:
     """A model of the published size, which is the configuration's default.
 
     The bias of the blank is such that about as many tokens come as in speech: without it, random
@@ -35,6 +35,7 @@ def random_nemotron(layers: int | None, dtype: torch.dtype) -> NemotronAsrStream
 
     Args:
         layers: of the encoder; None for the published number.
+        lookahead: with which it is measured.
         dtype: of the weights.
     """
     torch.manual_seed(0)
@@ -43,18 +44,18 @@ def random_nemotron(layers: int | None, dtype: torch.dtype) -> NemotronAsrStream
     model = NemotronAsrStreamingForRNNT(config).eval()
     model.generation_config.decoder_start_token_id = config.blank_token_id
     with torch.no_grad():
-        _set_blank(model)
+        _set_blank(model, lookahead)
     return model.to(dtype)
 
 
-def _set_blank(model: NemotronAsrStreamingForRNNT) -> None:
+def _set_blank(model: NemotronAsrStreamingForRNNT, lookahead: int) -> None:
     """Find the bias of the blank with which noise gives `TOKENS_PER_FRAME`."""
-    chunks = Chunks(13, model.config.encoder_config.subsampling_factor)
+    chunks = Chunks(lookahead, model.config.encoder_config.subsampling_factor)
     encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, torch.float32)
     listen = Listen(model, chunks, Extraction(), encoded)
     samples = listen.log_mel.samples
     parts = []
-    for _ in range(CALIBRATION_CHUNKS):
+    for _ in range(CALIBRATION_FRAMES // chunks.frames):
         listen(0.1 * torch.randn(1, samples), torch.tensor([samples]))
         parts.append(encoded.frames.clone())
     bias = model.joint.head.bias[model.config.blank_token_id]
@@ -92,11 +93,9 @@ def build(
     device: Device,
     layers: int | None,
 ) -> Manifest:
-    """Build the engine into ``folder``, unless it is there."""
-    if (folder / "1").is_dir():
-        return Manifest.load(folder / "1")
+    """Build the engine into ``folder``."""
     dtype = Dtype.BFLOAT16 if device == "cuda" else Dtype.FLOAT32
-    model = random_nemotron(layers, dtype.as_torch)
+    model = random_nemotron(layers, lookahead, dtype.as_torch)
     options = BuildOptions(
         dtype=dtype, device=device, slots=streams, max_rows=min(rows, streams), engine=engine
     )

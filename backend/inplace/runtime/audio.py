@@ -1,6 +1,7 @@
 """What a request with audio carries: samples in one of two inputs, their rate, and options."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def read_audio(
     """
     given = [name for name in AUDIO_DTYPES if name in inputs]
     if spec.lead is not None and last and not given:
-        return torch.zeros(0), torch.tensor(0)
+        return torch.zeros(0), count_tensor(0)
     if not given:
         raise RequestError(
             Code.MISSING_INPUT,
@@ -83,11 +84,19 @@ def read_audio(
     name = given[0]
     samples = _check_samples(name, inputs[name], spec, last=last)
     _check_rate(spec, parameters)
-    audio = torch.zeros(spec.shape if spec.lead is None else len(samples))
+    if spec.lead is not None:
+        return samples * INT16_SCALE if name == AUDIO_INT16 else samples, count_tensor(len(samples))
+    audio = torch.zeros(spec.shape)
     audio[: len(samples)] = samples
     if name == AUDIO_INT16:
         audio *= INT16_SCALE
-    return audio, torch.tensor(len(samples))
+    return audio, count_tensor(len(samples))
+
+
+@lru_cache(maxsize=64)
+def count_tensor(count: int) -> Tensor:
+    """A number of samples, ``[]``; cached, because most chunks have the same, and read-only."""
+    return torch.tensor(count)
 
 
 def _check_samples(name: str, tensor: Tensor, spec: TensorSpec, *, last: bool) -> Tensor:
@@ -181,7 +190,7 @@ def cut_stream(
     """
     samples = torch.cat([held, new])
     whole = len(samples) // chunk * chunk
-    chunks = [(part, chunk) for part in samples[:whole].split(chunk)] if whole else []
+    chunks = [(samples[begin : begin + chunk], chunk) for begin in range(0, whole, chunk)]
     rest = samples[whole:]
     if ends and len(rest):
         chunks.append((torch.nn.functional.pad(rest, (0, chunk - len(rest))), len(rest)))

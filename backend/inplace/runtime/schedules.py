@@ -20,7 +20,7 @@ from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.parameters import RequestKind, parse_parameters
 from inplace.protocol import AUDIO, AUDIO_INT16
-from inplace.runtime.audio import audio_spec, cut_stream
+from inplace.runtime.audio import audio_spec, count_tensor, cut_stream
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
@@ -192,7 +192,7 @@ class ScheduledInstance(ModelInstance):
         assert stream.length_input is not None
         chunks, sequence.audio = cut_stream(held, new, chunk, ends=ends)
         for samples, length in chunks:
-            given = {stream.name: samples, stream.length_input: torch.tensor(length)}
+            given = {stream.name: samples, stream.length_input: count_tensor(length)}
             progress.chunks.append({**active.inputs, **given})
         if not self._next_chunk(active, progress):
             progress.loop = len(progress.loops)

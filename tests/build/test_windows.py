@@ -9,7 +9,7 @@ import torch
 import transformers
 from inplace.schema.specs import Role, Update
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
-from inplace_builder.capture import reference, slot_cache
+from inplace_builder.capture import reference, slot_attention
 from inplace_builder.capture.cache_length import CacheLength, OwnCacheLength
 from inplace_builder.capture.capture import Capture, control_input
 from inplace_builder.capture.masks import LayerMask, MaskOptions, mask_options
@@ -123,7 +123,7 @@ def test_verification_finds_a_window_that_is_left_out(
 ) -> None:
     """Outputs are wrong only from position 57 on."""
     model = model_of("phimoe", sliding_window=57)
-    monkeypatch.setattr(slot_cache, "_layer_options", lambda *_: MaskOptions())
+    monkeypatch.setattr(slot_attention, "_layer_options", lambda *_: MaskOptions())
     capture = capture_decoder(model, DecoderOptions(128, 3, chunk))
     options = BuildOptions(slots=3, max_rows=3, capacity=128, chunk=chunk)
     with pytest.raises(BuildError, match="differs from the model"):

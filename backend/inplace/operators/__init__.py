@@ -11,6 +11,7 @@ and ``qkv_attention``.
 Importing this package registers all of them as ``torch.ops.inplace.*``.
 """
 
+from inplace.operators import rotary_attention  # noqa: F401 - registers its operators
 from inplace.operators.attention import attention
 from inplace.operators.convolution import causal_conv1d
 from inplace.operators.grouped_linear import grouped_linear, weighted_sum

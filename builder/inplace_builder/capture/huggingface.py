@@ -39,8 +39,8 @@ from inplace_builder.capture.latent import absorbed_latents, describe_latents
 from inplace_builder.capture.masks import ChangedMaskError
 from inplace_builder.capture.recurrent import CONV, RECURRENT, slot_recurrences
 from inplace_builder.capture.reference import cache_argument, references
+from inplace_builder.capture.slot_attention import IMPLEMENTATION
 from inplace_builder.capture.slot_cache import (
-    IMPLEMENTATION,
     LayerStates,
     SeenLayer,
     SeenLayers,

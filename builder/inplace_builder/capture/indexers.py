@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from inplace.operators.attention import rotate
+from inplace.operators.rotary_attention import rotate
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inplace_builder.capture.slot_cache import slot_attention, step_cache
+from inplace_builder.capture.slot_attention import slot_attention
+from inplace_builder.capture.slot_cache import step_cache
 
 
 def _openai_gpt(

@@ -4,18 +4,13 @@ The models are those of the survey (`decoders.configs`), tiny and with random we
 the engine returns the tokens of ``generate`` and its logits. In bfloat16 its logits differ from
 those of the float32 model by not much more than PyTorch's own bfloat16 differs; a sparse model then
 selects other positions, so it is compared in float32 only.
-
-Processes of pytest-xdist take turns on the GPU: TensorRT times kernels there while it compiles, and
-processes that do so at once hold each other up. Models are captured meanwhile.
 """
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from inplace.schema.specs import Dtype
 from inplace_builder import BuildOptions, capture_decoder, write_engine
 from inplace_builder.capture.checkpoint import quiet
@@ -64,7 +59,6 @@ SPARSE = [
     "doge",
 ]
 # fmt: on
-GPU = FileLock(Path(tempfile.gettempdir(), "inplace-tests-gpu.lock"))
 NAMES = [*EXPERTS, *RECURRENCES, *OTHERS, *MASKS]
 
 
@@ -86,12 +80,11 @@ def decoded(name: str, engine: str, dtype: Dtype, folder: Path) -> list[Decoded]
         options = replace(options, chunk=max(PROMPTS))
         capture = capture_decoder(model, decoder_options(options))
     prompts = [prompt(seed, n, vocabulary(model)) for seed, n in enumerate(PROMPTS)]
-    with GPU:
-        write_engine(capture, folder / "engine", options)
-        instance = open_instance(folder / "engine")
-        addresses = instance.arena.addresses()
-        rows = decode_together(instance, prompts, TOKENS, ("next_token", "logits"))
-        assert instance.arena.addresses() == addresses
+    write_engine(capture, folder / "engine", options)
+    instance = open_instance(folder / "engine")
+    addresses = instance.arena.addresses()
+    rows = decode_together(instance, prompts, TOKENS, ("next_token", "logits"))
+    assert instance.arena.addresses() == addresses
     return [
         Decoded(
             [int(step["next_token"]) for step in row],

@@ -1,7 +1,7 @@
 """The batcher: from admitted requests to the input tensors of one step, and back to responses."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -71,6 +71,8 @@ class ActiveRequest:
     def outputs(self) -> dict[str, Tensor]:
         """The requested outputs, ``[1, ...]``; empty until all its tokens are consumed."""
         tensors, row = self.step_outputs
+        if self.progress is not None:  # they are its own
+            return {name: tensors[name] for name in tensors if name in self.requested_outputs}
         return {
             name: tensor[row : row + 1]
             for name, tensor in tensors.items()
@@ -86,13 +88,15 @@ class CallOutputs:
     """The outputs of a call of a schedule's program, those that the schedule reads as lists.
 
     Attributes:
-        tokens: outputs of the roles ``tokens`` and ``accepted`` by name: a list for each row.
+        tokens: outputs of the roles ``tokens`` and ``accepted`` by name: a list for each row,
+            without negative numbers.
+        program: the name of the program.
         accepted: how many entries of the tokens count, for each row; None if all do.
         done: outputs of the role ``done`` by name: a value for each row.
         values: all outputs but the tokens by name, ``[rows, ...]``.
     """
 
-    __slots__ = ("accepted", "done", "tokens", "values")
+    __slots__ = ("accepted", "done", "program", "tokens", "values")
 
     def __init__(self, program: Program, outputs: Mapping[str, Tensor]) -> None:
         """Read them.
@@ -100,6 +104,7 @@ class CallOutputs:
         Raises:
             ValueError: a number of accepted tokens is below 0 or above that of all.
         """
+        self.program = program.name
         self.accepted: list[int] | None = None
         self.tokens: dict[str, list[list[int]]] = {}
         self.done: dict[str, list[bool]] = {}
@@ -109,7 +114,8 @@ class CallOutputs:
                 continue
             tensor = outputs[spec.name]
             if spec.role in JOINED_ROLES:
-                self.tokens[spec.name] = tensor.tolist()
+                rows = tensor.tolist()
+                self.tokens[spec.name] = [[token for token in row if token >= 0] for row in rows]
                 if spec.role is Role.ACCEPTED:
                     self.accepted = tensor.flatten().tolist()
                 continue
@@ -117,9 +123,9 @@ class CallOutputs:
             if spec.role is Role.DONE:
                 self.done[spec.name] = tensor.flatten().tolist()
         if self.accepted is not None:
-            self._drop_tokens(program)
+            self._drop_tokens(program, outputs)
 
-    def _drop_tokens(self, program: Program) -> None:
+    def _drop_tokens(self, program: Program, outputs: Mapping[str, Tensor]) -> None:
         """Keep the tokens that count."""
         assert self.accepted is not None
         most = program.entries_per_call
@@ -127,8 +133,10 @@ class CallOutputs:
             raise ValueError(f"program {program.name} accepts {wrong[0]} of {most} tokens")
         for spec in program.outputs:
             if spec.role is Role.TOKENS and spec.name in self.tokens:
-                rows = zip(self.tokens[spec.name], self.accepted, strict=True)
-                self.tokens[spec.name] = [tokens[:count] for tokens, count in rows]
+                rows = zip(outputs[spec.name].tolist(), self.accepted, strict=True)
+                self.tokens[spec.name] = [
+                    [token for token in row[:count] if token >= 0] for row, count in rows
+                ]
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +151,7 @@ class ScheduleProgress:
         tokens: by output of the roles ``tokens`` and ``accepted``, what was produced and not taken
             yet.
         num_tokens: how many tokens were taken, of all such outputs.
-        values: by name the last call's other outputs for all its rows, and the row.
+        values: by program the last call's other outputs for all its rows, and the row.
         limited: what ended last was not done, it had reached its limit (``at_most``).
         chunks: of a stream, the inputs of further runs of the schedule.
         start_positions: `SequenceState.positions` when the request was admitted.
@@ -159,7 +167,7 @@ class ScheduleProgress:
     count: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
     num_tokens: int = 0
-    values: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    values: dict[str, tuple[Mapping[str, Tensor], int]] = field(default_factory=dict)
     limited: bool = False
     chunks: deque[Mapping[str, Tensor]] = field(default_factory=deque)
     start_positions: Mapping[str, int] = field(default_factory=dict)
@@ -183,9 +191,11 @@ class ScheduleProgress:
             Whether that is another place than that of the call: it was the last one there.
         """
         for name, rows in outputs.tokens.items():
-            self.tokens.setdefault(name, []).extend([token for token in rows[row] if token >= 0])
-        for name, tensor in outputs.values.items():
-            self.values[name] = tensor, row
+            if name in self.tokens:
+                self.tokens[name] += rows[row]
+            else:
+                self.tokens[name] = list(rows[row])
+        self.values[outputs.program] = outputs.values, row
         loop, call = self.loops[self.loop], self.next_call
         self.count += 1
         if not self._ends(call, self.count, outputs, row):
@@ -215,15 +225,24 @@ class ScheduleProgress:
         tokens, self.tokens = self.tokens, {name: [] for name in self.tokens}
         return tokens
 
-    def answer(self) -> dict[str, Tensor]:
+    def answer(self, requested: Collection[str] | None = None) -> dict[str, Tensor]:
         """What the schedule produced: tokens ``[1, tokens]``, other outputs ``[1, ...]``.
 
         Without the tokens that were taken.
+
+        Args:
+            requested: names of outputs; None for all.
         """
         answer = {
-            name: torch.tensor([tokens], dtype=torch.int64) for name, tokens in self.tokens.items()
+            name: torch.from_numpy(np.array([tokens], dtype=np.int64))
+            for name, tokens in self.tokens.items()
+            if requested is None or name in requested
         }
-        return answer | {name: rows[row : row + 1] for name, (rows, row) in self.values.items()}
+        for outputs, row in self.values.values():
+            for name, tensor in outputs.items():
+                if requested is None or name in requested:
+                    answer[name] = tensor[row : row + 1]
+        return answer
 
 
 Answer = dict[str, Any] | RequestError

@@ -29,7 +29,7 @@ from inplace.runtime.slots import EndReason, SequenceState
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import RequestFlag, Schedule
 from inplace.schema.served import Manifest, Program
-from inplace.schema.specs import Role, TensorSpec
+from inplace.schema.specs import JOINED_ROLES, Role, TensorSpec
 
 _READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE, Role.ACCEPTED})
 
@@ -122,7 +122,8 @@ class ScheduledInstance(ModelInstance):
         """As for one program; inputs that are empty are absent."""
         present = {name: tensor for name, tensor in request.inputs.items() if tensor.numel()}
         only_ends = request.end and not request.start and not present and not self.runs_at_end
-        request = replace(request, inputs=present)
+        if len(present) < len(request.inputs):
+            request = replace(request, inputs=present)
         if not only_ends or request.refusal is not None:
             return super().validate(request, allow_empty=allow_empty)
         validated = ValidatedRequest(request, request.key_digest(), only_ends=True)
@@ -209,7 +210,8 @@ class ScheduledInstance(ModelInstance):
     def _finish(self, active: ActiveRequest, progress: ScheduleProgress) -> None:
         active.sequence.length += 1
         active.num_computed_tokens = active.num_tokens
-        active.step_outputs = ({**self._empty_answer, **progress.answer()}, 0)
+        answer = progress.answer(active.requested_outputs)
+        active.step_outputs = ({**self._empty_answer, **answer}, 0)
 
     def _check_tokens(self, validated: ValidatedRequest, sequence: SequenceState | None) -> None:
         super()._check_tokens(validated, sequence)
@@ -396,7 +398,7 @@ def _empty_answer(program: Program) -> dict[str, Tensor]:
     """The answer to a request that calls nothing: no tokens, done, zeros for other outputs."""
     return {
         spec.name: torch.empty((1, 0), dtype=torch.int64)
-        if spec.role is Role.TOKENS
+        if spec.role in JOINED_ROLES
         else torch.full((1, *spec.shape), spec.role is Role.DONE, dtype=spec.dtype.as_torch)
         for spec in program.outputs
     }

@@ -142,6 +142,14 @@ def test_an_end_in_the_middle_waits_for_the_loop(
     assert client.num_free_slots() == 4
 
 
+@pytest.mark.parametrize("parameter", ["max_tokens", "fetch"])
+def test_there_are_no_generations(client: StreamClient, parameter: str) -> None:
+    request = Request("a", True, True, {"features": chunks(1, 1)[0][None]}, "r", {parameter: 1})
+    client.send(request, requested_outputs=OUTPUTS).assert_refused(
+        Code.BAD_PARAMETER, f"not a language model and cannot generate: leave '{parameter}' out"
+    )
+
+
 def test_a_step_has_the_text_of_its_tokens(
     instance: ScheduledInstance, parts: tuple[Listen, Speak]
 ) -> None:

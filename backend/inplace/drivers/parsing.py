@@ -129,18 +129,19 @@ class RequestParser:
         return self._make_generation(validated, limits, channel)
 
     def _kind(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> RequestKind:
-        if request.kind is RequestKind.GENERATION:
-            if self._decoder_io is None:
-                raise RequestError(
-                    Code.BAD_PARAMETER,
-                    "this model is not a language model and cannot generate: leave"
-                    f" {MAX_TOKENS!r} out",
-                )
+        generates, fetches = request.kind is RequestKind.GENERATION, request.flag(FETCH)
+        if (generates or fetches) and self._decoder_io is None:
+            name = MAX_TOKENS if generates else FETCH
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"this model is not a language model and cannot generate: leave {name!r} out",
+            )
+        if generates:
             return RequestKind.GENERATION
         empty = not texts and all(tensor.numel() == 0 for tensor in request.inputs.values())
         if request.end and not request.start and empty and not self._runs_at_end:
             return RequestKind.END
-        return RequestKind.FETCH if request.flag(FETCH) else RequestKind.STEP
+        return RequestKind.FETCH if fetches else RequestKind.STEP
 
     def _check_outputs(self, kind: RequestKind, requested: frozenset[str]) -> None:
         """Refuse a request that names an output which a request of its kind does not have.

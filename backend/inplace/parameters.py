@@ -15,13 +15,19 @@ from typing import Literal
 from inplace.errors import Code, RequestError
 from inplace.protocol import (
     ADD_SPECIAL_TOKENS,
+    ALLOWED_TOKEN_IDS,
+    BANNED_TOKEN_IDS,
     FETCH,
     GROUP,
     IGNORE_EOS,
     INPUT_IDS,
     LANGUAGE,
+    LOGIT_BIAS,
     LOGITS,
+    LOGPROBS,
     MAX_TOKENS,
+    MIN_TOKENS,
+    NUM_GENERATED,
     POSITION,
     SAMPLE_RATE,
     SEQUENCE_KEY,
@@ -38,7 +44,7 @@ Parameter = bool | int | float | str
 """The value of a request parameter in Triton."""
 
 
-Value = bool | int | float | str | tuple[int, ...]
+Value = bool | int | float | str | tuple[int, ...] | tuple[tuple[int, float], ...]
 """The value of a request parameter after it was parsed."""
 
 
@@ -55,6 +61,18 @@ MAX_KEY_LENGTH = 256
 
 MAX_STOP_TOKEN_IDS = 64
 """Token ids of ``stop_token_ids``."""
+
+
+MAX_MASKED_TOKENS = 1024
+"""Token ids of ``allowed_token_ids`` and of ``banned_token_ids``."""
+
+
+MAX_BIASES, MAX_BIAS = 300, 100.0
+"""Tokens of ``logit_bias``, and the largest absolute value of a bias."""
+
+
+MAX_LOGPROBS = 20
+"""The largest value of ``logprobs``."""
 
 
 MAX_TEMPERATURE = 3.4028234663852886e38
@@ -98,9 +116,10 @@ GENERATIONS = frozenset({RequestKind.GENERATION, RequestKind.PROXY})
 STEPS_AND_GENERATIONS = STEPS | GENERATIONS
 
 
-ParameterType = Literal["boolean", "integer", "number", "key", "name", "token ids"]
-"""``key`` is a text or an integer, whose digits are the text then; ``name`` is a text; ``token
-ids`` is an integer, or a text of integers with commas between them."""
+ParameterType = Literal["boolean", "integer", "number", "key", "name", "token ids", "token biases"]
+"""``key`` is a text or an integer, whose digits are the text then; ``name`` is a text. ``token
+ids`` is an integer, or a text of integers with commas between them; ``token biases`` is a text of
+``token:bias`` with commas between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,7 @@ class ParameterSpec:
         minimum, maximum: of an integer or a number; None without a limit.
         limits: the values that are allowed, for errors and the documentation.
         reserved: a name for a later version; a request that has it is refused.
+        max_items: the most token ids.
     """
 
     name: str
@@ -127,6 +147,7 @@ class ParameterSpec:
     maximum: float | None = None
     limits: str = ""
     reserved: bool = False
+    max_items: int = MAX_STOP_TOKEN_IDS
 
     def parse(self, value: object) -> Value:
         """The value of this parameter in a request.
@@ -214,11 +235,24 @@ def _parse_name(spec: ParameterSpec, value: object) -> str | None:
 def _parse_token_ids(spec: ParameterSpec, value: object) -> tuple[int, ...] | None:
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
-    parts = value.split(",", MAX_STOP_TOKEN_IDS) if isinstance(value, str) else [value]
-    if len(parts) > MAX_STOP_TOKEN_IDS:
+    parts = value.split(",", spec.max_items) if isinstance(value, str) else [value]
+    if len(parts) > spec.max_items:
         return None
     ids = [_parse_integer(spec, part.strip() if isinstance(part, str) else part) for part in parts]
     return None if None in ids else tuple(each for each in ids if each is not None)
+
+
+def _parse_token_biases(spec: ParameterSpec, value: object) -> tuple[tuple[int, float], ...] | None:
+    if not isinstance(value, str):
+        return None
+    pairs = [part.strip().partition(":") for part in value.split(",", spec.max_items)]
+    if len(pairs) > spec.max_items:
+        return None
+    if not all(INTEGER.fullmatch(token) and DECIMAL.fullmatch(bias) for token, _, bias in pairs):
+        return None
+    biases = {int(token): float(bias) for token, _, bias in pairs}
+    fits = all(0 <= token <= INT64_MAX and _is_within(spec, bias) for token, bias in biases.items())
+    return tuple(biases.items()) if fits and len(biases) == len(pairs) else None
 
 
 def _is_within(spec: ParameterSpec, number: float) -> bool:
@@ -233,6 +267,7 @@ _PARSERS: dict[ParameterType, Callable[[ParameterSpec, object], Value | None]] =
     "key": _parse_key,
     "name": _parse_name,
     "token ids": _parse_token_ids,
+    "token biases": _parse_token_biases,
 }
 
 
@@ -240,6 +275,29 @@ def _boolean(
     name: str, description: str, kinds: frozenset[RequestKind], default: bool | None = False
 ) -> ParameterSpec:
     return ParameterSpec(name, "boolean", description, kinds, default, limits="true or false")
+
+
+def _number(
+    name: str, description: str, default: float, minimum: float, maximum: float, limits: str = ""
+) -> ParameterSpec:
+    limits = limits or f"a number from {minimum:g} to {maximum:g}"
+    return ParameterSpec(
+        name, "number", description, default=default, minimum=minimum, maximum=maximum,
+        limits=limits,
+    )  # fmt: skip
+
+
+def _token_ids(name: str, description: str) -> ParameterSpec:
+    return ParameterSpec(
+        name,
+        "token ids",
+        description,
+        minimum=0,
+        maximum=INT64_MAX,
+        max_items=MAX_MASKED_TOKENS,
+        limits=f"a token id, or a text of at most {MAX_MASKED_TOKENS} token ids with commas"
+        " between them",
+    )
 
 
 def _count(name: str, description: str, default: int | None) -> ParameterSpec:
@@ -320,6 +378,65 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         limits="a whole number from -2^63 to 2^63 - 1 (a larger one arrives as a floating-point"
         " number)",
     ),
+    _number(
+        "min_p",
+        "Of those, keeps the tokens that have at least this part of the largest probability.",
+        0.0,
+        0.0,
+        1.0,
+        "a number from 0 (all) to 1",
+    ),
+    ParameterSpec(
+        LOGPROBS,
+        "integer",
+        "Return the log-probability of each token, and those of so many of the most likely ones.",
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+        limits=f"a whole number from 0 (only of the chosen token) to {MAX_LOGPROBS}",
+    ),
+    _number(
+        "repetition_penalty",
+        "Divides the positive scores of tokens that the sequence has, and multiplies their negative"
+        " ones.",
+        1.0,
+        0.01,
+        100.0,
+    ),
+    _number(
+        "presence_penalty",
+        "Subtracted from the scores of tokens that were generated.",
+        0.0,
+        -2.0,
+        2.0,
+    ),
+    _number(
+        "frequency_penalty",
+        "Subtracted from the scores of tokens that were generated, as often as they were.",
+        0.0,
+        -2.0,
+        2.0,
+    ),
+    ParameterSpec(
+        NUM_GENERATED,
+        "integer",
+        "How many of the last tokens before the first one that is chosen count as generated.",
+        default=0,
+        minimum=0,
+        maximum=MAX_COUNT,
+        limits="a whole number from 0 to the number of the sequence's tokens",
+    ),
+    ParameterSpec(
+        LOGIT_BIAS,
+        "token biases",
+        "Added to the scores of single tokens.",
+        minimum=-MAX_BIAS,
+        maximum=MAX_BIAS,
+        max_items=MAX_BIASES,
+        limits=f"a text of at most {MAX_BIASES} different token ids, each with a colon and a number"
+        f" from {-MAX_BIAS:g} to {MAX_BIAS:g}, with commas between them",
+    ),
+    _token_ids(ALLOWED_TOKEN_IDS, "The only tokens that may be chosen."),
+    _token_ids(BANNED_TOKEN_IDS, "Tokens that may not be chosen."),
     _boolean(
         ADD_SPECIAL_TOKENS,
         "Put the tokenizer's special tokens around `text`; true where the text begins a sequence.",
@@ -346,6 +463,16 @@ REGISTRY: tuple[ParameterSpec, ...] = (
     _name(TASK, "What to do with the audio.", "a task that the model has, such as `transcribe`"),
     _boolean(TIMESTAMPS, "Add tokens with times, as the model makes them.", STEPS, default=None),
     _count(MAX_TOKENS, "The most tokens to generate; makes the request a generation.", None),
+    ParameterSpec(
+        MIN_TOKENS,
+        "integer",
+        "The fewest tokens before one that ends the generation, and before a stop text.",
+        GENERATIONS,
+        0,
+        0,
+        MAX_COUNT,
+        limits="a whole number from 0 to `max_tokens`",
+    ),
     _boolean(IGNORE_EOS, "Continue after an end token of the model.", GENERATIONS),
     ParameterSpec(
         STOP_TOKEN_IDS,
@@ -370,13 +497,6 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         frozenset({RequestKind.PROXY}),
         default=None,
     ),
-    _reserved("min_tokens", "The fewest tokens to generate."),
-    _reserved("min_p", "Keeps tokens of at least this part of the largest probability."),
-    _reserved("presence_penalty", "Lowers the scores of tokens that were generated."),
-    _reserved("frequency_penalty", "Lowers the scores of tokens by how often they occurred."),
-    _reserved("repetition_penalty", "Divides the scores of tokens that occurred."),
-    _reserved("logit_bias", "Added to the scores of single tokens."),
-    _reserved("logprobs", "Log-probabilities of the most likely tokens."),
     _reserved("cache_salt", "Separates cached prefixes of different clients."),
     _reserved("from", "Begin a sequence as a copy of another one."),
     _reserved("restore", "Begin a sequence from a snapshot."),
@@ -394,7 +514,23 @@ OPTIONS = frozenset({LANGUAGE, TASK, TIMESTAMPS})
 AUDIO_PARAMETERS = OPTIONS | {SAMPLE_RATE}
 
 
-SAMPLING_PARAMETERS = frozenset({"temperature", "top_k", "top_p", "seed"})
+SAMPLING_OPTIONS = frozenset(
+    {
+        "min_p",
+        LOGPROBS,
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        NUM_GENERATED,
+        LOGIT_BIAS,
+        ALLOWED_TOKEN_IDS,
+        BANNED_TOKEN_IDS,
+    }
+)
+"""Parameters that need an engine with sampling options; so does ``min_tokens``."""
+
+
+SAMPLING_PARAMETERS = SAMPLING_OPTIONS | {"temperature", "top_k", "top_p", "seed"}
 
 
 TRITON_PARAMETERS = frozenset(

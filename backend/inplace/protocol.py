@@ -38,6 +38,22 @@ requests: in a model that has no tokens, or runs schedules. Without it, it count
 input has them."""
 
 
+LOGPROBS, MIN_TOKENS = "logprobs", "min_tokens"
+"""Parameters of steps and generations, and of generations."""
+
+
+LOGIT_BIAS = "logit_bias"
+"""The parameter with tokens and what is added to their scores: ``"13:-5,198:2.5"``."""
+
+
+ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS = "allowed_token_ids", "banned_token_ids"
+"""Parameters that mask tokens."""
+
+
+NUM_GENERATED = "num_generated"
+"""The parameter that says how many of the last tokens count as generated."""
+
+
 INPUT_IDS, TEXT, STOP = "input_ids", "text", "stop"
 """Inputs of a language model."""
 
@@ -56,3 +72,7 @@ FOREIGN_PROMPTS = ("prompt", "text_input")
 
 TOKENS, TEXT_OUTPUT, FINISH_REASON = "tokens", "text_output", "finish_reason"
 """Outputs of a generation."""
+
+
+TOKEN_LOGPROBS, TOP_LOGPROBS, TOP_TOKENS = "token_logprobs", "top_logprobs", "top_tokens"
+"""Outputs of requests with `LOGPROBS`."""

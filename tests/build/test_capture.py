@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from inplace.engines.graph_reader import LoadedGraph
+from inplace.kernels.gumbel import MAX_LOGPROBS
 from inplace.operators import NAMESPACE
 from inplace.schema.served import Manifest
-from inplace.schema.specs import SAMPLING_ROLES, Role, Update
+from inplace.schema.specs import Role, Update
 from inplace_builder import DecoderOptions, capture_decoder
+from inplace_builder.capture.decoder import SAMPLING_INPUTS
 from inplace_builder.engine_files import TORCH_FILE
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
@@ -285,13 +287,16 @@ def test_the_manifest_says_who_fills_each_input_and_which_ids_are_valid(built: B
         "last_tokens": Role.LAST_TOKENS,
         "slots": Role.SLOTS,
         "write_indices": Role.WRITE_INDICES,
-        **{role.value: role for role in SAMPLING_ROLES},
+        **{role.value: role for role in SAMPLING_INPUTS},
     }
     [ids] = program.client_inputs
     assert (ids.minimum, ids.maximum) == (0, VOCABULARY - 1)
     assert [(spec.name, spec.shape, spec.on_request) for spec in program.outputs] == [
         ("next_token", (1,), False),
         ("logits", (VOCABULARY,), True),
+        ("token_logprobs", (1,), True),
+        ("top_logprobs", (MAX_LOGPROBS,), True),
+        ("top_tokens", (MAX_LOGPROBS,), True),
     ]
 
 

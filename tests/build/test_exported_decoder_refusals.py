@@ -11,6 +11,7 @@ from inplace_builder import Capture, DecoderOptions, capture_exported_decoder
 from inplace_builder.errors import BuildError
 from support.comparing import operators
 from support.long import long_except
+from support.lowering import greedy_rows
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -192,9 +193,8 @@ def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
         ]
         offsets = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
         starts = torch.tensor(cached, dtype=torch.int32)
-        whole, number = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
         with torch.no_grad():
-            _, logits = graph(
+            _, logits, *_ = graph(
                 torch.cat(parts),
                 torch.cat(
                     [
@@ -206,11 +206,7 @@ def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
                 (offsets[1:] - 1).clamp(min=0),
                 torch.tensor([2, 0], dtype=torch.int32),
                 starts,
-                number,
-                whole,
-                number,
-                whole.long(),
-                whole,
+                *greedy_rows(2).values(),
                 *memory,
             )
         cached = [start + count for start, count in zip(cached, counts, strict=True)]

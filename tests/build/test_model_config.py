@@ -33,6 +33,9 @@ def test_a_decoder_gives_the_next_token_and_its_logits(llama: pb.ModelConfig) ->
     assert [(out.name, out.data_type, list(out.dims)) for out in llama.output] == [
         ("next_token", pb.TYPE_INT64, [1]),
         ("logits", pb.TYPE_FP32, [VOCABULARY]),
+        ("token_logprobs", pb.TYPE_FP32, [-1]),
+        ("top_logprobs", pb.TYPE_FP32, [-1, -1]),
+        ("top_tokens", pb.TYPE_INT64, [-1, -1]),
     ]
 
 

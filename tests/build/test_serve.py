@@ -19,6 +19,11 @@ pytestmark = pytest.mark.slow
 STREAM = BuildOptions(
     slots=2, max_rows=2, capacity=CAPACITY, chunk=CHUNK, idle_timeout=30.0, serve="stream"
 )
+LOGPROBS = [
+    ("token_logprobs", pb.TYPE_FP32, [-1]),
+    ("top_logprobs", pb.TYPE_FP32, [-1, -1]),
+    ("top_tokens", pb.TYPE_INT64, [-1, -1]),
+]
 GENERATED = [
     ("tokens", pb.TYPE_INT64, [-1]),
     ("text_output", pb.TYPE_STRING, [1]),
@@ -57,6 +62,7 @@ def test_a_stream_model_is_decoupled_and_takes_text_or_ids(built: Path) -> None:
     assert outputs(config) == [
         ("next_token", pb.TYPE_INT64, [1]),
         ("logits", pb.TYPE_FP32, [VOCABULARY]),
+        *LOGPROBS,
         *GENERATED,
     ]
     assert {name: value.string_value for name, value in config.parameters.items()} == {
@@ -86,9 +92,12 @@ def test_its_proxy_has_no_sequences_and_passes_tensors_on_as_they_are(built: Pat
         ("prompt", True),  # refused with the name of the input to use
         ("text_input", True),
     ]
-    assert outputs(config) == GENERATED
+    assert outputs(config) == GENERATED + LOGPROBS
     assert ProxyFile.load(proxy / "1") == ProxyFile(
-        model="llama", has_tokenizer=True, max_requests=STREAM.slots + MAX_WAITING
+        model="llama",
+        has_tokenizer=True,
+        has_logprobs=True,
+        max_requests=STREAM.slots + MAX_WAITING,
     )
 
 

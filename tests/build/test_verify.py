@@ -108,9 +108,9 @@ def test_an_engine_that_samples_for_another_position_is_refused(tmp_path: Path) 
     capture = lowering.captured("llama")
     named = {node.name: node for node in capture.exported.graph.nodes}
     (node,) = capture.exported.graph.find_nodes(
-        op="call_function", target=torch.ops.inplace.sample.default
+        op="call_function", target=torch.ops.inplace.sample.options
     )
-    node.args = (*node.args[:5], named["write_indices"])
+    node.args = (*node.args[:5], named["write_indices"], *node.args[6:])
     capture.exported.graph_module.recompile()
     options = BuildOptions(
         slots=4, max_rows=lowering.ROWS, capacity=lowering.CAPACITY, chunk=lowering.CHUNK

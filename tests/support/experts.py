@@ -107,7 +107,7 @@ def graph_step(capture: Capture) -> Step:
         arguments = (inputs[spec.name] for spec in capture.program.inputs)
         with torch.no_grad():
             results = torch.fx.Interpreter(graph).run(*arguments, *states.values())
-        _, logits = pytree.tree_leaves(results)
+        _, logits, *_ = pytree.tree_leaves(results)
         assert isinstance(logits, Tensor)
         return logits
 

@@ -8,6 +8,7 @@ import transformers
 from inplace.schema.specs import Role
 from inplace.trt import TensorRT
 from inplace_builder import Capture, DecoderOptions, capture_decoder
+from inplace_builder.capture.decoder import SAMPLING_INPUTS, decoder_input
 from inplace_builder.fusion.fuse import without_sampling
 from inplace_builder.lower import LoweredNetwork, lower, lowerable
 from inplace_builder.lower.compile import Range
@@ -81,23 +82,19 @@ def captured(name: str, rows: int = ROWS) -> Capture:
 
 def greedy_rows(count: int) -> dict[str, Tensor]:
     """The sampling inputs of greedy rows."""
-    whole, number = torch.zeros(count, dtype=torch.int32), torch.zeros(count)
     return {
-        "temperature": number,
-        "top_k": whole,
-        "top_p": number,
-        "seed": whole.long(),
-        "next_positions": whole,
+        spec.name: torch.zeros((count, *spec.shape), dtype=spec.dtype.as_torch)
+        for spec in map(decoder_input, SAMPLING_INPUTS)
     }
 
 
 def lowered(capture: Capture, kind: str, tensorrt: TensorRT) -> LoweredNetwork:
     """The network of a capture, with every state of one kind."""
     # these kinds have no kernel that samples
-    greedy, _ = without_sampling(lowerable(capture.exported), capture.program)
+    greedy, program = without_sampling(lowerable(capture.exported), capture.program)
     return lower(
         greedy,
-        outputs=[spec.name for spec in capture.program.outputs],
+        outputs=[spec.name for spec in program.outputs],
         states=capture.states,
         kinds={state.name: kind for state in capture.states},
         tensorrt=tensorrt,

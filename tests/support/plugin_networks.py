@@ -21,6 +21,7 @@ from inplace.plugins import (
     Operation,
     RmsNormOperation,
     SampleOperation,
+    SampleOptionsOperation,
     SelectiveScanOperation,
     UpdateOperation,
 )
@@ -233,6 +234,7 @@ _COMPUTE: dict[type[Operation], Callable[..., list[Tensor]]] = {
     RmsNormOperation: lambda operation, x, weight: [ops.rms_norm(x, weight, operation.eps)],
     ArgmaxOperation: lambda _, scores: [ops.argmax(scores)],
     SampleOperation: lambda _, *inputs: [ops.sample(*inputs)],
+    SampleOptionsOperation: lambda _, *inputs: list(ops.sample.options(*inputs)),
     AttentionOperation: _attention,
     UpdateOperation: _update,
     CausalConv1dOperation: _recurrence,

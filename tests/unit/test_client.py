@@ -16,6 +16,7 @@ from inplace.client.requests import (
     InferRequest,
     ModelMetadata,
     SequenceRequest,
+    TokenLogprob,
     decode_outputs,
     encode_parameters,
 )
@@ -290,7 +291,7 @@ def test_a_request_id_with_a_nul_byte_is_refused() -> None:
     ("parameters", "message"),
     [
         ({"temprature": 1}, "'temprature' is unknown, did you mean 'temperature'?"),
-        ({"min_p": 0.1}, "is not available in this version"),
+        ({"restore": "a"}, "is not available in this version"),
         ({"top_p": 2.0}, "parameter 'top_p' is '2.0'; expected a number above 0, at most 1"),
         ({"ignore_eos": True}, "belongs to generations"),
         ({"group": "a\0b"}, "without a NUL byte"),
@@ -425,3 +426,38 @@ def test_with_stop_texts_everything_is_generated_again_and_compared() -> None:
 def test_the_client_needs_no_pytorch() -> None:
     code = "import inplace.client, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_rest_of_a_generation_counts_the_tokens_that_it_has_in_its_prompt() -> None:
+    parameters = {
+        "max_tokens": 6,
+        "min_tokens": 3,
+        "presence_penalty": 0.5,
+        "num_generated": 1,
+        "logprobs": 1,
+    }
+    request = SequenceRequest({"input_ids": np.array([1, 2])}, parameters=parameters)
+    progress = GenerationProgress(request)
+    outputs = {
+        "tokens": np.array([7, 8]),
+        "token_logprobs": np.array([-0.5, -1.5], dtype=np.float32),
+        "top_tokens": np.array([[7], [9]]),
+        "top_logprobs": np.array([[-0.5], [-0.25]], dtype=np.float32),
+    }
+    piece = progress.add_response(outputs)
+    assert piece.logprobs == (
+        TokenLogprob(7, -0.5, ((7, -0.5),)),
+        TokenLogprob(8, -1.5, ((9, -0.25),)),
+    )
+    _, rest = progress.begin()
+    assert rest.inputs["input_ids"].tolist() == [1, 2, 7, 8]
+    assert rest.parameters == parameters | {"max_tokens": 4, "min_tokens": 1, "num_generated": 3}
+    assert progress.begin()[1].parameters == rest.parameters
+
+
+def test_biases_and_token_ids_are_sent_as_texts() -> None:
+    assert encode_parameters(
+        {"logit_bias": {7: 2, 9: -4.5}, "allowed_token_ids": [1, 2], "banned_token_ids": ()}
+    ) == {"logit_bias": "7:2.0,9:-4.5", "allowed_token_ids": "1,2"}
+    with pytest.raises(TypeError, match="parameter 'seed' is"):
+        encode_parameters({"seed": {1: 2}})

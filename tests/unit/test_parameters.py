@@ -20,13 +20,10 @@ from inplace.parameters import (
     RequestKind,
     parse_parameters,
 )
-from inplace.runtime.requests import SamplingParams
+from inplace.runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-RESERVED = (
-    "min_tokens min_p presence_penalty frequency_penalty repetition_penalty logit_bias logprobs"
-    " cache_salt from restore"
-)
+RESERVED = "cache_salt from restore"
 VALUES = (
     st.none()
     | st.booleans()
@@ -69,9 +66,10 @@ def test_names_are_unique_and_every_parameter_is_documented() -> None:
 
 
 def test_the_sampling_parameters_are_the_fields_of_sampling_params() -> None:
-    assert set(SamplingParams.__dataclass_fields__) == SAMPLING_PARAMETERS
+    own = {"min_tokens", "end_token_ids"}  # of a generation
+    assert set(SamplingParams.__dataclass_fields__) == SAMPLING_PARAMETERS | own
     for name in SAMPLING_PARAMETERS:
-        assert getattr(SamplingParams(), name) == BY_NAME[name].default
+        assert (getattr(SamplingParams(), name) or None) == (BY_NAME[name].default or None)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +156,16 @@ def test_other_token_ids_are_refused(value: object) -> None:
     assert f"a text of at most {MAX_STOP_TOKEN_IDS} token ids" in refusal(
         RequestKind.GENERATION, stop_token_ids=value
     )
+
+
+def test_token_biases_are_pairs_with_commas() -> None:
+    parse = BY_NAME["logit_bias"].parse
+    assert parse("7:1.5, 3:-100") == ((7, 1.5), (3, -100.0))
+    for value in ("", "7", "7:", ":1", "7:1,7:2", "7:101", "7:nan", "-1:2", 7, True):
+        assert "each with a colon and a number from -100 to 100" in refusal(logit_bias=value)
+    many = [f"{token}:1" for token in range(301)]
+    assert len(parse(",".join(many[:300]))) == 300  # type: ignore[arg-type]
+    refusal(logit_bias=",".join(many))
 
 
 def test_a_key_appears_in_no_error() -> None:

@@ -16,10 +16,13 @@ from inplace.kernels.gumbel import (
 from inplace.operators import argmax, sample
 from inplace.parameters import Parameter
 from inplace.plugins import OPERATIONS, SampleOperation
-from inplace.runtime.requests import GREEDY, SamplingParams
+from inplace.runtime.sampling import GREEDY, SamplingParams
+from inplace_builder.capture.decoder import DecoderOptions, decoder_program
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
 from torch import Tensor
+
+PROGRAM = decoder_program(99, 99, DecoderOptions(capacity=64, max_rows=4, chunk=8))
 
 
 def row(
@@ -237,7 +240,7 @@ def test_the_plugin_checks_the_dtypes_of_its_inputs() -> None:
 def test_parameters_are_numbers_or_their_text(
     parameters: dict[str, Parameter], expected: SamplingParams
 ) -> None:
-    assert SamplingParams.parse(parameters, 99) == expected
+    assert SamplingParams.parse(parameters, PROGRAM) == expected
 
 
 @pytest.mark.parametrize(
@@ -270,5 +273,5 @@ def test_parameters_are_numbers_or_their_text(
 )
 def test_a_bad_parameter_is_refused_by_name(name: str, value: Parameter) -> None:
     with pytest.raises(RequestError, match=f"^parameter '{name}' is .*; expected a ") as error:
-        SamplingParams.parse({name: value}, 99)
+        SamplingParams.parse({name: value}, PROGRAM)
     assert (error.value.code, error.value.retryable) == (Code.BAD_PARAMETER, False)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from inplace.engines.tensorrt.steps import (
+    AdjustmentBuffers,
     InputBuffers,
     StepSize,
     decode_sizes,
@@ -11,6 +12,7 @@ from inplace.engines.tensorrt.steps import (
 )
 from inplace.schema.served import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
+from inplace_builder.capture.decoder import DecoderOptions, decoder_program
 from torch import Tensor
 
 CONTROLS = {
@@ -142,3 +144,31 @@ def test_buffers_without_inputs_are_padding_throughout() -> None:
     buffers.upload()
     assert buffers.tensors["slots"].tolist() == [-1, -1]
     assert buffers.tensors["row_offsets"].tolist() == [0, 1, 2]
+
+
+def test_adjustments_are_uploaded_for_rows_that_have_them_and_only_after_a_change() -> None:
+    program = decoder_program(99, 99, DecoderOptions(capacity=64, max_rows=4, chunk=8))
+    cpu = torch.device("cpu")
+    buffers = AdjustmentBuffers(program, 4, cpu)
+    names = {"adjusted_tokens", "adjustments"}
+    assert buffers.tensors(2).keys() == names
+    assert not names & InputBuffers(program, StepSize(2, 2), cpu).tensors.keys()
+
+    def inputs(number: int, value: float) -> dict[str, torch.Tensor]:
+        lists = {
+            name: torch.full_like(tensor, value) for name, tensor in buffers.tensors(2).items()
+        }
+        return {"num_adjusted": torch.tensor([0, number], dtype=torch.int32), **lists}
+
+    buffers.upload(inputs(0, 5))
+    assert not any(tensor.any() for tensor in buffers.tensors(4).values())
+    first = inputs(-3, 7)
+    buffers.upload(first)
+    for tensor in buffers.tensors(4).values():
+        assert bool((tensor[:2] == 7).all())
+        assert not tensor[2:].any()
+        tensor.zero_()
+    buffers.upload(first)
+    assert not any(tensor.any() for tensor in buffers.tensors(4).values())
+    buffers.upload(inputs(3, 8))
+    assert all(bool((tensor == 8).all()) for tensor in buffers.tensors(2).values())

@@ -13,7 +13,7 @@
 from inplace.client.async_client import AsyncClient, AsyncGeneration, AsyncSequence
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
 from inplace.client.replay import Piece
-from inplace.client.requests import GenerationOptions
+from inplace.client.requests import GenerationOptions, TokenLogprob
 from inplace.client.servers import NO_RETRY, Retry
 from inplace.client.sync_client import Client, Generation, Sequence
 
@@ -31,5 +31,6 @@ __all__ = [
     "Retry",
     "Sequence",
     "SequenceLostError",
+    "TokenLogprob",
     "UnreachableError",
 ]

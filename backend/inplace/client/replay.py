@@ -18,11 +18,14 @@ from inplace.client.requests import (
     Array,
     InferRequest,
     ModelMetadata,
+    ParameterArgument,
     Segment,
     SequenceRequest,
+    TokenLogprob,
     check_no_nul,
     check_parameters,
     check_sequence_id,
+    decode_logprobs,
     decode_text,
     decode_tokens,
     encode_parameters,
@@ -36,6 +39,8 @@ from inplace.protocol import (
     GROUP,
     INPUT_IDS,
     MAX_TOKENS,
+    MIN_TOKENS,
+    NUM_GENERATED,
     POSITION,
     SEQUENCE_KEY,
     STOP,
@@ -323,11 +328,13 @@ class Piece:
             ``text=False``.
         finish_reason: empty while the generation runs; in the last piece ``length``, ``eos``,
             ``stop``, ``capacity``, ``cancelled`` or ``ended``.
+        logprobs: of each of ``tokens``; empty unless they were asked for.
     """
 
     tokens: list[int]
     text: str
     finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class GenerationProgress:
@@ -345,6 +352,7 @@ class GenerationProgress:
     Attributes:
         request: the same.
         tokens: all tokens so far.
+        logprobs: of each of them; empty unless they were asked for.
         text: all text so far.
         finish_reason: empty while it runs.
     """
@@ -352,6 +360,7 @@ class GenerationProgress:
     def __init__(self, request: SequenceRequest) -> None:
         self.request = request
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason = ""
         self._max_tokens = int(cast(int, request.parameters[MAX_TOKENS]))
@@ -370,13 +379,24 @@ class GenerationProgress:
         request, prompted = self.request, self.tokens[: self._num_prompted]
         if not prompted:
             return [], request
-        parameters = dict(request.parameters) | {MAX_TOKENS: self._max_tokens - len(prompted)}
+        parameters = dict(request.parameters) | self._shifted(len(prompted))
         rest = replace(request, parameters=parameters)
         if INPUT_IDS in request.inputs:
             return [], rest.with_suffix(prompted)
         inputs = {name: array for name, array in request.inputs.items() if name != TEXT}
         inputs[INPUT_IDS] = np.array(prompted, dtype=np.int64)
         return [request.inputs[TEXT].item().decode()], replace(rest, inputs=inputs)
+
+    def _shifted(self, prompted: int) -> dict[str, ParameterArgument]:
+        """The parameters that count tokens, for a prompt that ends with generated ones."""
+        given = self.request.parameters
+        shifted: dict[str, ParameterArgument] = {MAX_TOKENS: self._max_tokens - prompted}
+        if MIN_TOKENS in given:
+            shifted[MIN_TOKENS] = max(0, int(cast(int, given[MIN_TOKENS])) - prompted)
+        if {"presence_penalty", "frequency_penalty"} & given.keys():
+            before = int(cast(int, given.get(NUM_GENERATED, 0)))
+            shifted[NUM_GENERATED] = before + prompted
+        return shifted
 
     @property
     def partial(self) -> bool:
@@ -401,7 +421,10 @@ class GenerationProgress:
         self._returned_text += text
         new = tokens[len(expected) :]
         self.tokens += new
-        piece = Piece(new, full_text[len(self.text) :], decode_text(outputs, FINISH_REASON))
+        logprobs = decode_logprobs(outputs, tokens)[len(expected) :]
+        self.logprobs += logprobs
+        reason = decode_text(outputs, FINISH_REASON)
+        piece = Piece(new, full_text[len(self.text) :], reason, tuple(logprobs))
         self.text += piece.text
         self.finish_reason = piece.finish_reason
         self._update_checkpoint(len(tokens), text, has_text=TEXT_OUTPUT in outputs)

@@ -14,10 +14,14 @@ from inplace.client.errors import parse_error
 from inplace.errors import RequestError
 from inplace.parameters import BY_NAME, Parameter, RequestKind, parse_parameters
 from inplace.protocol import (
+    ALLOWED_TOKEN_IDS,
+    BANNED_TOKEN_IDS,
     FETCH,
     FINISH_REASON,
     INPUT_IDS,
+    LOGIT_BIAS,
     LOGITS,
+    LOGPROBS,
     MAX_TOKENS,
     POSITIONS,
     REQUESTS,
@@ -25,14 +29,22 @@ from inplace.protocol import (
     STOP_TOKEN_IDS,
     TEXT,
     TEXT_OUTPUT,
+    TOKEN_LOGPROBS,
     TOKENS,
+    TOP_LOGPROBS,
+    TOP_TOKENS,
 )
 
 Array = NDArray[np.generic]
 
 
-ParameterArgument = Parameter | Sequence[int]
-"""A parameter as callers give it; token ids may be a sequence of integers."""
+ParameterArgument = Parameter | Sequence[int] | Mapping[int, float]
+"""A parameter as callers give it: token ids may be a sequence of integers, and their biases a
+mapping."""
+
+
+TOKEN_ID_PARAMETERS = frozenset({STOP_TOKEN_IDS, ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS})
+"""The parameters that may be sequences of integers; where they are empty, they are not sent."""
 
 
 MAX_SEQUENCE_ID_BYTES = 128
@@ -52,6 +64,18 @@ class GenerationOptions(TypedDict, total=False):
         top_k: keep only the ``top_k`` most likely tokens; 0 keeps all.
         top_p: of those, keep only the most likely ones that together reach this probability.
         seed: of the random numbers.
+        min_p: of those, keep only tokens with at least this part of the largest probability.
+        logprobs: return the log-probability of each token, and those of so many of the most likely
+            ones.
+        repetition_penalty: divides positive scores of tokens that the sequence has, and multiplies
+            their negative scores.
+        presence_penalty: subtracted from the scores of tokens that were generated.
+        frequency_penalty: the same, as often as they were.
+        num_generated: how many of the last tokens of the prompt count as generated.
+        logit_bias: added to the scores of these tokens.
+        allowed_token_ids: the only tokens that may be chosen.
+        banned_token_ids: tokens that may not be chosen.
+        min_tokens: the fewest tokens before one that ends the generation, and before a stop text.
         ignore_eos: continue after an end token.
         stop_token_ids: tokens that end the generation, also with ``ignore_eos``.
         stream_interval: minimum number of tokens of a response.
@@ -65,6 +89,16 @@ class GenerationOptions(TypedDict, total=False):
     top_k: int
     top_p: float
     seed: int
+    min_p: float
+    logprobs: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    num_generated: int
+    logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int]
+    banned_token_ids: Sequence[int]
+    min_tokens: int
     ignore_eos: bool
     stop_token_ids: Sequence[int]
     stream_interval: int
@@ -102,6 +136,7 @@ class ModelMetadata:
         streams_steps = decoupled and counts_requests and FINISH_REASON in names
         generates = decoupled and not streams_steps
         generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if generates else ()
+        asked = (LOGITS, TOKEN_LOGPROBS, TOP_LOGPROBS, TOP_TOKENS)
         return cls(
             decoupled=decoupled,
             token_inputs=frozenset(
@@ -110,7 +145,7 @@ class ModelMetadata:
                 if not counts_requests and (tensor.allow_ragged_batch or tensor.name == INPUT_IDS)
             ),
             has_text=TEXT_OUTPUT in names,
-            step_outputs=tuple(name for name in names if name not in (*generated, LOGITS)),
+            step_outputs=tuple(name for name in names if name not in (*generated, *asked)),
             streams_steps=streams_steps,
         )
 
@@ -149,7 +184,8 @@ class SequenceRequest:
             last = (FINISH_REASON,) if model.streams_steps else ()
             names = dict.fromkeys((*self.outputs, *last))
             return tuple(name for name in names if name != TEXT_OUTPUT or model.has_text)
-        return model.step_outputs + ((LOGITS,) if self._asks_for_logits else ())
+        logits = (LOGITS,) if self._asks_for_logits else ()
+        return model.step_outputs + logits + logprob_outputs(self.parameters.get(LOGPROBS))
 
     @property
     def _asks_for_logits(self) -> bool:
@@ -209,8 +245,17 @@ def generation_request(
         inputs[STOP] = np.array([one.encode() for one in stop], dtype=np.object_)
     parameters: dict[str, ParameterArgument] = {MAX_TOKENS: max_tokens}
     parameters.update(cast(Mapping[str, ParameterArgument], options))
-    outputs = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if text else (TOKENS, FINISH_REASON)
+    texts = (TEXT_OUTPUT,) if text else ()
+    outputs = (TOKENS, *texts, FINISH_REASON, *logprob_outputs(options.get("logprobs")))
     return SequenceRequest(inputs, end, parameters, outputs, request_id)
+
+
+def logprob_outputs(logprobs: object) -> tuple[str, ...]:
+    """The outputs with log-probabilities that a parameter `LOGPROBS` asks for."""
+    if logprobs is None:
+        return ()
+    top = () if logprobs in (0, "0") else (TOP_LOGPROBS, TOP_TOKENS)
+    return (TOKEN_LOGPROBS, *top)
 
 
 @dataclass(frozen=True)
@@ -273,10 +318,11 @@ class InferRequest:
 def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int | bool]:
     """Parameters as gRPC carries them.
 
-    Floats, integers of more than 64 bits and sequences of integers become texts.
+    Floats, integers of more than 64 bits, sequences of integers and biases become texts.
 
     Raises:
-        TypeError: a value is neither a string, a number, a boolean nor a sequence of integers.
+        TypeError: a value is neither a string, a number, a boolean nor, where the parameter takes
+            them, a sequence of integers or a mapping of them to numbers.
     """
     encoded: dict[str, str | int | bool] = {}
     for name, given in parameters.items():
@@ -287,13 +333,18 @@ def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int |
             encoded[name] = repr(value)
         elif isinstance(value, str | int):
             encoded[name] = value
-        elif name == STOP_TOKEN_IDS and isinstance(value, Sequence | np.ndarray):
+        elif name in TOKEN_ID_PARAMETERS and isinstance(value, Sequence | np.ndarray):
             encoded[name] = ",".join(str(int(token)) for token in value)
+        elif name == LOGIT_BIAS and isinstance(value, Mapping):
+            encoded[name] = ",".join(
+                f"{int(token)}:{float(bias)!r}" for token, bias in value.items()
+            )
         else:
             raise TypeError(
                 f"parameter {name!r} is {given!r}; expected a string, a number or a boolean"
             )
-    return {name: value for name, value in encoded.items() if name != STOP_TOKEN_IDS or value != ""}
+    lists = TOKEN_ID_PARAMETERS | {LOGIT_BIAS}
+    return {name: value for name, value in encoded.items() if name not in lists or value != ""}
 
 
 def check_parameters(request: InferRequest) -> None:
@@ -388,6 +439,40 @@ def join_outputs(
 def decode_tokens(outputs: Mapping[str, Array]) -> list[int]:
     """The tokens of a response of a generation."""
     return [int(token) for token in outputs[TOKENS].reshape(-1)]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability of a token, before temperature, penalties, biases and masks.
+
+    Attributes:
+        token: the token.
+        logprob: its natural logarithm of the probability.
+        top: the most likely tokens with theirs, in order; as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def decode_logprobs(outputs: Mapping[str, Array], tokens: Sequence[int]) -> list[TokenLogprob]:
+    """The log-probabilities of these tokens of a response; empty where there are none."""
+    if TOKEN_LOGPROBS not in outputs:
+        return []
+    values = outputs[TOKEN_LOGPROBS].reshape(-1)
+    top: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
+    if TOP_TOKENS in outputs and len(tokens):
+        shape = (len(tokens), -1)
+        ids, numbers = (outputs[name].reshape(shape) for name in (TOP_TOKENS, TOP_LOGPROBS))
+        top = [
+            tuple((int(token), float(number)) for token, number in zip(*pair, strict=True))
+            for pair in zip(ids, numbers, strict=True)
+        ]
+    return [
+        TokenLogprob(token, float(value), likely)
+        for token, value, likely in zip(tokens, values, top, strict=True)
+    ]
 
 
 def decode_text(outputs: Mapping[str, Array], name: str) -> str:

@@ -30,6 +30,7 @@ from inplace.client.requests import (
     ParameterArgument,
     Segment,
     SequenceRequest,
+    TokenLogprob,
     decode_outputs,
     decode_text,
     generation_request,
@@ -498,6 +499,11 @@ class Generation:
     def tokens(self) -> list[int]:
         """All tokens so far."""
         return list(self._progress.tokens)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """The log-probability of each token so far; empty unless they were asked for."""
+        return list(self._progress.logprobs)
 
     @property
     def text(self) -> str:

@@ -8,7 +8,14 @@ from typing import Any, Self
 from inplace.drivers.detokenizer import Detokenizer, StopMatcher
 from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME, MAX_COUNT
-from inplace.protocol import IGNORE_EOS, MAX_TOKENS, STOP, STOP_TOKEN_IDS, STREAM_INTERVAL
+from inplace.protocol import (
+    IGNORE_EOS,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    STOP,
+    STOP_TOKEN_IDS,
+    STREAM_INTERVAL,
+)
 from inplace.runtime.requests import Request
 
 MAX_STOP_TEXTS, MAX_STOP_LENGTH = 16, 256
@@ -34,6 +41,7 @@ class GenerationLimits:
 
     Attributes:
         max_tokens: most tokens to generate.
+        min_tokens: fewest tokens before one that ends the generation, and before a stop text.
         ignore_eos: continue after an end token.
         stream_interval: fewest tokens of a response, except the last.
         stop: texts that end the generation.
@@ -41,6 +49,7 @@ class GenerationLimits:
     """
 
     max_tokens: int
+    min_tokens: int = 0
     ignore_eos: bool = False
     stream_interval: int = 1
     stop: tuple[str, ...] = ()
@@ -64,18 +73,22 @@ class GenerationLimits:
         Raises:
             RequestError: BAD_PARAMETER, BAD_SHAPE or VALUE_RANGE.
         """
-        names = (MAX_TOKENS, IGNORE_EOS, STOP_TOKEN_IDS, STREAM_INTERVAL)
+        names = (MAX_TOKENS, MIN_TOKENS, IGNORE_EOS, STOP_TOKEN_IDS, STREAM_INTERVAL)
         values: dict[str, Any] = {
             name: BY_NAME[name].parse(request.parameters[name])
             for name in names
             if name in request.parameters
         }
+        if values.get(MIN_TOKENS, 0) > values[MAX_TOKENS]:
+            limits = f"at most {values[MAX_TOKENS]}, which is {MAX_TOKENS!r}"
+            raise BY_NAME[MIN_TOKENS].refusal(request.parameters[MIN_TOKENS], limits)
         stop = _parse_stop(texts.get(STOP, ()))
         for text in stop:
             _check_stop_text(text, special_tokens)
         ids = {special_tokens[text] for text in stop if text in special_tokens}
         return cls(
             max_tokens=values[MAX_TOKENS],
+            min_tokens=values.get(MIN_TOKENS, 0),
             ignore_eos=values.get(IGNORE_EOS, False),
             stream_interval=values.get(STREAM_INTERVAL, 1),
             stop=tuple(text for text in stop if text not in special_tokens),
@@ -137,6 +150,7 @@ class GenerationState:
         limits: its parameters.
         num_tokens: how many tokens were generated.
         last_token: the last of them; None before the first.
+        end_token_ids: the tokens that end it.
     """
 
     __slots__ = (
@@ -144,6 +158,7 @@ class GenerationState:
         "_max_new_tokens",
         "_stop_detokenizer",
         "_stop_matcher",
+        "end_token_ids",
         "last_token",
         "limits",
         "num_tokens",
@@ -157,6 +172,7 @@ class GenerationState:
     ) -> None:
         self.limits = limits
         self._eos_token_ids: frozenset[int] = frozenset() if limits.ignore_eos else eos_token_ids
+        self.end_token_ids = self._eos_token_ids | limits.stop_token_ids
         self._stop_detokenizer = stop_detokenizer
         self._stop_matcher = StopMatcher(limits.stop)
         self._max_new_tokens = MAX_COUNT
@@ -198,7 +214,8 @@ class GenerationState:
         if self._stop_detokenizer is None:
             return "" if adds_no_text else None, reason
         piece = "" if adds_no_text else self._stop_detokenizer.append([token])
-        text = self._stop_matcher.append(piece)
+        early = self.num_tokens <= self.limits.min_tokens  # no stop text is looked for in it
+        text = piece if early else self._stop_matcher.append(piece)
         if self._stop_matcher.matched:
             return text, FinishReason.STOP
         return (text + self.flush_text() if reason is not None else text), reason

@@ -22,6 +22,7 @@ from inplace.protocol import (
     FETCH,
     FINISH_REASON,
     MAX_TOKENS,
+    MIN_TOKENS,
     STOP,
     STOP_TOKEN_IDS,
     TEXT,
@@ -31,9 +32,10 @@ from inplace.protocol import (
 from inplace.runtime.audio import check_audio_parameters
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request, ValidatedRequest
+from inplace.runtime.sampling import SamplingParams
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Program
-from inplace.schema.specs import JOINED_ROLES, Role
+from inplace.schema.specs import JOINED_ROLES, LOGPROB_ROLES, Role
 
 MAX_BYTES_PER_POSITION = 64
 """A text with more bytes for each position of a sequence is refused without tokenizing it."""
@@ -73,6 +75,8 @@ class RequestParser:
         self._first_tokens: list[int] = []
         self._step_outputs = frozenset(spec.name for spec in instance.program.outputs)
         self._generation_outputs = frozenset({TOKENS, FINISH_REASON})
+        if instance.program.max_adjusted:
+            self._generation_outputs |= {role.value for role in LOGPROB_ROLES}
         if (tokenizer := tokenizer_config.tokenizer) is not None:
             self._special_tokens = special_tokens(tokenizer)
             self._first_tokens = first_tokens(tokenizer)
@@ -188,6 +192,12 @@ class RequestParser:
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]]
     ) -> GenerationLimits:
         limits = GenerationLimits.parse(request, texts, self._special_tokens)
+        if limits.min_tokens and not self._instance.program.max_adjusted:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {MIN_TOKENS!r} is {limits.min_tokens}; this engine was built without"
+                f" this parameter: leave it out, or build it again",
+            )
         if limits.stop and self._tokenizer_config.tokenizer is None:
             raise RequestError(
                 Code.BAD_PARAMETER,
@@ -231,11 +241,29 @@ class RequestParser:
             else:
                 detokenizer = made
         reply_type = BufferedReply if validated.request.flag(FETCH) else Reply
+        generation = GenerationState(limits, self._tokenizer_config.eos_token_ids, stop_detokenizer)
+        params = self._with_end_tokens(validated.sampling_params, generation)
         return StreamRequest(
-            replace(validated, min_new_tokens=1, requested_outputs=frozenset((token_name,))),
-            reply_type(channel, limits.stream_interval, detokenizer),
-            GenerationState(limits, self._tokenizer_config.eos_token_ids, stop_detokenizer),
+            replace(
+                validated,
+                sampling_params=params,
+                max_new_tokens=limits.max_tokens,
+                min_new_tokens=1,
+                requested_outputs=params.outputs | {token_name},
+            ),
+            reply_type(channel, limits.stream_interval, detokenizer, params.logprobs),
+            generation,
         )
+
+    def _with_end_tokens(
+        self, params: SamplingParams, generation: GenerationState
+    ) -> SamplingParams:
+        """The parameters with the tokens that may not be chosen at first."""
+        min_tokens, vocab_size = generation.limits.min_tokens, self._instance.program.vocab_size
+        ends = frozenset(token for token in generation.end_token_ids if token < vocab_size)
+        if not min_tokens or not ends:
+            return params
+        return replace(params, min_tokens=min_tokens, end_token_ids=ends)
 
     def _tokenize_text(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
         """The request with the token ids of its text, if it has one."""

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
@@ -19,14 +19,27 @@ from torch import Tensor
 from inplace.drivers.detokenizer import Detokenizer
 from inplace.drivers.generation import FinishReason
 from inplace.errors import Code, RequestError
-from inplace.protocol import FETCH, FINISH_REASON, TEXT_OUTPUT, TOKENS
+from inplace.protocol import (
+    FETCH,
+    FINISH_REASON,
+    TEXT_OUTPUT,
+    TOKEN_LOGPROBS,
+    TOKENS,
+    TOP_LOGPROBS,
+    TOP_TOKENS,
+)
 
 Outputs = Mapping[str, Tensor | str]
 """Outputs by name: tensors ``[1, ...]``; a text is a BYTES tensor ``[1, 1]``."""
 
 
-NewToken = tuple[int, str | None]
-"""A token and the text that it adds; None if the reply's detokenizer makes the text."""
+StepRow = tuple[Mapping[str, Tensor], int]
+"""The outputs of a step for all rows, and a row."""
+
+
+NewToken = tuple[int, str | None, StepRow | None]
+"""A token and the text that it adds, None if the reply's detokenizer makes the text; and where its
+log-probabilities are, None where the reply has none."""
 
 
 Piece = NewToken | Mapping[str, list[int]]
@@ -84,6 +97,8 @@ class Reply:
         stream_interval: fewest tokens of a response, except the last.
         detokenizer: makes the text of the tokens; None if no text is requested or every token
             comes with its text.
+        logprobs: how many of the most likely tokens are sent with each token; None for no
+            log-probabilities.
 
     Attributes:
         channel: sends the responses.
@@ -95,6 +110,7 @@ class Reply:
         "_enqueued",
         "_final",
         "_final_lock",
+        "_logprobs",
         "_send_failed",
         "_stream_interval",
         "_tokens",
@@ -103,9 +119,14 @@ class Reply:
     )
 
     def __init__(
-        self, channel: Channel, stream_interval: int = 1, detokenizer: Detokenizer | None = None
+        self,
+        channel: Channel,
+        stream_interval: int = 1,
+        detokenizer: Detokenizer | None = None,
+        logprobs: int | None = None,
     ) -> None:
         self.channel = channel
+        self._logprobs = logprobs
         self._stream_interval = stream_interval
         self._detokenizer = detokenizer
         self._tokens: deque[Any] = deque()  # of `Piece`, all of one kind
@@ -193,11 +214,14 @@ class Reply:
         requested = self.channel.requested_outputs
         outputs: dict[str, Tensor | str] = {}
         if TOKENS in requested:
-            outputs[TOKENS] = torch.tensor([[token for token, _ in tokens]], dtype=torch.int64)
+            outputs[TOKENS] = torch.tensor([[token for token, *_ in tokens]], dtype=torch.int64)
+        if self._logprobs is not None:
+            outputs |= _logprob_outputs([place for *_, place in tokens], self._logprobs)
         if TEXT_OUTPUT in requested:
-            text = "".join(text for _, text in tokens if text)
+            text = "".join(text for _, text, _ in tokens if text)
             if self._detokenizer is not None:
-                text += self._detokenizer.append([token for token, text in tokens if text is None])
+                added = [token for token, text, _ in tokens if text is None]
+                text += self._detokenizer.append(added)
                 text += "" if final is None else self._detokenizer.flush()
             outputs[TEXT_OUTPUT] = text if final is None else text + final.text
         if FINISH_REASON in requested:
@@ -265,6 +289,23 @@ class ScheduleReply(Reply):
         return text + self._detokenizer.flush() if final is not None and self._ends else text
 
 
+def _logprob_outputs(places: Sequence[StepRow | None], count: int) -> dict[str, Tensor]:
+    """The log-probabilities of tokens: ``[1, tokens]`` and ``[1, tokens, count]``.
+
+    Args:
+        places: where those of each token are.
+        count: how many of the most likely tokens are asked for.
+    """
+    rows = [place for place in places if place is not None]
+    chosen = [outputs[TOKEN_LOGPROBS][row] for outputs, row in rows]
+    answer = {TOKEN_LOGPROBS: torch.cat([torch.zeros(0), *chosen])[None]}
+    if count:
+        for name, dtype in ((TOP_LOGPROBS, torch.float32), (TOP_TOKENS, torch.int64)):
+            top = [outputs[name][row : row + 1, :count] for outputs, row in rows]
+            answer[name] = torch.cat([torch.zeros((0, count), dtype=dtype), *top])[None]
+    return answer
+
+
 class BufferedReply(Reply):
     """The tokens of a generation, kept until a request fetches them.
 
@@ -279,15 +320,19 @@ class BufferedReply(Reply):
     Args:
         channel: of the request that began the generation; it has the first response.
         stream_interval: fewest tokens of a response, except the last.
-        detokenizer: as in `Reply`.
+        detokenizer, logprobs: as in `Reply`.
     """
 
     __slots__ = ("_fetched_at", "_fetching", "_is_enqueued", "_lock")
 
     def __init__(
-        self, channel: Channel, stream_interval: int = 1, detokenizer: Detokenizer | None = None
+        self,
+        channel: Channel,
+        stream_interval: int = 1,
+        detokenizer: Detokenizer | None = None,
+        logprobs: int | None = None,
     ) -> None:
-        super().__init__(channel, stream_interval, detokenizer)
+        super().__init__(channel, stream_interval, detokenizer, logprobs)
         self._lock = threading.Lock()
         self._fetching: Channel | None = channel
         self._fetched_at = 0.0

@@ -190,7 +190,10 @@ class ResponseBuffer:
         assert generation.last_token is not None
         if generation.num_tokens == 1:
             self._observer.first_token(monotonic() - request.request.arrival_time)
-        self._tokens.append((request.reply, (generation.last_token, text)))
+        active = request.active
+        assert active is not None
+        place = None if active.sampling_params.logprobs is None else active.step_outputs
+        self._tokens.append((request.reply, (generation.last_token, text, place)))
 
     def add_tokens(
         self, request: StreamRequest, tokens: Mapping[str, list[int]], *, first: bool

@@ -1,4 +1,4 @@
-"""The arithmetic of sampling: Philox numbers, Gumbel noise, and what top-k and top-p keep.
+"""The arithmetic of sampling: Philox numbers, Gumbel noise, probabilities, and what is kept.
 
 Here in PyTorch, for the operator. `inplace.kernels.sample` repeats it in Triton language with these
 constants, bit for bit: logarithm and exponential are series of additions, multiplications and
@@ -56,6 +56,10 @@ WEIGHT_BITS = 40
 
 MIN_EXPONENT = -30.0
 """``e^x`` of a smaller x has the weight 0."""
+
+
+MAX_LOGPROBS = 20
+"""Most likely tokens that a row returns with their log-probabilities, beside the chosen one."""
 
 
 def philox(counter: Sequence[Tensor | int], seed: int) -> tuple[Tensor, ...]:
@@ -137,6 +141,42 @@ def exp_weights(x: Tensor) -> Tensor:
     series = ((((e6 * part + e5) * part + e4) * part + e3) * part + e2) * part + e1
     mantissa = ((series * part + 1.0) * 2.0**23).long()
     return (mantissa << (WEIGHT_BITS - 23)) >> (-whole).long()
+
+
+def log(x: Tensor) -> Tensor:
+    """``ln x`` of positive floats."""
+    exponent, fraction = _split_exponent(x)
+    return _log(exponent, fraction - 1.0, fraction)
+
+
+def log_mass(scores: Tensor, top: Tensor) -> Tensor:
+    """``ln Σ exp(score - top)`` over the last axis, by weights whose sum has no order.
+
+    Args:
+        scores: float32 ``[rows, count]``.
+        top: their largest, ``[rows, 1]``.
+
+    Returns:
+        float32 ``[rows, 1]``.
+    """
+    mass = exp_weights(scores - top).sum(-1, keepdim=True)
+    return log(mass.float() * 2.0**-WEIGHT_BITS)
+
+
+def min_p_mask(scores: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+    """Which of a row's tokens have at least this part of the largest probability.
+
+    Args:
+        scores: float32 ``[count]``.
+        temperature: float32 scalar.
+        min_p: float32 scalar; 0 keeps all.
+
+    Returns:
+        bool ``[count]``.
+    """
+    if not min_p > 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return ~((scores - scores.max()) / temperature < log(min_p))
 
 
 def top_k_top_p_mask(scores: Tensor, temperature: Tensor, top_k: int, top_p: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from inplace.operators.grouped_linear import grouped_linear, weighted_sum
 from inplace.operators.library import NAMESPACE
 from inplace.operators.linear import ACTIVATIONS, linear
 from inplace.operators.recurrence import delta_rule, linear_recurrence, selective_scan
-from inplace.operators.sample import argmax, sample
+from inplace.operators.sample import SampledTokens, argmax, sample, sample_with_options
 from inplace.operators.state import read, update, written_states
 
 __all__ = [
     "ACTIVATIONS",
     "NAMESPACE",
+    "SampledTokens",
     "argmax",
     "attention",
     "causal_conv1d",
@@ -33,6 +34,7 @@ __all__ = [
     "linear_recurrence",
     "read",
     "sample",
+    "sample_with_options",
     "selective_scan",
     "update",
     "weighted_sum",

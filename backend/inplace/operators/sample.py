@@ -8,25 +8,70 @@ The random numbers are counter-based: Philox 4x32-10, with the seed as key and t
 token as counter. No generator has a state, so a token depends only on the scores, the parameters
 and the position of its sequence: not on the row, the batch, or the chunks of the prompt.
 
+``inplace::sample.options`` takes more for each row, and returns log-probabilities. It is one
+operator, so that a step has one kernel for all of it; a row pays for the options that it uses:
+
+- *Adjusted scores.* The score s of a listed token becomes s + bias; that is divided by a penalty
+  where it is positive and multiplied by it elsewhere; then a number is subtracted. Logit bias,
+  masks (a bias of -inf) and the penalties of `inplace.runtime.sampling` are such adjustments.
+- *Min-p* keeps a token whose probability is at least this part of the largest one.
+- *Log-probabilities* are those of the scores as the model gives them, before anything else.
+
 CPU and GPU agree bit for bit. Logarithm and exponential are series of additions, multiplications
 and divisions, which both round alike, and probabilities are summed as integers, so the order of the
 sum does not matter (`inplace.kernels.gumbel`).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from inplace.kernels.gumbel import MIN_TEMPERATURE, gumbel_noise, top_k_top_p_mask, uniforms
+from inplace.kernels.gumbel import (
+    MAX_LOGPROBS,
+    MIN_TEMPERATURE,
+    gumbel_noise,
+    log_mass,
+    min_p_mask,
+    top_k_top_p_mask,
+    uniforms,
+)
 from inplace.operators.library import LIBRARY, define
 
-define(
-    "sample",
-    "(Tensor scores, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, "
-    "Tensor positions) -> Tensor",
+_ARGUMENTS = (
+    "Tensor scores, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, Tensor positions"
 )
 
 
+_OPTIONS = (
+    "Tensor min_p, Tensor num_logprobs, Tensor num_adjusted, Tensor adjusted_tokens, "
+    "Tensor adjustments"
+)
+
+
+define("sample", f"({_ARGUMENTS}) -> Tensor")
+
+
+define("sample.options", f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
 define("argmax", "(Tensor scores) -> Tensor")
+
+
+class SampledTokens(NamedTuple):
+    """What `sample_with_options` returns.
+
+    Attributes:
+        tokens: int64 ``[rows, 1]``.
+        token_logprobs: float32 ``[rows, 1]``, their log-probabilities.
+        top_logprobs, top_tokens: float32 and int64 ``[rows, MAX_LOGPROBS]``: the most likely tokens
+            in order, the first of equals first; -inf and -1 where no token is left.
+    """
+
+    tokens: Tensor
+    token_logprobs: Tensor
+    top_logprobs: Tensor
+    top_tokens: Tensor
 
 
 @torch.library.impl(LIBRARY, "argmax", "CompositeExplicitAutograd")
@@ -47,6 +92,7 @@ def _sample(
     top_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    min_p: Tensor | None = None,
 ) -> Tensor:
     out = scores.argmax(-1, keepdim=True)
     for row in (temperature > 0).nonzero().flatten().tolist():
@@ -55,9 +101,66 @@ def _sample(
             uniforms(int(seeds[row]), int(positions[row]), scores.shape[1], scores.device)
         )
         kept = top_k_top_p_mask(scores[row], row_temperature, int(top_k[row]), top_p[row])
+        if min_p is not None:
+            kept &= min_p_mask(scores[row], row_temperature, min_p[row])
         noisy = scores[row] / row_temperature + noise
         out[row] = noisy.masked_fill(~kept, float("-inf")).argmax()
     return out
+
+
+@torch.library.impl(LIBRARY, "sample.options", "CompositeExplicitAutograd")
+def _sample_options(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    min_p: Tensor,
+    num_logprobs: Tensor,
+    num_adjusted: Tensor,
+    adjusted_tokens: Tensor,
+    adjustments: Tensor,
+) -> SampledTokens:
+    adjusted = scores
+    if rows := num_adjusted.nonzero().flatten().tolist():
+        adjusted = scores.clone()
+        for row in rows:
+            adjusted[row] = _adjusted_row(
+                scores[row], int(num_adjusted[row]), adjusted_tokens[row], adjustments[row]
+            )
+    tokens = _sample(adjusted, temperature, top_k, top_p, seeds, positions, min_p)
+    out = SampledTokens(
+        tokens,
+        scores.new_zeros(tokens.shape),
+        scores.new_zeros((len(tokens), MAX_LOGPROBS)),
+        tokens.new_zeros((len(tokens), MAX_LOGPROBS)),
+    )
+    for row in num_logprobs.nonzero().flatten().tolist():
+        _put_logprobs(out, row, scores[row : row + 1], int(num_logprobs[row]) - 1)
+    return out
+
+
+def _adjusted_row(row: Tensor, number: int, tokens: Tensor, adjustments: Tensor) -> Tensor:
+    """The scores of a row with adjustments; of these tokens alone if the number is negative."""
+    tokens = tokens[: abs(number)].long()
+    bias, penalty, subtrahend = adjustments[:, : len(tokens)]
+    values = row[tokens] + bias
+    values = torch.where(values > 0, values / penalty, values * penalty) - subtrahend
+    out = row.clone() if number > 0 else torch.full_like(row, float("-inf"))
+    return out.scatter_(0, tokens, values)
+
+
+def _put_logprobs(out: SampledTokens, row: int, scores: Tensor, number: int) -> None:
+    """Put the log-probabilities of a row: of its token and of the ``number`` most likely ones."""
+    top, lowest = scores.max(-1, keepdim=True).values, float("-inf")
+    log_sum = log_mass(scores, top)
+    out.token_logprobs[row] = (scores[0, out.tokens[row]] - top - log_sum)[0]
+    ordered, order = scores[0].sort(descending=True, stable=True)
+    count = min(number, len(ordered))
+    out.top_logprobs[row, :number], out.top_tokens[row, :number] = lowest, -1
+    out.top_logprobs[row, :count] = (ordered[:count] - top - log_sum)[0]
+    out.top_tokens[row, :count] = order[:count].masked_fill(ordered[:count] == lowest, -1)
 
 
 @torch.library.impl(LIBRARY, "sample", "CUDA")
@@ -70,6 +173,56 @@ def _sample_on_gpu(
     positions: Tensor,
 ) -> Tensor:
     """`sample` in a Triton-language kernel, without a synchronisation with the host."""
+    return _launch(scores, temperature, top_k, top_p, seeds, positions)
+
+
+@torch.library.impl(LIBRARY, "sample.options", "CUDA")
+def _sample_options_on_gpu(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    min_p: Tensor,
+    num_logprobs: Tensor,
+    num_adjusted: Tensor,
+    adjusted_tokens: Tensor,
+    adjustments: Tensor,
+) -> SampledTokens:
+    from inplace.kernels import sample as kernels  # imports Triton
+
+    rows, count = scores.shape
+    logprobs = scores.new_zeros((rows, 1))
+    top_logprobs = scores.new_zeros((rows, MAX_LOGPROBS))
+    top_tokens = scores.new_zeros((rows, MAX_LOGPROBS), dtype=torch.int64)
+    options = kernels.SampleOptions(
+        min_p,
+        num_logprobs,
+        num_adjusted,
+        adjusted_tokens.contiguous(),
+        adjustments.contiguous(),
+        adjusted_tokens.shape[1],
+        logprobs,
+        top_logprobs,
+        top_tokens,
+        scores.new_empty(kernels.candidates_workspace(rows) // 4),
+        scores.new_empty(kernels.adjusted_workspace(rows, count) // 4),
+    )
+    tokens = _launch(scores, temperature, top_k, top_p, seeds, positions, options)
+    return SampledTokens(tokens, logprobs, top_logprobs, top_tokens)
+
+
+def _launch(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    options: Any = None,
+) -> Tensor:
+    """Launch the kernel; the tokens."""
     from inplace.kernels import sample as kernels  # imports Triton
 
     rows, count = scores.shape
@@ -88,8 +241,18 @@ def _sample_on_gpu(
         locks=torch.zeros(rows, dtype=torch.int32, device=scores.device),
         rows=rows,
         count=count,
+        options=options,
     )
     return out
+
+
+def _check_scores(scores: Tensor) -> None:
+    torch._check(
+        scores.dim() == 2, lambda: f"scores must be [rows, vocabulary], got {tuple(scores.shape)}"
+    )
+    torch._check(
+        scores.dtype == torch.float32, lambda: f"scores must be float32, got {scores.dtype}"
+    )
 
 
 @torch.library.register_fake("inplace::sample", lib=LIBRARY)
@@ -101,13 +264,32 @@ def _sample_fake(
     seeds: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    torch._check(
-        scores.dim() == 2, lambda: f"scores must be [rows, vocabulary], got {tuple(scores.shape)}"
-    )
-    torch._check(
-        scores.dtype == torch.float32, lambda: f"scores must be float32, got {scores.dtype}"
-    )
+    _check_scores(scores)
     return scores.new_empty((scores.shape[0], 1), dtype=torch.int64)
+
+
+@torch.library.register_fake("inplace::sample.options", lib=LIBRARY)
+def _sample_options_fake(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    min_p: Tensor,
+    num_logprobs: Tensor,
+    num_adjusted: Tensor,
+    adjusted_tokens: Tensor,
+    adjustments: Tensor,
+) -> SampledTokens:
+    _check_scores(scores)
+    rows = scores.shape[0]
+    return SampledTokens(
+        scores.new_empty((rows, 1), dtype=torch.int64),
+        scores.new_empty((rows, 1)),
+        scores.new_empty((rows, MAX_LOGPROBS)),
+        scores.new_empty((rows, MAX_LOGPROBS), dtype=torch.int64),
+    )
 
 
 def sample(
@@ -142,6 +324,52 @@ def sample(
     out = torch.ops.inplace.sample(scores, temperature, top_k, top_p, seeds, positions)
     assert isinstance(out, Tensor)
     return out
+
+
+def sample_with_options(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    min_p: Tensor,
+    num_logprobs: Tensor,
+    num_adjusted: Tensor,
+    adjusted_tokens: Tensor,
+    adjustments: Tensor,
+) -> SampledTokens:
+    """Each row's next token, as `sample`, from scores that may be adjusted; and log-probabilities.
+
+    Args:
+        scores, temperature, top_k, top_p, seeds, positions: as in `sample`.
+        min_p: float32 ``[rows]``; of what `sample` keeps, a token is kept if its probability is at
+            least this part of the largest; 0 keeps all.
+        num_logprobs: int32 ``[rows]``; 0 asks for no log-probabilities, n + 1 for those of the
+            chosen token and of the n most likely ones, at most `MAX_LOGPROBS`.
+        num_adjusted: int32 ``[rows]``; how many entries the next two have. A negative number is as
+            many, and no other token may be chosen.
+        adjusted_tokens: int32 ``[rows, entries]``; different tokens.
+        adjustments: float32 ``[rows, 3, entries]``: bias, penalty and subtrahend of each.
+
+    Returns:
+        The same on a CPU and on a GPU; log-probabilities only of rows that ask for them.
+    """
+    return SampledTokens(
+        *torch.ops.inplace.sample.options(
+            scores,
+            temperature,
+            top_k,
+            top_p,
+            seeds,
+            positions,
+            min_p,
+            num_logprobs,
+            num_adjusted,
+            adjusted_tokens,
+            adjustments,
+        )
+    )
 
 
 def argmax(scores: Tensor) -> Tensor:

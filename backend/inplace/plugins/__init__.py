@@ -1,12 +1,10 @@
 """TensorRT plugins of the operators; the states that they update are aliased outputs."""
 
 from inplace.plugins.operations import (
-    ArgmaxOperation,
     AttentionOperation,
     GroupedLinearOperation,
     LinearOperation,
     RmsNormOperation,
-    SampleOperation,
     UpdateOperation,
 )
 from inplace.plugins.plugin import OPERATIONS, Launch, Operation, Plugins, plugins, register
@@ -16,6 +14,7 @@ from inplace.plugins.recurrences import (
     LinearRecurrenceOperation,
     SelectiveScanOperation,
 )
+from inplace.plugins.sampling import ArgmaxOperation, SampleOperation, SampleOptionsOperation
 
 __all__ = [
     "OPERATIONS",
@@ -31,6 +30,7 @@ __all__ = [
     "Plugins",
     "RmsNormOperation",
     "SampleOperation",
+    "SampleOptionsOperation",
     "SelectiveScanOperation",
     "UpdateOperation",
     "plugins",

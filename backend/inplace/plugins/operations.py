@@ -15,7 +15,6 @@ from inplace.kernels.grouped_linear import (
 )
 from inplace.kernels.linear import LinearSpec, linear, linear_workspace, rms_norm
 from inplace.kernels.memory import Pointer
-from inplace.kernels.sample import argmax, argmax_workspace, sample, sample_workspace
 from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import ACTIVATIONS
 from inplace.plugins.plugin import FLOATS, Launch, Operation, Shape, num_tokens, register
@@ -202,123 +201,6 @@ class RmsNormOperation(Operation):
             tokens=num_tokens(call.shapes[0]),
             width=self.width,
             eps=self.eps,
-            pdl=call.pdl,
-        )
-
-
-@register
-@dataclass(frozen=True)
-class ArgmaxOperation(Operation):
-    """``inplace::argmax``. Input: scores ``[rows, count]``."""
-
-    name: ClassVar[str] = "InplaceArgmax"
-
-    max_rows: int
-
-    @property
-    def input_count(self) -> int:
-        """The scores."""
-        return 1
-
-    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Floating scores, an int64 index."""
-        return dtypes[position] in FLOATS if position == 0 else dtypes[position] is torch.int64
-
-    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
-        """An int64 index."""
-        return [torch.int64]
-
-    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """One index for each row."""
-        return [[inputs[0][0], 1]]
-
-    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
-        """The maxima of the splits."""
-        return argmax_workspace(shapes[0][0])
-
-    def locks(self) -> int:
-        """One for each row."""
-        return self.max_rows
-
-    def launch(self, call: Launch) -> None:
-        """Launch `inplace.kernels.sample.argmax`."""
-        rows, count = call.shapes[0]
-        argmax(
-            scores=call.inputs[0],
-            out=call.outputs[0],
-            workspace=Pointer(call.workspace, torch.float32),
-            locks=call.locks,
-            rows=rows,
-            count=count,
-            pdl=call.pdl,
-        )
-
-
-SAMPLE_DTYPES = (
-    torch.float32,
-    torch.float32,
-    torch.int32,
-    torch.float32,
-    torch.int64,
-    torch.int32,
-    torch.int64,
-)
-"""Of scores, temperature, top_k, top_p, seeds and positions, and of the result."""
-
-
-@register
-@dataclass(frozen=True)
-class SampleOperation(Operation):
-    """``inplace::sample``.
-
-    Inputs: scores ``[rows, count]``; temperature, top_k, top_p, seeds and positions ``[rows]``.
-    """
-
-    name: ClassVar[str] = "InplaceSample"
-
-    max_rows: int
-
-    @property
-    def input_count(self) -> int:
-        """Scores and five parameters."""
-        return 6
-
-    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Each has one dtype."""
-        return dtypes[position] is SAMPLE_DTYPES[position]
-
-    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
-        """An int64 index."""
-        return [torch.int64]
-
-    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """One index for each row."""
-        return [[inputs[0][0], 1]]
-
-    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
-        """The candidates of the splits."""
-        return sample_workspace(shapes[0][0])
-
-    def locks(self) -> int:
-        """One for each row."""
-        return self.max_rows
-
-    def launch(self, call: Launch) -> None:
-        """Launch `inplace.kernels.sample.sample`."""
-        rows, count = call.shapes[0]
-        scores, temperature, top_k, top_p, seeds, positions = call.inputs
-        sample(
-            scores=scores,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seeds=seeds,
-            positions=positions,
-            out=call.outputs[0],
-            workspace=Pointer(call.workspace, torch.float32),
-            locks=call.locks,
-            rows=rows,
-            count=count,
             pdl=call.pdl,
         )
 

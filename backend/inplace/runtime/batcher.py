@@ -1,8 +1,8 @@
 """The batcher: from admitted requests to the input tensors of one step, and back to responses."""
 
 from collections import deque
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,11 +12,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inplace.errors import RequestError
-from inplace.runtime.requests import GREEDY, Request, SamplingParams
+from inplace.protocol import TOP_LOGPROBS, TOP_TOKENS
+from inplace.runtime.requests import Request
+from inplace.runtime.sampling import (
+    GREEDY,
+    SamplingParams,
+    ScoreAdjustments,
+    greedy_values,
+    option_values,
+)
 from inplace.runtime.slots import SequenceState
 from inplace.schema.schedule import Call, Loop
 from inplace.schema.served import Program
-from inplace.schema.specs import ENTRY_ROLES, JOINED_ROLES, Role, TensorSpec
+from inplace.schema.specs import ENTRY_ROLES, JOINED_ROLES, SAMPLING_OPTION_ROLES, Role, TensorSpec
+
+TOP_OUTPUTS = frozenset({TOP_LOGPROBS, TOP_TOKENS})
+"""Outputs of which a request gets as many entries as it asks for."""
+
 
 NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)
 
@@ -32,6 +44,7 @@ class ActiveRequest:
         num_tokens: how many tokens it feeds.
         start_length: the sequence's length when the request was admitted.
         sampling_params: how its next token is chosen.
+        adjustments: the scores that these adjust; None for none.
         requested_outputs: names of the outputs to compute once all its tokens are consumed.
         num_computed_tokens: tokens that steps have consumed.
         pending_token: the sequence's pending token, which is the first of ``inputs`` then.
@@ -48,6 +61,7 @@ class ActiveRequest:
     num_tokens: int
     start_length: int
     sampling_params: SamplingParams = GREEDY
+    adjustments: ScoreAdjustments | None = None
     requested_outputs: frozenset[str] = frozenset()
     num_computed_tokens: int = 0
     pending_token: int | None = None
@@ -74,10 +88,23 @@ class ActiveRequest:
         if self.progress is not None:  # they are its own
             return {name: tensors[name] for name in tensors if name in self.requested_outputs}
         return {
-            name: tensor[row : row + 1]
+            name: self.own_output(name, tensor[row : row + 1])
             for name, tensor in tensors.items()
             if name in self.requested_outputs
         }
+
+    def own_output(self, name: str, output: Tensor) -> Tensor:
+        """An output of its row, ``[1, ...]``, as it is answered: ``[1, 1, n]`` of most likely ones.
+
+        A request asks for ``n`` of them.
+        """
+        if name in TOP_OUTPUTS:
+            return output[:, None, : self.sampling_params.logprobs]
+        return output
+
+    def count(self, token: int) -> bool:
+        """Count a generated token that is fed; returns whether adjusted scores have changed."""
+        return self.adjustments is not None and self.adjustments.advance(token)
 
     def feed(self, token: int) -> None:
         """Continue with a generated token: the next step decodes it."""
@@ -266,7 +293,11 @@ def split_outputs(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> l
         None
         if not active.finished
         else active.error
-        or {name: parts[name][row] for name in parts if name in active.requested_outputs}
+        or {
+            name: active.own_output(name, parts[name][row])
+            for name in parts
+            if name in active.requested_outputs
+        }
         for row, active in enumerate(rows)
     ]
 
@@ -279,11 +310,15 @@ class Batch:
         rows: the request of each row.
         num_scheduled_tokens: how many tokens of each row the step consumes.
         inputs: the program's inputs by name, in the program's order, on the host.
+        sampling_params: how the next token of each row is chosen in this step.
+        adjusted: the rows whose scores are adjusted.
     """
 
     rows: list[ActiveRequest]
     num_scheduled_tokens: list[int]
     inputs: dict[str, Tensor]
+    sampling_params: list[SamplingParams]
+    adjusted: list[int]
 
 
 def form_batch(
@@ -306,6 +341,12 @@ def form_batch(
         for active, left, count in zip(rows, waiting, counts, strict=True)
     ]
     greedy = all(params is GREEDY for params in sampling_params)
+    adjusted: list[int] = []
+    if not greedy:
+        adjusted = [row for row, params in enumerate(sampling_params) if params.adjusts]
+        for active in (rows[row] for row in adjusted):
+            if active.decode_token is not None:
+                active.count(active.decode_token)
     columns = _position_columns(rows, counts, decode_only=counts is waiting)
     inputs: dict[str, Tensor] = {}
     for spec in program.inputs:
@@ -318,10 +359,25 @@ def form_batch(
             inputs[spec.name] = lengths.to(spec.dtype.as_torch)
         else:
             values = columns.get(spec.role)
-            if values is None:
-                values = _sampling_values(spec, sampling_params, greedy=greedy)
-            inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
-    return Batch(rows, counts, inputs)
+            if values is None and greedy:
+                inputs[spec.name] = greedy_values(spec.role, spec.dtype, (len(rows), *spec.shape))
+            elif values is not None:
+                inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
+            elif spec.role in SAMPLING_OPTION_ROLES:
+                inputs[spec.name] = option_values(
+                    spec, sampling_params, _adjustments(rows, adjusted)
+                )
+            else:
+                inputs[spec.name] = _sampling_values(spec, sampling_params)
+    return Batch(rows, counts, inputs, sampling_params, adjusted)
+
+
+def _adjustments(
+    rows: Sequence[ActiveRequest], adjusted: Sequence[int]
+) -> list[ScoreAdjustments | None]:
+    """The adjustments of each row of a step in which so many rows have them."""
+    some = set(adjusted)
+    return [active.adjustments if row in some else None for row, active in enumerate(rows)]
 
 
 ADVANCING_ROLES = (Role.POSITIONS, Role.WRITE_INDICES, Role.NEXT_POSITIONS)
@@ -335,13 +391,18 @@ def next_decode_batch(program: Program, batch: Batch, tokens: Tensor) -> Batch:
         batch: the step before, in which each row has one token.
         tokens: the sampled token of each row, ``[rows, 1]``.
     """
-    inputs = dict(batch.inputs)
+    inputs, rows = dict(batch.inputs), batch.rows
+    changed = sum(rows[row].count(int(tokens[row])) for row in batch.adjusted)
     for spec in program.inputs:
         if spec.role is Role.TOKENS:
             inputs[spec.name] = tokens.flatten().to(spec.dtype.as_torch)
         elif spec.role in ADVANCING_ROLES:
             inputs[spec.name] = torch.from_numpy(inputs[spec.name].numpy() + 1)
-    return Batch(batch.rows, batch.num_scheduled_tokens, inputs)
+        elif changed and spec.role in SAMPLING_OPTION_ROLES:
+            inputs[spec.name] = option_values(
+                spec, batch.sampling_params, _adjustments(rows, batch.adjusted)
+            )
+    return replace(batch, inputs=inputs)
 
 
 def schedule_tokens(waiting: list[int], chunk: int, token_budget: int) -> list[int]:
@@ -423,12 +484,7 @@ def _pack_tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _sampling_values(
-    spec: TensorSpec, sampling_params: list[SamplingParams], *, greedy: bool
-) -> NDArray[Any]:
-    """One field of the sampling parameters of all rows; ``greedy`` if every row is `GREEDY`."""
-    if greedy:
-        values = [getattr(GREEDY, spec.role)] * len(sampling_params)
-    else:
-        values = [getattr(params, spec.role) for params in sampling_params]
-    return np.array(values, dtype=spec.dtype.value)
+def _sampling_values(spec: TensorSpec, sampling_params: list[SamplingParams]) -> Tensor:
+    """One field of the sampling parameters of all rows."""
+    values = [getattr(params, spec.role) for params in sampling_params]
+    return torch.from_numpy(np.array(values, dtype=spec.dtype.value))

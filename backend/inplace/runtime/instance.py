@@ -19,10 +19,11 @@ from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decod
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
+from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest, Program
-from inplace.schema.specs import Update
+from inplace.schema.specs import LOGPROB_ROLES, Update
 
 
 @dataclass(slots=True)
@@ -90,7 +91,12 @@ class ModelInstance:
         self.is_forwarded: Callable[[str], bool] = forwards_nothing
         outputs = self.program.outputs
         self._default_outputs = frozenset(spec.name for spec in outputs if not spec.on_request)
-        self._optional_outputs = frozenset(spec.name for spec in outputs if spec.on_request)
+        self._optional_outputs = frozenset(
+            spec.name for spec in outputs if spec.on_request and spec.role not in LOGPROB_ROLES
+        )
+        io = self.program.decoder_io
+        # What penalties count, where the program has them.
+        self._counted_input = io[0] if io is not None and self.program.max_adjusted else None
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
     @classmethod
@@ -172,8 +178,9 @@ class ModelInstance:
             if not names:
                 return validated
             sampling_params = request.sampling_params(self.program)
-            if sampling_params.temperature > 0:  # else GREEDY itself: its batches form faster
+            if not sampling_params.is_greedy:  # else GREEDY itself: its batches form faster
                 validated.sampling_params = sampling_params
+                validated.requested_outputs |= sampling_params.outputs
             validated.position = request.position()
         except RequestError as error:
             return ValidatedRequest(request, key_digest, refusal=error)
@@ -188,6 +195,7 @@ class ModelInstance:
 
         An output is asked for by name or by a parameter of its name. The parameter decides where
         both are there, so that a client which names all outputs can leave one out.
+        Log-probabilities are only asked for by their parameter.
 
         Raises:
             RequestError: BAD_PARAMETER, the parameter asks for an output that the model lacks.
@@ -225,6 +233,7 @@ class ModelInstance:
                 raise validated.refusal
             sequence = None if request.start else self.table.find(request.sequence_id)
             self._check_tokens(validated, sequence)
+            adjustments = self._adjustments(validated, sequence)
             if sequence is None:
                 sequence = self.table.start(request.sequence_id, validated.key_digest)
                 self.arena.reset(sequence.slot)
@@ -242,10 +251,32 @@ class ModelInstance:
             validated.num_tokens,
             sequence.length,
             validated.sampling_params,
+            adjustments,
             validated.requested_outputs,
         )
         self._prepend_pending_token(active)
         return active
+
+    def _adjustments(
+        self, validated: ValidatedRequest, sequence: SequenceState | None
+    ) -> ScoreAdjustments | None:
+        """The scores that a request adjusts; None for none.
+
+        Raises:
+            RequestError: BAD_PARAMETER, as `ScoreAdjustments`.
+        """
+        params = validated.sampling_params
+        if not params.adjusts:
+            return None
+        assert self._counted_input is not None
+        token_ids = list[int]() if sequence is None else sequence.token_ids.tolist()
+        if sequence is not None and sequence.pending_token is not None:
+            token_ids.append(sequence.pending_token)
+        token_ids += validated.inputs[self._counted_input].tolist()
+        most, capacity = validated.max_new_tokens, self.manifest.capacity
+        if capacity is not None:
+            most = min(most, capacity - len(token_ids))
+        return ScoreAdjustments(params, token_ids, self.program, most)
 
     def end_sequence(self, validated: ValidatedRequest) -> None:
         """End the sequence of an END that has no tokens.
@@ -295,6 +326,7 @@ class ModelInstance:
             return False
         try:
             self._check_tokens(validated, None)
+            self._adjustments(validated, None)
         except RequestError:
             return False
         return True
@@ -454,6 +486,8 @@ class ModelInstance:
             if active.num_tokens == 1 and sequence.length:
                 num_decode_tokens += 1
             sequence.length += count
+            if self._counted_input is not None:
+                self._remember_tokens(active, count)
             active.num_computed_tokens += count
             if active.num_computed_tokens == active.num_tokens:
                 active.step_outputs = (outputs, row)
@@ -461,6 +495,17 @@ class ModelInstance:
         self.observer.step_finished(
             step.seconds, len(batch.rows), num_prefill_tokens, num_decode_tokens
         )
+
+    def _remember_tokens(self, active: ActiveRequest, count: int) -> None:
+        """Add the tokens that a step has consumed to those of its sequence."""
+        token_ids = active.sequence.token_ids
+        if active.decode_token is not None:
+            token_ids.append(active.decode_token)
+            return
+        assert self._counted_input is not None
+        begin = active.num_computed_tokens
+        consumed = active.inputs[self._counted_input][begin : begin + count]
+        token_ids.extend(consumed.tolist())
 
     def _roll_back(self, active: ActiveRequest, error: Exception) -> RequestError:
         """Restore the sequence of a request whose step failed, or end it; what its client reads."""
@@ -493,7 +538,8 @@ class ModelInstance:
         if not self._appends_only or active.decode_token is not None:
             return False
         sequence = active.sequence
-        sequence.length, sequence.pending_token = active.start_length, active.pending_token
+        sequence.roll_back(active.start_length)
+        sequence.pending_token = active.pending_token
         return True
 
 

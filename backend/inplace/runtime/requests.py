@@ -1,13 +1,9 @@
-"""Requests without Triton's types: their parameters, and how their next token is chosen.
-
-The checks here need only the program's description.
-"""
+"""Requests without Triton's types, and the checks that need only the program's description."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,57 +16,13 @@ from inplace.parameters import (
     Parameter,
     RequestKind,
 )
-from inplace.protocol import GROUP, MAX_TOKENS, POSITION, SEQUENCE_KEY
+from inplace.protocol import GROUP, MAX_TOKENS, NUM_GENERATED, POSITION, SEQUENCE_KEY
 from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
+from inplace.runtime.sampling import GREEDY, SamplingParams
 from inplace.runtime.slots import SequenceId
 from inplace.schema.schedule import Schedule
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """The arguments of `inplace.operators.sample` for one row.
-
-    The fields are named as the request parameters and as the roles of the program's inputs.
-
-    Attributes:
-        temperature: divides the scores; 0 takes the token with the largest score.
-        top_k: keep this many of the largest scores; 0 keeps all.
-        top_p: of those, keep the largest that together have this probability; 1 keeps all.
-        seed: of the random numbers, which depend on it and on the token's position alone.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Parameter], vocab_size: int) -> Self:
-        """Read the sampling parameters of a request; absent ones have their default.
-
-        Args:
-            parameters: the request's parameters; numbers may be texts.
-            vocab_size: the number of scores.
-
-        Raises:
-            RequestError: BAD_PARAMETER, one of them is not a number or out of range. All are
-                checked, also where the temperature is 0.
-        """
-        spec = BY_NAME["top_k"]
-        values: dict[str, Any] = {
-            name: BY_NAME[name].parse(parameters[name])
-            for name in SAMPLING_PARAMETERS
-            if name in parameters
-        }
-        if values.get("top_k", 0) > vocab_size:
-            limits = f"a whole number from 0 (all) to {vocab_size}, the size of the vocabulary"
-            raise spec.refusal(parameters["top_k"], limits)
-        return cls(**values)
-
-
-GREEDY = SamplingParams()
 
 
 @dataclass(slots=True)
@@ -160,22 +112,21 @@ class Request:
         """How its next token is chosen; greedy if it has no sampling parameter.
 
         Raises:
-            RequestError: BAD_PARAMETER, as `SamplingParams.parse`; or the program does not sample
-                and one of them is not what it is if absent.
+            RequestError: BAD_PARAMETER, as `SamplingParams.parse`; or a step has penalties for
+                generated tokens without their number.
         """
         if not SAMPLING_PARAMETERS & self.parameters.keys():
             return GREEDY
-        if program.vocab_size:
-            return SamplingParams.parse(self.parameters, program.vocab_size)
-        for name in sorted(SAMPLING_PARAMETERS & self.parameters.keys()):
-            spec = BY_NAME[name]
-            if spec.parse(self.parameters[name]) != spec.default:
-                raise RequestError(
-                    Code.BAD_PARAMETER,
-                    f"parameter {name!r} is {self.parameters[name]!r}; this engine does not sample:"
-                    f" send {spec.default} or leave it out, or build an engine that samples",
-                )
-        return GREEDY
+        params = SamplingParams.parse(self.parameters, program)
+        is_step = self.kind is RequestKind.STEP
+        if is_step and params.counts_generated and NUM_GENERATED not in self.parameters:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"'presence_penalty' and 'frequency_penalty' of a step need {NUM_GENERATED!r}: only"
+                f" the client knows which tokens were generated; send how many of the last ones"
+                f" were",
+            )
+        return params
 
 
 @dataclass(slots=True)
@@ -187,6 +138,7 @@ class ValidatedRequest:
         key_digest: digest of its ``sequence_key``.
         inputs: the validated tensors, without the batch axis.
         num_tokens: how many tokens they have.
+        max_new_tokens: the most tokens that are generated after them.
         min_new_tokens: how many generated tokens must fit after them.
         position: the parameter ``position``; None if absent.
         sampling_params: how its next token is chosen.
@@ -200,6 +152,7 @@ class ValidatedRequest:
     key_digest: bytes | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     num_tokens: int = 0
+    max_new_tokens: int = 0
     min_new_tokens: int = 0
     position: int | None = None
     sampling_params: SamplingParams = GREEDY

@@ -1,6 +1,7 @@
 """Live sequences and the slots they own."""
 
 import hmac
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class SequenceState:
         id: the correlation id.
         slot: its row of the arena.
         key_digest: digest of the ``sequence_key`` of its START; None without one.
+        token_ids: the tokens at these positions, where an engine may have to know them; else empty.
         length: positions that its slot holds (the cached length).
         pending_token: the last token of a generation, which no step has consumed yet. It belongs to
             the sequence and is fed before the tokens of the next request.
@@ -62,12 +64,18 @@ class SequenceState:
     slot: int
     key_digest: bytes | None = None
     length: int = 0
+    token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     pending_token: int | None = None
     last_response: float = 0.0
     busy: bool = False
     driver_state: object = None
     positions: dict[str, int] = field(default_factory=dict)
     audio: Tensor | None = None
+
+    def roll_back(self, length: int) -> None:
+        """Forget what came after this length."""
+        self.length = length
+        del self.token_ids[length:]
 
     @property
     def position(self) -> int:

@@ -19,6 +19,7 @@ class ProxyFile(RecordFile):
     Attributes:
         model: the stream model that requests are passed on to.
         has_tokenizer: whether that model has a tokenizer, so that requests may be texts.
+        has_logprobs: whether that model returns log-probabilities.
         max_requests: requests that run or wait at the same time; more are refused.
     """
 
@@ -27,4 +28,5 @@ class ProxyFile(RecordFile):
     manifest_version: Literal[2] = 2
     model: str
     has_tokenizer: bool
+    has_logprobs: bool = False
     max_requests: int = Field(ge=1)

@@ -20,9 +20,11 @@ from inplace.schema.specs import (
     INITIAL_FILE,
     INPUT_ROLES,
     JOINED_ROLES,
+    LOGPROB_ROLES,
     OUTPUT_ROLES,
     RESERVED_OUTPUT_ROLES,
     ROW_IS_SLOT_KINDS,
+    SAMPLING_OPTION_ROLES,
     SAMPLING_ROLES,
     Alias,
     Dtype,
@@ -121,6 +123,11 @@ class Program(Record):
         )
 
     @cached_property
+    def max_adjusted(self) -> int:
+        """How many scores of a row can be adjusted; 0 in a program without sampling options."""
+        return next((spec.shape[0] for spec in self.inputs if spec.role is Role.ADJUSTED_TOKENS), 0)
+
+    @cached_property
     def decoder_io(self) -> tuple[str, str] | None:
         """The names of the input of token ids and of the output with the next token.
 
@@ -203,6 +210,7 @@ class Program(Record):
                 f"program {self.name}: an output that is sampled needs inputs of the roles "
                 f"{[str(role) for role in SAMPLING_ROLES]}"
             )
+        self._check_sampling_options()
         if self.row_layout == "rectangular" and (Role.TOKENS in roles or self.chunk != 1):
             raise ValueError(
                 f"program {self.name}: a rectangular program takes one entry a row and a chunk of 1"
@@ -233,6 +241,30 @@ class Program(Record):
                 f"inputs of the role valid_lengths are {lengths}"
             )
         return self
+
+    def _check_sampling_options(self) -> None:
+        inputs = {spec.role: spec for spec in self.inputs if spec.role in SAMPLING_OPTION_ROLES}
+        outputs = [spec for spec in self.outputs if spec.role in LOGPROB_ROLES]
+        if not inputs and not outputs:
+            return
+        names = [spec.name for spec in outputs]
+        if (
+            len(inputs) != len(SAMPLING_OPTION_ROLES)
+            or sorted(names) != sorted(LOGPROB_ROLES)
+            or not self.vocab_size
+        ):
+            raise ValueError(
+                f"program {self.name}: sampling options need an output that is sampled, inputs of "
+                f"the roles {[str(role) for role in SAMPLING_OPTION_ROLES]} and outputs named "
+                f"{[str(role) for role in LOGPROB_ROLES]}; got {[str(role) for role in inputs]} "
+                f"and {names}"
+            )
+        entries = inputs[Role.ADJUSTED_TOKENS].shape
+        if len(entries) != 1 or inputs[Role.ADJUSTMENTS].shape != (3, *entries):
+            raise ValueError(
+                f"program {self.name}: adjusted_tokens must be [entries] a row and adjustments "
+                f"[3, entries]; got {list(entries)} and {list(inputs[Role.ADJUSTMENTS].shape)}"
+            )
 
 
 class CompiledProgram(Program):

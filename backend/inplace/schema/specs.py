@@ -117,6 +117,16 @@ class Role(StrEnum):
     """From the runtime, ``[rows]``: as ``temperature``."""
     SEED = "seed"
     """From the runtime, ``[rows]``: as ``temperature``."""
+    MIN_P = "min_p"
+    """From the runtime, ``[rows]``: as ``temperature``."""
+    NUM_LOGPROBS = "num_logprobs"
+    """From the runtime, ``[rows]``: as ``temperature``; 1 more than the parameter ``logprobs``."""
+    NUM_ADJUSTED = "num_adjusted"
+    """From the runtime, ``[rows]``: how many scores of a row are adjusted; 0 for most rows."""
+    ADJUSTED_TOKENS = "adjusted_tokens"
+    """From the runtime, ``[rows, entries]``: the tokens whose scores are adjusted."""
+    ADJUSTMENTS = "adjustments"
+    """From the runtime, ``[rows, 3, entries]``: how, see `inplace.operators.sample`."""
     VALID_LENGTHS = "valid_lengths"
     """From the runtime, ``[rows]``: how many entries each row has in the step.
 
@@ -129,6 +139,12 @@ class Role(StrEnum):
     """An output: the scores of the next token, ``[scores]`` a row."""
     TOKEN = "token"
     """An output: the next token, ``[1]`` a row."""
+    TOKEN_LOGPROBS = "token_logprobs"
+    """An output: the next token's log-probability, ``[1]`` a row."""
+    TOP_LOGPROBS = "top_logprobs"
+    """An output: those of the most likely tokens, ``[MAX_LOGPROBS]`` a row."""
+    TOP_TOKENS = "top_tokens"
+    """An output: these tokens, ``[MAX_LOGPROBS]`` a row."""
     LOGPROBS = "logprobs"
     """An output, reserved: the log-probability of every fed token."""
     DONE = "done"
@@ -151,8 +167,21 @@ ENTRY_ROLES = CLIENT_ROLES - {Role.TOKENS}
 """The roles of inputs from the client that have one entry of fixed shape for a request."""
 
 
+LOGPROB_ROLES = (Role.TOKEN_LOGPROBS, Role.TOP_LOGPROBS, Role.TOP_TOKENS)
+"""The outputs of `inplace.operators.sample_with_options` besides the tokens, in its order. Outputs
+of these roles are named like them."""
+
+
 OUTPUT_ROLES = frozenset(
-    {Role.VALUE, Role.LOGITS, Role.TOKEN, Role.TOKENS, Role.DONE, Role.ACCEPTED}
+    {
+        Role.VALUE,
+        Role.LOGITS,
+        Role.TOKEN,
+        Role.TOKENS,
+        Role.DONE,
+        Role.ACCEPTED,
+        *LOGPROB_ROLES,
+    }
 )
 """The roles of outputs that the runtime sends."""
 
@@ -179,6 +208,17 @@ that in a state.
 
 SAMPLING_ROLES = (Role.TEMPERATURE, Role.TOP_K, Role.TOP_P, Role.SEED, Role.NEXT_POSITIONS)
 """The inputs of `inplace.operators.sample` besides the scores, in its order."""
+
+
+SAMPLING_OPTION_ROLES = (
+    Role.MIN_P,
+    Role.NUM_LOGPROBS,
+    Role.NUM_ADJUSTED,
+    Role.ADJUSTED_TOKENS,
+    Role.ADJUSTMENTS,
+)
+"""The further inputs of `inplace.operators.sample_with_options`, in its order. A program has all of
+them or none, and with them the outputs of `LOGPROB_ROLES`."""
 
 
 INITIAL_FILE = "initial.safetensors"

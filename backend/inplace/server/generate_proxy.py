@@ -88,7 +88,8 @@ class GenerateProxy:
     def __init__(self, args: dict[str, str]) -> None:
         file = ProxyFile.load(Path(args["model_repository"]) / args["model_version"])
         check_model_config(
-            json.loads(args["model_config"]), proxy_tensors(has_tokenizer=file.has_tokenizer)
+            json.loads(args["model_config"]),
+            proxy_tensors(has_tokenizer=file.has_tokenizer, has_logprobs=file.has_logprobs),
         )
         self._model = file.model
         self._max_requests = file.max_requests

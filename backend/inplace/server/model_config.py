@@ -41,6 +41,14 @@ TRITON_TYPES = {
 """Triton's names of the element types that it has."""
 
 
+LOGPROB_DIMS: Mapping[str, tuple[int, ...]] = {
+    Role.TOKEN_LOGPROBS.value: (-1,),
+    Role.TOP_LOGPROBS.value: (-1, -1),
+    Role.TOP_TOKENS.value: (-1, -1),
+}
+"""The shapes of these outputs: of each token, and of each token so many as the request asks for."""
+
+
 @dataclass(frozen=True)
 class ServerTensor:
     """An input or output of the server's model.
@@ -77,8 +85,9 @@ class ServerTensor:
             )
         varies = spec.shape != () and (spec.shorter != "never" or may_be_empty)
         shape = (-1, *spec.shape[1:]) if varies else spec.shape
+        dims = LOGPROB_DIMS.get(spec.role, shape)
         ragged = spec.role is Role.TOKENS or varies
-        return cls(spec.name, TRITON_TYPES[spec.dtype], shape, ragged, optional)
+        return cls(spec.name, TRITON_TYPES[spec.dtype], dims, ragged, optional)
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,28 @@ _AUDIO_INPUTS = tuple(
 )
 
 
-def proxy_tensors(*, has_tokenizer: bool) -> ServerTensors:
-    """The tensors of a generate proxy."""
+def proxy_tensors(*, has_tokenizer: bool, has_logprobs: bool) -> ServerTensors:
+    """The tensors of a generate proxy.
+
+    Args:
+        has_tokenizer: whether requests may be texts.
+        has_logprobs: whether the model has sampling options, and so returns log-probabilities.
+    """
     ids = ServerTensor(INPUT_IDS, TRITON_TYPES[Dtype.INT64], (-1,), optional=True)
     # The proxy refuses these, with a sentence that helps.
     foreign = [ServerTensor(name, "TYPE_STRING", (-1,), optional=True) for name in FOREIGN_PROMPTS]
     return ServerTensors(
         (ids, *_text_inputs(has_tokenizer, ragged=False), *foreign),
-        _generation_outputs(has_tokenizer),
+        _generation_outputs(has_tokenizer) + (_logprob_outputs() if has_logprobs else ()),
+    )
+
+
+def _logprob_outputs() -> tuple[ServerTensor, ...]:
+    return tuple(
+        ServerTensor(
+            role, TRITON_TYPES[Dtype.INT64 if role == Role.TOP_TOKENS else Dtype.FLOAT32], dims
+        )
+        for role, dims in LOGPROB_DIMS.items()
     )
 
 

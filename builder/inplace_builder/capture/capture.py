@@ -250,13 +250,17 @@ _CONTROL_DTYPES = {
     Role.TEMPERATURE: Dtype.FLOAT32,
     Role.TOP_P: Dtype.FLOAT32,
     Role.SEED: Dtype.INT64,
+    Role.MIN_P: Dtype.FLOAT32,
+    Role.ADJUSTMENTS: Dtype.FLOAT32,
 }
 
 
-def control_input(name: str, role: Role) -> TensorSpec:
+def control_input(name: str, role: Role, shape: tuple[int, ...] = ()) -> TensorSpec:
     """The description of an input that the runtime fills.
 
     It is int32 unless its role needs another type: TensorRT's own cache layer takes int32 indices,
     and every position fits.
     """
-    return TensorSpec(name=name, role=role, dtype=_CONTROL_DTYPES.get(role, Dtype.INT32))
+    return TensorSpec(
+        name=name, role=role, dtype=_CONTROL_DTYPES.get(role, Dtype.INT32), shape=shape
+    )

@@ -8,12 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from inplace.kernels.gumbel import MAX_LOGPROBS
 from inplace.schema.served import Program
-from inplace.schema.specs import SAMPLING_ROLES, Dtype, Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import (
+    SAMPLING_OPTION_ROLES,
+    SAMPLING_ROLES,
+    Dtype,
+    Role,
+    StateSpec,
+    TensorSpec,
+    Update,
+)
 from torch import Tensor
 from torch.export import Dim
 
 from inplace_builder.capture.capture import control_input
+
+SAMPLING_INPUTS = (*SAMPLING_ROLES, *SAMPLING_OPTION_ROLES)
+"""The inputs of `inplace.operators.sample_with_options` besides the scores, in its order."""
+
 
 CONTROL_ROLES = (
     Role.POSITIONS,
@@ -21,12 +34,16 @@ CONTROL_ROLES = (
     Role.LAST_TOKENS,
     Role.SLOTS,
     Role.WRITE_INDICES,
-    *SAMPLING_ROLES,
+    *SAMPLING_INPUTS,
 )
 """What the runtime fills, in the order of the graph's inputs after the token ids.
 
 Each input is named like its role.
 """
+
+
+MAX_ADJUSTED = 4096
+"""Scores of a row that can be adjusted: by a bias, a mask or a penalty."""
 
 
 TOKEN_IDS = "input_ids"
@@ -35,6 +52,38 @@ TOKEN_IDS = "input_ids"
 
 INPUT_NAMES = (TOKEN_IDS, *(role.value for role in CONTROL_ROLES))
 """The names of the graph's inputs before its states."""
+
+
+LOGPROB_OUTPUTS = (
+    TensorSpec(
+        name=Role.TOKEN_LOGPROBS.value,
+        role=Role.TOKEN_LOGPROBS,
+        dtype=Dtype.FLOAT32,
+        shape=(1,),
+        on_request=True,
+    ),
+    TensorSpec(
+        name=Role.TOP_LOGPROBS.value,
+        role=Role.TOP_LOGPROBS,
+        dtype=Dtype.FLOAT32,
+        shape=(MAX_LOGPROBS,),
+        on_request=True,
+    ),
+    TensorSpec(
+        name=Role.TOP_TOKENS.value,
+        role=Role.TOP_TOKENS,
+        dtype=Dtype.INT64,
+        shape=(MAX_LOGPROBS,),
+        on_request=True,
+    ),
+)
+"""The outputs of `inplace.operators.sample_with_options` besides the tokens, in its order."""
+
+
+def decoder_input(role: Role) -> TensorSpec:
+    """The description of an input that the runtime fills, which is named like its role."""
+    shapes = {Role.ADJUSTED_TOKENS: (MAX_ADJUSTED,), Role.ADJUSTMENTS: (3, MAX_ADJUSTED)}
+    return control_input(role.value, role, shapes.get(role, ()))
 
 
 @dataclass(frozen=True)
@@ -96,7 +145,7 @@ def decoder_program(
                 minimum=0,
                 maximum=vocab_size - 1,
             ),
-            *(control_input(role.value, role) for role in CONTROL_ROLES),
+            *map(decoder_input, CONTROL_ROLES),
         ),
         outputs=(
             TensorSpec(
@@ -113,6 +162,7 @@ def decoder_program(
                 shape=(num_scores,),
                 on_request=True,
             ),
+            *LOGPROB_OUTPUTS,
         ),
         aliases=(),
         max_rows=options.max_rows,
@@ -209,8 +259,8 @@ class StepExamples:
             torch.arange(rows, dtype=torch.int32),
             torch.full((rows,), position, dtype=torch.int32),
             *(
-                torch.zeros(rows, dtype=control_input("", role).dtype.as_torch)
-                for role in SAMPLING_ROLES
+                torch.zeros((rows, *spec.shape), dtype=spec.dtype.as_torch)
+                for spec in map(decoder_input, SAMPLING_INPUTS)
             ),
         )
 
@@ -229,7 +279,7 @@ class StepExamples:
         tokens = {0: Dim("tokens", min=min_tokens, max=max_tokens)}
         num_rows = Dim("rows", min=min_rows, max=max_rows)
         rows: Any = {0: num_rows}
-        return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *[rows] * len(SAMPLING_ROLES))
+        return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *[rows] * len(SAMPLING_INPUTS))
 
     def memory_shapes(self) -> list[dict[int, Any]]:
         """Which extents of `memory` vary."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from inplace.operators import sample
+from inplace.operators import sample_with_options
 from inplace.schema.specs import Dtype, StateSpec, Update
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -405,18 +405,24 @@ class DecoderStep(torch.nn.Module):
         top_p: Tensor,
         seed: Tensor,
         next_positions: Tensor,
+        min_p: Tensor,
+        num_logprobs: Tensor,
+        num_adjusted: Tensor,
+        adjusted_tokens: Tensor,
+        adjustments: Tensor,
         key_states: dict[int, Tensor],
         value_states: dict[int, Tensor],
         index_states: dict[int, Tensor],
         conv_states: dict[str, Tensor],
         recurrent_states: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """From token ids ``[tokens]`` to each row's next token.
 
         States are given by layer: keys and values of those that attend, then the others.
 
         Returns:
-            The tokens ``[rows, 1]``, chosen by `sample`, and float32 logits ``[rows, vocab_size]``.
+            The tokens ``[rows, 1]``, chosen by `sample_with_options`, float32 logits
+            ``[rows, vocab_size]``, and the other outputs of `sample_with_options`.
         """
         recurrent = {
             f"{part}_{name}": state
@@ -442,7 +448,20 @@ class DecoderStep(torch.nn.Module):
         if not self.selects_logits:  # the model ignores logits_to_keep
             logits = logits.index_select(0, last_tokens)
         logits = logits.float()
-        return sample(logits, temperature, top_k, top_p, seed, next_positions), logits
+        token, *logprobs = sample_with_options(
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            next_positions,
+            min_p,
+            num_logprobs,
+            num_adjusted,
+            adjusted_tokens,
+            adjustments,
+        )
+        return token, logits, *logprobs
 
 
 def _export_step(step: DecoderStep, examples: StepExamples) -> tuple[ExportedProgram, bool]:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from inplace.operators import sample
-from inplace.schema.specs import SAMPLING_ROLES, Dtype, Role, StateSpec
+from inplace.operators import sample_with_options
+from inplace.schema.specs import Dtype, Role, StateSpec
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -26,6 +26,7 @@ from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.capture.decoder import (
     INPUT_NAMES,
+    SAMPLING_INPUTS,
     TOKEN_IDS,
     DecoderOptions,
     StepExamples,
@@ -228,12 +229,13 @@ class _PackedStep(torch.nn.Module):
         super().__init__()
         self.body = InterpretedModule(body)
 
-    def forward(self, inputs: dict[str, Tensor], states: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """From `INPUT_NAMES` and states to each row's next token and scores."""
+    def forward(self, inputs: dict[str, Tensor], states: list[Tensor]) -> tuple[Tensor, ...]:
+        """From `INPUT_NAMES` and states to each row's next token, scores and log-probabilities."""
         ids = inputs[TOKEN_IDS].index_select(0, inputs[Role.LAST_TOKENS]).unsqueeze(1)
         positions = inputs[Role.WRITE_INDICES].to(torch.int64)
         (logits,) = self.body(ids, positions, inputs[Role.SLOTS], *states)
-        return sample(logits, *(inputs[role] for role in SAMPLING_ROLES)), logits
+        token, *logprobs = sample_with_options(logits, *(inputs[role] for role in SAMPLING_INPUTS))
+        return token, logits, *logprobs
 
 
 def _export(

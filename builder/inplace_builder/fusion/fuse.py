@@ -9,13 +9,16 @@ local and keeps what is computed; only roundings between the fused operators dis
 ``without_sampling`` replaces sampling by argmax for mechanisms that have no kernel for it.
 """
 
+import itertools
 import operator
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from inplace.schema.served import Program
-from inplace.schema.specs import SAMPLING_ROLES, TensorSpec
-from torch.fx import Node
+from inplace.schema.specs import LOGPROB_ROLES, SAMPLING_OPTION_ROLES, SAMPLING_ROLES, TensorSpec
+from torch.export.graph_signature import OutputKind
+from torch.fx import Graph, Node
 
 from inplace_builder.fusion.attention import AttentionRewriter
 from inplace_builder.fusion.patterns import (
@@ -374,13 +377,19 @@ def without_sampling(exported: AnyProgram, program: Program) -> tuple[GraphProgr
     """
     greedy = GraphProgram.copy_of(exported)
     graph = greedy.graph
+    kept = [spec.role not in LOGPROB_ROLES for spec in program.outputs]
+    _drop_outputs(greedy, kept)
     for node in graph.find_nodes(op="call_function", target=inplace.sample.default):
-        with graph.inserting_before(node):
-            largest = graph.call_function(aten.argmax.default, (node.args[0], -1, True))
-        largest.meta.update(node.meta)
-        node.replace_all_uses_with(largest)
+        _replace_by_argmax(graph, node, node.args[0])
+    for node in graph.find_nodes(op="call_function", target=inplace.sample.options):
+        for part in list(node.users):
+            if part.args[1] == 0:
+                _replace_by_argmax(graph, part, node.args[0])
+            else:
+                graph.erase_node(part)
         graph.erase_node(node)
-    removed = {spec.name for spec in program.inputs if spec.role in SAMPLING_ROLES}
+    roles = {*SAMPLING_ROLES, *SAMPLING_OPTION_ROLES}
+    removed = {spec.name for spec in program.inputs if spec.role in roles}
     for node in graph.find_nodes(op="placeholder"):
         if node.name in removed:
             graph.erase_node(node)
@@ -391,10 +400,36 @@ def without_sampling(exported: AnyProgram, program: Program) -> tuple[GraphProgr
     description = program.model_copy(
         update={
             "inputs": tuple(spec for spec in program.inputs if spec.name not in removed),
-            "outputs": tuple(_greedy_output(spec) for spec in program.outputs),
+            "outputs": tuple(
+                _greedy_output(spec) for spec in itertools.compress(program.outputs, kept)
+            ),
         }
     )
     return greedy, description
+
+
+def _drop_outputs(exported: GraphProgram, kept: Sequence[bool]) -> None:
+    """Drop the outputs that are not kept."""
+    if all(kept):
+        return
+    signature, output = exported.graph_signature, exported.graph.output_node()
+    is_kept = iter(kept)
+    keeps = [
+        spec.kind is not OutputKind.USER_OUTPUT or next(is_kept) for spec in signature.output_specs
+    ]
+    signature.output_specs = list(itertools.compress(signature.output_specs, keeps))
+    returned = output.args[0]
+    assert isinstance(returned, Sequence)
+    output.args = (tuple(itertools.compress(returned, keeps)),)
+
+
+def _replace_by_argmax(graph: Graph, node: Node, scores: Node) -> None:
+    """Replace what a node samples by the index of the largest score."""
+    with graph.inserting_before(node):
+        largest = graph.call_function(aten.argmax.default, (scores, -1, True))
+    largest.meta.update(node.meta)
+    node.replace_all_uses_with(largest)
+    graph.erase_node(node)
 
 
 def _greedy_output(spec: TensorSpec) -> TensorSpec:

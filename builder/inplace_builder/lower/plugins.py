@@ -21,6 +21,7 @@ from inplace.plugins import (
     Operation,
     RmsNormOperation,
     SampleOperation,
+    SampleOptionsOperation,
     SelectiveScanOperation,
     UpdateOperation,
     plugins,
@@ -188,6 +189,12 @@ def _argmax(ctx: Network, scores: ITensor) -> ITensor:
 def _sample(ctx: Network, scores: ITensor, *parameters: ITensor) -> ITensor:
     """Each row's next token, by its own temperature, top-k, top-p and seed."""
     return _add(ctx, SampleOperation(max_rows=MAX_ROWS), [scores, *parameters])[0]
+
+
+@converter(inplace.sample.options)
+def _sample_options(ctx: Network, scores: ITensor, *parameters: ITensor) -> list[ITensor]:
+    """Each row's next token, by its options too, and log-probabilities."""
+    return _add(ctx, SampleOptionsOperation(max_rows=MAX_ROWS), [scores, *parameters])
 
 
 @state_converter(inplace.attention.default, "plugin")

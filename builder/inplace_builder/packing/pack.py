@@ -6,11 +6,12 @@ rewritten so because it is proved (`inplace_builder.packing.prove`) that attenti
 on the position of the one sequence takes each token's own position.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from inplace.schema.specs import Role
+from inplace.schema.specs import SAMPLING_OPTION_ROLES, SAMPLING_ROLES, Role
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -36,8 +37,8 @@ def pack_rows(
         rings: for each layer whether its states are rings.
 
     Returns:
-        A module of the inputs and the states that returns each row's next token ``[rows, 1]`` and
-        scores ``[rows, vocab_size]``.
+        A module of the inputs and the states that returns each row's next token ``[rows, 1]``,
+        scores ``[rows, vocab_size]`` and the log-probabilities of `sample_with_options`.
     """
     graph = decoder.module.graph
     old = [node for node in graph.nodes if node.op == "placeholder"]
@@ -215,11 +216,14 @@ class _Packing:
             for _ in range(axis):
                 scores = self.graph.call_function(aten.select.int, (scores, 0, 0))
             scores = self.graph.call_function(aten.to.dtype, (scores, torch.float32))
-            roles = (Role.TEMPERATURE, Role.TOP_K, Role.TOP_P, Role.SEED, Role.NEXT_POSITIONS)
-            token = self.graph.call_function(
-                inplace.sample.default, (scores, *(self.inputs[role.value] for role in roles))
+            roles = (*SAMPLING_ROLES, *SAMPLING_OPTION_ROLES)
+            sampled = self.graph.call_function(
+                inplace.sample.options, (scores, *(self.inputs[role.value] for role in roles))
             )
-        output.args = ((token, scores),)
+            token, *logprobs = (
+                self.graph.call_function(operator.getitem, (sampled, index)) for index in range(4)
+            )
+        output.args = ((token, scores, *logprobs),)
 
     def _select_last_tokens(self, source: Node) -> Node:
         index = [None] * self.axis_of[source] + [self.inputs[Role.LAST_TOKENS.value]]

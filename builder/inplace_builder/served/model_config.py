@@ -185,9 +185,9 @@ def model_config(
     )
 
 
-def proxy_config(name: str, text: TextSettings) -> ModelConfig:
+def proxy_config(name: str, text: TextSettings, *, has_logprobs: bool) -> ModelConfig:
     """The configuration of a stream model's generate proxy: generations without sequences."""
-    tensors = proxy_tensors(has_tokenizer=text.has_tokenizer)
+    tensors = proxy_tensors(has_tokenizer=text.has_tokenizer, has_logprobs=has_logprobs)
     return ModelConfig(
         name=name,
         max_batch_size=1,  # so that tensors have the stream model's shapes and are forwarded as is

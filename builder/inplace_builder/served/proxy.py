@@ -37,10 +37,12 @@ def write_proxy(draft: Path, manifest: Manifest, text: TextSettings) -> None:
     record = ProxyFile(
         model=manifest.name,
         has_tokenizer=text.has_tokenizer,
+        has_logprobs=manifest.interface.max_adjusted > 0,
         max_requests=manifest.slots + MAX_WAITING,
     )
     record.save(draft / MODEL_VERSION)
-    (draft / "config.pbtxt").write_text(proxy_config(manifest.name + SUFFIX, text).text())
+    config = proxy_config(manifest.name + SUFFIX, text, has_logprobs=record.has_logprobs)
+    (draft / "config.pbtxt").write_text(config.text())
 
 
 def remove_proxy(model: Path) -> None:

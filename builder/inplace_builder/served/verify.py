@@ -10,16 +10,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from inplace.operators import sample
+from inplace.operators import sample, sample_with_options
 from inplace.parameters import Parameter
+from inplace.protocol import LOGIT_BIAS, LOGPROBS
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.requests import Request
+from inplace.runtime.sampling import option_values
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import STEP
 from inplace.schema.served import Manifest, Program
-from inplace.schema.specs import Role, StateSpec, TensorSpec, Update
+from inplace.schema.specs import (
+    LOGPROB_ROLES,
+    SAMPLING_OPTION_ROLES,
+    SAMPLING_ROLES,
+    Role,
+    StateSpec,
+    TensorSpec,
+    Update,
+)
 from torch import Tensor
 
 from inplace_builder.capture.capture import Capture, Reference
@@ -49,6 +59,14 @@ SAMPLING: tuple[Mapping[str, Parameter], ...] = (
     {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5},
 )
 """Sampling parameters of each sequence: greedy, from all scores, from few of them."""
+
+
+OPTIONS: tuple[Mapping[str, Parameter], ...] = (
+    {LOGPROBS: 1, "repetition_penalty": 1.7},
+    {LOGPROBS: 0, "min_p": 0.1, LOGIT_BIAS: "0:-50,1:3"},
+    {},
+)
+"""Sampling options of each sequence, where the program has them."""
 
 
 SPARE_SLOTS = 2
@@ -143,7 +161,9 @@ def _rounds(manifest: Manifest, reach: int) -> Iterator[tuple[list[Request], boo
             inputs = {
                 spec.name: random_input(spec, tokens, generator) for spec in program.client_inputs
             }
-            sampling = SAMPLING[sequence] if program.vocab_size else {}
+            sampling = dict(SAMPLING[sequence] if program.vocab_size else {})
+            if program.max_adjusted:
+                sampling |= OPTIONS[sequence]
             requests.append(
                 Request(
                     sequence + 1,
@@ -255,8 +275,10 @@ class _OutputComparison:
     """
 
     def __init__(self, capture: Capture, manifest: Manifest) -> None:
-        self._capture, self._outputs = capture, manifest.program(STEP).outputs
-        self._tolerance = TOLERANCE.get(manifest.program(STEP).engine.dtype, 0.0)
+        self._program = program = manifest.program(STEP)
+        self._capture, self._inputs, self._outputs = capture, program.inputs, program.outputs
+        self._sampled = next((each for each in self._outputs if each.sampled_from), None)
+        self._tolerance = TOLERANCE.get(program.engine.dtype, 0.0)
         self._history: dict[int | str, list[Mapping[str, Tensor]]] = {}
         self._float32_reference: Reference | None = None
         self.max_error = 0.0
@@ -274,8 +296,16 @@ class _OutputComparison:
         """
         sequence = request.request.sequence_id
         history = self._history[sequence]
-        expected_outputs = self._capture.reference(history)
+        expected_outputs = dict(self._capture.reference(history))
+        sampled: dict[str, Tensor] = {}
+        if self._sampled is not None:
+            # sampled tokens are compared with what the engine's own scores give: the scores
+            # themselves are compared with the model's
+            sampled = self._sampled_outputs(request)
+            expected_outputs |= {name: value[0] for name, value in sampled.items()}
         for spec in self._outputs:
+            if spec.role in LOGPROB_ROLES and spec.name not in request.outputs:
+                continue  # this request does not ask for it
             output, expected = request.outputs[spec.name][0], expected_outputs[spec.name]
             where = (
                 f"output {spec.name} of sequence {sequence} after {request.sequence.length} tokens"
@@ -285,16 +315,43 @@ class _OutputComparison:
                     f"{where} has the shape {tuple(output.shape)}, "
                     f"the model's is {tuple(expected.shape)}"
                 )
-            # tokens are compared with what the engine's own scores give: the scores themselves
-            # are compared with the model's
-            if spec.sampled_from is not None:
-                expected = _sampled(request, request.outputs[spec.sampled_from])
             if spec.argmax_of is not None:
                 expected = request.outputs[spec.argmax_of][0].argmax(-1, keepdim=True)
-            if output.dtype.is_floating_point:
+            if spec.name in sampled:
+                if not same_bits(output, expected):
+                    raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
+            elif output.dtype.is_floating_point:
                 self._check_close(where, output, expected, spec.name, history)
             elif not torch.equal(output, expected):
                 raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
+
+    def _sampled_outputs(self, request: ActiveRequest) -> dict[str, Tensor]:
+        """What the sampling operator returns on the CPU for the engine's own scores, by output."""
+        assert self._sampled is not None
+        scores = request.outputs[self._sampled.sampled_from or ""]
+        params, length = request.sampling_params, request.sequence.length
+        arguments = [
+            torch.tensor(
+                [length if spec.role is Role.NEXT_POSITIONS else getattr(params, spec.role)],
+                dtype=spec.dtype.as_torch,
+            )
+            for role in SAMPLING_ROLES
+            for spec in self._inputs
+            if spec.role is role
+        ]
+        if not self._program.max_adjusted:
+            return {self._sampled.name: sample(scores, *arguments)}
+        arguments += [
+            option_values(spec, [params], [request.adjustments])
+            for role in SAMPLING_OPTION_ROLES
+            for spec in self._inputs
+            if spec.role is role
+        ]
+        tokens, *logprobs = sample_with_options(scores, *arguments)
+        outputs = dict(zip(LOGPROB_ROLES, logprobs, strict=True))
+        return {self._sampled.name: tokens} | {
+            name: request.own_output(name, outputs[Role(name)]) for name in params.outputs
+        }
 
     def _check_close(
         self,
@@ -325,16 +382,3 @@ class _OutputComparison:
             assert self._capture.float32_reference is not None
             self._float32_reference = self._capture.float32_reference()
         return self._float32_reference(history)
-
-
-def _sampled(request: ActiveRequest, scores: Tensor) -> Tensor:
-    """The token that the sampling operator chooses on the CPU from the engine's own scores."""
-    sampling = request.sampling_params
-    return sample(
-        scores,
-        torch.tensor([sampling.temperature]),
-        torch.tensor([sampling.top_k], dtype=torch.int32),
-        torch.tensor([sampling.top_p]),
-        torch.tensor([sampling.seed]),
-        torch.tensor([request.sequence.length], dtype=torch.int32),
-    )[0]

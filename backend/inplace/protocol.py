@@ -54,6 +54,11 @@ NUM_GENERATED = "num_generated"
 """The parameter that says how many of the last tokens count as generated."""
 
 
+WINDOW_SAMPLES, CHUNK_SAMPLES = "window_samples", "chunk_samples"
+"""Parameters of config.pbtxt of a speech model, which has one of them, with `SAMPLE_RATE`: the most
+samples of a request that is a window of its own, or the samples of a stream's chunk."""
+
+
 INPUT_IDS, TEXT, STOP = "input_ids", "text", "stop"
 """Inputs of a language model."""
 

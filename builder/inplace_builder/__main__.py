@@ -371,6 +371,56 @@ def chat(
                 console.print()
 
 
+@app.command()
+def transcribe(
+    server: Annotated[str, typer.Argument(help="host:port of the server's gRPC endpoint.")],
+    model: Annotated[str, typer.Argument(help="The name of a served speech model.")],
+    recording: Annotated[
+        Path, typer.Argument(help="A WAV, FLAC, Ogg or MP3 file with the model's sample rate.")
+    ],
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Send the audio at the pace of its recording.")
+    ] = False,
+    part_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Most seconds of audio in a request; default: a whole window, 5 with --realtime, "
+            "a chunk of a model that streams.",
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="The code of the language; default: the model detects it.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="transcribe or translate, where the model has a choice.")
+    ] = None,
+) -> None:
+    """Send a recording to a served speech model and print its words as they come."""
+    with _errors("transcribe", "speech"):
+        from inplace.client import Client, Sequence
+        from tritonclient.grpc import InferenceServerClient
+        from tritonclient.utils import InferenceServerException
+
+        from inplace_builder.tools.transcribe import AudioFormat, cut, read_recording, words
+
+        try:
+            with InferenceServerClient(server) as connection:
+                takes = AudioFormat.of(connection, model)
+        except InferenceServerException as error:
+            raise InplaceError(
+                f"{server} does not serve {model}: {error}; start a server with `inplace serve`"
+            ) from None
+        samples = read_recording(recording, takes.rate)
+        parts = cut(samples, takes, takes.part_samples(part_seconds, realtime=realtime))
+        given = {"language": language, "task": task}
+        options = {name: value for name, value in given.items() if value is not None}
+        with Client(server) as client, Sequence(client, model) as sequence:
+            for piece in words(sequence, parts, takes.rate, options, realtime=realtime):
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+
+
 def _typed_turns() -> Iterator[str]:
     """Read turns at the prompt until an empty line or the end of input."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from inplace.errors import LoadError
-from inplace.protocol import POSITIONS
+from inplace.protocol import CHUNK_SAMPLES, POSITIONS, SAMPLE_RATE, WINDOW_SAMPLES
 
 if TYPE_CHECKING:
     from inplace.schema.served import Manifest
@@ -65,6 +65,9 @@ PARAMETERS = (
     LOOP_CALLS,
     FORWARDED_HEADERS,
     POSITIONS,
+    SAMPLE_RATE,
+    WINDOW_SAMPLES,
+    CHUNK_SAMPLES,
 )
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from google.protobuf import text_format
 from inplace.drivers.detokenizer import TOKENIZER_NAME
-from inplace.protocol import POSITIONS, REQUESTS
+from inplace.protocol import CHUNK_SAMPLES, POSITIONS, REQUESTS, SAMPLE_RATE, WINDOW_SAMPLES
+from inplace.runtime.audio import audio_spec
 from inplace.schema.served import Manifest
 from inplace.server.model_config import ServerTensor, model_tensors, proxy_tensors
 from inplace.server.settings import EOS, GENERATE_PROXY, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
@@ -156,6 +157,10 @@ def model_config(
     parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:.15g}"}
     if manifest.is_scheduled:
         parameters[POSITIONS] = REQUESTS
+    if (audio := audio_spec(program)) is not None:
+        parameters[SAMPLE_RATE] = str(audio.sample_rate)
+        extent = WINDOW_SAMPLES if audio.lead is None else CHUNK_SAMPLES
+        parameters[extent] = str(audio.shape[0])
     if text is not None:
         parameters[QUEUE] = str(MAX_WAITING)
         if text.eos_token_ids:

@@ -1,0 +1,112 @@
+"""Whisper as a stream on a real tritonserver: clients at once, and the command `transcribe`."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from inplace.client import Client, RefusedError, Sequence
+from inplace_builder import BuildOptions, build_model
+from inplace_builder.__main__ import app
+from inplace_builder.tools.tritonserver import TritonServer
+from support.pool import Deployment, ServerPool
+from support.whisper import RATE, SECONDS, audio, generated, save_whisper, whisper_tokenizer
+from transformers import WhisperForConditionalGeneration
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.server
+
+MODEL, CLIENTS = "whisper", 3
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("source")
+
+
+@pytest.fixture(scope="module")
+def model(source: Path) -> WhisperForConditionalGeneration:
+    return save_whisper(source)
+
+
+@pytest.fixture(scope="module")
+def server(
+    pool: ServerPool,
+    source: Path,
+    model: WhisperForConditionalGeneration,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("whisper") / MODEL
+    build_model(source, folder, BuildOptions(slots=CLIENTS, max_rows=CLIENTS, serve="stream"))
+    with pool.serve(Deployment(folder)) as running:
+        yield running
+
+
+def test_clients_at_once_get_the_tokens_of_generate(
+    server: TritonServer, model: WhisperForConditionalGeneration
+) -> None:
+    together = threading.Barrier(CLIENTS)
+    options = {"sample_rate": RATE, "timestamps": True}
+
+    def transcribed(number: int) -> list[list[int]]:
+        results = []
+        with Client(server.grpc_url) as client, Sequence(client, MODEL) as sequence:
+            for window in range(3):
+                together.wait(60)
+                samples = audio(number + CLIENTS * window)
+                outputs = sequence.step({"audio": samples}, parameters=options)
+                results.append(outputs["tokens"].reshape(-1).tolist())
+        return results
+
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        results = list(threads.map(transcribed, range(CLIENTS)))
+    for number, windows in enumerate(results):
+        for window, tokens in enumerate(windows):
+            samples = audio(number + CLIENTS * window)
+            assert tokens == generated(model, samples, {"timestamps": True})
+
+
+def test_tokens_and_text_come_one_after_the_other(server: TritonServer) -> None:
+    with Client(server.grpc_url) as client, Sequence(client, MODEL) as sequence:
+        given = {"audio_int16": (audio(0) * 32767).astype(np.int16)}
+        responses = list(sequence.stream(given, parameters={"sample_rate": RATE, "language": "de"}))
+    assert len(responses) > 3
+    assert [bool(each["finish_reason"][0]) for each in responses] == [
+        *[False] * (len(responses) - 1),
+        True,
+    ]
+    tokens = [token for each in responses for token in each["tokens"].tolist()]
+    first = whisper_tokenizer().convert_tokens_to_ids("<|0.00|>")
+    text = "".join(each["text_output"][0].decode() for each in responses)
+    assert whisper_tokenizer().decode([token for token in tokens if token < first]).startswith(text)
+
+
+def test_audio_that_does_not_fit_is_refused_by_the_server(server: TritonServer) -> None:
+    with Client(server.grpc_url) as client, Sequence(client, MODEL) as sequence:
+        for samples, rate, text in (
+            (audio(0), 44100, "takes 16000: resample it"),
+            (audio(0, SECONDS + 0.5), RATE, "more than the 16000"),
+            (np.full(100, np.nan, np.float32), RATE, "from nan to nan"),
+        ):
+            with pytest.raises(RefusedError, match=text):
+                sequence.step({"audio": samples}, parameters={"sample_rate": rate})
+
+
+def test_the_command_prints_the_words_of_a_recording(
+    server: TritonServer, model: WhisperForConditionalGeneration, tmp_path: Path
+) -> None:
+    path = tmp_path / "recording.wav"
+    samples = audio(4)
+    soundfile.write(path, samples, RATE, subtype="FLOAT")
+    command = ["transcribe", server.grpc_url, MODEL, str(path), "--language", "fr"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    tokens = generated(model, samples, {"language": "fr"})
+    first = whisper_tokenizer().convert_tokens_to_ids("<|0.00|>")
+    text = whisper_tokenizer().decode([token for token in tokens if token < first])
+    assert result.output.strip("\n") == text
+    wrong = CliRunner().invoke(app, ["transcribe", server.grpc_url, "other", str(path)])
+    assert wrong.exit_code == 1

@@ -230,6 +230,20 @@ def both_ways() -> nn.Module:
     return streaming(Of(lambda x: lstm(x)[0]))
 
 
+class Sparse(nn.Module):
+    weights: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.eye(4).to_sparse())
+        self.register_buffer("total", torch.zeros(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(torch.sparse.mm(self.weights, x.mT))
+        return self.total * 1
+
+
 def branching_on_an_index(x: Tensor) -> Any:
     place = (x.sum() * 9).long().reshape(1)
     return torch.cond(
@@ -273,6 +287,8 @@ def branching_on_an_index(x: Tensor) -> Any:
             lambda: streaming(Of(branching_on_an_index)),
             r"torch.cond at .*row_cases.py.*index_select.*may index outside .*clamp the index",
         ),
+        (lambda: streaming(nn.LazyLinear(4)), r"lazy parameters.*: call it once before"),
+        (Sparse, r"weights of the module is torch.sparse_coo: .*keep weights.to_dense\(\)"),
         (lambda: streaming(Of(lambda x: (x * 2, 3))), r"output 1 of the module is 3, .*tensors"),
         (lambda: streaming(Of(lambda x: None)), r"returns no tensor: .*return at least one"),
         (

@@ -1,6 +1,5 @@
 """Step a module's rows beside the module itself, one of it for each sequence."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -28,12 +27,10 @@ def check_rows(case: RowCase, folder: Path) -> Capture:
     Returns:
         The capture.
     """
-    torch.manual_seed(0)
-    module = case.module()
-    own = [(deepcopy(module), case.states()) for _ in range(ROWS)]
+    own = [(_module(case), case.states()) for _ in range(ROWS)]
     with torch.no_grad():
         capture = capture_exported_rows(
-            module,
+            _module(case),
             RowOptions(ROWS + 1, **case.options),
             (case.input(0, 0), *case.states()),
             **case.capture,
@@ -80,9 +77,7 @@ def check_network(capture: Capture, case: RowCase, tensorrt: TensorRT) -> None:
         kinds={record.state: record.kind for record in records},
         tensorrt=tensorrt,
     )
-    torch.manual_seed(0)
-    module = case.module()
-    own = [(deepcopy(module), case.states()) for _ in range(ROWS)]
+    own = [(_module(case), case.states()) for _ in range(ROWS)]
     memory = {state.name: _fresh(capture, state) for state in capture.states}
     steps = [0] * ROWS
     for step in range(STEPS // 2):
@@ -102,6 +97,12 @@ def check_network(capture: Capture, case: RowCase, tensorrt: TensorRT) -> None:
                 actual = outputs[spec.name][index].reshape(tensor.shape)
                 torch.testing.assert_close(actual, tensor, rtol=1e-4, atol=1e-5)
             steps[row] += 1
+
+
+def _module(case: RowCase) -> nn.Module:
+    """The module of a case, with the same weights each time and no copy: hooks refer to it."""
+    torch.manual_seed(0)
+    return case.module()
 
 
 def _fresh(capture: Capture, state: StateSpec) -> Tensor:

@@ -115,24 +115,41 @@ class Cache:
 
 
 class Objects(nn.Module):
-    """States in objects, in a queue and in a private attribute; copies between types."""
-
-    counts: Tensor
+    """States in objects, in a queue and in a private attribute."""
 
     def __init__(self) -> None:
         super().__init__()
         self.caches = [Cache(), Cache()]
         self.queue = deque([torch.zeros(1, 4)] * 2, maxlen=2)
         self._total = torch.zeros(1, 4)
-        self.register_buffer("counts", torch.zeros(1, 4, dtype=torch.int16))
 
     def forward(self, x: Tensor) -> Any:
-        self.counts.copy_(x * 100)
-        self._total = self._total + self.counts
+        self._total = self._total + x
         for cache in self.caches:
             x = x + cache.put(x)
         self.queue.append(x)
         return torch.stack(list(self.queue)).sum(0), None, self._total * 1
+
+
+class Buffers(nn.Module):
+    """A hook that refers to the module, copies between types, and an old value that is returned."""
+
+    counts: Tensor
+    hidden: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(1, 4, dtype=torch.int16))
+        self.register_buffer("hidden", torch.zeros(1, 4))
+        self.layer = nn.Linear(4, 4)
+        self.layer.register_forward_hook(lambda layer, given, out: out + self.hidden)
+
+    def forward(self, x: Tensor) -> Any:
+        self.counts.data.copy_(x * 100)
+        self.counts[:, x[0] > 1] = 7
+        old = self.hidden
+        self.hidden = torch.tanh(self.layer(x))
+        return old, self.counts + 0
 
 
 def _with(step: Step, *shape: int) -> Callable[[], nn.Module]:
@@ -146,5 +163,6 @@ VALUE_CASES = [
     RowCase("order", _with(order, 1, 5, 4), (1, 4)),
     RowCase("memory", _with(memory, 1, 4, 6), (1, 4)),
     RowCase("objects", Objects, (1, 4)),
+    RowCase("buffers", Buffers, (1, 4)),
 ]
 """Each is compared with eager PyTorch."""

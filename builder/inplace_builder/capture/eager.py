@@ -1,33 +1,45 @@
 """A user's module as PyTorch runs it, the reference of an engine with rows of it."""
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
+from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.states.adapt import attributes_of, holder_of
 
 
 class EagerModule:
     """A module that can be called for one sequence after the other, each from its first request.
 
+    It is the user's module itself and no copy: hooks and functions that it keeps may refer to it.
+    Its buffers and attributes are as they were after each sequence.
+
     Args:
-        module: the module, which writes its states in place.
+        module: the module.
         arguments: ``(args, kwargs)`` of a call. A state among them begins with its value there.
         places: the place of each input among the leaves of the arguments, by its name.
-
-    Raises:
-        BuildError: the module cannot be copied.
+        pairs: the place of the new value of a state among what the module returns, by the place of
+            the state among the leaves of the arguments.
     """
 
-    def __init__(self, module: torch.nn.Module, arguments: Any, places: Mapping[str, int]) -> None:
-        self._leaves, self._structure = pytree.tree_flatten(arguments)
-        self._places = places
-        self._fresh = _copied((module, self._leaves))
+    def __init__(
+        self,
+        module: nn.Module,
+        arguments: Any,
+        places: Mapping[str, int],
+        pairs: Mapping[int, int],
+    ) -> None:
+        leaves, self._structure = pytree.tree_flatten(arguments)
+        self._leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        self._module, self._places, self._pairs = module, places, pairs
+        self._fresh = _Values(module)
 
     def run(self, requests: Sequence[Mapping[str, Tensor]]) -> list[Any]:
         """Call the module for the requests of one sequence.
@@ -36,50 +48,83 @@ class EagerModule:
             requests: the inputs of each request, in the module's own shapes.
 
         Returns:
-            The leaves of what the last call returned.
+            The leaves of what the last call returned, without new values of states.
 
         Raises:
             BuildError: the module fails.
         """
-        module, leaves = _copied(self._fresh)
-        returned: Any = None
-        for index, request in enumerate(requests):
-            for name, given in request.items():
-                leaves[self._places[name]] = given
-            args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-            try:
-                with torch.no_grad():
-                    returned = module(*args, **kwargs)
-            except Exception as error:  # whatever a user's module raises
+        leaves, returned = deepcopy(self._leaves), list[Any]()
+        with self._fresh.kept():
+            for index, request in enumerate(requests):
+                for name, given in request.items():
+                    leaves[self._places[name]] = given.clone()  # a module may write its inputs
+                args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+                try:
+                    with torch.no_grad():
+                        returned = pytree.tree_leaves(self._module(*args, **kwargs))
+                except Exception as error:  # whatever a user's module raises
+                    raise BuildError(
+                        f"the module itself fails at request {index + 1} of a sequence: "
+                        f"{brief(error)}"
+                    ) from error
+                for place, of in self._pairs.items():
+                    leaves[place] = returned[of]
+            if any(isinstance(result, FakeTensor) for result in returned):
                 raise BuildError(
-                    f"the module itself fails at request {index + 1} of a sequence: {brief(error)}"
-                ) from error
-        results = pytree.tree_leaves(returned)
-        if any(isinstance(result, FakeTensor) for result in results):
-            raise BuildError(
-                "the module keeps a tensor outside itself, in a closure or a global variable: keep "
-                "it in a buffer (register_buffer)"
-            )
-        return results
+                    "the module keeps a tensor outside itself, in a closure or a global variable: "
+                    "keep it in a buffer (register_buffer)"
+                )
+            states = set(self._pairs.values())
+            kept = [leaf for place, leaf in enumerate(returned) if place not in states]
+            return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in kept]
 
 
-def _copied(of: Any) -> Any:
-    """A copy of a module and tensors, over the same parameters.
+class _Values:
+    """The values of a module's buffers and of its attributes with tensors."""
 
-    Tensors that autograd computed, such as the weights that `torch.nn.utils.weight_norm` keeps, are
-    copied without their history.
-    """
-    memo: dict[int, Any] = {}
-    for module in [each for each in pytree.tree_leaves(of) if isinstance(each, torch.nn.Module)]:
-        memo |= {id(parameter): parameter for parameter in module.parameters()}
-        for part in module.modules():
-            for value in vars(part).values():
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach().clone()
-    try:
-        return copy.deepcopy(of, memo)
-    except Exception as error:  # whatever a user's module raises
-        raise BuildError(
-            f"the module cannot be copied, which verification needs to call it for several "
-            f"sequences: {brief(error)}"
-        ) from error
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._buffers = [
+            (part, name, _Tensor(buffer))
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        self._attributes: dict[str, tuple[list[Any], pytree.TreeSpec]] = {}
+        for path, value in attributes_of(module).items():
+            leaves, structure = pytree.tree_flatten(value)
+            if any(isinstance(leaf, Tensor) for leaf in leaves):
+                kept = [_Tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                self._attributes[path] = (kept, structure)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Give the module these values, and again when the context ends."""
+        self._restore()
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        for part, name, buffer in self._buffers:
+            part._buffers[name] = buffer.restored()
+        for path, (kept, structure) in self._attributes.items():
+            prefix, _, name = path.rpartition(".")
+            leaves = [each.restored() if isinstance(each, _Tensor) else each for each in kept]
+            value = pytree.tree_unflatten(leaves, structure)
+            vars(holder_of(self._module, prefix))[name] = value
+
+
+class _Tensor:
+    """A tensor, and the value that it had."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._value = tensor, tensor.detach().clone()
+
+    def restored(self) -> Tensor:
+        """The tensor, with its value again if it was written, also by way of ``data``."""
+        if not same_bits(self._tensor.detach().reshape(-1), self._value.reshape(-1)):
+            with torch.no_grad():
+                self._tensor.copy_(self._value)
+        return self._tensor

@@ -1,6 +1,7 @@
 """The front-end for a user's own module: finds its states and matches how it updates them."""
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
+from inplace_builder.capture.eager import EagerModule
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.export import (
     InterpretedModule,
@@ -52,8 +54,7 @@ class ExportedCapture:
         original: the module as a function, before it was rewritten: takes the inputs and the states
             in their own shapes (parts of a tensor that was divided), returns the outputs and the
             states' new values.
-        eager: the module itself, with its states in its own memory.
-        places: the place of each input among the leaves of the module's arguments, by its name.
+        eager: makes the module itself, as PyTorch runs it.
         inputs: names of the placeholders before ``slots``.
         states: in the order of the placeholders, and how each is updated.
         rows: 1; more if every state's first axis counts rows and each row has its own position.
@@ -64,8 +65,7 @@ class ExportedCapture:
     exported: ExportedProgram
     graph_module: GraphModule
     original: GraphModule
-    eager: torch.nn.Module
-    places: Mapping[str, int]
+    eager: Callable[[], EagerModule]
     inputs: tuple[str, ...]
     states: tuple[CapturedState, ...]
     rows: int
@@ -129,8 +129,11 @@ def capture_exported(
         raise BuildError("example_inputs is one tensor, not a tuple of arguments: write (x,)")
     # 1. Export the module and make it a function: what it mutates goes in and comes out.
     module = getattr(module, "_orig_mod", module)  # what torch.compile was called with
+    own = module
+    pairs: Mapping[int, int] = {}
     if isinstance(module, torch.nn.Module):
-        module, states = adapt_states(module, example_inputs, kwargs, states)
+        adapted = adapt_states(module, example_inputs, kwargs, states)
+        module, states, pairs = adapted.module, adapted.states, adapted.pairs
     elif isinstance(states, Mapping):
         raise BuildError("states={input: output} needs the module itself, not its export")
     functional = lift_mutated_buffers(
@@ -172,7 +175,11 @@ def capture_exported(
     check_state_uses(functional.graph_module.graph, [state.name for state in captured])
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
-    eager = module.module() if isinstance(module, ExportedProgram) else module
+    arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
+    if isinstance(own, ExportedProgram):
+        own, arguments = own.module(), own.example_inputs
+    places = dict(zip(functional.inputs, functional.places, strict=True))
+    eager = functools.partial(EagerModule, own, arguments, places, pairs)
     return _described(exported, functional, original, eager, captured, rows)
 
 
@@ -226,7 +233,7 @@ def _described(
     exported: ExportedProgram,
     functional: FunctionalGraph,
     original: GraphModule,
-    eager: torch.nn.Module,
+    eager: Callable[[], EagerModule],
     states: tuple[CapturedState, ...],
     rows: int,
 ) -> ExportedCapture:
@@ -246,7 +253,6 @@ def _described(
         functional.graph_module,
         original,
         eager,
-        dict(zip(functional.inputs, functional.places, strict=True)),
         functional.inputs,
         states,
         rows,

@@ -178,10 +178,6 @@ def capture_rows(
     else:
         _check_positions(capture, options)
         capacity = options.max_requests
-    arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
-    if isinstance(module, ExportedProgram):
-        arguments = module.example_inputs
-    eager = EagerModule(capture.eager, arguments, capture.places)
     rows = RowsModule(capture, options)
     if shared is None and not rows.outputs:
         raise BuildError(
@@ -221,7 +217,7 @@ def capture_rows(
         capacity,
         weights,
         lowering,
-        functools.partial(rows.reference, eager),
+        functools.partial(rows.reference, capture.eager()),
         initial=initial,
         caveat=_CAVEAT,
     )

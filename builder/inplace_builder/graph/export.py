@@ -131,11 +131,27 @@ def _exported(
         masks_as_given(),
         warnings.catch_warnings(),
         named_extents(),
+        _without_hooks_after(),
     ):
         warnings.simplefilter("ignore")
         return torch.export.export(
             module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
         )
+
+
+@contextlib.contextmanager
+def _without_hooks_after() -> Iterator[None]:
+    """Remove the hook that torch.export leaves where it fails.
+
+    With it, every module of the process that assigns a buffer would fail.
+    """
+    hooks: Any = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in set(hooks) - before:
+            del hooks[key]
 
 
 def _asks_for_values(exported: ExportedProgram) -> bool:

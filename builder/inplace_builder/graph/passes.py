@@ -81,6 +81,29 @@ def cast_copies(exported: ExportedProgram) -> None:
     exported.graph_module.recompile()
 
 
+def keep_old_values(exported: ExportedProgram) -> None:
+    """Let a module that assigns a buffer anew return the old tensor as it was, in place.
+
+    torch.export copies the new value into the buffer at the end of the graph, although the old
+    tensor, or a view of it, may be what the module returns.
+    """
+    graph = exported.graph_module.graph
+    output = graph.output_node()
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        buffer, new = node.args[:2]
+        # torch.export gives its own copy the metadata of what it copies
+        if buffer.op != "placeholder" or node.meta.get("torch_fn") != new.meta.get("torch_fn"):
+            continue
+        for returned in [each for each in output.all_input_nodes if _viewed(each) is buffer]:
+            with Emitter(graph, returned).before(node) as emit:
+                old = emit.call(aten.clone.default, returned)
+            output.replace_input_with(returned, old)
+            for spec in exported.graph_signature.output_specs:
+                if spec.arg.name == returned.name:
+                    spec.arg.name = old.name
+    exported.graph_module.recompile()
+
+
 _INDEXED_ALONG_AN_AXIS = (
     aten.index_select.default,
     aten.index_copy.default,

@@ -146,7 +146,10 @@ def _without_ellipsis(items: Sequence[Any], axes: int) -> list[Any]:
 
 
 class ValueIndependent(TorchFunctionMode):
-    """Index and calculate with tensors instead of their values, and take quantiles so."""
+    """Index and calculate with tensors instead of their values, and take quantiles so.
+
+    ``x.data`` is the tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +165,8 @@ class ValueIndependent(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer a call of torch."""
+        if func in _DATA:  # what an export cannot follow
+            return _DATA[func](*args)
         name, result = getattr(func, "__name__", ""), None
         args, options = self._with_tensors(name, args, kwargs or {})
         if name in ("quantile", "nanquantile") and args and "out" not in options:
@@ -355,6 +360,12 @@ _BINDINGS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "narrow": lambda x, dim, start, length: (_at(x, dim, _Range(start, length)),),
 }
 """The key, and the value that is assigned, of the calls that are replaced."""
+
+_DATA: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: lambda x, new: x.copy_(new),  # type: ignore[attr-defined]
+}
+"""Reading and assigning ``x.data``, without gradients: the memory, and a copy into it."""
 
 _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,

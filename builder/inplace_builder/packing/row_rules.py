@@ -429,19 +429,20 @@ def _weighted_sum(x: Any, weights: Any) -> Any:
 def _index_put(
     x: Any, indices: Sequence[Any], new: Any, accumulate: bool = False, unsafe: bool = False
 ) -> Any:
-    """One value under a mask over the first axes: chosen, as the number of entries varies."""
-    mask = indices[0]
+    """One value under a mask over some axes: chosen, as the number of entries varies."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if (
-        len(indices) != 1
+        len(given) != 1
         or accumulate
-        or _dtype(mask) is not torch.bool
+        or _dtype(given[0][1]) is not torch.bool
         or isinstance(new, RowTensor)
         or new.numel() != 1
     ):
         return NotImplemented
+    axis, mask = given[0]
     rows = next(each for each in (x, mask) if isinstance(each, RowTensor)).rows.shape[0]
     whole = x.rows if isinstance(x, RowTensor) else x.expand(rows, *x.shape)
-    extents = (*mask.shape, *(1,) * (rank(x) - rank(mask)))
+    extents = (*(1,) * axis, *mask.shape, *(1,) * (rank(x) - axis - rank(mask)))
     if isinstance(mask, RowTensor):
         mask = mask.rows.reshape(rows, *extents)
     else:

@@ -103,7 +103,8 @@ def build(
             "alias belongs to TensorRT engines; the PyTorch engine has no choice of mechanism"
         )
     if isinstance(module, torch.nn.Module):
-        module, states = adapt_states(module, example_inputs, kwargs, states)
+        adapted = adapt_states(module, example_inputs, kwargs, states)
+        module, states = adapted.module, adapted.states
     exported = export_for(
         module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )

@@ -115,7 +115,7 @@ def serialize(
         LoadError: the TensorRT that was asked for is not installed.
     """
     if isinstance(module, torch.nn.Module):
-        module, _ = adapt_states(module, example_inputs, kwargs)
+        module = adapt_states(module, example_inputs, kwargs).module
     exported = export_for(
         module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
     )

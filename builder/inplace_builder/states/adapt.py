@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def adapt_states(
     example_inputs: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     states: States = "auto",
-) -> tuple[nn.Module, str | Collection[str]]:
+) -> "AdaptedModule":
     """A module that writes its states, made of one that returns them or has them as attributes.
 
     What was assumed is printed to stderr.
@@ -44,14 +45,16 @@ def adapt_states(
             the module writes nothing, inputs and outputs are matched by shape and type, the last
             ones first.
 
-    Returns:
-        The module, itself if there is nothing to adapt, and what remains of ``states``.
-
     Raises:
         BuildError: ``states`` names no input or no output, or the two differ in shape; an attribute
             that changes is no tensor of fixed shape.
     """
     try:
+        if any(nn.parameter.is_lazy(each) for each in [*module.parameters(), *module.buffers()]):
+            raise BuildError(
+                "the module has lazy parameters, whose extents are not known yet: call it once "
+                "before it is captured"
+            )
         call = _Call.of(module, example_inputs, kwargs)
     except BuildError:
         raise
@@ -60,7 +63,7 @@ def adapt_states(
             raise BuildError(
                 f"states: the module cannot be called with its example inputs: {brief(error)}"
             ) from error
-        return module, states
+        return AdaptedModule(module, states, {})
     if call.attributes:
         module = _with_buffers(module, call.attributes)
         for path in call.attributes:
@@ -81,7 +84,23 @@ def adapt_states(
         pairs = {}
     if pairs:
         module = _writing(module, pairs)
-    return module, "auto" if isinstance(states, Mapping) else states
+    return AdaptedModule(module, "auto" if isinstance(states, Mapping) else states, pairs)
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module that writes its states.
+
+    Attributes:
+        module: the module; the user's own if there was nothing to adapt.
+        states: what remains of the names of the states.
+        pairs: of states that are passed in and returned, the place of the new value among the
+            leaves of what the user's module returns, by the place among those of its arguments.
+    """
+
+    module: nn.Module
+    states: str | Collection[str]
+    pairs: Mapping[int, int]
 
 
 def _print(message: str) -> None:
@@ -120,7 +139,7 @@ class _Call:
         own += [*module.parameters(), *module.buffers()]
         buffers = dict(module.named_buffers())
         versions = [tensor._version for tensor in own]
-        before = {path: _snapshot(value) for path, value in _attributes(module).items()}
+        before = {path: _snapshot(value) for path, value in attributes_of(module).items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             self.returned = module(*args, **named)
         self.outputs = pytree.tree_leaves(self.returned)
@@ -131,7 +150,7 @@ class _Call:
         self.inputs = {
             place: leaf for place, leaf in enumerate(first) if isinstance(leaf[1], Tensor)
         }
-        after = _attributes(module)
+        after = attributes_of(module)
         _refuse_late(module_before, module, after)
         self.attributes = {
             path: value[0] for path, value in before.items() if _changed(path, *value, after)
@@ -166,7 +185,7 @@ MAX_DEPTH = 3
 """Objects, lists and dictionaries between a module and an attribute with a tensor."""
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module, its parts and their objects that hold tensors or numbers.
 
     Returns:
@@ -203,7 +222,7 @@ def _held(value: Any) -> list[tuple[str, Any]]:
     return list(getattr(value, "__dict__", {}).items())
 
 
-def _holder(module: nn.Module, path: str) -> Any:
+def holder_of(module: nn.Module, path: str) -> Any:
     """The object at a path, which an attribute belongs to; None if there is none."""
     holder: Any = module
     for name in path.split(".") if path else ():
@@ -219,7 +238,7 @@ def _refuse_late(before: nn.Module, after: nn.Module, attributes: Mapping[str, A
     """BuildError if an attribute holds a tensor only after the first step."""
     for path, value in attributes.items():
         prefix, _, name = path.rpartition(".")
-        holder = _holder(before, prefix)
+        holder = holder_of(before, prefix)
         old = getattr(holder, "__dict__", {}).get(name, _MISSING)
         if old is None or (old is not _MISSING and not pytree.tree_leaves(old)):
             raise BuildError(
@@ -291,7 +310,7 @@ def _with_buffers(module: nn.Module, attributes: Mapping[str, Any]) -> nn.Module
     containers: dict[str, tuple[str, list[str], Any]] = {}
     for path, value in attributes.items():
         prefix, _, name = path.rpartition(".")
-        part = _holder(copied, prefix)
+        part = holder_of(copied, prefix)
         if isinstance(value, Tensor) and isinstance(part, nn.Module):
             del part.__dict__[name]
             part.register_buffer(name, value, persistent=False)
@@ -311,7 +330,7 @@ def _with_buffers(module: nn.Module, attributes: Mapping[str, Any]) -> nn.Module
         kept: list[tuple[dict[str, Any], str, Any, list[Tensor]]] = []
         for path, (owner, names, spec) in containers.items():
             prefix, _, name = path.rpartition(".")
-            attributes = vars(_holder(self, prefix))
+            attributes = vars(holder_of(self, prefix))
             tensors = [self.get_submodule(owner).get_buffer(each) for each in names]
             kept.append((attributes, name, attributes[name], tensors))
             attributes[name] = pytree.tree_unflatten(tensors, spec)

@@ -38,7 +38,12 @@ from inplace_builder.graph.nodes import (
     source_line,
     value,
 )
-from inplace_builder.graph.passes import cast_copies, check_deterministic, check_writes
+from inplace_builder.graph.passes import (
+    cast_copies,
+    check_deterministic,
+    check_writes,
+    keep_old_values,
+)
 from inplace_builder.states.state import SLOTS, Owner, StateTensor
 
 aten = torch.ops.aten
@@ -110,6 +115,7 @@ def lift_mutated_buffers(
     merge_shared_buffers(exported)
     writers = find_first_writers(exported)
     check_writes(exported)
+    keep_old_values(exported)
     cast_copies(exported)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -331,6 +337,11 @@ def _input_tensors(exported: ExportedProgram) -> dict[Node, Tensor]:
         elif (target := _attribute_target(spec)) is not None:
             tensor = _attribute_tensor(exported, target)
             if isinstance(tensor, Tensor):
+                if tensor.layout is not torch.strided:
+                    raise BuildError(
+                        f"{target} of the module is {tensor.layout}: an engine keeps dense tensors "
+                        f"only; keep {target}.to_dense()"
+                    )
                 if spec.kind is InputKind.BUFFER:
                     node.meta["buffer"] = target
                 tensors[node] = tensor

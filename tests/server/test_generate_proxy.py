@@ -151,7 +151,6 @@ def test_the_names_that_other_backends_have_for_a_prompt_get_help(
     ("parameters", "message"),
     [
         ({"max_new_tokens": 2}, "'max_new_tokens' is unknown, did you mean 'max_tokens'?"),
-        ({"repetition_penalty": 1.1}, "'repetition_penalty' is not available in this version"),
         ({"logits": True}, "parameter 'logits' belongs to steps"),
         ({"stop_token_ids": "x"}, "parameter 'stop_token_ids' is 'x'; expected a token id"),
     ],

@@ -19,7 +19,7 @@ from tritonclient.grpc import InferenceServerClient
 
 pytestmark = pytest.mark.server
 
-STEPS, STREAM, SUMS, STREAMS, CHUNKS = "transducer", "transducer_stream", "sums", 3, 8
+STEPS, STREAM, SUMS, STREAMS, CHUNKS = "transducer", "transducer_stream", "chunk_sums", 3, 8
 
 
 @pytest.fixture(scope="module")

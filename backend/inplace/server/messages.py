@@ -4,6 +4,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from time import monotonic
 from typing import Any
 
@@ -147,11 +148,19 @@ def _unreadable(error: Exception) -> RequestError:
     return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
 
 
+@lru_cache(maxsize=1024)
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a packed tensor of this shape."""
+    return torch.empty(shape, device="meta").stride()
+
+
 def output_tensor(name: str, value: Tensor | str) -> Any:
     """An output in Triton's type; a text is one element of BYTES, ``[1, 1]``."""
     if isinstance(value, str):
         return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
-    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(value))  # type: ignore[attr-defined]  # torch does not list it
+    # Triton compares strides also where an extent is 1, for which PyTorch takes any as contiguous.
+    packed = value.contiguous().as_strided(value.shape, _packed_strides(value.shape))
+    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(packed))  # type: ignore[attr-defined]  # torch does not list it
 
 
 def error_response(request: Any, error: RequestError) -> Any:

@@ -93,6 +93,7 @@ def capture_exported(
     strict: bool = False,
     alignment: int = 1,
     shared: Collection[str] = (),
+    batched: bool = False,
 ) -> ExportedCapture:
     """Capture a module that mutates its inputs or its buffers.
 
@@ -120,6 +121,8 @@ def capture_exported(
             closer stays one state.
         shared: names of buffers that are states of other programs too, see
             `inplace_builder.capture.programs`. They stay one state each, and may be only read.
+        batched: the graph will take several rows, so no line of it may ask for a tensor's value,
+            as ``n.item()`` does. A slice at such a number is then written at indices.
 
     Raises:
         BuildError: torch.export cannot capture it, it has no state, memory is shared, or, if
@@ -143,6 +146,7 @@ def capture_exported(
         dynamic_shapes=dynamic_shapes,
         kwargs=kwargs,
         shared=shared,
+        batched=batched,
     )
     functional.check_assumed(assume_consecutive)
     _check_slots_name_is_free(functional)

@@ -163,7 +163,12 @@ def capture_rows(
     """
     # 1. Capture the module as it is, for one sequence.
     capture = capture_exported(
-        module, example_inputs, kwargs=kwargs, states=states, shared=shared or ()
+        module,
+        example_inputs,
+        kwargs=kwargs,
+        states=states,
+        shared=shared or (),
+        batched=True,
     )
     if capture.rows != 1:
         raise BuildError(

@@ -68,10 +68,17 @@ def export_module(
     example_inputs: Sequence[Any],
     dynamic_shapes: Any,
     kwargs: Mapping[str, Any] | None,
+    *,
+    batched: bool = False,
 ) -> ExportedProgram:
     """Export a module as it is; copy an exported program, because lifting changes it.
 
     A copy has the same tensors.
+
+    Args:
+        module, example_inputs, dynamic_shapes, kwargs: as ``torch.export.export`` takes them.
+        batched: write a line that asks for a tensor's value with the tensor itself, where that can
+            be done. Otherwise only where torch.export cannot capture the line.
 
     Raises:
         BuildError: torch.export cannot capture the module.
@@ -83,7 +90,7 @@ def export_module(
     # size-oblivious, so that an extent of 1 may vary; a position that is passed as a Python number
     # needs the usual rules
     modes: tuple[_Mode, ...] = (size_oblivious, nullcontext)
-    # only where a line asks for a tensor's value, so that every other module is exported as it is
+    # the others only where a line asks for a tensor's value: every other module stays as it is
     for values, mode in itertools.product((nullcontext, ValueIndependent), modes):
         if asking and values is nullcontext:
             continue
@@ -93,7 +100,7 @@ def export_module(
         except Exception as error:
             failures.append(error)
             continue
-        if values is ValueIndependent or not _asks_for_values(exported):
+        if not batched or values is ValueIndependent or not _asks_for_values(exported):
             return exported
         asking.append(exported)
     if asking:

@@ -68,13 +68,13 @@ def build_plan(
     lowering = choose_mechanisms(capture.exported.graph, states, tensorrt, order=order)
     kinds = {record.state: record.kind for record in lowering}
     functional = lowerable(capture.exported, kinds)
-    names = [spec.name for spec in capture.program.outputs]
     if set(kinds.values()) == {"plugin"}:
         graph, program = fuse(functional), capture.program
         bind = bindable_weights(graph)
     else:
         graph, program = without_sampling(functional, capture.program)
         bind = frozenset()
+    names = [spec.name for spec in program.outputs]
     lowered = lower(graph, outputs=names, states=states, kinds=kinds, tensorrt=tensorrt, bind=bind)
     program = program.model_copy(update={"aliases": lowered.aliases(lowering)})
     profiles = _profiles(program, max(slots, VERIFICATION_SLOTS), tuned=_is_tuned(lowered))

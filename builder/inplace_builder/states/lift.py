@@ -90,6 +90,7 @@ def lift_mutated_buffers(
     dynamic_shapes: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     shared: Collection[str] = (),
+    batched: bool = False,
 ) -> FunctionalGraph:
     """Export a module and lift its states to inputs of a function.
 
@@ -104,13 +105,14 @@ def lift_mutated_buffers(
         kwargs: its keyword arguments.
         shared: names of buffers that other programs write: states although this module only reads
             them.
+        batched: as of `export_module`.
 
     Raises:
         BuildError: torch.export cannot capture the module; ``states`` does not name exactly what is
             mutated; two tensors of which one is mutated overlap in memory; a state is not
             contiguous.
     """
-    exported = export_module(module, example_inputs, dynamic_shapes, kwargs)
+    exported = export_module(module, example_inputs, dynamic_shapes, kwargs, batched=batched)
     _adopt_written_constants(exported)
     merge_shared_buffers(exported)
     writers = find_first_writers(exported)

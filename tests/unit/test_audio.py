@@ -94,6 +94,15 @@ def test_a_request_says_its_sample_rate() -> None:
         validate_inputs(PROGRAM, {AUDIO: FLOATS})
 
 
+def test_another_sample_rate_is_refused_where_a_stream_ends_without_audio() -> None:
+    ends = {"shorter": "last", "length_input": "length", "lead": 0}
+    program = PROGRAM.model_copy(update={"inputs": (SPEECH.model_copy(update=ends),)})
+    result, _ = validate_inputs(program, {}, {SAMPLE_RATE: RATE}, last=True)
+    assert not result[AUDIO].numel()
+    with pytest.raises(RequestError, match="takes 16000: resample it"):
+        validate_inputs(program, {}, {SAMPLE_RATE: 8000}, last=True)
+
+
 def test_a_model_without_audio_has_no_audio_parameters() -> None:
     value = TensorSpec(name="value", role=Role.ROW, dtype=Dtype.FLOAT32, shape=(1,))
     program = PROGRAM.model_copy(update={"inputs": (value,)})

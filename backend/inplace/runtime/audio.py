@@ -31,7 +31,7 @@ def audio_spec(program: Program) -> TensorSpec | None:
 
 
 def check_audio_parameters(program: Program, parameters: Mapping[str, Parameter]) -> None:
-    """Refuse parameters of audio that this model does not have.
+    """Refuse parameters of audio that this model does not have, and another sample rate.
 
     Raises:
         RequestError: BAD_PARAMETER.
@@ -45,6 +45,15 @@ def check_audio_parameters(program: Program, parameters: Mapping[str, Parameter]
         raise RequestError(
             Code.BAD_PARAMETER,
             f"this model does not have the parameters {unknown}; {has}: leave them out",
+        )
+    if audio is None or SAMPLE_RATE not in parameters:
+        return
+    rate = BY_NAME[SAMPLE_RATE].parse(parameters[SAMPLE_RATE])
+    if rate != audio.sample_rate:
+        raise RequestError(
+            Code.BAD_PARAMETER,
+            f"the audio has a {SAMPLE_RATE} of {rate}; this model takes {audio.sample_rate}: "
+            f"resample it",
         )
 
 
@@ -62,7 +71,7 @@ def read_audio(
     Args:
         spec: the program's audio.
         inputs: of the request, with a batch axis of 1.
-        parameters: of the request.
+        parameters: of the request, which `check_audio_parameters` has checked.
         last: the request is the last of its sequence (`TensorSpec.shorter`).
 
     Raises:
@@ -83,7 +92,12 @@ def read_audio(
         )
     name = given[0]
     samples = _check_samples(name, inputs[name], spec, last=last)
-    _check_rate(spec, parameters)
+    if SAMPLE_RATE not in parameters:
+        raise RequestError(
+            Code.BAD_PARAMETER,
+            f"parameter {SAMPLE_RATE!r} is missing: send the samples in a second, which must be "
+            f"{spec.sample_rate} for this model",
+        )
     if spec.lead is not None:
         return samples * INT16_SCALE if name == AUDIO_INT16 else samples, count_tensor(len(samples))
     audio = torch.zeros(spec.shape)
@@ -136,22 +150,6 @@ def _check_samples(name: str, tensor: Tensor, spec: TensorSpec, *, last: bool) -
                 f" 1 (at most {MAX_LEVEL:g}): send integers in {AUDIO_INT16!r}",
             )
     return samples
-
-
-def _check_rate(spec: TensorSpec, parameters: Mapping[str, Parameter]) -> None:
-    if SAMPLE_RATE not in parameters:
-        raise RequestError(
-            Code.BAD_PARAMETER,
-            f"parameter {SAMPLE_RATE!r} is missing: send the samples in a second, which must be "
-            f"{spec.sample_rate} for this model",
-        )
-    rate = BY_NAME[SAMPLE_RATE].parse(parameters[SAMPLE_RATE])
-    if rate != spec.sample_rate:
-        raise RequestError(
-            Code.BAD_PARAMETER,
-            f"the audio has a {SAMPLE_RATE} of {rate}; this model takes {spec.sample_rate}: "
-            f"resample it",
-        )
 
 
 def read_option(spec: TensorSpec, parameters: Mapping[str, Parameter]) -> Tensor:

@@ -20,7 +20,7 @@ from inplace.engines.arena import Arena
 from inplace.errors import Code, RequestError
 from inplace.parameters import RequestKind, parse_parameters
 from inplace.protocol import AUDIO, AUDIO_INT16
-from inplace.runtime.audio import audio_spec, count_tensor, cut_stream
+from inplace.runtime.audio import audio_spec, check_audio_parameters, count_tensor, cut_stream
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
@@ -129,6 +129,7 @@ class ScheduledInstance(ModelInstance):
         validated = ValidatedRequest(request, request.key_digest(), only_ends=True)
         try:
             parse_parameters(request.parameters, RequestKind.END, self.is_forwarded)
+            check_audio_parameters(self.program, request.parameters)
             validated.position = request.position()
         except RequestError as error:
             validated.only_ends, validated.refusal = False, error

@@ -52,6 +52,11 @@ def test_tensors_that_models_compute_themselves_are_no_weights(copied: Path) -> 
     load_decoder(copied, Dtype.FLOAT32)
 
 
+def test_a_decoder_has_no_lookahead(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="a 'llama' model, which has none"):
+        build_decoder(llama_folder, tmp_path / "model", BuildOptions(lookahead=1))
+
+
 def test_a_capacity_that_the_model_was_not_made_for_is_refused_before_it_is_loaded(
     copied: Path, tmp_path: Path
 ) -> None:

@@ -303,5 +303,7 @@ def test_the_processor_says_which_lookaheads_there_are(source: Path, tmp_path: P
 
 
 def test_sizes_of_token_sequences_are_refused(source: Path, tmp_path: Path) -> None:
-    printed = build(source, tmp_path / "model", "--min-capacity", "5")
-    assert "a stream of speech keeps what its model looks back to" in printed.replace("\n", " ")
+    for option, size in (("capacity", 2048), ("min_capacity", 5), ("chunk", 64)):
+        flag = f"--{option.replace('_', '-')}"
+        printed = build(source, tmp_path / "model", flag, str(size))
+        assert f"['{option}'] are for sequences of tokens" in printed.replace("\n", " ")

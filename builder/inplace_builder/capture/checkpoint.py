@@ -1,4 +1,4 @@
-"""The files of a Hugging Face decoder: checks before and after they are loaded.
+"""The files of a Hugging Face model: checks before and after they are loaded.
 
 Weights that transformers would drop, ignore or fill with random numbers are refused.
 """
@@ -156,7 +156,7 @@ def load_weights(
 
 
 def load_tokenizer(source: Path | str) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """Load the tokenizer of a decoder.
+    """Load the tokenizer of a model.
 
     Returns:
         The tokenizer, None if it has none that can be loaded; and which it is or why it cannot be

@@ -28,6 +28,7 @@ from inplace_builder.served.write import write_files
 
 if TYPE_CHECKING:
     from inplace_builder.capture.programs import ProgramsCapture
+    from inplace_builder.lower.compile import Target
     from inplace_builder.served.plan import ServedPlan
 
 Stage = Callable[[str], None]
@@ -125,14 +126,27 @@ def _drafts(output: Path, *, with_proxy: bool) -> Iterator[tuple[Path, Path | No
             yield draft, proxy_draft
 
 
-def _plan(capture: Capture, options: BuildOptions) -> "ServedPlan | None":
+def load_target(options: BuildOptions) -> "Target | None":
+    """Load TensorRT, and say what it compiles for; None for the PyTorch engine.
+
+    Raises:
+        BuildError: it cannot compile for that GPU.
+        LoadError: it is not installed.
+    """
     if options.engine == "torch":
         return None
-    # only here, because importing the converters takes as long as importing PyTorch
     from inplace_builder.lower.compile import Target
+
+    return Target.of(options.engine, options.compute_capability)
+
+
+def _plan(capture: Capture, options: BuildOptions) -> "ServedPlan | None":
+    target = load_target(options)
+    if target is None:
+        return None
+    # only here, because importing the converters takes as long as importing PyTorch
     from inplace_builder.served.plan import build_plan
 
-    target = Target.of(options.engine, options.compute_capability)
     return build_plan(
         capture, target, slots=options.slots, alias=options.alias, strict=options.strict
     )

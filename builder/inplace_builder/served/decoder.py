@@ -11,7 +11,7 @@ from inplace_builder.capture.decoder import DecoderOptions
 from inplace_builder.capture.huggingface import capture_decoder
 from inplace_builder.capture.sources import locate_model
 from inplace_builder.compare import move_to_engine_device
-from inplace_builder.served.build import Stage, check_output, write_engine
+from inplace_builder.served.build import Stage, check_output, load_target, write_engine
 from inplace_builder.served.options import BuildOptions
 
 
@@ -37,10 +37,8 @@ def build_decoder(
     source, output = Path(source), Path(output)
     check_output(output, options)
     config = check_checkpoint(source, options.capacity)
-    if options.engine != "torch":
-        from inplace_builder.lower.compile import Target
-
-        Target.of(options.engine, options.compute_capability)  # raises before the model is loaded
+    options.check_no_lookahead(source, config.model_type)
+    load_target(options)  # raises before the model is loaded
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
     model, notes = load_model(source, options.dtype, config)

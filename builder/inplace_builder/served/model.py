@@ -6,7 +6,6 @@ from pathlib import Path
 from inplace.schema.served import Manifest
 
 from inplace_builder.capture.sources import locate_model
-from inplace_builder.errors import BuildError
 from inplace_builder.served.build import Stage
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
@@ -19,7 +18,7 @@ def build_model(
     options: BuildOptions,
     stage: Stage = lambda _: None,
 ) -> Manifest:
-    """Build a model into a Triton repository: a decoder, or a streaming speech model.
+    """Build a model into a Triton repository: a decoder, or a speech model.
 
     Args:
         source: files of this machine, as `load_decoder` takes them.
@@ -31,14 +30,8 @@ def build_model(
         BuildError: with nothing written.
         LoadError: TensorRT is not installed.
     """
-    kind = _model_type(Path(source))
-    if kind in SPEECH_MODELS:
+    if _model_type(Path(source)) in SPEECH_MODELS:
         return build_speech_model(source, output, options, stage)
-    if options.lookahead is not None:
-        raise BuildError(
-            f"{source} holds a {kind!r} model, which has no lookahead; it belongs to "
-            f"{', '.join(SPEECH_MODELS)}"
-        )
     return build_decoder(source, output, options, stage)
 
 

@@ -1,6 +1,7 @@
 """Options of a build for a server."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -82,6 +83,14 @@ class BuildOptions:
             raise BuildError(
                 "an engine for a GPU is built and verified on one, and PyTorch sees none here; "
                 "choose device cpu"
+            )
+
+    def check_no_lookahead(self, source: Path, model_type: str) -> None:
+        """BuildError if there is a lookahead, which models of this type do not have."""
+        if self.lookahead is not None:
+            raise BuildError(
+                f"lookahead is {self.lookahead}; {source} holds a {model_type!r} model, which has "
+                f"none: leave it out"
             )
 
     def _check_sizes(self) -> None:

@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from inplace.schema.served import Manifest
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    NemotronAsrStreamingForRNNT,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    WhisperForConditionalGeneration,
+)
 
 from inplace_builder.capture import nemotron_asr_streaming as nemotron
 from inplace_builder.capture import whisper
 from inplace_builder.capture.checkpoint import load_tokenizer, load_weights, read_config
 from inplace_builder.capture.programs import ProgramsCapture
+from inplace_builder.capture.quantized import check_quantization
 from inplace_builder.capture.sources import locate_model
 from inplace_builder.errors import BuildError
-from inplace_builder.served.build import Stage, check_output, write_engine
+from inplace_builder.served.build import Stage, check_output, load_target, write_engine
 from inplace_builder.served.decoder import save_tokenizer
 from inplace_builder.served.options import BuildOptions
 
@@ -41,7 +47,7 @@ def _nemotron(folder: Path, config: PretrainedConfig, options: BuildOptions) -> 
     processor = nemotron.ProcessorConfig.read(folder, config)
     lookahead = processor.choose_lookahead(options.lookahead)
     return SpeechBuild(
-        nemotron.ModelClass,
+        NemotronAsrStreamingForRNNT,
         lambda model: nemotron.capture_nemotron_asr_streaming(
             model, lookahead, options.max_rows, processor.extraction
         ),
@@ -50,14 +56,10 @@ def _nemotron(folder: Path, config: PretrainedConfig, options: BuildOptions) -> 
 
 
 def _whisper(folder: Path, config: PretrainedConfig, options: BuildOptions) -> SpeechBuild:
-    if options.lookahead is not None:
-        raise BuildError(
-            f"{folder} holds a {config.model_type!r} model, which encodes a window of audio as a "
-            f"whole: leave lookahead out"
-        )
+    options.check_no_lookahead(folder, config.model_type)  # a window is encoded as a whole
     extractor = whisper.load_extractor(folder, config)
     return SpeechBuild(
-        whisper.ModelClass,
+        WhisperForConditionalGeneration,
         partial(whisper.capture_whisper, extractor=extractor, max_rows=options.max_rows),
         text_tokens=whisper.hide_timestamps,
     )
@@ -68,6 +70,10 @@ SPEECH_MODELS: Mapping[str, Callable[[Path, PretrainedConfig, BuildOptions], Spe
     whisper.MODEL_TYPE: _whisper,
 }
 """How `build_speech_model` builds models, by their type."""
+
+
+TOKEN_SIZES = ("capacity", "min_capacity", "chunk", "step_tokens")
+"""Options that are sizes of sequences of tokens."""
 
 
 def build_speech_model(
@@ -81,7 +87,7 @@ def build_speech_model(
     Args:
         source: a folder with its weights, or its id in the cache of ``hf download``.
         output: the folder to write; its name is the model's.
-        options: what to build for. Its sizes of sequences of tokens do not apply.
+        options: what to build for; `TOKEN_SIZES` keep their defaults.
         stage: called with the name of each stage as it begins.
 
     Raises:
@@ -94,12 +100,15 @@ def build_speech_model(
     config = read_config(source, files)
     if files.adapter is not None:
         raise BuildError(f"{source} has an adapter, which cannot be merged into a speech model")
-    if options.min_capacity is not None or options.step_tokens is not None:
+    sizes = [name for name in TOKEN_SIZES if getattr(options, name) != getattr(BuildOptions, name)]
+    if sizes:
         raise BuildError(
-            "min_capacity and step_tokens are sizes of sequences of tokens; a stream of speech "
-            "keeps what its model looks back to, however long it is: leave them out"
+            f"the options {sizes} are for sequences of tokens; the sizes of a speech model are "
+            f"those of its configuration: leave them out"
         )
+    check_quantization(config, source)
     build = SPEECH_MODELS[config.model_type](files.folder, config, options)
+    load_target(options)  # raises before the model is loaded
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
     model, notes = load_weights(source, files, options.dtype, config, build.model_class)
